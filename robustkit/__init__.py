@@ -1,0 +1,62 @@
+"""Measure how robust a PyTorch image classifier really is.
+
+    from robustkit import evaluate, load_model, ThreatModel
+    report = evaluate(model, images, labels, ThreatModel.parse("linf:8/255"))
+    report.robust_accuracy, report.flags
+
+The names are imported on first use, so that the command line answers without loading torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from robustkit.api import evaluate, verify
+    from robustkit.data import load_data
+    from robustkit.errors import RobustkitError, RunError, UsageError
+    from robustkit.models import load_model
+    from robustkit.record import Flag, Report
+    from robustkit.threat import ThreatModel
+
+__all__ = [
+    "Flag",
+    "Report",
+    "RobustkitError",
+    "RunError",
+    "ThreatModel",
+    "UsageError",
+    "evaluate",
+    "load_data",
+    "load_model",
+    "verify",
+]
+
+_HOME = {
+    "Flag": "record",
+    "Report": "record",
+    "RobustkitError": "errors",
+    "RunError": "errors",
+    "ThreatModel": "threat",
+    "UsageError": "errors",
+    "evaluate": "api",
+    "load_data": "data",
+    "load_model": "models",
+    "verify": "api",
+}
+
+for _folder in ("attacks", "defenses"):
+    if not (Path(__file__).parent / _folder / "__init__.py").exists():
+        raise ImportError(
+            f"robustkit/{_folder} should be a link to the folder '{_folder}' beside it, and this "
+            "checkout has none (git without symlink support?). Repair it from the checkout's root with: "
+            f"git config core.symlinks true && git checkout -- robustkit/{_folder}"
+        )
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'robustkit' has no attribute {name!r}")
+    return getattr(import_module(f"robustkit.{_HOME[name]}"), name)

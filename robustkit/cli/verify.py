@@ -1,0 +1,42 @@
+"""`robustkit verify`: what was checked, what is bad, what is borderline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from robustkit.api import pick_device
+from robustkit.data import load_data
+from robustkit.engine import folder as run_folder
+from robustkit.engine.verify import verify_run
+from robustkit.models import load_model
+from robustkit.report.table import percent
+
+
+def verify(folder: Path, *, model: str | None, data: str | None, device: str, data_root: Path | None) -> int:
+    """Run the verb; return 1 if a record is bad, else 0."""
+    report = run_folder.read_report(folder)
+    place = pick_device(device)
+    classifier = load_model(model or report.spec.model["string"], device=place)
+    samples = load_data(data or report.spec.data["string"], root=data_root, preprocess=classifier.preprocess).head(
+        report.n
+    )
+    found = verify_run(folder, model=classifier, samples=samples, device=place)
+    console = Console()
+
+    def line(text: str) -> None:
+        console.print(text, highlight=False, soft_wrap=True)
+
+    for sentence in found.bad:
+        line(f"bad         {sentence}")
+    for sentence in found.borderline:
+        line(f"borderline  {sentence}")
+    word = f"{len(found.bad)} bad" if found.bad else "all good"
+    line(f"run {report.run_id}: {found.checked} adversarials checked, {word}, {len(found.borderline)} borderline")
+    if not found.bad:
+        line(
+            f"robust accuracy {percent(report.robust_accuracy.value)} of {report.n} images under "
+            f"{report.spec.threat} is an upper bound that these records prove"
+        )
+    return 1 if found.bad else 0

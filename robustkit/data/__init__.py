@@ -1,0 +1,22 @@
+"""Data strings to indexed samples. Importing this package, or its catalog, does not import torch."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from robustkit.data.arrays import from_arrays
+    from robustkit.data.load import load_data
+    from robustkit.data.samples import Samples
+
+__all__ = ["Samples", "from_arrays", "load_data"]
+
+_HOME = {"Samples": "samples", "from_arrays": "arrays", "load_data": "load"}
+
+
+def __getattr__(name: str) -> object:
+    """Import the module of a public name when it is first asked for."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -1,0 +1,93 @@
+"""From a data string to samples."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from robustkit.data.catalog import CATALOG
+from robustkit.data.samples import Samples
+from robustkit.errors import UsageError, did_you_mean
+from robustkit.preprocess import Preprocess
+
+
+def load_data(
+    string: str, *, root: Path | None = None, download: bool = False, preprocess: Preprocess | None = None
+) -> Samples:
+    """Return the samples that a data string names.
+
+    The order is fixed: that of the file for arrays; a fixed shuffle for `digits`, `imagenet` and
+    `folder:PATH`, whose own order is by class.
+
+    Args:
+        string: `NAME[:SPLIT]`, `folder:PATH`, or a path that ends in `.npz`.
+        root: where downloaded sets are; the default is $ROBUSTKIT_DATA, else ~/.cache/robustkit/data.
+        download: fetch a set that is not there, where torchvision can.
+        preprocess: how the model wants image files brought to one size; arrays are taken as they are.
+
+    Raises:
+        UsageError: an unknown name or split, or files that are absent or not what they say.
+    """
+    name, _, rest = string.partition(":")
+    if name == "folder":
+        return _folder(rest, preprocess)
+    if string.lower().endswith(".npz"):
+        from robustkit.data.npz import npz
+
+        return npz(_absolute(string))
+    if name not in CATALOG or name == "npz":
+        raise _unknown(string, name)
+    return _named(name, rest if ":" in string else None, root, download, preprocess)
+
+
+def data_root() -> Path:
+    """Return where downloaded sets are looked for when no root is given."""
+    return _absolute(os.environ.get("ROBUSTKIT_DATA") or "~/.cache/robustkit/data")
+
+
+def _named(
+    name: str, split: str | None, root: Path | None, download: bool, preprocess: Preprocess | None
+) -> Samples:
+    entry = CATALOG[name]
+    split = entry.default_split if split is None else split
+    if split not in entry.splits:
+        raise did_you_mean(f"split of {name}", str(split), entry.splits)
+    if not entry.needs_root:
+        from robustkit.data.digits import digits
+
+        return digits(split)
+    from robustkit.data import vision
+
+    place = data_root() if root is None else _absolute(root)
+    if name == "imagenet":
+        return vision.imagenet(split, place, preprocess)
+    return vision.small_set(name, split, place, download)
+
+
+def _folder(path: str, preprocess: Preprocess | None) -> Samples:
+    from robustkit.data.files import image_folder
+
+    if not path:
+        raise UsageError("'folder:' names no folder; write folder:PATH with one folder of images per class.")
+    place = _absolute(path)
+    return image_folder(place, f"folder:{place}", preprocess)
+
+
+def _unknown(string: str, name: str) -> UsageError:
+    """Return the error for a string that is neither a known name nor a readable path."""
+    file, npz, split = string.partition(".npz:")
+    if npz:
+        return UsageError(f"{string!r} asks for split {split!r}, but an .npz file has none; write {file}.npz.")
+    if name == "npz":
+        return UsageError(f"{string!r} names no file; write a path that ends in .npz, without 'npz:'.")
+    path = os.path.expanduser(string)
+    if os.path.isdir(path):
+        return UsageError(f"{string!r} is a folder; write folder:{string} if it holds one folder per class.")
+    if os.path.exists(path):
+        return UsageError(f"{string!r} is not an .npz file; write folder:PATH, or a path that ends in .npz.")
+    return did_you_mean("data", name, CATALOG)
+
+
+def _absolute(path: str | Path) -> Path:
+    """Return the path with ~ and .. resolved, without asking the disk."""
+    return Path(os.path.abspath(os.path.expanduser(path)))

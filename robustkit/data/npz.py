@@ -1,0 +1,125 @@
+"""Samples of an `.npz` file: `x`, `y` and optionally `classes`. Nothing in the file is ever unpickled."""
+
+from __future__ import annotations
+
+import math
+import struct
+import tokenize
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from robustkit.data.arrays import array_samples
+from robustkit.data.samples import Samples
+from robustkit.errors import UsageError
+
+# Smaller members are read at once, which also checks their CRC; larger ones are mapped if not compressed.
+_MAP_FROM = 64 << 20
+# What a damaged, truncated, encrypted or oddly packed archive makes zipfile and numpy raise.
+_DAMAGE = (
+    zipfile.BadZipFile,
+    zlib.error,
+    EOFError,
+    KeyError,
+    ValueError,
+    RuntimeError,
+    struct.error,
+    SyntaxError,
+    tokenize.TokenError,
+)
+# By version of the `.npy` format; versions after these are for records only.
+_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+
+
+def npz(path: Path) -> Samples:
+    """Return the samples of an `.npz` file, large uncompressed arrays memory-mapped.
+
+    Args:
+        path: absolute, as it becomes the name of the samples.
+
+    Raises:
+        UsageError: the file is absent, damaged, or not what the contract says.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            found = {name[:-4] for name in archive.namelist() if name.endswith(".npy")}
+            for key in ("x", "y"):
+                if key not in found:
+                    listed = ", ".join(sorted(found)) or "nothing"
+                    raise UsageError(
+                        f"{path} has no {key!r}, it has {listed}; write x (images) and y (integer labels)."
+                    )
+            images = _member(path, archive, "x")
+            labels = _member(path, archive, "y")
+            names = _member(path, archive, "classes") if "classes" in found else None
+    except UsageError:
+        raise
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    except _DAMAGE as error:
+        raise _damaged(path) from error
+    return array_samples(
+        images, labels, str(path), channels_last=images.dtype == np.uint8, classes=_classes(path, names)
+    )
+
+
+def _member(path: Path, archive: zipfile.ZipFile, key: str) -> npt.NDArray[Any]:
+    """Read or map one array of the archive."""
+    info = archive.getinfo(f"{key}.npy")
+    with archive.open(info) as stream:
+        shape, fortran, dtype = _HEADERS[np.lib.format.read_magic(stream)](stream)
+        if dtype.hasobject:
+            raise UsageError(
+                f"{path}: {key!r} holds pickled Python objects, which are never read; "
+                "write a plain array of numbers, or of strings for classes."
+            )
+        start = stream.tell()
+        size = math.prod(shape) * dtype.itemsize
+        if size != info.file_size - start:
+            raise EOFError(f"{key!r} announces {size} bytes and has {info.file_size - start}")
+        if size < _MAP_FROM or info.compress_type != zipfile.ZIP_STORED:
+            flat = np.frombuffer(stream.read(), dtype=dtype)
+            return flat.reshape(shape, order="F" if fortran else "C")
+    return np.memmap(
+        path, dtype, mode="r", offset=_offset(path, info) + start, shape=shape, order="F" if fortran else "C"
+    )
+
+
+def _offset(path: Path, info: zipfile.ZipInfo) -> int:
+    """Return where a stored member's bytes begin: its local header may be longer than the central one."""
+    with path.open("rb") as file:
+        file.seek(info.header_offset + 26)
+        name_length, extra_length = struct.unpack("<HH", file.read(4))
+    return info.header_offset + 30 + int(name_length) + int(extra_length)
+
+
+def _classes(path: Path, names: npt.NDArray[Any] | None) -> tuple[str, ...] | None:
+    if names is None:
+        return None
+    if names.dtype.kind != "U" or names.ndim != 1:
+        raise UsageError(
+            f"{path}: 'classes' is {names.dtype} of shape {names.shape}; write one string per class, shape (K,)."
+        )
+    return tuple(str(name) for name in names)
+
+
+def _unreadable(path: Path, error: OSError) -> UsageError:
+    if path.is_dir():
+        return UsageError(f"{path} is a folder, not an .npz file; write folder:{path} if it holds images.")
+    if not path.exists():
+        return UsageError(f"there is no file {path}; write the path of an .npz file with x and y.")
+    return UsageError(f"{path} cannot be read ({error.strerror or error}); check its permissions and its disk.")
+
+
+def _damaged(path: Path) -> UsageError:
+    with path.open("rb") as file:
+        start = file.read(4)
+    if not start:
+        return UsageError(f"{path} is empty; write it again with numpy.savez(path, x=..., y=...).")
+    if start[:2] != b"PK":
+        return UsageError(f"{path} is not an .npz archive; write it with numpy.savez(path, x=..., y=...).")
+    return UsageError(f"{path} is truncated or damaged; copy or write it again.")

@@ -1,0 +1,106 @@
+"""Indexed samples: labels known at once, images read when asked for."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from robustkit.errors import UsageError
+from robustkit.shapes import Images
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Where the images of a set come from; rows are counted in the source's own order."""
+
+    def read(self, rows: npt.NDArray[np.int64]) -> torch.Tensor:
+        """Return those images, float32 (B, C, H, W), contiguous, newly allocated."""
+        ...
+
+    def content(self, rows: npt.NDArray[np.int64]) -> Iterator[bytes]:
+        """Yield whatever determines those images, for the fingerprint."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """A sequence of labelled images, read lazily.
+
+    Attributes:
+        name: the canonical data string; file paths are absolute.
+        labels: int64 (N,), in [0, K).
+        classes: the names of the classes, if known.
+        source: where the images are read from.
+        rows: int64 (N,), the row of the source behind each position.
+    """
+
+    name: str
+    labels: npt.NDArray[np.int64]
+    classes: tuple[str, ...] | None
+    source: Source
+    rows: npt.NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def images(self, positions: Sequence[int] | npt.NDArray[Any]) -> Images:
+        """Read the images at these positions, in this order.
+
+        Returns:
+            float32 (B, C, H, W), contiguous, in [0, 1].
+
+        Raises:
+            UsageError: a position does not exist, a file cannot be read, or an image is not in [0, 1].
+        """
+        wanted = np.asarray(positions, dtype=np.int64)
+        outside = wanted[(wanted < 0) | (wanted >= len(self))]
+        if outside.size:
+            raise UsageError(
+                f"{self.name}: there is no position {outside[0]}; write one from 0 to {len(self) - 1}."
+            )
+        x = self.source.read(self.rows[wanted])
+        self._refuse_outside_box(x, wanted)
+        return x
+
+    def head(self, n: int | None) -> Samples:
+        """Return the first n samples, all of them for None.
+
+        Raises:
+            UsageError: n is smaller than 1 or larger than the number of samples.
+        """
+        if n is None:
+            return self
+        if not 1 <= n <= len(self):
+            raise UsageError(f"{self.name}: cannot take {n} of {len(self)} samples; write 1 to {len(self)}.")
+        return replace(self, labels=self.labels[:n], rows=self.rows[:n])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The sha256, in hex, of what determines labels and images; where files lie does not count."""
+        digest = hashlib.sha256(self.labels.astype("<i8").tobytes())
+        for part in self.source.content(self.rows):
+            digest.update(part)
+        return digest.hexdigest()
+
+    def _refuse_outside_box(self, x: torch.Tensor, positions: npt.NDArray[np.int64]) -> None:
+        if x.numel() == 0:
+            return
+        low, high = (float(bound) for bound in x.aminmax())
+        if 0 <= low and high <= 1:  # false for NaN, which aminmax hands on
+            return
+        bad = int((~((x >= 0) & (x <= 1)).flatten(1).all(1)).nonzero()[0])
+        image = x[bad]
+        if not bool(image.isfinite().all()):
+            found = "holds NaN or infinite values"
+        else:
+            found = f"has values from {float(image.min()):.6g} to {float(image.max()):.6g}"
+        raise UsageError(
+            f"{self.name}: the image at position {positions[bad]} {found}; write values in [0, 1], or uint8."
+        )

@@ -1,0 +1,164 @@
+"""One evaluation: clean pass, checks, then the suite's attacks over whatever still stands, into a ledger."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from robustkit import checks, registry
+from robustkit.data.samples import Samples
+from robustkit.engine import folder
+from robustkit.engine.environment import environment
+from robustkit.engine.isolation import evaluation_mode
+from robustkit.engine.meter import DTYPES, Meter
+from robustkit.engine.progress import Progress
+from robustkit.engine.tally import Tally
+from robustkit.engine.worker import Worker
+from robustkit.errors import RunError, UsageError
+from robustkit.ledger import Ledger
+from robustkit.models.classifier import Classifier
+from robustkit.record import Report, RunSpec, dumps
+from robustkit.threat import ThreatModel
+
+DEFAULT_SUITE = "autoattack"
+BATCH_SIZE = 256
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What to evaluate and how. `run` does it; `spec` says what it is, before anything has run.
+
+    `batch_size` is how many images an attack gets at once. It is part of the run's identity only where an
+    attack's random numbers depend on it (AutoAttack's and foolbox's do, ours do not).
+    """
+
+    model: Classifier
+    samples: Samples
+    threat: ThreatModel
+    suite: str = DEFAULT_SUITE
+    seed: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    precision: str = "auto"
+    batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse settings that cannot be meant."""
+        if self.precision not in ("auto", *DTYPES):
+            raise UsageError(f"precision {self.precision!r}: write auto, {', '.join(DTYPES)}.")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise UsageError(f"batch size {self.batch_size}: write at least 1, or auto.")
+        if not len(self.samples):
+            raise UsageError(f"{self.samples.name} holds no images.")
+        if not 0 <= self.seed < 2**63:
+            raise UsageError(f"seed {self.seed}: write a whole number from 0 to 2**63 - 1.")
+
+    @cached_property
+    def attacks(self) -> list[Any]:
+        """The suite's attacks, in order."""
+        return registry.parse_suite(self.suite, self.threat.norm)
+
+    @cached_property
+    def spec(self) -> RunSpec:
+        """Everything that determines the numbers."""
+        coupled = any(attack.info.coupled for attack in self.attacks)
+        return RunSpec(
+            model={"string": self.model.string, "fingerprint": self.model.fingerprint},
+            data={
+                "string": self.samples.name,
+                "n": len(self.samples),
+                "fingerprint": self.samples.fingerprint,
+            },
+            threat=str(self.threat),
+            suite=[registry.spec(attack) for attack in self.attacks],
+            seed=self.seed,
+            batch_size=self.batch if coupled else None,
+        )
+
+    @property
+    def batch(self) -> int:
+        """How many images an attack gets at once."""
+        return min(self.batch_size or BATCH_SIZE, len(self.samples))
+
+    @property
+    def _precision(self) -> str:
+        return "fp32" if self.precision == "auto" else self.precision
+
+    def run(self, out: Path | None = None, progress: Progress | None = None) -> Report:
+        """Run, or resume, or return the stored result of a finished run.
+
+        Args:
+            out: the run folder; without one nothing is written.
+            progress: who to tell on the way.
+
+        Raises:
+            UsageError: for a request that cannot be carried out.
+            RunError: when it fails on the way; the same call resumes.
+        """
+        progress = progress or Progress()
+        with folder.open_for_writing(out, self.spec) if out else nullcontext():
+            if out and (out / folder.REPORT).exists():
+                return self._stored(out, progress)
+            with Ledger.open(out and out / folder.LEDGER, self.spec.run_id) as ledger:
+                try:
+                    return self._finish(ledger, *self._work(ledger, progress), out)
+                finally:
+                    progress.close()
+
+    def _stored(self, out: Path, progress: Progress) -> Report:
+        report = folder.read_report(out)
+        if broken := folder.broken_seals(out, report):
+            raise RunError(f"{broken[0]} See: robustkit verify {out}")
+        progress.say(f"run {report.run_id} was finished before; this is its stored result")
+        return report
+
+    def _work(self, ledger: Ledger, progress: Progress) -> tuple[Tally, Meter, bool]:
+        tally = Tally(len(self.samples), ["clean", *(r["name"] for r in self.spec.suite)])
+        for chunk in ledger.chunks():
+            tally.add(chunk)
+        if tally.chunks:
+            images = "" if tally.robust == tally.n else f", {tally.n - tally.robust} images settled"
+            progress.say(f"resuming {self.spec.run_id}: {len(tally.chunks)} chunks done{images}")
+        with evaluation_mode(self.model) as was_training:
+            meter = Meter(self.model, self.device, self._precision)
+            worker = Worker(
+                self.samples,
+                self.threat,
+                self.attacks,
+                self.seed,
+                self.batch,
+                ledger,
+                tally,
+                meter,
+                progress,
+            )
+            worker.prepare()
+            worker.clean()
+            for stage in range(1, len(self.attacks) + 1):
+                worker.attack(stage)
+        return tally, meter, was_training
+
+    def _finish(self, ledger: Ledger, tally: Tally, meter: Meter, was_training: bool, out: Path | None) -> Report:
+        flags = checks.after(tally.stages())
+        if was_training:
+            flags.append(checks.TRAINING_MODE)
+        rows = folder.Adversarials(
+            index=np.array([row[0] for row in ledger.adversarials()], np.int64),
+            labels=np.array([row[1] for row in ledger.adversarials()], np.int64),
+            shape=tuple(self.samples.images([0]).shape[1:]),
+            images=lambda: (row[2] for row in ledger.adversarials()),
+        )
+        surroundings = environment(self.device, self._precision, meter.piece)
+        if out is None:
+            return replace(tally.report(self.spec, flags, surroundings, {}), adversarial=rows.arrays())
+        folder.write_adversarial(out, rows)
+        ledger.seal()
+        seals = {name: folder.sha256(out / name) for name in (folder.SPEC, folder.LEDGER, folder.ADVERSARIAL)}
+        report = tally.report(self.spec, flags, surroundings, seals)
+        folder.write(out / folder.REPORT, (dumps(report.to_json(), indent=2) + "\n").encode())
+        return report

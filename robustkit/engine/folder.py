@@ -1,0 +1,179 @@
+"""A run folder on disk: one writer at a time, every file written whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+from robustkit.errors import RunError, UsageError
+from robustkit.record import Report, RunSpec, dumps
+
+SPEC, LEDGER, REPORT, ADVERSARIAL = "spec.json", "ledger.sqlite", "report.json", "adversarial.npz"
+
+
+@dataclass(frozen=True)
+class Adversarials:
+    """The fooling images in order: `index` and `labels` (M), int64; `images()` yields their float32 bytes."""
+
+    index: np.ndarray
+    labels: np.ndarray
+    shape: tuple[int, ...]
+    images: Callable[[], Iterator[bytes]]
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return `index` (M), `x` (M C H W) and `y` (M), in memory."""
+        x = np.frombuffer(b"".join(self.images()), dtype=np.float32)
+        return {"index": self.index, "x": x.reshape(len(self.index), *self.shape), "y": self.labels}
+
+
+@contextmanager
+def open_for_writing(path: Path, spec: RunSpec) -> Iterator[None]:
+    """Make or re-enter the folder of this run, alone.
+
+    Raises:
+        UsageError: if it cannot be written, holds another run or other files, or another process is in it.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path / ".lock")
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UsageError(f"another process is working in {path}; wait for it or give another --out.") from None
+    except OSError as error:
+        raise UsageError(
+            f"cannot write the run folder {path}: {error.strerror or error}; choose another with --out."
+        ) from error
+    try:
+        if (path / SPEC).exists():
+            _require_same(path, spec)
+        elif others := sorted(file.name for file in path.iterdir() if not file.name.startswith(".")):
+            raise UsageError(f"{path} holds {others[0]!r} but no run; give an empty or new folder with --out.")
+        else:
+            write(path / SPEC, (dumps(spec, indent=2) + "\n").encode())
+        yield
+    finally:
+        lock.release()
+
+
+def read_spec(path: Path) -> RunSpec:
+    """Return the spec of a run folder; UsageError if it is none."""
+    return RunSpec(**_read_json(path / SPEC))
+
+
+def read_report(path: Path) -> Report:
+    """Return the report of a finished run; UsageError if the folder holds none."""
+    if not path.is_dir():
+        raise UsageError(f"{path} is no run folder: it does not exist.")
+    if not (path / REPORT).exists() and (path / SPEC).exists():
+        raise UsageError(f"the run in {path} is not finished; run its command again to resume it.")
+    return Report.from_json(_read_json(path / REPORT))
+
+
+def broken_seals(path: Path, report: Report) -> list[str]:
+    """Return a sentence for each file whose bytes are not those the report names."""
+    found = []
+    for name, expected in report.files.items():
+        if not (path / name).is_file():
+            found.append(f"{path / name} is missing.")
+        elif (actual := sha256(path / name)) != expected:
+            found.append(f"{path / name} has changed since the run: sha256 {actual[:12]}…, was {expected[:12]}….")
+    return found
+
+
+@contextmanager
+def _draft(path: Path) -> Iterator[BinaryIO]:
+    """Write a file by way of a temporary one, so that a kill leaves the old or the new, never half."""
+    draft = path.with_name(f".{path.name}.part")
+    try:
+        with draft.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    except OSError as error:
+        reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
+        raise RunError(
+            f"cannot write {path}: {reason}; make room and run the same command again to resume."
+        ) from error
+
+
+def write(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all; RunError if the disk is full or refuses."""
+    with _draft(path) as file:
+        file.write(content)
+
+
+def write_adversarial(path: Path, rows: Adversarials) -> None:
+    """Write adversarial.npz, image by image: it may be larger than memory. Same rows, same bytes."""
+    arrays = {
+        "index": rows.index,
+        "x": np.broadcast_to(np.float32(0), (len(rows.index), *rows.shape)),
+        "y": rows.labels,
+    }
+    with _draft(path / ADVERSARIAL) as file, zipfile.ZipFile(file, "w") as archive:
+        for name, array in arrays.items():
+            with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
+                header = {"descr": array.dtype.str, "fortran_order": False, "shape": array.shape}
+                np.lib.format.write_array_header_1_0(member, header)
+                for block in rows.images() if name == "x" else [array.tobytes()]:
+                    member.write(block)
+
+
+def read_adversarial(path: Path) -> dict[str, np.ndarray]:
+    """Return `index`, `x` and `y` of adversarial.npz; UsageError if it is damaged or absent."""
+    try:
+        with np.load(path / ADVERSARIAL, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in ("index", "x", "y")}
+    except FileNotFoundError:
+        raise UsageError(f"{path / ADVERSARIAL} is missing.") from None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise UsageError(f"{path / ADVERSARIAL} cannot be read: {error}.") from error
+
+
+def sha256(path: Path) -> str:
+    """Return the sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        total = hashlib.sha256()
+        while block := file.read(1 << 20):
+            total.update(block)
+    return total.hexdigest()
+
+
+def _require_same(path: Path, spec: RunSpec) -> None:
+    old = read_spec(path)
+    if old.run_id == spec.run_id:
+        return
+    before, now = asdict(old), asdict(spec)
+    differing = [name for name in now if before[name] != now[name]]
+    if "model" in differing and before["model"]["fingerprint"] == now["model"]["fingerprint"]:
+        differing.remove("model")
+    if "data" in differing and _content(before["data"]) == _content(now["data"]):
+        differing.remove("data")
+    raise UsageError(
+        f"{path} holds run {old.run_id}, which differs in {', '.join(differing)}; "
+        "give another --out folder for this one."
+    )
+
+
+def _content(data: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in data.items() if key != "string"}
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"{path.parent} is no run folder: it has no {path.name}.") from None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read: {error}.") from error

@@ -1,0 +1,52 @@
+"""Leave the process as it was found: generators, training mode and gradient switches are put back."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import nn
+
+
+@contextmanager
+def own_randomness(*key: object) -> Iterator[None]:
+    """Seed all global generators (torch, numpy, random) from `key` inside, and restore them after.
+
+    For attacks of other packages and for models that draw numbers; ours draw from `robustkit.rng`.
+    """
+    seed = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:4], "little")
+    before_numpy, before_random = np.random.get_state(), random.getstate()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        random.seed(seed)
+        try:
+            yield
+        finally:
+            np.random.set_state(before_numpy)
+            random.setstate(before_random)
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[bool]:
+    """Put every module into eval mode inside, parameters out of autograd; yield whether any was training.
+
+    Attacks need gradients of inputs alone: without this, one that calls `.backward()` would compute every
+    parameter's too and leave it in `.grad`.
+    """
+    training = {module: module.training for module in model.modules()}
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.eval()
+    for parameter in learning:
+        parameter.requires_grad_(False)
+    try:
+        yield any(training[module] for module in training if module is not model) or training[model]
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+        for parameter in learning:
+            parameter.requires_grad_(True)

@@ -1,0 +1,64 @@
+"""The engine's own verdict on what an attack returns: inside ball and box, and wrong in float32."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+
+from robustkit import losses
+from robustkit.engine.meter import Meter
+from robustkit.errors import RunError
+from robustkit.shapes import Images, Labels, Logits, Mask, PerRow
+from robustkit.threat import ThreatModel
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Points (B C H W) inside the threat, with the model's word on each.
+
+    `refused` marks the rows whose point fooled the model only outside ball and box, `broken` those where the
+    logits were NaN or infinite; neither counts as fooled.
+    """
+
+    x: Images
+    prediction: Labels
+    margin: PerRow
+    fooled: Mask
+    refused: Mask
+    broken: Mask
+
+
+def judge(meter: Meter, x: Images, labels: Labels, found: Images, threat: ThreatModel) -> Judged:
+    """Project what an attack found for the clean images x onto ball and box, and ask the model again.
+
+    Raises:
+        RunError: if the attack returned another shape.
+    """
+    if found.shape != x.shape:
+        raise RunError(f"the attack returned shape {tuple(found.shape)} for images of {tuple(x.shape)}.")
+    found = found.detach().to(x)
+    whole = found.flatten(1).isfinite().all(1)
+    found = torch.where(whole.view(-1, 1, 1, 1), found, x)
+    point = threat.project(found, x)
+    logits = meter.exact(point)
+    broken = ~logits.isfinite().all(1)
+    prediction = logits.argmax(1)
+    fooled = (prediction != labels) & ~broken
+    doubtful = ~fooled & (point != found).flatten(1).any(1)
+    refused = torch.zeros_like(fooled)
+    if doubtful.any():
+        refused[doubtful] = meter.exact(found[doubtful]).argmax(1) != labels[doubtful]
+    margin = torch.where(broken, 0.0, margins(logits, labels))
+    return Judged(point, prediction, margin, fooled, refused, broken)
+
+
+def margins(logits: Logits, labels: Labels) -> PerRow:
+    """Return the label's logit minus the best other one; below 0 the model is wrong."""
+    return -losses.margin(logits, labels)
+
+
+def image_hashes(images: Images) -> list[str]:
+    """Return each row's sha256 over its float32 bytes."""
+    return [hashlib.sha256(row.tobytes()).hexdigest() for row in images.float().cpu().numpy()]

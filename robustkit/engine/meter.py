@@ -1,0 +1,114 @@
+"""The model as attacks see it: counted, in the search precision, and in pieces that fit into memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from robustkit.models.classifier import Classifier
+from robustkit.shapes import Images, Logits
+
+DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Meter:
+    """A callable that counts sample-propagations through a classifier, in both directions.
+
+    Logits come out in float32 whatever the precision. Where they do not depend on the input
+    differentiably, the gradient is zero rather than an error, and `detached` says so. `piece` is the most
+    images that the net sees at once: larger batches are cut, and their activations recomputed in the backward
+    pass, so that the numbers drawn by an attack never depend on the memory at hand.
+    """
+
+    def __init__(self, model: Classifier, device: torch.device, precision: str = "fp32") -> None:
+        self.model = model
+        self.device = device
+        self.dtype = DTYPES[precision]
+        self.num_classes: int | None = model.num_classes
+        self.piece: int | None = None
+        self.forwards = 0
+        self.backwards = 0
+        self.detached = False
+        self.on_forward: Callable[[int], None] = lambda forwards: None
+
+    def __call__(self, x: Images) -> Logits:
+        """Return the logits of x (B C H W), float32 (B K)."""
+        self.forwards += len(x)
+        self.on_forward(self.forwards)
+        differentiable = torch.is_grad_enabled() and x.requires_grad
+        if differentiable:
+            x = _CountBackward.apply(x, self)
+        logits = self._in_pieces(x, differentiable)
+        if differentiable and not logits.requires_grad:
+            self.detached = True
+            logits = logits + 0 * x.flatten(1).sum(1, keepdim=True)
+        return logits
+
+    def exact(self, x: Images) -> Logits:
+        """Return the logits that verdicts rest on: float32, no gradient, the same pieces."""
+        self.forwards += len(x)
+        dtype, self.dtype = self.dtype, None
+        try:
+            with torch.no_grad():
+                return self._in_pieces(x, differentiable=False)
+        finally:
+            self.dtype = dtype
+
+    def _in_pieces(self, x: Images, differentiable: bool) -> Logits:
+        if self.piece is None or len(x) <= self.piece:
+            return self._net(x)
+        pieces = torch.split(x, self.piece)
+        if differentiable:
+            return torch.cat([checkpoint(self._net, piece, use_reentrant=False) for piece in pieces])
+        return torch.cat([self._net(piece) for piece in pieces])
+
+    def _net(self, x: Images) -> Logits:
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
+            logits: Logits = self.model(x)
+        return logits.float()
+
+
+class _CountBackward(torch.autograd.Function):
+    """The identity; its backward runs once for every backward pass through the model."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, meter: Meter) -> Tensor:
+        ctx.meter = meter
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        ctx.meter.backwards += len(gradients[0])
+        return gradients[0], None
+
+
+def fitting_piece(model: Classifier, image: Images, device: torch.device) -> int:
+    """Return how many images may go forward and backward at once in half of the free memory; at least 1.
+
+    Counts the bytes that autograd saves for one image. `image` is (1 C H W) on the device.
+    """
+    saved = 0
+
+    def count(tensor: Tensor) -> Tensor:
+        nonlocal saved
+        saved += tensor.nbytes
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor), torch.enable_grad():
+        model(image.detach().requires_grad_())
+    return max(1, _free_memory(device) // 2 // max(saved, 1))
+
+
+def _free_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return 4 << 30

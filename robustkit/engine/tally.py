@@ -1,0 +1,116 @@
+"""The sum of a ledger's chunks so far: who stands, who fell to what, at what cost; and the report of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from robustkit.ledger import Chunk
+from robustkit.record import Cost, Flag, Outcome, Rate, Report, RunSpec, Stage
+
+STANDS = np.iinfo(np.int64).max
+
+
+@dataclass
+class Tally:
+    """Counts over `n` samples. Stage 0 is the clean pass; a sample's `fell` is the stage that settled it."""
+
+    n: int
+    names: list[str]
+    chunks: set[tuple[int, int]] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        """Begin with nothing known."""
+        self.fell = np.full(self.n, STANDS)
+        self.labels = np.zeros(self.n, np.int64)
+        self.predictions = np.zeros(self.n, np.int64)
+        self.margins = np.full(self.n, np.inf)
+        self.images = [""] * self.n
+        self.costs = [Cost(0, 0, 0.0) for _ in self.names]
+        self.flags: dict[str, Flag] = {}
+
+    def add(self, chunk: Chunk) -> None:
+        """Take a chunk in. Any order gives the same sum."""
+        self.chunks.add((chunk.stage, chunk.chunk))
+        cost = self.costs[chunk.stage]
+        self.costs[chunk.stage] = Cost(
+            cost.forwards + chunk.forwards,
+            cost.backwards + chunk.backwards,
+            cost.seconds + chunk.seconds,
+        )
+        for verdict in chunk.verdicts:
+            at = verdict.position
+            if chunk.stage == 0:
+                self.labels[at], self.predictions[at] = verdict.label, verdict.prediction
+                self.images[at] = verdict.image
+            if verdict.fooled:
+                self.fell[at] = chunk.stage
+            self.margins[at] = min(self.margins[at], verdict.margin)
+        for flag in chunk.flags:
+            self.raise_flag(flag)
+
+    def raise_flag(self, flag: Flag) -> None:
+        """Keep one flag of each code, with the values added up."""
+        known = self.flags.get(flag.code)
+        if known is not None and known.value is not None and flag.value is not None:
+            flag = replace(flag, value=known.value + flag.value)
+        self.flags[flag.code] = flag
+
+    def standing(self, stage: int) -> np.ndarray:
+        """Return the positions that no earlier stage settled, in order."""
+        return np.flatnonzero(self.fell >= stage)
+
+    @property
+    def robust(self) -> int:
+        """How many samples nothing has fooled yet."""
+        return int((self.fell == STANDS).sum())
+
+    def stages(self) -> list[Stage]:
+        """Return what each stage did, the clean pass first."""
+        return [
+            Stage(
+                name,
+                Rate.of(int((self.fell > number).sum()), self.n),
+                int((self.fell == number).sum()),
+                self.costs[number].forwards,
+                self.costs[number].backwards,
+                self.costs[number].seconds,
+            )
+            for number, name in enumerate(self.names)
+        ]
+
+    def report(
+        self, spec: RunSpec, flags: list[Flag], environment: Mapping[str, Any], files: Mapping[str, str]
+    ) -> Report:
+        """Return the finished run's record; `flags` come after those of the chunks."""
+        stages = self.stages()
+        return Report(
+            run_id=spec.run_id,
+            spec=spec,
+            n=self.n,
+            clean_accuracy=stages[0].robust_accuracy,
+            robust_accuracy=stages[-1].robust_accuracy,
+            stages=stages,
+            cost=Cost(
+                sum(cost.forwards for cost in self.costs),
+                sum(cost.backwards for cost in self.costs),
+                sum(cost.seconds for cost in self.costs),
+            ),
+            flags=[*self.flags.values(), *flags],
+            verdicts=[
+                Outcome(
+                    index=at,
+                    label=int(self.labels[at]),
+                    clean_prediction=int(self.predictions[at]),
+                    robust=bool(self.fell[at] == STANDS),
+                    attack=None if self.fell[at] == STANDS else self.names[self.fell[at]],
+                    margin=float(self.margins[at]),
+                )
+                for at in range(self.n)
+            ],
+            environment=environment,
+            files=files,
+        )

@@ -1,0 +1,182 @@
+"""Check a finished run again, record by record: bytes, hashes, ball and box, and the model's word."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from robustkit.data import load_data
+from robustkit.data.samples import Samples
+from robustkit.engine import folder
+from robustkit.engine.isolation import evaluation_mode, own_randomness
+from robustkit.engine.judge import image_hashes, margins
+from robustkit.engine.meter import Meter
+from robustkit.engine.tally import Tally
+from robustkit.errors import UsageError
+from robustkit.ledger import Ledger
+from robustkit.models import load_model
+from robustkit.models.classifier import Classifier
+from robustkit.record import Report
+from robustkit.threat import ThreatModel
+
+BATCH_SIZE = 256
+NOISE = Fraction(1, 10**5)
+
+
+@dataclass
+class Verification:
+    """What was found: `checked` adversarials, `bad` records by name, and `borderline` ones.
+
+    Borderline means a margin within float32 noise (1e-5 of the largest logit): another machine may see it on
+    the other side. It is no fault of the record.
+    """
+
+    report: Report
+    checked: int = 0
+    bad: list[str] = field(default_factory=list)
+    borderline: list[str] = field(default_factory=list)
+
+
+def verify_run(
+    path: Path, *, model: Classifier | None, samples: Samples | None, device: torch.device | None
+) -> Verification:
+    """Return what a run folder's records are worth; model and data come from its spec unless given.
+
+    Raises:
+        UsageError: if there is no finished run, or model or data cannot be loaded.
+    """
+    report = folder.read_report(path)
+    found = Verification(report, bad=folder.broken_seals(path, report))
+    if report.run_id != report.spec.run_id:
+        found.bad.append(f"report.json: its spec is not that of run {report.run_id}.")
+    model = model or _load_model(report)
+    samples = samples or _load_samples(report, model)
+    if device is not None:
+        model = model.to(device)
+    if model.fingerprint != report.spec.model["fingerprint"]:
+        found.bad.append(
+            f"model {report.spec.model['string']}: its weights or code have changed since the run "
+            f"(fingerprint {model.fingerprint[:12]}…, was {report.spec.model['fingerprint'][:12]}…)."
+        )
+    if len(samples) != report.n:
+        raise UsageError(f"{samples.name} holds {len(samples)} images, the run had {report.n}.")
+    found.bad += _ledger_faults(path, report, samples)
+    try:
+        arrays = folder.read_adversarial(path)
+    except UsageError as error:
+        found.bad.append(str(error))
+        return found
+    found.bad += _missing_records(arrays, report)
+    meter = Meter(model, device or torch.device("cpu"))
+    threat = ThreatModel.parse(report.spec.threat)
+    with evaluation_mode(model), own_randomness(report.spec.seed, "verify"):
+        for begin in range(0, len(arrays["index"]), BATCH_SIZE):
+            _check_batch(found, meter, samples, threat, arrays, slice(begin, begin + BATCH_SIZE))
+    return found
+
+
+def _check_batch(
+    found: Verification,
+    meter: Meter,
+    samples: Samples,
+    threat: ThreatModel,
+    arrays: dict[str, np.ndarray],
+    part: slice,
+) -> None:
+    positions, labels = arrays["index"][part], arrays["y"][part]
+    known = (positions >= 0) & (positions < len(samples))
+    for position in positions[~known]:
+        found.bad.append(f"record {position}: the data has no such image.")
+    positions, labels = positions[known], labels[known]
+    if not len(positions):
+        return
+    x_adv = torch.from_numpy(arrays["x"][part][known]).to(meter.device)
+    x = samples.images(positions).to(meter.device)
+    if x_adv.shape != x.shape:
+        found.bad.append(f"adversarial.npz: images of {tuple(x_adv.shape[1:])}, data of {tuple(x.shape[1:])}.")
+        return
+    logits = meter.exact(x_adv)
+    y = torch.from_numpy(labels).to(meter.device)
+    inside, distance = threat.contains(x_adv, x).tolist(), threat.distance(x_adv, x).tolist()
+    fooled = ((logits.argmax(1) != y) & logits.isfinite().all(1)).tolist()
+    margin = margins(logits, y)
+    noise = float(NOISE) * logits.abs().amax(1).clamp(min=1)
+    close = (margin.abs() <= noise).tolist()
+    for row, position in enumerate(positions.tolist()):
+        found.checked += 1
+        if labels[row] != samples.labels[position]:
+            found.bad.append(f"record {position}: label {labels[row]}, the data says {samples.labels[position]}.")
+        if not inside[row]:
+            found.bad.append(
+                f"record {position}: outside the threat {threat}: distance {distance[row]:.8g}, "
+                f"values {x_adv[row].min():.6g} to {x_adv[row].max():.6g}."
+            )
+        if close[row]:
+            found.borderline.append(f"record {position}: margin {margin[row]:.2e} is within float noise.")
+        elif not fooled[row]:
+            found.bad.append(f"record {position}: does not fool the model, margin {margin[row]:.4g}.")
+
+
+def _ledger_faults(path: Path, report: Report, samples: Samples) -> Iterator[str]:
+    """Yield what is wrong with the ledger, with the images it was made from, or with the report of it."""
+    tally = Tally(report.n, ["clean", *(record["name"] for record in report.spec.suite)])
+    try:
+        with Ledger.read(path / folder.LEDGER, report.run_id) as ledger:
+            for chunk in ledger.chunks():
+                tally.add(chunk)
+    except UsageError as error:
+        yield str(error)
+        return
+    again = tally.report(report.spec, [], report.environment, report.files)
+    for told, ours in zip(report.verdicts, again.verdicts, strict=True):
+        if told != ours:
+            yield f"record {ours.index}: report.json says {told}, the ledger {ours}."
+    if (report.stages, report.robust_accuracy, report.clean_accuracy, report.cost) != (
+        again.stages,
+        again.robust_accuracy,
+        again.clean_accuracy,
+        again.cost,
+    ):
+        yield "report.json: its accuracies, stages or costs are not those of the ledger."
+    for begin in range(0, report.n, BATCH_SIZE):
+        positions = np.arange(begin, min(begin + BATCH_SIZE, report.n))
+        for position, digest in zip(positions, image_hashes(samples.images(positions)), strict=True):
+            if digest != tally.images[position]:
+                yield f"record {position}: the image in {samples.name} has changed since the run."
+            elif samples.labels[position] != tally.labels[position]:
+                yield f"record {position}: its label in {samples.name} has changed since the run."
+
+
+def _missing_records(arrays: dict[str, np.ndarray], report: Report) -> Iterator[str]:
+    """Yield the records that only one of report and adversarial.npz has."""
+    fooled = {v.index for v in report.verdicts if not v.robust and v.attack != "clean"}
+    stored = set(arrays["index"].tolist())
+    for position in sorted(fooled - stored):
+        yield f"record {position}: reported as fooled, but adversarial.npz has no image of it."
+    for position in sorted(stored - fooled):
+        yield f"record {position}: adversarial.npz has an image of it, but the report no fooling."
+
+
+def _load_model(report: Report) -> Classifier:
+    string = report.spec.model["string"]
+    if string.startswith("python:"):
+        raise UsageError(
+            f"run {report.run_id} was made from Python with {string}; "
+            "verify it there: robustkit.verify(folder, model, images, labels)."
+        )
+    return load_model(string)
+
+
+def _load_samples(report: Report, model: Classifier) -> Samples:
+    string = report.spec.data["string"]
+    if string.startswith("python:"):
+        raise UsageError(
+            f"run {report.run_id} was made from Python with images in memory; "
+            "verify it there: robustkit.verify(folder, model, images, labels)."
+        )
+    return load_data(string, preprocess=model.preprocess).head(report.n)

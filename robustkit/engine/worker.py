@@ -1,0 +1,264 @@
+"""Does an evaluation's chunks: runs the attacks, has every success judged, writes each chunk down."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from robustkit import checks
+from robustkit.data.samples import Samples
+from robustkit.engine.isolation import own_randomness
+from robustkit.engine.judge import image_hashes, judge, margins
+from robustkit.engine.meter import Meter, fitting_piece
+from robustkit.engine.progress import Progress
+from robustkit.engine.tally import Tally
+from robustkit.errors import RobustkitError, RunError, UsageError
+from robustkit.goal import Goal
+from robustkit.ledger import Chunk, Ledger, Verdict
+from robustkit.record import Flag, FlagWarning
+from robustkit.rng import RowRng
+from robustkit.shapes import Images
+from robustkit.threat import ThreatModel
+
+Work = Callable[[Images, np.ndarray], tuple[list[Verdict], list[Flag]]]
+
+
+@dataclass
+class Worker:
+    """Does one run's chunks."""
+
+    samples: Samples
+    threat: ThreatModel
+    attacks: list[Any]
+    seed: int
+    batch: int
+    ledger: Ledger
+    tally: Tally
+    meter: Meter
+    progress: Progress
+
+    def prepare(self) -> None:
+        """Try the model on one image, size the pieces to the memory, refuse an eps without limits."""
+        image = self.samples.images([0])
+        shape = tuple(image.shape[1:])
+        if float(self.threat.eps) > self.threat.diameter(shape):
+            raise UsageError(
+                f"threat '{self.threat}' reaches every image of {'x'.join(map(str, shape))} "
+                f"(their largest distance is {self.threat.diameter(shape):.4g}); write a smaller eps."
+            )
+        try:
+            with own_randomness(self.seed, "prepare"):
+                self.meter.piece = min(
+                    self.batch, fitting_piece(self.meter.model, image.to(self.meter.device), self.meter.device)
+                )
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            if isinstance(error, RobustkitError):
+                raise
+            raise UsageError(
+                f"the model cannot take images of {'x'.join(map(str, shape))} from {self.samples.name}: "
+                f"{_first_line(error)}"
+            ) from error
+
+    def clean(self) -> None:
+        """Settle the images that the model gets wrong as they are, then run the checks."""
+        tally = self.tally
+        self.progress.stage("clean", tally.n, tally.robust, tally.n)
+        for number, positions in self._pending(0, np.arange(tally.n)):
+            self._do(0, number, positions, self._clean_verdicts)
+        checking = -(-tally.n // self.batch)
+        if (0, checking) not in tally.chunks:
+            self._do(0, checking, np.arange(self.batch), self._check)
+
+    def attack(self, stage: int) -> None:
+        """Run one attack over what still stands."""
+        attack = self.attacks[stage - 1]
+        name = self.tally.names[stage]
+        standing = self.tally.standing(stage)
+        budget = getattr(attack, "budget", None)
+        expected = budget(self.meter.num_classes, self.threat.norm) if budget else None
+        self.progress.stage(name, len(standing), self.tally.robust, self.tally.n)
+        stream = f"{name}/{self.tally.names[1:stage].count(name)}"
+
+        def verdicts(x: Images, positions: np.ndarray) -> tuple[list[Verdict], list[Flag]]:
+            return self._attack_verdicts(attack, stream, x, positions)
+
+        for number, positions in self._pending(stage, standing):
+            before, begun, images = number * self.batch, self.meter.forwards, len(positions)
+
+            def tick(forwards: int, before: int = before, begun: int = begun, images: int = images) -> None:
+                share = (forwards - begun) / (expected * images) if expected else 0.0
+                self.progress.advance(before + min(share, 0.99) * images, self.tally.robust)
+
+            self.meter.on_forward = tick
+            self._do(stage, number, positions, verdicts)
+            self.meter.on_forward = lambda forwards: None
+
+    def _pending(self, stage: int, positions: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield number and positions of the stage's chunks that the ledger does not have yet."""
+        size = self.batch
+        for number, begin in enumerate(range(0, len(positions), size)):
+            part = positions[begin : begin + size]
+            if (stage, number) not in self.tally.chunks:
+                yield number, part
+            self.progress.advance(begin + len(part), self.tally.robust)
+
+    def _do(
+        self,
+        stage: int,
+        number: int,
+        positions: np.ndarray,
+        work: Work,
+    ) -> None:
+        """Do one chunk and write it down. Out of memory halves the piece and does the chunk again."""
+        name = self.tally.names[stage]
+        x = self.samples.images(positions).to(self.meter.device)
+        while True:
+            forwards, backwards, begun = self.meter.forwards, self.meter.backwards, time.perf_counter()
+            try:
+                with _flags_of_warnings() as raised, own_randomness(self.seed, stage, number):
+                    verdicts, flags = work(x, positions)
+                break
+            except (RuntimeError, MemoryError) as error:
+                if not _is_out_of_memory(error):
+                    raise self._failure(name, positions, error) from error
+                self._halve(len(x))
+                self.meter.forwards, self.meter.backwards = forwards, backwards
+            except RobustkitError:
+                raise
+            except Exception as error:
+                raise self._failure(name, positions, error) from error
+        chunk = Chunk(
+            stage,
+            number,
+            self.meter.forwards - forwards,
+            self.meter.backwards - backwards,
+            time.perf_counter() - begun,
+            verdicts,
+            [*flags, *raised],
+        )
+        self.ledger.write(chunk)
+        self.tally.add(chunk)
+
+    def _clean_verdicts(self, x: Images, positions: np.ndarray) -> tuple[list[Verdict], list[Flag]]:
+        logits = self.meter.exact(x)
+        self.meter.num_classes = logits.shape[1]
+        labels = self.samples.labels[positions]
+        broken = (~logits.isfinite().all(1)).nonzero()[:, 0].tolist()
+        if broken:
+            raise RunError(
+                f"the model gives NaN or infinite logits for {len(broken)} of {len(x)} clean images, "
+                f"the first at index {positions[broken[0]]}; no verdict can rest on them."
+            )
+        over = np.flatnonzero((labels < 0) | (labels >= logits.shape[1]))
+        if len(over):
+            raise UsageError(
+                f"label {labels[over[0]]} at index {positions[over[0]]} is outside the model's "
+                f"{logits.shape[1]} classes; check that data and model belong together."
+            )
+        y = torch.from_numpy(labels).to(x.device)
+        predictions, margin = logits.argmax(1), margins(logits, y)
+        rows = zip(
+            positions.tolist(),
+            labels.tolist(),
+            predictions.tolist(),
+            margin.tolist(),
+            (predictions != y).tolist(),
+            image_hashes(x),
+            strict=True,
+        )
+        return [Verdict(*row) for row in rows], []
+
+    def _check(self, x: Images, positions: np.ndarray) -> tuple[list[Verdict], list[Flag]]:
+        labels = torch.from_numpy(self.samples.labels[positions]).to(x.device)
+        return [], checks.before(self.meter, x, labels, self.attacks)
+
+    def _attack_verdicts(
+        self, attack: Any, stream: str, x: Images, positions: np.ndarray
+    ) -> tuple[list[Verdict], list[Flag]]:
+        hashes = image_hashes(x)
+        for position, digest in zip(positions, hashes, strict=True):
+            if digest != self.tally.images[position]:
+                raise RunError(
+                    f"image {position} of {self.samples.name} has changed since this run's clean pass; "
+                    "restore the data or start again in another folder."
+                )
+        ids = torch.from_numpy(positions).to(x.device)
+        labels = torch.from_numpy(self.samples.labels[positions]).to(x.device)
+        self.meter.detached = False
+        found = attack(
+            self.meter,
+            x.clone(),
+            Goal(labels),
+            self.threat,
+            rng=RowRng(self.seed, stream, ids),
+        )
+        judged = judge(self.meter, x, labels, found, self.threat)
+        points = judged.x.float().cpu().numpy()
+        fooled = judged.fooled.tolist()
+        rows = zip(
+            positions.tolist(),
+            labels.tolist(),
+            judged.prediction.tolist(),
+            judged.margin.tolist(),
+            fooled,
+            hashes,
+            [points[i].tobytes() if hit else None for i, hit in enumerate(fooled)],
+            strict=True,
+        )
+        flags = checks.judging(int(judged.refused.sum()), int(judged.broken.sum()), self.meter.detached)
+        return [Verdict(*row) for row in rows], flags
+
+    def _halve(self, images: int) -> None:
+        piece = min(self.meter.piece or images, images)
+        if piece == 1:
+            raise RunError("out of memory even with one image at a time; use a device with more memory.")
+        self.meter.piece = piece // 2
+        if self.meter.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.progress.say(f"out of memory: going on with {piece // 2} images at a time, same numbers")
+
+    def _failure(self, name: str, positions: np.ndarray, error: Exception) -> RunError:
+        return RunError(
+            f"{name} failed on images {positions[0]} to {positions[-1]}: "
+            f"{type(error).__name__}: {_first_line(error)}"
+        )
+
+
+@contextmanager
+def _flags_of_warnings() -> Iterator[list[Flag]]:
+    """Collect the flags that code inside raises as warnings; let other warnings through as ever.
+
+    Of each code the one with the largest value is kept: an attack may say the same at every restart.
+    """
+    flags: list[Flag] = []
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+        warnings.simplefilter("always", FlagWarning)
+
+        def collect(message: Warning | str, *rest: Any, **more: Any) -> None:
+            if isinstance(message, FlagWarning):
+                worst = [flag for flag in flags if flag.code == message.flag.code]
+                if not worst:
+                    flags.append(message.flag)
+                elif (message.flag.value or 0) > (worst[0].value or 0):
+                    flags[flags.index(worst[0])] = message.flag
+            else:
+                show(message, *rest, **more)
+
+        warnings.showwarning = collect
+        yield flags
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

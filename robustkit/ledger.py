@@ -1,0 +1,245 @@
+"""The run's database: one row per verdict, one transaction per chunk, so that any kill loses one chunk.
+
+SQLite with a write-ahead log while the run is open; `seal` turns it into one plain file. Every chunk carries
+a sha256 over its own row and its verdicts' rows: a changed byte is found when the ledger is opened or verified.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from robustkit.errors import RunError, UsageError
+from robustkit.record import Flag, dumps
+
+SCHEMA = """
+CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE chunks (
+    stage INTEGER NOT NULL, chunk INTEGER NOT NULL,
+    forwards INTEGER NOT NULL, backwards INTEGER NOT NULL, seconds REAL NOT NULL,
+    flags TEXT NOT NULL, digest TEXT NOT NULL,
+    PRIMARY KEY (stage, chunk)
+);
+CREATE TABLE verdicts (
+    stage INTEGER NOT NULL, chunk INTEGER NOT NULL, position INTEGER NOT NULL,
+    label INTEGER NOT NULL, prediction INTEGER NOT NULL, margin REAL NOT NULL, fooled INTEGER NOT NULL,
+    image TEXT NOT NULL, adversarial BLOB,
+    PRIMARY KEY (stage, position)
+);
+"""
+COLUMNS = "position, label, prediction, margin, fooled, image, adversarial"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One judged image in one stage. Stage 0 is the clean pass, stage s > 0 the suite's attack s - 1.
+
+    `image` is the sha256 of the clean image's float32 bytes; `adversarial` the float32 bytes of the fooling
+    one. `margin` is the label's logit minus the best other.
+    """
+
+    position: int
+    label: int
+    prediction: int
+    margin: float
+    fooled: bool
+    image: str
+    adversarial: bytes | None = None
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A piece of work that is in the ledger whole or not at all."""
+
+    stage: int
+    chunk: int
+    forwards: int
+    backwards: int
+    seconds: float
+    verdicts: Sequence[Verdict] = ()
+    flags: Sequence[Flag] = ()
+
+    @property
+    def digest(self) -> str:
+        """The sha256 over everything in it."""
+        head = dumps([self.stage, self.chunk, self.forwards, self.backwards, self.seconds, self.flags])
+        total = hashlib.sha256(head.encode())
+        for verdict in self.verdicts:
+            row = {**asdict(verdict), "adversarial": None}
+            total.update(dumps(row).encode())
+            total.update(verdict.adversarial or b"-")
+        return total.hexdigest()
+
+
+class Ledger:
+    """The open ledger of one run. Use as a context manager."""
+
+    def __init__(self, connection: sqlite3.Connection, name: str) -> None:
+        self._db = connection
+        self._name = name
+
+    @classmethod
+    def open(cls, path: Path | None, run_id: str) -> Ledger:
+        """Open or create the ledger at `path` (None: in memory) for writing.
+
+        Raises:
+            UsageError: if the file is damaged or belongs to another run.
+            RunError: if the disk is full or refuses.
+        """
+        name = str(path or "in memory")
+        with _explained(name):
+            db = sqlite3.connect(path or ":memory:", isolation_level=None)
+            ledger = cls(db, name)
+            db.execute("PRAGMA journal_mode = WAL")
+            db.execute("PRAGMA synchronous = NORMAL")
+            if not db.execute("SELECT name FROM sqlite_master").fetchall():
+                with ledger._transaction():
+                    for statement in filter(str.strip, SCHEMA.split(";")):
+                        db.execute(statement)
+                    db.execute("INSERT INTO meta VALUES ('run_id', ?)", [run_id])
+            ledger._check(run_id)
+        return ledger
+
+    @classmethod
+    def read(cls, path: Path, run_id: str) -> Ledger:
+        """Open a sealed ledger for reading; UsageError if it is absent, damaged or of another run."""
+        if not path.is_file():
+            raise UsageError(f"{path} is missing; the run cannot be checked without its ledger.")
+        with _explained(str(path)):
+            db = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro&immutable=1", uri=True)
+            ledger = cls(db, str(path))
+            ledger._check(run_id)
+        return ledger
+
+    def __enter__(self) -> Ledger:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._db.close()
+
+    def write(self, chunk: Chunk) -> None:
+        """Store a chunk, whole or not at all; RunError if the disk is full."""
+        with _explained(self._name), self._transaction():
+            self._db.execute(
+                "INSERT INTO chunks VALUES (?, ?, ?, ?, ?, ?, ?)",
+                [
+                    chunk.stage,
+                    chunk.chunk,
+                    chunk.forwards,
+                    chunk.backwards,
+                    chunk.seconds,
+                    dumps(list(chunk.flags)),
+                    chunk.digest,
+                ],
+            )
+            self._db.executemany(
+                f"INSERT INTO verdicts (stage, chunk, {COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (
+                    [
+                        chunk.stage,
+                        chunk.chunk,
+                        v.position,
+                        v.label,
+                        v.prediction,
+                        v.margin,
+                        v.fooled,
+                        v.image,
+                        v.adversarial,
+                    ]
+                    for v in chunk.verdicts
+                ),
+            )
+
+    def chunks(self) -> Iterator[Chunk]:
+        """Yield every chunk in the order of stages, with its verdicts; UsageError at a damaged one."""
+        with _explained(self._name):
+            heads = self._db.execute(
+                "SELECT stage, chunk, forwards, backwards, seconds, flags, digest FROM chunks "
+                "ORDER BY stage, chunk"
+            ).fetchall()
+            for stage, number, forwards, backwards, seconds, flags, digest in heads:
+                rows = self._db.execute(
+                    f"SELECT {COLUMNS} FROM verdicts WHERE stage = ? AND chunk = ? ORDER BY rowid",
+                    [stage, number],
+                )
+                verdicts = [replace(Verdict(*row), fooled=bool(row[4])) for row in rows]
+                chunk = Chunk(
+                    stage,
+                    number,
+                    forwards,
+                    backwards,
+                    seconds,
+                    verdicts,
+                    [Flag(**flag) for flag in json.loads(flags)],
+                )
+                if chunk.digest != digest:
+                    raise _damaged(self._name, f"chunk {number} of stage {stage} does not match its sha256")
+                yield chunk
+
+    def adversarials(self) -> Iterator[tuple[int, int, bytes]]:
+        """Yield position, label and float32 bytes of every fooling image, by position."""
+        with _explained(self._name):
+            yield from self._db.execute(
+                "SELECT position, label, adversarial FROM verdicts WHERE adversarial IS NOT NULL ORDER BY position"
+            )
+
+    def seal(self) -> None:
+        """Fold the write-ahead log in, so that the file stands alone and no longer changes."""
+        with _explained(self._name):
+            self._db.execute("PRAGMA journal_mode = DELETE")
+
+    def _check(self, run_id: str) -> None:
+        (health,) = self._db.execute("PRAGMA integrity_check").fetchone()
+        if health != "ok":
+            raise _damaged(self._name, health.splitlines()[-1])
+        row = self._db.execute("SELECT value FROM meta WHERE key = 'run_id'").fetchone()
+        if row is None or row[0] != run_id:
+            raise UsageError(
+                f"{self._name} belongs to run {row[0] if row else 'unknown'}, not {run_id}; "
+                "give another --out folder."
+            )
+        (loose,) = self._db.execute(
+            "SELECT count(*) FROM verdicts v WHERE NOT EXISTS "
+            "(SELECT 1 FROM chunks c WHERE c.stage = v.stage AND c.chunk = v.chunk)"
+        ).fetchone()
+        if loose:
+            raise _damaged(self._name, f"{loose} verdicts belong to no chunk")
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            raise
+        self._db.execute("COMMIT")
+
+
+def _damaged(name: str, how: str) -> UsageError:
+    return UsageError(
+        f"{name} is damaged: {how}; delete the run folder and start again, or restore it from a copy."
+    )
+
+
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Turn SQLite's errors into sentences."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        if "full" in str(error) or "I/O" in str(error):
+            raise RunError(
+                f"cannot write {name}: {error}; make room and run the same command again to resume."
+            ) from error
+        if "readonly" in str(error) or "unable to open" in str(error):
+            raise UsageError(f"cannot write {name}: {error}; choose another --out folder.") from error
+        raise _damaged(name, str(error)) from error
+    except (sqlite3.DatabaseError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise _damaged(name, str(error)) from error

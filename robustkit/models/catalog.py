@@ -1,0 +1,115 @@
+"""The zoo as data: what `robustkit:NAME` can be. Imports no torch, so that listing it takes milliseconds."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from robustkit.errors import UsageError, did_you_mean
+
+_HOME = "robustkit.models.zoo"
+_WRN = re.compile(r"wrn-(\d+)-(\d+)")
+
+
+@dataclass(frozen=True)
+class ZooEntry:
+    """One net of the zoo.
+
+    Attributes:
+        factory: Where it is built, as `module:attribute`; called with `kwargs`, `num_classes`, `in_channels`.
+        input: Channels, height and width of the images it was designed for.
+        num_classes: Classes unless the query or the weights say otherwise.
+        description: One line for people.
+        source: The paper.
+        kwargs: What makes this member of its family.
+        stem: Name of the first layer's weight, whose second dimension is the number of channels.
+        head: Name of the last layer's weight, whose first dimension is the number of classes.
+        weights: File of trained weights inside the package; None where the net comes untrained.
+    """
+
+    factory: str
+    input: tuple[int, int, int]
+    num_classes: int
+    description: str
+    source: str
+    kwargs: Mapping[str, int] = field(default_factory=dict)
+    stem: str = "conv1.weight"
+    head: str = "linear.weight"
+    weights: str | None = None
+
+
+def _cifar_resnet(depth: int) -> ZooEntry:
+    return ZooEntry(
+        factory=f"{_HOME}.cifar_resnet:CifarResNet",
+        input=(3, 32, 32),
+        num_classes=10,
+        description=f"ResNet-{depth} for CIFAR, parameter-free shortcuts",
+        source="arXiv:1512.03385",
+        kwargs={"depth": depth},
+    )
+
+
+def _wide_resnet(depth: int, width: int) -> ZooEntry:
+    return ZooEntry(
+        factory=f"{_HOME}.wide_resnet:WideResNet",
+        input=(3, 32, 32),
+        num_classes=10,
+        description=f"Wide ResNet, {depth} layers, {width} times as wide; any wrn-DEPTH-WIDTH is known",
+        source="arXiv:1605.07146",
+        kwargs={"depth": depth, "width": width},
+        head="fc.weight",
+    )
+
+
+ZOO: Mapping[str, ZooEntry] = {
+    "digits-cnn": ZooEntry(
+        factory=f"{_HOME}.digits_cnn:DigitsCNN",
+        input=(1, 8, 8),
+        num_classes=10,
+        description="three convolutions for scikit-learn's digits, adversarially trained; the default model",
+        source="scripts/train_digits.py",
+        weights="digits-cnn.safetensors",
+    ),
+    "mnist-cnn": ZooEntry(
+        factory=f"{_HOME}.mnist_cnn:MnistCNN",
+        input=(1, 28, 28),
+        num_classes=10,
+        description="four convolutions and three linear layers for MNIST, as in TRADES",
+        source="arXiv:1901.08573",
+        stem="feature_extractor.conv1.weight",
+        head="classifier.fc3.weight",
+    ),
+    **{f"cifar-resnet{depth}": _cifar_resnet(depth) for depth in (20, 32, 44, 56)},
+    "preact-resnet18": ZooEntry(
+        factory=f"{_HOME}.preact_resnet:PreActResNet18",
+        input=(3, 32, 32),
+        num_classes=10,
+        description="pre-activation ResNet-18 for CIFAR, as the robustness literature trains it",
+        source="arXiv:1603.05027",
+    ),
+    **{
+        f"wrn-{depth}-{width}": _wide_resnet(depth, width)
+        for depth, width in ((28, 10), (34, 10), (34, 20), (70, 16))
+    },
+}
+
+
+def lookup(name: str) -> ZooEntry:
+    """Return the zoo's entry of a name; any `wrn-DEPTH-WIDTH` counts as one.
+
+    Raises:
+        UsageError: The zoo has no such net.
+    """
+    if name in ZOO:
+        return ZOO[name]
+    wide = _WRN.fullmatch(name)
+    if not wide:
+        raise did_you_mean("robustkit model", name, ZOO)
+    depth, width = int(wide[1]), int(wide[2])
+    if depth < 10 or (depth - 4) % 6 or width < 1:
+        raise UsageError(
+            f"no wide ResNet {name!r}: DEPTH must be 10, 16, 22, 28 … (4 more than a multiple of 6) "
+            "and WIDTH at least 1, as in wrn-28-10."
+        )
+    return _wide_resnet(depth, width)

@@ -1,0 +1,177 @@
+"""The classifier: images on [0, 1] go in, logits come out; resizing and normalisation happen inside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from robustkit.errors import UsageError
+from robustkit.models.fingerprint import (
+    callable_identity,
+    combined_sha256,
+    qualified_name,
+    state_sha256,
+)
+from robustkit.preprocess import Preprocess
+from robustkit.shapes import Images, Logits
+
+
+class Classifier(nn.Module):
+    """A net with everything between images on [0, 1] and its logits.
+
+    Attributes:
+        net: Maps resized and normalised images to its output.
+        string: How to load the same classifier again, from any folder.
+        size: Height and width that images are resized to, in pixels; None leaves them.
+        num_classes: Number of logits K, where known before a forward pass.
+        preprocess: How the net wants image files read, where known.
+    """
+
+    mean: torch.Tensor | None
+    std: torch.Tensor | None
+
+    def __init__(
+        self,
+        net: Callable[[torch.Tensor], object],
+        *,
+        string: str,
+        identity: Mapping[str, object],
+        mean: tuple[float, ...] | None = None,
+        std: tuple[float, ...] | None = None,
+        size: tuple[int, int] | None = None,
+        num_classes: int | None = None,
+        preprocess: Preprocess | None = None,
+    ) -> None:
+        """Wrap a net, in the train or eval mode that it is in.
+
+        Args:
+            net: A module, or any callable on images.
+            string: How to load it again.
+            identity: JSON values that determine the net beside its tensors.
+            mean: Subtracted from each channel, in [0, 1] pixel units; one number serves every channel.
+            std: Divides each channel afterwards; one number serves every channel.
+            size: Height and width to resize to, in pixels.
+            num_classes: Number of logits K, where known.
+            preprocess: How the net wants image files read, where known.
+        """
+        super().__init__()
+        self.net = net
+        self.string = string
+        self.size = size
+        self.num_classes = num_classes
+        self.preprocess = preprocess
+        self.register_buffer("mean", _per_channel(mean), persistent=False)
+        self.register_buffer("std", _per_channel(std), persistent=False)
+        self._identity = {**identity, "mean": mean, "std": std, "size": size}
+        self.training = net.training if isinstance(net, nn.Module) else False
+
+    @property
+    def weights_sha256(self) -> str:
+        """SHA-256 over the net's tensors alone, as they are now."""
+        return state_sha256(self.net)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over all that determines the logits, as it is now; where the files lie is not in it."""
+        return combined_sha256({**self._identity, "weights": self.weights_sha256})
+
+    def forward(self, images: Images) -> Logits:
+        """Return the logits, in float32 or float64, of images on [0, 1].
+
+        Raises:
+            UsageError: The images have a shape that the net or its normalisation does not take, or its
+                output is not one row of at least two logits per image.
+        """
+        x = images
+        if self.size is not None and x.shape[2:] != self.size:
+            x = F.interpolate(x, self.size, mode="bilinear", antialias=True, align_corners=False)
+        x = self._normalised(x)
+        try:
+            output = self.net(x)
+        except (AssertionError, RuntimeError) as error:
+            if not _is_about_shapes(error):
+                raise
+            reason = str(error).strip().partition("\n")[0].rstrip(".")
+            raise UsageError(
+                f"model {self.string!r} does not take images of shape {tuple(images.shape[1:])} ({reason}): "
+                "give it the data it was made for, or write size=N to resize them."
+            ) from error
+        return self._checked(output, len(images))
+
+    def _normalised(self, x: torch.Tensor) -> torch.Tensor:
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if values is not None and values.shape[1] not in (1, x.shape[1]):
+                raise UsageError(
+                    f"model {self.string!r} has {values.shape[1]} numbers as {name} but the images have "
+                    f"{x.shape[1]} channels: write one number per channel, or one for all."
+                )
+        if self.mean is not None:
+            x = x - self.mean
+        if self.std is not None:
+            x = x / self.std
+        return x
+
+    def _checked(self, output: object, rows: int) -> torch.Tensor:
+        logits = _logits(output)
+        if logits is None:
+            raise UsageError(
+                f"model {self.string!r} returned a {type(output).__name__} without a tensor in it: return "
+                "logits of shape (B, K)."
+            )
+        if logits.ndim != 2 or len(logits) != rows or logits.shape[1] < 2:
+            raise UsageError(
+                f"model {self.string!r} returned shape {tuple(logits.shape)} for {rows} images: return "
+                f"logits of shape ({rows}, K) with K of at least 2."
+            )
+        return logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
+
+
+def as_classifier(model: object) -> Classifier:
+    """Return a model as a classifier without normalisation, in the train or eval mode that it is in.
+
+    Args:
+        model: Any callable on images on [0, 1]; a classifier is returned as it is.
+
+    Raises:
+        UsageError: The model is not callable.
+    """
+    if isinstance(model, Classifier):
+        return model
+    if not callable(model):
+        raise UsageError(
+            f"a {type(model).__name__} is no model: give a torch.nn.Module or a function from images to logits."
+        )
+    num_classes = getattr(model, "num_classes", None)
+    return Classifier(
+        model,
+        string=f"python:{qualified_name(model)}",
+        identity=callable_identity(model),
+        num_classes=num_classes if isinstance(num_classes, int) else None,
+    )
+
+
+def _per_channel(values: tuple[float, ...] | None) -> torch.Tensor | None:
+    return None if values is None else torch.tensor(values).view(1, -1, 1, 1)
+
+
+def _logits(output: object) -> torch.Tensor | None:
+    """Return the logits in whatever a net returned: those called so, else the first tensor."""
+    if isinstance(output, torch.Tensor):
+        return output
+    values: Iterable[object]
+    if isinstance(output, Mapping):
+        named, values = output.get("logits"), output.values()
+    else:
+        named = getattr(output, "logits", None)
+        values = output if isinstance(output, (tuple, list)) else getattr(output, "__dict__", {}).values()
+    return next((value for value in (named, *values) if isinstance(value, torch.Tensor)), None)
+
+
+def _is_about_shapes(error: Exception) -> bool:
+    words = ("shape", "size", "channels", "dimension", "doesn't match", "height", "width")
+    text = str(error).lower()
+    # Memory and memory layout are the engine's to handle, not faults of the images.
+    return "memory" not in text and "view size" not in text and any(word in text for word in words)

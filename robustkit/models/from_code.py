@@ -1,0 +1,159 @@
+"""Nets given as Python code: `module:factory` and `file.py:factory`. Loading them runs that code."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+
+from robustkit.errors import RobustkitError, UsageError, did_you_mean
+from robustkit.models.built import Built
+from robustkit.models.options import Options
+from robustkit.models.strings import FILE, TIMM, TORCHVISION, ZOO, ModelString
+from robustkit.models.weights import Weights
+
+
+def build(spec: ModelString, options: Options, weights: Weights | None) -> Built:
+    """Return what the factory returns when called with the query's other fields.
+
+    The code is identified by the text of its own file, not of those that it imports.
+
+    Raises:
+        UsageError: The code cannot be imported, has no such factory, or the factory fails or returns no net.
+    """
+    keywords = dict(options.keywords)
+    if spec.kind == FILE:
+        path = Path(spec.source).expanduser().absolute()
+        source = _read(path)
+        with _importable(path.parent):
+            net = _call(spec, getattr(_run(path, source), spec.name, None), keywords)
+        arch, identity = f"{path}:{spec.name}", {"factory": spec.name}
+    else:
+        module = _import(spec)
+        source = _text(module)
+        net = _call(spec, getattr(module, spec.name, None), keywords)
+        arch, identity = spec.arch, {"factory": spec.arch}
+    num_classes = keywords.get("num_classes", getattr(net, "num_classes", None))
+    return Built(
+        net=net,
+        arch=arch,
+        identity={**identity, **keywords, "code": hashlib.sha256(source.encode()).hexdigest()},
+        num_classes=num_classes if isinstance(num_classes, int) else None,
+    )
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise UsageError(f"there is no file '{path}': check the path before ':'.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"'{path}' cannot be read as Python code ({error}): write a .py file.") from error
+
+
+def _run(path: Path, source: str) -> ModuleType:
+    """Return the module of a file, run afresh, without leaving a bytecode cache beside it."""
+    name = f"robustkit_file_{hashlib.sha256(str(path).encode()).hexdigest()[:16]}"
+    spec = spec_from_file_location(name, path)
+    if spec is None:
+        raise UsageError(f"'{path}' cannot be imported: write a .py file.")
+    module = module_from_spec(spec)
+    # Dataclasses and pickling look their module up by its name.
+    sys.modules[name] = module
+    try:
+        exec(compile(source, str(path), "exec"), module.__dict__)
+    # A script without a main guard ends in SystemExit.
+    except (Exception, SystemExit) as error:
+        del sys.modules[name]
+        raise UsageError(f"'{path}' failed with {_named(error)}: correct it first.") from error
+    return module
+
+
+def _import(spec: ModelString) -> ModuleType:
+    try:
+        return importlib.import_module(spec.source)
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and f"{spec.source}.".startswith(f"{error.name}."):
+            raise _not_found(spec, error.name) from error
+        raise UsageError(f"importing {spec.source!r} failed with {_named(error)}: correct it first.") from error
+
+
+def _not_found(spec: ModelString, module: str | None) -> UsageError:
+    kinds = difflib.get_close_matches(spec.source, (ZOO, TIMM, TORCHVISION), n=1)
+    file = Path(*spec.source.split(".")).with_suffix(".py")
+    if kinds:
+        advice = f"did you mean '{kinds[0]}:{spec.name}'?"
+    elif file.is_file():
+        advice = f"did you mean './{file}:{spec.name}'?"
+    else:
+        advice = "install it, or write a file as ./net.py:factory."
+    return UsageError(f"model {spec.arch!r} needs the module {module!r}, which is not installed: {advice}")
+
+
+def _call(spec: ModelString, factory: object, keywords: dict[str, object]) -> Callable[..., object]:
+    if not callable(factory):
+        what = "has no factory" if factory is None else f"has a {type(factory).__name__}, not a function, named"
+        raise UsageError(f"{spec.source!r} {what} {spec.name!r}: write the name of a function that builds a net.")
+    _check_keywords(spec, factory, keywords)
+    try:
+        net: object = factory(**keywords)
+    except RobustkitError:
+        raise
+    except Exception as error:
+        raise UsageError(f"factory {spec.arch!r} failed with {_named(error)}: correct it first.") from error
+    if not callable(net):
+        raise UsageError(
+            f"factory {spec.arch!r} returned a {type(net).__name__}: return a torch.nn.Module or "
+            "a function on images."
+        )
+    return net
+
+
+def _check_keywords(spec: ModelString, factory: Callable[..., object], keywords: dict[str, object]) -> None:
+    try:
+        signature = inspect.signature(factory)
+    except (TypeError, ValueError):
+        return
+    parameters = signature.parameters.values()
+    known = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+        for name in keywords:
+            if name not in known and known:
+                raise did_you_mean(f"field of {spec.arch}", name, known)
+            if name not in known:
+                raise UsageError(f"factory {spec.arch!r} takes no fields: leave out {name}=.")
+    try:
+        signature.bind(**keywords)
+    except TypeError as error:
+        raise UsageError(
+            f"factory {spec.arch!r} cannot be called ({error}): write {spec.arch}?NAME=VALUE."
+        ) from error
+
+
+def _text(module: ModuleType) -> str:
+    try:
+        return inspect.getsource(module)
+    except (OSError, TypeError):
+        return ""
+
+
+@contextmanager
+def _importable(folder: Path) -> Iterator[None]:
+    """Let a file import those beside it, as it could when run as a script."""
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+
+
+def _named(error: BaseException) -> str:
+    first = str(error).partition("\n")[0].rstrip(".")
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__

@@ -1,0 +1,139 @@
+"""From a model string to a classifier."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from robustkit.errors import UsageError
+from robustkit.models import from_code, from_timm, from_torchvision, from_zoo
+from robustkit.models.built import Built, seeded
+from robustkit.models.catalog import ZOO as CATALOG
+from robustkit.models.classifier import Classifier
+from robustkit.models.options import Options, read_mean, read_std
+from robustkit.models.strings import FILE, FOLDER, MODULE, TIMM, TORCHVISION, ZOO, ModelString
+from robustkit.models.weights import Weights, put_weights, read_weights
+from robustkit.preprocess import Preprocess
+
+_BUILD = {
+    ZOO: from_zoo.build,
+    TIMM: from_timm.build,
+    TORCHVISION: from_torchvision.build,
+    FILE: from_code.build,
+    MODULE: from_code.build,
+}
+
+
+def load_model(string: str, *, device: str | torch.device = "cpu", seed: int = 0) -> Classifier:
+    """Return the classifier that a model string names, in eval mode.
+
+    The string is `ARCH[@WEIGHTS][?mean=r,g,b&std=r,g,b&size=N&num_classes=K]`. Normalisation is taken from
+    the query, else from the metadata of the weights file, else from timm's or torchvision's own record, else
+    left out.
+
+    Args:
+        string: The model string.
+        device: Where its tensors lie afterwards.
+        seed: Draws the initial weights of a net, or of a last layer, that no weights are loaded into.
+
+    Raises:
+        UsageError: A part of the string is not possible; the sentence says which, and what to write instead.
+    """
+    spec = ModelString.parse(string)
+    if spec.kind == FOLDER:
+        raise _no_model(spec)
+    place = _device(device)
+    options = Options.read(spec)
+    weights = _weights(spec, options)
+    with seeded(seed):
+        built = _BUILD[spec.kind](spec, options, weights)
+    if weights is not None:
+        put_weights(built.net, weights, spec.arch)
+    _check_finite(built.net, spec)
+    mean, std = _normalisation(options, weights, built)
+    _check_channels(built, mean, std)
+    written = replace(spec, arch=built.arch, weights=str(weights.path) if weights and spec.weights else None)
+    classifier = Classifier(
+        built.net,
+        string=str(written),
+        identity=built.identity,
+        mean=mean,
+        std=std,
+        size=options.size,
+        num_classes=built.num_classes,
+        preprocess=built.preprocess or _preprocess(options.size),
+    )
+    return classifier.eval().to(place)
+
+
+def _weights(spec: ModelString, options: Options) -> Weights | None:
+    if spec.weights is not None:
+        return read_weights(spec.weights)
+    return from_zoo.own_weights(spec) if spec.kind == ZOO and options.pretrained else None
+
+
+def _normalisation(
+    options: Options, weights: Weights | None, built: Built
+) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
+    metadata = weights.metadata if weights else {}
+    where = f"the metadata of '{weights.path}'" if weights else ""
+    mean = options.mean or (read_mean(metadata["mean"], where) if "mean" in metadata else built.mean)
+    std = options.std or (read_std(metadata["std"], where) if "std" in metadata else built.std)
+    return mean, std
+
+
+def _check_channels(built: Built, *normalisation: tuple[float, ...] | None) -> None:
+    for numbers in normalisation:
+        if numbers and built.in_channels and len(numbers) not in (1, built.in_channels):
+            raise UsageError(
+                f"{built.arch} takes images of {built.in_channels} channels but its mean or std has "
+                f"{len(numbers)} numbers: write one number per channel, or one for all."
+            )
+
+
+def _check_finite(net: object, spec: ModelString) -> None:
+    parameters = net.named_parameters() if isinstance(net, nn.Module) else ()
+    for name, parameter in parameters:
+        if not parameter.isfinite().all():
+            raise UsageError(
+                f"{str(spec)!r} has NaN or infinite values in {name!r}: give other weights, as {spec.arch}@FILE."
+            )
+
+
+def _preprocess(size: tuple[int, int] | None) -> Preprocess | None:
+    return None if size is None else Preprocess(size, resize=min(size))
+
+
+def _device(device: str | torch.device) -> torch.device:
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise UsageError(f"no device {str(device)!r}: write cpu, cuda, cuda:1 or mps.") from error
+    try:
+        torch.empty(0, device=place)
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        raise UsageError(f"device {str(device)!r} is not available on this machine: write cpu.") from error
+    return place
+
+
+def _no_model(spec: ModelString) -> UsageError:
+    text, folder = str(spec), Path(spec.arch.partition("#")[0]).expanduser()
+    if spec.arch.partition("@")[0] in CATALOG:
+        return UsageError(f"model {text!r} does not say whose it is: write 'robustkit:{text}'.")
+    if (folder / "model.json").is_file():
+        return UsageError(
+            f"the folder '{folder}' is not loaded as a model here: write the net and its file, as "
+            f"ARCH@{folder / 'model.safetensors'}."
+        )
+    if folder.is_dir():
+        return UsageError(
+            f"the folder '{folder}' has no model.json: write a folder that 'robustkit train' wrote, or "
+            "ARCH@WEIGHTS."
+        )
+    return UsageError(
+        f"model {text!r} is neither a folder nor KIND:NAME: write for example robustkit:digits-cnn, "
+        "timm:resnet50, torchvision:resnet50, module:factory or ./net.py:factory."
+    )

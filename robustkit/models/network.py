@@ -1,0 +1,40 @@
+"""Downloads of pretrained weights that fail soon and quietly when there is no network."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import urllib.error
+import urllib.request
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_PROBE_SECONDS = 5.0
+_STALL_SECONDS = 30.0
+
+
+def reachable(url: str) -> bool:
+    """Return whether anything answers at the address within a few seconds."""
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=_PROBE_SECONDS):
+            return True
+    except urllib.error.HTTPError:
+        return True
+    except OSError:
+        return False
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence the libraries' warnings and logs, and give up on a connection that stalls for 30 seconds."""
+    timeout, level = socket.getdefaulttimeout(), logging.root.manager.disable
+    socket.setdefaulttimeout(_STALL_SECONDS)
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+        socket.setdefaulttimeout(timeout)

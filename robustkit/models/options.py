@@ -1,0 +1,128 @@
+"""The fields of a model string's query, with their types. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from robustkit.errors import UsageError, did_you_mean
+from robustkit.models.strings import TIMM, TORCHVISION, ZOO, ModelString
+
+_EVERY_KIND = frozenset({"mean", "std", "size"})
+_FIELDS = {
+    ZOO: _EVERY_KIND | {"num_classes", "in_channels", "pretrained"},
+    TIMM: _EVERY_KIND | {"num_classes", "pretrained"},
+    TORCHVISION: _EVERY_KIND | {"num_classes", "pretrained"},
+}
+_BOOLEANS = {"true": True, "false": False}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a query asks for; None where it says nothing.
+
+    Attributes:
+        mean: Subtracted from each channel, in [0, 1] pixel units; one number serves every channel.
+        std: Divides each channel afterwards, above 0; one number serves every channel.
+        size: Height and width that images are resized to inside the classifier, in pixels.
+        num_classes: Classes of the net's last layer, at least 2.
+        in_channels: Channels of the images, at least 1.
+        pretrained: Whether the source's own trained weights are used where the string names no file.
+        keywords: Every other field, for a factory given as Python code.
+    """
+
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    size: tuple[int, int] | None = None
+    num_classes: int | None = None
+    in_channels: int | None = None
+    pretrained: bool = True
+    keywords: dict[str, object] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, spec: ModelString) -> Options:
+        """Return the typed fields of a model string.
+
+        Raises:
+            UsageError: A field is unknown to this kind of net, or its value cannot be read.
+        """
+        given = dict(spec.options)
+        legal = _FIELDS.get(spec.kind, _EVERY_KIND)
+        taken = {name: given.pop(name) for name in legal if name in given}
+        if given and spec.kind in _FIELDS:
+            raise did_you_mean(f"field of {spec.kind} models", next(iter(given)), legal)
+        return cls(
+            mean=read_mean(taken["mean"], str(spec)) if "mean" in taken else None,
+            std=read_std(taken["std"], str(spec)) if "std" in taken else None,
+            size=_size(taken["size"]) if "size" in taken else None,
+            num_classes=_count("num_classes", taken, least=2),
+            in_channels=_count("in_channels", taken, least=1),
+            pretrained=_boolean("pretrained", taken.get("pretrained", "true")),
+            keywords={name: keyword_value(text) for name, text in given.items()},
+        )
+
+
+def read_mean(text: str, where: str) -> tuple[float, ...]:
+    """Return comma-separated channel means as numbers.
+
+    Raises:
+        UsageError: A part is not a finite number; `where` tells the reader where it stands.
+    """
+    try:
+        numbers = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        numbers = (math.nan,)
+    if not all(math.isfinite(number) for number in numbers):
+        raise UsageError(
+            f"{where}: mean and std are numbers separated by commas, one per channel or one for all, "
+            f"such as 0.5,0.5,0.5, not {text!r}."
+        )
+    return numbers
+
+
+def read_std(text: str, where: str) -> tuple[float, ...]:
+    """Return comma-separated channel deviations as numbers.
+
+    Raises:
+        UsageError: A part is not a finite number above 0; `where` tells the reader where it stands.
+    """
+    numbers = read_mean(text, where)
+    if min(numbers) <= 0:
+        raise UsageError(f"{where}: std={text} divides by {min(numbers):g}: write numbers above 0.")
+    return numbers
+
+
+def keyword_value(text: str) -> object:
+    """Return a query's value as the bool, int, float or string that it reads as."""
+    if text.lower() in _BOOLEANS:
+        return _BOOLEANS[text.lower()]
+    for number in (int, float):
+        try:
+            value = number(text)
+        except ValueError:
+            continue
+        # "nan" and "inf" are more likely words than numbers in a factory's arguments.
+        return value if math.isfinite(value) else text
+    return text
+
+
+def _size(text: str) -> tuple[int, int]:
+    parts = text.split(",")
+    if len(parts) > 2 or not all(part.isdecimal() and int(part) for part in parts):
+        raise UsageError(f"size={text} is no image size: write pixels as size=N, or size=HEIGHT,WIDTH.")
+    return int(parts[0]), int(parts[-1])
+
+
+def _count(name: str, taken: dict[str, str], *, least: int) -> int | None:
+    text = taken.get(name)
+    if text is None:
+        return None
+    if not text.isdecimal() or int(text) < least:
+        raise UsageError(f"{name}={text} is not possible: write a whole number of at least {least}.")
+    return int(text)
+
+
+def _boolean(name: str, text: str) -> bool:
+    if text.lower() not in _BOOLEANS:
+        raise UsageError(f"{name}={text} is neither true nor false: write {name}=false or leave it out.")
+    return _BOOLEANS[text.lower()]

@@ -1,0 +1,56 @@
+"""ResNets for CIFAR (He et al. 2016, arXiv:1512.03385, section 4.2), with parameter-free shortcuts."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from robustkit.shapes import Images, Logits
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions beside a shortcut that subsamples and pads with zero channels."""
+
+    def __init__(self, inside: int, outside: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inside, outside, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outside)
+        self.conv2 = nn.Conv2d(outside, outside, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outside)
+        self.stride = stride
+        self.pad = (outside - inside) // 2
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return features with `outside` channels."""
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        shortcut = x[:, :, :: self.stride, :: self.stride]
+        shortcut = F.pad(shortcut, (0, 0, 0, 0, self.pad, self.pad))
+        return F.relu(out + shortcut)
+
+
+class CifarResNet(nn.Module):
+    """The net with 6n + 2 layers: three groups of n blocks with 16, 32 and 64 channels."""
+
+    def __init__(self, *, depth: int, num_classes: int = 10, in_channels: int = 3) -> None:
+        super().__init__()
+        blocks = (depth - 2) // 6
+        self.conv1 = nn.Conv2d(in_channels, 16, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.layer1 = _group(16, 16, blocks, stride=1)
+        self.layer2 = _group(16, 32, blocks, stride=2)
+        self.layer3 = _group(32, 64, blocks, stride=2)
+        self.linear = nn.Linear(64, num_classes)
+
+    def forward(self, x: Images) -> Logits:
+        """Return the logits of images of any height and width."""
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = self.layer3(self.layer2(self.layer1(out)))
+        logits: torch.Tensor = self.linear(out.mean((2, 3)))
+        return logits
+
+
+def _group(inside: int, outside: int, blocks: int, stride: int) -> nn.Sequential:
+    first = BasicBlock(inside, outside, stride)
+    return nn.Sequential(first, *(BasicBlock(outside, outside, 1) for _ in range(blocks - 1)))

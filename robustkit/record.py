@@ -1,0 +1,190 @@
+"""What a run is and what it found: RunSpec, Outcome, Flag, Report. JSON in and out; imports no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from robustkit.errors import UsageError
+
+FORMAT = 1
+LEVELS = ("info", "warning", "error")
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A reason to look twice at a number.
+
+    `level` is `info`, `warning` or `error`; `value` is what was measured.
+    """
+
+    code: str
+    level: str
+    value: float | None
+    meaning: str
+    remedy: str
+
+
+class FlagWarning(UserWarning):
+    """How code deep inside a run raises a flag: `warnings.warn(FlagWarning(flag))`."""
+
+    def __init__(self, flag: Flag) -> None:
+        super().__init__(f"{flag.code}: {flag.meaning} ({flag.value}); {flag.remedy}")
+        self.flag = flag
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """Everything that determines the numbers of a run, and nothing else but where to find model and data.
+
+    `model` has `string` and `fingerprint`; `data` has `string`, `n` and `fingerprint`; `suite` is one record
+    of name and fields per attack; `batch_size` is given only where random numbers depend on it.
+    """
+
+    model: Mapping[str, Any]
+    data: Mapping[str, Any]
+    threat: str
+    suite: Sequence[Mapping[str, Any]]
+    seed: int
+    batch_size: int | None = None
+    verb: str = "evaluate"
+    format: int = FORMAT
+
+    @property
+    def run_id(self) -> str:
+        """Eight hexadecimal digits of the hash of all that determines the numbers: strings and paths do not."""
+        identity = asdict(self)
+        for part in ("model", "data"):
+            identity[part] = {key: value for key, value in identity[part].items() if key != "string"}
+        return hashlib.sha256(dumps(identity).encode()).hexdigest()[:8]
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A share of n images with its 95 % Wilson interval."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    @classmethod
+    def of(cls, hits: int, n: int) -> Rate:
+        """Return hits / n with the Wilson score interval; it never leaves [0, 1] and n must be positive."""
+        z = 1.959963984540054
+        share = hits / n
+        centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+        half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+        low = 0.0 if hits == 0 else max(0.0, centre - half)
+        high = 1.0 if hits == n else min(1.0, centre + half)
+        return cls(share, low, high, n)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Sample-propagations through the model, verification included, and seconds."""
+
+    forwards: int
+    backwards: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One attack of the run: the accuracy left after it, how many images it fooled, what it cost."""
+
+    attack: str
+    robust_accuracy: Rate
+    fooled: int
+    forwards: int
+    backwards: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The verdict on one image.
+
+    `index` is its position in the data. `attack` is what settled it: `clean` where the clean image is wrong
+    already, None where it stood. `margin` is the label's logit minus the best other one, at the adversarial
+    that counted or, where it stood, the lowest that was judged.
+    """
+
+    index: int
+    label: int
+    clean_prediction: int
+    robust: bool
+    attack: str | None
+    margin: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """The record of a finished run; the fields are those of report.json.
+
+    `files` holds the sha256 of what lies beside it, `adversarial` (not in the file) the fooling images as a
+    mapping of `index` (M), `x` (M C H W) and `y` (M) when the run was asked for from Python.
+    """
+
+    run_id: str
+    spec: RunSpec
+    n: int
+    clean_accuracy: Rate
+    robust_accuracy: Rate
+    stages: Sequence[Stage]
+    cost: Cost
+    flags: Sequence[Flag]
+    verdicts: Sequence[Outcome]
+    environment: Mapping[str, Any]
+    files: Mapping[str, str] = field(default_factory=dict)
+    format: int = FORMAT
+    adversarial: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the record as report.json holds it, `format` first."""
+        kept = [f.name for f in fields(self) if f.name not in ("adversarial", "format")]
+        body = {name: getattr(self, name) for name in kept}
+        return {"format": self.format, **json.loads(dumps(body))}
+
+    @classmethod
+    def from_json(cls, body: Mapping[str, Any]) -> Report:
+        """Return the report of a parsed report.json; UsageError if it is none or of another format."""
+        if not isinstance(body, Mapping) or body.get("format") != FORMAT:
+            found = body.get("format") if isinstance(body, Mapping) else type(body).__name__
+            raise UsageError(f"this report has format {found!r}; this version of robustkit reads {FORMAT}.")
+        try:
+            return cls(
+                run_id=body["run_id"],
+                spec=RunSpec(**body["spec"]),
+                n=body["n"],
+                clean_accuracy=Rate(**body["clean_accuracy"]),
+                robust_accuracy=Rate(**body["robust_accuracy"]),
+                stages=[
+                    Stage(**{**stage, "robust_accuracy": Rate(**stage["robust_accuracy"])})
+                    for stage in body["stages"]
+                ],
+                cost=Cost(**body["cost"]),
+                flags=[Flag(**flag) for flag in body["flags"]],
+                verdicts=[Outcome(**verdict) for verdict in body["verdicts"]],
+                environment=body["environment"],
+                files=body.get("files", {}),
+            )
+        except (KeyError, TypeError) as error:
+            raise UsageError(f"this report is damaged: {type(error).__name__} {error}.") from error
+
+
+def dumps(value: Any, *, indent: int | None = None) -> str:
+    """Return canonical JSON: sorted keys at the inside, no NaN, dataclasses as objects, nothing else bent."""
+
+    def encode(thing: Any) -> Any:
+        if hasattr(thing, "__dataclass_fields__"):
+            return {f.name: getattr(thing, f.name) for f in fields(thing)}
+        if isinstance(thing, Mapping):
+            return dict(thing)
+        raise TypeError(f"{type(thing).__name__} is no JSON value")
+
+    return json.dumps(value, default=encode, sort_keys=indent is None, allow_nan=False, indent=indent)

@@ -1,0 +1,244 @@
+"""Attacks, defenses and suites by name, found by walking the folders. Imports no torch.
+
+A file registers names made of its own stem: `fab.py` may hold `fab` and `fab-t`, `mi_fgsm.py` holds
+`mi-fgsm`, `autoattack.py` holds `autoattack:apgd-ce`. So one name imports one module, and lists, help pages
+and spelling hints are read from the source text without importing any.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import importlib
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from robustkit.errors import UsageError, did_you_mean
+
+T = TypeVar("T")
+
+FOLDERS = {"attack": "attacks", "defense": "defenses", "suite": "attacks"}
+
+
+@dataclass(frozen=True)
+class Info:
+    """What a registered thing says of itself.
+
+    `coupled` marks an attack whose random numbers depend on the batch it is run in. `family` marks a class
+    that answers to every name `NAME:ANYTHING`, by its class method `member(tail, **fields)`.
+    """
+
+    kind: str
+    name: str
+    paper: str = ""
+    norms: tuple[str, ...] = ()
+    access: str = ""
+    coupled: bool = False
+    family: bool = False
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A registered thing as read from its source text: no module is imported for it."""
+
+    info: Info
+    module: str
+    summary: str
+
+
+_registered: dict[tuple[str, str], Any] = {}
+
+
+def attack(
+    name: str,
+    *,
+    paper: str,
+    norms: tuple[str, ...],
+    access: str,
+    coupled: bool = False,
+    family: bool = False,
+) -> Callable[[type[T]], type[T]]:
+    """Register a frozen dataclass as an attack. All arguments must be literals.
+
+    Args:
+        name: the file's stem, or `stem-…` or `stem:…`.
+        paper: the source, e.g. `arXiv:1706.06083`.
+        norms: of the threats it can be run in.
+        access: what it needs of the model: `gradient`, `score` or `decision`.
+        coupled: see `Info`.
+        family: see `Info`.
+    """
+    return _register(Info("attack", name, paper, norms, access, coupled, family))
+
+
+def suite(name: str, *, paper: str = "") -> Callable[[T], T]:
+    """Register a function `(norm) -> list of attack strings` as a suite."""
+    return _register(Info("suite", name, paper))
+
+
+def _register(info: Info) -> Callable[[T], T]:
+    def decorate(thing: T) -> T:
+        _registered[info.kind, info.name] = thing
+        thing.info = info  # type: ignore[attr-defined]
+        return thing
+
+    return decorate
+
+
+@functools.cache
+def catalog(kind: str) -> Mapping[str, Entry]:
+    """Return every registered name of a kind (`attack`, `defense`, `suite`) with what its source says."""
+    folder = FOLDERS[kind]
+    entries: dict[str, Entry] = {}
+    for file in sorted((Path(__file__).parent / folder).glob("[!_]*.py")):
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            if not isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+                continue
+            for mark in node.decorator_list:
+                if isinstance(mark, ast.Call) and isinstance(mark.func, ast.Name) and mark.func.id == kind:
+                    name = ast.literal_eval(mark.args[0])
+                    options = {str(word.arg): ast.literal_eval(word.value) for word in mark.keywords}
+                    summary = (ast.get_docstring(node) or "").split("\n")[0]
+                    info = Info(kind, name, **options)
+                    entries[name] = Entry(info, f"robustkit.{folder}.{file.stem}", summary)
+    return entries
+
+
+def find(kind: str, name: str) -> Any:
+    """Return the class or function of that name; UsageError with the nearest name if there is none."""
+    known = catalog(kind)
+    if name not in known:
+        raise did_you_mean(kind, name, known)
+    importlib.import_module(known[name].module)
+    return _registered[kind, name]
+
+
+def make(name: str, **fields: Any) -> Any:
+    """Return the attack `name` with these fields, converted from text to their types where needed.
+
+    Raises:
+        UsageError: for an unknown name or field, or a value of the wrong type.
+    """
+    head, _, tail = name.partition(":")
+    entry = catalog("attack").get(head)
+    if tail and entry and entry.info.family:
+        return find("attack", head).member(tail, **{key: _literal(value) for key, value in fields.items()})
+    if entry and entry.info.family:
+        raise UsageError(f"attack {name!r} is a family; write {head}:NAME or {head}:NAME(field=value,...).")
+    kind = find("attack", name)
+    hints = get_type_hints(kind)
+    types = {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+    for field in fields:
+        if field not in types:
+            raise did_you_mean(f"field of {name}", field, types)
+    values = {field: _convert(name, field, value, types[field]) for field, value in fields.items()}
+    for field in ("steps", "restarts", "queries", "targets"):
+        if values.get(field) is not None and values[field] < 1:
+            raise UsageError(f"{name}: {field}={values[field]} must be at least 1.")
+    return kind(**values)
+
+
+def spec(value: Any) -> dict[str, Any]:
+    """Return an attack as a record that `make(**record)` turns back into it."""
+    fields = value.fields() if value.info.family else dataclasses.asdict(value)
+    return {"name": getattr(value, "name", value.info.name), **fields}
+
+
+def parse_suite(text: str, norm: str) -> list[Any]:
+    """Return the attacks of a comma-separated list of suites and attacks, in order.
+
+    Raises:
+        UsageError: for an unknown name or field, a bad value, an empty list, or an attack that is not
+            defined in this norm.
+    """
+    attacks: list[Any] = []
+    for part in _split(text):
+        name, fields = _parse_call(part)
+        if name in catalog("suite"):
+            if fields:
+                raise UsageError(f"suite {name!r} takes no fields; list its attacks to change them.")
+            for member, member_fields in map(_parse_call, find("suite", name)(norm)):
+                attacks.append(make(member, **member_fields))
+        elif name in catalog("attack") or ":" in name:
+            attacks.append(make(name, **fields))
+        else:
+            raise did_you_mean("suite or attack", name, [*catalog("suite"), *catalog("attack")])
+    for value in attacks:
+        norms = getattr(value, "norms", value.info.norms)
+        if norm not in norms:
+            able = ", ".join(norms)
+            raise UsageError(f"{spec(value)['name']} is not defined in {norm}; it works in {able}.")
+    return attacks
+
+
+def _split(text: str) -> list[str]:
+    """Cut at the commas outside brackets."""
+    parts = _cut(text)
+    if not all(parts):
+        raise UsageError(f"suite {text!r}: write names with commas between, e.g. 'pgd(steps=50),fgsm'.")
+    return parts
+
+
+def _cut(text: str) -> list[str]:
+    parts, depth = [""], 0
+    for sign in text:
+        depth += (sign in "([{") - (sign in ")]}")
+        if sign == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += sign
+    return [part.strip() for part in parts]
+
+
+def _parse_call(text: str) -> tuple[str, dict[str, str]]:
+    """Turn `name(a=1,b=2)` into its name and fields."""
+    match = re.fullmatch(r"([\w:.+-]+)(?:\((.*)\))?", text, re.DOTALL)
+    if not match:
+        raise UsageError(f"suite {text!r}: write NAME or NAME(field=value,...), e.g. 'pgd(steps=50)'.")
+    fields: dict[str, str] = {}
+    for pair in filter(None, _cut(match[2] or "")):
+        key, equals, value = (piece.strip() for piece in pair.partition("="))
+        if not equals or not key or not value:
+            raise UsageError(f"suite {text!r}: {pair.strip()!r} is not field=value.")
+        if key in fields:
+            raise UsageError(f"suite {text!r}: field {key!r} is given twice.")
+        fields[key] = value
+    return match[1], fields
+
+
+def _convert(name: str, field: str, value: Any, wanted: Any) -> Any:
+    """Bring a field's value to its annotated type."""
+    union = get_origin(wanted) in (Union, UnionType)
+    kinds = get_args(wanted) if union else (wanted,)
+    if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
+        if type(None) in kinds:
+            return None
+    for kind in kinds:
+        try:
+            if kind is bool and str(value).lower() in ("true", "false"):
+                return str(value).lower() == "true"
+            if kind is int and not isinstance(value, bool) and int(value) == float(value):
+                return int(value)
+            if kind is float and not isinstance(value, bool):
+                return float(Fraction(value) if isinstance(value, str) else value)
+            if kind is str and isinstance(value, str):
+                return value
+        except (ValueError, TypeError, ArithmeticError):
+            continue
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
+    expected = " or ".join(words.get(kind, "none") for kind in kinds)
+    raise UsageError(f"{name}: {field}={value!r} must be {expected}.")
+
+
+def _literal(value: Any) -> Any:
+    """Read a family member's field, whose types are another library's, as a Python literal if it is one."""
+    try:
+        return ast.literal_eval(value) if isinstance(value, str) else value
+    except (ValueError, SyntaxError):
+        return {"true": True, "false": False, "none": None}.get(value.lower(), value)

@@ -1,0 +1,1 @@
+"""Views of a report. They read the record and nothing else, and import no torch."""

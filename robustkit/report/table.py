@@ -1,0 +1,75 @@
+"""The result as a table for the terminal."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from robustkit.record import Rate, Report
+
+
+def show(report: Report, console: Console, next_command: str | None = None) -> None:
+    """Print run, stages, result, flags and the next command."""
+    data = str(report.spec.data["string"]).rpartition("/")[2]
+    console.print(
+        f"run {report.run_id}   {report.n} images of {data}   {report.spec.threat}   "
+        f"seed {report.spec.seed}   {report.environment['device_name']}\n",
+        highlight=False,
+    )
+    table = Table(box=None, pad_edge=False, header_style="", padding=(0, 3, 0, 0))
+    table.add_column("attack", no_wrap=True)
+    for name in ("robust acc", "95% interval", "fooled", "props/img", "time"):
+        table.add_column(name, justify="right", no_wrap=True)
+    entering = report.n
+    for stage in report.stages:
+        props = (stage.forwards + stage.backwards) / entering if entering else 0
+        table.add_row(
+            stage.attack,
+            percent(stage.robust_accuracy.value),
+            interval(stage.robust_accuracy),
+            str(stage.fooled),
+            f"{props:,.0f}" if entering else "–",
+            duration(stage.seconds),
+        )
+        entering -= stage.fooled
+    cost = report.cost
+    table.add_row(
+        "worst case",
+        percent(report.robust_accuracy.value),
+        interval(report.robust_accuracy),
+        str(sum(stage.fooled for stage in report.stages)),
+        f"{(cost.forwards + cost.backwards) / report.n:,.0f}",
+        duration(cost.seconds),
+        style="bold",
+    )
+    console.print(table, highlight=False)
+    if report.flags:
+        console.print(f"\n{len(report.flags)} flag{'s' * (len(report.flags) > 1)}", highlight=False)
+        for flag in report.flags:
+            value = "" if flag.value is None else f" ({flag.value:g})"
+            console.print(f"  {flag.code}{value}: {flag.meaning}.", highlight=False, soft_wrap=True)
+            console.print(f"    → {flag.remedy}", highlight=False, soft_wrap=True)
+    if next_command:
+        console.print(f"\nnext     {next_command}", highlight=False, soft_wrap=True)
+
+
+def percent(share: float) -> str:
+    """Return 0.2695 as `27.0 %`."""
+    return f"{100 * share:.1f} %"
+
+
+def interval(rate: Rate) -> str:
+    """Return the ends of a rate's interval in percent."""
+    return f"{100 * rate.low:.1f} – {100 * rate.high:.1f}"
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as `0.4 s`, `12 s`, `1m40` or `2h05`."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}"

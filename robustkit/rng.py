@@ -1,0 +1,91 @@
+"""Random numbers by counter: a pure function of (seed, stream, sample, restart, step, position).
+
+An attack that draws from here gives a sample the same numbers whatever else is in the batch, in whatever
+order, on whatever shard, and after any resume. Philox-4x32-10 (Salmon et al. 2011, "Parallel random numbers:
+as easy as 1, 2, 3") in plain integer tensor operations, so that every device gives the same bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+WORD = 0xFFFFFFFF
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+WEYL = (0x9E3779B9, 0xBB67AE85)
+
+
+@dataclass(frozen=True)
+class RowRng:
+    """One generator per row. `ids` (B) are the samples' positions in the data; `seed` is the run's.
+
+    It has no memory: drawing again gives the same numbers, and a uniform and a normal draw share theirs. For
+    fresh ones draw more at once, or go to another `step`.
+    """
+
+    seed: int
+    stream: str
+    ids: Tensor
+    restart: int = 0
+    step: int = 0
+
+    def at(self, *, restart: int | None = None, step: int | None = None) -> RowRng:
+        """Return the generator of another restart or step."""
+        return replace(
+            self,
+            restart=self.restart if restart is None else restart,
+            step=self.step if step is None else step,
+        )
+
+    def select(self, index: Tensor) -> RowRng:
+        """Return the generators of these rows, by position or mask."""
+        return replace(self, ids=self.ids[index])
+
+    def uniform(self, *shape: int) -> Tensor:
+        """Return float32 draws from [0, 1) in steps of 2**-24, shape (B, *shape)."""
+        return (self._words(math.prod(shape)) >> 8).float().mul_(2.0**-24).view(-1, *shape)
+
+    def normal(self, *shape: int) -> Tensor:
+        """Return float32 standard normal draws (Box-Muller), shape (B, *shape)."""
+        size = math.prod(shape)
+        half = (size + 1) // 2
+        words = self._words(2 * half)
+        radius = ((words[:, :half] >> 8).float() + 0.5).mul_(2.0**-24).log_().mul_(-2).sqrt_()
+        angle = (words[:, half:] >> 8).float().mul_(2.0**-24 * 2 * math.pi)
+        return torch.cat([radius * angle.cos(), radius * angle.sin()], 1)[:, :size].reshape(-1, *shape)
+
+    def integers(self, high: int, *shape: int) -> Tensor:
+        """Return int64 draws from 0 .. high-1, shape (B, *shape); high at most 2**31."""
+        return (self._words(math.prod(shape)) * high >> 32).view(-1, *shape)
+
+    def _words(self, count: int) -> Tensor:
+        """Return `count` 32-bit words per row as int64 (B, count)."""
+        digest = hashlib.sha256(f"{self.seed}/{self.stream}/{self.restart}".encode()).digest()
+        key = [int.from_bytes(digest[i : i + 4], "little") for i in (0, 4)]
+        blocks = torch.arange((count + 3) // 4, device=self.ids.device)[None, :].expand(len(self.ids), -1)
+        ids = self.ids.to(torch.int64)[:, None]
+        words = philox(
+            [
+                blocks,
+                (ids & WORD).expand_as(blocks),
+                ((ids >> 32) & WORD).expand_as(blocks),
+                torch.full_like(blocks, self.step),
+            ],
+            key,
+        )
+        return torch.stack(words, 2).flatten(1)[:, :count]
+
+
+def philox(words: list[Tensor], key: list[int]) -> list[Tensor]:
+    """Return Philox-4x32-10 of four counter words (int64 tensors below 2**32) under two key words."""
+    for _ in range(10):
+        products = [words[0] * MULTIPLIERS[0], words[2] * MULTIPLIERS[1]]
+        low = [p & WORD for p in products]
+        top = [(p >> 32) & WORD for p in products]
+        words = [top[1] ^ words[1] ^ key[0], low[1], top[0] ^ words[3] ^ key[1], low[0]]
+        key = [(k + w) & WORD for k, w in zip(key, WEYL, strict=True)]
+    return words

@@ -1,0 +1,270 @@
+"""Threat models: what an attacker may do to an image. A norm ball around it, inside the [0, 1] box."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from robustkit.errors import UsageError
+from robustkit.shapes import Images, Mask, PerRow
+
+LARGEST = 1e9
+
+
+class Draws(Protocol):
+    """The random numbers a start needs: one independent block per row (see `robustkit.rng`)."""
+
+    def uniform(self, *shape: int) -> Tensor:
+        """Return draws from [0, 1), shape (B, *shape)."""
+
+    def normal(self, *shape: int) -> Tensor:
+        """Return standard normal draws, shape (B, *shape)."""
+
+
+@dataclass(frozen=True)
+class ThreatModel(ABC):
+    """All images within `eps` of the clean one in some norm, and inside [0, 1].
+
+    `eps` is an exact fraction in pixel units of [0, 1]. Membership is exact too: distances are computed in
+    float64 from the stored numbers and compared with `eps` without tolerance, and `project` returns points
+    that pass.
+    """
+
+    eps: Fraction
+    norm: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        """Store eps as a fraction; raise UsageError if it is negative."""
+        object.__setattr__(self, "eps", Fraction(self.eps))
+        if self.eps < 0:
+            raise UsageError(f"threat '{self}': eps must not be negative.")
+        if self.eps > LARGEST:
+            raise UsageError(f"threat of norm {self.norm}: eps is above {LARGEST:g}, larger than any image.")
+
+    @staticmethod
+    def parse(text: str) -> ThreatModel:
+        """Return the threat written as NORM:EPS, e.g. `linf:8/255`, `l2:0.5`, `l1:12`.
+
+        Raises:
+            UsageError: for another form, norm or number.
+        """
+        norm, colon, number = text.strip().partition(":")
+        kinds: dict[str, type[ThreatModel]] = {"linf": Linf, "l2": L2, "l1": L1}
+        kind = kinds.get(norm.strip().lower())
+        if kind is None or not colon:
+            raise UsageError(
+                f"threat {text!r}: write NORM:EPS with a norm of linf, l2 or l1, e.g. linf:8/255 or l2:0.5."
+            )
+        try:
+            eps = Fraction(number.strip())
+        except (ValueError, ZeroDivisionError):
+            raise UsageError(
+                f"threat {text!r}: eps {number!r} is no number; write a fraction or a decimal, e.g. {norm}:8/255."
+            ) from None
+        return kind(eps)
+
+    def __str__(self) -> str:
+        return f"{self.norm}:{self.eps}"
+
+    def distance(self, x_adv: Images, x: Images) -> PerRow:
+        """Return each row's distance, float64."""
+        return self._length((x_adv.double() - x.double()).flatten(1))
+
+    def contains(self, x_adv: Images, x: Images) -> Mask:
+        """Return which rows are inside ball and box, exactly. NaN is outside."""
+        inside_box = ((x_adv >= 0) & (x_adv <= 1)).flatten(1).all(1)
+        return inside_box & (self.distance(x_adv, x) <= self._radius(x))
+
+    def project(self, x_adv: Images, x: Images) -> Images:
+        """Return the nearest points (Euclidean) in the intersection of ball and box.
+
+        Rows already inside come back bit for bit. Others end inside for certain: whatever rounding to the
+        image's dtype would add to a coordinate is taken off again.
+        """
+        x_adv = x_adv.to(x.dtype)
+        shift = x_adv.double() - x.double()
+        low, high = -x.double(), 1 - x.double()
+        moved = self._clip(shift.flatten(1), low.flatten(1), high.flatten(1)).view_as(shift)
+        nearest = (x.double() + moved).to(x.dtype)
+        grown = (nearest.double() - x.double()).abs() > moved.abs()
+        nearest = torch.where(grown, torch.nextafter(nearest, x), nearest).clamp(0, 1)
+        return torch.where(_per_row(self.contains(x_adv, x), x), x_adv, nearest)
+
+    @abstractmethod
+    def ascent(self, gradient: Images, *, density: float = 0.0) -> Images:
+        """Return the direction of unit length that raises a linear loss most; zero where the gradient is.
+
+        Args:
+            gradient: of the loss with respect to the image.
+            density: for l1 only, whose steepest direction is a single coordinate: the share of coordinates,
+                largest gradients first, over which the step is spread evenly (SLIDE, arXiv:1904.13000).
+        """
+
+    @abstractmethod
+    def random_start(self, x: Images, rng: Draws) -> Images:
+        """Return points drawn uniformly from the ball, then projected onto ball and box."""
+
+    @abstractmethod
+    def diameter(self, shape: tuple[int, ...]) -> float:
+        """Return the largest distance between two images of this shape (C, H, W)."""
+
+    @abstractmethod
+    def _length(self, flat: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def _clip(self, shift: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        """Project shifts (B, D), float64, onto the ball and low <= shift <= high, where low <= 0 <= high."""
+
+    def _radius(self, x: Tensor) -> float:
+        """Return eps as a number that float32 holds, rounded down.
+
+        Then a distance that somebody computes in float32 cannot come out above eps either.
+        """
+        near = torch.tensor(float(self.eps), dtype=torch.float32)
+        return float(near if float(near) <= self.eps else near.nextafter(torch.zeros_like(near)))
+
+    def _shrink(self, shift: Tensor) -> Tensor:
+        """Scale shifts (B, D) down to the radius where rounding left them above it.
+
+        The margin is for whoever sums in another order: other hardware, another batch size.
+        """
+        limit = self._radius(shift) * (1 - 1e-12)
+        return shift * (limit / self._length(shift).clamp(min=1e-300)).clamp(max=1)[:, None]
+
+
+@dataclass(frozen=True)
+class Linf(ThreatModel):
+    """Every coordinate may change by eps."""
+
+    norm: ClassVar[str] = "linf"
+
+    def __post_init__(self) -> None:
+        """Refuse eps above 1, which covers every image and is most often a forgotten /255."""
+        super().__post_init__()
+        if self.eps > 1:
+            raise UsageError(
+                f"threat '{self}': eps is in pixel units of [0, 1], so above 1 it allows every image; "
+                f"did you mean linf:{self.eps}/255?"
+            )
+
+    def ascent(self, gradient: Images, *, density: float = 0.0) -> Images:  # noqa: D102
+        return gradient.sign()
+
+    def random_start(self, x: Images, rng: Draws) -> Images:  # noqa: D102
+        shift = (2 * rng.uniform(*x.shape[1:]) - 1) * float(self.eps)
+        return self.project(x + shift.to(x.dtype), x)
+
+    def diameter(self, shape: tuple[int, ...]) -> float:  # noqa: D102
+        return 1.0
+
+    def _length(self, flat: Tensor) -> Tensor:
+        return flat.abs().amax(1)
+
+    def _clip(self, shift: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        radius = self._radius(shift)
+        return torch.clamp(shift, low.clamp(min=-radius), high.clamp(max=radius))
+
+
+@dataclass(frozen=True)
+class L2(ThreatModel):
+    """The Euclidean length of the change is at most eps."""
+
+    norm: ClassVar[str] = "l2"
+
+    def ascent(self, gradient: Images, *, density: float = 0.0) -> Images:  # noqa: D102
+        # Scaled first, so that tiny gradients do not underflow when squared; the largest is then 1.
+        largest = gradient.flatten(1).abs().amax(1)
+        scaled = gradient / _per_row(torch.where(largest == 0, 1.0, largest), gradient)
+        return scaled / _per_row(scaled.flatten(1).norm(dim=1).clamp(min=1), gradient)
+
+    def random_start(self, x: Images, rng: Draws) -> Images:  # noqa: D102
+        # A point drawn evenly from the sphere, less two of its coordinates, is even in the ball.
+        size = math.prod(x.shape[1:])
+        draws = rng.normal(size + 2)
+        shift = float(self.eps) * draws[:, :size] / draws.norm(dim=1, keepdim=True).clamp(min=1e-12)
+        return self.project(x + shift.view(x.shape).to(x.dtype), x)
+
+    def diameter(self, shape: tuple[int, ...]) -> float:  # noqa: D102
+        return math.sqrt(math.prod(shape))
+
+    def _length(self, flat: Tensor) -> Tensor:
+        return flat.square().sum(1).sqrt()
+
+    def _clip(self, shift: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        # The nearest point is clip(s * shift, low, high) with the scale 0 < s <= 1 that gives length eps.
+        # The squared length is piecewise quadratic in s; its pieces end where a coordinate meets its bound.
+        radius = self._radius(shift)
+        bound = torch.where(shift > 0, high, low)
+        meets = torch.where(shift == 0, math.inf, bound / torch.where(shift == 0, 1.0, shift))
+        order = meets.argsort(dim=1)
+        ends = meets.gather(1, order)
+        held = bound.square().gather(1, order).cumsum(1)
+        free = shift.square().gather(1, order).flip(1).cumsum(1).flip(1)
+        held = torch.cat([torch.zeros_like(held[:, :1]), held[:, :-1]], 1)
+        # Piece k has the first k coordinates held and scales up to ends[k].
+        scale = ((radius**2 - held).clamp(min=0) / free.clamp(min=1e-300)).sqrt()
+        piece = (scale <= ends).to(torch.uint8).argmax(1, keepdim=True)
+        outside = torch.clamp(shift, low, high).norm(dim=1, keepdim=True) > radius
+        best = torch.where(outside, scale.gather(1, piece).clamp(max=1.0), 1.0)
+        clipped = torch.clamp(best * shift, low, high)
+        return self._shrink(clipped)
+
+
+@dataclass(frozen=True)
+class L1(ThreatModel):
+    """The absolute changes sum to at most eps."""
+
+    norm: ClassVar[str] = "l1"
+
+    def ascent(self, gradient: Images, *, density: float = 0.0) -> Images:  # noqa: D102
+        size = gradient.flatten(1).abs()
+        count = min(max(1, round(density * size.shape[1])), size.shape[1])
+        top = size.topk(count, dim=1).indices
+        flat = torch.zeros_like(size).scatter(1, top, gradient.flatten(1).sign().gather(1, top))
+        return (flat / flat.abs().sum(1, keepdim=True).clamp(min=1)).view_as(gradient)
+
+    def random_start(self, x: Images, rng: Draws) -> Images:  # noqa: D102
+        # Normalised exponentials, one more than there are coordinates, fill the simplex evenly.
+        size = math.prod(x.shape[1:])
+        draws = rng.uniform(2 * size + 1)
+        weight = -torch.log1p(-draws[:, : size + 1])
+        sign = torch.where(draws[:, size + 1 :] < 0.5, -1.0, 1.0)
+        shift = float(self.eps) * sign * weight[:, :size] / weight.sum(1, keepdim=True).clamp(min=1e-30)
+        return self.project(x + shift.view(x.shape).to(x.dtype), x)
+
+    def diameter(self, shape: tuple[int, ...]) -> float:  # noqa: D102
+        return float(math.prod(shape))
+
+    def _length(self, flat: Tensor) -> Tensor:
+        return flat.abs().sum(1)
+
+    def _clip(self, shift: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        # The nearest point has sizes min(max(|shift| - t, 0), room) with the threshold t >= 0 that makes
+        # them sum to eps. The sum falls piecewise linearly in t: a coordinate begins to shrink at
+        # |shift| - room and is gone at |shift|.
+        radius = self._radius(shift)
+        size = shift.abs()
+        room = torch.where(shift > 0, high, -low)
+        begins = (size - room).clamp(min=0)
+        knots, order = torch.cat([begins, size], 1).sort(dim=1)
+        change = torch.cat([-torch.ones_like(size), torch.ones_like(size)], 1).gather(1, order)
+        slope = change.cumsum(1)[:, :-1]
+        total = torch.minimum(size, room).sum(1, keepdim=True)
+        sums = torch.cat([total, total + (slope * knots.diff(dim=1)).cumsum(1)], 1)
+        piece = ((sums > radius).sum(1, keepdim=True) - 1).clamp(min=0, max=slope.shape[1] - 1)
+        fall = slope.gather(1, piece)
+        step = (radius - sums.gather(1, piece)) / torch.where(fall == 0, -1.0, fall)
+        threshold = torch.where(total > radius, knots.gather(1, piece) + step, 0.0)
+        sizes = torch.minimum((size - threshold).clamp(min=0), room)
+        return self._shrink(sizes * shift.sign())
+
+
+def _per_row(value: Tensor, like: Tensor) -> Tensor:
+    """Shape a (B,) tensor so that it multiplies rows, whatever the other sizes are."""
+    return value.view(-1, *[1] * (like.dim() - 1))
