@@ -93,11 +93,11 @@ class Foolbox:
 
 
 class _Module(nn.Module):
-    """Foolbox takes nothing but a module."""
+    """Foolbox takes nothing but a module. The model is no child of it, so that its mode stays its own."""
 
     def __init__(self, model: Model) -> None:
         super().__init__()
-        self.model = model
+        self.held = (model,)
 
     def forward(self, x: Images) -> Logits:
-        return self.model(x)
+        return self.held[0](x)

@@ -106,7 +106,7 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):
+        torch.zeros(1, device=device, dtype=torch.float64)  # distances are float64, which mps has not
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError):
         raise UsageError(f"device {name!r} cannot be used here; write auto, cpu, cuda or cuda:1.") from None
     return device

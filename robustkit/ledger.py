@@ -181,12 +181,17 @@ class Ledger:
                     raise _damaged(self._name, f"chunk {number} of stage {stage} does not match its sha256")
                 yield chunk
 
-    def adversarials(self) -> Iterator[tuple[int, int, bytes]]:
-        """Yield position, label and float32 bytes of every fooling image, by position."""
+    def fooled(self) -> list[tuple[int, int, int]]:
+        """Return position, label and what the model says of every fooling image, by position."""
+        query = "SELECT position, label, prediction FROM verdicts WHERE adversarial IS NOT NULL ORDER BY position"
         with _explained(self._name):
-            yield from self._db.execute(
-                "SELECT position, label, adversarial FROM verdicts WHERE adversarial IS NOT NULL ORDER BY position"
-            )
+            return self._db.execute(query).fetchall()
+
+    def adversarials(self) -> Iterator[bytes]:
+        """Yield the float32 bytes of every fooling image, in the same order."""
+        query = "SELECT adversarial FROM verdicts WHERE adversarial IS NOT NULL ORDER BY position"
+        with _explained(self._name):
+            yield from (row[0] for row in self._db.execute(query))
 
     def seal(self) -> None:
         """Fold the write-ahead log in, so that the file stands alone and no longer changes."""

@@ -37,13 +37,14 @@ def dlr(logits: Logits, labels: Labels, targets: Labels | None = None) -> PerRow
     """Difference of logits ratio (Croce & Hein 2020, arXiv:2003.01690): the margin over a gap of logits.
 
     The gap is first minus third largest, or first minus the mean of third and fourth for a target.
-    With fewer classes than that: first minus third (K = 3, targeted), no division (K = 2). The
-    reference stops with an IndexError there.
+    With fewer classes than that: first minus the mean of the other two (K = 3, targeted; over first minus
+    third the loss would stand still at -1 for the last class), no division (K = 2). The reference stops
+    with an IndexError there.
     """
-    top = logits.topk(min(4, logits.shape[1]), dim=1).values
     if logits.shape[1] == 2:
         return margin(logits, labels, targets)
-    low = top[:, 2] if targets is None or logits.shape[1] == 3 else (top[:, 2] + top[:, 3]) / 2
+    top = logits.topk(min(4, logits.shape[1]), dim=1).values
+    low = top[:, 2] if targets is None else top[:, -2:].mean(1)
     return margin(logits, labels, targets) / (top[:, 0] - low + TINY)
 
 

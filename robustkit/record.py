@@ -24,17 +24,9 @@ class Flag:
 
     code: str
     level: str
-    value: float | None
+    value: int | float | None
     meaning: str
     remedy: str
-
-
-class FlagWarning(UserWarning):
-    """How code deep inside a run raises a flag: `warnings.warn(FlagWarning(flag))`."""
-
-    def __init__(self, flag: Flag) -> None:
-        super().__init__(f"{flag.code}: {flag.meaning} ({flag.value}); {flag.remedy}")
-        self.flag = flag
 
 
 @dataclass(frozen=True)
@@ -151,13 +143,13 @@ class Report:
         return {"format": self.format, **json.loads(dumps(body))}
 
     @classmethod
-    def from_json(cls, body: Mapping[str, Any]) -> Report:
+    def from_json(cls, body: Any) -> Report:
         """Return the report of a parsed report.json; UsageError if it is none or of another format."""
         if not isinstance(body, Mapping) or body.get("format") != FORMAT:
             found = body.get("format") if isinstance(body, Mapping) else type(body).__name__
             raise UsageError(f"this report has format {found!r}; this version of robustkit reads {FORMAT}.")
         try:
-            return cls(
+            report = cls(
                 run_id=body["run_id"],
                 spec=RunSpec(**body["spec"]),
                 n=body["n"],
@@ -173,8 +165,13 @@ class Report:
                 environment=body["environment"],
                 files=body.get("files", {}),
             )
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise UsageError(f"this report is damaged: {type(error).__name__} {error}.") from error
+        if len(report.verdicts) != report.n:
+            raise UsageError(
+                f"this report is damaged: it has {len(report.verdicts)} verdicts of {report.n} images."
+            )
+        return report
 
 
 def dumps(value: Any, *, indent: int | None = None) -> str:

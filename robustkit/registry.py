@@ -70,7 +70,7 @@ def attack(
         name: the file's stem, or `stem-…` or `stem:…`.
         paper: the source, e.g. `arXiv:1706.06083`.
         norms: of the threats it can be run in.
-        access: what it needs of the model: `gradient`, `score` or `decision`.
+        access: what it needs of the model: `gradient`, `score`, `decision` or `any`.
         coupled: see `Info`.
         family: see `Info`.
     """

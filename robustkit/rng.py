@@ -23,7 +23,8 @@ WEYL = (0x9E3779B9, 0xBB67AE85)
 class RowRng:
     """One generator per row. `ids` (B) are the samples' positions in the data; `seed` is the run's.
 
-    It has no memory: drawing again gives the same numbers, and a uniform and a normal draw share theirs. For
+    `step` is one number for all rows, or one each (B), so that rows at different steps can draw together. It
+    has no memory: drawing again gives the same numbers, and a uniform and a normal draw share theirs. For
     fresh ones draw more at once, or go to another `step`.
     """
 
@@ -31,9 +32,9 @@ class RowRng:
     stream: str
     ids: Tensor
     restart: int = 0
-    step: int = 0
+    step: int | Tensor = 0
 
-    def at(self, *, restart: int | None = None, step: int | None = None) -> RowRng:
+    def at(self, *, restart: int | None = None, step: int | Tensor | None = None) -> RowRng:
         """Return the generator of another restart or step."""
         return replace(
             self,
@@ -43,7 +44,8 @@ class RowRng:
 
     def select(self, index: Tensor) -> RowRng:
         """Return the generators of these rows, by position or mask."""
-        return replace(self, ids=self.ids[index])
+        step = self.step[index] if isinstance(self.step, Tensor) else self.step
+        return replace(self, ids=self.ids[index], step=step)
 
     def uniform(self, *shape: int) -> Tensor:
         """Return float32 draws from [0, 1) in steps of 2**-24, shape (B, *shape)."""
@@ -68,12 +70,13 @@ class RowRng:
         key = [int.from_bytes(digest[i : i + 4], "little") for i in (0, 4)]
         blocks = torch.arange((count + 3) // 4, device=self.ids.device)[None, :].expand(len(self.ids), -1)
         ids = self.ids.to(torch.int64)[:, None]
+        step = self.step[:, None] if isinstance(self.step, Tensor) else self.step
         words = philox(
             [
                 blocks,
                 (ids & WORD).expand_as(blocks),
                 ((ids >> 32) & WORD).expand_as(blocks),
-                torch.full_like(blocks, self.step),
+                torch.zeros_like(blocks) + step,
             ],
             key,
         )

@@ -1,103 +1,281 @@
-"""The common shape of iterative attacks: two row-wise pure functions and one loop that runs any of them.
+"""The common shape of iterative attacks: row-wise pure functions and one loop that runs any of them.
 
-An attack gives `init(rows) -> state` and `step(rows, state, logits, gradient) -> state`. A state is a dict of
-tensors with one row per job, the next query point under "x". Nothing in it may look at another row, so a
-scheduler can mix, drop and refill rows freely; `iterate` is the plain loop.
+An attack subclasses `RowWise` and gives `init(rows) -> state` and `step(rows, state, answer) -> state`. A state
+is a dict of tensors with one row per job, the next query point under "x". Nothing in it may look at another
+row, so a scheduler can mix, drop and refill rows freely; `iterate` is the plain loop.
+
+A job is one attempt at one sample: a target (for attacks that try several) and a restart. What it aims at is
+its row's `aim`; whether it has succeeded only the sample's own `goal` and the threat decide.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from robustkit.goal import Goal
 from robustkit.rng import RowRng
-from robustkit.shapes import Images, Logits
-from robustkit.threat import ThreatModel
+from robustkit.shapes import Images, Labels, Logits
+from robustkit.threat import ThreatModel, per_row
 
 Model = Callable[[Images], Logits]
 State = dict[str, Tensor]
 
+# Margins of points that do not succeed stay below a success's, which is infinite.
+LARGEST = 1e300
+
 
 @dataclass(frozen=True)
 class Rows:
-    """What stays the same for a row while it is attacked: the clean image, the goal, the rules, the dice."""
+    """What stays the same for a row while it is attacked: the clean image, the goal, the rules, the dice.
+
+    `aim` is the goal as the attack's loss sees it: with a target of the attack's own where it tries several.
+    """
 
     x: Images
     goal: Goal
     threat: ThreatModel
     rng: RowRng
+    aim: Goal
 
     def select(self, index: Tensor) -> Rows:
         """Return these rows, by position or mask."""
-        return Rows(self.x[index], self.goal.select(index), self.threat, self.rng.select(index))
+        return Rows(
+            self.x[index],
+            self.goal.select(index),
+            self.threat,
+            self.rng.select(index),
+            self.aim.select(index),
+        )
 
 
-class RowWise(Protocol):
-    """An iterative attack: `loss` names what it ascends, `steps` counts its gradients per restart."""
+class Answer(NamedTuple):
+    """What a query tells: logits (B K), the attack's objective (B) or (B M), and its gradient in x.
+
+    The gradient is (B C H W), or (B M C H W) for an objective of M columns. Of rows that asked for none it
+    is zero; without any asking it is x itself, to be ignored.
+    """
+
+    logits: Logits
+    loss: Tensor
+    gradient: Tensor
+
+    def select(self, index: Tensor) -> Answer:
+        """Return the answers to these rows, by position or mask."""
+        return Answer(self.logits[index], self.loss[index], self.gradient[index])
+
+
+class RowWise:
+    """An iterative attack, to be subclassed by a frozen dataclass; the rest follows from `init` and `step`.
+
+    A state may hold two masks (B) that the loop reads: "blind", rows that want no gradient with the next
+    answer; and "last", rows whose attempt ends with the next answer, before its full `length`.
+    """
+
+    __slots__ = ()
 
     @property
-    def steps(self) -> int: ...  # noqa: D102
+    def steps(self) -> int:
+        """How many gradients an attempt takes."""
+        raise NotImplementedError
+
     @property
-    def restarts(self) -> int: ...  # noqa: D102
+    def restarts(self) -> int | None:
+        """How many attempts there are at each target; None leaves it to `attempts`."""
+        return 1
+
     @property
-    def loss(self) -> str: ...  # noqa: D102
+    def loss(self) -> str:
+        """The loss that `objective` is, if it is not overridden."""
+        raise NotImplementedError
+
+    @property
+    def draws(self) -> int:
+        """How often each point is asked for, answers averaged (for random models)."""
+        return 1
+
+    @property
+    def blind(self) -> bool:
+        """Whether no answer needs a gradient."""
+        return False
+
+    @property
+    def strays(self) -> bool:
+        """Whether queries may lie outside the threat, where they cannot count."""
+        return False
+
+    def attempts(self, norm: str) -> tuple[int, int]:
+        """Return the number of targets (0: the goal's own) and of restarts for each."""
+        return 0, self.restarts or 1
+
+    def length(self, norm: str) -> int:
+        """Return the most steps that an attempt takes; it asks one answer more."""
+        return self.steps
 
     def init(self, rows: Rows) -> State:
         """Return the state before the first query."""
+        raise NotImplementedError
 
-    def step(self, rows: Rows, state: State, logits: Logits, gradient: Images) -> State:
+    def objective(self, rows: Rows, logits: Logits) -> Tensor:
+        """Return what the attack wants the gradient of, (B) or (B M)."""
+        return rows.aim.loss(logits, self.loss)
+
+    def step(self, rows: Rows, state: State, answer: Answer) -> State:
         """Return the state after the answer to the query at state["x"]."""
+        raise NotImplementedError
+
+    def __call__(self, model: Model, x: Images, goal: Goal, threat: ThreatModel, *, rng: RowRng) -> Images:
+        """Return for each row its first success, else its point of highest margin in the threat."""
+        return iterate(self, model, x, goal, threat, rng)
+
+    def budget(self, num_classes: int, norm: str) -> int:
+        """Return the most forwards that one image costs."""
+        targets, restarts = self.attempts(norm)
+        jobs = min(max(targets, 1), num_classes - 1) * restarts
+        return (targets > 0) + jobs * (self.length(norm) + 1) * self.draws
 
 
 def iterate(attack: RowWise, model: Model, x: Images, goal: Goal, threat: ThreatModel, rng: RowRng) -> Images:
-    """Run an iterative attack; return for each row its first success, else its point of highest loss.
+    """Run an iterative attack; return for each row its first success, else its point of highest margin.
 
-    A row that succeeds leaves at once. Costs at most `restarts * (steps + 1)` forwards and
-    `restarts * steps` backwards per row.
+    The points are inside the threat, the clean image where no query was. A row that succeeds leaves at once.
+    Costs at most `attack.budget` forwards per row, and a backward for all but one of an attempt's.
     """
     x = x.detach()
-    result = x.clone()
-    best = torch.full((len(x),), -torch.inf, dtype=x.dtype, device=x.device)
+    found = _Found(x.clone(), torch.full((len(x),), -torch.inf, dtype=torch.float64, device=x.device))
+    targets, restarts = attack.attempts(threat.norm)
+    ranked = None
     open_rows = torch.arange(len(x), device=x.device)
-    if not len(x):
-        return result
-    for restart in range(attack.restarts):
-        rows = Rows(x, goal, threat, rng.at(restart=restart)).select(open_rows)
-        state = attack.init(rows)
-        for step in range(attack.steps + 1):
-            logits, loss, gradient = query(model, state["x"], rows.goal, attack.loss, step < attack.steps)
-            reached = rows.goal.reached(logits)
-            better = reached | (loss > best[open_rows])
-            result[open_rows[better]] = state["x"][better]
-            best[open_rows[better]] = loss[better].to(best.dtype)
-            if reached.any():
-                stay = ~reached
-                open_rows, rows = open_rows[stay], rows.select(stay)
-                if not len(open_rows):
-                    return result
-                state = {name: rows_of[stay] for name, rows_of in state.items()}
-                logits, gradient = logits[stay], gradient[stay]
-            if step < attack.steps:
-                rows = Rows(rows.x, rows.goal, threat, rows.rng.at(step=step + 1))
-                state = attack.step(rows, state, logits, gradient)
-    return result
+    if targets and goal.targets is None and len(x):
+        with torch.no_grad():
+            logits = model(x).detach()
+        ranked = rank(logits, goal.labels, targets)
+        reached = goal.reached(logits)
+        found.margin[reached] = torch.inf
+        open_rows = open_rows[~reached]
+    for job in range(restarts * (1 if ranked is None else ranked.shape[1])):
+        if not len(open_rows):
+            break
+        aim = goal if ranked is None else Goal(goal.labels, ranked[:, job // restarts])
+        rows = Rows(x, goal, threat, rng.at(restart=job), aim).select(open_rows)
+        _attempt(attack, model, rows, open_rows, found)
+        open_rows = open_rows[found.margin[open_rows] < torch.inf]
+    return found.x
 
 
-def query(
-    model: Model, x: Images, goal: Goal, loss: str, with_gradient: bool = True
-) -> tuple[Logits, Tensor, Images]:
-    """Return logits, loss (B) and the loss's gradient in x, by one forward and at most one backward pass.
+@dataclass
+class _Found:
+    """The best point of each sample so far, and its margin: infinite for a success."""
 
-    Without `with_gradient` the gradient comes back as `x` itself, to be ignored.
-    """
+    x: Images
+    margin: Tensor
+
+    def offer(self, at: Tensor, x: Images, margin: Tensor) -> None:
+        """Take over the points of these samples where they are better."""
+        better = margin > self.margin[at]
+        self.x[at] = torch.where(per_row(better, x), x, self.x[at])
+        self.margin[at] = torch.where(better, margin, self.margin[at])
+
+
+def _attempt(attack: RowWise, model: Model, rows: Rows, at: Tensor, found: _Found) -> None:
+    """Run one job of each row; `at` are the rows' places in `found`."""
+    state = attack.init(rows)
+    best = state["x"]
+    margin = torch.full((len(at),), -torch.inf, dtype=torch.float64, device=at.device)
+    length = attack.length(rows.threat.norm)
+    for step in range(length + 1):
+        answer = _ask(attack, model, rows, state, step < length)
+        reached = rows.goal.reached(answer.logits)
+        short = rows.goal.loss(answer.logits, "margin").double().clamp(max=LARGEST)
+        now = torch.where(reached, torch.inf, short)
+        if attack.strays:
+            now = torch.where(rows.threat.contains(state["x"], rows.x), now, -torch.inf)
+        better = now > margin
+        best = torch.where(per_row(better, best), state["x"], best)
+        margin = torch.where(better, now, margin)
+        leave = margin == torch.inf
+        if "last" in state:
+            leave = leave | state["last"]
+        if leave.any():
+            found.offer(at[leave], best[leave], margin[leave])
+            stay = (~leave).nonzero()[:, 0]
+            if not len(stay):
+                return
+            at, rows, answer = at[stay], rows.select(stay), answer.select(stay)
+            best, margin = best[stay], margin[stay]
+            state = {name: rows_of[stay] for name, rows_of in state.items()}
+        if step < length:
+            rows = replace(rows, rng=rows.rng.at(step=step + 1))
+            state = attack.step(rows, state, answer)
+    found.offer(at, best, margin)
+
+
+def rank(logits: Logits, labels: Labels, count: int) -> Labels:
+    """Return the likeliest classes other than the label, best first, (B, min(count, K - 1))."""
+    others = logits.scatter(1, labels[:, None], -torch.inf)
+    return others.sort(dim=1, descending=True, stable=True).indices[:, : min(count, logits.shape[1] - 1)]
+
+
+def query(model: Model, x: Images, goal: Goal, loss: str, with_gradient: bool = True) -> Answer:
+    """Return logits, loss (B) and the loss's gradient in x, by one forward and at most one backward pass."""
+    return _query(model, x, lambda logits: goal.loss(logits, loss), with_gradient)
+
+
+def _ask(attack: RowWise, model: Model, rows: Rows, state: State, with_gradient: bool) -> Answer:
+    """Return the answers at state["x"]: rows that want no gradient go without, the others with."""
+    x = state["x"]
+    blind = state.get("blind")
+    if blind is None or not with_gradient or attack.blind:
+        return _average(attack, model, rows, x, with_gradient and not attack.blind)
+    without, wanting = blind.nonzero()[:, 0], (~blind).nonzero()[:, 0]
+    if not len(without) or not len(wanting):
+        return _average(attack, model, rows, x, not len(without))
+    parts = [
+        _average(attack, model, rows.select(index), x[index], bool(wants))
+        for wants, index in enumerate((without, wanting))
+    ]
+    order = torch.cat([without, wanting]).argsort()
+    gradient = parts[1].gradient.new_zeros(len(x), *parts[1].gradient.shape[1:])
+    return Answer(
+        torch.cat([parts[0].logits, parts[1].logits])[order],
+        torch.cat([parts[0].loss, parts[1].loss])[order],
+        gradient.index_copy(0, wanting, parts[1].gradient),
+    )
+
+
+def _average(attack: RowWise, model: Model, rows: Rows, x: Images, with_gradient: bool) -> Answer:
+    """Return the mean of as many answers as the attack wants."""
+
+    def objective(logits: Logits) -> Tensor:
+        return attack.objective(rows, logits)
+
+    first = _query(model, x, objective, with_gradient)
+    if attack.draws == 1:
+        return first
+    answers = [first, *(_query(model, x, objective, with_gradient) for _ in range(attack.draws - 1))]
+    return Answer(*(torch.stack(parts).mean(0) for parts in zip(*answers, strict=True)))
+
+
+def _query(model: Model, x: Images, objective: Callable[[Logits], Tensor], with_gradient: bool) -> Answer:
     with torch.set_grad_enabled(with_gradient):
         x = x.detach().requires_grad_(with_gradient)
         logits = model(x)
-        value = goal.loss(logits, loss)
-    gradient = torch.autograd.grad(value.sum(), x)[0] if with_gradient else x
-    return logits.detach(), value.detach(), gradient
+        value = objective(logits)
+        if not with_gradient:
+            gradient = x
+        elif value.dim() == 1:
+            gradient = torch.autograd.grad(value.sum(), x)[0]
+        else:
+            columns = value.sum(0)
+            gradient = torch.stack(
+                [
+                    torch.autograd.grad(column, x, retain_graph=number + 1 < len(columns))[0]
+                    for number, column in enumerate(columns)
+                ],
+                1,
+            )
+    return Answer(logits.detach(), value.detach(), gradient)

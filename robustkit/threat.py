@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -16,7 +17,11 @@ from robustkit.shapes import Images, Mask, PerRow
 
 LARGEST = 1e9
 
+# Takes shifts (B, D), float64, into ball and box: (shift, low, high, radius (B, 1)), where low <= 0 <= high.
+Clip = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
+
+@runtime_checkable
 class Draws(Protocol):
     """The random numbers a start needs: one independent block per row (see `robustkit.rng`)."""
 
@@ -40,8 +45,8 @@ class ThreatModel(ABC):
     norm: ClassVar[str]
 
     def __post_init__(self) -> None:
-        """Store eps as a fraction; raise UsageError if it is negative."""
-        object.__setattr__(self, "eps", Fraction(self.eps))
+        """Store eps as a fraction, a float by its shortest decimal; raise UsageError if it is negative."""
+        object.__setattr__(self, "eps", Fraction(str(self.eps)))
         if self.eps < 0:
             raise UsageError(f"threat '{self}': eps must not be negative.")
         if self.eps > LARGEST:
@@ -70,31 +75,54 @@ class ThreatModel(ABC):
         return kind(eps)
 
     def __str__(self) -> str:
-        return f"{self.norm}:{self.eps}"
+        decimal = f"{float(self.eps):.6g}"
+        return f"{self.norm}:{decimal if Fraction(decimal) == self.eps else self.eps}"
 
     def distance(self, x_adv: Images, x: Images) -> PerRow:
         """Return each row's distance, float64."""
         return self._length((x_adv.double() - x.double()).flatten(1))
 
-    def contains(self, x_adv: Images, x: Images) -> Mask:
-        """Return which rows are inside ball and box, exactly. NaN is outside."""
-        inside_box = ((x_adv >= 0) & (x_adv <= 1)).flatten(1).all(1)
-        return inside_box & (self.distance(x_adv, x) <= self._radius(x))
+    def contains(self, x_adv: Images, x: Images, radius: PerRow | None = None) -> Mask:
+        """Return which rows are inside ball and box, exactly. NaN is outside.
 
-    def project(self, x_adv: Images, x: Images) -> Images:
+        Args:
+            x_adv: the points.
+            x: the clean images.
+            radius: one for each row, if not eps.
+        """
+        inside_box = ((x_adv >= 0) & (x_adv <= 1)).flatten(1).all(1)
+        return inside_box & (self.distance(x_adv, x) <= self._radii(x, radius))
+
+    @abstractmethod
+    def project(self, x_adv: Images, x: Images, radius: PerRow | None = None) -> Images:
         """Return the nearest points (Euclidean) in the intersection of ball and box.
 
         Rows already inside come back bit for bit. Others end inside for certain: whatever rounding to the
         image's dtype would add to a coordinate is taken off again.
+
+        Args:
+            x_adv: the points.
+            x: the clean images.
+            radius: one for each row, if not eps.
         """
+
+    def retract(self, x_adv: Images, x: Images, radius: PerRow | None = None) -> Images:
+        """Return points in the intersection as `project` does, though in l2 not the nearest.
+
+        In l2 the change is scaled to the radius and then clipped to the box, which takes no sorting.
+        """
+        return self.project(x_adv, x, radius)
+
+    def _into(self, x_adv: Images, x: Images, radius: PerRow | None, clip: Clip) -> Images:
         x_adv = x_adv.to(x.dtype)
         shift = x_adv.double() - x.double()
         low, high = -x.double(), 1 - x.double()
-        moved = self._clip(shift.flatten(1), low.flatten(1), high.flatten(1)).view_as(shift)
+        radii = self._radii(x, radius)
+        moved = clip(shift.flatten(1), low.flatten(1), high.flatten(1), radii[:, None]).view_as(shift)
         nearest = (x.double() + moved).to(x.dtype)
         grown = (nearest.double() - x.double()).abs() > moved.abs()
         nearest = torch.where(grown, torch.nextafter(nearest, x), nearest).clamp(0, 1)
-        return torch.where(_per_row(self.contains(x_adv, x), x), x_adv, nearest)
+        return torch.where(per_row(self.contains(x_adv, x, radius), x), x_adv, nearest)
 
     @abstractmethod
     def ascent(self, gradient: Images, *, density: float = 0.0) -> Images:
@@ -117,25 +145,28 @@ class ThreatModel(ABC):
     @abstractmethod
     def _length(self, flat: Tensor) -> Tensor: ...
 
-    @abstractmethod
-    def _clip(self, shift: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        """Project shifts (B, D), float64, onto the ball and low <= shift <= high, where low <= 0 <= high."""
+    def _radii(self, x: Tensor, radius: PerRow | None) -> PerRow:
+        """Return the rows' radii, float64."""
+        if radius is None:
+            return torch.full((len(x),), self.radius, dtype=torch.float64, device=x.device)
+        return radius.double()
 
-    def _radius(self, x: Tensor) -> float:
-        """Return eps as a number that float32 holds, rounded down.
+    @property
+    def radius(self) -> float:
+        """Eps as a number that float32 holds, rounded down.
 
         Then a distance that somebody computes in float32 cannot come out above eps either.
         """
         near = torch.tensor(float(self.eps), dtype=torch.float32)
         return float(near if float(near) <= self.eps else near.nextafter(torch.zeros_like(near)))
 
-    def _shrink(self, shift: Tensor) -> Tensor:
-        """Scale shifts (B, D) down to the radius where rounding left them above it.
+    def _shrink(self, shift: Tensor, radius: Tensor) -> Tensor:
+        """Scale shifts (B, D) down to the radius (B, 1) where they are above it, if only by rounding.
 
         The margin is for whoever sums in another order: other hardware, another batch size.
         """
-        limit = self._radius(shift) * (1 - 1e-12)
-        return shift * (limit / self._length(shift).clamp(min=1e-300)).clamp(max=1)[:, None]
+        length = self._length(shift)[:, None].clamp(min=1e-300)
+        return shift * (radius * (1 - 1e-12) / length).clamp(max=1)
 
 
 @dataclass(frozen=True)
@@ -166,9 +197,14 @@ class Linf(ThreatModel):
     def _length(self, flat: Tensor) -> Tensor:
         return flat.abs().amax(1)
 
-    def _clip(self, shift: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        radius = self._radius(shift)
-        return torch.clamp(shift, low.clamp(min=-radius), high.clamp(max=radius))
+    def project(self, x_adv: Images, x: Images, radius: PerRow | None = None) -> Images:  # noqa: D102
+        # Each coordinate has its own interval, whose ends the image's dtype holds: no distance is needed.
+        exact, radii = x.double(), per_row(self._radii(x, radius), x)
+        low = (exact - radii).clamp(min=0).to(x.dtype)
+        high = (exact + radii).clamp(max=1).to(x.dtype)
+        low = torch.where(exact - low.double() > radii, torch.nextafter(low, x), low)
+        high = torch.where(high.double() - exact > radii, torch.nextafter(high, x), high)
+        return x_adv.to(x.dtype).clamp(low, high)
 
 
 @dataclass(frozen=True)
@@ -180,8 +216,8 @@ class L2(ThreatModel):
     def ascent(self, gradient: Images, *, density: float = 0.0) -> Images:  # noqa: D102
         # Scaled first, so that tiny gradients do not underflow when squared; the largest is then 1.
         largest = gradient.flatten(1).abs().amax(1)
-        scaled = gradient / _per_row(torch.where(largest == 0, 1.0, largest), gradient)
-        return scaled / _per_row(scaled.flatten(1).norm(dim=1).clamp(min=1), gradient)
+        scaled = gradient / per_row(torch.where(largest == 0, 1.0, largest), gradient)
+        return scaled / per_row(scaled.flatten(1).norm(dim=1).clamp(min=1), gradient)
 
     def random_start(self, x: Images, rng: Draws) -> Images:  # noqa: D102
         # A point drawn evenly from the sphere, less two of its coordinates, is even in the ball.
@@ -196,10 +232,18 @@ class L2(ThreatModel):
     def _length(self, flat: Tensor) -> Tensor:
         return flat.square().sum(1).sqrt()
 
-    def _clip(self, shift: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    def project(self, x_adv: Images, x: Images, radius: PerRow | None = None) -> Images:  # noqa: D102
+        return self._into(x_adv, x, radius, self._clip)
+
+    def retract(self, x_adv: Images, x: Images, radius: PerRow | None = None) -> Images:  # noqa: D102
+        def clip(shift: Tensor, low: Tensor, high: Tensor, radius: Tensor) -> Tensor:
+            return torch.clamp(self._shrink(shift, radius), low, high)
+
+        return self._into(x_adv, x, radius, clip)
+
+    def _clip(self, shift: Tensor, low: Tensor, high: Tensor, radius: Tensor) -> Tensor:
         # The nearest point is clip(s * shift, low, high) with the scale 0 < s <= 1 that gives length eps.
         # The squared length is piecewise quadratic in s; its pieces end where a coordinate meets its bound.
-        radius = self._radius(shift)
         bound = torch.where(shift > 0, high, low)
         meets = torch.where(shift == 0, math.inf, bound / torch.where(shift == 0, 1.0, shift))
         order = meets.argsort(dim=1)
@@ -213,7 +257,7 @@ class L2(ThreatModel):
         outside = torch.clamp(shift, low, high).norm(dim=1, keepdim=True) > radius
         best = torch.where(outside, scale.gather(1, piece).clamp(max=1.0), 1.0)
         clipped = torch.clamp(best * shift, low, high)
-        return self._shrink(clipped)
+        return self._shrink(clipped, radius)
 
 
 @dataclass(frozen=True)
@@ -244,11 +288,13 @@ class L1(ThreatModel):
     def _length(self, flat: Tensor) -> Tensor:
         return flat.abs().sum(1)
 
-    def _clip(self, shift: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    def project(self, x_adv: Images, x: Images, radius: PerRow | None = None) -> Images:  # noqa: D102
+        return self._into(x_adv, x, radius, self._clip)
+
+    def _clip(self, shift: Tensor, low: Tensor, high: Tensor, radius: Tensor) -> Tensor:
         # The nearest point has sizes min(max(|shift| - t, 0), room) with the threshold t >= 0 that makes
         # them sum to eps. The sum falls piecewise linearly in t: a coordinate begins to shrink at
         # |shift| - room and is gone at |shift|.
-        radius = self._radius(shift)
         size = shift.abs()
         room = torch.where(shift > 0, high, -low)
         begins = (size - room).clamp(min=0)
@@ -262,9 +308,9 @@ class L1(ThreatModel):
         step = (radius - sums.gather(1, piece)) / torch.where(fall == 0, -1.0, fall)
         threshold = torch.where(total > radius, knots.gather(1, piece) + step, 0.0)
         sizes = torch.minimum((size - threshold).clamp(min=0), room)
-        return self._shrink(sizes * shift.sign())
+        return self._shrink(sizes * shift.sign(), radius)
 
 
-def _per_row(value: Tensor, like: Tensor) -> Tensor:
-    """Shape a (B,) tensor so that it multiplies rows, whatever the other sizes are."""
+def per_row(value: Tensor, like: Tensor) -> Tensor:
+    """Shape a (B,) tensor so that it works on the rows of `like`, whatever the other sizes are."""
     return value.view(-1, *[1] * (like.dim() - 1))

@@ -23,15 +23,14 @@ def run(arguments: list[str]) -> int:
 
     command = typer.main.get_command(app)
     try:
-        return int(command.main(arguments, prog_name="robustkit", standalone_mode=False) or DONE)
+        code = int(command.main(arguments, prog_name="robustkit", standalone_mode=False) or DONE)
     except RobustkitError as error:
         if "--debug" in arguments:
             raise
         print(f"error: {error}", file=sys.stderr)
         return FAILED if isinstance(error, RunError) else USAGE
     except (KeyboardInterrupt, typer.Abort):
-        print("interrupted; the same command resumes", file=sys.stderr)
-        return INTERRUPTED
+        code = INTERRUPTED
     except BrokenPipeError:
         # Whoever read the output has left; keep Python from complaining about it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -42,3 +41,6 @@ def run(arguments: list[str]) -> int:
             raise
         print(f"error: {show()}", file=sys.stderr)
         return USAGE
+    if code == INTERRUPTED:  # newer versions of typer return it, older ones raise
+        print("interrupted; the same command resumes", file=sys.stderr)
+    return code

@@ -67,7 +67,11 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="Run folder [default: runs/evaluate-ID].")] = None,
     data_root: DataRoot = None,
     download: Annotated[bool, typer.Option("--download", help="Fetch the data set if it is absent.")] = False,
+    no_html: Annotated[bool, typer.Option("--no-html", help="Write no report.html into the folder.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print report.json instead of the table.")] = False,
+    fail_under: Annotated[
+        float | None, typer.Option(metavar="SHARE", help="Exit with 1 if robust accuracy is below, e.g. 0.45.")
+    ] = None,
     debug: Debug = False,
 ) -> int:
     """Attack a model; print and store how much of its accuracy stands. The same command resumes.
@@ -93,7 +97,9 @@ def evaluate(
         out=out,
         data_root=data_root,
         download=download,
+        with_page=not no_html,
         as_json=json,
+        fail_under=fail_under,
     )
 
 
@@ -116,6 +122,94 @@ def verify(
     from robustkit.cli.verify import verify as work
 
     return work(folder, model=model, data=data, device=device, data_root=data_root)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A finished run's folder.")],
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the page there.")] = None,
+    png: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a card of 1200 x 630 there.")] = None,
+    debug: Debug = False,
+) -> int:
+    """Make a page of a finished run: one HTML file that needs nothing else, or a PNG card.
+
+    Without flags: print the table again and write DIR/report.html. Reads only the run folder.
+
+    \b
+    robustkit report runs/evaluate-3f9c21ab
+    robustkit report runs/evaluate-3f9c21ab --html page.html --png card.png
+    """
+    from robustkit.cli.report import report as work
+
+    return work(folder, html=html, png=png)
+
+
+@app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(metavar="DIR", help="A finished run's folder: A.")],
+    b: Annotated[Path, typer.Argument(metavar="DIR", help="Another over the same images: B.")],
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    debug: Debug = False,
+) -> int:
+    """Compare two runs over the same images: paired difference, McNemar's test, who loses which image.
+
+    \b
+    robustkit compare runs/evaluate-3f9c21ab runs/evaluate-77d0e4b2
+    """
+    from robustkit.cli.compare import compare as work
+
+    return work(a, b, as_json=json)
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A finished run's folder.")],
+    csv: Annotated[Path | None, typer.Option(metavar="FILE", help="Write CSV there.")] = None,
+    parquet: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write Parquet there; needs pyarrow.")
+    ] = None,
+    debug: Debug = False,
+) -> int:
+    """Write a run's verdicts as a table, one row per image.
+
+    \b
+    robustkit export runs/evaluate-3f9c21ab --csv verdicts.csv
+    """
+    from robustkit.cli.export import export as work
+
+    return work(folder, csv=csv, parquet=parquet)
+
+
+@app.command()
+def doctor(
+    model: Annotated[str | None, typer.Argument(help="The model; without one the machine is examined.")] = None,
+    data: Annotated[str | None, typer.Option(help="NAME[:SPLIT], folder:PATH or FILE.npz.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Look at the first N images [default: 64].")] = None,
+    threat: Annotated[str | None, typer.Option(help="NORM:EPS [default: the data's usual one]")] = None,
+    device: Device = "auto",
+    data_root: DataRoot = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    debug: Debug = False,
+) -> int:
+    """Look for reasons not to trust an evaluation of a model, in seconds.
+
+    Without a model: versions, device, and a test of the machine against distances known in closed form.
+
+    \b
+    robustkit doctor
+    robustkit doctor ./my_net.py:build@w.pt --data test.npz --threat linf:8/255
+    """
+    from robustkit.cli.doctor import doctor as work
+
+    return work(
+        model,
+        data=data,
+        limit=limit,
+        threat=threat,
+        device=device,
+        data_root=data_root,
+        as_json=json,
+    )
 
 
 @app.command("list")

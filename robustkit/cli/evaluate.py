@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 from rich.console import Console
 
-from robustkit.api import pick_device
 from robustkit.cli.progress import Display
-from robustkit.data import load_data
-from robustkit.data.catalog import CATALOG
+from robustkit.cli.report import write_page
+from robustkit.cli.subject import Subject
 from robustkit.engine.evaluate import Evaluation
+from robustkit.engine.folder import PAGE
 from robustkit.errors import UsageError
-from robustkit.models import load_model
-from robustkit.models.strings import ModelString
-from robustkit.report.table import show
-from robustkit.threat import ThreatModel
-
-# What `robustkit evaluate` with nothing else looks at: sized to end within a minute on two cores.
-BUILT_IN = "robustkit:digits-cnn"
-BUILT_IN_LIMIT = 128
+from robustkit.report.table import percent, show
 
 
 def evaluate(
@@ -37,35 +31,37 @@ def evaluate(
     out: Path | None,
     data_root: Path | None,
     download: bool,
+    with_page: bool,
     as_json: bool,
+    fail_under: float | None,
 ) -> int:
-    """Run the verb; return the exit code."""
-    if data is None:
-        if str(ModelString.parse(model)) != BUILT_IN:
-            raise UsageError(f"no data for {model}; write --data, e.g. --data cifar10:test or --data test.npz.")
-        data, limit = "digits:test", limit or BUILT_IN_LIMIT
-    usual = CATALOG[data.partition(":")[0]].threat if data.partition(":")[0] in CATALOG else None
-    if threat is None and usual is None:
-        raise UsageError(f"{data} has no usual threat; write --threat NORM:EPS, e.g. --threat linf:8/255.")
-    rules = ThreatModel.parse(threat or str(usual))
-    place = pick_device(device)
-    classifier = load_model(model, device=place)
+    """Run the verb; return 1 if the robust accuracy is below `fail_under`, else 0."""
+    if fail_under is not None and not 0 <= fail_under <= 1:
+        raise UsageError(f"--fail-under {fail_under:g}: write a share from 0 to 1, e.g. 0.45 for 45 %.")
+    subject = Subject.load(model, data, limit, threat, device, data_root, download)
     plan = Evaluation(
-        model=classifier,
-        samples=load_data(data, root=data_root, download=download, preprocess=classifier.preprocess).head(limit),
-        threat=rules,
+        model=subject.model,
+        samples=subject.samples,
+        threat=subject.threat,
         suite=suite,
         seed=seed,
-        device=place,
+        device=subject.device,
         precision=precision,
         batch_size=_batch_size(batch_size),
     )
     folder = out or Path("runs") / f"evaluate-{plan.spec.run_id}"
     report = plan.run(folder, Display())
+    if with_page:
+        write_page(folder, report)
     if as_json:
         print(json.dumps(report.to_json(), indent=2))
     else:
-        show(report, Console(), f"robustkit verify {folder}")
+        page = folder / PAGE
+        show(report, Console(), f"robustkit verify {folder}", page if page.exists() else None)
+    if fail_under is not None and report.robust_accuracy.value < fail_under:
+        found = percent(report.robust_accuracy.value)
+        print(f"robust accuracy {found} is below --fail-under {percent(fail_under)}", file=sys.stderr)
+        return 1
     return 0
 
 

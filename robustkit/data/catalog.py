@@ -61,7 +61,7 @@ CATALOG: dict[str, Entry] = {
         _named(
             "digits",
             "scikit-learn's handwritten digits, built in",
-            "linf:0.1",
+            "linf:0.15",
             10,
             (1, 8, 8),
             needs_root=False,

@@ -11,16 +11,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from robustkit import checks, registry
+from robustkit import registry
+from robustkit.checks.run import TRAINING_MODE
+from robustkit.checks.strength import scores_beat_gradients
 from robustkit.data.samples import Samples
-from robustkit.engine import folder
+from robustkit.engine import examples, folder
 from robustkit.engine.environment import environment
-from robustkit.engine.isolation import evaluation_mode
 from robustkit.engine.meter import DTYPES, Meter
 from robustkit.engine.progress import Progress
 from robustkit.engine.tally import Tally
 from robustkit.engine.worker import Worker
 from robustkit.errors import RunError, UsageError
+from robustkit.isolation import evaluation_mode
 from robustkit.ledger import Ledger
 from robustkit.models.classifier import Classifier
 from robustkit.record import Report, RunSpec, dumps
@@ -144,21 +146,21 @@ class Evaluation:
         return tally, meter, was_training
 
     def _finish(self, ledger: Ledger, tally: Tally, meter: Meter, was_training: bool, out: Path | None) -> Report:
-        flags = checks.after(tally.stages())
+        access = ["", *(attack.info.access for attack in self.attacks)]
+        flags = scores_beat_gradients(tally.stages(), access)
         if was_training:
-            flags.append(checks.TRAINING_MODE)
-        rows = folder.Adversarials(
-            index=np.array([row[0] for row in ledger.adversarials()], np.int64),
-            labels=np.array([row[1] for row in ledger.adversarials()], np.int64),
-            shape=tuple(self.samples.images([0]).shape[1:]),
-            images=lambda: (row[2] for row in ledger.adversarials()),
-        )
+            flags.append(TRAINING_MODE)
+        index, labels, predictions = np.array(ledger.fooled(), np.int64).reshape(-1, 3).T
+        shape = tuple(self.samples.images([0]).shape[1:])
+        rows = folder.Adversarials(index, labels, shape, ledger.adversarials)
         surroundings = environment(self.device, self._precision, meter.piece)
         if out is None:
             return replace(tally.report(self.spec, flags, surroundings, {}), adversarial=rows.arrays())
         folder.write_adversarial(out, rows)
+        chosen = examples.choose(rows.index, tally.fell, tally.margins)
+        folder.write_examples(out, examples.arrays(rows, predictions, chosen, self.samples, self.threat))
         ledger.seal()
-        seals = {name: folder.sha256(out / name) for name in (folder.SPEC, folder.LEDGER, folder.ADVERSARIAL)}
+        seals = {name: folder.sha256(out / name) for name in folder.SEALED}
         report = tally.report(self.spec, flags, surroundings, seals)
         folder.write(out / folder.REPORT, (dumps(report.to_json(), indent=2) + "\n").encode())
         return report

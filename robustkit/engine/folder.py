@@ -20,6 +20,9 @@ from robustkit.errors import RunError, UsageError
 from robustkit.record import Report, RunSpec, dumps
 
 SPEC, LEDGER, REPORT, ADVERSARIAL = "spec.json", "ledger.sqlite", "report.json", "adversarial.npz"
+EXAMPLES, PAGE = "examples.npz", "report.html"
+EXAMPLE_ARRAYS = ("index", "distance", "prediction", "shown", "hard", "clean", "adversarial", "shape", "classes")
+SEALED = (SPEC, LEDGER, ADVERSARIAL, EXAMPLES)
 
 
 @dataclass(frozen=True)
@@ -139,6 +142,29 @@ def read_adversarial(path: Path) -> dict[str, np.ndarray]:
         raise UsageError(f"{path / ADVERSARIAL} is missing.") from None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise UsageError(f"{path / ADVERSARIAL} cannot be read: {error}.") from error
+
+
+def write_examples(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write examples.npz (see `robustkit.engine.examples`). Same arrays, same bytes."""
+    with _draft(path / EXAMPLES) as file, zipfile.ZipFile(file, "w") as archive:
+        for name, array in arrays.items():
+            with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w") as member:
+                np.lib.format.write_array(member, array, allow_pickle=False)
+
+
+def read_examples(path: Path, report: Report) -> dict[str, np.ndarray] | None:
+    """Return the arrays of examples.npz, None where a run has none; UsageError if it is damaged."""
+    file = path / EXAMPLES
+    if not file.is_file():
+        return None
+    expected = report.files.get(EXAMPLES)
+    if expected is not None and sha256(file) != expected:
+        raise UsageError(f"{file} has changed since the run; restore it, or delete it to go on without it.")
+    try:
+        with file.open("rb") as content, np.load(content, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in EXAMPLE_ARRAYS}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise UsageError(f"{file} cannot be read: {error}.") from error
 
 
 def sha256(path: Path) -> str:

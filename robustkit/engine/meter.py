@@ -59,6 +59,23 @@ class Meter:
         finally:
             self.dtype = dtype
 
+    def size_up(self, image: Images, most: int) -> None:
+        """Learn from one image (1 C H W) the number of classes, and how many images fit into memory.
+
+        The piece becomes what may go forward and backward at once in half of the free memory, judged by the
+        bytes that autograd saves for one image, from 1 to `most`. This one forward is not counted.
+        """
+        saved = 0
+
+        def count(tensor: Tensor) -> Tensor:
+            nonlocal saved
+            saved += tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor), torch.enable_grad():
+            self.num_classes = self.model(image.detach().requires_grad_()).shape[1]
+        self.piece = min(most, max(1, _free_memory(self.device) // 2 // max(saved, 1)))
+
     def _in_pieces(self, x: Images, differentiable: bool) -> Logits:
         if self.piece is None or len(x) <= self.piece:
             return self._net(x)
@@ -85,23 +102,6 @@ class _CountBackward(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         ctx.meter.backwards += len(gradients[0])
         return gradients[0], None
-
-
-def fitting_piece(model: Classifier, image: Images, device: torch.device) -> int:
-    """Return how many images may go forward and backward at once in half of the free memory; at least 1.
-
-    Counts the bytes that autograd saves for one image. `image` is (1 C H W) on the device.
-    """
-    saved = 0
-
-    def count(tensor: Tensor) -> Tensor:
-        nonlocal saved
-        saved += tensor.nbytes
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor), torch.enable_grad():
-        model(image.detach().requires_grad_())
-    return max(1, _free_memory(device) // 2 // max(saved, 1))
 
 
 def _free_memory(device: torch.device) -> int:

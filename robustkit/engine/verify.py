@@ -13,11 +13,11 @@ import torch
 from robustkit.data import load_data
 from robustkit.data.samples import Samples
 from robustkit.engine import folder
-from robustkit.engine.isolation import evaluation_mode, own_randomness
 from robustkit.engine.judge import image_hashes, margins
 from robustkit.engine.meter import Meter
 from robustkit.engine.tally import Tally
 from robustkit.errors import UsageError
+from robustkit.isolation import evaluation_mode, own_randomness
 from robustkit.ledger import Ledger
 from robustkit.models import load_model
 from robustkit.models.classifier import Classifier

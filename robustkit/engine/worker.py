@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from robustkit import checks
+from robustkit.checks.probe import Probe
+from robustkit.checks.run import diagnose
 from robustkit.data.samples import Samples
-from robustkit.engine.isolation import own_randomness
 from robustkit.engine.judge import image_hashes, judge, margins
-from robustkit.engine.meter import Meter, fitting_piece
+from robustkit.engine.meter import Meter
 from robustkit.engine.progress import Progress
 from robustkit.engine.tally import Tally
 from robustkit.errors import RobustkitError, RunError, UsageError
 from robustkit.goal import Goal
+from robustkit.isolation import own_randomness
 from robustkit.ledger import Chunk, Ledger, Verdict
-from robustkit.record import Flag, FlagWarning
+from robustkit.record import Flag
 from robustkit.rng import RowRng
 from robustkit.shapes import Images
 from robustkit.threat import ThreatModel
+
+NO_MEMORY = "out of memory even with one image at a time; use a device with more memory."
 
 Work = Callable[[Images, np.ndarray], tuple[list[Verdict], list[Flag]]]
 
@@ -55,12 +56,12 @@ class Worker:
             )
         try:
             with own_randomness(self.seed, "prepare"):
-                self.meter.piece = min(
-                    self.batch, fitting_piece(self.meter.model, image.to(self.meter.device), self.meter.device)
-                )
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            if isinstance(error, RobustkitError):
-                raise
+                self.meter.size_up(image.to(self.meter.device), self.batch)
+        except RobustkitError:
+            raise
+        except Exception as error:
+            if _is_out_of_memory(error):
+                raise RunError(NO_MEMORY) from error
             raise UsageError(
                 f"the model cannot take images of {'x'.join(map(str, shape))} from {self.samples.name}: "
                 f"{_first_line(error)}"
@@ -122,7 +123,7 @@ class Worker:
         while True:
             forwards, backwards, begun = self.meter.forwards, self.meter.backwards, time.perf_counter()
             try:
-                with _flags_of_warnings() as raised, own_randomness(self.seed, stage, number):
+                with own_randomness(self.seed, stage, number):
                     verdicts, flags = work(x, positions)
                 break
             except (RuntimeError, MemoryError) as error:
@@ -141,14 +142,13 @@ class Worker:
             self.meter.backwards - backwards,
             time.perf_counter() - begun,
             verdicts,
-            [*flags, *raised],
+            flags,
         )
         self.ledger.write(chunk)
         self.tally.add(chunk)
 
     def _clean_verdicts(self, x: Images, positions: np.ndarray) -> tuple[list[Verdict], list[Flag]]:
         logits = self.meter.exact(x)
-        self.meter.num_classes = logits.shape[1]
         labels = self.samples.labels[positions]
         broken = (~logits.isfinite().all(1)).nonzero()[:, 0].tolist()
         if broken:
@@ -177,7 +177,12 @@ class Worker:
 
     def _check(self, x: Images, positions: np.ndarray) -> tuple[list[Verdict], list[Flag]]:
         labels = torch.from_numpy(self.samples.labels[positions]).to(x.device)
-        return [], checks.before(self.meter, x, labels, self.attacks)
+        plain = Meter(self.meter.model, self.meter.device)
+        plain.piece = self.meter.piece
+        flags = diagnose(Probe(plain, x, labels, self.threat, self.attacks, self.seed))
+        self.meter.forwards += plain.forwards
+        self.meter.backwards += plain.backwards
+        return [], flags
 
     def _attack_verdicts(
         self, attack: Any, stream: str, x: Images, positions: np.ndarray
@@ -212,13 +217,13 @@ class Worker:
             [points[i].tobytes() if hit else None for i, hit in enumerate(fooled)],
             strict=True,
         )
-        flags = checks.judging(int(judged.refused.sum()), int(judged.broken.sum()), self.meter.detached)
+        flags = _noticed(int(judged.refused.sum()), int(judged.broken.sum()), self.meter.detached)
         return [Verdict(*row) for row in rows], flags
 
     def _halve(self, images: int) -> None:
         piece = min(self.meter.piece or images, images)
         if piece == 1:
-            raise RunError("out of memory even with one image at a time; use a device with more memory.")
+            raise RunError(NO_MEMORY)
         self.meter.piece = piece // 2
         if self.meter.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -231,29 +236,40 @@ class Worker:
         )
 
 
-@contextmanager
-def _flags_of_warnings() -> Iterator[list[Flag]]:
-    """Collect the flags that code inside raises as warnings; let other warnings through as ever.
-
-    Of each code the one with the largest value is kept: an attack may say the same at every restart.
-    """
-    flags: list[Flag] = []
-    with warnings.catch_warnings():
-        show = warnings.showwarning
-        warnings.simplefilter("always", FlagWarning)
-
-        def collect(message: Warning | str, *rest: Any, **more: Any) -> None:
-            if isinstance(message, FlagWarning):
-                worst = [flag for flag in flags if flag.code == message.flag.code]
-                if not worst:
-                    flags.append(message.flag)
-                elif (message.flag.value or 0) > (worst[0].value or 0):
-                    flags[flags.index(worst[0])] = message.flag
-            else:
-                show(message, *rest, **more)
-
-        warnings.showwarning = collect
-        yield flags
+def _noticed(refused: int, broken: int, detached: bool) -> list[Flag]:
+    """Return what was noticed while a chunk was judged: counts of images, and a missing gradient."""
+    flags = []
+    if refused:
+        flags.append(
+            Flag(
+                "claims-refused",
+                "info",
+                refused,
+                "points fooled the model only outside the ball or the [0, 1] box; they do not count",
+                "nothing to do, unless there are many: then the attack does not keep to the threat",
+            )
+        )
+    if broken:
+        flags.append(
+            Flag(
+                "non-finite",
+                "warning",
+                broken,
+                "attacked images gave NaN or infinite logits; they do not count as fooled",
+                "find out why the model breaks there: an attacker could use it",
+            )
+        )
+    if detached:
+        flags.append(
+            Flag(
+                "no-gradient",
+                "warning",
+                None,
+                "the model's output does not depend on its input differentiably: gradient attacks see zero",
+                "judge by score-based attacks, or give a differentiable version of the model",
+            )
+        )
+    return flags
 
 
 def _is_out_of_memory(error: Exception) -> bool:

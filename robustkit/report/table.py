@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.console import Console
 from rich.table import Table
 
-from robustkit.record import Rate, Report
+from robustkit.record import Flag, Rate, Report
 
 
-def show(report: Report, console: Console, next_command: str | None = None) -> None:
-    """Print run, stages, result, flags and the next command."""
+def show(report: Report, console: Console, next_command: str | None = None, page: object | None = None) -> None:
+    """Print run, stages, result, flags, where the page is, and the next command."""
     data = str(report.spec.data["string"]).rpartition("/")[2]
     console.print(
         f"run {report.run_id}   {report.n} images of {data}   {report.spec.threat}   "
@@ -43,14 +45,23 @@ def show(report: Report, console: Console, next_command: str | None = None) -> N
         style="bold",
     )
     console.print(table, highlight=False)
-    if report.flags:
-        console.print(f"\n{len(report.flags)} flag{'s' * (len(report.flags) > 1)}", highlight=False)
-        for flag in report.flags:
-            value = "" if flag.value is None else f" ({flag.value:g})"
-            console.print(f"  {flag.code}{value}: {flag.meaning}.", highlight=False, soft_wrap=True)
-            console.print(f"    → {flag.remedy}", highlight=False, soft_wrap=True)
+    for line in flag_lines(report.flags):
+        console.print(line, highlight=False, soft_wrap=True)
+    if page or next_command:
+        console.print()
+    if page:
+        console.print(f"report   {page}", highlight=False, soft_wrap=True)
     if next_command:
-        console.print(f"\nnext     {next_command}", highlight=False, soft_wrap=True)
+        console.print(f"next     {next_command}", highlight=False, soft_wrap=True)
+
+
+def flag_lines(flags: Sequence[Flag]) -> list[str]:
+    """Return what to print of flags: how many, then of each its code, what was measured, and what to do."""
+    lines = [f"\n{len(flags)} flag{'s' * (len(flags) > 1)}"] if flags else []
+    for flag in flags:
+        value = "" if flag.value is None else f"{flag.value:g} "
+        lines += [f"  {flag.code}: {value}{flag.meaning}.", f"    → {flag.remedy}."]
+    return lines
 
 
 def percent(share: float) -> str:

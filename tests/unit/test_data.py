@@ -86,9 +86,7 @@ def test_a_wrong_string_says_what_to_write(
         load_data(string)
 
 
-def test_a_known_name_wins_over_a_folder_of_that_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_known_name_wins_over_a_folder_of_that_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "digits").mkdir()
     assert load_data("digits").name == "digits:test"

@@ -66,9 +66,7 @@ def test_preprocessing_is_that_of_torchvision(tree: Path, resize: int | None, in
     steps = [transforms.CenterCrop((5, 4)), transforms.ToTensor()]
     if resize is not None:
         steps.insert(0, transforms.Resize(resize, transforms.InterpolationMode(interpolation)))
-    expected = {
-        image.numpy().tobytes() for image, _ in datasets.ImageFolder(str(tree), transforms.Compose(steps))
-    }
+    expected = {image.numpy().tobytes() for image, _ in datasets.ImageFolder(str(tree), transforms.Compose(steps))}
     samples = load_data(f"folder:{tree}", preprocess=Preprocess((5, 4), resize, interpolation))
     x = samples.images(range(31))
     assert x.shape == (31, 3, 5, 4)
@@ -196,9 +194,7 @@ def test_imagenet_is_read_from_its_class_folders(imagenet: Path, inside: str) ->
 
 
 def test_imagenet_that_is_not_there_or_not_whole(tmp_path: Path) -> None:
-    looked = (
-        f"imagenet:train is neither in {tmp_path}/imagenet/train nor in {tmp_path}/train, and it cannot be"
-    )
+    looked = f"imagenet:train is neither in {tmp_path}/imagenet/train nor in {tmp_path}/train, and it cannot be"
     with pytest.raises(UsageError, match=f"^{looked} downloaded; unpack it there.*--data-root DIR"):
         load_data("imagenet:train", root=tmp_path, download=True)
     (tmp_path / "train" / "n0").mkdir(parents=True)

@@ -80,9 +80,7 @@ def test_large_arrays_are_mapped_and_read_in_part(tmp_path: Path, mapped: None) 
     samples = load_data(str(path))
     assert isinstance(samples.source.array, np.memmap)  # type: ignore[attr-defined]
     assert not samples.source.array.flags.writeable  # type: ignore[attr-defined]
-    assert torch.equal(
-        samples.images([3, 1]), torch.from_numpy(X[[3, 1]] / np.float32(255)).permute(0, 3, 1, 2)
-    )
+    assert torch.equal(samples.images([3, 1]), torch.from_numpy(X[[3, 1]] / np.float32(255)).permute(0, 3, 1, 2))
     # A change on disk shows: the bytes were not read when the file was opened.
     raw = bytearray(path.read_bytes())
     raw[raw.index(X.tobytes()) + X[0].size] ^= 255

@@ -121,9 +121,7 @@ def test_fingerprint_is_of_the_selected_content() -> None:
     given[2, 6, 8, 2] ^= 1
     assert from_arrays(given, LABELS).head(3).fingerprint != head
     assert from_arrays(pixels(), np.roll(LABELS, 1)).fingerprint != whole.fingerprint
-    assert (
-        from_arrays(given.reshape(B, W, H, C), LABELS).fingerprint != from_arrays(given, LABELS).fingerprint
-    )
+    assert from_arrays(given.reshape(B, W, H, C), LABELS).fingerprint != from_arrays(given, LABELS).fingerprint
 
 
 @pytest.mark.parametrize(

@@ -135,12 +135,8 @@ def test_download_is_asked_of_torchvision_and_keeps_stdout_clean(
     assert "Downloading" in captured.err
 
 
-@pytest.mark.parametrize(
-    "failure", [URLError("no route"), PermissionError(13, "denied"), RuntimeError("a:\nb")]
-)
-def test_a_failed_download_says_why(
-    failure: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("failure", [URLError("no route"), PermissionError(13, "denied"), RuntimeError("a:\nb")])
+def test_a_failed_download_says_why(failure: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fetch(self: Any) -> None:
         raise failure
 

@@ -18,10 +18,10 @@ from robustkit.errors import UsageError
 ATTACKS = sorted(name for name, entry in registry.catalog("attack").items() if not entry.info.family)
 
 
-def in_subprocess(code, **environment):
-    return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}, timeout=120
-    )
+def in_subprocess(code, cwd=None, **environment):
+    environment = {**os.environ, **environment}
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd, timeout=120)
 
 
 def sentence(error):
@@ -129,7 +129,10 @@ def test_optional_fields_still_take_values():
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        *[("steps", value) for value in ("many", "7.5", 7.5, True, "true", "1e3", [7], float("inf"), float("nan"))],
+        *[
+            ("steps", value)
+            for value in ("many", "7.5", 7.5, True, "true", "1e3", [7], float("inf"), float("nan"))
+        ],
         *[("steps", value) for value in (0, "0", -1, 10**400)],
         *[("restarts", value) for value in (0, "-3")],
         *[("step_size", value) for value in ("big", "1/0", True, "nan", "inf", "1e400", [0.1])],
@@ -195,7 +198,11 @@ def test_attacks_with_fields(text, expected):
 def test_brackets_may_nest():
     text = "foolbox:SpatialAttack(num_rotations=3,grid_search=true),pgd"
     assert names(text) == ["foolbox:SpatialAttack", "pgd"]
-    assert registry._split("a(b=3,c=(1,2)),d([1,(2,3)],e={4,5}),f") == ["a(b=3,c=(1,2))", "d([1,(2,3)],e={4,5})", "f"]
+    assert registry._split("a(b=3,c=(1,2)),d([1,(2,3)],e={4,5}),f") == [
+        "a(b=3,c=(1,2))",
+        "d([1,(2,3)],e={4,5})",
+        "f",
+    ]
     assert registry._parse_call("a(b=3,c=(1, 2),d=[3,4])") == ("a", {"b": "3", "c": "(1, 2)", "d": "[3,4]"})
 
 
@@ -269,7 +276,8 @@ def test_a_stranger_adds_one_file(tmp_path):
         "print(json.dumps([robustkit.__file__, entry.summary, registry.spec(made)]))\n"
         "registry.parse_suite('loud-nose', 'l2')\n"
     )
-    done = in_subprocess(code, PYTHONPATH=str(tmp_path))
+    done = in_subprocess(code, tmp_path, PYTHONPATH=str(tmp_path))
+    assert done.stdout, done.stderr
     file, summary, spec = json.loads(done.stdout)
     assert file.startswith(str(tmp_path))
     assert summary == "Best of a few random starts."

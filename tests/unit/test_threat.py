@@ -49,7 +49,8 @@ def make(problem):
     elif anchors == "edges":  # a denormal above 0, an ulp below 1
         x = torch.where(x < 0.5, torch.full_like(x, 1e-42), 1 - torch.finfo(dtype).eps / 2)
     shift = torch.randn(shape, generator=draw, dtype=dtype) * scale
-    shift = torch.where(torch.rand(shape, generator=draw) < 0.3, torch.zeros_like(shift), shift)
+    if seed % 2:
+        shift = torch.where(torch.rand(shape, generator=draw) < 0.3, torch.zeros_like(shift), shift)
     return ThreatModel.parse(f"{norm}:{eps}"), x, x + shift
 
 
@@ -306,6 +307,13 @@ def test_ball_and_box_are_met_together_not_in_turn():
     x_adv = x + torch.tensor([3.0, 4.0], dtype=torch.float64).view(1, 1, 1, 2)
     for threat in (L2(Fraction(1, 4)), L1(Fraction(1, 4))):
         assert threat.project(x_adv, x).flatten().tolist() == pytest.approx([0.75, 1.0], abs=1e-9)
+
+
+def test_where_the_box_alone_binds_the_nearest_point_is_its_corner():
+    x = torch.tensor([0.9, 0.5], dtype=torch.float64).view(1, 1, 1, 2)
+    x_adv = x + torch.tensor([10.0, 0.6], dtype=torch.float64).view(1, 1, 1, 2)
+    for threat in (Linf(Fraction(1)), L2(Fraction(1)), L1(Fraction(1))):
+        assert threat.project(x_adv, x).flatten().tolist() == [1.0, 1.0]
 
 
 def test_adversarial_librarys_clamp_mistake():

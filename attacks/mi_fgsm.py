@@ -1,0 +1,43 @@
+"""Iterative gradient sign with momentum (Dong et al. 2018, arXiv:1710.06081)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from robustkit import losses
+from robustkit.registry import attack
+from robustkit.rows import Answer, Rows, RowWise, State
+from robustkit.threat import per_row
+
+
+@attack("mi-fgsm", paper="arXiv:1710.06081", norms=("linf", "l2"), access="gradient")
+@dataclass(frozen=True, slots=True)
+class MIFGSM(RowWise):
+    """Steps along a decaying sum of normalised gradients, from the clean image; the transfer attacks' base.
+
+    `step_size` is a fraction of eps (the paper: 1 / steps); `momentum` is the share of the sum that each step
+    keeps. Points are projected onto ball and box, where the paper's l2 version scales and does not clip.
+    """
+
+    steps: int = 10
+    step_size: float = 0.1
+    momentum: float = 1.0
+    loss: str = "ce"
+
+    def __post_init__(self) -> None:
+        """Refuse an unknown loss before anything runs."""
+        losses.loss(self.loss)
+
+    def init(self, rows: Rows) -> State:
+        """Return the clean images, at rest."""
+        return {"x": rows.x, "velocity": torch.zeros_like(rows.x)}
+
+    def step(self, rows: Rows, state: State, answer: Answer) -> State:
+        """Return the projected next points."""
+        size = answer.gradient.flatten(1).abs().sum(1)
+        gradient = answer.gradient / per_row(torch.where(size > 0, size, 1), answer.gradient)
+        velocity = self.momentum * state["velocity"] + gradient
+        moved = state["x"] + self.step_size * float(rows.threat.eps) * rows.threat.ascent(velocity)
+        return {"x": rows.threat.project(moved, rows.x), "velocity": velocity}

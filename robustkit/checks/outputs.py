@@ -1,0 +1,117 @@
+"""Diagnoses of what the model puts out: probabilities, signs, saturation, number of classes."""
+
+from __future__ import annotations
+
+import torch
+
+from robustkit.checks.probe import Probe
+from robustkit.record import Flag
+
+ROUNDING = 1e-5
+MOST = 0.75  # ordinary overfitted nets saturate on up to half of the images
+FLOAT16_LARGEST = 65504.0
+
+
+def probabilities(probe: Probe) -> Flag | None:
+    """Rows that are non-negative and sum to 1."""
+    logits = probe.logits
+    if logits.min() < -ROUNDING or (logits.sum(1) - 1).abs().max() > ROUNDING:
+        return None
+    return Flag(
+        "probabilities",
+        "warning",
+        len(logits),
+        "rows of outputs are non-negative and sum to 1: probabilities, whose gradients vanish where one is sure",
+        "let the model return logits",
+    )
+
+
+def never_positive(probe: Probe) -> Flag | None:
+    """Outputs that are all at most 0: log-probabilities, or scores below a maximum."""
+    if probe.logits.max() > 0:
+        return None
+    return Flag(
+        "non-positive-outputs",
+        "warning",
+        round(float(probe.logits.max()), 6),
+        "is the largest output: none is above 0 (log-probabilities, or scores taken off a maximum), so a margin "
+        "loss that masks the label with 0 instead of minus infinity has no gradient",
+        "nothing to do for robustkit's own losses; distrust other tools' numbers on this model",
+    )
+
+
+def saturated(probe: Probe) -> Flag | None:
+    """Rows that cross-entropy cannot move because softmax is exactly 1 in float32."""
+    certain = probe.logits.float().softmax(1).amax(1) == 1
+    if certain.float().mean() <= MOST:
+        return None
+    return Flag(
+        "saturated-softmax",
+        "warning",
+        int(certain.sum()),
+        f"of {len(certain)} images have softmax exactly 1 in float32: cross-entropy has no gradient there",
+        "rely on attacks with a margin or dlr loss",
+    )
+
+
+def too_large_for_half(probe: Probe) -> Flag | None:
+    """Logits that float16 cannot hold."""
+    largest = float(probe.logits.abs().max())
+    if largest <= FLOAT16_LARGEST:
+        return None
+    return Flag(
+        "float16-overflow",
+        "warning",
+        round(largest, 1),
+        "is the largest logit: above 65,504 float16 turns it into infinity",
+        "search in fp32 or bf16, not fp16",
+    )
+
+
+def few_classes(probe: Probe) -> Flag | None:
+    """Fewer classes than the targeted attacks of the run want."""
+    classes = probe.logits.shape[1]
+    wanted = max((getattr(attack, "targets", 0) or 0 for attack in probe.attacks), default=0)
+    if wanted <= classes - 1:
+        return None
+    return Flag(
+        "few-classes",
+        "info",
+        classes,
+        f"classes, so targeted attacks aim at {classes - 1}, not {wanted}",
+        "nothing to do: every other class is aimed at",
+    )
+
+
+def dim_images(probe: Probe) -> Flag | None:
+    """Images that look divided by 255 once too often."""
+    largest = float(probe.x.max())
+    if largest > 2 / 255:
+        return None
+    return Flag(
+        "dim-images",
+        "warning",
+        round(largest, 6),
+        "is the largest pixel value: images on [0, 1] that were divided by 255 again look like this",
+        "give images on [0, 1]; robustkit does no scaling of floats",
+    )
+
+
+def batch_dependent(probe: Probe) -> Flag | None:
+    """Logits of an image that change beyond float noise when it is evaluated alone."""
+    with torch.no_grad():
+        alone, again = probe.model(probe.x[:1]), probe.model(probe.x[:1])
+    if not torch.equal(alone, again):  # random, which is another diagnosis
+        return None
+    scale = probe.logits[:1].abs().max().clamp(min=1e-12)
+    gap = float((alone - probe.logits[:1]).abs().max() / scale)
+    if gap <= 1e-3:
+        return None
+    return Flag(
+        "batch-dependent",
+        "warning",
+        round(gap, 6),
+        "is the relative change of an image's logits when it is evaluated alone: other images in the batch "
+        "decide with it (batch norm in training mode?), so no verdict is about one image",
+        "put the model into eval mode",
+    )

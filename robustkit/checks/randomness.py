@@ -1,0 +1,102 @@
+"""Diagnoses of models that do not give one answer: random ones, and those that optimise as they predict."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from robustkit.checks.probe import Probe
+from robustkit.record import Flag
+from robustkit.shapes import Logits
+
+NOISE = 1e-4
+SEEDERS: dict[str, Callable[[int], object]] = {
+    "torch": torch.manual_seed,
+    "numpy": np.random.seed,
+    "random": random.seed,
+}
+
+
+def randomised(probe: Probe) -> Flag | None:
+    """Answers that change from one call to the next; names the generators that they come from.
+
+    The tolerance is AutoAttack's: 1e-4 on normalised logits. Sources are found by seeding all generators alike,
+    then each one differently. The caller isolates the generators.
+    """
+    if probe.attacks and all(getattr(attack, "eot_iter", 1) > 1 for attack in probe.attacks):
+        return None
+    first = _answer(probe)
+    gap = max(_gap(first, _answer(probe, other)) for other in (*SEEDERS, *[None] * 2))
+    if gap <= NOISE:
+        return None
+    still = _gap(_answer(probe), _answer(probe)) > NOISE
+    sources = [name for name in SEEDERS if not still and _gap(_answer(probe), _answer(probe, name)) > NOISE]
+    return Flag(
+        "randomised",
+        "warning",
+        round(gap, 6),
+        "is the largest change of the normalised logits between calls: the model is random "
+        f"(source: {', '.join(sources) or 'none of the generators of torch, numpy, random'}), "
+        "so one draw decides a verdict",
+        "use --suite autoattack-rand, which averages gradients over draws",
+    )
+
+
+def optimises_at_test_time(probe: Probe) -> Flag | None:
+    """Gradient computations inside the forward pass."""
+    with _counted() as calls, torch.no_grad():
+        probe.model(probe.x[:2])
+    if not calls:
+        return None
+    return Flag(
+        "test-time-optimisation",
+        "warning",
+        len(calls),
+        "gradient computations run inside one forward pass: attacks do not see through them",
+        "attack it with an adaptive attack as well",
+    )
+
+
+def _answer(probe: Probe, differently: str | None = None) -> Logits:
+    for name, seed in SEEDERS.items():
+        seed(1 if name == differently else 0)
+    with torch.no_grad():
+        logits: Logits = probe.model(probe.x)
+    normalised: Logits = logits / logits.norm(dim=1, keepdim=True).clamp(min=1e-10)
+    return normalised
+
+
+def _gap(one: Logits, other: Logits) -> float:
+    return float((one - other).norm(dim=1).max())
+
+
+@contextmanager
+def _counted() -> Iterator[list[str]]:
+    """Note every call of torch's gradient functions inside."""
+    calls: list[str] = []
+    places: list[tuple[Any, str]] = [
+        (torch.autograd, "grad"),
+        (torch.autograd, "backward"),
+        (torch.Tensor, "backward"),
+    ]
+    originals = [getattr(owner, name) for owner, name in places]
+
+    def noting(original: Any, name: str) -> Any:
+        def call(*arguments: Any, **more: Any) -> Any:
+            calls.append(name)
+            return original(*arguments, **more)
+
+        return call
+
+    try:
+        for (owner, name), original in zip(places, originals, strict=True):
+            setattr(owner, name, noting(original, name))
+        yield calls
+    finally:
+        for (owner, name), original in zip(places, originals, strict=True):
+            setattr(owner, name, original)

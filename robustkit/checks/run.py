@@ -1,0 +1,43 @@
+"""All diagnoses of a model before it is attacked, and those of a run's result."""
+
+from __future__ import annotations
+
+from robustkit.checks import gradients, outputs, randomness, strength
+from robustkit.checks.probe import Probe
+from robustkit.record import Flag
+
+BEFORE = (
+    outputs.probabilities,
+    outputs.never_positive,
+    outputs.saturated,
+    outputs.too_large_for_half,
+    outputs.few_classes,
+    outputs.dim_images,
+    outputs.batch_dependent,
+    randomness.randomised,
+    randomness.optimises_at_test_time,
+    gradients.zero,
+    gradients.vanishing,
+    gradients.disagrees,
+    strength.survives_everything,
+    strength.unconverged,
+)
+
+TRAINING_MODE = Flag(
+    "training-mode",
+    "warning",
+    None,
+    "the model was in training mode; it was evaluated in eval mode and then put back",
+    "call model.eval() before, so that you know which model the number is about",
+)
+
+
+def diagnose(probe: Probe) -> list[Flag]:
+    """Return the flags that a model raises, in a fixed order.
+
+    Costs, per image of the batch, 1 forward and 6 for randomness (13 if it is random); for the few rows
+    2 forwards and backwards for gradients, 6 forwards for finite differences and at most 100 propagations
+    each way for short PGD runs, which end at the first success.
+    """
+    found = (check(probe) for check in BEFORE)
+    return [flag for flag in found if flag is not None]

@@ -1,0 +1,72 @@
+"""Diagnoses of how an attack fares: no eps is enough, or more steps find more."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from fractions import Fraction
+
+from robustkit.checks.probe import Probe
+from robustkit.record import Flag, Stage
+from robustkit.threat import ThreatModel
+
+SQUARE_GAIN = 0.002
+
+
+def survives_everything(probe: Probe) -> Flag | None:
+    """Images that PGD leaves standing although every image is allowed."""
+    left = probe.left_by(_everything(probe), probe.few, steps=40, step_size=0.1)
+    chance = 1 / probe.logits.shape[1]
+    if len(left) <= chance * max(len(probe.few), 1):
+        return None
+    return Flag(
+        "survives-any-eps",
+        "warning",
+        len(left),
+        f"of {len(probe.few)} images stand against gradient attacks that may turn them into any other image: "
+        "the gradients are masked",
+        "give a differentiable version of the model, and judge by score-based attacks",
+    )
+
+
+def unconverged(probe: Probe) -> Flag | None:
+    """Images that fall to 40 steps of PGD but not to 20."""
+    left = probe.left_by(probe.threat, probe.few, steps=20)
+    more = probe.left_by(probe.threat, left, steps=40)
+    gained = len(left) - len(more)
+    if gained < 3 or gained <= 0.1 * len(probe.few):
+        return None
+    return Flag(
+        "not-converged",
+        "warning",
+        gained,
+        f"of {len(probe.few)} images fall to 40 steps of PGD but not to 20: attacks have far to go here",
+        "use more steps and restarts, e.g. --suite 'pgd(steps=200,restarts=5)' beside the suite",
+    )
+
+
+def scores_beat_gradients(stages: Sequence[Stage], access: Sequence[str]) -> list[Flag]:
+    """Return a flag if a score-based stage fooled images that every gradient stage before it had left.
+
+    `access` says of each stage what its attack needs. AutoAttack's threshold: .2 points of accuracy.
+    """
+    for number, stage in enumerate(stages):
+        if access[number] == "score" and "gradient" in access[:number]:
+            gain = stage.fooled / stage.robust_accuracy.n
+            if gain > SQUARE_GAIN:
+                return [
+                    Flag(
+                        "score-beats-gradient",
+                        "warning",
+                        stage.fooled,
+                        f"images that every gradient attack had left fell to the score-based {stage.attack}: "
+                        "those were too weak, or the gradients are masked",
+                        "run stronger gradient attacks and square with more queries; try an adaptive attack",
+                    )
+                ]
+    return []
+
+
+def _everything(probe: Probe) -> ThreatModel:
+    """The threat of the same norm that allows every image."""
+    return replace(probe.threat, eps=Fraction(probe.threat.diameter(tuple(probe.x.shape[1:]))))

@@ -1,0 +1,105 @@
+"""`robustkit compare`: two runs over the same images, side by side."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from rich.console import Console
+
+from robustkit.engine import folder as run_folder
+from robustkit.errors import UsageError
+from robustkit.record import FORMAT, Report
+from robustkit.report import words
+from robustkit.report.compare import Comparison
+from robustkit.report.compare import compare as pair
+from robustkit.report.table import interval, percent
+
+FIRST = 20
+METHOD = "Newcombe's score interval for paired proportions (1998, method 10)"
+
+
+def compare(a: Path, b: Path, *, as_json: bool) -> int:
+    """Run the verb; UsageError for runs over different data."""
+    first, second = run_folder.read_report(a), run_folder.read_report(b)
+    if first.spec.data["fingerprint"] != second.spec.data["fingerprint"]:
+        raise UsageError(
+            f"{a} and {b} are runs over different data ({words.images(first)} of {words.data_name(first)} and "
+            f"{words.images(second)} of {words.data_name(second)}); compare runs over the same images."
+        )
+    found = pair(first, second)
+    warnings = _warnings(first, second)
+    if as_json:
+        print(json.dumps(_document((a, first), (b, second), found, warnings), indent=2))
+        return 0
+    console = Console()
+
+    def line(text: str) -> None:
+        console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+    for name, folder, report in (("A", a, first), ("B", b, second)):
+        rate = report.robust_accuracy
+        line(f"{name}  {percent(rate.value):>7}  ({interval(rate)})   {words.model_name(report)}   {folder}")
+    line(f"\nthe same {words.images(first)}, {first.spec.threat}")
+    for warning in warnings:
+        line(f"warning      {warning}")
+    line(
+        f"difference   A − B = {points(found.difference)} points, 95 % interval {points(found.low)} to "
+        f"{points(found.high)}"
+    )
+    line(f"             {METHOD}")
+    line(f"McNemar      exact two-sided p = {found.p:.3g}")
+    line(f"only A loses {_listed(found.only_a)}")
+    line(f"only B loses {_listed(found.only_b)}")
+    return 0
+
+
+def points(share: float) -> str:
+    """Return a difference of shares in percentage points with its sign: `+2.3`, `−0.8`, `0.0`."""
+    text = f"{100 * share:+.1f}"
+    return "0.0" if text in ("+0.0", "-0.0") else text.replace("-", "−")
+
+
+def _warnings(first: Report, second: Report) -> list[str]:
+    found = []
+    if first.spec.threat != second.spec.threat:
+        found.append(
+            f"the threats differ: {first.spec.threat} for A, {second.spec.threat} for B; "
+            "the difference is not the models' alone."
+        )
+    elif first.spec.suite != second.spec.suite:
+        found.append("the attacks differ, so the difference is not the models' alone.")
+    return found
+
+
+def _listed(indices: list[int]) -> str:
+    if not indices:
+        return "no image"
+    named = ", ".join(map(str, indices[:FIRST]))
+    more = f" and {len(indices) - FIRST:,} more" if len(indices) > FIRST else ""
+    return f"{len(indices):,} image{'s' * (len(indices) > 1)}: {named}{more}"
+
+
+def _document(
+    a: tuple[Path, Report], b: tuple[Path, Report], found: Comparison, warnings: list[str]
+) -> dict[str, object]:
+    def side(folder: Path, report: Report) -> dict[str, object]:
+        return {
+            "folder": str(folder),
+            "run_id": report.run_id,
+            "model": report.spec.model["string"],
+            "threat": report.spec.threat,
+            "robust_accuracy": vars(report.robust_accuracy),
+        }
+
+    return {
+        "format": FORMAT,
+        "a": side(*a),
+        "b": side(*b),
+        "n": found.n,
+        "difference": {"value": found.difference, "low": found.low, "high": found.high, "method": METHOD},
+        "mcnemar_p": found.p,
+        "only_a_loses": {"count": len(found.only_a), "first": found.only_a[:FIRST]},
+        "only_b_loses": {"count": len(found.only_b), "first": found.only_b[:FIRST]},
+        "warnings": warnings,
+    }

@@ -1,0 +1,33 @@
+"""`robustkit export`: a run's verdicts as CSV or Parquet."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from robustkit.cli.output import save
+from robustkit.engine import folder as run_folder
+from robustkit.errors import UsageError
+from robustkit.report.export import rows, to_csv, to_parquet
+
+
+def export(folder: Path, *, csv: Path | None, parquet: Path | None) -> int:
+    """Run the verb; UsageError unless exactly one file is asked for."""
+    if csv is not None and parquet is not None:
+        raise UsageError("--csv and --parquet are both given; write one of them.")
+    path = csv or parquet
+    if path is None:
+        raise UsageError("no file to write; give one with --csv FILE or --parquet FILE.")
+    report = run_folder.read_report(folder)
+    table = rows(report, run_folder.read_examples(folder, report))
+    save(path, to_csv(table) if csv is not None else _parquet(table))
+    print(f"{len(table):,} rows   {path}")
+    return 0
+
+
+def _parquet(table: list[dict[str, object]]) -> bytes:
+    try:
+        return to_parquet(table)
+    except ImportError:
+        raise UsageError(
+            "Parquet needs pyarrow, which is not installed; pip install 'robustkit[parquet]', or write --csv FILE."
+        ) from None

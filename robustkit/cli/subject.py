@@ -1,0 +1,71 @@
+"""What a verb is about: model, data and threat from the strings on the command line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from robustkit.api import pick_device
+from robustkit.data import load_data
+from robustkit.data.catalog import CATALOG
+from robustkit.data.samples import Samples
+from robustkit.errors import UsageError
+from robustkit.models import load_model
+from robustkit.models.classifier import Classifier
+from robustkit.models.strings import ModelString
+from robustkit.threat import ThreatModel
+
+# What `robustkit evaluate` with nothing else looks at: sized to end within a minute on two cores.
+BUILT_IN = "robustkit:digits-cnn"
+BUILT_IN_DATA = "digits:test"
+BUILT_IN_LIMIT = 64
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A loaded model on its device, the samples, the rules."""
+
+    model: Classifier
+    samples: Samples
+    threat: ThreatModel
+    device: torch.device
+
+    @classmethod
+    def load(
+        cls,
+        model: str,
+        data: str | None,
+        limit: int | None,
+        threat: str | None,
+        device: str,
+        data_root: Path | None,
+        download: bool = False,
+        most: int | None = None,
+    ) -> Subject:
+        """Load it; without data the built-in model takes its own. `most` caps the images if no limit is given.
+
+        Raises:
+            UsageError: for a string that cannot be loaded, or data without a usual threat.
+        """
+        if data is None:
+            if str(ModelString.parse(model)) != BUILT_IN:
+                raise UsageError(
+                    f"no data for {model}; write --data, e.g. --data cifar10:test or --data test.npz."
+                )
+            data, limit = BUILT_IN_DATA, limit or BUILT_IN_LIMIT
+        rules = ThreatModel.parse(threat) if threat else None
+        place = pick_device(device)
+        classifier = load_model(model, device=place)
+        samples = load_data(data, root=data_root, download=download, preprocess=classifier.preprocess)
+        if limit is None and most is not None:
+            limit = min(most, len(samples))
+        return cls(classifier, samples.head(limit), rules or _usual_threat(data), place)
+
+
+def _usual_threat(data: str) -> ThreatModel:
+    entry = CATALOG.get(data.partition(":")[0])
+    if entry is None or entry.threat is None:
+        raise UsageError(f"{data} has no usual threat; write --threat NORM:EPS, e.g. --threat linf:8/255.")
+    return ThreatModel.parse(entry.threat)

@@ -1,0 +1,58 @@
+"""The checks alone: a look at a model that costs seconds, before an evaluation that costs hours."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from robustkit.checks.probe import Probe
+from robustkit.checks.run import TRAINING_MODE, diagnose
+from robustkit.data.samples import Samples
+from robustkit.engine.meter import Meter
+from robustkit.isolation import evaluation_mode, own_randomness
+from robustkit.models.classifier import Classifier
+from robustkit.record import Cost, Flag
+from robustkit.threat import ThreatModel
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What the checks found on `n` images of which the model gets `correct` right."""
+
+    model: str
+    data: str
+    threat: str
+    n: int
+    correct: int
+    classes: int
+    parameters: int
+    flags: Sequence[Flag]
+    cost: Cost
+
+
+def examine(
+    model: Classifier, samples: Samples, threat: ThreatModel, device: torch.device, seed: int = 0
+) -> Diagnosis:
+    """Return the flags that a model raises on these images; leaves model and generators as they were."""
+    x = samples.images(range(len(samples))).to(device)
+    labels = torch.from_numpy(samples.labels).to(device)
+    meter = Meter(model, device)
+    begun = time.perf_counter()
+    with evaluation_mode(model) as was_training, own_randomness(seed, "doctor"):
+        meter.size_up(x[:1], len(x))
+        probe = Probe(meter, x, labels, threat, seed=seed)
+        flags = diagnose(probe)
+    return Diagnosis(
+        model=model.string,
+        data=samples.name,
+        threat=str(threat),
+        n=len(samples),
+        correct=int((probe.logits.argmax(1) == labels).sum()),
+        classes=probe.logits.shape[1],
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        flags=[*flags, *([TRAINING_MODE] if was_training else [])],
+        cost=Cost(meter.forwards, meter.backwards, time.perf_counter() - begun),
+    )

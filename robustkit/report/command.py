@@ -1,0 +1,42 @@
+"""The command that makes the same numbers again."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from robustkit.record import Report
+
+
+def command(report: Report) -> str:
+    """Return the shell command of a run; for a model or data given from Python, the call."""
+    spec, data = report.spec, str(report.spec.data["string"])
+    model, attacks = str(spec.model["string"]), suite(spec.suite)
+    precision = report.environment.get("precision", "fp32")
+    if model.startswith("python:") or data.startswith("python:"):
+        words = [f'evaluate(model, images, labels, "{spec.threat}"', f'suite="{attacks}"', f"seed={spec.seed}"]
+        words += [f"batch_size={spec.batch_size}"] * (spec.batch_size is not None)
+        words += [f'precision="{precision}"'] * (precision != "fp32")
+        return ", ".join(words) + ")"
+    words = ["robustkit", spec.verb, model, "--data", data, "--limit", str(report.n), "--threat", spec.threat]
+    words += ["--suite", attacks, "--seed", str(spec.seed)]
+    words += ["--batch-size", str(spec.batch_size)] * (spec.batch_size is not None)
+    words += ["--precision", precision] * (precision != "fp32")
+    return shlex.join(words)
+
+
+def suite(records: Sequence[Mapping[str, Any]]) -> str:
+    """Return a spec's attacks with all their fields, as `--suite` reads them."""
+    return ",".join(_call(record) for record in records)
+
+
+def _call(record: Mapping[str, Any]) -> str:
+    fields = [f"{name}={_value(value)}" for name, value in record.items() if name != "name"]
+    return f"{record['name']}({','.join(fields)})" if fields else str(record["name"])
+
+
+def _value(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    return value if isinstance(value, str) else repr(value)

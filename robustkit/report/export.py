@@ -1,0 +1,73 @@
+"""A run's verdicts as a table of one row each, for a spreadsheet or a data frame."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from robustkit.record import Report
+
+COLUMNS = (
+    "index",
+    "label",
+    "clean_prediction",
+    "robust",
+    "attack",
+    "margin",
+    "adversarial_prediction",
+    "distance",
+)
+
+
+def rows(report: Report, examples: Mapping[str, np.ndarray] | None) -> list[dict[str, Any]]:
+    """Return a row per image; the last two columns are None but for fooled images of a run with examples."""
+    found: dict[int, tuple[int, float]] = {}
+    if examples is not None:
+        columns = (examples[name].tolist() for name in ("index", "prediction", "distance"))
+        found = {index: (prediction, distance) for index, prediction, distance in zip(*columns, strict=True)}
+    nothing = (None, None)
+    return [
+        dict(
+            zip(
+                COLUMNS,
+                (
+                    verdict.index,
+                    verdict.label,
+                    verdict.clean_prediction,
+                    verdict.robust,
+                    verdict.attack,
+                    verdict.margin,
+                    *found.get(verdict.index, nothing),
+                ),
+                strict=True,
+            )
+        )
+        for verdict in report.verdicts
+    ]
+
+
+def to_csv(table: list[dict[str, Any]]) -> bytes:
+    """Return the rows as CSV: true and false for booleans, nothing for None, numbers in full."""
+    file = io.StringIO(newline="")
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for row in table:
+        writer.writerow([str(value).lower() if isinstance(value, bool) else value for value in row.values()])
+    return file.getvalue().encode()
+
+
+def to_parquet(table: list[dict[str, Any]]) -> bytes:
+    """Return the rows as a Parquet file; ImportError without pyarrow."""
+    import pyarrow
+    from pyarrow import parquet
+
+    whole, number = pyarrow.int64(), pyarrow.float64()
+    types = (whole, whole, whole, pyarrow.bool_(), pyarrow.string(), number, whole, number)
+    schema = pyarrow.schema(list(zip(COLUMNS, types, strict=True)))
+    sink = pyarrow.BufferOutputStream()
+    parquet.write_table(pyarrow.Table.from_pylist(table, schema=schema), sink)
+    return bytes(sink.getvalue().to_pybytes())

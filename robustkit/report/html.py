@@ -1,0 +1,118 @@
+"""The page about a run: one self-contained HTML file, made of the record and the examples beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.resources import files
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from robustkit.record import LEVELS, Rate, Report, dumps
+from robustkit.report import classes, costs, histogram, words
+from robustkit.report.cascade import cascade
+from robustkit.report.command import command
+from robustkit.report.strip import strip
+from robustkit.report.table import interval, percent
+
+MARKS = {"info": "●", "warning": "▲", "error": "✖"}
+
+
+def page(report: Report, examples: Mapping[str, np.ndarray] | None) -> str:
+    """Return the page; without examples (see `robustkit.engine.examples`) it has no distances and no strip."""
+    environment = Environment(
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+        keep_trailing_newline=True,
+    )
+    environment.filters.update(
+        percent=percent, interval=_interval, ends=interval, short=_short, signed=_signed, sentence=_sentence
+    )
+    here = files("robustkit.report")
+    template = environment.from_string(here.joinpath("page.html").read_text(encoding="utf-8"))
+    css = here.joinpath("page.css").read_text(encoding="utf-8")
+    return template.render(css=Markup(css), **_facts_and_charts(report, examples)).lstrip()
+
+
+def _facts_and_charts(report: Report, examples: Mapping[str, np.ndarray] | None) -> dict[str, Any]:
+    names = [] if examples is None else examples["classes"].tolist()
+    rows, class_count = classes.rows(report, names)
+    margin_chart, beyond = histogram.margins(report)
+    eps, eps_text = words.eps(report), report.spec.threat.partition(":")[2]
+    written = command(report)
+    levels = [flag.level for flag in report.flags]
+    return {
+        "report": report,
+        "model": words.model_name(report),
+        "data": words.data_name(report),
+        "images": words.images(report),
+        "threat": words.threat(report),
+        "attacks": [stage.attack for stage in report.stages[1:]],
+        "verdict": words.verdict(report),
+        "trust": words.trust(report),
+        "worst": max(levels, key=LEVELS.index, default=""),
+        "marks": MARKS,
+        "cascade": cascade(report),
+        "classes": rows,
+        "class_count": class_count,
+        "margin_chart": margin_chart,
+        "beyond": beyond,
+        "distance_chart": _distances(examples, eps, f"eps {eps_text}", words.distance_unit(report)),
+        "unit": words.distance_unit(report),
+        "fooled": sum(stage.fooled for stage in report.stages[1:]),
+        "fallen": sum(stage.fooled for stage in report.stages),
+        "eps_text": eps_text if "/" not in eps_text else f"{eps_text} = {eps:.4g}",
+        "strip": [] if examples is None else strip(report, examples),
+        "scaled": examples is not None and tuple(examples["shape"]) != examples["clean"].shape[1:],
+        "costs": costs.rows(report),
+        "command": written,
+        "from_python": not written.startswith("robustkit "),
+        "facts": _surroundings(report),
+        "spec": dumps(report.spec, indent=2),
+        "version": report.environment.get("versions", {}).get("robustkit") or "",
+    }
+
+
+def _distances(examples: Mapping[str, np.ndarray] | None, eps: float, name: str, unit: str) -> Markup | None:
+    if examples is None or not len(examples["distance"]):
+        return None
+    return histogram.distances(examples["distance"], eps, name, unit)
+
+
+def _surroundings(report: Report) -> list[tuple[str, str]]:
+    """Return name and text of what a run depends on besides its command, as far as it was written down."""
+    spec, around = report.spec, report.environment
+    versions = ", ".join(f"{name} {number}" for name, number in around.get("versions", {}).items() if number)
+    named = {
+        "run id": report.run_id,
+        "model": f"{spec.model['string']} (sha256 {str(spec.model['fingerprint'])[:12]}…)",
+        "data": f"{spec.data['string']} (sha256 {str(spec.data['fingerprint'])[:12]}…)",
+        "seed": spec.seed,
+        "device": around.get("device_name") or around.get("device"),
+        "threads": around.get("threads"),
+        "precision of the search": around.get("precision"),
+        "platform": around.get("platform"),
+        "commit": around.get("commit"),
+        "versions": versions,
+    }
+    return [(name, str(value)) for name, value in named.items() if value not in (None, "")]
+
+
+def _interval(rate: Rate) -> str:
+    return words.interval(rate.low, rate.high)
+
+
+def _short(value: float) -> str:
+    return f"{value:.4g}".replace("-", "−") if abs(value) < 10000 else f"{value:,.0f}"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.2g}".replace("-", "−")
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")

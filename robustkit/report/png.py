@@ -1,0 +1,82 @@
+"""The card: one picture of 1200 x 630 with the number, its interval and the cascade, for slides and readmes."""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from robustkit.record import Report
+from robustkit.report import words
+from robustkit.report.cascade import shortened
+from robustkit.report.table import interval, percent
+
+INK, SOFT, RULE = "#1a1d23", "#59616e", "#d9dde4"
+STOOD, FELL, FELL_GROUND = "#2a6ea6", "#c2501b", "#fbe4d6"
+LEFT, MOST_STAGES = 0.045, 7
+BOLD: dict[str, Any] = {"weight": "bold", "color": INK, "parse_math": False}
+SOFT_TEXT: dict[str, Any] = {"color": SOFT, "parse_math": False}
+
+
+def card(report: Report) -> bytes:
+    """Return the card as the bytes of a PNG. Same report, same bytes."""
+    figure = Figure(figsize=(12, 6.3), dpi=100, facecolor="white")
+    FigureCanvasAgg(figure)
+    name = shortened(words.model_name(report), 100)
+    title = textwrap.wrap(name, 50, break_on_hyphens=False)
+    size = 26 if len(title) == 1 else 21
+    heading = figure.text(LEFT, 0.93, "\n".join(title), size=size, va="top", **BOLD)
+    width = heading.get_window_extent().width / figure.bbox.width
+    heading.set_fontsize(size * min(1.0, (1 - 2 * LEFT) / width))
+    figure.text(LEFT, 0.615, percent(report.robust_accuracy.value), size=68, va="center", **BOLD)
+    beside = [
+        "robust accuracy",
+        words.interval(report.robust_accuracy.low, report.robust_accuracy.high),
+        f"clean accuracy {percent(report.clean_accuracy.value)}",
+        f"{report.spec.threat}, {words.images(report)}",
+        shortened(words.data_name(report), 36),
+    ]
+    for row, line in enumerate(beside):
+        figure.text(LEFT, 0.46 - 0.058 * row, line, size=16, **SOFT_TEXT)
+    _cascade(report, figure)
+    below = f"robustkit   run {report.run_id}   {words.trust(report)}"
+    figure.text(LEFT, 0.05, below, size=13, **SOFT_TEXT)
+    file = io.BytesIO()
+    figure.savefig(file, format="png", metadata={"Software": None})
+    return file.getvalue()
+
+
+def _cascade(report: Report, figure: Figure) -> None:
+    """Draw what stands after each stage; of many stages the first and the last ones."""
+    stages = list(report.stages)
+    before = [1.0, *(stage.robust_accuracy.value for stage in stages)]
+    shown = list(range(len(stages)))
+    if len(stages) > MOST_STAGES:
+        shown = [0, *range(len(stages) - MOST_STAGES + 1, len(stages))]
+    height = min(0.65, 0.125 * max(len(shown), 2))
+    axes = figure.add_axes((0.47, 0.465 - height / 2, 0.485, height))
+    for row, number in enumerate(shown):
+        rate = stages[number].robust_accuracy
+        axes.barh(row, 100 * rate.value, height=0.4, color=STOOD)
+        lost = 100 * (before[number] - rate.value)
+        axes.barh(row, lost, left=100 * rate.value, height=0.4, color=FELL_GROUND, edgecolor=FELL, hatch="////")
+        ends = [[100 * (rate.value - rate.low)], [100 * (rate.high - rate.value)]]
+        axes.errorbar([100 * rate.value], [row], xerr=ends, color=INK, capsize=4, linewidth=1.6)
+        name = "clean images" if number == 0 else f"after {shortened(stages[number].attack, 24)}"
+        axes.text(0, row - 0.24, name, size=13, va="bottom", **BOLD)
+        said = f"{percent(rate.value)}  ({interval(rate)})"
+        axes.text(100, row - 0.24, said, size=13, va="bottom", ha="right", **SOFT_TEXT)
+    axes.set_xlim(0, 100)
+    axes.set_ylim(len(shown) - 0.6, -0.7)
+    axes.set_yticks([])
+    axes.set_xticks([0, 25, 50, 75, 100], ["0 %", "25 %", "50 %", "75 %", "100 %"], color=SOFT, size=12)
+    axes.tick_params(length=0)
+    axes.grid(axis="x", color=RULE, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[:].set_visible(False)
+    hidden = len(stages) - len(shown)
+    about = f"line: 95 % interval; {hidden} earlier attacks not drawn" if hidden else "line: 95 % interval"
+    axes.set_xlabel(f"hatched: lost in this stage; {about}", size=12, color=SOFT)

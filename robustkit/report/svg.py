@@ -1,0 +1,54 @@
+"""Pieces of SVG that fill the width they are given: positions in percent, letters at their own size."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from markupsafe import Markup, escape
+
+
+def drawing(parts: Iterable[str], height: float, title: str) -> Markup:
+    """Return an inline SVG as wide as its place, with a title that is read aloud."""
+    body = "".join(parts)
+    size = f'width="100%" height="{_n(height)}"'
+    return Markup(f'<svg class="chart" role="img" {size} aria-label="{escape(title)}">{body}</svg>')
+
+
+def bar(x: float, y: float, width: float, height: float, kind: str) -> str:
+    """Return a bar; x and width as shares of the drawing, y and height in pixels."""
+    return (
+        f'<rect x="{_n(100 * x)}%" y="{_n(y)}" width="{_n(100 * width)}%" height="{_n(height)}" class="{kind}"/>'
+    )
+
+
+def line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
+    """Return a line; x as shares of the drawing, y in pixels."""
+    return f'<line x1="{_n(100 * x1)}%" y1="{_n(y1)}" x2="{_n(100 * x2)}%" y2="{_n(y2)}" class="{kind}"/>'
+
+
+def text(x: float, y: float, content: str, *, anchor: str = "start", kind: str = "label", dx: float = 0) -> str:
+    """Return a line of text at a share of the width and y pixels down, moved right by dx pixels."""
+    shift = f' dx="{_n(dx)}"' if dx else ""
+    place = f'x="{_n(100 * x)}%" y="{_n(y)}"{shift} text-anchor="{anchor}"'
+    return f'<text {place} class="{kind}">{escape(content)}</text>'
+
+
+def whisker(low: float, high: float, y: float) -> str:
+    """Return an interval: a line with ends, drawn over a halo so that it stands out on any bar."""
+    strokes = [(low, y, high, y), (low, y - 4, low, y + 4), (high, y - 4, high, y + 4)]
+    return "".join(line(*stroke, kind) for kind in ("halo", "whisker") for stroke in strokes)
+
+
+def ticks(low: float, high: float, about: int = 5) -> list[float]:
+    """Return round numbers inside [low, high], about so many."""
+    rough = (high - low) / about
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * 0.999)
+    first = math.ceil(low / step - 1e-9)
+    last = math.floor(high / step + 1e-9)
+    return [round(number * step, 12) for number in range(first, last + 1)]
+
+
+def _n(value: float) -> str:
+    return f"{value:.2f}".rstrip("0").rstrip(".")

@@ -1,0 +1,93 @@
+"""A run in words: its model, its data, its threat, its verdict."""
+
+from __future__ import annotations
+
+import re
+
+from robustkit.record import Report
+from robustkit.report.table import percent
+
+
+def model_name(report: Report) -> str:
+    """Return the model string without folders and query: `robustkit:cifar-resnet20@at.safetensors`."""
+    return _without_folders(str(report.spec.model["string"]).partition("?")[0])
+
+
+def data_name(report: Report) -> str:
+    """Return the data string without its folders."""
+    return _without_folders(str(report.spec.data["string"]))
+
+
+def images(report: Report) -> str:
+    """Return `1 image` or `10,000 images`."""
+    return f"{report.n:,} image{'s' * (report.n != 1)}"
+
+
+def threat(report: Report) -> str:
+    """Return what the attacker may do, as the second half of a sentence."""
+    norm, _, eps = report.spec.threat.partition(":")
+    return {
+        "linf": f"no pixel value moves by more than {eps} (largest absolute change)",
+        "l2": f"the image moves by at most {eps} in Euclidean length",
+        "l1": f"the absolute changes of all pixel values add up to at most {eps}",
+    }.get(norm, f"the image moves by at most {eps} in {norm}")
+
+
+def eps(report: Report) -> float:
+    """Return the threat's size as a number."""
+    numerator, _, denominator = report.spec.threat.partition(":")[2].partition("/")
+    return float(numerator) / float(denominator or 1)
+
+
+def distance_unit(report: Report) -> str:
+    """Return what a distance in the threat's norm counts."""
+    norm = report.spec.threat.partition(":")[0]
+    return {
+        "linf": "largest change of a pixel value",
+        "l2": "Euclidean length of the change",
+        "l1": "sum of the absolute changes",
+    }.get(norm, norm)
+
+
+def verdict(report: Report) -> str:
+    """Return the sentence that the number stands in, without the number."""
+    if report.n == 1:
+        image = report.verdicts[0]
+        if image.robust:
+            return "The one image stays correctly classified under every attack of this run."
+        fell = "is wrong as it is" if image.attack == "clean" else f"falls to {image.attack}"
+        return f"The one image {fell}."
+    stood = sum(image.robust for image in report.verdicts)
+    return f"{stood:,} of {images(report)} stay correctly classified under every attack of this run."
+
+
+def interval(low: float, high: float) -> str:
+    """Return `95 % interval 20.3 – 35.7 %`."""
+    return f"95 % interval {100 * low:.1f} – {percent(high)}"
+
+
+def trust(report: Report) -> str:
+    """Return how far the checks let the number be trusted."""
+    counts = {level: sum(flag.level == level for flag in report.flags) for level in ("error", "warning", "info")}
+    named = [
+        f"{count} {word}{'s' * (count > 1)}"
+        for count, word in zip(counts.values(), ("error", "warning", "note"), strict=True)
+        if count
+    ]
+    said = ", ".join(named)
+    if counts["error"]:
+        return f"Do not quote this number: the checks raised {said}."
+    if counts["warning"]:
+        return f"Look before quoting this number: the checks raised {said}."
+    if counts["info"]:
+        return f"The checks raised no warning, {said}."
+    return "The checks raised no flag."
+
+
+def class_name(classes: list[str], label: int) -> str:
+    """Return a class's name, or its number where the data names none."""
+    return classes[label] if 0 <= label < len(classes) else f"class {label}"
+
+
+def _without_folders(text: str) -> str:
+    return re.sub(r"(^|[@:])[^@:?]*/(?=[^/#])", r"\1", text)

@@ -1,0 +1,687 @@
+"""What every attack must do, parametrised over the registry: a new file in attacks/ needs no edit here.
+
+Each check is a function of an attack, so that the mutants at the end can show that it bites.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, replace
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from robustkit import registry
+from robustkit.goal import Goal
+from robustkit.registry import make
+from robustkit.rng import RowRng
+from robustkit.rows import Rows, query
+from robustkit.threat import ThreatModel
+
+SHAPE = (5, 3, 7, 9)
+SIZE = 189
+NORMS = ("linf", "l2", "l1")
+DUAL = {"linf": 1, "l2": 2, "l1": float("inf")}
+
+# Less effort than the defaults, where those take long.
+FIELDS = {
+    "autoattack:apgd-ce": {"steps": 20, "restarts": 1},
+    "autoattack:apgd-dlr": {"steps": 20, "restarts": 1},
+    "autoattack:apgd-t": {"steps": 20},
+    "autoattack:fab": {"steps": 10, "restarts": 1},
+    "autoattack:fab-t": {"steps": 10},
+    "autoattack:square": {"queries": 400},
+}
+FAMILIES = {
+    "foolbox": {
+        "linf": ("foolbox:LinfPGD", {"steps": 20, "rel_stepsize": 0.1}),
+        "l2": ("foolbox:L2PGD", {"steps": 20, "rel_stepsize": 0.1}),
+        "l1": ("foolbox:L1PGD", {"steps": 20, "rel_stepsize": 0.1}),
+    }
+}
+# How many times the nearest distance a weaker search gets (1.5 for all others).
+SLACK = {
+    ("autoattack:square", "linf"): 4,
+    ("autoattack:square", "l2"): 6,
+    ("autoattack:square", "l1"): 3,
+    ("foolbox:L1PGD", "l1"): 2,
+}
+# One gradient finds the nearest point of a plane, not of a sphere.
+PLANES_ONLY = {"fgsm"}
+
+
+def cases(*, own=None, reduced=True):
+    """Return (name, fields, norm) for every registered attack and norm."""
+    found = []
+    for name, entry in registry.catalog("attack").items():
+        if own is not None and own == entry.info.coupled:
+            continue
+        for norm in entry.info.norms:
+            if not entry.info.family:
+                found.append((name, FIELDS.get(name, {}), norm))
+            elif norm in FAMILIES.get(name, {}):
+                found.append((*FAMILIES[name][norm], norm))
+    return [pytest.param(*case, id=f"{case[0]}-{case[2]}") for case in found]
+
+
+# Official attacks say with this flag that a gradient was zero; no test here is about that.
+
+every = pytest.mark.parametrize(("name", "fields", "norm"), cases())
+own = pytest.mark.parametrize(("name", "fields", "norm"), cases(own=True))
+
+
+# Problems whose nearest adversarial point is known.
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A model, images, their labels, and the distance of the nearest adversarial point in each norm."""
+
+    model: nn.Module
+    x: torch.Tensor
+    labels: torch.Tensor
+    distance: dict[str, float]
+    targets: torch.Tensor | None = None
+
+    @property
+    def goal(self):
+        return Goal(self.labels, self.targets)
+
+    def to(self, dtype):
+        return replace(self, model=self.model.to(dtype), x=self.x.to(dtype))
+
+    def rows(self, index):
+        targets = None if self.targets is None else self.targets[index]
+        return replace(self, x=self.x[index], labels=self.labels[index], targets=targets)
+
+
+class Plane(nn.Module):
+    """Logits linear in the image."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+
+    def forward(self, x):
+        # No matrix product: its rounding depends on the batch size, which would be held against the attack.
+        return (100 * (x - 0.5).flatten(1)[:, None] * self.weight).sum(2)
+
+
+class Sphere(nn.Module):
+    """Class 0 within a sphere around grey, class 1 outside."""
+
+    def __init__(self, square):
+        super().__init__()
+        self.square = nn.Parameter(torch.tensor(square), requires_grad=False)
+
+    def forward(self, x):
+        inside = 50 * (self.square - (x - 0.5).flatten(1).square().sum(1))
+        return torch.stack([inside, -inside], 1)
+
+
+def signs(shape, draw):
+    """Return numbers of size 0.9 to 1.1 and either sign: no coordinate stands out."""
+    size = 0.9 + 0.2 * torch.rand(shape, generator=draw)
+    return torch.where(torch.rand(shape, generator=draw) < 0.5, -size, size)
+
+
+def plane(classes, *, targeted=False, seed=0):
+    """Rows at a margin of 0.0146 from the runner-up, 1.3 times as far from the third, others far behind."""
+    draw = torch.Generator().manual_seed(seed)
+    weight = torch.linalg.qr(signs((SIZE, classes), draw).double()).Q.T
+    labels = torch.arange(SHAPE[0]) % classes
+    ranks = (torch.arange(classes)[None, :] - labels[:, None]) % classes
+    behind = torch.tensor([0.0, 0.0146, 0.019, *[0.3] * (classes - 2)][:classes]).double()
+    x = 0.5 + ((0.1 - behind[ranks]) @ weight).view(SHAPE)
+    rival = (labels + (2 if targeted else 1)) % classes
+    step = weight[rival] - weight[labels]
+    gap = -(step * (x - 0.5).flatten(1)).sum(1)
+    lengths = {norm: gap / torch.linalg.vector_norm(step, DUAL[norm], dim=1) for norm in NORMS}
+    distance = {norm: length.tolist() for norm, length in lengths.items()}
+    return Problem(Plane(weight), x, labels, distance, rival if targeted else None).to(torch.float32)
+
+
+def sphere(seed=0):
+    """Rows inside a sphere of squared radius 0.02 above their own."""
+    draw = torch.Generator().manual_seed(seed)
+    z = signs((SHAPE[0], SIZE), draw).double()
+    z = 1.37 * z / z.norm(dim=1, keepdim=True)
+    square, size = 1.37**2 + 0.02, z.abs()
+    total, top = size.sum(1), size.amax(1)
+    distance = {
+        "linf": (((total**2 + SIZE * 0.02).sqrt() - total) / SIZE).tolist(),
+        "l2": [square**0.5 - 1.37] * SHAPE[0],
+        "l1": ((top**2 + 0.02).sqrt() - top).tolist(),
+    }
+    labels = torch.zeros(SHAPE[0], dtype=torch.int64)
+    return Problem(Sphere(square), 0.5 + z.view(SHAPE), labels, distance).to(torch.float32)
+
+
+PROBLEMS = {
+    "two planes": lambda: plane(2),
+    "three planes": lambda: plane(3),
+    "five planes": lambda: plane(5),
+    "sphere": sphere,
+}
+
+
+def threat_at(problem, norm, factor):
+    """Return the threat that is `factor` of the distance: of the farthest row above 1, else the nearest."""
+    edge = max(problem.distance[norm]) if factor > 1 else min(problem.distance[norm])
+    return ThreatModel.parse(f"{norm}:{Fraction(factor * edge).limit_denominator(10**7)}")
+
+
+def rng_of(problem, seed=0, stream="contract"):
+    return RowRng(seed, stream, torch.arange(10, 10 + len(problem.x)))
+
+
+def run(attack, problem, threat, *, seed=0, rng=None):
+    """Run the attack, random numbers of the global kind seeded as the engine does it."""
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
+    return attack(problem.model, problem.x.clone(), problem.goal, threat, rng=rng or rng_of(problem, seed))
+
+
+# The checks.
+
+
+def check_succeeds(attack, problem, norm, *, coupled=False, factor=1.5):
+    """Where a fooling point lies well inside, every row must find one, inside."""
+    threat = threat_at(problem, norm, factor)
+    assert not problem.goal.reached(problem.model(problem.x)).any()
+    found = run(attack, problem, threat)
+    check_inside(found, problem.x, threat, coupled)
+    assert problem.goal.reached(problem.model(threat.project(found, problem.x))).all()
+
+
+def check_fails(attack, problem, norm, *, coupled=False):
+    """Where no fooling point lies inside, none may be found, and what comes back is inside all the same."""
+    threat = threat_at(problem, norm, 0.9)
+    found = run(attack, problem, threat)
+    check_inside(found, problem.x, threat, coupled)
+    assert not problem.goal.reached(problem.model(threat.project(found, problem.x))).any()
+
+
+def check_inside(found, x, threat, coupled=False):
+    assert found.shape == x.shape
+    assert found.dtype == x.dtype
+    assert found.device == x.device
+    assert not found.requires_grad
+    assert threat.contains(threat.project(found, x) if coupled else found, x).all()
+
+
+def check_repeatable(attack, problem, threat):
+    """Same seed, same bytes; a random attack moves with the seed, the stream and the sample."""
+    first = run(attack, problem, threat)
+    assert torch.equal(first, run(attack, problem, threat))
+    if getattr(attack, "random_start", False):
+        attack = replace(attack, steps=1)  # more may end in the same corner
+        first = run(attack, problem, threat)
+        assert not torch.equal(first, run(attack, problem, threat, rng=rng_of(problem, 1)))
+        assert not torch.equal(first, run(attack, problem, threat, rng=rng_of(problem, 0, "other")))
+
+
+def check_company(attack, problem, threat):
+    """A row has the same result alone, in a batch, in any order."""
+    rng = rng_of(problem)
+    whole = run(attack, problem, threat)
+    for order in ([4, 2, 0, 3, 1], [3, 1], [0], [1], [2], [3], [4]):
+        index = torch.tensor(order)
+        part = run(attack, problem.rows(index), threat, rng=rng.select(index))
+        assert torch.equal(part, whole[index])
+
+
+def check_generators_still(attack, problem, threat):
+    """The generators of torch, numpy and Python stay where they are."""
+    torch.manual_seed(3)
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    attack(problem.model, problem.x.clone(), problem.goal, threat, rng=rng_of(problem))
+    after = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    assert torch.equal(before[0], after[0])
+    assert before[1] == after[1]
+    # The jaxtyping hook draws from Python's own generator to pick what it checks.
+    assert before[2] == after[2] or hasattr(ThreatModel.project, "__wrapped__")
+
+
+def check_no_side_effects(attack, problem, threat, *, trainable=True):
+    """Inputs, parameters, their gradients, mode, hooks and global settings are as before."""
+    model, x, goal, rng = problem.model, problem.x.clone(), problem.goal, rng_of(problem)
+    model.train(trainable)
+    for parameter in model.parameters():
+        parameter.requires_grad_(trainable)
+        parameter.grad = torch.full_like(parameter, 0.25) if trainable else None
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    kept = [value.clone() for value in (x, goal.labels, rng.ids)]
+    settings = torch.is_grad_enabled(), torch.get_default_dtype(), torch.backends.cudnn.deterministic
+    found = attack(model, x, goal, threat, rng=rng)
+    assert (torch.is_grad_enabled(), torch.get_default_dtype(), torch.backends.cudnn.deterministic) == settings
+    assert all(map(torch.equal, kept, (x, goal.labels, rng.ids)))
+    assert not x.requires_grad
+    assert x.grad is None
+    assert found is not x or not trainable
+    assert model.training == trainable
+    for module in model.modules():
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+        assert not module._backward_hooks
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, state[name])
+    for parameter in model.parameters():
+        assert parameter.requires_grad == trainable
+        assert parameter.grad is None or (parameter.grad == 0.25).all()
+
+
+def count_queries(attack, problem, threat):
+    """Return (forwards, backwards) in images."""
+    seen = {"forwards": 0, "backwards": 0}
+
+    def model(x):
+        seen["forwards"] += len(x)
+        logits = problem.model(x)
+        if logits.requires_grad:
+            logits.register_hook(lambda g: seen.__setitem__("backwards", seen["backwards"] + len(g)))
+        return logits
+
+    run(attack, replace(problem, model=model), threat)
+    return seen["forwards"], seen["backwards"]
+
+
+def check_steps_count(attack, problem, norm):
+    """On a hopeless problem `steps` steps cost steps + 1 forwards and steps backwards a row and restart."""
+    threat = threat_at(problem, norm, 0.9)
+    for steps, restarts in ((1, 1), (3, 1), (7, 1), (2, 3)):
+        tried = attack_with(attack, steps=steps, restarts=restarts)
+        forwards, backwards = count_queries(tried, problem, threat)
+        rows = len(problem.x) * restarts
+        assert (forwards, backwards) == (rows * (steps + 1), rows * steps)
+
+
+def attack_with(attack, **fields):
+    return replace(attack, **fields)
+
+
+# The registered attacks.
+
+
+def planes_or_all(name):
+    return [problem for problem in PROBLEMS if problem != "sphere" or name not in PLANES_ONLY]
+
+
+def coupled(name):
+    return registry.catalog("attack")[name if not name.startswith("foolbox:") else "foolbox"].info.coupled
+
+
+@every
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_succeeds_where_possible(name, fields, norm, problem):
+    if problem not in planes_or_all(name):
+        pytest.skip("one step reaches planes only")
+    factor = SLACK.get((name, norm), 1.5)
+    check_succeeds(make(name, **fields), PROBLEMS[problem](), norm, coupled=coupled(name), factor=factor)
+
+
+@every
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_fails_where_impossible(name, fields, norm, problem):
+    check_fails(make(name, **fields), PROBLEMS[problem](), norm, coupled=coupled(name))
+
+
+@every
+def test_one_image_is_enough(name, fields, norm):
+    problem = plane(3).rows(torch.tensor([1]))
+    check_succeeds(make(name, **fields), problem, norm, coupled=coupled(name), factor=SLACK.get((name, norm), 1.5))
+
+
+@every
+def test_same_seed_same_bytes(name, fields, norm):
+    problem = sphere()
+    check_repeatable(make(name, **fields), problem, threat_at(problem, norm, 0.9))
+
+
+@every
+def test_no_side_effects(name, fields, norm):
+    problem = plane(3)
+    threat = threat_at(problem, norm, 1.5)
+    check_no_side_effects(make(name, **fields), problem, threat, trainable=not coupled(name))
+
+
+@own
+@pytest.mark.parametrize("factor", [0.9, 1.5])
+def test_same_result_in_any_company(name, fields, norm, factor):
+    problem = plane(5)
+    check_company(make(name, **fields), problem, threat_at(problem, norm, factor))
+
+
+@own
+def test_no_global_generator_moves(name, fields, norm):
+    problem = plane(3)
+    check_generators_still(make(name, **fields), problem, threat_at(problem, norm, 0.9))
+
+
+@own
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("corner", [False, True])
+def test_dtype_is_kept_and_the_box_too(name, fields, norm, dtype, corner):
+    problem = plane(3).to(dtype)
+    if corner:  # anchors on the corners of the box and a radius that leaves it
+        problem = replace(problem, x=problem.x.gt(0.5).to(dtype))
+    threat = ThreatModel.parse({"linf": "linf:0.3", "l2": "l2:3", "l1": "l1:20"}[norm])
+    check_inside(run(make(name, **fields), problem, threat), problem.x, threat)
+
+
+@own
+def test_targeted_succeeds_and_fails(name, fields, norm):
+    problem = plane(5, targeted=True)
+    check_succeeds(make(name, **fields), problem, norm, factor=1.6)
+    check_fails(make(name, **fields), problem, norm)
+
+
+@own
+def test_zero_eps_returns_the_clean_images(name, fields, norm):
+    problem = plane(3)
+    assert torch.equal(run(make(name, **fields), problem, ThreatModel.parse(f"{norm}:0")), problem.x)
+
+
+@own
+def test_inputs_that_want_gradients_and_callers_without(name, fields, norm):
+    problem = plane(3)
+    threat = threat_at(problem, norm, 0.9)
+    expected = run(make(name, **fields), problem, threat)
+    wanting = problem.x.clone().requires_grad_()
+    found = make(name, **fields)(problem.model, wanting, problem.goal, threat, rng=rng_of(problem))
+    assert not found.requires_grad
+    assert torch.equal(found, expected)
+    with torch.no_grad():
+        assert torch.equal(run(make(name, **fields), problem, threat), expected)
+
+
+@own
+def test_broken_logits_are_no_success(name, fields, norm):
+    problem = plane(3)
+    threat = threat_at(problem, norm, 0.9)
+
+    def broken(x):
+        logits = problem.model(x)
+        return torch.where((x == problem.x[:1]).flatten(1).all(1)[:, None], logits, logits * torch.nan)
+
+    found = run(make(name, **fields), replace(problem, model=broken), threat)
+    assert found.shape == problem.x.shape
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("loss", ["ce", "margin", "dlr"])
+@pytest.mark.parametrize("problem", ["two planes", "five planes"])
+def test_pgd_and_fgsm_with_every_loss(norm, loss, problem):
+    for name in ("pgd", "fgsm"):
+        check_succeeds(make(name, loss=loss), PROBLEMS[problem](), norm)
+
+
+# The loop that row-wise attacks share.
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_pgd_counts_its_steps(norm):
+    check_steps_count(make("pgd"), plane(3), norm)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("size", [0, 5])
+def test_the_loop_ends_when_nobody_is_left(norm, size):
+    problem = plane(3).rows(torch.arange(size))
+    threat = ThreatModel.parse({"linf": "linf:0.3", "l2": "l2:3", "l1": "l1:20"}[norm])
+    attack = make("pgd", steps=1, restarts=3, step_size=1, density=0.3, random_start=False)
+    found = run(attack, problem, threat)
+    assert found.shape == problem.x.shape
+    assert problem.goal.reached(problem.model(found)).all()
+    forwards, backwards = count_queries(attack, problem, threat)
+    assert (forwards, backwards) == (2 * size, size)
+
+
+def test_pgd_keeps_the_highest_loss_of_all_restarts():
+    problem = plane(5)
+    threat = threat_at(problem, "linf", 0.9)
+    ends = [run(make("pgd", steps=2, restarts=n), problem, threat) for n in (1, 5)]
+    one, five = (problem.goal.loss(problem.model(end)) for end in ends)
+    assert (five >= one).all()
+    assert (five > one).any()
+
+
+@pytest.mark.parametrize(("density", "count"), [(0.01, 2), (0.1, 19), (0.5, 94)])
+def test_pgds_density_is_the_share_of_coordinates_that_a_step_moves(density, count):
+    problem = plane(3)
+    attack = make("pgd", density=density, random_start=False)
+    rows = Rows(problem.x, problem.goal, ThreatModel.parse("l1:0.1"), rng_of(problem))
+    logits, _, gradient = query(problem.model, problem.x, problem.goal, "ce")
+    moved = attack.step(rows, attack.init(rows), logits, gradient)["x"] != problem.x
+    assert (moved.flatten(1).sum(1) == count).all()
+
+
+# Parity with foolbox.
+
+
+def net(dtype=torch.float64):
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(4 * 5 * 7, 12), nn.Tanh(), nn.Linear(12, 5)
+    ).to(dtype)
+
+
+@pytest.mark.parametrize(("norm", "theirs", "eps"), [("linf", "LinfPGD", 1 / 16), ("l2", "L2PGD", 1 / 2)])
+def test_pgd_makes_foolboxs_iterates(norm, theirs, eps):
+    import foolbox
+
+    model = net().eval()
+    x = 0.2 + 0.6 * torch.rand(SHAPE, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    goal = Goal(model(x).argmax(1))
+    threat = ThreatModel.parse(f"{norm}:{eps}")
+    wrapped = foolbox.PyTorchModel(model, bounds=(0, 1), device="cpu")
+    criterion = foolbox.criteria.Misclassification(goal.labels)
+    ours = make("pgd", step_size=0.25, random_start=False)
+    rows = Rows(x, goal, threat, RowRng(0, "p", torch.arange(5)))
+    state = ours.init(rows)
+    assert torch.equal(state["x"], x)
+    for steps in range(1, 9):
+        logits, _, gradient = query(model, state["x"], goal, "ce")
+        state = ours.step(rows, state, logits, gradient)
+        reference = getattr(foolbox.attacks, theirs)(rel_stepsize=0.25, steps=steps, random_start=False)
+        expected = reference.run(wrapped, x, criterion, epsilon=eps)
+        torch.testing.assert_close(state["x"], expected, rtol=0, atol=1e-6)
+        assert threat.distance(state["x"], x).max().item() == pytest.approx(min(steps / 4, 1) * eps, rel=0.05)
+
+
+# Mutants: each must be caught.
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A sound projected gradient attack, for others to break."""
+
+    steps: int = 20
+    restarts: int = 1
+    random_start: bool = True
+
+    def __call__(self, model, x, goal, threat, *, rng):
+        best, done = x.clone(), torch.zeros(len(x), dtype=torch.bool)
+        for restart in range(self.restarts):
+            point = self.start(x, threat, rng.at(restart=restart))
+            for step in range(self.count() + 1):
+                logits, _, gradient = query(model, point, self.aim(goal), "ce", step < self.count())
+                new = goal.reached(logits) & ~done
+                best[new], done = point[new], done | new
+                best[~done] = point[~done]
+                if step < self.count():
+                    direction = self.sign() * threat.ascent(gradient, density=0.01)
+                    point = self.finish(threat, x, point + 0.15 * float(threat.eps) * direction, step)
+        return best
+
+    def start(self, x, threat, rng):
+        return threat.random_start(x, rng)
+
+    def count(self):
+        return self.steps
+
+    def sign(self):
+        return 1
+
+    def aim(self, goal):
+        return goal
+
+    def finish(self, threat, x, point, step):
+        return threat.project(point, x)
+
+
+class NoOp(Mutant):
+    def __call__(self, model, x, goal, threat, *, rng):
+        return x.clone()
+
+
+class ReturnsInput(Mutant):
+    def __call__(self, model, x, goal, threat, *, rng):
+        super().__call__(model, x, goal, threat, rng=rng)
+        return x
+
+
+class Downhill(Mutant):
+    def sign(self):
+        return -1
+
+
+class LeavesBall(Mutant):
+    def finish(self, threat, x, point, step):
+        return super().finish(threat, x, point, step) if step < self.steps - 1 else x + (point - x) * 1.01
+
+
+class LeavesBox(Mutant):
+    def __call__(self, model, x, goal, threat, *, rng):
+        return x + float(threat.eps) * threat.ascent(query(model, x, goal, "ce")[2])
+
+
+class GlobalGenerator(Mutant):
+    def start(self, x, threat, rng):
+        return threat.project(x + float(threat.eps) * torch.randn_like(x), x)
+
+
+class NumpyGenerator(Mutant):
+    def start(self, x, threat, rng):
+        return threat.project(x + float(threat.eps) * torch.tensor(np.random.randn(*x.shape)).to(x), x)
+
+
+class SeededByBatch(Mutant):
+    def start(self, x, threat, rng):
+        draw = torch.Generator().manual_seed(rng.seed)
+        return threat.project(x + float(threat.eps) * torch.randn(x.shape, generator=draw), x)
+
+
+class NormOfTheBatch(Mutant):
+    def finish(self, threat, x, point, step):
+        point = super().finish(threat, x, point, step)
+        return x + (point - x) * (1 - 0.01 * len(x))
+
+
+class IgnoresSteps(Mutant):
+    def count(self):
+        return 20
+
+
+class IgnoresTargets(Mutant):
+    def aim(self, goal):
+        return Goal(goal.labels)
+
+
+class Unseeded(Mutant):
+    def start(self, x, threat, rng):
+        return super().start(x, threat, replace(rng, seed=0, stream="mine", ids=torch.zeros_like(rng.ids)))
+
+
+class InPlace(Mutant):
+    def __call__(self, model, x, goal, threat, *, rng):
+        return x.copy_(super().__call__(model, x, goal, threat, rng=rng)).clone()
+
+
+class TouchesGradients(Mutant):
+    def __call__(self, model, x, goal, threat, *, rng):
+        goal.loss(model(x)).sum().backward()
+        return super().__call__(model, x, goal, threat, rng=rng)
+
+
+class LeavesEvalMode(Mutant):
+    def __call__(self, model, x, goal, threat, *, rng):
+        return super().__call__(model.eval(), x, goal, threat, rng=rng)
+
+
+class LeavesHook(Mutant):
+    def __call__(self, model, x, goal, threat, *, rng):
+        model.register_forward_hook(lambda *_: None)
+        return super().__call__(model, x, goal, threat, rng=rng)
+
+
+class Downcasts(Mutant):
+    def __call__(self, model, x, goal, threat, *, rng):
+        return super().__call__(model, x, goal, threat, rng=rng).float()
+
+
+def every_check(attack, norm):
+    """Run all checks of an own attack."""
+    problem = plane(5)
+    near, far = threat_at(problem, norm, 1.5), threat_at(problem, norm, 0.9)
+    for made in PROBLEMS.values():
+        check_succeeds(attack, made(), norm)
+        check_fails(attack, made(), norm)
+    check_succeeds(attack, plane(5, targeted=True), norm, factor=1.6)
+    check_repeatable(attack, sphere(), threat_at(sphere(), norm, 0.9))
+    check_company(attack, problem, far)
+    check_generators_still(attack, problem, far)
+    check_no_side_effects(attack, plane(5), near)
+    check_steps_count(attack, problem, norm)
+    corner = replace(problem.to(torch.float64), x=problem.x.gt(0.5).double())
+    check_inside(run(attack, corner, near), corner.x, near)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_mutants_parent_is_sound(norm):
+    every_check(Mutant(), norm)
+
+
+@pytest.mark.parametrize(
+    ("mutant", "check"),
+    [
+        (NoOp, lambda a, n: check_succeeds(a, plane(2), n)),
+        (ReturnsInput, lambda a, n: check_succeeds(a, plane(2), n)),
+        (Downhill, lambda a, n: check_succeeds(a, plane(2), n)),
+        (Downhill, lambda a, n: check_succeeds(a, sphere(), n)),
+        (LeavesBall, lambda a, n: check_fails(a, plane(3), n)),
+        (LeavesBox, lambda a, n: check_inside(run(a, *corners(n)), *corners(n, inside=True))),
+        (GlobalGenerator, lambda a, n: check_generators_still(a, *hopeless(n))),
+        (NumpyGenerator, lambda a, n: check_generators_still(a, *hopeless(n))),
+        (SeededByBatch, lambda a, n: check_company(a, *hopeless(n))),
+        (NormOfTheBatch, lambda a, n: check_company(a, *hopeless(n))),
+        (IgnoresSteps, lambda a, n: check_steps_count(a, plane(3), n)),
+        (IgnoresTargets, lambda a, n: check_succeeds(a, plane(5, targeted=True), n, factor=1.6)),
+        (Unseeded, lambda a, n: check_repeatable(a, *hopeless(n))),
+        (InPlace, lambda a, n: check_no_side_effects(a, *hopeless(n))),
+        (TouchesGradients, lambda a, n: check_no_side_effects(a, *hopeless(n))),
+        (LeavesEvalMode, lambda a, n: check_no_side_effects(a, *hopeless(n))),
+        (LeavesHook, lambda a, n: check_no_side_effects(a, *hopeless(n))),
+        (Downcasts, lambda a, n: check_inside(run(a, *corners(n)), *corners(n, inside=True))),
+    ],
+)
+@pytest.mark.parametrize("norm", NORMS)
+def test_mutants_are_caught(mutant, check, norm):
+    with pytest.raises(AssertionError):
+        check(mutant(), norm)
+
+
+def hopeless(norm):
+    problem = plane(3)
+    return problem, threat_at(problem, norm, 0.9)
+
+
+def corners(norm, *, inside=False):
+    problem = plane(3).to(torch.float64)
+    problem = replace(problem, x=problem.x.gt(0.5).double())
+    threat = ThreatModel.parse({"linf": "linf:0.3", "l2": "l2:3", "l1": "l1:20"}[norm])
+    return (problem.x, threat) if inside else (problem, threat)

@@ -1,0 +1,199 @@
+"""The house stands as drawn: who imports whom, what the wheel holds, what the guards say, what README runs."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "robustkit"
+
+VOCABULARY = {"errors", "shapes", "threat", "losses", "goal", "rng", "rows", "record", "registry"}
+ALLOWED: dict[str, set[str]] = {
+    "errors": set(),
+    "shapes": set(),
+    "rng": set(),
+    "preprocess": set(),
+    "threat": {"errors", "shapes"},
+    "losses": {"errors", "shapes"},
+    "goal": {"losses", "shapes"},
+    "rows": {"goal", "rng", "shapes", "threat"},
+    "record": {"errors"},
+    "registry": {"errors"},
+    "attacks": VOCABULARY,
+    "defenses": VOCABULARY | {"attacks"},
+    "models": {"errors", "shapes", "preprocess"},
+    "data": {"errors", "shapes", "preprocess"},
+    "ledger": {"errors", "record"},
+    "isolation": set(),
+    "checks": VOCABULARY,
+    "engine": VOCABULARY | {"models", "data", "ledger", "checks", "isolation"},
+    "report": {"record"},
+    "api": {"engine", "models", "data", "errors", "record", "threat"},
+    "cli": {"api", "engine", "report", "models", "data", "registry", "errors", "threat", "record"},
+}
+# Only these may name the packages that are slow to import or belong to one adapter.
+ADAPTERS = {
+    "timm": {"models/from_timm.py"},
+    "torchvision": {"models/from_torchvision.py", "data/vision.py", "data/files.py"},
+    "foolbox": {"attacks/foolbox.py"},
+    "pyautoattack": {"attacks/autoattack.py"},
+    "sklearn": {"data/digits.py"},
+}
+
+
+def sources() -> list[Path]:
+    return [*PACKAGE.rglob("*.py"), *(PACKAGE / "attacks").glob("*.py"), *(PACKAGE / "defenses").glob("*.py")]
+
+
+def imported(file: Path) -> list[str]:
+    found = []
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found += [name.name for name in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: a relative import"
+            found += [f"{node.module}.{name.name}" for name in node.names]
+    return found
+
+
+def test_who_imports_whom() -> None:
+    for file in sources():
+        place = file.relative_to(PACKAGE)
+        room = place.parts[0].removesuffix(".py")
+        if room in ("__init__", "__main__"):
+            continue
+        for name in imported(file):
+            if name.startswith("robustkit."):
+                other = name.split(".")[1]
+                assert other == room or other in ALLOWED[room], f"{place} imports {name}"
+
+
+def test_the_rooms_have_no_cycle() -> None:
+    left = {room: set(others) for room, others in ALLOWED.items()}
+    while left:
+        free = [room for room, others in left.items() if not others & left.keys()]
+        assert free, f"a cycle among {sorted(left)}"
+        for room in free:
+            del left[room]
+
+
+def test_other_packages_stay_in_their_adapters() -> None:
+    for file in sources():
+        place = str(file.relative_to(PACKAGE))
+        for name in imported(file):
+            package = name.partition(".")[0]
+            assert place in ADAPTERS.get(package, {place}), f"{place} imports {name}"
+
+
+def copy_of_the_checkout(to: Path) -> Path:
+    """What a clone holds, links as links."""
+    for name in ("robustkit", "attacks", "defenses", "setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, to / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, to / name)
+    return to
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    clone = copy_of_the_checkout(tmp_path_factory.mktemp("clone"))
+    out = tmp_path_factory.mktemp("wheel")
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "-q",
+        "-w",
+        str(out),
+        str(clone),
+    ]
+    subprocess.run(command, check=True, capture_output=True)
+    return next(out.glob("*.whl"))
+
+
+def test_the_wheel_holds_every_file(wheel: Path) -> None:
+    inside = set(zipfile.ZipFile(wheel).namelist())
+    for file in [*sources(), *PACKAGE.glob("weights/*"), *PACKAGE.glob("report/page.*"), PACKAGE / "py.typed"]:
+        assert f"robustkit/{file.relative_to(PACKAGE)}" in inside
+    tops = {name.partition("/")[0] for name in inside}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"robustkit"}
+    metadata = next(name for name in inside if name.endswith("entry_points.txt"))
+    assert "robustkit = robustkit.cli:main" in zipfile.ZipFile(wheel).read(metadata).decode()
+
+
+def test_the_installed_wheel_runs_from_elsewhere(wheel: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    code = (
+        "import robustkit, sys; from robustkit.cli import run\n"
+        "print(robustkit.__file__, flush=True); sys.exit(run(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, "evaluate", "--limit", "8", "--suite", "fgsm,pgd(steps=3)"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(str(tmp_path / "site"))
+    assert "worst case" in done.stdout
+
+
+@pytest.mark.parametrize("folder", ["attacks", "defenses"])
+def test_the_links_and_their_guards(folder: str, tmp_path: Path) -> None:
+    assert os.readlink(PACKAGE / folder) == f"../{folder}"
+    done = subprocess.run([sys.executable, "-c", f"import {folder}"], cwd=ROOT, capture_output=True, text=True)
+    assert f"import 'robustkit.{folder}', not '{folder}'" in done.stderr
+    clone = copy_of_the_checkout(tmp_path)
+    (clone / "robustkit" / folder).unlink()
+    (clone / "robustkit" / folder).write_text(f"../{folder}")  # what git leaves without symlink support
+    done = subprocess.run([sys.executable, "-c", "import robustkit"], cwd=clone, capture_output=True, text=True)
+    assert f"git checkout -- robustkit/{folder}" in done.stderr
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+def test_every_command_in_the_readme_is_understood(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Flags exist: each command, made to stop at a model that is not there, complains of that and no flag."""
+    import shlex
+
+    from robustkit.cli import run
+
+    commands = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("robustkit ")]
+    assert len(commands) >= 5
+    for command in commands:
+        words = shlex.split(command, comments=True)[1:]
+        if words[0] == "evaluate":
+            words += ["--precision", "fp8", "--data", "digits:test", "--out", str(tmp_path)]
+        run(words)
+        err = capsys.readouterr().err
+        assert "No such option" not in err, command
+        assert "No such command" not in err, command
+
+
+def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from robustkit import load_data, load_model
+
+    monkeypatch.chdir(tmp_path)
+    data = load_data("digits:test").head(8)
+    names = {"model": load_model("robustkit:digits-cnn"), "images": data.images(range(8)), "labels": data.labels}
+    ran = 0
+    for block in blocks("python"):
+        if "import evaluate" in block:
+            exec(block.replace("8/255", "0.1").replace('"autoattack"', '"fgsm"'), names)
+            ran += 1
+    assert ran
+    assert names["report"].n == 8

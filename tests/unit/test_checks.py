@@ -1,0 +1,181 @@
+"""An honest net raises no flag, a broken one its own; in one process, in either order."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from nets import FAULTS, Small, Wrapped, labelled
+
+from robustkit import evaluate, load_data
+from robustkit.cli import run
+from robustkit.data import from_arrays
+from robustkit.data.samples import Samples
+from robustkit.engine.doctor import Diagnosis, examine
+from robustkit.models import as_classifier
+from robustkit.record import Rate, Stage
+from robustkit.threat import ThreatModel
+
+NETS = str(Path(__file__).parents[1] / "nets.py")
+THREATS = ("linf:0.15", "l2:1", "l1:4")
+
+# The flag that each fault must raise, and words that its text must have.
+OWN = {
+    "softmax": ("probabilities", "sum to 1"),
+    "log-softmax": ("non-positive-outputs", "log-probabilities"),
+    "cold": ("saturated-softmax", "softmax exactly 1"),
+    "rounded-input": ("zero-gradient", "exactly zero"),
+    "rounded-logits": ("zero-gradient", "cannot move"),
+    "detached": ("survives-any-eps", "masked"),
+    "straight-through": ("wrong-gradient", "finite differences"),
+    "flipped-gradient": ("wrong-gradient", "finite differences"),
+    "torch-noise": ("randomised", "source: torch)"),
+    "numpy-noise": ("randomised", "source: numpy)"),
+    "random-noise": ("randomised", "source: random)"),
+    "batch-mean": ("batch-dependent", "evaluated alone"),
+    "dynamic": ("test-time-optimisation", "inside one forward pass"),
+}
+
+
+def digits() -> Samples:
+    return load_data("digits:test").head(48)
+
+
+def look(net: torch.nn.Module, threat: str = "linf:0.15", samples: Samples | None = None) -> Diagnosis:
+    samples = samples or digits()
+    return examine(as_classifier(net), samples, ThreatModel.parse(threat), torch.device("cpu"))
+
+
+def codes(net: torch.nn.Module, threat: str = "linf:0.15") -> set[str]:
+    return {flag.code for flag in look(net.eval(), threat).flags}
+
+
+@pytest.mark.parametrize("threat", THREATS)
+def test_an_honest_net_raises_none(threat: str) -> None:
+    assert codes(Wrapped("none"), threat) == set()
+    net = Small(1)
+    assert look(net, threat, from_arrays(*labelled(net, 48, (1, 9, 7)))).flags == []
+
+
+@pytest.mark.parametrize("fault", OWN)
+@pytest.mark.parametrize("threat", THREATS)
+def test_a_broken_one_raises_its_own(fault: str, threat: str) -> None:
+    flags = {flag.code: flag for flag in look(Wrapped(fault).eval(), threat).flags}
+    code, words = OWN[fault]
+    assert code in flags
+    assert words in flags[code].meaning
+    assert flags[code].remedy
+    assert flags[code].level == "warning"
+
+
+def test_either_order_in_one_process() -> None:
+    honest = Wrapped("none")
+    for fault in OWN:
+        assert OWN[fault][0] in codes(Wrapped(fault))
+        assert codes(honest) == set()
+
+
+def test_every_fault_is_shown() -> None:
+    assert set(FAULTS) == {*OWN, "none", "two-classes"}
+
+
+def test_training_mode_and_few_classes() -> None:
+    net = Wrapped("none").train()
+    assert {flag.code for flag in look(net).flags} == {"training-mode"}
+    assert net.training
+    two = from_arrays(digits().images(range(8)), torch.zeros(8, dtype=torch.long))
+    suite = "autoattack:apgd-t(steps=2)"
+    report = evaluate(Wrapped("two-classes").eval(), two, None, "linf:0.05", suite=suite)
+    assert "few-classes" not in {flag.code for flag in report.flags}  # nobody asked for nine targets
+    report = evaluate(Wrapped("two-classes").eval(), two, None, "linf:0.05", suite="autoattack:fab-t(steps=2)")
+    assert "few-classes" in {flag.code for flag in report.flags}
+
+
+def test_float16_overflow_and_dim_images() -> None:
+    assert "float16-overflow" in codes(Wrapped("cold"))
+    dim = from_arrays(digits().images(range(24)) / 255, digits().labels[:24])
+    assert "dim-images" in {flag.code for flag in look(Wrapped("none").eval(), samples=dim).flags}
+
+
+def test_a_random_net_is_not_flagged_as_random_where_the_suite_averages() -> None:
+    suite = "autoattack:apgd-ce(steps=2,eot_iter=2)"
+    report = evaluate(Wrapped("torch-noise").eval(), digits(), None, "linf:0.1", suite=suite)
+    assert "randomised" not in {flag.code for flag in report.flags}
+
+
+def test_a_look_changes_nothing() -> None:
+    net = Wrapped("torch-noise").train()
+    net.net.net.conv1.weight.grad = torch.ones_like(net.net.net.conv1.weight)
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    modes = [module.training for module in net.modules()]
+    gradient_functions = torch.autograd.grad, torch.autograd.backward, torch.Tensor.backward
+    look(net)
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert before[1:] == (np.random.get_state()[1].tolist(), random.getstate())
+    assert modes == [module.training for module in net.modules()]
+    assert all(parameter.requires_grad for parameter in net.parameters())
+    assert (net.net.net.conv1.weight.grad == 1).all()
+    assert gradient_functions == (torch.autograd.grad, torch.autograd.backward, torch.Tensor.backward)
+
+
+def test_score_attack_beating_gradient_attacks() -> None:
+    from robustkit.checks.strength import scores_beat_gradients
+
+    def stages(*fooled: int) -> list[Stage]:
+        left, result = 1000, []
+        for number, count in enumerate(fooled):
+            left -= count
+            result.append(Stage(f"stage{number}", Rate.of(left, 1000), count, 0, 0, 0.0))
+        return result
+
+    access = ["", "gradient", "score"]
+    assert [flag.value for flag in scores_beat_gradients(stages(50, 400, 20), access)] == [20]
+    assert scores_beat_gradients(stages(50, 400, 1), access) == []
+    assert scores_beat_gradients(stages(50, 20), ["", "score"]) == []
+    assert scores_beat_gradients(stages(50, 20, 400), ["", "score", "gradient"]) == []
+
+
+def test_a_masked_net_is_caught_by_square_in_a_run() -> None:
+    """Gradients see nothing, scores do: the run's own result raises the flag."""
+    suite = "autoattack:apgd-ce(steps=5),autoattack:square(queries=300)"
+    report = evaluate(Wrapped("rounded-input").eval(), digits(), None, "linf:0.15", suite=suite)
+    assert {"zero-gradient", "score-beats-gradient"} <= {flag.code for flag in report.flags}
+
+
+@pytest.mark.parametrize("fault", OWN)
+def test_doctor_says_so_on_the_command_line(fault: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["doctor", f"{NETS}:wrapped?fault={fault}", "--data", "digits:test"]) == 0
+    out = capsys.readouterr().out
+    assert f"{OWN[fault][0]}: " in out
+    assert OWN[fault][1] in out
+
+
+def test_doctor_on_an_honest_net(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["doctor", "robustkit:digits-cnn"]) == 0
+    assert "no flag raised" in capsys.readouterr().out
+    assert run(["doctor", "robustkit:digits-cnn", "--json"]) == 0
+    body = json.loads(capsys.readouterr().out)
+    assert (body["flags"], body["n"], body["classes"]) == ([], 64, 10)
+
+
+def test_doctor_on_the_machine(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["doctor", "--json"]) == 0
+    body = json.loads(capsys.readouterr().out)
+    assert [trial["false"] for trial in body["closed_form"]] == [0, 0, 0]
+    assert all(0 < trial["expected"] < trial["images"] for trial in body["closed_form"])
+    assert body["environment"]["versions"]["torch"] == torch.__version__.partition("+")[0]
+    assert run(["doctor"]) == 0
+    assert "all verdicts true" in capsys.readouterr().out
+
+
+def test_fail_under(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = ["evaluate", "--limit", "12", "--suite", "fgsm", "--no-html"]
+    assert run([*command, "--fail-under", "0.1"]) == 0
+    assert run([*command, "--fail-under", "1"]) == 1
+    assert "is below --fail-under 100.0 %" in capsys.readouterr().err
+    assert run([*command, "--fail-under", "45"]) == 2
