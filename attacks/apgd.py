@@ -197,7 +197,9 @@ def _step(rows: Rows, state: State, answer: Answer, first: Mask, window: PerRow,
     }
 
 
-def _step_l1(rows: Rows, state: State, answer: Answer, due: Mask, renew: Mask, radius: PerRow, following: PerRow) -> State:
+def _step_l1(
+    rows: Rows, state: State, answer: Answer, due: Mask, renew: Mask, radius: PerRow, following: PerRow
+) -> State:
     """Step along the largest gradients, as many as the best point's sparsity tells, or go to the next stage.
 
     Where the best point has become sparser the step size is reset and the search goes back to it, else the

@@ -59,9 +59,11 @@ class _FAB(RowWise):
         """Return the other classes' logits less the label's (B K-1), or the target's alone (B 1)."""
         labels, targets = rows.aim.labels[:, None], rows.aim.targets
         if targets is not None:
-            return logits.gather(1, targets[:, None]) - logits.gather(1, labels)
-        places = torch.arange(logits.shape[1] - 1, device=logits.device)[None, :]
-        return logits.gather(1, places + (places >= labels)) - logits.gather(1, labels)
+            others = targets[:, None]
+        else:
+            places = torch.arange(logits.shape[1] - 1, device=logits.device)[None, :]
+            others = places + (places >= labels)
+        return logits.gather(1, others) - logits.gather(1, labels)
 
     def step(self, rows: Rows, state: State, answer: Answer) -> State:
         """Step to the nearest linearised boundary, or back towards the clean image from beyond the real one.
@@ -109,7 +111,8 @@ class _FAB(RowWise):
         own, other = lengths.chunk(2)
         share = (own / (own + other)).clamp(max=self.alpha_max)[:, None]
         own_end, other_end = (points + self.eta * shifts).chunk(2)
-        return ((1 - share) * own_end + share * other_end).clamp(0, 1).view_as(x)
+        moved: Images = ((1 - share) * own_end + share * other_end).clamp(0, 1)
+        return moved.view_as(x)
 
 
 @attack("fab", paper="arXiv:1907.02044", norms=("linf", "l2", "l1"), access="gradient")

@@ -21,7 +21,8 @@ class FMN(RowWise):
 
     `step_size` is the first step's l2 length in pixel units and falls to a hundredth; `gamma` is the share by
     which the radius first changes. Departures from the paper: points are projected onto ball and box together
-    where it clips to the box afterwards; each restart after the first begins at a random point of the threat.
+    where it clips to the box afterwards; the radius that reaches the linearised boundary is drawn a share gamma
+    too long, for on a linear net the paper's would end just short of it every time; each restart after the first begins at a random point of the threat.
     """
 
     steps: int = 100
@@ -56,7 +57,7 @@ class FMN(RowWise):
         nearest = torch.where(crossed, torch.minimum(distance, state["nearest"]), state["nearest"])
         slope = torch.linalg.vector_norm(gradient.flatten(1).double(), DUAL[rows.threat.norm], dim=1)
         ahead = distance + answer.loss.double().abs() / slope.clamp(min=1e-12)
-        outside = torch.where(nearest.isinf(), ahead, state["radius"] * (1 + gamma))
+        outside = torch.where(nearest.isinf(), ahead, state["radius"]) * (1 + gamma)
         radius = torch.where(crossed, torch.minimum(state["radius"] * (1 - gamma), nearest), outside)
         widest = rows.threat.distance((x < 0.5).to(x.dtype), x)
         radius = torch.minimum(radius, widest)

@@ -8,7 +8,6 @@ images; `queries` counts the start. The window's size follows the query count as
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from robustkit.registry import attack
 from robustkit.rows import Answer, Rows, RowWise, State
-from robustkit.shapes import Images, PerRow
+from robustkit.shapes import Images
 from robustkit.threat import per_row
 
 # The share of pixels in a window is halved after each of these proposals.
@@ -82,6 +81,25 @@ def window_side(proposal: Tensor, p_init: float, size: tuple[int, ...], norm: st
     return side.clamp(min=1, max=min(height, width))
 
 
+def pattern(down: Tensor, across: Tensor, side: Tensor, norm: str) -> Tensor:
+    """Return a peak above a trough, of length 1, at pixels counted from a window's corner; zero outside it.
+
+    Both are sums of nested rectangles whose heights fall with their number squared (l2) or to the fourth (l1).
+    All arguments broadcast to (B, H, W).
+    """
+    inside = _inside(down, across, side)
+    above = down < side // 2
+    part = torch.where(above, side // 2, side - side // 2)
+    ring = torch.maximum((down - torch.where(above, 0, side // 2) - part // 2).abs(), (across - side // 2).abs())
+    most = max(*down.shape[-2:], *across.shape[-2:]) + 2
+    numbers = torch.arange(1, most, dtype=torch.float64, device=down.device)
+    sums = torch.nn.functional.pad((1 / numbers ** (2 if norm == "l2" else 4)).cumsum(0), (1, 0))
+    value = torch.where(inside, sums[side // 2 + 1] - sums[ring.clamp(max=len(sums) - 1)], 0)
+    peak, trough = torch.where(above, value, 0), torch.where(above, 0, value)
+    value = peak / (TINY + _length(peak, norm)) - trough / (TINY + _length(trough, norm))
+    return value / (TINY + _length(value, norm))
+
+
 def _stripes(rows: Rows) -> Images:
     """Return vertical stripes of plus and minus eps."""
     _, channels, _, width = rows.x.shape
@@ -89,9 +107,94 @@ def _stripes(rows: Rows) -> Images:
     return rows.threat.project(rows.x + rows.threat.radius * signs, rows.x)
 
 
+def _tiles(rows: Rows) -> Images:
+    """Return a grid of patterns, about five a side, each with its own sign in every channel and orientation."""
+    x, norm = rows.x, rows.threat.norm
+    channels, height, width = x.shape[1:]
+    side = max(min(height, width) // 5, 1)
+    down, tile_down, count_down = _grid(height, side, x)
+    across, tile_across, count_across = _grid(width, side, x)
+    tile = tile_down[:, None] * count_across + tile_across[None, :]
+    inside = (tile_down[:, None] >= 0) & (tile_across[None, :] >= 0)
+    ticks = torch.arange(side, device=x.device)
+    upright = pattern(ticks[:, None], ticks[None, :], torch.tensor(side, device=x.device), norm)
+    draws = rows.rng.uniform(channels + 1, count_down * count_across)[:, :, tile.clamp(min=0)]
+    lying = draws[:, :1] < 0.5
+    shape = torch.where(lying, upright.T[down][:, across], upright[down][:, across])
+    return _into_ball(rows, _signs(draws[:, 1:]) * shape * inside)
+
+
+def _grid(size: int, side: int, like: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Return each pixel's place in its tile, its tile's number (-1: none), and how many tiles there are."""
+    count = size // side
+    pixel = torch.arange(size, device=like.device) - (size - count * side) // 2
+    number = pixel.div(side, rounding_mode="floor")
+    return pixel % side, torch.where(number < count, number, -1).clamp(min=-1), count
+
+
 def _propose_linf(rows: Rows, best: Images, side: Tensor) -> Images:
     """Return the best points with one window shifted by twice eps up or down, each channel as a whole."""
     draws = rows.rng.uniform(2 + best.shape[1])
-    window = _window(draws[:, :2], side, best)
-    signs = per_row_and_channel(_signs(draws[:, 2:]), best)
-    return rows.threat.project(best + window * (2 * rows.threat.radius) * signs, rows.x)
+    down, across = _window(draws[:, :2], side, best)
+    side = per_row(side, down)
+    inside = _inside(down, across, side)
+    shift = 2 * rows.threat.radius * _signs(draws[:, 2:, None, None]).to(best.dtype)
+    return rows.threat.project(best + inside[:, None] * shift, rows.x)
+
+
+def _propose(rows: Rows, best: Images, side: Tensor) -> Images:
+    """Return the best points with the change of one window moved to another one, under a new pattern."""
+    norm, channels = rows.threat.norm, best.shape[1]
+    draws = rows.rng.uniform(5 + channels)
+    change = best.double() - rows.x.double()
+    down, across = _window(draws[:, :2], side, best)
+    other_down, other_across = _window(draws[:, 2:4], side, best)
+    side = per_row(side, down)
+    here, there = _inside(down, across, side)[:, None], _inside(other_down, other_across, side)[:, None]
+    lying = draws[:, 4, None, None] < 0.5
+    upright = pattern(down, across, side, norm)
+    shape = torch.where(lying, pattern(across, down, side, norm), upright)[:, None]
+    old = change * here
+    new = _signs(draws[:, 5:, None, None]) * shape + old / (TINY + _length(old, norm))
+    free = _length(change * (here | there), norm)
+    total, eps = per_row(rows.threat.distance(best, rows.x), best), rows.threat.radius
+    if norm == "l2":
+        room = ((eps**2 - total**2).clamp(min=0) / channels + free**2).sqrt()
+    else:
+        room = ((eps - total).clamp(min=0) / channels + free) * channels
+    new = room * new / (TINY + _length(new, norm))
+    return _into_ball(rows, torch.where(here, new, torch.where(there, 0, change)))
+
+
+def _into_ball(rows: Rows, change: Tensor) -> Images:
+    """Return the clean images with this change: brought to length eps in l2, projected onto the ball in l1."""
+    x, threat = rows.x, rows.threat
+    if threat.norm == "l2":
+        change = change * threat.radius / (TINY + per_row(change.flatten(1).norm(dim=1), change))
+    return threat.retract(x + change.to(x.dtype), x)
+
+
+def _window(draws: Tensor, side: Tensor, like: Images) -> tuple[Tensor, Tensor]:
+    """Return the pixels' rows (B, H, 1) and columns (B, 1, W) from the corner of a window drawn evenly."""
+    height, width = like.shape[2:]
+    room = torch.tensor([height, width], device=like.device) - side[:, None]
+    corner = (draws.double() * (room + 1)).long()
+    rows = torch.arange(height, device=like.device)[None, :] - corner[:, :1]
+    columns = torch.arange(width, device=like.device)[None, :] - corner[:, 1:]
+    return rows[:, :, None], columns[:, None, :]
+
+
+def _inside(down: Tensor, across: Tensor, side: Tensor) -> Tensor:
+    """Return which pixels, counted from a window's corner, lie in it."""
+    return (down >= 0) & (down < side) & (across >= 0) & (across < side)
+
+
+def _length(values: Tensor, norm: str) -> Tensor:
+    """Return the length over the last two axes, which are kept."""
+    length: Tensor = torch.linalg.vector_norm(values, 2.0 if norm == "l2" else 1.0, dim=(-2, -1), keepdim=True)
+    return length
+
+
+def _signs(draws: Tensor) -> Tensor:
+    """Return -1 or 1 for draws from [0, 1)."""
+    return torch.where(draws < 0.5, -1.0, 1.0)

@@ -56,8 +56,7 @@ class Rows:
 class Answer(NamedTuple):
     """What a query tells: logits (B K), the attack's objective (B) or (B M), and its gradient in x.
 
-    The gradient is (B C H W), or (B M C H W) for an objective of M columns. Of rows that asked for none it
-    is zero; without any asking it is x itself, to be ignored.
+    The gradient is (B C H W), or (B M C H W) for an objective of M columns; zero where none was asked for.
     """
 
     logits: Logits
@@ -266,7 +265,7 @@ def _query(model: Model, x: Images, objective: Callable[[Logits], Tensor], with_
         logits = model(x)
         value = objective(logits)
         if not with_gradient:
-            gradient = x
+            gradient = x.new_zeros(()).expand(*value.shape, *x.shape[1:])
         elif value.dim() == 1:
             gradient = torch.autograd.grad(value.sum(), x)[0]
         else:

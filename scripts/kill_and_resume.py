@@ -18,12 +18,14 @@ import sys
 import time
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from robustkit.engine.folder import read_spec
 from robustkit.errors import UsageError
 from robustkit.ledger import Ledger
 
 SUITE = "pgd(steps=30),autoattack:apgd-ce(steps=20),autoattack:square(queries=100)"
-COMMAND = [sys.executable, "-m", "robustkit", "evaluate", "--limit", "64", "--batch-size", "8"]
+COMMAND = [sys.executable, "-m", "robustkit", "evaluate", "--limit", "64", "--batch-size", "4", "--no-html"]
 COMMAND += ["--threat", "linf:0.12", "--suite", SUITE]
 
 
@@ -47,6 +49,18 @@ def timeless(path: Path) -> str:
     return json.dumps(body)
 
 
+def wait_until_it_works(path: Path, process: subprocess.Popen[bytes]) -> None:
+    """Return once the process holds the run folder's lock, or has ended."""
+    while process.poll() is None:
+        try:
+            with FileLock(path / ".lock", timeout=0):
+                pass
+        except (Timeout, FileNotFoundError) as error:
+            if isinstance(error, Timeout):
+                return
+        time.sleep(0.02)
+
+
 def main() -> None:
     """Run both, print each kill and the comparison; exit 1 if they differ."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -55,17 +69,20 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     whole, killed = arguments.out / "whole", arguments.out / "killed"
-    begun = time.perf_counter()
     subprocess.run([*COMMAND, "--out", str(whole)], check=True, capture_output=True)
-    length = time.perf_counter() - begun
+    work = json.loads((whole / "report.json").read_text())["cost"]["seconds"]
     dice = random.Random(arguments.seed)
     known: dict[tuple[int, int], float] = {}
     for number in range(arguments.kills):
         process = subprocess.Popen(
             [*COMMAND, "--out", str(killed)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
-        # Early kills hit the start, late ones the work; the run as a whole must survive all of them.
-        time.sleep(dice.uniform(0.3, 1.0) * length * (0.25 if number % 2 else 0.6))
+        # One in four hits the start, the others the work; it takes several to get through the work.
+        if number % 4 == 0:
+            time.sleep(dice.uniform(0.1, 3))
+        else:
+            wait_until_it_works(killed, process)
+            time.sleep(dice.uniform(0, work / 8))
         process.kill()
         process.wait()
         now = chunks(killed) if (killed / "ledger.sqlite").exists() else {}

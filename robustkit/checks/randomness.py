@@ -57,7 +57,7 @@ def optimises_at_test_time(probe: Probe) -> Flag | None:
         "test-time-optimisation",
         "warning",
         len(calls),
-        "gradient computations run inside one forward pass: attacks do not see through them",
+        "gradient calls are made inside one forward pass: attacks do not see through them",
         "attack it with an adaptive attack as well",
     )
 
