@@ -56,10 +56,17 @@ class _FAB(RowWise):
         }
 
     def objective(self, rows: Rows, logits: Logits) -> Tensor:
-        """Return the other classes' logits less the label's (B K-1), or the target's alone (B 1)."""
-        labels, targets = rows.aim.labels[:, None], rows.aim.targets
-        if targets is not None:
-            others = targets[:, None]
+        """Return the other classes' logits less the label's (B K-1), or of a target's alone (B 1).
+
+        Where the goal itself has a target, passing the label is not enough: then it is the target's log-odds,
+        in whose gradient all classes that must be passed have a part.
+        """
+        labels = rows.aim.labels[:, None]
+        if rows.goal.targets is not None:
+            target = rows.goal.targets[:, None]
+            return logits.gather(1, target) - logits.scatter(1, target, -torch.inf).logsumexp(1, keepdim=True)
+        if rows.aim.targets is not None:
+            others = rows.aim.targets[:, None]
         else:
             places = torch.arange(logits.shape[1] - 1, device=logits.device)[None, :]
             others = places + (places >= labels)
