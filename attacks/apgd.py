@@ -11,6 +11,7 @@ points of the larger balls count where they lie within eps. A setting of None is
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -119,7 +120,8 @@ def _stages(steps: int, norm: str, large_start: bool | None) -> list[tuple[int, 
     return [(1, steps)]
 
 
-def _plan(steps: int, norm: str, large_start: bool | None) -> list[tuple[int, bool, int, int]]:
+@functools.cache
+def _plan(steps: int, norm: str, large_start: bool | None) -> tuple[tuple[int, bool, int, int], ...]:
     """Return what to do with each answer: (radius in eps, begins its stage, window, next stage's radius).
 
     The window is the number of steps since the last review of the step size where one is due, else 0; the
@@ -139,7 +141,7 @@ def _plan(steps: int, norm: str, large_start: bool | None) -> list[tuple[int, bo
             plan.append((factor, place == 0, window * due, following * (place == count)))
             if due:
                 since, window = 0, max(window - shrink, least)
-    return plan
+    return tuple(plan)
 
 
 def _start(rows: Rows, radius: float) -> Images:

@@ -21,8 +21,9 @@ class FMN(RowWise):
 
     `step_size` is the first step's l2 length in pixel units and falls to a hundredth; `gamma` is the share by
     which the radius first changes. Departures from the paper: points are projected onto ball and box together
-    where it clips to the box afterwards; the radius that reaches the linearised boundary is drawn a share gamma
-    too long, for on a linear net the paper's would end just short of it every time; each restart after the first begins at a random point of the threat.
+    where it clips to the box afterwards; the radius that reaches the linearised boundary is drawn a share
+    gamma too long, for on a linear net the paper's ends just short of it every time; each restart after the
+    first begins at a random point of the threat.
     """
 
     steps: int = 100

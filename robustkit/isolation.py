@@ -32,6 +32,17 @@ def own_randomness(*key: object) -> Iterator[None]:
 
 
 @contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Let torch use this many CPU threads inside."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[bool]:
     """Put every module into eval mode inside, parameters out of autograd; yield whether any was training.
 

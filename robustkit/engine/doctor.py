@@ -12,7 +12,7 @@ from robustkit.checks.probe import Probe
 from robustkit.checks.run import TRAINING_MODE, diagnose
 from robustkit.data.samples import Samples
 from robustkit.engine.meter import Meter
-from robustkit.isolation import evaluation_mode, own_randomness
+from robustkit.isolation import evaluation_mode, own_randomness, threads
 from robustkit.models.classifier import Classifier
 from robustkit.record import Cost, Flag
 from robustkit.threat import ThreatModel
@@ -44,7 +44,8 @@ def examine(
     with evaluation_mode(model) as was_training, own_randomness(seed, "doctor"):
         meter.size_up(x[:1], len(x))
         probe = Probe(meter, x, labels, threat, seed=seed)
-        flags = diagnose(probe)
+        with threads(meter.threads):
+            flags = diagnose(probe)
     return Diagnosis(
         model=model.string,
         data=samples.name,

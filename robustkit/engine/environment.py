@@ -13,14 +13,16 @@ import torch
 PACKAGES = ("robustkit", "torch", "torchvision", "pyautoattack", "foolbox", "timm", "numpy")
 
 
-def environment(device: torch.device, precision: str, piece: int | None) -> dict[str, Any]:
+def environment(
+    device: torch.device, precision: str, piece: int | None, threads: int | None = None
+) -> dict[str, Any]:
     """Return versions, device name, threads, git commit of a checkout or None, precision, images at once."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
     return {
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "device": str(device),
         "device_name": name or platform.machine(),
-        "threads": torch.get_num_threads(),
+        "threads": threads or torch.get_num_threads(),
         "platform": platform.platform(),
         "commit": _commit(),
         "precision": precision,

@@ -22,7 +22,7 @@ from robustkit.engine.progress import Progress
 from robustkit.engine.tally import Tally
 from robustkit.engine.worker import Worker
 from robustkit.errors import RunError, UsageError
-from robustkit.isolation import evaluation_mode
+from robustkit.isolation import evaluation_mode, threads
 from robustkit.ledger import Ledger
 from robustkit.models.classifier import Classifier
 from robustkit.record import Report, RunSpec, dumps
@@ -140,9 +140,10 @@ class Evaluation:
                 progress,
             )
             worker.prepare()
-            worker.clean()
-            for stage in range(1, len(self.attacks) + 1):
-                worker.attack(stage)
+            with threads(meter.threads):
+                worker.clean()
+                for stage in range(1, len(self.attacks) + 1):
+                    worker.attack(stage)
         return tally, meter, was_training
 
     def _finish(self, ledger: Ledger, tally: Tally, meter: Meter, was_training: bool, out: Path | None) -> Report:
@@ -153,7 +154,7 @@ class Evaluation:
         index, labels, predictions = np.array(ledger.fooled(), np.int64).reshape(-1, 3).T
         shape = tuple(self.samples.images([0]).shape[1:])
         rows = folder.Adversarials(index, labels, shape, ledger.adversarials)
-        surroundings = environment(self.device, self._precision, meter.piece)
+        surroundings = environment(self.device, self._precision, meter.piece, meter.threads)
         if out is None:
             return replace(tally.report(self.spec, flags, surroundings, {}), adversarial=rows.arrays())
         folder.write_adversarial(out, rows)

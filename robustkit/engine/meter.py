@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from robustkit.models.classifier import Classifier
 from robustkit.shapes import Images, Logits
 
+TINY = 1 << 20
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -31,6 +32,7 @@ class Meter:
         self.dtype = DTYPES[precision]
         self.num_classes: int | None = model.num_classes
         self.piece: int | None = None
+        self.threads = torch.get_num_threads()
         self.forwards = 0
         self.backwards = 0
         self.detached = False
@@ -63,7 +65,9 @@ class Meter:
         """Learn from one image (1 C H W) the number of classes, and how many images fit into memory.
 
         The piece becomes what may go forward and backward at once in half of the free memory, judged by the
-        bytes that autograd saves for one image, from 1 to `most`. This one forward is not counted.
+        bytes that autograd saves for one image, from 1 to `most`. This one forward is not counted. `threads`
+        is what the net is worth on a CPU: threads that share a tiny one spend their time waiting for each
+        other, and many times that when another process wants the cores too.
         """
         saved = 0
 
@@ -75,6 +79,8 @@ class Meter:
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor), torch.enable_grad():
             self.num_classes = self.model(image.detach().requires_grad_()).shape[1]
         self.piece = min(most, max(1, _free_memory(self.device) // 2 // max(saved, 1)))
+        if saved < TINY:
+            self.threads = 1
 
     def _in_pieces(self, x: Images, differentiable: bool) -> Logits:
         if self.piece is None or len(x) <= self.piece:

@@ -16,9 +16,9 @@ from torch import nn
 
 from robustkit import registry
 from robustkit.goal import Goal
-from robustkit.registry import make
+from robustkit.registry import make, spec
 from robustkit.rng import RowRng
-from robustkit.rows import Rows, query
+from robustkit.rows import Rows, RowWise, query
 from robustkit.threat import ThreatModel
 
 SHAPE = (5, 3, 7, 9)
@@ -309,6 +309,25 @@ def check_steps_count(attack, problem, norm):
         assert (forwards, backwards) == (rows * (steps + 1), rows * steps)
 
 
+def check_budget(attack, problem, norm):
+    """What an attack says a surviving image costs at most is what it costs, and more effort costs more.
+
+    FAB's figure is a bound: it saves a query where it has not crossed the boundary.
+    """
+    threat, classes, spent = threat_at(problem, norm, 0.5), len(problem.model.weight), []
+    for effort in (2, 5):
+        fields = {"queries" if hasattr(attack, "queries") else "steps": effort, "restarts": 2}
+        tried = replace(attack, **{name: value for name, value in fields.items() if name in spec(attack)})
+        forwards, backwards = count_queries(tried, problem, threat)
+        budget = tried.budget(classes, norm) * len(problem.x)
+        bound = hasattr(attack, "eta")
+        assert budget / 2 <= forwards <= budget if bound else forwards == budget
+        assert backwards < forwards * (classes - 1 if bound else 1)
+        assert (backwards == 0) == tried.blind
+        spent.append(forwards)
+    assert spent[1] > spent[0]
+
+
 def attack_with(attack, **fields):
     return replace(attack, **fields)
 
@@ -387,6 +406,14 @@ def test_targeted_succeeds_and_fails(name, fields, norm):
     problem = plane(5, targeted=True)
     check_succeeds(make(name, **fields), problem, norm, factor=max(1.6, SLACK.get((name, norm), 0)))
     check_fails(make(name, **fields), problem, norm)
+
+
+@own
+def test_costs_what_its_budget_says(name, fields, norm):
+    attack = make(name, **fields)
+    if not isinstance(attack, RowWise):
+        pytest.skip("no iterative attack")
+    check_budget(attack, plane(5), norm)
 
 
 @own
@@ -627,6 +654,17 @@ class LeavesHook(Mutant):
         return super().__call__(model, x, goal, threat, rng=rng)
 
 
+class CarriesMomentum(Mutant):
+    """The momentum of one call is where the next begins."""
+
+    kept = {}  # noqa: RUF012
+
+    def finish(self, threat, x, point, step):
+        velocity = 0.5 * self.kept.get(x.shape, torch.zeros_like(x)) + (point - x)
+        self.kept[x.shape] = velocity
+        return super().finish(threat, x, x + velocity, step)
+
+
 class Downcasts(Mutant):
     def __call__(self, model, x, goal, threat, *, rng):
         return super().__call__(model, x, goal, threat, rng=rng).float()
@@ -674,6 +712,7 @@ def test_the_mutants_parent_is_sound(norm):
         (TouchesGradients, lambda a, n: check_no_side_effects(a, *hopeless(n))),
         (LeavesEvalMode, lambda a, n: check_no_side_effects(a, *hopeless(n))),
         (LeavesHook, lambda a, n: check_no_side_effects(a, *hopeless(n))),
+        (CarriesMomentum, lambda a, n: check_repeatable(replace(a, steps=2), *hopeless(n))),
         (Downcasts, lambda a, n: check_inside(run(a, *corners(n)), *corners(n, inside=True))),
     ],
 )

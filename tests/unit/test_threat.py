@@ -301,6 +301,40 @@ def test_projection_against_bisection(problem):
         np.testing.assert_allclose(ours[i].numpy().ravel(), reference, atol=1e-7, rtol=0)
 
 
+@settings(max_examples=60)
+@given(problems)
+def test_a_radius_per_row_is_that_rows_own(problem):
+    threat, x, x_adv = make(problem)
+    share = torch.linspace(0, 1.5, len(x), dtype=torch.float64)
+    radius = share * min(float(threat.eps), threat.diameter(x.shape[1:]))
+    for method in (threat.project, threat.retract):
+        found = method(x_adv, x, radius)
+        assert threat.contains(found, x, radius).all()
+        assert torch.equal(method(found, x, radius), found)
+        for row in range(len(x)):
+            alone = method(x_adv[row : row + 1], x[row : row + 1], radius[row : row + 1])
+            assert torch.equal(alone[0], found[row])
+    assert torch.equal(threat.contains(x_adv, x, radius * 0 + threat.radius), threat.contains(x_adv, x))
+    assert torch.equal(threat.project(x_adv, x, radius * 0 + threat.radius), threat.project(x_adv, x))
+
+
+@settings(max_examples=60)
+@given(problems)
+def test_retracted_points_are_scaled_and_clipped(problem):
+    threat, x, x_adv = make(problem)
+    found = threat.retract(x_adv, x)
+    assert threat.contains(found, x).all()
+    same = threat.contains(x_adv, x)
+    assert torch.equal(found[same], x_adv[same])
+    if threat.norm != "l2":
+        assert torch.equal(found, threat.project(x_adv, x))
+        return
+    shift = x_adv.double() - x.double()
+    length = shift.flatten(1).norm(dim=1).clamp(min=1e-300).view(-1, 1, 1, 1)
+    expected = (x + shift * (threat.radius / length).clamp(max=1)).clamp(0, 1)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-6)
+
+
 def test_ball_and_box_are_met_together_not_in_turn():
     # Ball first, then box, loses length: the free coordinate may still move until the ball is full.
     x = torch.tensor([0.5, 1.0], dtype=torch.float64).view(1, 1, 1, 2)
