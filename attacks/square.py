@@ -45,8 +45,9 @@ class Square(RowWise):
         """No gradient is needed."""
         return True
 
-    def length(self, norm: str) -> int:
-        """Return the number of proposals after the start."""
+    @property
+    def steps(self) -> int:
+        """The number of proposals after the start."""
         return self.queries - 1
 
     def init(self, rows: Rows) -> State:
@@ -146,23 +147,23 @@ def _propose(rows: Rows, best: Images, side: Tensor) -> Images:
     """Return the best points with the change of one window moved to another one, under a new pattern."""
     norm, channels = rows.threat.norm, best.shape[1]
     draws = rows.rng.uniform(5 + channels)
-    change = best.double() - rows.x.double()
+    change = best - rows.x
     down, across = _window(draws[:, :2], side, best)
     other_down, other_across = _window(draws[:, 2:4], side, best)
     side = per_row(side, down)
     here, there = _inside(down, across, side)[:, None], _inside(other_down, other_across, side)[:, None]
     lying = draws[:, 4, None, None] < 0.5
     upright = pattern(down, across, side, norm)
-    shape = torch.where(lying, pattern(across, down, side, norm), upright)[:, None]
+    shape = torch.where(lying, pattern(across, down, side, norm), upright)[:, None].to(best.dtype)
     old = change * here
-    new = _signs(draws[:, 5:, None, None]) * shape + old / (TINY + _length(old, norm))
+    new = _signs(draws[:, 5:, None, None]).to(best.dtype) * shape + old / (TINY + _length(old, norm))
     free = _length(change * (here | there), norm)
     total, eps = per_row(rows.threat.distance(best, rows.x), best), rows.threat.radius
     if norm == "l2":
         room = ((eps**2 - total**2).clamp(min=0) / channels + free**2).sqrt()
     else:
         room = ((eps - total).clamp(min=0) / channels + free) * channels
-    new = room * new / (TINY + _length(new, norm))
+    new = new * (room / (TINY + _length(new, norm))).to(best.dtype)
     return _into_ball(rows, torch.where(here, new, torch.where(there, 0, change)))
 
 

@@ -10,6 +10,7 @@ its row's `aim`; whether it has succeeded only the sample's own `goal` and the t
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -68,7 +69,7 @@ class Answer(NamedTuple):
         return Answer(self.logits[index], self.loss[index], self.gradient[index])
 
 
-class RowWise:
+class RowWise(ABC):
     """An iterative attack, to be subclassed by a frozen dataclass; the rest follows from `init` and `step`.
 
     A state may hold two masks (B) that the loop reads: "blind", rows that want no gradient with the next
@@ -78,9 +79,9 @@ class RowWise:
     __slots__ = ()
 
     @property
+    @abstractmethod
     def steps(self) -> int:
         """How many gradients an attempt takes."""
-        raise NotImplementedError
 
     @property
     def restarts(self) -> int | None:
@@ -90,7 +91,7 @@ class RowWise:
     @property
     def loss(self) -> str:
         """The loss that `objective` is, if it is not overridden."""
-        raise NotImplementedError
+        return "ce"
 
     @property
     def draws(self) -> int:
@@ -115,17 +116,17 @@ class RowWise:
         """Return the most steps that an attempt takes; it asks one answer more."""
         return self.steps
 
+    @abstractmethod
     def init(self, rows: Rows) -> State:
         """Return the state before the first query."""
-        raise NotImplementedError
 
     def objective(self, rows: Rows, logits: Logits) -> Tensor:
         """Return what the attack wants the gradient of, (B) or (B M)."""
         return rows.aim.loss(logits, self.loss)
 
+    @abstractmethod
     def step(self, rows: Rows, state: State, answer: Answer) -> State:
         """Return the state after the answer to the query at state["x"]."""
-        raise NotImplementedError
 
     def __call__(self, model: Model, x: Images, goal: Goal, threat: ThreatModel, *, rng: RowRng) -> Images:
         """Return for each row its first success, else its point of highest margin in the threat."""

@@ -449,6 +449,13 @@ def test_broken_logits_are_no_success(name, fields, norm):
 
 
 @pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("name", ["fmn", "fab", "fab-t"])
+@pytest.mark.parametrize("problem", ["five planes", "sphere"])
+def test_minimum_norm_attacks_end_at_the_boundary(name, norm, problem):
+    check_succeeds(make(name, restarts=1), PROBLEMS[problem](), norm, factor=1.01)
+
+
+@pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("loss", ["ce", "margin", "dlr"])
 @pytest.mark.parametrize("problem", ["two planes", "five planes"])
 def test_pgd_and_fgsm_with_every_loss(norm, loss, problem):

@@ -82,13 +82,14 @@ def official_apgd(loss, norm, steps, model, x, goal, target, start):
 
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 @pytest.mark.parametrize("loss", ["ce", "dlr", "targeted dlr"])
-def test_apgd_makes_the_authors_iterates(norm, loss, in_float64, monkeypatch):
+@pytest.mark.parametrize("steps", [100, 8])  # with 8 each step is reviewed, the first against an empty entry
+def test_apgd_makes_the_authors_iterates(norm, loss, steps, in_float64, monkeypatch):
     from pyautoattack import autopgd_base
 
     # Rounding noise of their projection counts as a change there; here nothing below it may.
     monkeypatch.setattr(autopgd_base, "L0_norm", lambda z: (z.abs() > 1e-12).double().view(z.shape[0], -1).sum(-1))
     monkeypatch.setattr(autopgd_base, "check_zero_gradients", lambda *args, **more: None)
-    model, x, steps = net(), images(), 100
+    model, x = net(), images()
     goal = Goal(model(x).argmax(1))
     target = (goal.labels + 2) % 5 if loss == "targeted dlr" else None
     threat = ThreatModel.parse(f"{norm}:{EPS[norm]}")

@@ -224,3 +224,14 @@ def test_rows_at_different_steps_draw_their_own_numbers():
     for row, step in enumerate((5, 0, 7)):
         assert torch.equal(mixed.uniform(4)[row], rng.at(step=step).uniform(4)[row])
         assert torch.equal(mixed.select(torch.tensor([row])).uniform(4)[0], mixed.uniform(4)[row])
+
+
+def test_a_row_that_succeeds_is_asked_no_more():
+    model, x = Linear(), images(6)
+    labels = model(x).argmax(1)
+    labels[:4] = (labels[:4] + 1) % 4  # these are where the attacker wants them from the first answer on
+    model.asked.clear()
+    iterate(
+        Drift([], steps=5), model, x, Goal(labels), ThreatModel.parse("linf:0.01"), RowRng(0, "t", torch.arange(6))
+    )
+    assert [count for count, _ in model.asked] == [6, 2, 2, 2, 2, 2]
