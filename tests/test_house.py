@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import shutil
@@ -160,6 +161,66 @@ def test_the_links_and_their_guards(folder: str, tmp_path: Path) -> None:
     (clone / "robustkit" / folder).write_text(f"../{folder}")  # what git leaves without symlink support
     done = subprocess.run([sys.executable, "-c", "import robustkit"], cwd=clone, capture_output=True, text=True)
     assert f"git checkout -- robustkit/{folder}" in done.stderr
+
+
+STRANGER = '''\
+"""The basic iterative method (Kurakin et al. 2017, arXiv:1607.02533)."""
+
+from dataclasses import dataclass
+
+from robustkit.registry import attack
+from robustkit.rows import RowWise
+
+
+@attack("bim", paper="arXiv:1607.02533", norms=("linf", "l2"), access="gradient")
+@dataclass(frozen=True, slots=True)
+class BIM(RowWise):
+    """Signed steps from the clean image, without a random start."""
+
+    steps: int = 40
+    step_size: float = 0.1
+    loss: str = "margin"
+
+    def init(self, rows):
+        return {"x": rows.x}
+
+    def step(self, rows, state, answer):
+        size = self.step_size * float(rows.threat.eps)
+        return {"x": rows.threat.project(state["x"] + size * rows.threat.ascent(answer.gradient), rows.x)}
+'''
+
+
+def test_a_strangers_attack_is_one_file(tmp_path: Path) -> None:
+    """It is in the list, the suite, the spec, the run and the contract tests, with nothing else touched."""
+    assert len(STRANGER.splitlines()) < 40
+    clone = copy_of_the_checkout(tmp_path)
+    shutil.copytree(ROOT / "tests" / "contract", clone / "tests" / "contract")
+    shutil.copy(ROOT / "tests" / "conftest.py", clone / "tests")
+    (clone / "attacks" / "bim.py").write_text(STRANGER)
+
+    def inside(*command: str) -> str:
+        environment = {**os.environ, "PYTHONPATH": str(clone)}
+        done = subprocess.run(
+            [sys.executable, "-m", *command],
+            cwd=clone,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    assert {"bim"} <= {
+        row["name"] for row in json.loads(inside("robustkit", "list", "attacks", "--json"))["attacks"]
+    }
+    inside("robustkit", "evaluate", "--limit", "12", "--suite", "bim(steps=7)", "--out", "r", "--no-html")
+    suite = json.loads((clone / "r" / "spec.json").read_text())["suite"]
+    assert suite == [{"name": "bim", "steps": 7, "step_size": 0.1, "loss": "margin"}]
+    ran = inside("pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "tests/contract", "-k", "bim")
+    passed = re.search(r"(\d+) passed", ran)
+    assert passed
+    assert int(passed[1]) > 20
 
 
 def blocks(language: str) -> list[str]:
