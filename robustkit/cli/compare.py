@@ -32,7 +32,7 @@ def compare(a: Path, b: Path, *, as_json: bool) -> int:
     if as_json:
         print(json.dumps(_document((a, first), (b, second), found, warnings), indent=2))
         return 0
-    console = Console()
+    console = Console(markup=False)
 
     def line(text: str) -> None:
         console.print(text, highlight=False, soft_wrap=True, markup=False)

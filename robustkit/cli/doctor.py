@@ -37,7 +37,7 @@ def doctor(
     if as_json:
         print(json.dumps(json.loads(dumps(found)), indent=2))
         return 0
-    console = Console()
+    console = Console(markup=False)
 
     def line(text: str) -> None:
         console.print(text, highlight=False, soft_wrap=True)
@@ -62,7 +62,7 @@ def _machine(device: str, as_json: bool) -> int:
         body = {"environment": surroundings, "closed_form": trials, "speeds": rates}
         print(json.dumps(json.loads(dumps(body)), indent=2))
         return int(false > 0)
-    console = Console()
+    console = Console(markup=False)
     for name, version in surroundings["versions"].items():
         console.print(f"{name:<14}{version or 'not installed'}", highlight=False)
     console.print(f"{'device':<14}{place}   {surroundings['device_name']}", highlight=False)

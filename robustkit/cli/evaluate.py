@@ -57,7 +57,7 @@ def evaluate(
         print(json.dumps(report.to_json(), indent=2))
     else:
         page = folder / PAGE
-        show(report, Console(), f"robustkit verify {folder}", page if page.exists() else None)
+        show(report, Console(markup=False), f"robustkit verify {folder}", page if page.exists() else None)
     if fail_under is not None and report.robust_accuracy.value < fail_under:
         found = percent(report.robust_accuracy.value)
         print(f"robust accuracy {found} is below --fail-under {percent(fail_under)}", file=sys.stderr)

@@ -24,8 +24,8 @@ def show(what: str | None, as_json: bool) -> int:
     if as_json:
         print(json.dumps(chosen, indent=2))
         return 0
-    terminal = Console()
-    console = terminal if terminal.is_terminal else Console(width=160)
+    terminal = Console(markup=False)
+    console = terminal if terminal.is_terminal else Console(width=160, markup=False)
     for name, rows in chosen.items():
         if what is None:
             console.print(f"\n{name}", style="bold")

@@ -18,7 +18,7 @@ class Display(Progress):
     """Shows, per attack: images settled, robust accuracy so far, time left."""
 
     def __init__(self) -> None:
-        self.console = Console(stderr=True)
+        self.console = Console(stderr=True, markup=False)
         self.bar: Bar | None = None
         self.spoke = time.monotonic()
 

@@ -20,7 +20,7 @@ def report(folder: Path, *, html: Path | None, png: Path | None) -> int:
     written = []
     if html is None and png is None:
         html = folder / run_folder.PAGE
-        show(record, Console())
+        show(record, Console(markup=False))
         print()
     if html is not None:
         save(html, page(record, examples).encode())

@@ -23,7 +23,7 @@ def verify(folder: Path, *, model: str | None, data: str | None, device: str, da
         report.n
     )
     found = verify_run(folder, model=classifier, samples=samples, device=place)
-    console = Console()
+    console = Console(markup=False)
 
     def line(text: str) -> None:
         console.print(text, highlight=False, soft_wrap=True)

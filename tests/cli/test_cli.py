@@ -250,3 +250,11 @@ def test_killed_at_random_moments_is_the_same(kills: int, tmp_path: Path) -> Non
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "same report" in done.stdout
+
+
+def test_brackets_in_a_path_are_printed_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run([*SMALL, "--no-html", "--out", "mine[red]"]) == 0
+    assert "robustkit verify mine[red]" in capsys.readouterr().out
