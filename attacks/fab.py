@@ -42,7 +42,8 @@ class _FAB(RowWise):
 
     def init(self, rows: Rows) -> State:
         """Return the clean images, from the second restart on random points at half of eps."""
-        x = rows.x if rows.rng.restart % self.restarts == 0 else _start(rows)
+        restart = torch.as_tensor(rows.rng.restart, device=rows.x.device).expand(len(rows.x)) % self.restarts
+        x = torch.where(per_row(restart == 0, rows.x), rows.x, _start(rows)) if self.restarts > 1 else rows.x
         no = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         return {
             "x": x,
@@ -55,7 +56,7 @@ class _FAB(RowWise):
             "distance": torch.full((len(x),), torch.inf, dtype=torch.float64, device=x.device),
         }
 
-    def objective(self, rows: Rows, logits: Logits) -> Tensor:
+    def objective(self, rows: Rows, state: State, logits: Logits) -> Tensor:
         """Return the other classes' logits less the label's (B K-1), or of a target's alone (B 1).
 
         Where the goal itself has a target, passing the label is not enough: then it is the target's log-odds,
@@ -132,6 +133,11 @@ class FAB(_FAB):
     """
 
     restarts: int = 5
+
+    @property
+    def several(self) -> bool:
+        """Every other class has a column."""
+        return True
 
 
 @attack("fab-t", paper="arXiv:1907.02044", norms=("linf", "l2", "l1"), access="gradient")

@@ -28,12 +28,16 @@ TINY = 1e-12
 class Square(RowWise):
     """Random search by scores alone: square patches of change, kept where they raise the margin.
 
-    `p_init` is the share of pixels in the first patches.
+    `p_init` is the share of pixels in the first patches. With `patience` a sample is left after so many queries
+    unless the margin has then come `rivalry` times as far as earlier attacks of the run brought it, and after ten
+    times as many unless it has come as far: where gradients can be trusted they are well ahead of so few queries.
     """
 
     queries: int = 5000
     restarts: int = 1
     p_init: float = 0.8
+    patience: int | None = None
+    rivalry: float = 0.5
 
     @property
     def loss(self) -> str:
@@ -54,7 +58,8 @@ class Square(RowWise):
         """Return stripes in linf, a grid of small patterns in l2 and l1; no score yet."""
         low = torch.full((len(rows.x),), -torch.inf, dtype=torch.float64, device=rows.x.device)
         x = _stripes(rows) if rows.threat.norm == "linf" else _tiles(rows)
-        return {"x": x, "best": rows.x, "score": low, "clock": torch.zeros_like(low, dtype=torch.int64)}
+        clock = torch.zeros_like(low, dtype=torch.int64)
+        return {"x": x, "best": rows.x, "score": low, "clock": clock, "last": torch.zeros_like(low, dtype=torch.bool)}
 
     def step(self, rows: Rows, state: State, answer: Answer) -> State:
         """Keep the point asked for if it is better, and propose the best with a patch changed."""
@@ -62,12 +67,20 @@ class Square(RowWise):
         better = score > state["score"]
         best = torch.where(per_row(better, x), state["x"], state["best"])
         side = window_side(state["clock"], self.p_init, x.shape[2:], rows.threat.norm)
+        clock, score = state["clock"] + 1, torch.where(better, score, state["score"])
+        last = torch.zeros_like(better)
+        if self.patience is not None and rows.past is not None:
+            clean, nearest = rows.past.unbind(1)
+            due = torch.where(clock == self.patience - 1, self.rivalry, 0.0)
+            due = torch.where(clock == 10 * self.patience - 1, 1.0, due)
+            last = (due > 0) & (nearest > clean) & (score - clean < due * (nearest - clean))
         propose = _propose_linf if rows.threat.norm == "linf" else _propose
         return {
             "x": propose(rows, best, side),
             "best": best,
-            "score": torch.where(better, score, state["score"]),
-            "clock": state["clock"] + 1,
+            "score": score,
+            "clock": clock,
+            "last": last,
         }
 
 

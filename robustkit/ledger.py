@@ -122,38 +122,42 @@ class Ledger:
     def __exit__(self, *_: object) -> None:
         self._db.close()
 
-    def write(self, chunk: Chunk) -> None:
-        """Store a chunk, whole or not at all; RunError if the disk is full."""
+    def write(self, *chunks: Chunk) -> None:
+        """Store chunks, all of them whole or none at all; RunError if the disk is full."""
         with _explained(self._name), self._transaction():
-            self._db.execute(
-                "INSERT INTO chunks VALUES (?, ?, ?, ?, ?, ?, ?)",
+            for chunk in chunks:
+                self._insert(chunk)
+
+    def _insert(self, chunk: Chunk) -> None:
+        self._db.execute(
+            "INSERT INTO chunks VALUES (?, ?, ?, ?, ?, ?, ?)",
+            [
+                chunk.stage,
+                chunk.chunk,
+                chunk.forwards,
+                chunk.backwards,
+                chunk.seconds,
+                dumps(list(chunk.flags)),
+                chunk.digest,
+            ],
+        )
+        self._db.executemany(
+            f"INSERT INTO verdicts (stage, chunk, {COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (
                 [
                     chunk.stage,
                     chunk.chunk,
-                    chunk.forwards,
-                    chunk.backwards,
-                    chunk.seconds,
-                    dumps(list(chunk.flags)),
-                    chunk.digest,
-                ],
-            )
-            self._db.executemany(
-                f"INSERT INTO verdicts (stage, chunk, {COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (
-                    [
-                        chunk.stage,
-                        chunk.chunk,
-                        v.position,
-                        v.label,
-                        v.prediction,
-                        v.margin,
-                        v.fooled,
-                        v.image,
-                        v.adversarial,
-                    ]
-                    for v in chunk.verdicts
-                ),
-            )
+                    v.position,
+                    v.label,
+                    v.prediction,
+                    v.margin,
+                    v.fooled,
+                    v.image,
+                    v.adversarial,
+                ]
+                for v in chunk.verdicts
+            ),
+        )
 
     def chunks(self) -> Iterator[Chunk]:
         """Yield every chunk in the order of stages, with its verdicts; UsageError at a damaged one."""

@@ -138,7 +138,7 @@ def make(name: str, **fields: Any) -> Any:
         if field not in types:
             raise did_you_mean(f"field of {name}", field, types)
     values = {field: _convert(name, field, value, types[field]) for field, value in fields.items()}
-    for field in ("steps", "restarts", "queries", "targets", "eot_iter"):
+    for field in ("steps", "restarts", "queries", "targets", "eot_iter", "probe", "finalists", "patience"):
         if values.get(field) is not None and values[field] < 1:
             raise UsageError(f"{name}: {field}={values[field]} must be at least 1.")
     return kind(**values)

@@ -21,20 +21,20 @@ WEYL = (0x9E3779B9, 0xBB67AE85)
 
 @dataclass(frozen=True)
 class RowRng:
-    """One generator per row. `ids` (B) are the samples' positions in the data; `seed` is the run's.
+    """One generator per row. `ids` (B) are the samples' positions in the data, below 2**32; `seed` is the run's.
 
-    `step` is one number for all rows, or one each (B), so that rows at different steps can draw together. It
-    has no memory: drawing again gives the same numbers, and a uniform and a normal draw share theirs. For
+    `restart` and `step` are one number for all rows, or one each (B), so that rows at different places of their
+    attacks can draw together. It has no memory: drawing again gives the same numbers, and a uniform and a normal draw share theirs. For
     fresh ones draw more at once, or go to another `step`.
     """
 
     seed: int
     stream: str
     ids: Tensor
-    restart: int = 0
+    restart: int | Tensor = 0
     step: int | Tensor = 0
 
-    def at(self, *, restart: int | None = None, step: int | Tensor | None = None) -> RowRng:
+    def at(self, *, restart: int | Tensor | None = None, step: int | Tensor | None = None) -> RowRng:
         """Return the generator of another restart or step."""
         return replace(
             self,
@@ -44,8 +44,8 @@ class RowRng:
 
     def select(self, index: Tensor) -> RowRng:
         """Return the generators of these rows, by position or mask."""
-        step = self.step[index] if isinstance(self.step, Tensor) else self.step
-        return replace(self, ids=self.ids[index], step=step)
+        restart, step = (at[index] if isinstance(at, Tensor) else at for at in (self.restart, self.step))
+        return replace(self, ids=self.ids[index], restart=restart, step=step)
 
     def uniform(self, *shape: int) -> Tensor:
         """Return float32 draws from [0, 1) in steps of 2**-24, shape (B, *shape)."""
@@ -66,20 +66,15 @@ class RowRng:
 
     def _words(self, count: int) -> Tensor:
         """Return `count` 32-bit words per row as int64 (B, count)."""
-        digest = hashlib.sha256(f"{self.seed}/{self.stream}/{self.restart}".encode()).digest()
+        digest = hashlib.sha256(f"{self.seed}/{self.stream}".encode()).digest()
         key = [int.from_bytes(digest[i : i + 4], "little") for i in (0, 4)]
         blocks = torch.arange((count + 3) // 4, device=self.ids.device)[None, :].expand(len(self.ids), -1)
-        ids = self.ids.to(torch.int64)[:, None]
-        step = self.step[:, None] if isinstance(self.step, Tensor) else self.step
-        words = philox(
-            [
-                blocks,
-                (ids & WORD).expand_as(blocks),
-                ((ids >> 32) & WORD).expand_as(blocks),
-                torch.zeros_like(blocks) + step,
-            ],
-            key,
+        ids = self.ids.to(torch.int64)[:, None].expand_as(blocks)
+        restart, step = (
+            torch.zeros_like(blocks) + (at[:, None] if isinstance(at, Tensor) else at)
+            for at in (self.restart, self.step)
         )
+        words = philox([blocks, ids, restart, step], key)
         return torch.stack(words, 2).flatten(1)[:, :count]
 
 

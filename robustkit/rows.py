@@ -20,7 +20,7 @@ from torch import Tensor
 
 from robustkit.goal import Goal
 from robustkit.rng import RowRng
-from robustkit.shapes import Images, Labels, Logits
+from robustkit.shapes import Images, Labels, Logits, Mask
 from robustkit.threat import ThreatModel, per_row
 
 Model = Callable[[Images], Logits]
@@ -35,6 +35,8 @@ class Rows:
     """What stays the same for a row while it is attacked: the clean image, the goal, the rules, the dice.
 
     `aim` is the goal as the attack's loss sees it: with a target of the attack's own where it tries several.
+    `past` (B 2) are the margin of the clean image and the highest margin that earlier attacks of the same run
+    came to; None where nobody knows.
     """
 
     x: Images
@@ -42,6 +44,7 @@ class Rows:
     threat: ThreatModel
     rng: RowRng
     aim: Goal
+    past: Tensor | None = None
 
     def select(self, index: Tensor) -> Rows:
         """Return these rows, by position or mask."""
@@ -51,6 +54,7 @@ class Rows:
             self.threat,
             self.rng.select(index),
             self.aim.select(index),
+            None if self.past is None else self.past[index],
         )
 
 
@@ -108,6 +112,11 @@ class RowWise(ABC):
         """Whether queries may lie outside the threat, where they cannot count."""
         return False
 
+    @property
+    def several(self) -> bool:
+        """Whether `objective` may have more columns than one."""
+        return False
+
     def attempts(self, norm: str) -> tuple[int, int]:
         """Return the number of targets (0: the goal's own) and of restarts for each."""
         return 0, self.restarts or 1
@@ -116,11 +125,15 @@ class RowWise(ABC):
         """Return the most steps that an attempt takes; it asks one answer more."""
         return self.steps
 
+    def enters(self, rows: Rows) -> Mask | None:
+        """Return which rows are worth an attempt, by what is known of their past; None: all."""
+        return None
+
     @abstractmethod
     def init(self, rows: Rows) -> State:
         """Return the state before the first query."""
 
-    def objective(self, rows: Rows, logits: Logits) -> Tensor:
+    def objective(self, rows: Rows, state: State, logits: Logits) -> Tensor:
         """Return what the attack wants the gradient of, (B) or (B M)."""
         return rows.aim.loss(logits, self.loss)
 
@@ -188,7 +201,7 @@ def _attempt(attack: RowWise, model: Model, rows: Rows, at: Tensor, found: _Foun
     margin = torch.full((len(at),), -torch.inf, dtype=torch.float64, device=at.device)
     length = attack.length(rows.threat.norm)
     for step in range(length + 1):
-        answer = _ask(attack, model, rows, state, step < length)
+        answer = ask(attack, model, rows, state, step < length)
         reached = rows.goal.reached(answer.logits)
         short = rows.goal.loss(answer.logits, "margin").double().clamp(max=LARGEST)
         now = torch.where(reached, torch.inf, short)
@@ -225,17 +238,17 @@ def query(model: Model, x: Images, goal: Goal, loss: str, with_gradient: bool = 
     return _query(model, x, lambda logits: goal.loss(logits, loss), with_gradient)
 
 
-def _ask(attack: RowWise, model: Model, rows: Rows, state: State, with_gradient: bool) -> Answer:
+def ask(attack: RowWise, model: Model, rows: Rows, state: State, with_gradient: bool) -> Answer:
     """Return the answers at state["x"]: rows that want no gradient go without, the others with."""
     x = state["x"]
     blind = state.get("blind")
     if blind is None or not with_gradient or attack.blind:
-        return _average(attack, model, rows, x, with_gradient and not attack.blind)
+        return _average(attack, model, rows, state, with_gradient and not attack.blind)
     without, wanting = blind.nonzero()[:, 0], (~blind).nonzero()[:, 0]
     if not len(without) or not len(wanting):
-        return _average(attack, model, rows, x, not len(without))
+        return _average(attack, model, rows, state, not len(without))
     parts = [
-        _average(attack, model, rows.select(index), x[index], bool(wants))
+        _average(attack, model, rows.select(index), {name: part[index] for name, part in state.items()}, bool(wants))
         for wants, index in enumerate((without, wanting))
     ]
     order = torch.cat([without, wanting]).argsort()
@@ -247,11 +260,12 @@ def _ask(attack: RowWise, model: Model, rows: Rows, state: State, with_gradient:
     )
 
 
-def _average(attack: RowWise, model: Model, rows: Rows, x: Images, with_gradient: bool) -> Answer:
+def _average(attack: RowWise, model: Model, rows: Rows, state: State, with_gradient: bool) -> Answer:
     """Return the mean of as many answers as the attack wants."""
+    x = state["x"]
 
     def objective(logits: Logits) -> Tensor:
-        return attack.objective(rows, logits)
+        return attack.objective(rows, state, logits)
 
     first = _query(model, x, objective, with_gradient)
     if attack.draws == 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -26,10 +27,12 @@ from robustkit.isolation import evaluation_mode, threads
 from robustkit.ledger import Ledger
 from robustkit.models.classifier import Classifier
 from robustkit.record import Report, RunSpec, dumps
+from robustkit.rows import RowWise
 from robustkit.threat import ThreatModel
 
-DEFAULT_SUITE = "autoattack"
+DEFAULT_SUITE = "rapid"
 BATCH_SIZE = 256
+SLOTS_CPU, SLOTS_GPU = 64, 512
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,11 @@ class Evaluation:
         return min(self.batch_size or BATCH_SIZE, len(self.samples))
 
     @property
+    def slots(self) -> int:
+        """How many images a row-wise attack's passes take."""
+        return self.batch_size or (SLOTS_CPU if self.device.type == "cpu" else SLOTS_GPU)
+
+    @property
     def _precision(self) -> str:
         return "fp32" if self.precision == "auto" else self.precision
 
@@ -138,12 +146,20 @@ class Evaluation:
                 tally,
                 meter,
                 progress,
+                self.slots,
             )
             worker.prepare()
             with threads(meter.threads):
                 worker.clean()
-                for stage in range(1, len(self.attacks) + 1):
-                    worker.attack(stage)
+                stage = 1
+                for flies, group in itertools.groupby(self.attacks, lambda attack: isinstance(attack, RowWise)):
+                    count = len(list(group))
+                    if flies:
+                        worker.fly(stage, count)
+                    else:
+                        for number in range(stage, stage + count):
+                            worker.attack(number)
+                    stage += count
         return tally, meter, was_training
 
     def _finish(self, ledger: Ledger, tally: Tally, meter: Meter, was_training: bool, out: Path | None) -> Report:

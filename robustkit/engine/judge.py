@@ -19,7 +19,7 @@ class Judged:
     """Points (B C H W) inside the threat, with the model's word on each.
 
     `refused` marks the rows whose point fooled the model only outside ball and box, `broken` those where the
-    logits were NaN or infinite; neither counts as fooled.
+    logits were NaN or infinite; neither counts as fooled. `doubtful` are those that took a second forward.
     """
 
     x: Images
@@ -28,6 +28,7 @@ class Judged:
     fooled: Mask
     refused: Mask
     broken: Mask
+    doubtful: Mask
 
 
 def judge(meter: Meter, x: Images, labels: Labels, found: Images, threat: ThreatModel) -> Judged:
@@ -51,7 +52,7 @@ def judge(meter: Meter, x: Images, labels: Labels, found: Images, threat: Threat
     if doubtful.any():
         refused[doubtful] = meter.exact(found[doubtful]).argmax(1) != labels[doubtful]
     margin = torch.where(broken, 0.0, margins(logits, labels))
-    return Judged(point, prediction, margin, fooled, refused, broken)
+    return Judged(point, prediction, margin, fooled, refused, broken, doubtful)
 
 
 def margins(logits: Logits, labels: Labels) -> PerRow:

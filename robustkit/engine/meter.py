@@ -51,6 +51,11 @@ class Meter:
             logits = logits + 0 * x.flatten(1).sum(1, keepdim=True)
         return logits
 
+    @property
+    def rounding(self) -> float:
+        """How far logits may be off, as a share of the largest, because of the search's precision."""
+        return 0.0 if self.dtype is None else 2 * torch.finfo(self.dtype).eps
+
     def exact(self, x: Images) -> Logits:
         """Return the logits that verdicts rest on: float32, no gradient, the same pieces."""
         self.forwards += len(x)

@@ -16,7 +16,10 @@ STANDS = np.iinfo(np.int64).max
 
 @dataclass
 class Tally:
-    """Counts over `n` samples. Stage 0 is the clean pass; a sample's `fell` is the stage that settled it."""
+    """Counts over `n` samples. Stage 0 is the clean pass; a sample's `fell` is the stage that settled it.
+
+    `judged` is the last stage that a sample has a verdict from.
+    """
 
     n: int
     names: list[str]
@@ -28,6 +31,8 @@ class Tally:
         self.labels = np.zeros(self.n, np.int64)
         self.predictions = np.zeros(self.n, np.int64)
         self.margins = np.full(self.n, np.inf)
+        self.clean_margins = np.full(self.n, np.inf)
+        self.judged = np.full(self.n, -1)
         self.images = [""] * self.n
         self.costs = [Cost(0, 0, 0.0) for _ in self.names]
         self.flags: dict[str, Flag] = {}
@@ -45,10 +50,11 @@ class Tally:
             at = verdict.position
             if chunk.stage == 0:
                 self.labels[at], self.predictions[at] = verdict.label, verdict.prediction
-                self.images[at] = verdict.image
+                self.images[at], self.clean_margins[at] = verdict.image, verdict.margin
             if verdict.fooled:
                 self.fell[at] = chunk.stage
             self.margins[at] = min(self.margins[at], verdict.margin)
+            self.judged[at] = max(self.judged[at], chunk.stage)
         for flag in chunk.flags:
             self.raise_flag(flag)
 
@@ -62,6 +68,10 @@ class Tally:
     def standing(self, stage: int) -> np.ndarray:
         """Return the positions that no earlier stage settled, in order."""
         return np.flatnonzero(self.fell >= stage)
+
+    def flying(self, first: int) -> np.ndarray:
+        """Return the positions that stand before stage `first` and have no verdict from there on, in order."""
+        return np.flatnonzero((self.fell >= first) & (self.judged < first))
 
     @property
     def robust(self) -> int:

@@ -13,7 +13,8 @@ import torch
 from robustkit.checks.probe import Probe
 from robustkit.checks.run import diagnose
 from robustkit.data.samples import Samples
-from robustkit.engine.judge import image_hashes, judge, margins
+from robustkit.engine.flight import Flight, Landed
+from robustkit.engine.judge import Judged, image_hashes, judge, margins
 from robustkit.engine.meter import Meter
 from robustkit.engine.progress import Progress
 from robustkit.engine.tally import Tally
@@ -26,6 +27,9 @@ from robustkit.rng import RowRng
 from robustkit.shapes import Images
 from robustkit.threat import ThreatModel
 
+# How many steps a GPU goes before the host looks at it, and how long verdicts wait to be written (seconds).
+PACE = 4
+WRITE_EVERY = 5.0
 NO_MEMORY = "out of memory even with one image at a time; use a device with more memory."
 
 Work = Callable[[Images, np.ndarray], tuple[list[Verdict], list[Flag]]]
@@ -44,6 +48,12 @@ class Worker:
     tally: Tally
     meter: Meter
     progress: Progress
+    slots: int
+
+    def __post_init__(self) -> None:
+        """Begin with nothing flown."""
+        self.occupancy: list[tuple[int, int]] = []
+        self.refusals = 0
 
     def prepare(self) -> None:
         """Try the model on one image, size the pieces to the memory, refuse an eps without limits."""
@@ -85,7 +95,7 @@ class Worker:
         budget = getattr(attack, "budget", None)
         expected = budget(self.meter.num_classes, self.threat.norm) if budget else None
         self.progress.stage(name, len(standing), self.tally.robust, self.tally.n)
-        stream = f"{name}/{self.tally.names[1:stage].count(name)}"
+        stream = self._stream(stage)
 
         def verdicts(x: Images, positions: np.ndarray) -> tuple[list[Verdict], list[Flag]]:
             return self._attack_verdicts(attack, stream, x, positions)
@@ -100,6 +110,115 @@ class Worker:
             self.meter.on_forward = tick
             self._do(stage, number, positions, verdicts)
             self.meter.on_forward = lambda forwards: None
+
+    def fly(self, first: int, count: int) -> None:
+        """Take what still stands through `count` attacks from stage `first` on, all of them row-wise, at once."""
+        waiting = self.tally.flying(first)
+        names = self.tally.names[first : first + count]
+        self.progress.stage(names[0] if count == 1 else f"{count} attacks", len(waiting), self.tally.robust, self.tally.n)
+        if not len(waiting):
+            return
+        flight = Flight(
+            meter=self.meter,
+            threat=self.threat,
+            attacks=self.attacks[first - 1 : first - 1 + count],
+            streams=[self._stream(stage) for stage in range(first, first + count)],
+            seed=self.seed,
+            slots=self.slots,
+            board=self._gate(waiting),
+            pace=PACE if self.meter.device.type == "cuda" else 1,
+        )
+        number = 1 + max((chunk for stage, chunk in self.tally.chunks if stage == first), default=-1)
+        begun, landed, done = time.perf_counter(), [], 0
+        self.meter.detached = False
+        with own_randomness(self.seed, first, number):
+            for group in flight.run():
+                landed += group
+                done += sum(len(part.position) for part in group)
+                now = time.perf_counter()
+                if landed and (now - begun > WRITE_EVERY or not group and not flight.aboard):
+                    self._write_landed(first, count, number, landed, now - begun)
+                    number, begun, landed = number + 1, now, []
+                    self.progress.advance(done, self.tally.robust)
+        self.occupancy.append((flight.steps, flight.filled))
+        self.refusals += flight.refused
+
+    def _stream(self, stage: int) -> str:
+        name = self.tally.names[stage]
+        return f"{name}/{self.tally.names[1:stage].count(name)}"
+
+    def _gate(self, waiting: np.ndarray) -> Callable[[int], tuple[np.ndarray, Images, torch.Tensor, torch.Tensor]]:
+        """Return what gives the next so many of these samples; images are read in larger blocks."""
+        device = self.meter.device
+        blocks = iter(np.split(waiting, range(self.batch, len(waiting), self.batch)))
+        block, images = np.zeros(0, np.int64), torch.zeros(0)
+
+        def board(free: int) -> tuple[np.ndarray, Images, torch.Tensor, torch.Tensor]:
+            nonlocal block, images
+            while len(block) < free and (more := next(blocks, None)) is not None:
+                read = self.samples.images(more)
+                self._check_images(more, image_hashes(read))
+                images = torch.cat([images, read]) if len(block) else read
+                block = np.concatenate([block, more])
+            now, block = block[:free], block[free:]
+            x, images = images[:free], images[free:]
+            labels = torch.from_numpy(self.samples.labels[now])
+            clean = torch.from_numpy(-self.tally.clean_margins[now])
+            return now, x.to(device), labels.to(device), clean.to(device)
+
+        return board
+
+    def _write_landed(self, first: int, count: int, number: int, landed: list[Landed], seconds: float) -> None:
+        """Write down samples that went through a flight: each verdict with the stage that gave it."""
+        spent = np.concatenate([part.spent for part in landed]).sum(0)
+        units = spent.sum(1) / max(spent.sum(), 1)
+        verdicts: list[list[Verdict]] = [[] for _ in range(count)]
+        refused = broken = 0
+        for part in landed:
+            rows = self._verdicts(part.judged, part.position, part.labels)
+            for stage, verdict in zip(part.stage, rows, strict=True):
+                verdicts[stage].append(verdict)
+            refused += int(part.judged.refused.sum())
+            broken += int(part.judged.broken.sum())
+        flags = _noticed(refused, broken, self.meter.detached)
+        chunks = [
+            Chunk(
+                first + stage,
+                number,
+                int(spent[stage, 0]),
+                int(spent[stage, 1]),
+                seconds * float(units[stage]),
+                verdicts[stage],
+                flags if stage == 0 else [],
+            )
+            for stage in range(count)
+        ]
+        self.ledger.write(*chunks)
+        for chunk in chunks:
+            self.tally.add(chunk)
+
+    def _verdicts(self, judged: Judged, positions: np.ndarray, labels: np.ndarray) -> list[Verdict]:
+        points = judged.x.float().cpu().numpy()
+        fooled = judged.fooled.tolist()
+        rows = zip(
+            positions.tolist(),
+            labels.tolist(),
+            judged.prediction.tolist(),
+            judged.margin.tolist(),
+            fooled,
+            [self.tally.images[position] for position in positions],
+            [points[i].tobytes() if hit else None for i, hit in enumerate(fooled)],
+            strict=True,
+        )
+        return [Verdict(*row) for row in rows]
+
+    def _check_images(self, positions: np.ndarray, hashes: list[str]) -> None:
+        for position, digest in zip(positions, hashes, strict=True):
+            if digest != self.tally.images[position]:
+                raise RunError(
+                    f"image {position} of {self.samples.name} has changed since this run's clean pass; "
+                    "restore the data or start again in another folder."
+                )
 
     def _pending(self, stage: int, positions: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         """Yield number and positions of the stage's chunks that the ledger does not have yet."""
@@ -187,13 +306,7 @@ class Worker:
     def _attack_verdicts(
         self, attack: Any, stream: str, x: Images, positions: np.ndarray
     ) -> tuple[list[Verdict], list[Flag]]:
-        hashes = image_hashes(x)
-        for position, digest in zip(positions, hashes, strict=True):
-            if digest != self.tally.images[position]:
-                raise RunError(
-                    f"image {position} of {self.samples.name} has changed since this run's clean pass; "
-                    "restore the data or start again in another folder."
-                )
+        self._check_images(positions, image_hashes(x))
         ids = torch.from_numpy(positions).to(x.device)
         labels = torch.from_numpy(self.samples.labels[positions]).to(x.device)
         self.meter.detached = False
@@ -205,20 +318,8 @@ class Worker:
             rng=RowRng(self.seed, stream, ids),
         )
         judged = judge(self.meter, x, labels, found, self.threat)
-        points = judged.x.float().cpu().numpy()
-        fooled = judged.fooled.tolist()
-        rows = zip(
-            positions.tolist(),
-            labels.tolist(),
-            judged.prediction.tolist(),
-            judged.margin.tolist(),
-            fooled,
-            hashes,
-            [points[i].tobytes() if hit else None for i, hit in enumerate(fooled)],
-            strict=True,
-        )
         flags = _noticed(int(judged.refused.sum()), int(judged.broken.sum()), self.meter.detached)
-        return [Verdict(*row) for row in rows], flags
+        return self._verdicts(judged, positions, self.samples.labels[positions]), flags
 
     def _halve(self, images: int) -> None:
         piece = min(self.meter.piece or images, images)

@@ -75,7 +75,7 @@ def test_at_changes_what_it_is_told():
 def test_numbers_are_pinned():
     # A change here changes every run that was ever recorded.
     rng = RowRng(0, "pin", torch.tensor([0, 1]))
-    assert rng.integers(1000, 4).tolist() == [[65, 215, 285, 844], [949, 336, 840, 646]]
+    assert rng.integers(1000, 4).tolist() == [[406, 514, 482, 134], [112, 444, 139, 725]]
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])

@@ -159,7 +159,7 @@ def test_points_outside_the_threat_never_count():
 
 def test_an_objective_of_columns_has_a_gradient_each():
     class Both(Drift):
-        def objective(self, rows, logits):
+        def objective(self, rows, state, logits):
             return logits
 
         def step(self, rows, state, answer):

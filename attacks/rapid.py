@@ -1,0 +1,26 @@
+"""The everyday suite: at least as strict as AutoAttack's `standard` at a small part of its cost.
+
+Cheapest killers first; what each stage is worth was measured, see docs/rapid.md. Every stage after the first two
+is for images that withstood gradients so far, and each spends its steps where the margin says they may pay. Square
+is there to find out whether gradients told the truth: where it soon rivals them it goes on to the end.
+"""
+
+from __future__ import annotations
+
+from robustkit.registry import suite
+
+EASY = [
+    "pgd(steps=1,step_size=1,loss=margin,random_start=false)",
+    "pgd(steps=5,step_size=0.5,loss=margin,random_start=false)",
+]
+SECOND_OPINION = "square(queries=5000,patience=100,rivalry=0.6)"
+
+
+@suite("rapid")
+def rapid(norm: str) -> list[str]:
+    """Margin ascent on targets raced against each other, a second opinion by APGD and by Square."""
+    if norm == "l1":
+        hard = ["apgd(loss=margin,steps=50,restarts=1)", "apgd-t(loss=margin,steps=40,targets=9,restarts=1)"]
+    else:
+        hard = ["race(probe=4,finalists=2,steps=40,restarts=4,doubt=0.3)", "apgd(loss=ce,steps=30,restarts=1)"]
+    return [*EASY, *hard, SECOND_OPINION]

@@ -1,0 +1,383 @@
+"""Continuous batching: one batch of slots in which samples go through a row of attacks, each at its own pace.
+
+Every step is one forward and backward pass for all rows that want a gradient, whatever their attack, target or
+iteration, and one forward pass for those that do not. A row that seems to succeed is judged in float32 at once:
+if that holds the sample leaves, if not it goes on. A sample does one job at a time, in an order that only its own
+past decides; so its verdict does not depend on who else is on board.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from robustkit import losses
+from robustkit.engine.judge import Judged, judge
+from robustkit.engine.meter import Meter
+from robustkit.goal import Goal
+from robustkit.rng import RowRng
+from robustkit.rows import Answer, Rows, RowWise, State, ask, rank
+from robustkit.shapes import Images
+from robustkit.threat import ThreatModel, per_row
+
+STATE = "state."
+
+
+@dataclass
+class Table:
+    """Rows on board: arrays that the host steers by, and tensors on the device."""
+
+    host: dict[str, np.ndarray]
+    device: dict[str, Tensor]
+
+    def __len__(self) -> int:
+        return len(self.host["position"])
+
+    def select(self, index: np.ndarray) -> Table:
+        """Return these rows."""
+        there = torch.from_numpy(index).to(self.device["x"].device)
+        return Table(
+            {name: array[index] for name, array in self.host.items()},
+            {name: tensor[there] for name, tensor in self.device.items()},
+        )
+
+    @staticmethod
+    def join(tables: Sequence[Table]) -> Table:
+        """Return the rows of all."""
+        if len(tables) == 1:
+            return tables[0]
+        return Table(
+            {name: np.concatenate([t.host[name] for t in tables]) for name in tables[0].host},
+            {name: torch.cat([t.device[name] for t in tables]) for name in tables[0].device},
+        )
+
+    @property
+    def state(self) -> State:
+        """The attack's own part."""
+        return {name[len(STATE) :]: t for name, t in self.device.items() if name.startswith(STATE)}
+
+    def with_state(self, state: State) -> Table:
+        """Return the rows with another state of the attack."""
+        rest = {name: t for name, t in self.device.items() if not name.startswith(STATE)}
+        return Table(self.host, {**rest, **{STATE + name: t for name, t in state.items()}})
+
+
+@dataclass
+class Lane:
+    """One attack of the flight and the rows that are at it."""
+
+    attack: RowWise
+    stream: str
+    number: int
+    targets: int
+    restarts: int
+    length: int
+    table: Table | None = None
+
+    @property
+    def solo(self) -> bool:
+        """Whether its queries are of a kind that cannot share a pass with others."""
+        return self.attack.draws > 1 or self.attack.several
+
+
+@dataclass(frozen=True)
+class Landed:
+    """Samples whose verdict is there; `stage` (B) is the attack that each fell to, or the last."""
+
+    position: np.ndarray
+    labels: np.ndarray
+    stage: np.ndarray
+    spent: np.ndarray
+    judged: Judged
+
+
+@dataclass
+class Flight:
+    """Takes samples through consecutive attacks; iterate over `run()`.
+
+    `board(n)` gives up to n samples: positions, images, labels, clean margins; fewer mean that no more will come.
+    `pace` is how many steps may pass between two looks at the device.
+    """
+
+    meter: Meter
+    threat: ThreatModel
+    attacks: Sequence[RowWise]
+    streams: Sequence[str]
+    seed: int
+    slots: int
+    board: Callable[[int], tuple[np.ndarray, Images, Tensor, Tensor]]
+    pace: int = 1
+    steps: int = 0
+    filled: int = 0
+    refused: int = 0
+    landed: list[Landed] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Open a lane for each attack."""
+        norm = self.threat.norm
+        self.lanes = [
+            Lane(attack, stream, number, *attack.attempts(norm), attack.length(norm))
+            for number, (attack, stream) in enumerate(zip(self.attacks, self.streams, strict=True))
+        ]
+        self.more = True
+
+    @property
+    def aboard(self) -> int:
+        """How many samples are under way."""
+        return sum(len(lane.table) for lane in self.lanes if lane.table is not None)
+
+    @property
+    def occupancy(self) -> float | None:
+        """The mean share of slots in use while samples were waiting; None if none ever was."""
+        return self.filled / (self.steps * self.slots) if self.steps else None
+
+    def run(self) -> Iterator[list[Landed]]:
+        """Yield after every look at the device what has landed since, until all have."""
+        while True:
+            self._fill()
+            busy = [lane for lane in self.lanes if lane.table is not None]
+            if busy:
+                nearest = min(int((lane.length - _table(lane).host["age"]).min()) for lane in busy) + 1
+                for _ in range(min(self.pace, nearest)):
+                    if self.more:
+                        self.steps += 1
+                        self.filled += self.aboard
+                    for lane, answer in self._ask(busy):
+                        self._advance(lane, answer)
+                self._look(busy)
+            landed, self.landed = self.landed, []
+            yield landed
+            if not busy and not landed:
+                return
+
+    def _fill(self) -> None:
+        while self.more and (free := self.slots - self.aboard) > 0:
+            position, x, labels, clean = self.board(free)
+            self.more = len(position) == free
+            if not len(position):
+                return
+            clean = clean.double()
+            low = torch.full_like(clean, -torch.inf)
+            most = max(lane.targets for lane in self.lanes)
+            tensors = {
+                "position": torch.from_numpy(position).to(x.device),
+                "x": x,
+                "labels": labels,
+                "past": torch.stack([clean, clean], 1),
+                "nearest": clean,
+                "best": x,
+                "refused": low,
+                "claimed": torch.zeros_like(low, dtype=torch.bool),
+                "ended": torch.zeros_like(low, dtype=torch.bool),
+                "broken": torch.zeros_like(low, dtype=torch.bool),
+                "claim": x,
+                "ranked": labels.new_full((len(x), min(most, (self.meter.num_classes or 2) - 1)), -1),
+            }
+            zero = np.zeros(len(position), np.int64)
+            spent = np.zeros((len(position), len(self.lanes), 2), np.int64)
+            self._enter(0, Table({"position": position, "job": zero, "age": zero, "spent": spent}, tensors))
+
+    def _enter(self, number: int, table: Table) -> None:
+        """Begin the attack of that number on these samples, or a later one, or land them."""
+        if number == len(self.lanes):
+            return self._arrive(table)
+        lane = self.lanes[number]
+        table.device["past"] = torch.stack([table.device["past"][:, 0], table.device["nearest"]], 1)
+        table.host["job"] = np.zeros(len(table), np.int64)
+        willing = lane.attack.enters(self._rows(lane, table.with_state({})))
+        if willing is not None:
+            mask = willing.cpu().numpy()
+            if not mask.all():
+                self._enter(number + 1, table.select(np.flatnonzero(~mask)))
+                table = table.select(np.flatnonzero(mask))
+        if not len(table):
+            return None
+        if lane.targets and bool((table.device["ranked"][:, 0] < 0).any()):
+            logits = self.meter.exact(table.device["x"])
+            table.device["ranked"] = rank(logits, table.device["labels"], table.device["ranked"].shape[1])
+            table.host["spent"][:, number, 0] += 1
+        self._launch(lane, table)
+        return None
+
+    def _launch(self, lane: Lane, table: Table) -> None:
+        """Begin a job of each row."""
+        table.host["age"] = np.zeros(len(table), np.int64)
+        table.device["ended"] = torch.zeros_like(table.device["ended"])
+        table = table.with_state({})
+        table = table.with_state(lane.attack.init(self._rows(lane, table)))
+        lane.table = table if lane.table is None else Table.join([lane.table, table])
+
+    def _rows(self, lane: Lane, table: Table, ahead: int = 0) -> Rows:
+        part, device = table.device, table.device["x"].device
+        job, age = (torch.from_numpy(table.host[name]).to(device) for name in ("job", "age"))
+        goal = Goal(part["labels"])
+        aim = goal
+        if lane.targets:
+            aim = Goal(part["labels"], part["ranked"].gather(1, (job // lane.restarts)[:, None])[:, 0])
+        rng = RowRng(self.seed, lane.stream, part["position"], restart=job, step=age + ahead)
+        return Rows(part["x"], goal, self.threat, rng, aim, part["past"])
+
+    def _ask(self, lanes: Sequence[Lane]) -> list[tuple[Lane, Answer]]:
+        """Return an answer for every row: all lanes together, but for those that cannot share."""
+        together: list[tuple[Lane, Rows, State, Tensor, Tensor]] = []
+        answers = []
+        for lane in lanes:
+            table = _table(lane)
+            rows, state = self._rows(lane, table), table.state
+            blind = torch.from_numpy(table.host["age"] == lane.length)
+            if lane.attack.blind:
+                blind = torch.ones_like(blind)
+            elif "blind" in state:
+                blind = blind | state["blind"].cpu()
+            seeing, unseeing = (mask.nonzero()[:, 0].to(rows.x.device) for mask in (~blind, blind))
+            if lane.solo:
+                asked = ask(lane.attack, self.meter, rows, {**state, "blind": blind.to(rows.x.device)}, True)
+                answers.append((lane, asked))
+                self._charge(lane, blind.numpy(), asked.loss[0].numel() * lane.attack.draws, lane.attack.draws)
+            else:
+                together.append((lane, rows, state, seeing, unseeing))
+                self._charge(lane, blind.numpy(), 1, 1)
+        return answers + self._together(together)
+
+    def _together(self, asking: list[tuple[Lane, Rows, State, Tensor, Tensor]]) -> list[tuple[Lane, Answer]]:
+        parts: list[list[tuple[Tensor, Answer]]] = [[] for _ in asking]
+        for which, with_gradient in ((3, True), (4, False)):
+            members = [(place, entry, entry[which]) for place, entry in enumerate(asking) if len(entry[which])]
+            if not members:
+                continue
+            x = torch.cat([entry[2]["x"][index] for _, entry, index in members])
+            with torch.set_grad_enabled(with_gradient):
+                x = x.detach().requires_grad_(with_gradient)
+                logits = self.meter(x)
+                values, at = [], 0
+                for _, (lane, rows, state, *_), index in members:
+                    if len(index) < len(rows.x):
+                        rows, state = rows.select(index), {name: t[index] for name, t in state.items()}
+                    values.append(lane.attack.objective(rows, state, logits[at : at + len(index)]))
+                    at += len(index)
+                gradient = x.new_zeros(()).expand_as(x)
+                if with_gradient:
+                    (gradient,) = torch.autograd.grad(torch.cat([v.flatten() for v in values]).sum(), x)
+            at = 0
+            for (place, _, index), value in zip(members, values, strict=True):
+                part = slice(at, at + len(index))
+                shaped = gradient[part] if value.dim() == 1 else gradient[part][:, None]
+                parts[place].append((index, Answer(logits[part].detach(), value.detach(), shaped)))
+                at += len(index)
+        return [(entry[0], _merged(found)) for entry, found in zip(asking, parts, strict=True)]
+
+    def _charge(self, lane: Lane, blind: np.ndarray, backwards: int, forwards: int) -> None:
+        spent = _table(lane).host["spent"]
+        spent[:, lane.number, 0] += forwards
+        spent[:, lane.number, 1] += np.where(blind, 0, backwards)
+
+    def _advance(self, lane: Lane, answer: Answer) -> None:
+        """Note what the answers say, claims among it, and go one step on."""
+        table = _table(lane)
+        part, state = table.device, table.state
+        score = losses.margin(answer.logits, part["labels"]).double()
+        if lane.attack.strays:
+            score = torch.where(self.threat.contains(state["x"], part["x"]), score, -torch.inf)
+        nearer = score > part["nearest"]
+        part["best"] = torch.where(per_row(nearer, part["x"]), state["x"], part["best"])
+        part["nearest"] = torch.where(nearer, score, part["nearest"])
+        part["broken"] = part["broken"] | ~answer.logits.isfinite().all(1)
+        # Where the search is in low precision a point may fool the float32 model before the search can see it.
+        doubt = self.meter.rounding * answer.logits.abs().amax(1).double()
+        seems = Goal(part["labels"]).reached(answer.logits) & (score > -torch.inf) | (score > -doubt)
+        claims = seems & (score > part["refused"]) & ~part["claimed"] & ~part["ended"]
+        part["claim"] = torch.where(per_row(claims, part["x"]), state["x"], part["claim"])
+        part["claimed"] = part["claimed"] | claims
+        if "last" in state:
+            part["ended"] = part["ended"] | state["last"]
+        table.host["age"] = table.host["age"] + 1
+        lane.table = table.with_state(lane.attack.step(self._rows(lane, table), state, answer))
+
+    def _look(self, lanes: Sequence[Lane]) -> None:
+        """Judge the claims; land the fooled, give the others whose job is over their next one."""
+        claims = [_table(lane).device["claimed"].cpu().numpy().nonzero()[0] for lane in lanes]
+        verdicts = self._judge([_table(lane).select(index) for lane, index in zip(lanes, claims, strict=True)])
+        moves: list[tuple[int, Table]] = []
+        for lane, index, judged in zip(lanes, claims, verdicts, strict=True):
+            table = _table(lane)
+            done = (table.host["age"] > lane.length) | table.device["ended"].cpu().numpy()
+            if judged is not None:
+                table.host["spent"][index, lane.number, 0] += 1 + judged.doubtful.cpu().numpy()
+                fooled = judged.fooled.cpu().numpy()
+                self._land(table.select(index[fooled]), lane.number, _part(judged, fooled))
+                again = torch.from_numpy(index[~fooled]).to(table.device["x"].device)
+                self.refused += len(again)
+                part = table.device
+                part["refused"][again] = part["nearest"][again]
+                part["claimed"] = torch.zeros_like(part["claimed"])
+                gone = np.zeros(len(table), bool)
+                gone[index[fooled]] = True
+            else:
+                gone = np.zeros(len(table), bool)
+            over = done & ~gone
+            if not (gone | over).any():
+                continue
+            jobs = lane.restarts * (min(lane.targets, table.device["ranked"].shape[1]) if lane.targets else 1)
+            following = over & (table.host["job"] + 1 < jobs)
+            staying = ~(gone | over)
+            lane.table = table.select(np.flatnonzero(staying)) if staying.any() else None
+            if following.any():
+                next_job = table.select(np.flatnonzero(following))
+                next_job.host["job"] = next_job.host["job"] + 1
+                self._launch(lane, next_job)
+            if (over & ~following).any():
+                leaving = table.select(np.flatnonzero(over & ~following)).with_state({})
+                moves.append((lane.number + 1, leaving))
+        for number, table in moves:
+            self._enter(number, table)
+
+    def _judge(self, tables: list[Table]) -> list[Judged | None]:
+        """Judge the claims of several lanes in one pass."""
+        some = [table for table in tables if len(table)]
+        if not some:
+            return [None] * len(tables)
+        x, labels, claim = (torch.cat([t.device[n] for t in some]) for n in ("x", "labels", "claim"))
+        judged = judge(self.meter, x, labels, claim, self.threat)
+        found: list[Judged | None] = []
+        at = 0
+        for table in tables:
+            part = np.zeros(len(x), bool)
+            part[at : at + len(table)] = True
+            found.append(_part(judged, part) if len(table) else None)
+            at += len(table)
+        return found
+
+    def _arrive(self, table: Table) -> None:
+        """Land what has withstood everything, judged at its best point."""
+        judged = judge(self.meter, table.device["x"], table.device["labels"], table.device["best"], self.threat)
+        table.host["spent"][:, -1, 0] += 1 + judged.doubtful.cpu().numpy()
+        self._land(table, len(self.lanes) - 1, judged)
+
+    def _land(self, table: Table, stage: int, judged: Judged) -> None:
+        if len(table):
+            at = np.full(len(table), stage)
+            labels = table.device["labels"].cpu().numpy()
+            judged = replace(judged, broken=judged.broken | table.device["broken"] & ~judged.fooled)
+            self.landed.append(Landed(table.host["position"], labels, at, table.host["spent"], judged))
+
+
+def _table(lane: Lane) -> Table:
+    assert lane.table is not None  # noqa: S101
+    return lane.table
+
+
+def _merged(parts: list[tuple[Tensor, Answer]]) -> Answer:
+    """Return the answers of seeing and unseeing rows in the order of the rows."""
+    if len(parts) == 1:
+        return parts[0][1]
+    order = torch.cat([index for index, _ in parts]).argsort()
+    return Answer(*(torch.cat(fields)[order] for fields in zip(*(answer for _, answer in parts), strict=True)))
+
+
+def _part(judged: Judged, mask: np.ndarray) -> Judged:
+    index = torch.from_numpy(mask).to(judged.fooled.device)
+    return Judged(*(value[index] for value in vars(judged).values()))
