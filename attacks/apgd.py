@@ -33,6 +33,7 @@ class _APGD(RowWise):
     eot_iter: int = 1
     rho: float = 0.75
     large_start: bool | None = None
+    doubt: float | None = None
 
     def __post_init__(self) -> None:
         """Refuse an unknown loss before anything runs."""
@@ -47,6 +48,10 @@ class _APGD(RowWise):
     def strays(self) -> bool:
         """Whether queries may lie outside the threat: those in larger balls do."""
         return self.large_start is not False
+
+    def enters(self, rows: Rows) -> Mask | None:
+        """Return which rows earlier attacks brought near enough to the boundary."""
+        return None if self.doubt is None else rows.near(self.doubt)
 
     def length(self, norm: str) -> int:
         """Return the steps of all stages, and one from each stage to the next."""
@@ -91,7 +96,9 @@ class APGD(_APGD):
     """Projected gradient with momentum and a step size that adapts itself, on `loss` (ce, dlr, margin).
 
     `restarts` is by default 1, in l1 5; `rho` is the share of rises that keeps a step size; `large_start`
-    (l1 only, there the default) begins in balls of 3 and 2 times eps; `eot_iter` averages over so many draws.
+    (l1 only, there the default) begins in balls of 3 and 2 times eps; `eot_iter` averages over so many draws. With
+    `doubt` images are left out whose margin would have to go on by more than this share of the way that earlier
+    attacks of the run brought it.
     """
 
 
@@ -100,7 +107,8 @@ class APGD(_APGD):
 class APGDT(_APGD):
     """Auto-PGD towards each of the likeliest other classes in turn, on the targeted `loss`.
 
-    `targets` is by default 9, in l1 5, and at most K - 1; a goal with targets of its own is the only one then.
+    `targets` is by default 9, in l1 5, and at most K - 1; a goal with targets of its own is the only one then. For
+    the other fields see `apgd`.
     """
 
     restarts: int | None = 1

@@ -2,8 +2,8 @@
 
 Multi-targeted ascent (Gowal et al. 2019, arXiv:1910.09338) of the plain logit margin (minimum-margin attack, Gao
 et al. 2022, arXiv:2206.07314), with the steps of one sample given to its own most promising targets. Departures
-from both: short probes from the clean image decide which targets are run for long; random restarts go on only while
-the best point is near enough to the boundary; steps shrink along a cosine, with APGD's momentum.
+from both: short probes from the clean image decide which targets are run for long; random restarts go on only
+while the best point is near enough to the boundary; steps shrink along a cosine, with APGD's momentum.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ class Race(RowWise):
     """Short runs at each of the likeliest other classes, then long ones from random starts at the best of them.
 
     `probe` are the steps at each of the `targets`, `steps` those at each of the `finalists` in each of at most
-    `restarts` rounds. Before round r a sample needs a best point from which 2**(1-r) * `doubt` times the way it
-    has come would reach the boundary, judged by the margin; else it leaves.
+    `restarts` rounds. Before a round a sample needs a best point from which `doubt` times the way it has come
+    would reach the boundary, judged by the margin; with every round the share is halved, down to an eighth.
     """
 
     targets: int = 9
     probe: int = 4
-    finalists: int = 3
+    finalists: int = 2
     steps: int = 40
-    restarts: int = 4
-    doubt: float = 0.5
+    restarts: int = 3
+    doubt: float = 0.3
 
     def length(self, norm: str) -> int:
         """Return the steps of all runs, and one from each run to the next."""
@@ -134,7 +134,7 @@ def _plan(
     """Return the turn of each query as a row of numbers."""
     runs = [(target, probe, 0.0, 0.0) for target in range(targets)]
     for number in range(restarts):
-        gates = [doubt / 2**number] + [0.0] * (finalists - 1)
+        gates = [doubt / 2 ** min(number, 3)] + [0.0] * (finalists - 1)
         runs += [(target, steps, 1.0, gate) for target, gate in enumerate(gates)]
     plan = []
     for target, length, random, gate in runs:

@@ -13,6 +13,11 @@ EASY = [
     "pgd(steps=1,step_size=1,loss=margin,random_start=false)",
     "pgd(steps=5,step_size=0.5,loss=margin,random_start=false)",
 ]
+# For the few that stand right at the boundary.
+LAST_RESORTS = [
+    "apgd(loss=dlr,steps=100,restarts=6,doubt=0.02)",
+    "apgd-t(loss=dlr,steps=100,targets=3,restarts=1,doubt=0.02)",
+]
 SECOND_OPINION = "square(queries=5000,patience=100,rivalry=0.6)"
 
 
@@ -22,5 +27,14 @@ def rapid(norm: str) -> list[str]:
     if norm == "l1":
         hard = ["apgd(loss=margin,steps=50,restarts=1)", "apgd-t(loss=margin,steps=40,targets=9,restarts=1)"]
     else:
-        hard = ["race(probe=4,finalists=2,steps=40,restarts=4,doubt=0.3)", "apgd(loss=ce,steps=30,restarts=1)"]
-    return [*EASY, *hard, SECOND_OPINION]
+        hard = [
+            "race(targets=9,probe=4,finalists=2,steps=40,restarts=3,doubt=0.3)",
+            "apgd(loss=ce,steps=30,restarts=1)",
+        ]
+    return [*EASY, *hard, *LAST_RESORTS, SECOND_OPINION]
+
+
+@suite("rapid+autoattack")
+def rapid_and_autoattack(norm: str) -> list[str]:
+    """`rapid`, then AutoAttack's own attacks on what it left: at most AutoAttack's number."""
+    return [*rapid(norm), *(f"autoattack:{name}" for name in ("apgd-ce", "apgd-t", "fab-t", "square"))]

@@ -59,7 +59,13 @@ class Square(RowWise):
         low = torch.full((len(rows.x),), -torch.inf, dtype=torch.float64, device=rows.x.device)
         x = _stripes(rows) if rows.threat.norm == "linf" else _tiles(rows)
         clock = torch.zeros_like(low, dtype=torch.int64)
-        return {"x": x, "best": rows.x, "score": low, "clock": clock, "last": torch.zeros_like(low, dtype=torch.bool)}
+        return {
+            "x": x,
+            "best": rows.x,
+            "score": low,
+            "clock": clock,
+            "last": torch.zeros_like(low, dtype=torch.bool),
+        }
 
     def step(self, rows: Rows, state: State, answer: Answer) -> State:
         """Keep the point asked for if it is better, and propose the best with a patch changed."""

@@ -11,12 +11,13 @@ from torch import nn
 
 from robustkit.data import from_arrays
 from robustkit.data.samples import Samples
-from robustkit.engine.evaluate import DEFAULT_SUITE, Evaluation
+from robustkit.engine.evaluate import Evaluation
 from robustkit.engine.progress import Progress
 from robustkit.engine.verify import Verification, verify_run
 from robustkit.errors import UsageError
 from robustkit.models import as_classifier
 from robustkit.record import Report
+from robustkit.registry import DEFAULT_SUITE
 from robustkit.threat import ThreatModel
 
 
@@ -45,7 +46,8 @@ def evaluate(
         suite: the attacks, e.g. `autoattack` or `pgd(steps=100),autoattack:square`.
         seed: of every random number.
         device: `auto` is where the model's parameters are; another moves the model there.
-        precision: of the search for adversarials: `fp32` (auto), `bf16` or `fp16`. Verdicts are float32.
+        precision: of the search for adversarials: `fp32`, `bf16` or `fp16`; `auto` lets row-wise attacks search in
+            bf16 where that is faster. Verdicts are float32.
         batch_size: images that an attack gets at once; None lets the engine choose.
         out: a folder for the ledger and the report; the same call resumes there.
         progress: who to tell on the way.

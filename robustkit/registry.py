@@ -23,6 +23,7 @@ from robustkit.errors import UsageError, did_you_mean
 
 T = TypeVar("T")
 
+DEFAULT_SUITE = "rapid"
 FOLDERS = {"attack": "attacks", "defense": "defenses", "suite": "attacks"}
 
 

@@ -24,8 +24,8 @@ class RowRng:
     """One generator per row. `ids` (B) are the samples' positions in the data, below 2**32; `seed` is the run's.
 
     `restart` and `step` are one number for all rows, or one each (B), so that rows at different places of their
-    attacks can draw together. It has no memory: drawing again gives the same numbers, and a uniform and a normal draw share theirs. For
-    fresh ones draw more at once, or go to another `step`.
+    attacks can draw together. It has no memory: drawing again gives the same numbers, and a uniform and a normal
+    draw share theirs. For fresh ones draw more at once, or go to another `step`.
     """
 
     seed: int

@@ -57,6 +57,13 @@ class Rows:
             None if self.past is None else self.past[index],
         )
 
+    def near(self, share: float) -> Mask | None:
+        """Return which rows have at most this share of their way so far left to the boundary; None: unknown."""
+        if self.past is None:
+            return None
+        clean, nearest = self.past.unbind(1)
+        return -nearest <= share * (nearest - clean)
+
 
 class Answer(NamedTuple):
     """What a query tells: logits (B K), the attack's objective (B) or (B M), and its gradient in x.
@@ -247,10 +254,10 @@ def ask(attack: RowWise, model: Model, rows: Rows, state: State, with_gradient: 
     without, wanting = blind.nonzero()[:, 0], (~blind).nonzero()[:, 0]
     if not len(without) or not len(wanting):
         return _average(attack, model, rows, state, not len(without))
-    parts = [
-        _average(attack, model, rows.select(index), {name: part[index] for name, part in state.items()}, bool(wants))
-        for wants, index in enumerate((without, wanting))
-    ]
+    parts = []
+    for wants, index in enumerate((without, wanting)):
+        part = {name: of_rows[index] for name, of_rows in state.items()}
+        parts.append(_average(attack, model, rows.select(index), part, bool(wants)))
     order = torch.cat([without, wanting]).argsort()
     gradient = parts[1].gradient.new_zeros(len(x), *parts[1].gradient.shape[1:])
     return Answer(

@@ -38,7 +38,7 @@ ALLOWED: dict[str, set[str]] = {
     "checks": VOCABULARY,
     "engine": VOCABULARY | {"models", "data", "ledger", "checks", "isolation"},
     "report": {"record"},
-    "api": {"engine", "models", "data", "errors", "record", "threat"},
+    "api": {"engine", "models", "data", "errors", "record", "registry", "threat"},
     "cli": {"api", "engine", "report", "models", "data", "registry", "errors", "threat", "record"},
 }
 # Only these may name the packages that are slow to import or belong to one adapter.

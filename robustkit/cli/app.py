@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from robustkit.registry import DEFAULT_SUITE
+
 app = typer.Typer(
     name="robustkit",
     rich_markup_mode=None,
@@ -57,7 +59,7 @@ def evaluate(
     suite: Annotated[
         str,
         typer.Option(help="Attacks: a suite's name, or a list such as 'pgd(steps=50),autoattack:square'."),
-    ] = "autoattack",
+    ] = DEFAULT_SUITE,
     seed: Annotated[int, typer.Option(min=0, help="Of every random number.")] = 0,
     device: Device = "auto",
     precision: Annotated[str, typer.Option(help="Of the search: auto, fp32, bf16, fp16.")] = "auto",

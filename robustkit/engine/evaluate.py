@@ -30,7 +30,6 @@ from robustkit.record import Report, RunSpec, dumps
 from robustkit.rows import RowWise
 from robustkit.threat import ThreatModel
 
-DEFAULT_SUITE = "rapid"
 BATCH_SIZE = 256
 SLOTS_CPU, SLOTS_GPU = 64, 512
 
@@ -46,7 +45,7 @@ class Evaluation:
     model: Classifier
     samples: Samples
     threat: ThreatModel
-    suite: str = DEFAULT_SUITE
+    suite: str = registry.DEFAULT_SUITE
     seed: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     precision: str = "auto"
@@ -127,7 +126,7 @@ class Evaluation:
         progress.say(f"run {report.run_id} was finished before; this is its stored result")
         return report
 
-    def _work(self, ledger: Ledger, progress: Progress) -> tuple[Tally, Meter, bool]:
+    def _work(self, ledger: Ledger, progress: Progress) -> tuple[Worker, bool]:
         tally = Tally(len(self.samples), ["clean", *(r["name"] for r in self.spec.suite)])
         for chunk in ledger.chunks():
             tally.add(chunk)
@@ -147,6 +146,7 @@ class Evaluation:
                 meter,
                 progress,
                 self.slots,
+                self.precision == "auto",
             )
             worker.prepare()
             with threads(meter.threads):
@@ -160,9 +160,10 @@ class Evaluation:
                         for number in range(stage, stage + count):
                             worker.attack(number)
                     stage += count
-        return tally, meter, was_training
+        return worker, was_training
 
-    def _finish(self, ledger: Ledger, tally: Tally, meter: Meter, was_training: bool, out: Path | None) -> Report:
+    def _finish(self, ledger: Ledger, worker: Worker, was_training: bool, out: Path | None) -> Report:
+        tally, meter = worker.tally, worker.meter
         access = ["", *(attack.info.access for attack in self.attacks)]
         flags = scores_beat_gradients(tally.stages(), access)
         if was_training:
@@ -170,7 +171,7 @@ class Evaluation:
         index, labels, predictions = np.array(ledger.fooled(), np.int64).reshape(-1, 3).T
         shape = tuple(self.samples.images([0]).shape[1:])
         rows = folder.Adversarials(index, labels, shape, ledger.adversarials)
-        surroundings = environment(self.device, self._precision, meter.piece, meter.threads)
+        surroundings = environment(self.device, meter.precision, meter.piece, meter.threads) | worker.flown
         if out is None:
             return replace(tally.report(self.spec, flags, surroundings, {}), adversarial=rows.arrays())
         folder.write_adversarial(out, rows)

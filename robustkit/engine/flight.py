@@ -94,6 +94,11 @@ class Landed:
     spent: np.ndarray
     judged: Judged
 
+    def select(self, mask: np.ndarray) -> Landed:
+        """Return these samples."""
+        judged = _part(self.judged, mask)
+        return Landed(self.position[mask], self.labels[mask], self.stage[mask], self.spent[mask], judged)
+
 
 @dataclass
 class Flight:
@@ -223,8 +228,7 @@ class Flight:
 
     def _ask(self, lanes: Sequence[Lane]) -> list[tuple[Lane, Answer]]:
         """Return an answer for every row: all lanes together, but for those that cannot share."""
-        together: list[tuple[Lane, Rows, State, Tensor, Tensor]] = []
-        answers = []
+        alone, together = [], []
         for lane in lanes:
             table = _table(lane)
             rows, state = self._rows(lane, table), table.state
@@ -233,42 +237,42 @@ class Flight:
                 blind = torch.ones_like(blind)
             elif "blind" in state:
                 blind = blind | state["blind"].cpu()
-            seeing, unseeing = (mask.nonzero()[:, 0].to(rows.x.device) for mask in (~blind, blind))
             if lane.solo:
                 asked = ask(lane.attack, self.meter, rows, {**state, "blind": blind.to(rows.x.device)}, True)
-                answers.append((lane, asked))
+                alone.append((lane, asked))
                 self._charge(lane, blind.numpy(), asked.loss[0].numel() * lane.attack.draws, lane.attack.draws)
             else:
-                together.append((lane, rows, state, seeing, unseeing))
+                together.append(_Query(lane, rows, state, blind))
                 self._charge(lane, blind.numpy(), 1, 1)
-        return answers + self._together(together)
+        return alone + self._together(together)
 
-    def _together(self, asking: list[tuple[Lane, Rows, State, Tensor, Tensor]]) -> list[tuple[Lane, Answer]]:
-        parts: list[list[tuple[Tensor, Answer]]] = [[] for _ in asking]
-        for which, with_gradient in ((3, True), (4, False)):
-            members = [(place, entry, entry[which]) for place, entry in enumerate(asking) if len(entry[which])]
+    def _together(self, queries: list[_Query]) -> list[tuple[Lane, Answer]]:
+        """Answer rows of several attacks by one pass for those that want a gradient and one for the others."""
+        parts: list[list[tuple[Tensor, Answer]]] = [[] for _ in queries]
+        for with_gradient in (True, False):
+            members = [
+                (found, query, query.rows_with(with_gradient)) for found, query in zip(parts, queries, strict=True)
+            ]
+            members = [member for member in members if len(member[2])]
             if not members:
                 continue
-            x = torch.cat([entry[2]["x"][index] for _, entry, index in members])
+            x = torch.cat([query.state["x"][index] for _, query, index in members])
+            cuts = [len(index) for *_, index in members]
             with torch.set_grad_enabled(with_gradient):
                 x = x.detach().requires_grad_(with_gradient)
                 logits = self.meter(x)
-                values, at = [], 0
-                for _, (lane, rows, state, *_), index in members:
-                    if len(index) < len(rows.x):
-                        rows, state = rows.select(index), {name: t[index] for name, t in state.items()}
-                    values.append(lane.attack.objective(rows, state, logits[at : at + len(index)]))
-                    at += len(index)
+                values = [
+                    query.objective(index, part)
+                    for (_, query, index), part in zip(members, _cut(logits, cuts), strict=True)
+                ]
                 gradient = x.new_zeros(()).expand_as(x)
                 if with_gradient:
                     (gradient,) = torch.autograd.grad(torch.cat([v.flatten() for v in values]).sum(), x)
-            at = 0
-            for (place, _, index), value in zip(members, values, strict=True):
-                part = slice(at, at + len(index))
-                shaped = gradient[part] if value.dim() == 1 else gradient[part][:, None]
-                parts[place].append((index, Answer(logits[part].detach(), value.detach(), shaped)))
-                at += len(index)
-        return [(entry[0], _merged(found)) for entry, found in zip(asking, parts, strict=True)]
+            shares = zip(members, values, _cut(logits.detach(), cuts), _cut(gradient, cuts), strict=True)
+            for (found, _, index), value, own, slope in shares:
+                answer = Answer(own, value.detach(), slope if value.dim() == 1 else slope[:, None])
+                found.append((index, answer))
+        return [(query.lane, _merged(found)) for query, found in zip(queries, parts, strict=True)]
 
     def _charge(self, lane: Lane, blind: np.ndarray, backwards: int, forwards: int) -> None:
         spent = _table(lane).host["spent"]
@@ -363,6 +367,32 @@ class Flight:
             labels = table.device["labels"].cpu().numpy()
             judged = replace(judged, broken=judged.broken | table.device["broken"] & ~judged.fooled)
             self.landed.append(Landed(table.host["position"], labels, at, table.host["spent"], judged))
+
+
+@dataclass(frozen=True)
+class _Query:
+    """What one lane asks in a step; `blind` rows (B, on the host) want no gradient."""
+
+    lane: Lane
+    rows: Rows
+    state: State
+    blind: Tensor
+
+    def rows_with(self, gradient: bool) -> Tensor:
+        """Return the positions of the rows that want a gradient, or of the others."""
+        mask = ~self.blind if gradient else self.blind
+        return mask.nonzero()[:, 0].to(self.rows.x.device)
+
+    def objective(self, index: Tensor, logits: Tensor) -> Tensor:
+        """Return the attack's objective for these rows."""
+        rows, state = self.rows, self.state
+        if len(index) < len(rows.x):
+            rows, state = rows.select(index), {name: part[index] for name, part in state.items()}
+        return self.lane.attack.objective(rows, state, logits)
+
+
+def _cut(rows: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
+    return tuple(torch.split(rows, sizes))
 
 
 def _table(lane: Lane) -> Table:

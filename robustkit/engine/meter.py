@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from robustkit.models.classifier import Classifier
 from robustkit.shapes import Images, Logits
 
 TINY = 1 << 20
+# Another precision or layout must save a tenth of the time, so that noise does not choose it.
+WORTH = 0.9
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -36,6 +40,7 @@ class Meter:
         self.forwards = 0
         self.backwards = 0
         self.detached = False
+        self.layout = torch.contiguous_format
         self.on_forward: Callable[[int], None] = lambda forwards: None
 
     def __call__(self, x: Images) -> Logits:
@@ -59,12 +64,18 @@ class Meter:
     def exact(self, x: Images) -> Logits:
         """Return the logits that verdicts rest on: float32, no gradient, the same pieces."""
         self.forwards += len(x)
-        dtype, self.dtype = self.dtype, None
+        with torch.no_grad(), self.searching(None, torch.contiguous_format):
+            return self._in_pieces(x, differentiable=False)
+
+    @contextmanager
+    def searching(self, dtype: torch.dtype | None, layout: torch.memory_format) -> Iterator[None]:
+        """Run the model in this precision and memory layout inside."""
+        before = self.dtype, self.layout
+        self.dtype, self.layout = dtype, layout
         try:
-            with torch.no_grad():
-                return self._in_pieces(x, differentiable=False)
+            yield
         finally:
-            self.dtype = dtype
+            self.dtype, self.layout = before
 
     def size_up(self, image: Images, most: int) -> None:
         """Learn from one image (1 C H W) the number of classes, and how many images fit into memory.
@@ -87,6 +98,52 @@ class Meter:
         if saved < TINY:
             self.threads = 1
 
+    @property
+    def precision(self) -> str:
+        """The search's precision by its name."""
+        return next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
+
+    def tune(self, x: Images, *, precision: bool) -> None:
+        """Choose the search's memory layout, and its precision if asked to: what is fastest on x, both ways.
+
+        What the model refuses, or what shifts its logits by more than a tenth of their spread, is out. None of
+        it is counted.
+        """
+        plain = self._trial(x, self.dtype, self.layout)
+        if plain is None:
+            return
+        best, exact = plain
+        ways = [(self.dtype, torch.channels_last)]
+        if precision:
+            ways += [(torch.bfloat16, torch.contiguous_format), (torch.bfloat16, torch.channels_last)]
+        for dtype, layout in ways:
+            tried = self._trial(x, dtype, layout)
+            if tried is None or not tried[1].isfinite().all():
+                continue
+            near = (tried[1] - exact).abs().amax() <= 0.1 * (exact.amax(1) - exact.amin(1)).mean()
+            if near and tried[0] < WORTH * best:
+                best, self.dtype, self.layout = tried[0], dtype, layout
+
+    def _trial(
+        self, x: Images, dtype: torch.dtype | None, layout: torch.memory_format
+    ) -> tuple[float, Logits] | None:
+        """Return seconds and logits of one forward and backward pass in this way; None if the model refuses it."""
+        try:
+            with self.searching(dtype, layout):
+                seconds = []
+                for _ in range(3):
+                    images = x.detach().requires_grad_()
+                    begun = time.perf_counter()
+                    logits = self._net(images)
+                    if logits.requires_grad:
+                        torch.autograd.grad(logits.sum(), images)
+                    if self.device.type == "cuda":
+                        torch.cuda.synchronize(self.device)
+                    seconds.append(time.perf_counter() - begun)
+            return min(seconds[1:]), logits.detach()
+        except RuntimeError:
+            return None
+
     def _in_pieces(self, x: Images, differentiable: bool) -> Logits:
         if self.piece is None or len(x) <= self.piece:
             return self._net(x)
@@ -97,7 +154,7 @@ class Meter:
 
     def _net(self, x: Images) -> Logits:
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
-            logits: Logits = self.model(x)
+            logits: Logits = self.model(x.contiguous(memory_format=self.layout))
         return logits.float()
 
 

@@ -64,7 +64,7 @@ def closed_form(device: torch.device) -> list[Trial]:
             as_classifier(net),
             from_arrays(x[kept], labels[kept]),
             ThreatModel.parse(f"{norm}:{eps:.6f}"),
-            suite="pgd(steps=100,step_size=0.02,restarts=2,loss=margin,density=0)",
+            suite="pgd(steps=100,step_size=0.05,restarts=8,loss=margin,density=0)",
             device=device,
         )
         robust = torch.tensor([verdict.robust for verdict in plan.run().verdicts])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,10 @@ from robustkit.threat import ThreatModel
 # How many steps a GPU goes before the host looks at it, and how long verdicts wait to be written (seconds).
 PACE = 4
 WRITE_EVERY = 5.0
+# Robust images are searched again in float32 where a faster search left less than this share of the clean margin.
+NEAR = 0.05
+# The most images that a way to run the model is tried on.
+TRIAL = 64
 NO_MEMORY = "out of memory even with one image at a time; use a device with more memory."
 
 Work = Callable[[Images, np.ndarray], tuple[list[Verdict], list[Flag]]]
@@ -37,7 +42,7 @@ Work = Callable[[Images, np.ndarray], tuple[list[Verdict], list[Flag]]]
 
 @dataclass
 class Worker:
-    """Does one run's chunks."""
+    """Does one run's chunks. `free` is whether flights may choose their precision."""
 
     samples: Samples
     threat: ThreatModel
@@ -49,11 +54,11 @@ class Worker:
     meter: Meter
     progress: Progress
     slots: int
+    free: bool
 
     def __post_init__(self) -> None:
         """Begin with nothing flown."""
-        self.occupancy: list[tuple[int, int]] = []
-        self.refusals = 0
+        self.flown: dict[str, Any] = {}
 
     def prepare(self) -> None:
         """Try the model on one image, size the pieces to the memory, refuse an eps without limits."""
@@ -115,9 +120,28 @@ class Worker:
         """Take what still stands through `count` attacks from stage `first` on, all of them row-wise, at once."""
         waiting = self.tally.flying(first)
         names = self.tally.names[first : first + count]
-        self.progress.stage(names[0] if count == 1 else f"{count} attacks", len(waiting), self.tally.robust, self.tally.n)
+        self.progress.stage(
+            names[0] if count == 1 else f"{count} attacks", len(waiting), self.tally.robust, self.tally.n
+        )
         if not len(waiting):
             return
+        self.flown = {"claims_refused": 0, "searched_again": 0}
+        with own_randomness(self.seed, "flight", first):
+            with self._tuned(waiting):
+                near = self._fly(first, count, waiting, {})
+            if near:
+                self.flown["searched_again"] = len(near)
+                with self.meter.searching(None, torch.contiguous_format):
+                    self._fly(first, count, np.array(sorted(near)), near)
+
+    def _fly(
+        self, first: int, count: int, waiting: np.ndarray, spent: Mapping[int, np.ndarray]
+    ) -> dict[int, np.ndarray]:
+        """Take these samples through, and write them down but for those that rounding may have saved.
+
+        `spent` is what samples cost before, by position; returned is what those left out have cost. They are the
+        robust ones that a search in low precision brought within `NEAR` of the way to the boundary.
+        """
         flight = Flight(
             meter=self.meter,
             threat=self.threat,
@@ -129,19 +153,44 @@ class Worker:
             pace=PACE if self.meter.device.type == "cuda" else 1,
         )
         number = 1 + max((chunk for stage, chunk in self.tally.chunks if stage == first), default=-1)
-        begun, landed, done = time.perf_counter(), [], 0
+        begun, landed, done = time.perf_counter(), list[Landed](), 0
+        near: dict[int, np.ndarray] = {}
         self.meter.detached = False
-        with own_randomness(self.seed, first, number):
-            for group in flight.run():
-                landed += group
-                done += sum(len(part.position) for part in group)
-                now = time.perf_counter()
-                if landed and (now - begun > WRITE_EVERY or not group and not flight.aboard):
-                    self._write_landed(first, count, number, landed, now - begun)
-                    number, begun, landed = number + 1, now, []
-                    self.progress.advance(done, self.tally.robust)
-        self.occupancy.append((flight.steps, flight.filled))
-        self.refusals += flight.refused
+        for group in flight.run():
+            for part in group:
+                for at, position in enumerate(part.position.tolist()):
+                    part.spent[at] += spent.get(position, 0)
+                saved = np.zeros(len(part.position), bool)
+                if self.meter.dtype is not None:
+                    least = NEAR * self.tally.clean_margins[part.position]
+                    saved = ~part.judged.fooled.cpu().numpy() & (part.judged.margin.cpu().numpy() < least)
+                near |= dict(zip(part.position[saved].tolist(), part.spent[saved], strict=True))
+                landed.append(part.select(~saved))
+                done += len(part.position)
+            now = time.perf_counter()
+            if landed and (now - begun > WRITE_EVERY or not flight.aboard):
+                self._write_landed(first, count, number, landed, now - begun)
+                number, begun, landed = number + 1, now, []
+                self.progress.advance(done, self.tally.robust)
+        self.flown["claims_refused"] += flight.refused
+        if not spent:
+            self.flown |= {
+                "precision": self.meter.precision,
+                "layout": "channels_last" if self.meter.layout == torch.channels_last else "contiguous",
+                "slots": flight.slots,
+                "occupancy": flight.occupancy,
+            }
+        return near
+
+    @contextmanager
+    def _tuned(self, waiting: np.ndarray) -> Iterator[None]:
+        """Search in the fastest way inside; other packages' attacks get the model as it is."""
+        meter = self.meter
+        x = self.samples.images(waiting[: min(self.slots, TRIAL)]).to(meter.device)
+        with meter.searching(meter.dtype, meter.layout):
+            with own_randomness(self.seed, "tune"):
+                meter.tune(x, precision=self.free)
+            yield
 
     def _stream(self, stage: int) -> str:
         name = self.tally.names[stage]

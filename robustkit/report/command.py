@@ -17,12 +17,12 @@ def command(report: Report) -> str:
     if model.startswith("python:") or data.startswith("python:"):
         words = [f'evaluate(model, images, labels, "{spec.threat}"', f'suite="{attacks}"', f"seed={spec.seed}"]
         words += [f"batch_size={spec.batch_size}"] * (spec.batch_size is not None)
-        words += [f'precision="{precision}"'] * (precision != "fp32")
+        words += [f'precision="{precision}"']
         return ", ".join(words) + ")"
     words = ["robustkit", spec.verb, model, "--data", data, "--limit", str(report.n), "--threat", spec.threat]
     words += ["--suite", attacks, "--seed", str(spec.seed)]
     words += ["--batch-size", str(spec.batch_size)] * (spec.batch_size is not None)
-    words += ["--precision", precision] * (precision != "fp32")
+    words += ["--precision", precision]
     return shlex.join(words)
 
 

@@ -71,7 +71,9 @@ def test_version() -> None:
 def test_list_knows_everything() -> None:
     listed = json.loads(shell("list", "--json").stdout)
     assert {"fgsm", "pgd", "foolbox:NAME", "autoattack:apgd-ce"} <= {row["name"] for row in listed["attacks"]}
-    assert {"autoattack", "autoattack-plus", "autoattack-rand"} == {row["name"] for row in listed["suites"]}
+    assert {"autoattack", "autoattack-plus", "autoattack-rand", "rapid", "rapid+autoattack"} == {
+        row["name"] for row in listed["suites"]
+    }
     assert "robustkit:digits-cnn" in {row["name"] for row in listed["models"]}
     assert "digits:test" in {row["name"] for row in listed["data"]}
     assert listed["defenses"] == []

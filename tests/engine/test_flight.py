@@ -1,0 +1,191 @@
+"""Continuous batching: the verdicts of each attack alone, whoever else is on board; refused claims go on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from nets import Faulty, Small, labelled
+from torch import Tensor
+
+from robustkit import evaluate
+from robustkit.engine.flight import Flight
+from robustkit.engine.meter import Meter
+from robustkit.goal import Goal
+from robustkit.models import as_classifier
+from robustkit.record import Report
+from robustkit.registry import parse_suite
+from robustkit.rng import RowRng
+from robustkit.rows import Answer, Rows, RowWise, State
+from robustkit.threat import ThreatModel
+
+SHAPE = (3, 6, 8)
+MIXED = (
+    "pgd(steps=6,restarts=2),apgd(steps=12),apgd-t(steps=6,targets=4),fab-t(steps=6,targets=3),"
+    "fab(steps=4,restarts=2),race(targets=5,probe=2,steps=5,restarts=2),apgd(steps=4,eot_iter=2),square(queries=30)"
+)
+EPS = {"linf": "linf:0.02", "l2": "l2:0.2", "l1": "l1:1.2"}
+
+
+def told(report: Report) -> list[tuple[bool, str | None]]:
+    return [(verdict.robust, verdict.attack) for verdict in report.verdicts]
+
+
+@pytest.mark.parametrize("norm", EPS)
+def test_same_verdicts_whatever_the_batch(norm: str) -> None:
+    net = Small().eval()
+    x, y = labelled(net, 24, SHAPE)
+    suite = MIXED if norm != "l1" else ",".join(a for a in MIXED.replace(",race", ";race").split(";")[:1])
+    reports = [
+        evaluate(net, x, y, EPS[norm], suite=suite, batch_size=size, precision="fp32") for size in (1, 5, 64)
+    ]
+    assert 0 < sum(robust for robust, _ in told(reports[0])) < len(x)
+    for other in reports[1:]:
+        assert told(other) == told(reports[0])
+        margins = [[v.margin for v in report.verdicts] for report in (reports[0], other)]
+        assert np.allclose(*margins, atol=1e-4)
+        # A success may come a step sooner or later where rounding decides.
+        costs = [[s.forwards + s.backwards for s in report.stages[1:]] for report in (reports[0], other)]
+        assert np.allclose(*costs, rtol=0.05)
+
+
+def test_shuffled_data_gives_each_sample_its_verdict_but_for_its_own_dice() -> None:
+    net = Small().eval()
+    x, y = labelled(net, 24, SHAPE)
+    suite = "race(targets=5,probe=3,steps=5,restarts=1,doubt=0.000001)"  # no random numbers before the first round
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(3))
+    plain, mixed = (evaluate(net, x[i], y[i], EPS["linf"], suite=suite) for i in (torch.arange(len(x)), order))
+    assert [told(plain)[i] for i in order.tolist()] == told(mixed)
+
+
+def test_each_attack_does_what_it_does_alone() -> None:
+    net = Small().eval()
+    x, y = labelled(net, 24, SHAPE)
+    threat = ThreatModel.parse(EPS["linf"])
+    for text in ("pgd(steps=6,restarts=2)", "apgd-t(steps=8,targets=4)", "fab(steps=4)", "square(queries=40)"):
+        (attack,) = parse_suite(text, "linf")
+        ids = torch.arange(len(x))
+        found = attack(net, x, Goal(y), threat, rng=RowRng(0, f"{text.partition('(')[0]}/0", ids))
+        with torch.no_grad():
+            alone = (net(found).argmax(1) == y).tolist()
+        report = evaluate(net, x, y, threat, suite=text, precision="fp32", batch_size=7)
+        assert [verdict.robust for verdict in report.verdicts] == alone
+
+
+def test_counts_are_those_of_an_independent_counter() -> None:
+    net = Small()
+    x, y = labelled(net, 12, SHAPE)
+    seen = {"forward": 0, "backward": 0}
+    net.body[0].register_forward_hook(lambda m, i, o: seen.update(forward=seen["forward"] + len(o)))
+    net.body[0].register_full_backward_hook(lambda m, i, o: seen.update(backward=seen["backward"] + len(o[0])))
+    report = evaluate(net, x, y, EPS["linf"], suite=MIXED, precision="fp32", batch_size=5)
+    # Not counted: the image that sizes the batch, and three passes in each of two memory layouts.
+    trials = 2 * 3 * 5
+    assert report.cost.backwards == seen["backward"] - trials
+    assert report.cost.forwards == seen["forward"] - 1 - trials
+
+
+@dataclass(frozen=True, slots=True)
+class Liar(RowWise):
+    """Claims first what only the rounded model sees, then finds the truth."""
+
+    steps: int = 3
+
+    def init(self, rows: Rows) -> State:
+        return {"x": rows.x, "clock": torch.zeros(len(rows.x), dtype=torch.int64)}
+
+    def step(self, rows: Rows, state: State, answer: Answer) -> State:
+        shift = torch.where(state["clock"] >= 1, 0.2, 0.1).view(-1, 1, 1, 1)
+        return {"x": rows.x + shift, "clock": state["clock"] + 1}
+
+
+class Rounded(torch.nn.Module):
+    """Two classes that part at 0.15 above the clean image, but at 0.05 in the search's precision."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.exact = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        bound = 0.65 if self.exact else 0.55
+        score = x.flatten(1).mean(1) - bound
+        return torch.stack([-score, score], 1)
+
+
+def test_a_refused_claim_goes_on() -> None:
+    net = Rounded()
+    model = as_classifier(net)
+
+    class Two(Meter):
+        def exact(self, x: Tensor) -> Tensor:
+            net.exact = True
+            try:
+                return super().exact(x)
+            finally:
+                net.exact = False
+
+    net.exact = False
+    meter = Two(model, torch.device("cpu"))
+    meter.num_classes = 2
+    x = torch.full((3, 1, 4, 5), 0.5)
+    flown = iter([(np.arange(3), x, torch.zeros(3, dtype=torch.int64), torch.full((3,), -0.3))])
+
+    def board(free: int) -> tuple[np.ndarray, Tensor, Tensor, Tensor]:
+        return next(flown, (np.zeros(0, np.int64), x[:0], torch.zeros(0, dtype=torch.int64), torch.zeros(0)))
+
+    flight = Flight(meter, ThreatModel.parse("linf:0.3"), [Liar()], ["liar"], 0, 8, board)
+    landed = [part for group in flight.run() for part in group]
+    assert flight.refused == 3
+    assert torch.cat([part.judged.fooled for part in landed]).all()
+
+
+@pytest.mark.parametrize("precision", ["auto", "fp32", "bf16"])
+def test_every_sample_gets_a_verdict_in_every_precision(precision: str) -> None:
+    net = Small().eval()
+    x, y = labelled(net, 40, SHAPE)
+    report = evaluate(net, x, y, "linf:0.012", suite="pgd(steps=6),square(queries=9)", precision=precision)
+    assert all(stage.forwards > 0 for stage in report.stages)
+    assert all(verdict.margin > 0 for verdict in report.verdicts if verdict.robust)
+    if precision == "bf16":
+        assert report.environment["searched_again"] > 0
+    clean = evaluate(net, x, y, "linf:0", suite="pgd(steps=1)", precision=precision)
+    searched = [(a.margin, b.margin) for a, b in zip(report.verdicts, clean.verdicts, strict=True) if a.robust]
+    assert all(after < before for after, before in searched)
+
+
+def test_slots_stay_full_while_samples_wait() -> None:
+    net = Small().eval()
+    x, y = labelled(net, 80, SHAPE)
+    report = evaluate(net, x, y, "linf:0.005", suite="pgd(steps=5),race(targets=3,probe=2,steps=4)", batch_size=8)
+    assert report.environment["occupancy"] > 0.95
+
+
+@pytest.mark.parametrize("fault", ["quantised", "zero"])
+def test_nets_without_a_useful_gradient_fall_to_square(fault: str) -> None:
+    net = {"quantised": lambda: Stairs(), "zero": lambda: Stairs(levels=40)}[fault]()
+    x, y = labelled(net, 12, (1, 6, 8))
+    report = evaluate(net, x, y, "linf:0.15", suite="rapid")
+    fallen = {stage.attack: stage.fooled for stage in report.stages}
+    assert fallen["square"] > 0
+    assert {"no-gradient", "zero-gradient", "score-beats-gradient"} & {flag.code for flag in report.flags}
+
+
+class Stairs(torch.nn.Module):
+    """A linear net whose logits come in steps, so that the gradient is zero everywhere."""
+
+    def __init__(self, levels: float = 8) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(4, 48, generator=torch.Generator().manual_seed(0)))
+        self.levels = levels
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.floor((x - 0.5).flatten(1) @ self.weight.T * self.levels) / self.levels
+
+
+def test_a_random_net_is_flagged() -> None:
+    net = Faulty("random")
+    x, y = labelled(Small(1), 8, (1, 6, 8))
+    report = evaluate(net, x, y, "linf:0.01", suite="rapid")
+    assert "randomised" in {flag.code for flag in report.flags}
