@@ -48,6 +48,10 @@ class Race(RowWise):
         """Return the steps of all runs, and one from each run to the next."""
         return len(self._plan(self.targets)) - 1
 
+    def budget(self, num_classes: int, norm: str) -> int:
+        """Return the most forwards that one image costs."""
+        return len(self._plan(min(self.targets, num_classes - 1)))
+
     def attempts(self, norm: str) -> tuple[int, int]:
         """Return that there is one attempt, which sees to targets and restarts itself."""
         return 0, 1

@@ -7,7 +7,7 @@ is there to find out whether gradients told the truth: where it soon rivals them
 
 from __future__ import annotations
 
-from robustkit.registry import suite
+from robustkit.registry import find, suite
 
 EASY = [
     "pgd(steps=1,step_size=1,loss=margin,random_start=false)",
@@ -37,4 +37,4 @@ def rapid(norm: str) -> list[str]:
 @suite("rapid+autoattack")
 def rapid_and_autoattack(norm: str) -> list[str]:
     """`rapid`, then AutoAttack's own attacks on what it left: at most AutoAttack's number."""
-    return [*rapid(norm), *(f"autoattack:{name}" for name in ("apgd-ce", "apgd-t", "fab-t", "square"))]
+    return [*rapid(norm), *find("suite", "autoattack")(norm)]

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +26,7 @@ from robustkit.rows import Answer, Rows, RowWise, State, ask, rank
 from robustkit.shapes import Images
 from robustkit.threat import ThreatModel, per_row
 
+T = TypeVar("T")
 STATE = "state."
 
 
@@ -105,7 +108,8 @@ class Flight:
     """Takes samples through consecutive attacks; iterate over `run()`.
 
     `board(n)` gives up to n samples: positions, images, labels, clean margins; fewer mean that no more will come.
-    `pace` is how many steps may pass between two looks at the device.
+    `mend` is told of a pass that failed: it raises, or puts things right for another try. `pace` is how many steps
+    may pass between two looks at the device.
     """
 
     meter: Meter
@@ -115,6 +119,7 @@ class Flight:
     seed: int
     slots: int
     board: Callable[[int], tuple[np.ndarray, Images, Tensor, Tensor]]
+    mend: Callable[[Exception], None]
     pace: int = 1
     steps: int = 0
     filled: int = 0
@@ -136,6 +141,12 @@ class Flight:
         return sum(len(lane.table) for lane in self.lanes if lane.table is not None)
 
     @property
+    def under_way(self) -> float:
+        """What those aboard amount to in whole samples, by the attack that each is at."""
+        shares = ((lane.number + 0.5) / len(self.lanes) * len(lane.table) for lane in self.lanes if lane.table)
+        return sum(shares)
+
+    @property
     def occupancy(self) -> float | None:
         """The mean share of slots in use while samples were waiting; None if none ever was."""
         return self.filled / (self.steps * self.slots) if self.steps else None
@@ -151,7 +162,8 @@ class Flight:
                     if self.more:
                         self.steps += 1
                         self.filled += self.aboard
-                    for lane, answer in self._ask(busy):
+                    for lane, blind, answer in self._tried(partial(self._ask, busy)):
+                        self._charge(lane, blind, answer)
                         self._advance(lane, answer)
                 self._look(busy)
             landed, self.landed = self.landed, []
@@ -202,7 +214,7 @@ class Flight:
         if not len(table):
             return None
         if lane.targets and bool((table.device["ranked"][:, 0] < 0).any()):
-            logits = self.meter.exact(table.device["x"])
+            logits = self._tried(lambda: self.meter.exact(table.device["x"]))
             table.device["ranked"] = rank(logits, table.device["labels"], table.device["ranked"].shape[1])
             table.host["spent"][:, number, 0] += 1
         self._launch(lane, table)
@@ -226,7 +238,15 @@ class Flight:
         rng = RowRng(self.seed, lane.stream, part["position"], restart=job, step=age + ahead)
         return Rows(part["x"], goal, self.threat, rng, aim, part["past"])
 
-    def _ask(self, lanes: Sequence[Lane]) -> list[tuple[Lane, Answer]]:
+    def _tried(self, work: Callable[[], T]) -> T:
+        """Do what asks the model and changes nothing else, again where a failure could be mended."""
+        while True:
+            try:
+                return work()
+            except (RuntimeError, MemoryError) as error:
+                self.mend(error)
+
+    def _ask(self, lanes: Sequence[Lane]) -> list[tuple[Lane, Tensor, Answer]]:
         """Return an answer for every row: all lanes together, but for those that cannot share."""
         alone, together = [], []
         for lane in lanes:
@@ -239,14 +259,12 @@ class Flight:
                 blind = blind | state["blind"].cpu()
             if lane.solo:
                 asked = ask(lane.attack, self.meter, rows, {**state, "blind": blind.to(rows.x.device)}, True)
-                alone.append((lane, asked))
-                self._charge(lane, blind.numpy(), asked.loss[0].numel() * lane.attack.draws, lane.attack.draws)
+                alone.append((lane, blind, asked))
             else:
                 together.append(_Query(lane, rows, state, blind))
-                self._charge(lane, blind.numpy(), 1, 1)
         return alone + self._together(together)
 
-    def _together(self, queries: list[_Query]) -> list[tuple[Lane, Answer]]:
+    def _together(self, queries: list[_Query]) -> list[tuple[Lane, Tensor, Answer]]:
         """Answer rows of several attacks by one pass for those that want a gradient and one for the others."""
         parts: list[list[tuple[Tensor, Answer]]] = [[] for _ in queries]
         for with_gradient in (True, False):
@@ -272,12 +290,13 @@ class Flight:
             for (found, _, index), value, own, slope in shares:
                 answer = Answer(own, value.detach(), slope if value.dim() == 1 else slope[:, None])
                 found.append((index, answer))
-        return [(query.lane, _merged(found)) for query, found in zip(queries, parts, strict=True)]
+        return [(query.lane, query.blind, _merged(found)) for query, found in zip(queries, parts, strict=True)]
 
-    def _charge(self, lane: Lane, blind: np.ndarray, backwards: int, forwards: int) -> None:
-        spent = _table(lane).host["spent"]
-        spent[:, lane.number, 0] += forwards
-        spent[:, lane.number, 1] += np.where(blind, 0, backwards)
+    def _charge(self, lane: Lane, blind: Tensor, answer: Answer) -> None:
+        """Put the passes that an answer took on the account of each row."""
+        spent, draws = _table(lane).host["spent"], lane.attack.draws
+        spent[:, lane.number, 0] += draws
+        spent[:, lane.number, 1] += np.where(blind.numpy(), 0, draws * answer.loss[0].numel())
 
     def _advance(self, lane: Lane, answer: Answer) -> None:
         """Note what the answers say, claims among it, and go one step on."""
@@ -345,7 +364,7 @@ class Flight:
         if not some:
             return [None] * len(tables)
         x, labels, claim = (torch.cat([t.device[n] for t in some]) for n in ("x", "labels", "claim"))
-        judged = judge(self.meter, x, labels, claim, self.threat)
+        judged = self._tried(lambda: judge(self.meter, x, labels, claim, self.threat))
         found: list[Judged | None] = []
         at = 0
         for table in tables:
@@ -357,7 +376,8 @@ class Flight:
 
     def _arrive(self, table: Table) -> None:
         """Land what has withstood everything, judged at its best point."""
-        judged = judge(self.meter, table.device["x"], table.device["labels"], table.device["best"], self.threat)
+        part = table.device
+        judged = self._tried(lambda: judge(self.meter, part["x"], part["labels"], part["best"], self.threat))
         table.host["spent"][:, -1, 0] += 1 + judged.doubtful.cpu().numpy()
         self._land(table, len(self.lanes) - 1, judged)
 

@@ -120,19 +120,29 @@ class Worker:
         """Take what still stands through `count` attacks from stage `first` on, all of them row-wise, at once."""
         waiting = self.tally.flying(first)
         names = self.tally.names[first : first + count]
-        self.progress.stage(
-            names[0] if count == 1 else f"{count} attacks", len(waiting), self.tally.robust, self.tally.n
-        )
+        title = names[0] if count == 1 else f"{names[0]} … {names[-1]}"
+        self.progress.stage(title, len(waiting), self.tally.robust, self.tally.n)
         if not len(waiting):
             return
         self.flown = {"claims_refused": 0, "searched_again": 0}
         with own_randomness(self.seed, "flight", first):
-            with self._tuned(waiting):
-                near = self._fly(first, count, waiting, {})
-            if near:
-                self.flown["searched_again"] = len(near)
-                with self.meter.searching(None, torch.contiguous_format):
-                    self._fly(first, count, np.array(sorted(near)), near)
+            try:
+                with self._tuned(waiting):
+                    near = self._fly(first, count, waiting, {})
+                if near:
+                    self.flown["searched_again"] = len(near)
+                    with self.meter.searching(None, torch.contiguous_format):
+                        self._fly(first, count, np.array(sorted(near)), near)
+            except RobustkitError:
+                raise
+            except Exception as error:
+                raise RunError(f"{title} failed: {type(error).__name__}: {_first_line(error)}") from error
+
+    def _mend(self, error: Exception) -> None:
+        """Halve the pieces if memory was short; else raise the error again."""
+        if not _is_out_of_memory(error):
+            raise error
+        self._halve(self.slots)
 
     def _fly(
         self, first: int, count: int, waiting: np.ndarray, spent: Mapping[int, np.ndarray]
@@ -150,6 +160,7 @@ class Worker:
             seed=self.seed,
             slots=self.slots,
             board=self._gate(waiting),
+            mend=self._mend,
             pace=PACE if self.meter.device.type == "cuda" else 1,
         )
         number = 1 + max((chunk for stage, chunk in self.tally.chunks if stage == first), default=-1)
@@ -167,11 +178,11 @@ class Worker:
                 near |= dict(zip(part.position[saved].tolist(), part.spent[saved], strict=True))
                 landed.append(part.select(~saved))
                 done += len(part.position)
+            self.progress.advance(done + flight.under_way, self.tally.robust)
             now = time.perf_counter()
             if landed and (now - begun > WRITE_EVERY or not flight.aboard):
                 self._write_landed(first, count, number, landed, now - begun)
                 number, begun, landed = number + 1, now, []
-                self.progress.advance(done, self.tally.robust)
         self.flown["claims_refused"] += flight.refused
         if not spent:
             self.flown |= {

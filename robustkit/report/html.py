@@ -95,11 +95,22 @@ def _surroundings(report: Report) -> list[tuple[str, str]]:
         "device": around.get("device_name") or around.get("device"),
         "threads": around.get("threads"),
         "precision of the search": around.get("precision"),
+        "search": _search(around),
         "platform": around.get("platform"),
         "commit": around.get("commit"),
         "versions": versions,
     }
     return [(name, str(value)) for name, value in named.items() if value not in (None, "")]
+
+
+def _search(around: Mapping[str, Any]) -> str:
+    """Return how full the device was, and what float32 said of the search's claims."""
+    if around.get("occupancy") is None:
+        return ""
+    return (
+        f"{around['slots']} slots, {percent(around['occupancy'])} in use while images waited; "
+        f"{around['claims_refused']} claims refused in float32, {around['searched_again']} images searched again"
+    )
 
 
 def _interval(rate: Rate) -> str:

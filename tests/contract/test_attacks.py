@@ -316,7 +316,7 @@ def check_budget(attack, problem, norm):
     """
     threat, classes, spent = threat_at(problem, norm, 0.5), len(problem.model.weight), []
     for effort in (2, 5):
-        fields = {"queries" if hasattr(attack, "queries") else "steps": effort, "restarts": 2}
+        fields = {"queries" if hasattr(attack, "queries") else "steps": effort, "restarts": 2, "doubt": 1e9}
         tried = replace(attack, **{name: value for name, value in fields.items() if name in spec(attack)})
         forwards, backwards = count_queries(tried, problem, threat)
         budget = tried.budget(classes, norm) * len(problem.x)

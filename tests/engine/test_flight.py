@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from nets import Faulty, Small, labelled
 from torch import Tensor
 
 from robustkit import evaluate
+from robustkit.engine import worker
 from robustkit.engine.flight import Flight
 from robustkit.engine.meter import Meter
 from robustkit.goal import Goal
@@ -135,7 +137,10 @@ def test_a_refused_claim_goes_on() -> None:
     def board(free: int) -> tuple[np.ndarray, Tensor, Tensor, Tensor]:
         return next(flown, (np.zeros(0, np.int64), x[:0], torch.zeros(0, dtype=torch.int64), torch.zeros(0)))
 
-    flight = Flight(meter, ThreatModel.parse("linf:0.3"), [Liar()], ["liar"], 0, 8, board)
+    def mend(error: Exception) -> None:
+        raise error
+
+    flight = Flight(meter, ThreatModel.parse("linf:0.3"), [Liar()], ["liar"], 0, 8, board, mend)
     landed = [part for group in flight.run() for part in group]
     assert flight.refused == 3
     assert torch.cat([part.judged.fooled for part in landed]).all()
@@ -153,6 +158,74 @@ def test_every_sample_gets_a_verdict_in_every_precision(precision: str) -> None:
     clean = evaluate(net, x, y, "linf:0", suite="pgd(steps=1)", precision=precision)
     searched = [(a.margin, b.margin) for a, b in zip(report.verdicts, clean.verdicts, strict=True) if a.robust]
     assert all(after < before for after, before in searched)
+
+
+class Dies(torch.nn.Module):
+    """A net that is interrupted after so many forwards."""
+
+    def __init__(self, net: torch.nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        self.left: float = float("inf")
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.left -= 1
+        if self.left < 0:
+            raise KeyboardInterrupt
+        out: Tensor = self.net(x)
+        return out
+
+
+def test_interrupted_and_resumed_is_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "WRITE_EVERY", 0.0)
+    net = Dies(Small().eval())
+    x, y = labelled(net, 40, SHAPE)
+    suite = "pgd(steps=4),race(targets=3,probe=2,steps=4,doubt=9),square(queries=20)"
+
+    def run(folder: Path) -> Report:
+        return evaluate(net, x, y, EPS["linf"], suite=suite, precision="fp32", batch_size=6, out=folder)
+
+    whole = run(tmp_path / "whole")
+    interruptions = 0
+    for _ in range(200):
+        net.left = 75
+        try:
+            pieces = run(tmp_path / "pieces")
+            break
+        except KeyboardInterrupt:
+            interruptions += 1
+    assert interruptions > 1
+    assert told(pieces) == told(whole)
+    assert np.allclose(*([v.margin for v in r.verdicts] for r in (pieces, whole)), atol=1e-4)
+    assert [s.fooled for s in pieces.stages] == [s.fooled for s in whole.stages]
+    assert np.allclose(*([s.forwards + s.backwards for s in r.stages] for r in (pieces, whole)), rtol=0.05)
+
+
+def test_out_of_memory_halves_the_pieces_and_changes_nothing() -> None:
+    class Cramped(torch.nn.Module):
+        """Refuses more than so many images at once, once it is under attack."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.most = Small().eval(), 1000
+
+        def forward(self, x: Tensor) -> Tensor:
+            if len(x) > self.most and x.requires_grad:
+                raise torch.OutOfMemoryError("no room")
+            out: Tensor = self.net(x)
+            return out
+
+    net = Cramped()
+    x, y = labelled(net, 20, SHAPE)
+    suite = "race(targets=3,probe=2,steps=4,doubt=9),apgd-t(steps=4,targets=2)"
+    before = evaluate(net, x, y, EPS["linf"], suite=suite, precision="fp32")
+    net.most = 3
+    after = evaluate(net, x, y, EPS["linf"], suite=suite, precision="fp32")
+    assert told(after) == told(before)
+    assert [(s.forwards, s.backwards) for s in after.stages[1:]] == [
+        (s.forwards, s.backwards) for s in before.stages[1:]
+    ]
+    assert after.environment["images_at_once"] <= 3
 
 
 def test_slots_stay_full_while_samples_wait() -> None:
