@@ -49,6 +49,11 @@ class _APGD(RowWise):
         """Whether queries may lie outside the threat: those in larger balls do."""
         return self.large_start is not False
 
+    @property
+    def last_resort(self) -> bool:
+        """Whether it is for images right at the boundary alone."""
+        return self.doubt is not None
+
     def enters(self, rows: Rows) -> Mask | None:
         """Return which rows earlier attacks brought near enough to the boundary."""
         return None if self.doubt is None else rows.near(self.doubt)

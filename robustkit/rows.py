@@ -120,6 +120,11 @@ class RowWise(ABC):
         return False
 
     @property
+    def last_resort(self) -> bool:
+        """Whether it is for images right at the boundary alone, which low precision cannot make out."""
+        return False
+
+    @property
     def several(self) -> bool:
         """Whether `objective` may have more columns than one."""
         return False

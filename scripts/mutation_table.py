@@ -25,6 +25,7 @@ THREAT = "tests/unit/test_threat.py"
 ROWS = "tests/unit/test_rows.py"
 SQUARE = "tests/unit/test_square.py"
 FAB = "tests/unit/test_fab.py"
+FLIGHT = "tests/engine/test_flight.py"
 
 
 @dataclass(frozen=True)
@@ -216,6 +217,36 @@ FAULTS = [
         (("0.01 + 0.99 * share", "1.0 + 0.0 * share"),),
         PARITY,
         "ddn",
+    ),
+    Fault(
+        "flight: a refused claim is the sample's last",
+        "robustkit/engine/flight.py",
+        (('part["claimed"] = torch.zeros_like(part["claimed"])', "pass"),),
+        FLIGHT,
+    ),
+    Fault(
+        "flight: answers come back in another order",
+        "robustkit/engine/flight.py",
+        (("torch.cat(fields)[order]", "torch.cat(fields)"),),
+        FLIGHT,
+    ),
+    Fault(
+        "flight: every job has the first one's dice",
+        "robustkit/engine/flight.py",
+        (("restart=job, step", "restart=0, step"),),
+        FLIGHT,
+    ),
+    Fault(
+        "flight: near images are not searched again",
+        "robustkit/engine/worker.py",
+        (("NEAR = 0.05", "NEAR = 0.0"),),
+        FLIGHT,
+    ),
+    Fault(
+        "square: patience ends every sample",
+        "attacks/square.py",
+        (("self.rivalry, 0.0)", "1e9, 0.0)"),),
+        FLIGHT,
     ),
 ]
 

@@ -203,6 +203,8 @@ class Flight:
         if number == len(self.lanes):
             return self._arrive(table)
         lane = self.lanes[number]
+        if lane.attack.last_resort and self.meter.dtype is not None:
+            return self._enter(number + 1, table)
         table.device["past"] = torch.stack([table.device["past"][:, 0], table.device["nearest"]], 1)
         table.host["job"] = np.zeros(len(table), np.int64)
         willing = lane.attack.enters(self._rows(lane, table.with_state({})))

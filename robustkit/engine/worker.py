@@ -28,6 +28,8 @@ from robustkit.rng import RowRng
 from robustkit.shapes import Images
 from robustkit.threat import ThreatModel
 
+# The most images that the checks look at.
+CHECKED = 64
 # How many steps a GPU goes before the host looks at it, and how long verdicts wait to be written (seconds).
 PACE = 4
 WRITE_EVERY = 5.0
@@ -90,7 +92,7 @@ class Worker:
             self._do(0, number, positions, self._clean_verdicts)
         checking = -(-tally.n // self.batch)
         if (0, checking) not in tally.chunks:
-            self._do(0, checking, np.arange(self.batch), self._check)
+            self._do(0, checking, np.arange(min(self.batch, CHECKED)), self._check)
 
     def attack(self, stage: int) -> None:
         """Run one attack over what still stands."""
@@ -150,7 +152,8 @@ class Worker:
         """Take these samples through, and write them down but for those that rounding may have saved.
 
         `spent` is what samples cost before, by position; returned is what those left out have cost. They are the
-        robust ones that a search in low precision brought within `NEAR` of the way to the boundary.
+        robust ones that a search in low precision brought within `NEAR` of the way to the boundary; last resorts
+        are left to the search after it, in float32.
         """
         flight = Flight(
             meter=self.meter,
