@@ -69,6 +69,7 @@ class Race(RowWise):
             "scores": zero[:, None].double().repeat(1, self.targets),
             "clean": zero.double(),
             "last": zero.bool(),
+            "blind": zero.bool(),
         }
 
     def objective(self, rows: Rows, state: State, logits: Logits) -> Tensor:
@@ -102,6 +103,7 @@ class Race(RowWise):
         new = per_row(torch.where(now.opens > 0, 1.0, MOMENTUM).to(x.dtype), x)
         moved = state["x"] + new * (stepped - state["x"]) + (1 - new) * (state["x"] - state["before"])
         start = torch.where(per_row(following.random > 0, x), rows.threat.random_start(x, rows.rng), x)
+        last = (turn & (way > following.gate)) | (clock + 1 >= len(plan) - 1)
         return {
             "x": torch.where(per_row(following.opens > 0, x), start, rows.threat.retract(moved, x)),
             "before": state["x"],
@@ -110,7 +112,8 @@ class Race(RowWise):
             "ranked": _widened(ranked, self.targets),
             "scores": _widened(scores, self.targets),
             "clean": clean,
-            "last": (turn & (way > following.gate)) | (clock + 1 >= len(plan) - 1),
+            "last": last,
+            "blind": last,
         }
 
     def _plan(self, targets: int) -> tuple[tuple[float, ...], ...]:

@@ -32,6 +32,7 @@ def evaluate(
     device: str | torch.device = "auto",
     precision: str = "auto",
     batch_size: int | None = None,
+    curve: bool = False,
     out: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Report:
@@ -49,6 +50,7 @@ def evaluate(
         precision: of the search for adversarials: `fp32`, `bf16` or `fp16`; `auto` lets row-wise attacks search in
             bf16 where that is faster. Verdicts are float32.
         batch_size: images that an attack gets at once; None lets the engine choose.
+        curve: search for each image's smallest fooling eps as well: `report.curve`.
         out: a folder for the ledger and the report; the same call resumes there.
         progress: who to tell on the way.
 
@@ -68,6 +70,7 @@ def evaluate(
         device=place,
         precision=precision,
         batch_size=batch_size,
+        curve=curve,
     )
     return plan.run(Path(out) if out is not None else None, progress)
 

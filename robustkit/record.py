@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from robustkit.errors import UsageError
@@ -115,11 +116,39 @@ class Outcome:
 
 
 @dataclass(frozen=True)
+class Curve:
+    """Robust accuracy at each of the `radii`, in order, by the smallest distance that fooled each image.
+
+    `distances` has one entry per verdict: 0 where the clean image is wrong already, None where nothing within
+    the largest radius fooled the model. `cost` is that of the search, which the run's cost leaves out.
+    """
+
+    radii: Sequence[float]
+    robust_accuracy: Sequence[Rate]
+    distances: Sequence[float | None]
+    cost: Cost
+
+    @classmethod
+    def of(cls, radii: Sequence[float], distances: Sequence[float | None], cost: Cost) -> Curve:
+        """Return the curve of these distances: an image stands at every radius below its own."""
+        n = len(distances)
+        rates = [Rate.of(sum(far is None or far > radius for far in distances), n) for radius in radii]
+        return cls(radii, rates, distances, cost)
+
+    @property
+    def median(self) -> float | None:
+        """The median distance over the images that are right as they are; infinite beyond the largest radius."""
+        right = [math.inf if far is None else far for far in self.distances if far != 0]
+        return statistics.median(right) if right else None
+
+
+@dataclass(frozen=True)
 class Report:
     """The record of a finished run; the fields are those of report.json.
 
-    `files` holds the sha256 of what lies beside it, `adversarial` (not in the file) the fooling images as a
-    mapping of `index` (M), `x` (M C H W) and `y` (M) when the run was asked for from Python.
+    `curve` is there if it was asked for, `files` holds the sha256 of what lies beside the report. `adversarial`
+    (not in the file) are the fooling images as a mapping of `index` (M), `x` (M C H W) and `y` (M) when the run
+    was asked for from Python.
     """
 
     run_id: str
@@ -133,14 +162,20 @@ class Report:
     verdicts: Sequence[Outcome]
     environment: Mapping[str, Any]
     files: Mapping[str, str] = field(default_factory=dict)
+    curve: Curve | None = None
     format: int = FORMAT
     adversarial: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
 
     def to_json(self) -> dict[str, Any]:
         """Return the record as report.json holds it, `format` first."""
-        kept = [f.name for f in fields(self) if f.name not in ("adversarial", "format")]
+        left_out = {"adversarial", "format"} | ({"curve"} if self.curve is None else set())
+        kept = [f.name for f in fields(self) if f.name not in left_out]
         body = {name: getattr(self, name) for name in kept}
         return {"format": self.format, **json.loads(dumps(body))}
+
+    def with_curve(self, curve: Curve, flags: Sequence[Flag]) -> Report:
+        """Return the same run with its curve, and what its search noticed."""
+        return replace(self, curve=curve, flags=[*self.flags, *flags])
 
     @classmethod
     def from_json(cls, body: Any) -> Report:
@@ -164,6 +199,7 @@ class Report:
                 verdicts=[Outcome(**verdict) for verdict in body["verdicts"]],
                 environment=body["environment"],
                 files=body.get("files", {}),
+                curve=_curve(body.get("curve")),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise UsageError(f"this report is damaged: {type(error).__name__} {error}.") from error
@@ -171,7 +207,20 @@ class Report:
             raise UsageError(
                 f"this report is damaged: it has {len(report.verdicts)} verdicts of {report.n} images."
             )
+        if report.curve and len(report.curve.distances) != report.n:
+            raise UsageError(
+                f"this report is damaged: its curve has {len(report.curve.distances)} distances for "
+                f"{report.n} images."
+            )
         return report
+
+
+def _curve(body: Mapping[str, Any] | None) -> Curve | None:
+    """Return the curve of a parsed report.json, which may have none."""
+    if body is None:
+        return None
+    rates = [Rate(**rate) for rate in body["robust_accuracy"]]
+    return Curve(body["radii"], rates, body["distances"], Cost(**body["cost"]))
 
 
 def dumps(value: Any, *, indent: int | None = None) -> str:

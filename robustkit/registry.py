@@ -1,8 +1,8 @@
 """Attacks, defenses and suites by name, found by walking the folders. Imports no torch.
 
-A file registers names made of its own stem: `fab.py` may hold `fab` and `fab-t`, `mi_fgsm.py` holds
-`mi-fgsm`, `autoattack.py` holds `autoattack:apgd-ce`. So one name imports one module, and lists, help pages
-and spelling hints are read from the source text without importing any.
+A file registers names made of its own stem: `fab.py` may hold `fab` and `fab-t`, `mi_fgsm.py` holds `mi-fgsm`,
+`autoattack.py` holds `autoattack:apgd-ce`, `rapid.py` holds `rapid+autoattack`. So one name imports one module,
+and lists, help pages and spelling hints are read from the source text without importing any.
 """
 
 from __future__ import annotations

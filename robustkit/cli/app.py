@@ -54,7 +54,11 @@ def evaluate(
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first N images.")] = None,
     threat: Annotated[
-        str | None, typer.Option(help="NORM:EPS, e.g. linf:8/255, l2:0.5 [default: the data's usual one]")
+        str | None,
+        typer.Option(
+            help="NORM:EPS, e.g. linf:8/255, l2:0.5; NORM:curve is its usual eps with --curve "
+            "[default: the data's usual one]"
+        ),
     ] = None,
     suite: Annotated[
         str,
@@ -66,6 +70,9 @@ def evaluate(
     batch_size: Annotated[
         str, typer.Option(help="Images that an attack gets at once; memory cuts further by itself.")
     ] = "auto",
+    curve: Annotated[
+        bool, typer.Option("--curve", help="Search for each image's smallest fooling eps as well.")
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="Run folder [default: runs/evaluate-ID].")] = None,
     data_root: DataRoot = None,
     download: Annotated[bool, typer.Option("--download", help="Fetch the data set if it is absent.")] = False,
@@ -96,6 +103,7 @@ def evaluate(
         device=device,
         precision=precision,
         batch_size=batch_size,
+        curve=curve,
         out=out,
         data_root=data_root,
         download=download,

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from robustkit.cli.progress import Display
 from robustkit.cli.report import write_page
-from robustkit.cli.subject import Subject
+from robustkit.cli.subject import Subject, usual_of_norm
 from robustkit.engine.evaluate import Evaluation
 from robustkit.engine.folder import PAGE
 from robustkit.errors import UsageError
@@ -28,6 +28,7 @@ def evaluate(
     device: str,
     precision: str,
     batch_size: str,
+    curve: bool,
     out: Path | None,
     data_root: Path | None,
     download: bool,
@@ -38,6 +39,9 @@ def evaluate(
     """Run the verb; return 1 if the robust accuracy is below `fail_under`, else 0."""
     if fail_under is not None and not 0 <= fail_under <= 1:
         raise UsageError(f"--fail-under {fail_under:g}: write a share from 0 to 1, e.g. 0.45 for 45 %.")
+    norm, _, eps = (threat or "").partition(":")
+    if eps == "curve" and (usual := usual_of_norm(norm, data)):
+        threat, curve = usual, True
     subject = Subject.load(model, data, limit, threat, device, data_root, download)
     plan = Evaluation(
         model=subject.model,
@@ -48,6 +52,7 @@ def evaluate(
         device=subject.device,
         precision=precision,
         batch_size=_batch_size(batch_size),
+        curve=curve,
     )
     folder = out or Path("runs") / f"evaluate-{plan.spec.run_id}"
     report = plan.run(folder, Display())

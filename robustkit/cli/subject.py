@@ -21,6 +21,8 @@ from robustkit.threat import ThreatModel
 BUILT_IN = "robustkit:digits-cnn"
 BUILT_IN_DATA = "digits:test"
 BUILT_IN_LIMIT = 200
+# The eps that papers report, for data whose own usual threat is in another norm.
+USUAL = {"linf": "linf:8/255", "l2": "l2:0.5", "l1": "l1:12"}
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,13 @@ class Subject:
         if limit is None and most is not None:
             limit = min(most, len(samples))
         return cls(classifier, samples.head(limit), rules or _usual_threat(data), place)
+
+
+def usual_of_norm(norm: str, data: str | None) -> str | None:
+    """Return the usual threat of this norm, the data's own if it is of it; None if there is no such norm."""
+    entry = CATALOG.get((data or BUILT_IN_DATA).partition(":")[0])
+    own = entry.threat if entry is not None else None
+    return own if own and own.partition(":")[0] == norm else USUAL.get(norm)
 
 
 def _usual_threat(data: str) -> ThreatModel:

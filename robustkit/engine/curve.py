@@ -1,98 +1,217 @@
-"""Robust accuracy against eps: how near the nearest fooling image is, by a search that reuses what it finds.
+"""Robust accuracy against eps: how near each image's nearest fooling image is, by a search that reuses finds.
 
-Each image has a bracket of radii on a grid of eighths of eps: the largest that it withstood, and the smallest
-within which a verified fooling image lies. The radius halfway is tried next, first by projecting the known
-fooling image onto that ball, then by a short attack; so one attack settles all radii on one side of it.
+Each image has a bracket on a grid of eighths of eps: the largest radius that it withstood, and the smallest one
+that holds a verified fooling image. The radius halfway is tried next: the fooling image at hand, projected onto
+that ball, and only if that fails a short attack. Either answer settles every radius on one side of it.
 """
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from robustkit import registry
 from robustkit.data.samples import Samples
-from robustkit.engine.judge import judge
+from robustkit.engine.judge import Judged, judge
 from robustkit.engine.meter import Meter
 from robustkit.engine.progress import Progress
 from robustkit.engine.worker import NO_MEMORY
-from robustkit.errors import RunError, UsageError
+from robustkit.errors import RunError
 from robustkit.goal import Goal
 from robustkit.isolation import evaluation_mode, own_randomness, threads
 from robustkit.record import Cost, Curve, Flag, Report
 from robustkit.rng import RowRng
-from robustkit.shapes import Images, Labels, Mask
+from robustkit.rows import RowWise
+from robustkit.shapes import Images, Labels, PerRow
 from robustkit.threat import ThreatModel, per_row
 
 PARTS, WIDEST = 8, 16
 BATCH_SIZE = 256
 HALVINGS = 8
+# The attack that decides a radius, and the one whose way from the clean image is nearly straight: where that
+# crosses the boundary is near the nearest point of it.
+ATTACK = registry.make("apgd-t", steps=20, targets=3)
+STRAIGHT = registry.make("pgd", steps=20, loss="margin", random_start=False)
 
 
 def radii(threat: ThreatModel, shape: tuple[int, ...]) -> list[ThreatModel]:
-    """Return the grid: every eighth of eps up to twice eps, as far as images of this shape (C H W) reach.
+    """Return the grid: every eighth of eps up to twice eps, as far as images of this shape (C H W) reach."""
+    grid = [threat.eps * k / PARTS for k in range(1, WIDEST + 1)]
+    return [type(threat)(eps) for eps in grid if float(eps) <= threat.diameter(shape)]
 
-    Raises:
-        UsageError: if eps is 0, which has no eighths.
+
+@dataclass(frozen=True)
+class CurveSearch:
+    """The search over a finished run's images. `meter` is new, so that it counts this search alone."""
+
+    meter: Meter
+    samples: Samples
+    threat: ThreatModel
+    progress: Progress
+
+    def add(self, report: Report, index: np.ndarray, adversarial: np.ndarray) -> Report:
+        """Return the report with its curve, from the run's fooling images `adversarial` (M C H W) of `index` (M).
+
+        Raises:
+            RunError: when out of memory even with one image at a time.
+        """
+        begun = time.perf_counter()
+        image = self.samples.images([0])
+        grid = radii(self.threat, tuple(image.shape[1:]))
+        right = np.array([verdict.index for verdict in report.verdicts if verdict.attack != "clean"], np.int64)
+        standing = sum(verdict.robust for verdict in report.verdicts)
+        distance, inside = np.zeros(report.n), 0
+        self.progress.stage("curve", len(right), standing, report.n)
+        with evaluation_mode(self.meter.model), own_randomness(report.spec.seed, "curve"):
+            self.meter.size_up(image.to(self.meter.device), BATCH_SIZE)
+            with threads(self.meter.threads):
+                for begin in range(0, len(right), BATCH_SIZE):
+                    part = right[begin : begin + BATCH_SIZE]
+                    known = adversarial[np.isin(index, part)]
+                    found = self._batch(part, np.isin(part, index), known, grid, report.spec.seed)
+                    distance[part] = found.distance.cpu().numpy()
+                    inside += int(found.inside.sum())
+                    self.progress.advance(begin + len(part), standing)
+        curve = Curve.of(
+            [float(rung.eps) for rung in grid],
+            [value if np.isfinite(value) else None for value in distance.tolist()],
+            Cost(self.meter.forwards, self.meter.backwards, time.perf_counter() - begun),
+        )
+        return report.with_curve(curve, [_weak(inside)] if inside else [])
+
+    def _batch(
+        self, positions: np.ndarray, fooled: np.ndarray, known: np.ndarray, grid: list[ThreatModel], seed: int
+    ) -> Brackets:
+        """Search for these positions. Out of memory halves the piece and begins the batch again."""
+        device = self.meter.device
+        x, hit = self.samples.images(positions).to(device), torch.from_numpy(fooled).to(device)
+        x_adv = x.clone()
+        x_adv[hit] = torch.from_numpy(known).to(device)
+        ids = torch.from_numpy(positions).to(device)
+        labels = torch.from_numpy(self.samples.labels[positions]).to(device)
+        while True:
+            before = self.meter.forwards, self.meter.backwards
+            try:
+                brackets = Brackets(self.meter, grid, seed, ids, x, labels, x_adv.clone(), hit)
+                brackets.close()
+                brackets.tighten()
+                return brackets
+            except (torch.OutOfMemoryError, MemoryError) as error:
+                piece = min(self.meter.piece or len(x), len(x))
+                if piece == 1:
+                    raise RunError(NO_MEMORY) from error
+                self.meter.piece = piece // 2
+                self.meter.forwards, self.meter.backwards = before
+                self.progress.say(f"out of memory: going on with {piece // 2} images at a time, same numbers")
+
+
+class Brackets:
+    """The brackets of one batch, on the ladder that the grid makes with 0 at its foot.
+
+    `distance` (B) is that of the nearest verified fooling image so far, `x_adv` that image, `low` the rung
+    withstood. What the suite left standing begins at the rung of eps, which it withstood: a fooling image that
+    turns up inside eps after all counts as just outside, and `inside` (B) marks it.
     """
-    if not threat.eps:
-        raise UsageError(f"threat '{threat}' has no curve; write an eps above 0, e.g. {threat.norm}:8/255.")
-    grid = [type(threat)(threat.eps * k / PARTS) for k in range(1, WIDEST + 1)]
-    return [part for part in grid if float(part.eps) <= threat.diameter(shape)]
+
+    def __init__(
+        self,
+        meter: Meter,
+        grid: list[ThreatModel],
+        seed: int,
+        ids: Tensor,
+        x: Images,
+        labels: Labels,
+        x_adv: Images,
+        fooled: Tensor,
+    ) -> None:
+        self.meter, self.grid, self.seed = meter, grid, seed
+        self.ids, self.x, self.labels, self.x_adv = ids, x, labels, x_adv
+        rungs = [0.0, *(float(rung.eps) for rung in grid)]
+        self.ladder = torch.tensor(rungs, dtype=torch.float64, device=x.device)
+        self.base = torch.where(fooled, 0, PARTS)
+        self.low = self.base
+        self.distance = torch.where(fooled, grid[-1].distance(x_adv, x), torch.inf)
+        self.inside = torch.zeros_like(fooled)
+
+    def close(self) -> None:
+        """Try radii until no bracket holds another rung."""
+        while True:
+            high = torch.searchsorted(self.ladder, self.distance)
+            middle = torch.where(high - self.low > 1, (self.low + high) // 2, 0)
+            if not middle.any():
+                return
+            for rung in sorted(set(middle.tolist()) - {0}):
+                self._try(rung, (middle == rung).nonzero()[:, 0])
+
+    def tighten(self) -> None:
+        """Go back along the segments to the fooling image at hand and to the one that lies straight ahead."""
+        rows = self.distance.isfinite().nonzero()[:, 0]
+        self._back(rows, self.x_adv[rows])
+        # What the search found may lie far to the side of the shortest way.
+        high = torch.searchsorted(self.ladder, self.distance[rows])
+        for rung in sorted(set(high.tolist())):
+            group = rows[high == rung]
+            judged = self._attack(STRAIGHT, rung, group)
+            self._back(group[judged.fooled], judged.x[judged.fooled])
+
+    def _back(self, rows: Tensor, points: Images) -> None:
+        """Halve the brackets of these rows along the segment from the clean image to a fooling point."""
+        if not len(rows):
+            return
+        x, length = self.x[rows], self.grid[-1].distance(points, self.x[rows])
+        low, high = self.ladder[self.low[rows]], length
+        for _ in range(HALVINGS):
+            middle = (low + high) / 2
+            share = (middle / length).clamp(max=1).to(x)
+            judged = judge(self.meter, x, self.labels[rows], x + per_row(share, x) * (points - x), self.grid[-1])
+            self._take(rows, judged)
+            low, high = torch.where(judged.fooled, low, middle), torch.where(judged.fooled, middle, high)
+
+    def _try(self, rung: int, rows: Tensor) -> None:
+        """Look for fooling images of these rows within the rung's radius."""
+        threat = self.grid[rung - 1]
+        near = rows[self.distance[rows].isfinite()]
+        if len(near):
+            point = threat.project(self.x_adv[near], self.x[near])
+            self._take(near, judge(self.meter, self.x[near], self.labels[near], point, threat))
+        rows = rows[self.distance[rows] > self.ladder[rung]]
+        if not len(rows):
+            return
+        stood = rows[~self._attack(ATTACK, rung, rows).fooled]
+        self.low = self.low.index_fill(0, stood, rung)
+
+    def _attack(self, attack: RowWise, rung: int, rows: Tensor) -> Judged:
+        """Attack these rows within the rung's radius."""
+        x, labels, threat = self.x[rows], self.labels[rows], self.grid[rung - 1]
+        rng = RowRng(self.seed, f"curve/{rung}", self.ids[rows])
+        found = attack(self.meter, x, Goal(labels), threat, rng=rng)
+        judged = judge(self.meter, x, labels, found, threat)
+        self._take(rows, judged)
+        return judged
+
+    def _take(self, rows: Tensor, judged: Judged) -> None:
+        """Keep the points of these rows that fool the model from nearer than before."""
+        found: PerRow = self.grid[-1].distance(judged.x, self.x[rows])
+        closer = judged.fooled & (found < self.distance[rows])
+        rows, found = rows[closer], found[closer]
+        floor = self.ladder[self.base[rows]]
+        self.inside = self.inside.index_fill(0, rows[(found <= floor) & (self.base[rows] > 0)], True)
+        self.x_adv = self.x_adv.index_copy(0, rows, judged.x[closer])
+        self.distance = self.distance.index_copy(0, rows, found.maximum(floor.nextafter(floor + 1)))
+        # What lies inside a radius that seemed withstood opens the bracket again.
+        disproved = rows[self.distance[rows] <= self.ladder[self.low[rows]]]
+        self.low = self.low.index_copy(0, disproved, self.base[disproved])
 
 
-def add_curve(
-    report: Report,
-    adversarial: dict[str, np.ndarray],
-    meter: Meter,
-    samples: Samples,
-    threat: ThreatModel,
-    progress: Progress,
-) -> Report:
-    """Return the report of a finished run with its curve.
-
-    Args:
-        report: of the run.
-        adversarial: its verified fooling images: `index` (M), `x` (M C H W).
-        meter: the model, new, so that it counts the curve's cost alone.
-        samples: those of the run.
-        threat: the run's.
-        progress: who to tell on the way.
-
-    Raises:
-        UsageError: if eps is 0.
-        RunError: when out of memory.
-    """
-    begun = time.perf_counter()
-    image = samples.images([0])
-    grid = radii(threat, tuple(image.shape[1:]))
-    right = np.array([v.index for v in report.verdicts if v.attack != "clean"], np.int64)
-    robust = np.array([verdict.robust for verdict in report.verdicts])
-    known = {int(at): row for row, at in enumerate(adversarial["index"])}
-    found = np.zeros(report.n)
-    within = 0
-    standing = int(robust.sum())
-    progress.stage("curve", len(right), standing, report.n)
-    with evaluation_mode(meter.model), own_randomness(report.spec.seed, "curve"):
-        meter.size_up(image.to(meter.device), BATCH_SIZE)
-        with threads(meter.threads):
-            for begin in range(0, len(right), BATCH_SIZE):
-                part = right[begin : begin + BATCH_SIZE]
-                x = samples.images(part)
-                x_adv = x.clone()
-                fooled = np.flatnonzero(~robust[part])
-                x_adv[fooled] = torch.from_numpy(adversarial["x"][[known[int(at)] for at in part[fooled]]])
-                search = Search(
-                    meter, threat, grid, report.spec.seed, part, x, samples.labels[part], x_adv, robust[part]
-                )
-                found[part], inside = search.run(progress)
-                within += inside
-                progress.advance(begin + len(part), standing)
-    distances = [float(d) if np.isfinite(d) else None for d in found]
-    cost = Cost(meter.forwards, meter.backwards, time.perf_counter() - begun)
-    curve = Curve.of([float(part.eps) for part in grid], distances, cost)
-    return report.with_curve(curve, [_beaten(within)] if within else [])
+def _weak(images: int) -> Flag:
+    return Flag(
+        "suite-too-weak",
+        "warning",
+        images,
+        "images that the suite left standing fell within eps while the curve was searched; they count as standing",
+        "run a stronger suite, such as rapid",
+    )

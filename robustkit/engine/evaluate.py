@@ -17,6 +17,7 @@ from robustkit.checks.run import TRAINING_MODE
 from robustkit.checks.strength import scores_beat_gradients
 from robustkit.data.samples import Samples
 from robustkit.engine import examples, folder
+from robustkit.engine.curve import CurveSearch
 from robustkit.engine.environment import environment
 from robustkit.engine.meter import DTYPES, Meter
 from robustkit.engine.progress import Progress
@@ -26,7 +27,7 @@ from robustkit.errors import RunError, UsageError
 from robustkit.isolation import evaluation_mode, threads
 from robustkit.ledger import Ledger
 from robustkit.models.classifier import Classifier
-from robustkit.record import Report, RunSpec, dumps
+from robustkit.record import Report, RunSpec
 from robustkit.rows import RowWise
 from robustkit.threat import ThreatModel
 
@@ -39,7 +40,8 @@ class Evaluation:
     """What to evaluate and how. `run` does it; `spec` says what it is, before anything has run.
 
     `batch_size` is how many images an attack gets at once. It is part of the run's identity only where an
-    attack's random numbers depend on it (AutoAttack's and foolbox's do, ours do not).
+    attack's random numbers depend on it (AutoAttack's and foolbox's do, ours do not). `curve` asks for robust
+    accuracy at other eps as well; it changes no verdict and is no part of the identity either.
     """
 
     model: Classifier
@@ -50,6 +52,7 @@ class Evaluation:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     precision: str = "auto"
     batch_size: int | None = None
+    curve: bool = False
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot be meant."""
@@ -61,6 +64,8 @@ class Evaluation:
             raise UsageError(f"{self.samples.name} holds no images.")
         if not 0 <= self.seed < 2**63:
             raise UsageError(f"seed {self.seed}: write a whole number from 0 to 2**63 - 1.")
+        if self.curve and not self.threat.eps:
+            raise UsageError(f"threat '{self.threat}' has no curve; write an eps above 0, or leave --curve out.")
 
     @cached_property
     def attacks(self) -> list[Any]:
@@ -111,19 +116,35 @@ class Evaluation:
         """
         progress = progress or Progress()
         with folder.open_for_writing(out, self.spec) if out else nullcontext():
-            if out and (out / folder.REPORT).exists():
-                return self._stored(out, progress)
-            with Ledger.open(out and out / folder.LEDGER, self.spec.run_id) as ledger:
-                try:
-                    return self._finish(ledger, *self._work(ledger, progress), out)
-                finally:
-                    progress.close()
+            try:
+                report = self._at_eps(out, progress)
+                return self._with_curve(report, out, progress) if self.curve and report.curve is None else report
+            finally:
+                progress.close()
+
+    def _at_eps(self, out: Path | None, progress: Progress) -> Report:
+        if out and (out / folder.REPORT).exists():
+            return self._stored(out, progress)
+        with Ledger.open(out and out / folder.LEDGER, self.spec.run_id) as ledger:
+            return self._finish(ledger, *self._work(ledger, progress), out)
 
     def _stored(self, out: Path, progress: Progress) -> Report:
         report = folder.read_report(out)
         if broken := folder.broken_seals(out, report):
             raise RunError(f"{broken[0]} See: robustkit verify {out}")
-        progress.say(f"run {report.run_id} was finished before; this is its stored result")
+        news = "its curve is searched now" if self.curve and report.curve is None else "this is its stored result"
+        progress.say(f"run {report.run_id} was finished before; {news}")
+        return report
+
+    def _with_curve(self, report: Report, out: Path | None, progress: Progress) -> Report:
+        found = folder.read_adversarial(out) if out else report.adversarial or {}
+        meter = Meter(self.model, self.device, self._precision)
+        search = CurveSearch(meter, self.samples, self.threat, progress)
+        report = search.add(report, found["index"], found["x"])
+        if out:
+            # The page was made without the curve.
+            (out / folder.PAGE).unlink(missing_ok=True)
+            folder.write_report(out, report)
         return report
 
     def _work(self, ledger: Ledger, progress: Progress) -> tuple[Worker, bool]:
@@ -180,5 +201,5 @@ class Evaluation:
         ledger.seal()
         seals = {name: folder.sha256(out / name) for name in folder.SEALED}
         report = tally.report(self.spec, flags, surroundings, seals)
-        folder.write(out / folder.REPORT, (dumps(report.to_json(), indent=2) + "\n").encode())
+        folder.write_report(out, report)
         return report

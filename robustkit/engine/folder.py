@@ -117,6 +117,11 @@ def write(path: Path, content: bytes) -> None:
         file.write(content)
 
 
+def write_report(path: Path, report: Report) -> None:
+    """Write report.json, by which the run is finished."""
+    write(path / REPORT, (dumps(report.to_json(), indent=2) + "\n").encode())
+
+
 def write_adversarial(path: Path, rows: Adversarials) -> None:
     """Write adversarial.npz, image by image: it may be larger than memory. Same rows, same bytes."""
     arrays = {

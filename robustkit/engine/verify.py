@@ -21,7 +21,7 @@ from robustkit.isolation import evaluation_mode, own_randomness
 from robustkit.ledger import Ledger
 from robustkit.models import load_model
 from robustkit.models.classifier import Classifier
-from robustkit.record import Report
+from robustkit.record import Curve, Report
 from robustkit.threat import ThreatModel
 
 BATCH_SIZE = 256
@@ -65,7 +65,7 @@ def verify_run(
         )
     if len(samples) != report.n:
         raise UsageError(f"{samples.name} holds {len(samples)} images, the run had {report.n}.")
-    found.bad += _ledger_faults(path, report, samples)
+    found.bad += [*_ledger_faults(path, report, samples), *_curve_faults(report)]
     try:
         arrays = folder.read_adversarial(path)
     except UsageError as error:
@@ -150,6 +150,30 @@ def _ledger_faults(path: Path, report: Report, samples: Samples) -> Iterator[str
                 yield f"record {position}: the image in {samples.name} has changed since the run."
             elif samples.labels[position] != tally.labels[position]:
                 yield f"record {position}: its label in {samples.name} has changed since the run."
+
+
+def _curve_faults(report: Report) -> Iterator[str]:
+    """Yield what the curve says against its own distances, the verdicts, or the robust accuracy at eps."""
+    curve = report.curve
+    if curve is None:
+        return
+    eps = float(ThreatModel.parse(report.spec.threat).eps)
+    if list(curve.radii) != sorted(set(curve.radii)) or eps not in curve.radii:
+        yield f"report.json: the radii of its curve do not rise, or leave out eps {eps:.6g}."
+        return
+    at_eps = curve.robust_accuracy[curve.radii.index(eps)]
+    if at_eps != report.robust_accuracy:
+        yield (
+            f"report.json: its curve says {at_eps.value:.6g} at eps, its robust accuracy is "
+            f"{report.robust_accuracy.value:.6g}."
+        )
+    again = Curve.of(curve.radii, curve.distances, curve.cost)
+    if again != curve or sorted(curve.robust_accuracy, key=lambda rate: -rate.value) != curve.robust_accuracy:
+        yield "report.json: its curve is not that of its distances."
+    for verdict, distance in zip(report.verdicts, curve.distances, strict=True):
+        stands = distance is None or distance > eps
+        if stands != verdict.robust or (distance == 0) != (verdict.attack == "clean"):
+            yield f"record {verdict.index}: its distance in the curve, {distance}, is not that of its verdict."
 
 
 def _missing_records(arrays: dict[str, np.ndarray], report: Report) -> Iterator[str]:

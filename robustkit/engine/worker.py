@@ -36,7 +36,7 @@ WRITE_EVERY = 5.0
 # Robust images are searched again in float32 where a faster search left less than this share of the clean margin.
 NEAR = 0.05
 # The most images that a way to run the model is tried on.
-TRIAL = 64
+TRIAL = 16
 NO_MEMORY = "out of memory even with one image at a time; use a device with more memory."
 
 Work = Callable[[Images, np.ndarray], tuple[list[Verdict], list[Flag]]]

@@ -18,11 +18,13 @@ def command(report: Report) -> str:
         words = [f'evaluate(model, images, labels, "{spec.threat}"', f'suite="{attacks}"', f"seed={spec.seed}"]
         words += [f"batch_size={spec.batch_size}"] * (spec.batch_size is not None)
         words += [f'precision="{precision}"']
+        words += ["curve=True"] * (report.curve is not None)
         return ", ".join(words) + ")"
     words = ["robustkit", spec.verb, model, "--data", data, "--limit", str(report.n), "--threat", spec.threat]
     words += ["--suite", attacks, "--seed", str(spec.seed)]
     words += ["--batch-size", str(spec.batch_size)] * (spec.batch_size is not None)
     words += ["--precision", precision]
+    words += ["--curve"] * (report.curve is not None)
     return shlex.join(words)
 
 

@@ -21,16 +21,21 @@ COLUMNS = (
     "adversarial_prediction",
     "distance",
 )
+SMALLEST = "smallest_distance"
 
 
 def rows(report: Report, examples: Mapping[str, np.ndarray] | None) -> list[dict[str, Any]]:
-    """Return a row per image; the last two columns are None but for fooled images of a run with examples."""
+    """Return a row per image; prediction and distance are None but for fooled images of a run with examples.
+
+    A run with a curve has a column more, SMALLEST: the smallest distance that fooled the model, which may lie
+    beyond eps; 0 for images that are wrong as they are.
+    """
     found: dict[int, tuple[int, float]] = {}
     if examples is not None:
         columns = (examples[name].tolist() for name in ("index", "prediction", "distance"))
         found = {index: (prediction, distance) for index, prediction, distance in zip(*columns, strict=True)}
     nothing = (None, None)
-    return [
+    table: list[dict[str, Any]] = [
         dict(
             zip(
                 COLUMNS,
@@ -48,13 +53,17 @@ def rows(report: Report, examples: Mapping[str, np.ndarray] | None) -> list[dict
         )
         for verdict in report.verdicts
     ]
+    if report.curve:
+        for row, smallest in zip(table, report.curve.distances, strict=True):
+            row[SMALLEST] = smallest
+    return table
 
 
 def to_csv(table: list[dict[str, Any]]) -> bytes:
     """Return the rows as CSV: true and false for booleans, nothing for None, numbers in full."""
     file = io.StringIO(newline="")
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(COLUMNS)
+    writer.writerow(table[0])
     for row in table:
         writer.writerow([str(value).lower() if isinstance(value, bool) else value for value in row.values()])
     return file.getvalue().encode()
@@ -67,7 +76,8 @@ def to_parquet(table: list[dict[str, Any]]) -> bytes:
 
     whole, number = pyarrow.int64(), pyarrow.float64()
     types = (whole, whole, whole, pyarrow.bool_(), pyarrow.string(), number, whole, number)
-    schema = pyarrow.schema(list(zip(COLUMNS, types, strict=True)))
+    columns = [*zip(COLUMNS, types, strict=True), (SMALLEST, number)]
+    schema = pyarrow.schema([(name, kind) for name, kind in columns if name in table[0]])
     sink = pyarrow.BufferOutputStream()
     parquet.write_table(pyarrow.Table.from_pylist(table, schema=schema), sink)
     return bytes(sink.getvalue().to_pybytes())

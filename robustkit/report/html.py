@@ -11,11 +11,11 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from robustkit.record import LEVELS, Rate, Report, dumps
-from robustkit.report import classes, costs, histogram, words
+from robustkit.report import classes, costs, curve, histogram, words
 from robustkit.report.cascade import cascade
 from robustkit.report.command import command
 from robustkit.report.strip import strip
-from robustkit.report.table import interval, percent
+from robustkit.report.table import interval, median, percent
 
 MARKS = {"info": "●", "warning": "▲", "error": "✖"}
 
@@ -57,6 +57,8 @@ def _facts_and_charts(report: Report, examples: Mapping[str, np.ndarray] | None)
         "worst": max(levels, key=LEVELS.index, default=""),
         "marks": MARKS,
         "cascade": cascade(report),
+        "curve_chart": curve.chart(report, report.curve) if report.curve else None,
+        "curve_median": median(report.curve) if report.curve else "",
         "classes": rows,
         "class_count": class_count,
         "margin_chart": margin_chart,

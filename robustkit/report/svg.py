@@ -27,6 +27,23 @@ def line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
     return f'<line x1="{_n(100 * x1)}%" y1="{_n(y1)}" x2="{_n(100 * x2)}%" y2="{_n(y2)}" class="{kind}"/>'
 
 
+def dot(x: float, y: float, kind: str) -> str:
+    """Return a dot at a share of the width and y pixels down."""
+    return f'<circle cx="{_n(100 * x)}%" cy="{_n(y)}" r="3" class="{kind}"/>'
+
+
+def area(top: Iterable[tuple[float, float]], bottom: Iterable[tuple[float, float]], kind: str) -> str:
+    """Return the area between two lines of points (x as a share of the drawing, y in pixels), left to right.
+
+    A path knows no percentages; it is drawn on a unit of its own that is stretched to the width.
+    """
+    points = [*top, *reversed(list(bottom))]
+    path = "L".join(f"{_n(1000 * x)} {_n(y)}" for x, y in points)
+    height = _n(max(y for _, y in points))
+    box = f'width="100%" height="{height}" viewBox="0 0 1000 {height}" preserveAspectRatio="none"'
+    return f'<svg {box}><path d="M{path}Z" class="{kind}"/></svg>'
+
+
 def text(x: float, y: float, content: str, *, anchor: str = "start", kind: str = "label", dx: float = 0) -> str:
     """Return a line of text at a share of the width and y pixels down, moved right by dx pixels."""
     shift = f' dx="{_n(dx)}"' if dx else ""

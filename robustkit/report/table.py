@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
 
-from robustkit.record import Flag, Rate, Report
+from robustkit.record import Curve, Flag, Rate, Report
+
+# The quarters, the whole and the multiples of eps that a terminal has room for, by their place in a curve.
+SHOWN = (1, 3, 7, 11, 15)
 
 
 def show(report: Report, console: Console, next_command: str | None = None, page: object | None = None) -> None:
@@ -45,6 +49,12 @@ def show(report: Report, console: Console, next_command: str | None = None, page
         style="bold",
     )
     console.print(table, highlight=False)
+    if report.curve:
+        spent = report.curve.cost
+        price = f"{(spent.forwards + spent.backwards) / report.n:,.0f} props/img   {duration(spent.seconds)}"
+        console.print()
+        console.print(_curve(report.curve), highlight=False)
+        console.print(f"median smallest fooling eps {median(report.curve)}   {price}", highlight=False)
     for line in flag_lines(report.flags):
         console.print(line, highlight=False, soft_wrap=True)
     if page or next_command:
@@ -53,6 +63,25 @@ def show(report: Report, console: Console, next_command: str | None = None, page
         console.print(f"report   {page}", highlight=False, soft_wrap=True)
     if next_command:
         console.print(f"next     {next_command}", highlight=False, soft_wrap=True)
+
+
+def _curve(curve: Curve) -> Table:
+    """Return the curve as a table of a few of its radii."""
+    table = Table(box=None, pad_edge=False, header_style="", padding=(0, 3, 0, 0))
+    shown = [place for place in SHOWN if place < len(curve.radii)]
+    table.add_column("eps", no_wrap=True)
+    for place in shown:
+        table.add_column(f"{curve.radii[place]:.4g}", justify="right", no_wrap=True)
+    table.add_row("robust acc", *(percent(curve.robust_accuracy[place].value) for place in shown))
+    return table
+
+
+def median(curve: Curve) -> str:
+    """Return the median smallest fooling eps of the images that are right as they are, in words."""
+    middle = curve.median
+    if middle is None:
+        return "–"
+    return f"{middle:.4g}" if math.isfinite(middle) else f"above {curve.radii[-1]:.4g}"
 
 
 def flag_lines(flags: Sequence[Flag]) -> list[str]:

@@ -149,9 +149,9 @@ def test_fab_comes_as_near_as_the_authors(norm, targeted):
 
 
 def ask(attack, model, rows, state):
-    from robustkit.rows import _ask
+    from robustkit.rows import ask
 
-    return _ask(attack, model, rows, state, True)
+    return ask(attack, model, rows, state, True)
 
 
 def test_ddn_makes_foolboxs_iterates():

@@ -159,7 +159,7 @@ def test_doctor_on_an_honest_net(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no flag raised" in capsys.readouterr().out
     assert run(["doctor", "robustkit:digits-cnn", "--json"]) == 0
     body = json.loads(capsys.readouterr().out)
-    assert (body["flags"], body["n"], body["classes"]) == ([], 64, 10)
+    assert (body["flags"], body["n"], body["classes"]) == ([], 200, 10)
 
 
 def test_doctor_on_the_machine(capsys: pytest.CaptureFixture[str]) -> None:

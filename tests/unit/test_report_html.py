@@ -262,7 +262,7 @@ def test_the_command_is_the_run() -> None:
     assert command(report) == (
         "robustkit evaluate './a net.py:build' --data /d/x.npz --limit 40 --threat linf:8/255 --suite "
         "'pgd(steps=40,step_size=0.1,random_start=true),"
-        "autoattack:square(steps=40,step_size=0.1,random_start=true)' --seed 0"
+        "autoattack:square(steps=40,step_size=0.1,random_start=true)' --seed 0 --precision fp32"
     )
     assert command(make_report(model="python:Net", data="python:arrays")).startswith(
         'evaluate(model, images, labels, "'
