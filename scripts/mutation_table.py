@@ -246,7 +246,7 @@ FAULTS = [
         "square: patience ends every sample",
         "attacks/square.py",
         (("self.rivalry, 0.0)", "1e9, 0.0)"),),
-        FLIGHT,
+        SQUARE,
     ),
 ]
 

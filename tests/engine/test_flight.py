@@ -116,6 +116,53 @@ class Rounded(torch.nn.Module):
         return torch.stack([-score, score], 1)
 
 
+@dataclass(frozen=True, slots=True)
+class Dice(RowWise):
+    """Asks where its dice fall, in each of two restarts."""
+
+    steps: int = 2
+
+    @property
+    def restarts(self) -> int:
+        return 2
+
+    def init(self, rows: Rows) -> State:
+        return {"x": rows.threat.random_start(rows.x, rows.rng)}
+
+    def step(self, rows: Rows, state: State, answer: Answer) -> State:
+        return {"x": rows.threat.random_start(rows.x, rows.rng)}
+
+
+def test_every_job_and_step_has_its_own_dice() -> None:
+    asked: list[Tensor] = []
+
+    class Listening(Meter):
+        def __call__(self, x: Tensor) -> Tensor:
+            asked.append(x.detach().clone())
+            return torch.stack([x.flatten(1).sum(1) * 0 + 1, x.flatten(1).sum(1) * 0], 1)
+
+        def exact(self, x: Tensor) -> Tensor:
+            return torch.tensor([[1.0, 0.0]]).expand(len(x), 2)
+
+    meter = Listening(as_classifier(torch.nn.Flatten()), torch.device("cpu"))
+    x = torch.full((1, 1, 4, 5), 0.5)
+    threat, ids = ThreatModel.parse("linf:0.3"), torch.tensor([7])
+    flown = iter([(np.array([7]), x, torch.zeros(1, dtype=torch.int64), torch.full((1,), -1.0))])
+
+    def board(free: int) -> tuple[np.ndarray, Tensor, Tensor, Tensor]:
+        return next(flown, (np.zeros(0, np.int64), x[:0], torch.zeros(0, dtype=torch.int64), torch.zeros(0)))
+
+    def mend(error: Exception) -> None:
+        raise error
+
+    for _ in Flight(meter, threat, [Dice()], ["dice"], 5, 8, board, mend).run():
+        pass
+    rng = RowRng(5, "dice", ids)
+    expected = [threat.random_start(x, rng.at(restart=job, step=step)) for job in (0, 1) for step in (0, 1, 2)]
+    assert len(asked) == len(expected)
+    assert all(torch.equal(a, b) for a, b in zip(asked, expected, strict=True))
+
+
 def test_a_refused_claim_goes_on() -> None:
     net = Rounded()
     model = as_classifier(net)

@@ -105,3 +105,23 @@ def test_windows_reach_every_pixel():
     state = {**attack.init(rows), "clock": torch.full((400,), 5000)}
     state = step(attack, rows, 1, state, [1.0] * 400)
     assert (state["x"] != state["best"]).any(0).all()
+
+
+def test_patience_goes_by_what_the_gradients_reached():
+    x = torch.full((5, 1, 6, 7), 0.5)
+    labels = torch.zeros(5, dtype=torch.int64)
+    # The clean margin is -2 everywhere; gradients came to -1, but for the last row, where they came nowhere.
+    past = torch.tensor([[-2.0, -1.0]] * 4 + [[-2.0, -2.0]], dtype=torch.float64)
+    rng = RowRng(0, "square", torch.arange(5))
+    rows = Rows(x, Goal(labels), ThreatModel.parse("linf:0.1"), rng, Goal(labels), past)
+    attack = make("square", queries=5000, patience=100, rivalry=0.6)
+    reached = torch.tensor([-1.5, -1.3, -1.0, -0.5, -2.0], dtype=torch.float64)
+
+    def leaving(clock):
+        state = {**attack.init(rows), "score": reached, "clock": torch.full((5,), clock)}
+        answer = Answer(torch.zeros(5, 2), torch.full((5,), -9.0), torch.zeros_like(x))
+        return attack.step(rows, state, answer)["last"].tolist()
+
+    assert leaving(50) == [False] * 5
+    assert leaving(98) == [True, False, False, False, False]
+    assert leaving(998) == [True, True, False, False, False]
