@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from robustkit.data import from_arrays
 from robustkit.data.samples import Samples
+from robustkit.devices import model_device, pick_device
 from robustkit.engine.evaluate import Evaluation
 from robustkit.engine.progress import Progress
 from robustkit.engine.verify import Verification, verify_run
-from robustkit.errors import UsageError
 from robustkit.models import as_classifier
 from robustkit.record import Report
 from robustkit.registry import DEFAULT_SUITE
@@ -96,22 +95,3 @@ def verify(
         samples=None if images is None else from_arrays(images, labels),
         device=None if device == "auto" else pick_device(device),
     )
-
-
-def model_device(model: nn.Module) -> torch.device:
-    """Return where a module's first parameter or buffer is; the CPU if it has none."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        return tensor.device
-    return torch.device("cpu")
-
-
-def pick_device(name: str) -> torch.device:
-    """Return the device of that name; `auto` is CUDA where there is one. UsageError if it cannot be used."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device, dtype=torch.float64)  # distances are float64, which mps has not
-    except (RuntimeError, AssertionError, NotImplementedError, TypeError):
-        raise UsageError(f"device {name!r} cannot be used here; write auto, cpu, cuda or cuda:1.") from None
-    return device

@@ -23,6 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "shapes": set(),
     "rng": set(),
     "preprocess": set(),
+    "devices": {"errors"},
     "threat": {"errors", "shapes"},
     "losses": {"errors", "shapes"},
     "goal": {"losses", "shapes"},
@@ -31,15 +32,15 @@ ALLOWED: dict[str, set[str]] = {
     "registry": {"errors"},
     "attacks": VOCABULARY,
     "defenses": VOCABULARY | {"attacks"},
-    "models": {"errors", "shapes", "preprocess"},
+    "models": {"devices", "errors", "shapes", "preprocess"},
     "data": {"errors", "shapes", "preprocess"},
     "ledger": {"errors", "record"},
     "isolation": set(),
     "checks": VOCABULARY,
     "engine": VOCABULARY | {"models", "data", "ledger", "checks", "isolation"},
     "report": {"record"},
-    "api": {"engine", "models", "data", "errors", "record", "registry", "threat"},
-    "cli": {"api", "engine", "report", "models", "data", "registry", "errors", "threat", "record"},
+    "api": {"devices", "engine", "models", "data", "errors", "record", "registry", "threat"},
+    "cli": {"api", "devices", "engine", "report", "models", "data", "registry", "errors", "threat", "record"},
 }
 # Only these may name the packages that are slow to import or belong to one adapter.
 ADAPTERS = {

@@ -8,8 +8,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from robustkit.api import pick_device
 from robustkit.cli.subject import Subject
+from robustkit.devices import pick_device
 from robustkit.engine.doctor import examine
 from robustkit.engine.environment import environment
 from robustkit.engine.selftest import closed_form, speeds

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
-from robustkit.api import pick_device
 from robustkit.data import load_data
 from robustkit.data.catalog import CATALOG
 from robustkit.data.samples import Samples
+from robustkit.devices import pick_device
 from robustkit.errors import UsageError
 from robustkit.models import load_model
 from robustkit.models.classifier import Classifier

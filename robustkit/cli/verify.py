@@ -6,8 +6,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from robustkit.api import pick_device
 from robustkit.data import load_data
+from robustkit.devices import pick_device
 from robustkit.engine import folder as run_folder
 from robustkit.engine.verify import verify_run
 from robustkit.models import load_model

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from robustkit.devices import pick_device
 from robustkit.errors import UsageError
 from robustkit.models import from_code, from_timm, from_torchvision, from_zoo
 from robustkit.models.built import Built, seeded
@@ -45,7 +46,7 @@ def load_model(string: str, *, device: str | torch.device = "cpu", seed: int = 0
     spec = ModelString.parse(string)
     if spec.kind == FOLDER:
         raise _no_model(spec)
-    place = _device(device)
+    place = pick_device(device)
     options = Options.read(spec)
     weights = _weights(spec, options)
     with seeded(seed):
@@ -105,18 +106,6 @@ def _check_finite(net: object, spec: ModelString) -> None:
 
 def _preprocess(size: tuple[int, int] | None) -> Preprocess | None:
     return None if size is None else Preprocess(size, resize=min(size))
-
-
-def _device(device: str | torch.device) -> torch.device:
-    try:
-        place = torch.device(device)
-    except RuntimeError as error:
-        raise UsageError(f"no device {str(device)!r}: write cpu, cuda, cuda:1 or mps.") from error
-    try:
-        torch.empty(0, device=place)
-    except (AssertionError, NotImplementedError, RuntimeError) as error:
-        raise UsageError(f"device {str(device)!r} is not available on this machine: write cpu.") from error
-    return place
 
 
 def _no_model(spec: ModelString) -> UsageError:

@@ -621,10 +621,10 @@ def test_folders(tmp_path):
 
 def test_devices(monkeypatch):
     assert next(load_model(DIGITS, device="cpu").parameters()).device.type == "cpu"
-    with pytest.raises(UsageError, match="no device 'gpu'"):
+    with pytest.raises(UsageError, match="device 'gpu' cannot be used here"):
         load_model(DIGITS, device="gpu")
     if not torch.cuda.is_available():
-        with pytest.raises(UsageError, match="device 'cuda' is not available"):
+        with pytest.raises(UsageError, match="device 'cuda' cannot be used here"):
             load_model(DIGITS, device="cuda")
 
 
