@@ -102,7 +102,10 @@ class Race(RowWise):
         stepped = rows.threat.retract(state["x"] + size * rows.threat.ascent(answer.gradient), x)
         new = per_row(torch.where(now.opens > 0, 1.0, MOMENTUM).to(x.dtype), x)
         moved = state["x"] + new * (stepped - state["x"]) + (1 - new) * (state["x"] - state["before"])
-        start = torch.where(per_row(following.random > 0, x), rows.threat.random_start(x, rows.rng), x)
+        random = following.random > 0
+        # On a CPU a look is free and a start is not; on a GPU it is the other way round.
+        idle = x.device.type == "cpu" and not random.any()
+        start = x if idle else torch.where(per_row(random, x), rows.threat.random_start(x, rows.rng), x)
         last = (turn & (way > following.gate)) | (clock + 1 >= len(plan) - 1)
         return {
             "x": torch.where(per_row(following.opens > 0, x), start, rows.threat.retract(moved, x)),

@@ -32,7 +32,7 @@ from robustkit.rows import RowWise
 from robustkit.threat import ThreatModel
 
 BATCH_SIZE = 256
-SLOTS_CPU, SLOTS_GPU = 64, 512
+SLOTS_CPU, SLOTS_GPU = 128, 512
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from torch import Tensor
 from robustkit import losses
 from robustkit.engine.judge import Judged, judge
 from robustkit.engine.meter import Meter
+from robustkit.engine.table import Table
 from robustkit.goal import Goal
 from robustkit.rng import RowRng
 from robustkit.rows import Answer, Rows, RowWise, State, ask, rank
@@ -27,51 +28,15 @@ from robustkit.shapes import Images
 from robustkit.threat import ThreatModel, per_row
 
 T = TypeVar("T")
-STATE = "state."
-
-
-@dataclass
-class Table:
-    """Rows on board: arrays that the host steers by, and tensors on the device."""
-
-    host: dict[str, np.ndarray]
-    device: dict[str, Tensor]
-
-    def __len__(self) -> int:
-        return len(self.host["position"])
-
-    def select(self, index: np.ndarray) -> Table:
-        """Return these rows."""
-        there = torch.from_numpy(index).to(self.device["x"].device)
-        return Table(
-            {name: array[index] for name, array in self.host.items()},
-            {name: tensor[there] for name, tensor in self.device.items()},
-        )
-
-    @staticmethod
-    def join(tables: Sequence[Table]) -> Table:
-        """Return the rows of all."""
-        if len(tables) == 1:
-            return tables[0]
-        return Table(
-            {name: np.concatenate([t.host[name] for t in tables]) for name in tables[0].host},
-            {name: torch.cat([t.device[name] for t in tables]) for name in tables[0].device},
-        )
-
-    @property
-    def state(self) -> State:
-        """The attack's own part."""
-        return {name[len(STATE) :]: t for name, t in self.device.items() if name.startswith(STATE)}
-
-    def with_state(self, state: State) -> Table:
-        """Return the rows with another state of the attack."""
-        rest = {name: t for name, t in self.device.items() if not name.startswith(STATE)}
-        return Table(self.host, {**rest, **{STATE + name: t for name, t in state.items()}})
 
 
 @dataclass
 class Lane:
-    """One attack of the flight and the rows that are at it."""
+    """One attack of the flight and the rows that are at it.
+
+    Where it is `wide` a sample does all its jobs at once, a row for each; rows that end before their sample's
+    others are `parked`.
+    """
 
     attack: RowWise
     stream: str
@@ -79,7 +44,9 @@ class Lane:
     targets: int
     restarts: int
     length: int
+    wide: bool
     table: Table | None = None
+    parked: Table | None = None
 
     @property
     def solo(self) -> bool:
@@ -109,7 +76,8 @@ class Flight:
 
     `board(n)` gives up to n samples: positions, images, labels, clean margins; fewer mean that no more will come.
     `mend` is told of a pass that failed: it raises, or puts things right for another try. `pace` is how many steps
-    may pass between two looks at the device.
+    may pass between two looks at the device. `wide` flights do all jobs of an attack at a sample at once, where
+    others do so in the last resorts alone: fewer steps for few samples.
     """
 
     meter: Meter
@@ -121,6 +89,7 @@ class Flight:
     board: Callable[[int], tuple[np.ndarray, Images, Tensor, Tensor]]
     mend: Callable[[Exception], None]
     pace: int = 1
+    wide: bool = False
     steps: int = 0
     filled: int = 0
     refused: int = 0
@@ -130,7 +99,14 @@ class Flight:
         """Open a lane for each attack."""
         norm = self.threat.norm
         self.lanes = [
-            Lane(attack, stream, number, *attack.attempts(norm), attack.length(norm))
+            Lane(
+                attack,
+                stream,
+                number,
+                *attack.attempts(norm),
+                attack.length(norm),
+                self.wide or attack.last_resort,
+            )
             for number, (attack, stream) in enumerate(zip(self.attacks, self.streams, strict=True))
         ]
         self.more = True
@@ -189,6 +165,7 @@ class Flight:
                 "best": x,
                 "refused": low,
                 "claimed": torch.zeros_like(low, dtype=torch.bool),
+                "when": torch.zeros_like(low, dtype=torch.int64),
                 "ended": torch.zeros_like(low, dtype=torch.bool),
                 "broken": torch.zeros_like(low, dtype=torch.bool),
                 "claim": x,
@@ -203,7 +180,7 @@ class Flight:
         if number == len(self.lanes):
             return self._arrive(table)
         lane = self.lanes[number]
-        if lane.attack.last_resort and self.meter.dtype is not None:
+        if lane.attack.last_resort and self.meter.rounding:
             return self._enter(number + 1, table)
         table.device["past"] = torch.stack([table.device["past"][:, 0], table.device["nearest"]], 1)
         table.host["job"] = np.zeros(len(table), np.int64)
@@ -219,8 +196,12 @@ class Flight:
             logits = self._tried(lambda: self.meter.exact(table.device["x"]))
             table.device["ranked"] = rank(logits, table.device["labels"], table.device["ranked"].shape[1])
             table.host["spent"][:, number, 0] += 1
-        self._launch(lane, table)
+        self._launch(lane, table.spread(self._jobs(lane)) if lane.wide else table)
         return None
+
+    def _jobs(self, lane: Lane) -> int:
+        """Return how many jobs the attack has for each sample."""
+        return lane.restarts * min(lane.targets or 1, max((self.meter.num_classes or 2) - 1, 1))
 
     def _launch(self, lane: Lane, table: Table) -> None:
         """Begin a job of each row."""
@@ -317,6 +298,8 @@ class Flight:
         claims = seems & (score > part["refused"]) & ~part["claimed"] & ~part["ended"]
         part["claim"] = torch.where(per_row(claims, part["x"]), state["x"], part["claim"])
         part["claimed"] = part["claimed"] | claims
+        age = torch.from_numpy(table.host["age"]).to(claims.device)
+        part["when"] = torch.where(claims, age, part["when"])
         if "last" in state:
             part["ended"] = part["ended"] | state["last"]
         table.host["age"] = table.host["age"] + 1
@@ -330,24 +313,21 @@ class Flight:
         for lane, index, judged in zip(lanes, claims, verdicts, strict=True):
             table = _table(lane)
             done = (table.host["age"] > lane.length) | table.device["ended"].cpu().numpy()
+            gone = np.zeros(len(table), bool)
             if judged is not None:
                 table.host["spent"][index, lane.number, 0] += 1 + judged.doubtful.cpu().numpy()
                 fooled = judged.fooled.cpu().numpy()
-                self._land(table.select(index[fooled]), lane.number, _part(judged, fooled))
                 again = torch.from_numpy(index[~fooled]).to(table.device["x"].device)
                 self.refused += len(again)
                 part = table.device
                 part["refused"][again] = part["nearest"][again]
                 part["claimed"] = torch.zeros_like(part["claimed"])
-                gone = np.zeros(len(table), bool)
-                gone[index[fooled]] = True
-            else:
-                gone = np.zeros(len(table), bool)
+                if fooled.any():
+                    gone = self._leave(lane, index[fooled], _part(judged, fooled))
             over = done & ~gone
             if not (gone | over).any():
                 continue
-            jobs = lane.restarts * (min(lane.targets, table.device["ranked"].shape[1]) if lane.targets else 1)
-            following = over & (table.host["job"] + 1 < jobs)
+            following = over & (table.host["job"] + 1 < (0 if lane.wide else self._jobs(lane)))
             staying = ~(gone | over)
             lane.table = table.select(np.flatnonzero(staying)) if staying.any() else None
             if following.any():
@@ -356,9 +336,48 @@ class Flight:
                 self._launch(lane, next_job)
             if (over & ~following).any():
                 leaving = table.select(np.flatnonzero(over & ~following)).with_state({})
-                moves.append((lane.number + 1, leaving))
+                leaving = self._complete(lane, leaving) if lane.wide else leaving
+                if len(leaving):
+                    moves.append((lane.number + 1, leaving))
         for number, table in moves:
             self._enter(number, table)
+
+    def _leave(self, lane: Lane, index: np.ndarray, judged: Judged) -> np.ndarray:
+        """Land the fooled rows' samples, each by its earliest claim; return which rows go with them."""
+        table = _table(lane)
+        position, claimed = table.host["position"], table.device["when"].cpu().numpy()[index]
+        order = np.lexsort((table.host["job"][index], claimed, position[index]))
+        samples, first = np.unique(position[index][order], return_index=True)
+        winners = order[first]
+        mask = np.zeros(len(index), bool)
+        mask[winners] = True
+        landing = table.select(index[mask])
+        gone = np.isin(position, samples)
+        if lane.wide:
+            every = self._with_parked(lane, table.select(np.flatnonzero(gone)).with_state({}), samples).folded()
+            at = np.searchsorted(every.host["position"], landing.host["position"])
+            landing.host["spent"] = every.host["spent"][at]
+        self._land(landing, lane.number, _part(judged, mask))
+        return gone
+
+    def _complete(self, lane: Lane, ended: Table) -> Table:
+        """Park rows whose samples have others under way still; return the samples that are through, folded."""
+        under_way = lane.table.host["position"] if lane.table is not None else np.zeros(0, np.int64)
+        waiting = np.isin(ended.host["position"], under_way)
+        if waiting.any():
+            parts = [ended.select(np.flatnonzero(waiting)), *([lane.parked] if lane.parked is not None else [])]
+            lane.parked = Table.join(parts)
+        through = ended.select(np.flatnonzero(~waiting))
+        return self._with_parked(lane, through, through.host["position"]).folded() if len(through) else through
+
+    def _with_parked(self, lane: Lane, table: Table, samples: np.ndarray) -> Table:
+        """Return the rows with those of the same samples that were parked, which are parked no more."""
+        if lane.parked is None:
+            return table
+        mine = np.isin(lane.parked.host["position"], samples)
+        joined = Table.join([table, lane.parked.select(np.flatnonzero(mine))])
+        lane.parked = lane.parked.select(np.flatnonzero(~mine)) if not mine.all() else None
+        return joined
 
     def _judge(self, tables: list[Table]) -> list[Judged | None]:
         """Judge the claims of several lanes in one pass."""

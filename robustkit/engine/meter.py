@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +14,24 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from robustkit.engine.folding import folded
 from robustkit.models.classifier import Classifier
 from robustkit.shapes import Images, Logits
 
 TINY = 1 << 20
 # Another precision or layout must save a tenth of the time, so that noise does not choose it.
 WORTH = 0.9
+LAYOUTS = (torch.contiguous_format, torch.channels_last)
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Way:
+    """How the model is run: the net or its folded copy, a precision (None: float32), a memory layout."""
+
+    net: Classifier
+    dtype: torch.dtype | None = None
+    layout: torch.memory_format = torch.contiguous_format
 
 
 class Meter:
@@ -33,14 +46,13 @@ class Meter:
     def __init__(self, model: Classifier, device: torch.device, precision: str = "fp32") -> None:
         self.model = model
         self.device = device
-        self.dtype = DTYPES[precision]
+        self.way = Way(model, DTYPES[precision])
         self.num_classes: int | None = model.num_classes
         self.piece: int | None = None
         self.threads = torch.get_num_threads()
         self.forwards = 0
         self.backwards = 0
         self.detached = False
-        self.layout = torch.contiguous_format
         self.on_forward: Callable[[int], None] = lambda forwards: None
 
     def __call__(self, x: Images) -> Logits:
@@ -58,24 +70,24 @@ class Meter:
 
     @property
     def rounding(self) -> float:
-        """How far logits may be off, as a share of the largest, because of the search's precision."""
-        return 0.0 if self.dtype is None else 2 * torch.finfo(self.dtype).eps
+        """How far logits may be off, as a share of the largest, in a search of low precision; else 0."""
+        return 0.0 if self.way.dtype is None else 2 * torch.finfo(self.way.dtype).eps
 
     def exact(self, x: Images) -> Logits:
         """Return the logits that verdicts rest on: float32, no gradient, the same pieces."""
         self.forwards += len(x)
-        with torch.no_grad(), self.searching(None, torch.contiguous_format):
+        with torch.no_grad(), self.searching():
             return self._in_pieces(x, differentiable=False)
 
     @contextmanager
-    def searching(self, dtype: torch.dtype | None, layout: torch.memory_format) -> Iterator[None]:
-        """Run the model in this precision and memory layout inside."""
-        before = self.dtype, self.layout
-        self.dtype, self.layout = dtype, layout
+    def searching(self, way: Way | None = None) -> Iterator[None]:
+        """Run the model in this way inside; without one as verdicts want it: itself, in float32."""
+        before = self.way
+        self.way = way or Way(self.model)
         try:
             yield
         finally:
-            self.dtype, self.layout = before
+            self.way = before
 
     def size_up(self, image: Images, most: int) -> None:
         """Learn from one image (1 C H W) the number of classes, and how many images fit into memory.
@@ -99,37 +111,41 @@ class Meter:
             self.threads = 1
 
     @property
+    def layout(self) -> str:
+        """The search's memory layout by its name."""
+        return "channels_last" if self.way.layout == torch.channels_last else "contiguous"
+
+    @property
     def precision(self) -> str:
         """The search's precision by its name."""
-        return next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
+        return next(name for name, dtype in DTYPES.items() if dtype == self.way.dtype)
 
     def tune(self, x: Images, *, precision: bool) -> None:
-        """Choose the search's memory layout, and its precision if asked to: what is fastest on x, both ways.
+        """Choose how to search: with batch norms folded or not, the memory layout, the precision if asked to.
 
-        What the model refuses, or what shifts its logits by more than a tenth of their spread, is out. None of
-        it is counted.
+        It is what is fastest on x, forward and backward. What the model refuses, or what shifts its logits by more
+        than a tenth of their spread, is out. None of it is counted.
         """
-        plain = self._trial(x, self.dtype, self.layout)
+        plain = self._trial(x, self.way)
         if plain is None:
             return
-        best, exact = plain
-        ways = [(self.dtype, torch.channels_last)]
-        if precision:
-            ways += [(torch.bfloat16, torch.contiguous_format), (torch.bfloat16, torch.channels_last)]
-        for dtype, layout in ways:
-            tried = self._trial(x, dtype, layout)
+        seconds, exact = plain
+        best = WORTH * seconds
+        net = folded(self.model, x) or self.model
+        dtypes = [self.way.dtype, torch.bfloat16] if precision else [self.way.dtype]
+        for dtype, layout in itertools.product(dtypes, LAYOUTS):
+            way = Way(net, dtype, layout)
+            tried = None if way == self.way else self._trial(x, way)
             if tried is None or not tried[1].isfinite().all():
                 continue
             near = (tried[1] - exact).abs().amax() <= 0.1 * (exact.amax(1) - exact.amin(1)).mean()
-            if near and tried[0] < WORTH * best:
-                best, self.dtype, self.layout = tried[0], dtype, layout
+            if near and tried[0] < best:
+                best, self.way = tried[0], way
 
-    def _trial(
-        self, x: Images, dtype: torch.dtype | None, layout: torch.memory_format
-    ) -> tuple[float, Logits] | None:
+    def _trial(self, x: Images, way: Way) -> tuple[float, Logits] | None:
         """Return seconds and logits of one forward and backward pass in this way; None if the model refuses it."""
         try:
-            with self.searching(dtype, layout):
+            with self.searching(way):
                 seconds = []
                 for _ in range(3):
                     images = x.detach().requires_grad_()
@@ -153,8 +169,9 @@ class Meter:
         return torch.cat([self._net(piece) for piece in pieces])
 
     def _net(self, x: Images) -> Logits:
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
-            logits: Logits = self.model(x.contiguous(memory_format=self.layout))
+        way = self.way
+        with torch.autocast(self.device.type, way.dtype, enabled=way.dtype is not None):
+            logits: Logits = way.net(x.contiguous(memory_format=way.layout))
         return logits.float()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -131,10 +131,10 @@ class Worker:
             try:
                 with self._tuned(waiting):
                     near = self._fly(first, count, waiting, {})
-                if near:
-                    self.flown["searched_again"] = len(near)
-                    with self.meter.searching(None, torch.contiguous_format):
-                        self._fly(first, count, np.array(sorted(near)), near)
+                    if near:
+                        self.flown["searched_again"] = len(near)
+                        with self.meter.searching(replace(self.meter.way, dtype=None)):
+                            self._fly(first, count, np.array(sorted(near)), near)
             except RobustkitError:
                 raise
             except Exception as error:
@@ -165,6 +165,7 @@ class Worker:
             board=self._gate(waiting),
             mend=self._mend,
             pace=PACE if self.meter.device.type == "cuda" else 1,
+            wide=bool(spent),
         )
         number = 1 + max((chunk for stage, chunk in self.tally.chunks if stage == first), default=-1)
         begun, landed, done = time.perf_counter(), list[Landed](), 0
@@ -175,7 +176,7 @@ class Worker:
                 for at, position in enumerate(part.position.tolist()):
                     part.spent[at] += spent.get(position, 0)
                 saved = np.zeros(len(part.position), bool)
-                if self.meter.dtype is not None:
+                if self.meter.rounding:
                     least = NEAR * self.tally.clean_margins[part.position]
                     saved = ~part.judged.fooled.cpu().numpy() & (part.judged.margin.cpu().numpy() < least)
                 near |= dict(zip(part.position[saved].tolist(), part.spent[saved], strict=True))
@@ -190,7 +191,8 @@ class Worker:
         if not spent:
             self.flown |= {
                 "precision": self.meter.precision,
-                "layout": "channels_last" if self.meter.layout == torch.channels_last else "contiguous",
+                "layout": self.meter.layout,
+                "folded": self.meter.way.net is not self.meter.model,
                 "slots": flight.slots,
                 "occupancy": flight.occupancy,
             }
@@ -201,7 +203,7 @@ class Worker:
         """Search in the fastest way inside; other packages' attacks get the model as it is."""
         meter = self.meter
         x = self.samples.images(waiting[: min(self.slots, TRIAL)]).to(meter.device)
-        with meter.searching(meter.dtype, meter.layout):
+        with meter.searching(meter.way):
             with own_randomness(self.seed, "tune"):
                 meter.tune(x, precision=self.free)
             yield

@@ -78,6 +78,21 @@ class Classifier(nn.Module):
         """SHA-256 over all that determines the logits, as it is now; where the files lie is not in it."""
         return combined_sha256({**self._identity, "weights": self.weights_sha256})
 
+    def with_net(self, net: nn.Module) -> Classifier:
+        """Return the same around another net that computes the same function."""
+        mean, std = (None if of is None else tuple(of.flatten().tolist()) for of in (self.mean, self.std))
+        twin = Classifier(
+            net,
+            string=self.string,
+            identity=self._identity,
+            mean=mean,
+            std=std,
+            size=self.size,
+            num_classes=self.num_classes,
+            preprocess=self.preprocess,
+        )
+        return twin.train(self.training).to(None if self.mean is None else self.mean.device)
+
     def forward(self, images: Images) -> Logits:
         """Return the logits, in float32 or float64, of images on [0, 1].
 

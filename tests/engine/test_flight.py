@@ -11,7 +11,7 @@ import torch
 from nets import Faulty, Small, labelled
 from torch import Tensor
 
-from robustkit import evaluate
+from robustkit import evaluate, losses
 from robustkit.engine import worker
 from robustkit.engine.flight import Flight
 from robustkit.engine.meter import Meter
@@ -26,7 +26,8 @@ from robustkit.threat import ThreatModel
 SHAPE = (3, 6, 8)
 MIXED = (
     "pgd(steps=6,restarts=2),apgd(steps=12),apgd-t(steps=6,targets=4),fab-t(steps=6,targets=3),"
-    "fab(steps=4,restarts=2),race(targets=5,probe=2,steps=5,restarts=2),apgd(steps=4,eot_iter=2),square(queries=30)"
+    "fab(steps=4,restarts=2),race(targets=5,probe=2,steps=5,restarts=2),apgd(steps=4,eot_iter=2),"
+    "apgd(steps=5,restarts=3,doubt=9),apgd-t(steps=4,targets=3,restarts=2,doubt=9),square(queries=30)"
 )
 EPS = {"linf": "linf:0.02", "l2": "l2:0.2", "l1": "l1:1.2"}
 
@@ -76,15 +77,48 @@ def test_each_attack_does_what_it_does_alone() -> None:
         assert [verdict.robust for verdict in report.verdicts] == alone
 
 
+@pytest.mark.parametrize("slots", [1, 7, 64])
+def test_all_jobs_at_once_fool_whom_they_fool_one_by_one(slots: int) -> None:
+    net = Small().eval()
+    x, y = labelled(net, 24, SHAPE)
+    attacks = parse_suite("pgd(steps=3,restarts=4),apgd-t(steps=5,targets=4,restarts=2)", "linf")
+    clean = -losses.margin(net(x), y).detach()
+    told = []
+    for wide in (False, True):
+        waiting = np.arange(len(x))
+
+        def board(free: int) -> tuple[np.ndarray, Tensor, Tensor, Tensor]:
+            nonlocal waiting
+            part, waiting = waiting[:free], waiting[free:]
+            return part, x[part], y[part], -clean[part]
+
+        meter = Meter(as_classifier(net), torch.device("cpu"))
+        meter.size_up(x[:1], 64)
+        threat = ThreatModel.parse(EPS["linf"])
+        flight = Flight(meter, threat, attacks, ["a", "b"], 0, slots, board, mend=pytest.fail, wide=wide)
+        landed = [part for group in flight.run() for part in group]
+        position = np.concatenate([part.position for part in landed])
+        assert sorted(position) == list(range(len(x)))
+        stage = np.concatenate([part.stage for part in landed])[position.argsort()]
+        fooled = torch.cat([part.judged.fooled for part in landed]).numpy()[position.argsort()]
+        told.append((fooled.tolist(), stage.tolist()))
+        spent = np.concatenate([part.spent for part in landed]).sum((0, 1))
+        assert spent.tolist() == [meter.forwards, meter.backwards]
+    assert told[0] == told[1]
+    assert 0 < sum(told[0][0]) < len(x)
+    assert {0, 1} == set(told[0][1])
+
+
 def test_counts_are_those_of_an_independent_counter() -> None:
     net = Small()
     x, y = labelled(net, 12, SHAPE)
     seen = {"forward": 0, "backward": 0}
     net.body[0].register_forward_hook(lambda m, i, o: seen.update(forward=seen["forward"] + len(o)))
     net.body[0].register_full_backward_hook(lambda m, i, o: seen.update(backward=seen["backward"] + len(o[0])))
-    report = evaluate(net, x, y, EPS["linf"], suite=MIXED, precision="fp32", batch_size=5)
+    # With room for all jobs at once, since activations that did not fit would be computed again, uncounted.
+    report = evaluate(net, x, y, EPS["linf"], suite=MIXED, precision="fp32", batch_size=100)
     # Not counted: the image that sizes the batch, and three passes in each of two memory layouts.
-    trials = 2 * 3 * 5
+    trials = 2 * 3 * 12
     assert report.cost.backwards == seen["backward"] - trials
     assert report.cost.forwards == seen["forward"] - 1 - trials
 
