@@ -11,6 +11,7 @@ import torch
 from robustkit.data import from_arrays
 from robustkit.data.samples import Samples
 from robustkit.devices import model_device, pick_device
+from robustkit.engine.anytime import Limits
 from robustkit.engine.evaluate import Evaluation
 from robustkit.engine.progress import Progress
 from robustkit.engine.verify import Verification, verify_run
@@ -32,6 +33,9 @@ def evaluate(
     precision: str = "auto",
     batch_size: int | None = None,
     curve: bool = False,
+    audit: int = 0,
+    time_limit: float | None = None,
+    stop_at_width: float | None = None,
     out: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Report:
@@ -50,6 +54,9 @@ def evaluate(
             bf16 where that is faster. Verdicts are float32.
         batch_size: images that an attack gets at once; None lets the engine choose.
         curve: search for each image's smallest fooling eps as well: `report.curve`.
+        audit: on how many of the survivors, drawn at random, to run full AutoAttack as well: `report.audit`.
+        time_limit: seconds after which to stop and report on the images done, taken in random order.
+        stop_at_width: stop as soon as the 95 % interval of the robust accuracy is no wider, e.g. 0.02.
         out: a folder for the ledger and the report; the same call resumes there.
         progress: who to tell on the way.
 
@@ -70,6 +77,8 @@ def evaluate(
         precision=precision,
         batch_size=batch_size,
         curve=curve,
+        audit=audit,
+        limits=Limits(time_limit, stop_at_width),
     )
     return plan.run(Path(out) if out is not None else None, progress)
 

@@ -11,9 +11,11 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from robustkit.errors import UsageError
+from robustkit.intervals import sequence, two_phase
 
 FORMAT = 1
 LEVELS = ("info", "warning", "error")
+AUDIT_BROKE = "audit-broke"
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,11 @@ class Rate:
         low = 0.0 if hits == 0 else max(0.0, centre - half)
         high = 1.0 if hits == n else min(1.0, centre + half)
         return cls(share, low, high, n)
+
+    @classmethod
+    def anytime(cls, hits: int, n: int) -> Rate:
+        """Return hits / n with an interval that holds however n came about (`intervals.sequence`)."""
+        return cls(hits / n, *sequence(hits, n), n)
 
 
 @dataclass(frozen=True)
@@ -143,12 +150,44 @@ class Curve:
 
 
 @dataclass(frozen=True)
+class Stop:
+    """Why a run ended before it had all `images` of its data: its `reason` is `time-limit` or `width`.
+
+    The verdicts are then of images drawn at random, and the intervals hold whenever it was stopped.
+    """
+
+    reason: str
+    images: int
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What full AutoAttack made of some survivors, drawn at random: the positions it `broke` of `audited`.
+
+    `robust_accuracy` is what it would leave of all the run's images: survivors of both, with a 95 % interval
+    over both draws (`intervals.two_phase`). `cost` is its own, which the run's leaves out.
+    """
+
+    audited: Sequence[int]
+    broke: Sequence[int]
+    robust_accuracy: Rate
+    cost: Cost
+
+    @classmethod
+    def of(cls, audited: Sequence[int], broke: Sequence[int], robust: int, n: int, cost: Cost) -> Audit:
+        """Return the audit of a run that left `robust` of `n` images standing."""
+        value = robust / n * (1 - len(broke) / len(audited)) if audited else 0.0
+        low, high = two_phase(robust, n, len(broke), len(audited))
+        return cls(audited, broke, Rate(value, low, high, n), cost)
+
+
+@dataclass(frozen=True)
 class Report:
     """The record of a finished run; the fields are those of report.json.
 
-    `curve` is there if it was asked for, `files` holds the sha256 of what lies beside the report. `adversarial`
-    (not in the file) are the fooling images as a mapping of `index` (M), `x` (M C H W) and `y` (M) when the run
-    was asked for from Python.
+    `curve` and `audit` are there if they were asked for, `stopped` if the run ended early. `files` holds the
+    sha256 of what lies beside the report. `adversarial` (not in the file) are the fooling images as a mapping of
+    `index` (M), `x` (M C H W) and `y` (M) when the run was asked for from Python.
     """
 
     run_id: str
@@ -163,12 +202,15 @@ class Report:
     environment: Mapping[str, Any]
     files: Mapping[str, str] = field(default_factory=dict)
     curve: Curve | None = None
+    audit: Audit | None = None
+    stopped: Stop | None = None
     format: int = FORMAT
     adversarial: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
 
     def to_json(self) -> dict[str, Any]:
         """Return the record as report.json holds it, `format` first."""
-        left_out = {"adversarial", "format"} | ({"curve"} if self.curve is None else set())
+        asked_for = {name for name in ("curve", "audit", "stopped") if getattr(self, name) is None}
+        left_out = {"adversarial", "format"} | asked_for
         kept = [f.name for f in fields(self) if f.name not in left_out]
         body = {name: getattr(self, name) for name in kept}
         return {"format": self.format, **json.loads(dumps(body))}
@@ -176,6 +218,21 @@ class Report:
     def with_curve(self, curve: Curve, flags: Sequence[Flag]) -> Report:
         """Return the same run with its curve, and what its search noticed."""
         return replace(self, curve=curve, flags=[*self.flags, *flags])
+
+    def with_audit(self, audit: Audit) -> Report:
+        """Return the same run with an audit in the place of any earlier one, and a flag if it broke an image."""
+        flags = [flag for flag in self.flags if flag.code != AUDIT_BROKE]
+        if audit.broke:
+            flags.append(
+                Flag(
+                    AUDIT_BROKE,
+                    "warning",
+                    len(audit.broke),
+                    f"AutoAttack broke this many of {len(audit.audited)} images that the suite had left standing",
+                    "run --suite rapid+autoattack, and quote its number",
+                )
+            )
+        return replace(self, audit=audit, flags=flags)
 
     @classmethod
     def from_json(cls, body: Any) -> Report:
@@ -200,6 +257,8 @@ class Report:
                 environment=body["environment"],
                 files=body.get("files", {}),
                 curve=_curve(body.get("curve")),
+                audit=_audit(body.get("audit")),
+                stopped=Stop(**body["stopped"]) if body.get("stopped") else None,
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise UsageError(f"this report is damaged: {type(error).__name__} {error}.") from error
@@ -221,6 +280,12 @@ def _curve(body: Mapping[str, Any] | None) -> Curve | None:
         return None
     rates = [Rate(**rate) for rate in body["robust_accuracy"]]
     return Curve(body["radii"], rates, body["distances"], Cost(**body["cost"]))
+
+
+def _audit(body: Mapping[str, Any] | None) -> Audit | None:
+    if body is None:
+        return None
+    return Audit(body["audited"], body["broke"], Rate(**body["robust_accuracy"]), Cost(**body["cost"]))
 
 
 def dumps(value: Any, *, indent: int | None = None) -> str:

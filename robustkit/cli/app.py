@@ -73,6 +73,15 @@ def evaluate(
     curve: Annotated[
         bool, typer.Option("--curve", help="Search for each image's smallest fooling eps as well.")
     ] = False,
+    audit: Annotated[
+        int, typer.Option(metavar="N", min=0, help="Run full AutoAttack on N random survivors as well.")
+    ] = 0,
+    time_limit: Annotated[
+        str | None, typer.Option(metavar="TIME", help="Stop after e.g. 90s, 10m, 2h: images in random order.")
+    ] = None,
+    stop_at_width: Annotated[
+        float | None, typer.Option(metavar="SHARE", help="Stop once the 95 % interval is no wider, e.g. 0.02.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder [default: runs/evaluate-ID].")] = None,
     data_root: DataRoot = None,
     download: Annotated[bool, typer.Option("--download", help="Fetch the data set if it is absent.")] = False,
@@ -104,6 +113,9 @@ def evaluate(
         precision=precision,
         batch_size=batch_size,
         curve=curve,
+        audit=audit,
+        time_limit=time_limit,
+        stop_at_width=stop_at_width,
         out=out,
         data_root=data_root,
         download=download,

@@ -40,7 +40,7 @@ def compare(a: Path, b: Path, *, as_json: bool) -> int:
     for name, folder, report in (("A", a, first), ("B", b, second)):
         rate = report.robust_accuracy
         line(f"{name}  {percent(rate.value):>7}  ({interval(rate)})   {words.model_name(report)}   {folder}")
-    line(f"\nthe same {words.images(first)}, {first.spec.threat}")
+    line(f"\nthe same {found.n:,} image{'s' * (found.n != 1)}, {first.spec.threat}")
     for warning in warnings:
         line(f"warning      {warning}")
     line(

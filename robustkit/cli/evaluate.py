@@ -11,10 +11,13 @@ from rich.console import Console
 from robustkit.cli.progress import Display
 from robustkit.cli.report import write_page
 from robustkit.cli.subject import Subject, usual_of_norm
+from robustkit.engine.anytime import Limits
 from robustkit.engine.evaluate import Evaluation
 from robustkit.engine.folder import PAGE
 from robustkit.errors import UsageError
 from robustkit.report.table import percent, show
+
+UNITS = {"s": 1, "m": 60, "h": 3600}
 
 
 def evaluate(
@@ -29,6 +32,9 @@ def evaluate(
     precision: str,
     batch_size: str,
     curve: bool,
+    audit: int,
+    time_limit: str | None,
+    stop_at_width: float | None,
     out: Path | None,
     data_root: Path | None,
     download: bool,
@@ -53,6 +59,8 @@ def evaluate(
         precision=precision,
         batch_size=_batch_size(batch_size),
         curve=curve,
+        audit=audit,
+        limits=Limits(None if time_limit is None else _seconds(time_limit), stop_at_width),
     )
     folder = out or Path("runs") / f"evaluate-{plan.spec.run_id}"
     report = plan.run(folder, Display())
@@ -68,6 +76,14 @@ def evaluate(
         print(f"robust accuracy {found} is below --fail-under {percent(fail_under)}", file=sys.stderr)
         return 1
     return 0
+
+
+def _seconds(text: str) -> float:
+    number, unit = (text[:-1], text[-1]) if text[-1:] in UNITS else (text, "s")
+    try:
+        return float(number) * UNITS[unit]
+    except ValueError:
+        raise UsageError(f"time limit {text!r}: write seconds, or such as 90s, 10m or 2h.") from None
 
 
 def _batch_size(text: str) -> int | None:

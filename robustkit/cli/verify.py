@@ -20,7 +20,7 @@ def verify(folder: Path, *, model: str | None, data: str | None, device: str, da
     place = pick_device(device)
     classifier = load_model(model or report.spec.model["string"], device=place)
     samples = load_data(data or report.spec.data["string"], root=data_root, preprocess=classifier.preprocess).head(
-        report.n
+        report.spec.data["n"]
     )
     found = verify_run(folder, model=classifier, samples=samples, device=place)
     console = Console(markup=False)

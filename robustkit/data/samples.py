@@ -79,7 +79,11 @@ class Samples:
             return self
         if not 1 <= n <= len(self):
             raise UsageError(f"{self.name}: cannot take {n} of {len(self)} samples; write 1 to {len(self)}.")
-        return replace(self, labels=self.labels[:n], rows=self.rows[:n])
+        return self.pick(np.arange(n))
+
+    def pick(self, positions: npt.NDArray[np.int64]) -> Samples:
+        """Return the samples at these positions, in this order."""
+        return replace(self, labels=self.labels[positions], rows=self.rows[positions])
 
     @cached_property
     def fingerprint(self) -> str:

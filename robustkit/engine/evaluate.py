@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -17,6 +18,7 @@ from robustkit.checks.run import TRAINING_MODE
 from robustkit.checks.strength import scores_beat_gradients
 from robustkit.data.samples import Samples
 from robustkit.engine import examples, folder
+from robustkit.engine.anytime import Limits, TimeUp, shuffled
 from robustkit.engine.curve import CurveSearch
 from robustkit.engine.environment import environment
 from robustkit.engine.meter import DTYPES, Meter
@@ -27,12 +29,13 @@ from robustkit.errors import RunError, UsageError
 from robustkit.isolation import evaluation_mode, threads
 from robustkit.ledger import Ledger
 from robustkit.models.classifier import Classifier
-from robustkit.record import Report, RunSpec
+from robustkit.record import Audit, Cost, Report, RunSpec, Stop
 from robustkit.rows import RowWise
 from robustkit.threat import ThreatModel
 
 BATCH_SIZE = 256
 SLOTS_CPU, SLOTS_GPU = 128, 512
+AUDITOR = "autoattack"
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,8 @@ class Evaluation:
 
     `batch_size` is how many images an attack gets at once. It is part of the run's identity only where an
     attack's random numbers depend on it (AutoAttack's and foolbox's do, ours do not). `curve` asks for robust
-    accuracy at other eps as well; it changes no verdict and is no part of the identity either.
+    accuracy at other eps as well, `audit` for full AutoAttack on so many survivors; `limits` may end the run
+    early. None of these changes a verdict or is part of the identity.
     """
 
     model: Classifier
@@ -53,6 +57,8 @@ class Evaluation:
     precision: str = "auto"
     batch_size: int | None = None
     curve: bool = False
+    audit: int = 0
+    limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot be meant."""
@@ -64,6 +70,15 @@ class Evaluation:
             raise UsageError(f"{self.samples.name} holds no images.")
         if not 0 <= self.seed < 2**63:
             raise UsageError(f"seed {self.seed}: write a whole number from 0 to 2**63 - 1.")
+        if self.audit < 0:
+            raise UsageError(f"audit {self.audit}: write how many survivors AutoAttack shall try, e.g. 50.")
+        if self.limits and any(attack.info.coupled for attack in self.attacks):
+            raise UsageError(
+                "a run that may stop early needs attacks whose random numbers do not depend on the batch; "
+                "write --suite rapid, or leave --time-limit and --stop-at-width out."
+            )
+        if self.limits and self.curve:
+            raise UsageError("a curve is of all images; leave out --curve, or --time-limit and --stop-at-width.")
         if self.curve and not self.threat.eps:
             raise UsageError(f"threat '{self.threat}' has no curve; write an eps above 0, or leave --curve out.")
 
@@ -118,12 +133,16 @@ class Evaluation:
         with folder.open_for_writing(out, self.spec) if out else nullcontext():
             try:
                 report = self._at_eps(out, progress)
-                return self._with_curve(report, out, progress) if self.curve and report.curve is None else report
+                if self.curve and report.curve is None:
+                    report = self._with_curve(report, out, progress)
+                if self.audit > len(report.audit.audited if report.audit else ()):
+                    report = self._with_audit(report, out, progress)
+                return report
             finally:
                 progress.close()
 
     def _at_eps(self, out: Path | None, progress: Progress) -> Report:
-        if out and (out / folder.REPORT).exists():
+        if out and (out / folder.REPORT).exists() and folder.read_report(out).stopped is None:
             return self._stored(out, progress)
         with Ledger.open(out and out / folder.LEDGER, self.spec.run_id) as ledger:
             return self._finish(ledger, *self._work(ledger, progress), out)
@@ -143,6 +162,24 @@ class Evaluation:
         report = search.add(report, found["index"], found["x"])
         if out:
             # The page was made without the curve.
+            (out / folder.PAGE).unlink(missing_ok=True)
+            folder.write_report(out, report)
+        return report
+
+    def _with_audit(self, report: Report, out: Path | None, progress: Progress) -> Report:
+        standing = np.array([verdict.index for verdict in report.verdicts if verdict.robust], np.int64)
+        order = shuffled(len(standing), self.seed)[: self.audit]
+        chosen = np.sort(standing[order])
+        found = None
+        if len(chosen):
+            subset = self.samples.pick(chosen)
+            found = replace(self, samples=subset, suite=AUDITOR, curve=False, audit=0, limits=Limits()).run(
+                None, progress
+            )
+        broke = [int(chosen[v.index]) for v in found.verdicts if not v.robust] if found else []
+        cost = found.cost if found else Cost(0, 0, 0.0)
+        report = report.with_audit(Audit.of(chosen.tolist(), broke, len(standing), report.n, cost))
+        if out:
             (out / folder.PAGE).unlink(missing_ok=True)
             folder.write_report(out, report)
         return report
@@ -171,17 +208,39 @@ class Evaluation:
             )
             worker.prepare()
             with threads(meter.threads):
-                worker.clean()
-                stage = 1
-                for flies, group in itertools.groupby(self.attacks, lambda attack: isinstance(attack, RowWise)):
-                    count = len(list(group))
-                    if flies:
-                        worker.fly(stage, count)
-                    else:
-                        for number in range(stage, stage + count):
-                            worker.attack(number)
-                    stage += count
+                self._through(worker)
         return worker, was_training
+
+    def _through(self, worker: Worker) -> None:
+        """Take all images through clean pass and suite, or as many blocks of them as the limits allow."""
+        tally = worker.tally
+        if not self.limits:
+            return self._block(worker, tally.scope)
+        if self.limits.seconds is not None:
+            worker.deadline = time.perf_counter() + self.limits.seconds
+        try:
+            for block in self.limits.blocks(tally, self.seed):
+                self._block(worker, block)
+        except TimeUp:
+            tally.stopped = Stop("time-limit", tally.n)
+        if not len(tally.scope):
+            raise RunError(
+                f"no block of images was done within {self.limits.seconds:g} seconds; "
+                "run the same command again to go on, or give it more time."
+            )
+        return None
+
+    def _block(self, worker: Worker, among: np.ndarray) -> None:
+        worker.clean(among)
+        stage = 1
+        for flies, group in itertools.groupby(self.attacks, lambda attack: isinstance(attack, RowWise)):
+            count = len(list(group))
+            if flies:
+                worker.fly(stage, count, among)
+            else:
+                for number in range(stage, stage + count):
+                    worker.attack(number, among)
+            stage += count
 
     def _finish(self, ledger: Ledger, worker: Worker, was_training: bool, out: Path | None) -> Report:
         tally, meter = worker.tally, worker.meter
@@ -189,9 +248,11 @@ class Evaluation:
         flags = scores_beat_gradients(tally.stages(), access)
         if was_training:
             flags.append(TRAINING_MODE)
-        index, labels, predictions = np.array(ledger.fooled(), np.int64).reshape(-1, 3).T
+        fooled = np.array(ledger.fooled(), np.int64).reshape(-1, 3)
+        counts = np.isin(fooled[:, 0], tally.scope)
+        index, labels, predictions = fooled[counts].T
         shape = tuple(self.samples.images([0]).shape[1:])
-        rows = folder.Adversarials(index, labels, shape, ledger.adversarials)
+        rows = folder.Adversarials(index, labels, shape, lambda: itertools.compress(ledger.adversarials(), counts))
         surroundings = environment(self.device, meter.precision, meter.piece, meter.threads) | worker.flown
         if out is None:
             return replace(tally.report(self.spec, flags, surroundings, {}), adversarial=rows.arrays())

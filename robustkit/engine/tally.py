@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from robustkit.ledger import Chunk
-from robustkit.record import Cost, Flag, Outcome, Rate, Report, RunSpec, Stage
+from robustkit.record import Cost, Flag, Outcome, Rate, Report, RunSpec, Stage, Stop
 
 STANDS = np.iinfo(np.int64).max
 
@@ -18,12 +18,14 @@ STANDS = np.iinfo(np.int64).max
 class Tally:
     """Counts over `n` samples. Stage 0 is the clean pass; a sample's `fell` is the stage that settled it.
 
-    `judged` is the last stage that a sample has a verdict from.
+    `judged` is the last stage that a sample has a verdict from. `scope` are the positions that count: all, but
+    for a run that may stop early, which says in `stopped` that it has.
     """
 
     n: int
     names: list[str]
     chunks: set[tuple[int, int]] = field(default_factory=set)
+    stopped: Stop | None = None
 
     def __post_init__(self) -> None:
         """Begin with nothing known."""
@@ -36,6 +38,7 @@ class Tally:
         self.images = [""] * self.n
         self.costs = [Cost(0, 0, 0.0) for _ in self.names]
         self.flags: dict[str, Flag] = {}
+        self.scope = np.arange(self.n)
 
     def add(self, chunk: Chunk) -> None:
         """Take a chunk in. Any order gives the same sum."""
@@ -65,26 +68,32 @@ class Tally:
             flag = replace(flag, value=known.value + flag.value)
         self.flags[flag.code] = flag
 
-    def standing(self, stage: int) -> np.ndarray:
-        """Return the positions that no earlier stage settled, in order."""
-        return np.flatnonzero(self.fell >= stage)
+    def waiting(self, stage: int, among: np.ndarray) -> np.ndarray:
+        """Return which of these positions no earlier stage settled and have no verdict from this one on."""
+        left: np.ndarray = among[(self.fell[among] >= stage) & (self.judged[among] < stage)]
+        return left
 
-    def flying(self, first: int) -> np.ndarray:
-        """Return the positions that stand before stage `first` and have no verdict from there on, in order."""
-        return np.flatnonzero((self.fell >= first) & (self.judged < first))
+    def next_chunk(self, stage: int) -> int:
+        """Return the number of the stage's next chunk."""
+        return 1 + max((chunk for of, chunk in self.chunks if of == stage), default=-1)
 
     @property
     def robust(self) -> int:
-        """How many samples nothing has fooled yet."""
-        return int((self.fell == STANDS).sum())
+        """How many samples in scope nothing has fooled yet."""
+        return int((self.fell[self.scope] == STANDS).sum())
+
+    def _rate(self, hits: int) -> Rate:
+        n = len(self.scope)
+        return Rate.anytime(hits, n) if self.stopped else Rate.of(hits, n)
 
     def stages(self) -> list[Stage]:
         """Return what each stage did, the clean pass first."""
+        fell = self.fell[self.scope]
         return [
             Stage(
                 name,
-                Rate.of(int((self.fell > number).sum()), self.n),
-                int((self.fell == number).sum()),
+                self._rate(int((fell > number).sum())),
+                int((fell == number).sum()),
                 self.costs[number].forwards,
                 self.costs[number].backwards,
                 self.costs[number].seconds,
@@ -100,7 +109,7 @@ class Tally:
         return Report(
             run_id=spec.run_id,
             spec=spec,
-            n=self.n,
+            n=len(self.scope),
             clean_accuracy=stages[0].robust_accuracy,
             robust_accuracy=stages[-1].robust_accuracy,
             stages=stages,
@@ -119,8 +128,9 @@ class Tally:
                     attack=None if self.fell[at] == STANDS else self.names[self.fell[at]],
                     margin=float(self.margins[at]),
                 )
-                for at in range(self.n)
+                for at in sorted(self.scope.tolist())
             ],
             environment=environment,
             files=files,
+            stopped=self.stopped,
         )

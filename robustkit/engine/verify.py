@@ -63,8 +63,8 @@ def verify_run(
             f"model {report.spec.model['string']}: its weights or code have changed since the run "
             f"(fingerprint {model.fingerprint[:12]}…, was {report.spec.model['fingerprint'][:12]}…)."
         )
-    if len(samples) != report.n:
-        raise UsageError(f"{samples.name} holds {len(samples)} images, the run had {report.n}.")
+    if len(samples) != report.spec.data["n"]:
+        raise UsageError(f"{samples.name} holds {len(samples)} images, the run had {report.spec.data['n']}.")
     found.bad += [*_ledger_faults(path, report, samples), *_curve_faults(report)]
     try:
         arrays = folder.read_adversarial(path)
@@ -124,7 +124,7 @@ def _check_batch(
 
 def _ledger_faults(path: Path, report: Report, samples: Samples) -> Iterator[str]:
     """Yield what is wrong with the ledger, with the images it was made from, or with the report of it."""
-    tally = Tally(report.n, ["clean", *(record["name"] for record in report.spec.suite)])
+    tally = Tally(len(samples), ["clean", *(record["name"] for record in report.spec.suite)])
     try:
         with Ledger.read(path / folder.LEDGER, report.run_id) as ledger:
             for chunk in ledger.chunks():
@@ -132,6 +132,8 @@ def _ledger_faults(path: Path, report: Report, samples: Samples) -> Iterator[str
     except UsageError as error:
         yield str(error)
         return
+    tally.scope = np.array([verdict.index for verdict in report.verdicts], np.int64)
+    tally.stopped = report.stopped
     again = tally.report(report.spec, [], report.environment, report.files)
     for told, ours in zip(report.verdicts, again.verdicts, strict=True):
         if told != ours:
@@ -144,7 +146,7 @@ def _ledger_faults(path: Path, report: Report, samples: Samples) -> Iterator[str
     ):
         yield "report.json: its accuracies, stages or costs are not those of the ledger."
     for begin in range(0, report.n, BATCH_SIZE):
-        positions = np.arange(begin, min(begin + BATCH_SIZE, report.n))
+        positions = tally.scope[begin : begin + BATCH_SIZE]
         for position, digest in zip(positions, image_hashes(samples.images(positions)), strict=True):
             if digest != tally.images[position]:
                 yield f"record {position}: the image in {samples.name} has changed since the run."
@@ -203,4 +205,4 @@ def _load_samples(report: Report, model: Classifier) -> Samples:
             f"run {report.run_id} was made from Python with images in memory; "
             "verify it there: robustkit.verify(folder, model, images, labels)."
         )
-    return load_data(string, preprocess=model.preprocess).head(report.n)
+    return load_data(string, preprocess=model.preprocess).head(report.spec.data["n"])

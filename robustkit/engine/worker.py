@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,9 +14,10 @@ import torch
 from robustkit.checks.probe import Probe
 from robustkit.checks.run import diagnose
 from robustkit.data.samples import Samples
+from robustkit.engine.anytime import TimeUp
 from robustkit.engine.flight import Flight, Landed
 from robustkit.engine.judge import Judged, image_hashes, judge, margins
-from robustkit.engine.meter import Meter
+from robustkit.engine.meter import Meter, Way
 from robustkit.engine.progress import Progress
 from robustkit.engine.tally import Tally
 from robustkit.errors import RobustkitError, RunError, UsageError
@@ -30,6 +31,8 @@ from robustkit.threat import ThreatModel
 
 # The most images that the checks look at.
 CHECKED = 64
+# The number of the chunk that holds what they found.
+CHECKING = -1
 # How many steps a GPU goes before the host looks at it, and how long verdicts wait to be written (seconds).
 PACE = 4
 WRITE_EVERY = 5.0
@@ -44,7 +47,11 @@ Work = Callable[[Images, np.ndarray], tuple[list[Verdict], list[Flag]]]
 
 @dataclass
 class Worker:
-    """Does one run's chunks. `free` is whether flights may choose their precision."""
+    """Does one run's chunks.
+
+    `free` is whether flights may choose their precision; work past the `deadline` (by `time.perf_counter`) ends
+    in `TimeUp`.
+    """
 
     samples: Samples
     threat: ThreatModel
@@ -57,10 +64,12 @@ class Worker:
     progress: Progress
     slots: int
     free: bool
+    deadline: float = math.inf
 
     def __post_init__(self) -> None:
         """Begin with nothing flown."""
         self.flown: dict[str, Any] = {}
+        self.way: Way | None = None
 
     def prepare(self) -> None:
         """Try the model on one image, size the pieces to the memory, refuse an eps without limits."""
@@ -84,58 +93,60 @@ class Worker:
                 f"{_first_line(error)}"
             ) from error
 
-    def clean(self) -> None:
-        """Settle the images that the model gets wrong as they are, then run the checks."""
+    def clean(self, among: np.ndarray) -> None:
+        """Settle those of these images that the model gets wrong as they are; run the checks if none has yet."""
         tally = self.tally
-        self.progress.stage("clean", tally.n, tally.robust, tally.n)
-        for number, positions in self._pending(0, np.arange(tally.n)):
+        waiting = tally.waiting(0, among)
+        self.progress.stage("clean", len(among), tally.robust, tally.n)
+        for number, positions in self._pending(0, waiting):
             self._do(0, number, positions, self._clean_verdicts)
-        checking = -(-tally.n // self.batch)
-        if (0, checking) not in tally.chunks:
-            self._do(0, checking, np.arange(min(self.batch, CHECKED)), self._check)
+        if (0, CHECKING) not in tally.chunks:
+            self._do(0, CHECKING, np.arange(min(self.batch, CHECKED)), self._check)
 
-    def attack(self, stage: int) -> None:
-        """Run one attack over what still stands."""
+    def attack(self, stage: int, among: np.ndarray) -> None:
+        """Run one attack over what still stands of these."""
         attack = self.attacks[stage - 1]
-        name = self.tally.names[stage]
-        standing = self.tally.standing(stage)
+        waiting = self.tally.waiting(stage, among)
         budget = getattr(attack, "budget", None)
         expected = budget(self.meter.num_classes, self.threat.norm) if budget else None
-        self.progress.stage(name, len(standing), self.tally.robust, self.tally.n)
+        self.progress.stage(self.tally.names[stage], len(waiting), self.tally.robust, self.tally.n)
         stream = self._stream(stage)
+        done = 0
 
         def verdicts(x: Images, positions: np.ndarray) -> tuple[list[Verdict], list[Flag]]:
             return self._attack_verdicts(attack, stream, x, positions)
 
-        for number, positions in self._pending(stage, standing):
-            before, begun, images = number * self.batch, self.meter.forwards, len(positions)
+        for number, positions in self._pending(stage, waiting):
+            begun, images = self.meter.forwards, len(positions)
 
-            def tick(forwards: int, before: int = before, begun: int = begun, images: int = images) -> None:
+            def tick(forwards: int, before: int = done, begun: int = begun, images: int = images) -> None:
                 share = (forwards - begun) / (expected * images) if expected else 0.0
                 self.progress.advance(before + min(share, 0.99) * images, self.tally.robust)
 
             self.meter.on_forward = tick
             self._do(stage, number, positions, verdicts)
             self.meter.on_forward = lambda forwards: None
+            done += images
 
-    def fly(self, first: int, count: int) -> None:
-        """Take what still stands through `count` attacks from stage `first` on, all of them row-wise, at once."""
-        waiting = self.tally.flying(first)
+    def fly(self, first: int, count: int, among: np.ndarray) -> None:
+        """Take what still stands of these through `count` attacks from stage `first` on, all row-wise, at once."""
+        waiting = self.tally.waiting(first, among)
         names = self.tally.names[first : first + count]
         title = names[0] if count == 1 else f"{names[0]} … {names[-1]}"
         self.progress.stage(title, len(waiting), self.tally.robust, self.tally.n)
         if not len(waiting):
             return
-        self.flown = {"claims_refused": 0, "searched_again": 0}
+        self.flown = {"claims_refused": 0, "searched_again": 0, **self.flown}
         with own_randomness(self.seed, "flight", first):
             try:
-                with self._tuned(waiting):
+                self._tune(waiting)
+                with self.meter.searching(self.way):
                     near = self._fly(first, count, waiting, {})
-                    if near:
-                        self.flown["searched_again"] = len(near)
-                        with self.meter.searching(replace(self.meter.way, dtype=None)):
-                            self._fly(first, count, np.array(sorted(near)), near)
-            except RobustkitError:
+                if near:
+                    self.flown["searched_again"] += len(near)
+                    with self.meter.searching(replace(self.way or self.meter.way, dtype=None)):
+                        self._fly(first, count, np.array(sorted(near)), near)
+            except (RobustkitError, TimeUp):
                 raise
             except Exception as error:
                 raise RunError(f"{title} failed: {type(error).__name__}: {_first_line(error)}") from error
@@ -167,7 +178,7 @@ class Worker:
             pace=PACE if self.meter.device.type == "cuda" else 1,
             wide=bool(spent),
         )
-        number = 1 + max((chunk for stage, chunk in self.tally.chunks if stage == first), default=-1)
+        number = self.tally.next_chunk(first)
         begun, landed, done = time.perf_counter(), list[Landed](), 0
         near: dict[int, np.ndarray] = {}
         self.meter.detached = False
@@ -184,9 +195,10 @@ class Worker:
                 done += len(part.position)
             self.progress.advance(done + flight.under_way, self.tally.robust)
             now = time.perf_counter()
-            if landed and (now - begun > WRITE_EVERY or not flight.aboard):
+            if landed and (now - begun > WRITE_EVERY or not flight.aboard or now > self.deadline):
                 self._write_landed(first, count, number, landed, now - begun)
                 number, begun, landed = number + 1, now, []
+            self._on_time()
         self.flown["claims_refused"] += flight.refused
         if not spent:
             self.flown |= {
@@ -198,15 +210,14 @@ class Worker:
             }
         return near
 
-    @contextmanager
-    def _tuned(self, waiting: np.ndarray) -> Iterator[None]:
-        """Search in the fastest way inside; other packages' attacks get the model as it is."""
-        meter = self.meter
-        x = self.samples.images(waiting[: min(self.slots, TRIAL)]).to(meter.device)
-        with meter.searching(meter.way):
-            with own_randomness(self.seed, "tune"):
+    def _tune(self, waiting: np.ndarray) -> None:
+        """Find the fastest way to search, once; other packages' attacks get the model as it is."""
+        if self.way is None:
+            meter = self.meter
+            x = self.samples.images(waiting[: min(self.slots, TRIAL)]).to(meter.device)
+            with meter.searching(meter.way), own_randomness(self.seed, "tune"):
                 meter.tune(x, precision=self.free)
-            yield
+                self.way = meter.way
 
     def _stream(self, stage: int) -> str:
         name = self.tally.names[stage]
@@ -285,14 +296,18 @@ class Worker:
                     "restore the data or start again in another folder."
                 )
 
-    def _pending(self, stage: int, positions: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield number and positions of the stage's chunks that the ledger does not have yet."""
-        size = self.batch
-        for number, begin in enumerate(range(0, len(positions), size)):
-            part = positions[begin : begin + size]
-            if (stage, number) not in self.tally.chunks:
-                yield number, part
+    def _pending(self, stage: int, waiting: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield number and positions of the chunks that these positions make."""
+        first = self.tally.next_chunk(stage)
+        for number, begin in enumerate(range(0, len(waiting), self.batch)):
+            part = waiting[begin : begin + self.batch]
+            self._on_time()
+            yield first + number, part
             self.progress.advance(begin + len(part), self.tally.robust)
+
+    def _on_time(self) -> None:
+        if time.perf_counter() > self.deadline:
+            raise TimeUp
 
     def _do(
         self,

@@ -20,7 +20,17 @@ def command(report: Report) -> str:
         words += [f'precision="{precision}"']
         words += ["curve=True"] * (report.curve is not None)
         return ", ".join(words) + ")"
-    words = ["robustkit", spec.verb, model, "--data", data, "--limit", str(report.n), "--threat", spec.threat]
+    words = [
+        "robustkit",
+        spec.verb,
+        model,
+        "--data",
+        data,
+        "--limit",
+        str(spec.data["n"]),
+        "--threat",
+        spec.threat,
+    ]
     words += ["--suite", attacks, "--seed", str(spec.seed)]
     words += ["--batch-size", str(spec.batch_size)] * (spec.batch_size is not None)
     words += ["--precision", precision]

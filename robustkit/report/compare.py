@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from fractions import Fraction
 
+from robustkit.errors import UsageError
 from robustkit.record import Rate, Report
 
 
@@ -27,8 +28,15 @@ class Comparison:
 
 
 def compare(a: Report, b: Report) -> Comparison:
-    """Return the comparison of two reports over the same images, in the same order."""
-    pairs = list(zip(a.verdicts, b.verdicts, strict=True))
+    """Return the comparison of two reports over the images that both have, of the same data.
+
+    Raises:
+        UsageError: if they have none in common, because runs were stopped early.
+    """
+    others = {verdict.index: verdict for verdict in b.verdicts}
+    pairs = [(verdict, others[verdict.index]) for verdict in a.verdicts if verdict.index in others]
+    if not pairs:
+        raise UsageError("the two runs stopped early and have no image in common; let one of them finish.")
     only_a = [first.index for first, second in pairs if second.robust and not first.robust]
     only_b = [first.index for first, second in pairs if first.robust and not second.robust]
     both = sum(first.robust and second.robust for first, second in pairs)

@@ -15,7 +15,7 @@ from robustkit.report import classes, costs, curve, histogram, words
 from robustkit.report.cascade import cascade
 from robustkit.report.command import command
 from robustkit.report.strip import strip
-from robustkit.report.table import interval, median, percent
+from robustkit.report.table import interval, median, notes, percent
 
 MARKS = {"info": "●", "warning": "▲", "error": "✖"}
 
@@ -58,6 +58,7 @@ def _facts_and_charts(report: Report, examples: Mapping[str, np.ndarray] | None)
         "marks": MARKS,
         "cascade": cascade(report),
         "curve_chart": curve.chart(report, report.curve) if report.curve else None,
+        "notes": [line.strip() for line in notes(report)],
         "curve_median": median(report.curve) if report.curve else "",
         "classes": rows,
         "class_count": class_count,

@@ -55,7 +55,7 @@ def show(report: Report, console: Console, next_command: str | None = None, page
         console.print()
         console.print(_curve(report.curve), highlight=False)
         console.print(f"median smallest fooling eps {median(report.curve)}   {price}", highlight=False)
-    for line in flag_lines(report.flags):
+    for line in [*notes(report), *flag_lines(report.flags)]:
         console.print(line, highlight=False, soft_wrap=True)
     if page or next_command:
         console.print()
@@ -63,6 +63,25 @@ def show(report: Report, console: Console, next_command: str | None = None, page
         console.print(f"report   {page}", highlight=False, soft_wrap=True)
     if next_command:
         console.print(f"next     {next_command}", highlight=False, soft_wrap=True)
+
+
+def notes(report: Report) -> list[str]:
+    """Return in words why the run stopped early and what its audit found, where there is something to say."""
+    lines = []
+    if report.stopped:
+        why = {"width": "interval narrow enough", "time-limit": "time limit reached"}[report.stopped.reason]
+        lines += [
+            f"\nstopped: {why} after {report.n:,} of {report.stopped.images:,} images, drawn at random; the "
+            "intervals hold whenever a run is stopped"
+        ]
+    if audit := report.audit:
+        spent = (audit.cost.forwards + audit.cost.backwards) / max(len(audit.audited), 1)
+        lines += [
+            f"\naudit: AutoAttack broke {len(audit.broke)} of {len(audit.audited)} survivors drawn at random; "
+            f"with it on all, robust accuracy would be {percent(audit.robust_accuracy.value)} "
+            f"({interval(audit.robust_accuracy)})   {spent:,.0f} props/img   {duration(audit.cost.seconds)}"
+        ]
+    return lines
 
 
 def _curve(curve: Curve) -> Table:

@@ -1,0 +1,64 @@
+"""Intervals for shares of images where Wilson's will not do: looked at on the way, or known in two phases."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+
+def sequence(hits: int, n: int, level: float = 0.95) -> tuple[float, float]:
+    """Return an interval for a share that holds at every n at once, so that one may look, and stop, at any time.
+
+    All shares p whose uniform prior is less than 1 / (1 - level) times their posterior density after `hits` of n
+    independent draws: the prior-posterior-ratio martingale (Waudby-Smith & Ramdas 2020, arXiv:2006.04347). Wider
+    than Wilson's, by about a quarter at 1,000 images. For n = 0 it is (0, 1).
+    """
+
+    def density(p: float) -> float:
+        inside = (hits * math.log(p) if hits else 0.0) + ((n - hits) * math.log1p(-p) if n > hits else 0.0)
+        return inside + math.lgamma(n + 2) - math.lgamma(hits + 1) - math.lgamma(n - hits + 1)
+
+    least = math.log(1 - level)
+    share = hits / n if n else 0.5
+    low = 0.0 if not hits else _root(density, least, 0.0, share)
+    high = 1.0 if hits == n else _root(density, least, 1.0, share)
+    return low, high
+
+
+def exact(hits: int, n: int, level: float = 0.95) -> tuple[float, float]:
+    """Return the interval of Clopper and Pearson, which holds at least as often as it says. For n = 0: (0, 1)."""
+    from scipy.stats import beta
+
+    tail = (1 - level) / 2
+    low = float(beta.ppf(tail, hits, n - hits + 1)) if hits else 0.0
+    high = float(beta.ppf(1 - tail, hits + 1, n - hits)) if hits < n else 1.0
+    return low, high
+
+
+def two_phase(robust: int, n: int, broken: int, audited: int, level: float = 0.95) -> tuple[float, float]:
+    """Return an interval for the share that a second attack would leave too, tried on some survivors of a first.
+
+    `robust` of n images survived the first; the second broke `broken` of `audited` drawn from those at random.
+    Each phase gets half of the error, by Clopper and Pearson, so the product holds at least as often as it says.
+    """
+    half = (1 + level) / 2
+    first, second = exact(robust, n, half), exact(broken, audited, half)
+    return first[0] * (1 - second[1]), first[1] * (1 - second[0])
+
+
+def enough(share: float, width: float) -> int:
+    """Return about how many images bring a `sequence` of this share down to this width."""
+    n = 8
+    while (ends := sequence(round(share * n), n))[1] - ends[0] > width:
+        n += max(1, n // 16)
+    return n
+
+
+def _root(density: Callable[[float], float], least: float, outside: float, inside: float) -> float:
+    for _ in range(60):
+        middle = (outside + inside) / 2
+        if density(middle) < least:
+            outside = middle
+        else:
+            inside = middle
+    return outside
