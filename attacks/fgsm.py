@@ -8,12 +8,13 @@ from robustkit import losses
 from robustkit.goal import Goal
 from robustkit.registry import attack
 from robustkit.rng import RowRng
-from robustkit.rows import Model, query
+from robustkit.rows import Answer, Model, Rows, State
 from robustkit.shapes import Images
 from robustkit.threat import ThreatModel
+from robustkit.transfer import ascend
 
 
-@attack("fgsm", paper="arXiv:1412.6572", norms=("linf", "l2", "l1"), access="gradient")
+@attack("fgsm", paper="arXiv:1412.6572", norms=("linf", "l2", "l1"), access="gradient", ascent=True)
 @dataclass(frozen=True, slots=True)
 class FGSM:
     """One full-length step along the gradient, in the norm's own steepest direction."""
@@ -24,8 +25,20 @@ class FGSM:
         """Refuse an unknown loss before anything runs."""
         losses.loss(self.loss)
 
+    @property
+    def steps(self) -> int:
+        """One."""
+        return 1
+
     def __call__(self, model: Model, x: Images, goal: Goal, threat: ThreatModel, *, rng: RowRng) -> Images:
         """Return x moved by eps, projected onto ball and box."""
-        x = x.detach()
-        _, _, gradient = query(model, x, goal, self.loss)
-        return threat.project(x + float(threat.eps) * threat.ascent(gradient), x)
+        return ascend(self, model, x, goal, threat, rng)
+
+    def init(self, rows: Rows) -> State:
+        """Return the clean images."""
+        return {"x": rows.x}
+
+    def step(self, rows: Rows, state: State, answer: Answer) -> State:
+        """Return x moved by eps, projected onto ball and box."""
+        moved = rows.x + float(rows.threat.eps) * rows.threat.ascent(answer.gradient)
+        return {"x": rows.threat.project(moved, rows.x)}

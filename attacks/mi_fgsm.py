@@ -12,7 +12,7 @@ from robustkit.rows import Answer, Rows, RowWise, State
 from robustkit.threat import per_row
 
 
-@attack("mi-fgsm", paper="arXiv:1710.06081", norms=("linf", "l2"), access="gradient")
+@attack("mi-fgsm", paper="arXiv:1710.06081", norms=("linf", "l2"), access="gradient", ascent=True)
 @dataclass(frozen=True, slots=True)
 class MIFGSM(RowWise):
     """Steps along a decaying sum of normalised gradients, from the clean image; the transfer attacks' base.

@@ -11,7 +11,7 @@ from robustkit.registry import attack
 from robustkit.rows import Answer, Rows, RowWise, State
 
 
-@attack("pgd", paper="arXiv:1706.06083", norms=("linf", "l2", "l1"), access="gradient")
+@attack("pgd", paper="arXiv:1706.06083", norms=("linf", "l2", "l1"), access="gradient", ascent=True)
 @dataclass(frozen=True, slots=True)
 class PGD(RowWise):
     """Steps along the gradient from random starts, each projected back; stops a sample once it is fooled.

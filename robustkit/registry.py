@@ -1,4 +1,4 @@
-"""Attacks, defenses and suites by name, found by walking the folders. Imports no torch.
+"""Attacks, techniques, recipes, defenses and suites by name, found by walking the folders. Imports no torch.
 
 A file registers names made of its own stem: `fab.py` may hold `fab` and `fab-t`, `mi_fgsm.py` holds `mi-fgsm`,
 `autoattack.py` holds `autoattack:apgd-ce`, `rapid.py` holds `rapid+autoattack`. So one name imports one module,
@@ -23,8 +23,16 @@ from robustkit.errors import UsageError, did_you_mean
 
 T = TypeVar("T")
 
+# Fields that count something and start at 1.
+COUNTS = ("steps", "restarts", "queries", "targets", "eot_iter", "probe", "finalists", "patience", "copies")
 DEFAULT_SUITE = "rapid"
-FOLDERS = {"attack": "attacks", "defense": "defenses", "suite": "attacks"}
+FOLDERS = {
+    "attack": "attacks",
+    "technique": "attacks",
+    "recipe": "attacks",
+    "suite": "attacks",
+    "defense": "defenses",
+}
 
 
 @dataclass(frozen=True)
@@ -32,7 +40,8 @@ class Info:
     """What a registered thing says of itself.
 
     `coupled` marks an attack whose random numbers depend on the batch it is run in. `family` marks a class
-    that answers to every name `NAME:ANYTHING`, by its class method `member(tail, **fields)`.
+    that answers to every name `NAME:ANYTHING`, by its class method `member(tail, **fields)`. `ascent` marks an
+    attack that reads nothing but gradients, so that techniques can change them (`robustkit.transfer`).
     """
 
     kind: str
@@ -42,6 +51,7 @@ class Info:
     access: str = ""
     coupled: bool = False
     family: bool = False
+    ascent: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,6 +74,7 @@ def attack(
     access: str,
     coupled: bool = False,
     family: bool = False,
+    ascent: bool = False,
 ) -> Callable[[type[T]], type[T]]:
     """Register a frozen dataclass as an attack. All arguments must be literals.
 
@@ -74,8 +85,19 @@ def attack(
         access: what it needs of the model: `gradient`, `score`, `decision` or `any`.
         coupled: see `Info`.
         family: see `Info`.
+        ascent: see `Info`.
     """
-    return _register(Info("attack", name, paper, norms, access, coupled, family))
+    return _register(Info("attack", name, paper, norms, access, coupled, family, ascent))
+
+
+def technique(name: str, *, paper: str = "") -> Callable[[type[T]], type[T]]:
+    """Register a frozen dataclass, a `robustkit.transfer.Technique`, that changes an attack's gradients."""
+    return _register(Info("technique", name, paper))
+
+
+def recipe(name: str, *, paper: str = "") -> Callable[[T], T]:
+    """Register a function `() -> attack string` as a name for an attack with its techniques."""
+    return _register(Info("recipe", name, paper))
 
 
 def suite(name: str, *, paper: str = "") -> Callable[[T], T]:
@@ -94,7 +116,7 @@ def _register(info: Info) -> Callable[[T], T]:
 
 @functools.cache
 def catalog(kind: str) -> Mapping[str, Entry]:
-    """Return every registered name of a kind (`attack`, `defense`, `suite`) with what its source says."""
+    """Return every registered name of a kind (a key of `FOLDERS`) with what its source says."""
     folder = FOLDERS[kind]
     entries: dict[str, Entry] = {}
     for file in sorted((Path(__file__).parent / folder).glob("[!_]*.py")):
@@ -132,17 +154,26 @@ def make(name: str, **fields: Any) -> Any:
         return find("attack", head).member(tail, **{key: _literal(value) for key, value in fields.items()})
     if entry and entry.info.family:
         raise UsageError(f"attack {name!r} is a family; write {head}:NAME or {head}:NAME(field=value,...).")
-    kind = find("attack", name)
-    hints = get_type_hints(kind)
-    types = {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+    return _build("attack", name, fields)
+
+
+def make_technique(name: str, **fields: Any) -> Any:
+    """Return the technique `name` with these fields; see `make`."""
+    return _build("technique", name, fields)
+
+
+def _build(kind: str, name: str, fields: Mapping[str, Any]) -> Any:
+    thing = find(kind, name)
+    hints = get_type_hints(thing)
+    types = {field.name: hints[field.name] for field in dataclasses.fields(thing)}
     for field in fields:
         if field not in types:
             raise did_you_mean(f"field of {name}", field, types)
     values = {field: _convert(name, field, value, types[field]) for field, value in fields.items()}
-    for field in ("steps", "restarts", "queries", "targets", "eot_iter", "probe", "finalists", "patience"):
+    for field in COUNTS:
         if values.get(field) is not None and values[field] < 1:
             raise UsageError(f"{name}: {field}={values[field]} must be at least 1.")
-    return kind(**values)
+    return thing(**values)
 
 
 def spec(value: Any) -> dict[str, Any]:
@@ -171,26 +202,52 @@ def parse_suite(text: str, norm: str) -> list[Any]:
         else:
             raise did_you_mean("suite or attack", name, [*catalog("suite"), *catalog("attack")])
     for value in attacks:
-        norms = getattr(value, "norms", value.info.norms)
-        if norm not in norms:
-            able = ", ".join(norms)
-            raise UsageError(f"{spec(value)['name']} is not defined in {norm}; it works in {able}.")
+        _check_norm(value, norm)
     return attacks
+
+
+def parse_attack(text: str, norm: str) -> list[Any]:
+    """Return an attack and its techniques, outermost first, of `NAME(field=value,...)+TECHNIQUE(...)+...`.
+
+    A recipe stands for the text that it returns; techniques may follow it.
+
+    Raises:
+        UsageError: for an unknown name or field, a bad value, or an attack that is not defined in this norm.
+    """
+    calls = [_parse_call(part) for part in _cut(text, "+")]
+    head, fields = calls[0]
+    if head in catalog("recipe"):
+        whole = find("recipe", head)()
+        if fields:
+            raise UsageError(f"recipe {head!r} takes no fields; write what it stands for: {whole!r}.")
+        calls[:1] = [_parse_call(part) for part in _cut(whole, "+")]
+        head, fields = calls[0]
+    elif head not in catalog("attack") and ":" not in head:
+        raise did_you_mean("attack or recipe", head, [*catalog("recipe"), *catalog("attack")])
+    value = make(head, **fields)
+    _check_norm(value, norm)
+    return [value, *(make_technique(name, **its) for name, its in calls[1:])]
+
+
+def _check_norm(value: Any, norm: str) -> None:
+    norms = getattr(value, "norms", value.info.norms)
+    if norm not in norms:
+        raise UsageError(f"{spec(value)['name']} is not defined in {norm}; it works in {', '.join(norms)}.")
 
 
 def _split(text: str) -> list[str]:
     """Cut at the commas outside brackets."""
-    parts = _cut(text)
+    parts = _cut(text, ",")
     if not all(parts):
         raise UsageError(f"suite {text!r}: write names with commas between, e.g. 'pgd(steps=50),fgsm'.")
     return parts
 
 
-def _cut(text: str) -> list[str]:
+def _cut(text: str, mark: str) -> list[str]:
     parts, depth = [""], 0
     for sign in text:
         depth += (sign in "([{") - (sign in ")]}")
-        if sign == "," and depth == 0:
+        if sign == mark and depth == 0:
             parts.append("")
         else:
             parts[-1] += sign
@@ -203,7 +260,7 @@ def _parse_call(text: str) -> tuple[str, dict[str, str]]:
     if not match:
         raise UsageError(f"suite {text!r}: write NAME or NAME(field=value,...), e.g. 'pgd(steps=50)'.")
     fields: dict[str, str] = {}
-    for pair in filter(None, _cut(match[2] or "")):
+    for pair in filter(None, _cut(match[2] or "", ",")):
         key, equals, value = (piece.strip() for piece in pair.partition("="))
         if not equals or not key or not value:
             raise UsageError(f"suite {text!r}: {pair.strip()!r} is not field=value.")

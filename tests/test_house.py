@@ -17,7 +17,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "robustkit"
 
-VOCABULARY = {"errors", "shapes", "threat", "losses", "goal", "rng", "rows", "record", "registry"}
+VOCABULARY = {
+    *("errors", "shapes", "threat", "losses", "goal", "rng", "rows", "record", "registry", "surrogates", "transfer")
+}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "shapes": set(),
@@ -31,6 +33,8 @@ ALLOWED: dict[str, set[str]] = {
     "intervals": set(),
     "record": {"errors", "intervals"},
     "registry": {"errors"},
+    "surrogates": {"errors", "goal", "rng", "rows", "shapes", "threat"},
+    "transfer": {"errors", "goal", "registry", "rng", "rows", "shapes", "surrogates", "threat"},
     "attacks": VOCABULARY,
     "defenses": VOCABULARY | {"attacks"},
     "models": {"devices", "errors", "shapes", "preprocess"},

@@ -1,0 +1,223 @@
+"""Several models as one surrogate: asked together or member by member, all on the device or one at a time.
+
+A transfer attack is given these instead of a model. They can be called as one (the combined logits), and they
+give the gradient of a loss in the images, of all members together or of some of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from robustkit.errors import UsageError, did_you_mean
+from robustkit.goal import Goal
+from robustkit.rng import RowRng
+from robustkit.rows import Model
+from robustkit.shapes import Images, Logits
+from robustkit.threat import per_row
+
+COMBINATIONS = ("logits", "probabilities", "loss", "gradients")
+
+# Entered around a member's forward pass with the member and the dice of the rows: hooks on its residual blocks.
+Around = Callable[[Any, RowRng], AbstractContextManager[object]]
+
+
+@dataclass(frozen=True)
+class Surrogates:
+    """Models with the same classes, and how they are made one.
+
+    Attributes:
+        members: each from images (B C H W) to logits (B K). One with a method `resident()`, a context manager that
+            gives the model, is on the device only inside of it.
+        combine: what is averaged: `logits`; `probabilities`, whose logarithms are the logits then; the `loss` of
+            each member; or the `gradients`, each first divided by its mean size.
+        weights: of the members, one each, above 0; by default all the same. They are made to sum to 1.
+        hold: whether the graphs of all members may be in memory at once. If not, `logits` and `probabilities`
+            cost a second forward pass for each member.
+        together: all members at once, (n B C H W) to (n B K), where that is faster than one after the other.
+        around: what is entered around each member's forward pass.
+    """
+
+    members: Sequence[Model]
+    combine: str = "logits"
+    weights: Sequence[float] | None = None
+    hold: bool = True
+    together: Callable[[Tensor], Tensor] | None = None
+    around: tuple[Around, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be meant."""
+        if not self.members:
+            raise UsageError("an ensemble of surrogates needs at least one model.")
+        if self.combine not in COMBINATIONS:
+            raise did_you_mean("combination", self.combine, COMBINATIONS)
+        if self.weights is not None and (
+            len(self.weights) != len(self.members) or not all(0 < weight < float("inf") for weight in self.weights)
+        ):
+            raise UsageError(
+                f"weights {list(self.weights)} for {len(self.members)} surrogates: write one number above 0 each."
+            )
+
+    @classmethod
+    def of(cls, model: Model | Surrogates) -> Surrogates:
+        """Return a model as the only member, surrogates as they are."""
+        return model if isinstance(model, Surrogates) else cls((model,))
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def __call__(self, x: Images) -> Logits:
+        """Return the combined logits of x: of `loss` and `gradients` those of the averaged logits."""
+        logits = torch.stack([self._member(number, x) for number in range(len(self))])
+        return self._combined(logits, self._shares(range(len(self)), None, x))
+
+    def select(self, members: Sequence[int]) -> Surrogates:
+        """Return some of them, as an ensemble of their own."""
+        weights = None if self.weights is None else [self.weights[number] for number in members]
+        return replace(self, members=[self.members[number] for number in members], weights=weights, together=None)
+
+    def logits(self, x: Images, members: Sequence[int] | None = None) -> Tensor:
+        """Return the logits of each of these members (n B K), all by default; no gradient."""
+        with torch.no_grad():
+            chosen = range(len(self)) if members is None else members
+            return torch.stack([self._member(number, x) for number in chosen])
+
+    def gradient(
+        self,
+        x: Images,
+        goal: Goal,
+        loss: str,
+        rng: RowRng,
+        members: Sequence[int] | None = None,
+        weights: Tensor | None = None,
+    ) -> Images:
+        """Return each row's gradient of its own loss in x.
+
+        Args:
+            x: where.
+            goal: what the loss rises towards.
+            loss: a name of `robustkit.losses`.
+            rng: the dice of the rows, for members that are changed at random.
+            members: which to ask, all by default.
+            weights: of those, (n) or (n B), in the place of the ensemble's own; taken as they are.
+        """
+        chosen = list(range(len(self)) if members is None else members)
+        shares = self._shares(chosen, weights, x)
+        if self.together is not None and not self.around and len(chosen) == len(self):
+            parts = self._all_at_once(x, goal, loss, shares)
+        elif self.hold:
+            parts = self._held(chosen, x, goal, loss, rng, shares)
+        else:
+            parts = self._streamed(chosen, x, goal, loss, rng, shares)
+        if self.combine != "gradients":
+            return sum(parts[1:], parts[0])
+        total = torch.zeros_like(x)
+        for share, part in zip(shares, parts, strict=True):
+            total = total + per_row(share, x) * scaled(part)
+        return total
+
+    def _shares(self, chosen: Sequence[int], weights: Tensor | None, x: Images) -> Tensor:
+        """Return the weights of these members, (n B)."""
+        if weights is None:
+            own = [1.0 if self.weights is None else float(self.weights[number]) for number in chosen]
+            weights = torch.tensor(own, dtype=torch.float64) / sum(own)
+        weights = weights.to(x)
+        return weights if weights.dim() == 2 else weights[:, None].expand(-1, len(x))
+
+    def _combined(self, logits: Tensor, shares: Tensor) -> Logits:
+        if self.combine == "probabilities":
+            return (logits.log_softmax(2) + shares[:, :, None].log()).logsumexp(0)
+        return (shares[:, :, None] * logits).sum(0)
+
+    def _slopes(self, logits: Tensor, goal: Goal, loss: str, shares: Tensor) -> Tensor:
+        """Return how the loss of each row changes with the logits of each member, (n B K)."""
+        with torch.enable_grad():
+            at = logits.detach().requires_grad_()
+            if self.combine in ("logits", "probabilities"):
+                value = goal.loss(self._combined(at, shares), loss).sum()
+            else:
+                each = torch.stack([goal.loss(member, loss) for member in at])
+                value = (each if self.combine == "gradients" else shares * each).sum()
+            return torch.autograd.grad(value, at)[0]
+
+    def _all_at_once(self, x: Images, goal: Goal, loss: str, shares: Tensor) -> list[Images]:
+        if self.together is None:
+            raise RuntimeError("there is no way to run these members together.")
+        with torch.enable_grad():
+            at = x.detach().expand(len(self), *x.shape).contiguous().requires_grad_()
+            logits = self.together(at)
+        return list(torch.autograd.grad(logits, at, self._slopes(logits, goal, loss, shares))[0])
+
+    def _held(
+        self, chosen: Sequence[int], x: Images, goal: Goal, loss: str, rng: RowRng, shares: Tensor
+    ) -> list[Images]:
+        with torch.enable_grad():
+            points = [x.detach().requires_grad_() for _ in chosen]
+            answers = [self._member(number, at, rng) for number, at in zip(chosen, points, strict=True)]
+        slopes = self._slopes(torch.stack(answers), goal, loss, shares)
+        return [
+            _pulled_back(answer, at, slope) for answer, at, slope in zip(answers, points, slopes, strict=True)
+        ]
+
+    def _streamed(
+        self, chosen: Sequence[int], x: Images, goal: Goal, loss: str, rng: RowRng, shares: Tensor
+    ) -> list[Images]:
+        """Give the same with one graph at a time: slopes first where they depend on all members."""
+        slopes: Sequence[Tensor | None] = [None] * len(chosen)
+        if len(chosen) > 1 and self.combine in ("logits", "probabilities"):
+            with torch.no_grad():
+                logits = torch.stack([self._member(number, x, rng) for number in chosen])
+            slopes = list(self._slopes(logits, goal, loss, shares))
+        parts = []
+        for place, number in enumerate(chosen):
+            with torch.enable_grad(), self._resident(number) as model:
+                at = x.detach().requires_grad_()
+                answer = self._ask(model, at, rng)
+                slope = slopes[place]
+                if slope is None:
+                    slope = self._slopes(answer[None], goal, loss, shares[place : place + 1])[0]
+                parts.append(_pulled_back(answer, at, slope))
+        return parts
+
+    def _member(self, number: int, x: Images, rng: RowRng | None = None) -> Logits:
+        with self._resident(number) as model:
+            return self._ask(model, x, rng)
+
+    def _ask(self, model: Model, x: Images, rng: RowRng | None) -> Logits:
+        if rng is None or not self.around:
+            return model(x)
+        with ExitStack() as stack:
+            for around in self.around:
+                stack.enter_context(around(model, rng))
+            return model(x)
+
+    @contextmanager
+    def _resident(self, number: int) -> Iterator[Model]:
+        member = self.members[number]
+        if hasattr(member, "resident"):
+            with member.resident() as model:
+                yield model
+        else:
+            yield member
+
+
+def scaled(gradient: Images) -> Images:
+    """Return each row divided by its mean absolute value, whatever its size; zero where the row is."""
+    rows = gradient.flatten(1)
+    # By the largest first, so that nothing underflows on the way to the mean.
+    largest = rows.abs().amax(1)
+    unit = gradient / per_row(torch.where(largest > 0, largest, 1), gradient)
+    mean = unit.flatten(1).abs().mean(1)
+    return unit / per_row(torch.where(mean > 0, mean, 1), gradient)
+
+
+def _pulled_back(answer: Logits, at: Images, slope: Tensor) -> Images:
+    """Return the gradient in the images; zero where the answer does not depend on them differentiably."""
+    if not answer.requires_grad:
+        return torch.zeros_like(at)
+    return torch.autograd.grad(answer, at, slope.to(answer.dtype))[0]

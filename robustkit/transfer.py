@@ -1,0 +1,181 @@
+"""Transfer attacks as compositions: a rule of ascent, and techniques that change what gradient it is given.
+
+The rule (`mi-fgsm`, `pgd`, `cwa` …) is an attack whose `step` reads nothing of an answer but the gradient; a
+technique (`di`, `vmi`, `ghost` …) stands between it and the surrogates. `mi-fgsm+vmi+di` asks `vmi` for a
+gradient, which asks `di` for each of its own, which asks the surrogates at transformed images. All rows take
+all steps: an image that fools the surrogates goes on, since it is not they that are to be fooled.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from robustkit.errors import UsageError
+from robustkit.goal import Goal
+from robustkit.registry import Info, spec
+from robustkit.rng import RowRng
+from robustkit.rows import Answer, Model, Rows
+from robustkit.shapes import Images
+from robustkit.surrogates import Surrogates
+from robustkit.threat import ThreatModel
+
+
+class Oracle(ABC):
+    """What gives gradients during one run on one batch. It may remember earlier steps of that run."""
+
+    @property
+    @abstractmethod
+    def surrogates(self) -> Surrogates:
+        """The models at the bottom."""
+
+    @abstractmethod
+    def gradient(
+        self,
+        rows: Rows,
+        x: Images,
+        members: Sequence[int] | None = None,
+        weights: Tensor | None = None,
+    ) -> Images:
+        """Return each row's gradient at x, of all members together or of some; see `Surrogates.gradient`.
+
+        `rows.rng` are the dice for this call alone: who asks several times in a step gives each its own
+        (`dice`).
+        """
+
+
+class Around(Oracle):
+    """An oracle that asks another one; to be subclassed with a `gradient` of its own."""
+
+    def __init__(self, inner: Oracle) -> None:
+        """Stand in front of an oracle."""
+        self.inner = inner
+
+    @property
+    def surrogates(self) -> Surrogates:
+        """The models at the bottom."""
+        return self.inner.surrogates
+
+
+class Direct(Oracle):
+    """The gradient of a loss itself."""
+
+    def __init__(self, surrogates: Surrogates, loss: str) -> None:
+        """Ask these surrogates for the gradient of that loss."""
+        self._surrogates, self.loss = surrogates, loss
+
+    @property
+    def surrogates(self) -> Surrogates:
+        """The models at the bottom."""
+        return self._surrogates
+
+    def gradient(
+        self,
+        rows: Rows,
+        x: Images,
+        members: Sequence[int] | None = None,
+        weights: Tensor | None = None,
+    ) -> Images:
+        """Return the surrogates' gradient at x."""
+        return self._surrogates.gradient(x, rows.aim, self.loss, rows.rng, members, weights)
+
+
+class Technique(ABC):
+    """A change of the gradient, to be subclassed by a frozen dataclass that is registered as `@technique`."""
+
+    __slots__ = ()
+
+    def prepare(self, surrogates: Surrogates) -> Surrogates:
+        """Return the surrogates to be asked, before a run."""
+        return surrogates
+
+    @abstractmethod
+    def begin(self, inner: Oracle) -> Oracle:
+        """Return what is asked instead of `inner` during one run on one batch."""
+
+
+@dataclass(frozen=True)
+class Composition:
+    """An attack made of a rule of ascent and techniques, the outermost first."""
+
+    rule: Any
+    techniques: tuple[Technique, ...] = ()
+
+    @property
+    def info(self) -> Info:
+        """What the rule says of itself."""
+        info: Info = self.rule.info
+        return info
+
+    @property
+    def name(self) -> str:
+        """The names, joined as they are written."""
+        return "+".join(spec(part)["name"] for part in (self.rule, *self.techniques))
+
+    def spec(self) -> dict[str, Any]:
+        """Return everything that determines what it does."""
+        return {**spec(self.rule), "techniques": [spec(part) for part in self.techniques]}
+
+    def __call__(self, model: Model, x: Images, goal: Goal, threat: ThreatModel, *, rng: RowRng) -> Images:
+        """Return where the last step ends, inside the threat; `model` is a model or `Surrogates`."""
+        return ascend(self.rule, model, x, goal, threat, rng, self.techniques)
+
+
+def compose(parts: Sequence[Any]) -> Any:
+    """Return the attack that these parts make: an attack, then techniques (see `registry.parse_attack`).
+
+    Raises:
+        UsageError: if techniques are to change an attack that is no rule of ascent.
+    """
+    rule, *techniques = parts
+    if rule.info.ascent:
+        return Composition(rule, tuple(techniques))
+    if techniques:
+        name = spec(rule)["name"]
+        raise UsageError(
+            f"{name} takes no techniques: write a rule of ascent before '+', e.g. mi-fgsm+{techniques[0].info.name}."
+        )
+    return rule
+
+
+def ascend(
+    rule: Any,
+    model: Model,
+    x: Images,
+    goal: Goal,
+    threat: ThreatModel,
+    rng: RowRng,
+    techniques: Sequence[Technique] = (),
+) -> Images:
+    """Take all steps of a rule from the images x; return where they end, inside ball and box.
+
+    A rule has `steps`, `loss`, `init(rows)` and `step(rows, state, answer)` as row-wise attacks do. It may have
+    `begin(oracle)` as techniques do, outermost of all, and a state that holds "point" where it stands if its next
+    query "x" is elsewhere.
+    """
+    surrogates = Surrogates.of(model)
+    for technique in techniques:
+        surrogates = technique.prepare(surrogates)
+    oracle: Oracle = Direct(surrogates, rule.loss)
+    for technique in reversed(techniques):
+        oracle = technique.begin(oracle)
+    if hasattr(rule, "begin"):
+        oracle = rule.begin(oracle)
+    rows = Rows(x.detach(), goal, threat, rng.at(step=0), goal)
+    state = rule.init(rows)
+    nothing = torch.zeros(len(x), dtype=x.dtype, device=x.device)
+    for step in range(rule.steps):
+        rows = replace(rows, rng=rng.at(step=step + 1))
+        gradient = oracle.gradient(rows, state["x"])
+        state = rule.step(rows, state, Answer(nothing[:, None], nothing, gradient))
+    return threat.project(state.get("point", state["x"]), rows.x)
+
+
+def dice(rows: Rows, name: str, number: int = 0) -> Rows:
+    """Return the rows with random numbers of their own for one of several calls in a step."""
+    return replace(rows, rng=replace(rows.rng, stream=f"{rows.rng.stream}/{name}{number}"))
