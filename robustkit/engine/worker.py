@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from robustkit.checks.probe import Probe
-from robustkit.checks.run import diagnose
+from robustkit.checks.run import UNSTEADY, diagnose
 from robustkit.data.samples import Samples
 from robustkit.engine.anytime import TimeUp
 from robustkit.engine.flight import Flight, Landed
@@ -177,6 +177,7 @@ class Worker:
             mend=self._mend,
             pace=PACE if self.meter.device.type == "cuda" else 1,
             wide=bool(spent),
+            steady=not UNSTEADY & self.tally.flags.keys(),
         )
         number = self.tally.next_chunk(first)
         begun, landed, done = time.perf_counter(), list[Landed](), 0
