@@ -49,8 +49,8 @@ Work = Callable[[Images, np.ndarray], tuple[list[Verdict], list[Flag]]]
 class Worker:
     """Does one run's chunks.
 
-    `free` is whether flights may choose their precision; work past the `deadline` (by `time.perf_counter`) ends
-    in `TimeUp`.
+    `free` is whether flights may choose their precision, `most` how many slots they may choose; work past the
+    `deadline` (by `time.perf_counter`) ends in `TimeUp`.
     """
 
     samples: Samples
@@ -64,6 +64,7 @@ class Worker:
     progress: Progress
     slots: int
     free: bool
+    most: int = 0
     deadline: float = math.inf
 
     def __post_init__(self) -> None:
@@ -82,7 +83,7 @@ class Worker:
             )
         try:
             with own_randomness(self.seed, "prepare"):
-                self.meter.size_up(image.to(self.meter.device), self.batch)
+                self.meter.size_up(image.to(self.meter.device), max(self.batch, self.slots, self.most))
         except RobustkitError:
             raise
         except Exception as error:
@@ -219,6 +220,8 @@ class Worker:
             with meter.searching(meter.way), own_randomness(self.seed, "tune"):
                 meter.tune(x, precision=self.free)
                 self.way = meter.way
+                if self.most > self.slots:
+                    self.slots = meter.widest(x, self.slots, self.most)
 
     def _stream(self, stage: int) -> str:
         name = self.tally.names[stage]
@@ -241,7 +244,9 @@ class Worker:
             x, images = images[:free], images[free:]
             labels = torch.from_numpy(self.samples.labels[now])
             clean = torch.from_numpy(-self.tally.clean_margins[now])
-            return now, x.to(device), labels.to(device), clean.to(device)
+            if device.type == "cuda":
+                x = x.pin_memory()
+            return now, x.to(device, non_blocking=True), labels.to(device), clean.to(device)
 
         return board
 
