@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from robustkit.engine.table import Table
 from robustkit.goal import Goal
 from robustkit.rng import RowRng
 from robustkit.rows import Answer, Rows, RowWise, State, ask, rank
-from robustkit.shapes import Images
+from robustkit.shapes import Images, Labels, PerRow
 from robustkit.threat import ThreatModel, per_row
 
 T = TypeVar("T")
@@ -54,6 +54,16 @@ class Lane:
         return self.attack.draws > 1 or self.attack.several
 
 
+class Boarding(NamedTuple):
+    """Samples that come aboard: positions in the data, ids for their dice, images, labels, clean margins."""
+
+    position: np.ndarray
+    ids: Labels
+    x: Images
+    labels: Labels
+    clean: PerRow
+
+
 @dataclass(frozen=True)
 class Landed:
     """Samples whose verdict is there; `stage` (B) is the attack that each fell to, or the last."""
@@ -74,7 +84,7 @@ class Landed:
 class Flight:
     """Takes samples through consecutive attacks; iterate over `run()`.
 
-    `board(n)` gives up to n samples: positions, images, labels, clean margins; fewer mean that no more will come.
+    `board(n)` gives up to n samples; fewer mean that no more will come.
     `mend` is told of a pass that failed: it raises, or puts things right for another try. `pace` is how many steps
     may pass between two looks at the device. `wide` flights do all jobs of an attack at a sample at once, where
     others do so in the last resorts alone: fewer steps for few samples. Where the model is `steady`, giving one
@@ -87,7 +97,7 @@ class Flight:
     streams: Sequence[str]
     seed: int
     slots: int
-    board: Callable[[int], tuple[np.ndarray, Images, Tensor, Tensor]]
+    board: Callable[[int], Boarding]
     mend: Callable[[Exception], None]
     pace: int = 1
     wide: bool = False
@@ -151,7 +161,7 @@ class Flight:
 
     def _fill(self) -> None:
         while self.more and (free := self.slots - self.aboard) > 0:
-            position, x, labels, clean = self.board(free)
+            position, ids, x, labels, clean = self.board(free)
             self.more = len(position) == free
             if not len(position):
                 return
@@ -159,7 +169,7 @@ class Flight:
             low = torch.full_like(clean, -torch.inf)
             most = max(lane.targets for lane in self.lanes)
             tensors = {
-                "position": torch.from_numpy(position).to(x.device),
+                "ids": ids,
                 "x": x,
                 "labels": labels,
                 "past": torch.stack([clean, clean], 1),
@@ -221,7 +231,7 @@ class Flight:
         aim = goal
         if lane.targets:
             aim = Goal(part["labels"], part["ranked"].gather(1, (job // lane.restarts)[:, None])[:, 0])
-        rng = RowRng(self.seed, lane.stream, part["position"], restart=job, step=age + ahead)
+        rng = RowRng(self.seed, lane.stream, part["ids"], restart=job, step=age + ahead)
         return Rows(part["x"], goal, self.threat, rng, aim, part["past"])
 
     def _tried(self, work: Callable[[], T]) -> T:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -73,3 +74,8 @@ def margins(logits: Logits, labels: Labels) -> PerRow:
 def image_hashes(images: Images) -> list[str]:
     """Return each row's sha256 over its float32 bytes."""
     return [hashlib.sha256(row.tobytes()).hexdigest() for row in images.float().cpu().numpy()]
+
+
+def sample_ids(hashes: Sequence[str]) -> Labels:
+    """Return a number below 2**32 for each image hash: the same for an image wherever in the data it is."""
+    return torch.tensor([int(digest[:8], 16) for digest in hashes], dtype=torch.int64)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from robustkit import evaluate, losses
 from robustkit.engine import worker
-from robustkit.engine.flight import Flight
+from robustkit.engine.flight import Boarding, Flight
+from robustkit.engine.judge import image_hashes, sample_ids
 from robustkit.engine.meter import Meter
 from robustkit.goal import Goal
 from robustkit.models import as_classifier
@@ -54,13 +55,19 @@ def test_same_verdicts_whatever_the_batch(norm: str) -> None:
         assert np.allclose(*costs, rtol=0.05)
 
 
-def test_shuffled_data_gives_each_sample_its_verdict_but_for_its_own_dice() -> None:
+@pytest.mark.parametrize("norm", EPS)
+def test_same_verdicts_whatever_the_order_and_in_parts(norm: str) -> None:
     net = Small().eval()
     x, y = labelled(net, 24, SHAPE)
-    suite = "race(targets=5,probe=3,steps=5,restarts=1,doubt=0.000001)"  # no random numbers before the first round
+    suite = MIXED if norm != "l1" else "pgd(steps=4,restarts=2),apgd-t(steps=4,targets=3),square(queries=30)"
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(3))
-    plain, mixed = (evaluate(net, x[i], y[i], EPS["linf"], suite=suite) for i in (torch.arange(len(x)), order))
-    assert [told(plain)[i] for i in order.tolist()] == told(mixed)
+    parts = (torch.arange(len(x)), order, order[:11], order[11:])
+    whole, mixed, first, second = (
+        evaluate(net, x[i], y[i], EPS[norm], suite=suite, precision="fp32") for i in parts
+    )
+    assert [told(whole)[i] for i in order.tolist()] == told(mixed) == told(first) + told(second)
+    shifted = [[whole.verdicts[i].margin for i in order.tolist()], [v.margin for v in mixed.verdicts]]
+    assert np.allclose(*shifted, atol=1e-4)
 
 
 def test_each_attack_does_what_it_does_alone() -> None:
@@ -69,7 +76,7 @@ def test_each_attack_does_what_it_does_alone() -> None:
     threat = ThreatModel.parse(EPS["linf"])
     for text in ("pgd(steps=6,restarts=2)", "apgd-t(steps=8,targets=4)", "fab(steps=4)", "square(queries=40)"):
         (attack,) = parse_suite(text, "linf")
-        ids = torch.arange(len(x))
+        ids = sample_ids(image_hashes(x))
         found = attack(net, x, Goal(y), threat, rng=RowRng(0, f"{text.partition('(')[0]}/0", ids))
         with torch.no_grad():
             alone = (net(found).argmax(1) == y).tolist()
@@ -87,10 +94,10 @@ def test_all_jobs_at_once_fool_whom_they_fool_one_by_one(slots: int) -> None:
     for wide in (False, True):
         waiting = np.arange(len(x))
 
-        def board(free: int) -> tuple[np.ndarray, Tensor, Tensor, Tensor]:
+        def board(free: int) -> Boarding:
             nonlocal waiting
             part, waiting = waiting[:free], waiting[free:]
-            return part, x[part], y[part], -clean[part]
+            return Boarding(part, torch.from_numpy(part), x[part], y[part], -clean[part])
 
         meter = Meter(as_classifier(net), torch.device("cpu"))
         meter.size_up(x[:1], 64)
