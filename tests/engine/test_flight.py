@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -174,6 +175,17 @@ class Dice(RowWise):
         return {"x": rows.threat.random_start(rows.x, rows.rng)}
 
 
+def once(x: Tensor, ids: Tensor, margin: float) -> Callable[[int], Boarding]:
+    """Board these images of class 0 at the first call, none at later ones."""
+    whole = Boarding(ids.numpy(), ids, x, torch.zeros(len(x), dtype=torch.int64), torch.full((len(x),), -margin))
+    calls = iter([whole])
+    return lambda free: next(calls, Boarding(*(part[:0] for part in whole)))
+
+
+def mend(error: Exception) -> None:
+    raise error
+
+
 def test_every_job_and_step_has_its_own_dice() -> None:
     asked: list[Tensor] = []
 
@@ -188,15 +200,7 @@ def test_every_job_and_step_has_its_own_dice() -> None:
     meter = Listening(as_classifier(torch.nn.Flatten()), torch.device("cpu"))
     x = torch.full((1, 1, 4, 5), 0.5)
     threat, ids = ThreatModel.parse("linf:0.3"), torch.tensor([7])
-    flown = iter([(np.array([7]), x, torch.zeros(1, dtype=torch.int64), torch.full((1,), -1.0))])
-
-    def board(free: int) -> tuple[np.ndarray, Tensor, Tensor, Tensor]:
-        return next(flown, (np.zeros(0, np.int64), x[:0], torch.zeros(0, dtype=torch.int64), torch.zeros(0)))
-
-    def mend(error: Exception) -> None:
-        raise error
-
-    for _ in Flight(meter, threat, [Dice()], ["dice"], 5, 8, board, mend).run():
+    for _ in Flight(meter, threat, [Dice()], ["dice"], 5, 8, once(x, ids, margin=1.0), mend).run():
         pass
     rng = RowRng(5, "dice", ids)
     expected = [threat.random_start(x, rng.at(restart=job, step=step)) for job in (0, 1) for step in (0, 1, 2)]
@@ -220,14 +224,7 @@ def test_a_refused_claim_goes_on() -> None:
     meter = Two(model, torch.device("cpu"))
     meter.num_classes = 2
     x = torch.full((3, 1, 4, 5), 0.5)
-    flown = iter([(np.arange(3), x, torch.zeros(3, dtype=torch.int64), torch.full((3,), -0.3))])
-
-    def board(free: int) -> tuple[np.ndarray, Tensor, Tensor, Tensor]:
-        return next(flown, (np.zeros(0, np.int64), x[:0], torch.zeros(0, dtype=torch.int64), torch.zeros(0)))
-
-    def mend(error: Exception) -> None:
-        raise error
-
+    board = once(x, torch.arange(3), margin=0.3)
     flight = Flight(meter, ThreatModel.parse("linf:0.3"), [Liar()], ["liar"], 0, 8, board, mend)
     landed = [part for group in flight.run() for part in group]
     assert flight.refused == 3
