@@ -55,9 +55,8 @@ def main() -> None:
         report = plan.run(Path(folder) / "run")
     whole = time.perf_counter() - begun
     name, around = arguments.model.rpartition("/")[2], whole - sum(seconds.values())
-    print(
-        f"{name}  {arguments.threat}  {report.n} images  torch {torch.__version__}  {torch.get_num_threads()} threads"
-    )
+    print(f"{name}  {arguments.threat}  {report.n} images", end="  ")
+    print(f"torch {torch.__version__}  {torch.get_num_threads()} threads")
     for part, spent in {**seconds, "around": around}.items():
         print(f"  {part:<9}{spent:>7.1f} s  {spent / whole:>6.1%}")
     print(f"  whole    {whole:>7.1f} s; slots full while images waited: {report.environment['occupancy']:.1%}")
