@@ -21,7 +21,7 @@ WEYL = (0x9E3779B9, 0xBB67AE85)
 
 @dataclass(frozen=True)
 class RowRng:
-    """One generator per row. `ids` (B) are the samples' positions in the data, below 2**32; `seed` is the run's.
+    """One generator per row. `ids` (B) are the samples' own numbers, below 2**32; `seed` is the run's.
 
     `restart` and `step` are one number for all rows, or one each (B), so that rows at different places of their
     attacks can draw together. It has no memory: drawing again gives the same numbers, and a uniform and a normal

@@ -12,7 +12,7 @@ import torch
 from robustkit.goal import Goal
 from robustkit.registry import make
 from robustkit.rng import RowRng
-from robustkit.rows import Model, query
+from robustkit.rows import Model
 from robustkit.shapes import Images, Labels, Logits
 from robustkit.threat import ThreatModel
 
@@ -47,8 +47,15 @@ class Probe:
     @cached_property
     def gradients(self) -> dict[str, Images]:
         """The few rows' input gradients of the losses `ce` and `margin`."""
-        x, goal = self.x[self.few], Goal(self.labels[self.few])
-        return {loss: query(self.model, x, goal, loss)[2] for loss in ("ce", "margin")}
+        goal, losses = Goal(self.labels[self.few]), ("ce", "margin")
+        with torch.enable_grad():
+            x = self.x[self.few].requires_grad_()
+            logits = self.model(x)
+            values = [goal.loss(logits, loss).sum() for loss in losses]
+        return {
+            loss: torch.autograd.grad(value, x, retain_graph=loss != losses[-1])[0]
+            for loss, value in zip(losses, values, strict=True)
+        }
 
     def left_by(self, threat: ThreatModel, rows: torch.Tensor, **fields: Any) -> torch.Tensor:
         """Return which of these rows PGD with these fields leaves standing under a threat."""

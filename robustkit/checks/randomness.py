@@ -15,6 +15,7 @@ from robustkit.record import Flag
 from robustkit.shapes import Logits
 
 NOISE = 1e-4
+CALLS = 5
 SEEDERS: dict[str, Callable[[int], object]] = {
     "torch": torch.manual_seed,
     "numpy": np.random.seed,
@@ -25,17 +26,17 @@ SEEDERS: dict[str, Callable[[int], object]] = {
 def randomised(probe: Probe) -> Flag | None:
     """Answers that change from one call to the next; names the generators that they come from.
 
-    The tolerance is AutoAttack's: 1e-4 on normalised logits. Sources are found by seeding all generators alike,
-    then each one differently. The caller isolates the generators.
+    Five calls and the tolerance, 1e-4 on normalised logits, are AutoAttack's; all generators have another seed at
+    each. Sources are found by seeding all alike, then each one differently. The caller isolates the generators.
     """
     if probe.attacks and all(getattr(attack, "eot_iter", 1) > 1 for attack in probe.attacks):
         return None
-    first = _answer(probe)
-    gap = max(_gap(first, _answer(probe, other)) for other in (*SEEDERS, *[None] * 2))
+    gap = max(_gap(_normalised(probe.logits), _answer(probe, call)) for call in range(1, CALLS))
     if gap <= NOISE:
         return None
-    still = _gap(_answer(probe), _answer(probe)) > NOISE
-    sources = [name for name in SEEDERS if not still and _gap(_answer(probe), _answer(probe, name)) > NOISE]
+    first = _answer(probe)
+    still = _gap(first, _answer(probe)) > NOISE
+    sources = [name for name in SEEDERS if not still and _gap(first, _answer(probe, differently=name)) > NOISE]
     return Flag(
         "randomised",
         "warning",
@@ -62,11 +63,15 @@ def optimises_at_test_time(probe: Probe) -> Flag | None:
     )
 
 
-def _answer(probe: Probe, differently: str | None = None) -> Logits:
-    for name, seed in SEEDERS.items():
-        seed(1 if name == differently else 0)
+def _answer(probe: Probe, seed: int = 0, differently: str | None = None) -> Logits:
+    """Return the normalised logits with all generators at this seed, one of them at the next."""
+    for name, start in SEEDERS.items():
+        start(seed + (name == differently))
     with torch.no_grad():
-        logits: Logits = probe.model(probe.x)
+        return _normalised(probe.model(probe.x))
+
+
+def _normalised(logits: Logits) -> Logits:
     normalised: Logits = logits / logits.norm(dim=1, keepdim=True).clamp(min=1e-10)
     return normalised
 

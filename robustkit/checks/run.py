@@ -23,6 +23,9 @@ BEFORE = (
     strength.unconverged,
 )
 
+# Flags of models whose answer to an image is not always the same.
+UNSTEADY = {"randomised", "batch-dependent"}
+
 TRAINING_MODE = Flag(
     "training-mode",
     "warning",
@@ -35,8 +38,8 @@ TRAINING_MODE = Flag(
 def diagnose(probe: Probe) -> list[Flag]:
     """Return the flags that a model raises, in a fixed order.
 
-    Costs, per image of the batch, 1 forward and 6 for randomness (13 if it is random); for the few rows
-    2 forwards and backwards for gradients, 6 forwards for finite differences and at most 100 propagations
+    Costs, per image of the batch, 1 forward and 4 for randomness (9 if it is random); for the few rows
+    1 forward and 2 backwards for gradients, 6 forwards for finite differences and at most 100 propagations
     each way for short PGD runs, which end at the first success.
     """
     found = (check(probe) for check in BEFORE)

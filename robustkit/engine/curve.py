@@ -16,7 +16,7 @@ from torch import Tensor
 
 from robustkit import registry
 from robustkit.data.samples import Samples
-from robustkit.engine.judge import Judged, judge
+from robustkit.engine.judge import Judged, image_hashes, judge, sample_ids
 from robustkit.engine.meter import Meter
 from robustkit.engine.progress import Progress
 from robustkit.engine.worker import NO_MEMORY
@@ -91,7 +91,7 @@ class CurveSearch:
         x, hit = self.samples.images(positions).to(device), torch.from_numpy(fooled).to(device)
         x_adv = x.clone()
         x_adv[hit] = torch.from_numpy(known).to(device)
-        ids = torch.from_numpy(positions).to(device)
+        ids = sample_ids(image_hashes(x)).to(device)
         labels = torch.from_numpy(self.samples.labels[positions]).to(device)
         while True:
             before = self.meter.forwards, self.meter.backwards

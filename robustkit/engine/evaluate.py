@@ -35,6 +35,8 @@ from robustkit.threat import ThreatModel
 
 BATCH_SIZE = 256
 SLOTS_CPU, SLOTS_GPU = 128, 512
+# How far a GPU's slots may grow where larger batches are faster.
+MOST_SLOTS = 4096
 AUDITOR = "autoattack"
 
 
@@ -205,6 +207,7 @@ class Evaluation:
                 progress,
                 self.slots,
                 self.precision == "auto",
+                MOST_SLOTS if self.batch_size is None and self.device.type == "cuda" else self.slots,
             )
             worker.prepare()
             with threads(meter.threads):

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from robustkit.engine.table import Table
 from robustkit.goal import Goal
 from robustkit.rng import RowRng
 from robustkit.rows import Answer, Rows, RowWise, State, ask, rank
-from robustkit.shapes import Images
+from robustkit.shapes import Images, Labels, PerRow
 from robustkit.threat import ThreatModel, per_row
 
 T = TypeVar("T")
@@ -54,6 +54,16 @@ class Lane:
         return self.attack.draws > 1 or self.attack.several
 
 
+class Boarding(NamedTuple):
+    """Samples that come aboard: positions in the data, ids for their dice, images, labels, clean margins."""
+
+    position: np.ndarray
+    ids: Labels
+    x: Images
+    labels: Labels
+    clean: PerRow
+
+
 @dataclass(frozen=True)
 class Landed:
     """Samples whose verdict is there; `stage` (B) is the attack that each fell to, or the last."""
@@ -74,10 +84,11 @@ class Landed:
 class Flight:
     """Takes samples through consecutive attacks; iterate over `run()`.
 
-    `board(n)` gives up to n samples: positions, images, labels, clean margins; fewer mean that no more will come.
+    `board(n)` gives up to n samples; fewer mean that no more will come.
     `mend` is told of a pass that failed: it raises, or puts things right for another try. `pace` is how many steps
     may pass between two looks at the device. `wide` flights do all jobs of an attack at a sample at once, where
-    others do so in the last resorts alone: fewer steps for few samples.
+    others do so in the last resorts alone: fewer steps for few samples. Where the model is `steady`, giving one
+    answer to an image, an attempt's last query is made in float32 at once, and that answer is the verdict on it.
     """
 
     meter: Meter
@@ -86,10 +97,11 @@ class Flight:
     streams: Sequence[str]
     seed: int
     slots: int
-    board: Callable[[int], tuple[np.ndarray, Images, Tensor, Tensor]]
+    board: Callable[[int], Boarding]
     mend: Callable[[Exception], None]
     pace: int = 1
     wide: bool = False
+    steady: bool = False
     steps: int = 0
     filled: int = 0
     refused: int = 0
@@ -138,9 +150,9 @@ class Flight:
                     if self.more:
                         self.steps += 1
                         self.filled += self.aboard
-                    for lane, blind, answer in self._tried(partial(self._ask, busy)):
-                        self._charge(lane, blind, answer)
-                        self._advance(lane, answer)
+                    for query, answer in self._tried(partial(self._ask, busy)):
+                        self._charge(query, answer)
+                        self._advance(query, answer)
                 self._look(busy)
             landed, self.landed = self.landed, []
             yield landed
@@ -149,7 +161,7 @@ class Flight:
 
     def _fill(self) -> None:
         while self.more and (free := self.slots - self.aboard) > 0:
-            position, x, labels, clean = self.board(free)
+            position, ids, x, labels, clean = self.board(free)
             self.more = len(position) == free
             if not len(position):
                 return
@@ -157,7 +169,7 @@ class Flight:
             low = torch.full_like(clean, -torch.inf)
             most = max(lane.targets for lane in self.lanes)
             tensors = {
-                "position": torch.from_numpy(position).to(x.device),
+                "ids": ids,
                 "x": x,
                 "labels": labels,
                 "past": torch.stack([clean, clean], 1),
@@ -169,6 +181,7 @@ class Flight:
                 "ended": torch.zeros_like(low, dtype=torch.bool),
                 "broken": torch.zeros_like(low, dtype=torch.bool),
                 "claim": x,
+                "claim_logits": x.new_full((len(x), self.meter.num_classes or 2), torch.nan),
                 "ranked": labels.new_full((len(x), min(most, (self.meter.num_classes or 2) - 1)), -1),
             }
             zero = np.zeros(len(position), np.int64)
@@ -218,7 +231,7 @@ class Flight:
         aim = goal
         if lane.targets:
             aim = Goal(part["labels"], part["ranked"].gather(1, (job // lane.restarts)[:, None])[:, 0])
-        rng = RowRng(self.seed, lane.stream, part["position"], restart=job, step=age + ahead)
+        rng = RowRng(self.seed, lane.stream, part["ids"], restart=job, step=age + ahead)
         return Rows(part["x"], goal, self.threat, rng, aim, part["past"])
 
     def _tried(self, work: Callable[[], T]) -> T:
@@ -229,30 +242,36 @@ class Flight:
             except (RuntimeError, MemoryError) as error:
                 self.mend(error)
 
-    def _ask(self, lanes: Sequence[Lane]) -> list[tuple[Lane, Tensor, Answer]]:
+    def _ask(self, lanes: Sequence[Lane]) -> list[tuple[_Query, Answer]]:
         """Return an answer for every row: all lanes together, but for those that cannot share."""
         alone, together = [], []
         for lane in lanes:
             table = _table(lane)
             rows, state = self._rows(lane, table), table.state
-            blind = torch.from_numpy(table.host["age"] == lane.length)
+            closing = torch.from_numpy(table.host["age"] == lane.length)
+            blind = closing
             if lane.attack.blind:
                 blind = torch.ones_like(blind)
             elif "blind" in state:
                 blind = blind | state["blind"].cpu()
             if lane.solo:
+                query = _Query(lane, rows, state, blind, torch.zeros_like(blind))
                 asked = ask(lane.attack, self.meter, rows, {**state, "blind": blind.to(rows.x.device)}, True)
-                alone.append((lane, blind, asked))
-            else:
-                together.append(_Query(lane, rows, state, blind))
+                alone.append((query, asked))
+                continue
+            if "last" in state:
+                closing = closing | state["last"].cpu()
+            exact = closing & blind if self.steady and not lane.attack.blind else torch.zeros_like(blind)
+            together.append(_Query(lane, rows, state, blind, exact))
         return alone + self._together(together)
 
-    def _together(self, queries: list[_Query]) -> list[tuple[Lane, Tensor, Answer]]:
-        """Answer rows of several attacks by one pass for those that want a gradient and one for the others."""
+    def _together(self, queries: list[_Query]) -> list[tuple[_Query, Answer]]:
+        """Answer rows of several attacks by one pass for those that want a gradient, one or two for the others."""
         parts: list[list[tuple[Tensor, Answer]]] = [[] for _ in queries]
-        for with_gradient in (True, False):
+        for with_gradient, exact in ((True, False), (False, False), (False, True)):
             members = [
-                (found, query, query.rows_with(with_gradient)) for found, query in zip(parts, queries, strict=True)
+                (found, query, query.rows_with(with_gradient, exact))
+                for found, query in zip(parts, queries, strict=True)
             ]
             members = [member for member in members if len(member[2])]
             if not members:
@@ -261,7 +280,7 @@ class Flight:
             cuts = [len(index) for *_, index in members]
             with torch.set_grad_enabled(with_gradient):
                 x = x.detach().requires_grad_(with_gradient)
-                logits = self.meter(x)
+                logits = self.meter.exact(x) if exact else self.meter(x)
                 values = [
                     query.objective(index, part)
                     for (_, query, index), part in zip(members, _cut(logits, cuts), strict=True)
@@ -273,16 +292,18 @@ class Flight:
             for (found, _, index), value, own, slope in shares:
                 answer = Answer(own, value.detach(), slope if value.dim() == 1 else slope[:, None])
                 found.append((index, answer))
-        return [(query.lane, query.blind, _merged(found)) for query, found in zip(queries, parts, strict=True)]
+        return [(query, _merged(found)) for query, found in zip(queries, parts, strict=True)]
 
-    def _charge(self, lane: Lane, blind: Tensor, answer: Answer) -> None:
+    def _charge(self, query: _Query, answer: Answer) -> None:
         """Put the passes that an answer took on the account of each row."""
+        lane = query.lane
         spent, draws = _table(lane).host["spent"], lane.attack.draws
         spent[:, lane.number, 0] += draws
-        spent[:, lane.number, 1] += np.where(blind.numpy(), 0, draws * answer.loss[0].numel())
+        spent[:, lane.number, 1] += np.where(query.blind.numpy(), 0, draws * answer.loss[0].numel())
 
-    def _advance(self, lane: Lane, answer: Answer) -> None:
+    def _advance(self, query: _Query, answer: Answer) -> None:
         """Note what the answers say, claims among it, and go one step on."""
+        lane, exact = query.lane, query.exact.to(answer.logits.device)
         table = _table(lane)
         part, state = table.device, table.state
         score = losses.margin(answer.logits, part["labels"]).double()
@@ -293,10 +314,12 @@ class Flight:
         part["nearest"] = torch.where(nearer, score, part["nearest"])
         part["broken"] = part["broken"] | ~answer.logits.isfinite().all(1)
         # Where the search is in low precision a point may fool the float32 model before the search can see it.
-        doubt = self.meter.rounding * answer.logits.abs().amax(1).double()
+        doubt = torch.where(exact, 0, self.meter.rounding * answer.logits.abs().amax(1).double())
         seems = Goal(part["labels"]).reached(answer.logits) & (score > -torch.inf) | (score > -doubt)
         claims = seems & (score > part["refused"]) & ~part["claimed"] & ~part["ended"]
         part["claim"] = torch.where(per_row(claims, part["x"]), state["x"], part["claim"])
+        answers = torch.where(exact[:, None], answer.logits, torch.nan)
+        part["claim_logits"] = torch.where(claims[:, None], answers, part["claim_logits"])
         part["claimed"] = part["claimed"] | claims
         age = torch.from_numpy(table.host["age"]).to(claims.device)
         part["when"] = torch.where(claims, age, part["when"])
@@ -315,7 +338,7 @@ class Flight:
             done = (table.host["age"] > lane.length) | table.device["ended"].cpu().numpy()
             gone = np.zeros(len(table), bool)
             if judged is not None:
-                table.host["spent"][index, lane.number, 0] += 1 + judged.doubtful.cpu().numpy()
+                table.host["spent"][index, lane.number, 0] += judged.forwards.cpu().numpy()
                 fooled = judged.fooled.cpu().numpy()
                 again = torch.from_numpy(index[~fooled]).to(table.device["x"].device)
                 self.refused += len(again)
@@ -384,8 +407,9 @@ class Flight:
         some = [table for table in tables if len(table)]
         if not some:
             return [None] * len(tables)
-        x, labels, claim = (torch.cat([t.device[n] for t in some]) for n in ("x", "labels", "claim"))
-        judged = self._tried(lambda: judge(self.meter, x, labels, claim, self.threat))
+        names = ("x", "labels", "claim", "claim_logits")
+        x, labels, claim, known = (torch.cat([t.device[name] for t in some]) for name in names)
+        judged = self._tried(lambda: judge(self.meter, x, labels, claim, self.threat, known))
         found: list[Judged | None] = []
         at = 0
         for table in tables:
@@ -399,7 +423,7 @@ class Flight:
         """Land what has withstood everything, judged at its best point."""
         part = table.device
         judged = self._tried(lambda: judge(self.meter, part["x"], part["labels"], part["best"], self.threat))
-        table.host["spent"][:, -1, 0] += 1 + judged.doubtful.cpu().numpy()
+        table.host["spent"][:, -1, 0] += judged.forwards.cpu().numpy()
         self._land(table, len(self.lanes) - 1, judged)
 
     def _land(self, table: Table, stage: int, judged: Judged) -> None:
@@ -412,16 +436,17 @@ class Flight:
 
 @dataclass(frozen=True)
 class _Query:
-    """What one lane asks in a step; `blind` rows (B, on the host) want no gradient."""
+    """What one lane asks in a step; `blind` rows (B, on the host) want no gradient, `exact` ones float32."""
 
     lane: Lane
     rows: Rows
     state: State
     blind: Tensor
+    exact: Tensor
 
-    def rows_with(self, gradient: bool) -> Tensor:
-        """Return the positions of the rows that want a gradient, or of the others."""
-        mask = ~self.blind if gradient else self.blind
+    def rows_with(self, gradient: bool, exact: bool) -> Tensor:
+        """Return the positions of the rows that want a gradient, or none and an exact answer or not."""
+        mask = ~self.blind if gradient else self.blind & (self.exact == exact)
         return mask.nonzero()[:, 0].to(self.rows.x.device)
 
     def objective(self, index: Tensor, logits: Tensor) -> Tensor:

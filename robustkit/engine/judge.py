@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +20,7 @@ class Judged:
     """Points (B C H W) inside the threat, with the model's word on each.
 
     `refused` marks the rows whose point fooled the model only outside ball and box, `broken` those where the
-    logits were NaN or infinite; neither counts as fooled. `doubtful` are those that took a second forward.
+    logits were NaN or infinite; neither counts as fooled. `forwards` is what each took.
     """
 
     x: Images
@@ -28,11 +29,15 @@ class Judged:
     fooled: Mask
     refused: Mask
     broken: Mask
-    doubtful: Mask
+    forwards: Labels
 
 
-def judge(meter: Meter, x: Images, labels: Labels, found: Images, threat: ThreatModel) -> Judged:
+def judge(
+    meter: Meter, x: Images, labels: Labels, found: Images, threat: ThreatModel, known: Logits | None = None
+) -> Judged:
     """Project what an attack found for the clean images x onto ball and box, and ask the model again.
+
+    `known` (B K) are float32 answers at the points where there is one already, NaN elsewhere.
 
     Raises:
         RunError: if the attack returned another shape.
@@ -43,16 +48,22 @@ def judge(meter: Meter, x: Images, labels: Labels, found: Images, threat: Threat
     whole = found.flatten(1).isfinite().all(1)
     found = torch.where(whole.view(-1, 1, 1, 1), found, x)
     point = threat.project(found, x)
-    logits = meter.exact(point)
+    moved = (point != found).flatten(1).any(1)
+    if known is None:
+        unknown, logits = torch.ones_like(moved), meter.exact(point)
+    else:
+        unknown, logits = known.isnan().any(1) | moved, known.clone()
+        if unknown.any():
+            logits[unknown] = meter.exact(point[unknown]).to(logits)
     broken = ~logits.isfinite().all(1)
     prediction = logits.argmax(1)
     fooled = (prediction != labels) & ~broken
-    doubtful = ~fooled & (point != found).flatten(1).any(1)
+    doubtful = ~fooled & moved
     refused = torch.zeros_like(fooled)
     if doubtful.any():
         refused[doubtful] = meter.exact(found[doubtful]).argmax(1) != labels[doubtful]
     margin = torch.where(broken, 0.0, margins(logits, labels))
-    return Judged(point, prediction, margin, fooled, refused, broken, doubtful)
+    return Judged(point, prediction, margin, fooled, refused, broken, unknown.long() + doubtful.long())
 
 
 def margins(logits: Logits, labels: Labels) -> PerRow:
@@ -63,3 +74,8 @@ def margins(logits: Logits, labels: Labels) -> PerRow:
 def image_hashes(images: Images) -> list[str]:
     """Return each row's sha256 over its float32 bytes."""
     return [hashlib.sha256(row.tobytes()).hexdigest() for row in images.float().cpu().numpy()]
+
+
+def sample_ids(hashes: Sequence[str]) -> Labels:
+    """Return a number below 2**32 for each image hash: the same for an image wherever in the data it is."""
+    return torch.tensor([int(digest[:8], 16) for digest in hashes], dtype=torch.int64)

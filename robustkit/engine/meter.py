@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +22,8 @@ from robustkit.shapes import Images, Logits
 TINY = 1 << 20
 # Another precision or layout must save a tenth of the time, so that noise does not choose it.
 WORTH = 0.9
+# A way that takes so many times the plain one's time for two images, and so many seconds, is not tried on more.
+GIVE_UP, GIVE_UP_SECONDS = 3, 0.05
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -129,36 +132,58 @@ class Meter:
         plain = self._trial(x, self.way)
         if plain is None:
             return
-        seconds, exact = plain
+        seconds, exact, of_two = plain
         best = WORTH * seconds
         net = folded(self.model, x) or self.model
         dtypes = [self.way.dtype, torch.bfloat16] if precision else [self.way.dtype]
         for dtype, layout in itertools.product(dtypes, LAYOUTS):
             way = Way(net, dtype, layout)
-            tried = None if way == self.way else self._trial(x, way)
+            tried = None if way == self.way else self._trial(x, way, max(GIVE_UP * of_two, GIVE_UP_SECONDS))
             if tried is None or not tried[1].isfinite().all():
                 continue
             near = (tried[1] - exact).abs().amax() <= 0.1 * (exact.amax(1) - exact.amin(1)).mean()
             if near and tried[0] < best:
                 best, self.way = tried[0], way
 
-    def _trial(self, x: Images, way: Way) -> tuple[float, Logits] | None:
-        """Return seconds and logits of one forward and backward pass in this way; None if the model refuses it."""
+    def widest(self, x: Images, slots: int, most: int) -> int:
+        """Return a batch size from `slots` to `most`, doubled as long as images a second rise by a tenth."""
+        best = 0.0
+        while slots <= min(most, self.piece or most):
+            batch = x.repeat(-(-slots // len(x)), 1, 1, 1)[:slots]
+            try:
+                seconds = min(self._timed(batch)[0] for _ in range(3))
+            except (RuntimeError, MemoryError):
+                break
+            if WORTH * slots / seconds < best:
+                break
+            best, slots = slots / seconds, 2 * slots
+        return max(slots // 2, 1)
+
+    def _trial(self, x: Images, way: Way, limit: float = math.inf) -> tuple[float, Logits, float] | None:
+        """Return seconds and logits of one forward and backward pass in this way, and the seconds of two images.
+
+        None if the model refuses it, or if the two take longer than the limit.
+        """
         try:
             with self.searching(way):
-                seconds = []
-                for _ in range(3):
-                    images = x.detach().requires_grad_()
-                    begun = time.perf_counter()
-                    logits = self._net(images)
-                    if logits.requires_grad:
-                        torch.autograd.grad(logits.sum(), images)
-                    if self.device.type == "cuda":
-                        torch.cuda.synchronize(self.device)
-                    seconds.append(time.perf_counter() - begun)
-            return min(seconds[1:]), logits.detach()
+                self._timed(x[:2])
+                of_two, _ = self._timed(x[:2])
+                if of_two > limit:
+                    return None
+                trials = [self._timed(x) for _ in range(3)]
+            return min(seconds for seconds, _ in trials[1:]), trials[-1][1], of_two
         except RuntimeError:
             return None
+
+    def _timed(self, x: Images) -> tuple[float, Logits]:
+        images = x.detach().requires_grad_()
+        begun = time.perf_counter()
+        logits = self._net(images)
+        if logits.requires_grad:
+            torch.autograd.grad(logits.sum(), images)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter() - begun, logits.detach()
 
     def _in_pieces(self, x: Images, differentiable: bool) -> Logits:
         if self.piece is None or len(x) <= self.piece:

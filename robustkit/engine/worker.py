@@ -12,11 +12,11 @@ import numpy as np
 import torch
 
 from robustkit.checks.probe import Probe
-from robustkit.checks.run import diagnose
+from robustkit.checks.run import UNSTEADY, diagnose
 from robustkit.data.samples import Samples
 from robustkit.engine.anytime import TimeUp
-from robustkit.engine.flight import Flight, Landed
-from robustkit.engine.judge import Judged, image_hashes, judge, margins
+from robustkit.engine.flight import Boarding, Flight, Landed
+from robustkit.engine.judge import Judged, image_hashes, judge, margins, sample_ids
 from robustkit.engine.meter import Meter, Way
 from robustkit.engine.progress import Progress
 from robustkit.engine.tally import Tally
@@ -26,7 +26,7 @@ from robustkit.isolation import own_randomness
 from robustkit.ledger import Chunk, Ledger, Verdict
 from robustkit.record import Flag
 from robustkit.rng import RowRng
-from robustkit.shapes import Images
+from robustkit.shapes import Images, Labels
 from robustkit.threat import ThreatModel
 
 # The most images that the checks look at.
@@ -49,8 +49,8 @@ Work = Callable[[Images, np.ndarray], tuple[list[Verdict], list[Flag]]]
 class Worker:
     """Does one run's chunks.
 
-    `free` is whether flights may choose their precision; work past the `deadline` (by `time.perf_counter`) ends
-    in `TimeUp`.
+    `free` is whether flights may choose their precision, `most` how many slots they may choose; work past the
+    `deadline` (by `time.perf_counter`) ends in `TimeUp`.
     """
 
     samples: Samples
@@ -64,6 +64,7 @@ class Worker:
     progress: Progress
     slots: int
     free: bool
+    most: int = 0
     deadline: float = math.inf
 
     def __post_init__(self) -> None:
@@ -82,7 +83,7 @@ class Worker:
             )
         try:
             with own_randomness(self.seed, "prepare"):
-                self.meter.size_up(image.to(self.meter.device), self.batch)
+                self.meter.size_up(image.to(self.meter.device), max(self.batch, self.slots, self.most))
         except RobustkitError:
             raise
         except Exception as error:
@@ -177,6 +178,7 @@ class Worker:
             mend=self._mend,
             pace=PACE if self.meter.device.type == "cuda" else 1,
             wide=bool(spent),
+            steady=not UNSTEADY & self.tally.flags.keys(),
         )
         number = self.tally.next_chunk(first)
         begun, landed, done = time.perf_counter(), list[Landed](), 0
@@ -218,18 +220,20 @@ class Worker:
             with meter.searching(meter.way), own_randomness(self.seed, "tune"):
                 meter.tune(x, precision=self.free)
                 self.way = meter.way
+                if self.most > self.slots:
+                    self.slots = meter.widest(x, self.slots, self.most)
 
     def _stream(self, stage: int) -> str:
         name = self.tally.names[stage]
         return f"{name}/{self.tally.names[1:stage].count(name)}"
 
-    def _gate(self, waiting: np.ndarray) -> Callable[[int], tuple[np.ndarray, Images, torch.Tensor, torch.Tensor]]:
+    def _gate(self, waiting: np.ndarray) -> Callable[[int], Boarding]:
         """Return what gives the next so many of these samples; images are read in larger blocks."""
         device = self.meter.device
         blocks = iter(np.split(waiting, range(self.batch, len(waiting), self.batch)))
         block, images = np.zeros(0, np.int64), torch.zeros(0)
 
-        def board(free: int) -> tuple[np.ndarray, Images, torch.Tensor, torch.Tensor]:
+        def board(free: int) -> Boarding:
             nonlocal block, images
             while len(block) < free and (more := next(blocks, None)) is not None:
                 read = self.samples.images(more)
@@ -240,9 +244,16 @@ class Worker:
             x, images = images[:free], images[free:]
             labels = torch.from_numpy(self.samples.labels[now])
             clean = torch.from_numpy(-self.tally.clean_margins[now])
-            return now, x.to(device), labels.to(device), clean.to(device)
+            if device.type == "cuda":
+                x = x.pin_memory()
+            ids = self._ids(now)
+            return Boarding(now, ids, x.to(device, non_blocking=True), labels.to(device), clean.to(device))
 
         return board
+
+    def _ids(self, positions: np.ndarray) -> Labels:
+        """Return the numbers by which these images draw: an image's own, so that its place does not matter."""
+        return sample_ids([self.tally.images[position] for position in positions]).to(self.meter.device)
 
     def _write_landed(self, first: int, count: int, number: int, landed: list[Landed], seconds: float) -> None:
         """Write down samples that went through a flight: each verdict with the stage that gave it."""
@@ -387,7 +398,6 @@ class Worker:
         self, attack: Any, stream: str, x: Images, positions: np.ndarray
     ) -> tuple[list[Verdict], list[Flag]]:
         self._check_images(positions, image_hashes(x))
-        ids = torch.from_numpy(positions).to(x.device)
         labels = torch.from_numpy(self.samples.labels[positions]).to(x.device)
         self.meter.detached = False
         found = attack(
@@ -395,7 +405,7 @@ class Worker:
             x.clone(),
             Goal(labels),
             self.threat,
-            rng=RowRng(self.seed, stream, ids),
+            rng=RowRng(self.seed, stream, self._ids(positions)),
         )
         judged = judge(self.meter, x, labels, found, self.threat)
         flags = _noticed(int(judged.refused.sum()), int(judged.broken.sum()), self.meter.detached)

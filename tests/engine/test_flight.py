@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from robustkit import evaluate, losses
 from robustkit.engine import worker
-from robustkit.engine.flight import Flight
+from robustkit.engine.flight import Boarding, Flight
+from robustkit.engine.judge import image_hashes, sample_ids
 from robustkit.engine.meter import Meter
 from robustkit.goal import Goal
 from robustkit.models import as_classifier
@@ -54,13 +56,19 @@ def test_same_verdicts_whatever_the_batch(norm: str) -> None:
         assert np.allclose(*costs, rtol=0.05)
 
 
-def test_shuffled_data_gives_each_sample_its_verdict_but_for_its_own_dice() -> None:
+@pytest.mark.parametrize("norm", EPS)
+def test_same_verdicts_whatever_the_order_and_in_parts(norm: str) -> None:
     net = Small().eval()
     x, y = labelled(net, 24, SHAPE)
-    suite = "race(targets=5,probe=3,steps=5,restarts=1,doubt=0.000001)"  # no random numbers before the first round
+    suite = MIXED if norm != "l1" else "pgd(steps=4,restarts=2),apgd-t(steps=4,targets=3),square(queries=30)"
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(3))
-    plain, mixed = (evaluate(net, x[i], y[i], EPS["linf"], suite=suite) for i in (torch.arange(len(x)), order))
-    assert [told(plain)[i] for i in order.tolist()] == told(mixed)
+    parts = (torch.arange(len(x)), order, order[:11], order[11:])
+    whole, mixed, first, second = (
+        evaluate(net, x[i], y[i], EPS[norm], suite=suite, precision="fp32") for i in parts
+    )
+    assert [told(whole)[i] for i in order.tolist()] == told(mixed) == told(first) + told(second)
+    shifted = [[whole.verdicts[i].margin for i in order.tolist()], [v.margin for v in mixed.verdicts]]
+    assert np.allclose(*shifted, atol=1e-4)
 
 
 def test_each_attack_does_what_it_does_alone() -> None:
@@ -69,7 +77,7 @@ def test_each_attack_does_what_it_does_alone() -> None:
     threat = ThreatModel.parse(EPS["linf"])
     for text in ("pgd(steps=6,restarts=2)", "apgd-t(steps=8,targets=4)", "fab(steps=4)", "square(queries=40)"):
         (attack,) = parse_suite(text, "linf")
-        ids = torch.arange(len(x))
+        ids = sample_ids(image_hashes(x))
         found = attack(net, x, Goal(y), threat, rng=RowRng(0, f"{text.partition('(')[0]}/0", ids))
         with torch.no_grad():
             alone = (net(found).argmax(1) == y).tolist()
@@ -87,10 +95,10 @@ def test_all_jobs_at_once_fool_whom_they_fool_one_by_one(slots: int) -> None:
     for wide in (False, True):
         waiting = np.arange(len(x))
 
-        def board(free: int) -> tuple[np.ndarray, Tensor, Tensor, Tensor]:
+        def board(free: int) -> Boarding:
             nonlocal waiting
             part, waiting = waiting[:free], waiting[free:]
-            return part, x[part], y[part], -clean[part]
+            return Boarding(part, torch.from_numpy(part), x[part], y[part], -clean[part])
 
         meter = Meter(as_classifier(net), torch.device("cpu"))
         meter.size_up(x[:1], 64)
@@ -117,8 +125,8 @@ def test_counts_are_those_of_an_independent_counter() -> None:
     net.body[0].register_full_backward_hook(lambda m, i, o: seen.update(backward=seen["backward"] + len(o[0])))
     # With room for all jobs at once, since activations that did not fit would be computed again, uncounted.
     report = evaluate(net, x, y, EPS["linf"], suite=MIXED, precision="fp32", batch_size=100)
-    # Not counted: the image that sizes the batch, and three passes in each of two memory layouts.
-    trials = 2 * 3 * 12
+    # Not counted: the image that sizes the batch, and in each of two memory layouts two of two and three of all.
+    trials = 2 * (2 * 2 + 3 * 12)
     assert report.cost.backwards == seen["backward"] - trials
     assert report.cost.forwards == seen["forward"] - 1 - trials
 
@@ -167,6 +175,17 @@ class Dice(RowWise):
         return {"x": rows.threat.random_start(rows.x, rows.rng)}
 
 
+def once(x: Tensor, ids: Tensor, margin: float) -> Callable[[int], Boarding]:
+    """Board these images of class 0 at the first call, none at later ones."""
+    whole = Boarding(ids.numpy(), ids, x, torch.zeros(len(x), dtype=torch.int64), torch.full((len(x),), -margin))
+    calls = iter([whole])
+    return lambda free: next(calls, Boarding(*(part[:0] for part in whole)))
+
+
+def mend(error: Exception) -> None:
+    raise error
+
+
 def test_every_job_and_step_has_its_own_dice() -> None:
     asked: list[Tensor] = []
 
@@ -181,15 +200,7 @@ def test_every_job_and_step_has_its_own_dice() -> None:
     meter = Listening(as_classifier(torch.nn.Flatten()), torch.device("cpu"))
     x = torch.full((1, 1, 4, 5), 0.5)
     threat, ids = ThreatModel.parse("linf:0.3"), torch.tensor([7])
-    flown = iter([(np.array([7]), x, torch.zeros(1, dtype=torch.int64), torch.full((1,), -1.0))])
-
-    def board(free: int) -> tuple[np.ndarray, Tensor, Tensor, Tensor]:
-        return next(flown, (np.zeros(0, np.int64), x[:0], torch.zeros(0, dtype=torch.int64), torch.zeros(0)))
-
-    def mend(error: Exception) -> None:
-        raise error
-
-    for _ in Flight(meter, threat, [Dice()], ["dice"], 5, 8, board, mend).run():
+    for _ in Flight(meter, threat, [Dice()], ["dice"], 5, 8, once(x, ids, margin=1.0), mend).run():
         pass
     rng = RowRng(5, "dice", ids)
     expected = [threat.random_start(x, rng.at(restart=job, step=step)) for job in (0, 1) for step in (0, 1, 2)]
@@ -213,14 +224,7 @@ def test_a_refused_claim_goes_on() -> None:
     meter = Two(model, torch.device("cpu"))
     meter.num_classes = 2
     x = torch.full((3, 1, 4, 5), 0.5)
-    flown = iter([(np.arange(3), x, torch.zeros(3, dtype=torch.int64), torch.full((3,), -0.3))])
-
-    def board(free: int) -> tuple[np.ndarray, Tensor, Tensor, Tensor]:
-        return next(flown, (np.zeros(0, np.int64), x[:0], torch.zeros(0, dtype=torch.int64), torch.zeros(0)))
-
-    def mend(error: Exception) -> None:
-        raise error
-
+    board = once(x, torch.arange(3), margin=0.3)
     flight = Flight(meter, ThreatModel.parse("linf:0.3"), [Liar()], ["liar"], 0, 8, board, mend)
     landed = [part for group in flight.run() for part in group]
     assert flight.refused == 3
@@ -269,7 +273,7 @@ def test_interrupted_and_resumed_is_one_run(tmp_path: Path, monkeypatch: pytest.
     whole = run(tmp_path / "whole")
     interruptions = 0
     for _ in range(200):
-        net.left = 75
+        net.left = 90
         try:
             pieces = run(tmp_path / "pieces")
             break
@@ -343,3 +347,16 @@ def test_a_random_net_is_flagged() -> None:
     x, y = labelled(Small(1), 8, (1, 6, 8))
     report = evaluate(net, x, y, "linf:0.01", suite="rapid")
     assert "randomised" in {flag.code for flag in report.flags}
+
+
+def test_the_last_query_is_its_own_verdict_where_the_model_gives_one_answer() -> None:
+    suite = "pgd(steps=1,step_size=1,loss=margin,random_start=false)"
+    for net, again in ((Small(), False), (Faulty("random", channels=3), True)):
+        x, y = labelled(Small(), 30, SHAPE)
+        report = evaluate(net, x, y, EPS["linf"], suite=suite, precision="fp32")
+        clean, pgd = report.stages
+        right = report.n - clean.fooled
+        assert 0 < pgd.fooled < right
+        # Two queries, and one more for those that stand; a random model's claims are judged by a fresh draw.
+        least = 2 * right + (right - pgd.fooled)
+        assert pgd.forwards >= least + pgd.fooled if again else pgd.forwards == least
