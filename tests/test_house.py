@@ -33,7 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     "registry": {"errors"},
     "attacks": VOCABULARY,
     "defenses": VOCABULARY | {"attacks"},
-    "models": {"devices", "errors", "shapes", "preprocess"},
+    "models": {"devices", "errors", "shapes", "preprocess", "registry"},
     "data": {"errors", "shapes", "preprocess"},
     "ledger": {"errors", "record"},
     "isolation": set(),
@@ -46,7 +46,7 @@ ALLOWED: dict[str, set[str]] = {
 # Only these may name the packages that are slow to import or belong to one adapter.
 ADAPTERS = {
     "timm": {"models/from_timm.py"},
-    "torchvision": {"models/from_torchvision.py", "data/vision.py", "data/files.py"},
+    "torchvision": {"models/from_torchvision.py", "data/vision.py", "data/files.py", "defenses/jpeg.py"},
     "foolbox": {"attacks/foolbox.py"},
     "pyautoattack": {"attacks/autoattack.py"},
     "sklearn": {"data/digits.py"},

@@ -33,7 +33,7 @@ class Verification:
     """What was found: `checked` adversarials, `bad` records by name, and `borderline` ones.
 
     Borderline means a margin within float32 noise (1e-5 of the largest logit): another machine may see it on
-    the other side. It is no fault of the record.
+    the other side; or a random model that stands in the one draw made here. Neither is a fault of the record.
     """
 
     report: Report
@@ -107,6 +107,8 @@ def _check_batch(
     margin = margins(logits, y)
     noise = float(NOISE) * logits.abs().amax(1).clamp(min=1)
     close = (margin.abs() <= noise).tolist()
+    again = logits if all(fooled) else meter.exact(x_adv)
+    random = ((again - logits).abs().amax(1) > noise).tolist()
     for row, position in enumerate(positions.tolist()):
         found.checked += 1
         if labels[row] != samples.labels[position]:
@@ -118,6 +120,10 @@ def _check_batch(
             )
         if close[row]:
             found.borderline.append(f"record {position}: margin {margin[row]:.2e} is within float noise.")
+        elif not fooled[row] and random[row]:
+            found.borderline.append(
+                f"record {position}: the model is random and stands in this draw, margin {margin[row]:.4g}."
+            )
         elif not fooled[row]:
             found.bad.append(f"record {position}: does not fool the model, margin {margin[row]:.4g}.")
 
