@@ -46,7 +46,7 @@ ALLOWED: dict[str, set[str]] = {
 # Only these may name the packages that are slow to import or belong to one adapter.
 ADAPTERS = {
     "timm": {"models/from_timm.py"},
-    "torchvision": {"models/from_torchvision.py", "data/vision.py", "data/files.py", "defenses/jpeg.py"},
+    "torchvision": {"models/from_torchvision.py", "data/vision.py", "data/files.py"},
     "foolbox": {"attacks/foolbox.py"},
     "pyautoattack": {"attacks/autoattack.py"},
     "sklearn": {"data/digits.py"},
