@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -220,6 +221,15 @@ def test_defaults_and_specs(text: str) -> None:
     assert type(made)(**record) == made
     written = ",".join(map(str, record.values()))
     assert parse_defenses(f"{text}:{written}") == (made,)
+
+
+def test_the_source_text_says_what_the_decorator_registers() -> None:
+    for name, entry in catalog("defense").items():
+        (made,) = parse_defenses(name)
+        assert made.info == entry.info
+        assert entry.info.paper.startswith("arXiv:")
+        assert entry.fields == tuple(field.name for field in dataclasses.fields(made))
+        assert entry.summary.endswith(".")
 
 
 # Strings and identity
