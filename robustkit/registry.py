@@ -61,6 +61,12 @@ class Entry:
     info: Info
     module: str
     summary: str
+    fields: tuple[str, ...] = ()
+
+    @property
+    def form(self) -> str:
+        """How a model string writes it, if it is a defense: `NAME:FIELD,FIELD`."""
+        return f"{self.info.name}:{','.join(self.fields).upper()}"
 
 
 _registered: dict[tuple[str, str], Any] = {}
@@ -105,6 +111,14 @@ def suite(name: str, *, paper: str = "") -> Callable[[T], T]:
     return _register(Info("suite", name, paper))
 
 
+def defense(name: str, *, paper: str) -> Callable[[type[T]], type[T]]:
+    """Register a frozen dataclass as a defense: a call `(model, x) -> logits` that stands in front of a model.
+
+    Its fields, in order, are what a model string writes after its name. All arguments must be literals.
+    """
+    return _register(Info("defense", name, paper))
+
+
 def _register(info: Info) -> Callable[[T], T]:
     def decorate(thing: T) -> T:
         _registered[info.kind, info.name] = thing
@@ -129,7 +143,12 @@ def catalog(kind: str) -> Mapping[str, Entry]:
                     options = {str(word.arg): ast.literal_eval(word.value) for word in mark.keywords}
                     summary = (ast.get_docstring(node) or "").split("\n")[0]
                     info = Info(kind, name, **options)
-                    entries[name] = Entry(info, f"robustkit.{folder}.{file.stem}", summary)
+                    fields = tuple(
+                        line.target.id
+                        for line in node.body
+                        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)
+                    )
+                    entries[name] = Entry(info, f"robustkit.{folder}.{file.stem}", summary, fields)
     return entries
 
 
@@ -177,7 +196,7 @@ def _build(kind: str, name: str, fields: Mapping[str, Any]) -> Any:
 
 
 def spec(value: Any) -> dict[str, Any]:
-    """Return an attack as a record that `make(**record)` turns back into it."""
+    """Return an attack as a record that `make(**record)` turns back into it; a defense as one like it."""
     fields = value.fields() if value.info.family else dataclasses.asdict(value)
     return {"name": getattr(value, "name", value.info.name), **fields}
 
@@ -233,6 +252,28 @@ def _check_norm(value: Any, norm: str) -> None:
     norms = getattr(value, "norms", value.info.norms)
     if norm not in norms:
         raise UsageError(f"{spec(value)['name']} is not defined in {norm}; it works in {', '.join(norms)}.")
+
+
+def parse_defenses(text: str) -> tuple[Any, ...]:
+    """Return the defenses of a text such as `jpeg:75+smoothing:0.25,10`, in the order that an image meets them.
+
+    Values are the defense's fields in order; those left out have their defaults.
+
+    Raises:
+        UsageError: for an unknown name, too many values, or a value that its field cannot have.
+    """
+    made = []
+    for part in text.split("+"):
+        name, colon, rest = part.strip().partition(":")
+        kind = find("defense", name)
+        hints, fields = get_type_hints(kind), dataclasses.fields(kind)
+        values = rest.split(",") if colon else []
+        if len(values) > len(fields):
+            form = catalog("defense")[name].form
+            raise UsageError(f"defense {part.strip()!r} has {len(values)} values; write {form}.")
+        named = [(field.name, value) for field, value in zip(fields, values, strict=False)]
+        made.append(kind(**{field: _convert(name, field, value, hints[field]) for field, value in named}))
+    return tuple(made)
 
 
 def _split(text: str) -> list[str]:

@@ -37,7 +37,7 @@ ALLOWED: dict[str, set[str]] = {
     "transfer": {"errors", "goal", "registry", "rng", "rows", "shapes", "surrogates", "threat"},
     "attacks": VOCABULARY,
     "defenses": VOCABULARY | {"attacks"},
-    "models": {"devices", "errors", "shapes", "preprocess"},
+    "models": {"devices", "errors", "shapes", "preprocess", "registry"},
     "data": {"errors", "shapes", "preprocess"},
     "ledger": {"errors", "record"},
     "isolation": set(),

@@ -47,7 +47,7 @@ def _root(
 @app.command()
 def evaluate(
     model: Annotated[
-        str, typer.Argument(help="ARCH[@WEIGHTS][?mean=r,g,b&std=r,g,b&size=N&num_classes=K]")
+        str, typer.Argument(help="ARCH[@WEIGHTS][?mean=r,g,b&std=r,g,b&size=N&num_classes=K&defense=D]")
     ] = DEFAULT_MODEL,
     data: Annotated[
         str | None, typer.Option(help="NAME[:SPLIT], folder:PATH or FILE.npz [default: digits:test]")

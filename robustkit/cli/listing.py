@@ -61,6 +61,13 @@ def _named(kind: str) -> Callable[[], Rows]:
     ]
 
 
+def _defenses() -> Rows:
+    return [
+        {"name": entry.form, "paper": entry.info.paper, "what": entry.summary}
+        for entry in registry.catalog("defense").values()
+    ]
+
+
 def _models() -> Rows:
     rows = [
         {"name": f"robustkit:{name}", "input": "x".join(map(str, entry.input)), "what": entry.description}
@@ -89,7 +96,7 @@ def _data() -> Rows:
 
 LISTS: dict[str, Callable[[], Rows]] = {
     "attacks": _attacks,
-    "defenses": _named("defense"),
+    "defenses": _defenses,
     "suites": _named("suite"),
     "models": _models,
     "data": _data,

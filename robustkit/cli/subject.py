@@ -52,7 +52,8 @@ class Subject:
             UsageError: for a string that cannot be loaded, or data without a usual threat.
         """
         if data is None:
-            if str(ModelString.parse(model)) != BUILT_IN:
+            named = ModelString.parse(model)
+            if (named.arch, named.weights) != (BUILT_IN, None) or named.options.keys() - {"defense"}:
                 raise UsageError(
                     f"no data for {model}; write --data, e.g. --data cifar10:test or --data test.npz."
                 )

@@ -98,7 +98,8 @@ class Meter:
         The piece becomes what may go forward and backward at once in half of the free memory, judged by the
         bytes that autograd saves for one image, from 1 to `most`. This one forward is not counted. `threads`
         is what the net is worth on a CPU: threads that share a tiny one spend their time waiting for each
-        other, and many times that when another process wants the cores too.
+        other, and many times that when another process wants the cores too. A model without a gradient saves
+        nothing, so nothing is known of it.
         """
         saved = 0
 
@@ -110,7 +111,7 @@ class Meter:
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor), torch.enable_grad():
             self.num_classes = self.model(image.detach().requires_grad_()).shape[1]
         self.piece = min(most, max(1, _free_memory(self.device) // 2 // max(saved, 1)))
-        if saved < TINY:
+        if 0 < saved < TINY:
             self.threads = 1
 
     @property

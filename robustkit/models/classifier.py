@@ -1,8 +1,9 @@
-"""The classifier: images on [0, 1] go in, logits come out; resizing and normalisation happen inside."""
+"""The classifier: images on [0, 1] go in, logits come out; defense, resizing and normalisation happen inside."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from robustkit.models.fingerprint import (
     state_sha256,
 )
 from robustkit.preprocess import Preprocess
+from robustkit.registry import spec
 from robustkit.shapes import Images, Logits
 
 
@@ -27,6 +29,8 @@ class Classifier(nn.Module):
         string: How to load the same classifier again, from any folder.
         size: Height and width that images are resized to, in pixels; None leaves them.
         num_classes: Number of logits K, where known before a forward pass.
+        defenses: What stands in front of all this, each a call `(model, images) -> logits`; an image meets the
+            first one first.
         preprocess: How the net wants image files read, where known.
     """
 
@@ -43,6 +47,7 @@ class Classifier(nn.Module):
         std: tuple[float, ...] | None = None,
         size: tuple[int, int] | None = None,
         num_classes: int | None = None,
+        defenses: Sequence[Callable[[Callable[[Images], Logits], Images], Logits]] = (),
         preprocess: Preprocess | None = None,
     ) -> None:
         """Wrap a net, in the train or eval mode that it is in.
@@ -55,6 +60,7 @@ class Classifier(nn.Module):
             std: Divides each channel afterwards; one number serves every channel.
             size: Height and width to resize to, in pixels.
             num_classes: Number of logits K, where known.
+            defenses: Registered defenses, outermost first.
             preprocess: How the net wants image files read, where known.
         """
         super().__init__()
@@ -62,10 +68,13 @@ class Classifier(nn.Module):
         self.string = string
         self.size = size
         self.num_classes = num_classes
+        self.defenses = tuple(defenses)
         self.preprocess = preprocess
         self.register_buffer("mean", _per_channel(mean), persistent=False)
         self.register_buffer("std", _per_channel(std), persistent=False)
         self._identity = {**identity, "mean": mean, "std": std, "size": size}
+        if defenses:
+            self._identity["defenses"] = [spec(defense) for defense in defenses]
         self.training = net.training if isinstance(net, nn.Module) else False
 
     @property
@@ -89,6 +98,7 @@ class Classifier(nn.Module):
             std=std,
             size=self.size,
             num_classes=self.num_classes,
+            defenses=self.defenses,
             preprocess=self.preprocess,
         )
         return twin.train(self.training).to(None if self.mean is None else self.mean.device)
@@ -100,6 +110,12 @@ class Classifier(nn.Module):
             UsageError: The images have a shape that the net or its normalisation does not take, or its
                 output is not one row of at least two logits per image.
         """
+        answer = self._undefended
+        for defense in reversed(self.defenses):
+            answer = partial(defense, answer)
+        return answer(images)
+
+    def _undefended(self, images: Images) -> Logits:
         x = images
         if self.size is not None and x.shape[2:] != self.size:
             x = F.interpolate(x, self.size, mode="bilinear", antialias=True, align_corners=False)

@@ -31,9 +31,9 @@ _BUILD = {
 def load_model(string: str, *, device: str | torch.device = "cpu", seed: int = 0) -> Classifier:
     """Return the classifier that a model string names, in eval mode.
 
-    The string is `ARCH[@WEIGHTS][?mean=r,g,b&std=r,g,b&size=N&num_classes=K]`. Normalisation is taken from
-    the query, else from the metadata of the weights file, else from timm's or torchvision's own record, else
-    left out.
+    The string is `ARCH[@WEIGHTS][?mean=r,g,b&std=r,g,b&size=N&num_classes=K&defense=NAME:VALUE+...]`.
+    Normalisation is taken from the query, else from the metadata of the weights file, else from timm's or
+    torchvision's own record, else left out.
 
     Args:
         string: The model string.
@@ -65,6 +65,7 @@ def load_model(string: str, *, device: str | torch.device = "cpu", seed: int = 0
         std=std,
         size=options.size,
         num_classes=built.num_classes,
+        defenses=options.defenses,
         preprocess=built.preprocess or _preprocess(options.size),
     )
     return classifier.eval().to(place)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 from robustkit.errors import UsageError, did_you_mean
 from robustkit.models.strings import TIMM, TORCHVISION, ZOO, ModelString
+from robustkit.registry import parse_defenses
 
-_EVERY_KIND = frozenset({"mean", "std", "size"})
+_EVERY_KIND = frozenset({"mean", "std", "size", "defense"})
 _FIELDS = {
     ZOO: _EVERY_KIND | {"num_classes", "in_channels", "pretrained"},
     TIMM: _EVERY_KIND | {"num_classes", "pretrained"},
@@ -27,6 +29,7 @@ class Options:
         size: Height and width that images are resized to inside the classifier, in pixels.
         num_classes: Classes of the net's last layer, at least 2.
         in_channels: Channels of the images, at least 1.
+        defenses: What stands in front of the net, in the order that an image meets it.
         pretrained: Whether the source's own trained weights are used where the string names no file.
         keywords: Every other field, for a factory given as Python code.
     """
@@ -36,6 +39,7 @@ class Options:
     size: tuple[int, int] | None = None
     num_classes: int | None = None
     in_channels: int | None = None
+    defenses: tuple[Any, ...] = ()
     pretrained: bool = True
     keywords: dict[str, object] = field(default_factory=dict)
 
@@ -57,6 +61,7 @@ class Options:
             size=_size(taken["size"]) if "size" in taken else None,
             num_classes=_count("num_classes", taken, least=2),
             in_channels=_count("in_channels", taken, least=1),
+            defenses=parse_defenses(taken["defense"]) if "defense" in taken else (),
             pretrained=_boolean("pretrained", taken.get("pretrained", "true")),
             keywords={name: keyword_value(text) for name, text in given.items()},
         )

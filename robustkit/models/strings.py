@@ -55,7 +55,7 @@ class ModelString:
 
     def __str__(self) -> str:
         weights = "" if self.weights is None else f"@{self.weights}"
-        query = "&".join(f"{name}={quote(value, safe=',:/')}" for name, value in self.options.items())
+        query = "&".join(f"{name}={quote(value, safe=',:/+')}" for name, value in self.options.items())
         return f"{self.arch}{weights}{'?' if query else ''}{query}"
 
     @property
@@ -81,7 +81,8 @@ class ModelString:
 
 def _fields(text: str, query: str) -> dict[str, str]:
     options: dict[str, str] = {}
-    for name, value in parse_qsl(query, keep_blank_values=True):
+    # A plus is itself here, not a form's blank.
+    for name, value in parse_qsl(query.replace("+", "%2B"), keep_blank_values=True):
         if not name.isidentifier():
             raise UsageError(f"model {text!r} has a field named {name!r}: write fields as NAME=VALUE.")
         if name in options:

@@ -76,7 +76,9 @@ def test_list_knows_everything() -> None:
     }
     assert "robustkit:digits-cnn" in {row["name"] for row in listed["models"]}
     assert "digits:test" in {row["name"] for row in listed["data"]}
-    assert listed["defenses"] == []
+    assert {"bit-depth:BITS", "jpeg:QUALITY", "resize-pad:RATIO", "smoothing:SIGMA,COPIES"} == {
+        row["name"] for row in listed["defenses"]
+    }
     assert all(row["what"] for rows in listed.values() for row in rows)
 
 

@@ -222,6 +222,35 @@ CASES: dict[str, tuple[Callable[[], list[str]], tuple[str, ...], int]] = {
         2,
     ),
     "model mean word": (args("robustkit:digits-cnn?mean=a,b", "--data", "digits"), ("mean",), 2),
+    **{
+        f"defense {text!r}": (args(f"robustkit:digits-cnn?defense={text}"), words, 2)
+        for text, words in {
+            "jpg": ("'jpg'", "Did you mean 'jpeg'"),
+            "": ("no defense ''", "bit-depth, jpeg"),
+            "jpeg:75+": ("no defense ''",),
+            "jpeg:0": ("quality=0", "1 to 100"),
+            "jpeg:101": ("quality=101", "1 to 100"),
+            "jpeg:7.5": ("'7.5'", "whole number"),
+            "jpeg:": ("quality=''", "whole number"),
+            "jpeg:75,2": ("2 values", "jpeg:QUALITY"),
+            "bit-depth:0": ("bits=0", "1 to 8"),
+            "bit-depth:9": ("bits=9", "1 to 8"),
+            "resize-pad:0.9": ("ratio=0.9", "1 to 2"),
+            "resize-pad:nan": ("'nan'", "a number"),
+            "smoothing:-0.25": ("sigma=-0.25", "negative"),
+            "smoothing:inf": ("'inf'", "a number"),
+            "smoothing:0.25,0": ("copies=0", "at least 1"),
+            "smoothing:0.25;10": ("'0.25;10'", "a number"),
+        }.items()
+    },
+    "defense of 2 channels": (
+        lambda: [
+            f"{NETS}:small?channels=2&defense=jpeg",
+            *with_(x=np.zeros((8, 2, 8, 8), np.float32))(),
+        ],
+        ("2 channels", "1 (gray) or 3 (RGB)"),
+        2,
+    ),
     "model timm unknown": (args("timm:resnet5000", "--data", "digits"), ("resnet5000",), 2),
     "weights absent": (args("robustkit:digits-cnn@none.safetensors", "--data", "digits"), ("none",), 2),
     "weights suffix": (raw("w.bin", b"1234", "robustkit:digits-cnn@w.bin"), ("w.bin",), 2),

@@ -27,6 +27,7 @@ from robustkit.models.strings import FILE, FOLDER, MODULE, TIMM, TORCHVISION, ZO
         ("m:f@what?.pt?mean=0.5", "m:f", "what?.pt", {"mean": "0.5"}, MODULE),
         ("m:f@w?a=1.pt?b=2", "m:f", "w?a=1.pt", {"b": "2"}, MODULE),
         ("m:f?text=a%20b%3F&n=3", "m:f", None, {"text": "a b?", "n": "3"}, MODULE),
+        ("m:f?defense=a:1+b:2,3&n=4", "m:f", None, {"defense": "a:1+b:2,3", "n": "4"}, MODULE),
         ("runs/train-3f9c/#2", "runs/train-3f9c/#2", None, {}, FOLDER),
         ("  robustkit:wrn-28-10 ", "robustkit:wrn-28-10", None, {}, ZOO),
     ],

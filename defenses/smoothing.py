@@ -1,0 +1,45 @@
+"""Randomised smoothing (Cohen et al. 2019, arXiv:1902.02918): the net's vote over noisy copies of the image.
+
+Logits are log(votes + (p + 1/K) / 2), where p is the copies' mean probability: the second term lies between 0
+and 1, so it decides ties alone. The vote has no gradient; p has, and it is that of the smoothed classifier that
+Salman et al. (2019, arXiv:1906.04584) attack. The paper abstains where the vote is not significant; we always
+answer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from robustkit.errors import UsageError
+from robustkit.registry import defense
+from robustkit.rows import Model
+from robustkit.shapes import Images, Logits
+
+
+@defense("smoothing", paper="arXiv:1902.02918")
+@dataclass(frozen=True, slots=True)
+class Smoothing:
+    """Copies with Gaussian noise of deviation `sigma`, in [0, 1] pixel units, vote.
+
+    Costs `copies` passes through the net each time, counted as one: the propagations of a run are the model's.
+    """
+
+    sigma: float = 0.25
+    copies: int = 10
+
+    def __post_init__(self) -> None:
+        """Refuse noise and votes that cannot be."""
+        if self.sigma < 0:
+            raise UsageError(f"smoothing: sigma={self.sigma:g} must not be negative, e.g. smoothing:0.25.")
+        if self.copies < 1:
+            raise UsageError(f"smoothing: copies={self.copies} must be at least 1, e.g. smoothing:0.25,10.")
+
+    def __call__(self, model: Model, x: Images) -> Logits:
+        """Return the logarithm of the votes; copies go through the model one after the other."""
+        logits = torch.stack([model(x + self.sigma * torch.randn_like(x)) for _ in range(self.copies)])
+        classes = logits.shape[2]
+        votes = F.one_hot(logits.argmax(2), classes).sum(0)
+        return (votes + (logits.softmax(2).mean(0) + 1 / classes) / 2).log()
