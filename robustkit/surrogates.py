@@ -74,7 +74,7 @@ class Surrogates:
     def __call__(self, x: Images) -> Logits:
         """Return the combined logits of x: of `loss` and `gradients` those of the averaged logits."""
         logits = torch.stack([self._member(number, x) for number in range(len(self))])
-        return self._combined(logits, self._shares(range(len(self)), None, x))
+        return self._combined(logits, self.shares(range(len(self)), None, x))
 
     def select(self, members: Sequence[int]) -> Surrogates:
         """Return some of them, as an ensemble of their own."""
@@ -107,8 +107,8 @@ class Surrogates:
             weights: of those, (n) or (n B), in the place of the ensemble's own; taken as they are.
         """
         chosen = list(range(len(self)) if members is None else members)
-        shares = self._shares(chosen, weights, x)
-        if self.together is not None and not self.around and len(chosen) == len(self):
+        shares = self.shares(chosen, weights, x)
+        if self.together is not None and not self.around and chosen == list(range(len(self))):
             parts = self._all_at_once(x, goal, loss, shares)
         elif self.hold:
             parts = self._held(chosen, x, goal, loss, rng, shares)
@@ -121,8 +121,8 @@ class Surrogates:
             total = total + per_row(share, x) * scaled(part)
         return total
 
-    def _shares(self, chosen: Sequence[int], weights: Tensor | None, x: Images) -> Tensor:
-        """Return the weights of these members, (n B)."""
+    def shares(self, chosen: Sequence[int], weights: Tensor | None, x: Images) -> Tensor:
+        """Return the weights of these members, (n B): those given as they are, or their own, which sum to 1."""
         if weights is None:
             own = [1.0 if self.weights is None else float(self.weights[number]) for number in chosen]
             weights = torch.tensor(own, dtype=torch.float64) / sum(own)
@@ -160,9 +160,7 @@ class Surrogates:
             points = [x.detach().requires_grad_() for _ in chosen]
             answers = [self._member(number, at, rng) for number, at in zip(chosen, points, strict=True)]
         slopes = self._slopes(torch.stack(answers), goal, loss, shares)
-        return [
-            _pulled_back(answer, at, slope) for answer, at, slope in zip(answers, points, slopes, strict=True)
-        ]
+        return [_pulled_back(answer, at, slope) for answer, at, slope in zip(answers, points, slopes, strict=True)]
 
     def _streamed(
         self, chosen: Sequence[int], x: Images, goal: Goal, loss: str, rng: RowRng, shares: Tensor

@@ -214,10 +214,7 @@ class L2(ThreatModel):
     norm: ClassVar[str] = "l2"
 
     def ascent(self, gradient: Images, *, density: float = 0.0) -> Images:  # noqa: D102
-        # Scaled first, so that tiny gradients do not underflow when squared; the largest is then 1.
-        largest = gradient.flatten(1).abs().amax(1)
-        scaled = gradient / per_row(torch.where(largest == 0, 1.0, largest), gradient)
-        return scaled / per_row(scaled.flatten(1).norm(dim=1).clamp(min=1), gradient)
+        return unit(gradient)
 
     def random_start(self, x: Images, rng: Draws) -> Images:  # noqa: D102
         # A point drawn evenly from the sphere, less two of its coordinates, is even in the ball.
@@ -314,3 +311,11 @@ class L1(ThreatModel):
 def per_row(value: Tensor, like: Tensor) -> Tensor:
     """Shape a (B,) tensor so that it works on the rows of `like`, whatever the other sizes are."""
     return value.view(-1, *[1] * (like.dim() - 1))
+
+
+def unit(gradient: Images) -> Images:
+    """Return each row divided by its Euclidean length; zero where the row is."""
+    # Scaled first, so that tiny gradients do not underflow when squared; the largest is then 1.
+    largest = gradient.flatten(1).abs().amax(1)
+    scaled = gradient / per_row(torch.where(largest == 0, 1.0, largest), gradient)
+    return scaled / per_row(scaled.flatten(1).norm(dim=1).clamp(min=1), gradient)

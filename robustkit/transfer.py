@@ -138,7 +138,8 @@ def compose(parts: Sequence[Any]) -> Any:
     if techniques:
         name = spec(rule)["name"]
         raise UsageError(
-            f"{name} takes no techniques: write a rule of ascent before '+', e.g. mi-fgsm+{techniques[0].info.name}."
+            f"{name} takes no techniques: write a rule of ascent before '+', "
+            f"e.g. mi-fgsm+{techniques[0].info.name}."
         )
     return rule
 

@@ -18,7 +18,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "robustkit"
 
 VOCABULARY = {
-    *("errors", "shapes", "threat", "losses", "goal", "rng", "rows", "record", "registry", "surrogates", "transfer")
+    *("errors", "shapes", "threat", "losses", "goal", "rng", "rows", "record", "registry"),
+    *("surrogates", "transfer"),
 }
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),

@@ -1,0 +1,174 @@
+"""Cosine similarity encourager with momentum, the other half of the common weakness attack (arXiv:2303.09105).
+
+Written after the paper's section 3.4 and Algorithm 1 (`compat=paper`) and the authors' code (`compat=official`,
+huanranchen/AdversarialAttacks at cc24144), which divides what the inner loop gained by its L1 norm. Their norm
+is that of the whole batch, NaN if one image has no gradient; here each image has its own, and rests at zero.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from robustkit import losses
+from robustkit.attacks.mi_fgsm import MIFGSM
+from robustkit.attacks.mi_sam import COMPAT, check_word, default_stride
+from robustkit.errors import UsageError
+from robustkit.goal import Goal
+from robustkit.registry import attack
+from robustkit.rng import RowRng
+from robustkit.rows import Answer, Model, Rows, State
+from robustkit.shapes import Images
+from robustkit.threat import ThreatModel, per_row, unit
+from robustkit.transfer import Around, Oracle, ascend, dice
+
+ORDERS = ("fixed", "random", "antithetic")
+UPDATES = ("momentum", "adam")
+
+
+@attack("mi-cse", paper="arXiv:2303.09105", norms=("linf", "l2"), access="gradient", ascent=True)
+@dataclass(frozen=True, slots=True)
+class MICSE:
+    """Steps to where one small step along each member's gradient in turn would lead; one gradient of each member.
+
+    A small step is `beta` times eps (in linf times the root of the number of pixels' values, too) along a unit
+    gradient; none means 2.05, which is the paper's 50 at 16/255 and 224 pixels. `beta_raw` is it in pixel
+    units. `inner_momentum` is kept for the whole run. `order` of the members: `fixed` as listed, `random` anew
+    in each step (the same for all images, so that a member is asked once), `antithetic` there and back,
+    averaged, for twice the gradients. `step_size` (none: 2 / steps) is a fraction of eps. `update=adam` takes
+    the outer step as Adam does, of `step_size` (as published: 0.001 in pixel units, the official default) with
+    moments 0.9 and 0.999.
+    """
+
+    steps: int = 10
+    step_size: float | None = None
+    beta: float | None = None
+    beta_raw: float | None = None
+    momentum: float = 1.0
+    inner_momentum: float = 1.0
+    order: str = "fixed"
+    update: str = "momentum"
+    loss: str = "ce"
+    compat: str = "paper"
+
+    def __post_init__(self) -> None:
+        """Refuse unknown words and two betas before anything runs."""
+        losses.loss(self.loss)
+        check_word("order", self.order, ORDERS)
+        check_word("update", self.update, UPDATES)
+        check_word("compat", self.compat, COMPAT)
+        if self.beta is not None and self.beta_raw is not None:
+            raise UsageError(f"beta={self.beta} and beta_raw={self.beta_raw} say the same: write one of them.")
+
+    def __call__(self, model: Model, x: Images, goal: Goal, threat: ThreatModel, *, rng: RowRng) -> Images:
+        """Return where the last step ends."""
+        return ascend(self, model, x, goal, threat, rng)
+
+    @property
+    def official(self) -> bool:
+        """Whether to do as the authors' code."""
+        return self.compat == "official"
+
+    @property
+    def usual_beta(self) -> float:
+        """What `beta` is if none is given."""
+        return 2.05
+
+    def small_step(self, rows: Rows) -> float:
+        """Return the length of an inner step in pixel units: in linf a fraction of the ball's half diagonal."""
+        if self.beta_raw is not None:
+            return self.beta_raw
+        beta = self.usual_beta if self.beta is None else self.beta
+        corner = math.sqrt(math.prod(rows.x.shape[1:])) if rows.threat.norm == "linf" else 1.0
+        return beta * float(rows.threat.eps) * corner
+
+    def orders(self, rows: Rows, members: Sequence[int]) -> list[list[int]]:
+        """Return the ways in which the members are gone through in this step."""
+        listed = list(members)
+        if self.order == "random":
+            # The same for all rows, so of no row's own dice; on the CPU, where the loop over members needs it.
+            shared = replace(dice(rows, "order").rng, ids=torch.zeros(1, dtype=torch.int64))
+            return [[listed[place] for place in shared.uniform(len(listed))[0].argsort().tolist()]]
+        return [listed, listed[::-1]] if self.order == "antithetic" else [listed]
+
+    def start(
+        self, oracle: Oracle, rows: Rows, x: Images, members: Sequence[int] | None, weights: Tensor | None
+    ) -> Images:
+        """Return where the inner loop begins."""
+        return x
+
+    def begin(self, oracle: Oracle) -> Oracle:
+        """Return the inner loop, which gives what it gained in the place of gradients."""
+        return _InnerLoop(oracle, self)
+
+    def init(self, rows: Rows) -> State:
+        """Return the clean images, at rest."""
+        state = {"x": rows.x, "velocity": torch.zeros_like(rows.x)}
+        if self.update == "adam":
+            state |= {"square": torch.zeros_like(rows.x), "taken": rows.x.new_zeros(len(rows.x))}
+        return state
+
+    def step(self, rows: Rows, state: State, answer: Answer) -> State:
+        """Return the projected next points."""
+        if self.update == "adam":
+            return self._adam(rows, state, answer.gradient)
+        stride = default_stride(self.step_size, self.steps, self.official)
+        if self.official:
+            return MIFGSM(self.steps, stride, self.momentum).step(rows, state, answer)
+        velocity = self.momentum * state["velocity"] + answer.gradient
+        moved = state["x"] + stride * float(rows.threat.eps) * rows.threat.ascent(velocity)
+        return {"x": rows.threat.project(moved, rows.x), "velocity": velocity}
+
+    def _adam(self, rows: Rows, state: State, gained: Images) -> State:
+        """Return the state after a step of Adam (Kingma & Ba 2015, arXiv:1412.6980)."""
+        taken = state["taken"] + 1
+        velocity = 0.9 * state["velocity"] + 0.1 * gained
+        square = 0.999 * state["square"] + 0.001 * gained.square()
+        mean = velocity / per_row(1 - 0.9**taken, velocity)
+        spread = (square / per_row(1 - 0.999**taken, square)).sqrt() + 1e-8
+        if self.official and self.step_size is None:
+            rate = 1e-3
+        else:
+            rate = default_stride(self.step_size, self.steps, self.official) * float(rows.threat.eps)
+            if rows.threat.norm == "l2":  # a step of about 1 in each coordinate has this length
+                rate /= math.sqrt(math.prod(rows.x.shape[1:]))
+        moved = rows.threat.project(state["x"] + rate * mean / spread, rows.x)
+        return {"x": moved, "velocity": velocity, "square": square, "taken": taken}
+
+
+class _InnerLoop(Around):
+    """Goes one small step along each member's gradient in turn; remembers its momentum, one for each order."""
+
+    def __init__(self, inner: Oracle, rule: MICSE) -> None:
+        super().__init__(inner)
+        self.rule = rule
+        self.velocities: dict[int, Images] = {}
+
+    def gradient(
+        self,
+        rows: Rows,
+        x: Images,
+        members: Sequence[int] | None = None,
+        weights: Tensor | None = None,
+    ) -> Images:
+        """Return how far from x each row came; a member of twice the mean weight goes twice as far."""
+        rule, chosen = self.rule, list(range(len(self.surrogates)) if members is None else members)
+        shares = self.surrogates.shares(chosen, weights, x)
+        paces = dict(zip(chosen, shares / shares.mean(0), strict=True))
+        start = rule.start(self.inner, rows, x, members, weights)
+        length, asked = rule.small_step(rows), 0
+        ends = []
+        for way, order in enumerate(rule.orders(rows, chosen)):
+            point, velocity = start, self.velocities.get(way, torch.zeros_like(x))
+            for member in order:
+                gradient = self.inner.gradient(dice(rows, "cse", asked), point, [member])
+                velocity = rule.inner_momentum * velocity + per_row(paces[member], x) * unit(gradient)
+                point = rows.threat.retract(point + length * velocity, rows.x)
+                asked += 1
+            self.velocities[way] = velocity
+            ends.append(point - x)
+        return sum(ends[1:], ends[0]) / len(ends)
