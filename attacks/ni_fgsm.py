@@ -22,8 +22,9 @@ from robustkit.transfer import ascend
 class NIFGSM:
     """As `mi-fgsm`, with each gradient taken where the momentum alone would go; takes all steps.
 
-    `step_size` is a fraction of eps; `momentum` is the share of the sum that each step keeps. In linf the look ahead
-    is the paper's, step size times momentum times the sum of L1-normalised gradients, here of mean size 1 a pixel.
+    `step_size` is a fraction of eps; `momentum` is the share of the sum that each step keeps. In linf the look
+    ahead is the paper's, step size times momentum times the sum of L1-normalised gradients, here of mean size 1 a
+    pixel.
     """
 
     steps: int = 10
