@@ -59,7 +59,7 @@ class DI(Technique):
 def placing(length: int, ratio: float, scale: Tensor, place: Tensor) -> Tensor:
     """Return the matrices (B L L) that shrink a line of pixels and put it somewhere among zeros.
 
-    Each row has two weights that sum to 1, as in bilinear resizing, or none. `scale` and `place` (B) are in [0, 1).
+    Each row has two weights that sum to 1, as in bilinear resizing, or none. `scale` and `place` (B): in [0, 1).
     """
     least = max(1, int(ratio * length))
     size = (least + (scale * (length - least)).floor())[:, None]

@@ -127,11 +127,12 @@ def _erode(block: Block, factors: list[Tensor], keep: list[Any]) -> None:
         return value * factor.to(value).view(-1, *[1] * (value.dim() - 1))
 
     def enter(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        seen["plain"], seen["scaled"] = args[0], scale(factors[0], args[0])
-        return (seen["scaled"], *args[1:])
+        scaled: Any = scale(factors[0], args[0])
+        scaled.unscaled = args[0]
+        return (scaled, *args[1:])
 
     def restore(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        return (seen["plain"], *args[1:]) if args and args[0] is seen.get("scaled") else None
+        return (_unscaled(args[0]), *args[1:]) if args else None
 
     def shorten(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         return scale(factors[0], output)
@@ -140,7 +141,8 @@ def _erode(block: Block, factors: list[Tensor], keep: list[Any]) -> None:
         seen["middle"] = args[0]
 
     def leave(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        return output + scale(factors[1] - 1, seen["middle"])
+        # Some blocks give their result another shape than it was summed in.
+        return output + scale(factors[1] - 1, seen["middle"]).reshape(output.shape)
 
     others, shortcuts = _parts(block)
     keep.append(block.module.register_forward_pre_hook(enter))
@@ -151,15 +153,20 @@ def _erode(block: Block, factors: list[Tensor], keep: list[Any]) -> None:
         keep.append(block.module.register_forward_hook(leave))
 
 
+def _unscaled(value: Any) -> Any:
+    """Return what a block was given before its input was scaled; anything else as it is."""
+    return getattr(value, "unscaled", value)
+
+
 def _damp(block: Block, gamma: float, keep: list[Any]) -> None:
     """Damp the gradient where a branch begins, which is the same as where it ends."""
-    seen: dict[str, Any] = {}
+    seen: Any = {}
 
     def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
-        seen.update(fork=args[0], damping=[True])
+        seen.update(fork=_unscaled(args[0]), damping=[True])
 
     def begin(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        x = args[0] if args else None
+        x: Any = _unscaled(args[0]) if args else None
         if x is None or x is not seen.get("fork") or not (x.requires_grad and torch.is_grad_enabled()):
             return None
         alias, damping = x.view_as(x), seen["damping"]
@@ -169,12 +176,12 @@ def _damp(block: Block, gamma: float, keep: list[Any]) -> None:
     def fork(module: nn.Module, args: tuple[Any, ...]) -> None:
         # The shortcut takes what an activation made of the input: the fork is there, and what was taken for the
         # beginning of the branch was none.
-        if args and args[0] is not seen.get("fork"):
+        if args and _unscaled(args[0]) is not seen.get("fork"):
             seen["damping"][0] = False
             seen.update(fork=args[0], damping=[True])
 
     def norm(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        seen.update(fork=args[0], damping=[True])
+        enter(module, args)
         return begin(module, args)
 
     if block.norms:
