@@ -24,7 +24,10 @@ from robustkit.errors import UsageError, did_you_mean
 T = TypeVar("T")
 
 # Fields that count something and start at 1.
-COUNTS = ("steps", "restarts", "queries", "targets", "eot_iter", "probe", "finalists", "patience", "copies")
+COUNTS = (
+    *("steps", "restarts", "queries", "targets", "eot_iter", "probe", "finalists", "patience"),
+    *("copies", "scales", "mixes", "blocks", "rounds", "kernel"),
+)
 DEFAULT_SUITE = "rapid"
 FOLDERS = {
     "attack": "attacks",

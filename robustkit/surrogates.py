@@ -41,6 +41,7 @@ class Surrogates:
             cost a second forward pass for each member.
         together: all members at once, (n B C H W) to (n B K), where that is faster than one after the other.
         around: what is entered around each member's forward pass.
+        pool: images of the whole run (P C H W), in an order that never changes, for techniques that mix others in.
     """
 
     members: Sequence[Model]
@@ -49,6 +50,7 @@ class Surrogates:
     hold: bool = True
     together: Callable[[Tensor], Tensor] | None = None
     around: tuple[Around, ...] = ()
+    pool: Tensor | None = None
 
     def __post_init__(self) -> None:
         """Refuse what cannot be meant."""
@@ -175,7 +177,7 @@ class Surrogates:
         for place, number in enumerate(chosen):
             with torch.enable_grad(), self._resident(number) as model:
                 at = x.detach().requires_grad_()
-                answer = self._ask(model, at, rng)
+                answer = self._ask(number, model, at, rng)
                 slope = slopes[place]
                 if slope is None:
                     slope = self._slopes(answer[None], goal, loss, shares[place : place + 1])[0]
@@ -184,11 +186,13 @@ class Surrogates:
 
     def _member(self, number: int, x: Images, rng: RowRng | None = None) -> Logits:
         with self._resident(number) as model:
-            return self._ask(model, x, rng)
+            return self._ask(number, model, x, rng)
 
-    def _ask(self, model: Model, x: Images, rng: RowRng | None) -> Logits:
+    def _ask(self, number: int, model: Model, x: Images, rng: RowRng | None) -> Logits:
         if rng is None or not self.around:
             return model(x)
+        # Members of one architecture are not to be changed alike.
+        rng = replace(rng, stream=f"{rng.stream}/member{number}")
         with ExitStack() as stack:
             for around in self.around:
                 stack.enter_context(around(model, rng))

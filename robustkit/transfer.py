@@ -8,8 +8,9 @@ all steps: an image that fools the surrogates goes on, since it is not they that
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,6 +34,11 @@ class Oracle(ABC):
     @abstractmethod
     def surrogates(self) -> Surrogates:
         """The models at the bottom."""
+
+    @property
+    def steps(self) -> int:
+        """How many steps the run takes; `rows.rng.step` counts them from 1."""
+        return 1
 
     @abstractmethod
     def gradient(
@@ -61,18 +67,28 @@ class Around(Oracle):
         """The models at the bottom."""
         return self.inner.surrogates
 
+    @property
+    def steps(self) -> int:
+        """How many steps the run takes."""
+        return self.inner.steps
+
 
 class Direct(Oracle):
     """The gradient of a loss itself."""
 
-    def __init__(self, surrogates: Surrogates, loss: str) -> None:
-        """Ask these surrogates for the gradient of that loss."""
-        self._surrogates, self.loss = surrogates, loss
+    def __init__(self, surrogates: Surrogates, loss: str, steps: int = 1) -> None:
+        """Ask these surrogates for the gradient of that loss, in so many steps."""
+        self._surrogates, self.loss, self._steps = surrogates, loss, steps
 
     @property
     def surrogates(self) -> Surrogates:
         """The models at the bottom."""
         return self._surrogates
+
+    @property
+    def steps(self) -> int:
+        """How many steps the run takes."""
+        return self._steps
 
     def gradient(
         self,
@@ -85,10 +101,45 @@ class Direct(Oracle):
         return self._surrogates.gradient(x, rows.aim, self.loss, rows.rng, members, weights)
 
 
+# Makes one of several copies of the images; the copy's number says which.
+Transform = Callable[[Rows, Images, int], Images]
+
+
+class Transformed(Around):
+    """The mean gradient of the loss of several transforms of the images, in the images themselves."""
+
+    def __init__(self, inner: Oracle, name: str, copies: int, transform: Transform) -> None:
+        """Ask `inner` at each of `copies` transforms, under the technique's name."""
+        super().__init__(inner)
+        self.name, self.copies, self.transform = name, copies, transform
+
+    def gradient(
+        self,
+        rows: Rows,
+        x: Images,
+        members: Sequence[int] | None = None,
+        weights: Tensor | None = None,
+    ) -> Images:
+        """Return the mean of the inner gradients, each pulled back through its transform."""
+        total = torch.zeros_like(x)
+        for number in range(self.copies):
+            with torch.enable_grad():
+                at = x.detach().requires_grad_()
+                moved = self.transform(rows, at, number)
+            inner = self.inner.gradient(dice(rows, self.name, number), moved.detach(), members, weights)
+            total = total + torch.autograd.grad(moved, at, inner)[0]
+        return total / self.copies
+
+
 class Technique(ABC):
     """A change of the gradient, to be subclassed by a frozen dataclass that is registered as `@technique`."""
 
     __slots__ = ()
+
+    @property
+    def cost(self) -> int:
+        """The most gradients it asks for in the place of one; those of single members count as their share."""
+        return 1
 
     def prepare(self, surrogates: Surrogates) -> Surrogates:
         """Return the surrogates to be asked, before a run."""
@@ -116,6 +167,13 @@ class Composition:
     def name(self) -> str:
         """The names, joined as they are written."""
         return "+".join(spec(part)["name"] for part in (self.rule, *self.techniques))
+
+    @property
+    def gradients(self) -> int:
+        """The most gradients, of all members together, that one image costs."""
+        return math.prod(
+            [self.rule.steps, getattr(self.rule, "cost", 1), *(part.cost for part in self.techniques)]
+        )
 
     def spec(self) -> dict[str, Any]:
         """Return everything that determines what it does."""
@@ -162,7 +220,7 @@ def ascend(
     surrogates = Surrogates.of(model)
     for technique in techniques:
         surrogates = technique.prepare(surrogates)
-    oracle: Oracle = Direct(surrogates, rule.loss)
+    oracle: Oracle = Direct(surrogates, rule.loss, rule.steps)
     for technique in reversed(techniques):
         oracle = technique.begin(oracle)
     if hasattr(rule, "begin"):
@@ -180,3 +238,21 @@ def ascend(
 def dice(rows: Rows, name: str, number: int = 0) -> Rows:
     """Return the rows with random numbers of their own for one of several calls in a step."""
     return replace(rows, rng=replace(rows.rng, stream=f"{rows.rng.stream}/{name}{number}"))
+
+
+def shared(rows: Rows, name: str) -> RowRng:
+    """Return a generator of one row that all images share, whatever the batch, for choices made for all."""
+    rng = dice(rows, name).rng
+    return replace(rng, ids=torch.zeros(1, dtype=torch.int64))
+
+
+def per_pixel(threat: ThreatModel, x: Images) -> float:
+    """Return by how much every pixel changes if all change alike and use up eps."""
+    size, eps = x[0].numel() if len(x) else 1, float(threat.eps)
+    return {"linf": eps, "l2": eps / math.sqrt(size), "l1": eps / size}[threat.norm]
+
+
+def neighbour(rows: Rows, x: Images, radius: float) -> Images:
+    """Return points drawn evenly from the cube of `radius` times `per_pixel` around x."""
+    reach = radius * per_pixel(rows.threat, x)
+    return x + reach * (2 * rows.rng.uniform(*x.shape[1:]).to(x) - 1)

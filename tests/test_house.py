@@ -19,7 +19,7 @@ PACKAGE = ROOT / "robustkit"
 
 VOCABULARY = {
     *("errors", "shapes", "threat", "losses", "goal", "rng", "rows", "record", "registry"),
-    *("surrogates", "transfer"),
+    *("residual", "surrogates", "transfer"),
 }
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
@@ -34,6 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "intervals": set(),
     "record": {"errors", "intervals"},
     "registry": {"errors"},
+    "residual": {"errors"},
     "surrogates": {"errors", "goal", "rng", "rows", "shapes", "threat"},
     "transfer": {"errors", "goal", "registry", "rng", "rows", "shapes", "surrogates", "threat"},
     "attacks": VOCABULARY,

@@ -237,11 +237,12 @@ def doctor(
 @app.command("list")
 def list_(
     what: Annotated[
-        str | None, typer.Argument(metavar="[attacks|defenses|suites|models|data]", help="One of them.")
+        str | None,
+        typer.Argument(metavar="[attacks|techniques|recipes|defenses|suites|models|data]", help="One of them."),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> int:
-    """List what can be named: attacks, defenses, suites, models, data."""
+    """List what can be named: attacks, techniques, recipes, defenses, suites, models, data."""
     from robustkit.cli.listing import show
 
     return show(what, json)

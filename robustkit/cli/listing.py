@@ -96,6 +96,8 @@ def _data() -> Rows:
 
 LISTS: dict[str, Callable[[], Rows]] = {
     "attacks": _attacks,
+    "techniques": _named("technique"),
+    "recipes": _named("recipe"),
     "defenses": _defenses,
     "suites": _named("suite"),
     "models": _models,

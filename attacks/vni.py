@@ -1,0 +1,14 @@
+"""Variance tuning on Nesterov's look ahead (Wang and He 2021, arXiv:2103.15571).
+
+Neighbours are drawn around the point looked at; popular code draws them around the point stood at.
+"""
+
+from __future__ import annotations
+
+from robustkit.registry import recipe
+
+
+@recipe("vni-fgsm", paper="arXiv:2103.15571")
+def vni_fgsm() -> str:
+    """Nesterov's look ahead with variance tuning."""
+    return "ni-fgsm+vmi"
