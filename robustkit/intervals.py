@@ -1,9 +1,10 @@
-"""Intervals for shares of images where Wilson's will not do: looked at on the way, or known in two phases."""
+"""Intervals for shares where Wilson's will not do: looked at on the way, in two phases, of a group unseen."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Sequence
 
 
 def sequence(hits: int, n: int, level: float = 0.95) -> tuple[float, float]:
@@ -62,3 +63,25 @@ def _root(density: Callable[[float], float], least: float, outside: float, insid
         else:
             inside = middle
     return outside
+
+
+def unseen(counts: Sequence[tuple[int, int]], level: float = 0.95) -> tuple[float, float]:
+    """Return an interval that one more group's share falls into, from hits and sizes of groups of its kind.
+
+    Student's prediction interval on the logits of the shares (half a hit added to each side), so it stays within
+    [0, 1]. It assumes that the new group is like those: an adversarially trained model is not like plain ones.
+    With fewer than two groups nothing can be said: (0, 1).
+    """
+    if len(counts) < 2:
+        return 0.0, 1.0
+    from scipy.stats import t
+
+    logits = [math.log((hits + 0.5) / (n - hits + 0.5)) for hits, n in counts]
+    reach = float(t.ppf((1 + level) / 2, len(logits) - 1)) * statistics.stdev(logits)
+    reach *= math.sqrt(1 + 1 / len(logits))
+    middle = statistics.fmean(logits)
+    return _share(middle - reach), _share(middle + reach)
+
+
+def _share(logit: float) -> float:
+    return 1 / (1 + math.exp(-logit)) if logit > 0 else math.exp(logit) / (1 + math.exp(logit))

@@ -197,6 +197,36 @@ class Ledger:
         with _explained(self._name):
             yield from (row[0] for row in self._db.execute(query))
 
+    def crafted(self, stage: int) -> Iterator[tuple[int, bool, bytes]]:
+        """Yield position, whether the surrogates were fooled, and float32 bytes of a stage's images, in order."""
+        query = (
+            "SELECT position, fooled, adversarial FROM verdicts "
+            "WHERE stage = ? AND adversarial IS NOT NULL ORDER BY position"
+        )
+        with _explained(self._name):
+            for position, fooled, image in self._db.execute(query, [stage]):
+                yield position, bool(fooled), image
+
+    def said(self, stage: int) -> list[tuple[int, int]]:
+        """Return position and prediction of every row of a stage, in order."""
+        query = "SELECT position, prediction FROM verdicts WHERE stage = ? ORDER BY position"
+        with _explained(self._name):
+            return self._db.execute(query, [stage]).fetchall()
+
+    def cost(self, stage: int) -> tuple[int, int, float]:
+        """Return the forwards, backwards and seconds of a stage so far."""
+        query = "SELECT total(forwards), total(backwards), total(seconds) FROM chunks WHERE stage = ?"
+        with _explained(self._name):
+            forwards, backwards, seconds = self._db.execute(query, [stage]).fetchone()
+        return int(forwards), int(backwards), float(seconds)
+
+    def note(self, key: str, value: str) -> str:
+        """Keep a word about how the work is done, unless there is one already; return the one that counts."""
+        with _explained(self._name):
+            self._db.execute("INSERT OR IGNORE INTO meta VALUES (?, ?)", [key, value])
+            (kept,) = self._db.execute("SELECT value FROM meta WHERE key = ?", [key]).fetchone()
+        return str(kept)
+
     def seal(self) -> None:
         """Fold the write-ahead log in, so that the file stands alone and no longer changes."""
         with _explained(self._name):

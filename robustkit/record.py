@@ -52,10 +52,15 @@ class RunSpec:
     @property
     def run_id(self) -> str:
         """Eight hexadecimal digits of the hash of all that determines the numbers: strings and paths do not."""
+        return hashlib.sha256(dumps(self.identity).encode()).hexdigest()[:8]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What is hashed."""
         identity = asdict(self)
         for part in ("model", "data"):
             identity[part] = {key: value for key, value in identity[part].items() if key != "string"}
-        return hashlib.sha256(dumps(identity).encode()).hexdigest()[:8]
+        return identity
 
 
 @dataclass(frozen=True)

@@ -126,6 +126,92 @@ def evaluate(
 
 
 @app.command()
+def craft(
+    surrogate: Annotated[
+        list[str] | None,
+        typer.Option(metavar="MODEL", help=f"Craft on it; give several. [default: {DEFAULT_MODEL}]"),
+    ] = None,
+    attack: Annotated[
+        str, typer.Option(help="An attack with techniques, e.g. 'mi-fgsm(steps=20)+di'; see robustkit list.")
+    ] = "auto",
+    combine: Annotated[
+        str, typer.Option(help="What is averaged over surrogates: logits, probabilities, loss, gradients.")
+    ] = "gradients",
+    weights: Annotated[
+        str | None, typer.Option(metavar="W,W,…", help="Of the surrogates, in order [default: all the same].")
+    ] = None,
+    target: Annotated[
+        list[str] | None, typer.Option(metavar="MODEL", help="Judge the images on it; give several.")
+    ] = None,
+    targeted: Annotated[
+        str | None,
+        typer.Option(metavar="CHOICE", help="Aim at a class: next, random or least-likely [default: any other]."),
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="NAME[:SPLIT], folder:PATH or FILE.npz [default: digits:test]")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N images.")] = None,
+    threat: Annotated[
+        str | None, typer.Option(help="NORM:EPS, e.g. linf:8/255 [default: the data's usual one]")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of every random number.")] = 0,
+    device: Device = "auto",
+    batch_size: Annotated[str, typer.Option(help="Images crafted at once.")] = "auto",
+    streaming: Annotated[
+        bool | None,
+        typer.Option("--streaming/--held", help="One surrogate in memory at a time, or all [default: what fits]."),
+    ] = None,
+    budgets: Annotated[
+        str | None,
+        typer.Option(metavar="G,G,…", help="Success at other gradients per image as well, e.g. 10,40,100,400."),
+    ] = None,
+    forecast: Annotated[
+        bool, typer.Option("--forecast", help="Leave each surrogate out in turn: what unseen models may expect.")
+    ] = False,
+    png: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write 8-bit files there that are within eps, too.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder [default: runs/craft-ID].")] = None,
+    data_root: DataRoot = None,
+    download: Annotated[bool, typer.Option("--download", help="Fetch the data set if it is absent.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print transfer.json instead of the table.")] = False,
+    debug: Debug = False,
+) -> int:
+    """Craft adversarial images on surrogates and judge them on models that they have not seen. Resumes.
+
+    \b
+    robustkit craft
+    robustkit craft --surrogate timm:resnet50 --target timm:vit_base_patch16_224 --data folder:val --limit 500
+
+    Success is over the images that a model classifies correctly. Without a surrogate: the built-in net.
+    """
+    from robustkit.cli.craft import craft as work
+
+    return work(
+        surrogates=surrogate or [DEFAULT_MODEL],
+        attack=attack,
+        combine=combine,
+        weights=weights,
+        targets=target or [],
+        targeted=targeted,
+        data=data,
+        limit=limit,
+        threat=threat,
+        seed=seed,
+        device=device,
+        batch_size=batch_size,
+        streaming=streaming,
+        budgets=budgets,
+        forecast=forecast,
+        png=png,
+        out=out,
+        data_root=data_root,
+        download=download,
+        as_json=json,
+    )
+
+
+@app.command()
 def verify(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A finished run's folder.")],
     model: Annotated[str | None, typer.Option(help="Where the model is now, if it has moved.")] = None,

@@ -57,7 +57,7 @@ def evaluate(
         seed=seed,
         device=subject.device,
         precision=precision,
-        batch_size=_batch_size(batch_size),
+        batch_size=read_batch_size(batch_size),
         curve=curve,
         audit=audit,
         limits=Limits(None if time_limit is None else _seconds(time_limit), stop_at_width),
@@ -86,7 +86,8 @@ def _seconds(text: str) -> float:
         raise UsageError(f"time limit {text!r}: write seconds, or such as 90s, 10m or 2h.") from None
 
 
-def _batch_size(text: str) -> int | None:
+def read_batch_size(text: str) -> int | None:
+    """Return a number of images, None for `auto`."""
     if text == "auto":
         return None
     try:

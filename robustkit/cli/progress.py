@@ -33,28 +33,44 @@ class Display(Progress):
             self.bar = Bar(
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=24),
-                TextColumn("{task.fields[settled]} images settled   robust acc {task.fields[robust]}"),
+                TextColumn("{task.fields[state]}"),
                 TimeRemainingColumn(compact=True),
                 console=self.console,
                 transient=True,
             )
-            self.task = self.bar.add_task("", total=1.0, settled=0, robust="")
+            self.task = self.bar.add_task("", total=1.0, state="")
             self.bar.start()
         self.bar.reset(self.task, total=max(images, 1), description=f"{name:<20}")
         self.advance(0.0, robust)
 
     def advance(self, done: float, robust: int) -> None:  # noqa: D102
-        accuracy = percent(robust / self.n)
         if self.bar is not None:
-            self.bar.update(self.task, completed=done, settled=self.n - robust, robust=accuracy)
+            self.bar.update(self.task, completed=done, state=self.state(robust))
         elif not self.console.is_terminal and time.monotonic() - self.spoke >= SILENCE:
             self.spoke = time.monotonic()
             left = duration((self.spoke - self.begun) * (self.images / done - 1)) if done else "unknown time"
-            self.say(
-                f"{self.name}: {done:.0f} of {self.images} images, robust accuracy so far {accuracy}, {left} left"
-            )
+            parts = [f"{done:.0f} of {self.images} images", self.so_far(robust), f"{left} left"]
+            self.say(f"{self.name}: {', '.join(filter(None, parts))}")
+
+    def state(self, robust: int) -> str:
+        """Return what the live line says beside its bar."""
+        return f"{self.n - robust} images settled   robust acc {percent(robust / self.n)}"
+
+    def so_far(self, robust: int) -> str:
+        """Return what a plain line says."""
+        return f"robust accuracy so far {percent(robust / self.n)}"
 
     def close(self) -> None:  # noqa: D102
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
+
+
+class CraftDisplay(Display):
+    """Shows, per stage: images done, how many fool the surrogates so far, time left."""
+
+    def state(self, robust: int) -> str:  # noqa: D102
+        return self.so_far(robust)
+
+    def so_far(self, robust: int) -> str:  # noqa: D102
+        return f"{self.n - robust} fool the surrogates" if robust < self.n else ""

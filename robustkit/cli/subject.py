@@ -64,7 +64,7 @@ class Subject:
         samples = load_data(data, root=data_root, download=download, preprocess=classifier.preprocess)
         if limit is None and most is not None:
             limit = min(most, len(samples))
-        return cls(classifier, samples.head(limit), rules or _usual_threat(data), place)
+        return cls(classifier, samples.head(limit), rules or usual_threat(data), place)
 
 
 def usual_of_norm(norm: str, data: str | None) -> str | None:
@@ -74,7 +74,8 @@ def usual_of_norm(norm: str, data: str | None) -> str | None:
     return own if own and own.partition(":")[0] == norm else USUAL.get(norm)
 
 
-def _usual_threat(data: str) -> ThreatModel:
+def usual_threat(data: str) -> ThreatModel:
+    """Return the threat that papers use on this data; UsageError if none is known."""
     entry = CATALOG.get(data.partition(":")[0])
     if entry is None or entry.threat is None:
         raise UsageError(f"{data} has no usual threat; write --threat NORM:EPS, e.g. --threat linf:8/255.")

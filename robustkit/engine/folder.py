@@ -9,20 +9,25 @@ import os
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from filelock import FileLock, Timeout
 
+from robustkit.crafted import Craft, CraftSpec, Matrix
 from robustkit.errors import RunError, UsageError
 from robustkit.record import Report, RunSpec, dumps
 
 SPEC, LEDGER, REPORT, ADVERSARIAL = "spec.json", "ledger.sqlite", "report.json", "adversarial.npz"
+TRANSFER, MATRIX = "transfer.json", "matrix.json"
 EXAMPLES, PAGE = "examples.npz", "report.html"
 EXAMPLE_ARRAYS = ("index", "distance", "prediction", "shown", "hard", "clean", "adversarial", "shape", "classes")
 SEALED = (SPEC, LEDGER, ADVERSARIAL, EXAMPLES)
+# The ledger of a craft run grows with every forecast or budget asked for; it checks itself when it is opened.
+CRAFT_SEALED = (SPEC, ADVERSARIAL)
+Spec = RunSpec | CraftSpec
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,7 @@ class Adversarials:
 
 
 @contextmanager
-def open_for_writing(path: Path, spec: RunSpec) -> Iterator[None]:
+def open_for_writing(path: Path, spec: Spec) -> Iterator[None]:
     """Make or re-enter the folder of this run, alone.
 
     Raises:
@@ -69,21 +74,43 @@ def open_for_writing(path: Path, spec: RunSpec) -> Iterator[None]:
         lock.release()
 
 
-def read_spec(path: Path) -> RunSpec:
+def read_spec(path: Path) -> Spec:
     """Return the spec of a run folder; UsageError if it is none."""
-    return RunSpec(**_read_json(path / SPEC))
+    body = _read_json(path / SPEC)
+    try:
+        return CraftSpec(**body) if body.get("verb") == "craft" else RunSpec(**body)
+    except (TypeError, AttributeError) as error:
+        raise UsageError(f"{path / SPEC} cannot be read: {error}.") from error
+
+
+def is_craft(path: Path) -> bool:
+    """Return whether a folder holds a finished craft run."""
+    return (path / TRANSFER).is_file()
 
 
 def read_report(path: Path) -> Report:
     """Return the report of a finished run; UsageError if the folder holds none."""
     if not path.is_dir():
         raise UsageError(f"{path} is no run folder: it does not exist.")
+    if is_craft(path):
+        raise UsageError(f"{path} holds crafted images, not an evaluation; see: robustkit transfer {path}")
     if not (path / REPORT).exists() and (path / SPEC).exists():
         raise UsageError(f"the run in {path} is not finished; run its command again to resume it.")
     return Report.from_json(_read_json(path / REPORT))
 
 
-def broken_seals(path: Path, report: Report) -> list[str]:
+def read_craft(path: Path) -> Craft:
+    """Return the record of a finished craft run; UsageError if the folder holds none."""
+    if not path.is_dir():
+        raise UsageError(f"{path} is no run folder: it does not exist.")
+    if (path / REPORT).exists():
+        raise UsageError(f"{path} holds an evaluation, not crafted images; see: robustkit report {path}")
+    if not is_craft(path) and (path / SPEC).exists():
+        raise UsageError(f"the run in {path} is not finished; run its command again to resume it.")
+    return Craft.from_json(_read_json(path / TRANSFER))
+
+
+def broken_seals(path: Path, report: Report | Craft) -> list[str]:
     """Return a sentence for each file whose bytes are not those the report names."""
     found = []
     for name, expected in report.files.items():
@@ -120,6 +147,12 @@ def write(path: Path, content: bytes) -> None:
 def write_report(path: Path, report: Report) -> None:
     """Write report.json, by which the run is finished."""
     write(path / REPORT, (dumps(report.to_json(), indent=2) + "\n").encode())
+
+
+def write_record(path: Path, record: Craft | Matrix) -> None:
+    """Write transfer.json, or matrix.json."""
+    name = TRANSFER if isinstance(record, Craft) else MATRIX
+    write(path / name, (dumps(record.to_json(), indent=2) + "\n").encode())
 
 
 def write_adversarial(path: Path, rows: Adversarials) -> None:
@@ -181,24 +214,18 @@ def sha256(path: Path) -> str:
     return total.hexdigest()
 
 
-def _require_same(path: Path, spec: RunSpec) -> None:
+def _require_same(path: Path, spec: Spec) -> None:
     old = read_spec(path)
     if old.run_id == spec.run_id:
         return
-    before, now = asdict(old), asdict(spec)
+    if old.verb != spec.verb:
+        raise UsageError(f"{path} holds run {old.run_id} of robustkit {old.verb}; give another --out folder.")
+    before, now = old.identity, spec.identity
     differing = [name for name in now if before[name] != now[name]]
-    if "model" in differing and before["model"]["fingerprint"] == now["model"]["fingerprint"]:
-        differing.remove("model")
-    if "data" in differing and _content(before["data"]) == _content(now["data"]):
-        differing.remove("data")
     raise UsageError(
         f"{path} holds run {old.run_id}, which differs in {', '.join(differing)}; "
         "give another --out folder for this one."
     )
-
-
-def _content(data: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in data.items() if key != "string"}
 
 
 def _read_json(path: Path) -> Any:

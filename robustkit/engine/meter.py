@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -26,6 +26,12 @@ WORTH = 0.9
 GIVE_UP, GIVE_UP_SECONDS = 3, 0.05
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Counts(Protocol):
+    """What counts the rows that went back through it."""
+
+    backwards: int
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,7 @@ class Meter:
         self.way = Way(model, DTYPES[precision])
         self.num_classes: int | None = model.num_classes
         self.piece: int | None = None
+        self.saved = 0
         self.threads = torch.get_num_threads()
         self.forwards = 0
         self.backwards = 0
@@ -64,7 +71,7 @@ class Meter:
         self.on_forward(self.forwards)
         differentiable = torch.is_grad_enabled() and x.requires_grad
         if differentiable:
-            x = _CountBackward.apply(x, self)
+            x = CountBackward.apply(x, self)
         logits = self._in_pieces(x, differentiable)
         if differentiable and not logits.requires_grad:
             self.detached = True
@@ -110,7 +117,8 @@ class Meter:
 
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor), torch.enable_grad():
             self.num_classes = self.model(image.detach().requires_grad_()).shape[1]
-        self.piece = min(most, max(1, _free_memory(self.device) // 2 // max(saved, 1)))
+        self.saved = saved
+        self.piece = min(most, max(1, free_memory(self.device) // 2 // max(saved, 1)))
         if 0 < saved < TINY:
             self.threads = 1
 
@@ -201,21 +209,22 @@ class Meter:
         return logits.float()
 
 
-class _CountBackward(torch.autograd.Function):
-    """The identity; its backward runs once for every backward pass through the model."""
+class CountBackward(torch.autograd.Function):
+    """The identity; its backward runs once for every backward pass through the model, and counts the rows."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, meter: Meter) -> Tensor:
+    def forward(ctx: Any, x: Tensor, meter: Counts) -> Tensor:  # noqa: D102
         ctx.meter = meter
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:  # noqa: D102
         ctx.meter.backwards += len(gradients[0])
         return gradients[0], None
 
 
-def _free_memory(device: torch.device) -> int:
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that a device has left."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     try:

@@ -1,0 +1,120 @@
+"""`robustkit craft`: strings to objects, the run, its table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+
+from rich.console import Console
+
+from robustkit.cli.evaluate import read_batch_size
+from robustkit.cli.progress import CraftDisplay
+from robustkit.cli.subject import BUILT_IN, BUILT_IN_DATA, BUILT_IN_LIMIT, usual_threat
+from robustkit.data import load_data
+from robustkit.data.samples import Samples
+from robustkit.devices import pick_device
+from robustkit.engine import budgets as gradient_budgets
+from robustkit.engine.crafting import Crafting
+from robustkit.engine.meter import free_memory
+from robustkit.engine.nets import Net, gather
+from robustkit.errors import UsageError
+from robustkit.models import load_model
+from robustkit.models.strings import ModelString
+from robustkit.report.transfer import show
+from robustkit.threat import ThreatModel
+
+
+def craft(
+    *,
+    surrogates: Sequence[str],
+    attack: str,
+    combine: str,
+    weights: str | None,
+    targets: Sequence[str],
+    targeted: str | None,
+    data: str | None,
+    limit: int | None,
+    threat: str | None,
+    seed: int,
+    device: str,
+    batch_size: str,
+    streaming: bool | None,
+    budgets: str | None,
+    forecast: bool,
+    png: Path | None,
+    out: Path | None,
+    data_root: Path | None,
+    download: bool,
+    as_json: bool,
+) -> int:
+    """Run the verb."""
+    curve = gradient_budgets.read(budgets) if budgets else []
+    if curve and not targets:
+        raise UsageError("--budgets needs a model to judge the images on; give one with --target.")
+    place = pick_device(device)
+    samples = read_data(surrogates, data, limit, data_root, download)
+    rules = ThreatModel.parse(threat) if threat else usual_threat(data or BUILT_IN_DATA)
+    room = free_memory(place) // 2
+
+    def keep(total: int) -> bool:
+        return total <= room if streaming is None else not streaming
+
+    nets = gather(surrogates, samples, place, keep=keep)
+    judges = gather(targets, samples, place, what="target", keep=lambda total: keep(total) and total <= room // 4)
+    plan = Crafting(
+        nets=nets,
+        samples=samples,
+        threat=rules,
+        attack=attack,
+        combine=combine,
+        weights=_weights(weights),
+        targeted=targeted,
+        seed=seed,
+        device=place,
+        batch_size=read_batch_size(batch_size),
+        streaming=streaming,
+    )
+    folder = out or Path("runs") / f"craft-{plan.spec.run_id}"
+    record = plan.run(folder, judges, forecast=forecast, curve=curve, png=png, progress=CraftDisplay())
+    if as_json:
+        print(json.dumps(record.to_json(), indent=2))
+    else:
+        show(record, Console(markup=False), next_command(folder, nets, bool(record.targets)))
+    return 0
+
+
+def next_command(folder: Path, nets: Sequence[Net], judged: bool) -> str:
+    """Return what to do after crafting: judge, compare."""
+    if not judged:
+        return f"robustkit transfer {folder} --target MODEL   (a model that is no surrogate)"
+    return f"robustkit compare {folder} DIR   (another attack over the same images)"
+
+
+def read_data(
+    models: Sequence[str], data: str | None, limit: int | None, data_root: Path | None, download: bool
+) -> Samples:
+    """Return the images to craft on; without a data string the built-in model takes its own.
+
+    Files are read at the size that the first model asks for.
+    """
+    if data is None:
+        if str(ModelString.parse(models[0])) != BUILT_IN:
+            raise UsageError(
+                f"no data for {models[0]}; write --data, e.g. --data cifar10:test or --data test.npz."
+            )
+        data, limit = BUILT_IN_DATA, limit or BUILT_IN_LIMIT
+    preprocess = None
+    if data.startswith(("folder:", "imagenet")):
+        preprocess = load_model(models[0]).preprocess
+    return load_data(data, root=data_root, download=download, preprocess=preprocess).head(limit)
+
+
+def _weights(text: str | None) -> list[float] | None:
+    if text is None:
+        return None
+    try:
+        return [float(Fraction(part)) for part in text.split(",")]
+    except (ValueError, ZeroDivisionError):
+        raise UsageError(f"weights {text!r}: write one number above 0 for each surrogate, e.g. 1,1,2.") from None

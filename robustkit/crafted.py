@@ -1,0 +1,305 @@
+"""What a craft run is and what its images did to models: spec.json and transfer.json. Imports no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+from robustkit.errors import UsageError
+from robustkit.intervals import unseen
+from robustkit.record import FORMAT, Rate, dumps
+
+# How the class that an image is to be taken for is chosen.
+CHOICES = ("next", "random", "least-likely")
+
+
+@dataclass(frozen=True)
+class CraftSpec:
+    """Everything that determines the images of a craft run, and nothing else but where to find models and data.
+
+    `surrogates` have `string` and `fingerprint`, in order; `attack` has name, fields and techniques, and the
+    `string` it was asked for by. `targeted` is one of `CHOICES`, or None. Which models the images are judged on
+    is not in it.
+    """
+
+    surrogates: Sequence[Mapping[str, Any]]
+    combine: str
+    weights: Sequence[float] | None
+    attack: Mapping[str, Any]
+    targeted: str | None
+    data: Mapping[str, Any]
+    threat: str
+    seed: int
+    verb: str = "craft"
+    format: int = FORMAT
+
+    @property
+    def run_id(self) -> str:
+        """Eight hexadecimal digits of the hash of all that determines the images: strings and paths do not."""
+        return hashlib.sha256(dumps(self.identity).encode()).hexdigest()[:8]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What is hashed."""
+        body = asdict(self)
+        body["surrogates"] = [_content(one) for one in body["surrogates"]]
+        return {**body, "attack": _content(body["attack"]), "data": _content(body["data"])}
+
+    @property
+    def attack_name(self) -> str:
+        """The attack with its techniques, as they are joined in an attack string."""
+        return "+".join(part["name"] for part in (self.attack, *self.attack.get("techniques", ())))
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What one model made of the images: `success` is over the `n` that it classified correctly.
+
+    Intervals are 95 %. `noise` and `transplant` are the floors over the same n: the success of random signs, and
+    of another image's
+    perturbation, of the same norm. What cannot be said (n = 0, or one image alone) is None. `predictions` are the
+    classes it named, `clean` and `adversarial`, by position; -1 where its logits were not finite.
+    """
+
+    model: str
+    fingerprint: str
+    clean_accuracy: float
+    clean_accuracy_low: float
+    clean_accuracy_high: float
+    success: float | None
+    success_low: float | None
+    success_high: float | None
+    n: int
+    noise: float | None
+    noise_low: float | None
+    noise_high: float | None
+    transplant: float | None
+    transplant_low: float | None
+    transplant_high: float | None
+    predictions: Mapping[str, Sequence[int]]
+
+    @classmethod
+    def of(
+        cls,
+        model: Mapping[str, Any],
+        labels: Sequence[int],
+        goals: Sequence[int] | None,
+        predictions: Mapping[str, Sequence[int]],
+    ) -> Judgement:
+        """Return the judgement of predictions on `clean`, `adversarial`, and where asked `noise`, `transplant`."""
+        clean = [said == label for said, label in zip(predictions["clean"], labels, strict=True)]
+        accuracy = Rate.of(sum(clean), len(labels))
+        body: dict[str, Any] = {
+            "model": model["string"],
+            "fingerprint": model["fingerprint"],
+            "clean_accuracy": accuracy.value,
+            "clean_accuracy_low": accuracy.low,
+            "clean_accuracy_high": accuracy.high,
+            "n": sum(clean),
+            "predictions": {name: list(predictions[name]) for name in ("clean", "adversarial")},
+        }
+        for name, what in (("success", "adversarial"), ("noise", "noise"), ("transplant", "transplant")):
+            rate = None
+            if what in predictions and any(clean):
+                rate = Rate.of(sum(map(bool, _fooled(labels, goals, predictions, what))), sum(clean))
+            body |= {
+                name: rate and rate.value,
+                f"{name}_low": rate and rate.low,
+                f"{name}_high": rate and rate.high,
+            }
+        return cls(**body)
+
+    def fooled(self, labels: Sequence[int], goals: Sequence[int] | None) -> list[bool | None]:
+        """Return of each image whether it fooled the model; None where the model was wrong before."""
+        return _fooled(labels, goals, self.predictions, "adversarial")
+
+    @property
+    def rate(self) -> Rate | None:
+        """The success with its interval; None where the model classified no image correctly."""
+        if self.success is None or self.success_low is None or self.success_high is None:
+            return None
+        return Rate(self.success, self.success_low, self.success_high, self.n)
+
+
+def _fooled(
+    labels: Sequence[int],
+    goals: Sequence[int] | None,
+    predictions: Mapping[str, Sequence[int]],
+    what: str,
+) -> list[bool | None]:
+    found: list[bool | None] = []
+    for place, (clean, said, label) in enumerate(
+        zip(predictions["clean"], predictions[what], labels, strict=True)
+    ):
+        if clean != label:
+            found.append(None)
+        elif goals is None:
+            found.append(said not in (label, -1))
+        else:
+            found.append(said == goals[place])
+    return found
+
+
+@dataclass(frozen=True)
+class Point:
+    """Success at one gradient budget: with `steps` of `step_size`, in the order of the run's targets.
+
+    `steps` is None where one step alone costs more than the budget.
+    """
+
+    budget: int
+    steps: int | None
+    step_size: float | None
+    gradients_per_image: float | None
+    success: Sequence[Rate | None] = ()
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What to expect of a model that is no surrogate: each surrogate in turn is left out and then attacked.
+
+    `left_out` are the rates of success, in the surrogates' order. `expected` is their mean; `low` and `high`
+    hold one more model of their kind with 95 % (`intervals.unseen`). `images` is each image's share of the
+    left-out surrogates that it fooled, None where all were wrong before.
+    """
+
+    expected: float | None
+    low: float
+    high: float
+    left_out: Sequence[Rate | None]
+    images: Sequence[float | None]
+    gradients_per_image: float
+
+    @classmethod
+    def of(cls, fooled: Sequence[Sequence[bool | None]], gradients_per_image: float) -> Forecast:
+        """Return the forecast from what the images did to each left-out surrogate (members x images)."""
+        rates = []
+        for member in fooled:
+            right = [hit for hit in member if hit is not None]
+            rates.append(Rate.of(sum(right), len(right)) if right else None)
+        known = [rate for rate in rates if rate]
+        low, high = unseen([(round(rate.value * rate.n), rate.n) for rate in known])
+        images = []
+        for column in zip(*fooled, strict=True):
+            right = [hit for hit in column if hit is not None]
+            images.append(sum(right) / len(right) if right else None)
+        expected = sum(rate.value for rate in known) / len(known) if known else None
+        return cls(expected, low, high, rates, images, gradients_per_image)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """The images as 8-bit files: where, the largest change in grey levels, the success of the files as re-read."""
+
+    folder: str
+    largest_change: int
+    success: Sequence[Rate | None]
+
+
+@dataclass(frozen=True)
+class Craft:
+    """The record of a craft run; the fields are those of transfer.json.
+
+    `labels`, and `goals` of a targeted attack, are by position in the data. `surrogates` and `targets` are
+    judgements; `adversarial` (not in the file) are the images as a mapping of `index`, `x` and `y`, all of them.
+    """
+
+    run_id: str
+    spec: CraftSpec
+    n: int
+    gradients_per_image: float
+    forwards_per_image: float
+    seconds: float
+    labels: Sequence[int]
+    goals: Sequence[int] | None
+    not_finite: int
+    surrogates: Sequence[Judgement]
+    targets: Sequence[Judgement]
+    environment: Mapping[str, Any]
+    files: Mapping[str, str] = field(default_factory=dict)
+    budgets: Sequence[Point] | None = None
+    forecast: Forecast | None = None
+    png: Saved | None = None
+    format: int = FORMAT
+    adversarial: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the record as transfer.json holds it, `format` first."""
+        absent = {name for name in ("budgets", "forecast", "png") if getattr(self, name) is None}
+        kept = [f.name for f in fields(self) if f.name not in {"adversarial", "format"} | absent]
+        return {"format": self.format, **json.loads(dumps({name: getattr(self, name) for name in kept}))}
+
+    @classmethod
+    def from_json(cls, body: Any) -> Craft:
+        """Return the record of a parsed transfer.json; UsageError if it is none or of another format."""
+        if not isinstance(body, Mapping) or body.get("format") != FORMAT:
+            found = body.get("format") if isinstance(body, Mapping) else type(body).__name__
+            raise UsageError(f"this record has format {found!r}; this version of robustkit reads {FORMAT}.")
+        try:
+            record = cls(
+                **{
+                    **body,
+                    "spec": CraftSpec(**body["spec"]),
+                    "surrogates": [Judgement(**one) for one in body["surrogates"]],
+                    "targets": [Judgement(**one) for one in body["targets"]],
+                    "budgets": _each(body.get("budgets"), lambda one: _with_rates(Point, one, "success")),
+                    "forecast": body.get("forecast") and _with_rates(Forecast, body["forecast"], "left_out"),
+                    "png": body.get("png") and _with_rates(Saved, body["png"], "success"),
+                }
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UsageError(f"this record is damaged: {type(error).__name__} {error}.") from error
+        if len(record.labels) != record.n:
+            raise UsageError(f"this record is damaged: it has {len(record.labels)} labels of {record.n} images.")
+        return record
+
+    def judged(self, more: Sequence[Judgement]) -> Craft:
+        """Return the record with more targets; one that is there already is replaced."""
+        new = {one.fingerprint for one in more}
+        return replace(self, targets=[*(old for old in self.targets if old.fingerprint not in new), *more])
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """How images crafted on each of `models` alone do on each of them and on `targets`; matrix.json.
+
+    `success` has a row for each model and a column for each of `models` and then `targets`; `folders` are the
+    craft runs behind the rows, beside the file.
+    """
+
+    run_id: str
+    models: Sequence[str]
+    targets: Sequence[str]
+    attack: Mapping[str, Any]
+    targeted: str | None
+    data: Mapping[str, Any]
+    threat: str
+    seed: int
+    n: int
+    gradients_per_image: Sequence[float]
+    clean_accuracy: Sequence[float]
+    noise: Sequence[float | None]
+    success: Sequence[Sequence[Rate | None]]
+    folders: Sequence[str]
+    environment: Mapping[str, Any]
+    format: int = FORMAT
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the record as matrix.json holds it, `format` first."""
+        kept = [f.name for f in fields(self) if f.name != "format"]
+        return {"format": self.format, **json.loads(dumps({name: getattr(self, name) for name in kept}))}
+
+
+def _each(items: Any, build: Any) -> Any:
+    return None if items is None else [build(item) for item in items]
+
+
+def _with_rates(kind: Any, body: Mapping[str, Any], name: str) -> Any:
+    return kind(**{**body, name: [rate and Rate(**rate) for rate in body[name]]})
+
+
+def _content(part: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in part.items() if key != "string"}

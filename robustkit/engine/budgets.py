@@ -1,0 +1,73 @@
+"""An attack at other gradient budgets: with as many steps as the budget pays for."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from robustkit.crafted import Point
+from robustkit.errors import UsageError
+from robustkit.registry import spec
+from robustkit.transfer import Composition
+
+# From here on a ledger's stages are budgets.
+STAGE = 1_000_000
+
+
+@dataclass(frozen=True)
+class Prices:
+    """Gradients per image: `once` for a run, and for each of its steps."""
+
+    once: int
+    step: int
+
+    @classmethod
+    def of(cls, attack: Any, spend: Callable[[Any], int]) -> Prices:
+        """Return the prices of an attack, from what one image costs (`spend`) in one step and in two.
+
+        Raises:
+            UsageError: if it is no attack in steps, or asks for no gradient.
+        """
+        if not isinstance(attack, Composition) or not hasattr(attack.rule, "steps"):
+            raise UsageError(
+                f"{spec(attack)['name']} has no number of gradients that --budgets could set; "
+                "use an attack in steps such as mi-fgsm, or leave --budgets out."
+            )
+        one, two = (spend(with_steps(attack, steps)) for steps in (1, 2))
+        if two <= one:
+            raise UsageError(f"{attack.name} costs no gradient for each step; leave --budgets out.")
+        return cls(max(2 * one - two, 0), two - one)
+
+    def point(self, attack: Composition, budget: int) -> tuple[Point, Composition | None]:
+        """Return how the attack runs at a budget; without an attack where one step costs more.
+
+        The steps keep their size unless so few would not reach eps: then each is eps / steps.
+        """
+        steps = (budget - self.once) // self.step
+        if steps < 1:
+            return Point(budget, None, None, None), None
+        changed = with_steps(attack, steps)
+        size = getattr(changed.rule, "step_size", None)
+        return Point(budget, steps, size, None), changed
+
+
+def with_steps(attack: Composition, steps: int) -> Composition:
+    """Return the attack with another number of steps, of at least eps / steps each."""
+    changes: dict[str, Any] = {"steps": steps}
+    size = getattr(attack.rule, "step_size", None)
+    if size is not None:
+        changes["step_size"] = max(size, 1 / steps)
+    return dataclasses.replace(attack, rule=dataclasses.replace(attack.rule, **changes))
+
+
+def read(text: str) -> list[int]:
+    """Return the budgets of `10,40,100`, in rising order; UsageError if one is no whole number above 0."""
+    try:
+        budgets = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        budgets = [0]
+    if budgets[0] < 1:
+        raise UsageError(f"budgets {text!r}: write whole numbers of gradients per image, e.g. 10,40,100.")
+    return budgets

@@ -1,0 +1,169 @@
+"""Several models by their strings: each loaded and tried on the data, so that a list that cannot work says why."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from robustkit.data.samples import Samples
+from robustkit.engine.meter import Meter
+from robustkit.errors import UsageError
+from robustkit.isolation import evaluation_mode, own_randomness
+from robustkit.models import as_classifier, load_model
+from robustkit.models.classifier import Classifier
+
+# Data whose files are read at the size that a model asks for.
+READ_TO_SIZE = ("folder:", "imagenet")
+
+
+@dataclass(frozen=True)
+class Net:
+    """A model that can be had when it is needed: at hand, or loaded again by its string.
+
+    `parameters` are the bytes of its tensors, `graph` those that autograd saves for one image; `threads` is
+    what it is worth on a CPU, `alike` what two models share that may run as one (None: nothing may).
+    """
+
+    string: str
+    fingerprint: str
+    classes: int
+    parameters: int
+    graph: int
+    threads: int
+    alike: str | None
+    model: Classifier | None
+
+    def load(self, device: torch.device) -> Classifier:
+        """Return the model on this device, outside of autograd if it is newly loaded."""
+        if self.model is not None:
+            return self.model.to(device)
+        return load_model(self.string, device=device).requires_grad_(False)
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """Its string and fingerprint, as a spec has them."""
+        return {"string": self.string, "fingerprint": self.fingerprint}
+
+
+def gather(
+    models: Sequence[str | Callable[[torch.Tensor], object]],
+    samples: Samples,
+    device: torch.device,
+    *,
+    what: str = "surrogate",
+    keep: Callable[[int], bool] = lambda total: True,
+) -> list[Net]:
+    """Return nets of model strings or callables, each tried on the first image.
+
+    Args:
+        models: what to load.
+        samples: what they will be given.
+        device: where they are tried.
+        what: the word for one of them, in errors.
+        keep: whether nets of so many bytes in all may stay loaded; those of strings that may not are let go.
+
+    Raises:
+        UsageError: for a model that cannot be loaded or does not take the images, one given twice, different
+            numbers of classes or sizes, labels outside the classes.
+    """
+    nets: list[Net] = []
+    total = 0
+    for model in models:
+        classifier = (
+            load_model(model, device=device) if isinstance(model, str) else as_classifier(model).to(device)
+        )
+        _check_size(classifier, nets, samples)
+        net = _tried(classifier, samples, device)
+        total += net.parameters
+        for other in nets:
+            if other.fingerprint == net.fingerprint:
+                raise UsageError(
+                    f"{what} {net.string!r} is given twice; give each model once, and --weights for more of one."
+                )
+            if other.classes != net.classes:
+                raise UsageError(
+                    f"{what}s with different classes: {other.string!r} has {other.classes}, {net.string!r} "
+                    f"{net.classes}; give models of the same classes."
+                )
+        if isinstance(model, str) and not keep(total):
+            nets = [replace(one, model=None) for one in (*nets, net)]
+        else:
+            nets.append(net)
+        del classifier, net
+    gc.collect()
+    return nets
+
+
+def same_classes(nets: Sequence[Net], others: Sequence[Net]) -> None:
+    """Refuse targets with other classes than the surrogates'."""
+    for net in others:
+        if net.classes != nets[0].classes:
+            raise UsageError(
+                f"target {net.string!r} has {net.classes} classes, surrogate {nets[0].string!r} has "
+                f"{nets[0].classes}; "
+                "give models of the same classes."
+            )
+
+
+def _tried(classifier: Classifier, samples: Samples, device: torch.device) -> Net:
+    image = samples.images([0]).to(device)
+    meter = Meter(classifier, device)
+    try:
+        with own_randomness("nets"), evaluation_mode(classifier):
+            meter.size_up(image, 1)
+            logits = meter.exact(image)
+    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+        if isinstance(error, (UsageError, torch.OutOfMemoryError)):
+            raise
+        raise UsageError(
+            f"model {classifier.string!r} cannot take images of {'x'.join(map(str, image.shape[1:]))} from "
+            f"{samples.name}: {str(error).strip().partition(chr(10))[0]}"
+        ) from error
+    classes = logits.shape[1]
+    if not bool(logits.isfinite().all()):
+        raise UsageError(
+            f"model {classifier.string!r} returns NaN or infinite logits for the first image of {samples.name}; "
+            "give one that returns finite logits."
+        )
+    if len(outside := np.flatnonzero(samples.labels >= classes)):
+        raise UsageError(
+            f"model {classifier.string!r} has {classes} classes but {samples.name} has the label "
+            f"{samples.labels[outside[0]]} at position {outside[0]}; give the data it was made for."
+        )
+    tensors = [*classifier.parameters(), *classifier.buffers()]
+    return Net(
+        string=classifier.string,
+        fingerprint=classifier.fingerprint,
+        classes=classes,
+        parameters=sum(tensor.nbytes for tensor in tensors),
+        graph=meter.saved,
+        threads=meter.threads,
+        alike=_alike(classifier),
+        model=classifier,
+    )
+
+
+def _check_size(classifier: Classifier, nets: Sequence[Net], samples: Samples) -> None:
+    """Refuse a model that wants image files at another size than the one they are read at."""
+    first = next((net.model for net in nets if net.model is not None), None)
+    if first is None or not samples.name.startswith(READ_TO_SIZE):
+        return
+    ours, theirs = classifier.preprocess, first.preprocess
+    if ours and theirs and ours.size != theirs.size and classifier.size is None:
+        raise UsageError(
+            f"{classifier.string!r} takes images of {'x'.join(map(str, ours.size))} but {samples.name} is read at "
+            f"{'x'.join(map(str, theirs.size))} for {first.string!r}; write ?size=N at the end of its string."
+        )
+
+
+def _alike(classifier: Classifier) -> str | None:
+    net = classifier.net
+    if not isinstance(net, torch.nn.Module):
+        return None
+    shapes = [(name, tuple(tensor.shape)) for name, tensor in classifier.state_dict().items()]
+    outer = [None if of is None else tuple(of.shape) for of in (classifier.mean, classifier.std)]
+    return repr((repr(net), shapes, outer, classifier.size))

@@ -1,0 +1,82 @@
+"""What models make of crafted images: of the clean ones, of these, and of changes that nobody thought about."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from robustkit.crafted import Judgement
+from robustkit.data.samples import Samples
+from robustkit.engine.meter import Meter
+from robustkit.engine.nets import Net
+from robustkit.isolation import evaluation_mode, own_randomness, threads
+from robustkit.rng import RowRng
+from robustkit.shapes import Images
+from robustkit.threat import ThreatModel, per_row
+
+BATCH_SIZE = 256
+
+
+@dataclass(frozen=True)
+class Jury:
+    """Asks models about images of these samples; `goals` are the classes wanted, None if any other will do."""
+
+    samples: Samples
+    threat: ThreatModel
+    goals: Sequence[int] | None
+    seed: int
+    device: torch.device
+    batch: int = BATCH_SIZE
+
+    def judge(self, net: Net, adversarial: np.ndarray, *, floors: bool) -> Judgement:
+        """Return what a net makes of all images (N C H W), with the floors if asked to."""
+        asked: dict[str, Callable[[np.ndarray, Images], Images]] = {
+            "clean": lambda at, x: x,
+            "adversarial": lambda at, x: self._there(adversarial[at]),
+        }
+        if floors:
+            asked["noise"] = self.noise
+        if floors and len(self.samples) > 1:
+            asked["transplant"] = lambda at, x: self.transplant(adversarial, at, x)
+        return Judgement.of(net.identity, self.samples.labels.tolist(), self.goals, self._ask(net, asked))
+
+    def predictions(self, net: Net, images: np.ndarray) -> list[int]:
+        """Return the class that a net names for each image; -1 where its logits are not finite."""
+        said: list[int] = self._ask(net, {"images": lambda at, x: self._there(images[at])})["images"]
+        return said
+
+    def noise(self, at: np.ndarray, x: Images) -> Images:
+        """Return the images at these positions plus random signs, scaled to eps in the threat's norm."""
+        draws = RowRng(self.seed, "noise", torch.from_numpy(at).to(self.device)).uniform(*x.shape[1:])
+        signs = torch.where(draws < 0.5, -1.0, 1.0).to(x)
+        length = self.threat.distance(signs, torch.zeros_like(signs)).to(x)
+        return self.threat.project(x + float(self.threat.eps) * signs / per_row(length, x), x)
+
+    def transplant(self, adversarial: np.ndarray, at: np.ndarray, x: Images) -> Images:
+        """Return the images at these positions with the change that was made for the next one."""
+        others = (at + 1) % len(self.samples)
+        change = self._there(adversarial[others]) - self.samples.images(others).to(self.device)
+        return self.threat.project(x + change, x)
+
+    def _ask(self, net: Net, asked: dict[str, Callable[[np.ndarray, Images], Images]]) -> dict[str, Any]:
+        model = net.load(self.device)
+        meter = Meter(model, self.device)
+        said: dict[str, list[int]] = {name: [] for name in asked}
+        with evaluation_mode(model), threads(net.threads):
+            meter.size_up(self.samples.images([0]).to(self.device), self.batch)
+            for begin in range(0, len(self.samples), self.batch):
+                at = np.arange(begin, min(begin + self.batch, len(self.samples)))
+                x = self.samples.images(at).to(self.device)
+                for name, make in asked.items():
+                    with own_randomness(self.seed, "judge", name, begin):
+                        logits = meter.exact(make(at, x))
+                    finite = logits.isfinite().all(1)
+                    said[name] += torch.where(finite, logits.argmax(1), -1).tolist()
+        return said
+
+    def _there(self, images: np.ndarray) -> Images:
+        return torch.from_numpy(np.ascontiguousarray(images)).to(self.device)
