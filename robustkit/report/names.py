@@ -7,6 +7,9 @@ from typing import Any
 
 from robustkit.record import Report
 
+# The fields that say most of an attack, the best first. A record's own order is lost in its file.
+TELLING = ("loss", "steps", "queries", "targets")
+
 
 def stage_names(report: Report) -> list[str]:
     """Return the stages' attacks in order; those of one name with the field that tells them apart.
@@ -29,7 +32,8 @@ def stage_names(report: Report) -> list[str]:
 
 def _marks(records: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return for each of these attacks of one name what is put behind it."""
-    for field in records[0]:
+    telling = [field for field in TELLING if field in records[0]]
+    for field in [*telling, *sorted(records[0].keys() - set(telling))]:
         values = [written(record.get(field)) for record in records]
         if len(set(values)) == len(values):
             return [f"({field}={value})" for value in values]

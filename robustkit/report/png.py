@@ -63,7 +63,9 @@ def _cascade(report: Report, figure: Figure) -> None:
         rate = stages[number].robust_accuracy
         axes.barh(row, 100 * rate.value, height=0.4, color=STOOD)
         lost = 100 * (before[number] - rate.value)
-        axes.barh(row, lost, left=100 * rate.value, height=0.4, color=FELL_GROUND, edgecolor=FELL, hatch="////")
+        if lost > 0:
+            look: dict[str, Any] = {"color": FELL_GROUND, "edgecolor": FELL, "hatch": "////"}
+            axes.barh(row, lost, left=100 * rate.value, height=0.4, **look)
         ends = [[100 * (rate.value - rate.low)], [100 * (rate.high - rate.value)]]
         axes.errorbar([100 * rate.value], [row], xerr=ends, color=INK, capsize=4, linewidth=1.6)
         name = "clean images" if number == 0 else f"after {shortened(names[number], 24)}"

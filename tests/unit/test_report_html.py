@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -14,7 +15,7 @@ import pytest
 from PIL import Image
 from reports import FLAG, make_examples, make_report
 
-from robustkit.record import Flag, Report
+from robustkit.record import Flag, Report, dumps
 from robustkit.registry import parse_suite, spec
 from robustkit.report import classes, costs, histogram, svg, words
 from robustkit.report.command import command, suite
@@ -194,6 +195,7 @@ def test_stages_of_one_name_are_told_apart() -> None:
     suite = [{**record, "steps": steps} for record, steps in zip(report.spec.suite, (1, 9, 5), strict=True)]
     report = replace(report, spec=replace(report.spec, suite=suite))
     assert stage_names(report) == ["clean", "pgd(steps=1)", "square", "pgd(steps=5)"]
+    assert stage_names(Report.from_json(json.loads(dumps(report.to_json())))) == stage_names(report)
     assert "after pgd(steps=5)" in read(report).text
 
 
