@@ -44,7 +44,7 @@ class Display(Progress):
         self.advance(0.0, robust)
 
     def advance(self, done: float, robust: int) -> None:  # noqa: D102
-        accuracy = percent(robust / self.n)
+        done, accuracy = min(done, self.images), percent(robust / self.n)
         if self.bar is not None:
             self.bar.update(self.task, completed=done, settled=self.n - robust, robust=accuracy)
         elif not self.console.is_terminal and time.monotonic() - self.spoke >= SILENCE:
