@@ -41,7 +41,10 @@ class DDN(RowWise):
     def init(self, rows: Rows) -> State:
         """Return the clean images, or random starts."""
         first = torch.full((len(rows.x),), self.radius, dtype=torch.float64, device=rows.x.device)
-        x = rows.x if rows.rng.restart == 0 else rows.threat.random_start(rows.x, rows.rng)
+        x = rows.x
+        if self.restarts > 1:
+            later = torch.as_tensor(rows.rng.restart, device=x.device).expand(len(x)) > 0
+            x = torch.where(per_row(later, x), rows.threat.random_start(x, rows.rng), x)
         return {"x": x, "radius": first, "clock": torch.zeros_like(first, dtype=torch.int64)}
 
     def step(self, rows: Rows, state: State, answer: Answer) -> State:

@@ -61,3 +61,8 @@ def evaluation_mode(model: nn.Module) -> Iterator[bool]:
             module.training = mode
         for parameter in learning:
             parameter.requires_grad_(True)
+
+
+def training_count(model: nn.Module) -> int:
+    """Return how many of a model's modules are in training mode."""
+    return sum(module.training for module in model.modules())

@@ -123,6 +123,7 @@ FAULTS = {
     "batch-mean": lambda net, x: net(x) - net(x).mean(0),
     "dynamic": lambda net, x: net(x + 0 * _gradient(net, x)),
     "two-classes": lambda net, x: net(x)[:, :2],
+    "one-off": lambda net, x: net(x).roll(1, 1),
 }
 
 

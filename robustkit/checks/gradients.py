@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import torch
 
+from robustkit.checks.outputs import agree, probabilities
 from robustkit.checks.probe import Probe
+from robustkit.checks.randomness import SEEDERS
 from robustkit.goal import Goal
 from robustkit.record import Flag
-from robustkit.rows import query
+from robustkit.rows import Answer, query
+from robustkit.shapes import Images, PerRow
 
 VANISHING = 1e-7
 MOST = 0.75
@@ -24,7 +27,7 @@ def zero(probe: Probe) -> Flag | None:
         "warning",
         int(gone.sum()),
         f"of {len(gone)} images have an input gradient of exactly zero: gradient attacks cannot move them",
-        "judge by score-based attacks, or give a differentiable version of the model",
+        "judge by score-based attacks (--suite square), or give a differentiable version of the model",
     )
 
 
@@ -48,36 +51,47 @@ def disagrees(probe: Probe) -> Flag | None:
     """A gradient that does not predict what the function does along it.
 
     Compares the slope along the gradient's sign with central differences at three step sizes; the nearest counts,
-    and half of the images must be off by more than half: kinks of honest nets stay far below.
+    and half of the images must be off by more than half: kinks of honest nets stay far below. A random model is
+    asked with the same seeds each time. Not for probabilities, whose slope tells of no step where one is sure, nor
+    for models whose draws no seed repeats: those are other diagnoses.
     """
-    size = _sizes(probe, "margin")
-    rows = probe.few[size > 0]
-    if not len(rows):
+    rows = probe.few[_sizes(probe, "margin") > 0]
+    if not len(rows) or probabilities(probe):
         return None
-    gradient = probe.gradients["margin"][size > 0]
+    x, goal = probe.x[rows], Goal(probe.labels[rows])
+    gradient = _seeded(probe, x, goal).gradient
     direction = gradient.sign()
-    promised = (gradient * direction).flatten(1).sum(1)
-    goal = Goal(probe.labels[rows])
+    promised = gradient.abs().flatten(1).sum(1).clamp(min=1e-30)
     errors = []
     for step in STEPS:
         ahead, behind = (
-            query(probe.model, probe.x[rows] + sign * step * direction, goal, "margin", False)[1]
-            for sign in (1, -1)
+            _seeded(probe, x + sign * step * direction, goal, with_gradient=False).loss for sign in (1, -1)
         )
         errors.append(((ahead - behind) / (2 * step) / promised - 1).abs())
     error = torch.stack(errors).amin(0)
     typical = float(error.median())
     if typical <= 0.5:
         return None
+    one, other = (_seeded(probe, x, goal, with_gradient=False).logits for _ in range(2))
+    if not agree(one, other):
+        return None
     return Flag(
         "wrong-gradient",
         "warning",
         round(typical, 4),
-        "is the median relative error of the gradient against finite differences: it is not that of the function "
-        "(quantisation, a straight-through estimate, shattered gradients)",
+        "is the median relative error of the gradient against finite differences, which should be near 0: it is "
+        "not that of the function (quantisation, a straight-through estimate, shattered gradients)",
         "attack a smooth version of the model and judge on this one; look at what score-based attacks find",
     )
 
 
-def _sizes(probe: Probe, loss: str) -> torch.Tensor:
+def _seeded(probe: Probe, x: Images, goal: Goal, *, with_gradient: bool = True) -> Answer:
+    """Return the answers to x (B C H W), all generators seeded alike before. The caller isolates them."""
+    for seed in SEEDERS.values():
+        seed(0)
+    return query(probe.model, x, goal, "margin", with_gradient)
+
+
+def _sizes(probe: Probe, loss: str) -> PerRow:
+    """Return the largest entry of each of the few rows' gradients."""
     return probe.gradients[loss].flatten(1).abs().amax(1) if len(probe.few) else torch.zeros(0)

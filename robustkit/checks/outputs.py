@@ -6,10 +6,12 @@ import torch
 
 from robustkit.checks.probe import Probe
 from robustkit.record import Flag
+from robustkit.shapes import Logits
 
 ROUNDING = 1e-5
 MOST = 0.75  # ordinary overfitted nets saturate on up to half of the images
 FLOAT16_LARGEST = 65504.0
+NOISE = 1e-3
 
 
 def probabilities(probe: Probe) -> Flag | None:
@@ -78,8 +80,8 @@ def few_classes(probe: Probe) -> Flag | None:
         "few-classes",
         "info",
         classes,
-        f"classes, so targeted attacks aim at {classes - 1}, not {wanted}",
-        "nothing to do: every other class is aimed at",
+        f"classes: attacks that would aim at {wanted} other ones aim at {classes - 1}",
+        "nothing to do: that is every other class there is",
     )
 
 
@@ -105,7 +107,7 @@ def batch_dependent(probe: Probe) -> Flag | None:
         return None
     scale = probe.logits[:1].abs().max().clamp(min=1e-12)
     gap = float((alone - probe.logits[:1]).abs().max() / scale)
-    if gap <= 1e-3:
+    if gap <= NOISE:
         return None
     return Flag(
         "batch-dependent",
@@ -115,3 +117,8 @@ def batch_dependent(probe: Probe) -> Flag | None:
         "decide with it (batch norm in training mode?), so no verdict is about one image",
         "put the model into eval mode",
     )
+
+
+def agree(one: Logits, other: Logits) -> bool:
+    """Return whether two answers are the same but for float noise."""
+    return bool((one - other).abs().max() <= NOISE * one.abs().max())

@@ -26,20 +26,38 @@ BEFORE = (
 # Flags of models whose answer to an image is not always the same.
 UNSTEADY = {"randomised", "batch-dependent"}
 
-TRAINING_MODE = Flag(
-    "training-mode",
-    "warning",
-    None,
-    "the model was in training mode; it was evaluated in eval mode and then put back",
-    "call model.eval() before, so that you know which model the number is about",
-)
+
+def training_mode(was_training: bool, stuck: int) -> list[Flag]:
+    """Return a flag if a model came in training mode, or kept so many of its modules in it after eval()."""
+    if stuck:
+        return [
+            Flag(
+                "training-mode",
+                "warning",
+                stuck,
+                "parts of the model stayed in training mode although eval() was called: batch norm goes by the "
+                "other images of the batch there, and dropout draws",
+                "take the call of train() out of the model, unless it is meant",
+            )
+        ]
+    if was_training:
+        return [
+            Flag(
+                "training-mode",
+                "warning",
+                None,
+                "the model was in training mode; it was evaluated in eval mode and then put back",
+                "call model.eval() before, so that you know which model the number is about",
+            )
+        ]
+    return []
 
 
 def diagnose(probe: Probe) -> list[Flag]:
     """Return the flags that a model raises, in a fixed order.
 
     Costs, per image of the batch, 1 forward and 4 for randomness (9 if it is random); for the few rows
-    1 forward and 2 backwards for gradients, 6 forwards for finite differences and at most 100 propagations
+    2 forwards and 3 backwards for gradients, 6 forwards for finite differences and at most 100 propagations
     each way for short PGD runs, which end at the first success.
     """
     found = (check(probe) for check in BEFORE)

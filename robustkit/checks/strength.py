@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
 
+import torch
+
+from robustkit.checks.outputs import agree
 from robustkit.checks.probe import Probe
 from robustkit.record import Flag, Stage
 from robustkit.threat import ThreatModel
@@ -30,18 +33,22 @@ def survives_everything(probe: Probe) -> Flag | None:
 
 
 def unconverged(probe: Probe) -> Flag | None:
-    """Images that fall to 40 steps of PGD but not to 20."""
+    """Images that fall to 40 steps of PGD but not to 20. Of a random model it would tell but of its draws."""
     left = probe.left_by(probe.threat, probe.few, steps=20)
     more = probe.left_by(probe.threat, left, steps=40)
     gained = len(left) - len(more)
     if gained < 3 or gained <= 0.1 * len(probe.few):
+        return None
+    with torch.no_grad():
+        one, other = (probe.model(probe.x[left]) for _ in range(2))
+    if not agree(one, other):
         return None
     return Flag(
         "not-converged",
         "warning",
         gained,
         f"of {len(probe.few)} images fall to 40 steps of PGD but not to 20: attacks have far to go here",
-        "use more steps and restarts, e.g. --suite 'pgd(steps=200,restarts=5)' beside the suite",
+        "use more steps and restarts, e.g. --suite 'rapid,pgd(steps=200,restarts=5)'",
     )
 
 

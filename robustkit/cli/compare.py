@@ -39,7 +39,8 @@ def compare(a: Path, b: Path, *, as_json: bool) -> int:
 
     for name, folder, report in (("A", a, first), ("B", b, second)):
         rate = report.robust_accuracy
-        line(f"{name}  {percent(rate.value):>7}  ({interval(rate)})   {words.model_name(report)}   {folder}")
+        number = f"{percent(rate.value):>7}  {f'({interval(rate)})':<13}"
+        line(f"{name}  {number}   {words.model_name(report)}   {folder}")
     line(f"\nthe same {found.n:,} image{'s' * (found.n != 1)}, {first.spec.threat}")
     for warning in warnings:
         line(f"warning      {warning}")

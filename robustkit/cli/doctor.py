@@ -13,8 +13,10 @@ from robustkit.devices import pick_device
 from robustkit.engine.doctor import examine
 from robustkit.engine.environment import environment
 from robustkit.engine.selftest import closed_form, speeds
+from robustkit.errors import UsageError
 from robustkit.record import dumps
 from robustkit.report.table import duration, flag_lines, percent
+from robustkit.report.words import counted
 
 IMAGES = 64
 
@@ -31,6 +33,11 @@ def doctor(
 ) -> int:
     """Run the verb; return 0, or 1 if the machine gives false verdicts."""
     if model is None:
+        given = {"--data": data, "--limit": limit, "--threat": threat}
+        if named := [flag for flag, value in given.items() if value is not None]:
+            raise UsageError(
+                f"{named[0]} without a model; write robustkit doctor MODEL …, or leave it out to test the machine."
+            )
         return _machine(device, as_json)
     subject = Subject.load(model, data, limit, threat, device, data_root, most=IMAGES)
     found = examine(subject.model, subject.samples, subject.threat, subject.device)
@@ -43,7 +50,12 @@ def doctor(
         console.print(text, highlight=False, soft_wrap=True)
 
     line(f"{found.model}\n{found.parameters:,} parameters, {found.classes} classes")
-    line(f"clean accuracy {percent(found.correct / found.n)} on {found.n} images of {found.data}")
+    line(f"clean accuracy {percent(found.correct / found.n)} on {counted(found.n)} of {found.data}")
+    if found.correct * found.classes <= found.n:
+        line(
+            "no better than chance: check normalisation (?mean=…&std=…) and the order of classes; "
+            f"checks of gradients saw only the {counted(found.correct)} that the model gets right"
+        )
     for text in flag_lines(found.flags):
         line(text)
     if not found.flags:

@@ -20,7 +20,7 @@ def export(folder: Path, *, csv: Path | None, parquet: Path | None) -> int:
     report = run_folder.read_report(folder)
     table = rows(report, run_folder.read_examples(folder, report))
     save(path, to_csv(table) if csv is not None else _parquet(table))
-    print(f"{len(table):,} rows   {path}")
+    print(f"{len(table):,} row{'s' * (len(table) != 1)}   {path}")
     return 0
 
 

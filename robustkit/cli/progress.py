@@ -44,6 +44,7 @@ class Display(Progress):
         self.advance(0.0, robust)
 
     def advance(self, done: float, robust: int) -> None:  # noqa: D102
+        done = min(done, self.images)
         if self.bar is not None:
             self.bar.update(self.task, completed=done, state=self.state(robust))
         elif not self.console.is_terminal and time.monotonic() - self.spoke >= SILENCE:

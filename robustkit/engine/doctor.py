@@ -6,15 +6,18 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from robustkit.checks.probe import Probe
-from robustkit.checks.run import TRAINING_MODE, diagnose
+from robustkit.checks.run import diagnose, training_mode
 from robustkit.data.samples import Samples
 from robustkit.engine.meter import Meter
-from robustkit.isolation import evaluation_mode, own_randomness, threads
+from robustkit.engine.sanity import refuse_answers, refuse_endless
+from robustkit.isolation import evaluation_mode, own_randomness, threads, training_count
 from robustkit.models.classifier import Classifier
 from robustkit.record import Cost, Flag
+from robustkit.registry import DEFAULT_SUITE, parse_suite
 from robustkit.threat import ThreatModel
 
 
@@ -36,16 +39,23 @@ class Diagnosis:
 def examine(
     model: Classifier, samples: Samples, threat: ThreatModel, device: torch.device, seed: int = 0
 ) -> Diagnosis:
-    """Return the flags that a model raises on these images; leaves model and generators as they were."""
+    """Return the flags that a model raises on these images; leaves model and generators as they were.
+
+    It goes by the default suite where a check asks what attacks are to come. Raises as an evaluation would.
+    """
     x = samples.images(range(len(samples))).to(device)
     labels = torch.from_numpy(samples.labels).to(device)
+    refuse_endless(threat, tuple(x.shape[1:]))
+    attacks = parse_suite(DEFAULT_SUITE, threat.norm)
     meter = Meter(model, device)
     begun = time.perf_counter()
     with evaluation_mode(model) as was_training, own_randomness(seed, "doctor"):
         meter.size_up(x[:1], len(x))
-        probe = Probe(meter, x, labels, threat, seed=seed)
+        probe = Probe(meter, x, labels, threat, attacks, seed)
+        refuse_answers(probe.logits, samples.labels, np.arange(len(samples)))
         with threads(meter.threads):
             flags = diagnose(probe)
+        flags += training_mode(was_training, training_count(model))
     return Diagnosis(
         model=model.string,
         data=samples.name,
@@ -54,6 +64,6 @@ def examine(
         correct=int((probe.logits.argmax(1) == labels).sum()),
         classes=probe.logits.shape[1],
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        flags=[*flags, *([TRAINING_MODE] if was_training else [])],
+        flags=flags,
         cost=Cost(meter.forwards, meter.backwards, time.perf_counter() - begun),
     )

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from robustkit import registry
-from robustkit.checks.run import TRAINING_MODE
+from robustkit.checks.run import training_mode
 from robustkit.checks.strength import scores_beat_gradients
 from robustkit.data.samples import Samples
 from robustkit.engine import examples, folder
@@ -26,10 +26,10 @@ from robustkit.engine.progress import Progress
 from robustkit.engine.tally import Tally
 from robustkit.engine.worker import Worker
 from robustkit.errors import RunError, UsageError
-from robustkit.isolation import evaluation_mode, threads
+from robustkit.isolation import evaluation_mode, threads, training_count
 from robustkit.ledger import Ledger
 from robustkit.models.classifier import Classifier
-from robustkit.record import Audit, Cost, Report, RunSpec, Stop
+from robustkit.record import Audit, Cost, Flag, Report, RunSpec, Stop
 from robustkit.rows import RowWise
 from robustkit.threat import ThreatModel
 
@@ -186,7 +186,7 @@ class Evaluation:
             folder.write_report(out, report)
         return report
 
-    def _work(self, ledger: Ledger, progress: Progress) -> tuple[Worker, bool]:
+    def _work(self, ledger: Ledger, progress: Progress) -> tuple[Worker, list[Flag]]:
         tally = Tally(len(self.samples), ["clean", *(r["name"] for r in self.spec.suite)])
         for chunk in ledger.chunks():
             tally.add(chunk)
@@ -212,7 +212,7 @@ class Evaluation:
             worker.prepare()
             with threads(meter.threads):
                 self._through(worker)
-        return worker, was_training
+            return worker, training_mode(was_training, training_count(self.model))
 
     def _through(self, worker: Worker) -> None:
         """Take all images through clean pass and suite, or as many blocks of them as the limits allow."""
@@ -245,12 +245,10 @@ class Evaluation:
                     worker.attack(number, among)
             stage += count
 
-    def _finish(self, ledger: Ledger, worker: Worker, was_training: bool, out: Path | None) -> Report:
+    def _finish(self, ledger: Ledger, worker: Worker, mode: list[Flag], out: Path | None) -> Report:
         tally, meter = worker.tally, worker.meter
         access = ["", *(attack.info.access for attack in self.attacks)]
-        flags = scores_beat_gradients(tally.stages(), access)
-        if was_training:
-            flags.append(TRAINING_MODE)
+        flags = [*scores_beat_gradients(tally.stages(), access), *mode]
         fooled = np.array(ledger.fooled(), np.int64).reshape(-1, 3)
         counts = np.isin(fooled[:, 0], tally.scope)
         index, labels, predictions = fooled[counts].T

@@ -19,6 +19,7 @@ from robustkit.engine.flight import Boarding, Flight, Landed
 from robustkit.engine.judge import Judged, image_hashes, judge, margins, sample_ids
 from robustkit.engine.meter import Meter, Way
 from robustkit.engine.progress import Progress
+from robustkit.engine.sanity import refuse_answers, refuse_endless
 from robustkit.engine.tally import Tally
 from robustkit.errors import RobustkitError, RunError, UsageError
 from robustkit.goal import Goal
@@ -76,11 +77,7 @@ class Worker:
         """Try the model on one image, size the pieces to the memory, refuse an eps without limits."""
         image = self.samples.images([0])
         shape = tuple(image.shape[1:])
-        if float(self.threat.eps) > self.threat.diameter(shape):
-            raise UsageError(
-                f"threat '{self.threat}' reaches every image of {'x'.join(map(str, shape))} "
-                f"(their largest distance is {self.threat.diameter(shape):.4g}); write a smaller eps."
-            )
+        refuse_endless(self.threat, shape)
         try:
             with own_randomness(self.seed, "prepare"):
                 self.meter.size_up(image.to(self.meter.device), max(self.batch, self.slots, self.most))
@@ -360,18 +357,7 @@ class Worker:
     def _clean_verdicts(self, x: Images, positions: np.ndarray) -> tuple[list[Verdict], list[Flag]]:
         logits = self.meter.exact(x)
         labels = self.samples.labels[positions]
-        broken = (~logits.isfinite().all(1)).nonzero()[:, 0].tolist()
-        if broken:
-            raise RunError(
-                f"the model gives NaN or infinite logits for {len(broken)} of {len(x)} clean images, "
-                f"the first at index {positions[broken[0]]}; no verdict can rest on them."
-            )
-        over = np.flatnonzero((labels < 0) | (labels >= logits.shape[1]))
-        if len(over):
-            raise UsageError(
-                f"label {labels[over[0]]} at index {positions[over[0]]} is outside the model's "
-                f"{logits.shape[1]} classes; check that data and model belong together."
-            )
+        refuse_answers(logits, labels, positions)
         y = torch.from_numpy(labels).to(x.device)
         predictions, margin = logits.argmax(1), margins(logits, y)
         rows = zip(

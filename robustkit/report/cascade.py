@@ -6,6 +6,7 @@ from markupsafe import Markup
 
 from robustkit.record import Report
 from robustkit.report import svg
+from robustkit.report.names import stage_names
 from robustkit.report.table import interval, percent
 
 ROW = 50
@@ -19,9 +20,10 @@ def cascade(report: Report) -> Markup:
         anchor = "start" if share == 0 else "end" if share == 1 else "middle"
         parts.append(svg.line(share, 0, share, height, "grid"))
         parts.append(svg.text(share, height + 14, f"{100 * share:.0f} %", anchor=anchor, kind="tick"))
+    names = stage_names(report)
     for number, stage in enumerate(report.stages):
         top, rate = ROW * number, stage.robust_accuracy
-        name = "clean images" if number == 0 else f"after {shortened(stage.attack, 26)}"
+        name = "clean images" if number == 0 else f"after {shortened(names[number], 26)}"
         parts.append(svg.text(0, top + 15, name, kind="name"))
         parts.append(svg.text(1, top + 15, f"{percent(rate.value)}  ({interval(rate)})", anchor="end"))
         if rate.value > 0:
@@ -30,7 +32,9 @@ def cascade(report: Report) -> Markup:
             parts.append(svg.bar(rate.value, top + 22, before - rate.value, 16, "fell"))
         parts.append(svg.whisker(rate.low, rate.high, top + 30))
         before = rate.value
-    spoken = "; ".join(f"{stage.attack} {percent(stage.robust_accuracy.value)}" for stage in report.stages)
+    spoken = "; ".join(
+        f"{name} {percent(stage.robust_accuracy.value)}" for name, stage in zip(names, report.stages, strict=True)
+    )
     return svg.drawing(parts, height + 18, f"Accuracy left after each attack: {spoken}")
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from robustkit.record import Report
+from robustkit.report.names import written
 
 
 def command(report: Report) -> str:
@@ -44,11 +45,5 @@ def suite(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _call(record: Mapping[str, Any]) -> str:
-    fields = [f"{name}={_value(value)}" for name, value in record.items() if name != "name"]
+    fields = [f"{name}={written(value)}" for name, value in record.items() if name != "name"]
     return f"{record['name']}({','.join(fields)})" if fields else str(record["name"])
-
-
-def _value(value: Any) -> str:
-    if value is None or isinstance(value, bool):
-        return str(value).lower()
-    return value if isinstance(value, str) else repr(value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from robustkit.record import Report
+from robustkit.report.names import stage_names
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,11 @@ def rows(report: Report) -> list[CostRow]:
     total = (report.cost.forwards + report.cost.backwards) or 1
     seconds = report.cost.seconds or 1.0
     found, entering = [], report.n
-    for number, stage in enumerate(report.stages):
+    for number, (name, stage) in enumerate(zip(stage_names(report), report.stages, strict=True)):
         spent = stage.forwards + stage.backwards
         found.append(
             CostRow(
-                stage.attack,
+                name,
                 entering,
                 stage.fooled,
                 spent,

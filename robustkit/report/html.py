@@ -14,6 +14,7 @@ from robustkit.record import LEVELS, Rate, Report, dumps
 from robustkit.report import classes, costs, curve, histogram, words
 from robustkit.report.cascade import cascade
 from robustkit.report.command import command
+from robustkit.report.names import stage_names
 from robustkit.report.strip import strip
 from robustkit.report.table import interval, median, notes, percent
 
@@ -51,7 +52,7 @@ def _facts_and_charts(report: Report, examples: Mapping[str, np.ndarray] | None)
         "data": words.data_name(report),
         "images": words.images(report),
         "threat": words.threat(report),
-        "attacks": [stage.attack for stage in report.stages[1:]],
+        "attacks": stage_names(report)[1:],
         "verdict": words.verdict(report),
         "trust": words.trust(report),
         "worst": max(levels, key=LEVELS.index, default=""),

@@ -12,11 +12,12 @@ from matplotlib.figure import Figure
 from robustkit.record import Report
 from robustkit.report import words
 from robustkit.report.cascade import shortened
+from robustkit.report.names import stage_names
 from robustkit.report.table import interval, percent
 
 INK, SOFT, RULE = "#1a1d23", "#59616e", "#d9dde4"
 STOOD, FELL, FELL_GROUND = "#2a6ea6", "#c2501b", "#fbe4d6"
-LEFT, MOST_STAGES = 0.045, 7
+LEFT, MOST_STAGES = 0.045, 8
 BOLD: dict[str, Any] = {"weight": "bold", "color": INK, "parse_math": False}
 SOFT_TEXT: dict[str, Any] = {"color": SOFT, "parse_math": False}
 
@@ -43,7 +44,7 @@ def card(report: Report) -> bytes:
         figure.text(LEFT, 0.46 - 0.058 * row, line, size=16, **SOFT_TEXT)
     _cascade(report, figure)
     below = f"robustkit   run {report.run_id}   {words.trust(report)}"
-    figure.text(LEFT, 0.05, below, size=13, **SOFT_TEXT)
+    figure.text(LEFT, 0.03, below, size=13, **SOFT_TEXT)
     file = io.BytesIO()
     figure.savefig(file, format="png", metadata={"Software": None})
     return file.getvalue()
@@ -51,7 +52,7 @@ def card(report: Report) -> bytes:
 
 def _cascade(report: Report, figure: Figure) -> None:
     """Draw what stands after each stage; of many stages the first and the last ones."""
-    stages = list(report.stages)
+    stages, names = list(report.stages), stage_names(report)
     before = [1.0, *(stage.robust_accuracy.value for stage in stages)]
     shown = list(range(len(stages)))
     if len(stages) > MOST_STAGES:
@@ -62,10 +63,12 @@ def _cascade(report: Report, figure: Figure) -> None:
         rate = stages[number].robust_accuracy
         axes.barh(row, 100 * rate.value, height=0.4, color=STOOD)
         lost = 100 * (before[number] - rate.value)
-        axes.barh(row, lost, left=100 * rate.value, height=0.4, color=FELL_GROUND, edgecolor=FELL, hatch="////")
+        if lost > 0:
+            look: dict[str, Any] = {"color": FELL_GROUND, "edgecolor": FELL, "hatch": "////"}
+            axes.barh(row, lost, left=100 * rate.value, height=0.4, **look)
         ends = [[100 * (rate.value - rate.low)], [100 * (rate.high - rate.value)]]
         axes.errorbar([100 * rate.value], [row], xerr=ends, color=INK, capsize=4, linewidth=1.6)
-        name = "clean images" if number == 0 else f"after {shortened(stages[number].attack, 24)}"
+        name = "clean images" if number == 0 else f"after {shortened(names[number], 24)}"
         axes.text(0, row - 0.24, name, size=13, va="bottom", **BOLD)
         said = f"{percent(rate.value)}  ({interval(rate)})"
         axes.text(100, row - 0.24, said, size=13, va="bottom", ha="right", **SOFT_TEXT)
@@ -78,5 +81,5 @@ def _cascade(report: Report, figure: Figure) -> None:
     axes.set_axisbelow(True)
     axes.spines[:].set_visible(False)
     hidden = len(stages) - len(shown)
-    about = f"line: 95 % interval; {hidden} earlier attacks not drawn" if hidden else "line: 95 % interval"
-    axes.set_xlabel(f"hatched: lost in this stage; {about}", size=12, color=SOFT)
+    about = f"; {hidden} earlier attack{'s' * (hidden > 1)} not drawn" if hidden else ""
+    axes.set_xlabel(f"hatched: lost in this stage; line: 95 % interval{about}", size=12, color=SOFT)

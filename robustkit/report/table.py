@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from robustkit.record import Curve, Flag, Rate, Report
+from robustkit.report.names import stage_names
 
 # The quarters, the whole and the multiples of eps that a terminal has room for, by their place in a curve.
 SHOWN = (1, 3, 7, 11, 15)
@@ -18,7 +19,7 @@ def show(report: Report, console: Console, next_command: str | None = None, page
     """Print run, stages, result, flags, where the page is, and the next command."""
     data = str(report.spec.data["string"]).rpartition("/")[2]
     console.print(
-        f"run {report.run_id}   {report.n} images of {data}   {report.spec.threat}   "
+        f"run {report.run_id}   {report.n} image{'s' * (report.n != 1)} of {data}   {report.spec.threat}   "
         f"seed {report.spec.seed}   {report.environment['device_name']}\n",
         highlight=False,
     )
@@ -27,10 +28,10 @@ def show(report: Report, console: Console, next_command: str | None = None, page
     for name in ("robust acc", "95% interval", "fooled", "props/img", "time"):
         table.add_column(name, justify="right", no_wrap=True)
     entering = report.n
-    for stage in report.stages:
+    for name, stage in zip(stage_names(report), report.stages, strict=True):
         props = (stage.forwards + stage.backwards) / entering if entering else 0
         table.add_row(
-            stage.attack,
+            name,
             percent(stage.robust_accuracy.value),
             interval(stage.robust_accuracy),
             str(stage.fooled),

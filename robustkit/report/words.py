@@ -20,7 +20,12 @@ def data_name(report: Report) -> str:
 
 def images(report: Report) -> str:
     """Return `1 image` or `10,000 images`."""
-    return f"{report.n:,} image{'s' * (report.n != 1)}"
+    return counted(report.n)
+
+
+def counted(n: int) -> str:
+    """Return `1 image` or `10,000 images`."""
+    return f"{n:,} image{'s' * (n != 1)}"
 
 
 def threat(report: Report) -> str:

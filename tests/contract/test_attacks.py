@@ -448,6 +448,24 @@ def test_broken_logits_are_no_success(name, fields, norm):
     assert found.shape == problem.x.shape
 
 
+@own
+def test_rows_at_different_restarts_begin_as_they_would_alone(name, fields, norm):
+    """A flight mixes rows of all restarts, whose numbers are then a tensor."""
+    if not issubclass(registry.find("attack", name), RowWise):
+        return
+    more = {"restarts": 2} if "restarts" in spec(make(name)) else {}
+    attack = make(name, **{**fields, **more})
+    x = torch.rand(SHAPE, generator=torch.Generator().manual_seed(3))
+    goal, threat = Goal(torch.arange(5) % 3), ThreatModel.parse(f"{norm}:0.5")
+    rng = RowRng(0, name, torch.arange(5))
+    restart = torch.tensor([0, 1, 1, 0, 1])
+    mixed = attack.init(Rows(x, goal, threat, rng.at(restart=restart), goal))
+    alone = [attack.init(Rows(x, goal, threat, rng.at(restart=number), goal)) for number in (0, 1)]
+    for key, values in mixed.items():
+        expected = torch.stack([alone[number][key][row] for row, number in enumerate(restart.tolist())])
+        assert torch.equal(values, expected)
+
+
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("name", ["fmn", "fab", "fab-t"])
 @pytest.mark.parametrize("problem", ["five planes", "sphere"])

@@ -16,6 +16,7 @@ from robustkit.cli import run
 from robustkit.data import from_arrays
 from robustkit.data.samples import Samples
 from robustkit.engine.doctor import Diagnosis, examine
+from robustkit.errors import RunError, UsageError
 from robustkit.models import as_classifier
 from robustkit.record import Rate, Stage
 from robustkit.threat import ThreatModel
@@ -50,8 +51,13 @@ def look(net: torch.nn.Module, threat: str = "linf:0.15", samples: Samples | Non
     return examine(as_classifier(net), samples, ThreatModel.parse(threat), torch.device("cpu"))
 
 
-def codes(net: torch.nn.Module, threat: str = "linf:0.15") -> set[str]:
-    return {flag.code for flag in look(net.eval(), threat).flags}
+def codes(net: torch.nn.Module, threat: str = "linf:0.15", samples: Samples | None = None) -> set[str]:
+    return {flag.code for flag in look(net.eval(), threat, samples).flags}
+
+
+def halves() -> Samples:
+    """Images of two classes."""
+    return from_arrays(digits().images(range(24)), digits().labels[:24] % 2)
 
 
 @pytest.mark.parametrize("threat", THREATS)
@@ -72,6 +78,22 @@ def test_a_broken_one_raises_its_own(fault: str, threat: str) -> None:
     assert flags[code].level == "warning"
 
 
+@pytest.mark.parametrize("fault", ["softmax", "torch-noise", "numpy-noise", "random-noise"])
+def test_one_fault_is_not_taken_for_another(fault: str) -> None:
+    """Finite differences and short attacks of these fail for the reason that their own flag names."""
+    found = codes(Wrapped(fault))
+    assert OWN[fault][0] in found
+    assert not found & {"wrong-gradient", "not-converged"}
+
+
+def test_draws_that_no_seed_repeats_are_not_taken_for_a_wrong_gradient() -> None:
+    own, net = torch.Generator(), Wrapped("none")
+    noisy = as_classifier(lambda x: net(x + 0.1 * torch.randn(x.shape, generator=own)))
+    flags = examine(noisy, digits(), ThreatModel.parse("linf:0.15"), torch.device("cpu")).flags
+    assert not {flag.code for flag in flags} & {"wrong-gradient", "not-converged"}
+    assert "none of the generators" in flags[0].meaning
+
+
 def test_either_order_in_one_process() -> None:
     honest = Wrapped("none")
     for fault in OWN:
@@ -80,7 +102,7 @@ def test_either_order_in_one_process() -> None:
 
 
 def test_every_fault_is_shown() -> None:
-    assert set(FAULTS) == {*OWN, "none", "two-classes"}
+    assert set(FAULTS) == {*OWN, "none", "two-classes", "one-off"}
 
 
 def test_training_mode_and_few_classes() -> None:
@@ -93,6 +115,43 @@ def test_training_mode_and_few_classes() -> None:
     assert "few-classes" not in {flag.code for flag in report.flags}  # nobody asked for nine targets
     report = evaluate(Wrapped("two-classes").eval(), two, None, "linf:0.05", suite="autoattack:fab-t(steps=2)")
     assert "few-classes" in {flag.code for flag in report.flags}
+
+
+def test_parts_that_stay_in_training_mode() -> None:
+    class Stubborn(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.drop = Wrapped("none"), torch.nn.Dropout(0.2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.net(self.drop.train()(x))
+
+    net = Stubborn().eval()
+    flags = {flag.code: flag for flag in look(net).flags}
+    assert {"training-mode", "randomised"} <= set(flags)
+    assert flags["training-mode"].value == 1
+    report = evaluate(net, digits(), None, "linf:0.1", suite="fgsm")
+    assert "training-mode" in {flag.code for flag in report.flags}
+    assert not net.drop.training
+
+
+def test_doctor_refuses_what_an_evaluation_would(capsys: pytest.CaptureFixture[str]) -> None:
+    net = Wrapped("none").eval()
+    with pytest.raises(RunError, match="NaN"):
+        look(as_classifier(lambda x: net(x) * torch.nan))
+    with pytest.raises(UsageError, match="label 10 at index 0"):
+        look(net, samples=from_arrays(digits().images(range(4)), torch.full((4,), 10)))
+    with pytest.raises(UsageError, match="every image"):
+        look(net, "l2:9")
+    assert run(["doctor", "--data", "digits:test"]) == 2
+    assert "without a model" in capsys.readouterr().err
+
+
+def test_doctor_names_few_classes_and_chance(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "few-classes" in codes(Wrapped("two-classes"), samples=halves())
+    wrong = f"{NETS}:wrapped?fault=one-off"
+    assert run(["doctor", wrong, "--data", "digits:test"]) == 0
+    assert "no better than chance" in capsys.readouterr().out
 
 
 def test_float16_overflow_and_dim_images() -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,11 +15,12 @@ import pytest
 from PIL import Image
 from reports import FLAG, make_examples, make_report
 
-from robustkit.record import Flag, Report
+from robustkit.record import Flag, Report, dumps
 from robustkit.registry import parse_suite, spec
 from robustkit.report import classes, costs, histogram, svg, words
 from robustkit.report.command import command, suite
 from robustkit.report.html import page
+from robustkit.report.names import stage_names
 from robustkit.report.png import card
 from robustkit.report.strip import enlargement, picture
 
@@ -180,11 +183,20 @@ def test_flags_say_everything() -> None:
     for part in (
         FLAG.code,
         "▲ warning",
-        "measured: 7",
-        "The gradient is zero",
+        "7 the gradient is zero for some images.",
         "Run an attack without gradients.",
     ):
         assert part in tree.text
+
+
+def test_stages_of_one_name_are_told_apart() -> None:
+    report = make_report(attacks=("pgd", "square", "pgd"))
+    assert stage_names(report) == ["clean", "pgd #1", "square", "pgd #2"]
+    suite = [{**record, "steps": steps} for record, steps in zip(report.spec.suite, (1, 9, 5), strict=True)]
+    report = replace(report, spec=replace(report.spec, suite=suite))
+    assert stage_names(report) == ["clean", "pgd(steps=1)", "square", "pgd(steps=5)"]
+    assert stage_names(Report.from_json(json.loads(dumps(report.to_json())))) == stage_names(report)
+    assert "after pgd(steps=5)" in read(report).text
 
 
 def test_hostile_strings_are_text() -> None:

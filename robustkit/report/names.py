@@ -1,0 +1,47 @@
+"""What a run's stages are called where they stand beside each other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from robustkit.record import Report
+
+# The fields that say most of an attack, the best first. A record's own order is lost in its file.
+TELLING = ("loss", "steps", "queries", "targets")
+
+
+def stage_names(report: Report) -> list[str]:
+    """Return the stages' attacks in order; those of one name with the field that tells them apart.
+
+    `pgd(steps=1)` and `pgd(steps=5)`, written as `--suite` reads them; where no field does, `pgd #1` and `pgd #2`.
+    """
+    names = [stage.attack for stage in report.stages]
+    suite: list[Mapping[str, Any]] = [{}, *report.spec.suite]
+    if len(suite) != len(names):
+        return names
+    found = list(names)
+    for name in set(names):
+        places = [place for place, other in enumerate(names) if other == name]
+        if len(places) > 1:
+            marks = _marks([suite[place] for place in places])
+            for place, mark in zip(places, marks, strict=True):
+                found[place] = f"{name}{mark}"
+    return found
+
+
+def _marks(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return for each of these attacks of one name what is put behind it."""
+    telling = [field for field in TELLING if field in records[0]]
+    for field in [*telling, *sorted(records[0].keys() - set(telling))]:
+        values = [written(record.get(field)) for record in records]
+        if len(set(values)) == len(values):
+            return [f"({field}={value})" for value in values]
+    return [f" #{number}" for number in range(1, len(records) + 1)]
+
+
+def written(value: Any) -> str:
+    """Return a field's value as `--suite` reads it."""
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    return value if isinstance(value, str) else repr(value)
