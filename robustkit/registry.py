@@ -1,8 +1,9 @@
 """Attacks, techniques, recipes, defenses and suites by name, found by walking the folders. Imports no torch.
 
 A file registers names made of its own stem: `fab.py` may hold `fab` and `fab-t`, `mi_fgsm.py` holds `mi-fgsm`,
-`autoattack.py` holds `autoattack:apgd-ce`, `rapid.py` holds `rapid+autoattack`. So one name imports one module,
-and lists, help pages and spelling hints are read from the source text without importing any.
+`autoattack.py` holds `autoattack:apgd-ce`, `rapid.py` holds `rapid+autoattack`. A recipe may end in the stem
+instead, as papers name theirs: `cwa.py` holds `ssa-cwa`. So one name imports one module, and lists, help pages
+and spelling hints are read from the source text without importing any.
 """
 
 from __future__ import annotations
@@ -236,7 +237,7 @@ def parse_attack(text: str, norm: str) -> list[Any]:
     Raises:
         UsageError: for an unknown name or field, a bad value, or an attack that is not defined in this norm.
     """
-    calls = [_parse_call(part) for part in _cut(text, "+")]
+    calls = [_parse_call(part, "attack", text) for part in _cut(text, "+")]
     head, fields = calls[0]
     if head in catalog("recipe"):
         whole = find("recipe", head)()
@@ -298,18 +299,19 @@ def _cut(text: str, mark: str) -> list[str]:
     return [part.strip() for part in parts]
 
 
-def _parse_call(text: str) -> tuple[str, dict[str, str]]:
-    """Turn `name(a=1,b=2)` into its name and fields."""
+def _parse_call(text: str, kind: str = "suite", whole: str | None = None) -> tuple[str, dict[str, str]]:
+    """Turn `name(a=1,b=2)` into its name and fields; errors speak of the whole that it is part of."""
+    whole = text if whole is None else whole
     match = re.fullmatch(r"([\w:.+-]+)(?:\((.*)\))?", text, re.DOTALL)
     if not match:
-        raise UsageError(f"suite {text!r}: write NAME or NAME(field=value,...), e.g. 'pgd(steps=50)'.")
+        raise UsageError(f"{kind} {whole!r}: write NAME or NAME(field=value,...), e.g. 'pgd(steps=50)'.")
     fields: dict[str, str] = {}
     for pair in filter(None, _cut(match[2] or "", ",")):
         key, equals, value = (piece.strip() for piece in pair.partition("="))
         if not equals or not key or not value:
-            raise UsageError(f"suite {text!r}: {pair.strip()!r} is not field=value.")
+            raise UsageError(f"{kind} {whole!r}: {pair.strip()!r} is not field=value.")
         if key in fields:
-            raise UsageError(f"suite {text!r}: field {key!r} is given twice.")
+            raise UsageError(f"{kind} {whole!r}: field {key!r} is given twice.")
         fields[key] = value
     return match[1], fields
 

@@ -26,6 +26,9 @@ ROWS = "tests/unit/test_rows.py"
 SQUARE = "tests/unit/test_square.py"
 FAB = "tests/unit/test_fab.py"
 FLIGHT = "tests/engine/test_flight.py"
+CWA = "tests/reference/test_cwa.py"
+SURROGATES = "tests/unit/test_surrogates.py"
+TRANSFER = "tests/unit/test_transfer.py"
 
 
 @dataclass(frozen=True)
@@ -247,6 +250,155 @@ FAULTS = [
         "attacks/square.py",
         (("self.rivalry, 0.0)", "1e9, 0.0)"),),
         SQUARE,
+    ),
+    Fault(
+        "cwa: the inner momentum begins anew in each step",
+        "attacks/mi_cse.py",
+        (("self.velocities.get(way, torch.zeros_like(x))", "torch.zeros_like(x)"),),
+        CWA,
+        "golden or w2",
+    ),
+    Fault(
+        "cwa: there and back share one momentum",
+        "attacks/mi_cse.py",
+        (
+            ("self.velocities.get(way,", "self.velocities.get(0,"),
+            ("self.velocities[way] =", "self.velocities[0] ="),
+        ),
+        CWA,
+        "back",
+    ),
+    Fault(
+        "cwa: the step back goes forward",
+        "attacks/mi_sam.py",
+        (("return x - reverse *", "return x + reverse *"),),
+        CWA,
+        "golden or w4",
+    ),
+    Fault(
+        "cwa: the way back is not taken",
+        "attacks/mi_cse.py",
+        (("[listed, listed[::-1]] if", "[listed, listed] if"),),
+        CWA,
+        "w8",
+    ),
+    Fault(
+        "cwa: one random order for all steps",
+        "attacks/mi_cse.py",
+        (('dice(rows, "order").rng, ids', 'dice(rows, "order").rng.at(step=0), ids'),),
+        CWA,
+        "w8",
+    ),
+    Fault(
+        "cwa: a random order depends on the batch",
+        "attacks/mi_cse.py",
+        (("ids=torch.zeros(1, dtype=torch.int64)", "ids=rows.rng.ids[:1]"),),
+        CWA,
+        "w5 or order",
+    ),
+    Fault(
+        "cwa: the gain is counted from after the step back",
+        "attacks/mi_cse.py",
+        (("ends.append(point - x)", "ends.append(point - start)"),),
+        CWA,
+        "golden",
+    ),
+    Fault(
+        "cwa: inner gradients keep their size",
+        "attacks/mi_cse.py",
+        (("per_row(paces[member], x) * unit(gradient)", "per_row(paces[member], x) * gradient"),),
+        CWA,
+        "golden",
+    ),
+    Fault(
+        "cwa: inner steps leave the ball",
+        "attacks/mi_cse.py",
+        (("rows.threat.retract(point + length * velocity, rows.x)", "point + length * velocity"),),
+        CWA,
+        "w11 or w17",
+    ),
+    Fault(
+        "cwa: the official form averages logits",
+        "attacks/mi_sam.py",
+        (("return x.new_ones(len(", "return 1 / 3 * x.new_ones(len("),),
+        CWA,
+        "golden or w16",
+    ),
+    Fault(
+        "cwa: the official outer step is divided by the norm of the batch",
+        "attacks/mi_fgsm.py",
+        ((".abs().sum(1)", ".abs().sum().expand(len(rows.x))"),),
+        CWA,
+        "w6",
+    ),
+    Fault(
+        "cwa: weights of the ensemble stop at the step back",
+        "attacks/mi_cse.py",
+        (("per_row(paces[member], x) * unit", "unit"),),
+        CWA,
+        "weights",
+    ),
+    Fault(
+        "cwa: Adam without its first steps' correction",
+        "attacks/mi_cse.py",
+        (("velocity / per_row(1 - 0.9**taken, velocity)", "velocity"),),
+        CWA,
+        "adam",
+    ),
+    Fault(
+        "mi-sam: the official form forgets the first gradient",
+        "attacks/mi_sam.py",
+        (("return first + self.inner", "return self.inner"),),
+        CWA,
+        "w16",
+    ),
+    Fault(
+        "surrogates: streamed members are combined each by itself",
+        "robustkit/surrogates.py",
+        (('len(chosen) > 1 and self.combine in ("logits"', 'len(chosen) > 9 and self.combine in ("logits"'),),
+        SURROGATES,
+    ),
+    Fault(
+        "surrogates: members asked for in another order have the first ones' weights",
+        "robustkit/surrogates.py",
+        (("chosen == list(range(len(self)))", "len(chosen) == len(self)"),),
+        SURROGATES,
+    ),
+    Fault(
+        "surrogates: probabilities are averaged before the logarithm",
+        "robustkit/surrogates.py",
+        (
+            (
+                "(logits.log_softmax(2) + shares[:, :, None].log()).logsumexp(0)",
+                "(shares[:, :, None] * logits.softmax(2)).sum(0).log()",
+            ),
+        ),
+        SURROGATES,
+    ),
+    Fault(
+        "surrogates: tiny gradients underflow",
+        "robustkit/surrogates.py",
+        (("torch.where(largest > 0, largest, 1)", "torch.where(largest > 1e-20, largest, 1)"),),
+        SURROGATES,
+        "scaled or tiny",
+    ),
+    Fault(
+        "transfer: the rightmost technique is the outermost",
+        "robustkit/transfer.py",
+        (("for technique in reversed(techniques)", "for technique in techniques"),),
+        TRANSFER,
+    ),
+    Fault(
+        "transfer: all questions of a step have the same dice",
+        "robustkit/transfer.py",
+        (("{rows.rng.stream}/{name}{number}", "{rows.rng.stream}/{name}"),),
+        TRANSFER,
+    ),
+    Fault(
+        "transfer: the end is where the next question would be asked",
+        "robustkit/transfer.py",
+        (('state.get("point", state["x"])', 'state["x"]'),),
+        TRANSFER,
     ),
 ]
 
