@@ -31,8 +31,8 @@ class TI(Technique):
     """Smooths the gradient with a Gaussian of `kernel` pixels, an odd number.
 
     Without one it is the paper's 15 pixels of 299 in proportion to the smaller side, at least 3: 11 at 224 pixels,
-    and 3 at 32, where more only costs (of CIFAR-10 images at 4/255, a ResNet-20's fool a ResNet-56 in 63 % of cases
-    with 1 or 3 pixels, 47 % with 5, 31 % with 7).
+    and 3 at 32, where more costs transfer (CIFAR-10 at 4/255, from ResNet-20 to 56, i-fgsm+di: 50 % without, 42 %
+    with 5 pixels, 6 % with 15).
     """
 
     kernel: int | None = None
