@@ -22,7 +22,8 @@ from robustkit.transfer import Oracle, Technique
 class SGM(Technique):
     """Multiplies the gradient of every residual branch by `gamma`; costs nothing.
 
-    The paper's 0.2 is for ResNets of 18 layers and more on 224 pixels.
+    The paper's 0.2 is for the ResNets of ImageNet. With small ones it costs transfer: CIFAR-10 at 4/255, from
+    ResNet-20 to 56, mi-fgsm: 63 % without, 61 % at 0.7, 58 % at 0.5, 19 % at 0.2.
     """
 
     gamma: float = 0.2

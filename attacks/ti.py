@@ -30,8 +30,9 @@ def ti_fgsm() -> str:
 class TI(Technique):
     """Smooths the gradient with a Gaussian of `kernel` pixels, an odd number.
 
-    Without one it is the paper's 15 pixels of 299 in proportion to the smaller side, at least 5: 5 at 32 pixels,
-    where 15 would blur the image as a whole, and 11 at 224.
+    Without one it is the paper's 15 pixels of 299 in proportion to the smaller side, at least 3: 11 at 224 pixels,
+    and 3 at 32, where more costs transfer (CIFAR-10 at 4/255, from ResNet-20 to 56, i-fgsm+di: 50 % without, 42 %
+    with 5 pixels, 6 % with 15).
     """
 
     kernel: int | None = None
@@ -47,7 +48,7 @@ class TI(Technique):
 
     def width(self, height: int, width: int) -> int:
         """Return the kernel's width for images of this size."""
-        return self.kernel or max(5, round(15 / 299 * min(height, width) / 2 - 0.5) * 2 + 1)
+        return self.kernel or max(3, round(15 / 299 * min(height, width) / 2 - 0.5) * 2 + 1)
 
 
 class _Smooth(Around):

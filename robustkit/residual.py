@@ -124,6 +124,8 @@ def _erode(block: Block, factors: list[Tensor], keep: list[Any]) -> None:
     seen: dict[str, Tensor] = {}
 
     def scale(factor: Tensor, value: Tensor) -> Tensor:
+        if len(value) != len(factor):
+            raise RuntimeError(f"a net sees {len(value)} images of {len(factor)} whose skips are to be eroded.")
         return value * factor.to(value).view(-1, *[1] * (value.dim() - 1))
 
     def enter(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -74,6 +74,9 @@ def test_list_knows_everything() -> None:
     assert {"autoattack", "autoattack-plus", "autoattack-rand", "rapid", "rapid+autoattack"} == {
         row["name"] for row in listed["suites"]
     }
+    assert {"di", "vmi", "svre", "ghost"} <= {row["name"] for row in listed["techniques"]}
+    assert {"vmi-fgsm", "vni-fgsm"} <= {row["name"] for row in listed["recipes"]}
+    assert all(row["paper"] for row in listed["techniques"] + listed["recipes"])
     assert "robustkit:digits-cnn" in {row["name"] for row in listed["models"]}
     assert "digits:test" in {row["name"] for row in listed["data"]}
     assert {"bit-depth:BITS", "jpeg:QUALITY", "resize-pad:RATIO", "smoothing:SIGMA,COPIES"} == {

@@ -37,7 +37,7 @@ def sentence(error):
 def test_the_catalog_imports_no_torch():
     code = (
         "import sys; from robustkit import registry\n"
-        "for kind in ('attack', 'defense', 'suite'): registry.catalog(kind)\n"
+        "for kind in ('attack', 'technique', 'recipe', 'defense', 'suite'): registry.catalog(kind)\n"
         "try: registry.make('pdg')\n"
         "except ValueError as error: print(error)\n"
         "print([name for name in ('torch', 'timm', 'foolbox', 'pyautoattack') if name in sys.modules])"
@@ -49,7 +49,7 @@ def test_the_catalog_imports_no_torch():
     assert loaded == "[]"
 
 
-@pytest.mark.parametrize("kind", ["attack", "defense", "suite"])
+@pytest.mark.parametrize("kind", ["attack", "technique", "recipe", "defense", "suite"])
 def test_names_are_made_of_their_files_stem(kind):
     for name, entry in registry.catalog(kind).items():
         stem = entry.module.rpartition(".")[2].replace("_", "-")
