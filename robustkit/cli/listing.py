@@ -89,6 +89,8 @@ def _data() -> Rows:
 
 LISTS: dict[str, Callable[[], Rows]] = {
     "attacks": _attacks,
+    "techniques": _named("technique"),
+    "recipes": _named("recipe"),
     "defenses": _named("defense"),
     "suites": _named("suite"),
     "models": _models,
