@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from robustkit.api import evaluate, verify
+    from robustkit.api import craft, evaluate, verify
     from robustkit.data import load_data
     from robustkit.errors import RobustkitError, RunError, UsageError
     from robustkit.models import load_model
@@ -28,6 +28,7 @@ __all__ = [
     "RunError",
     "ThreatModel",
     "UsageError",
+    "craft",
     "evaluate",
     "load_data",
     "load_model",
@@ -41,6 +42,7 @@ _HOME = {
     "RunError": "errors",
     "ThreatModel": "threat",
     "UsageError": "errors",
+    "craft": "api",
     "evaluate": "api",
     "load_data": "data",
     "load_model": "models",

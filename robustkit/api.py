@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from robustkit.crafted import Craft
 from robustkit.data import from_arrays
 from robustkit.data.samples import Samples
 from robustkit.devices import model_device, pick_device
 from robustkit.engine.anytime import Limits
+from robustkit.engine.crafting import DEFAULT_ATTACK, DEFAULT_COMBINE, Crafting
 from robustkit.engine.evaluate import Evaluation
+from robustkit.engine.nets import gather
 from robustkit.engine.progress import Progress
 from robustkit.engine.verify import Verification, verify_run
 from robustkit.models import as_classifier
@@ -81,6 +84,81 @@ def evaluate(
         limits=Limits(time_limit, stop_at_width),
     )
     return plan.run(Path(out) if out is not None else None, progress)
+
+
+def craft(
+    surrogates: Sequence[str | Callable[[torch.Tensor], Any]],
+    images: Any,
+    labels: Any,
+    threat: ThreatModel | str,
+    *,
+    attack: str = DEFAULT_ATTACK,
+    combine: str = DEFAULT_COMBINE,
+    weights: Sequence[float] | None = None,
+    targets: Sequence[str | Callable[[torch.Tensor], Any]] = (),
+    targeted: str | None = None,
+    forecast: bool = False,
+    budgets: Sequence[int] = (),
+    seed: int = 0,
+    device: str | torch.device = "auto",
+    batch_size: int | None = None,
+    streaming: bool | None = None,
+    png: str | Path | None = None,
+    out: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Craft:
+    """Return adversarial images made on surrogates, and what they do to models that the attack has not seen.
+
+    Args:
+        surrogates: models to craft on, as strings or callables as in `evaluate`.
+        images: (N C H W) floats in [0, 1], or uint8.
+        labels: (N) whole numbers from 0 to K - 1.
+        threat: what the attacker may do, as a `ThreatModel` or its string, e.g. `linf:8/255`.
+        attack: an attack with techniques, e.g. `mi-fgsm(steps=20)`.
+        combine: what is averaged over the surrogates: `logits`, `probabilities`, `loss` or `gradients`.
+        weights: of the surrogates, one each; by default all the same.
+        targets: models to judge the images on: `craft(...).targets`.
+        targeted: aim at a class, `next`, `random` or `least-likely`; None for any other than the label.
+        forecast: leave each surrogate out in turn, to tell what unseen models may expect: `.forecast`.
+        budgets: gradients per image to craft at as well: `.budgets`.
+        seed: of every random number.
+        device: where to compute; `auto` is CUDA where there is one.
+        batch_size: images crafted at once; None chooses.
+        streaming: one surrogate in memory at a time, or all with False; None decides by the memory there is.
+        png: a folder for the images as 8-bit files within the threat.
+        out: a folder for the ledger, the images and the record; the same call resumes there.
+        progress: who to tell on the way.
+
+    Returns:
+        The record, with the fields of transfer.json; `.adversarial["x"]` are the images (N C H W), in order.
+
+    Raises:
+        UsageError: for a request that cannot be carried out.
+        RunError: when it fails on the way.
+    """
+    place = pick_device(device)
+    samples = images if isinstance(images, Samples) else from_arrays(images, labels)
+    plan = Crafting(
+        nets=gather(surrogates, samples, place, keep=lambda total: not streaming),
+        samples=samples,
+        threat=ThreatModel.parse(threat) if isinstance(threat, str) else threat,
+        attack=attack,
+        combine=combine,
+        weights=weights,
+        targeted=targeted,
+        seed=seed,
+        device=place,
+        batch_size=batch_size,
+        streaming=streaming,
+    )
+    return plan.run(
+        Path(out) if out is not None else None,
+        gather(targets, samples, place, what="target"),
+        forecast=forecast,
+        curve=budgets,
+        png=Path(png) if png is not None else None,
+        progress=progress,
+    )
 
 
 def verify(

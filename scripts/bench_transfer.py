@@ -5,8 +5,8 @@
 
 Each attack takes as many steps as the budget pays for (a gradient of one member for one image costs 1), of its own
 step size but at least eps / steps. Printed: steps, gradients per image, images per second, and on each target the
-share of images that it classifies correctly which are fooled, with 95 % Wilson intervals. `--combine` is how members
-are made one where the attack leaves that open. torchattacks' attacks get the members' mean of logits as one module,
+share of images that it classifies correctly which are fooled, with 95 % Wilson intervals. `--combine` is how
+members are made one where the attack leaves that open. torchattacks' attacks get the members' mean of logits,
 their published settings, a step size of eps / 4 and as many steps; it pins an old requests, so install it with
 --no-deps in an environment of its own. See scripts/results/.
 """
@@ -193,9 +193,8 @@ def main() -> None:
     )
     for combine in given.combine:
         bench = Bench(surrogates, targets, samples, combine)
-        for threat, budget in [
-            (ThreatModel.parse(text), budget) for text in given.threat for budget in given.budget
-        ]:
+        for wanted, budget in itertools.product(given.threat, given.budget):
+            threat = ThreatModel.parse(wanted)
             names = "  ".join(f"{net.string.rpartition('/')[2]:<17}" for net in targets)
             print(f"\n{threat}, at most {budget} gradients per image, combine {combine}")
             print(f"{'attack':<44}{'steps':>5}{'grads':>7}{'img/s':>7}  {names}", flush=True)

@@ -140,7 +140,13 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_wheel_holds_every_file(wheel: Path) -> None:
     inside = set(zipfile.ZipFile(wheel).namelist())
-    for file in [*sources(), *PACKAGE.glob("weights/*"), *PACKAGE.glob("report/page.*"), PACKAGE / "py.typed"]:
+    for file in [
+        *sources(),
+        *PACKAGE.glob("weights/*"),
+        *PACKAGE.glob("report/*.css"),
+        *PACKAGE.glob("report/*.html"),
+        PACKAGE / "py.typed",
+    ]:
         assert f"robustkit/{file.relative_to(PACKAGE)}" in inside
     tops = {name.partition("/")[0] for name in inside}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"robustkit"}

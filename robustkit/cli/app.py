@@ -212,6 +212,80 @@ def craft(
 
 
 @app.command()
+def transfer(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A craft run's folder.")],
+    target: Annotated[
+        list[str] | None, typer.Option(metavar="MODEL", help="Judge the images on it; give several.")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="Where the data is now, if it has moved.")] = None,
+    device: Device = "auto",
+    data_root: DataRoot = None,
+    json: Annotated[bool, typer.Option("--json", help="Print transfer.json instead of the table.")] = False,
+    debug: Debug = False,
+) -> int:
+    """Judge crafted images on more models, after checking every one; without a target: print the table again.
+
+    \b
+    robustkit transfer runs/craft-3f9c21ab --target timm:vit_base_patch16_224
+    """
+    from robustkit.cli.transfer import transfer as work
+
+    return work(folder, targets=target or [], data=data, device=device, data_root=data_root, as_json=json)
+
+
+@app.command()
+def matrix(
+    models: Annotated[
+        list[str] | None, typer.Option(metavar="A,B,…", help="Craft on each, judge on all; also one at a time.")
+    ] = None,
+    target: Annotated[
+        list[str] | None, typer.Option(metavar="MODEL", help="Judge on it too, crafting nothing on it.")
+    ] = None,
+    attack: Annotated[str, typer.Option(help="An attack with techniques; see robustkit list.")] = "auto",
+    targeted: Annotated[
+        str | None,
+        typer.Option(metavar="CHOICE", help="Aim at a class: next, random or least-likely [default: any other]."),
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="NAME[:SPLIT], folder:PATH or FILE.npz.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N images.")] = None,
+    threat: Annotated[
+        str | None, typer.Option(help="NORM:EPS, e.g. linf:8/255 [default: the data's usual one]")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of every random number.")] = 0,
+    device: Device = "auto",
+    batch_size: Annotated[str, typer.Option(help="Images crafted at once.")] = "auto",
+    out: Annotated[Path | None, typer.Option(help="Folder [default: runs/matrix-ID].")] = None,
+    data_root: DataRoot = None,
+    download: Annotated[bool, typer.Option("--download", help="Fetch the data set if it is absent.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print matrix.json instead of the table.")] = False,
+    debug: Debug = False,
+) -> int:
+    """Craft on each of several models and judge on all: table, matrix.json and a heat map. Resumes.
+
+    \b
+    robustkit matrix --models timm:resnet50,timm:vgg16 --data folder:val --limit 200 --threat linf:8/255
+    """
+    from robustkit.cli.matrix import matrix as work
+
+    return work(
+        models=models or [],
+        targets=target or [],
+        attack=attack,
+        targeted=targeted,
+        data=data,
+        limit=limit,
+        threat=threat,
+        seed=seed,
+        device=device,
+        batch_size=batch_size,
+        out=out,
+        data_root=data_root,
+        download=download,
+        as_json=json,
+    )
+
+
+@app.command()
 def verify(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A finished run's folder.")],
     model: Annotated[str | None, typer.Option(help="Where the model is now, if it has moved.")] = None,
@@ -260,6 +334,8 @@ def compare(
     debug: Debug = False,
 ) -> int:
     """Compare two runs over the same images: paired difference, McNemar's test, who loses which image.
+
+    Two craft runs are compared on every model that both were judged on.
 
     \b
     robustkit compare runs/evaluate-3f9c21ab runs/evaluate-77d0e4b2

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
+from rich.table import Table
 
 from robustkit.engine import folder as run_folder
 from robustkit.errors import UsageError
@@ -14,6 +16,7 @@ from robustkit.report import words
 from robustkit.report.compare import Comparison
 from robustkit.report.compare import compare as pair
 from robustkit.report.table import interval, percent
+from robustkit.report.transfer import differences, short_names
 
 FIRST = 20
 METHOD = "Newcombe's score interval for paired proportions (1998, method 10)"
@@ -21,6 +24,8 @@ METHOD = "Newcombe's score interval for paired proportions (1998, method 10)"
 
 def compare(a: Path, b: Path, *, as_json: bool) -> int:
     """Run the verb; UsageError for runs over different data."""
+    if run_folder.is_craft(a) and run_folder.is_craft(b):
+        return _crafts(a, b, as_json)
     first, second = run_folder.read_report(a), run_folder.read_report(b)
     if first.spec.data["fingerprint"] != second.spec.data["fingerprint"]:
         raise UsageError(
@@ -52,6 +57,49 @@ def compare(a: Path, b: Path, *, as_json: bool) -> int:
     line(f"McNemar      exact two-sided p = {found.p:.3g}")
     line(f"only A loses {_listed(found.only_a)}")
     line(f"only B loses {_listed(found.only_b)}")
+    return 0
+
+
+def _crafts(a: Path, b: Path, as_json: bool) -> int:
+    """Compare two craft runs on every model that both were judged on."""
+    first, second = run_folder.read_craft(a), run_folder.read_craft(b)
+    if first.spec.data["fingerprint"] != second.spec.data["fingerprint"]:
+        raise UsageError(f"{a} and {b} are crafted from different data; compare runs over the same images.")
+    if first.goals != second.goals:
+        raise UsageError(f"{a} and {b} aim at different classes; compare runs with the same --targeted.")
+    found = differences(first, second)
+    warnings = []
+    if first.spec.threat != second.spec.threat:
+        warnings.append(f"the threats differ: {first.spec.threat} for A, {second.spec.threat} for B.")
+    if first.gradients_per_image != second.gradients_per_image:
+        spent = [f"{run.gradients_per_image:,.0f}" for run in (first, second)]
+        warnings.append(f"the gradients per image differ: {spent[0]} for A, {spent[1]} for B.")
+    if as_json:
+        sides = {
+            name: {"folder": str(folder), "run_id": run.run_id, "attack": dict(run.spec.attack)}
+            for name, folder, run in (("a", a, first), ("b", b, second))
+        }
+        body = {"format": FORMAT, **sides, "method": METHOD, "targets": [asdict(one) for one in found]}
+        print(json.dumps({**body, "warnings": warnings}, indent=2))
+        return 0
+    console = Console(markup=False)
+    for name, folder, run in (("A", a, first), ("B", b, second)):
+        cost = f"{run.gradients_per_image:,.0f} gradients per image"
+        on = f"{len(run.surrogates)} surrogate{'s' * (len(run.surrogates) > 1)}"
+        mixed = f" ({run.spec.combine})" if len(run.surrogates) > 1 else ""
+        line = f"{name}   {run.spec.attack_name} on {on}{mixed}   {cost}   {folder}"
+        console.print(line, highlight=False, soft_wrap=True)
+    for warning in warnings:
+        console.print(f"warning   {warning}", highlight=False, soft_wrap=True)
+    table = Table(box=None, pad_edge=False, header_style="", padding=(0, 3, 0, 0))
+    table.add_column("\ntarget", no_wrap=True)
+    for column in ("A − B, points", "95% interval", "n", "only A", "only B", "McNemar p"):
+        table.add_column(f"\n{column}", justify="right", no_wrap=True)
+    for label, one in zip(short_names([one.model for one in found]), found, strict=True):
+        ends = f"{points(one.low)} to {points(one.high)}"
+        alone = (str(len(one.only_a)), str(len(one.only_b)))
+        table.add_row(label, points(one.value), ends, str(one.n), *alone, f"{one.p:.3g}")
+    console.print(table, highlight=False)
     return 0
 
 

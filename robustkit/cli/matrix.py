@@ -1,0 +1,84 @@
+"""`robustkit matrix`: every model as the surrogate of every other."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from robustkit.cli.craft import read_data
+from robustkit.cli.evaluate import read_batch_size
+from robustkit.cli.output import save
+from robustkit.cli.progress import CraftDisplay
+from robustkit.cli.subject import BUILT_IN_DATA, usual_threat
+from robustkit.devices import pick_device
+from robustkit.engine.matrix import Grid
+from robustkit.engine.nets import gather
+from robustkit.errors import UsageError
+from robustkit.report.heatmap import page
+from robustkit.report.transfer import show_matrix
+from robustkit.threat import ThreatModel
+
+PAGE = "matrix.html"
+
+
+def matrix(
+    *,
+    models: Sequence[str],
+    targets: Sequence[str],
+    attack: str,
+    targeted: str | None,
+    data: str | None,
+    limit: int | None,
+    threat: str | None,
+    seed: int,
+    device: str,
+    batch_size: str,
+    out: Path | None,
+    data_root: Path | None,
+    download: bool,
+    as_json: bool,
+) -> int:
+    """Run the verb."""
+    names = [name for text in models for name in split_models(text)]
+    if len(names) < 2:
+        raise UsageError("a matrix needs at least two models; write --models A,B, or --models once for each.")
+    place = pick_device(device)
+    samples = read_data(names, data, limit, data_root, download)
+    rules = ThreatModel.parse(threat) if threat else usual_threat(data or BUILT_IN_DATA)
+    nets = gather(names, samples, place, what="model")
+    others = gather(targets, samples, place, what="target")
+    grid = Grid(
+        nets=nets,
+        targets=others,
+        samples=samples,
+        threat=rules,
+        attack=attack,
+        targeted=targeted,
+        seed=seed,
+        device=place,
+        batch_size=read_batch_size(batch_size),
+    )
+    folder = out or Path("runs") / f"matrix-{grid.run_id}"
+    record = grid.run(folder, CraftDisplay())
+    save(folder / PAGE, page(record).encode())
+    if as_json:
+        print(json.dumps(record.to_json(), indent=2))
+    else:
+        following = f"robustkit transfer {folder / record.folders[0]} --target MODEL"
+        show_matrix(record, Console(markup=False), folder / PAGE, following)
+    return 0
+
+
+def split_models(text: str) -> list[str]:
+    """Cut a list of model strings at its commas, but not at those within a query, as in `mean=0.5,0.5,0.5`."""
+    parts: list[str] = []
+    for piece in text.split(","):
+        inside = parts and "?" in parts[-1] and not any(sign in piece for sign in ":/")
+        if inside:
+            parts[-1] += f",{piece}"
+        elif piece.strip():
+            parts.append(piece.strip())
+    return parts

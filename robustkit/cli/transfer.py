@@ -1,0 +1,48 @@
+"""`robustkit transfer`: judge a folder of crafted images on more models."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from robustkit.cli.craft import read_data
+from robustkit.cli.progress import CraftDisplay
+from robustkit.devices import pick_device
+from robustkit.engine import folder as run_folder
+from robustkit.engine.nets import gather
+from robustkit.engine.transfer import judge_more
+from robustkit.errors import UsageError
+from robustkit.report.transfer import show
+
+
+def transfer(
+    folder: Path,
+    *,
+    targets: Sequence[str],
+    data: str | None,
+    device: str,
+    data_root: Path | None,
+    as_json: bool,
+) -> int:
+    """Run the verb; without targets the stored judgements are printed again."""
+    record = run_folder.read_craft(folder)
+    if targets:
+        spec, place = record.spec, pick_device(device)
+        samples = read_data([spec.surrogates[0]["string"]], data or spec.data["string"], None, data_root, False)
+        samples = samples.head(min(spec.data["n"], len(samples)))
+        if samples.fingerprint != spec.data["fingerprint"]:
+            raise UsageError(
+                f"{samples.name} is not the data that {folder} was crafted on "
+                f"(sha256 {samples.fingerprint[:12]}…, was {str(spec.data['fingerprint'])[:12]}…); write where that is with --data."
+            )
+        nets = gather(targets, samples, place, what="target", keep=lambda total: False)
+        record = judge_more(folder, samples, nets, place, CraftDisplay())
+    if as_json:
+        print(json.dumps(record.to_json(), indent=2))
+    else:
+        following = f"robustkit compare {folder} DIR   (another attack over the same images)"
+        show(record, Console(markup=False), following)
+    return 0

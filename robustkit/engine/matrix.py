@@ -1,0 +1,104 @@
+"""The matrix: images crafted on each of several models alone, judged on all of them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from robustkit.crafted import Craft, Matrix
+from robustkit.data.samples import Samples
+from robustkit.engine import folder
+from robustkit.engine.crafting import Crafting
+from robustkit.engine.nets import Net, same_classes
+from robustkit.engine.progress import Progress
+from robustkit.errors import UsageError
+from robustkit.threat import ThreatModel
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What to craft on each of `nets` and judge on each of them and of `targets`."""
+
+    nets: Sequence[Net]
+    targets: Sequence[Net]
+    samples: Samples
+    threat: ThreatModel
+    attack: str
+    targeted: str | None
+    seed: int
+    device: torch.device
+    batch_size: int | None
+
+    def __post_init__(self) -> None:
+        """Refuse what is no matrix."""
+        if len(self.nets) < 2:
+            raise UsageError("a matrix needs at least two models; write --models A,B.")
+        same_classes(self.nets, self.targets)
+
+    @property
+    def runs(self) -> list[Crafting]:
+        """The craft run behind each row."""
+        return [
+            Crafting(
+                nets=[net],
+                samples=self.samples,
+                threat=self.threat,
+                attack=self.attack,
+                targeted=self.targeted,
+                seed=self.seed,
+                device=self.device,
+                batch_size=self.batch_size,
+            )
+            for net in self.nets
+        ]
+
+    @property
+    def run_id(self) -> str:
+        """Eight hexadecimal digits of the hash of the runs' and the other targets' identities."""
+        parts = [*(run.spec.run_id for run in self.runs), *(net.fingerprint for net in self.targets)]
+        return hashlib.sha256("/".join(parts).encode()).hexdigest()[:8]
+
+    def run(self, out: Path, progress: Progress) -> Matrix:
+        """Craft and judge row by row, each in a folder of its own; the same call resumes there."""
+        self._check_folder(out)
+        columns = [*self.nets, *self.targets]
+        rows: list[Craft] = []
+        folders: list[str] = []
+        for number, (net, run) in enumerate(zip(self.nets, self.runs, strict=True)):
+            place = out / f"craft-{run.spec.run_id}"
+            progress.say(f"row {number + 1} of {len(self.nets)}: crafting on {net.string}")
+            rows.append(run.run(place, columns, progress=progress))
+            folders.append(place.name)
+        first = rows[0]
+        judged = [{one.fingerprint: one for one in row.targets} for row in rows]
+        record = Matrix(
+            run_id=self.run_id,
+            models=[net.string for net in self.nets],
+            targets=[net.string for net in self.targets],
+            attack=first.spec.attack,
+            targeted=self.targeted,
+            data=first.spec.data,
+            threat=first.spec.threat,
+            seed=self.seed,
+            n=first.n,
+            gradients_per_image=[row.gradients_per_image for row in rows],
+            clean_accuracy=[judged[0][net.fingerprint].clean_accuracy for net in columns],
+            noise=[judged[0][net.fingerprint].noise for net in columns],
+            success=[[row[net.fingerprint].rate for net in columns] for row in judged],
+            folders=folders,
+            environment=first.environment,
+        )
+        folder.write_record(out, record)
+        return record
+
+    def _check_folder(self, out: Path) -> None:
+        """Refuse a folder with anything in it but this matrix."""
+        own = {folder.MATRIX, "matrix.html", *(f"craft-{run.spec.run_id}" for run in self.runs)}
+        others = [file.name for file in out.iterdir() if file.name not in own] if out.is_dir() else []
+        if others or (out.exists() and not out.is_dir()):
+            what = f"holds {sorted(others)[0]!r}, which is not of this matrix" if others else "is no folder"
+            raise UsageError(f"{out} {what}; give an empty or new folder with --out.")

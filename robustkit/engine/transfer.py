@@ -1,0 +1,58 @@
+"""Judging crafted images again, from their folder alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from robustkit.crafted import Craft
+from robustkit.data.samples import Samples
+from robustkit.engine import folder
+from robustkit.engine.nets import Net
+from robustkit.engine.progress import Progress
+from robustkit.engine.targets import Jury
+from robustkit.errors import UsageError
+from robustkit.threat import ThreatModel
+
+
+def judge_more(
+    path: Path, samples: Samples, targets: Sequence[Net], device: torch.device, progress: Progress
+) -> Craft:
+    """Return the record of a craft run with these targets judged too, and write it.
+
+    The images are checked first: their hash, and that each is inside ball and box exactly.
+
+    Raises:
+        UsageError: if the folder holds no images, or others than its record says.
+    """
+    record = folder.read_craft(path)
+    threat = ThreatModel.parse(record.spec.threat)
+    with folder.open_for_writing(path, record.spec):
+        if broken := folder.broken_seals(path, record):
+            raise UsageError(f"{broken[0]} Restore it, or craft anew in another folder.")
+        images = folder.read_adversarial(path)["x"]
+        _check_inside(images, samples, threat, path)
+        known = {judged.fingerprint for judged in record.targets}
+        jury = Jury(samples, threat, record.goals, record.spec.seed, device)
+        missing = [net for net in targets if net.fingerprint not in known]
+        progress.stage("targets", record.n * max(len(missing), 1), record.n, record.n)
+        try:
+            for number, net in enumerate(missing):
+                record = record.judged([jury.judge(net, images, floors=True)])
+                folder.write_record(path, record)
+                progress.advance(record.n * (number + 1), record.n)
+        finally:
+            progress.close()
+    return record
+
+
+def _check_inside(images: object, samples: Samples, threat: ThreatModel, path: Path) -> None:
+    x_adv = torch.as_tensor(images)
+    for begin in range(0, len(samples), 256):
+        at = range(begin, min(begin + 256, len(samples)))
+        inside = threat.contains(x_adv[begin : begin + 256], samples.images(list(at)))
+        if not bool(inside.all()):
+            place = begin + int((~inside).nonzero()[0])
+            raise UsageError(f"{path / folder.ADVERSARIAL}: the image at position {place} is not within {threat}.")

@@ -1,0 +1,107 @@
+"""The page about a transfer matrix: one self-contained HTML file with a heat map."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from robustkit.crafted import Matrix
+from robustkit.record import Rate, dumps
+from robustkit.report.transfer import short_names
+
+
+def page(record: Matrix) -> str:
+    """Return the page."""
+    environment = Environment(
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+        keep_trailing_newline=True,
+    )
+    here = files("robustkit.report")
+    template = environment.from_string(here.joinpath("matrix.html").read_text(encoding="utf-8"))
+    css = here.joinpath("page.css").read_text(encoding="utf-8")
+    css += here.joinpath("matrix.css").read_text(encoding="utf-8")
+    return template.render(css=Markup(css), **_facts(record)).lstrip()
+
+
+def _facts(record: Matrix) -> dict[str, Any]:
+    names = short_names([*record.models, *record.targets])
+    own = len(record.models)
+    rows = [
+        {
+            "name": names[place],
+            "gradients": f"{record.gradients_per_image[place]:,.0f}",
+            "cells": [
+                _cell(rate, names[place], names[column], place == column) for column, rate in enumerate(rates)
+            ],
+            "mean": _mean([rate for column, rate in enumerate(rates) if column != place]),
+        }
+        for place, rates in enumerate(record.success)
+    ]
+    versions = record.environment.get("versions", {})
+    facts = {
+        "data": record.data["string"],
+        "threat": record.threat,
+        "attack": dumps({key: value for key, value in record.attack.items() if key != "string"}),
+        "seed": record.seed,
+        "device": record.environment.get("device_name") or record.environment.get("device"),
+        "commit": record.environment.get("commit"),
+        "versions": ", ".join(f"{name} {number}" for name, number in versions.items() if number),
+    }
+    return {
+        "record": record,
+        "names": names,
+        "own": own,
+        "rows": rows,
+        "best": max(rows, key=lambda row: row["mean"] or 0.0),
+        "clean": [_number(share) for share in record.clean_accuracy],
+        "noise": [_number(share) for share in record.noise],
+        "data": str(record.data["string"]).rpartition("/")[2],
+        "attack": record.attack["string"],
+        "facts": [(name, str(value)) for name, value in facts.items() if value not in (None, "")],
+        "strings": list(zip(names, [*record.models, *record.targets], strict=True)),
+        "command": _command(record),
+        "version": versions.get("robustkit") or "",
+    }
+
+
+def _cell(rate: Rate | None, row: str, column: str, same: bool) -> dict[str, Any]:
+    if rate is None:
+        return {
+            "share": 0.0,
+            "text": "–",
+            "ends": "",
+            "title": f"{column} classifies no image correctly",
+            "same": same,
+        }
+    return {
+        "share": round(rate.value, 3),
+        "text": _number(rate.value),
+        "ends": f"{100 * rate.low:.0f} – {100 * rate.high:.0f}",
+        "title": f"crafted on {row}, judged on {column}: {_number(rate.value)} % of {rate.n} images",
+        "same": same,
+    }
+
+
+def _mean(rates: list[Rate | None]) -> float | None:
+    known = [rate.value for rate in rates if rate]
+    return sum(known) / len(known) if known else None
+
+
+def _number(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.1f}"
+
+
+def _command(record: Matrix) -> str:
+    words = ["robustkit matrix", f"--models '{','.join(record.models)}'"]
+    words += [f"--target '{target}'" for target in record.targets]
+    words += [f"--attack '{record.attack['string']}'"]
+    words += [f"--data {record.data['string']}", f"--limit {record.n}"]
+    words += [f"--threat {record.threat}", f"--seed {record.seed}"]
+    words += [f"--targeted {record.targeted}"] if record.targeted else []
+    return " \\\n    ".join(words)
