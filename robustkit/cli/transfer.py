@@ -36,7 +36,8 @@ def transfer(
         if samples.fingerprint != spec.data["fingerprint"]:
             raise UsageError(
                 f"{samples.name} is not the data that {folder} was crafted on "
-                f"(sha256 {samples.fingerprint[:12]}…, was {str(spec.data['fingerprint'])[:12]}…); write where that is with --data."
+                f"(sha256 {samples.fingerprint[:12]}…, was {str(spec.data['fingerprint'])[:12]}…); "
+                "write where that is with --data."
             )
         nets = gather(targets, samples, place, what="target", keep=lambda total: False)
         record = judge_more(folder, samples, nets, place, CraftDisplay())
