@@ -3,7 +3,7 @@
     python scripts/mutation_table.py [--only WORD] > docs/mutation_table.md
 
 Each fault is a change of source text in a copy of the checkout; the tests named with it run there until the
-first fails. Ends with status 1 if one survives. Needs about 5 minutes on 2 cores.
+first fails. Ends with status 1 if one survives. Needs about 8 minutes on 2 cores.
 """
 
 from __future__ import annotations
