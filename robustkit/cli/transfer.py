@@ -34,9 +34,10 @@ def transfer(
         samples = read_data([spec.surrogates[0]["string"]], data or spec.data["string"], None, data_root, False)
         samples = samples.head(min(spec.data["n"], len(samples)))
         if samples.fingerprint != spec.data["fingerprint"]:
+            now, then = samples.fingerprint[:12], str(spec.data["fingerprint"])[:12]
             raise UsageError(
-                f"{samples.name} is not the data that {folder} was crafted on "
-                f"(sha256 {samples.fingerprint[:12]}…, was {str(spec.data['fingerprint'])[:12]}…); write where that is with --data."
+                f"{samples.name} is not the data that {folder} was crafted on (sha256 {now}…, was {then}…); "
+                "write where that is with --data."
             )
         nets = gather(targets, samples, place, what="target", keep=lambda total: False)
         record = judge_more(folder, samples, nets, place, CraftDisplay())
