@@ -119,18 +119,32 @@ def catalog(kind: str) -> Mapping[str, Entry]:
     """Return every registered name of a kind (a key of `FOLDERS`) with what its source says."""
     folder = FOLDERS[kind]
     entries: dict[str, Entry] = {}
-    for file in sorted((Path(__file__).parent / folder).glob("[!_]*.py")):
-        for node in ast.parse(file.read_text(encoding="utf-8")).body:
-            if not isinstance(node, (ast.ClassDef, ast.FunctionDef)):
-                continue
+    for stem, nodes in _marked(folder):
+        for node in nodes:
             for mark in node.decorator_list:
                 if isinstance(mark, ast.Call) and isinstance(mark.func, ast.Name) and mark.func.id == kind:
                     name = ast.literal_eval(mark.args[0])
                     options = {str(word.arg): ast.literal_eval(word.value) for word in mark.keywords}
                     summary = (ast.get_docstring(node) or "").split("\n")[0]
                     info = Info(kind, name, **options)
-                    entries[name] = Entry(info, f"robustkit.{folder}.{file.stem}", summary)
+                    entries[name] = Entry(info, f"robustkit.{folder}.{stem}", summary)
     return entries
+
+
+@functools.cache
+def _marked(folder: str) -> list[tuple[str, list[ast.ClassDef | ast.FunctionDef]]]:
+    """Return the stem of each file of a folder with its decorated classes and functions, parsed once."""
+    return [
+        (
+            file.stem,
+            [
+                node
+                for node in ast.parse(file.read_text(encoding="utf-8")).body
+                if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and node.decorator_list
+            ],
+        )
+        for file in sorted((Path(__file__).parent / folder).glob("[!_]*.py"))
+    ]
 
 
 def find(kind: str, name: str) -> Any:

@@ -6,9 +6,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 from robustkit.cli.craft import read_data
+from robustkit.cli.output import wide_console
 from robustkit.cli.progress import CraftDisplay
 from robustkit.devices import pick_device
 from robustkit.engine import folder as run_folder
@@ -45,5 +44,5 @@ def transfer(
         print(json.dumps(record.to_json(), indent=2))
     else:
         following = f"robustkit compare {folder} DIR   (another attack over the same images)"
-        show(record, Console(markup=False), following)
+        show(record, wide_console(), following)
     return 0

@@ -136,7 +136,7 @@ def show_matrix(record: Matrix, console: Console, page: object, next_command: st
     line(f"{attack_words(record.attack)}   success in % over the images that the column classifies correctly\n")
     table = Table(box=None, pad_edge=False, header_style="", padding=(0, 2, 0, 0))
     table.add_column("crafted on", no_wrap=True)
-    for name in (*names, "gradients"):
+    for name in (*names, "grads"):
         table.add_column(name, justify="right", no_wrap=True)
     for place, (row, spent) in enumerate(zip(record.success, record.gradients_per_image, strict=True)):
         cells = [_number(rate) + ("*" if column == place else "") for column, rate in enumerate(row)]
@@ -144,7 +144,7 @@ def show_matrix(record: Matrix, console: Console, page: object, next_command: st
     table.add_row("random signs", *[_number_of(share) for share in record.noise], "0", style="dim")
     table.add_row("clean acc", *[_number_of(share) for share in record.clean_accuracy], "", style="dim")
     console.print(table, highlight=False)
-    line("* crafted on this very model; gradients: per image")
+    line("* crafted on this very model; grads: gradients per image")
     line(f"\nreport   {page}")
     if next_command:
         line(f"next     {next_command}")
