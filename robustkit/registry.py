@@ -137,10 +137,8 @@ def catalog(kind: str) -> Mapping[str, Entry]:
     """Return every registered name of a kind (a key of `FOLDERS`) with what its source says."""
     folder = FOLDERS[kind]
     entries: dict[str, Entry] = {}
-    for file in sorted((Path(__file__).parent / folder).glob("[!_]*.py")):
-        for node in ast.parse(file.read_text(encoding="utf-8")).body:
-            if not isinstance(node, (ast.ClassDef, ast.FunctionDef)):
-                continue
+    for stem, nodes in _marked(folder):
+        for node in nodes:
             for mark in node.decorator_list:
                 if isinstance(mark, ast.Call) and isinstance(mark.func, ast.Name) and mark.func.id == kind:
                     name = ast.literal_eval(mark.args[0])
@@ -152,8 +150,24 @@ def catalog(kind: str) -> Mapping[str, Entry]:
                         for line in node.body
                         if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)
                     )
-                    entries[name] = Entry(info, f"robustkit.{folder}.{file.stem}", summary, fields)
+                    entries[name] = Entry(info, f"robustkit.{folder}.{stem}", summary, fields)
     return entries
+
+
+@functools.cache
+def _marked(folder: str) -> list[tuple[str, list[ast.ClassDef | ast.FunctionDef]]]:
+    """Return the stem of each file of a folder with its decorated classes and functions, parsed once."""
+    return [
+        (
+            file.stem,
+            [
+                node
+                for node in ast.parse(file.read_text(encoding="utf-8")).body
+                if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and node.decorator_list
+            ],
+        )
+        for file in sorted((Path(__file__).parent / folder).glob("[!_]*.py"))
+    ]
 
 
 def find(kind: str, name: str) -> Any:

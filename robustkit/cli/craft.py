@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
-from rich.console import Console
-
 from robustkit.cli.evaluate import read_batch_size
+from robustkit.cli.output import wide_console
 from robustkit.cli.progress import CraftDisplay
 from robustkit.cli.subject import BUILT_IN, BUILT_IN_DATA, BUILT_IN_LIMIT, usual_threat
 from robustkit.data import load_data
@@ -81,7 +80,7 @@ def craft(
     if as_json:
         print(json.dumps(record.to_json(), indent=2))
     else:
-        show(record, Console(markup=False), next_command(folder, nets, bool(record.targets)))
+        show(record, wide_console(), next_command(folder, nets, bool(record.targets)))
     return 0
 
 

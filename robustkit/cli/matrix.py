@@ -6,11 +6,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 from robustkit.cli.craft import read_data
 from robustkit.cli.evaluate import read_batch_size
-from robustkit.cli.output import save
+from robustkit.cli.output import save, wide_console
 from robustkit.cli.progress import CraftDisplay
 from robustkit.cli.subject import BUILT_IN_DATA, usual_threat
 from robustkit.devices import pick_device
@@ -68,7 +66,7 @@ def matrix(
         print(json.dumps(record.to_json(), indent=2))
     else:
         following = f"robustkit transfer {folder / record.folders[0]} --target MODEL"
-        show_matrix(record, Console(markup=False), folder / PAGE, following)
+        show_matrix(record, wide_console(), folder / PAGE, following)
     return 0
 
 

@@ -5,7 +5,15 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from rich.console import Console
+
 from robustkit.errors import UsageError
+
+
+def wide_console() -> Console:
+    """Return the terminal, or for pipes and files a console on which a table of many models is not cut."""
+    terminal = Console(markup=False)
+    return terminal if terminal.is_terminal else Console(width=240, markup=False)
 
 
 def save(path: Path, content: bytes) -> None:

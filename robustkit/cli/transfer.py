@@ -6,9 +6,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 from robustkit.cli.craft import read_data
+from robustkit.cli.output import wide_console
 from robustkit.cli.progress import CraftDisplay
 from robustkit.devices import pick_device
 from robustkit.engine import folder as run_folder
@@ -34,9 +33,9 @@ def transfer(
         samples = read_data([spec.surrogates[0]["string"]], data or spec.data["string"], None, data_root, False)
         samples = samples.head(min(spec.data["n"], len(samples)))
         if samples.fingerprint != spec.data["fingerprint"]:
+            now, then = samples.fingerprint[:12], str(spec.data["fingerprint"])[:12]
             raise UsageError(
-                f"{samples.name} is not the data that {folder} was crafted on "
-                f"(sha256 {samples.fingerprint[:12]}…, was {str(spec.data['fingerprint'])[:12]}…); "
+                f"{samples.name} is not the data that {folder} was crafted on (sha256 {now}…, was {then}…); "
                 "write where that is with --data."
             )
         nets = gather(targets, samples, place, what="target", keep=lambda total: False)
@@ -45,5 +44,5 @@ def transfer(
         print(json.dumps(record.to_json(), indent=2))
     else:
         following = f"robustkit compare {folder} DIR   (another attack over the same images)"
-        show(record, Console(markup=False), following)
+        show(record, wide_console(), following)
     return 0

@@ -22,6 +22,8 @@ from robustkit.rng import RowRng
 from robustkit.shapes import Images
 from robustkit.surrogates import Surrogates
 
+# Images on which nets run as one must answer as they do alone.
+TRIED = 8
 FAST = {False: torch.contiguous_format, True: torch.channels_last}
 
 
@@ -130,10 +132,10 @@ class Ensemble:
         for meter, way in zip(meters, ways["members"], strict=True):
             net = (folded(meter.model, x[:1]) if way["folded"] else None) or meter.model
             meter.way = Way(net, None, FAST[way["channels_last"]])
-        self._together = stacked(meters, x[:1]) if ways["together"] else None
+        self._together = stacked(meters, x[:TRIED]) if ways["together"] else None
 
     def _faster_together(self, meters: Sequence[Meter], x: Images) -> bool:
-        whole = stacked(meters, x[:1])
+        whole = stacked(meters, x[:TRIED])
         if whole is None:
             return False
         alone = self.surrogates()

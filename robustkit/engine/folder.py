@@ -41,7 +41,7 @@ class Adversarials:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Return `index` (M), `x` (M C H W) and `y` (M), in memory."""
-        x = np.frombuffer(b"".join(self.images()), dtype=np.float32)
+        x = np.frombuffer(bytearray().join(self.images()), dtype=np.float32)
         return {"index": self.index, "x": x.reshape(len(self.index), *self.shape), "y": self.labels}
 
 

@@ -24,7 +24,7 @@ def folded(model: Classifier, x: Images) -> Classifier | None:
     if not isinstance(net, nn.Module) or not any(isinstance(part, norms) for part in net.modules()):
         return None
     # A hook would not see the folded parts.
-    if any(part._forward_hooks or part._forward_pre_hooks or part._backward_hooks for part in net.modules()):
+    if has_hooks(net):
         return None
     try:
         with torch.no_grad(), warnings.catch_warnings():
@@ -34,3 +34,8 @@ def folded(model: Classifier, x: Images) -> Classifier | None:
             return model.with_net(fuse(symbolic_trace(net), inplace=False, no_trace=True).requires_grad_(False))
     except Exception:
         return None
+
+
+def has_hooks(net: nn.Module) -> bool:
+    """Return whether somebody listens to the parts of a net."""
+    return any(part._forward_hooks or part._forward_pre_hooks or part._backward_hooks for part in net.modules())

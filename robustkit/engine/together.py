@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, stack_module_state
 
+from robustkit.engine.folding import has_hooks
 from robustkit.engine.meter import CountBackward, Meter
 from robustkit.models.classifier import Classifier
 
@@ -40,6 +41,9 @@ class Together:
 
 def stacked(meters: Sequence[Meter], x: Tensor) -> Together | None:
     """Return the nets as one; None where they cannot be stacked, or answer x (B C H W) otherwise than alone."""
+    # A hook would see all nets as one.
+    if any(has_hooks(meter.model) for meter in meters):
+        return None
     try:
         whole = Together([meter.model for meter in meters])
         with torch.no_grad():

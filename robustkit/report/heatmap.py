@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from robustkit.crafted import Matrix
 from robustkit.record import Rate, dumps
-from robustkit.report.transfer import short_names
+from robustkit.report.transfer import attack_words, short_names
 
 
 def page(record: Matrix) -> str:
@@ -62,7 +62,7 @@ def _facts(record: Matrix) -> dict[str, Any]:
         "clean": [_number(share) for share in record.clean_accuracy],
         "noise": [_number(share) for share in record.noise],
         "data": str(record.data["string"]).rpartition("/")[2],
-        "attack": record.attack["string"],
+        "attack": attack_words(record.attack),
         "facts": [(name, str(value)) for name, value in facts.items() if value not in (None, "")],
         "strings": list(zip(names, [*record.models, *record.targets], strict=True)),
         "command": _command(record),

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -34,6 +35,13 @@ def _short(string: str) -> str:
     return f"{stem}?{defense[1]}" if defense else stem
 
 
+def attack_words(attack: Mapping[str, Any]) -> str:
+    """Return an attack as it was asked for; of a recipe what it stands for as well."""
+    string = str(attack["string"])
+    name = "+".join(part["name"] for part in (attack, *attack["techniques"]))
+    return string if string.partition("(")[0] == attack["name"] else f"{string} = {name}"
+
+
 def show(record: Craft, console: Console, next_command: str | None = None) -> None:
     """Print what was crafted, what it cost, what each model made of it, and the next command."""
     spec = record.spec
@@ -46,8 +54,7 @@ def show(record: Craft, console: Console, next_command: str | None = None) -> No
 
     data = str(spec.data["string"]).rpartition("/")[2]
     line(f"run {record.run_id}   {record.n} images of {data}   {spec.threat}   seed {spec.seed}")
-    string, name = str(spec.attack.get("string", spec.attack_name)), spec.attack_name
-    attack = name if string.partition("(")[0] == name else f"{string} = {name}"
+    attack = attack_words(spec.attack)
     goal = f"   targeted: {spec.targeted}" if spec.targeted else ""
     mixed = f"   combine {spec.combine}" if len(own) > 1 else ""
     line(f"{attack} on {', '.join(own)}{mixed}{goal}")
@@ -126,10 +133,10 @@ def show_matrix(record: Matrix, console: Console, page: object, next_command: st
     data = str(record.data["string"]).rpartition("/")[2]
     names = short_names([*record.models, *record.targets])
     line(f"matrix {record.run_id}   {record.n} images of {data}   {record.threat}   seed {record.seed}")
-    line(f"{record.attack['string']}   success in % over the images that the column classifies correctly\n")
+    line(f"{attack_words(record.attack)}   success in % over the images that the column classifies correctly\n")
     table = Table(box=None, pad_edge=False, header_style="", padding=(0, 2, 0, 0))
     table.add_column("crafted on", no_wrap=True)
-    for name in (*names, "gradients"):
+    for name in (*names, "grads"):
         table.add_column(name, justify="right", no_wrap=True)
     for place, (row, spent) in enumerate(zip(record.success, record.gradients_per_image, strict=True)):
         cells = [_number(rate) + ("*" if column == place else "") for column, rate in enumerate(row)]
@@ -137,7 +144,7 @@ def show_matrix(record: Matrix, console: Console, page: object, next_command: st
     table.add_row("random signs", *[_number_of(share) for share in record.noise], "0", style="dim")
     table.add_row("clean acc", *[_number_of(share) for share in record.clean_accuracy], "", style="dim")
     console.print(table, highlight=False)
-    line("* crafted on this very model; gradients: per image")
+    line("* crafted on this very model; grads: gradients per image")
     line(f"\nreport   {page}")
     if next_command:
         line(f"next     {next_command}")

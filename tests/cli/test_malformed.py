@@ -294,6 +294,71 @@ def test_there_are_many() -> None:
     assert len(CASES) >= 40
 
 
+ONE, TWO = (f"{NETS}:small?channels=1&seed={seed}" for seed in (1, 2))
+FEW = f"{NETS}:small?channels=1&classes=12"
+COLOUR = f"{NETS}:small?channels=3"
+DIGITS = ("--data", "digits:test", "--limit", "4")
+
+
+def crafted() -> list[str]:
+    assert run(["craft", "--limit", "4", "--attack", "fgsm", "--out", "c"]) == 0
+    Path("c/transfer.json").write_text('{"format": 1}')
+    return ["transfer", "c"]
+
+
+CRAFT_CASES: dict[str, tuple[Callable[[], list[str]], tuple[str, ...]]] = {
+    "classes": (args("craft", "--surrogate", ONE, "--surrogate", FEW, *DIGITS), ("10", "12", "same classes")),
+    "channels": (args("craft", "--surrogate", ONE, "--surrogate", COLOUR, *DIGITS), ("does not take images",)),
+    "weights absent": (
+        args("craft", "--surrogate", ONE, "--surrogate", "robustkit:digits-cnn@none.safetensors", *DIGITS),
+        ("none.safetensors",),
+    ),
+    "twice": (args("craft", "--surrogate", ONE, "--surrogate", ONE, *DIGITS), ("given twice", "--weights")),
+    "no data": (args("craft", "--surrogate", ONE), ("--data",)),
+    "NaN": (args("craft", "--surrogate", f"{NETS}:faulty?fault=inf", *DIGITS), ("infinite",)),
+    "raises": (args("craft", "--surrogate", f"{NETS}:faulty?fault=raises", *DIGITS), ("this net has a bug",)),
+    "target classes": (args("craft", "--surrogate", ONE, "--target", FEW, *DIGITS), ("target", "12 classes")),
+    "combine": (args("craft", "--limit", "4", "--combine", "logit"), ("Did you mean 'logits'",)),
+    "weights words": (args("craft", "--limit", "4", "--weights", "many"), ("many",)),
+    "weights count": (args("craft", "--limit", "4", "--weights", "1,2"), ("1 surrogate",)),
+    "weights zero": (args("craft", "--limit", "4", "--weights", "0"), ("above 0",)),
+    "targeted": (args("craft", "--limit", "4", "--targeted", "nxt"), ("Did you mean 'next'",)),
+    "attack": (args("craft", "--limit", "4", "--attack", "mi-fgms"), ("Did you mean 'mi-fgsm'",)),
+    "technique": (args("craft", "--limit", "4", "--attack", "mi-fgsm+nowhere"), ("nowhere",)),
+    "recipe field": (args("craft", "--limit", "4", "--attack", "auto(steps=3)"), ("takes no fields",)),
+    "coupled": (args("craft", "--limit", "4", "--attack", "foolbox:LinfPGD"), ("by the batch",)),
+    "attack norm": (args("craft", "--limit", "4", "--attack", "mi-fgsm", "--threat", "l1:3"), ("l1",)),
+    "batch size": (args("craft", "--limit", "4", "--batch-size", "0"), ("batch size 0",)),
+    "forecast of one": (args("craft", "--limit", "4", "--forecast"), ("at least two",)),
+    "budgets no target": (args("craft", "--limit", "4", "--budgets", "10"), ("--target",)),
+    "budgets words": (args("craft", "--limit", "4", "--target", ONE, "--budgets", "10,x"), ("10,40,100",)),
+    "huge eps": (args("craft", "--limit", "4", "--threat", "l2:1000"), ("1000", "8")),
+    "transfer absent": (args("transfer", "nowhere"), ("nowhere",)),
+    "transfer no run": (args("transfer", "."), ("transfer.json",)),
+    "transfer damaged": (crafted, ("damaged",)),
+    "matrix of one": (args("matrix", "--models", ONE, *DIGITS), ("at least two",)),
+    "matrix of none": (args("matrix"), ("--models",)),
+    "matrix twice": (args("matrix", "--models", f"{ONE},{ONE}", *DIGITS), ("given twice",)),
+}
+
+
+@pytest.mark.parametrize("case", CRAFT_CASES)
+def test_crafting_says_it_in_one_sentence(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make, words = CRAFT_CASES[case]
+    command = make()
+    capfd.readouterr()
+    assert run(command) == 2
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert len(err.strip().splitlines()) == 1, err
+    for word in words:
+        assert word in err
+
+
 VERIFY_CASES: dict[str, tuple[tuple[str, ...], str]] = {
     "absent": (("verify", "nowhere"), "nowhere"),
     "no run": (("verify", "."), "report.json"),

@@ -1,0 +1,169 @@
+"""`craft`, `transfer`, `matrix` and `compare` of craft runs, as a person and a script meet them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from robustkit.cli import run
+from robustkit.cli.matrix import split_models
+
+NETS = str(Path(__file__).parents[1] / "nets.py")
+ONE, TWO, THREE = (f"{NETS}:small?channels=1&seed={seed}" for seed in (1, 2, 3))
+DATA = ["--data", "digits:test", "--limit", "12", "--threat", "linf:0.1"]
+SMALL = ["craft", "--surrogate", ONE, "--attack", "i-fgsm(steps=2)", *DATA]
+
+
+def test_craft_alone_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(["craft", "--limit", "12"]) == 0
+    out = capsys.readouterr().out
+    (folder,) = Path("runs").iterdir()
+    assert "10 gradients and 10 forwards per image" in out
+    assert out.splitlines()[-1].startswith(f"next     robustkit transfer {folder} --target")
+    assert max(map(len, out.splitlines()[:-1])) <= 80
+    assert {file.name for file in folder.iterdir()} >= {
+        *("spec.json", "ledger.sqlite", "adversarial.npz", "transfer.json"),
+    }
+    with np.load(folder / "adversarial.npz") as arrays:
+        assert arrays["x"].shape == (12, 1, 8, 8)
+        assert arrays["index"].tolist() == list(range(12))
+    assert run(["craft", "--limit", "12"]) == 0
+    again = capsys.readouterr()
+    assert again.out == out
+    assert "finished before" in again.err
+
+
+def test_every_flag_reaches_the_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    flags = ["--combine", "loss", "--weights", "1,1/2", "--seed", "7", "--batch-size", "5", "--device", "cpu"]
+    more = ["--targeted", "random", "--streaming", "--budgets", "4,8", "--forecast", "--png", "png", "--json"]
+    command = ["craft", "--surrogate", ONE, "--surrogate", TWO, "--target", THREE, *flags, *more, *DATA]
+    assert run([*command, "--attack", "mi-fgsm(steps=3,momentum=0.5)", "--out", "r"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads(Path("r/transfer.json").read_text())
+    spec = json.loads(Path("r/spec.json").read_text())
+    assert printed["spec"] == spec
+    assert [one["string"] for one in spec["surrogates"]] == [ONE, TWO]
+    assert (spec["combine"], spec["weights"], spec["seed"], spec["verb"]) == ("loss", [1.0, 0.5], 7, "craft")
+    assert (spec["threat"], spec["targeted"], spec["data"]["n"]) == ("linf:0.1", "random", 12)
+    assert spec["attack"] == {
+        "string": "mi-fgsm(steps=3,momentum=0.5)",
+        "name": "mi-fgsm",
+        "steps": 3,
+        "step_size": 0.1,
+        "momentum": 0.5,
+        "loss": "ce",
+        "techniques": [],
+    }
+    assert printed["environment"]["images_at_once"] == 5
+    assert (printed["environment"]["loaded"], printed["environment"]["device"]) == (False, "cpu")
+    assert [point["budget"] for point in printed["budgets"]] == [4, 8]
+    assert len(printed["forecast"]["images"]) == 12
+    assert len(list(Path("png").glob("*.png"))) == 12
+    with Image.open("png/000003.png") as file, np.load("r/adversarial.npz") as arrays:
+        assert np.abs(np.asarray(file) - 255 * arrays["x"][3, 0]).max() < 1
+
+
+def test_judged_later_and_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run([*SMALL, "--out", "a", "--target", TWO]) == 0
+    assert run([*SMALL, "--attack", "mi-fgsm", "--out", "b"]) == 0
+    images = Path("b/adversarial.npz").read_bytes()
+    assert run(["transfer", "b", "--target", TWO, "--target", THREE]) == 0
+    assert Path("b/adversarial.npz").read_bytes() == images
+    assert len(json.loads(Path("b/transfer.json").read_text())["targets"]) == 2
+    capsys.readouterr()
+    assert run(["transfer", "b"]) == 0
+    assert "targets" in capsys.readouterr().out
+    assert run(["compare", "a", "b"]) == 0
+    out = capsys.readouterr().out
+    assert "the gradients per image differ: 2 for A, 10 for B" in out
+    assert "McNemar" in out
+    assert run(["compare", "a", "b", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [one["model"] for one in found["targets"]] == [TWO]
+    # other verbs say what this folder is
+    assert run(["report", "a"]) == 2
+    assert "robustkit transfer a" in capsys.readouterr().err
+    assert run(["transfer", "a", "--target", TWO, "--data", "digits:train"]) == 2
+    assert "is not the data" in capsys.readouterr().err
+
+
+def test_a_matrix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = ["matrix", "--models", f"{ONE},{TWO}", "--target", THREE, "--attack", "i-fgsm(steps=2)", *DATA]
+    assert run([*command, "--out", "m"]) == 0
+    out = capsys.readouterr().out
+    assert "crafted on" in out
+    assert "m/matrix.html" in out
+    record = json.loads(Path("m/matrix.json").read_text())
+    assert [len(row) for row in record["success"]] == [3, 3]
+    assert record["gradients_per_image"] == [2, 2]
+    cell = json.loads((Path("m") / record["folders"][0] / "transfer.json").read_text())["targets"][2]
+    assert record["success"][0][2]["value"] == cell["success"]
+    text = Path("m/matrix.html").read_text()
+    assert "http" not in text.replace("http-equiv", "")
+    assert run([*command, "--out", "m"]) == 0
+    assert capsys.readouterr().out == out
+
+
+def test_models_are_cut_at_the_commas_between_them() -> None:
+    assert split_models("a:b?mean=0.5,0.5,0.5&std=1,1,1,timm:c,d:e@/f.pt") == [
+        "a:b?mean=0.5,0.5,0.5&std=1,1,1",
+        "timm:c",
+        "d:e@/f.pt",
+    ]
+
+
+def test_killed_in_the_middle_it_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = ["craft", "--data", "digits:test", "--limit", "40", "--attack", "mi-fgsm(steps=40)"]
+    command += ["--batch-size", "2"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "robustkit", *command, "--out", "r"],
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+    )
+    for _ in range(3000):
+        time.sleep(0.02)
+        if done(Path("r/ledger.sqlite")) >= 2:
+            break
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert 2 <= done(Path("r/ledger.sqlite")) < 20
+    assert run([*command, "--out", "r"]) == 0
+    assert "of 40 images done" in capsys.readouterr().err
+    assert run([*command, "--out", "w"]) == 0
+    records = [json.loads((Path(place) / "transfer.json").read_text()) for place in "rw"]
+    assert records[0]["gradients_per_image"] == records[1]["gradients_per_image"] == 40
+    # Another process may find another memory layout faster, and that rounds otherwise; a run keeps to its own.
+    if records[0]["environment"]["ways"] == records[1]["environment"]["ways"]:
+        assert Path("r/adversarial.npz").read_bytes() == Path("w/adversarial.npz").read_bytes()
+
+
+def done(ledger: Path) -> int:
+    try:
+        with closing(sqlite3.connect(f"{ledger.absolute().as_uri()}?mode=ro", uri=True)) as database:
+            return int(database.execute("SELECT count(*) FROM chunks").fetchone()[0])
+    except sqlite3.OperationalError:  # not there yet, or being made
+        return 0
