@@ -36,6 +36,8 @@ from robustkit.threat import ThreatModel
 from robustkit.transfer import Composition, compose
 
 BATCH_CPU, BATCH_GPU = 64, 256
+# How many of the run's images the others may be mixed with.
+POOL = 256
 DEFAULT_ATTACK, DEFAULT_COMBINE = "auto", "gradients"
 # Stages of the ledger: the goals, the images, and from the third on those without one surrogate each.
 GOALS, IMAGES, WITHOUT = 0, 1, 2
@@ -211,8 +213,13 @@ class _Job:
             self._ensemble.tune(x, lambda ways: self.ledger.note("ways", ways), hooked=self._hooked())
         return self._ensemble
 
+    def _surrogates(self, members: Sequence[int] | None = None) -> Surrogates:
+        """Return the surrogates, or some, with the run's first images for techniques that mix others in."""
+        pool = self.samples.images(np.arange(min(POOL, self.n))).to(self.plan.device)
+        return replace(self.ensemble.surrogates(members), pool=pool)
+
     def _hooked(self) -> bool:
-        bare = Surrogates([lambda x: x] * len(self.plan.nets))
+        bare = Surrogates([lambda x: x] * len(self.plan.nets), pool=torch.zeros(1, 1, 1, 1))
         for technique in self.plan.parts[1:]:
             bare = technique.prepare(bare)
         return bool(bare.around)
@@ -298,7 +305,7 @@ class _Job:
         waiting = np.array([place for place in range(self.n) if place not in done], np.int64)
         if not len(waiting):
             return
-        surrogates = self.ensemble.surrogates(members)
+        surrogates = self._surrogates(members)
         fooled = sum(hit for _, hit, _ in self.ledger.crafted(stage))
         self.progress.stage(name, self.n, self.n - fooled, self.n)
         self.progress.advance(len(done), self.n - fooled)
@@ -440,7 +447,7 @@ class _Job:
     def _spend(self, attack: Any, goals: Sequence[int] | None) -> int:
         """Return the gradients that the first image costs."""
         with self.ensemble.at_rest(), own_randomness(self.plan.seed, "prices"):
-            return self._chunk(0, attack, self.ensemble.surrogates(), goals, np.array([0])).backwards
+            return self._chunk(0, attack, self._surrogates(), goals, np.array([0])).backwards
 
     def _png(self, record: Craft, place: Path) -> Craft:
         adversarial = record.adversarial or folder.read_adversarial(self.out or place)
