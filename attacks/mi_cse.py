@@ -40,8 +40,8 @@ class MICSE:
     units. `inner_momentum` is kept for the whole run. `order` of the members: `fixed` as listed, `random` anew
     in each step (the same for all images, so that a member is asked once), `antithetic` there and back,
     averaged, for twice the gradients. `step_size` (none: 2 / steps) is a fraction of eps. `update=adam` takes
-    the outer step as Adam does, of `step_size` (as published: 0.001 in pixel units, the official default) with
-    moments 0.9 and 0.999.
+    the outer step as Adam does, in the place of `momentum` and sign, of `step_size` (as published: 0.001 in
+    pixel units, the official default) with moments 0.9 and 0.999.
     """
 
     steps: int = 10

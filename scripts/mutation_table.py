@@ -376,9 +376,9 @@ FAULTS = [
         SURROGATES,
     ),
     Fault(
-        "surrogates: tiny gradients underflow",
+        "surrogates: tiny and huge gradients are summed as they are",
         "robustkit/surrogates.py",
-        (("torch.where(largest > 0, largest, 1)", "torch.where(largest > 1e-20, largest, 1)"),),
+        (("torch.where(largest > 0, largest, 1)", "torch.ones_like(largest)"),),
         SURROGATES,
         "scaled or tiny",
     ),

@@ -269,7 +269,7 @@ def test_probabilities_are_finite_at_any_logits(size, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("size", [1e-30, 1e-38, 1e-3, 1.0, 1e30])
+@pytest.mark.parametrize("size", [1e-43, 1e-38, 1e-30, 1e-3, 1.0, 1e30, 3e38])
 def test_scaled_rows_have_mean_size_1_whatever_they_had(size, dtype):
     rows = images(4).to(dtype) - 0.5
     rows[1] *= size
