@@ -257,9 +257,8 @@ class Craft:
         return record
 
     def judged(self, more: Sequence[Judgement]) -> Craft:
-        """Return the record with more targets; one that is there already is replaced."""
-        new = {one.fingerprint for one in more}
-        return replace(self, targets=[*(old for old in self.targets if old.fingerprint not in new), *more])
+        """Return the record with more targets behind those that it has."""
+        return replace(self, targets=[*self.targets, *more])
 
 
 @dataclass(frozen=True)

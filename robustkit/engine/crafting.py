@@ -193,8 +193,13 @@ class _Job:
         return replace(record, adversarial=folder.read_adversarial(self.out))
 
     def _work_left(self, record: Craft, forecast: bool, curve: list[int]) -> bool:
-        unknown = set(curve) - {point.budget for point in record.budgets or ()}
-        return bool((forecast and not record.forecast) or unknown or self._targets_missing(record))
+        points = record.budgets or ()
+        unknown = set(curve) - {point.budget for point in points}
+        # Targets may have come later, by `robustkit transfer`.
+        short = any(point.steps and len(point.success) < len(record.targets) for point in points)
+        return bool(
+            (forecast and not record.forecast) or unknown or (curve and short) or self._targets_missing(record)
+        )
 
     def _targets_missing(self, record: Craft | None) -> list[Net]:
         known = {one.fingerprint for one in record.targets} if record else set()

@@ -92,7 +92,7 @@ def show(record: Craft, console: Console, next_command: str | None = None) -> No
             f"{forecast.gradients_per_image:,.0f} gradients per image"
         )
     if png := record.png:
-        told = [f"{name} {_rate(rate)}" for name, rate in zip(others, png.success, strict=True)]
+        told = [f"{name} {_rate(rate)}" for name, rate in zip(others, png.success, strict=False)]
         line(f"\npng      {png.folder}   largest change {png.largest_change} of 255 levels; the files as re-read:")
         line("         " + ("   ".join(told) or "no target"))
     if next_command:

@@ -20,7 +20,7 @@ from robustkit.cli import run
 from robustkit.cli.matrix import split_models
 
 NETS = str(Path(__file__).parents[1] / "nets.py")
-ONE, TWO, THREE = (f"{NETS}:small?channels=1&seed={seed}" for seed in (1, 2, 3))
+ONE, TWO, THREE, FOUR = (f"{NETS}:small?channels=1&seed={seed}" for seed in (1, 2, 3, 4))
 DATA = ["--data", "digits:test", "--limit", "12", "--threat", "linf:0.1"]
 SMALL = ["craft", "--surrogate", ONE, "--attack", "i-fgsm(steps=2)", *DATA]
 
@@ -78,6 +78,13 @@ def test_every_flag_reaches_the_record(
     assert len(list(Path("png").glob("*.png"))) == 12
     with Image.open("png/000003.png") as file, np.load("r/adversarial.npz") as arrays:
         assert np.abs(np.asarray(file) - 255 * arrays["x"][3, 0]).max() < 1
+    # a target that comes later has no part in budgets and files yet; the same command with it adds the rest
+    assert run(["transfer", "r", "--target", FOUR]) == 0
+    assert rates("r") == [1, 1]
+    command = [word for word in command if word not in ("--json", "--forecast")]
+    assert run([*command, "--target", FOUR, "--attack", "mi-fgsm(steps=3,momentum=0.5)", "--out", "r"]) == 0
+    assert "forecast for unseen models" in capsys.readouterr().out
+    assert rates("r") == [2, 2]
 
 
 def test_judged_later_and_compared(
@@ -159,6 +166,11 @@ def test_killed_in_the_middle_it_resumes(
     # Another process may find another memory layout faster, and that rounds otherwise; a run keeps to its own.
     if records[0]["environment"]["ways"] == records[1]["environment"]["ways"]:
         assert Path("r/adversarial.npz").read_bytes() == Path("w/adversarial.npz").read_bytes()
+
+
+def rates(folder: str) -> list[int]:
+    record = json.loads((Path(folder) / "transfer.json").read_text())
+    return [len(point["success"]) for point in record["budgets"]]
 
 
 def done(ledger: Path) -> int:
