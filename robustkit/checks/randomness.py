@@ -58,7 +58,8 @@ def optimises_at_test_time(probe: Probe) -> Flag | None:
         "test-time-optimisation",
         "warning",
         len(calls),
-        "gradient calls are made inside one forward pass: attacks do not see through them",
+        f"gradient call{'s are' if len(calls) > 1 else ' is'} made inside one forward pass: attacks do not see "
+        "through that",
         "attack it with an adaptive attack as well",
     )
 

@@ -131,8 +131,8 @@ class Flight:
     @property
     def under_way(self) -> float:
         """What those aboard amount to in whole samples, by the attack that each is at."""
-        shares = ((lane.number + 0.5) / len(self.lanes) * len(lane.table) for lane in self.lanes if lane.table)
-        return sum(shares)
+        at = ((lane, len(np.unique(lane.table.host["position"]))) for lane in self.lanes if lane.table)
+        return sum((lane.number + 0.5) / len(self.lanes) * samples for lane, samples in at)
 
     @property
     def occupancy(self) -> float | None:
