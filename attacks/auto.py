@@ -5,7 +5,7 @@ from __future__ import annotations
 from robustkit.registry import recipe
 
 
-@recipe("auto")
+@recipe("auto", paper="arXiv:1710.06081")
 def auto() -> str:
     """The momentum method in ten steps of a fifth of eps."""
     return "mi-fgsm(steps=10,step_size=0.2)"

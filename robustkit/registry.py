@@ -38,6 +38,11 @@ FOLDERS = {
     "defense": "defenses",
 }
 
+# A decorator of ours with what it decorates, up to the first method or the next thing at the margin.
+_HEAD = re.compile(
+    rf"^@(?:{'|'.join(FOLDERS)})\(.*?^(?:class|def) .*?(?=^    (?:def |@)|^\S|\Z)", re.MULTILINE | re.DOTALL
+)
+
 
 @dataclass(frozen=True)
 class Info:
@@ -156,14 +161,18 @@ def catalog(kind: str) -> Mapping[str, Entry]:
 
 @functools.cache
 def _marked(folder: str) -> list[tuple[str, list[ast.ClassDef | ast.FunctionDef]]]:
-    """Return the stem of each file of a folder with its decorated classes and functions, parsed once."""
+    """Return the stem of each file of a folder with its registered classes and functions.
+
+    Of each only the head is parsed, up to its first method: lists and help pages wait for all files.
+    """
     return [
         (
             file.stem,
             [
                 node
-                for node in ast.parse(file.read_text(encoding="utf-8")).body
-                if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and node.decorator_list
+                for block in _HEAD.findall(file.read_text(encoding="utf-8"))
+                for node in ast.parse(block).body
+                if isinstance(node, (ast.ClassDef, ast.FunctionDef))
             ],
         )
         for file in sorted((Path(__file__).parent / folder).glob("[!_]*.py"))

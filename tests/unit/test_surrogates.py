@@ -399,7 +399,7 @@ def test_what_is_around_a_forward_gets_the_model_and_the_dice(combine, hold):
     def around(number):
         @contextmanager
         def enter(model, rng):
-            seen.append((number, NETS.index(model), rng is RNG))
+            seen.append((number, NETS.index(model), rng.stream))
             yield
             seen.append("left")
 
@@ -408,7 +408,9 @@ def test_what_is_around_a_forward_gets_the_model_and_the_dice(combine, hold):
     x = images()
     surrogates = Surrogates(NETS, combine, hold=hold, around=(around(0), around(1)), together=all_at_once(NETS))
     close(gradient(surrogates, x), gradient(Surrogates(NETS, combine), x))
-    once = [entry for net in range(3) for entry in ((0, net, True), (1, net, True), "left", "left")]
+    # Each member has dice of its own.
+    dice = [f"{RNG.stream}/member{net}" for net in range(3)]
+    once = [entry for net in range(3) for entry in ((0, net, dice[net]), (1, net, dice[net]), "left", "left")]
     looks = not hold and combine in ("logits", "probabilities")
     assert seen == once * (2 if looks else 1)
     seen.clear()
