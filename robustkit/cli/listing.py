@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
+import textwrap
 from collections.abc import Callable
-
-from rich.console import Console
-from rich.table import Table
 
 from robustkit import registry
 from robustkit.data.catalog import CATALOG
@@ -14,6 +14,8 @@ from robustkit.errors import did_you_mean
 from robustkit.models.catalog import ZOO
 
 Rows = list[dict[str, str]]
+
+WIDTH = 160
 
 
 def show(what: str | None, as_json: bool) -> int:
@@ -24,21 +26,25 @@ def show(what: str | None, as_json: bool) -> int:
     if as_json:
         print(json.dumps(chosen, indent=2))
         return 0
-    terminal = Console(markup=False)
-    console = terminal if terminal.is_terminal else Console(width=160, markup=False)
+    # Plain text: rich takes longer to import than all of this to do.
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else WIDTH
     for name, rows in chosen.items():
         if what is None:
-            console.print(f"\n{name}", style="bold")
-        if not rows:
-            console.print("none yet")
-            continue
-        table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
-        for column in rows[0]:
-            table.add_column(column, no_wrap=column == "name", overflow="fold")
-        for row in rows:
-            table.add_row(*row.values())
-        console.print(table, highlight=False)
+            print(f"\n{name}")
+        print("\n".join(_lines(rows, width)) if rows else "none yet")
     return 0
+
+
+def _lines(rows: Rows, width: int) -> list[str]:
+    """Return rows under their columns' names; what the last column has too much for the width goes on below."""
+    table = [list(rows[0]), *(list(row.values()) for row in rows)]
+    *sizes, _ = (max(map(len, column)) + 2 for column in zip(*table, strict=True))
+    found = []
+    for cells in table:
+        begun = "".join(cell.ljust(size) for cell, size in zip(cells, sizes, strict=False))
+        parts = textwrap.wrap(cells[-1], max(width - len(begun), 20)) or [""]
+        found += [begun + parts[0], *(" " * len(begun) + part for part in parts[1:])]
+    return [line.rstrip() for line in found]
 
 
 def _attacks() -> Rows:
