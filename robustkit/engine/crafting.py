@@ -22,6 +22,7 @@ from robustkit.engine.ensemble import Ensemble, Storage
 from robustkit.engine.environment import environment
 from robustkit.engine.nets import Net, gather, same_classes
 from robustkit.engine.progress import Progress
+from robustkit.engine.sanity import refuse_endless
 from robustkit.engine.targets import Jury
 from robustkit.engine.worker import NO_MEMORY
 from robustkit.errors import RunError, UsageError, did_you_mean
@@ -83,12 +84,7 @@ class Crafting:
                 "craft with one of our own, such as mi-fgsm."
             )
         Surrogates([lambda x: x] * len(self.nets), self.combine, self.weights)
-        shape = tuple(self.samples.images([0]).shape[1:])
-        if float(self.threat.eps) > self.threat.diameter(shape):
-            raise UsageError(
-                f"threat '{self.threat}' reaches every image of {'x'.join(map(str, shape))} "
-                f"(their largest distance is {self.threat.diameter(shape):.4g}); write a smaller eps."
-            )
+        refuse_endless(self.threat, tuple(self.samples.images([0]).shape[1:]))
 
     @cached_property
     def parts(self) -> list[Any]:
