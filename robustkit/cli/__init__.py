@@ -39,7 +39,8 @@ def run(arguments: list[str]) -> int:
         show = getattr(error, "format_message", None)
         if show is None:
             raise
-        print(f"error: {show()}", file=sys.stderr)
+        # typer's word for a whole number with a least value
+        print(f"error: {show().replace(' int range', ' integer')}", file=sys.stderr)
         return USAGE
     if code == INTERRUPTED:  # newer versions of typer return it, older ones raise
         print("interrupted; the same command resumes", file=sys.stderr)
