@@ -9,8 +9,13 @@ from robustkit.report.table import percent
 
 
 def model_name(report: Report) -> str:
-    """Return the model string without folders and query: `robustkit:cifar-resnet20@at.safetensors`."""
-    return _without_folders(str(report.spec.model["string"]).partition("?")[0])
+    """Return the model string without folders, and of its query the defense alone, which makes it another model.
+
+    `robustkit:cifar-resnet20@at.safetensors`, `robustkit:digits-cnn?defense=jpeg:75`.
+    """
+    string = str(report.spec.model["string"])
+    defense = re.search(r"[?&](defense=[^&]+)", string)
+    return _without_folders(string.partition("?")[0]) + (f"?{defense[1]}" if defense else "")
 
 
 def data_name(report: Report) -> str:

@@ -260,6 +260,7 @@ def test_shares_of_cost_add_up() -> None:
         ("./my_net.py:build@w.pt", "my_net.py:build@w.pt"),
         ("runs/train-3f9c/#2", "train-3f9c/#2"),
         ("timm:resnet50.a1_in1k", "timm:resnet50.a1_in1k"),
+        ("a/net.py:f@w.pt?size=8&defense=jpeg:75+bit-depth:4", "net.py:f@w.pt?defense=jpeg:75+bit-depth:4"),
     ],
 )
 def test_names_are_without_folders(text: str, name: str) -> None:
