@@ -58,6 +58,10 @@ class Posterior:
         """How many samples there are."""
         return self._count
 
+    def __deepcopy__(self, memo: object) -> Posterior:
+        """Return itself: it never changes, and a copy would be in memory as a whole."""
+        return self
+
     @cached_property
     def sha256(self) -> str:
         """SHA-256 of the file's bytes, which hold nothing but the samples."""
