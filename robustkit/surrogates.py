@@ -21,6 +21,7 @@ from robustkit.rows import Model
 from robustkit.shapes import Images, Logits
 from robustkit.threat import per_row
 
+ORDERS, FRESH = ("shuffled", "listed"), ("gradient", "step")
 COMBINATIONS = ("logits", "probabilities", "loss", "gradients")
 
 # Entered around a member's forward pass with the member and the dice of the rows: hooks on its residual blocks.
@@ -33,7 +34,7 @@ class Surrogates:
 
     Attributes:
         members: each from images (B C H W) to logits (B K). One with a method `resident()`, a context manager that
-            gives the model, is on the device only inside of it.
+            gives the model, is on the device only inside of it; members with the same `place` take turns there.
         combine: what is averaged: `logits`; `probabilities`, whose logarithms are the logits then; the `loss` of
             each member; or the `gradients`, each first divided by its mean size.
         weights: of the members, one each, above 0; by default all the same. They are made to sum to 1.
@@ -42,6 +43,8 @@ class Surrogates:
         together: all members at once, (n B C H W) to (n B K), where that is faster than one after the other.
         around: what is entered around each member's forward pass.
         pool: images of the whole run (P C H W), in an order that never changes, for techniques that mix others in.
+        order: in which the samples of a posterior come: `shuffled`, or as `listed` (see `robustkit.populations`).
+        fresh: when a posterior's next sample comes: for each `gradient`, or for each `step` of the attack.
     """
 
     members: Sequence[Model]
@@ -51,6 +54,8 @@ class Surrogates:
     together: Callable[[Tensor], Tensor] | None = None
     around: tuple[Around, ...] = ()
     pool: Tensor | None = None
+    order: str = "shuffled"
+    fresh: str = "gradient"
 
     def __post_init__(self) -> None:
         """Refuse what cannot be meant."""
@@ -58,6 +63,9 @@ class Surrogates:
             raise UsageError("an ensemble of surrogates needs at least one model.")
         if self.combine not in COMBINATIONS:
             raise did_you_mean("combination", self.combine, COMBINATIONS)
+        for word, known in (("order", ORDERS), ("fresh", FRESH)):
+            if getattr(self, word) not in known:
+                raise did_you_mean(word, getattr(self, word), known)
         if self.weights is not None and (
             len(self.weights) != len(self.members) or not all(0 < weight < float("inf") for weight in self.weights)
         ):
@@ -112,7 +120,7 @@ class Surrogates:
         shares = self.shares(chosen, weights, x)
         if self.together is not None and not self.around and chosen == list(range(len(self))):
             parts = self._all_at_once(x, goal, loss, shares)
-        elif self.hold:
+        elif self.hold and not self._crowded(chosen):
             parts = self._held(chosen, x, goal, loss, rng, shares)
         else:
             parts = self._streamed(chosen, x, goal, loss, rng, shares)
@@ -154,6 +162,12 @@ class Surrogates:
             at = x.detach().expand(len(self), *x.shape).contiguous().requires_grad_()
             logits = self.together(at)
         return list(torch.autograd.grad(logits, at, self._slopes(logits, goal, loss, shares))[0])
+
+    def _crowded(self, chosen: Sequence[int]) -> bool:
+        """Return whether some of these members take turns in one place, so that not all graphs can be held."""
+        places = [getattr(self.members[number], "place", None) for number in chosen]
+        known = [id(place) for place in places if place is not None]
+        return len(set(known)) < len(known)
 
     def _held(
         self, chosen: Sequence[int], x: Images, goal: Goal, loss: str, rng: RowRng, shares: Tensor

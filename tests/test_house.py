@@ -19,7 +19,7 @@ PACKAGE = ROOT / "robustkit"
 
 VOCABULARY = {
     *("errors", "shapes", "threat", "losses", "goal", "rng", "rows", "record", "registry"),
-    *("residual", "surrogates", "transfer"),
+    *("residual", "surrogates", "populations", "transfer"),
 }
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
@@ -37,7 +37,8 @@ ALLOWED: dict[str, set[str]] = {
     "registry": {"errors"},
     "residual": {"errors"},
     "surrogates": {"errors", "goal", "rng", "rows", "shapes", "threat"},
-    "transfer": {"errors", "goal", "registry", "rng", "rows", "shapes", "surrogates", "threat"},
+    "populations": {"rng", "rows", "shapes", "surrogates"},
+    "transfer": {"errors", "goal", "populations", "registry", "rng", "rows", "shapes", "surrogates", "threat"},
     "attacks": VOCABULARY,
     "defenses": VOCABULARY | {"attacks"},
     "models": {"devices", "errors", "shapes", "posterior", "preprocess", "registry"},
