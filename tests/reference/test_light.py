@@ -10,15 +10,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-
-from robustkit.crafted import Judgement
-from robustkit.goal import Goal
-from robustkit.registry import parse_attack
-from robustkit.rng import RowRng
-from robustkit.surrogates import Surrogates
-from robustkit.threat import ThreatModel
-from robustkit.transfer import compose
-from tests.reference.test_cwa import (
+from test_cwa import (
     EPS,
     GOAL,
     NETS,
@@ -30,6 +22,14 @@ from tests.reference.test_cwa import (
     some_images,
     some_nets,
 )
+
+from robustkit.crafted import Judgement
+from robustkit.goal import Goal
+from robustkit.registry import parse_attack
+from robustkit.rng import RowRng
+from robustkit.surrogates import Surrogates
+from robustkit.threat import ThreatModel
+from robustkit.transfer import compose
 
 THREATS = {"linf": ThreatModel.parse("linf:8/255"), "l2": ThreatModel.parse("l2:0.5")}
 norms = pytest.mark.parametrize("norm", THREATS)
