@@ -91,6 +91,10 @@ class CSGLD(Method):
         ends = (step + 1) % plan.steps_per_epoch == 0
         return ends and self._epochs_left(step, plan) <= self.samples_per_cycle
 
+    def cycle(self, step: int, plan: Plan) -> int:
+        """Return the cycle of a step."""
+        return step // (plan.steps // self.cycles)
+
     def _epochs_left(self, step: int, plan: Plan) -> int:
         """Return how many epochs of its cycle are not over before a step; the last has 1."""
         cycle = plan.epochs // self.cycles
