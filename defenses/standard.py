@@ -40,7 +40,7 @@ class Standard(Method):
     def size(self, samples: int) -> Size:
         """Return what is usual on CIFAR-10; on a small set more epochs of smaller steps."""
         return (
-            Size(epochs=60, batch_size=64, lr=0.05) if samples <= 5000 else Size(epochs=30, batch_size=128, lr=0.1)
+            Size(epochs=30, batch_size=64, lr=0.2) if samples <= 5000 else Size(epochs=30, batch_size=128, lr=0.1)
         )
 
     def optimizer(self, parameters: Iterable[nn.Parameter], plan: Plan) -> torch.optim.Optimizer:
