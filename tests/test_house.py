@@ -19,7 +19,7 @@ PACKAGE = ROOT / "robustkit"
 
 VOCABULARY = {
     *("errors", "shapes", "threat", "losses", "goal", "rng", "rows", "record", "registry"),
-    *("residual", "surrogates", "transfer"),
+    *("residual", "surrogates", "transfer", "method"),
 }
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
@@ -31,6 +31,7 @@ ALLOWED: dict[str, set[str]] = {
     "losses": {"errors", "shapes"},
     "goal": {"losses", "shapes"},
     "rows": {"goal", "rng", "shapes", "threat"},
+    "method": {"errors", "rng", "shapes"},
     "intervals": set(),
     "record": {"errors", "intervals"},
     "crafted": {"errors", "intervals", "record"},
