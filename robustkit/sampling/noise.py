@@ -26,5 +26,5 @@ def normal_like(tensors: Sequence[Tensor], seed: int, stream: str, step: int) ->
     for chunk, start in enumerate(range(0, sum(sizes), CHUNK)):
         row = RowRng(seed, stream, torch.tensor([chunk], device=device), step=step)
         parts.append(row.normal(min(CHUNK, sum(sizes) - start))[0])
-    drawn = torch.cat(parts).split(sizes)
+    drawn = torch.split(torch.cat(parts), sizes)
     return [part.view(tensor.shape).to(tensor) for part, tensor in zip(drawn, tensors, strict=True)]

@@ -33,7 +33,7 @@ def linear(step: int, length: int, peak: float, floor: float) -> float:
     Maddox et al. 2019, arXiv:1902.02476.
     """
     fallen = min(max((step / length - 0.5) / 0.4, 0.0), 1.0)
-    return peak + (floor - peak) * fallen
+    return peak * (1 - fallen) + floor * fallen
 
 
 def spread(step: int, length: int, count: int) -> bool:
