@@ -1,8 +1,8 @@
 """Cyclical stochastic-gradient Langevin dynamics as a source of surrogates (Gubri et al. 2022, arXiv:2011.05074).
 
 The sampler is that of Zhang et al. (2020, arXiv:1902.03932). The authors of the attack scale the noise by 1 over
-the batches of an epoch, so that the batch size sets the temperature of the posterior; here `temperature` is a field
-and the scale follows from it: with the mean cross-entropy as loss, the noise of a step has variance
+the batches of an epoch, so that the batch size sets the temperature of the posterior; here `temperature` is a
+field and the scale follows from it: with the mean cross-entropy as loss, the noise of a step has variance
 2 x rate x temperature / N in each weight, N the number of training images. The default is what their code comes
 to on CIFAR-10 at batch size 64.
 """
@@ -84,6 +84,10 @@ class CSGLD(Method):
         """Return whether a step ends one of the last `samples_per_cycle` epochs of its cycle."""
         ends = (step + 1) % plan.steps_per_epoch == 0
         return ends and self._epochs_left(step, plan) <= self.samples_per_cycle
+
+    def cycle(self, step: int, plan: Plan) -> int:
+        """Return the cycle of a step."""
+        return step // (plan.steps // self.cycles)
 
     def _epochs_left(self, step: int, plan: Plan) -> int:
         """Return how many epochs of its cycle are not over before a step; the last has 1."""

@@ -13,6 +13,7 @@ from robustkit.data import from_arrays
 from robustkit.data.samples import Samples
 from robustkit.devices import model_device, pick_device
 from robustkit.engine.anytime import Limits
+from robustkit.engine.craft_run import run_craft
 from robustkit.engine.crafting import DEFAULT_ATTACK, DEFAULT_COMBINE, Crafting
 from robustkit.engine.evaluate import Evaluation
 from robustkit.engine.nets import gather
@@ -151,7 +152,8 @@ def craft(
         batch_size=batch_size,
         streaming=streaming,
     )
-    return plan.run(
+    return run_craft(
+        plan,
         Path(out) if out is not None else None,
         gather(targets, samples, place, what="target"),
         forecast=forecast,

@@ -119,6 +119,10 @@ class Method:
         """Return whether the weights after a step are kept, for `samples`."""
         return False
 
+    def cycle(self, step: int, plan: Plan) -> int:
+        """Return which cycle of the schedule a step is in, from 0."""
+        return 0
+
     def backward(self, nets: Sequence[nn.Module], batch: Batch, plan: Plan) -> Tensor:
         """Add the gradient of the loss to every net's parameters; return the loss, averaged over nets, detached.
 

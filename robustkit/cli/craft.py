@@ -15,6 +15,7 @@ from robustkit.data import load_data
 from robustkit.data.samples import Samples
 from robustkit.devices import pick_device
 from robustkit.engine import budgets as gradient_budgets
+from robustkit.engine.craft_run import run_craft
 from robustkit.engine.crafting import Crafting
 from robustkit.engine.meter import free_memory
 from robustkit.engine.nets import Net, gather
@@ -76,7 +77,7 @@ def craft(
         streaming=streaming,
     )
     folder = out or Path("runs") / f"craft-{plan.spec.run_id}"
-    record = plan.run(folder, judges, forecast=forecast, curve=curve, png=png, progress=CraftDisplay())
+    record = run_craft(plan, folder, judges, forecast=forecast, curve=curve, png=png, progress=CraftDisplay())
     if as_json:
         print(json.dumps(record.to_json(), indent=2))
     else:

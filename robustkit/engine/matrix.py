@@ -12,6 +12,7 @@ import torch
 from robustkit.crafted import Craft, Matrix
 from robustkit.data.samples import Samples
 from robustkit.engine import folder
+from robustkit.engine.craft_run import run_craft
 from robustkit.engine.crafting import Crafting
 from robustkit.engine.nets import Net, same_classes
 from robustkit.engine.progress import Progress
@@ -71,7 +72,7 @@ class Grid:
         for number, (net, run) in enumerate(zip(self.nets, self.runs, strict=True)):
             place = out / f"craft-{run.spec.run_id}"
             progress.say(f"row {number + 1} of {len(self.nets)}: crafting on {net.string}")
-            rows.append(run.run(place, columns, progress=progress))
+            rows.append(run_craft(run, place, columns, progress=progress))
             folders.append(place.name)
         first = rows[0]
         judged = [{one.fingerprint: one for one in row.targets} for row in rows]

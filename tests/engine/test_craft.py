@@ -17,12 +17,14 @@ from torch import nn
 
 from robustkit import RunError, ThreatModel, UsageError, craft, load_model
 from robustkit.data import from_arrays
-from robustkit.engine import crafting, nets
+from robustkit.engine import nets
+from robustkit.engine.craft_run import run_craft
 from robustkit.engine.crafting import Crafting
 from robustkit.engine.ensemble import Ensemble, Storage
 from robustkit.engine.folder import LEDGER, TRANSFER, read_adversarial
 from robustkit.engine.nets import gather
 from robustkit.engine.progress import Progress
+from robustkit.engine.workshop import Workshop
 from robustkit.goal import Goal
 from robustkit.models.zoo.cifar_resnet import CifarResNet
 from robustkit.rng import RowRng
@@ -285,16 +287,16 @@ def test_out_of_memory_halves_the_batch(
 ) -> None:
     x, y = data
     plan = Crafting(gather([Double(1)], from_arrays(x, y), CPU), from_arrays(x, y), ThreatModel.parse(EPS))
-    expected = plan.run()
-    original = crafting._Job._chunk
+    expected = run_craft(plan)
+    original = Workshop._chunk
 
     def tight(self: Any, stage: int, attack: Any, surrogates: Any, goals: Any, at: np.ndarray) -> Any:
         if len(at) > 6:
             raise MemoryError
         return original(self, stage, attack, surrogates, goals, at)
 
-    monkeypatch.setattr(crafting._Job, "_chunk", tight)
-    found = plan.run()
+    monkeypatch.setattr(Workshop, "_chunk", tight)
+    found = run_craft(plan)
     assert found.adversarial is not None
     assert expected.adversarial is not None
     assert (found.adversarial["x"] == expected.adversarial["x"]).all()

@@ -1,0 +1,244 @@
+"""One craft run from beginning to end: images made, judged on other models, forecast, priced, written down."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from robustkit.crafted import Craft, Forecast, Judgement, Point, Saved
+from robustkit.engine import budgets, folder, lattice
+from robustkit.engine.crafting import Crafting
+from robustkit.engine.environment import environment
+from robustkit.engine.nets import Net, gather, same_classes
+from robustkit.engine.progress import Progress
+from robustkit.engine.targets import Jury
+from robustkit.engine.workshop import IMAGES, WITHOUT, Workshop
+from robustkit.errors import RunError, UsageError
+from robustkit.ledger import Ledger
+from robustkit.record import Rate
+
+
+def run_craft(
+    plan: Crafting,
+    out: Path | None = None,
+    targets: Sequence[Net] = (),
+    *,
+    forecast: bool = False,
+    curve: Sequence[int] = (),
+    png: Path | None = None,
+    progress: Progress | None = None,
+) -> Craft:
+    """Craft, or resume, or take the stored images of a finished run; then judge them.
+
+    Args:
+        plan: what to craft.
+        out: the run folder; without one nothing is written.
+        targets: models to judge the images on, beside those judged in earlier runs.
+        forecast: leave each surrogate out in turn, craft on the others, and judge on it.
+        curve: gradient budgets to craft at as well.
+        png: a folder for the images as 8-bit files.
+        progress: who to tell on the way.
+
+    Raises:
+        UsageError: for a request that cannot be carried out.
+        RunError: when it fails on the way; the same call resumes.
+    """
+    same_classes(plan.nets, targets)
+    if forecast and len(plan.nets) < 2:
+        raise UsageError("a forecast leaves one surrogate out in turn; give at least two with --surrogate.")
+    progress = progress or Progress()
+    with folder.open_for_writing(out, plan.spec) if out else nullcontext():
+        try:
+            return _Job(plan, out, targets, progress).run(forecast, list(curve), png)
+        finally:
+            progress.close()
+
+
+class _Job:
+    """One call of `run_craft`."""
+
+    def __init__(self, plan: Crafting, out: Path | None, targets: Sequence[Net], progress: Progress) -> None:
+        self.plan, self.out, self.targets, self.progress = plan, out, targets, progress
+        self.samples, self.n = plan.samples, len(plan.samples)
+
+    def run(self, forecast: bool, curve: list[int], png: Path | None) -> Craft:
+        record = self._stored()
+        if record is None or self._work_left(record, forecast, curve):
+            with Ledger.open(self.out and self.out / folder.LEDGER, self.plan.spec.run_id) as ledger:
+                self.shop = Workshop(self.plan, ledger, self.progress)
+                if record is None:
+                    record = self._main()
+                record = self._judge(record)
+                if forecast and record.forecast is None:
+                    record = self._forecast(record)
+                known = [point.budget for point in record.budgets or ()]
+                if wanted := sorted({*known, *curve}):
+                    record = self._curve(record, wanted)
+                ledger.seal()
+        else:
+            self.progress.say(f"run {record.run_id} was finished before; this is its stored result")
+        if png is not None:
+            record = self._keep(self._png(record, png))
+        return record
+
+    def _stored(self) -> Craft | None:
+        if self.out is None or not folder.is_craft(self.out):
+            return None
+        record = folder.read_craft(self.out)
+        if broken := folder.broken_seals(self.out, record):
+            raise RunError(f"{broken[0]} Give another --out folder to craft anew.")
+        return replace(record, adversarial=folder.read_adversarial(self.out))
+
+    def _work_left(self, record: Craft, forecast: bool, curve: list[int]) -> bool:
+        points = record.budgets or ()
+        unknown = set(curve) - {point.budget for point in points}
+        # Targets may have come later, by `robustkit transfer`.
+        short = any(point.steps and len(point.success) < len(record.targets) for point in points)
+        return bool(
+            (forecast and not record.forecast) or unknown or (curve and short) or self._targets_missing(record)
+        )
+
+    def _targets_missing(self, record: Craft | None) -> list[Net]:
+        known = {one.fingerprint for one in record.targets} if record else set()
+        return [net for net in self.targets if net.fingerprint not in known]
+
+    def _main(self) -> Craft:
+        plan = self.plan
+        shop, ledger = self.shop, self.shop.ledger
+        done = len(ledger.said(IMAGES))
+        if done:
+            self.progress.say(f"resuming {plan.spec.run_id}: {done} of {self.n} images done")
+        goals = shop.goals()
+        shop.fill(IMAGES, plan.composed, None, goals, plan.spec.attack_name)
+        forwards, backwards, seconds = ledger.cost(IMAGES)
+        crafted = list(ledger.crafted(IMAGES))
+        shape = tuple(self.samples.images([0]).shape[1:])
+        rows = folder.Adversarials(
+            np.arange(self.n, dtype=np.int64),
+            self.samples.labels.astype(np.int64),
+            shape,
+            lambda: iter([image for _, _, image in crafted]),
+        )
+        if self.out is not None:
+            folder.write_adversarial(self.out, rows)
+        surroundings = environment(plan.device, "fp32", shop.batch) | {
+            "loaded": shop.ensemble.storage.loaded,
+            "held": shop.ensemble.storage.held,
+            "ways": shop.ensemble.ways,
+        }
+        return Craft(
+            run_id=plan.spec.run_id,
+            spec=plan.spec,
+            n=self.n,
+            gradients_per_image=backwards / self.n,
+            forwards_per_image=forwards / self.n,
+            seconds=seconds,
+            labels=self.samples.labels.tolist(),
+            goals=goals,
+            not_finite=sum(said == -1 for _, said in ledger.said(IMAGES)),
+            surrogates=[],
+            targets=[],
+            environment=surroundings,
+            adversarial=rows.arrays(),
+        )
+
+    # --- judging
+
+    def _jury(self, goals: Sequence[int] | None) -> Jury:
+        return Jury(self.samples, self.plan.threat, goals, self.plan.seed, self.plan.device)
+
+    def _judge(self, record: Craft) -> Craft:
+        jury = self._jury(record.goals)
+        images = self.shop.images(IMAGES)
+        if not record.surrogates:
+            own: list[Judgement] = []
+            self.progress.stage("surrogates", self.n * len(self.plan.nets), self.n, self.n)
+            for number, net in enumerate(self.plan.nets):
+                own.append(jury.judge(net, images, floors=False))
+                self.progress.advance(self.n * (number + 1), self.n)
+            record = self._keep(replace(record, surrogates=own))
+        missing = self._targets_missing(record)
+        self.progress.stage("targets", self.n * max(len(missing), 1), self.n, self.n)
+        for number, net in enumerate(missing):
+            record = self._keep(record.judged([jury.judge(net, images, floors=True)]))
+            self.progress.advance(self.n * (number + 1), self.n)
+        return record
+
+    def _forecast(self, record: Craft) -> Craft:
+        jury = self._jury(record.goals)
+        members = range(len(self.plan.nets))
+        fooled, backwards = [], 0
+        for left in members:
+            stage = WITHOUT + left
+            others = [number for number in members if number != left]
+            self.shop.fill(
+                stage, self.plan.composed, others, record.goals, f"without {left + 1} of {len(members)}"
+            )
+            backwards += self.shop.ledger.cost(stage)[1]
+            judged = jury.judge(self.plan.nets[left], self.shop.images(stage), floors=False)
+            fooled.append(judged.fooled(record.labels, record.goals))
+        return self._keep(replace(record, forecast=Forecast.of(fooled, backwards / self.n)))
+
+    def _curve(self, record: Craft, wanted: list[int]) -> Craft:
+        if not record.targets:
+            raise UsageError("--budgets needs a model to judge the images on; give one with --target.")
+        old = {point.budget: point for point in record.budgets or ()}
+        same = all(len(point.success) in (0, len(record.targets)) for point in old.values())
+        if same and set(wanted) <= old.keys():
+            return record
+        prices = budgets.Prices.of(self.plan.composed, lambda attack: self.shop.spend(attack, record.goals))
+        jury = self._jury(record.goals)
+        points: list[Point] = []
+        for budget in wanted:
+            point, attack = prices.point(self.plan.composed, budget)
+            if attack is not None:
+                stage = budgets.STAGE + budget
+                self.shop.fill(stage, attack, None, record.goals, f"{budget} gradients")
+                images = self.shop.images(stage)
+                rates: list[Rate | None] = []
+                for place, judged in enumerate(record.targets):
+                    known = old[budget].success if budget in old else ()
+                    if place < len(known):
+                        rates.append(known[place])
+                        continue
+                    rates.append(self._rate(jury, judged, record, images))
+                spent = self.shop.ledger.cost(stage)[1] / self.n
+                point = replace(point, gradients_per_image=spent, success=rates)
+            points.append(point)
+        return self._keep(replace(record, budgets=points))
+
+    def _rate(self, jury: Jury, judged: Judgement, record: Craft, images: np.ndarray) -> Rate | None:
+        """Return the success of other images on a target judged before; None if it is no longer to be had."""
+        net = next((one for one in self.targets if one.fingerprint == judged.fingerprint), None)
+        if net is None:
+            try:
+                (net,) = gather([judged.model], self.samples, self.plan.device, what="target")
+            except UsageError:
+                return None
+            if net.fingerprint != judged.fingerprint:
+                return None
+        said = {"clean": judged.predictions["clean"], "adversarial": jury.predictions(net, images)}
+        return Judgement.of(net.identity, record.labels, record.goals, said).rate
+
+    def _png(self, record: Craft, place: Path) -> Craft:
+        adversarial = record.adversarial or folder.read_adversarial(self.out or place)
+        clean = self.samples.images(np.arange(self.n)).numpy()
+        images, largest = lattice.save(place, adversarial["x"], clean, record.labels, self.plan.threat)
+        jury = self._jury(record.goals)
+        rates = [self._rate(jury, judged, record, images) for judged in record.targets]
+        return replace(record, png=Saved(str(place), largest, rates))
+
+    # --- the record
+
+    def _keep(self, record: Craft) -> Craft:
+        """Write transfer.json as it is now: its presence means that the images are done, not all judgements."""
+        if self.out is None:
+            return record
+        seals = {name: folder.sha256(self.out / name) for name in folder.CRAFT_SEALED}
+        record = replace(record, files=seals)
+        folder.write_record(self.out, record)
+        return record
