@@ -63,6 +63,7 @@ def test_cycles(name: str) -> None:
     assert epochs == [2, 3, 6, 7, 10, 11]
     noisy = {step // PLAN.steps_per_epoch for step in range(PLAN.steps) if method.noisy(step, PLAN)}
     assert noisy == {3, 7, 11}
+    assert [method.cycle(step, PLAN) for step in steps_kept(method)] == [0, 0, 1, 1, 2, 2]
     rates = [method.rate(step, PLAN) for step in range(PLAN.steps)]
     assert rates[0] == rates[40] == rates[80] == 0.5
     assert rates[20] == pytest.approx(0.25)
@@ -237,6 +238,7 @@ def test_flatness_at_a_stationary_point_is_finite() -> None:
         ("csghmc", {"cycles": 2, "momentum": 1.0}, PLAN, "csghmc: momentum=1.0"),
         ("csgld", {"cycles": 2, "temperature": -1}, PLAN, "temperature=-1.0 must be at least 0"),
         ("csgld", {"cycles": 2, "temperature": "nan"}, PLAN, "temperature"),
+        ("csgld", {"cycles": 2, "batch_norm": "kept"}, PLAN, "no batch_norm 'kept'"),
         ("sgld", {"burn_in": 1.0}, PLAN, "burn_in=1.0 must be at least 0 and below 1"),
         ("sgld", {"snapshots": 200}, PLAN, "snapshots=200 is more than the 36 steps"),
         ("psgld", {"damping": 0}, PLAN, "psgld: damping=0.0"),
