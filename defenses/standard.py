@@ -1,4 +1,4 @@
-"""Plain training: stochastic gradient descent on the cross-entropy, for a net of known accuracy to compare with."""
+"""Plain training: stochastic gradient descent on the cross-entropy, for a net to compare others with."""
 
 from __future__ import annotations
 
@@ -39,12 +39,18 @@ class Standard(Method):
 
     def size(self, samples: int) -> Size:
         """Return what is usual on CIFAR-10; on a small set more epochs of smaller steps."""
-        return Size(epochs=60, batch_size=64, lr=0.05) if samples <= 5000 else Size(epochs=30, batch_size=128, lr=0.1)
+        return (
+            Size(epochs=60, batch_size=64, lr=0.05) if samples <= 5000 else Size(epochs=30, batch_size=128, lr=0.1)
+        )
 
     def optimizer(self, parameters: Iterable[nn.Parameter], plan: Plan) -> torch.optim.Optimizer:
         """Return SGD."""
         return torch.optim.SGD(
-            parameters, lr=plan.lr, momentum=self.momentum, nesterov=self.momentum > 0, weight_decay=self.weight_decay
+            parameters,
+            lr=plan.lr,
+            momentum=self.momentum,
+            nesterov=self.momentum > 0,
+            weight_decay=self.weight_decay,
         )
 
     def rate(self, step: int, plan: Plan) -> float:

@@ -314,6 +314,12 @@ def _check_norm(value: Any, norm: str) -> None:
         raise UsageError(f"{spec(value)['name']} is not defined in {norm}; it works in {', '.join(norms)}.")
 
 
+def parse_method(text: str) -> Any:
+    """Return the method of training of `NAME` or `NAME(field=value,...)`; UsageError as for `make`."""
+    name, fields = _parse_call(text, "method")
+    return make_method(name, **fields)
+
+
 def parse_defenses(text: str) -> tuple[Any, ...]:
     """Return the defenses of a text such as `jpeg:75+smoothing:0.25,10`, in the order that an image meets them.
 

@@ -8,8 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import torch
 from safetensors.torch import save
 from torch import Tensor
 
@@ -146,7 +144,9 @@ def _save(job: Job, members: Sequence[Member]) -> None:
     classifier = members[0].classifier
     about: Mapping[str, Tensor | None] = {"mean": classifier.mean, "std": classifier.std}
     metadata = {
-        name: ",".join(f"{number:g}" for number in of.flatten().tolist()) for name, of in about.items() if of is not None
+        name: ",".join(f"{number:g}" for number in of.flatten().tolist())
+        for name, of in about.items()
+        if of is not None
     }
     metadata |= {"arch": bare(classifier), "recipe": dumps(job.spec.method), "run": job.spec.run_id}
     write(job.folder / WEIGHTS, save(state, metadata))

@@ -71,7 +71,7 @@ class ImageSet:
         """Return mean and deviation of each channel over the set, to four decimals."""
         count = self.pixels[..., 0].numel()
         total = torch.zeros(2, self.channels, dtype=torch.float64)
-        for chunk in self.pixels.split(_CHUNK):
+        for chunk in torch.split(self.pixels, _CHUNK):
             values = (chunk.double() / 255 if chunk.dtype == torch.uint8 else chunk.double()).flatten(0, 2)
             total += torch.stack([values.sum(0), values.square().sum(0)])
         mean, square = total / count
@@ -114,7 +114,9 @@ class Epoch:
             return pixels
         most = augment.margin(self.images.height)
         down, across, coin = self.moves[rows].unbind(1)
-        mirrored = (coin % 2 == 1) if augment.FLIP in self.augmentation else torch.zeros_like(coin, dtype=torch.bool)
+        mirrored = (
+            (coin % 2 == 1) if augment.FLIP in self.augmentation else torch.zeros_like(coin, dtype=torch.bool)
+        )
         return augment.moved(pixels, down % (2 * most + 1), across % (2 * most + 1), mirrored, most)
 
 

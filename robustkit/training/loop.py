@@ -21,7 +21,7 @@ from robustkit.training.finish import KEPT, finish, judge
 from robustkit.training.images import Epoch
 from robustkit.training.job import Job
 from robustkit.training.metrics import MISSING, Metrics
-from robustkit.training.nets import Member, build
+from robustkit.training.nets import Member, build, net_of
 from robustkit.training.processes import average, synchronised
 from robustkit.training.progress import TrainProgress
 
@@ -48,7 +48,7 @@ class Sitting:
         self.fabric, self.job = fabric, job
         self.plan, self.method = job.plan, job.method
         self.images = job.train.to(fabric.device)
-        self.test = job.test and job.test.to(fabric.device)
+        self.test = None if job.test is None else job.test.to(fabric.device)
         self.course = Course(loss=torch.zeros((), device=fabric.device))
         self.members = [self._member(number) for number in range(job.plan.members)]
         nets = [member.net for member in self.members]
@@ -68,7 +68,9 @@ class Sitting:
     def run(self) -> None:
         """Train to the end, and write what a finished run leaves."""
         if self.resumed:
-            self.progress.say(f"resuming {self.job.spec.run_id}: {self.course.step} of {self.plan.steps} steps done")
+            self.progress.say(
+                f"resuming {self.job.spec.run_id}: {self.course.step} of {self.plan.steps} steps done"
+            )
         self.progress.begin(self.plan.epochs, self.plan.steps_per_epoch, self.plan.batch_size)
         metrics = Metrics(self.job.folder, self.course.history) if self.first else None
         if metrics is not None and metrics.curves is None and not self.resumed:
@@ -145,17 +147,18 @@ class Sitting:
         """Return the epoch's mean loss so far; RunError if it is not finite."""
         loss = float(self.course.loss) / steps
         if not math.isfinite(loss):
+            epoch = (self.course.step - 1) // self.plan.steps_per_epoch + 1
             raise RunError(
-                f"the loss is {loss} in epoch {(self.course.step - 1) // self.plan.steps_per_epoch + 1}: the training "
-                "has diverged; give a smaller --lr in another folder."
+                f"the loss is {loss} in epoch {epoch}: the training has diverged; give a smaller --lr in another "
+                "folder."
             )
         return loss
 
     def _member(self, number: int) -> Member:
         plan, fabric = self.plan, self.fabric
         classifier = build(self.job.arch, plan.seed + number, self.job.train.at(slice(0, 2)), plan.classes)
-        classifier.net = synchronised(classifier.net, fabric)
-        classifier = classifier.to(fabric.device, memory_format=torch.channels_last).train()
+        classifier.net = synchronised(net_of(classifier), fabric)
+        classifier = classifier.to(fabric.device).to(memory_format=torch.channels_last).train()
         return Member(classifier, self.course.tally, fabric.autocast, fabric.world_size).train()
 
 

@@ -46,4 +46,4 @@ def _curves(folder: Path, epochs: int) -> Any:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             return None
-        return SummaryWriter(str(folder), purge_step=epochs + 1)  # type: ignore[no-untyped-call]
+        return SummaryWriter(str(folder), purge_step=epochs + 1)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +15,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from robustkit.errors import UsageError
 from robustkit.models import Classifier, load_model
 from robustkit.models.catalog import lookup
+from robustkit.models.mixture import Mixture
 from robustkit.models.strings import FOLDER, TIMM, TORCHVISION, ZOO, ModelString
 from robustkit.shapes import Images, Logits
+from robustkit.trained import RECORD
 
-USUAL = {"digits": "robustkit:digits-cnn", "cifar10": "robustkit:cifar-resnet20", "cifar100": "robustkit:cifar-resnet20"}
+USUAL = {
+    "digits": "robustkit:digits-cnn",
+    "cifar10": "robustkit:cifar-resnet20",
+    "cifar100": "robustkit:cifar-resnet20",
+}
 
 
 @dataclass
@@ -47,8 +55,7 @@ class Member(nn.Module):
     @property
     def net(self) -> nn.Module:
         """The net that takes normalised images."""
-        assert isinstance(self.classifier.net, nn.Module)  # noqa: S101
-        return self.classifier.net
+        return net_of(self.classifier)
 
     def forward(self, images: Images) -> Logits:
         """Return float32 logits of images on [0, 1]."""
@@ -60,11 +67,18 @@ class Member(nn.Module):
             with self.autocast():
                 logits = self.classifier(images)
         if logits.requires_grad:
-            logits.register_hook(lambda gradient: self._back(rows))
+            logits.register_hook(lambda gradient: self._back(rows))  # type: ignore[no-untyped-call]
         return logits
 
     def _back(self, rows: int) -> None:
         self.tally.backwards += rows
+
+
+def net_of(classifier: Classifier) -> nn.Module:
+    """Return the net inside, which is a module after `build`."""
+    if not isinstance(classifier.net, nn.Module):
+        raise TypeError(f"{classifier.string} is no module")
+    return classifier.net
 
 
 def usual_arch(data: str) -> str:
@@ -105,7 +119,11 @@ def normalised(spec: ModelString, mean: Sequence[float], std: Sequence[float]) -
 def bare(classifier: Classifier) -> str:
     """Return the model string of a trained net's architecture: what a run's folder keeps besides the weights."""
     spec = ModelString.parse(classifier.string)
-    return str(replace(spec, weights=None, options={k: v for k, v in spec.options.items() if k not in ("mean", "std")}))
+    if spec.kind == FOLDER:
+        return str(json.loads((Path(spec.arch.partition("#")[0]) / RECORD).read_text(encoding="utf-8"))["arch"])
+    return str(
+        replace(spec, weights=None, options={k: v for k, v in spec.options.items() if k not in ("mean", "std")})
+    )
 
 
 def build(spec: ModelString, seed: int, sample: Images, classes: int) -> Classifier:
@@ -117,6 +135,8 @@ def build(spec: ModelString, seed: int, sample: Images, classes: int) -> Classif
     classifier = load_model(str(spec), seed=seed)
     if not isinstance(classifier.net, nn.Module) or not any(True for _ in classifier.net.parameters()):
         raise UsageError(f"{spec} has no weights to train; write an architecture, e.g. robustkit:cifar-resnet20.")
+    if isinstance(classifier.net, Mixture):
+        raise UsageError(f"{spec} is several nets; write which one to start from, as {spec.arch}#0.")
     with torch.no_grad():
         logits = classifier(sample)
     if logits.shape[1] < classes:

@@ -1,7 +1,7 @@
 """Devices, precision and processes, which Lightning Fabric provides.
 
 Nets are not wrapped by Fabric: methods run passes that the hooks of data-parallel wrappers do not survive (attacks
-in the loop, several nets, several backward passes a step). Gradients are averaged in one exchange before each step.
+in the loop, several nets, several backward passes a step). Gradients are averaged in one exchange a step.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import ProcessRaisedException
 
 from robustkit.errors import RobustkitError, RunError, UsageError
 
@@ -65,11 +66,11 @@ def launch(device: torch.device, devices: int, precision: str, work: Callable[..
             devices=placed,
             num_nodes=nodes,
             strategy=strategy,
-            precision=PRECISIONS[precision],  # type: ignore[arg-type]
+            precision=PRECISIONS[precision],
         )
         try:
             fabric.launch(_begin, work, torch.get_num_threads(), *arguments)
-        except torch.multiprocessing.ProcessRaisedException as error:
+        except ProcessRaisedException as error:
             raise _reason(error) from error
 
 
@@ -87,9 +88,9 @@ def _reason(error: Exception) -> RobustkitError:
 
 
 def synchronised(net: nn.Module, fabric: Fabric) -> nn.Module:
-    """Return the net with batch norm over all processes' images, which CUDA has; elsewhere it is each one's own."""
+    """Return the net with batch norm over all processes' images on CUDA; elsewhere each process has its own."""
     if fabric.world_size > 1 and fabric.device.type == "cuda":
-        converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+        converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(net)  # type: ignore[no-untyped-call]
         return converted
     return net
 
@@ -107,8 +108,8 @@ def average(nets: Sequence[nn.Module], loss: Tensor, fabric: Fabric) -> Tensor:
         )
     ]
     flat = torch.cat([loss.reshape(1), *(tensor.reshape(-1) for tensor in tensors)])
-    found: Tensor = fabric.all_reduce(flat, reduce_op="mean")  # type: ignore[assignment]
-    mean, *parts = found.split([1, *(tensor.numel() for tensor in tensors)])
+    found: Tensor = fabric.all_reduce(flat, reduce_op="mean")
+    mean, *parts = torch.split(found, [1, *(tensor.numel() for tensor in tensors)])
     with torch.no_grad():
         for tensor, part in zip(tensors, parts, strict=True):
             tensor.copy_(part.view(tensor.shape))

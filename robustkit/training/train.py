@@ -72,11 +72,14 @@ class Training:
         if not 0 <= self.ema < 1:
             raise UsageError(f"--ema {self.ema:g} must be from 0 to below 1, e.g. 0.999.")
         if self.ema and self.method.posterior:
-            raise UsageError(f"{self.method.info.name} keeps samples of the weights, not their average; leave --ema out.")
-        if self.test is not None and int(self.test.labels.max()) >= self.plan.classes:
             raise UsageError(
-                f"{self.test.name} has class {int(self.test.labels.max())}, and the training data {self.plan.classes} "
-                "classes; give the test data that belongs to it."
+                f"{self.method.info.name} keeps samples of the weights, not their average; leave --ema out."
+            )
+        highest = -1 if self.test is None else int(self.test.labels.max())
+        if self.test is not None and highest >= self.plan.classes:
+            raise UsageError(
+                f"{self.test.name} has class {highest}, and the training data {self.plan.classes} classes; give "
+                "the test data that belongs to it."
             )
         check_room(self.samples, free_memory(self.device))
         self.method.check(self.plan)
@@ -130,7 +133,7 @@ class Training:
             method=record_of(self.method),
             arch={"string": self.net.string, "fingerprint": self.net.fingerprint},
             data=_named(self.samples),
-            test=self.test and _named(self.test),
+            test=None if self.test is None else _named(self.test),
             epochs=plan.epochs,
             batch_size=plan.batch_size,
             lr=plan.lr,
@@ -165,7 +168,7 @@ class Training:
                     plan=self.plan,
                     arch=self.string,
                     train=self.images,
-                    test=self.test and ImageSet.read(self.test),
+                    test=None if self.test is None else ImageSet.read(self.test),
                     folder=folder,
                     progress=progress,
                 )
