@@ -14,11 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robustkit.errors import UsageError
+from robustkit.errors import UsageError, did_you_mean
 from robustkit.rng import RowRng
 from robustkit.shapes import Images, Labels
 
 State = Mapping[str, Tensor]
+# What may become of a posterior sample's running statistics.
+BATCH_NORM = ("keep", "re-estimate")
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,8 @@ class Method:
 
     def check(self, plan: Plan) -> None:
         """Refuse a plan that cannot be carried out, before anything runs."""
+        if self.batch_norm not in BATCH_NORM:
+            raise did_you_mean("batch_norm", self.batch_norm, BATCH_NORM)
         if plan.members > 1 and not self.ensembles:
             raise UsageError(f"{self.info.name} trains one net, not --members {plan.members}; leave it out.")
 

@@ -19,7 +19,7 @@ PACKAGE = ROOT / "robustkit"
 
 VOCABULARY = {
     *("errors", "shapes", "threat", "losses", "goal", "rng", "rows", "record", "registry"),
-    *("residual", "surrogates", "transfer", "method"),
+    *("residual", "surrogates", "transfer", "method", "sampling"),
 }
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
@@ -32,6 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "goal": {"losses", "shapes"},
     "rows": {"goal", "rng", "shapes", "threat"},
     "method": {"errors", "rng", "shapes"},
+    "sampling": {"errors", "rng"},
     "intervals": set(),
     "record": {"errors", "intervals"},
     "crafted": {"errors", "intervals", "record"},
