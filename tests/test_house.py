@@ -19,7 +19,7 @@ PACKAGE = ROOT / "robustkit"
 
 VOCABULARY = {
     *("errors", "shapes", "threat", "losses", "goal", "rng", "rows", "record", "registry"),
-    *("residual", "surrogates", "populations", "transfer"),
+    *("residual", "surrogates", "populations", "transfer", "method", "sampling"),
 }
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
@@ -31,9 +31,12 @@ ALLOWED: dict[str, set[str]] = {
     "losses": {"errors", "shapes"},
     "goal": {"losses", "shapes"},
     "rows": {"goal", "rng", "shapes", "threat"},
+    "method": {"errors", "rng", "shapes"},
+    "sampling": {"errors", "rng"},
     "intervals": set(),
     "record": {"errors", "intervals"},
     "crafted": {"errors", "intervals", "record"},
+    "trained": {"errors", "record"},
     "registry": {"errors"},
     "residual": {"errors"},
     "surrogates": {"errors", "goal", "rng", "rows", "shapes", "threat"},
@@ -47,16 +50,21 @@ ALLOWED: dict[str, set[str]] = {
     "ledger": {"errors", "record"},
     "isolation": set(),
     "checks": VOCABULARY,
-    "engine": VOCABULARY | {"models", "data", "ledger", "checks", "isolation", "intervals", "crafted"},
-    "report": {"errors", "record", "crafted"},
-    "api": {"devices", "engine", "models", "data", "errors", "record", "crafted", "registry", "threat"},
+    "engine": VOCABULARY | {"models", "data", "ledger", "checks", "isolation", "intervals", "crafted", "trained"},
+    "training": VOCABULARY | {"models", "data", "engine", "posterior", "trained"},
+    "report": {"errors", "record", "crafted", "trained"},
+    "api": {
+        *("devices", "engine", "models", "data", "errors", "record", "crafted", "registry", "threat"),
+        *("training", "trained", "method"),
+    },
     "cli": {
         *("api", "devices", "engine", "report", "models", "data", "registry", "errors", "threat", "record"),
-        "crafted",
+        *("crafted", "training", "trained"),
     },
 }
 # Only these may name the packages that are slow to import or belong to one adapter.
 ADAPTERS = {
+    "lightning_fabric": {"training/processes.py"},
     "timm": {"models/from_timm.py"},
     "torchvision": {"models/from_torchvision.py", "data/vision.py", "data/files.py"},
     "foolbox": {"attacks/foolbox.py"},

@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 from robustkit.crafted import Craft, CraftSpec, Matrix
 from robustkit.errors import RunError, UsageError
 from robustkit.record import Report, RunSpec, dumps
+from robustkit.trained import TrainSpec
 
 SPEC, LEDGER, REPORT, ADVERSARIAL = "spec.json", "ledger.sqlite", "report.json", "adversarial.npz"
 TRANSFER, MATRIX = "transfer.json", "matrix.json"
@@ -27,7 +28,8 @@ EXAMPLE_ARRAYS = ("index", "distance", "prediction", "shown", "hard", "clean", "
 SEALED = (SPEC, LEDGER, ADVERSARIAL, EXAMPLES)
 # The ledger of a craft run grows with every forecast or budget asked for; it checks itself when it is opened.
 CRAFT_SEALED = (SPEC, ADVERSARIAL)
-Spec = RunSpec | CraftSpec
+Spec = RunSpec | CraftSpec | TrainSpec
+SPECS = {"evaluate": RunSpec, "craft": CraftSpec, "train": TrainSpec}
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,8 @@ def read_spec(path: Path) -> Spec:
     """Return the spec of a run folder; UsageError if it is none."""
     body = _read_json(path / SPEC)
     try:
-        return CraftSpec(**body) if body.get("verb") == "craft" else RunSpec(**body)
+        spec: Spec = SPECS.get(body.get("verb"), RunSpec)(**body)
+        return spec
     except (TypeError, AttributeError) as error:
         raise UsageError(f"{path / SPEC} cannot be read: {error}.") from error
 

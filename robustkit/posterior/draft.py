@@ -9,6 +9,7 @@ from typing import Any
 
 import safetensors
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from robustkit.errors import RunError
@@ -57,6 +58,11 @@ class Draft:
         file.parent.mkdir(parents=True, exist_ok=True)
         write(file, [_whole(name, tensor) for name, tensor in state.items()], {})
         return number
+
+    def state(self, number: int) -> dict[str, Tensor]:
+        """Return a sample as it was written."""
+        found: dict[str, Tensor] = load_file(self._file(number))
+        return found
 
     def keep(self, count: int) -> None:
         """Remove all samples but the first `count`, as a run does that goes on from before they were taken."""
