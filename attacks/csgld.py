@@ -89,10 +89,6 @@ class CSGLD(Method):
         """Return the cycle of a step."""
         return step // (plan.steps // self.cycles)
 
-    def cycle(self, step: int, plan: Plan) -> int:
-        """Return which cycle a step is in, from 0."""
-        return step // (plan.steps // self.cycles)
-
     def _epochs_left(self, step: int, plan: Plan) -> int:
         """Return how many epochs of its cycle are not over before a step; the last has 1."""
         cycle = plan.epochs // self.cycles
