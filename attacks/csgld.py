@@ -86,7 +86,7 @@ class CSGLD(Method):
         return ends and self._epochs_left(step, plan) <= self.samples_per_cycle
 
     def cycle(self, step: int, plan: Plan) -> int:
-        """Return the cycle of a step."""
+        """Return which cycle a step is in, from 0."""
         return step // (plan.steps // self.cycles)
 
     def _epochs_left(self, step: int, plan: Plan) -> int:
