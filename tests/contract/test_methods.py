@@ -206,7 +206,7 @@ class Cut(TrainProgress):
 def test_a_resumed_run_is_the_run(
     name: str, runs: dict[str, tuple[Path, Trained]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """C5: cut in the middle of an epoch it ends in the same bytes; the caller's generators stay where they were."""
+    """C5: cut within an epoch it ends in the same bytes; the caller's generators stay where they were."""
     _, record = runs[name]
     monkeypatch.setattr(loop, "SAVE_EVERY", 0.0)
     torch.manual_seed(9)
