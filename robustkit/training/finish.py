@@ -149,4 +149,12 @@ def _save(job: Job, members: Sequence[Member]) -> None:
         if of is not None
     }
     metadata |= {"arch": bare(classifier), "recipe": dumps(job.spec.method), "run": job.spec.run_id}
-    write(job.folder / WEIGHTS, save(state, metadata))
+    write(job.folder / WEIGHTS, _ordered(save(state, metadata)))
+
+
+def _ordered(content: bytes) -> bytes:
+    """Return a safetensors file with its header in order, which the library writes in another each time."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    text = json.dumps(json.loads(content[8:end]), sort_keys=True, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + content[end:]
