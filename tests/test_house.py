@@ -34,6 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "method": {"errors", "rng", "shapes"},
     "sampling": {"errors", "rng"},
     "intervals": set(),
+    "equivalents": set(),
     "record": {"errors", "intervals"},
     "crafted": {"errors", "intervals", "record"},
     "trained": {"errors", "record"},
