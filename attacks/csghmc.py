@@ -30,4 +30,4 @@ class CSGHMC(CSGLD):
         """Return the size of Gubri et al. on ImageNet with a ResNet-50; less on a small set."""
         if samples > 5000:
             return Size(epochs=45 * self.cycles, batch_size=256, lr=0.1)
-        return Size(epochs=16 * self.cycles, batch_size=64, lr=0.05)
+        return Size(epochs=16 * self.cycles, batch_size=64, lr=0.02)

@@ -127,7 +127,7 @@ class Sitting:
         plan, method, course = self.plan, self.method, self.course
         step, fabric = course.step, self.fabric
         batch = epoch.batch(place, fabric.global_rank, fabric.world_size)
-        torch.manual_seed(_seed(plan.seed, step, fabric.global_rank))  # for nets with dropout
+        _reseed(_seed(plan.seed, step, fabric.global_rank), fabric.device)
         for optimizer in self.parts.optimizers:
             optimizer.zero_grad(set_to_none=True)
         loss = method.backward(self.members, batch, plan)
@@ -174,6 +174,13 @@ def _looks(epoch: int, epochs: int) -> bool:
 def _seed(seed: int, step: int, rank: int) -> int:
     digest = hashlib.sha256(f"{seed}/torch/{step}/{rank}".encode()).digest()
     return int.from_bytes(digest[:8], "little", signed=True)
+
+
+def _reseed(seed: int, device: torch.device) -> None:
+    """Set the generators that nets with dropout draw from: `torch.manual_seed` takes as long as a small step."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
 
 
 @contextmanager
