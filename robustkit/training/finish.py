@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save
 from torch import Tensor
 
 from robustkit.engine.environment import environment
@@ -16,6 +15,7 @@ from robustkit.engine.folder import sha256, write
 from robustkit.method import Method, State
 from robustkit.posterior import FILE as POSTERIOR
 from robustkit.posterior import Draft, Posterior
+from robustkit.posterior.stream import write_tensors
 from robustkit.record import Rate, dumps
 from robustkit.trained import RECORD, WEIGHTS, Trained
 from robustkit.training import score
@@ -41,13 +41,13 @@ def finish(
         for number, facts in enumerate(samples):
             posterior.put(members[0].net, number)
             if test is not None:
-                scores.append(score.log_probabilities(members[0], test))
+                scores.append(score.log_probabilities(members[0].classifier, test))
                 facts["accuracy"], facts["loss"] = score.accuracy_and_loss(scores[-1], test.labels)
     else:
         with swapped(parts.nets, parts.averages):
             _save(job, members)
             if test is not None:
-                scores = [score.log_probabilities(member, test) for member in members]
+                scores = [score.log_probabilities(member.classifier, test) for member in members]
     own = [score.accuracy_and_loss(one, test.labels)[0] for one in scores] if test is not None else []
     accuracy = None
     if test is not None:
@@ -88,7 +88,7 @@ def finish(
 def judge(members: Sequence[Member], parts: Parts, test: ImageSet) -> dict[str, float]:
     """Return accuracy and loss of the nets as they are now; of several, their mean probabilities'."""
     with swapped(parts.nets, parts.averages):
-        together = score.mixed(score.log_probabilities(member, test) for member in members)
+        together = score.mixed(score.log_probabilities(member.classifier, test) for member in members)
     accuracy, loss = score.accuracy_and_loss(together, test.labels)
     return {"test_accuracy": accuracy, "test_loss": loss}
 
@@ -137,7 +137,7 @@ def _facts(method: Method, job: Job, count: int) -> list[dict[str, Any]]:
 def _save(job: Job, members: Sequence[Member]) -> None:
     """Write the weights of one net under its own names, of several under numbers in front of them."""
     state = {
-        f"{number}.{name}" if len(members) > 1 else name: tensor.detach().cpu().contiguous()
+        f"{number}.{name}" if len(members) > 1 else name: tensor
         for number, member in enumerate(members)
         for name, tensor in member.net.state_dict().items()
     }
@@ -149,12 +149,4 @@ def _save(job: Job, members: Sequence[Member]) -> None:
         if of is not None
     }
     metadata |= {"arch": bare(classifier), "recipe": dumps(job.spec.method), "run": job.spec.run_id}
-    write(job.folder / WEIGHTS, _ordered(save(state, metadata)))
-
-
-def _ordered(content: bytes) -> bytes:
-    """Return a safetensors file with its header in order, which the library writes in another each time."""
-    end = 8 + int.from_bytes(content[:8], "little")
-    text = json.dumps(json.loads(content[8:end]), sort_keys=True, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + content[end:]
+    write_tensors(job.folder / WEIGHTS, state, metadata)

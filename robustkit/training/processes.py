@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -37,8 +37,8 @@ def rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
-def launch(device: torch.device, devices: int, precision: str, work: Callable[..., None], *arguments: Any) -> None:
-    """Run `work(fabric, *arguments)` in every process.
+def launch(device: torch.device, devices: int, precision: str, work: Callable[[Fabric], None]) -> None:
+    """Run `work(fabric)` in every process; it must pickle, and be no dataclass, which Fabric would take apart.
 
     Under torchrun these are the processes there are, on all its hosts; else `devices` new ones, or this one.
 
@@ -69,15 +69,15 @@ def launch(device: torch.device, devices: int, precision: str, work: Callable[..
             precision=PRECISIONS[precision],
         )
         try:
-            fabric.launch(_begin, work, torch.get_num_threads(), *arguments)
+            fabric.launch(_begin, work, torch.get_num_threads())
         except ProcessRaisedException as error:
             raise _reason(error) from error
 
 
-def _begin(fabric: Fabric, work: Callable[..., None], threads: int, *arguments: Any) -> None:
+def _begin(fabric: Fabric, work: Callable[[Fabric], None], threads: int) -> None:
     if fabric.world_size > 1:
         torch.set_num_threads(max(threads // fabric.world_size, 1))
-    work(fabric, *arguments)
+    work(fabric)
 
 
 def _reason(error: Exception) -> RobustkitError:

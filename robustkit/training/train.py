@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +172,7 @@ class Training:
                     folder=folder,
                     progress=progress,
                 )
-                processes.launch(self.device, self.devices, spec.precision, work, job)
+                processes.launch(self.device, self.devices, spec.precision, partial(work, job=job))
             else:
                 progress.say(f"{spec.run_id} is finished; this is its record")
         return read_trained(folder)

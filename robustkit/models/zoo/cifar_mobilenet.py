@@ -35,7 +35,8 @@ class InvertedResidual(nn.Module):
         out = F.relu6(self.bn1(self.conv1(x)))
         out = F.relu6(self.bn2(self.conv2(out)))
         out = self.bn3(self.conv3(out))
-        return x + out if self.use_res_connect else out
+        total: torch.Tensor = x + out if self.use_res_connect else out
+        return total
 
 
 class CifarMobileNet(nn.Module):
