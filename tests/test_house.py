@@ -266,6 +266,8 @@ def test_every_command_in_the_readme_is_understood(tmp_path: Path, capsys: pytes
         words = shlex.split(command, comments=True)[1:]
         if words[0] == "evaluate":
             words += ["--precision", "fp8", "--data", "digits:test", "--out", str(tmp_path)]
+        if words[0] == "train":
+            words += ["--device", "nowhere"]
         run(words)
         err = capsys.readouterr().err
         assert "No such option" not in err, command
