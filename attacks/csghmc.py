@@ -1,7 +1,8 @@
 """Cyclical stochastic-gradient Hamiltonian Monte Carlo (Zhang et al. 2020, arXiv:1902.03932).
 
-With the settings that Gubri et al. (2022, arXiv:2011.05074) train their ImageNet surrogates by. Momentum goes on
-from one cycle into the next, as in both papers' code.
+With the settings that Gubri et al. (2022, arXiv:2011.05074) train their ImageNet surrogates by. The gradients'
+momentum goes on from one cycle into the next, as in both papers' code; the noise's does not, where theirs throws
+the net at the restart (see `robustkit.sampling.Langevin`).
 """
 
 from __future__ import annotations
@@ -30,4 +31,4 @@ class CSGHMC(CSGLD):
         """Return the size of Gubri et al. on ImageNet with a ResNet-50; less on a small set."""
         if samples > 5000:
             return Size(epochs=45 * self.cycles, batch_size=256, lr=0.1)
-        return Size(epochs=16 * self.cycles, batch_size=64, lr=0.02)
+        return Size(epochs=16 * self.cycles, batch_size=64, lr=0.05)

@@ -24,7 +24,7 @@ class Collecting(Method):
     __slots__ = ()
 
     collect_epochs: int
-    collect_lr: float
+    collect_rate: float
     momentum: float
     weight_decay: float
 
@@ -35,7 +35,7 @@ class Collecting(Method):
         Method.check(self, plan)
         name = self.info.name
         at_least(name, 1, collect_epochs=self.collect_epochs)
-        at_least(name, 0, collect_lr=self.collect_lr, weight_decay=self.weight_decay)
+        at_least(name, 0, collect_rate=self.collect_rate, weight_decay=self.weight_decay)
         below(name, 1, momentum=self.momentum)
         if self.collect_epochs > plan.epochs:
             raise UsageError(
@@ -48,9 +48,9 @@ class Collecting(Method):
         return torch.optim.SGD(parameters, lr=plan.lr, momentum=self.momentum, weight_decay=self.weight_decay)
 
     def rate(self, step: int, plan: Plan) -> float:
-        """Return a cosine from `lr` towards 0, and `collect_lr` in the last epochs."""
+        """Return a cosine from `lr` towards 0, and a constant share of `lr` in the last epochs."""
         first = self.first(plan)
-        return cosine(step, first, plan.lr) if step < first else self.collect_lr
+        return cosine(step, first, plan.lr) if step < first else plan.lr * self.collect_rate
 
     def first(self, plan: Plan) -> int:
         """Return the first step of the last epochs."""
@@ -60,11 +60,14 @@ class Collecting(Method):
 @method("lgv", paper="arXiv:2207.13129")
 @dataclass(frozen=True, slots=True)
 class LGV(Collecting):
-    """An ordinary training, then SGD at the high rate `collect_lr`, kept `snapshots_per_epoch` times an epoch."""
+    """An ordinary training, then SGD at a high rate, kept `snapshots_per_epoch` times in each epoch.
+
+    That rate is `lr` times `collect_rate`.
+    """
 
     collect_epochs: int = 10
     snapshots_per_epoch: int = 4
-    collect_lr: float = 0.05
+    collect_rate: float = 0.5
     momentum: float = 0.9
     weight_decay: float = 1e-4
     batch_norm: str = "keep"

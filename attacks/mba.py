@@ -26,9 +26,10 @@ from robustkit.sampling import Moments, at_least, spread
 @method("mba", paper="arXiv:2302.05086")
 @dataclass(frozen=True, slots=True)
 class MBA(Collecting):
-    """Fine-tuning towards flat loss at `collect_lr`; `snapshots` of it fit a diagonal normal, `draws` of it.
+    """Fine-tuning towards flat loss at a high rate; `snapshots` of it fit a diagonal normal, `draws` are stored.
 
-    At `flatness` 0 the descent is SGD's. `scale` multiplies the normal's standard deviations.
+    That rate is `lr` times `collect_rate`. At `flatness` 0 the descent is SGD's. `scale` multiplies the normal's
+    standard deviations.
     """
 
     draws: int = 20
@@ -37,7 +38,7 @@ class MBA(Collecting):
     flatness: float = 1.0
     radius: float = 0.1
     collect_epochs: int = 10
-    collect_lr: float = 0.05
+    collect_rate: float = 0.5
     momentum: float = 0.9
     weight_decay: float = 5e-4
     batch_norm: str = "re-estimate"
@@ -46,7 +47,7 @@ class MBA(Collecting):
         """Return a usual training with the paper's epochs after it, less on a small set."""
         if samples > 5000:
             return Size(epochs=100 + self.collect_epochs, batch_size=256, lr=0.1)
-        return Size(epochs=40 + self.collect_epochs, batch_size=64, lr=0.05)
+        return Size(epochs=40 + self.collect_epochs, batch_size=64, lr=0.02)
 
     def check(self, plan: Plan) -> None:
         """Refuse a run shorter than what is collected, and fields that fit no normal."""

@@ -20,18 +20,18 @@ from robustkit.sampling import Moments, at_least, below, linear
 @method("swag", paper="arXiv:1902.02476")
 @dataclass(frozen=True, slots=True)
 class SWAG(Method):
-    """SGD that levels out at `collect_lr`; the weights after each late epoch fit a normal, `draws` are stored.
+    """SGD whose rate levels out; the weights after each late epoch fit a normal, `draws` of it are stored.
 
-    `start` is the share of the epochs that are over before the first whose weights count. The normal
-    has the last `rank` deviations from the mean; at rank 0 it is diagonal. `scale` multiplies its standard
-    deviations: 1 is the paper's formula, which the authors' code calls 0.5.
+    `start` is the share of the epochs that are over before the first whose weights count; there the rate is `lr`
+    times `collect_rate`. The normal has the last `rank` deviations from the mean; at rank 0 it is diagonal. Its
+    standard deviations are multiplied by `scale`: 1 is the paper's formula, which the authors' code calls 0.5.
     """
 
     draws: int = 20
     rank: int = 20
     scale: float = 1.0
     start: float = 0.53
-    collect_lr: float = 0.01
+    collect_rate: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 3e-4
     batch_norm: str = "re-estimate"
@@ -49,7 +49,7 @@ class SWAG(Method):
         Method.check(self, plan)
         name = self.info.name
         at_least(name, 1, draws=self.draws)
-        at_least(name, 0, rank=self.rank, scale=self.scale, collect_lr=self.collect_lr)
+        at_least(name, 0, rank=self.rank, scale=self.scale, collect_rate=self.collect_rate)
         at_least(name, 0, weight_decay=self.weight_decay)
         below(name, 1, start=self.start, momentum=self.momentum)
 
@@ -58,9 +58,10 @@ class SWAG(Method):
         return torch.optim.SGD(parameters, lr=plan.lr, momentum=self.momentum, weight_decay=self.weight_decay)
 
     def rate(self, step: int, plan: Plan) -> float:
-        """Return `lr`, then linearly less, `collect_lr` from nine tenths of the way to the first snapshot on."""
+        """Return `lr`, then linearly less, from nine tenths of the way to the first snapshot on its lowest."""
         first = self._first(plan)
-        return linear(step // plan.steps_per_epoch, first, plan.lr, self.collect_lr) if first else self.collect_lr
+        lowest = plan.lr * self.collect_rate
+        return linear(step // plan.steps_per_epoch, first, plan.lr, lowest) if first else lowest
 
     def keeps(self, step: int, plan: Plan) -> bool:
         """Return whether a step ends an epoch after the start."""

@@ -65,7 +65,7 @@ ALLOWED: dict[str, set[str]] = {
 }
 # Only these may name the packages that are slow to import or belong to one adapter.
 ADAPTERS = {
-    "lightning_fabric": {"training/processes.py"},
+    "lightning_fabric": {"training/processes.py", "training/loop.py"},
     "timm": {"models/from_timm.py"},
     "torchvision": {"models/from_torchvision.py", "data/vision.py", "data/files.py"},
     "foolbox": {"attacks/foolbox.py"},
@@ -268,6 +268,8 @@ def test_every_command_in_the_readme_is_understood(tmp_path: Path, capsys: pytes
         words = shlex.split(command, comments=True)[1:]
         if words[0] == "evaluate":
             words += ["--precision", "fp8", "--data", "digits:test", "--out", str(tmp_path)]
+        if words[0] == "train":
+            words += ["--device", "nowhere"]
         run(words)
         err = capsys.readouterr().err
         assert "No such option" not in err, command

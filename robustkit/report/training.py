@@ -66,8 +66,9 @@ def flops_words(flops: float) -> str:
 
 def _epochs(history: Sequence[Mapping[str, Any]]) -> Table:
     table = _table("epoch", "loss", "test acc", "rate", "images/s", "time")
-    gap = max(-(-len(history) // ROWS), 1)
-    for facts in (one for one in history if one["epoch"] % gap == 0 or one["epoch"] == len(history)):
+    judged = [facts for facts in history if "test_accuracy" in facts] or list(history)
+    gap = max(-(-len(judged) // ROWS), 1)
+    for facts in reversed(judged[::-1][::gap]):
         accuracy = facts.get("test_accuracy")
         table.add_row(
             str(facts["epoch"]),

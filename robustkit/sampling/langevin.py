@@ -24,8 +24,11 @@ class Langevin(torch.optim.SGD):
     """Gradient descent with momentum and noise: SGLD at momentum 0, SGHMC with friction 1 - momentum above it.
 
     Where a step is not noisy, and at temperature 0, it is `torch.optim.SGD` to the last bit. On a quadratic of
-    curvature k the weights' variance settles at T / (N k) / (1 - lr k / (2 (1 + momentum))). Noise goes into the
-    gradients, so `.grad` holds it after a step.
+    curvature k the weights' variance settles at T / (N k) / (1 - lr k / (2 (1 + momentum))).
+
+    The noise has a velocity of its own, in units of the weights, which rests where steps are not noisy. Code that
+    adds noise to the gradients instead does the same at a constant rate; but at the tiny rates of a cycle's end
+    it fills the momentum with huge gradients, which the first steps of the next cycle then carry out.
     """
 
     def __init__(
@@ -56,11 +59,18 @@ class Langevin(torch.optim.SGD):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Take a step along the gradients, noisy if the groups say so."""
+        super().step()
         if self.heat > 0:
             for parameter, group, noise in _noise(self.param_groups, self.seed):
-                scale = math.sqrt(2 * (1 - group["momentum"]) * self.heat / group["lr"])
-                parameter.grad.add_(noise, alpha=scale)  # type: ignore[union-attr]
-        super().step()
+                momentum, state = group["momentum"], self.state[parameter]
+                push = noise.mul_(math.sqrt(2 * (1 - momentum) * group["lr"] * self.heat))
+                if momentum:
+                    push = state["push"] = push.add_(state["push"], alpha=momentum) if "push" in state else push
+                parameter.add_(push)
+        for group in self.param_groups:
+            if not group["noisy"]:
+                for parameter in group["params"]:
+                    self.state[parameter].pop("push", None)
 
 
 class PreconditionedLangevin(torch.optim.Optimizer):

@@ -311,6 +311,18 @@ def test_members_are_trained_or_refused(name: str, tmp_path: Path) -> None:
     assert not torch.equal(first["head.weight"], second["head.weight"])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
+def test_defaults_learn_the_digits(name: str, tmp_path: Path) -> None:
+    """Every sample and every member knows them; the contract gives each method 3 minutes on 2 cores."""
+    record = train(name, "digits:train", out=tmp_path)
+    assert record.accuracy is not None
+    assert record.accuracy["value"] > 0.95
+    alone = [facts["accuracy"] for facts in record.samples] or record.member_accuracy
+    assert min(alone) > 0.85
+    assert record.cost["seconds"] < 180
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_the_usual_size_can_be_carried_out(name: str) -> None:
     method = make_method(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Callable
@@ -158,6 +159,18 @@ def test_one_step_from_rest_has_the_canonical_scale(momentum: float) -> None:
     assert momentum > 0 or abs(math.sqrt(wanted) - 0.00128) < 1e-5  # measured on the reference
 
 
+def test_a_warm_restart_does_not_carry_out_the_noise_of_the_cycles_end() -> None:
+    """Noise in gradients, at tiny rates, would leave a momentum that throws the weights at a high one."""
+    weights = torch.zeros(1000, requires_grad=True)
+    optimizer = Langevin([weights], 1e-6, samples=100, temperature=1.0, momentum=0.9)
+    run(optimizer, lambda _: torch.zeros_like(weights), 50)
+    before = weights.detach().clone()
+    assert before.abs().max() < 0.01
+    optimizer.param_groups[0]["lr"] = 0.5
+    run(optimizer, lambda _: torch.zeros_like(weights), 3, noisy=False)
+    assert torch.equal(weights.detach(), before)
+
+
 def test_noise_is_a_function_of_seed_and_step_alone() -> None:
     shapes = [torch.empty(3, 5), torch.empty(4, dtype=torch.float64)]
     first = normal_like(shapes, 0, "a", 7)
@@ -184,7 +197,7 @@ def test_long_noise_does_not_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_chain_resumed_is_the_chain() -> None:
     """C5 for optimisers: their state and the step's number are enough."""
-    for kind in (Langevin, PreconditionedLangevin):
+    for kind in (Langevin, functools.partial(Langevin, momentum=0.9), PreconditionedLangevin):
         ends = []
         for stop in (0, 5):
             weights = torch.ones(6, requires_grad=True)
