@@ -37,6 +37,11 @@ def rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
+def count(devices: int) -> int:
+    """Return how many processes a run on so many devices has: under torchrun those that it started."""
+    return int(os.environ.get("WORLD_SIZE", 0)) or devices
+
+
 def launch(device: torch.device, devices: int, precision: str, work: Callable[[Fabric], None]) -> None:
     """Run `work(fabric)` in every process; it must pickle, and be no dataclass, which Fabric would take apart.
 

@@ -64,10 +64,10 @@ class Training:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be trained, before any image is read."""
-        if self.devices < 1 or self.plan.batch_size % self.devices:
+        parts = processes.count(self.devices)
+        if parts < 1 or self.plan.batch_size % parts:
             raise UsageError(
-                f"--batch-size {self.plan.batch_size} does not divide among --devices {self.devices}; "
-                "write a multiple."
+                f"--batch-size {self.plan.batch_size} does not divide among {parts} processes; write a multiple."
             )
         if not 0 <= self.ema < 1:
             raise UsageError(f"--ema {self.ema:g} must be from 0 to below 1, e.g. 0.999.")
