@@ -215,7 +215,7 @@ def test_streaming_holds_two_nets_at_most(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(alive) >= 60  # looked at, asked for a gradient, judged
 
 
-@pytest.mark.parametrize("combine", ["logits", "probabilities", "loss", "gradients"])
+@pytest.mark.parametrize("combine", COMBINATIONS)
 def test_streaming_gives_the_same_images(
     combine: str, tmp_path: Path, data: tuple[torch.Tensor, torch.Tensor]
 ) -> None:
