@@ -28,6 +28,7 @@ from robustkit.engine.workshop import Workshop
 from robustkit.goal import Goal
 from robustkit.models.zoo.cifar_resnet import CifarResNet
 from robustkit.rng import RowRng
+from robustkit.surrogates import COMBINATIONS
 
 SHAPE = (3, 6, 8)
 CPU = torch.device("cpu")
