@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from robustkit.api import craft, evaluate, verify
+    from robustkit.api import craft, evaluate, train, verify
     from robustkit.data import load_data
     from robustkit.errors import RobustkitError, RunError, UsageError
     from robustkit.models import load_model
@@ -32,6 +32,7 @@ __all__ = [
     "evaluate",
     "load_data",
     "load_model",
+    "train",
     "verify",
 ]
 
@@ -46,6 +47,7 @@ _HOME = {
     "evaluate": "api",
     "load_data": "data",
     "load_model": "models",
+    "train": "api",
     "verify": "api",
 }
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from robustkit.crafted import Craft
-from robustkit.data import from_arrays
+from robustkit.data import from_arrays, load_data
 from robustkit.data.samples import Samples
 from robustkit.devices import model_device, pick_device
 from robustkit.engine.anytime import Limits
@@ -19,10 +19,15 @@ from robustkit.engine.evaluate import Evaluation
 from robustkit.engine.nets import gather
 from robustkit.engine.progress import Progress
 from robustkit.engine.verify import Verification, verify_run
+from robustkit.method import Method
 from robustkit.models import as_classifier
 from robustkit.record import Report
-from robustkit.registry import DEFAULT_SUITE
+from robustkit.registry import DEFAULT_SUITE, parse_method
 from robustkit.threat import ThreatModel
+from robustkit.trained import Trained
+from robustkit.training.progress import TrainProgress
+from robustkit.training.train import Training
+from robustkit.training.usual import sibling
 
 
 def evaluate(
@@ -162,6 +167,81 @@ def craft(
         png=Path(png) if png is not None else None,
         progress=progress,
     )
+
+
+def train(
+    method: str | Method,
+    data: str | Samples | Any = "digits:train",
+    labels: Any = None,
+    *,
+    test: str | Samples | None = None,
+    arch: str | None = None,
+    limit: int | None = None,
+    epochs: int | None = None,
+    batch_size: int | None = None,
+    lr: float | None = None,
+    members: int | None = None,
+    ema: float = 0.0,
+    augment: str | None = None,
+    seed: int = 0,
+    precision: str = "auto",
+    device: str | torch.device = "auto",
+    devices: int = 1,
+    out: str | Path | None = None,
+    progress: TrainProgress | None = None,
+) -> Trained:
+    """Return the record of a net, or of samples of a posterior, trained as a method has it.
+
+    What is None is the method's usual, sized to the data.
+
+    Args:
+        method: one of `robustkit list methods`, with its fields, e.g. `csgld(cycles=3)`.
+        data: a data string, or images (N C H W) with `labels`.
+        labels: (N) whole numbers from 0 to K - 1, for images.
+        test: data to judge the result on; by default the test split beside a named training split.
+        arch: a model string; initial weights are the seed's, unless it names a file or a run's folder.
+        limit: only the first N images.
+        epochs: passes over the data.
+        batch_size: images in a step, over all devices.
+        lr: the largest learning rate.
+        members: nets trained side by side.
+        ema: decay of a moving average of the weights, which is then written instead of the last ones.
+        augment: `none`, `crop` or `crop-flip`; by default by the data.
+        seed: of every random number.
+        precision: `fp32` or `bf16`; `auto` is bf16 on a GPU that has it.
+        device: where to train; `auto` is CUDA where there is one.
+        devices: how many of them, with a process each.
+        out: the run's folder, by default `runs/METHOD-ID`; the same call resumes there, or returns what is there.
+        progress: who to tell on the way.
+
+    Raises:
+        UsageError: for a request that cannot be carried out.
+        RunError: when it fails on the way.
+    """
+    value = parse_method(method) if isinstance(method, str) else method
+    if isinstance(data, str):
+        judging = test or sibling(data)
+        samples = load_data(data)
+    else:
+        judging, samples = test, data if isinstance(data, Samples) else from_arrays(data, labels)
+    plan = Training(
+        method=value,
+        samples=samples.head(limit),
+        test=load_data(judging) if isinstance(judging, str) else judging,
+        arch=arch,
+        epochs=epochs,
+        batch_size=batch_size,
+        lr=lr,
+        members=members,
+        ema=ema,
+        augment=augment,
+        precision=precision,
+        seed=seed,
+        device=pick_device(device),
+        devices=devices,
+    )
+    folder = Path(out) if out is not None else Path("runs") / f"{value.info.name}-{plan.spec.run_id}"
+    return plan.run(folder, progress)
 
 
 def verify(

@@ -1,4 +1,6 @@
-"""Attacks, techniques, recipes, defenses and suites by name, found by walking the folders. Imports no torch.
+"""Attacks, techniques, recipes, defenses, methods and suites by name, found by walking the folders.
+
+Imports no torch.
 
 A file registers names made of its own stem: `fab.py` may hold `fab` and `fab-t`, `mi_fgsm.py` holds `mi-fgsm`,
 `autoattack.py` holds `autoattack:apgd-ce`, `rapid.py` holds `rapid+autoattack`. A recipe may end in the stem
@@ -28,14 +30,17 @@ T = TypeVar("T")
 COUNTS = (
     *("steps", "restarts", "queries", "targets", "eot_iter", "probe", "finalists", "patience"),
     *("copies", "scales", "mixes", "blocks", "rounds", "kernel"),
+    *("cycles", "samples", "rank"),
 )
 DEFAULT_SUITE = "rapid"
-FOLDERS = {
-    "attack": "attacks",
-    "technique": "attacks",
-    "recipe": "attacks",
-    "suite": "attacks",
-    "defense": "defenses",
+# Where the files of a kind are; a method of training is a surrogate's in `attacks` and a defense's in `defenses`.
+FOLDERS: dict[str, tuple[str, ...]] = {
+    "attack": ("attacks",),
+    "technique": ("attacks",),
+    "recipe": ("attacks",),
+    "suite": ("attacks",),
+    "defense": ("defenses",),
+    "method": ("attacks", "defenses"),
 }
 
 # A decorator of ours with what it decorates, up to the first method or the next thing at the margin.
@@ -64,18 +69,27 @@ class Info:
 
 
 @dataclass(frozen=True)
+class Field:
+    """A field of a registered dataclass, as its source text writes it; `default` is empty where it has none."""
+
+    name: str
+    type: str
+    default: str
+
+
+@dataclass(frozen=True)
 class Entry:
     """A registered thing as read from its source text: no module is imported for it."""
 
     info: Info
     module: str
     summary: str
-    fields: tuple[str, ...] = ()
+    fields: tuple[Field, ...] = ()
 
     @property
     def form(self) -> str:
         """How a model string writes it, if it is a defense: `NAME:FIELD,FIELD`."""
-        return f"{self.info.name}:{','.join(self.fields).upper()}"
+        return f"{self.info.name}:{','.join(field.name for field in self.fields).upper()}"
 
 
 _registered: dict[tuple[str, str], Any] = {}
@@ -128,6 +142,14 @@ def defense(name: str, *, paper: str) -> Callable[[type[T]], type[T]]:
     return _register(Info("defense", name, paper))
 
 
+def method(name: str, *, paper: str = "") -> Callable[[type[T]], type[T]]:
+    """Register a frozen dataclass, a `robustkit.method.Method`, as a method of training.
+
+    Its fields become flags of `robustkit train NAME`. All arguments must be literals.
+    """
+    return _register(Info("method", name, paper))
+
+
 def _register(info: Info) -> Callable[[T], T]:
     def decorate(thing: T) -> T:
         _registered[info.kind, info.name] = thing
@@ -140,9 +162,9 @@ def _register(info: Info) -> Callable[[T], T]:
 @functools.cache
 def catalog(kind: str) -> Mapping[str, Entry]:
     """Return every registered name of a kind (a key of `FOLDERS`) with what its source says."""
-    folder = FOLDERS[kind]
     entries: dict[str, Entry] = {}
-    for stem, nodes in _marked(folder):
+    files = [(folder, *marked) for folder in FOLDERS[kind] for marked in _marked(folder)]
+    for folder, stem, nodes in files:
         for node in nodes:
             for mark in node.decorator_list:
                 if isinstance(mark, ast.Call) and isinstance(mark.func, ast.Name) and mark.func.id == kind:
@@ -151,9 +173,15 @@ def catalog(kind: str) -> Mapping[str, Entry]:
                     summary = (ast.get_docstring(node) or "").split("\n")[0]
                     info = Info(kind, name, **options)
                     fields = tuple(
-                        line.target.id
+                        Field(
+                            line.target.id,
+                            ast.unparse(line.annotation),
+                            "" if line.value is None else ast.unparse(line.value),
+                        )
                         for line in node.body
-                        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)
+                        if isinstance(line, ast.AnnAssign)
+                        and isinstance(line.target, ast.Name)
+                        and "ClassVar" not in ast.unparse(line.annotation)
                     )
                     entries[name] = Entry(info, f"robustkit.{folder}.{stem}", summary, fields)
     return entries
@@ -206,6 +234,11 @@ def make(name: str, **fields: Any) -> Any:
 def make_technique(name: str, **fields: Any) -> Any:
     """Return the technique `name` with these fields; see `make`."""
     return _build("technique", name, fields)
+
+
+def make_method(name: str, **fields: Any) -> Any:
+    """Return the method of training `name` with these fields; see `make`."""
+    return _build("method", name, fields)
 
 
 def _build(kind: str, name: str, fields: Mapping[str, Any]) -> Any:
@@ -279,6 +312,12 @@ def _check_norm(value: Any, norm: str) -> None:
     norms = getattr(value, "norms", value.info.norms)
     if norm not in norms:
         raise UsageError(f"{spec(value)['name']} is not defined in {norm}; it works in {', '.join(norms)}.")
+
+
+def parse_method(text: str) -> Any:
+    """Return the method of training of `NAME` or `NAME(field=value,...)`; UsageError as for `make`."""
+    name, fields = _parse_call(text, "method")
+    return make_method(name, **fields)
 
 
 def parse_defenses(text: str) -> tuple[Any, ...]:

@@ -19,7 +19,7 @@ PACKAGE = ROOT / "robustkit"
 
 VOCABULARY = {
     *("errors", "shapes", "threat", "losses", "goal", "rng", "rows", "record", "registry"),
-    *("residual", "surrogates", "transfer"),
+    *("residual", "surrogates", "transfer", "method", "sampling"),
 }
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
@@ -31,30 +31,39 @@ ALLOWED: dict[str, set[str]] = {
     "losses": {"errors", "shapes"},
     "goal": {"losses", "shapes"},
     "rows": {"goal", "rng", "shapes", "threat"},
+    "method": {"errors", "rng", "shapes"},
+    "sampling": {"errors", "rng"},
     "intervals": set(),
     "record": {"errors", "intervals"},
     "crafted": {"errors", "intervals", "record"},
+    "trained": {"errors", "record"},
     "registry": {"errors"},
     "residual": {"errors"},
     "surrogates": {"errors", "goal", "rng", "rows", "shapes", "threat"},
     "transfer": {"errors", "goal", "registry", "rng", "rows", "shapes", "surrogates", "threat"},
     "attacks": VOCABULARY,
     "defenses": VOCABULARY | {"attacks"},
-    "models": {"devices", "errors", "shapes", "preprocess", "registry"},
+    "models": {"devices", "errors", "shapes", "posterior", "preprocess", "registry"},
+    "posterior": {"errors"},
     "data": {"errors", "shapes", "preprocess"},
     "ledger": {"errors", "record"},
     "isolation": set(),
     "checks": VOCABULARY,
-    "engine": VOCABULARY | {"models", "data", "ledger", "checks", "isolation", "intervals", "crafted"},
-    "report": {"errors", "record", "crafted"},
-    "api": {"devices", "engine", "models", "data", "errors", "record", "crafted", "registry", "threat"},
+    "engine": VOCABULARY | {"models", "data", "ledger", "checks", "isolation", "intervals", "crafted", "trained"},
+    "training": VOCABULARY | {"models", "data", "engine", "posterior", "trained"},
+    "report": {"errors", "record", "crafted", "trained"},
+    "api": {
+        *("devices", "engine", "models", "data", "errors", "record", "crafted", "registry", "threat"),
+        *("training", "trained", "method"),
+    },
     "cli": {
         *("api", "devices", "engine", "report", "models", "data", "registry", "errors", "threat", "record"),
-        "crafted",
+        *("crafted", "training", "trained"),
     },
 }
 # Only these may name the packages that are slow to import or belong to one adapter.
 ADAPTERS = {
+    "lightning_fabric": {"training/processes.py", "training/loop.py"},
     "timm": {"models/from_timm.py"},
     "torchvision": {"models/from_torchvision.py", "data/vision.py", "data/files.py"},
     "foolbox": {"attacks/foolbox.py"},
@@ -257,6 +266,8 @@ def test_every_command_in_the_readme_is_understood(tmp_path: Path, capsys: pytes
         words = shlex.split(command, comments=True)[1:]
         if words[0] == "evaluate":
             words += ["--precision", "fp8", "--data", "digits:test", "--out", str(tmp_path)]
+        if words[0] == "train":
+            words += ["--device", "nowhere"]
         run(words)
         err = capsys.readouterr().err
         assert "No such option" not in err, command

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from robustkit.cli.methods import methods
 from robustkit.registry import DEFAULT_SUITE
 
 app = typer.Typer(
@@ -285,6 +286,86 @@ def matrix(
     )
 
 
+def _train(
+    method: str,
+    fields: dict[str, str],
+    data: Annotated[str, typer.Option(help="NAME[:SPLIT], folder:PATH or FILE.npz.")] = "digits:train",
+    test: Annotated[
+        str | None, typer.Option(metavar="DATA", help="Judge the result on it [default: the data's test split].")
+    ] = None,
+    arch: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="The net; ARCH@WEIGHTS or a run starts there [default: by the data]."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N images.")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the data [default: by method].")] = None,
+    batch_size: Annotated[str, typer.Option(help="Images in a step; auto is the method's.")] = "auto",
+    lr: Annotated[float | None, typer.Option(help="Largest learning rate [default: the method's].")] = None,
+    members: Annotated[
+        int | None, typer.Option(min=1, help="Nets trained side by side [default: the method's].")
+    ] = None,
+    ema: Annotated[
+        float, typer.Option(metavar="DECAY", help="Write a moving average of the weights, e.g. 0.999.")
+    ] = 0.0,
+    augment: Annotated[str | None, typer.Option(help="none, crop or crop-flip [default: by the data].")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of every random number.")] = 0,
+    precision: Annotated[str, typer.Option(help="auto, fp32 or bf16.")] = "auto",
+    device: Device = "auto",
+    devices: Annotated[int, typer.Option(min=1, help="How many, with a process each.")] = 1,
+    out: Annotated[Path | None, typer.Option(help="Run folder [default: runs/METHOD-ID].")] = None,
+    data_root: DataRoot = None,
+    download: Annotated[bool, typer.Option("--download", help="Fetch the data set if it is absent.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print model.json instead of the table.")] = False,
+    debug: Debug = False,
+) -> int:
+    from robustkit.cli.train import train as work
+
+    return work(
+        method,
+        fields,
+        data=data,
+        test=test,
+        arch=arch,
+        limit=limit,
+        epochs=epochs,
+        batch_size=batch_size,
+        lr=lr,
+        members=members,
+        ema=ema,
+        augment=augment,
+        seed=seed,
+        precision=precision,
+        device=device,
+        devices=devices,
+        out=out,
+        data_root=data_root,
+        download=download,
+        as_json=json,
+    )
+
+
+train = typer.Typer(
+    cls=methods(_train),
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    subcommand_metavar="METHOD [OPTIONS]",
+    help="""Train nets, or samples of a posterior. The same command resumes; the folder is a model string.
+
+    \b
+    robustkit train standard
+    robustkit train csgld --arch robustkit:cifar-resnet20 --data train.npz --test test.npz --cycles 5
+
+    Each method has flags of its own: robustkit train METHOD --help.
+    """,
+)
+app.add_typer(train, name="train")
+
+
+@train.callback()
+def _method() -> None:
+    """Keep the group a group."""
+
+
 @app.command()
 def verify(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A finished run's folder.")],
@@ -400,11 +481,13 @@ def doctor(
 def list_(
     what: Annotated[
         str | None,
-        typer.Argument(metavar="[attacks|techniques|recipes|defenses|suites|models|data]", help="One of them."),
+        typer.Argument(
+            metavar="[attacks|techniques|recipes|methods|defenses|suites|models|data]", help="One of them."
+        ),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> int:
-    """List what can be named: attacks, techniques, recipes, defenses, suites, models, data."""
+    """List what can be named: attacks, techniques, recipes, methods, defenses, suites, models, data."""
     from robustkit.cli.listing import show
 
     return show(what, json)

@@ -74,6 +74,18 @@ def _defenses() -> Rows:
     ]
 
 
+def _methods() -> Rows:
+    return [
+        {
+            "name": name,
+            "paper": entry.info.paper,
+            "fields": " ".join(field.name for field in entry.fields),
+            "what": entry.summary,
+        }
+        for name, entry in sorted(registry.catalog("method").items())
+    ]
+
+
 def _models() -> Rows:
     rows = [
         {"name": f"robustkit:{name}", "input": "x".join(map(str, entry.input)), "what": entry.description}
@@ -104,6 +116,7 @@ LISTS: dict[str, Callable[[], Rows]] = {
     "attacks": _attacks,
     "techniques": _named("technique"),
     "recipes": _named("recipe"),
+    "methods": _methods,
     "defenses": _defenses,
     "suites": _named("suite"),
     "models": _models,

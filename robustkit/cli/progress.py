@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
@@ -10,6 +12,7 @@ from rich.progress import Progress as Bar
 
 from robustkit.engine.progress import Progress
 from robustkit.report.table import duration, percent
+from robustkit.training.progress import TrainProgress
 
 SILENCE = 30.0
 
@@ -75,3 +78,55 @@ class CraftDisplay(Display):
 
     def so_far(self, robust: int) -> str:  # noqa: D102
         return f"{self.n - robust} fool the surrogates" if robust < self.n else ""
+
+
+class TrainDisplay(TrainProgress):
+    """Shows the epoch, the last epoch's loss and accuracy, images a second, time left."""
+
+    def __init__(self) -> None:
+        self.bar: Bar | None = None
+        self.last = ""
+
+    def say(self, text: str) -> None:  # noqa: D102
+        Console(stderr=True, markup=False).print(text, highlight=False, soft_wrap=True)
+
+    def begin(self, epochs: int, steps: int, images: int) -> None:  # noqa: D102
+        self.epochs, self.steps, self.images = epochs, steps, images
+        self.first, self.begun, self.spoke = -1, time.monotonic(), time.monotonic()
+        console = Console(stderr=True, markup=False)
+        if console.is_terminal:
+            self.bar = Bar(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.fields[state]}"),
+                TimeRemainingColumn(compact=True),
+                console=console,
+                transient=True,
+            )
+            self.task = self.bar.add_task("", total=epochs * steps, state="")
+            self.bar.start()
+
+    def step(self, done: int) -> None:  # noqa: D102
+        now = time.monotonic()
+        if self.first < 0:
+            self.first, self.begun = done, now
+        if self.bar is None and now - self.spoke < SILENCE:
+            return
+        rate = (done - self.first) / max(now - self.begun, 1e-9)
+        epoch = f"epoch {(done - 1) // self.steps + 1} of {self.epochs}"
+        state = f"{self.last}{rate * self.images:,.0f} images/s"
+        if self.bar is not None:
+            self.bar.update(self.task, completed=done, description=epoch, state=state)
+        else:
+            self.spoke = now
+            left = duration((self.epochs * self.steps - done) / rate) if rate else "unknown time"
+            self.say(f"{epoch}: {state}, {left} left")
+
+    def epoch(self, facts: Mapping[str, Any]) -> None:  # noqa: D102
+        accuracy = facts.get("test_accuracy")
+        self.last = f"loss {facts['loss']:.3f}, " + (f"test {percent(accuracy)}, " if accuracy is not None else "")
+
+    def close(self) -> None:  # noqa: D102
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None

@@ -50,6 +50,17 @@ def _cifar_resnet(depth: int) -> ZooEntry:
     )
 
 
+def _cifar_preresnet(depth: int) -> ZooEntry:
+    return ZooEntry(
+        factory=f"{_HOME}.cifar_preresnet:CifarPreResNet",
+        input=(3, 32, 32),
+        num_classes=10,
+        description=f"pre-activation ResNet-{depth} for CIFAR, parameter-free shortcuts",
+        source="arXiv:1603.05027",
+        kwargs={"depth": depth},
+    )
+
+
 def _wide_resnet(depth: int, width: int) -> ZooEntry:
     return ZooEntry(
         factory=f"{_HOME}.wide_resnet:WideResNet",
@@ -81,6 +92,22 @@ ZOO: Mapping[str, ZooEntry] = {
         head="classifier.fc3.weight",
     ),
     **{f"cifar-resnet{depth}": _cifar_resnet(depth) for depth in (20, 32, 44, 56)},
+    **{f"cifar-preresnet{depth}": _cifar_preresnet(depth) for depth in (20, 110)},
+    "cifar-vgg": ZooEntry(
+        factory=f"{_HOME}.cifar_vgg:CifarVGG",
+        input=(3, 32, 32),
+        num_classes=10,
+        description="six convolutions of the VGG kind with batch norm, no shortcuts",
+        source="arXiv:1409.1556",
+        stem="layer1.0.weight",
+    ),
+    "cifar-mobilenet": ZooEntry(
+        factory=f"{_HOME}.cifar_mobilenet:CifarMobileNet",
+        input=(3, 32, 32),
+        num_classes=10,
+        description="seven inverted residual blocks of the MobileNet kind",
+        source="arXiv:1801.04381",
+    ),
     "preact-resnet18": ZooEntry(
         factory=f"{_HOME}.preact_resnet:PreActResNet18",
         input=(3, 32, 32),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -16,6 +16,7 @@ from robustkit.models.fingerprint import (
     qualified_name,
     state_sha256,
 )
+from robustkit.models.outputs import logits_in
 from robustkit.preprocess import Preprocess
 from robustkit.registry import spec
 from robustkit.shapes import Images, Logits
@@ -79,8 +80,9 @@ class Classifier(nn.Module):
 
     @property
     def weights_sha256(self) -> str:
-        """SHA-256 over the net's tensors alone, as they are now."""
-        return state_sha256(self.net)
+        """SHA-256 over the net's tensors alone, as they are now; a net that swaps its tensors says it itself."""
+        own: str | None = getattr(self.net, "weights_sha256", None)
+        return own or state_sha256(self.net)
 
     @property
     def fingerprint(self) -> str:
@@ -146,7 +148,7 @@ class Classifier(nn.Module):
         return x
 
     def _checked(self, output: object, rows: int) -> torch.Tensor:
-        logits = _logits(output)
+        logits = logits_in(output)
         if logits is None:
             raise UsageError(
                 f"model {self.string!r} returned a {type(output).__name__} without a tensor in it: return "
@@ -186,19 +188,6 @@ def as_classifier(model: object) -> Classifier:
 
 def _per_channel(values: tuple[float, ...] | None) -> torch.Tensor | None:
     return None if values is None else torch.tensor(values).view(1, -1, 1, 1)
-
-
-def _logits(output: object) -> torch.Tensor | None:
-    """Return the logits in whatever a net returned: those called so, else the first tensor."""
-    if isinstance(output, torch.Tensor):
-        return output
-    values: Iterable[object]
-    if isinstance(output, Mapping):
-        named, values = output.get("logits"), output.values()
-    else:
-        named = getattr(output, "logits", None)
-        values = output if isinstance(output, (tuple, list)) else getattr(output, "__dict__", {}).values()
-    return next((value for value in (named, *values) if isinstance(value, torch.Tensor)), None)
 
 
 def _is_about_shapes(error: Exception) -> bool:

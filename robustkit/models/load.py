@@ -10,7 +10,7 @@ from torch import nn
 
 from robustkit.devices import pick_device
 from robustkit.errors import UsageError
-from robustkit.models import from_code, from_timm, from_torchvision, from_zoo
+from robustkit.models import from_code, from_run, from_timm, from_torchvision, from_zoo
 from robustkit.models.built import Built, seeded
 from robustkit.models.catalog import ZOO as CATALOG
 from robustkit.models.classifier import Classifier
@@ -31,8 +31,9 @@ _BUILD = {
 def load_model(string: str, *, device: str | torch.device = "cpu", seed: int = 0) -> Classifier:
     """Return the classifier that a model string names, in eval mode.
 
-    The string is `ARCH[@WEIGHTS][?mean=r,g,b&std=r,g,b&size=N&num_classes=K&defense=NAME:VALUE+...]`.
-    Normalisation is taken from the query, else from the metadata of the weights file, else from timm's or
+    The string is `ARCH[@WEIGHTS][?mean=r,g,b&std=r,g,b&size=N&num_classes=K&defense=NAME:VALUE+...]`, or a folder
+    that a training run wrote, `runs/x/`, with `#2` for its third member or posterior sample. Normalisation is
+    taken from the query, else from the metadata of the weights file or the folder, else from timm's or
     torchvision's own record, else left out.
 
     Args:
@@ -44,13 +45,16 @@ def load_model(string: str, *, device: str | torch.device = "cpu", seed: int = 0
         UsageError: A part of the string is not possible; the sentence says which, and what to write instead.
     """
     spec = ModelString.parse(string)
-    if spec.kind == FOLDER:
+    if spec.kind == FOLDER and not (_folder(spec) / from_run.FACTS).is_file():
         raise _no_model(spec)
     place = pick_device(device)
     options = Options.read(spec)
     weights = _weights(spec, options)
     with seeded(seed):
-        built = _BUILD[spec.kind](spec, options, weights)
+        if spec.kind == FOLDER:
+            built, options = from_run.Run.read(spec).build(options, _BUILD)
+        else:
+            built = _BUILD[spec.kind](spec, options, weights)
     if weights is not None:
         put_weights(built.net, weights, spec.arch)
     _check_finite(built.net, spec)
@@ -109,14 +113,19 @@ def _preprocess(size: tuple[int, int] | None) -> Preprocess | None:
     return None if size is None else Preprocess(size, resize=min(size))
 
 
+def _folder(spec: ModelString) -> Path:
+    path, sign, text = spec.arch.rpartition("#")
+    return Path(path if sign else text).expanduser()
+
+
 def _no_model(spec: ModelString) -> UsageError:
-    text, folder = str(spec), Path(spec.arch.partition("#")[0]).expanduser()
+    text, folder = str(spec), _folder(spec)
     if spec.arch.partition("@")[0] in CATALOG:
         return UsageError(f"model {text!r} does not say whose it is: write 'robustkit:{text}'.")
-    if (folder / "model.json").is_file():
+    if any(folder.glob("checkpoint*")):
         return UsageError(
-            f"the folder '{folder}' is not loaded as a model here: write the net and its file, as "
-            f"ARCH@{folder / 'model.safetensors'}."
+            f"the training in '{folder}' has not ended: give the same 'robustkit train' command again, and "
+            "the folder when it has."
         )
     if folder.is_dir():
         return UsageError(

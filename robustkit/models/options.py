@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from robustkit.errors import UsageError, did_you_mean
-from robustkit.models.strings import TIMM, TORCHVISION, ZOO, ModelString
+from robustkit.models.strings import FOLDER, TIMM, TORCHVISION, ZOO, ModelString
 from robustkit.registry import parse_defenses
 
 _EVERY_KIND = frozenset({"mean", "std", "size", "defense"})
@@ -15,6 +15,7 @@ _FIELDS = {
     ZOO: _EVERY_KIND | {"num_classes", "in_channels", "pretrained"},
     TIMM: _EVERY_KIND | {"num_classes", "pretrained"},
     TORCHVISION: _EVERY_KIND | {"num_classes", "pretrained"},
+    FOLDER: _EVERY_KIND,
 }
 _BOOLEANS = {"true": True, "false": False}
 

@@ -33,7 +33,11 @@ def shell(*arguments: str, **more: object) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    "line", ["--help", "evaluate --help", "verify -h", "report -h", "craft -h", "--version", "list"]
+    "line",
+    [
+        *("--help", "evaluate --help", "verify -h", "report -h", "craft -h", "--version", "list"),
+        *("train --help", "train csgld -h"),
+    ],
 )
 def test_answers_at_once_and_without_torch(line: str) -> None:
     code = (

@@ -23,7 +23,11 @@ def build(name, **kwargs):
 
 
 @pytest.mark.parametrize(
-    "name", ["digits-cnn", "cifar-resnet20", "cifar-resnet56", "preact-resnet18", "wrn-10-1", "wrn-16-2"]
+    "name",
+    [
+        *("digits-cnn", "cifar-resnet20", "cifar-resnet56", "preact-resnet18", "wrn-10-1", "wrn-16-2"),
+        *("cifar-preresnet20", "cifar-preresnet110", "cifar-vgg", "cifar-mobilenet"),
+    ],
 )
 def test_any_batch_channels_height_and_width(name):
     net = build(name, num_classes=6, in_channels=2).eval()
@@ -41,6 +45,8 @@ def test_mnist_cnn_takes_28_pixels():
         ("cifar-resnet32", 0.46),
         ("cifar-resnet44", 0.66),
         ("cifar-resnet56", 0.85),
+        ("cifar-preresnet20", 0.27),
+        ("cifar-preresnet110", 1.73),
         ("preact-resnet18", 11.17),
         ("wrn-28-10", 36.48),
         ("wrn-34-10", 46.16),

@@ -1,0 +1,48 @@
+"""Deep ensembles (Lakshminarayanan et al. 2017, arXiv:1612.01474): nets trained alike from different seeds.
+
+What a posterior's transfer is compared with. The paper's adversarial training of the members is left out, as in
+the ensembles of Gubri et al. (2022, arXiv:2011.05074); the members see the data in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from robustkit.method import Method, Plan, Size
+from robustkit.registry import method
+from robustkit.sampling import at_least, below, cosine
+
+
+@method("deep-ensemble", paper="arXiv:1612.01474")
+@dataclass(frozen=True, slots=True)
+class DeepEnsemble(Method):
+    """`--members` nets side by side, each by SGD with momentum along one cosine."""
+
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+
+    ensembles = True
+
+    def size(self, samples: int) -> Size:
+        """Return a usual training of five nets, less on a small set."""
+        if samples > 5000:
+            return Size(epochs=100, batch_size=128, lr=0.1, members=5)
+        return Size(epochs=40, batch_size=64, lr=0.05, members=5)
+
+    def check(self, plan: Plan) -> None:
+        """Refuse fields that SGD cannot have."""
+        Method.check(self, plan)
+        at_least(self.info.name, 0, weight_decay=self.weight_decay)
+        below(self.info.name, 1, momentum=self.momentum)
+
+    def optimizer(self, parameters: Iterable[nn.Parameter], plan: Plan) -> torch.optim.Optimizer:
+        """Return SGD with momentum."""
+        return torch.optim.SGD(parameters, lr=plan.lr, momentum=self.momentum, weight_decay=self.weight_decay)
+
+    def rate(self, step: int, plan: Plan) -> float:
+        """Return half a cosine from `lr` towards 0."""
+        return cosine(step, plan.steps, plan.lr)

@@ -1,0 +1,72 @@
+"""`robustkit train`: strings to objects, the run, its table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from robustkit.cli.evaluate import read_batch_size
+from robustkit.cli.output import wide_console
+from robustkit.cli.progress import TrainDisplay
+from robustkit.data import load_data
+from robustkit.devices import pick_device
+from robustkit.registry import make_method
+from robustkit.report.training import show
+from robustkit.training import processes
+from robustkit.training.train import Training
+from robustkit.training.usual import sibling
+
+
+def train(
+    method: str,
+    fields: Mapping[str, str],
+    *,
+    data: str,
+    test: str | None,
+    arch: str | None,
+    limit: int | None,
+    epochs: int | None,
+    batch_size: str,
+    lr: float | None,
+    members: int | None,
+    ema: float,
+    augment: str | None,
+    seed: int,
+    precision: str,
+    device: str,
+    devices: int,
+    out: Path | None,
+    data_root: Path | None,
+    download: bool,
+    as_json: bool,
+) -> int:
+    """Run the verb."""
+    values = make_method(method, **fields)
+    judging = test or sibling(data)
+    plan = Training(
+        method=values,
+        samples=load_data(data, root=data_root, download=download).head(limit),
+        test=load_data(judging, root=data_root, download=download) if judging else None,
+        arch=arch,
+        epochs=epochs,
+        batch_size=read_batch_size(batch_size),
+        lr=lr,
+        members=members,
+        ema=ema,
+        augment=augment,
+        precision=precision,
+        seed=seed,
+        device=pick_device(device),
+        devices=devices,
+    )
+    folder = out or Path("runs") / f"{method}-{plan.spec.run_id}"
+    record = plan.run(folder, TrainDisplay())
+    if processes.rank():
+        return 0
+    if as_json:
+        print(json.dumps(record.to_json(), indent=2))
+        return 0
+    verb = "craft --surrogate" if record.samples else "evaluate"
+    show(record, wide_console(), f"robustkit {verb} {folder}/ --data {judging or 'DATA'}")
+    return 0

@@ -1,0 +1,158 @@
+"""What a method of training is: a frozen dataclass of its parameters, with hooks that the training loop calls.
+
+Every hook is a pure function of its arguments. Nothing is remembered between steps but what optimisers hold, so a
+run that is cut off goes on bit for bit. A method registers itself by `@method(...)` in `attacks/` or `defenses/`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from robustkit.errors import UsageError, did_you_mean
+from robustkit.rng import RowRng
+from robustkit.shapes import Images, Labels
+
+State = Mapping[str, Tensor]
+# What may become of a posterior sample's running statistics.
+BATCH_NORM = ("keep", "re-estimate")
+
+
+@dataclass(frozen=True)
+class Size:
+    """How long and how large a method trains where nobody says otherwise."""
+
+    epochs: int
+    batch_size: int
+    lr: float
+    members: int = 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What all hooks may know of a run.
+
+    Attributes:
+        samples: images in the training set, N.
+        classes: K.
+        batch_size: images in a step, over all processes; at most `samples`.
+        epochs: passes over the training set.
+        lr: the largest learning rate, which schedules scale.
+        members: nets trained side by side.
+        seed: of every random number. A member's own plan has `seed + member`.
+    """
+
+    samples: int
+    classes: int
+    batch_size: int
+    epochs: int
+    lr: float
+    members: int = 1
+    seed: int = 0
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole batches in an epoch; what is left over waits for the next epoch's order."""
+        return self.samples // self.batch_size
+
+    @property
+    def steps(self) -> int:
+        """Steps in the run."""
+        return self.epochs * self.steps_per_epoch
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The images of one step, as they are after augmentation.
+
+    Attributes:
+        x: (B C H W) in [0, 1], on the device.
+        y: (B).
+        rng: random numbers of each image at this step, the same on however many processes.
+        step: counted from 0 over the whole run.
+    """
+
+    x: Images
+    y: Labels
+    rng: RowRng
+    step: int
+
+
+class Method:
+    """Base of all methods: mean cross-entropy, one net, no posterior."""
+
+    __slots__ = ()
+
+    info: ClassVar[Any]
+    # Whether a run may have more than one member; their nets are then what it writes.
+    ensembles: ClassVar[bool] = False
+    # Whether the run writes posterior samples instead of its last weights.
+    posterior: ClassVar[bool] = False
+    # What becomes of running statistics in a posterior sample: `keep` those at its step, or `re-estimate` them.
+    batch_norm: str = "keep"
+
+    def size(self, samples: int) -> Size:
+        """Return the epochs, batch size and learning rate of the paper, sized to a set of so many images."""
+        raise UsageError(f"{self.info.name} has no usual size; write --epochs, --batch-size and --lr.")
+
+    def check(self, plan: Plan) -> None:
+        """Refuse a plan that cannot be carried out, before anything runs."""
+        if self.batch_norm not in BATCH_NORM:
+            raise did_you_mean("batch_norm", self.batch_norm, BATCH_NORM)
+        if plan.members > 1 and not self.ensembles:
+            raise UsageError(f"{self.info.name} trains one net, not --members {plan.members}; leave it out.")
+
+    def optimizer(self, parameters: Iterable[nn.Parameter], plan: Plan) -> torch.optim.Optimizer:
+        """Return what moves one member's weights; the plan's seed is the member's."""
+        return torch.optim.SGD(parameters, lr=plan.lr)
+
+    def rate(self, step: int, plan: Plan) -> float:
+        """Return the learning rate of a step."""
+        return plan.lr
+
+    def noisy(self, step: int, plan: Plan) -> bool:
+        """Return whether a step injects noise."""
+        return False
+
+    def keeps(self, step: int, plan: Plan) -> bool:
+        """Return whether the weights after a step are kept, for `samples`."""
+        return False
+
+    def cycle(self, step: int, plan: Plan) -> int:
+        """Return which cycle of the schedule a step is in, from 0."""
+        return 0
+
+    def backward(self, nets: Sequence[nn.Module], batch: Batch, plan: Plan) -> Tensor:
+        """Add the gradient of the loss to every net's parameters; return the loss, averaged over nets, detached.
+
+        Nets are in train mode, with empty gradients, and take images on [0, 1]. A mean over the batch is expected:
+        processes average their gradients.
+        """
+        total = torch.stack([F.cross_entropy(net(batch.x), batch.y) for net in nets]).sum()
+        total.backward()  # type: ignore[no-untyped-call]
+        return total.detach() / len(nets)
+
+    def update(self, optimizer: torch.optim.Optimizer, step: int, plan: Plan) -> None:
+        """Move one member's weights along its gradients.
+
+        Groups are told the rate as `lr`, the step as `counter` and whether it is noisy as `noisy`, for optimisers
+        whose random numbers are a function of the step.
+        """
+        for group in optimizer.param_groups:
+            group["lr"] = self.rate(step, plan)
+            group["counter"] = step
+            group["noisy"] = self.noisy(step, plan)
+        optimizer.step()
+
+    def samples(self, kept: Iterable[State], plan: Plan) -> Iterator[State]:
+        """Return the posterior samples, given the state of the net after each step that `keeps`, in order.
+
+        Called once, after the last step. States hold float32 tensors on the CPU by their names in the net; one of
+        them in memory at a time if this is a generator that is content with one.
+        """
+        yield from kept

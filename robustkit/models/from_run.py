@@ -1,0 +1,184 @@
+"""Nets that `robustkit train` wrote: `runs/x/`, one of several members or posterior samples as `runs/x/#2`.
+
+Several of them are written `runs/x/#0+4+7` or `runs/x/#0-4`. A folder of members or samples, whole or in part, is
+one model that predicts with all of them (see `robustkit.models.mixture`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from robustkit import posterior
+from robustkit.errors import UsageError
+from robustkit.models.built import Built
+from robustkit.models.mixture import Members, Samples
+from robustkit.models.options import Options
+from robustkit.models.strings import FOLDER, TIMM, TORCHVISION, ZOO, ModelString
+from robustkit.models.weights import Weights, put_weights, read_weights
+from robustkit.posterior import Posterior
+
+FACTS, WEIGHTS, FORMAT = "model.json", "model.safetensors", 1
+_NUMBERS = re.compile(r"\d+(-\d+)?(\+\d+(-\d+)?)*")
+
+# Builds a net by its string: the loader's own, for every kind but a folder.
+Build = Callable[[ModelString, Options, Weights | None], Built]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A folder that a training run wrote.
+
+    Attributes:
+        folder: Where it is, absolute.
+        numbers: Which members or samples are meant; None for all.
+        facts: What its model.json says.
+    """
+
+    folder: Path
+    numbers: list[int] | None
+    facts: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, spec: ModelString) -> Run:
+        """Return the run that a model string names.
+
+        Raises:
+            UsageError: if its model.json is missing, damaged or of another format, or its numbers are no numbers.
+        """
+        path, sign, text = spec.arch.rpartition("#")
+        if sign and not _NUMBERS.fullmatch(text):
+            raise UsageError(f"model {str(spec)!r}: write numbers after '#', as in #2, #0-4 or #0+4+7.")
+        folder = Path(path if sign else text).expanduser().absolute()
+        return cls(folder, _numbers(text) if sign else None, _facts(folder))
+
+    @property
+    def arch(self) -> str:
+        """How to write it so that it is found from any folder."""
+        numbers = "" if self.numbers is None else "#" + "+".join(map(str, self.numbers))
+        return f"{self.folder}/{numbers}"
+
+    def build(self, options: Options, make: Mapping[str, Build]) -> tuple[Built, Options]:
+        """Return the net, and the options of the model's string, the folder's where those say nothing.
+
+        Raises:
+            UsageError: if a file is missing or not the one that was written, or has no such member or sample.
+        """
+        inner = ModelString.parse(self.facts["arch"])
+        own = Options.read(inner)
+        if inner.kind in (ZOO, TIMM, TORCHVISION) and own.num_classes is None:
+            own = replace(own, num_classes=self.facts["classes"])
+
+        def net(state: dict[str, Tensor]) -> Built:
+            weights = Weights(self.folder / WEIGHTS, state, {})
+            built = make[inner.kind](inner, own, weights)
+            put_weights(built.net, weights, inner.arch)
+            return built
+
+        whole = self._samples(net) if (self.folder / posterior.FILE).is_file() else self._nets(net)
+        mean, std = (
+            None if self.facts[of] is None else tuple(map(float, self.facts[of])) for of in ("mean", "std")
+        )
+        defenses = (*options.defenses, *own.defenses)
+        options = replace(options, size=options.size or own.size, defenses=defenses)
+        return replace(whole, arch=self.arch, mean=mean, std=std), options
+
+    def _samples(self, net: Callable[[dict[str, Tensor]], Built]) -> Built:
+        store = Posterior.open(self.folder)
+        self._check_hash(posterior.FILE, store.sha256)
+        numbers = self._chosen(len(store), "samples")
+        built = net(store.state(numbers[0]))
+        if self.numbers is not None and len(numbers) == 1:
+            return built
+        identity = {**built.identity, "samples": numbers}
+        return replace(built, net=Samples(_module(built), store, numbers), identity=identity)
+
+    def _nets(self, net: Callable[[dict[str, Tensor]], Built]) -> Built:
+        count = self.facts["members"]
+        numbers = self._chosen(count, "members")
+        path = self.folder / WEIGHTS
+        if path.is_file():
+            self._check_hash(WEIGHTS, _sha256(path))
+        state = read_weights(path).state
+        if count == 1:
+            return net(state)
+        members = [net(_of_member(state, number)) for number in numbers]
+        if self.numbers is not None and len(numbers) == 1:
+            return members[0]
+        identity = {**members[0].identity, "members": len(members)}
+        return replace(members[0], net=Members([_module(member) for member in members]), identity=identity)
+
+    def _chosen(self, count: int, what: str) -> list[int]:
+        """Return the numbers meant, each of which must be there once."""
+        numbers = list(range(count)) if self.numbers is None else self.numbers
+        for number in numbers:
+            if number >= count or numbers.count(number) > 1:
+                wrong = "twice" if number < count else f"but {count} {what}"
+                raise UsageError(
+                    f"model '{self.arch}' names number {number} {wrong}: write numbers from 0 to {count - 1}, "
+                    "each once."
+                )
+        return numbers
+
+    def _check_hash(self, name: str, found: str) -> None:
+        if self.facts.get("hashes", {}).get(name, found) != found:
+            raise UsageError(
+                f"'{self.folder / name}' is not the file that the training wrote: restore it, or train again in "
+                "another folder."
+            )
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    path = folder / FACTS
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"'{path}' cannot be read: train again in another folder.") from error
+    if not isinstance(facts, dict) or facts.get("format") != FORMAT:
+        said = facts.get("format") if isinstance(facts, dict) else None
+        raise UsageError(f"'{path}' has format {said!r}, not {FORMAT}: train again with this version.")
+    types: dict[str, Any] = {
+        "arch": str,
+        "classes": int,
+        "members": int,
+        "mean": (list, type(None)),
+        "std": (list, type(None)),
+    }
+    for name, kind in types.items():
+        if not isinstance(facts.get(name), kind) or name not in facts:
+            raise UsageError(f"'{path}' does not say {name!r}: give a folder that 'robustkit train' wrote.")
+    if ModelString.parse(facts["arch"]).kind == FOLDER:
+        raise UsageError(f"'{path}' names the folder {facts['arch']!r} as the architecture: write the net's own.")
+    return facts
+
+
+def _numbers(text: str) -> list[int]:
+    found: list[int] = []
+    for part in text.split("+"):
+        first, sign, last = part.partition("-")
+        found += range(int(first), int(last) + 1) if sign else [int(first)]
+    return found
+
+
+def _of_member(state: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
+    prefix = f"{number}."
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
+def _module(built: Built) -> nn.Module:
+    if not isinstance(built.net, nn.Module):
+        raise UsageError(
+            f"{built.arch} is a {type(built.net).__name__}, not a torch.nn.Module, and was not trained."
+        )
+    return built.net
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,0 +1,143 @@
+"""Posterior samples while a net is being trained: a file each, and one file for all at the end."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from robustkit.errors import RunError
+from robustkit.posterior.store import DELTA, EXACT, FILE, FORMAT, MEAN, SCALE, Posterior, coded, is_coded
+from robustkit.posterior.stream import Entry, write
+
+FOLDER = "samples"
+
+
+class Draft:
+    """The samples of an unfinished training run, in a folder `samples` of the run's own.
+
+    A file appears only when it is whole. A run that is resumed writes the same samples again over those that it
+    had written before it was killed.
+    """
+
+    def __init__(self, run: Path) -> None:
+        """Look at a run's folder, which may be new."""
+        self.run = Path(run)
+
+    def __len__(self) -> int:
+        """How many samples there are, from the first without a gap."""
+        count = 0
+        while self._file(count).is_file():
+            count += 1
+        return count
+
+    def add(self, state: Mapping[str, Tensor], number: int | None = None) -> int:
+        """Write the next sample, or that of a number (from 0), and return its number.
+
+        Args:
+            state: a net's `state_dict()`.
+            number: which sample it is; by default the next.
+
+        Raises:
+            RunError: if a weight is NaN or infinite.
+        """
+        number = len(self) if number is None else number
+        for name, tensor in state.items():
+            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                raise RunError(
+                    f"sample {number} has NaN or infinite values in {name!r}: the training has diverged; "
+                    "train with a smaller learning rate."
+                )
+        file = self._file(number)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write(file, [_whole(name, tensor) for name, tensor in state.items()], {})
+        return number
+
+    def state(self, number: int) -> dict[str, Tensor]:
+        """Return a sample as it was written."""
+        found: dict[str, Tensor] = load_file(self._file(number))
+        return found
+
+    def keep(self, count: int) -> None:
+        """Remove all samples but the first `count`, as a run does that goes on from before they were taken."""
+        while self._file(count).is_file():
+            self._file(count).unlink()
+            count += 1
+
+    def pack(self) -> Posterior:
+        """Make one file of all samples, remove those of their own, and return the posterior.
+
+        It may be called again after a crash at any point of it.
+
+        Raises:
+            RunError: if there are no samples, or two have other tensors.
+        """
+        if not (self.run / FILE).is_file():
+            self._write()
+        shutil.rmtree(self.run / FOLDER, ignore_errors=True)
+        return Posterior.open(self.run)
+
+    def _file(self, number: int) -> Path:
+        return self.run / FOLDER / f"{number:04d}.safetensors"
+
+    def _write(self) -> None:
+        count = len(self)
+        if not count:
+            raise RunError(f"{self.run} has no posterior sample to pack: the method kept none.")
+        files: list[Any] = [safetensors.safe_open(self._file(number), framework="pt") for number in range(count)]
+        names = sorted(files[0].keys())
+        for number, file in enumerate(files):
+            if _shapes(file) != _shapes(files[0]):
+                raise RunError(f"sample {number} in {self.run / FOLDER} has other tensors than sample 0.")
+        entries = [entry for name in names for entry in _Stack(name, files).entries()]
+        write(self.run / FILE, entries, {"format": FORMAT, "samples": str(count)})
+
+
+class _Stack:
+    """One tensor of all samples, read anew in every pass: one of one sample is in memory at a time."""
+
+    def __init__(self, name: str, files: Sequence[Any]) -> None:
+        self.name, self.files = name, files
+        first = files[0].get_tensor(name)
+        self.dtype, self.shape = first.dtype, tuple(first.shape)
+
+    def entries(self) -> list[Entry]:
+        count = len(self.files)
+        if not is_coded(self.dtype, self.shape):
+            return [Entry(EXACT + self.name, self.dtype, (count, *self.shape), self._rows)]
+        return [
+            Entry(MEAN + self.name, torch.float32, self.shape, lambda: [self._mean()]),
+            Entry(SCALE + self.name, torch.float32, (count,), lambda: (scale for scale, _ in self._coded())),
+            Entry(DELTA + self.name, torch.float16, (count, *self.shape), self._codes),
+        ]
+
+    def _codes(self) -> Iterator[Tensor]:
+        return (code for _, code in self._coded())
+
+    def _rows(self) -> Iterator[Tensor]:
+        return (file.get_tensor(self.name) for file in self.files)
+
+    def _mean(self) -> Tensor:
+        total = torch.zeros(self.shape, dtype=torch.float64)
+        for row in self._rows():
+            total += row
+        return (total / len(self.files)).float()
+
+    def _coded(self) -> Iterator[tuple[Tensor, Tensor]]:
+        mean = self._mean()
+        return (coded(row - mean) for row in self._rows())
+
+
+def _whole(name: str, tensor: Tensor) -> Entry:
+    return Entry(name, tensor.dtype, tuple(tensor.shape), lambda: [tensor])
+
+
+def _shapes(file: Any) -> dict[str, tuple[str, list[int]]]:
+    slices = {name: file.get_slice(name) for name in file.keys()}
+    return {name: (of.get_dtype(), of.get_shape()) for name, of in slices.items()}

@@ -1,0 +1,141 @@
+"""The posterior of a finished training run: the mean of its samples, and each sample as what it has on top.
+
+A matrix or a kernel is kept as float32 mean and, of each sample, float16 differences to it, with a scale of
+the sample's own so that nothing under- or overflows: half the bytes, for a rounding of 2**-12 of a difference.
+All else (biases, batch norms, whole numbers), a hundredth of a net's bytes, is kept as it is: a variance that
+rounding made negative would be no variance. The file is mapped into memory: what nobody asks for is not read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+
+import safetensors
+import torch
+from torch import Tensor, nn
+
+from robustkit.errors import UsageError
+
+FILE = "posterior.safetensors"
+FORMAT = "1"
+MEAN, DELTA, SCALE, EXACT = "mean/", "delta/", "scale/", "exact/"
+# Codes reach up to this. Half of float16's largest: small differences beside large ones keep their digits.
+LARGEST = 2.0**15
+
+
+class Posterior:
+    """Samples of the weights of one net, read when they are asked for."""
+
+    def __init__(self, path: Path, tensors: Mapping[str, Tensor], count: int) -> None:
+        """Hold mapped tensors; see `open`."""
+        self.path, self._tensors, self._count = path, tensors, count
+        self._means: dict[torch.device, dict[str, Tensor]] = {}
+
+    @classmethod
+    def open(cls, run: Path) -> Posterior:
+        """Return the posterior in a run's folder.
+
+        Raises:
+            UsageError: if there is none, or the file is damaged or of another format.
+        """
+        path = Path(run) / FILE
+        try:
+            with safetensors.safe_open(path, framework="pt", device="cpu") as file:
+                said = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+        except FileNotFoundError as error:
+            raise UsageError(f"there is no posterior '{path}': give a folder that a sampler wrote.") from error
+        except (safetensors.SafetensorError, OSError) as error:
+            raise UsageError(f"posterior '{path}' is damaged: train it again in another folder.") from error
+        if said.get("format") != FORMAT or not said.get("samples", "").isdecimal():
+            raise UsageError(f"posterior '{path}' has format {said.get('format')!r}, not {FORMAT!r}.")
+        return cls(path, tensors, int(said["samples"]))
+
+    def __len__(self) -> int:
+        """How many samples there are."""
+        return self._count
+
+    def __deepcopy__(self, memo: object) -> Posterior:
+        """Return itself: it never changes, and a copy would be in memory as a whole."""
+        return self
+
+    @cached_property
+    def sha256(self) -> str:
+        """SHA-256 of the file's bytes, which hold nothing but the samples."""
+        digest = hashlib.sha256()
+        with self.path.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+        return digest.hexdigest()
+
+    @cached_property
+    def names(self) -> list[str]:
+        """Names of the net's tensors."""
+        return sorted(name.partition("/")[2] for name in self._tensors if name.startswith((MEAN, EXACT)))
+
+    def mean(self) -> dict[str, Tensor]:
+        """Return the mean of the samples; of whole numbers the last sample's."""
+        found = {}
+        for name in self.names:
+            if MEAN + name in self._tensors:
+                found[name] = self._tensors[MEAN + name].clone()
+                continue
+            rows = self._tensors[EXACT + name]
+            found[name] = rows.double().mean(0).to(rows.dtype) if rows.is_floating_point() else rows[-1].clone()
+        return found
+
+    def state(self, number: int) -> dict[str, Tensor]:
+        """Return a sample as a state dict, tensors of its own."""
+        self._check(number)
+        found = {}
+        for name in self.names:
+            like = self._tensors.get(MEAN + name)
+            out = torch.empty_like(self._tensors[EXACT + name][0] if like is None else like)
+            self._fill(out, name, number)
+            found[name] = out
+        return found
+
+    def put(self, net: nn.Module, number: int) -> None:
+        """Make a net's weights those of a sample, in place; the same as loading `state`, without a copy of it."""
+        self._check(number)
+        with torch.no_grad():
+            for name, tensor in net.state_dict().items():
+                self._fill(tensor, name, number)
+
+    def _fill(self, out: Tensor, name: str, number: int) -> None:
+        if EXACT + name in self._tensors:
+            out.copy_(self._tensors[EXACT + name][number])
+        elif out.dtype == torch.float32:
+            scale = float(self._tensors[SCALE + name][number])
+            out.copy_(self._tensors[DELTA + name][number]).mul_(scale).add_(self._mean_on(out.device)[name])
+        else:
+            whole = torch.empty(out.shape, dtype=torch.float32, device=out.device)
+            self._fill(whole, name, number)
+            out.copy_(whole)
+
+    def _mean_on(self, device: torch.device) -> dict[str, Tensor]:
+        """Return the means on a device: mapped on the CPU, else copied there once."""
+        if device not in self._means:
+            own = {name[len(MEAN) :]: of for name, of in self._tensors.items() if name.startswith(MEAN)}
+            self._means[device] = {name: of.to(device) for name, of in own.items()}
+        return self._means[device]
+
+    def _check(self, number: int) -> None:
+        if not 0 <= number < len(self):
+            raise UsageError(f"'{self.path}' has no sample {number}: write a number from 0 to {len(self) - 1}.")
+
+
+def is_coded(dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
+    """Return whether a tensor is kept as mean and differences, and not as it is."""
+    return dtype == torch.float32 and len(shape) > 1
+
+
+def coded(difference: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a scale (1) and float16 codes whose product is the difference to the mean, rounded."""
+    largest = difference.abs().amax() if difference.numel() else difference.new_zeros(())
+    scale = largest / LARGEST
+    code = difference / torch.where(scale > 0, scale, 1)
+    return scale.reshape(1), code.half()

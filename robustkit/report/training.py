@@ -1,0 +1,106 @@
+"""A training run as a table for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from robustkit.record import Rate
+from robustkit.report.table import duration, interval, percent
+from robustkit.trained import Trained
+
+# Rows of a long run's table; the rest is in metrics.jsonl.
+ROWS = 12
+
+
+def show(record: Trained, console: Console, next_command: str | None = None) -> None:
+    """Print what was trained, how it went, how good it is, what it cost, and the next command."""
+    spec = record.spec
+
+    def line(text: str) -> None:
+        console.print(text, highlight=False, soft_wrap=True)
+
+    data = str(record.data).rpartition("/")[2]
+    nets = f"{record.members} x " if record.members > 1 else ""
+    line(
+        f"run {record.run_id}   {spec['data']['n']:,} images of {data}   seed {spec['seed']}   {spec['precision']}"
+    )
+    size = f"{spec['epochs']} epochs, batch {spec['batch_size']}"
+    line(f"{method_words(record.method)} on {nets}{record.arch}, {size}\n")
+    console.print(_epochs(record.history), highlight=False)
+    if record.samples:
+        line("")
+        console.print(_samples(record.samples), highlight=False)
+    line("")
+    if record.accuracy:
+        rate = Rate(**record.accuracy)
+        of = str(spec["test"]["string"]).rpartition("/")[2]
+        what = (
+            f"mean of {len(record.samples)} samples" if record.samples else "mean of nets" if nets else "accuracy"
+        )
+        line(f"{what}   {percent(rate.value)} ({interval(rate)}) of {rate.n:,} images of {of}")
+        if len(record.member_accuracy) > 1:
+            line(f"each net   {', '.join(percent(share) for share in record.member_accuracy)}")
+    cost = record.cost
+    line(f"cost       {flops_words(cost['flops'])}   {duration(cost['seconds'])}")
+    if next_command:
+        line(f"next       {next_command}")
+
+
+def method_words(method: Mapping[str, Any]) -> str:
+    """Return a method with its fields, as it could be asked for."""
+    fields = ",".join(f"{name}={value}" for name, value in method.items() if name != "name")
+    return f"{method['name']}({fields})" if fields else str(method["name"])
+
+
+def flops_words(flops: float) -> str:
+    """Return 1.2e15 as `1.2 petaflop`."""
+    for size, name in ((1e18, "exa"), (1e15, "peta"), (1e12, "tera")):
+        if flops >= size:
+            return f"{flops / size:.3g} {name}flop"
+    return f"{flops / 1e9:.3g} gigaflop"
+
+
+def _epochs(history: Sequence[Mapping[str, Any]]) -> Table:
+    table = _table("epoch", "loss", "test acc", "rate", "images/s", "time")
+    judged = [facts for facts in history if "test_accuracy" in facts] or list(history)
+    gap = max(-(-len(judged) // ROWS), 1)
+    for facts in reversed(judged[::-1][::gap]):
+        accuracy = facts.get("test_accuracy")
+        table.add_row(
+            str(facts["epoch"]),
+            f"{facts['loss']:.4f}",
+            "–" if accuracy is None else percent(accuracy),
+            f"{facts['rate']:.3g}",
+            f"{facts['images_per_second']:,.0f}",
+            duration(facts["seconds"]),
+        )
+    return table
+
+
+def _samples(samples: Sequence[Mapping[str, Any]]) -> Table:
+    table = _table("sample", "cycle", "epoch", "rate", "test acc", "test loss")
+
+    def shown(facts: Mapping[str, Any], name: str, form: str) -> str:
+        value = facts.get(name)
+        return "–" if value is None else format(value, form)
+
+    for number, facts in enumerate(samples):
+        accuracy = facts.get("accuracy")
+        table.add_row(
+            f"#{number}",
+            *(shown(facts, name, form) for name, form in (("cycle", "d"), ("epoch", "d"), ("rate", ".3g"))),
+            "–" if accuracy is None else percent(accuracy),
+            shown(facts, "loss", ".4f"),
+        )
+    return table
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="", padding=(0, 3, 0, 0))
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table

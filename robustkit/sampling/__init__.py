@@ -1,0 +1,27 @@
+"""Arithmetic of posterior samplers: Langevin optimisers, learning rates, moments of weights.
+
+The scale is that of training: a loss L that is a mean over samples, with weight decay wd, of N samples in all. The
+posterior at temperature T is p(w) ~ exp(-N (L(w) + wd |w|^2 / 2) / T): T = 1 is Bayes' own, T = 0 plain descent.
+Batch size and learning rate are not in it.
+"""
+
+from robustkit.sampling.checks import at_least, below, enough
+from robustkit.sampling.langevin import Langevin, PreconditionedLangevin
+from robustkit.sampling.moments import Moments
+from robustkit.sampling.noise import normal_like
+from robustkit.sampling.rates import cosine, cyclical, linear, polynomial, spread
+
+__all__ = [
+    "Langevin",
+    "Moments",
+    "PreconditionedLangevin",
+    "at_least",
+    "below",
+    "cosine",
+    "cyclical",
+    "enough",
+    "linear",
+    "normal_like",
+    "polynomial",
+    "spread",
+]

@@ -1,0 +1,41 @@
+"""Learning rates as functions of the 0-based step, and steps spread evenly."""
+
+from __future__ import annotations
+
+import math
+
+
+def cosine(step: int, length: int, peak: float) -> float:
+    """Return the rate that falls from `peak` at step 0 towards 0 at step `length`."""
+    return 0.5 * peak * (1 + math.cos(math.pi * step / length))
+
+
+def cyclical(step: int, length: int, peak: float) -> float:
+    """Return the cosine rate that starts again every `length` steps (Zhang et al. 2020, arXiv:1902.03932).
+
+    It is above 0 at a cycle's last step, so that samples go on moving.
+    """
+    return cosine(step % length, length, peak)
+
+
+def polynomial(time: float, peak: float, power: float) -> float:
+    """Return `peak` times (1 + time)^-power.
+
+    For a power above 1/2 and up to 1 its sum is infinite and the sum of its squares is not, which is what
+    Welling & Teh (2011) ask for.
+    """
+    return float(peak * (1 + time) ** -power)
+
+
+def linear(step: int, length: int, peak: float, floor: float) -> float:
+    """Return SWAG's way from `peak` to `floor` in `length` steps: level, from a half to nine tenths down, level.
+
+    Maddox et al. 2019, arXiv:1902.02476.
+    """
+    fallen = min(max((step / length - 0.5) / 0.4, 0.0), 1.0)
+    return peak * (1 - fallen) + floor * fallen
+
+
+def spread(step: int, length: int, count: int) -> bool:
+    """Return whether a step is one of `count` among `length` at equal distances, the last of them included."""
+    return 0 <= step < length and (step + 1) * count // length > step * count // length

@@ -1,0 +1,1 @@
+"""The training loop that every method shares: data in memory, nets, steps, checkpoints, and what a run leaves."""

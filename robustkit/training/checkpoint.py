@@ -1,0 +1,95 @@
+"""The full state of an unfinished run, in one file that is written whole or not at all."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from robustkit.engine.folder import write
+from robustkit.errors import UsageError
+from robustkit.training.nets import Tally
+
+FILE = "checkpoint.pt"
+
+
+@dataclass
+class Course:
+    """How far a run is.
+
+    Attributes:
+        step: steps done.
+        kept: states kept for the posterior.
+        loss: sum of the losses since the epoch began, on the device; read once an epoch.
+        seconds: of training, over all sittings.
+        history: facts of each finished epoch.
+        tally: propagations.
+    """
+
+    loss: Tensor
+    step: int = 0
+    kept: int = 0
+    seconds: float = 0.0
+    history: list[dict[str, Any]] = field(default_factory=list)
+    tally: Tally = field(default_factory=Tally)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What changes as a run goes on: nets, what moves them, and their moving averages, if any."""
+
+    nets: Sequence[nn.Module]
+    optimizers: Sequence[torch.optim.Optimizer]
+    averages: Sequence[dict[str, Tensor]]
+
+
+def save(folder: Path, course: Course, parts: Parts) -> None:
+    """Write the checkpoint over the one before it."""
+    body = {
+        "step": course.step,
+        "kept": course.kept,
+        "loss": course.loss.cpu(),
+        "seconds": course.seconds,
+        "history": json.dumps(course.history),
+        "forwards": course.tally.forwards,
+        "backwards": course.tally.backwards,
+        "nets": [net.state_dict() for net in parts.nets],
+        "optimizers": [optimizer.state_dict() for optimizer in parts.optimizers],
+        "averages": list(parts.averages),
+    }
+    stream = io.BytesIO()
+    torch.save(body, stream)
+    write(folder / FILE, stream.getvalue())
+
+
+def load(folder: Path, course: Course, parts: Parts) -> bool:
+    """Take up a checkpoint, in place; return whether there is one.
+
+    Raises:
+        UsageError: if it cannot be read.
+    """
+    path = folder / FILE
+    if not path.is_file():
+        return False
+    try:
+        body = torch.load(path, map_location=course.loss.device, weights_only=True)
+        for net, state in zip(parts.nets, body["nets"], strict=True):
+            net.load_state_dict(state)
+        for optimizer, state in zip(parts.optimizers, body["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        for average, state in zip(parts.averages, body["averages"], strict=True):
+            average.update(state)
+    # A damaged file fails in as many ways as there are bytes.
+    except Exception as error:
+        raise UsageError(f"{path} cannot be read: delete it to begin again.") from error
+    course.step, course.kept, course.seconds = body["step"], body["kept"], body["seconds"]
+    course.loss = body["loss"]
+    course.history = json.loads(body["history"])
+    course.tally.forwards, course.tally.backwards = body["forwards"], body["backwards"]
+    return True

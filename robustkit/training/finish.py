@@ -1,0 +1,152 @@
+"""What a finished run leaves: weights, or a posterior, and model.json, by which it is finished."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from robustkit.engine.environment import environment
+from robustkit.engine.folder import sha256, write
+from robustkit.method import Method, State
+from robustkit.posterior import FILE as POSTERIOR
+from robustkit.posterior import Draft, Posterior
+from robustkit.posterior.stream import write_tensors
+from robustkit.record import Rate, dumps
+from robustkit.trained import RECORD, WEIGHTS, Trained
+from robustkit.training import score
+from robustkit.training.averages import swapped
+from robustkit.training.checkpoint import Course, Parts
+from robustkit.training.images import ImageSet
+from robustkit.training.job import Job
+from robustkit.training.nets import Member, bare, flops
+
+# Where states wait for the method that makes its samples of them.
+KEPT = "kept"
+
+
+def finish(
+    job: Job, members: Sequence[Member], parts: Parts, course: Course, train: ImageSet, test: ImageSet | None
+) -> None:
+    """Write the files; it may be called again after a crash at any point of it."""
+    samples: list[dict[str, Any]] = []
+    scores: list[Tensor] = []
+    if job.method.posterior:
+        posterior = _pack(job, members[0], train)
+        samples = _facts(job.method, job, len(posterior))
+        for number, facts in enumerate(samples):
+            posterior.put(members[0].net, number)
+            if test is not None:
+                scores.append(score.log_probabilities(members[0].classifier, test))
+                facts["accuracy"], facts["loss"] = score.accuracy_and_loss(scores[-1], test.labels)
+    else:
+        with swapped(parts.nets, parts.averages):
+            _save(job, members)
+            if test is not None:
+                scores = [score.log_probabilities(member.classifier, test) for member in members]
+    own = [score.accuracy_and_loss(one, test.labels)[0] for one in scores] if test is not None else []
+    accuracy = None
+    if test is not None:
+        hits = int((score.mixed(scores).argmax(1) == test.labels).sum())
+        accuracy = json.loads(dumps(Rate.of(hits, len(test))))
+    classifier = members[0].classifier
+    mean, std = (None if of is None else of.flatten().tolist() for of in (classifier.mean, classifier.std))
+    per_image = flops(classifier.eval(), train.at(slice(0, 1)))
+    tally, file = course.tally, POSTERIOR if job.method.posterior else WEIGHTS
+    record = Trained(
+        run_id=job.spec.run_id,
+        arch=bare(classifier),
+        mean=mean and [round(number, 6) for number in mean],
+        std=std and [round(number, 6) for number in std],
+        classes=job.plan.classes,
+        method=job.spec.method,
+        data=str(job.spec.data["string"]),
+        spec=json.loads(dumps(job.spec)),
+        members=job.plan.members,
+        history=course.history,
+        samples=samples,
+        accuracy=accuracy,
+        member_accuracy=[] if job.method.posterior else own,
+        cost={
+            "forwards": tally.forwards,
+            "backwards": tally.backwards,
+            # A backward pass makes the gradients of the input and of the weights of every layer.
+            "flops": per_image * (tally.forwards + 2 * tally.backwards),
+            "seconds": course.seconds,
+        },
+        hashes={file: sha256(job.folder / file)},
+        environment=environment(train.pixels.device, job.spec.precision, None),
+    )
+    write(job.folder / RECORD, (dumps(record.to_json(), indent=2) + "\n").encode())
+    shutil.rmtree(job.folder / KEPT, ignore_errors=True)
+
+
+def judge(members: Sequence[Member], parts: Parts, test: ImageSet) -> dict[str, float]:
+    """Return accuracy and loss of the nets as they are now; of several, their mean probabilities'."""
+    with swapped(parts.nets, parts.averages):
+        together = score.mixed(score.log_probabilities(member.classifier, test) for member in members)
+    accuracy, loss = score.accuracy_and_loss(together, test.labels)
+    return {"test_accuracy": accuracy, "test_loss": loss}
+
+
+def _pack(job: Job, member: Member, train: ImageSet) -> Posterior:
+    """Make the method's samples of the states that were kept, and return the posterior of them."""
+    if (job.folder / POSTERIOR).is_file():
+        return Posterior.open(job.folder)
+    draft, count = Draft(job.folder), 0
+    for state in job.method.samples(_kept(job.folder / KEPT), job.plan):
+        if job.method.batch_norm == "re-estimate":
+            member.net.load_state_dict(state)
+            score.re_estimate(member, train, min(job.plan.batch_size, len(train)))
+            state = member.net.state_dict()
+        draft.add(state, count)
+        count += 1
+    draft.keep(count)
+    return draft.pack()
+
+
+def _kept(folder: Path) -> Iterator[State]:
+    draft = Draft(folder)
+    for number in range(len(draft)):
+        yield draft.state(number)
+
+
+def _facts(method: Method, job: Job, count: int) -> list[dict[str, Any]]:
+    """Return step, epoch, cycle and rate of each sample that is a state of the run; of a drawn one none."""
+    nothing = {"step": None, "epoch": None, "cycle": None, "rate": None, "accuracy": None, "loss": None}
+    if type(method).samples is not Method.samples:
+        return [dict(nothing) for _ in range(count)]
+    plan = job.plan
+    return [
+        {
+            **nothing,
+            "step": step + 1,
+            "epoch": step // plan.steps_per_epoch + 1,
+            "cycle": method.cycle(step, plan) + 1,
+            "rate": method.rate(step, plan),
+        }
+        for step in range(plan.steps)
+        if method.keeps(step, plan)
+    ]
+
+
+def _save(job: Job, members: Sequence[Member]) -> None:
+    """Write the weights of one net under its own names, of several under numbers in front of them."""
+    state = {
+        f"{number}.{name}" if len(members) > 1 else name: tensor
+        for number, member in enumerate(members)
+        for name, tensor in member.net.state_dict().items()
+    }
+    classifier = members[0].classifier
+    about: Mapping[str, Tensor | None] = {"mean": classifier.mean, "std": classifier.std}
+    metadata = {
+        name: ",".join(f"{number:g}" for number in of.flatten().tolist())
+        for name, of in about.items()
+        if of is not None
+    }
+    metadata |= {"arch": bare(classifier), "recipe": dumps(job.spec.method), "run": job.spec.run_id}
+    write_tensors(job.folder / WEIGHTS, state, metadata)

@@ -1,0 +1,136 @@
+"""A training set in memory, and its batches: which images in which order, moved how, is a function of the seed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from robustkit.data.samples import Samples
+from robustkit.errors import UsageError
+from robustkit.method import Batch, Plan
+from robustkit.rng import RowRng
+from robustkit.training import augment
+
+_CHUNK = 1024
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images side by side in memory.
+
+    Attributes:
+        pixels: (N H W C), uint8 where the images are 8-bit, else float32 in [0, 1].
+        labels: (N).
+    """
+
+    pixels: Tensor
+    labels: Tensor
+
+    @classmethod
+    def read(cls, samples: Samples) -> ImageSet:
+        """Read a whole set; as bytes if no image loses anything by it."""
+        chunks: list[Tensor] = []
+        exact = True
+        for start in range(0, len(samples), _CHUNK):
+            x = samples.images(np.arange(start, min(start + _CHUNK, len(samples)))).permute(0, 2, 3, 1)
+            if exact:
+                whole = (x * 255).round().to(torch.uint8)
+                exact = bool((whole.float() / 255 == x).all())
+                if exact:
+                    chunks.append(whole.contiguous())
+                    continue
+                chunks = [chunk.float() / 255 for chunk in chunks]
+            chunks.append(x.contiguous())
+        return cls(torch.cat(chunks), torch.from_numpy(samples.labels.astype(np.int64)))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def channels(self) -> int:
+        """C."""
+        return self.pixels.shape[3]
+
+    @property
+    def height(self) -> int:
+        """H, in pixels."""
+        return self.pixels.shape[1]
+
+    def to(self, device: torch.device) -> ImageSet:
+        """Return the set on a device."""
+        return ImageSet(self.pixels.to(device), self.labels.to(device))
+
+    def at(self, rows: Tensor | slice) -> Tensor:
+        """Return those images as they are: float32 (B C H W) in [0, 1], channels last in memory."""
+        return as_images(self.pixels[rows])
+
+    def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Return mean and deviation of each channel over the set, to four decimals."""
+        count = self.pixels[..., 0].numel()
+        total = torch.zeros(2, self.channels, dtype=torch.float64)
+        for chunk in torch.split(self.pixels, _CHUNK):
+            values = (chunk.double() / 255 if chunk.dtype == torch.uint8 else chunk.double()).flatten(0, 2)
+            total += torch.stack([values.sum(0), values.square().sum(0)])
+        mean, square = total / count
+        std = (square - mean**2).clamp_min(0).sqrt()
+        return tuple(round(m, 4) for m in mean.tolist()), tuple(max(round(s, 4), 1e-4) for s in std.tolist())
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One pass over a set: the order of the images, and how each is moved."""
+
+    images: ImageSet
+    plan: Plan
+    number: int
+    order: Tensor
+    moves: Tensor
+    augmentation: tuple[str, ...]
+
+    @classmethod
+    def of(cls, images: ImageSet, plan: Plan, number: int, augmentation: tuple[str, ...]) -> Epoch:
+        """Draw an epoch; the numbers depend on seed, epoch and image alone."""
+        ids = torch.arange(len(images), device=images.labels.device)
+        key = RowRng(plan.seed, "order", ids, step=number).integers(2**31, 1)[:, 0]
+        order = key.argsort(stable=True)
+        moves = RowRng(plan.seed, "augmentation", ids, step=number).integers(2**31, 3)
+        return cls(images, plan, number, order, moves, augmentation)
+
+    def batch(self, place: int, part: int = 0, parts: int = 1) -> Batch:
+        """Return the batch at a place of the epoch, or one of several equal parts of it."""
+        size = self.plan.batch_size // parts
+        start = place * self.plan.batch_size + part * size
+        rows = self.order[start : start + size]
+        step = self.number * self.plan.steps_per_epoch + place
+        rng = RowRng(self.plan.seed, "method", rows, step=step)
+        return Batch(as_images(self._moved(rows)), self.images.labels[rows], rng, step)
+
+    def _moved(self, rows: Tensor) -> Tensor:
+        pixels = self.images.pixels[rows]
+        if not self.augmentation:
+            return pixels
+        most = augment.margin(self.images.height)
+        down, across, coin = self.moves[rows].unbind(1)
+        mirrored = (
+            (coin % 2 == 1) if augment.FLIP in self.augmentation else torch.zeros_like(coin, dtype=torch.bool)
+        )
+        return augment.moved(pixels, down % (2 * most + 1), across % (2 * most + 1), mirrored, most)
+
+
+def as_images(pixels: Tensor) -> Tensor:
+    """Return (B H W C) pixels as images (B C H W) on [0, 1], without moving them in memory."""
+    x = pixels.permute(0, 3, 1, 2)
+    return x.to(torch.float32).div_(255) if x.dtype == torch.uint8 else x
+
+
+def check_room(samples: Samples, free: int) -> None:
+    """Refuse a set that does not fit into half of the free bytes."""
+    need = samples.images([0]).numel() * len(samples)
+    if need > free // 2:
+        raise UsageError(
+            f"{samples.name}: {len(samples)} images take {need / 2**30:.1f} GiB of memory and "
+            f"{free / 2**30:.1f} GiB are free; train on fewer with --limit."
+        )

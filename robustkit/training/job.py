@@ -1,0 +1,37 @@
+"""What every process of a run is given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from robustkit.method import Method, Plan
+from robustkit.models.strings import ModelString
+from robustkit.trained import TrainSpec
+from robustkit.training.images import ImageSet
+from robustkit.training.progress import TrainProgress
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a process needs to train; it must pickle.
+
+    Attributes:
+        spec: what determines the weights.
+        method: the hooks.
+        plan: what they may know.
+        arch: complete and normalised (`robustkit.training.nets`).
+        train: on the CPU.
+        test: on the CPU, if there is any.
+        folder: of the run.
+        progress: who to tell.
+    """
+
+    spec: TrainSpec
+    method: Method
+    plan: Plan
+    arch: ModelString
+    train: ImageSet
+    test: ImageSet | None
+    folder: Path
+    progress: TrainProgress

@@ -1,0 +1,191 @@
+"""The loop: epochs of steps, checkpoints on the way. A step does not wait for the device; an epoch does, once."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from robustkit.errors import RunError
+from robustkit.method import Plan
+from robustkit.posterior import Draft
+from robustkit.training import augment, averages, checkpoint
+from robustkit.training.checkpoint import Course, Parts
+from robustkit.training.finish import KEPT, finish, judge
+from robustkit.training.images import Epoch
+from robustkit.training.job import Job
+from robustkit.training.metrics import MISSING, Metrics
+from robustkit.training.nets import Member, build, net_of
+from robustkit.training.processes import average, synchronised
+from robustkit.training.progress import TrainProgress
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+# Seconds after which a checkpoint is written within an epoch.
+SAVE_EVERY = 60.0
+# A run looks at its test data so many times at most.
+LOOKS = 20
+
+
+def work(fabric: Fabric, job: Job) -> None:
+    """Train in one process: from the beginning or the last checkpoint to the files of a finished run."""
+    with _generators(fabric.device):
+        Sitting(fabric, job).run()
+
+
+class Sitting:
+    """One process at work on a run, from where an earlier sitting left it."""
+
+    def __init__(self, fabric: Fabric, job: Job) -> None:
+        """Build everything, and take up the checkpoint if there is one."""
+        self.fabric, self.job = fabric, job
+        self.plan, self.method = job.plan, job.method
+        self.images = job.train.to(fabric.device)
+        self.test = None if job.test is None else job.test.to(fabric.device)
+        self.course = Course(loss=torch.zeros((), device=fabric.device))
+        self.members = [self._member(number) for number in range(job.plan.members)]
+        nets = [member.net for member in self.members]
+        weights = [[weight for weight in net.parameters() if weight.requires_grad] for net in nets]
+        plans = [own_plan(job.plan, number) for number in range(job.plan.members)]
+        self.parts = Parts(
+            nets=nets,
+            optimizers=[job.method.optimizer(own, plan) for own, plan in zip(weights, plans, strict=True)],
+            averages=[averages.start(net) for net in nets] if job.spec.ema else [],
+        )
+        self.resumed = checkpoint.load(job.folder, self.course, self.parts)
+        fabric.barrier()
+        # Of several processes one writes and speaks.
+        self.first = fabric.global_rank == 0
+        self.progress = job.progress if self.first else TrainProgress()
+
+    def run(self) -> None:
+        """Train to the end, and write what a finished run leaves."""
+        if self.resumed:
+            self.progress.say(
+                f"resuming {self.job.spec.run_id}: {self.course.step} of {self.plan.steps} steps done"
+            )
+        self.progress.begin(self.plan.epochs, self.plan.steps_per_epoch, self.plan.batch_size)
+        metrics = Metrics(self.job.folder, self.course.history) if self.first else None
+        if metrics is not None and metrics.curves is None and not self.resumed:
+            self.progress.say(MISSING)
+        try:
+            while self.course.step < self.plan.steps:
+                facts = self._epoch()
+                if metrics is not None:
+                    metrics.add(facts)
+            if self.first:
+                finish(self.job, self.members, self.parts, self.course, self.images, self.test)
+        finally:
+            if metrics is not None:
+                metrics.close()
+            self.progress.close()
+        self.fabric.barrier()
+
+    def _epoch(self) -> dict[str, Any]:
+        """Do what is left of the epoch that the run is in, save it, and return its facts."""
+        plan, course = self.plan, self.course
+        number, start = divmod(course.step, plan.steps_per_epoch)
+        epoch = Epoch.of(self.images, plan, number, augment.parts(self.job.spec.augment))
+        before, begun = course.seconds, time.perf_counter()
+        saved = begun
+        for place in range(start, plan.steps_per_epoch):
+            self._step(epoch, place)
+            now = time.perf_counter()
+            course.seconds = before + now - begun
+            if now - saved > SAVE_EVERY and self.first and place + 1 < plan.steps_per_epoch:
+                self._mean_loss(place + 1)
+                checkpoint.save(self.job.folder, course, self.parts)
+                saved = now
+        loss = self._mean_loss(plan.steps_per_epoch)
+        course.loss = torch.zeros_like(course.loss)
+        seconds = time.perf_counter() - begun
+        course.seconds = before + seconds
+        facts = {
+            "epoch": number + 1,
+            "step": course.step,
+            "loss": loss,
+            "rate": self.method.rate(course.step - 1, plan),
+            "images_per_second": (plan.steps_per_epoch - start) * plan.batch_size / seconds,
+            "seconds": course.seconds,
+        }
+        if self.first:
+            if self.test is not None and _looks(number + 1, plan.epochs):
+                facts |= judge(self.members, self.parts, self.test)
+            course.history.append(facts)
+            checkpoint.save(self.job.folder, course, self.parts)
+            self.progress.epoch(facts)
+        return facts
+
+    def _step(self, epoch: Epoch, place: int) -> None:
+        plan, method, course = self.plan, self.method, self.course
+        step, fabric = course.step, self.fabric
+        batch = epoch.batch(place, fabric.global_rank, fabric.world_size)
+        _reseed(_seed(plan.seed, step, fabric.global_rank), fabric.device)
+        for optimizer in self.parts.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        loss = method.backward(self.members, batch, plan)
+        course.loss += average(self.parts.nets, loss, fabric)
+        for optimizer in self.parts.optimizers:
+            method.update(optimizer, step, plan)
+        for running, net in zip(self.parts.averages, self.parts.nets, strict=False):
+            averages.advance(running, net, self.job.spec.ema)
+        course.step += 1
+        if method.keeps(step, plan):
+            if self.first:
+                Draft(self.job.folder / KEPT).add(self.parts.nets[0].state_dict(), course.kept)
+            course.kept += 1
+        self.progress.step(course.step)
+
+    def _mean_loss(self, steps: int) -> float:
+        """Return the epoch's mean loss so far; RunError if it is not finite."""
+        loss = float(self.course.loss) / steps
+        if not math.isfinite(loss):
+            epoch = (self.course.step - 1) // self.plan.steps_per_epoch + 1
+            raise RunError(
+                f"the loss is {loss} in epoch {epoch}: the training has diverged; give a smaller --lr in another "
+                "folder."
+            )
+        return loss
+
+    def _member(self, number: int) -> Member:
+        plan, fabric = self.plan, self.fabric
+        classifier = build(self.job.arch, plan.seed + number, self.job.train.at(slice(0, 2)), plan.classes)
+        classifier.net = synchronised(net_of(classifier), fabric)
+        classifier = classifier.to(fabric.device).to(memory_format=torch.channels_last).train()
+        return Member(classifier, self.course.tally, fabric.autocast, fabric.world_size).train()
+
+
+def own_plan(plan: Plan, member: int) -> Plan:
+    """Return the plan of one member: its seed is its own."""
+    return replace(plan, seed=plan.seed + member)
+
+
+def _looks(epoch: int, epochs: int) -> bool:
+    return epoch == epochs or epoch % math.ceil(epochs / LOOKS) == 0
+
+
+def _seed(seed: int, step: int, rank: int) -> int:
+    digest = hashlib.sha256(f"{seed}/torch/{step}/{rank}".encode()).digest()
+    return int.from_bytes(digest[:8], "little", signed=True)
+
+
+def _reseed(seed: int, device: torch.device) -> None:
+    """Set the generators that nets with dropout draw from: `torch.manual_seed` takes as long as a small step."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+
+
+@contextmanager
+def _generators(device: torch.device) -> Iterator[None]:
+    """Leave torch's generators as the caller had them."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        yield

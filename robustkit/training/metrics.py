@@ -1,0 +1,49 @@
+"""Numbers of a run as it goes on: a line an epoch in metrics.jsonl, and curves for TensorBoard."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from robustkit.engine.folder import write
+from robustkit.record import dumps
+
+FILE, FOLDER = "metrics.jsonl", "tensorboard"
+MISSING = "no curves for TensorBoard: pip install 'robustkit[tensorboard]' writes them"
+
+
+class Metrics:
+    """Writes facts of epochs; begins with those that a resumed run has behind it, and drops any after them."""
+
+    def __init__(self, folder: Path, history: Sequence[Mapping[str, Any]]) -> None:
+        """Open both; `curves` is None where TensorBoard is not installed."""
+        self.file = folder / FILE
+        write(self.file, "".join(dumps(facts) + "\n" for facts in history).encode())
+        self.curves = _curves(folder / FOLDER, len(history))
+
+    def add(self, facts: Mapping[str, Any]) -> None:
+        """Write the facts of one epoch."""
+        with self.file.open("a", encoding="utf-8") as stream:
+            stream.write(dumps(facts) + "\n")
+        if self.curves is not None:
+            for name, value in facts.items():
+                if isinstance(value, float):
+                    self.curves.add_scalar(name, value, facts["epoch"])
+            self.curves.flush()
+
+    def close(self) -> None:
+        """Close the curves' file."""
+        if self.curves is not None:
+            self.curves.close()
+
+
+def _curves(folder: Path, epochs: int) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            return None
+        return SummaryWriter(str(folder), purge_step=epochs + 1)

@@ -1,0 +1,153 @@
+"""The nets that a run trains: built from a model string for the data at hand, counted, in the run's precision."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from robustkit.errors import UsageError
+from robustkit.models import Classifier, load_model
+from robustkit.models.catalog import lookup
+from robustkit.models.mixture import Mixture
+from robustkit.models.strings import FOLDER, TIMM, TORCHVISION, ZOO, ModelString
+from robustkit.shapes import Images, Logits
+from robustkit.trained import RECORD
+
+USUAL = {
+    "digits": "robustkit:digits-cnn",
+    "cifar10": "robustkit:cifar-resnet20",
+    "cifar100": "robustkit:cifar-resnet20",
+}
+
+
+@dataclass
+class Tally:
+    """Sample-propagations through all nets of a run, on all its processes together."""
+
+    forwards: int = 0
+    backwards: int = 0
+
+
+class Member(nn.Module):
+    """A classifier in the run's precision, whose propagations are counted; `net` is the net itself."""
+
+    def __init__(
+        self,
+        classifier: Classifier,
+        tally: Tally | None = None,
+        autocast: Callable[[], AbstractContextManager[None]] | None = None,
+        weight: int = 1,
+    ) -> None:
+        """Wrap a classifier; each row counts `weight` times, as it does on one of so many processes."""
+        super().__init__()
+        self.classifier = classifier
+        self.tally = tally or Tally()
+        self.autocast = autocast
+        self.weight = weight
+
+    @property
+    def net(self) -> nn.Module:
+        """The net that takes normalised images."""
+        return net_of(self.classifier)
+
+    def forward(self, images: Images) -> Logits:
+        """Return float32 logits of images on [0, 1]."""
+        rows = len(images) * self.weight
+        self.tally.forwards += rows
+        if self.autocast is None:
+            logits: Tensor = self.classifier(images)
+        else:
+            with self.autocast():
+                logits = self.classifier(images)
+        if logits.requires_grad:
+            logits.register_hook(lambda gradient: self._back(rows))  # type: ignore[no-untyped-call]
+        return logits
+
+    def _back(self, rows: int) -> None:
+        self.tally.backwards += rows
+
+
+def net_of(classifier: Classifier) -> nn.Module:
+    """Return the net inside, which is a module after `build`."""
+    if not isinstance(classifier.net, nn.Module):
+        raise TypeError(f"{classifier.string} is no module")
+    return classifier.net
+
+
+def usual_arch(data: str) -> str:
+    """Return the net that is trained on this data if none is named; UsageError if none is usual."""
+    name = data.partition(":")[0]
+    if name not in USUAL:
+        raise UsageError(f"no usual net for {data}; write --arch, e.g. --arch robustkit:cifar-resnet20.")
+    return USUAL[name]
+
+
+def complete(text: str, classes: int, channels: int) -> ModelString:
+    """Return a model string made to start from what it names: from weights only if it names a file.
+
+    Number of classes and channels are those of the data, where the string does not say.
+    """
+    spec = ModelString.parse(text)
+    options = dict(spec.options)
+    if "defense" in options:
+        raise UsageError(f"--arch {text}: a defense is not trained; write it when the net is evaluated.")
+    if spec.kind in (ZOO, TIMM, TORCHVISION) and spec.weights is None:
+        options.setdefault("pretrained", "false")
+        own = lookup(spec.name) if spec.kind == ZOO else None
+        if own is None or own.num_classes != classes:
+            options.setdefault("num_classes", str(classes))
+        if own is not None and own.input[0] != channels:
+            options.setdefault("in_channels", str(channels))
+    return replace(spec, options=options)
+
+
+def normalised(spec: ModelString, mean: Sequence[float], std: Sequence[float]) -> ModelString:
+    """Return the string with the data's normalisation, unless it names weights or a normalisation of its own."""
+    if spec.weights is not None or spec.kind == FOLDER or {"mean", "std"} & spec.options.keys():
+        return spec
+    numbers = {"mean": ",".join(f"{m:g}" for m in mean), "std": ",".join(f"{s:g}" for s in std)}
+    return replace(spec, options={**spec.options, **numbers})
+
+
+def bare(classifier: Classifier) -> str:
+    """Return the model string of a trained net's architecture: what a run's folder keeps besides the weights."""
+    spec = ModelString.parse(classifier.string)
+    if spec.kind == FOLDER:
+        return str(json.loads((Path(spec.arch.partition("#")[0]) / RECORD).read_text(encoding="utf-8"))["arch"])
+    return str(
+        replace(spec, weights=None, options={k: v for k, v in spec.options.items() if k not in ("mean", "std")})
+    )
+
+
+def build(spec: ModelString, seed: int, sample: Images, classes: int) -> Classifier:
+    """Return a net with the initial weights of a seed, after a look at whether it fits the data.
+
+    Raises:
+        UsageError: if it is no module with weights, or its logits are not one for each class.
+    """
+    classifier = load_model(str(spec), seed=seed)
+    if not isinstance(classifier.net, nn.Module) or not any(True for _ in classifier.net.parameters()):
+        raise UsageError(f"{spec} has no weights to train; write an architecture, e.g. robustkit:cifar-resnet20.")
+    if isinstance(classifier.net, Mixture):
+        raise UsageError(f"{spec} is several nets; write which one to start from, as {spec.arch}#0.")
+    with torch.no_grad():
+        logits = classifier(sample)
+    if logits.shape[1] < classes:
+        raise UsageError(
+            f"{spec} has {logits.shape[1]} logits and the data {classes} classes; write num_classes={classes}."
+        )
+    return classifier
+
+
+def flops(classifier: Classifier, sample: Images) -> int:
+    """Return the floating-point operations of one image's forward pass; a product with its sum counts as two."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        classifier(sample[:1])
+    return int(counter.get_total_flops())

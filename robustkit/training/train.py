@@ -1,0 +1,194 @@
+"""A training run from its request to its record."""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from robustkit.data.samples import Samples
+from robustkit.engine.folder import open_for_writing
+from robustkit.engine.meter import free_memory
+from robustkit.errors import UsageError
+from robustkit.method import Method, Plan
+from robustkit.models.classifier import Classifier
+from robustkit.registry import spec as record_of
+from robustkit.trained import RECORD, Trained, TrainSpec
+from robustkit.training import augment, nets, processes
+from robustkit.training.images import ImageSet, check_room
+from robustkit.training.job import Job
+from robustkit.training.loop import work
+from robustkit.training.progress import TrainProgress
+
+
+@dataclass(frozen=True)
+class Training:
+    """A request to train; what is None is the method's or the data's usual.
+
+    Attributes:
+        method: what to do in each step.
+        samples: the training set.
+        test: images that the result is judged on.
+        arch: a model string; initial weights are the seed's unless it names a file.
+        epochs: passes over the set.
+        batch_size: images in a step, over all devices.
+        lr: the largest learning rate.
+        members: nets trained side by side.
+        ema: decay of a moving average that is written instead of the last weights; 0 is none.
+        augment: one of `robustkit.training.augment.CHOICES`.
+        precision: auto, fp32 or bf16.
+        seed: of every random number.
+        device: where to train.
+        devices: how many of them, each with a process of its own.
+    """
+
+    method: Method
+    samples: Samples
+    device: torch.device
+    test: Samples | None = None
+    arch: str | None = None
+    epochs: int | None = None
+    batch_size: int | None = None
+    lr: float | None = None
+    members: int | None = None
+    ema: float = 0.0
+    augment: str | None = None
+    precision: str = "auto"
+    seed: int = 0
+    devices: int = 1
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be trained, before any image is read."""
+        parts = processes.count(self.devices)
+        if parts < 1 or self.plan.batch_size % parts:
+            raise UsageError(
+                f"--batch-size {self.plan.batch_size} does not divide among {parts} processes; write a multiple."
+            )
+        if not 0 <= self.ema < 1:
+            raise UsageError(f"--ema {self.ema:g} must be from 0 to below 1, e.g. 0.999.")
+        if self.ema and self.method.posterior:
+            raise UsageError(
+                f"{self.method.info.name} keeps samples of the weights, not their average; leave --ema out."
+            )
+        highest = -1 if self.test is None else int(self.test.labels.max())
+        if self.test is not None and highest >= self.plan.classes:
+            raise UsageError(
+                f"{self.test.name} has class {highest}, and the training data {self.plan.classes} classes; give "
+                "the test data that belongs to it."
+            )
+        check_room(self.samples, free_memory(self.device))
+        self.method.check(self.plan)
+
+    @cached_property
+    def plan(self) -> Plan:
+        """The run's size: as asked for, else the method's own for so many images."""
+        count = len(self.samples)
+        asked = (self.epochs, self.batch_size, self.lr)
+        for name, number in zip(("epochs", "batch-size", "lr", "members"), (*asked, self.members), strict=True):
+            if number is not None and not number > 0:
+                raise UsageError(f"--{name} {number:g} must be above 0.")
+        usual = None if None not in asked and self.members else self.method.size(count)
+        classes = len(self.samples.classes) if self.samples.classes else int(self.samples.labels.max()) + 1
+
+        def of(asked: Any, name: str) -> Any:
+            return asked if asked is not None or usual is None else getattr(usual, name)
+
+        return Plan(
+            samples=count,
+            classes=max(classes, 2),
+            batch_size=min(of(self.batch_size, "batch_size"), count),
+            epochs=of(self.epochs, "epochs"),
+            lr=float(of(self.lr, "lr")),
+            members=of(self.members, "members"),
+            seed=self.seed,
+        )
+
+    @cached_property
+    def images(self) -> ImageSet:
+        """The training set in memory."""
+        return ImageSet.read(self.samples)
+
+    @cached_property
+    def string(self) -> Any:
+        """The net's model string, complete."""
+        text = self.arch or nets.usual_arch(self.samples.name)
+        spec = nets.complete(text, self.plan.classes, self.images.channels)
+        return nets.normalised(spec, *self.images.normalisation())
+
+    @cached_property
+    def net(self) -> Classifier:
+        """The first member before training."""
+        return nets.build(self.string, self.seed, self.images.at(slice(0, 2)), self.plan.classes)
+
+    @cached_property
+    def spec(self) -> TrainSpec:
+        """What determines the weights."""
+        plan = self.plan
+        return TrainSpec(
+            method=record_of(self.method),
+            arch={"string": self.net.string, "fingerprint": self.net.fingerprint},
+            data=_named(self.samples),
+            test=None if self.test is None else _named(self.test),
+            epochs=plan.epochs,
+            batch_size=plan.batch_size,
+            lr=plan.lr,
+            members=plan.members,
+            ema=self.ema,
+            augment=self._augment,
+            precision=processes.pick_precision(self.precision, self.device),
+            seed=self.seed,
+        )
+
+    @property
+    def _augment(self) -> str:
+        name = self.augment or augment.usual(self.samples.name, self.images.channels, self.images.height)
+        augment.parts(name)
+        return name
+
+    def run(self, folder: Path, progress: TrainProgress | None = None) -> Trained:
+        """Train, or go on, or return the record of a run that is finished.
+
+        Raises:
+            UsageError: if the folder holds another run or cannot be written.
+            RunError: if training diverges, or a process fails.
+        """
+        progress = progress or TrainProgress()
+        spec = self.spec
+        # Of the processes that torchrun started one holds the folder.
+        with open_for_writing(folder, spec) if processes.rank() == 0 else nullcontext():
+            if not (folder / RECORD).is_file():
+                job = Job(
+                    spec=spec,
+                    method=self.method,
+                    plan=self.plan,
+                    arch=self.string,
+                    train=self.images,
+                    test=None if self.test is None else ImageSet.read(self.test),
+                    folder=folder,
+                    progress=progress,
+                )
+                processes.launch(self.device, self.devices, spec.precision, partial(work, job=job))
+            else:
+                progress.say(f"{spec.run_id} is finished; this is its record")
+        return read_trained(folder)
+
+
+def read_trained(folder: Path) -> Trained:
+    """Return the record of a finished run; UsageError if the folder holds none."""
+    try:
+        return Trained.from_json(json.loads((folder / RECORD).read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise UsageError(f"{folder} holds no finished training: it has no {RECORD}.") from None
+    except ValueError as error:
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(f"{folder / RECORD} cannot be read: {error}.") from error
+
+
+def _named(samples: Samples) -> dict[str, Any]:
+    return {"string": samples.name, "n": len(samples), "fingerprint": samples.fingerprint}

@@ -1,0 +1,169 @@
+"""`train` as a person and a script meet it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from robustkit import registry
+from robustkit.cli import run
+from robustkit.registry import make_method
+
+SHORT = ["--limit", "48", "--epochs", "3", "--batch-size", "16", "--lr", "0.1"]
+FLAGS = {
+    "--data": "digits:train",
+    "--test": "digits:test",
+    "--arch": "robustkit:cifar-resnet20",
+    "--limit": "40",
+    "--epochs": "7",
+    "--batch-size": "8",
+    "--lr": "0.025",
+    "--members": "3",
+    "--ema": "0.5",
+    "--augment": "crop",
+    "--seed": "5",
+    "--precision": "bf16",
+}
+
+
+@pytest.fixture
+def specs(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What would be run, in place of running it."""
+    from robustkit.errors import UsageError
+    from robustkit.record import dumps
+    from robustkit.training.train import Training
+
+    found: list[dict[str, Any]] = []
+
+    def instead(plan: Training, folder: Path, progress: object) -> None:
+        found.append({**json.loads(dumps(plan.spec)), "folder": str(folder), "devices": plan.devices})
+        raise UsageError("asked for")
+
+    monkeypatch.setattr(Training, "run", instead)
+    return found
+
+
+def test_train_alone_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(["train", "standard", *SHORT]) == 0
+    out = capsys.readouterr().out
+    (folder,) = Path("runs").iterdir()
+    assert folder.name.startswith("standard-")
+    assert "\x1b" not in out
+    assert "of 359 images of digits:test" in out
+    assert out.splitlines()[-1] == f"next       robustkit evaluate {folder}/ --data digits:test"
+    names = {file.name for file in folder.iterdir()}
+    assert names >= {"spec.json", "model.safetensors", "model.json", "metrics.jsonl", "checkpoint.pt"}
+    assert run(["train", "standard", *SHORT]) == 0
+    again = capsys.readouterr()
+    assert again.out == out
+    assert "is finished" in again.err
+    assert run(["train", "standard", *SHORT, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads((folder / "model.json").read_text())
+    assert run([*out.splitlines()[-1].split()[2:], "--limit", "8", "--suite", "fgsm"]) == 0
+    capsys.readouterr()
+    for verb in ("report", "transfer", "verify"):
+        assert run([verb, str(folder)]) == 2
+        assert "holds a trained model" in capsys.readouterr().err
+
+
+def test_every_flag_reaches_the_spec(specs: list[dict[str, Any]]) -> None:
+    words = [word for pair in FLAGS.items() for word in pair]
+    run(["train", "standard", *words, "--devices", "2", "--out", "there"])
+    (spec,) = specs
+    assert spec["data"]["n"] == 40
+    assert spec["arch"]["string"].startswith("robustkit:cifar-resnet20?")
+    assert spec["test"]["string"] == "digits:test"
+    expected = {"epochs": 7, "batch_size": 8, "lr": 0.025, "members": 3, "ema": 0.5, "seed": 5}
+    assert {name: spec[name] for name in expected} == expected
+    assert (spec["augment"], spec["precision"], spec["folder"], spec["devices"]) == ("crop", "bf16", "there", 2)
+
+
+@pytest.mark.parametrize("name", sorted(registry.catalog("method")))
+def test_every_field_of_a_method_is_a_flag(
+    name: str, specs: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One by one, each at another value than its default."""
+    assert run(["train", name, "--help"]) == 0
+    text = capsys.readouterr().out
+    value = make_method(name)
+    shared = {"data", "test", "arch", "limit", "epochs", "batch_size", "lr", "members", "ema", "augment", "seed"}
+    shared |= {"precision", "device", "devices", "out", "data_root", "download", "json", "debug"}
+    for field in registry.catalog("method")[name].fields:
+        assert field.name not in shared
+        flag = f"--{field.name.replace('_', '-')}"
+        assert flag in text
+        default = getattr(value, field.name)
+        if isinstance(default, str):
+            continue  # words are checked by the method; what follows shows that numbers arrive
+        changed = (not default) if isinstance(default, bool) else default * 0.5 if default else 0.25
+        if isinstance(default, int) and not isinstance(default, bool):
+            changed = max(default - 1, 1)
+        run(["train", name, flag, str(changed), "--limit", "48", "--epochs", "60", "--batch-size", "16"])
+        err = capsys.readouterr().err
+        if specs:
+            assert specs.pop()["method"][field.name] == changed
+        else:
+            # The method found it too much for so short a run.
+            assert err.startswith(f"error: {name}: ")
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["standart"], "Did you mean 'standard'"),
+        (["standard", "--momentum", "much"], "momentum='much' must be a number"),
+        (["standard", "--epoch", "3"], "--epoch"),
+        (["standard", "--data", "digit:train"], "Did you mean 'digits'"),
+        (["standard", "--data", "nowhere.npz"], "nowhere.npz"),
+        (["standard", "--arch", "robustkit:digits-cn"], "Did you mean 'digits-cnn'"),
+        (["standard", "--batch-size", "many"], "batch size 'many'"),
+        (["standard", "--device", "tpu"], "device 'tpu'"),
+        (["csgld", "--cycles", "0"], "cycles=0 must be at least 1"),
+        (["csgld", "--cycles", "7", "--epochs", "8"], "8 epochs are not 7 equal cycles"),
+    ],
+)
+def test_mistakes_are_one_sentence(
+    words: list[str], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(["train", *words]) == 2
+    err = capsys.readouterr().err
+    assert sentence in err
+    assert err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_kill_9_and_the_same_command_again(tmp_path: Path) -> None:
+    """Killed while it trains, and once more after it has gone on; the posterior is that of a run in one piece."""
+    fields = ["--cycles", "2", "--samples-per-cycle", "2", "--noise-epochs", "1"]
+    words = ["train", "csgld", *fields, "--epochs", "20", "--limit", "192", "--batch-size", "32"]
+    command = [sys.executable, "-m", "robustkit", *words, "--test", "digits:test", "--out"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    cut = tmp_path / "cut"
+    seen = 0
+    for _ in range(2):
+        process = subprocess.Popen([*command, str(cut)], env=environment, stderr=subprocess.PIPE)
+        lines = cut / "metrics.jsonl"
+        while process.poll() is None and (not lines.is_file() or lines.read_text().count("\n") < seen + 3):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        seen = lines.read_text().count("\n")
+    assert 6 <= seen < 20
+    assert not (cut / "model.json").exists()
+    for folder in (cut, tmp_path / "whole"):
+        done = subprocess.run([*command, str(folder)], env=environment, capture_output=True, text=True, check=True)
+        assert ("resuming" in done.stderr) == (folder == cut)
+    for name in ("posterior.safetensors", "spec.json"):
+        assert (cut / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
