@@ -6,6 +6,7 @@ a cosine from `lr`. With no more epochs than those the run starts at the weights
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -24,7 +25,6 @@ class Collecting(Method):
     __slots__ = ()
 
     collect_epochs: int
-    collect_rate: float
     momentum: float
     weight_decay: float
 
@@ -35,7 +35,7 @@ class Collecting(Method):
         Method.check(self, plan)
         name = self.info.name
         at_least(name, 1, collect_epochs=self.collect_epochs)
-        at_least(name, 0, collect_rate=self.collect_rate, weight_decay=self.weight_decay)
+        at_least(name, 0, collect_rate=self.share(plan), weight_decay=self.weight_decay)
         below(name, 1, momentum=self.momentum)
         if self.collect_epochs > plan.epochs:
             raise UsageError(
@@ -50,7 +50,11 @@ class Collecting(Method):
     def rate(self, step: int, plan: Plan) -> float:
         """Return a cosine from `lr` towards 0, and a constant share of `lr` in the last epochs."""
         first = self.first(plan)
-        return cosine(step, first, plan.lr) if step < first else plan.lr * self.collect_rate
+        return cosine(step, first, plan.lr) if step < first else plan.lr * self.share(plan)
+
+    @abstractmethod
+    def share(self, plan: Plan) -> float:
+        """Return the rate of the last epochs as a share of `lr`."""
 
     def first(self, plan: Plan) -> int:
         """Return the first step of the last epochs."""
@@ -84,6 +88,10 @@ class LGV(Collecting):
         Collecting.check(self, plan)
         at_least(self.info.name, 1, snapshots_per_epoch=self.snapshots_per_epoch)
         enough(self.info.name, "snapshots_per_epoch", self.snapshots_per_epoch, plan.steps_per_epoch)
+
+    def share(self, plan: Plan) -> float:
+        """Return the field."""
+        return self.collect_rate
 
     def keeps(self, step: int, plan: Plan) -> bool:
         """Return whether a step is one of those at equal distances in the last epochs."""

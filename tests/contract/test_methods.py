@@ -37,7 +37,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "sgld": {"snapshots": 3, "burn_in": 0.5},
     "psgld": {"snapshots": 3, "burn_in": 0.5},
     "lgv": {"collect_epochs": 2, "snapshots_per_epoch": 2},
-    "mba": {"collect_epochs": 2, "snapshots": 5, "draws": 3},
+    "mba": {"collect_epochs": 2, "snapshots": 5, "draws": 3, "collect_rate": 0.5},
     "swag": {"draws": 3, "rank": 2},
 }
 # Words that a field may have besides its default.

@@ -183,10 +183,17 @@ def test_mba_keeps_as_many_as_there_are_and_draws_a_diagonal_normal() -> None:
     assert torch.allclose(drawn.std(0) / (1.5 * spread), torch.ones_like(spread), atol=0.2)
 
 
+def test_the_rate_of_fine_tuning_is_the_papers_but_on_small_sets() -> None:
+    method = make_method("mba")
+    for samples, share in ((50_000, 0.5), (1437, 0.1)):
+        plan = replace(PLAN, samples=samples, lr=0.1)
+        assert method.rate(plan.steps - 1, plan) == pytest.approx(0.1 * share)
+
+
 def test_mba_without_flatness_is_plain_descent() -> None:
     """F, bitwise; and before the last epochs at any flatness."""
-    plain = train(make_method("mba", flatness=0, collect_epochs=2))[1]
-    flat = train(make_method("mba", flatness=1, collect_epochs=2))[1]
+    plain = train(make_method("mba", flatness=0, collect_epochs=2, collect_rate=0.5))[1]
+    flat = train(make_method("mba", flatness=1, collect_epochs=2, collect_rate=0.5))[1]
     lgv = train(make_method("lgv", collect_epochs=2, snapshots_per_epoch=10, weight_decay=5e-4))[1]
     assert len(plain) == len(lgv) == 20
     assert all(same(one, two) for one, two in zip(plain, lgv, strict=True))
