@@ -16,6 +16,7 @@ from torch import Tensor
 from robustkit.registry import technique
 from robustkit.rows import Rows
 from robustkit.shapes import Images
+from robustkit.surrogates import Weights
 from robustkit.transfer import Around, Oracle, Technique, dice
 
 TINY = 1e-6
@@ -52,7 +53,7 @@ class _Adaptive(Around):
         self.technique = technique
 
     def gradient(
-        self, rows: Rows, x: Images, members: Sequence[int] | None = None, weights: Tensor | None = None
+        self, rows: Rows, x: Images, members: Sequence[int] | None = None, weights: Weights = None
     ) -> Images:
         count = len(self.surrogates)
         if members is not None or weights is not None or count == 1:

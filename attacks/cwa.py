@@ -11,13 +11,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from robustkit.attacks.mi_cse import MICSE
 from robustkit.attacks.mi_sam import step_back, summed
 from robustkit.registry import attack, recipe
 from robustkit.rows import Rows
 from robustkit.shapes import Images
+from robustkit.surrogates import Weights
 from robustkit.transfer import Oracle, dice
 
 
@@ -38,7 +37,7 @@ class CWA(MICSE):
         return 10.27 if self.official else 2.05
 
     def start(
-        self, oracle: Oracle, rows: Rows, x: Images, members: Sequence[int] | None, weights: Tensor | None
+        self, oracle: Oracle, rows: Rows, x: Images, members: Sequence[int] | None, weights: Weights
     ) -> Images:
         """Return x after the step back."""
         if not self.reverse:

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from robustkit import losses
 from robustkit.attacks.mi_fgsm import MIFGSM
@@ -23,6 +22,7 @@ from robustkit.registry import attack
 from robustkit.rng import RowRng
 from robustkit.rows import Answer, Model, Rows, State
 from robustkit.shapes import Images
+from robustkit.surrogates import Weights
 from robustkit.threat import ThreatModel, per_row, unit
 from robustkit.transfer import Around, Oracle, ascend, dice
 
@@ -96,7 +96,7 @@ class MICSE:
         return [listed, listed[::-1]] if self.order == "antithetic" else [listed]
 
     def start(
-        self, oracle: Oracle, rows: Rows, x: Images, members: Sequence[int] | None, weights: Tensor | None
+        self, oracle: Oracle, rows: Rows, x: Images, members: Sequence[int] | None, weights: Weights
     ) -> Images:
         """Return where the inner loop begins."""
         return x
@@ -153,7 +153,7 @@ class _InnerLoop(Around):
         rows: Rows,
         x: Images,
         members: Sequence[int] | None = None,
-        weights: Tensor | None = None,
+        weights: Weights = None,
     ) -> Images:
         """Return how far from x each row came; a member of twice the mean weight goes twice as far."""
         rule, chosen = self.rule, list(range(len(self.surrogates)) if members is None else members)

@@ -22,6 +22,7 @@ from robustkit.registry import attack
 from robustkit.rng import RowRng
 from robustkit.rows import Answer, Model, Rows, State
 from robustkit.shapes import Images
+from robustkit.surrogates import Weights
 from robustkit.threat import ThreatModel
 from robustkit.transfer import Around, Oracle, ascend, dice
 
@@ -92,7 +93,7 @@ class _Sharpness(Around):
         rows: Rows,
         x: Images,
         members: Sequence[int] | None = None,
-        weights: Tensor | None = None,
+        weights: Weights = None,
     ) -> Images:
         rule, threat = self.rule, rows.threat
         if weights is None and rule.official:

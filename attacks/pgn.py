@@ -10,12 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from robustkit.registry import technique
 from robustkit.rows import Rows
 from robustkit.shapes import Images
-from robustkit.surrogates import scaled
+from robustkit.surrogates import Weights, scaled
 from robustkit.transfer import Around, Oracle, Technique, dice, neighbour, per_pixel
 
 
@@ -49,7 +48,7 @@ class _Flat(Around):
         self.technique = technique
 
     def gradient(
-        self, rows: Rows, x: Images, members: Sequence[int] | None = None, weights: Tensor | None = None
+        self, rows: Rows, x: Images, members: Sequence[int] | None = None, weights: Weights = None
     ) -> Images:
         my, total = self.technique, torch.zeros_like(x)
         step = my.step_size * per_pixel(rows.threat, x)

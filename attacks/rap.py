@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from robustkit.registry import technique
 from robustkit.rows import Rows
 from robustkit.shapes import Images
+from robustkit.surrogates import Weights
 from robustkit.threat import per_row
 from robustkit.transfer import Around, Oracle, Technique, dice, neighbour
 
@@ -48,7 +48,7 @@ class _Reverse(Around):
         self.technique = technique
 
     def gradient(
-        self, rows: Rows, x: Images, members: Sequence[int] | None = None, weights: Tensor | None = None
+        self, rows: Rows, x: Images, members: Sequence[int] | None = None, weights: Weights = None
     ) -> Images:
         my, threat = self.technique, rows.threat
         if torch.as_tensor(rows.rng.step).max() <= my.late * self.steps:

@@ -17,7 +17,7 @@ from torch import Tensor
 from robustkit.registry import technique
 from robustkit.rows import Rows
 from robustkit.shapes import Images
-from robustkit.surrogates import scaled
+from robustkit.surrogates import Weights, scaled
 from robustkit.transfer import Around, Oracle, Technique, dice, shared
 
 TINY = 1e-12
@@ -57,7 +57,7 @@ class _Stochastic(Around):
         self.weights: Tensor | None = None
 
     def gradient(
-        self, rows: Rows, x: Images, members: Sequence[int] | None = None, weights: Tensor | None = None
+        self, rows: Rows, x: Images, members: Sequence[int] | None = None, weights: Weights = None
     ) -> Images:
         if members is not None or weights is not None:
             return self.inner.gradient(rows, x, members, weights)

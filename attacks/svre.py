@@ -10,12 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from robustkit.registry import technique
 from robustkit.rows import Rows
 from robustkit.shapes import Images
-from robustkit.surrogates import scaled
+from robustkit.surrogates import Weights, scaled
 from robustkit.transfer import Around, Oracle, Technique, dice, shared
 
 
@@ -49,7 +48,7 @@ class _Reduced(Around):
         self.technique = technique
 
     def gradient(
-        self, rows: Rows, x: Images, members: Sequence[int] | None = None, weights: Tensor | None = None
+        self, rows: Rows, x: Images, members: Sequence[int] | None = None, weights: Weights = None
     ) -> Images:
         my, threat, count = self.technique, rows.threat, len(self.surrogates)
         whole = self.inner.gradient(rows, x, members, weights)

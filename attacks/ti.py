@@ -16,6 +16,7 @@ from robustkit.errors import UsageError
 from robustkit.registry import recipe, technique
 from robustkit.rows import Rows
 from robustkit.shapes import Images
+from robustkit.surrogates import Weights
 from robustkit.transfer import Around, Oracle, Technique
 
 
@@ -57,7 +58,7 @@ class _Smooth(Around):
         self.technique = technique
 
     def gradient(
-        self, rows: Rows, x: Images, members: Sequence[int] | None = None, weights: Tensor | None = None
+        self, rows: Rows, x: Images, members: Sequence[int] | None = None, weights: Weights = None
     ) -> Images:
         gradient = self.inner.gradient(rows, x, members, weights)
         height, width = gradient.shape[2:]

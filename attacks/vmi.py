@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from robustkit.registry import recipe, technique
 from robustkit.rows import Rows
 from robustkit.shapes import Images
+from robustkit.surrogates import Weights
 from robustkit.transfer import Around, Oracle, Technique, dice, neighbour
 
 
@@ -46,10 +46,10 @@ class _Tuned(Around):
     def __init__(self, inner: Oracle, technique: VMI) -> None:
         super().__init__(inner)
         self.technique = technique
-        self.last: dict[tuple[int, ...] | None, tuple[Rows, Images, Tensor | None, Images]] = {}
+        self.last: dict[tuple[int, ...] | None, tuple[Rows, Images, Weights, Images]] = {}
 
     def gradient(
-        self, rows: Rows, x: Images, members: Sequence[int] | None = None, weights: Tensor | None = None
+        self, rows: Rows, x: Images, members: Sequence[int] | None = None, weights: Weights = None
     ) -> Images:
         chosen = None if members is None else tuple(members)
         gradient = self.inner.gradient(dice(rows, "vmi"), x, members, weights)
@@ -58,7 +58,7 @@ class _Tuned(Around):
         return gradient if before is None else gradient + self._variance(members, *before)
 
     def _variance(
-        self, members: Sequence[int] | None, rows: Rows, x: Images, weights: Tensor | None, gradient: Images
+        self, members: Sequence[int] | None, rows: Rows, x: Images, weights: Weights, gradient: Images
     ) -> Images:
         total = torch.zeros_like(x)
         for number in range(1, self.technique.copies + 1):

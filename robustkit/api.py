@@ -121,7 +121,8 @@ def craft(
         labels: (N) whole numbers from 0 to K - 1.
         threat: what the attacker may do, as a `ThreatModel` or its string, e.g. `linf:8/255`.
         attack: an attack with techniques, e.g. `mi-fgsm(steps=20)`.
-        combine: what is averaged over the surrogates: `logits`, `probabilities`, `loss` or `gradients`.
+        combine: what is averaged over the surrogates: `logits`, `probabilities`, `loss`,
+            `gradients` or `consensus` (see `Surrogates`).
         weights: of the surrogates, one each; by default all the same.
         targets: models to judge the images on: `craft(...).targets`.
         targeted: aim at a class, `next`, `random` or `least-likely`; None for any other than the label.

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,14 @@ from robustkit.shapes import Images, Logits
 from robustkit.threat import per_row
 
 ORDERS, FRESH = ("shuffled", "listed"), ("gradient", "step")
-COMBINATIONS = ("logits", "probabilities", "loss", "gradients")
+COMBINATIONS = ("logits", "probabilities", "loss", "gradients", "consensus")
+# Those in which what is asked of one member depends on what all say, and those that bring gradients to one size.
+SHARED, SCALED = ("logits", "probabilities", "consensus"), ("gradients", "consensus")
+
+# Of the members, (n) or (n B), or made of their logits (n B K) at the point where the gradient is taken.
+Weights = Tensor | Callable[[Tensor], Tensor] | None
+# From the logits of members (n B K) to their slopes (n B K) and weights (n B).
+Settle = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 # Entered around a member's forward pass with the member and the dice of the rows: hooks on its residual blocks.
 Around = Callable[[Any, RowRng], AbstractContextManager[object]]
@@ -36,10 +44,11 @@ class Surrogates:
         members: each from images (B C H W) to logits (B K). One with a method `resident()`, a context manager that
             gives the model, is on the device only inside of it; members with the same `place` take turns there.
         combine: what is averaged: `logits`; `probabilities`, whose logarithms are the logits then; the `loss` of
-            each member; or the `gradients`, each first divided by its mean size.
+            each member; the `gradients`, each first divided by its mean size; or, with `consensus`, the same of
+            one loss for all, that of the mean of the members' logits, each first divided by its spread.
         weights: of the members, one each, above 0; by default all the same. They are made to sum to 1.
-        hold: whether the graphs of all members may be in memory at once. If not, `logits` and `probabilities`
-            cost a second forward pass for each member.
+        hold: whether the graphs of all members may be in memory at once. If not, those
+            of `SHARED` cost a second forward pass for each member.
         together: all members at once, (n B C H W) to (n B K), where that is faster than one after the other.
         around: what is entered around each member's forward pass.
         pool: images of the whole run (P C H W), in an order that never changes, for techniques that mix others in.
@@ -104,7 +113,7 @@ class Surrogates:
         loss: str,
         rng: RowRng,
         members: Sequence[int] | None = None,
-        weights: Tensor | None = None,
+        weights: Weights = None,
     ) -> Images:
         """Return each row's gradient of its own loss in x.
 
@@ -114,25 +123,38 @@ class Surrogates:
             loss: a name of `robustkit.losses`.
             rng: the dice of the rows, for members that are changed at random.
             members: which to ask, all by default.
-            weights: of those, (n) or (n B), in the place of the ensemble's own; taken as they are.
+            weights: of those, in the place of the ensemble's own; taken as they are.
         """
         chosen = list(range(len(self)) if members is None else members)
-        shares = self.shares(chosen, weights, x)
+
+        def settle(logits: Tensor) -> tuple[Tensor, Tensor]:
+            shares = self.shares(chosen, weights, x, logits)
+            return self._slopes(logits, goal, loss, shares), shares
+
         if self.together is not None and not self.around and chosen == list(range(len(self))):
-            parts = self._all_at_once(x, goal, loss, shares)
+            parts, shares = self._all_at_once(x, settle)
         elif self.hold and not self._crowded(chosen):
-            parts = self._held(chosen, x, goal, loss, rng, shares)
+            parts, shares = self._held(chosen, x, rng, settle)
+        elif callable(weights) or (len(chosen) > 1 and self.combine in SHARED):
+            parts, shares = self._streamed_twice(chosen, x, rng, settle)
         else:
-            parts = self._streamed(chosen, x, goal, loss, rng, shares)
-        if self.combine != "gradients":
+            shares = self.shares(chosen, weights, x)
+            slope = partial(self._slopes, goal=goal, loss=loss)
+            parts = self._streamed(chosen, x, rng, [partial(slope, shares=share[None]) for share in shares])
+        if self.combine not in SCALED:
             return sum(parts[1:], parts[0])
         total = torch.zeros_like(x)
         for share, part in zip(shares, parts, strict=True):
             total = total + per_row(share, x) * scaled(part)
         return total
 
-    def shares(self, chosen: Sequence[int], weights: Tensor | None, x: Images) -> Tensor:
-        """Return the weights of these members, (n B): those given as they are, or their own, which sum to 1."""
+    def shares(self, chosen: Sequence[int], weights: Weights, x: Images, logits: Tensor | None = None) -> Tensor:
+        """Return the weights of these members, (n B): those given as they are, or their own, which sum to 1.
+
+        Weights that are made of logits (n B K) are made of these, or of those at x.
+        """
+        if callable(weights):
+            weights = weights(self.logits(x, chosen) if logits is None else logits.detach())
         if weights is None:
             own = [1.0 if self.weights is None else float(self.weights[number]) for number in chosen]
             weights = torch.tensor(own, dtype=torch.float64) / sum(own)
@@ -142,26 +164,33 @@ class Surrogates:
     def _combined(self, logits: Tensor, shares: Tensor) -> Logits:
         if self.combine == "probabilities":
             return (logits.log_softmax(2) + shares[:, :, None].log()).logsumexp(0)
+        if self.combine == "consensus":
+            spread = logits.detach().std(2, unbiased=False)
+            spread = torch.where(spread > 0, spread, 1)
+            # Brought to one spread, then to the usual one: the loss is not to saturate sooner or later for it.
+            usual = (shares * spread).sum(0) / shares.sum(0)
+            shares = usual * shares / spread
         return (shares[:, :, None] * logits).sum(0)
 
     def _slopes(self, logits: Tensor, goal: Goal, loss: str, shares: Tensor) -> Tensor:
         """Return how the loss of each row changes with the logits of each member, (n B K)."""
         with torch.enable_grad():
             at = logits.detach().requires_grad_()
-            if self.combine in ("logits", "probabilities"):
+            if self.combine in SHARED:
                 value = goal.loss(self._combined(at, shares), loss).sum()
             else:
                 each = torch.stack([goal.loss(member, loss) for member in at])
                 value = (each if self.combine == "gradients" else shares * each).sum()
             return torch.autograd.grad(value, at)[0]
 
-    def _all_at_once(self, x: Images, goal: Goal, loss: str, shares: Tensor) -> list[Images]:
+    def _all_at_once(self, x: Images, settle: Settle) -> tuple[list[Images], Tensor]:
         if self.together is None:
             raise RuntimeError("there is no way to run these members together.")
         with torch.enable_grad():
             at = x.detach().expand(len(self), *x.shape).contiguous().requires_grad_()
             logits = self.together(at)
-        return list(torch.autograd.grad(logits, at, self._slopes(logits, goal, loss, shares))[0])
+        slopes, shares = settle(logits)
+        return list(torch.autograd.grad(logits, at, slopes)[0]), shares
 
     def _crowded(self, chosen: Sequence[int]) -> bool:
         """Return whether some of these members take turns in one place, so that not all graphs can be held."""
@@ -169,33 +198,32 @@ class Surrogates:
         known = [id(place) for place in places if place is not None]
         return len(set(known)) < len(known)
 
-    def _held(
-        self, chosen: Sequence[int], x: Images, goal: Goal, loss: str, rng: RowRng, shares: Tensor
-    ) -> list[Images]:
+    def _held(self, chosen: Sequence[int], x: Images, rng: RowRng, settle: Settle) -> tuple[list[Images], Tensor]:
         with torch.enable_grad():
             points = [x.detach().requires_grad_() for _ in chosen]
             answers = [self._member(number, at, rng) for number, at in zip(chosen, points, strict=True)]
-        slopes = self._slopes(torch.stack(answers), goal, loss, shares)
-        return [_pulled_back(answer, at, slope) for answer, at, slope in zip(answers, points, slopes, strict=True)]
+        slopes, shares = settle(torch.stack(answers))
+        parts = [_pulled_back(*each) for each in zip(answers, points, slopes, strict=True)]
+        return parts, shares
+
+    def _streamed_twice(
+        self, chosen: Sequence[int], x: Images, rng: RowRng, settle: Settle
+    ) -> tuple[list[Images], Tensor]:
+        """Give the same with one graph at a time, where slopes or weights depend on all members."""
+        with torch.no_grad():
+            slopes, shares = settle(torch.stack([self._member(number, x, rng) for number in chosen]))
+        return self._streamed(chosen, x, rng, [partial(_known, slope) for slope in slopes]), shares
 
     def _streamed(
-        self, chosen: Sequence[int], x: Images, goal: Goal, loss: str, rng: RowRng, shares: Tensor
+        self, chosen: Sequence[int], x: Images, rng: RowRng, slopes: Sequence[Callable[[Tensor], Tensor]]
     ) -> list[Images]:
-        """Give the same with one graph at a time: slopes first where they depend on all members."""
-        slopes: Sequence[Tensor | None] = [None] * len(chosen)
-        if len(chosen) > 1 and self.combine in ("logits", "probabilities"):
-            with torch.no_grad():
-                logits = torch.stack([self._member(number, x, rng) for number in chosen])
-            slopes = list(self._slopes(logits, goal, loss, shares))
+        """Give each member's part with one graph at a time; each slope, (1 B K), is made of the logits (1 B K)."""
         parts = []
-        for place, number in enumerate(chosen):
+        for number, slope in zip(chosen, slopes, strict=True):
             with torch.enable_grad(), self._resident(number) as model:
                 at = x.detach().requires_grad_()
                 answer = self._ask(number, model, at, rng)
-                slope = slopes[place]
-                if slope is None:
-                    slope = self._slopes(answer[None], goal, loss, shares[place : place + 1])[0]
-                parts.append(_pulled_back(answer, at, slope))
+                parts.append(_pulled_back(answer, at, slope(answer[None])[0]))
         return parts
 
     def _member(self, number: int, x: Images, rng: RowRng | None = None) -> Logits:
@@ -237,3 +265,8 @@ def _pulled_back(answer: Logits, at: Images, slope: Tensor) -> Images:
     if not answer.requires_grad:
         return torch.zeros_like(at)
     return torch.autograd.grad(answer, at, slope.to(answer.dtype))[0]
+
+
+def _known(slope: Tensor, logits: Tensor) -> Tensor:
+    """Return a slope that does not depend on these logits alone."""
+    return slope[None]

@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from robustkit.errors import UsageError
 from robustkit.goal import Goal
@@ -24,7 +23,7 @@ from robustkit.registry import Info, spec
 from robustkit.rng import RowRng
 from robustkit.rows import Answer, Model, Rows
 from robustkit.shapes import Images
-from robustkit.surrogates import Surrogates
+from robustkit.surrogates import Surrogates, Weights
 from robustkit.threat import ThreatModel
 
 
@@ -47,7 +46,7 @@ class Oracle(ABC):
         rows: Rows,
         x: Images,
         members: Sequence[int] | None = None,
-        weights: Tensor | None = None,
+        weights: Weights = None,
     ) -> Images:
         """Return each row's gradient at x, of all members together or of some; see `Surrogates.gradient`.
 
@@ -97,7 +96,7 @@ class Direct(Oracle):
         rows: Rows,
         x: Images,
         members: Sequence[int] | None = None,
-        weights: Tensor | None = None,
+        weights: Weights = None,
     ) -> Images:
         """Return the surrogates' gradient at x."""
         asked = range(len(self.surrogates)) if members is None else members
@@ -122,7 +121,7 @@ class Transformed(Around):
         rows: Rows,
         x: Images,
         members: Sequence[int] | None = None,
-        weights: Tensor | None = None,
+        weights: Weights = None,
     ) -> Images:
         """Return the mean of the inner gradients, each pulled back through its transform."""
         total = torch.zeros_like(x)

@@ -42,6 +42,7 @@ from robustkit.transfer import compose
 CPU = torch.device("cpu")
 BATCH = 64
 ATTACKS = (
+    "auto",
     "i-fgsm(step_size=0.2)",
     "mi-fgsm(step_size=0.2)",
     "ni-fgsm(step_size=0.2)",
@@ -181,7 +182,7 @@ def main() -> None:
     parser.add_argument("--threat", nargs="+", default=["linf:8/255"])
     parser.add_argument("--budget", type=int, nargs="+", default=[40, 400])
     parser.add_argument("--attack", nargs="+", default=ATTACKS)
-    parser.add_argument("--combine", nargs="+", choices=COMBINATIONS, default=["gradients"])
+    parser.add_argument("--combine", nargs="+", choices=COMBINATIONS, default=["consensus"])
     parser.add_argument("--torchattacks", action="store_true")
     given = parser.parse_args()
     samples = load_data(given.data)

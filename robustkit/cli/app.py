@@ -136,8 +136,8 @@ def craft(
         str, typer.Option(help="An attack with techniques, e.g. 'mi-fgsm(steps=20)+di'; see robustkit list.")
     ] = "auto",
     combine: Annotated[
-        str, typer.Option(help="What is averaged over surrogates: logits, probabilities, loss, gradients.")
-    ] = "gradients",
+        str, typer.Option(help="What is averaged: logits, probabilities, loss, gradients, consensus.")
+    ] = "consensus",
     weights: Annotated[
         str | None, typer.Option(metavar="W,W,…", help="Of the surrogates, in order [default: all the same].")
     ] = None,

@@ -19,7 +19,7 @@ from robustkit.surrogates import COMBINATIONS, Surrogates
 from robustkit.threat import ThreatModel
 from robustkit.transfer import Composition, compose
 
-DEFAULT_ATTACK, DEFAULT_COMBINE = "auto", "gradients"
+DEFAULT_ATTACK, DEFAULT_COMBINE = "auto", "consensus"
 
 
 @dataclass(frozen=True)

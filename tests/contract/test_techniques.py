@@ -276,7 +276,8 @@ def test_one_model_is_an_ensemble_too(name):
 
 @every
 @pytest.mark.parametrize(
-    ("combine", "hold"), [("logits", False), ("probabilities", True), ("loss", False), ("gradients", True)]
+    ("combine", "hold"),
+    [("logits", False), ("probabilities", True), ("loss", False), ("gradients", True), ("consensus", False)],
 )
 def test_works_with_every_combination(name, combine, hold):
     surrogates, x, goal = problem()

@@ -28,6 +28,7 @@ from robustkit.engine.workshop import Workshop
 from robustkit.goal import Goal
 from robustkit.models.zoo.cifar_resnet import CifarResNet
 from robustkit.rng import RowRng
+from robustkit.surrogates import COMBINATIONS
 
 SHAPE = (3, 6, 8)
 CPU = torch.device("cpu")
@@ -215,7 +216,7 @@ def test_streaming_holds_two_nets_at_most(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(alive) >= 60  # looked at, asked for a gradient, judged
 
 
-@pytest.mark.parametrize("combine", ["logits", "probabilities", "loss", "gradients"])
+@pytest.mark.parametrize("combine", COMBINATIONS)
 def test_streaming_gives_the_same_images(
     combine: str, tmp_path: Path, data: tuple[torch.Tensor, torch.Tensor]
 ) -> None:

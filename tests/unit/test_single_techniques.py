@@ -25,6 +25,7 @@ from robustkit.attacks.smer import SMER
 from robustkit.attacks.ssa import SSA, cosines
 from robustkit.attacks.svre import SVRE
 from robustkit.attacks.ti import TI, band, gaussian
+from robustkit.attacks.triage import Triage
 from robustkit.attacks.vmi import VMI
 from robustkit.errors import UsageError
 from robustkit.goal import Goal
@@ -422,6 +423,60 @@ def test_adaea_prefers_the_member_whose_steps_transfer(targeted):
     assert (weights[0] - weights[1]).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("combine", ["logits", "gradients", "consensus"])
+def test_triage_without_stakes_and_with_hope_is_the_ensemble(combine):
+    surrogates, rows = problem(members=3)
+    surrogates = replace(surrogates, combine=combine, weights=(1, 2, 3))
+    found = gradient(Triage(stake=1.0, hope=-math.inf), surrogates, rows)
+    torch.testing.assert_close(found, surrogates.gradient(rows.x, rows.goal, "ce", rows.rng))
+    alone = surrogates.select([1])
+    assert torch.equal(gradient(Triage(), alone, rows), alone.gradient(rows.x, rows.goal, "ce", rows.rng))
+
+
+def fixed(*logits):
+    """Return members that say the same of every image."""
+    return Surrogates([lambda x, own=own: torch.tensor(own).double().expand(len(x), -1) for own in logits])
+
+
+@pytest.mark.parametrize("targeted", [False, True])
+def test_triage_weighs_by_margins_in_spreads_of_logits(targeted):
+    # Of four classes, 2 and -2 twice each have a spread of 2: margins of 2, 0 and -2 spreads, whatever their size.
+    members = ([-2.0, 2, 2, -2], [20.0, 20, -20, -20], [0.2, -0.2, 0.2, -0.2])
+    surrogates, rows = fixed(*members), problem()[1]
+    labels = torch.tensor([0, 0, 2, 1, 3])
+    goal = Goal(labels, (labels + 1) % 4) if targeted else Goal(labels)
+    rows = replace(rows, goal=goal, aim=goal)
+    logits = surrogates.logits(rows.x)
+    for step, late in ((1, False), (10, True)):
+        oracle = Triage(stake=3.0).begin(Direct(surrogates, "ce", steps=10))
+        found = oracle._weights(replace(rows, rng=rows.rng.at(step=step)), logits)
+        for row, label in enumerate(labels.tolist()):
+            worth = []
+            for own in members:
+                others = [own[(label + 1) % 4]] if targeted else [*own[:label], *own[label + 1 :]]
+                margin = (max(others) - own[label]) / max(own)
+                worth.append((1 if margin >= 1 else 3) * (not late or margin > -0.25))
+            # The first two are nobody's -2 in any row, so somebody is left.
+            worth = torch.tensor(worth if any(worth) else [3.0] * 3).double()
+            torch.testing.assert_close(found[:, row], worth / worth.sum())
+
+
+def test_triage_gives_members_up_for_good_but_never_all():
+    surrogates, rows = problem(members=2)
+    oracle = Triage(stake=1.0).begin(Direct(surrogates, "ce", steps=4))
+    labels = rows.goal.labels
+    lost, won = (sign * F.one_hot(labels, 4).double() for sign in (1, -1))
+    late = replace(rows, rng=rows.rng.at(step=3))
+    assert torch.equal(
+        oracle._weights(late, torch.stack([lost, won])), torch.tensor([[0.0], [1]]).double().expand(2, 5)
+    )
+    # the one that was given up may be won by now: it stays out; where both are, both count again
+    assert torch.equal(
+        oracle._weights(late, torch.stack([won, won])), torch.tensor([[0.0], [1]]).double().expand(2, 5)
+    )
+    assert torch.equal(oracle._weights(late, torch.stack([won, lost])), torch.full((2, 5), 0.5).double())
+
+
 def test_agreement_is_the_mean_cosine_of_all_pairs():
     gradients = torch.stack([images(seed) - 0.5 for seed in range(3)])
     pairs = [F.cosine_similarity(gradients[i], gradients[j], dim=1) for i, j in ((0, 1), (0, 2), (1, 2))]
@@ -504,6 +559,8 @@ def test_costs(text, gradients):
         ("mi-fgsm+di(ratio=0)", "ratio=0 is a share"),
         ("mi-fgsm+ti(kernel=4)", "write an odd number"),
         ("mi-fgsm+vmi(copies=0)", "must be at least 1"),
+        ("mi-fgsm+triage(stake=0)", "write more than 0"),
+        ("mi-fgsm+triage(after=2)", "write 0 to 1"),
         ("mi-fgsm+svre(rounds=0)", "must be at least 1"),
         ("square+di", "takes no techniques"),
     ],

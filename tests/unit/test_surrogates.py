@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from robustkit.errors import UsageError
 from robustkit.goal import Goal
 from robustkit.rng import RowRng
-from robustkit.surrogates import COMBINATIONS, Surrogates, scaled
+from robustkit.surrogates import COMBINATIONS, SHARED, Surrogates, scaled
 
 SIZE, CLASSES, ROWS = 12, 4, 5
 LABELS = torch.arange(ROWS) % CLASSES
@@ -60,6 +60,14 @@ def written_out(combine, weights, x, goal, loss, nets=NETS):
             total = total + share * part / part.abs().mean((1, 2, 3), keepdim=True)
         return total
     logits = [net(point) for net in nets]
+    if combine == "consensus":
+        # one slope for all, from the mean of logits of one spread; each member's part brought to one size
+        slope = torch.autograd.grad(goal.loss(agreed(logits, shares), loss).sum(), logits, retain_graph=True)
+        total = 0
+        for share, own, towards in zip(shares, logits, slope, strict=True):
+            (part,) = torch.autograd.grad(own, point, towards, retain_graph=True)
+            total = total + share * part / part.abs().mean((1, 2, 3), keepdim=True)
+        return total
     if combine == "logits":
         value = goal.loss((shares[:, None, None] * torch.stack(logits)).sum(0), loss)
     elif combine == "probabilities":
@@ -67,6 +75,15 @@ def written_out(combine, weights, x, goal, loss, nets=NETS):
     else:
         value = sum(share * goal.loss(one, loss) for share, one in zip(shares, logits, strict=True))
     return torch.autograd.grad(value.sum(), point)[0]
+
+
+def agreed(logits, shares):
+    """Return the mean of logits, each of the spread that they have on average."""
+    spreads = [one.detach().sub(one.detach().mean(1, keepdim=True)).square().mean(1).sqrt() for one in logits]
+    usual = sum(share * spread for share, spread in zip(shares, spreads, strict=True))
+    return sum(
+        share * (usual / spread)[:, None] * one for share, spread, one in zip(shares, spreads, logits, strict=True)
+    )
 
 
 def close(found, expected, tolerance=1e-12):
@@ -218,6 +235,21 @@ def test_a_weight_of_the_moment_may_be_zero():
         close(found, gradient(Surrogates(NETS[1:2], combine), x))
 
 
+@combinations
+@pytest.mark.parametrize("words", [{}, {"hold": False}, {"together": all_at_once(NETS)}])
+def test_weights_may_be_made_of_the_logits_at_the_point(combine, words):
+    x, seen = images(), []
+
+    def weigh(logits):
+        seen.append(logits)
+        return logits.softmax(2)[:, :, 0] + 0.1
+
+    found = gradient(Surrogates(NETS, combine, **words), x, weights=weigh)
+    logits = torch.stack([net(x) for net in NETS])
+    close(seen[0], logits)
+    close(found, gradient(Surrogates(NETS, combine), x, weights=logits.softmax(2)[:, :, 0] + 0.1))
+
+
 # As a model.
 
 
@@ -230,6 +262,8 @@ def test_the_answer_is_one_model_s(combine):
     if combine == "probabilities":
         close(found, (shares * logits.softmax(2)).sum(0).log())
         close(found.softmax(1).sum(1), torch.ones(ROWS).double())
+    elif combine == "consensus":
+        close(found, agreed(logits, shares[:, 0, 0]))
     else:
         close(found, (shares * logits).sum(0))
 
@@ -321,7 +355,7 @@ class Counted:
     ("combine", "hold", "expected"),
     [
         *((combine, True, ["forward"] * 3 + ["backward"] * 3) for combine in COMBINATIONS),
-        *((combine, False, ["look"] * 3 + ["forward", "backward"] * 3) for combine in ("logits", "probabilities")),
+        *((combine, False, ["look"] * 3 + ["forward", "backward"] * 3) for combine in SHARED),
         *((combine, False, ["forward", "backward"] * 3) for combine in ("loss", "gradients")),
     ],
 )
@@ -411,7 +445,7 @@ def test_what_is_around_a_forward_gets_the_model_and_the_dice(combine, hold):
     # Each member has dice of its own.
     dice = [f"{RNG.stream}/member{net}" for net in range(3)]
     once = [entry for net in range(3) for entry in ((0, net, dice[net]), (1, net, dice[net]), "left", "left")]
-    looks = not hold and combine in ("logits", "probabilities")
+    looks = not hold and combine in SHARED
     assert seen == once * (2 if looks else 1)
     seen.clear()
     surrogates(x)  # as one model they are asked as they are
