@@ -21,7 +21,7 @@ FLOORS = "noise: random signs; swapped: another image's change; both of the same
 
 
 def short_names(strings: Sequence[str]) -> list[str]:
-    """Return names that fit a table: of the weights file, else of the net; the whole string if two agree."""
+    """Return names that fit a table: of the weights file or the run, else of the net; the whole string if two agree."""
     names = [_short(string) for string in strings]
     return [name if names.count(name) == 1 else string for name, string in zip(names, strings, strict=True)]
 
@@ -30,9 +30,15 @@ def _short(string: str) -> str:
     head, mark, query = string.partition("?")
     source, _, rest = head.partition(":")
     name, at, weights = rest.partition("@")
-    stem = PurePosixPath(weights).stem if at else name or source
+    stem = PurePosixPath(weights).stem if at else name or _run_name(source)
     defense = re.search(r"(?:^|&)defense=([^&]+)", query) if mark else None
     return f"{stem}?{defense[1]}" if defense else stem
+
+
+def _run_name(folder: str) -> str:
+    """Return a run's folder, or the number of one of its nets behind it, without the folders above."""
+    path, sign, number = folder.rpartition("#")
+    return f"{PurePosixPath(path if sign else folder).name}{'/#' if sign else ''}{number if sign else ''}"
 
 
 def attack_words(attack: Mapping[str, Any]) -> str:

@@ -123,6 +123,7 @@ def test_short_names() -> None:
         "resnet50.a1_in1k",
         "w?jpeg:75",
     ]
+    assert short_names(["/x/csgld-1a2b/", "runs/csgld-1a2b/#3", "one"]) == ["csgld-1a2b", "csgld-1a2b/#3", "one"]
     assert short_names([at, "m:f@/z/at.pt"]) == [at, "m:f@/z/at.pt"]
 
 
