@@ -49,7 +49,9 @@ class Workshop:
             storage = Storage.of(plan.nets, self.batch, plan.device, plan.streaming)
             self._ensemble = Ensemble(plan.nets, plan.device, storage, plan.combine, plan.weights)
             x = self.samples.images(np.arange(self.batch)).to(plan.device)
-            self._ensemble.tune(x, lambda ways: self.ledger.note("ways", ways), hooked=self._hooked())
+            # In eval mode: trials of a net in training would move its running statistics.
+            with self._ensemble.at_rest():
+                self._ensemble.tune(x, lambda ways: self.ledger.note("ways", ways), hooked=self._hooked())
         return self._ensemble
 
     def surrogates(self, members: Sequence[int] | None = None) -> Surrogates:

@@ -21,7 +21,7 @@ FLOORS = "noise: random signs; swapped: another image's change; both of the same
 
 
 def short_names(strings: Sequence[str]) -> list[str]:
-    """Return names that fit a table: of the weights file or the run, else of the net; the whole string if two agree."""
+    """Return names that fit a table: of the weights file, run or net; the whole string where two agree."""
     names = [_short(string) for string in strings]
     return [name if names.count(name) == 1 else string for name, string in zip(names, strings, strict=True)]
 

@@ -78,6 +78,16 @@ def test_the_record_says_what_was_done(data: tuple[torch.Tensor, torch.Tensor]) 
     assert torch.equal(x, before)
 
 
+def test_running_statistics_stay(data: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """Trials that choose how to run a net are not to train it."""
+    x, y = data
+    net = nn.Sequential(nn.BatchNorm2d(3), Small()).train()
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    craft([net], x, y, EPS, attack="fgsm")
+    assert net.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+
+
 def test_gradients_are_those_of_an_independent_counter(data: tuple[torch.Tensor, torch.Tensor]) -> None:
     x, y = data
     net, seen = Small(seed=1), [0]
