@@ -22,6 +22,7 @@ from robustkit.rows import Model
 from robustkit.shapes import Images, Logits
 from robustkit.threat import per_row
 
+ORDERS, FRESH = ("shuffled", "listed"), ("gradient", "step")
 COMBINATIONS = ("logits", "probabilities", "loss", "gradients", "consensus")
 # Those in which what is asked of one member depends on what all say, and those that bring gradients to one size.
 SHARED, SCALED = ("logits", "probabilities", "consensus"), ("gradients", "consensus")
@@ -41,7 +42,7 @@ class Surrogates:
 
     Attributes:
         members: each from images (B C H W) to logits (B K). One with a method `resident()`, a context manager that
-            gives the model, is on the device only inside of it.
+            gives the model, is on the device only inside of it; members with the same `place` take turns there.
         combine: what is averaged: `logits`; `probabilities`, whose logarithms are the logits then; the `loss` of
             each member; the `gradients`, each first divided by its mean size; or, with `consensus`, the same of
             one loss for all, that of the mean of the members' logits, each first divided by its spread.
@@ -51,6 +52,8 @@ class Surrogates:
         together: all members at once, (n B C H W) to (n B K), where that is faster than one after the other.
         around: what is entered around each member's forward pass.
         pool: images of the whole run (P C H W), in an order that never changes, for techniques that mix others in.
+        order: in which the samples of a posterior come: `shuffled`, or as `listed` (see `robustkit.populations`).
+        fresh: when a posterior's next sample comes: for each `gradient`, or for each `step` of the attack.
     """
 
     members: Sequence[Model]
@@ -60,6 +63,8 @@ class Surrogates:
     together: Callable[[Tensor], Tensor] | None = None
     around: tuple[Around, ...] = ()
     pool: Tensor | None = None
+    order: str = "shuffled"
+    fresh: str = "gradient"
 
     def __post_init__(self) -> None:
         """Refuse what cannot be meant."""
@@ -67,6 +72,9 @@ class Surrogates:
             raise UsageError("an ensemble of surrogates needs at least one model.")
         if self.combine not in COMBINATIONS:
             raise did_you_mean("combination", self.combine, COMBINATIONS)
+        for word, known in (("order", ORDERS), ("fresh", FRESH)):
+            if getattr(self, word) not in known:
+                raise did_you_mean(word, getattr(self, word), known)
         if self.weights is not None and (
             len(self.weights) != len(self.members) or not all(0 < weight < float("inf") for weight in self.weights)
         ):
@@ -125,7 +133,7 @@ class Surrogates:
 
         if self.together is not None and not self.around and chosen == list(range(len(self))):
             parts, shares = self._all_at_once(x, settle)
-        elif self.hold:
+        elif self.hold and not self._crowded(chosen):
             parts, shares = self._held(chosen, x, rng, settle)
         elif callable(weights) or (len(chosen) > 1 and self.combine in SHARED):
             parts, shares = self._streamed_twice(chosen, x, rng, settle)
@@ -183,6 +191,12 @@ class Surrogates:
             logits = self.together(at)
         slopes, shares = settle(logits)
         return list(torch.autograd.grad(logits, at, slopes)[0]), shares
+
+    def _crowded(self, chosen: Sequence[int]) -> bool:
+        """Return whether some of these members take turns in one place, so that not all graphs can be held."""
+        places = [getattr(self.members[number], "place", None) for number in chosen]
+        known = [id(place) for place in places if place is not None]
+        return len(set(known)) < len(known)
 
     def _held(self, chosen: Sequence[int], x: Images, rng: RowRng, settle: Settle) -> tuple[list[Images], Tensor]:
         with torch.enable_grad():

@@ -18,6 +18,7 @@ import torch
 
 from robustkit.errors import UsageError
 from robustkit.goal import Goal
+from robustkit.populations import Deck
 from robustkit.registry import Info, spec
 from robustkit.rng import RowRng
 from robustkit.rows import Answer, Model, Rows
@@ -75,14 +76,15 @@ class Around(Oracle):
 class Direct(Oracle):
     """The gradient of a loss itself."""
 
-    def __init__(self, surrogates: Surrogates, loss: str, steps: int = 1) -> None:
-        """Ask these surrogates for the gradient of that loss, in so many steps."""
-        self._surrogates, self.loss, self._steps = surrogates, loss, steps
+    def __init__(self, surrogates: Surrogates, loss: str, steps: int = 1, rng: RowRng | None = None) -> None:
+        """Ask these surrogates for the gradient of that loss, in so many steps; `rng` shuffles posteriors."""
+        self.loss, self._steps = loss, steps
+        self._deck = Deck(surrogates, rng)
 
     @property
     def surrogates(self) -> Surrogates:
-        """The models at the bottom."""
-        return self._surrogates
+        """The models at the bottom; of a posterior the sample that was asked last."""
+        return self._deck.now
 
     @property
     def steps(self) -> int:
@@ -97,7 +99,9 @@ class Direct(Oracle):
         weights: Weights = None,
     ) -> Images:
         """Return the surrogates' gradient at x."""
-        return self._surrogates.gradient(x, rows.aim, self.loss, rows.rng, members, weights)
+        asked = range(len(self.surrogates)) if members is None else members
+        dealt = self._deck.deal(asked, rows.rng.step)
+        return dealt.gradient(x, rows.aim, self.loss, rows.rng, members, weights)
 
 
 # Makes one of several copies of the images; the copy's number says which.
@@ -219,7 +223,7 @@ def ascend(
     surrogates = Surrogates.of(model)
     for technique in techniques:
         surrogates = technique.prepare(surrogates)
-    oracle: Oracle = Direct(surrogates, rule.loss, rule.steps)
+    oracle: Oracle = Direct(surrogates, rule.loss, rule.steps, rng.at(step=0))
     for technique in reversed(techniques):
         oracle = technique.begin(oracle)
     if hasattr(rule, "begin"):

@@ -19,7 +19,7 @@ PACKAGE = ROOT / "robustkit"
 
 VOCABULARY = {
     *("errors", "shapes", "threat", "losses", "goal", "rng", "rows", "record", "registry"),
-    *("residual", "surrogates", "transfer", "method", "sampling"),
+    *("residual", "surrogates", "populations", "transfer", "method", "sampling"),
 }
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
@@ -34,13 +34,15 @@ ALLOWED: dict[str, set[str]] = {
     "method": {"errors", "rng", "shapes"},
     "sampling": {"errors", "rng"},
     "intervals": set(),
+    "equivalents": set(),
     "record": {"errors", "intervals"},
     "crafted": {"errors", "intervals", "record"},
     "trained": {"errors", "record"},
     "registry": {"errors"},
     "residual": {"errors"},
     "surrogates": {"errors", "goal", "rng", "rows", "shapes", "threat"},
-    "transfer": {"errors", "goal", "registry", "rng", "rows", "shapes", "surrogates", "threat"},
+    "populations": {"rng", "rows", "shapes", "surrogates"},
+    "transfer": {"errors", "goal", "populations", "registry", "rng", "rows", "shapes", "surrogates", "threat"},
     "attacks": VOCABULARY,
     "defenses": VOCABULARY | {"attacks"},
     "models": {"devices", "errors", "shapes", "posterior", "preprocess", "registry"},

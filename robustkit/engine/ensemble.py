@@ -14,6 +14,7 @@ import torch
 from robustkit.engine.folding import folded
 from robustkit.engine.meter import WORTH, Meter, Way, free_memory
 from robustkit.engine.nets import Net
+from robustkit.engine.sampled import Sampled
 from robustkit.engine.streaming import Shelf, Streamed
 from robustkit.engine.together import Together, stacked
 from robustkit.goal import Goal
@@ -66,12 +67,14 @@ class Ensemble:
 
     def __post_init__(self) -> None:
         """Load what is to be loaded."""
-        shelf = Shelf(self.device)
-        self._members: list[Meter | Streamed] = [
-            Meter(net.load(self.device), self.device) if self.storage.loaded else Streamed(net, shelf)
-            for net in self.nets
-        ]
+        shelf = None if self.storage.loaded else Shelf(self.device)
+        self._members = [self._member(net, shelf) for net in self.nets]
         self._together: Together | None = None
+
+    def _member(self, net: Net, shelf: Shelf | None) -> Meter | Streamed | Sampled:
+        if net.count > 1:
+            return Sampled(net, self.device, shelf)
+        return Meter(net.load(self.device), self.device) if shelf is None else Streamed(net, shelf)
 
     @property
     def counts(self) -> tuple[int, int]:
@@ -84,8 +87,9 @@ class Ensemble:
         """Have every net in eval mode, its parameters out of autograd, and torch on as many threads as pay off."""
         with ExitStack() as stack:
             for member in self._members:
-                if isinstance(member, Meter):
-                    stack.enter_context(evaluation_mode(member.model))
+                model = member.whole if isinstance(member, Sampled) else getattr(member, "model", None)
+                if model is not None:
+                    stack.enter_context(evaluation_mode(model))
             stack.enter_context(threads(max(net.threads for net in self.nets)))
             yield
 
@@ -108,34 +112,42 @@ class Ensemble:
             note: is given the choice and returns the one that counts, made when the run began.
             hooked: whether hooks will look for the nets' blocks, which folding and stacking would hide.
         """
-        meters = [member for member in self._members if isinstance(member, Meter)]
-        if not meters:
+        members = [member for member in self._members if not isinstance(member, Streamed)]
+        if not self.storage.loaded:
             return
         if len(x):
-            for meter in meters:
-                meter.tune(x, precision=False)
-        plain = {"members": [self._way_of(meter, hooked) for meter in meters], "together": False}
-        self._take(meters, plain, x)
-        if not hooked and self.storage.held and len(meters) > 1 and len({net.alike for net in self.nets}) == 1:
-            plain["together"] = self.nets[0].alike is not None and self._faster_together(meters, x)
+            for member in members:
+                member.tune(x, precision=False)
+        plain = {"members": [self._way_of(member, hooked) for member in members], "together": False}
+        self._take(members, plain, x)
+        if not hooked and self.storage.held and len(members) > 1 and len({net.alike for net in self.nets}) == 1:
+            plain["together"] = self.nets[0].alike is not None and self._faster_together(x)
         self.ways = json.loads(note(json.dumps(plain)))
-        self._take(meters, self.ways, x)
+        self._take(members, self.ways, x)
         self._forget()
 
-    def _way_of(self, meter: Meter, hooked: bool) -> dict[str, bool]:
+    def _way_of(self, member: Meter | Sampled, hooked: bool) -> dict[str, bool]:
+        if isinstance(member, Sampled):
+            return {"folded": False, "channels_last": member.layout == torch.channels_last}
         return {
-            "folded": meter.way.net is not meter.model and not hooked,
-            "channels_last": meter.way.layout == torch.channels_last,
+            "folded": member.way.net is not member.model and not hooked,
+            "channels_last": member.way.layout == torch.channels_last,
         }
 
-    def _take(self, meters: Sequence[Meter], ways: dict[str, Any], x: Images) -> None:
-        for meter, way in zip(meters, ways["members"], strict=True):
-            net = (folded(meter.model, x[:1]) if way["folded"] else None) or meter.model
-            meter.way = Way(net, None, FAST[way["channels_last"]])
-        self._together = stacked(meters, x[:TRIED]) if ways["together"] else None
+    def _take(self, members: Sequence[Meter | Sampled], ways: dict[str, Any], x: Images) -> None:
+        for member, way in zip(members, ways["members"], strict=True):
+            if isinstance(member, Sampled):
+                member.layout = FAST[way["channels_last"]]
+                continue
+            net = (folded(member.model, x[:1]) if way["folded"] else None) or member.model
+            member.way = Way(net, None, FAST[way["channels_last"]])
+        self._together = stacked(self._meters(), x[:TRIED]) if ways["together"] else None
 
-    def _faster_together(self, meters: Sequence[Meter], x: Images) -> bool:
-        whole = stacked(meters, x[:TRIED])
+    def _meters(self) -> list[Meter]:
+        return [member for member in self._members if isinstance(member, Meter)]
+
+    def _faster_together(self, x: Images) -> bool:
+        whole = stacked(self._meters(), x[:TRIED])
         if whole is None:
             return False
         alone = self.surrogates()
@@ -155,4 +167,7 @@ class Ensemble:
 
     def _forget(self) -> None:
         for member in self._members:
-            member.forwards = member.backwards = 0
+            if isinstance(member, Sampled):
+                member.forget()
+            else:
+                member.forwards = member.backwards = 0

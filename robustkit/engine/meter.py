@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from robustkit.engine.folding import folded
 from robustkit.models.classifier import Classifier
+from robustkit.models.mixture import Mixture
 from robustkit.shapes import Images, Logits
 
 TINY = 1 << 20
@@ -115,8 +116,11 @@ class Meter:
             saved += tensor.nbytes
             return tensor
 
+        # Of several nets one: their mixture keeps no graph, or as many as they are.
+        net = self.model.net
+        model = self.model.with_net(net.at(0)) if isinstance(net, Mixture) else self.model
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor), torch.enable_grad():
-            self.num_classes = self.model(image.detach().requires_grad_()).shape[1]
+            self.num_classes = model(image.detach().requires_grad_()).shape[1]
         self.saved = saved
         self.piece = min(most, max(1, free_memory(self.device) // 2 // max(saved, 1)))
         if 0 < saved < TINY:

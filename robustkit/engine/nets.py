@@ -15,6 +15,7 @@ from robustkit.errors import UsageError
 from robustkit.isolation import evaluation_mode, own_randomness
 from robustkit.models import as_classifier, load_model
 from robustkit.models.classifier import Classifier
+from robustkit.models.mixture import Mixture
 
 # Data whose files are read at the size that a model asks for.
 READ_TO_SIZE = ("folder:", "imagenet")
@@ -25,7 +26,9 @@ class Net:
     """A model that can be had when it is needed: at hand, or loaded again by its string.
 
     `parameters` are the bytes of its tensors, `graph` those that autograd saves for one image; `threads` is
-    what it is worth on a CPU, `alike` what two models share that may run as one (None: nothing may).
+    what it is worth on a CPU, `alike` what two models share that may run as one (None: nothing may). `count`
+    is how many nets it is made of: a posterior's samples, an ensemble's members; `parameters` and `graph` are then
+    those in memory while one is asked.
     """
 
     string: str
@@ -36,6 +39,7 @@ class Net:
     threads: int
     alike: str | None
     model: Classifier | None
+    count: int = 1
 
     def load(self, device: torch.device) -> Classifier:
         """Return the model on this device, outside of autograd if it is newly loaded."""
@@ -144,6 +148,7 @@ def _tried(classifier: Classifier, samples: Samples, device: torch.device) -> Ne
         threads=meter.threads,
         alike=_alike(classifier),
         model=classifier,
+        count=len(classifier.net) if isinstance(classifier.net, Mixture) else 1,
     )
 
 
@@ -162,7 +167,7 @@ def _check_size(classifier: Classifier, nets: Sequence[Net], samples: Samples) -
 
 def _alike(classifier: Classifier) -> str | None:
     net = classifier.net
-    if not isinstance(net, torch.nn.Module):
+    if not isinstance(net, torch.nn.Module) or isinstance(net, Mixture):
         return None
     shapes = [(name, tuple(tensor.shape)) for name, tensor in classifier.state_dict().items()]
     outer = [None if of is None else tuple(of.shape) for of in (classifier.mean, classifier.std)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 
@@ -12,16 +13,22 @@ from robustkit.engine.nets import Net
 from robustkit.isolation import evaluation_mode
 
 
+class OnShelf(Protocol):
+    """What can be taken from a shelf."""
+
+    net: Net
+
+
 class Shelf:
     """The place for one loaded net. While the next is being loaded there are two, never more."""
 
     def __init__(self, device: torch.device) -> None:
         """Begin empty."""
         self.device = device
-        self._of: Streamed | None = None
+        self._of: OnShelf | None = None
         self._meter: Meter | None = None
 
-    def take(self, member: Streamed) -> Meter:
+    def take(self, member: OnShelf) -> Meter:
         """Return the net of this member, loaded unless it was the last one asked for."""
         if self._of is not member or self._meter is None:
             if self._of is not None and self._of.net.model is not None:

@@ -95,7 +95,7 @@ class Run:
         self._check_hash(posterior.FILE, store.sha256)
         numbers = self._chosen(len(store), "samples")
         built = net(store.state(numbers[0]))
-        if self.numbers is not None and len(numbers) == 1:
+        if len(numbers) == 1:
             return built
         identity = {**built.identity, "samples": numbers}
         return replace(built, net=Samples(_module(built), store, numbers), identity=identity)
@@ -110,7 +110,7 @@ class Run:
         if count == 1:
             return net(state)
         members = [net(_of_member(state, number)) for number in numbers]
-        if self.numbers is not None and len(numbers) == 1:
+        if len(numbers) == 1:
             return members[0]
         identity = {**members[0].identity, "members": len(members)}
         return replace(members[0], net=Members([_module(member) for member in members]), identity=identity)

@@ -23,7 +23,11 @@ class Mixture(nn.Module, ABC):
 
     @abstractmethod
     def at(self, number: int) -> nn.Module:
-        """Return one of the nets, which may be good until the next is asked for only."""
+        """Return one of the nets, ready; one that has the place of another is good until that is asked for."""
+
+    @abstractmethod
+    def place(self, number: int) -> nn.Module:
+        """Return the module that one of the nets is in."""
 
     def logarithms(self, number: int, x: Tensor) -> Tensor:
         """Return the logarithms of one net's probabilities (B K), in float32 or wider."""
@@ -59,6 +63,10 @@ class Members(Mixture):
         """Return one of the nets."""
         return self.nets[number]
 
+    def place(self, number: int) -> nn.Module:
+        """Return that net."""
+        return self.nets[number]
+
 
 class Samples(Mixture):
     """Samples of a posterior, put one after the other into one net: two nets' memory for any number of them.
@@ -87,6 +95,10 @@ class Samples(Mixture):
         if self._inside != number:
             self.posterior.put(self.net, self.numbers[number])
             self._inside = number
+        return self.net
+
+    def place(self, number: int) -> nn.Module:
+        """Return the one net there is."""
         return self.net
 
     def forward(self, x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import safetensors
@@ -65,11 +65,8 @@ class Posterior:
     @cached_property
     def sha256(self) -> str:
         """SHA-256 of the file's bytes, which hold nothing but the samples."""
-        digest = hashlib.sha256()
-        with self.path.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-        return digest.hexdigest()
+        about = self.path.stat()
+        return _sha256(self.path, about.st_mtime_ns, about.st_size)
 
     @cached_property
     def names(self) -> list[str]:
@@ -126,6 +123,16 @@ class Posterior:
     def _check(self, number: int) -> None:
         if not 0 <= number < len(self):
             raise UsageError(f"'{self.path}' has no sample {number}: write a number from 0 to {len(self) - 1}.")
+
+
+@lru_cache
+def _sha256(path: Path, changed: int, size: int) -> str:
+    """Return the hash of a file, which is read once as long as its time and size stay."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def is_coded(dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
