@@ -18,11 +18,11 @@ from robustkit.errors import UsageError
 from robustkit.registry import technique
 from robustkit.rows import Rows
 from robustkit.shapes import Images
-from robustkit.surrogates import Weights
+from robustkit.surrogates import Weights, spread
 from robustkit.transfer import Around, Oracle, Technique
 
 
-@technique("triage")
+@technique("triage", paper="docs/transfer.md")
 @dataclass(frozen=True, slots=True)
 class Triage(Technique):
     """Counts members that are not yet won `stake` times, and gives up those out of reach.
@@ -66,8 +66,7 @@ class _Triage(Around):
         """Return the weights of the members, (n B), which sum to 1."""
         my = self.technique
         margins = torch.stack([rows.aim.loss(member, "margin") for member in logits])
-        spread = logits.std(2, unbiased=False)
-        margins = margins / torch.where(spread > 0, spread, 1)
+        margins = margins / spread(logits)
         own = self.surrogates.shares(range(len(logits)), None, logits[0])
         worth = own * torch.where(margins < my.safe, my.stake, 1.0)
         if rows.rng.step > my.after * self.steps:

@@ -165,11 +165,10 @@ class Surrogates:
         if self.combine == "probabilities":
             return (logits.log_softmax(2) + shares[:, :, None].log()).logsumexp(0)
         if self.combine == "consensus":
-            spread = logits.detach().std(2, unbiased=False)
-            spread = torch.where(spread > 0, spread, 1)
+            own = spread(logits.detach())
             # Brought to one spread, then to the usual one: the loss is not to saturate sooner or later for it.
-            usual = (shares * spread).sum(0) / shares.sum(0)
-            shares = usual * shares / spread
+            usual = (shares * own).sum(0) / shares.sum(0)
+            shares = usual * shares / own
         return (shares[:, :, None] * logits).sum(0)
 
     def _slopes(self, logits: Tensor, goal: Goal, loss: str, shares: Tensor) -> Tensor:
@@ -248,6 +247,12 @@ class Surrogates:
                 yield model
         else:
             yield member
+
+
+def spread(logits: Tensor) -> Tensor:
+    """Return the standard deviation of logits (… K) over classes, (…); 1 where they are all the same."""
+    deviation = (logits - logits.mean(-1, keepdim=True)).square().mean(-1).sqrt()
+    return torch.where(deviation > 0, deviation, 1)
 
 
 def scaled(gradient: Images) -> Images:

@@ -163,6 +163,7 @@ def test_what_is_random_moves_with_seed_and_sample(name):
         "si": [1, 1],
         "sgm": [1, 1],
         "adaea": [1, 1],
+        "triage": [1, 1],
         "svre": [0, 1],
         "smer": [0, 1],
     }

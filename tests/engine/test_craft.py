@@ -164,7 +164,7 @@ def test_the_forecast_is_crafting_without_one(data: tuple[torch.Tensor, torch.Te
         others = [net for number, net in enumerate(members) if number != left]
         alone = craft(others, x, y, EPS, targets=[members[left]])
         assert record.forecast.left_out[left] == alone.targets[0].rate
-    assert record.forecast.gradients_per_image == 3 * 20
+    assert record.forecast.gradients_per_image == 3 * 2 * 20
     assert record.gradients_per_image == 30
 
 
