@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from robustkit.crafted import Craft, CraftSpec, Matrix
 from robustkit.errors import RunError, UsageError
 from robustkit.record import Report, RunSpec, dumps
-from robustkit.trained import TrainSpec
+from robustkit.trained import RECORD, TrainSpec
 
 SPEC, LEDGER, REPORT, ADVERSARIAL = "spec.json", "ledger.sqlite", "report.json", "adversarial.npz"
 TRANSFER, MATRIX = "transfer.json", "matrix.json"
@@ -95,6 +95,7 @@ def read_report(path: Path) -> Report:
     """Return the report of a finished run; UsageError if the folder holds none."""
     if not path.is_dir():
         raise UsageError(f"{path} is no run folder: it does not exist.")
+    _refuse_trained(path)
     if is_craft(path):
         raise UsageError(f"{path} holds crafted images, not an evaluation; see: robustkit transfer {path}")
     if not (path / REPORT).exists() and (path / SPEC).exists():
@@ -106,6 +107,7 @@ def read_craft(path: Path) -> Craft:
     """Return the record of a finished craft run; UsageError if the folder holds none."""
     if not path.is_dir():
         raise UsageError(f"{path} is no run folder: it does not exist.")
+    _refuse_trained(path)
     if (path / REPORT).exists():
         raise UsageError(f"{path} holds an evaluation, not crafted images; see: robustkit report {path}")
     if not is_craft(path) and (path / SPEC).exists():
@@ -215,6 +217,11 @@ def sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             total.update(block)
     return total.hexdigest()
+
+
+def _refuse_trained(path: Path) -> None:
+    if (path / RECORD).is_file():
+        raise UsageError(f"{path} holds a trained model, not a result; see: robustkit evaluate {path}/")
 
 
 def _require_same(path: Path, spec: Spec) -> None:

@@ -71,6 +71,10 @@ def test_train_alone_works(
     assert run(["train", "standard", *SHORT, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == json.loads((folder / "model.json").read_text())
     assert run([*out.splitlines()[-1].split()[2:], "--limit", "8", "--suite", "fgsm"]) == 0
+    capsys.readouterr()
+    for verb in ("report", "transfer", "verify"):
+        assert run([verb, str(folder)]) == 2
+        assert "holds a trained model" in capsys.readouterr().err
 
 
 def test_every_flag_reaches_the_spec(specs: list[dict[str, Any]]) -> None:
