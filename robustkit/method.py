@@ -75,12 +75,16 @@ class Batch:
         y: (B).
         rng: random numbers of each image at this step, the same on however many processes.
         step: counted from 0 over the whole run.
+        partners: (B C H W), of a method with `pairs` only: images of the same epoch in an order of their own.
+        partner_labels: (B), theirs.
     """
 
     x: Images
     y: Labels
     rng: RowRng
     step: int
+    partners: Images | None = None
+    partner_labels: Labels | None = None
 
 
 class Method:
@@ -91,6 +95,10 @@ class Method:
     info: ClassVar[Any]
     # Whether a run may have more than one member; their nets are then what it writes.
     ensembles: ClassVar[bool] = False
+    # The fewest members it makes sense with.
+    fewest: ClassVar[int] = 1
+    # Whether its batches come with partners: as many images again, in an order of their own.
+    pairs: ClassVar[bool] = False
     # Whether the run writes posterior samples instead of its last weights.
     posterior: ClassVar[bool] = False
     # What becomes of running statistics in a posterior sample: `keep` those at its step, or `re-estimate` them.
@@ -106,6 +114,11 @@ class Method:
             raise did_you_mean("batch_norm", self.batch_norm, BATCH_NORM)
         if plan.members > 1 and not self.ensembles:
             raise UsageError(f"{self.info.name} trains one net, not --members {plan.members}; leave it out.")
+        if plan.members < self.fewest:
+            raise UsageError(
+                f"{self.info.name} makes members differ, and --members {plan.members} leaves none to differ from; "
+                f"write --members {self.fewest} or more."
+            )
 
     def optimizer(self, parameters: Iterable[nn.Parameter], plan: Plan) -> torch.optim.Optimizer:
         """Return what moves one member's weights; the plan's seed is the member's."""

@@ -19,7 +19,7 @@ PACKAGE = ROOT / "robustkit"
 
 VOCABULARY = {
     *("errors", "shapes", "threat", "losses", "goal", "rng", "rows", "record", "registry"),
-    *("residual", "surrogates", "populations", "transfer", "method", "sampling"),
+    *("residual", "surrogates", "populations", "transfer", "method", "sampling", "features", "inner"),
 }
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
@@ -40,6 +40,8 @@ ALLOWED: dict[str, set[str]] = {
     "trained": {"errors", "record"},
     "registry": {"errors"},
     "residual": {"errors"},
+    "features": {"errors", "shapes"},
+    "inner": {"errors", "method", "rng", "shapes", "threat"},
     "surrogates": {"errors", "goal", "rng", "rows", "shapes", "threat"},
     "populations": {"rng", "rows", "shapes", "surrogates"},
     "transfer": {"errors", "goal", "populations", "registry", "rng", "rows", "shapes", "surrogates", "threat"},

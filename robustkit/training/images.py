@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -89,14 +89,22 @@ class Epoch:
     order: Tensor
     moves: Tensor
     augmentation: tuple[str, ...]
+    partners: Epoch | None = None
 
     @classmethod
-    def of(cls, images: ImageSet, plan: Plan, number: int, augmentation: tuple[str, ...]) -> Epoch:
-        """Draw an epoch; the numbers depend on seed, epoch and image alone."""
+    def of(
+        cls, images: ImageSet, plan: Plan, number: int, augmentation: tuple[str, ...], pairs: bool = False
+    ) -> Epoch:
+        """Draw an epoch, and with `pairs` its partners; the numbers depend on seed, epoch and image alone."""
+        partners = cls._drawn(images, plan, number, augmentation, "partner ") if pairs else None
+        return replace(cls._drawn(images, plan, number, augmentation, ""), partners=partners)
+
+    @classmethod
+    def _drawn(cls, images: ImageSet, plan: Plan, number: int, augmentation: tuple[str, ...], whose: str) -> Epoch:
         ids = torch.arange(len(images), device=images.labels.device)
-        key = RowRng(plan.seed, "order", ids, step=number).integers(2**31, 1)[:, 0]
+        key = RowRng(plan.seed, f"{whose}order", ids, step=number).integers(2**31, 1)[:, 0]
         order = key.argsort(stable=True)
-        moves = RowRng(plan.seed, "augmentation", ids, step=number).integers(2**31, 3)
+        moves = RowRng(plan.seed, f"{whose}augmentation", ids, step=number).integers(2**31, 3)
         return cls(images, plan, number, order, moves, augmentation)
 
     def batch(self, place: int, part: int = 0, parts: int = 1) -> Batch:
@@ -106,7 +114,11 @@ class Epoch:
         rows = self.order[start : start + size]
         step = self.number * self.plan.steps_per_epoch + place
         rng = RowRng(self.plan.seed, "method", rows, step=step)
-        return Batch(as_images(self._moved(rows)), self.images.labels[rows], rng, step)
+        batch = Batch(as_images(self._moved(rows)), self.images.labels[rows], rng, step)
+        if self.partners is None:
+            return batch
+        other = self.partners.batch(place, part, parts)
+        return replace(batch, partners=other.x, partner_labels=other.y)
 
     def _moved(self, rows: Tensor) -> Tensor:
         pixels = self.images.pixels[rows]

@@ -92,7 +92,8 @@ class Sitting:
         """Do what is left of the epoch that the run is in, save it, and return its facts."""
         plan, course = self.plan, self.course
         number, start = divmod(course.step, plan.steps_per_epoch)
-        epoch = Epoch.of(self.images, plan, number, augment.parts(self.job.spec.augment))
+        moved = augment.parts(self.job.spec.augment)
+        epoch = Epoch.of(self.images, plan, number, moved, self.method.pairs)
         before, begun = course.seconds, time.perf_counter()
         saved = begun
         for place in range(start, plan.steps_per_epoch):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from robustkit.errors import UsageError
+from robustkit.features import Reached
 from robustkit.models import Classifier, load_model
 from robustkit.models.catalog import lookup
 from robustkit.models.mixture import Mixture
@@ -58,14 +59,16 @@ class Member(nn.Module):
         return net_of(self.classifier)
 
     def forward(self, images: Images) -> Logits:
-        """Return float32 logits of images on [0, 1]."""
+        """Return float32 logits of images on [0, 1]. A pass that ends at a layer counts as a whole one."""
         rows = len(images) * self.weight
         self.tally.forwards += rows
-        if self.autocast is None:
-            logits: Tensor = self.classifier(images)
-        else:
-            with self.autocast():
-                logits = self.classifier(images)
+        try:
+            with nullcontext() if self.autocast is None else self.autocast():
+                logits: Tensor = self.classifier(images)
+        except Reached:
+            if images.requires_grad and images.is_leaf:
+                images.register_hook(lambda gradient: self._back(rows))  # type: ignore[no-untyped-call]
+            raise
         if logits.requires_grad:
             logits.register_hook(lambda gradient: self._back(rows))  # type: ignore[no-untyped-call]
         return logits

@@ -39,9 +39,21 @@ FIELDS: dict[str, dict[str, Any]] = {
     "lgv": {"collect_epochs": 2, "snapshots_per_epoch": 2},
     "mba": {"collect_epochs": 2, "snapshots": 5, "draws": 3, "collect_rate": 0.5},
     "swag": {"draws": 3, "rank": 2},
+    "dverge": {"steps": 2, "adversarial": 1.0, "adversarial_steps": 2, "clean": 0.5, "baseline": 0.0},
+    "pgd-at": {"steps": 2},
+    "trades": {"steps": 2, "threat": "linf:0.01"},
+    "trs": {"steps": 2, "scale": 0.1},
+    "adp": {"volume": 0.2, "entropy": 0.2},
 }
 # Words that a field may have besides its default.
-WORDS = {"schedule": "steps", "batch_norm": "re-estimate"}
+WORDS = {
+    "schedule": "steps",
+    "batch_norm": "re-estimate",
+    "layer": "1",
+    "draw": "member",
+    "statistics": "separate",
+    "threat": "linf:0.1",
+}
 
 METHODS = sorted(registry.catalog("method"))
 
@@ -99,17 +111,21 @@ def outcome(method: Method, plan: Plan = PLAN) -> list[dict[str, Tensor]]:
     """What a method makes of a net by its hooks alone: the last state, and its samples."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        net = Normed()
-    optimizer = method.optimizer(net.parameters(), plan)
+        nets = [Normed() for _ in range(2 if method.ensembles else 1)]
+    net, plan = nets[0], dataclasses.replace(plan, members=len(nets))
+    optimizers = [method.optimizer(net.parameters(), plan) for net in nets]
     images = toy(0)
     x, y = images.images(np.arange(IMAGES)), torch.from_numpy(images.labels)
     kept = []
     for step in range(plan.steps):
         rows = torch.arange(plan.batch_size) + step % plan.steps_per_epoch * plan.batch_size
-        optimizer.zero_grad()
+        other = (rows * 5 + step) % IMAGES
         rng = RowRng(plan.seed, "method", rows, step=step)
-        method.backward([net], Batch(x[rows], y[rows], rng, step), plan)
-        method.update(optimizer, step, plan)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        method.backward(nets, Batch(x[rows], y[rows], rng, step, x[other], y[other]), plan)
+        for optimizer in optimizers:
+            method.update(optimizer, step, plan)
         if method.keeps(step, plan):
             kept.append({name: tensor.clone() for name, tensor in net.state_dict().items()})
     return [net.state_dict(), *(method.samples(iter(kept), plan) if method.posterior else [])]
@@ -228,21 +244,22 @@ def test_another_seed_is_another_run(name: str, runs: dict[str, tuple[Path, Trai
 def test_backward_gives_gradients_and_leaves_the_net(name: str) -> None:
     """Weights, modes and hooks are as they were; the loss is a finite number without a graph."""
     method = small(name)
-    net = Normed().train()
-    weights = [weight.detach().clone() for weight in net.parameters()]
+    nets = [Normed().train() for _ in range(method.fewest)]
+    whole = nn.ModuleList(nets)
+    weights = [weight.detach().clone() for weight in whole.parameters()]
     images = toy(0)
     rows = torch.arange(12)
     for step in (0, PLAN.steps - 1):
-        net.zero_grad()
+        whole.zero_grad()
         rng = RowRng(0, "method", rows, step=step)
         x, y = images.images(np.arange(12)), torch.from_numpy(images.labels[:12])
-        loss = method.backward([net], Batch(x, y, rng, step), PLAN)
+        loss = method.backward(nets, Batch(x, y, rng, step, x.flip(0), y.flip(0)), PLAN)
         assert loss.isfinite()
         assert not loss.requires_grad
-        assert all(weight.grad is not None and weight.grad.isfinite().all() for weight in net.parameters())
-        assert all(torch.equal(old, new) for old, new in zip(weights, net.parameters(), strict=True))
-        assert all(part.training for part in net.modules())
-        assert not any(part._forward_hooks or part._forward_pre_hooks for part in net.modules())
+        assert all(weight.grad is not None and weight.grad.isfinite().all() for weight in whole.parameters())
+        assert all(torch.equal(old, new) for old, new in zip(weights, whole.parameters(), strict=True))
+        assert all(part.training for part in whole.modules())
+        assert not any(part._forward_hooks or part._forward_pre_hooks for part in whole.modules())
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -263,7 +280,7 @@ def test_every_field_counts(name: str) -> None:
         else:
             other = (value + 1) / 2 if value < 1 else value + 1
         changed = small(name, **{field.name: other})
-        changed.check(PLAN)
+        changed.check(dataclasses.replace(PLAN, members=max(method.fewest, 1)))
         assert not same(outcome(changed), plain), f"{name}: {field.name}={other} is the same as {value}"
 
 

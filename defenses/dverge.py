@@ -1,0 +1,181 @@
+"""DVERGE: an ensemble whose members do not share weaknesses (Yang et al. 2020, arXiv:2009.14720).
+
+A source image is moved until a layer of one member takes it for a target image; all other members learn that it
+still is what it was. Alone it protects from transferred attacks, hardly from white-box ones: evaluate both.
+
+The paper's 200 epochs start from nets trained for 200; here both are one run, which is plain for the share
+`baseline` of it. Pairs are of two images of one epoch in independent orders, as in the authors' code.
+Running statistics and optimisers go on from one part to the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from robustkit import inner
+from robustkit.errors import UsageError, did_you_mean
+from robustkit.features import check_layer, depth, distil
+from robustkit.method import Batch, Method, Plan, Size
+from robustkit.registry import method
+from robustkit.rng import RowRng
+from robustkit.sampling import at_least, below
+from robustkit.shapes import Images
+from robustkit.threat import ThreatModel
+
+DRAWS = ("epoch", "batch", "member")
+
+
+@method("dverge", paper="arXiv:2009.14720")
+@dataclass(frozen=True, slots=True)
+class DVERGE(Method):
+    """Members learn from each other's distilled images; `--adversarial 1` adds adversarial training (DVERGE+AT).
+
+    Distillation: `steps` of `step_size` times `eps` with `inertia`, from the image or from a `random_start`.
+    `layer` is a number, a module's name, or `random`, drawn for each `epoch`, `batch` or `member` (`draw`).
+    `statistics` are what batch norms do meanwhile: `train`, `frozen` or `separate`. `clean` weighs the loss on
+    plain images; with `distinct`, pairs of one class are left out. Adversarial images are each member's own.
+    """
+
+    eps: float = 0.07
+    step_size: float = 0.1
+    steps: int = 10
+    inertia: float = 1.0
+    random_start: bool = False
+    layer: str = "random"
+    draw: str = "epoch"
+    statistics: str = "train"
+    clean: float = 0.0
+    distinct: bool = False
+    baseline: float = 0.5
+    adversarial: float = 0.0
+    threat: str = "linf:8/255"
+    adversarial_steps: int = 10
+    weight_decay: float = 1e-4
+
+    ensembles = True
+    fewest = 2
+    pairs = True
+
+    def __post_init__(self) -> None:
+        """Refuse unknown words."""
+        for field, known in (("draw", DRAWS), ("statistics", inner.STATISTICS)):
+            if getattr(self, field) not in known:
+                raise did_you_mean(field, getattr(self, field), known)
+        ThreatModel.parse(self.threat)
+
+    def size(self, samples: int) -> Size:
+        """Return the paper's size, the baseline's 200 epochs included; less on a small set."""
+        if samples > 5000:
+            return Size(epochs=400, batch_size=128, lr=0.1, members=3)
+        return Size(epochs=40, batch_size=64, lr=0.05, members=3)
+
+    def check(self, plan: Plan) -> None:
+        """Refuse fields that distil nothing, and a single member."""
+        Method.check(self, plan)
+        name = self.info.name
+        at_least(name, 0, eps=self.eps, step_size=self.step_size, inertia=self.inertia, clean=self.clean)
+        at_least(name, 0, adversarial=self.adversarial, weight_decay=self.weight_decay)
+        at_least(name, 1, steps=self.steps, adversarial_steps=self.adversarial_steps)
+        below(name, 1, baseline=self.baseline)
+
+    def optimizer(self, parameters: Iterable[nn.Parameter], plan: Plan) -> torch.optim.Optimizer:
+        """Return SGD with momentum."""
+        return torch.optim.SGD(parameters, lr=plan.lr, momentum=0.9, weight_decay=self.weight_decay)
+
+    def rate(self, step: int, plan: Plan) -> float:
+        """Return `lr`, a tenth of it from a half and a hundredth from three quarters of each part of the run."""
+        plain = self._plain(plan)
+        if step < plain:
+            return inner.tenfold(step, plain, plan.lr)
+        return inner.tenfold(step - plain, plan.steps - plain, plan.lr)
+
+    def backward(self, nets: Sequence[nn.Module], batch: Batch, plan: Plan) -> Tensor:
+        """Add the gradient of every member's loss on the others' distilled images."""
+        if batch.step < self._plain(plan):
+            return Method.backward(self, nets, batch, plan)
+        with inner.statistics(nets, self.statistics):
+            distilled = self.distilled(nets, batch, plan)
+            attacked = [self._attacked(net, batch) for net in nets] if self.adversarial else []
+        weight = self._weight(batch)
+        total = batch.x.new_zeros(())
+        for number, net in enumerate(nets):
+            others = [x for other, x in enumerate(distilled) if other != number]
+            loss = sum((_mean(net(x), batch.y, weight) for x in others), start=batch.x.new_zeros(()))
+            if self.clean:
+                loss = loss + self.clean * F.cross_entropy(net(batch.x), batch.y)
+            if attacked:
+                loss = loss + self.adversarial * F.cross_entropy(net(attacked[number]), batch.y)
+            loss.backward()  # type: ignore[no-untyped-call]
+            total = total + loss.detach()
+        return total / len(nets)
+
+    def distilled(self, nets: Sequence[nn.Module], batch: Batch, plan: Plan) -> list[Images]:
+        """Return each member's distilled images (B C H W), made with the weights as they are."""
+        if batch.partners is None:
+            raise UsageError(f"{self.info.name} needs pairs of images; give its batches partners.")
+        return [
+            distil(
+                net,
+                batch.x,
+                batch.partners,
+                layer,
+                eps=self.eps,
+                step_size=self.step_size,
+                steps=self.steps,
+                inertia=self.inertia,
+                start=self._start(batch, number) if self.random_start else None,
+            )
+            for number, (net, layer) in enumerate(zip(nets, self.layers(nets, batch, plan), strict=True))
+        ]
+
+    def layers(self, nets: Sequence[nn.Module], batch: Batch, plan: Plan) -> list[int | str]:
+        """Return the layer of each member at a step: a function of the seed and the step alone, so it resumes.
+
+        A draw is the same for all members as a share of their depths, which are equal in one architecture.
+        """
+        depths = [depth(net, batch.x[:1]) for net in nets]
+        if self.layer != "random":
+            fixed = int(self.layer) if self.layer.isdecimal() else self.layer
+            for net, layers in zip(nets, depths, strict=True):
+                check_layer(net, fixed, layers)
+            return [fixed] * len(nets)
+        time = batch.step // plan.steps_per_epoch if self.draw == "epoch" else batch.step
+        who = torch.arange(len(nets)) if self.draw == "member" else torch.zeros(len(nets), dtype=torch.int64)
+        words = RowRng(plan.seed, f"{self.info.name}/layer", who, step=time).uniform(1)[:, 0].tolist()
+        return [1 + int(word * layers) for word, layers in zip(words, depths, strict=True)]
+
+    def _plain(self, plan: Plan) -> int:
+        """Return how many steps are plain training: whole epochs."""
+        return int(self.baseline * plan.epochs) * plan.steps_per_epoch
+
+    def _start(self, batch: Batch, member: int) -> Tensor:
+        rng = RowRng(batch.rng.seed, f"{batch.rng.stream}/start{member}", batch.rng.ids, step=batch.rng.step)
+        return (2 * rng.uniform(batch.x[0].numel()) - 1).view_as(batch.x)
+
+    def _attacked(self, net: nn.Module, batch: Batch) -> Images:
+        threat = ThreatModel.parse(self.threat)
+        return inner.ascend(
+            lambda x: F.cross_entropy(net(x), batch.y, reduction="none"),
+            inner.random_start(batch.x, threat, batch.rng),
+            batch.x,
+            threat,
+            steps=self.adversarial_steps,
+            step_size=0.25,
+        )
+
+    def _weight(self, batch: Batch) -> Tensor:
+        """Return the weight of each pair (B): 0 for those that are left out."""
+        if not self.distinct or batch.partner_labels is None:
+            return torch.ones_like(batch.y, dtype=torch.float32)
+        return (batch.y != batch.partner_labels).float()
+
+
+def _mean(logits: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
+    """Return the mean cross-entropy over the rows that weigh 1; 0 if none does."""
+    each = F.cross_entropy(logits, labels, reduction="none")
+    return (weight * each).sum() / weight.sum().clamp(min=1)

@@ -1,0 +1,87 @@
+"""Adversarial training (Madry et al. 2018, arXiv:1706.06083), of one net or of an ensemble.
+
+Batch norms make adversarial images with their running statistics, where Madry's code trains while it attacks:
+`statistics` says it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from robustkit import inner
+from robustkit.errors import did_you_mean
+from robustkit.method import Batch, Method, Plan, Size
+from robustkit.registry import method
+from robustkit.sampling import at_least, below
+from robustkit.shapes import Images
+from robustkit.threat import ThreatModel
+
+
+@method("pgd-at", paper="arXiv:1706.06083")
+@dataclass(frozen=True, slots=True)
+class PGDAT(Method):
+    """Cross-entropy on PGD's images alone: of the ensemble, or, without `joint`, of each member by itself.
+
+    A step of PGD is `step_size` times eps.
+    """
+
+    threat: str = "linf:8/255"
+    steps: int = 10
+    step_size: float = 0.25
+    joint: bool = True
+    statistics: str = "frozen"
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+
+    ensembles = True
+
+    def __post_init__(self) -> None:
+        """Refuse an unknown word or threat."""
+        if self.statistics not in inner.STATISTICS:
+            raise did_you_mean("statistics", self.statistics, inner.STATISTICS)
+        ThreatModel.parse(self.threat)
+
+    def size(self, samples: int) -> Size:
+        """Return a usual size on CIFAR-10; less on a small set."""
+        return inner.sgd_size(samples, 200)
+
+    def check(self, plan: Plan) -> None:
+        """Refuse fields that attack nothing."""
+        Method.check(self, plan)
+        at_least(self.info.name, 0, step_size=self.step_size, weight_decay=self.weight_decay)
+        at_least(self.info.name, 1, steps=self.steps)
+        below(self.info.name, 1, momentum=self.momentum)
+
+    def optimizer(self, parameters: Iterable[nn.Parameter], plan: Plan) -> torch.optim.Optimizer:
+        """Return SGD with momentum."""
+        return torch.optim.SGD(parameters, lr=plan.lr, momentum=self.momentum, weight_decay=self.weight_decay)
+
+    def rate(self, step: int, plan: Plan) -> float:
+        """Return `lr`, a tenth of it from a half and a hundredth from three quarters of the run."""
+        return inner.tenfold(step, plan.steps, plan.lr)
+
+    def backward(self, nets: Sequence[nn.Module], batch: Batch, plan: Plan) -> Tensor:
+        """Add the gradient of every member's loss on adversarial images."""
+        groups = [list(nets)] if self.joint else [[net] for net in nets]
+        with inner.statistics(nets, self.statistics):
+            attacked = [self._attacked(group, batch) for group in groups]
+        total = torch.stack(
+            [F.cross_entropy(net(x), batch.y) for group, x in zip(groups, attacked, strict=True) for net in group]
+        ).sum()
+        total.backward()  # type: ignore[no-untyped-call]
+        return total.detach() / len(nets)
+
+    def _attacked(self, nets: Sequence[nn.Module], batch: Batch) -> Images:
+        threat = ThreatModel.parse(self.threat)
+
+        def loss(x: Images) -> Tensor:
+            mean = inner.mixed(torch.stack([net(x) for net in nets]))
+            return F.nll_loss(mean, batch.y, reduction="none")
+
+        start = inner.random_start(batch.x, threat, batch.rng)
+        return inner.ascend(loss, start, batch.x, threat, steps=self.steps, step_size=self.step_size)

@@ -1,0 +1,101 @@
+"""TRADES (Zhang et al. 2019, arXiv:1901.08573): accuracy on images, and the same answer around them.
+
+Batch norms make adversarial images with their running statistics, as in the authors' code. Of an ensemble, the
+images move its mean probabilities, and every member is to answer alike around its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from robustkit import inner
+from robustkit.method import Batch, Method, Plan, Size
+from robustkit.registry import method
+from robustkit.sampling import at_least, below
+from robustkit.shapes import Images
+from robustkit.threat import ThreatModel
+
+
+@method("trades", paper="arXiv:1901.08573")
+@dataclass(frozen=True, slots=True)
+class TRADES(Method):
+    """Cross-entropy and `beta` times the divergence from what is answered nearby.
+
+    Ascent begins with normal noise of deviation `start`; a step is `step_size` times eps.
+    """
+
+    beta: float = 6.0
+    threat: str = "linf:0.031"
+    steps: int = 10
+    step_size: float = 0.226
+    start: float = 0.001
+    momentum: float = 0.9
+    weight_decay: float = 2e-4
+
+    ensembles = True
+
+    def __post_init__(self) -> None:
+        """Refuse an unknown threat."""
+        ThreatModel.parse(self.threat)
+
+    def size(self, samples: int) -> Size:
+        """Return the paper's size on CIFAR-10, with the whole course of rates; less on a small set."""
+        return inner.sgd_size(samples, 100)
+
+    def check(self, plan: Plan) -> None:
+        """Refuse fields that attack nothing."""
+        Method.check(self, plan)
+        at_least(self.info.name, 0, beta=self.beta, step_size=self.step_size, start=self.start)
+        at_least(self.info.name, 0, weight_decay=self.weight_decay)
+        at_least(self.info.name, 1, steps=self.steps)
+        below(self.info.name, 1, momentum=self.momentum)
+
+    def optimizer(self, parameters: Iterable[nn.Parameter], plan: Plan) -> torch.optim.Optimizer:
+        """Return SGD with momentum."""
+        return torch.optim.SGD(parameters, lr=plan.lr, momentum=self.momentum, weight_decay=self.weight_decay)
+
+    def rate(self, step: int, plan: Plan) -> float:
+        """Return `lr`, a tenth of it from three quarters and a hundredth from nine tenths of the run."""
+        done = step / plan.steps
+        return float(plan.lr * 0.1 ** ((done >= 0.75) + (done >= 0.9)))
+
+    def backward(self, nets: Sequence[nn.Module], batch: Batch, plan: Plan) -> Tensor:
+        """Add the gradient of the sum."""
+        with inner.statistics(nets, "frozen"):
+            nearby = self._nearby(nets, batch)
+        losses = []
+        for net in nets:
+            clean, other = net(batch.x), net(nearby)
+            apart = divergence(clean.log_softmax(1), other.log_softmax(1)).mean()
+            losses.append(F.cross_entropy(clean, batch.y) + self.beta * apart)
+        total = torch.stack(losses).sum()
+        total.backward()  # type: ignore[no-untyped-call]
+        return total.detach() / len(nets)
+
+    def _nearby(self, nets: Sequence[nn.Module], batch: Batch) -> Images:
+        threat = ThreatModel.parse(self.threat)
+
+        def answer(x: Images) -> Tensor:
+            return inner.mixed(torch.stack([net(x) for net in nets]))
+
+        with torch.no_grad():
+            clean = answer(batch.x)
+        noise = self.start * batch.rng.normal(*batch.x.shape[1:])
+        return inner.ascend(
+            lambda x: divergence(clean, answer(x)),
+            threat.project(batch.x + noise, batch.x),
+            batch.x,
+            threat,
+            steps=self.steps,
+            step_size=self.step_size,
+        )
+
+
+def divergence(one: Tensor, other: Tensor) -> Tensor:
+    """Return the divergence of each row's probabilities from the other's (B), of their logarithms (B K)."""
+    return (one.exp() * (one - other)).sum(1)

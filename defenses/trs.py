@@ -1,0 +1,92 @@
+"""Transferability reduced smooth ensembles (Yang et al. 2021, arXiv:2104.00671): gradients apart, and small.
+
+Gradients are made small where they are largest: on the first half of a batch as it is, on the second at the end of
+an ascent of their size. The authors' code adds the gradients of all ascent steps up, and has three members.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+from torch import Tensor, nn
+
+from robustkit import inner
+from robustkit.method import Batch, Method, Plan, Size
+from robustkit.registry import method
+from robustkit.sampling import at_least
+from robustkit.shapes import Images, Labels
+from robustkit.threat import Linf
+
+
+@method("trs", paper="arXiv:2104.00671")
+@dataclass(frozen=True, slots=True)
+class TRS(Method):
+    """Cross-entropy, `scale` * (`similarity` * mean |cosine| + `smoothness` * gradients' mean length).
+
+    The ascent's linf radius goes from `eps_start` to `eps_end` along the run, in `steps` of a third of it.
+    """
+
+    scale: float = 5.0
+    similarity: float = 2.0
+    smoothness: float = 2.0
+    eps_start: float = 0.1
+    eps_end: float = 0.2
+    steps: int = 6
+    weight_decay: float = 1e-4
+
+    ensembles = True
+    fewest = 2
+
+    def size(self, samples: int) -> Size:
+        """Return the authors' size on CIFAR-10; less on a small set."""
+        return inner.adam_size(samples, 120)
+
+    def check(self, plan: Plan) -> None:
+        """Refuse negative weights."""
+        Method.check(self, plan)
+        at_least(self.info.name, 0, scale=self.scale, similarity=self.similarity, smoothness=self.smoothness)
+        at_least(self.info.name, 0, eps_start=self.eps_start, eps_end=self.eps_end, weight_decay=self.weight_decay)
+        at_least(self.info.name, 1, steps=self.steps)
+
+    def optimizer(self, parameters: Iterable[nn.Parameter], plan: Plan) -> torch.optim.Optimizer:
+        """Return Adam."""
+        return inner.adam(parameters, plan.lr, self.weight_decay)
+
+    def rate(self, step: int, plan: Plan) -> float:
+        """Return `lr`, a tenth of it after each third of the run."""
+        return float(plan.lr * 0.1 ** (3 * step // plan.steps))
+
+    def backward(self, nets: Sequence[nn.Module], batch: Batch, plan: Plan) -> Tensor:
+        """Add the gradient of the sum, through gradients."""
+        losses, slopes = inner.sloped(nets, batch.x, batch.y)
+        _, steep = inner.sloped(nets, self._steepest(nets, batch, plan), batch.y)
+        apart = inner.cosines(slopes).abs().mean()
+        loss = losses.sum() + self.scale * (self.similarity * apart + self.smoothness * _length(steep).mean())
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach() / len(nets)
+
+    def _steepest(self, nets: Sequence[nn.Module], batch: Batch, plan: Plan) -> Images:
+        half = len(batch.x) // 2
+        epoch = batch.step // plan.steps_per_epoch
+        eps = self.eps_start + (self.eps_end - self.eps_start) * epoch / plan.epochs
+        threat = Linf(Fraction(eps))
+        x, y = batch.x[half:], batch.y[half:]
+
+        def size(at: Images) -> Tensor:
+            return _lengths_at(nets, at, y)
+
+        start = inner.random_start(x, threat, batch.rng.select(torch.arange(half, len(batch.x))))
+        return torch.cat([batch.x[:half], inner.ascend(size, start, x, threat, steps=self.steps, step_size=1 / 3)])
+
+
+def _lengths_at(nets: Sequence[nn.Module], x: Images, y: Labels) -> Tensor:
+    return _length(inner.sloped(nets, x, y)[1]).mean(0)
+
+
+def _length(slopes: Tensor) -> Tensor:
+    """Return the lengths (n B) of gradients (n B D); the gradient of a length is 0 at 0."""
+    square = slopes.square().sum(2)
+    return torch.where(square > 0, square, 1).sqrt() * (square > 0)
