@@ -44,6 +44,7 @@ class Scale:
         test: of the images to attack.
         limit: of training images; None for all.
         images: how many test images are attacked.
+        judged: how many tell the accuracy of what is trained.
         arch: of the nets and of the posterior.
         others: architectures of the other targets.
         nets: how many independent nets are surrogates.
@@ -69,6 +70,7 @@ class Scale:
     samples: int = 3
     temperature: float = 0.08
     steps: int = 50
+    judged: int = 2000
 
 
 FILES = ("{data}/cifar10_train.npz", "{data}/cifar10_test.npz")
@@ -134,12 +136,12 @@ class Study:
     def net(self, name: str, method: str, seed: int, **words: Any) -> Trained:
         """Train, or take what was trained."""
         say(f"training {name}: {method}")
-        scale = self.scale
+        scale, held_out = self.scale, load_data(self.test)
         words = {"arch": scale.arch, "epochs": scale.cycles * scale.epochs, **words}
         return train(
             method,
             self.train,
-            test=self.test,
+            test=held_out.head(min(scale.judged, len(held_out))),
             limit=scale.limit,
             seed=seed,
             device=self.device,
@@ -454,12 +456,12 @@ def main() -> None:
     )
     parser.add_argument("--temperatures", nargs="*", type=float, help="of the sweep [default: digits only]")
     parser.add_argument("--device", default="auto")
-    for name in ("limit", "images", "nets", "cycles", "epochs", "steps"):
+    for name in ("limit", "images", "judged", "nets", "cycles", "epochs", "steps"):
         parser.add_argument(f"--{name}", type=int)
     given = parser.parse_args()
     changes = {
         name: value
-        for name in ("limit", "images", "nets", "cycles", "epochs", "steps", "temperatures")
+        for name in ("limit", "images", "judged", "nets", "cycles", "epochs", "steps", "temperatures")
         if (value := getattr(given, name)) is not None
     }
     scale = replace(SCALES[given.scale], **changes)
