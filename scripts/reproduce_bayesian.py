@@ -243,8 +243,8 @@ def main_table(study: Study) -> None:
     for place, target in enumerate(study.targets):
         title(f"success on {target}: {scale.arch.partition(':')[2]}, I-FGSM, {scale.steps} steps")
         table = []
-        for name, flops, found in rows:
-            cells = ["–" if (one := found[column]) is None else _cell(one.targets[place]) for column in columns]
+        for name, flops, crafted in rows:
+            cells = ["–" if (one := crafted[column]) is None else _cell(one.targets[place]) for column in columns]
             table.append([name, f"{flops:.1e}", *cells])
         show(["surrogate", "training FLOP", *columns], table)
         title(f"T-DEE on {target}: independent nets with the success of cSGLD's {count} samples")
@@ -256,7 +256,9 @@ def main_table(study: Study) -> None:
                 n: _fooled(rows[n - 1][2][column] or rows[n - 1][2][column.replace("full", "light")], place)
                 for n in range(1, scale.nets + 1)
             }
-            cells.append(str(deep_ensemble_equivalent(nets, _fooled(final[column], place))))
+            found = _fooled(final[column], place)
+            right = any(hit is not None for hit in found)
+            cells.append(str(deep_ensemble_equivalent(nets, found)) if right else "–")
         show(["", *columns], [["cSGLD", *cells]])
 
 
@@ -376,7 +378,7 @@ def weakness_table(study: Study, others: Sequence[str]) -> None:
     }
     rows = {}
     for label, (surrogates, attack) in runs.items():
-        name = f"weakness {label.partition(',')[0]}{len(others) or ''}"
+        name = " ".join(["weakness", label.partition(",")[0], *(Path(other).stem for other in others)])
         found = [study.attack(name, [*surrogates, *others], attack, threat) for threat in scale.threats]
         rows[f"{label}   {found[0].gradients_per_image:.0f} gradients"] = found
     more = f" with {', '.join(others)}" if others else ""
