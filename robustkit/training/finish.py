@@ -145,6 +145,12 @@ def _save(job: Job, members: Sequence[Member]) -> None:
         for number, member in enumerate(members)
         for name, tensor in member.net.state_dict().items()
     }
+    for name, tensor in state.items():
+        if not tensor.isfinite().all():
+            raise RunError(
+                f"the weights have NaN or infinite values in {name!r}: the training has diverged; give a smaller "
+                "--lr in another folder."
+            )
     classifier = members[0].classifier
     about: Mapping[str, Tensor | None] = {"mean": classifier.mean, "std": classifier.std}
     metadata = {

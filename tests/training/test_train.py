@@ -223,6 +223,15 @@ def test_divergence_is_said(tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "model.json").exists()
 
 
+def test_a_net_that_breaks_in_its_last_step_is_not_written(tmp_path: Path) -> None:
+    """The loss of that step was finite yet, and nobody looks at test images."""
+    short = {**SHORT, "lr": 1e38, "batch_size": 48, "epochs": 1, "test": None}
+    short["data"] = load_data("digits:train").head(48)
+    with pytest.raises(RunError, match="the weights have NaN or infinite values"):
+        train("standard(warmup=0,momentum=0,weight_decay=1000000)", out=tmp_path / "run", **short)
+    assert not (tmp_path / "run" / "model.json").exists()
+
+
 def test_a_net_that_overflows_on_the_test_images_has_diverged(tmp_path: Path) -> None:
     for method in ("standard", SAMPLING):
         for _ in range(2):
@@ -292,7 +301,10 @@ def test_running_statistics_do_not_depend_on_the_order_of_the_data(tmp_path: Pat
     ("more", "sentence"),
     [
         ({"epochs": 0}, "--epochs 0 must be above 0"),
+        ({"epochs": 2.5}, "--epochs 2.5 must be a whole number"),
         ({"lr": -1.0}, "--lr -1 must be above 0"),
+        ({"seed": -1}, "seed -1: write a whole number from 0"),
+        ({"method": 3}, "method 3: write one of robustkit list methods"),
         ({"ema": 1.5}, "--ema 1.5"),
         ({"precision": "fp16"}, "fp16"),
         ({"augment": "crap"}, "Did you mean 'crop'"),
