@@ -9,7 +9,7 @@ from __future__ import annotations
 from robustkit.registry import recipe
 
 
-@recipe("auto")
+@recipe("auto", paper="docs/transfer.md")
 def auto() -> str:
     """The momentum method at diverse inputs, each surrogate weighed by what is at stake at it."""
     return "mi-fgsm(steps=20,step_size=0.2)+triage+di"

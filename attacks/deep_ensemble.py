@@ -31,7 +31,7 @@ class DeepEnsemble(Method):
         """Return a usual training of five nets, less on a small set."""
         if samples > 5000:
             return Size(epochs=100, batch_size=128, lr=0.1, members=5)
-        return Size(epochs=40, batch_size=64, lr=0.05, members=5)
+        return Size(epochs=30, batch_size=64, lr=0.05, members=5)
 
     def check(self, plan: Plan) -> None:
         """Refuse fields that SGD cannot have."""

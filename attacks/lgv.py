@@ -80,7 +80,7 @@ class LGV(Collecting):
         """Return a usual training with the paper's epochs after it, less on a small set."""
         if samples > 5000:
             return Size(epochs=100 + self.collect_epochs, batch_size=256, lr=0.1)
-        batch_size = max(min(64, samples // self.snapshots_per_epoch), 1)
+        batch_size = max(min(64, samples // max(self.snapshots_per_epoch, 1)), 1)
         return Size(epochs=40 + self.collect_epochs, batch_size=batch_size, lr=0.05)
 
     def check(self, plan: Plan) -> None:

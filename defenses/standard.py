@@ -12,6 +12,7 @@ from torch import nn
 from robustkit.errors import did_you_mean
 from robustkit.method import Method, Plan, Size
 from robustkit.registry import method
+from robustkit.sampling import at_least, below
 
 SCHEDULES = ("cosine", "steps", "constant")
 
@@ -42,6 +43,12 @@ class Standard(Method):
         return (
             Size(epochs=30, batch_size=64, lr=0.2) if samples <= 5000 else Size(epochs=30, batch_size=128, lr=0.1)
         )
+
+    def check(self, plan: Plan) -> None:
+        """Refuse fields that SGD cannot have."""
+        Method.check(self, plan)
+        at_least(self.info.name, 0, weight_decay=self.weight_decay, warmup=self.warmup)
+        below(self.info.name, 1, momentum=self.momentum)
 
     def optimizer(self, parameters: Iterable[nn.Parameter], plan: Plan) -> torch.optim.Optimizer:
         """Return SGD."""

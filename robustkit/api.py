@@ -240,7 +240,7 @@ def train(
         device=pick_device(device),
         devices=devices,
     )
-    folder = Path(out) if out is not None else Path("runs") / f"{value.info.name}-{plan.spec.run_id}"
+    folder = Path(out) if out is not None else Path("runs") / f"{plan.method.info.name}-{plan.spec.run_id}"
     return plan.run(folder, progress)
 
 

@@ -44,6 +44,7 @@ class Scale:
         test: of the images to attack.
         limit: of training images; None for all.
         images: how many test images are attacked.
+        judged: how many tell the accuracy of what is trained.
         arch: of the nets and of the posterior.
         others: architectures of the other targets.
         nets: how many independent nets are surrogates.
@@ -69,6 +70,7 @@ class Scale:
     samples: int = 3
     temperature: float = 0.08
     steps: int = 50
+    judged: int = 2000
 
 
 FILES = ("{data}/cifar10_train.npz", "{data}/cifar10_test.npz")
@@ -134,12 +136,12 @@ class Study:
     def net(self, name: str, method: str, seed: int, **words: Any) -> Trained:
         """Train, or take what was trained."""
         say(f"training {name}: {method}")
-        scale = self.scale
+        scale, held_out = self.scale, load_data(self.test)
         words = {"arch": scale.arch, "epochs": scale.cycles * scale.epochs, **words}
         return train(
             method,
             self.train,
-            test=self.test,
+            test=held_out.head(min(scale.judged, len(held_out))),
             limit=scale.limit,
             seed=seed,
             device=self.device,
@@ -241,8 +243,8 @@ def main_table(study: Study) -> None:
     for place, target in enumerate(study.targets):
         title(f"success on {target}: {scale.arch.partition(':')[2]}, I-FGSM, {scale.steps} steps")
         table = []
-        for name, flops, found in rows:
-            cells = ["–" if (one := found[column]) is None else _cell(one.targets[place]) for column in columns]
+        for name, flops, crafted in rows:
+            cells = ["–" if (one := crafted[column]) is None else _cell(one.targets[place]) for column in columns]
             table.append([name, f"{flops:.1e}", *cells])
         show(["surrogate", "training FLOP", *columns], table)
         title(f"T-DEE on {target}: independent nets with the success of cSGLD's {count} samples")
@@ -254,7 +256,9 @@ def main_table(study: Study) -> None:
                 n: _fooled(rows[n - 1][2][column] or rows[n - 1][2][column.replace("full", "light")], place)
                 for n in range(1, scale.nets + 1)
             }
-            cells.append(str(deep_ensemble_equivalent(nets, _fooled(final[column], place))))
+            found = _fooled(final[column], place)
+            right = any(hit is not None for hit in found)
+            cells.append(str(deep_ensemble_equivalent(nets, found)) if right else "–")
         show(["", *columns], [["cSGLD", *cells]])
 
 
@@ -374,7 +378,7 @@ def weakness_table(study: Study, others: Sequence[str]) -> None:
     }
     rows = {}
     for label, (surrogates, attack) in runs.items():
-        name = f"weakness {label.partition(',')[0]}{len(others) or ''}"
+        name = " ".join(["weakness", label.partition(",")[0], *(Path(other).stem for other in others)])
         found = [study.attack(name, [*surrogates, *others], attack, threat) for threat in scale.threats]
         rows[f"{label}   {found[0].gradients_per_image:.0f} gradients"] = found
     more = f" with {', '.join(others)}" if others else ""
@@ -454,12 +458,12 @@ def main() -> None:
     )
     parser.add_argument("--temperatures", nargs="*", type=float, help="of the sweep [default: digits only]")
     parser.add_argument("--device", default="auto")
-    for name in ("limit", "images", "nets", "cycles", "epochs", "steps"):
+    for name in ("limit", "images", "judged", "nets", "cycles", "epochs", "steps"):
         parser.add_argument(f"--{name}", type=int)
     given = parser.parse_args()
     changes = {
         name: value
-        for name in ("limit", "images", "nets", "cycles", "epochs", "steps", "temperatures")
+        for name in ("limit", "images", "judged", "nets", "cycles", "epochs", "steps", "temperatures")
         if (value := getattr(given, name)) is not None
     }
     scale = replace(SCALES[given.scale], **changes)

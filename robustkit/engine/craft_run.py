@@ -115,6 +115,12 @@ class _Job:
         goals = shop.goals()
         shop.fill(IMAGES, plan.composed, None, goals, plan.spec.attack_name)
         forwards, backwards, seconds = ledger.cost(IMAGES)
+        asked, most = backwards / self.n / len(plan.nets), max(net.count for net in plan.nets)
+        if asked < most:
+            self.progress.say(
+                f"{asked:.0f} gradients of each surrogate did not reach all {most} nets of a run folder; give the "
+                "attack more steps, or +light(samples=K)"
+            )
         crafted = list(ledger.crafted(IMAGES))
         shape = tuple(self.samples.images([0]).shape[1:])
         rows = folder.Adversarials(

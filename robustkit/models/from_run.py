@@ -26,7 +26,7 @@ from robustkit.models.weights import Weights, put_weights, read_weights
 from robustkit.posterior import Posterior
 
 FACTS, WEIGHTS, FORMAT = "model.json", "model.safetensors", 1
-_NUMBERS = re.compile(r"\d+(-\d+)?(\+\d+(-\d+)?)*")
+_NUMBERS = re.compile(r"\d{1,5}(-\d{1,5})?(\+\d{1,5}(-\d{1,5})?)*")
 
 # Builds a net by its string: the loader's own, for every kind but a folder.
 Build = Callable[[ModelString, Options, Weights | None], Built]
@@ -54,7 +54,7 @@ class Run:
             UsageError: if its model.json is missing, damaged or of another format, or its numbers are no numbers.
         """
         path, sign, text = spec.arch.rpartition("#")
-        if sign and not _NUMBERS.fullmatch(text):
+        if sign and not _readable(text):
             raise UsageError(f"model {str(spec)!r}: write numbers after '#', as in #2, #0-4 or #0+4+7.")
         folder = Path(path if sign else text).expanduser().absolute()
         return cls(folder, _numbers(text) if sign else None, _facts(folder))
@@ -82,7 +82,8 @@ class Run:
             put_weights(built.net, weights, inner.arch)
             return built
 
-        whole = self._samples(net) if (self.folder / posterior.FILE).is_file() else self._nets(net)
+        sampled = posterior.FILE in self.facts.get("hashes", {}) or (self.folder / posterior.FILE).is_file()
+        whole = self._samples(net) if sampled else self._nets(net)
         mean, std = (
             None if self.facts[of] is None else tuple(map(float, self.facts[of])) for of in ("mean", "std")
         )
@@ -154,6 +155,11 @@ def _facts(folder: Path) -> dict[str, Any]:
     for name, kind in types.items():
         if not isinstance(facts.get(name), kind) or name not in facts:
             raise UsageError(f"'{path}' does not say {name!r}: give a folder that 'robustkit train' wrote.")
+    channels = [number for of in ("mean", "std") for number in facts[of] or ()]
+    if not all(isinstance(number, (int, float)) for number in channels):
+        raise UsageError(f"'{path}' has a mean or std that is no list of numbers: write one number per channel.")
+    if facts["members"] < 1 or not isinstance(facts.get("hashes", {}), dict):
+        raise UsageError(f"'{path}' is damaged: train again in another folder.")
     if ModelString.parse(facts["arch"]).kind == FOLDER:
         raise UsageError(f"'{path}' names the folder {facts['arch']!r} as the architecture: write the net's own.")
     return facts
@@ -165,6 +171,14 @@ def _numbers(text: str) -> list[int]:
         first, sign, last = part.partition("-")
         found += range(int(first), int(last) + 1) if sign else [int(first)]
     return found
+
+
+def _readable(text: str) -> bool:
+    """Return whether this says numbers: ranges that rise, of at most five digits."""
+    if not _NUMBERS.fullmatch(text):
+        return False
+    ranges = [part.split("-") for part in text.split("+")]
+    return all(int(one[0]) <= int(one[-1]) for one in ranges)
 
 
 def _of_member(state: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:

@@ -52,7 +52,10 @@ class Posterior:
             raise UsageError(f"posterior '{path}' is damaged: train it again in another folder.") from error
         if said.get("format") != FORMAT or not said.get("samples", "").isdecimal():
             raise UsageError(f"posterior '{path}' has format {said.get('format')!r}, not {FORMAT!r}.")
-        return cls(path, tensors, int(said["samples"]))
+        count = int(said["samples"])
+        if not count or not _whole(tensors, count):
+            raise UsageError(f"posterior '{path}' is damaged: train it again in another folder.")
+        return cls(path, tensors, count)
 
     def __len__(self) -> int:
         """How many samples there are."""
@@ -123,6 +126,23 @@ class Posterior:
     def _check(self, number: int) -> None:
         if not 0 <= number < len(self):
             raise UsageError(f"'{self.path}' has no sample {number}: write a number from 0 to {len(self) - 1}.")
+
+
+def _whole(tensors: Mapping[str, Tensor], count: int) -> bool:
+    """Return whether each tensor is there for so many samples, with what it takes to read it."""
+    shapes = {name: tuple(of.shape) for name, of in tensors.items()}
+    for name, shape in shapes.items():
+        kind, sign, own = name.partition("/")
+        like = shapes.get(MEAN + own)
+        wanted = {
+            MEAN: DELTA + own in shapes and SCALE + own in shapes,
+            DELTA: like is not None and shape == (count, *like),
+            SCALE: like is not None and shape == (count,),
+            EXACT: shape[:1] == (count,),
+        }
+        if not wanted.get(kind + sign, False):
+            return False
+    return True
 
 
 @lru_cache

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from robustkit.engine.environment import environment
 from robustkit.engine.folder import sha256, write
+from robustkit.errors import RunError
 from robustkit.method import Method, State
 from robustkit.posterior import FILE as POSTERIOR
 from robustkit.posterior import Draft, Posterior
@@ -21,7 +22,7 @@ from robustkit.trained import RECORD, WEIGHTS, Trained
 from robustkit.training import score
 from robustkit.training.averages import swapped
 from robustkit.training.checkpoint import Course, Parts
-from robustkit.training.images import ImageSet
+from robustkit.training.images import Epoch, ImageSet
 from robustkit.training.job import Job
 from robustkit.training.nets import Member, bare, flops
 
@@ -36,7 +37,7 @@ def finish(
     samples: list[dict[str, Any]] = []
     scores: list[Tensor] = []
     if job.method.posterior:
-        posterior = _pack(job, members[0], train)
+        posterior = _pack(job, members[0], course, train)
         samples = _facts(job.method, job, len(posterior))
         for number, facts in enumerate(samples):
             posterior.put(members[0].net, number)
@@ -93,15 +94,18 @@ def judge(members: Sequence[Member], parts: Parts, test: ImageSet) -> dict[str, 
     return {"test_accuracy": accuracy, "test_loss": loss}
 
 
-def _pack(job: Job, member: Member, train: ImageSet) -> Posterior:
+def _pack(job: Job, member: Member, course: Course, train: ImageSet) -> Posterior:
     """Make the method's samples of the states that were kept, and return the posterior of them."""
     if (job.folder / POSTERIOR).is_file():
         return Posterior.open(job.folder)
+    if len(Draft(job.folder / KEPT)) < course.kept:
+        raise RunError(f"{job.folder / KEPT} lacks some of {course.kept} states: train again in another folder.")
+    order = Epoch.of(train, job.plan, job.plan.epochs, ()).order
     draft, count = Draft(job.folder), 0
     for state in job.method.samples(_kept(job.folder / KEPT), job.plan):
         if job.method.batch_norm == "re-estimate":
             member.net.load_state_dict(state)
-            score.re_estimate(member, train, min(job.plan.batch_size, len(train)))
+            score.re_estimate(member, train, min(job.plan.batch_size, len(train)), order)
             state = member.net.state_dict()
         draft.add(state, count)
         count += 1
@@ -141,6 +145,12 @@ def _save(job: Job, members: Sequence[Member]) -> None:
         for number, member in enumerate(members)
         for name, tensor in member.net.state_dict().items()
     }
+    for name, tensor in state.items():
+        if not tensor.isfinite().all():
+            raise RunError(
+                f"the weights have NaN or infinite values in {name!r}: the training has diverged; give a smaller "
+                "--lr in another folder."
+            )
     classifier = members[0].classifier
     about: Mapping[str, Tensor | None] = {"mean": classifier.mean, "std": classifier.std}
     metadata = {

@@ -50,7 +50,7 @@ class Sitting:
         self.images = job.train.to(fabric.device)
         self.test = None if job.test is None else job.test.to(fabric.device)
         self.course = Course(loss=torch.zeros((), device=fabric.device))
-        self.members = [self._member(number) for number in range(job.plan.members)]
+        self.members = [self._member(number, fabric.world_size) for number in range(job.plan.members)]
         nets = [member.net for member in self.members]
         weights = [[weight for weight in net.parameters() if weight.requires_grad] for net in nets]
         plans = [own_plan(job.plan, number) for number in range(job.plan.members)]
@@ -81,12 +81,21 @@ class Sitting:
                 if metrics is not None:
                     metrics.add(facts)
             if self.first:
-                finish(self.job, self.members, self.parts, self.course, self.images, self.test)
+                self._finish()
         finally:
             if metrics is not None:
                 metrics.close()
             self.progress.close()
         self.fabric.barrier()
+
+    def _finish(self) -> None:
+        """Write what a finished run leaves, in the first process alone."""
+        members = self.members
+        if self.method.posterior:
+            # Samples pass through a net that waits for no other process and counts as one.
+            members = [self._member(0, 1)]
+        _reseed(_seed(self.plan.seed, self.plan.steps, 0), self.fabric.device)
+        finish(self.job, members, self.parts, self.course, self.images, self.test)
 
     def _epoch(self) -> dict[str, Any]:
         """Do what is left of the epoch that the run is in, save it, and return its facts."""
@@ -155,12 +164,14 @@ class Sitting:
             )
         return loss
 
-    def _member(self, number: int) -> Member:
+    def _member(self, number: int, processes: int) -> Member:
+        """Return a member as it begins, for so many processes together."""
         plan, fabric = self.plan, self.fabric
         classifier = build(self.job.arch, plan.seed + number, self.job.train.at(slice(0, 2)), plan.classes)
-        classifier.net = synchronised(net_of(classifier), fabric)
+        if processes > 1:
+            classifier.net = synchronised(net_of(classifier), fabric)
         classifier = classifier.to(fabric.device).to(memory_format=torch.channels_last).train()
-        return Member(classifier, self.course.tally, fabric.autocast, fabric.world_size).train()
+        return Member(classifier, self.course.tally, fabric.autocast, processes).train()
 
 
 def own_plan(plan: Plan, member: int) -> Plan:

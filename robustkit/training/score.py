@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from robustkit.errors import RunError
 from robustkit.training.images import ImageSet
 
 _CHUNK = 500
@@ -24,8 +26,18 @@ def log_probabilities(net: nn.Module, images: ImageSet) -> Tensor:
 
 
 def accuracy_and_loss(scores: Tensor, labels: Tensor) -> tuple[float, float]:
-    """Return the share of labels that log-probabilities (N K) name, and their mean negative logarithm."""
-    return float((scores.argmax(1) == labels).float().mean()), float(F.nll_loss(scores, labels))
+    """Return the share of labels that log-probabilities (N K) name, and their mean negative logarithm.
+
+    Raises:
+        RunError: if that is not finite, as no log-probabilities of a sound net are.
+    """
+    loss = float(F.nll_loss(scores, labels))
+    if not math.isfinite(loss):
+        raise RunError(
+            f"the loss on the test images is {loss}: the training has diverged; give a smaller --lr in another "
+            "folder."
+        )
+    return float((scores.argmax(1) == labels).float().mean()), loss
 
 
 def mixed(scores: Iterable[Tensor]) -> Tensor:
@@ -39,8 +51,12 @@ def mixed(scores: Iterable[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def re_estimate(net: nn.Module, images: ImageSet, batch_size: int) -> None:
-    """Set every batch norm's running statistics to the mean over whole batches of the images, in place."""
+def re_estimate(net: nn.Module, images: ImageSet, batch_size: int, order: Tensor | None = None) -> None:
+    """Set every batch norm's running statistics to the mean over whole batches of the images, in place.
+
+    `order` (N) mixes the images: in a set sorted by class each batch would be of one class, and its variance not
+    that of the batches which the weights were trained on.
+    """
     norms = [part for part in net.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
@@ -49,7 +65,8 @@ def re_estimate(net: nn.Module, images: ImageSet, batch_size: int) -> None:
     before = net.training
     net.train()
     for start in range(0, len(images) - batch_size + 1, batch_size):
-        net(images.at(slice(start, start + batch_size)))
+        rows = slice(start, start + batch_size)
+        net(images.at(rows if order is None else order[rows]))
     net.train(before)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum

@@ -64,6 +64,10 @@ class Training:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be trained, before any image is read."""
+        if not isinstance(self.method, Method):
+            raise UsageError(f"method {self.method!r}: write one of robustkit list methods, e.g. 'standard'.")
+        if not 0 <= self.seed < 2**63:
+            raise UsageError(f"seed {self.seed}: write a whole number from 0 to 2**63 - 1.")
         parts = processes.count(self.devices)
         if parts < 1 or self.plan.batch_size % parts:
             raise UsageError(
@@ -92,6 +96,8 @@ class Training:
         for name, number in zip(("epochs", "batch-size", "lr", "members"), (*asked, self.members), strict=True):
             if number is not None and not number > 0:
                 raise UsageError(f"--{name} {number:g} must be above 0.")
+            if name != "lr" and number is not None and number != int(number):
+                raise UsageError(f"--{name} {number:g} must be a whole number.")
         usual = None if None not in asked and self.members else self.method.size(count)
         classes = len(self.samples.classes) if self.samples.classes else int(self.samples.labels.max()) + 1
 

@@ -32,7 +32,7 @@ def test_craft_alone_works(
     assert run(["craft", "--limit", "12"]) == 0
     out = capsys.readouterr().out
     (folder,) = Path("runs").iterdir()
-    assert "10 gradients and 10 forwards per image" in out
+    assert "20 gradients and 20 forwards per image" in out
     assert out.splitlines()[-1].startswith(f"next     robustkit transfer {folder} --target")
     assert max(map(len, out.splitlines()[:-1])) <= 80
     assert {file.name for file in folder.iterdir()} >= {

@@ -13,6 +13,7 @@ from robustkit import ThreatModel, UsageError, craft, evaluate, load_model
 from robustkit.data import from_arrays
 from robustkit.engine.ensemble import Ensemble, Storage
 from robustkit.engine.nets import gather
+from robustkit.engine.progress import Progress
 from robustkit.goal import Goal
 from robustkit.registry import parse_attack
 from robustkit.rng import RowRng
@@ -100,6 +101,24 @@ def test_counts(runs: dict[str, str]) -> None:
         assert spent("i-fgsm(steps=2)+full", runs["a"], runs["b"], streaming=streaming) == 2 * (5 + 3)
     assert spent("cwa(steps=4)", runs["a"], runs["b"]) == 4 * 2 * 2
     assert spent("i-fgsm(steps=4)+full", runs["members"]) == 12
+
+
+class Heard(Progress):
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+
+@pytest.mark.parametrize(
+    ("attack", "warned"),
+    [("i-fgsm(steps=4)", True), ("i-fgsm(steps=5)", False), ("i-fgsm(steps=3)+light(samples=2)", False)],
+)
+def test_too_few_steps_for_all_samples_is_said(runs: dict[str, str], attack: str, warned: bool) -> None:
+    heard = Heard()
+    craft([runs["a"], runs["b"]], X[:2], Y[:2], EPS, attack=attack, progress=heard)
+    assert any("did not reach all 5 nets of a run folder" in text for text in heard.said) == warned
 
 
 @pytest.mark.parametrize("attack", ["mi-fgsm(steps=4)", "cwa(steps=2)+light(samples=2)"])

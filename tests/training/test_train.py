@@ -44,6 +44,14 @@ class Dropping(nn.Module):
         return self.head(self.body(x))
 
 
+class Late(Dropping):
+    """The same with dropout in front of it."""
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__(num_classes)
+        self.body.insert(0, nn.Dropout(0.5))
+
+
 DROPPING = f"{Path(__file__)}:Dropping"
 
 
@@ -215,11 +223,88 @@ def test_divergence_is_said(tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "model.json").exists()
 
 
+def test_a_net_that_breaks_in_its_last_step_is_not_written(tmp_path: Path) -> None:
+    """The loss of that step was finite yet, and nobody looks at test images."""
+    short = {**SHORT, "lr": 1e38, "batch_size": 48, "epochs": 1, "test": None}
+    short["data"] = load_data("digits:train").head(48)
+    with pytest.raises(RunError, match="the weights have NaN or infinite values"):
+        train("standard(warmup=0,momentum=0,weight_decay=1000000)", out=tmp_path / "run", **short)
+    assert not (tmp_path / "run" / "model.json").exists()
+
+
+def test_a_net_that_overflows_on_the_test_images_has_diverged(tmp_path: Path) -> None:
+    for method in ("standard", SAMPLING):
+        for _ in range(2):
+            with pytest.raises(RunError, match="diverged"):
+                train(method, out=tmp_path / method[:4], **{**SHORT, "lr": 1e30, "batch_size": 48, "epochs": 4})
+
+
+def test_states_that_are_gone_are_missed(tmp_path: Path) -> None:
+    train(SAMPLING, out=tmp_path, **SHORT)
+    for name in ("model.json", "posterior.safetensors"):
+        (tmp_path / name).unlink()
+    with pytest.raises(RunError, match="lacks some of 2 states"):
+        train(SAMPLING, out=tmp_path, **SHORT)
+
+
+def test_a_run_that_was_cut_off_while_it_drew_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dropout in front of batch norms makes their running statistics random."""
+
+    def cut(*parts: Any) -> None:
+        raise KeyboardInterrupt
+
+    late = DROPPING.replace("Dropping", "Late")
+    train("swag(draws=2)", out=tmp_path / "whole", arch=late, **SHORT)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "finish", cut)
+        with pytest.raises(KeyboardInterrupt):
+            train("swag(draws=2)", out=tmp_path / "cut", arch=late, **SHORT)
+    train("swag(draws=2)", out=tmp_path / "cut", arch=late, **SHORT)
+    assert weights(tmp_path / "whole") == weights(tmp_path / "cut")
+
+
+@pytest.mark.slow
+def test_drawn_samples_count_once_on_several_processes(tmp_path: Path) -> None:
+    """One process alone takes their running statistics."""
+    one, two = (
+        train("swag(draws=2)", out=tmp_path / str(devices), arch=DROPPING, devices=devices, **SHORT)
+        for devices in (1, 2)
+    )
+    assert one.cost["forwards"] == two.cost["forwards"] == (3 + 2) * 48
+
+
+def test_running_statistics_do_not_depend_on_the_order_of_the_data(tmp_path: Path) -> None:
+    """Two classes, dark and light, one after the other: a batch of one kind has next to no variance."""
+    x = np.repeat(np.array([10, 240], np.uint8), 32)[:, None, None, None].repeat(8, 1).repeat(8, 2)
+    np.savez(tmp_path / "sorted.npz", x=x, y=np.repeat([0, 1], 32))
+    train(
+        "swag(draws=1,scale=0)",
+        str(tmp_path / "sorted.npz"),
+        arch="robustkit:cifar-resnet20?mean=0&std=1",
+        out=tmp_path / "run",
+        epochs=2,
+        batch_size=32,
+        lr=1e-6,
+    )
+    state = load_model(f"{tmp_path / 'run'}/").net.state_dict()
+    weight, variance = state["conv1.weight"], state["bn1.running_var"]
+    expected = torch.stack(
+        [
+            torch.nn.functional.conv2d(torch.full((1, 1, 8, 8), value), weight, padding=1)[0]
+            for value in (10 / 255, 240 / 255)
+        ]
+    ).transpose(0, 1)
+    torch.testing.assert_close(variance, expected.flatten(1).var(1, correction=0), rtol=0.2, atol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("more", "sentence"),
     [
         ({"epochs": 0}, "--epochs 0 must be above 0"),
+        ({"epochs": 2.5}, "--epochs 2.5 must be a whole number"),
         ({"lr": -1.0}, "--lr -1 must be above 0"),
+        ({"seed": -1}, "seed -1: write a whole number from 0"),
+        ({"method": 3}, "method 3: write one of robustkit list methods"),
         ({"ema": 1.5}, "--ema 1.5"),
         ({"precision": "fp16"}, "fp16"),
         ({"augment": "crap"}, "Did you mean 'crop'"),

@@ -141,6 +141,10 @@ def test_a_mixture_is_never_traced(tmp_path: Path) -> None:
         ({"format": 2}, "has format 2, not 1"),
         ({"arch": None}, "does not say 'arch'"),
         ({"mean": "0.5"}, "does not say 'mean'"),
+        ({"mean": ["a"]}, "no list of numbers"),
+        ({"members": 0}, "is damaged"),
+        ({"hashes": None}, "is damaged"),
+        ({"hashes": {"posterior.safetensors": "0"}}, "there is no posterior"),
         ({"arch": "runs/x/"}, "names the folder"),
         ({"hashes": {"model.safetensors": "0"}}, "is not the file that the training wrote"),
     ],
@@ -158,7 +162,7 @@ def test_numbers_that_are_not_there(tmp_path: Path) -> None:
             load_model(f"{string}#2")
         with pytest.raises(UsageError, match="names number 1 twice"):
             load_model(f"{string}#0-1+1")
-        for text in ("#x", "#", "#-1", "#1.5"):
+        for text in ("#x", "#", "#-1", "#1.5", "#1-0", "#0-999999999"):
             with pytest.raises(UsageError, match="write numbers after '#'"):
                 load_model(f"{string}{text}")
 
