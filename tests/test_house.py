@@ -40,6 +40,7 @@ ALLOWED: dict[str, set[str]] = {
     "trained": {"errors", "record"},
     "registry": {"errors"},
     "residual": {"errors"},
+    "aggregation": {"errors", "shapes"},
     "features": {"errors", "shapes"},
     "inner": {"errors", "method", "rng", "shapes", "threat"},
     "surrogates": {"errors", "goal", "rng", "rows", "shapes", "threat"},
