@@ -28,11 +28,11 @@ CREATE TABLE chunks (
 CREATE TABLE verdicts (
     stage INTEGER NOT NULL, chunk INTEGER NOT NULL, position INTEGER NOT NULL,
     label INTEGER NOT NULL, prediction INTEGER NOT NULL, margin REAL NOT NULL, fooled INTEGER NOT NULL,
-    image TEXT NOT NULL, adversarial BLOB,
+    image TEXT NOT NULL, adversarial BLOB, "right" REAL, once INTEGER, struck INTEGER,
     PRIMARY KEY (stage, position)
 );
 """
-COLUMNS = "position, label, prediction, margin, fooled, image, adversarial"
+COLUMNS = 'position, label, prediction, margin, fooled, image, adversarial, "right", once, struck'
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,9 @@ class Verdict:
     """One judged image in one stage. Stage 0 is the clean pass, stage s > 0 the suite's attack s - 1.
 
     `image` is the sha256 of the clean image's float32 bytes; `adversarial` the float32 bytes of the fooling
-    one. `margin` is the label's logit minus the best other.
+    one. `margin` is the label's logit minus the best other. Of a random model they are means, and three more are
+    told: the share of fresh draws that were `right`, whether the first was (`once`), and whether any single draw
+    on the attack's way was wrong (`struck`).
     """
 
     position: int
@@ -50,6 +52,9 @@ class Verdict:
     fooled: bool
     image: str
     adversarial: bytes | None = None
+    right: float | None = None
+    once: int | None = None
+    struck: int | None = None
 
 
 @dataclass(frozen=True)
@@ -142,7 +147,7 @@ class Ledger:
             ],
         )
         self._db.executemany(
-            f"INSERT INTO verdicts (stage, chunk, {COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            f"INSERT INTO verdicts (stage, chunk, {COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (
                 [
                     chunk.stage,
@@ -154,6 +159,9 @@ class Ledger:
                     v.fooled,
                     v.image,
                     v.adversarial,
+                    v.right,
+                    v.once,
+                    v.struck,
                 ]
                 for v in chunk.verdicts
             ),

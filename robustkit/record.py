@@ -166,6 +166,21 @@ class Stop:
 
 
 @dataclass(frozen=True)
+class Draws:
+    """A random model's robust accuracy three ways, each by fresh draws at the points that the attacks found.
+
+    `one` is by a single draw, `mean` the mean share of draws that are right, `majority` counts the images that
+    are right more often than not: the run's own. `gap` is how much higher the mean is than what an attack is
+    told that takes one wrong draw for a success.
+    """
+
+    one: Rate
+    mean: float
+    majority: Rate
+    gap: float
+
+
+@dataclass(frozen=True)
 class Audit:
     """What full AutoAttack made of some survivors, drawn at random: the positions it `broke` of `audited`.
 
@@ -190,7 +205,8 @@ class Audit:
 class Report:
     """The record of a finished run; the fields are those of report.json.
 
-    `curve` and `audit` are there if they were asked for, `stopped` if the run ended early. `files` holds the
+    `curve` and `audit` are there if they were asked for, `draws` for a random model, `stopped` if the run ended
+    early. `files` holds the
     sha256 of what lies beside the report. `adversarial` (not in the file) are the fooling images as a mapping of
     `index` (M), `x` (M C H W) and `y` (M) when the run was asked for from Python.
     """
@@ -208,13 +224,14 @@ class Report:
     files: Mapping[str, str] = field(default_factory=dict)
     curve: Curve | None = None
     audit: Audit | None = None
+    draws: Draws | None = None
     stopped: Stop | None = None
     format: int = FORMAT
     adversarial: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
 
     def to_json(self) -> dict[str, Any]:
         """Return the record as report.json holds it, `format` first."""
-        asked_for = {name for name in ("curve", "audit", "stopped") if getattr(self, name) is None}
+        asked_for = {name for name in ("curve", "audit", "draws", "stopped") if getattr(self, name) is None}
         left_out = {"adversarial", "format"} | asked_for
         kept = [f.name for f in fields(self) if f.name not in left_out]
         body = {name: getattr(self, name) for name in kept}
@@ -263,6 +280,7 @@ class Report:
                 files=body.get("files", {}),
                 curve=_curve(body.get("curve")),
                 audit=_audit(body.get("audit")),
+                draws=_draws(body.get("draws")),
                 stopped=Stop(**body["stopped"]) if body.get("stopped") else None,
             )
         except (KeyError, TypeError, AttributeError) as error:
@@ -287,10 +305,21 @@ def _curve(body: Mapping[str, Any] | None) -> Curve | None:
     return Curve(body["radii"], rates, body["distances"], Cost(**body["cost"]))
 
 
+def _draws(body: Mapping[str, Any] | None) -> Draws | None:
+    if body is None:
+        return None
+    return Draws(Rate(**body["one"]), body["mean"], Rate(**body["majority"]), body["gap"])
+
+
 def _audit(body: Mapping[str, Any] | None) -> Audit | None:
     if body is None:
         return None
     return Audit(body["audited"], body["broke"], Rate(**body["robust_accuracy"]), Cost(**body["cost"]))
+
+
+def stage_name(record: Mapping[str, Any]) -> str:
+    """Return what a stage is called by its record in a spec."""
+    return str(record["name"]) + (f"@{record['view']}" if record.get("view") else "")
 
 
 def dumps(value: Any, *, indent: int | None = None) -> str:

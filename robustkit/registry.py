@@ -23,6 +23,7 @@ from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from robustkit.errors import UsageError, did_you_mean
+from robustkit.record import stage_name
 
 T = TypeVar("T")
 
@@ -33,6 +34,23 @@ COUNTS = (
     *("cycles", "samples", "rank"),
 )
 DEFAULT_SUITE = "rapid"
+# What a model's gradients may be replaced by (`robustkit.models.views`), in the order of what they promise.
+VIEWS = (
+    "own",
+    "mended",
+    "inner-logits",
+    "calm",
+    "averaged",
+    "mean-logit",
+    "mean-log-probability",
+    "top-k",
+    "soft-top-k",
+    "straight-through",
+    "members",
+    "stack",
+    "frozen",
+    "smooth",
+)
 # Where the files of a kind are; a method of training is a surrogate's in `attacks` and a defense's in `defenses`.
 FOLDERS: dict[str, tuple[str, ...]] = {
     "attack": ("attacks",),
@@ -90,6 +108,29 @@ class Entry:
     def form(self) -> str:
         """How a model string writes it, if it is a defense: `NAME:FIELD,FIELD`."""
         return f"{self.info.name}:{','.join(field.name for field in self.fields).upper()}"
+
+
+@dataclass(frozen=True)
+class Rung:
+    """An attack of a suite and the view of the model whose gradients it climbs; without one, the model's own.
+
+    Whatever the view, what counts is the model as it is. A `spare` one is run only where the number is in doubt.
+    """
+
+    attack: Any
+    view: str = ""
+    spare: bool = False
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """The attack's record, with what else is said of it."""
+        more = {"view": self.view, "spare": self.spare}
+        return spec(self.attack) | {name: value for name, value in more.items() if value}
+
+    @property
+    def name(self) -> str:
+        """How a suite writes it, without fields."""
+        return stage_name(self.spec)
 
 
 _registered: dict[tuple[str, str], Any] = {}
@@ -261,28 +302,39 @@ def spec(value: Any) -> dict[str, Any]:
     return {"name": getattr(value, "name", value.info.name), **fields}
 
 
-def parse_suite(text: str, norm: str) -> list[Any]:
+def parse_suite(text: str, norm: str) -> list[Rung]:
     """Return the attacks of a comma-separated list of suites and attacks, in order.
+
+    `ATTACK@VIEW` climbs the gradients of a view of the model (see `robustkit.models.views`); a model that has
+    none of that name is spared it. `ATTACK?` and `ATTACK@VIEW?` are for runs whose number is in doubt.
 
     Raises:
         UsageError: for an unknown name or field, a bad value, an empty list, or an attack that is not
             defined in this norm.
     """
-    attacks: list[Any] = []
+    rungs: list[Rung] = []
     for part in _split(text):
-        name, fields = _parse_call(part)
-        if name in catalog("suite"):
-            if fields:
-                raise UsageError(f"suite {name!r} takes no fields; list its attacks to change them.")
-            for member, member_fields in map(_parse_call, find("suite", name)(norm)):
-                attacks.append(make(member, **member_fields))
-        elif name in catalog("attack") or ":" in name:
-            attacks.append(make(name, **fields))
+        name, fields = _parse_call(part.rstrip("?").partition("@")[0], whole=part)
+        if name not in catalog("suite"):
+            rungs.append(_rung(part))
+        elif fields or "@" in part or "?" in part:
+            raise UsageError(f"suite {name!r} takes no fields and no view; list its attacks to change them.")
         else:
-            raise did_you_mean("suite or attack", name, [*catalog("suite"), *catalog("attack")])
-    for value in attacks:
-        _check_norm(value, norm)
-    return attacks
+            rungs += map(_rung, find("suite", name)(norm))
+    for rung in rungs:
+        _check_norm(rung.attack, norm)
+    return rungs
+
+
+def _rung(text: str) -> Rung:
+    """Return the rung of `NAME(field=value,...)@VIEW?`."""
+    call, *views = _cut(text.removesuffix("?"), "@")
+    name, fields = _parse_call(call, whole=text)
+    if name not in catalog("attack") and ":" not in name:
+        raise did_you_mean("suite or attack", name, [*catalog("suite"), *catalog("attack")])
+    if views and (len(views) > 1 or views[0] not in VIEWS):
+        raise did_you_mean("view", "@".join(views), VIEWS)
+    return Rung(make(name, **fields), *views, spare=text.endswith("?"))
 
 
 def parse_attack(text: str, norm: str) -> list[Any]:

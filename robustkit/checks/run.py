@@ -25,6 +25,12 @@ BEFORE = (
 
 # Flags of models whose answer to an image is not always the same.
 UNSTEADY = {"randomised", "batch-dependent"}
+# Flags that put the number of attacks on the model's own gradients in doubt.
+DOUBTS = {
+    *UNSTEADY,
+    *("probabilities", "saturated-softmax", "zero-gradient", "vanishing-gradient", "wrong-gradient"),
+    *("no-gradient", "test-time-optimisation", "survives-any-eps", "not-converged", "training-mode"),
+}
 
 
 def training_mode(was_training: bool, stuck: int) -> list[Flag]:

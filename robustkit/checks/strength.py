@@ -14,6 +14,8 @@ from robustkit.record import Flag, Stage
 from robustkit.threat import ThreatModel
 
 SQUARE_GAIN = 0.002
+# Where views of a model fool so many more of the images, its own gradients are no good guide.
+VIEW_GAIN = 0.05
 
 
 def survives_everything(probe: Probe) -> Flag | None:
@@ -72,6 +74,28 @@ def scores_beat_gradients(stages: Sequence[Stage], access: Sequence[str]) -> lis
                     )
                 ]
     return []
+
+
+def views_beat_gradients(stages: Sequence[Stage], views: Sequence[str]) -> list[Flag]:
+    """Return a flag if attacks on views of the model fooled many images that its own gradients had left.
+
+    `views` says of each stage what it climbed on, if not the model itself.
+    """
+    fooled = {stage.attack: stage.fooled for stage, view in zip(stages, views, strict=True) if view}
+    total = sum(fooled.values())
+    if total <= VIEW_GAIN * stages[0].robust_accuracy.n:
+        return []
+    best = max(fooled, key=lambda name: fooled[name])
+    return [
+        Flag(
+            "views-beat-gradient",
+            "warning",
+            total,
+            f"images that every attack on the model's own gradients had left fell to attacks on views of it, most "
+            f"to {best}: the gradients are masked",
+            "quote this number, not that of attacks on the model alone; AutoAttack's is too high here",
+        )
+    ]
 
 
 def _everything(probe: Probe) -> ThreatModel:

@@ -46,7 +46,7 @@ def examine(
     x = samples.images(range(len(samples))).to(device)
     labels = torch.from_numpy(samples.labels).to(device)
     refuse_endless(threat, tuple(x.shape[1:]))
-    attacks = parse_suite(DEFAULT_SUITE, threat.norm)
+    attacks = [rung.attack for rung in parse_suite(DEFAULT_SUITE, threat.norm)]
     meter = Meter(model, device)
     begun = time.perf_counter()
     with evaluation_mode(model) as was_training, own_randomness(seed, "doctor"):

@@ -8,14 +8,12 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from robustkit import registry
 from robustkit.checks.run import training_mode
-from robustkit.checks.strength import scores_beat_gradients
 from robustkit.data.samples import Samples
 from robustkit.engine import examples, folder
 from robustkit.engine.anytime import Limits, TimeUp, shuffled
@@ -74,7 +72,7 @@ class Evaluation:
             raise UsageError(f"seed {self.seed}: write a whole number from 0 to 2**63 - 1.")
         if self.audit < 0:
             raise UsageError(f"audit {self.audit}: write how many survivors AutoAttack shall try, e.g. 50.")
-        if self.limits and any(attack.info.coupled for attack in self.attacks):
+        if self.limits and any(rung.attack.info.coupled for rung in self.rungs):
             raise UsageError(
                 "a run that may stop early needs attacks whose random numbers do not depend on the batch; "
                 "write --suite rapid, or leave --time-limit and --stop-at-width out."
@@ -85,14 +83,14 @@ class Evaluation:
             raise UsageError(f"threat '{self.threat}' has no curve; write an eps above 0, or leave --curve out.")
 
     @cached_property
-    def attacks(self) -> list[Any]:
+    def rungs(self) -> list[registry.Rung]:
         """The suite's attacks, in order."""
         return registry.parse_suite(self.suite, self.threat.norm)
 
     @cached_property
     def spec(self) -> RunSpec:
         """Everything that determines the numbers."""
-        coupled = any(attack.info.coupled for attack in self.attacks)
+        coupled = any(rung.attack.info.coupled for rung in self.rungs)
         return RunSpec(
             model={"string": self.model.string, "fingerprint": self.model.fingerprint},
             data={
@@ -101,7 +99,7 @@ class Evaluation:
                 "fingerprint": self.samples.fingerprint,
             },
             threat=str(self.threat),
-            suite=[registry.spec(attack) for attack in self.attacks],
+            suite=[rung.spec for rung in self.rungs],
             seed=self.seed,
             batch_size=self.batch if coupled else None,
         )
@@ -187,7 +185,7 @@ class Evaluation:
         return report
 
     def _work(self, ledger: Ledger, progress: Progress) -> tuple[Worker, list[Flag]]:
-        tally = Tally(len(self.samples), ["clean", *(r["name"] for r in self.spec.suite)])
+        tally = Tally.of(len(self.samples), self.spec.suite)
         for chunk in ledger.chunks():
             tally.add(chunk)
         if tally.chunks:
@@ -198,7 +196,7 @@ class Evaluation:
             worker = Worker(
                 self.samples,
                 self.threat,
-                self.attacks,
+                self.rungs,
                 self.seed,
                 self.batch,
                 ledger,
@@ -236,9 +234,14 @@ class Evaluation:
     def _block(self, worker: Worker, among: np.ndarray) -> None:
         worker.clean(among)
         stage = 1
-        for flies, group in itertools.groupby(self.attacks, lambda attack: isinstance(attack, RowWise)):
-            count = len(list(group))
-            if flies:
+        for (spare, flies), group in itertools.groupby(self.rungs, _kind):
+            rungs = list(group)
+            count = len(rungs)
+            if any(rung.view for rung in rungs):
+                worker.outlook  # noqa: B018  (seen before the first attack on a view)
+            if spare and not worker.doubtful:
+                pass
+            elif flies:
                 worker.fly(stage, count, among)
             else:
                 for number in range(stage, stage + count):
@@ -247,8 +250,7 @@ class Evaluation:
 
     def _finish(self, ledger: Ledger, worker: Worker, mode: list[Flag], out: Path | None) -> Report:
         tally, meter = worker.tally, worker.meter
-        access = ["", *(attack.info.access for attack in self.attacks)]
-        flags = [*scores_beat_gradients(tally.stages(), access), *mode]
+        flags = [*worker.afterthoughts(), *mode]
         fooled = np.array(ledger.fooled(), np.int64).reshape(-1, 3)
         counts = np.isin(fooled[:, 0], tally.scope)
         index, labels, predictions = fooled[counts].T
@@ -265,3 +267,8 @@ class Evaluation:
         report = tally.report(self.spec, flags, surroundings, seals)
         folder.write_report(out, report)
         return report
+
+
+def _kind(rung: registry.Rung) -> tuple[bool, bool]:
+    """Return whether a rung is spare, and whether it is flown."""
+    return rung.spare, isinstance(rung.attack, RowWise)

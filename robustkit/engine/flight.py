@@ -22,10 +22,14 @@ from robustkit.engine.judge import Judged, judge
 from robustkit.engine.meter import Meter
 from robustkit.engine.table import Table
 from robustkit.goal import Goal
+from robustkit.registry import Rung
 from robustkit.rng import RowRng
 from robustkit.rows import Answer, Rows, RowWise, State, ask, rank
-from robustkit.shapes import Images, Labels, PerRow
+from robustkit.shapes import Images, Labels, Logits, PerRow
 from robustkit.threat import ThreatModel, per_row
+
+# The view that is a random model itself, seen several times at once.
+AVERAGED = "averaged"
 
 T = TypeVar("T")
 
@@ -39,6 +43,7 @@ class Lane:
     """
 
     attack: RowWise
+    view: str
     stream: str
     number: int
     targets: int
@@ -51,7 +56,7 @@ class Lane:
     @property
     def solo(self) -> bool:
         """Whether its queries are of a kind that cannot share a pass with others."""
-        return self.attack.draws > 1 or self.attack.several
+        return self.attack.draws > 1 or self.attack.several or bool(self.view)
 
 
 class Boarding(NamedTuple):
@@ -93,7 +98,7 @@ class Flight:
 
     meter: Meter
     threat: ThreatModel
-    attacks: Sequence[RowWise]
+    rungs: Sequence[Rung]
     streams: Sequence[str]
     seed: int
     slots: int
@@ -112,14 +117,15 @@ class Flight:
         norm = self.threat.norm
         self.lanes = [
             Lane(
-                attack,
+                rung.attack,
+                rung.view,
                 stream,
                 number,
-                *attack.attempts(norm),
-                attack.length(norm),
-                self.wide or attack.last_resort,
+                *rung.attack.attempts(norm),
+                rung.attack.length(norm),
+                self.wide or rung.attack.last_resort,
             )
-            for number, (attack, stream) in enumerate(zip(self.attacks, self.streams, strict=True))
+            for number, (rung, stream) in enumerate(zip(self.rungs, self.streams, strict=True))
         ]
         self.more = True
 
@@ -150,9 +156,9 @@ class Flight:
                     if self.more:
                         self.steps += 1
                         self.filled += self.aboard
-                    for query, answer in self._tried(partial(self._ask, busy)):
+                    for query, answer, deployed in self._tried(partial(self._ask, busy)):
                         self._charge(query, answer)
-                        self._advance(query, answer)
+                        self._advance(query, answer, deployed)
                 self._look(busy)
             landed, self.landed = self.landed, []
             yield landed
@@ -193,7 +199,8 @@ class Flight:
         if number == len(self.lanes):
             return self._arrive(table)
         lane = self.lanes[number]
-        if lane.attack.last_resort and self.meter.rounding:
+        absent = lane.view and lane.view not in self.meter.views
+        if absent or (lane.attack.last_resort and self.meter.rounding):
             return self._enter(number + 1, table)
         table.device["past"] = torch.stack([table.device["past"][:, 0], table.device["nearest"]], 1)
         table.host["job"] = np.zeros(len(table), np.int64)
@@ -242,8 +249,8 @@ class Flight:
             except (RuntimeError, MemoryError) as error:
                 self.mend(error)
 
-    def _ask(self, lanes: Sequence[Lane]) -> list[tuple[_Query, Answer]]:
-        """Return an answer for every row: all lanes together, but for those that cannot share."""
+    def _ask(self, lanes: Sequence[Lane]) -> list[tuple[_Query, Answer, Logits]]:
+        """Return an answer for every row, with the model's own logits: all lanes together that can share."""
         alone, together = [], []
         for lane in lanes:
             table = _table(lane)
@@ -256,14 +263,36 @@ class Flight:
                 blind = blind | state["blind"].cpu()
             if lane.solo:
                 query = _Query(lane, rows, state, blind, torch.zeros_like(blind))
-                asked = ask(lane.attack, self.meter, rows, {**state, "blind": blind.to(rows.x.device)}, True)
-                alone.append((query, asked))
+                state = {**state, "blind": blind.to(rows.x.device)}
+                alone.append((query, *self._alone(lane, rows, state)))
                 continue
             if "last" in state:
                 closing = closing | state["last"].cpu()
             exact = closing & blind if self.steady and not lane.attack.blind else torch.zeros_like(blind)
             together.append(_Query(lane, rows, state, blind, exact))
-        return alone + self._together(together)
+        return alone + [(query, answer, answer.logits) for query, answer in self._together(together)]
+
+    def _alone(self, lane: Lane, rows: Rows, state: State) -> tuple[Answer, Logits]:
+        """Return the answers to one lane's rows and the model's own logits, of another pass if it is on a view."""
+        if not lane.view:
+            answer = ask(lane.attack, self.meter, rows, state, True)
+            return answer, answer.logits
+        # Where a view is several, attempts go through them in turn.
+        number = torch.as_tensor(rows.rng.restart) % len(self.meter.views[lane.view])
+        parts = []
+        for at in number.unique().tolist():
+            index = (number == at).nonzero()[:, 0]
+            part = {name: of_rows[index] for name, of_rows in state.items()}
+            parts.append(
+                (index, ask(lane.attack, self.meter.through(lane.view, at), rows.select(index), part, True))
+            )
+        answer = _merged(parts)
+        if lane.view == AVERAGED:
+            return answer, answer.logits
+        with torch.no_grad():
+            deployed = self.meter(state["x"])
+        # The members' logits side by side are for the gradient alone.
+        return (answer if answer.logits.dim() == 2 else answer._replace(logits=deployed)), deployed
 
     def _together(self, queries: list[_Query]) -> list[tuple[_Query, Answer]]:
         """Answer rows of several attacks by one pass for those that want a gradient, one or two for the others."""
@@ -298,27 +327,28 @@ class Flight:
         """Put the passes that an answer took on the account of each row."""
         lane = query.lane
         spent, draws = _table(lane).host["spent"], lane.attack.draws
-        spent[:, lane.number, 0] += draws
-        spent[:, lane.number, 1] += np.where(query.blind.numpy(), 0, draws * answer.loss[0].numel())
+        passes = draws * self.meter.passes(lane.view)
+        spent[:, lane.number, 0] += passes + (lane.view not in ("", AVERAGED))
+        spent[:, lane.number, 1] += np.where(query.blind.numpy(), 0, passes * answer.loss[0].numel())
 
-    def _advance(self, query: _Query, answer: Answer) -> None:
-        """Note what the answers say, claims among it, and go one step on."""
+    def _advance(self, query: _Query, answer: Answer, deployed: Logits) -> None:
+        """Note what the model's answers say, claims among it, and go one step on by those of the view."""
         lane, exact = query.lane, query.exact.to(answer.logits.device)
         table = _table(lane)
         part, state = table.device, table.state
-        score = losses.margin(answer.logits, part["labels"]).double()
+        score = losses.margin(deployed, part["labels"]).double()
         if lane.attack.strays:
             score = torch.where(self.threat.contains(state["x"], part["x"]), score, -torch.inf)
         nearer = score > part["nearest"]
         part["best"] = torch.where(per_row(nearer, part["x"]), state["x"], part["best"])
         part["nearest"] = torch.where(nearer, score, part["nearest"])
-        part["broken"] = part["broken"] | ~answer.logits.isfinite().all(1)
+        part["broken"] = part["broken"] | ~deployed.isfinite().all(1)
         # Where the search is in low precision a point may fool the float32 model before the search can see it.
-        doubt = torch.where(exact, 0, self.meter.rounding * answer.logits.abs().amax(1).double())
-        seems = Goal(part["labels"]).reached(answer.logits) & (score > -torch.inf) | (score > -doubt)
+        doubt = torch.where(exact, 0, self.meter.rounding * deployed.abs().amax(1).double())
+        seems = Goal(part["labels"]).reached(deployed) & (score > -torch.inf) | (score > -doubt)
         claims = seems & (score > part["refused"]) & ~part["claimed"] & ~part["ended"]
         part["claim"] = torch.where(per_row(claims, part["x"]), state["x"], part["claim"])
-        answers = torch.where(exact[:, None], answer.logits, torch.nan)
+        answers = torch.where(exact[:, None], deployed, torch.nan)
         part["claim_logits"] = torch.where(claims[:, None], answers, part["claim_logits"])
         part["claimed"] = part["claimed"] | claims
         age = torch.from_numpy(table.host["age"]).to(claims.device)
@@ -431,6 +461,8 @@ class Flight:
             at = np.full(len(table), stage)
             labels = table.device["labels"].cpu().numpy()
             judged = replace(judged, broken=judged.broken | table.device["broken"] & ~judged.fooled)
+            if self.meter.random:
+                judged = replace(judged, refused=~judged.fooled & (table.device["refused"] > -torch.inf))
             self.landed.append(Landed(table.host["position"], labels, at, table.host["spent"], judged))
 
 

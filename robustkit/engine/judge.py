@@ -10,6 +10,7 @@ import torch
 
 from robustkit import losses
 from robustkit.engine.meter import Meter
+from robustkit.engine.redraw import redraw
 from robustkit.errors import RunError
 from robustkit.shapes import Images, Labels, Logits, Mask, PerRow
 from robustkit.threat import ThreatModel
@@ -20,7 +21,9 @@ class Judged:
     """Points (B C H W) inside the threat, with the model's word on each.
 
     `refused` marks the rows whose point fooled the model only outside ball and box, `broken` those where the
-    logits were NaN or infinite; neither counts as fooled. `forwards` is what each took.
+    logits were NaN or infinite; neither counts as fooled. `forwards` is what each took. Of a random model
+    `right` is the share of fresh draws that were right, `once` whether the first was; of another both say what
+    the one answer is.
     """
 
     x: Images
@@ -30,6 +33,8 @@ class Judged:
     refused: Mask
     broken: Mask
     forwards: Labels
+    right: PerRow
+    once: Mask
 
 
 def judge(
@@ -49,6 +54,8 @@ def judge(
     found = torch.where(whole.view(-1, 1, 1, 1), found, x)
     point = threat.project(found, x)
     moved = (point != found).flatten(1).any(1)
+    if meter.random:
+        return _redrawn(meter, point, labels)
     if known is None:
         unknown, logits = torch.ones_like(moved), meter.exact(point)
     else:
@@ -63,7 +70,18 @@ def judge(
     if doubtful.any():
         refused[doubtful] = meter.exact(found[doubtful]).argmax(1) != labels[doubtful]
     margin = torch.where(broken, 0.0, margins(logits, labels))
-    return Judged(point, prediction, margin, fooled, refused, broken, unknown.long() + doubtful.long())
+    cost, right = unknown.long() + doubtful.long(), prediction == labels
+    return Judged(point, prediction, margin, fooled, refused, broken, cost, right.double(), right)
+
+
+def _redrawn(meter: Meter, point: Images, labels: Labels) -> Judged:
+    """Judge by draws: fooled is a model that is wrong more often than right."""
+    told = redraw(meter.exact, point, labels)
+    fooled = (told.right < 0.5) & ~told.broken
+    none = torch.zeros_like(fooled)
+    return Judged(
+        point, told.prediction, told.margin, fooled, none, told.broken, told.forwards, told.right, told.once
+    )
 
 
 def margins(logits: Logits, labels: Labels) -> PerRow:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -47,6 +48,8 @@ class Way:
 class Meter:
     """A callable that counts sample-propagations through a classifier, in both directions.
 
+    `random` is whether the model answers by a draw; `views` are what may stand in for its gradients, by name.
+
     Logits come out in float32 whatever the precision. Where they do not depend on the input
     differentiably, the gradient is zero rather than an error, and `detached` says so. `piece` is the most
     images that the net sees at once: larger batches are cut, and their activations recomputed in the backward
@@ -57,6 +60,8 @@ class Meter:
         self.model = model
         self.device = device
         self.way = Way(model, DTYPES[precision])
+        self.random = False
+        self.views: Mapping[str, Sequence[Callable[[Images], Tensor]]] = {}
         self.num_classes: int | None = model.num_classes
         self.piece: int | None = None
         self.saved = 0
@@ -68,15 +73,29 @@ class Meter:
 
     def __call__(self, x: Images) -> Logits:
         """Return the logits of x (B C H W), float32 (B K)."""
-        self.forwards += len(x)
+        return self._counted(x, self._net)
+
+    def through(self, view: str, number: int = 0) -> Callable[[Images], Tensor]:
+        """Return what answers as a view of the model does, counted like the model; without a name, the model.
+
+        A view may be several, of which one is meant.
+        """
+        return partial(self._counted, net=self.views[view][number]) if view else self
+
+    def passes(self, view: str) -> int:
+        """Return how many passes through the model an answer of a view takes."""
+        return getattr(self.views[view][0], "passes", 1) if view else 1
+
+    def _counted(self, x: Images, net: Callable[[Images], Tensor]) -> Tensor:
+        self.forwards += len(x) * getattr(net, "passes", 1)
         self.on_forward(self.forwards)
         differentiable = torch.is_grad_enabled() and x.requires_grad
         if differentiable:
             x = CountBackward.apply(x, self)
-        logits = self._in_pieces(x, differentiable)
+        logits = self._in_pieces(x, differentiable, net)
         if differentiable and not logits.requires_grad:
             self.detached = True
-            logits = logits + 0 * x.flatten(1).sum(1, keepdim=True)
+            logits = logits + (0 * x.flatten(1).sum(1)).view(-1, *[1] * (logits.dim() - 1))
         return logits
 
     @property
@@ -88,7 +107,7 @@ class Meter:
         """Return the logits that verdicts rest on: float32, no gradient, the same pieces."""
         self.forwards += len(x)
         with torch.no_grad(), self.searching():
-            return self._in_pieces(x, differentiable=False)
+            return self._in_pieces(x, False, self._net)
 
     @contextmanager
     def searching(self, way: Way | None = None) -> Iterator[None]:
@@ -198,13 +217,13 @@ class Meter:
             torch.cuda.synchronize(self.device)
         return time.perf_counter() - begun, logits.detach()
 
-    def _in_pieces(self, x: Images, differentiable: bool) -> Logits:
+    def _in_pieces(self, x: Images, differentiable: bool, net: Callable[[Images], Tensor]) -> Tensor:
         if self.piece is None or len(x) <= self.piece:
-            return self._net(x)
+            return net(x)
         pieces = torch.split(x, self.piece)
         if differentiable:
-            return torch.cat([checkpoint(self._net, piece, use_reentrant=False) for piece in pieces])
-        return torch.cat([self._net(piece) for piece in pieces])
+            return torch.cat([checkpoint(net, piece, use_reentrant=False) for piece in pieces])
+        return torch.cat([net(piece) for piece in pieces])
 
     def _net(self, x: Images) -> Logits:
         way = self.way

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from robustkit.ledger import Chunk
-from robustkit.record import Cost, Flag, Outcome, Rate, Report, RunSpec, Stage, Stop
+from robustkit.record import Cost, Draws, Flag, Outcome, Rate, Report, RunSpec, Stage, Stop, stage_name
 
 STANDS = np.iinfo(np.int64).max
 
@@ -18,12 +18,14 @@ STANDS = np.iinfo(np.int64).max
 class Tally:
     """Counts over `n` samples. Stage 0 is the clean pass; a sample's `fell` is the stage that settled it.
 
-    `judged` is the last stage that a sample has a verdict from. `scope` are the positions that count: all, but
+    `judged` is the last stage that a sample has a verdict from. `spare` are stages that are told of only where
+    they were needed. `scope` are the positions that count: all, but
     for a run that may stop early, which says in `stopped` that it has.
     """
 
     n: int
     names: list[str]
+    spare: frozenset[int] = frozenset()
     chunks: set[tuple[int, int]] = field(default_factory=set)
     stopped: Stop | None = None
 
@@ -35,10 +37,19 @@ class Tally:
         self.margins = np.full(self.n, np.inf)
         self.clean_margins = np.full(self.n, np.inf)
         self.judged = np.full(self.n, -1)
+        self.right = np.full(self.n, np.nan)
+        self.once = np.zeros(self.n, bool)
+        self.struck = np.zeros(self.n, bool)
         self.images = [""] * self.n
         self.costs = [Cost(0, 0, 0.0) for _ in self.names]
         self.flags: dict[str, Flag] = {}
         self.scope = np.arange(self.n)
+
+    @classmethod
+    def of(cls, n: int, suite: Sequence[Mapping[str, Any]]) -> Tally:
+        """Return a new one of a run with this suite in its spec."""
+        spare = frozenset(number for number, record in enumerate(suite, 1) if record.get("spare"))
+        return cls(n, ["clean", *map(stage_name, suite)], spare)
 
     def add(self, chunk: Chunk) -> None:
         """Take a chunk in. Any order gives the same sum."""
@@ -58,6 +69,9 @@ class Tally:
                 self.fell[at] = chunk.stage
             self.margins[at] = min(self.margins[at], verdict.margin)
             self.judged[at] = max(self.judged[at], chunk.stage)
+            if verdict.right is not None and not verdict.right >= self.right[at]:
+                self.right[at], self.once[at] = verdict.right, bool(verdict.once)
+            self.struck[at] |= bool(verdict.struck)
         for flag in chunk.flags:
             self.raise_flag(flag)
 
@@ -86,6 +100,11 @@ class Tally:
         n = len(self.scope)
         return Rate.anytime(hits, n) if self.stopped else Rate.of(hits, n)
 
+    @property
+    def told(self) -> list[int]:
+        """The numbers of the stages that a report tells of."""
+        return [n for n, cost in enumerate(self.costs) if cost.forwards or n not in self.spare]
+
     def stages(self) -> list[Stage]:
         """Return what each stage did, the clean pass first."""
         fell = self.fell[self.scope]
@@ -99,6 +118,7 @@ class Tally:
                 self.costs[number].seconds,
             )
             for number, name in enumerate(self.names)
+            if number in self.told
         ]
 
     def report(
@@ -132,5 +152,19 @@ class Tally:
             ],
             environment=environment,
             files=files,
+            draws=self._draws(),
             stopped=self.stopped,
+        )
+
+    def _draws(self) -> Draws | None:
+        """Return what a random model's draws say; None of another."""
+        right = self.right[self.scope]
+        if np.isnan(right).any():
+            return None
+        inside = (self.fell[self.scope] > 0) & ~self.struck[self.scope]
+        return Draws(
+            one=self._rate(int(self.once[self.scope].sum())),
+            mean=float(right.mean()),
+            majority=self._rate(self.robust),
+            gap=float(right.mean() - inside.mean()),
         )

@@ -137,7 +137,7 @@ def _is_random(meter: Meter, x: torch.Tensor, logits: torch.Tensor) -> bool:
 
 def _ledger_faults(path: Path, report: Report, samples: Samples) -> Iterator[str]:
     """Yield what is wrong with the ledger, with the images it was made from, or with the report of it."""
-    tally = Tally(len(samples), ["clean", *(record["name"] for record in report.spec.suite)])
+    tally = Tally.of(len(samples), report.spec.suite)
     try:
         with Ledger.read(path / folder.LEDGER, report.run_id) as ledger:
             for chunk in ledger.chunks():

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 
 from robustkit.checks.probe import Probe
-from robustkit.checks.run import UNSTEADY, diagnose
+from robustkit.checks.run import DOUBTS, UNSTEADY, diagnose
+from robustkit.checks.strength import scores_beat_gradients, views_beat_gradients
 from robustkit.data.samples import Samples
 from robustkit.engine.anytime import TimeUp
 from robustkit.engine.flight import Boarding, Flight, Landed
-from robustkit.engine.judge import Judged, image_hashes, judge, margins, sample_ids
+from robustkit.engine.judge import Judged, image_hashes, judge, sample_ids
+from robustkit.engine.lookout import Outlook, look
 from robustkit.engine.meter import Meter, Way
 from robustkit.engine.progress import Progress
+from robustkit.engine.redraw import is_random
 from robustkit.engine.sanity import refuse_answers, refuse_endless
 from robustkit.engine.tally import Tally
 from robustkit.errors import RobustkitError, RunError, UsageError
@@ -26,6 +30,7 @@ from robustkit.goal import Goal
 from robustkit.isolation import own_randomness
 from robustkit.ledger import Chunk, Ledger, Verdict
 from robustkit.record import Flag
+from robustkit.registry import Rung
 from robustkit.rng import RowRng
 from robustkit.shapes import Images, Labels
 from robustkit.threat import ThreatModel
@@ -56,7 +61,7 @@ class Worker:
 
     samples: Samples
     threat: ThreatModel
-    attacks: list[Any]
+    rungs: list[Rung]
     seed: int
     batch: int
     ledger: Ledger
@@ -81,6 +86,8 @@ class Worker:
         try:
             with own_randomness(self.seed, "prepare"):
                 self.meter.size_up(image.to(self.meter.device), max(self.batch, self.slots, self.most))
+                few = self.samples.images(range(min(TRIAL, len(self.samples)))).to(self.meter.device)
+                self.meter.random = is_random(self.meter.model, few)
         except RobustkitError:
             raise
         except Exception as error:
@@ -103,7 +110,8 @@ class Worker:
 
     def attack(self, stage: int, among: np.ndarray) -> None:
         """Run one attack over what still stands of these."""
-        attack = self.attacks[stage - 1]
+        rung = self.rungs[stage - 1]
+        attack = rung.attack
         waiting = self.tally.waiting(stage, among)
         budget = getattr(attack, "budget", None)
         expected = budget(self.meter.num_classes, self.threat.norm) if budget else None
@@ -112,7 +120,7 @@ class Worker:
         done = 0
 
         def verdicts(x: Images, positions: np.ndarray) -> tuple[list[Verdict], list[Flag]]:
-            return self._attack_verdicts(attack, stream, x, positions)
+            return self._attack_verdicts(rung, stream, x, positions)
 
         for number, positions in self._pending(stage, waiting):
             begun, images = self.meter.forwards, len(positions)
@@ -125,6 +133,37 @@ class Worker:
             self._do(stage, number, positions, verdicts)
             self.meter.on_forward = lambda forwards: None
             done += images
+
+    @cached_property
+    def outlook(self) -> Outlook:
+        """What the model offers to climb on beside its own gradients; the meter knows of it from then on."""
+        x = self.samples.images(range(min(TRIAL, len(self.samples)))).to(self.meter.device)
+        try:
+            found = look(self.meter.model, x, self.meter.random)
+        except Exception as error:
+            if _is_out_of_memory(error):
+                raise RunError(NO_MEMORY) from error
+            found = Outlook()
+        self.meter.views = found.views
+        return found
+
+    @property
+    def doubtful(self) -> bool:
+        """Whether spare attacks are called for: by a view that is not the model's own gradient, or by a flag."""
+        return self.outlook.doubtful or bool(DOUBTS & self.tally.flags.keys()) or bool(self._rivalry())
+
+    def afterthoughts(self) -> list[Flag]:
+        """Return what the suite's stages and the model's views say against the number."""
+        views = any(rung.view for rung in self.rungs)
+        return [*self._rivalry(), *(self.outlook.flags if views else []), *self._helped()]
+
+    def _rivalry(self) -> list[Flag]:
+        access = ["", *(rung.attack.info.access for rung in self.rungs)]
+        return scores_beat_gradients(self.tally.stages(), [access[number] for number in self.tally.told])
+
+    def _helped(self) -> list[Flag]:
+        views = {number: rung.view for number, rung in enumerate(self.rungs, 1) if rung.view}
+        return views_beat_gradients(self.tally.stages(), [views.get(number, "") for number in self.tally.told])
 
     def fly(self, first: int, count: int, among: np.ndarray) -> None:
         """Take what still stands of these through `count` attacks from stage `first` on, all row-wise, at once."""
@@ -167,7 +206,7 @@ class Worker:
         flight = Flight(
             meter=self.meter,
             threat=self.threat,
-            attacks=self.attacks[first - 1 : first - 1 + count],
+            rungs=self.rungs[first - 1 : first - 1 + count],
             streams=[self._stream(stage) for stage in range(first, first + count)],
             seed=self.seed,
             slots=self.slots,
@@ -175,7 +214,7 @@ class Worker:
             mend=self._mend,
             pace=PACE if self.meter.device.type == "cuda" else 1,
             wide=bool(spent),
-            steady=not UNSTEADY & self.tally.flags.keys(),
+            steady=not (self.meter.random or UNSTEADY & self.tally.flags.keys()),
         )
         number = self.tally.next_chunk(first)
         begun, landed, done = time.perf_counter(), list[Landed](), 0
@@ -262,7 +301,8 @@ class Worker:
             rows = self._verdicts(part.judged, part.position, part.labels)
             for stage, verdict in zip(part.stage, rows, strict=True):
                 verdicts[stage].append(verdict)
-            refused += int(part.judged.refused.sum())
+            # A random model's lucky draws are its own, not the attack's fault.
+            refused += 0 if self.meter.random else int(part.judged.refused.sum())
             broken += int(part.judged.broken.sum())
         flags = _noticed(refused, broken, self.meter.detached)
         chunks = [
@@ -292,9 +332,17 @@ class Worker:
             fooled,
             [self.tally.images[position] for position in positions],
             [points[i].tobytes() if hit else None for i, hit in enumerate(fooled)],
+            *self._draws(judged),
             strict=True,
         )
         return [Verdict(*row) for row in rows]
+
+    def _draws(self, judged: Judged) -> Iterator[Sequence[float | int | None]]:
+        """Yield what is told of a random model's draws; nothing of others."""
+        if self.meter.random:
+            yield judged.right.tolist()
+            yield judged.once.int().tolist()
+            yield (judged.refused | judged.fooled).int().tolist()
 
     def _check_images(self, positions: np.ndarray, hashes: list[str]) -> None:
         for position, digest in zip(positions, hashes, strict=True):
@@ -359,35 +407,29 @@ class Worker:
         labels = self.samples.labels[positions]
         refuse_answers(logits, labels, positions)
         y = torch.from_numpy(labels).to(x.device)
-        predictions, margin = logits.argmax(1), margins(logits, y)
-        rows = zip(
-            positions.tolist(),
-            labels.tolist(),
-            predictions.tolist(),
-            margin.tolist(),
-            (predictions != y).tolist(),
-            image_hashes(x),
-            strict=True,
-        )
-        return [Verdict(*row) for row in rows], []
+        # An exact answer to the clean image is known already, but for a random model.
+        judged = judge(self.meter, x, y, x, self.threat, logits)
+        rows = zip(self._verdicts(judged, positions, labels), image_hashes(x), strict=True)
+        return [replace(verdict, image=image, adversarial=None, struck=None) for verdict, image in rows], []
 
     def _check(self, x: Images, positions: np.ndarray) -> tuple[list[Verdict], list[Flag]]:
         labels = torch.from_numpy(self.samples.labels[positions]).to(x.device)
         plain = Meter(self.meter.model, self.meter.device)
         plain.piece = self.meter.piece
-        flags = diagnose(Probe(plain, x, labels, self.threat, self.attacks, self.seed))
+        attacks = [rung.attack for rung in self.rungs]
+        flags = diagnose(Probe(plain, x, labels, self.threat, attacks, self.seed))
         self.meter.forwards += plain.forwards
         self.meter.backwards += plain.backwards
         return [], flags
 
     def _attack_verdicts(
-        self, attack: Any, stream: str, x: Images, positions: np.ndarray
+        self, rung: Rung, stream: str, x: Images, positions: np.ndarray
     ) -> tuple[list[Verdict], list[Flag]]:
         self._check_images(positions, image_hashes(x))
         labels = torch.from_numpy(self.samples.labels[positions]).to(x.device)
         self.meter.detached = False
-        found = attack(
-            self.meter,
+        found = rung.attack(
+            self.meter.through(rung.view),
             x.clone(),
             Goal(labels),
             self.threat,

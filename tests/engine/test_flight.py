@@ -76,7 +76,7 @@ def test_each_attack_does_what_it_does_alone() -> None:
     x, y = labelled(net, 24, SHAPE)
     threat = ThreatModel.parse(EPS["linf"])
     for text in ("pgd(steps=6,restarts=2)", "apgd-t(steps=8,targets=4)", "fab(steps=4)", "square(queries=40)"):
-        (attack,) = parse_suite(text, "linf")
+        (attack,) = (rung.attack for rung in parse_suite(text, "linf"))
         ids = sample_ids(image_hashes(x))
         found = attack(net, x, Goal(y), threat, rng=RowRng(0, f"{text.partition('(')[0]}/0", ids))
         with torch.no_grad():

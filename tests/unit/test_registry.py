@@ -165,7 +165,7 @@ def test_changed_fields_survive_the_round_trip():
 
 
 def names(text, norm="linf"):
-    return [registry.spec(value)["name"] for value in registry.parse_suite(text, norm)]
+    return [rung.name for rung in registry.parse_suite(text, norm)]
 
 
 def test_suites_are_expanded_in_order():
@@ -193,7 +193,16 @@ def test_every_suite_can_be_made_in_the_norms_of_its_attacks(suite, norm):
 )
 def test_attacks_with_fields(text, expected):
     for made, fields in zip(registry.parse_suite(text, "linf"), expected, strict=True):
-        assert {name: registry.spec(made)[name] for name in fields} == fields
+        assert {name: made.spec[name] for name in fields} == fields
+
+
+def test_attacks_on_views():
+    direct, viewed = registry.parse_suite("pgd(steps=3),pgd(steps=3)@mean-logit", "linf")
+    assert (direct.view, viewed.view, viewed.name) == ("", "mean-logit", "pgd@mean-logit")
+    assert viewed.spec == {**direct.spec, "view": "mean-logit"}
+    for text, word in (("pgd@mean-logits", "mean-logit"), ("rapid@mended", "no view"), ("pgd@a@b", "view")):
+        with pytest.raises(UsageError, match=word):
+            registry.parse_suite(text, "linf")
 
 
 def test_brackets_may_nest():
@@ -268,7 +277,8 @@ def test_a_stranger_adds_one_file(tmp_path):
         "from robustkit.rng import RowRng\n"
         "from robustkit.threat import ThreatModel\n"
         "entry = registry.catalog('attack')['loud-noise']\n"
-        "(made,) = registry.parse_suite('loud-noise(tries=5,scale=1/4)', 'l2')\n"
+        "(rung,) = registry.parse_suite('loud-noise(tries=5,scale=1/4)', 'l2')\n"
+        "made = rung.attack\n"
         "assert registry.make(**registry.spec(made)) == made\n"
         "x, labels = torch.rand(5, 3, 7, 9), torch.zeros(5, dtype=torch.int64)\n"
         "threat = ThreatModel.parse('l2:1')\n"

@@ -1,0 +1,32 @@
+"""The suite that sees through masked gradients: attacks on views of the model, judged on the model itself.
+
+Views are made where the model hides its gradient, draws numbers, or is an ensemble (`robustkit.models.views`);
+one that has none is spared the attacks on them. Averaged gradients are those of Athalye et al. 2018
+(arXiv:1802.00420).
+"""
+
+from __future__ import annotations
+
+from robustkit.attacks import ensemble
+from robustkit.registry import find, suite
+
+MASKED = ("mended", "inner-logits", "averaged", "calm", "frozen")
+
+
+@suite("adaptive", paper="arXiv:1802.00420")
+def adaptive(norm: str) -> list[str]:
+    """`rapid`, then every view that the model has, then Square to the end."""
+    return [*find("suite", "rapid")(norm), *rungs(norm)]
+
+
+def rungs(norm: str) -> list[str]:
+    """Return the attacks that come after `rapid`."""
+    own = "apgd(loss=margin,steps=30,restarts=4,large_start=false)@own"
+    masked = [attack for view in MASKED for attack in ensemble.climb(norm, view)]
+    return [
+        own,
+        *masked,
+        *ensemble.rungs(norm),
+        *ensemble.climb(norm, "smooth"),
+        "square(queries=5000,patience=500,rivalry=0.5)",
+    ]

@@ -1,0 +1,149 @@
+"""Attacks on views, judged on the model itself; random models judged by draws; what `auto` adds and when."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from robustkit import evaluate
+from robustkit.aggregation import parse_aggregator
+from robustkit.engine.redraw import LEAST, MOST, redraw
+from robustkit.goal import Goal
+from robustkit.registry import make
+from robustkit.rng import RowRng
+from robustkit.threat import ThreatModel
+from tests.nets import Small
+
+SHAPE, EPS = (3, 6, 8), "linf:0.03"
+QUICK = "pgd(steps=8,restarts=1)"
+
+
+class Ensemble(nn.Module):
+    """Small nets under an aggregator."""
+
+    def __init__(self, combine: str, members: int = 3) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(Small(seed=seed) for seed in range(members))
+        self.combine = parse_aggregator(combine)
+
+    def stacked(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([member(x) for member in self.members], 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.combine(self.stacked(x))
+
+
+class Rounded(nn.Module):
+    """Logits on a grid: no gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Small()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (4 * self.net(x)).round() / 4
+
+
+class Noisy(nn.Module):
+    """Right or wrong by the dice."""
+
+    def __init__(self, sigma: float = 0.05) -> None:
+        super().__init__()
+        self.net, self.sigma = Small(), sigma
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x + self.sigma * torch.randn_like(x))
+
+
+def labelled(net: nn.Module, count: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
+    x = torch.rand(count, *SHAPE, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        return x, net(x).argmax(1)
+
+
+def test_a_view_shows_the_way_where_the_model_shows_none() -> None:
+    """Rounded logits: PGD on the model finds next to nothing, on its mended view what it finds on the net beneath."""
+    net = Rounded()
+    x, y = labelled(net)
+    blind = evaluate(net, x, y, EPS, suite=QUICK)
+    seeing = evaluate(net, x, y, EPS, suite=f"{QUICK}@mended")
+    truth = evaluate(net.net, x, y, EPS, suite=QUICK)
+    assert blind.robust_accuracy.value > 0.9
+    assert seeing.robust_accuracy.value <= truth.robust_accuracy.value + 1 / 16
+    found = seeing.adversarial
+    with torch.no_grad():
+        assert (net(torch.from_numpy(found["x"])).argmax(1) != torch.from_numpy(found["y"])).all()
+    threat = ThreatModel.parse(EPS)
+    assert threat.contains(torch.from_numpy(found["x"]), x[found["index"]]).all()
+
+
+def test_crossmax_falls_as_far_as_the_mean_of_its_members_does() -> None:
+    """What transfer from the mean logit fools, attacks on views fool as well."""
+    net = Ensemble("crossmax")
+    x, y = labelled(net, 24)
+    mean = Ensemble("logits")
+    threat = ThreatModel.parse(EPS)
+    moved = make("pgd", steps=20)(mean, x, Goal(y), threat, rng=RowRng(0, "t", torch.arange(len(x))))
+    with torch.no_grad():
+        left = (net(moved).argmax(1) == y).float().mean().item()
+    suite = ",".join(f"pgd(steps=10)@{view}" for view in ("mean-logit", "members", "straight-through"))
+    report = evaluate(net, x, y, EPS, suite=f"{suite},mora(steps=10)@stack")
+    assert report.robust_accuracy.value <= left
+    assert {stage.attack for stage in report.stages} >= {"pgd@mean-logit", "pgd@members", "mora@stack"}
+
+
+def test_an_honest_net_pays_nothing_for_auto() -> None:
+    """Same stages, same verdicts, same passes as `rapid`."""
+    net = Small()
+    x, y = labelled(net)
+    rapid, auto = (evaluate(net, x, y, EPS, suite=suite, precision="fp32") for suite in ("rapid", "auto"))
+    assert [stage.attack for stage in auto.stages] == [stage.attack for stage in rapid.stages]
+    assert auto.verdicts == rapid.verdicts
+    assert auto.cost.forwards == rapid.cost.forwards
+    assert "masked-gradient" not in {flag.code for flag in auto.flags}
+
+
+def test_views_that_a_model_lacks_are_left_out() -> None:
+    net = Small()
+    x, y = labelled(net)
+    report = evaluate(net, x, y, EPS, suite=f"{QUICK}@mean-logit,{QUICK}")
+    alone = evaluate(net, x, y, EPS, suite=QUICK)
+    assert report.robust_accuracy == alone.robust_accuracy
+    assert report.stages[1].forwards == 0
+
+
+def test_the_verdict_on_a_random_model_is_by_majority() -> None:
+    """Three accuracies are told, and each fooling image is wrong in most fresh draws."""
+    net = Noisy()
+    x, y = labelled(net.net)
+    report = evaluate(net, x, y, EPS, suite=f"{QUICK},{QUICK}@averaged")
+    assert report.draws is not None
+    assert report.draws.majority == report.robust_accuracy
+    assert 0 <= report.draws.mean <= 1
+    found = report.adversarial
+    assert 0 < len(found["index"]) < len(x)
+    moved, labels = torch.from_numpy(found["x"]), torch.from_numpy(found["y"])
+    with torch.no_grad():
+        wrong = np.mean([(net(moved).argmax(1) != labels).numpy() for _ in range(60)], 0)
+    assert (wrong > 0.35).all()
+    assert wrong.mean() > 0.55
+    assert "randomised" in {flag.code for flag in report.flags}
+    assert type(report).from_json(report.to_json()).draws == report.draws
+
+
+@pytest.mark.parametrize(("share", "least", "most"), [(1.0, LEAST, LEAST), (0.0, LEAST, LEAST), (0.5, 30, MOST)])
+def test_draws_go_on_only_while_the_majority_is_open(share, least, most) -> None:
+    labels = torch.zeros(40, dtype=torch.int64)
+    generator = torch.Generator().manual_seed(0)
+
+    def answer(x: torch.Tensor) -> torch.Tensor:
+        right = torch.rand(len(x), generator=generator) < share
+        return torch.stack([right.float(), 0.5 * torch.ones(len(x)), torch.zeros(len(x))], 1)
+
+    told = redraw(answer, torch.zeros(40, 1, 2, 3), labels)
+    assert least <= told.forwards.float().mean() <= most
+    torch.testing.assert_close(told.right.mean(), torch.tensor(share, dtype=torch.float64), atol=0.08, rtol=0)
+    if share in (0, 1):
+        assert (told.prediction == (1 - int(share))).all()
