@@ -1,0 +1,269 @@
+"""Views of a model: differentiable stand-ins to search adversarials on, which are then judged on the model itself.
+
+They come from three sources. What the model exports: `net.views()`, a dict of named callables on the net's own
+(normalised) inputs, or `twin(model, x)` of a defense, a differentiable version of its call. What an ensemble's
+parts say: any part with `stacked(x) -> (B N K)` has its aggregator replaced (`ladder`). And what a look at one
+forward pass finds: where gradients stop (`mending`), logits deeper inside (`heads`), and dice.
+
+A view that fails, that has no finite gradient, or whose gradient is the model's own is left out: an honest single
+net has none.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from robustkit.isolation import own_randomness
+from robustkit.models.classifier import Classifier
+from robustkit.models.heads import Heads
+from robustkit.models.ladder import combined, ensemble, rungs
+from robustkit.models.mending import Mend, Mending, through
+from robustkit.shapes import Images, Logits
+
+View = Callable[[Images], Logits]
+
+FEW = 16
+# Gradients this parallel on every image lead to the same points.
+PARALLEL = 0.999
+NOISE = 1e-4
+# Of `smooth`: draws, and the deviation of the input noise in [0, 1] pixel units.
+DRAWS, SIGMA = 8, 0.03
+
+
+class Views(dict[str, View]):
+    """Views by name; `mends` says what was found to hide gradients."""
+
+    mends: tuple[Mend, ...] = ()
+
+
+def views(model: Classifier, x: Images) -> Views:
+    """Return the views of a classifier that images x (B C H W) on [0, 1] show to be worth attacking.
+
+    Model, generators and gradients are left as they were. Costs some tens of forward and backward passes over
+    the first 16 images.
+    """
+    x = x[:FEW].detach()
+    with own_randomness("views"), _still(model):
+        found = Views()
+        deployed = _plain(model, x)
+        random = _differ(deployed, _plain(model, x))
+        labels = deployed.argmax(1)
+        own = _slopes(model, x, labels)
+        kept = [] if random or own is None else [own]
+        look = _look(model, x)
+        for name, view in _candidates(model, x, random or (look is not None and look.drew)):
+            slopes = _slopes(view, x, labels)
+            if slopes is None or any(_parallel(slopes, other) for other in kept):
+                continue
+            found[name] = view
+            kept.append(slopes)
+        if found:
+            found["smooth"] = Smooth(found.get("inner-logits", Mended(model)))
+            found.mends = tuple(look.found) if look is not None else ()
+    return found
+
+
+@dataclass(frozen=True)
+class Mended:
+    """A model with gradients where it hides them; `calm` takes its dice away, `part` and `rung` its aggregator."""
+
+    model: Classifier
+    calm: bool = False
+    part: nn.Module | None = None
+    rung: Any = None
+    straight: bool = False
+
+    def __call__(self, x: Images) -> Logits:
+        """Return the logits of x."""
+        with ExitStack() as stack:
+            if self.part is not None:
+                stack.enter_context(combined(self.part, self.rung, straight=self.straight))
+            if torch.is_grad_enabled() and x.requires_grad:
+                stack.enter_context(Mending(self.model, calm=self.calm))
+            logits: Logits = self.model(x)
+            return logits
+
+
+@dataclass(frozen=True)
+class Inner:
+    """The mean of the logits that a model computes on its way."""
+
+    model: Classifier
+    classes: int
+    count: int
+    calm: bool = False
+    only: int | None = None
+
+    def __call__(self, x: Images) -> Logits:
+        """Return the logits of x."""
+        with torch.enable_grad():
+            images = x if x.requires_grad else x.detach().requires_grad_()
+            heads = Heads((len(x), self.classes))
+            with Mending(self.model, heads=heads, calm=self.calm):
+                self.model(images)
+        if len(heads.found) < self.count:
+            raise RuntimeError(f"{len(heads.found)} heads were seen instead of {self.count}.")
+        found = heads.found if self.only is None else [heads.found[self.only]]
+        logits = torch.stack(found[: self.count]).mean(0)
+        return logits if torch.is_grad_enabled() and x.requires_grad else logits.detach()
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A view whose dice fall alike in every pass."""
+
+    view: View
+
+    def __call__(self, x: Images) -> Logits:
+        """Return the logits of x."""
+        with own_randomness("frozen"):
+            return self.view(x)
+
+
+@dataclass(frozen=True)
+class Smooth:
+    """The mean of a view over noisy copies of the images, and over its dice."""
+
+    view: View
+    draws: int = DRAWS
+    sigma: float = SIGMA
+
+    def __call__(self, x: Images) -> Logits:
+        """Return the logits of x."""
+        answers = [self.view(self._noisy(x)) for _ in range(self.draws)]
+        return torch.stack(answers).mean(0)
+
+    def _noisy(self, x: Images) -> Images:
+        """Return a noisy copy on [0, 1]; what is cut off has its gradient still."""
+        return through((x + self.sigma * torch.randn_like(x)).clamp(0, 1), x)
+
+
+def _candidates(model: Classifier, x: Images, random: bool) -> Iterator[tuple[str, View]]:
+    """Yield views that may be worth something."""
+    exported = getattr(model.net, "views", None)
+    if callable(exported):
+        for name, call in exported().items():
+            yield name, model.with_net(_Exported(call))
+    if any(hasattr(defense, "twin") for defense in model.defenses):
+        twin = copy.copy(model)
+        twin.defenses = tuple(getattr(defense, "twin", defense) for defense in model.defenses)
+        yield "twin", Mended(twin)
+    mended = Mended(model)
+    part = ensemble(model)
+    if part is not None:
+        for name, rung in rungs(_predictors(model, part, x)).items():
+            yield name, Mended(model, part=part, rung=rung)
+        yield "straight-through", Mended(model, part=part, rung=next(iter(rungs(1).values())), straight=True)
+    yield "mended", mended
+    if random:
+        yield "calm", Mended(model, calm=True)
+        yield "frozen", Frozen(mended)
+    for calm in (False, True) if random else (False,):
+        inner = _inner(model, x, calm)
+        if inner is not None:
+            yield "calm-inner-logits" if calm else "inner-logits", inner
+
+
+class _Exported(nn.Module):
+    """A callable that a net exports, as a module."""
+
+    def __init__(self, call: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.call = call
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.call(x)
+
+
+def _predictors(model: Classifier, part: nn.Module, x: Images) -> int:
+    """Return how many predictors an ensemble has."""
+    seen: list[int] = []
+
+    def note(stack: Tensor) -> Tensor:
+        seen.append(stack.shape[1])
+        return stack.mean(1)
+
+    with torch.no_grad(), combined(part, note):
+        model(x[:2])
+    return seen[0] if seen else 0
+
+
+def _inner(model: Classifier, x: Images, calm: bool) -> Inner | None:
+    """Return the logits inside, if there are any."""
+    shape = _plain(model, x).shape
+    heads = Heads(tuple(shape))
+    try:
+        with torch.enable_grad(), Mending(model, heads=heads, calm=calm):
+            model(x.clone().requires_grad_())
+    except Exception:
+        return None
+    return Inner(model, shape[1], len(heads.found), calm) if heads.found else None
+
+
+def _look(model: Classifier, x: Images) -> Mending | None:
+    """Return what is seen in a forward pass; None where it cannot be mended."""
+    try:
+        with torch.enable_grad(), Mending(model, told=True) as mending:
+            model(x.clone().requires_grad_())
+    except Exception:
+        return None
+    return mending
+
+
+def _plain(view: View, x: Images) -> Logits:
+    with torch.no_grad():
+        return view(x)
+
+
+def _differ(one: Logits, other: Logits) -> bool:
+    """Return whether two answers differ by more than rounding."""
+    return bool((one - other).abs().max() > NOISE * one.abs().max())
+
+
+def _slopes(view: View, x: Images, labels: Tensor) -> list[Tensor] | None:
+    """Return the gradients of cross-entropy and margin (B P); None from a view that is of no use."""
+    try:
+        with torch.enable_grad():
+            images = x.clone().requires_grad_()
+            logits = view(images)
+            if logits.shape[0] != len(x) or logits.dim() != 2 or not logits.requires_grad:
+                return None
+            own = logits.gather(1, labels[:, None])[:, 0]
+            best = logits.scatter(1, labels[:, None], -torch.inf).amax(1)
+            losses = (F.cross_entropy(logits, labels, reduction="sum"), (best - own).sum())
+            slopes = [torch.autograd.grad(loss, images, retain_graph=True)[0].flatten(1) for loss in losses]
+    except Exception:
+        return None
+    if not all(slope.isfinite().all() for slope in slopes) or not any(slope.any() for slope in slopes):
+        return None
+    return slopes
+
+
+def _parallel(one: list[Tensor], other: list[Tensor]) -> bool:
+    """Return whether gradients have the same directions on every image."""
+    for a, b in zip(one, other, strict=True):
+        zero = (a == 0).all(1) & (b == 0).all(1)
+        if not bool(((F.cosine_similarity(a.double(), b.double(), eps=1e-300) > PARALLEL) | zero).all()):
+            return False
+    return True
+
+
+@contextmanager
+def _still(model: nn.Module) -> Iterator[None]:
+    """Take parameters out of autograd inside, so that only what depends on the images has a gradient."""
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in learning:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)

@@ -1,0 +1,171 @@
+"""Masked defenses around one small net, most of which a direct gradient attack misjudges."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Behind(nn.Module):
+    """A net behind a function `(net, x) -> logits`."""
+
+    def __init__(self, net: nn.Module, call: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.net, self.call = net, call
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.call(self.net, x)
+
+
+class Lying(torch.autograd.Function):
+    """The identity, whose backward pass says something else."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return torch.randn_like(gradient)
+
+
+class Blunt(torch.autograd.Function):
+    """Rounding without a gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return (x * 8).round() / 8
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return torch.zeros_like(gradient)
+
+
+def jpeg(x: Tensor, quality: int = 50) -> Tensor:
+    """Through Pillow and back, image by image."""
+    from PIL import Image
+
+    out = []
+    for image in x.detach():
+        file = io.BytesIO()
+        array = (image[0].clamp(0, 1) * 255).byte().cpu().numpy()
+        Image.fromarray(array).save(file, "JPEG", quality=quality)
+        out.append(torch.from_numpy(np.array(Image.open(file)))[None].float() / 255)
+    return torch.stack(out).to(x)
+
+
+def resize_pad(x: Tensor) -> Tensor:
+    """Enlarged or not, at a random place of a larger black image, and back."""
+    side = x.shape[-1]
+    size = int(torch.randint(side, side + 3, ()))
+    left, top = (int(torch.randint(0, side + 3 - size, ())) for _ in range(2))
+    big = F.interpolate(x, (size, size), mode="nearest")
+    padded = F.pad(big, (left, side + 2 - size - left, top, side + 2 - size - top))
+    return F.interpolate(padded, (side, side), mode="bilinear", align_corners=False)
+
+
+def numpy_median(x: Tensor) -> Tensor:
+    """A median filter of scipy's kind, in numpy."""
+    array = x.detach().cpu().numpy()
+    padded = np.pad(array, ((0, 0), (0, 0), (0, 1), (0, 1)), mode="edge")
+    stack = [padded[:, :, i : i + x.shape[2], j : j + x.shape[3]] for i in range(2) for j in range(2)]
+    return torch.from_numpy(np.median(np.stack(stack), 0).astype(np.float32)).to(x)
+
+
+@torch.no_grad()
+def hidden(net: nn.Module, x: Tensor) -> Tensor:
+    return net(x)
+
+
+def blind(net: nn.Module, x: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return net(x).clone()
+
+
+def thermometer(x: Tensor, levels: int = 16) -> Tensor:
+    """Decoded from a thermometer code."""
+    at = torch.arange(levels, device=x.device).view(-1, 1, 1) / levels
+    return (x > at).float().sum(1, keepdim=True) / levels
+
+
+def one_hot(x: Tensor, levels: int = 16) -> Tensor:
+    """Looked up by level."""
+    index = (x * (levels - 1)).round().long()
+    code = F.one_hot(index, levels).float()
+    return code @ torch.linspace(0, 1, levels)
+
+
+def lookup(x: Tensor, levels: int = 16) -> Tensor:
+    table = torch.linspace(0, 1, levels)
+    return table[(x * (levels - 1)).round().long()]
+
+
+def shattered(x: Tensor) -> Tensor:
+    return x + 0.01 * torch.sin(1e5 * x)
+
+
+def crossmax(stack: Tensor) -> Tensor:
+    apart = stack - stack.amax(2, keepdim=True)
+    apart = apart - apart.amax(1, keepdim=True)
+    return apart.median(1).values
+
+
+def by_hand(z: Tensor) -> Tensor:
+    """Probabilities at a tiny temperature."""
+    return (z / 1e-3).softmax(1)
+
+
+# Around a trained net, whose own robustness is the truth.
+AROUND: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+    "input-noise": lambda net, x: net(x + 0.1 * torch.randn_like(x)),
+    "numpy-noise": lambda net, x: net(x + 0.1 * torch.from_numpy(np.random.randn(*x.shape).astype(np.float32))),
+    "jpeg": lambda net, x: net(jpeg(x)),
+    "bit-depth": lambda net, x: net((x * 7).round() / 7),
+    "cold": lambda net, x: net(x) / 1e-4,
+    "cold-probabilities": lambda net, x: by_hand(net(x)),
+    "hot": lambda net, x: (net(x) / 1e6).softmax(1),
+    "probabilities": lambda net, x: net(x).softmax(1),
+    "rounded-logits": lambda net, x: net(x).round(),
+    "rounded-probabilities": lambda net, x: (net(x).softmax(1) * 100).round() / 100,
+    "detached": lambda net, x: net(x.detach() * 1.0),
+    "data": lambda net, x: net(x.data.clone()),
+    "half-detached": lambda net, x: net(2 * x.detach() - x),
+    "straight-through-wrong": lambda net, x: net((x + (x.flip(3) - x.flip(3).detach())) - (x - x.detach())),
+    "resize-pad": lambda net, x: net(resize_pad(x)),
+    "lying": lambda net, x: net(Lying.apply(x)),
+    "blunt": lambda net, x: net(Blunt.apply(x)),
+    "no-grad": hidden,
+    "inference": blind,
+    "thermometer": lambda net, x: net(thermometer(x)),
+    "one-hot": lambda net, x: net(one_hot(x)),
+    "lookup": lambda net, x: net(lookup(x)),
+    "numpy-median": lambda net, x: net(numpy_median(x)),
+    "shattered": lambda net, x: net(shattered(x)),
+    "clamped-logits": lambda net, x: net(x).clamp(-1, 1) + 1e-4 * net(x),
+    "argmax": lambda net, x: F.one_hot(net(x).argmax(1), 10).float(),
+    "noisy-logits": lambda net, x: net(x) + 0.3 * torch.randn(len(x), 10),
+    "tanh-logits": lambda net, x: torch.tanh(50 * net(x)) + 1e-6 * net(x),
+    "hooked": lambda net, x: net(_hooked(x)),
+    "content-noise": lambda net, x: net(x + 0.1 * _content_noise(x)),
+}
+
+
+def _hooked(x: Tensor) -> Tensor:
+    y = x * 1
+    if y.requires_grad:
+        y.register_hook(torch.zeros_like)
+    return y
+
+
+def _content_noise(x: Tensor) -> Tensor:
+    """Noise that only the image decides."""
+    rows = []
+    for image in x.detach():
+        generator = torch.Generator().manual_seed(int(image.double().sum() * 1e9) % 2**31)
+        rows.append(torch.randn(image.shape, generator=generator))
+    return torch.stack(rows)

@@ -1,0 +1,135 @@
+"""Views of a model: none of an honest net, of a masked defense one whose gradient leads somewhere."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from gauntlet import AROUND, Behind
+from torch import nn
+
+from robustkit import load_data, load_model
+from robustkit.goal import Goal
+from robustkit.models import as_classifier
+from robustkit.models.classifier import Classifier
+from robustkit.models.mending import Mending
+from robustkit.models.views import views
+from robustkit.registry import make
+from robustkit.rng import RowRng
+from robustkit.threat import ThreatModel
+
+SLOW = ("jpeg", "content-noise")  # image by image
+THREAT = ThreatModel.parse("linf:0.1")
+
+
+@pytest.fixture(scope="module")
+def net() -> Classifier:
+    return load_model("robustkit:digits-cnn").eval()
+
+
+@pytest.fixture(scope="module")
+def images() -> tuple[torch.Tensor, torch.Tensor]:
+    data = load_data("digits:test").head(24)
+    return data.images(range(24)), torch.as_tensor(data.labels)
+
+
+def test_an_honest_net_has_none(net: Classifier, images: tuple[torch.Tensor, torch.Tensor]) -> None:
+    found = views(net, images[0])
+    assert found == {}
+    assert found.mends == ()
+
+
+@pytest.mark.parametrize("name", AROUND)
+def test_a_masked_one_has_one_that_finds_what_there_is(
+    name: str, net: Classifier, images: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    """Within what 20 steps differ by, the worst over the views is the bare net's robust accuracy."""
+    x, labels = images
+    model = as_classifier(Behind(net, AROUND[name]).eval())
+    found = views(model, x)
+    assert found
+    if name in SLOW:
+        return
+    rng = RowRng(0, "test", torch.arange(len(x)))
+    fooled = torch.zeros(len(x), dtype=torch.bool)
+    for view in found.values():
+        points = make("pgd", steps=10, loss="margin")(view, x, Goal(labels), THREAT, rng=rng)
+        with torch.no_grad():
+            answers = torch.stack([model(points).softmax(1) for _ in range(8)]).mean(0)
+        fooled |= answers.argmax(1) != labels
+    honest = make("pgd", steps=10, loss="margin")(net, x, Goal(labels), THREAT, rng=rng)
+    with torch.no_grad():
+        truth = net(honest).argmax(1) != labels
+    assert fooled.sum() >= truth.sum() - 2
+
+
+@pytest.mark.parametrize("name", AROUND)
+def test_the_values_inside_are_the_models_own(
+    name: str, net: Classifier, images: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    model = as_classifier(Behind(net, AROUND[name]).eval())
+    x = images[0][:8]
+    answers = []
+    for inside in (False, True):
+        torch.manual_seed(0)
+        np.random.seed(0)
+        if inside:
+            with Mending(model):
+                answers.append(model(x.clone().requires_grad_()).detach())
+        else:
+            answers.append(model(x.clone().requires_grad_()).detach())
+    assert torch.equal(*answers)
+
+
+def test_everything_is_left_as_found(net: Classifier, images: tuple[torch.Tensor, torch.Tensor]) -> None:
+    x = images[0]
+    before = x.clone()
+    for parameter in net.parameters():
+        parameter.requires_grad_(True)
+    model = as_classifier(Behind(net, AROUND["jpeg"]).eval())
+    hooks = [len(part._forward_hooks) for part in model.modules()]
+    apply, numpy_in, inference = torch.autograd.Function.apply, torch.from_numpy, torch._C._InferenceMode
+    states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    views(model, x)
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert np.array_equal(np.random.get_state()[1], states[1])
+    assert random.getstate() == states[2]
+    assert hooks == [len(part._forward_hooks) for part in model.modules()]
+    assert torch.autograd.Function.apply == apply
+    assert torch.from_numpy is numpy_in
+    assert torch._C._InferenceMode is inference
+    assert torch.is_grad_enabled()
+    assert torch.equal(x, before)
+    assert not x.requires_grad
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in net.parameters())
+
+
+class Ensemble(nn.Module):
+    """CrossMax over a net and shifted copies of it."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def stacked(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([self.net(x + shift) for shift in (0.0, 0.02, -0.02)], 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        stack = self.stacked(x)
+        apart = stack - stack.amax(2, keepdim=True)
+        return (apart - apart.amax(1, keepdim=True)).median(1).values
+
+
+def test_an_ensemble_is_taken_apart(net: Classifier, images: tuple[torch.Tensor, torch.Tensor]) -> None:
+    x = images[0]
+    model = as_classifier(Ensemble(net).eval())
+    found = views(model, x)
+    assert {"mean-logit", "member-0", "straight-through", "soft-top-k"} <= found.keys()
+    stack = model.net.stacked(x)
+    with torch.no_grad():
+        assert torch.allclose(found["mean-logit"](x), stack.mean(1), atol=1e-4)
+        assert torch.allclose(found["member-1"](x), stack[:, 1], atol=1e-4)
+    assert torch.equal(found["straight-through"](x.clone().requires_grad_()), model(x))
+    assert "forward" not in model.net.__dict__
