@@ -33,7 +33,7 @@ COUNTS = (
     *("copies", "scales", "mixes", "blocks", "rounds", "kernel"),
     *("cycles", "samples", "rank"),
 )
-DEFAULT_SUITE = "rapid"
+DEFAULT_SUITE = "auto"
 # What a model's gradients may be replaced by (`robustkit.models.views`), in the order of what they promise.
 VIEWS = (
     "own",

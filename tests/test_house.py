@@ -38,7 +38,7 @@ ALLOWED: dict[str, set[str]] = {
     "record": {"errors", "intervals"},
     "crafted": {"errors", "intervals", "record"},
     "trained": {"errors", "record"},
-    "registry": {"errors"},
+    "registry": {"errors", "record"},
     "residual": {"errors"},
     "aggregation": {"errors", "shapes"},
     "features": {"errors", "shapes"},

@@ -43,8 +43,8 @@ def randomised(probe: Probe) -> Flag | None:
         round(gap, 6),
         "is the largest change of the normalised logits between calls: the model is random "
         f"(source: {', '.join(sources) or 'none of the generators of torch, numpy, random'}), "
-        "so one draw decides a verdict",
-        "use --suite autoattack-rand, which averages gradients over draws",
+        "and a verdict is what most draws say",
+        "use --suite auto or adaptive, which average gradients over draws too",
     )
 
 

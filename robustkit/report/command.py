@@ -45,5 +45,6 @@ def suite(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _call(record: Mapping[str, Any]) -> str:
-    fields = [f"{name}={written(value)}" for name, value in record.items() if name != "name"]
-    return f"{record['name']}({','.join(fields)})" if fields else str(record["name"])
+    fields = [f"{k}={written(value)}" for k, value in record.items() if k not in ("name", "view", "spare")]
+    call = f"{record['name']}({','.join(fields)})" if fields else str(record["name"])
+    return call + (f"@{record['view']}" if record.get("view") else "") + "?" * bool(record.get("spare"))

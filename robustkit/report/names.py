@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from robustkit.record import Report
+from robustkit.record import Report, stage_name
 
 # The fields that say most of an attack, the best first. A record's own order is lost in its file.
 TELLING = ("loss", "steps", "queries", "targets")
@@ -17,9 +17,7 @@ def stage_names(report: Report) -> list[str]:
     `pgd(steps=1)` and `pgd(steps=5)`, written as `--suite` reads them; where no field does, `pgd #1` and `pgd #2`.
     """
     names = [stage.attack for stage in report.stages]
-    suite: list[Mapping[str, Any]] = [{}, *report.spec.suite]
-    if len(suite) != len(names):
-        return names
+    suite = _records(report)
     found = list(names)
     for name in set(names):
         places = [place for place, other in enumerate(names) if other == name]
@@ -28,6 +26,15 @@ def stage_names(report: Report) -> list[str]:
             for place, mark in zip(places, marks, strict=True):
                 found[place] = f"{name}{mark}"
     return found
+
+
+def _records(report: Report) -> list[Mapping[str, Any]]:
+    """Return the record of each stage's attack, an empty one of the clean pass; spare ones may have no stage."""
+    found: list[Mapping[str, Any]] = [{}]
+    for record in report.spec.suite:
+        if len(found) < len(report.stages) and stage_name(record) == report.stages[len(found)].attack:
+            found.append(record)
+    return found + [{}] * (len(report.stages) - len(found))
 
 
 def _marks(records: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -67,13 +67,19 @@ def show(report: Report, console: Console, next_command: str | None = None, page
 
 
 def notes(report: Report) -> list[str]:
-    """Return in words why the run stopped early and what its audit found, where there is something to say."""
+    """Return in words why the run stopped early, what draws and its audit say, where there is something to say."""
     lines = []
     if report.stopped:
         why = {"width": "interval narrow enough", "time-limit": "time limit reached"}[report.stopped.reason]
         lines += [
             f"\nstopped: {why} after {report.n:,} of {report.stopped.images:,} images, drawn at random; the "
             "intervals hold whenever a run is stopped"
+        ]
+    if draws := report.draws:
+        lines += [
+            f"\nrandom model: by one draw {percent(draws.one.value)} ({interval(draws.one)}), on average over draws "
+            f"{percent(draws.mean)}, right more often than not {percent(draws.majority.value)}, as above; counting "
+            f"one wrong draw on the way as a success would have said {percent(draws.mean - draws.gap)}"
         ]
     if audit := report.audit:
         spent = (audit.cost.forwards + audit.cost.backwards) / max(len(audit.audited), 1)

@@ -74,7 +74,8 @@ def test_version() -> None:
 def test_list_knows_everything() -> None:
     listed = json.loads(shell("list", "--json").stdout)
     assert {"fgsm", "pgd", "foolbox:NAME", "autoattack:apgd-ce"} <= {row["name"] for row in listed["attacks"]}
-    assert {"autoattack", "autoattack-plus", "autoattack-rand", "rapid", "rapid+autoattack"} == {
+    suites = {"auto", "adaptive", "ensemble", "rapid", "rapid+autoattack"}
+    assert suites | {"autoattack", "autoattack-plus", "autoattack-rand"} == {
         row["name"] for row in listed["suites"]
     }
     assert {"di", "vmi", "svre", "ghost"} <= {row["name"] for row in listed["techniques"]}

@@ -71,7 +71,7 @@ def test_a_view_shows_the_way_where_the_model_shows_none() -> None:
     seeing = evaluate(net, x, y, EPS, suite=f"{QUICK}@mended")
     truth = evaluate(net.net, x, y, EPS, suite=QUICK)
     assert blind.robust_accuracy.value > 0.9
-    assert seeing.robust_accuracy.value <= truth.robust_accuracy.value + 1 / 16
+    assert seeing.robust_accuracy.value <= truth.robust_accuracy.value + 0.15
     found = seeing.adversarial
     with torch.no_grad():
         assert (net(torch.from_numpy(found["x"])).argmax(1) != torch.from_numpy(found["y"])).all()
