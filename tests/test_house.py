@@ -48,7 +48,7 @@ ALLOWED: dict[str, set[str]] = {
     "transfer": {"errors", "goal", "populations", "registry", "rng", "rows", "shapes", "surrogates", "threat"},
     "attacks": VOCABULARY,
     "defenses": VOCABULARY | {"attacks"},
-    "models": {"devices", "errors", "shapes", "posterior", "preprocess", "registry"},
+    "models": {"aggregation", "devices", "errors", "shapes", "posterior", "preprocess", "registry"},
     "posterior": {"errors"},
     "data": {"errors", "shapes", "preprocess"},
     "ledger": {"errors", "record"},

@@ -1,7 +1,7 @@
 """Nets that `robustkit train` wrote: `runs/x/`, one of several members or posterior samples as `runs/x/#2`.
 
 Several of them are written `runs/x/#0+4+7` or `runs/x/#0-4`. A folder of members or samples, whole or in part, is
-one model that predicts with all of them (see `robustkit.models.mixture`).
+one model that predicts with all of them, joined as `?combine=` says (see `robustkit.models.mixture`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from robustkit import posterior
 from robustkit.errors import UsageError
 from robustkit.models.built import Built
-from robustkit.models.mixture import Members, Samples
+from robustkit.models.mixture import Members, Samples, joined_by, way
 from robustkit.models.options import Options
 from robustkit.models.strings import FOLDER, TIMM, TORCHVISION, ZOO, ModelString
 from robustkit.models.weights import Weights, put_weights, read_weights
@@ -83,7 +83,7 @@ class Run:
             return built
 
         sampled = posterior.FILE in self.facts.get("hashes", {}) or (self.folder / posterior.FILE).is_file()
-        whole = self._samples(net) if sampled else self._nets(net)
+        whole = self._samples(net, options.combine) if sampled else self._nets(net, options.combine)
         mean, std = (
             None if self.facts[of] is None else tuple(map(float, self.facts[of])) for of in ("mean", "std")
         )
@@ -91,19 +91,21 @@ class Run:
         options = replace(options, size=options.size or own.size, defenses=defenses)
         return replace(whole, arch=self.arch, mean=mean, std=std), options
 
-    def _samples(self, net: Callable[[dict[str, Tensor]], Built]) -> Built:
+    def _samples(self, net: Callable[[dict[str, Tensor]], Built], combine: str | None) -> Built:
         store = Posterior.open(self.folder)
         self._check_hash(posterior.FILE, store.sha256)
         numbers = self._chosen(len(store), "samples")
+        aggregate = joined_by(combine, len(numbers), f"model '{self.arch}'")
         built = net(store.state(numbers[0]))
         if len(numbers) == 1:
             return built
-        identity = {**built.identity, "samples": numbers}
-        return replace(built, net=Samples(_module(built), store, numbers), identity=identity)
+        identity = {**built.identity, "samples": numbers, **way(combine)}
+        return replace(built, net=Samples(_module(built), store, numbers, aggregate), identity=identity)
 
-    def _nets(self, net: Callable[[dict[str, Tensor]], Built]) -> Built:
+    def _nets(self, net: Callable[[dict[str, Tensor]], Built], combine: str | None) -> Built:
         count = self.facts["members"]
         numbers = self._chosen(count, "members")
+        aggregate = joined_by(combine, len(numbers), f"model '{self.arch}'")
         path = self.folder / WEIGHTS
         if path.is_file():
             self._check_hash(WEIGHTS, _sha256(path))
@@ -113,8 +115,9 @@ class Run:
         members = [net(_of_member(state, number)) for number in numbers]
         if len(numbers) == 1:
             return members[0]
-        identity = {**members[0].identity, "members": len(members)}
-        return replace(members[0], net=Members([_module(member) for member in members]), identity=identity)
+        identity = {**members[0].identity, "members": len(members), **way(combine)}
+        whole = Members([_module(member) for member in members], aggregate)
+        return replace(members[0], net=whole, identity=identity)
 
     def _chosen(self, count: int, what: str) -> list[int]:
         """Return the numbers meant, each of which must be there once."""
