@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -46,7 +45,7 @@ def load_model(string: str, *, device: str | torch.device = "cpu", seed: int = 0
         UsageError: A part of the string is not possible; the sentence says which, and what to write instead.
     """
     spec = ModelString.parse(string)
-    if spec.kind == FOLDER and not (_folder(spec) / from_run.FACTS).is_file():
+    if spec.kind == FOLDER and not from_run.is_run(spec):
         raise _no_model(spec)
     place = pick_device(device)
     options = Options.read(spec)
@@ -121,13 +120,8 @@ def _preprocess(size: tuple[int, int] | None) -> Preprocess | None:
     return None if size is None else Preprocess(size, resize=min(size))
 
 
-def _folder(spec: ModelString) -> Path:
-    path, sign, text = spec.arch.rpartition("#")
-    return Path(path if sign else text).expanduser()
-
-
 def _no_model(spec: ModelString) -> UsageError:
-    text, folder = str(spec), _folder(spec)
+    text, folder = str(spec), from_run.folder_of(spec)
     if spec.arch.partition("@")[0] in CATALOG:
         return UsageError(f"model {text!r} does not say whose it is: write 'robustkit:{text}'.")
     if any(folder.glob("checkpoint*")):
