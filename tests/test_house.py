@@ -42,7 +42,7 @@ ALLOWED: dict[str, set[str]] = {
     "residual": {"errors"},
     "aggregation": {"errors", "shapes"},
     "features": {"errors", "shapes"},
-    "inner": {"errors", "method", "rng", "shapes", "threat"},
+    "inner": {"errors", "features", "method", "rng", "shapes", "threat"},
     "surrogates": {"errors", "goal", "rng", "rows", "shapes", "threat"},
     "populations": {"rng", "rows", "shapes", "surrogates"},
     "transfer": {"errors", "goal", "populations", "registry", "rng", "rows", "shapes", "surrogates", "threat"},

@@ -89,8 +89,9 @@ class Training:
                 f"{self.test.name} has class {highest}, and the training data {self.plan.classes} classes; give "
                 "the test data that belongs to it."
             )
-        check_room(self.samples, free_memory(self.device))
         self.method.check(self.plan)
+        signs = self.plan.members if self.method.remembers() else 0
+        check_room(self.samples, free_memory(self.device), signs)
 
     @cached_property
     def plan(self) -> Plan:
