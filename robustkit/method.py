@@ -1,8 +1,8 @@
 """What a method of training is: a frozen dataclass of its parameters, with hooks that the training loop calls.
 
 Every hook is a pure function of its arguments. Nothing is remembered between steps but what optimisers hold and
-the signs of a method that `remembers`; a checkpoint has both, so a run that is cut off goes on bit for bit. A method
-registers itself by `@method(...)` in `attacks/` or `defenses/`.
+the signs of a method that `remembers`; a checkpoint has both, so a run that is cut off goes on bit for bit. A
+method registers itself by `@method(...)` in `attacks/` or `defenses/`.
 """
 
 from __future__ import annotations
