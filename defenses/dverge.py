@@ -19,15 +19,12 @@ from torch import Tensor, nn
 
 from robustkit import inner
 from robustkit.errors import UsageError, did_you_mean
-from robustkit.features import check_layer, depth, distil
+from robustkit.features import distil
 from robustkit.method import Batch, Method, Plan, Size
 from robustkit.registry import method
-from robustkit.rng import RowRng
 from robustkit.sampling import at_least, below
 from robustkit.shapes import Images
 from robustkit.threat import ThreatModel
-
-DRAWS = ("epoch", "batch", "member")
 
 
 @method("dverge", paper="arXiv:2009.14720")
@@ -63,16 +60,14 @@ class DVERGE(Method):
 
     def __post_init__(self) -> None:
         """Refuse unknown words."""
-        for field, known in (("draw", DRAWS), ("statistics", inner.STATISTICS)):
+        for field, known in (("draw", inner.DRAWS), ("statistics", inner.STATISTICS)):
             if getattr(self, field) not in known:
                 raise did_you_mean(field, getattr(self, field), known)
         ThreatModel.parse(self.threat)
 
     def size(self, samples: int) -> Size:
         """Return the paper's size, the baseline's 200 epochs included; less on a small set."""
-        if samples > 5000:
-            return Size(epochs=400, batch_size=128, lr=0.1, members=3)
-        return Size(epochs=40, batch_size=64, lr=0.05, members=3)
+        return inner.diverse_size(samples)
 
     def check(self, plan: Plan) -> None:
         """Refuse fields that distil nothing, and a single member."""
@@ -89,14 +84,11 @@ class DVERGE(Method):
 
     def rate(self, step: int, plan: Plan) -> float:
         """Return `lr`, a tenth of it from a half and a hundredth from three quarters of each part of the run."""
-        plain = self._plain(plan)
-        if step < plain:
-            return inner.tenfold(step, plain, plan.lr)
-        return inner.tenfold(step - plain, plan.steps - plain, plan.lr)
+        return inner.twofold(step, inner.plain_steps(self.baseline, plan), plan)
 
     def backward(self, nets: Sequence[nn.Module], batch: Batch, plan: Plan) -> Tensor:
         """Add the gradient of every member's loss on the others' distilled images."""
-        if batch.step < self._plain(plan):
+        if batch.step < inner.plain_steps(self.baseline, plan):
             return Method.backward(self, nets, batch, plan)
         with inner.statistics(nets, self.statistics):
             distilled = self.distilled(nets, batch, plan)
@@ -128,34 +120,14 @@ class DVERGE(Method):
                 step_size=self.step_size,
                 steps=self.steps,
                 inertia=self.inertia,
-                start=self._start(batch, number) if self.random_start else None,
+                start=inner.in_ball(batch, f"start{number}") if self.random_start else None,
             )
             for number, (net, layer) in enumerate(zip(nets, self.layers(nets, batch, plan), strict=True))
         ]
 
     def layers(self, nets: Sequence[nn.Module], batch: Batch, plan: Plan) -> list[int | str]:
-        """Return the layer of each member at a step: a function of the seed and the step alone, so it resumes.
-
-        A draw is the same for all members as a share of their depths, which are equal in one architecture.
-        """
-        depths = [depth(net, batch.x[:1]) for net in nets]
-        if self.layer != "random":
-            fixed = int(self.layer) if self.layer.isdecimal() else self.layer
-            for net, layers in zip(nets, depths, strict=True):
-                check_layer(net, fixed, layers)
-            return [fixed] * len(nets)
-        time = batch.step // plan.steps_per_epoch if self.draw == "epoch" else batch.step
-        who = torch.arange(len(nets)) if self.draw == "member" else torch.zeros(len(nets), dtype=torch.int64)
-        words = RowRng(plan.seed, f"{self.info.name}/layer", who, step=time).uniform(1)[:, 0].tolist()
-        return [1 + int(word * layers) for word, layers in zip(words, depths, strict=True)]
-
-    def _plain(self, plan: Plan) -> int:
-        """Return how many steps are plain training: whole epochs."""
-        return int(self.baseline * plan.epochs) * plan.steps_per_epoch
-
-    def _start(self, batch: Batch, member: int) -> Tensor:
-        rng = RowRng(batch.rng.seed, f"{batch.rng.stream}/start{member}", batch.rng.ids, step=batch.rng.step)
-        return (2 * rng.uniform(batch.x[0].numel()) - 1).view_as(batch.x)
+        """Return the layer of each member at a step."""
+        return inner.layers(nets, batch, plan, self.layer, self.draw, f"{self.info.name}/layer")
 
     def _attacked(self, net: nn.Module, batch: Batch) -> Images:
         threat = ThreatModel.parse(self.threat)
@@ -173,6 +145,28 @@ class DVERGE(Method):
         if not self.distinct or batch.partner_labels is None:
             return torch.ones_like(batch.y, dtype=torch.float32)
         return (batch.y != batch.partner_labels).float()
+
+
+@method("dverge+at", paper="arXiv:2009.14720")
+@dataclass(frozen=True, slots=True)
+class DVERGEAT(DVERGE):
+    """DVERGE with adversarial training of each member: `dverge --adversarial 1` under the paper's name for it."""
+
+    eps: float = 0.07
+    step_size: float = 0.1
+    steps: int = 10
+    inertia: float = 1.0
+    random_start: bool = False
+    layer: str = "random"
+    draw: str = "epoch"
+    statistics: str = "train"
+    clean: float = 0.0
+    distinct: bool = False
+    baseline: float = 0.5
+    adversarial: float = 1.0
+    threat: str = "linf:8/255"
+    adversarial_steps: int = 10
+    weight_decay: float = 1e-4
 
 
 def _mean(logits: Tensor, labels: Tensor, weight: Tensor) -> Tensor:

@@ -132,7 +132,7 @@ def distil(
         target: likewise, one for each source.
         layer: a number from 1, or a module's name.
         eps: the largest change of a pixel.
-        step_size: a fraction of eps.
+        step_size: a fraction of eps; below 0 the steps lead away from the target.
         steps: sign steps.
         inertia: the share of the sum of unit gradients that each step keeps.
         start: where to start, as numbers in [-1, 1] times eps; the source itself by default.

@@ -11,13 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robustkit.errors import did_you_mean
-from robustkit.method import Size
+from robustkit.features import check_layer, depth
+from robustkit.method import Batch, Plan, Size
 from robustkit.rng import RowRng
 from robustkit.shapes import Images, Labels, Logits
 from robustkit.threat import ThreatModel
 
 # What batch norms do while images are made.
 STATISTICS = ("train", "frozen", "separate")
+# For how long a layer that is drawn stays.
+DRAWS = ("epoch", "batch", "member")
 
 
 @contextmanager
@@ -43,6 +46,32 @@ def statistics(nets: Sequence[nn.Module], policy: str) -> Iterator[None]:
 
 def _normalises(part: nn.Module) -> bool:
     return isinstance(part, nn.modules.batchnorm._BatchNorm)
+
+
+def layers(
+    nets: Sequence[nn.Module], batch: Batch, plan: Plan, layer: str, draw: str, stream: str
+) -> list[int | str]:
+    """Return the layer of each member at a step: a function of the seed and the step alone, so it resumes.
+
+    `layer` is a number, a module's name, or `random`: drawn for each `epoch`, `batch` or `member` (`draw`), the
+    same for all members as a share of their depths, which are equal in one architecture.
+    """
+    depths = [depth(net, batch.x[:1]) for net in nets]
+    if layer != "random":
+        fixed = int(layer) if layer.isdecimal() else layer
+        for net, count in zip(nets, depths, strict=True):
+            check_layer(net, fixed, count)
+        return [fixed] * len(nets)
+    time = batch.step // plan.steps_per_epoch if draw == "epoch" else batch.step
+    who = torch.arange(len(nets)) if draw == "member" else torch.zeros(len(nets), dtype=torch.int64)
+    words = RowRng(plan.seed, stream, who, step=time).uniform(1)[:, 0].tolist()
+    return [1 + int(word * count) for word, count in zip(words, depths, strict=True)]
+
+
+def in_ball(batch: Batch, whose: str) -> Tensor:
+    """Return a number in [-1, 1) for each pixel of the batch; `whose` tells draws of one step apart."""
+    rng = RowRng(batch.rng.seed, f"{batch.rng.stream}/{whose}", batch.rng.ids, step=batch.rng.step)
+    return (2 * rng.uniform(batch.x[0].numel()) - 1).view_as(batch.x)
 
 
 def ascend(
@@ -83,6 +112,18 @@ def tenfold(step: int, length: int, peak: float) -> float:
     return peak * float(0.1 ** ((done >= 0.5) + (done >= 0.75)))
 
 
+def plain_steps(share: float, plan: Plan) -> int:
+    """Return how many steps come first that are plain training: whole epochs, at most this share of all."""
+    return int(share * plan.epochs) * plan.steps_per_epoch
+
+
+def twofold(step: int, plain: int, plan: Plan) -> float:
+    """Return the rate of a run in two parts, each `tenfold`."""
+    if step < plain:
+        return tenfold(step, plain, plan.lr)
+    return tenfold(step - plain, plan.steps - plain, plan.lr)
+
+
 def sloped(nets: Sequence[nn.Module], x: Images, labels: Labels) -> tuple[Tensor, Tensor]:
     """Return members' losses (n) and their gradients in the images (n B D), through which gradients go on."""
     with torch.enable_grad():
@@ -111,6 +152,13 @@ def adam_size(samples: int, epochs: int = 200) -> Size:
     if samples > 5000:
         return Size(epochs=epochs, batch_size=128, lr=1e-3, members=3)
     return Size(epochs=40, batch_size=64, lr=3e-3, members=3)
+
+
+def diverse_size(samples: int) -> Size:
+    """Return DVERGE's size, the 200 epochs of its baseline included; less on a small set."""
+    if samples > 5000:
+        return Size(epochs=400, batch_size=128, lr=0.1, members=3)
+    return Size(epochs=40, batch_size=64, lr=0.05, members=3)
 
 
 def sgd_size(samples: int, epochs: int) -> Size:

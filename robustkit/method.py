@@ -1,7 +1,8 @@
 """What a method of training is: a frozen dataclass of its parameters, with hooks that the training loop calls.
 
-Every hook is a pure function of its arguments. Nothing is remembered between steps but what optimisers hold, so a
-run that is cut off goes on bit for bit. A method registers itself by `@method(...)` in `attacks/` or `defenses/`.
+Every hook is a pure function of its arguments. Nothing is remembered between steps but what optimisers hold and
+the signs of a method that `remembers`; a checkpoint has both, so a run that is cut off goes on bit for bit. A
+method registers itself by `@method(...)` in `attacks/` or `defenses/`.
 """
 
 from __future__ import annotations
@@ -77,6 +78,8 @@ class Batch:
         step: counted from 0 over the whole run.
         partners: (B C H W), of a method with `pairs` only: images of the same epoch in an order of their own.
         partner_labels: (B), theirs.
+        memory: (B members C H W) int8, of a method that `remembers` only: -1, 0 or 1 for each pixel, 0 where
+            nothing is known. `backward` writes into it what the image is to come with the next time.
     """
 
     x: Images
@@ -85,6 +88,7 @@ class Batch:
     step: int
     partners: Images | None = None
     partner_labels: Labels | None = None
+    memory: Tensor | None = None
 
 
 class Method:
@@ -119,6 +123,10 @@ class Method:
                 f"{self.info.name} makes members differ, and --members {plan.members} leaves none to differ from; "
                 f"write --members {self.fewest} or more."
             )
+
+    def remembers(self) -> bool:
+        """Return whether each image has a sign for each pixel and member from one epoch to the next."""
+        return False
 
     def optimizer(self, parameters: Iterable[nn.Parameter], plan: Plan) -> torch.optim.Optimizer:
         """Return what moves one member's weights; the plan's seed is the member's."""

@@ -295,7 +295,10 @@ def _train(
     ] = None,
     arch: Annotated[
         str | None,
-        typer.Option(metavar="MODEL", help="The net; ARCH@WEIGHTS or a run starts there [default: by the data]."),
+        typer.Option(
+            metavar="MODEL",
+            help="The net; ARCH@WEIGHTS or a run starts there, each member at its own [default: by the data].",
+        ),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first N images.")] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the data [default: by method].")] = None,

@@ -71,10 +71,13 @@ def matrix(
 
 
 def split_models(text: str) -> list[str]:
-    """Cut a list of model strings at its commas, but not at those within a query, as in `mean=0.5,0.5,0.5`."""
+    """Cut a list of model strings at its commas, but not at those within a query or an ensemble's brackets."""
     parts: list[str] = []
     for piece in text.split(","):
-        inside = parts and "?" in parts[-1] and not any(sign in piece for sign in ":/")
+        inside = parts and (
+            parts[-1].count("[") > parts[-1].count("]")
+            or ("?" in parts[-1] and not any(sign in piece for sign in ":/"))
+        )
         if inside:
             parts[-1] += f",{piece}"
         elif piece.strip():

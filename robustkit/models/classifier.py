@@ -30,6 +30,7 @@ class Classifier(nn.Module):
         string: How to load the same classifier again, from any folder.
         size: Height and width that images are resized to, in pixels; None leaves them.
         num_classes: Number of logits K, where known before a forward pass.
+        in_channels: Number of channels of its images, where known.
         defenses: What stands in front of all this, each a call `(model, images) -> logits`; an image meets the
             first one first.
         preprocess: How the net wants image files read, where known.
@@ -48,6 +49,7 @@ class Classifier(nn.Module):
         std: tuple[float, ...] | None = None,
         size: tuple[int, int] | None = None,
         num_classes: int | None = None,
+        in_channels: int | None = None,
         defenses: Sequence[Callable[[Callable[[Images], Logits], Images], Logits]] = (),
         preprocess: Preprocess | None = None,
     ) -> None:
@@ -61,6 +63,7 @@ class Classifier(nn.Module):
             std: Divides each channel afterwards; one number serves every channel.
             size: Height and width to resize to, in pixels.
             num_classes: Number of logits K, where known.
+            in_channels: Number of channels of its images, where known.
             defenses: Registered defenses, outermost first.
             preprocess: How the net wants image files read, where known.
         """
@@ -69,6 +72,7 @@ class Classifier(nn.Module):
         self.string = string
         self.size = size
         self.num_classes = num_classes
+        self.in_channels = in_channels
         self.defenses = tuple(defenses)
         self.preprocess = preprocess
         self.register_buffer("mean", _per_channel(mean), persistent=False)
@@ -100,6 +104,7 @@ class Classifier(nn.Module):
             std=std,
             size=self.size,
             num_classes=self.num_classes,
+            in_channels=self.in_channels,
             defenses=self.defenses,
             preprocess=self.preprocess,
         )

@@ -1,7 +1,7 @@
 """Nets that `robustkit train` wrote: `runs/x/`, one of several members or posterior samples as `runs/x/#2`.
 
 Several of them are written `runs/x/#0+4+7` or `runs/x/#0-4`. A folder of members or samples, whole or in part, is
-one model that predicts with all of them (see `robustkit.models.mixture`).
+one model that predicts with all of them, joined as `?combine=` says (see `robustkit.models.mixture`).
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from robustkit import posterior
 from robustkit.errors import UsageError
 from robustkit.models.built import Built
-from robustkit.models.mixture import Members, Samples
+from robustkit.models.mixture import Members, Samples, joined_by, way
 from robustkit.models.options import Options
-from robustkit.models.strings import FOLDER, TIMM, TORCHVISION, ZOO, ModelString
+from robustkit.models.strings import ENSEMBLE, FOLDER, TIMM, TORCHVISION, ZOO, ModelString
 from robustkit.models.weights import Weights, put_weights, read_weights
 from robustkit.posterior import Posterior
 
@@ -30,6 +30,8 @@ _NUMBERS = re.compile(r"\d{1,5}(-\d{1,5})?(\+\d{1,5}(-\d{1,5})?)*")
 
 # Builds a net by its string: the loader's own, for every kind but a folder.
 Build = Callable[[ModelString, Options, Weights | None], Built]
+# Builds a member or sample of a run, given its weights and its number.
+Make = Callable[..., Built]
 
 
 @dataclass(frozen=True)
@@ -53,10 +55,10 @@ class Run:
         Raises:
             UsageError: if its model.json is missing, damaged or of another format, or its numbers are no numbers.
         """
-        path, sign, text = spec.arch.rpartition("#")
+        _, sign, text = spec.arch.rpartition("#")
         if sign and not _readable(text):
             raise UsageError(f"model {str(spec)!r}: write numbers after '#', as in #2, #0-4 or #0+4+7.")
-        folder = Path(path if sign else text).expanduser().absolute()
+        folder = folder_of(spec).absolute()
         return cls(folder, _numbers(text) if sign else None, _facts(folder))
 
     @property
@@ -65,25 +67,34 @@ class Run:
         numbers = "" if self.numbers is None else "#" + "+".join(map(str, self.numbers))
         return f"{self.folder}/{numbers}"
 
+    @property
+    def singles(self) -> list[str]:
+        """How to write each of its nets; of one net, itself."""
+        count, what = self._count
+        numbers = self._chosen(count, what)
+        return [self.arch] if len(numbers) == 1 else [f"{self.folder}/#{number}" for number in numbers]
+
+    def arch_of(self, number: int) -> ModelString:
+        """Return the architecture of a member or sample."""
+        spec = ModelString.parse(self.facts["arch"])
+        return ModelString.parse(spec.members[number]) if spec.kind == ENSEMBLE else spec
+
     def build(self, options: Options, make: Mapping[str, Build]) -> tuple[Built, Options]:
         """Return the net, and the options of the model's string, the folder's where those say nothing.
 
         Raises:
             UsageError: if a file is missing or not the one that was written, or has no such member or sample.
         """
-        inner = ModelString.parse(self.facts["arch"])
-        own = Options.read(inner)
-        if inner.kind in (ZOO, TIMM, TORCHVISION) and own.num_classes is None:
-            own = replace(own, num_classes=self.facts["classes"])
 
-        def net(state: dict[str, Tensor]) -> Built:
-            weights = Weights(self.folder / WEIGHTS, state, {})
-            built = make[inner.kind](inner, own, weights)
+        def net(state: dict[str, Tensor], number: int = 0) -> Built:
+            inner, weights = self.arch_of(number), Weights(self.folder / WEIGHTS, state, {})
+            built = make[inner.kind](inner, self._own(inner), weights)
             put_weights(built.net, weights, inner.arch)
             return built
 
-        sampled = posterior.FILE in self.facts.get("hashes", {}) or (self.folder / posterior.FILE).is_file()
-        whole = self._samples(net) if sampled else self._nets(net)
+        make_whole = self._samples if self._is_sampled else self._nets
+        whole = make_whole(net, options.combine)
+        own = self._own(self.arch_of(0))
         mean, std = (
             None if self.facts[of] is None else tuple(map(float, self.facts[of])) for of in ("mean", "std")
         )
@@ -91,30 +102,53 @@ class Run:
         options = replace(options, size=options.size or own.size, defenses=defenses)
         return replace(whole, arch=self.arch, mean=mean, std=std), options
 
-    def _samples(self, net: Callable[[dict[str, Tensor]], Built]) -> Built:
+    @property
+    def _is_sampled(self) -> bool:
+        """Whether these are posterior samples."""
+        return posterior.FILE in self.facts.get("hashes", {}) or (self.folder / posterior.FILE).is_file()
+
+    @property
+    def _count(self) -> tuple[int, str]:
+        """How many nets there are, and what they are called."""
+        if self._is_sampled:
+            return len(Posterior.open(self.folder)), "samples"
+        return self.facts["members"], "members"
+
+    def _own(self, inner: ModelString) -> Options:
+        """Return what an architecture's string asks for, its classes being the run's."""
+        own = Options.read(inner)
+        if inner.kind in (ZOO, TIMM, TORCHVISION) and own.num_classes is None:
+            own = replace(own, num_classes=self.facts["classes"])
+        return own
+
+    def _samples(self, net: Make, combine: str | None) -> Built:
         store = Posterior.open(self.folder)
         self._check_hash(posterior.FILE, store.sha256)
-        numbers = self._chosen(len(store), "samples")
+        numbers = self._chosen(*self._count)
+        aggregate = joined_by(combine, len(numbers), f"model '{self.arch}'")
         built = net(store.state(numbers[0]))
         if len(numbers) == 1:
             return built
-        identity = {**built.identity, "samples": numbers}
-        return replace(built, net=Samples(_module(built), store, numbers), identity=identity)
+        identity = {**built.identity, "samples": numbers, **way(combine)}
+        return replace(built, net=Samples(_module(built), store, numbers, aggregate), identity=identity)
 
-    def _nets(self, net: Callable[[dict[str, Tensor]], Built]) -> Built:
-        count = self.facts["members"]
-        numbers = self._chosen(count, "members")
+    def _nets(self, net: Make, combine: str | None) -> Built:
+        numbers = self._chosen(*self._count)
+        aggregate = joined_by(combine, len(numbers), f"model '{self.arch}'")
         path = self.folder / WEIGHTS
         if path.is_file():
             self._check_hash(WEIGHTS, _sha256(path))
         state = read_weights(path).state
-        if count == 1:
+        if self.facts["members"] == 1:
             return net(state)
-        members = [net(_of_member(state, number)) for number in numbers]
+        members = [net(_of_member(state, number), number) for number in numbers]
         if len(numbers) == 1:
             return members[0]
-        identity = {**members[0].identity, "members": len(members)}
-        return replace(members[0], net=Members([_module(member) for member in members]), identity=identity)
+        own = [member.identity for member in members]
+        unlike = {"each": own} if any(one != own[0] for one in own) else {}
+        identity = {**own[0], "members": len(members), **unlike, **way(combine)}
+        whole = Members([_module(member) for member in members], aggregate)
+        return replace(members[0], net=whole, identity=identity)
 
     def _chosen(self, count: int, what: str) -> list[int]:
         """Return the numbers meant, each of which must be there once."""
@@ -134,6 +168,17 @@ class Run:
                 f"'{self.folder / name}' is not the file that the training wrote: restore it, or train again in "
                 "another folder."
             )
+
+
+def folder_of(spec: ModelString) -> Path:
+    """Return the folder that a string names, with or without numbers."""
+    path, sign, text = spec.arch.rpartition("#")
+    return Path(path if sign else text).expanduser()
+
+
+def is_run(spec: ModelString) -> bool:
+    """Return whether that folder says that it is a run."""
+    return (folder_of(spec) / FACTS).is_file()
 
 
 def _facts(folder: Path) -> dict[str, Any]:
@@ -160,8 +205,12 @@ def _facts(folder: Path) -> dict[str, Any]:
         raise UsageError(f"'{path}' has a mean or std that is no list of numbers: write one number per channel.")
     if facts["members"] < 1 or not isinstance(facts.get("hashes", {}), dict):
         raise UsageError(f"'{path}' is damaged: train again in another folder.")
-    if ModelString.parse(facts["arch"]).kind == FOLDER:
+    spec = ModelString.parse(facts["arch"])
+    archs = list(map(ModelString.parse, spec.members)) if spec.kind == ENSEMBLE else [spec]
+    if any(arch.kind in (FOLDER, ENSEMBLE) for arch in archs):
         raise UsageError(f"'{path}' names the folder {facts['arch']!r} as the architecture: write the net's own.")
+    if spec.kind == ENSEMBLE and len(archs) != facts["members"]:
+        raise UsageError(f"'{path}' is damaged: train again in another folder.")
     return facts
 
 

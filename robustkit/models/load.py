@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from robustkit.devices import pick_device
 from robustkit.errors import UsageError
-from robustkit.models import from_code, from_run, from_timm, from_torchvision, from_zoo
+from robustkit.models import from_code, from_run, from_several, from_timm, from_torchvision, from_zoo
 from robustkit.models.built import Built, seeded
 from robustkit.models.catalog import ZOO as CATALOG
 from robustkit.models.classifier import Classifier
 from robustkit.models.options import Options, read_mean, read_std
-from robustkit.models.strings import FILE, FOLDER, MODULE, TIMM, TORCHVISION, ZOO, ModelString
+from robustkit.models.strings import ENSEMBLE, FILE, FOLDER, MODULE, TIMM, TORCHVISION, ZOO, ModelString
 from robustkit.models.weights import Weights, put_weights, read_weights
 from robustkit.preprocess import Preprocess
 
@@ -32,7 +31,8 @@ def load_model(string: str, *, device: str | torch.device = "cpu", seed: int = 0
     """Return the classifier that a model string names, in eval mode.
 
     The string is `ARCH[@WEIGHTS][?mean=r,g,b&std=r,g,b&size=N&num_classes=K&defense=NAME:VALUE+...]`, or a folder
-    that a training run wrote, `runs/x/`, with `#2` for its third member or posterior sample. Normalisation is
+    that a training run wrote, `runs/x/`, with `#2` for its third member or posterior sample, or several strings as
+    one, `ensemble:[A;B;C]`; a model of several nets takes `?combine=` for how they are joined. Normalisation is
     taken from the query, else from the metadata of the weights file or the folder, else from timm's or
     torchvision's own record, else left out.
 
@@ -45,7 +45,7 @@ def load_model(string: str, *, device: str | torch.device = "cpu", seed: int = 0
         UsageError: A part of the string is not possible; the sentence says which, and what to write instead.
     """
     spec = ModelString.parse(string)
-    if spec.kind == FOLDER and not (_folder(spec) / from_run.FACTS).is_file():
+    if spec.kind == FOLDER and not from_run.is_run(spec):
         raise _no_model(spec)
     place = pick_device(device)
     options = Options.read(spec)
@@ -53,6 +53,8 @@ def load_model(string: str, *, device: str | torch.device = "cpu", seed: int = 0
     with seeded(seed):
         if spec.kind == FOLDER:
             built, options = from_run.Run.read(spec).build(options, _BUILD)
+        elif spec.kind == ENSEMBLE:
+            built = from_several.build(spec, options, _member, seed)
         else:
             built = _BUILD[spec.kind](spec, options, weights)
     if weights is not None:
@@ -69,10 +71,15 @@ def load_model(string: str, *, device: str | torch.device = "cpu", seed: int = 0
         std=std,
         size=options.size,
         num_classes=built.num_classes,
+        in_channels=built.in_channels,
         defenses=options.defenses,
         preprocess=built.preprocess or _preprocess(options.size),
     )
     return classifier.eval().to(place)
+
+
+def _member(string: str, seed: int) -> Classifier:
+    return load_model(string, seed=seed)
 
 
 def _weights(spec: ModelString, options: Options) -> Weights | None:
@@ -113,13 +120,8 @@ def _preprocess(size: tuple[int, int] | None) -> Preprocess | None:
     return None if size is None else Preprocess(size, resize=min(size))
 
 
-def _folder(spec: ModelString) -> Path:
-    path, sign, text = spec.arch.rpartition("#")
-    return Path(path if sign else text).expanduser()
-
-
 def _no_model(spec: ModelString) -> UsageError:
-    text, folder = str(spec), _folder(spec)
+    text, folder = str(spec), from_run.folder_of(spec)
     if spec.arch.partition("@")[0] in CATALOG:
         return UsageError(f"model {text!r} does not say whose it is: write 'robustkit:{text}'.")
     if any(folder.glob("checkpoint*")):

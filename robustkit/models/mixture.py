@@ -1,8 +1,7 @@
-"""Several nets as one: the logarithm of the mean of their probabilities, as Bayesian prediction has it."""
+"""Several nets as one: an aggregator joins their answers, by default as Bayesian prediction has it."""
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -10,12 +9,44 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from robustkit.aggregation import Aggregator, parse_aggregator, probabilities
+from robustkit.errors import UsageError
 from robustkit.models.outputs import logits_in
 from robustkit.posterior import Posterior
+from robustkit.shapes import Images, Logits
+
+USUAL = "probabilities"
+
+
+def joined_by(text: str | None, count: int, where: str) -> Aggregator:
+    """Return the aggregator that `combine=` asks for, for so many nets.
+
+    Raises:
+        UsageError: if there is none of that name, or it does not work for so many.
+    """
+    if text is not None and count < 2:
+        raise UsageError(f"{where} is one net: combine={text} joins several; leave it out.")
+    aggregate = parse_aggregator(USUAL if text is None else text)
+    aggregate(torch.zeros(1, count, 2))
+    return aggregate
+
+
+def way(text: str | None) -> dict[str, str]:
+    """Return what `combine=` adds to a model's identity; nothing where it asks for the usual way."""
+    return {} if text in (None, USUAL) else {"combine": str(text)}
 
 
 class Mixture(nn.Module, ABC):
-    """Nets of one architecture. As a model it predicts with all of them; `at` gives one."""
+    """Nets side by side. As a model it predicts with all of them; `at` gives one.
+
+    Attributes:
+        aggregate: makes one answer (B K) of all nets' logits (B N K).
+    """
+
+    def __init__(self, aggregate: Aggregator = probabilities) -> None:
+        """Take what joins the answers."""
+        super().__init__()
+        self.aggregate = aggregate
 
     @abstractmethod
     def __len__(self) -> int:
@@ -29,30 +60,36 @@ class Mixture(nn.Module, ABC):
     def place(self, number: int) -> nn.Module:
         """Return the module that one of the nets is in."""
 
-    def logarithms(self, number: int, x: Tensor) -> Tensor:
-        """Return the logarithms of one net's probabilities (B K), in float32 or wider."""
+    def one(self, number: int, x: Images) -> Logits:
+        """Return one net's logits (B K), in float32 or wider."""
         logits = logits_in(self.at(number)(x))
         if logits is None:
             raise TypeError("a net of a mixture returned no tensor; it must return logits (B, K).")
-        return (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(1)
+        return logits if logits.dtype == torch.float64 else logits.float()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the logarithms of the mean probabilities."""
+    def stacked(self, x: Images) -> Tensor:
+        """Return all nets' logits (B N K), in float32 or wider."""
         # Traced, a loop over weights that change in place would come out as one over the last of them.
         if not isinstance(x, Tensor):
             raise TypeError("a mixture of nets is not to be traced.")
-        total = self.logarithms(0, x)
-        for number in range(1, len(self)):
-            total = torch.logaddexp(total, self.logarithms(number, x))
-        return total - math.log(len(self))
+        logits = [self.one(number, x) for number in range(len(self))]
+        shapes = {one.shape[1:] for one in logits}
+        if len(shapes) > 1:
+            counts = " and ".join(str(count) for (count,) in sorted(shapes))
+            raise UsageError(f"the nets of an ensemble return {counts} logits: join models of the same classes.")
+        return torch.stack(logits, 1)
+
+    def forward(self, x: Images) -> Logits:
+        """Return the answers joined."""
+        return self.aggregate(self.stacked(x))
 
 
 class Members(Mixture):
     """Nets that are all in memory, as an ensemble's."""
 
-    def __init__(self, nets: Sequence[nn.Module]) -> None:
+    def __init__(self, nets: Sequence[nn.Module], aggregate: Aggregator = probabilities) -> None:
         """Take the nets as they are."""
-        super().__init__()
+        super().__init__(aggregate)
         self.nets = nn.ModuleList(nets)
 
     def __len__(self) -> int:
@@ -71,12 +108,19 @@ class Members(Mixture):
 class Samples(Mixture):
     """Samples of a posterior, put one after the other into one net: two nets' memory for any number of them.
 
-    A gradient through all of them runs every net forward again, since its weights are gone by then.
+    A gradient through all of them runs every net forward again, since its weights are gone by then. Only logits
+    are kept in between, so any aggregator will do.
     """
 
-    def __init__(self, net: nn.Module, posterior: Posterior, numbers: Sequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        net: nn.Module,
+        posterior: Posterior,
+        numbers: Sequence[int] | None = None,
+        aggregate: Aggregator = probabilities,
+    ) -> None:
         """Take a net of the posterior's architecture, and all samples or those of these numbers."""
-        super().__init__()
+        super().__init__(aggregate)
         self.net, self.posterior = net, posterior
         self.numbers = list(range(len(posterior)) if numbers is None else numbers)
         self._inside: int | None = None
@@ -94,6 +138,8 @@ class Samples(Mixture):
         """Return the net with a sample's weights in it."""
         if self._inside != number:
             self.posterior.put(self.net, self.numbers[number])
+            # Autocast keeps its copies of weights, which would now be those of another sample.
+            torch.clear_autocast_cache()
             self._inside = number
         return self.net
 
@@ -101,34 +147,32 @@ class Samples(Mixture):
         """Return the one net there is."""
         return self.net
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the logarithms of the mean probabilities."""
+    def stacked(self, x: Images) -> Tensor:
+        """Return all samples' logits (B N K), in float32 or wider."""
         if isinstance(x, Tensor) and torch.is_grad_enabled() and x.requires_grad:
             return _Again.apply(x, self)  # type: ignore[no-any-return]
-        return super().forward(x)
+        return super().stacked(x)
 
 
 class _Again(torch.autograd.Function):
-    """A mixture of samples whose backward pass puts each into the net once more."""
+    """Logits of all samples, whose backward pass puts each into the net once more."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, mixture: Samples) -> Tensor:
-        out = Mixture.forward(mixture, x)
-        ctx.save_for_backward(x, out)
+        ctx.save_for_backward(x)
         ctx.mixture = mixture
         device = x.device.type
         ctx.autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
-        return out
+        return Mixture.stacked(mixture, x)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        x, out = ctx.saved_tensors
+        (x,) = ctx.saved_tensors
         device, dtype, enabled = ctx.autocast
         mixture, total = ctx.mixture, torch.zeros_like(x)
         for number in range(len(mixture)):
             with torch.enable_grad(), torch.autocast(device, dtype, enabled=enabled):
                 at = x.detach().requires_grad_()
-                logarithms = mixture.logarithms(number, at)
-            share = (logarithms.detach() - out).exp() / len(mixture)
-            total += torch.autograd.grad(logarithms, at, gradients[0] * share)[0]
+                logits = mixture.one(number, at)
+            total += torch.autograd.grad(logits, at, gradients[0][:, number])[0]
         return total, None

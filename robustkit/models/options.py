@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from robustkit.errors import UsageError, did_you_mean
-from robustkit.models.strings import FOLDER, TIMM, TORCHVISION, ZOO, ModelString
+from robustkit.models.strings import ENSEMBLE, FOLDER, TIMM, TORCHVISION, ZOO, ModelString
 from robustkit.registry import parse_defenses
 
 _EVERY_KIND = frozenset({"mean", "std", "size", "defense"})
@@ -15,7 +15,9 @@ _FIELDS = {
     ZOO: _EVERY_KIND | {"num_classes", "in_channels", "pretrained"},
     TIMM: _EVERY_KIND | {"num_classes", "pretrained"},
     TORCHVISION: _EVERY_KIND | {"num_classes", "pretrained"},
-    FOLDER: _EVERY_KIND,
+    FOLDER: _EVERY_KIND | {"combine"},
+    # Its members have normalisations and sizes of their own.
+    ENSEMBLE: frozenset({"combine", "defense"}),
 }
 _BOOLEANS = {"true": True, "false": False}
 
@@ -31,6 +33,7 @@ class Options:
         num_classes: Classes of the net's last layer, at least 2.
         in_channels: Channels of the images, at least 1.
         defenses: What stands in front of the net, in the order that an image meets it.
+        combine: Name of what joins the answers of several nets (`robustkit.aggregation`).
         pretrained: Whether the source's own trained weights are used where the string names no file.
         keywords: Every other field, for a factory given as Python code.
     """
@@ -41,6 +44,7 @@ class Options:
     num_classes: int | None = None
     in_channels: int | None = None
     defenses: tuple[Any, ...] = ()
+    combine: str | None = None
     pretrained: bool = True
     keywords: dict[str, object] = field(default_factory=dict)
 
@@ -63,6 +67,7 @@ class Options:
             num_classes=_count("num_classes", taken, least=2),
             in_channels=_count("in_channels", taken, least=1),
             defenses=parse_defenses(taken["defense"]) if "defense" in taken else (),
+            combine=taken.get("combine"),
             pretrained=_boolean("pretrained", taken.get("pretrained", "true")),
             keywords={name: keyword_value(text) for name, text in given.items()},
         )

@@ -1,17 +1,23 @@
-"""Model strings: `ARCH[@WEIGHTS][?field=value&...]`, read and written back. Imports no torch."""
+"""Model strings: `ARCH[@WEIGHTS][?field=value&...]`, read and written back. Imports no torch.
+
+Several of them are one model as `ensemble:[A;B;C]?combine=logits`: each keeps its weights and its query inside the
+brackets, where an ensemble may stand, too.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from urllib.parse import parse_qsl, quote
 
 from robustkit.errors import UsageError
 
 ZOO, TIMM, TORCHVISION = "robustkit", "timm", "torchvision"
-FILE, MODULE, FOLDER = "file", "module", "folder"
+FILE, MODULE, FOLDER, ENSEMBLE = "file", "module", "folder", "ensemble"
 
 _QUERY = re.compile(r"\?(?=[A-Za-z_]\w*=)")
+_OPEN = f"{ENSEMBLE}:["
 
 
 @dataclass(frozen=True)
@@ -20,7 +26,7 @@ class ModelString:
 
     Attributes:
         arch: What builds the net: `robustkit:NAME`, `timm:NAME`, `torchvision:NAME`, `module:factory`,
-            `file.py:factory`, or a folder that train wrote.
+            `file.py:factory`, a folder that train wrote, or `ensemble:[...]`.
         weights: Path of the weights file, as written; None where the string names none.
         options: The query's fields, percent-decoded, in the order written.
     """
@@ -40,6 +46,8 @@ class ModelString:
             UsageError: The text is empty, or a part of it is, or a field stands in it twice.
         """
         text = text.strip()
+        if text.startswith(f"{ENSEMBLE}:"):
+            return cls._joined(text)
         marks = list(_QUERY.finditer(text))
         head, query = (text[: marks[-1].start()], text[marks[-1].end() :]) if marks else (text, "")
         source, colon, rest = head.partition(":")
@@ -53,6 +61,39 @@ class ModelString:
             )
         return cls(arch, weights or None, _fields(text, query))
 
+    @classmethod
+    def _joined(cls, text: str) -> ModelString:
+        """Return the parts of an ensemble's string, whose query begins after the bracket that closes it."""
+        depth, end = 0, 0
+        for place, sign in enumerate(text):
+            depth += (sign == "[") - (sign == "]")
+            if sign == "]" and depth == 0:
+                end = place + 1
+                break
+        head, rest = text[:end], text[end:]
+        query = _QUERY.match(rest)
+        if not head.startswith(_OPEN) or (rest and not query):
+            raise UsageError(
+                f"model {text!r}: write an ensemble's members in brackets with semicolons between, as in "
+                "'ensemble:[A;B;C]?combine=logits'."
+            )
+        spec = cls(head, None, _fields(text, rest[1:]))
+        if len(spec.members) < 2 or not all(spec.members):
+            raise UsageError(f"model {text!r} joins fewer than two models: write two or more, as in [A;B].")
+        return spec
+
+    @property
+    def members(self) -> list[str]:
+        """Model strings of an ensemble's members, as written between its brackets."""
+        parts, depth = [""], 0
+        for sign in self.arch[len(_OPEN) : -1]:
+            depth += (sign == "[") - (sign == "]")
+            if sign == ";" and depth == 0:
+                parts.append("")
+            else:
+                parts[-1] += sign
+        return [part.strip() for part in parts]
+
     def __str__(self) -> str:
         weights = "" if self.weights is None else f"@{self.weights}"
         query = "&".join(f"{name}={quote(value, safe=',:/+')}" for name, value in self.options.items())
@@ -60,7 +101,9 @@ class ModelString:
 
     @property
     def kind(self) -> str:
-        """Which of the six kinds of net `arch` names: one of the constants of this module."""
+        """Which of the seven kinds of net `arch` names: one of the constants of this module."""
+        if self.arch.startswith(_OPEN):
+            return ENSEMBLE
         source, colon, _ = self.arch.rpartition(":")
         if not colon:
             return FOLDER
@@ -77,6 +120,11 @@ class ModelString:
     def name(self) -> str:
         """What stands after the colon: the net's name, or the factory's."""
         return self.arch.rpartition(":")[2]
+
+
+def joined(members: Sequence[str]) -> str:
+    """Return the string of the ensemble of these models."""
+    return f"{_OPEN}{';'.join(members)}]"
 
 
 def _fields(text: str, query: str) -> dict[str, str]:

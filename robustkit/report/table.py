@@ -77,9 +77,9 @@ def notes(report: Report) -> list[str]:
         ]
     if draws := report.draws:
         lines += [
-            f"\nrandom model: by one draw {percent(draws.one.value)} ({interval(draws.one)}), on average over draws "
-            f"{percent(draws.mean)}, right more often than not {percent(draws.majority.value)}, as above; counting "
-            f"one wrong draw on the way as a success would have said {percent(draws.mean - draws.gap)}"
+            f"\nrandom model: by one draw {percent(draws.one.value)} ({interval(draws.one)}), on average over "
+            f"draws {percent(draws.mean)}, right more often than not {percent(draws.majority.value)}, as above; "
+            f"counting one wrong draw on the way as a success would say {percent(draws.mean - draws.gap)}"
         ]
     if audit := report.audit:
         spent = (audit.cost.forwards + audit.cost.backwards) / max(len(audit.audited), 1)

@@ -24,7 +24,8 @@ def show(record: Trained, console: Console, next_command: str | None = None) -> 
         console.print(text, highlight=False, soft_wrap=True)
 
     data = str(record.data).rpartition("/")[2]
-    nets = f"{record.members} x " if record.members > 1 else ""
+    alike = record.members > 1 and not record.arch.startswith("ensemble:")
+    nets = f"{record.members} x " if alike else ""
     line(
         f"run {record.run_id}   {spec['data']['n']:,} images of {data}   seed {spec['seed']}   {spec['precision']}"
     )

@@ -50,3 +50,9 @@ def moved(pixels: Tensor, down: Tensor, across: Tensor, mirrored: Tensor, most: 
     columns = torch.where(mirrored[:, None], width - 1 - columns, columns) + across[:, None]
     which = torch.arange(batch, device=pixels.device)
     return padded[which[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+
+def returned(pixels: Tensor, down: Tensor, across: Tensor, mirrored: Tensor, most: int) -> Tensor:
+    """Return what `moved` moved where it was; 0 where that lay outside."""
+    back = torch.where(mirrored, across, 2 * most - across)
+    return moved(pixels, 2 * most - down, back, mirrored, most)

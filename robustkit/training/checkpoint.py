@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from robustkit.engine.folder import write
 from robustkit.errors import UsageError
+from robustkit.training.memory import Memory
 from robustkit.training.nets import Tally
 
 FILE = "checkpoint.pt"
@@ -42,11 +43,12 @@ class Course:
 
 @dataclass(frozen=True)
 class Parts:
-    """What changes as a run goes on: nets, what moves them, and their moving averages, if any."""
+    """What changes as a run goes on: nets, what moves them, and what some runs have: averages, a memory."""
 
     nets: Sequence[nn.Module]
     optimizers: Sequence[torch.optim.Optimizer]
     averages: Sequence[dict[str, Tensor]]
+    memory: Memory | None = None
 
 
 def save(folder: Path, course: Course, parts: Parts) -> None:
@@ -62,6 +64,7 @@ def save(folder: Path, course: Course, parts: Parts) -> None:
         "nets": [net.state_dict() for net in parts.nets],
         "optimizers": [optimizer.state_dict() for optimizer in parts.optimizers],
         "averages": list(parts.averages),
+        "memory": None if parts.memory is None else parts.memory.packed,
     }
     stream = io.BytesIO()
     torch.save(body, stream)
@@ -85,6 +88,8 @@ def load(folder: Path, course: Course, parts: Parts) -> bool:
             optimizer.load_state_dict(state)
         for average, state in zip(parts.averages, body["averages"], strict=True):
             average.update(state)
+        if parts.memory is not None:
+            parts.memory.packed.copy_(body["memory"])
     # A damaged file fails in as many ways as there are bytes.
     except Exception as error:
         raise UsageError(f"{path} cannot be read: delete it to begin again.") from error

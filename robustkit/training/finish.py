@@ -14,6 +14,7 @@ from robustkit.engine.environment import environment
 from robustkit.engine.folder import sha256, write
 from robustkit.errors import RunError
 from robustkit.method import Method, State
+from robustkit.models.strings import ENSEMBLE, ModelString
 from robustkit.posterior import FILE as POSTERIOR
 from robustkit.posterior import Draft, Posterior
 from robustkit.posterior.stream import write_tensors
@@ -56,11 +57,15 @@ def finish(
         accuracy = json.loads(dumps(Rate.of(hits, len(test))))
     classifier = members[0].classifier
     mean, std = (None if of is None else of.flatten().tolist() for of in (classifier.mean, classifier.std))
-    per_image = flops(classifier.eval(), train.at(slice(0, 1)))
+    classifiers = [member.classifier for member in members]
+    arch = bare(classifiers)
+    # Members of one architecture cost the same.
+    counted = classifiers if ModelString.parse(arch).kind == ENSEMBLE else classifiers[:1]
+    per_image = sum(flops(one.eval(), train.at(slice(0, 1))) for one in counted) // len(counted)
     tally, file = course.tally, POSTERIOR if job.method.posterior else WEIGHTS
     record = Trained(
         run_id=job.spec.run_id,
-        arch=bare(classifier),
+        arch=arch,
         mean=mean and [round(number, 6) for number in mean],
         std=std and [round(number, 6) for number in std],
         classes=job.plan.classes,
@@ -158,5 +163,9 @@ def _save(job: Job, members: Sequence[Member]) -> None:
         for name, of in about.items()
         if of is not None
     }
-    metadata |= {"arch": bare(classifier), "recipe": dumps(job.spec.method), "run": job.spec.run_id}
+    metadata |= {
+        "arch": bare([member.classifier for member in members]),
+        "recipe": dumps(job.spec.method),
+        "run": job.spec.run_id,
+    }
     write_tensors(job.folder / WEIGHTS, state, metadata)

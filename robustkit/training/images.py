@@ -14,6 +14,9 @@ from robustkit.method import Batch, Plan
 from robustkit.rng import RowRng
 from robustkit.training import augment
 
+# Signs in a byte (`robustkit.training.memory`).
+PER_BYTE = 4
+
 _CHUNK = 1024
 
 
@@ -114,22 +117,27 @@ class Epoch:
         rows = self.order[start : start + size]
         step = self.number * self.plan.steps_per_epoch + place
         rng = RowRng(self.plan.seed, "method", rows, step=step)
-        batch = Batch(as_images(self._moved(rows)), self.images.labels[rows], rng, step)
+        batch = Batch(as_images(self.moved(self.images.pixels[rows], rows)), self.images.labels[rows], rng, step)
         if self.partners is None:
             return batch
         other = self.partners.batch(place, part, parts)
         return replace(batch, partners=other.x, partner_labels=other.y)
 
-    def _moved(self, rows: Tensor) -> Tensor:
-        pixels = self.images.pixels[rows]
-        if not self.augmentation:
-            return pixels
+    def moved(self, pixels: Tensor, rows: Tensor) -> Tensor:
+        """Return pixels (B H W ...) of these images moved as the epoch moves them."""
+        return augment.moved(pixels, *self._moves(rows)) if self.augmentation else pixels
+
+    def returned(self, pixels: Tensor, rows: Tensor) -> Tensor:
+        """Return pixels that were moved where they belong."""
+        return augment.returned(pixels, *self._moves(rows)) if self.augmentation else pixels
+
+    def _moves(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
         most = augment.margin(self.images.height)
         down, across, coin = self.moves[rows].unbind(1)
         mirrored = (
             (coin % 2 == 1) if augment.FLIP in self.augmentation else torch.zeros_like(coin, dtype=torch.bool)
         )
-        return augment.moved(pixels, down % (2 * most + 1), across % (2 * most + 1), mirrored, most)
+        return down % (2 * most + 1), across % (2 * most + 1), mirrored, most
 
 
 def as_images(pixels: Tensor) -> Tensor:
@@ -138,9 +146,10 @@ def as_images(pixels: Tensor) -> Tensor:
     return x.to(torch.float32).div_(255) if x.dtype == torch.uint8 else x
 
 
-def check_room(samples: Samples, free: int) -> None:
-    """Refuse a set that does not fit into half of the free bytes."""
-    need = samples.images([0]).numel() * len(samples)
+def check_room(samples: Samples, free: int, signs: int = 0) -> None:
+    """Refuse a set that does not fit into half of the free bytes, with so many signs for each of its pixels."""
+    pixels = samples.images([0]).numel() * len(samples)
+    need = pixels + pixels * signs // PER_BYTE
     if need > free // 2:
         raise UsageError(
             f"{samples.name}: {len(samples)} images take {need / 2**30:.1f} GiB of memory and "

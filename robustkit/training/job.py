@@ -20,7 +20,7 @@ class Job:
         spec: what determines the weights.
         method: the hooks.
         plan: what they may know.
-        arch: complete and normalised (`robustkit.training.nets`).
+        archs: of each member, complete and normalised (`robustkit.training.nets`).
         train: on the CPU.
         test: on the CPU, if there is any.
         folder: of the run.
@@ -30,7 +30,7 @@ class Job:
     spec: TrainSpec
     method: Method
     plan: Plan
-    arch: ModelString
+    archs: tuple[ModelString, ...]
     train: ImageSet
     test: ImageSet | None
     folder: Path

@@ -20,9 +20,10 @@ from robustkit.training.checkpoint import Course, Parts
 from robustkit.training.finish import KEPT, finish, judge
 from robustkit.training.images import Epoch
 from robustkit.training.job import Job
+from robustkit.training.memory import Memory
 from robustkit.training.metrics import MISSING, Metrics
 from robustkit.training.nets import Member, build, net_of
-from robustkit.training.processes import average, synchronised
+from robustkit.training.processes import average, gathered, synchronised
 from robustkit.training.progress import TrainProgress
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ class Sitting:
             nets=nets,
             optimizers=[job.method.optimizer(own, plan) for own, plan in zip(weights, plans, strict=True)],
             averages=[averages.start(net) for net in nets] if job.spec.ema else [],
+            memory=Memory.of(self.images, job.plan.members) if job.method.remembers() else None,
         )
         self.resumed = checkpoint.load(job.folder, self.course, self.parts)
         fabric.barrier()
@@ -137,11 +139,16 @@ class Sitting:
         plan, method, course = self.plan, self.method, self.course
         step, fabric = course.step, self.fabric
         batch = epoch.batch(place, fabric.global_rank, fabric.world_size)
+        memory, rows = self.parts.memory, batch.rng.ids
+        if memory is not None:
+            batch = replace(batch, memory=memory.read(epoch, rows))
         _reseed(_seed(plan.seed, step, fabric.global_rank), fabric.device)
         for optimizer in self.parts.optimizers:
             optimizer.zero_grad(set_to_none=True)
         loss = method.backward(self.members, batch, plan)
         course.loss += average(self.parts.nets, loss, fabric)
+        if memory is not None and batch.memory is not None:
+            memory.write(epoch, gathered(rows, fabric), gathered(batch.memory, fabric))
         for optimizer in self.parts.optimizers:
             method.update(optimizer, step, plan)
         for running, net in zip(self.parts.averages, self.parts.nets, strict=False):
@@ -167,7 +174,9 @@ class Sitting:
     def _member(self, number: int, processes: int) -> Member:
         """Return a member as it begins, for so many processes together."""
         plan, fabric = self.plan, self.fabric
-        classifier = build(self.job.arch, plan.seed + number, self.job.train.at(slice(0, 2)), plan.classes)
+        classifier = build(
+            self.job.archs[number], plan.seed + number, self.job.train.at(slice(0, 2)), plan.classes
+        )
         if processes > 1:
             classifier.net = synchronised(net_of(classifier), fabric)
         classifier = classifier.to(fabric.device).to(memory_format=torch.channels_last).train()

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +14,10 @@ from robustkit.errors import UsageError
 from robustkit.features import Reached
 from robustkit.models import Classifier, load_model
 from robustkit.models.catalog import lookup
+from robustkit.models.from_run import Run, is_run
 from robustkit.models.mixture import Mixture
-from robustkit.models.strings import FOLDER, TIMM, TORCHVISION, ZOO, ModelString
+from robustkit.models.strings import ENSEMBLE, FOLDER, TIMM, TORCHVISION, ZOO, ModelString, joined
 from robustkit.shapes import Images, Logits
-from robustkit.trained import RECORD
 
 USUAL = {
     "digits": "robustkit:digits-cnn",
@@ -119,14 +117,60 @@ def normalised(spec: ModelString, mean: Sequence[float], std: Sequence[float]) -
     return replace(spec, options={**spec.options, **numbers})
 
 
-def bare(classifier: Classifier) -> str:
-    """Return the model string of a trained net's architecture: what a run's folder keeps besides the weights."""
-    spec = ModelString.parse(classifier.string)
+def named(text: str) -> list[str]:
+    """Return the string of each net that an `--arch` names, which may be an ensemble or a folder of several.
+
+    Raises:
+        UsageError: if it asks for a way to join them, which training has no use for.
+    """
+    spec = ModelString.parse(text)
+    if spec.kind == ENSEMBLE:
+        strings = spec.members
+    elif spec.kind == FOLDER and is_run(spec):
+        strings = [str(replace(spec, arch=arch)) for arch in Run.read(spec).singles]
+    else:
+        strings = [text]
+    if "combine" in spec.options:
+        raise UsageError(f"--arch {text}: members are trained, not joined; leave combine out.")
+    return strings
+
+
+def bare(classifiers: Sequence[Classifier]) -> str:
+    """Return the model string of trained nets' architectures: what a run's folder keeps besides the weights."""
+    archs = [_bare(ModelString.parse(classifier.string)) for classifier in classifiers]
+    return archs[0] if len(set(archs)) == 1 else joined(archs)
+
+
+def _bare(spec: ModelString) -> str:
     if spec.kind == FOLDER:
-        return str(json.loads((Path(spec.arch.partition("#")[0]) / RECORD).read_text(encoding="utf-8"))["arch"])
+        run = Run.read(spec)
+        return str(run.arch_of((run.numbers or [0])[0]))
     return str(
         replace(spec, weights=None, options={k: v for k, v in spec.options.items() if k not in ("mean", "std")})
     )
+
+
+def build_all(specs: Sequence[ModelString], seed: int, sample: Images, classes: int) -> list[Classifier]:
+    """Return the members of a run, which must be alike in all but their nets.
+
+    Raises:
+        UsageError: see `build`; or if they have not the same classes, or see images not in the same way.
+    """
+    members = [build(spec, seed + number, sample, classes) for number, spec in enumerate(specs)]
+    with torch.no_grad():
+        counts = {member(sample).shape[1] for member in members}
+    if len(counts) > 1:
+        few, *_, many = sorted(counts)
+        raise UsageError(f"--arch names nets of {few} and of {many} classes; give members of the same classes.")
+    ways = {
+        str([None if of is None else of.tolist() for of in (one.mean, one.std)] + [one.size]) for one in members
+    }
+    if len(ways) > 1:
+        raise UsageError(
+            "--arch names nets whose mean, std or size differ, and a run's folder keeps one of each; give members "
+            "with the same."
+        )
+    return members
 
 
 def build(spec: ModelString, seed: int, sample: Images, classes: int) -> Classifier:
@@ -139,7 +183,7 @@ def build(spec: ModelString, seed: int, sample: Images, classes: int) -> Classif
     if not isinstance(classifier.net, nn.Module) or not any(True for _ in classifier.net.parameters()):
         raise UsageError(f"{spec} has no weights to train; write an architecture, e.g. robustkit:cifar-resnet20.")
     if isinstance(classifier.net, Mixture):
-        raise UsageError(f"{spec} is several nets; write which one to start from, as {spec.arch}#0.")
+        raise UsageError(f"{spec} is several nets and cannot be one member; name each of them.")
     with torch.no_grad():
         logits = classifier(sample)
     if logits.shape[1] < classes:
@@ -147,6 +191,11 @@ def build(spec: ModelString, seed: int, sample: Images, classes: int) -> Classif
             f"{spec} has {logits.shape[1]} logits and the data {classes} classes; write num_classes={classes}."
         )
     return classifier
+
+
+def _seen_through(classifier: Classifier) -> str:
+    numbers = [None if of is None else of.tolist() for of in (classifier.mean, classifier.std)]
+    return str([*numbers, classifier.size])
 
 
 def flops(classifier: Classifier, sample: Images) -> int:

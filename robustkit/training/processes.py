@@ -119,3 +119,11 @@ def average(nets: Sequence[nn.Module], loss: Tensor, fabric: Fabric) -> Tensor:
         for tensor, part in zip(tensors, parts, strict=True):
             tensor.copy_(part.view(tensor.shape))
     return mean[0]
+
+
+def gathered(rows: Tensor, fabric: Fabric) -> Tensor:
+    """Return the rows of all processes, in their order."""
+    if fabric.world_size == 1:
+        return rows
+    found: Tensor = fabric.all_gather(rows)
+    return found.flatten(0, 1)

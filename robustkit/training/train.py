@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -17,6 +18,8 @@ from robustkit.engine.meter import free_memory
 from robustkit.errors import UsageError
 from robustkit.method import Method, Plan
 from robustkit.models.classifier import Classifier
+from robustkit.models.fingerprint import combined_sha256
+from robustkit.models.strings import ModelString, joined
 from robustkit.registry import spec as record_of
 from robustkit.trained import RECORD, Trained, TrainSpec
 from robustkit.training import augment, nets, processes
@@ -34,7 +37,8 @@ class Training:
         method: what to do in each step.
         samples: the training set.
         test: images that the result is judged on.
-        arch: a model string; initial weights are the seed's unless it names a file.
+        arch: a model string; initial weights are the seed's unless it names a file. A folder of several members
+            or `ensemble:[A;B]` is where each member starts.
         epochs: passes over the set.
         batch_size: images in a step, over all devices.
         lr: the largest learning rate.
@@ -85,8 +89,9 @@ class Training:
                 f"{self.test.name} has class {highest}, and the training data {self.plan.classes} classes; give "
                 "the test data that belongs to it."
             )
-        check_room(self.samples, free_memory(self.device))
         self.method.check(self.plan)
+        signs = self.plan.members if self.method.remembers() else 0
+        check_room(self.samples, free_memory(self.device), signs)
 
     @cached_property
     def plan(self) -> Plan:
@@ -98,19 +103,26 @@ class Training:
                 raise UsageError(f"--{name} {number:g} must be above 0.")
             if name != "lr" and number is not None and number != int(number):
                 raise UsageError(f"--{name} {number:g} must be a whole number.")
+        several = len(self._named) if len(self._named) > 1 else None
         usual = None if None not in asked and self.members else self.method.size(count)
         classes = len(self.samples.classes) if self.samples.classes else int(self.samples.labels.max()) + 1
 
         def of(asked: Any, name: str) -> Any:
             return asked if asked is not None or usual is None else getattr(usual, name)
 
+        members = self.members or several or of(None, "members")
+        if several and members != several:
+            raise UsageError(
+                f"--arch {self.arch} names {several} nets for --members {members}; write --members {several}, or "
+                f"one net to start all from, as --arch {self._named[0]}."
+            )
         return Plan(
             samples=count,
             classes=max(classes, 2),
             batch_size=min(of(self.batch_size, "batch_size"), count),
             epochs=of(self.epochs, "epochs"),
             lr=float(of(self.lr, "lr")),
-            members=of(self.members, "members"),
+            members=members,
             seed=self.seed,
         )
 
@@ -120,16 +132,23 @@ class Training:
         return ImageSet.read(self.samples)
 
     @cached_property
-    def string(self) -> Any:
-        """The net's model string, complete."""
-        text = self.arch or nets.usual_arch(self.samples.name)
-        spec = nets.complete(text, self.plan.classes, self.images.channels)
-        return nets.normalised(spec, *self.images.normalisation())
+    def _named(self) -> list[str]:
+        """The nets that `arch` names."""
+        return nets.named(self.arch or nets.usual_arch(self.samples.name))
 
     @cached_property
-    def net(self) -> Classifier:
-        """The first member before training."""
-        return nets.build(self.string, self.seed, self.images.at(slice(0, 2)), self.plan.classes)
+    def strings(self) -> tuple[ModelString, ...]:
+        """Each member's model string, complete."""
+        normalisation = self.images.normalisation()
+        specs = [nets.complete(text, self.plan.classes, self.images.channels) for text in self._named]
+        whole = tuple(nets.normalised(spec, *normalisation) for spec in specs)
+        return whole if len(whole) > 1 else whole * self.plan.members
+
+    @cached_property
+    def starts(self) -> list[Classifier]:
+        """Before training: the first member, which says what the others are, or each where each has its own."""
+        specs = self.strings if len(self._named) > 1 else self.strings[:1]
+        return nets.build_all(specs, self.seed, self.images.at(slice(0, 2)), self.plan.classes)
 
     @cached_property
     def spec(self) -> TrainSpec:
@@ -137,9 +156,9 @@ class Training:
         plan = self.plan
         return TrainSpec(
             method=record_of(self.method),
-            arch={"string": self.net.string, "fingerprint": self.net.fingerprint},
-            data=_named(self.samples),
-            test=None if self.test is None else _named(self.test),
+            arch=_origin(self.starts),
+            data=_about(self.samples),
+            test=None if self.test is None else _about(self.test),
             epochs=plan.epochs,
             batch_size=plan.batch_size,
             lr=plan.lr,
@@ -172,7 +191,7 @@ class Training:
                     spec=spec,
                     method=self.method,
                     plan=self.plan,
-                    arch=self.string,
+                    archs=self.strings,
                     train=self.images,
                     test=None if self.test is None else ImageSet.read(self.test),
                     folder=folder,
@@ -196,5 +215,13 @@ def read_trained(folder: Path) -> Trained:
         raise UsageError(f"{folder / RECORD} cannot be read: {error}.") from error
 
 
-def _named(samples: Samples) -> dict[str, Any]:
+def _origin(starts: Sequence[Classifier]) -> dict[str, Any]:
+    """Return what members start from."""
+    if len(starts) == 1:
+        return {"string": starts[0].string, "fingerprint": starts[0].fingerprint}
+    whole = combined_sha256({"members": [one.fingerprint for one in starts]})
+    return {"string": joined([one.string for one in starts]), "fingerprint": whole}
+
+
+def _about(samples: Samples) -> dict[str, Any]:
     return {"string": samples.name, "n": len(samples), "fingerprint": samples.fingerprint}

@@ -138,6 +138,10 @@ def test_models_are_cut_at_the_commas_between_them() -> None:
         "timm:c",
         "d:e@/f.pt",
     ]
+    assert split_models("ensemble:[a:b?std=1,1,1;c:d]?combine=vote,e:f") == [
+        "ensemble:[a:b?std=1,1,1;c:d]?combine=vote",
+        "e:f",
+    ]
 
 
 def test_killed_in_the_middle_it_resumes(

@@ -64,7 +64,7 @@ def labelled(net: nn.Module, count: int = 16) -> tuple[torch.Tensor, torch.Tenso
 
 
 def test_a_view_shows_the_way_where_the_model_shows_none() -> None:
-    """Rounded logits: PGD on the model finds next to nothing, on its mended view what it finds on the net beneath."""
+    """Rounded logits: PGD finds next to nothing on the model, on its mended view what it finds beneath."""
     net = Rounded()
     x, y = labelled(net)
     blind = evaluate(net, x, y, EPS, suite=QUICK)

@@ -80,6 +80,8 @@ def weights(folder: Path) -> bytes:
         ("standard", {"ema": 0.9}, 2),
         ("standard", {"members": 2}, 3),
         ("standard", {"arch": DROPPING}, 8),
+        ("fasten(baseline=0)", {"members": 3, "augment": "crop-flip"}, 8),
+        ("dverge+at(baseline=0.4,steps=2,adversarial_steps=2)", {"members": 2, "arch": DROPPING}, 5),
         (SAMPLING, {}, 4),
         (SAMPLING, {"arch": DROPPING, "augment": "crop"}, 8),
     ],
@@ -261,6 +263,18 @@ def test_a_run_that_was_cut_off_while_it_drew_samples(tmp_path: Path, monkeypatc
             train("swag(draws=2)", out=tmp_path / "cut", arch=late, **SHORT)
     train("swag(draws=2)", out=tmp_path / "cut", arch=late, **SHORT)
     assert weights(tmp_path / "whole") == weights(tmp_path / "cut")
+
+
+@pytest.mark.slow
+def test_processes_share_what_is_remembered(tmp_path: Path) -> None:
+    """Each image's signs are made by one process and read by another, in the next epoch."""
+    one, two = (
+        train("fasten(baseline=0,layer=4)", out=tmp_path / str(devices), members=2, devices=devices, **SHORT)
+        for devices in (1, 2)
+    )
+    assert two.history[-1]["loss"] == pytest.approx(one.history[-1]["loss"], rel=1e-3)
+    memories = [torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["memory"] for name in "12"]
+    assert float((memories[0] == memories[1]).float().mean()) > 0.98
 
 
 @pytest.mark.slow
