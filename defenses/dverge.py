@@ -72,7 +72,7 @@ class DVERGE(Method):
         """Return the paper's size, the baseline's 200 epochs included; less on a small set."""
         if samples > 5000:
             return Size(epochs=400, batch_size=128, lr=0.1, members=3)
-        return Size(epochs=40, batch_size=64, lr=0.05, members=3)
+        return Size(epochs=40, batch_size=64, lr=0.02, members=3)
 
     def check(self, plan: Plan) -> None:
         """Refuse fields that distil nothing, and a single member."""
