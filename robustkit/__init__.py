@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from robustkit.api import craft, evaluate, train, verify
+    from robustkit.api import craft, diversity, evaluate, train, verify
     from robustkit.data import load_data
     from robustkit.errors import RobustkitError, RunError, UsageError
     from robustkit.models import load_model
@@ -29,6 +29,7 @@ __all__ = [
     "ThreatModel",
     "UsageError",
     "craft",
+    "diversity",
     "evaluate",
     "load_data",
     "load_model",
@@ -44,6 +45,7 @@ _HOME = {
     "ThreatModel": "threat",
     "UsageError": "errors",
     "craft": "api",
+    "diversity": "api",
     "evaluate": "api",
     "load_data": "data",
     "load_model": "models",

@@ -12,15 +12,17 @@ from robustkit.crafted import Craft
 from robustkit.data import from_arrays, load_data
 from robustkit.data.samples import Samples
 from robustkit.devices import model_device, pick_device
+from robustkit.diverse import Diversity
 from robustkit.engine.anytime import Limits
 from robustkit.engine.craft_run import run_craft
 from robustkit.engine.crafting import DEFAULT_ATTACK, DEFAULT_COMBINE, Crafting
+from robustkit.engine.diversity import Comparison
 from robustkit.engine.evaluate import Evaluation
 from robustkit.engine.nets import gather
 from robustkit.engine.progress import Progress
 from robustkit.engine.verify import Verification, verify_run
 from robustkit.method import Method
-from robustkit.models import as_classifier
+from robustkit.models import as_classifier, load_model
 from robustkit.record import Report
 from robustkit.registry import DEFAULT_SUITE, parse_method
 from robustkit.threat import ThreatModel
@@ -167,6 +169,53 @@ def craft(
         png=Path(png) if png is not None else None,
         progress=progress,
     )
+
+
+def diversity(
+    model: str | Callable[[torch.Tensor], Any],
+    images: Any,
+    labels: Any,
+    threat: ThreatModel | str,
+    *,
+    steps: int = 50,
+    restarts: int = 5,
+    only: Sequence[int] | None = None,
+    seed: int = 0,
+    device: str | torch.device = "auto",
+    out: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Diversity:
+    """Return how far the members of an ensemble share weaknesses, each attacked alone.
+
+    Args:
+        model: an ensemble: the string of its run folder, or what `load_model` makes of it.
+        images: (N C H W) floats in [0, 1], or uint8.
+        labels: (N) whole numbers from 0 to K - 1.
+        threat: what the attacker may do, as a `ThreatModel` or its string, e.g. `linf:8/255`.
+        steps: of PGD on each member, each a fifth of eps.
+        restarts: random starts; an image counts as fooled if one of them fools.
+        only: positions of the images to look at, to compare ensembles on the same; None for all. Those that a
+            member classifies wrongly are left out in any case.
+        seed: of every random number.
+        device: where to compute; `auto` is CUDA where there is one.
+        out: a folder for diversity.json; the same call returns what is there.
+        progress: who to tell on the way.
+
+    Raises:
+        UsageError: for a model without members, or too few images that all of them classify correctly.
+    """
+    place = pick_device(device)
+    comparison = Comparison(
+        model=load_model(model, device=place) if isinstance(model, str) else as_classifier(model).to(place),
+        samples=images if isinstance(images, Samples) else from_arrays(images, labels),
+        threat=ThreatModel.parse(threat) if isinstance(threat, str) else threat,
+        steps=steps,
+        restarts=restarts,
+        seed=seed,
+        images=only,
+        device=place,
+    )
+    return comparison.run(Path(out) if out is not None else None, progress)
 
 
 def train(

@@ -143,6 +143,15 @@ def _fooled(
     return found
 
 
+def worst(sets: Sequence[Sequence[bool | None]]) -> Rate | None:
+    """Return the share fooled by any of several sets of images made of the same ones (see `Judgement.fooled`).
+
+    None where the model classified no image correctly, or there is no set.
+    """
+    right = [column for column in zip(*sets, strict=True) if column[0] is not None]
+    return Rate.of(sum(any(column) for column in right), len(right)) if right else None
+
+
 @dataclass(frozen=True)
 class Point:
     """Success at one gradient budget: with `steps` of `step_size`, in the order of the run's targets.
@@ -265,8 +274,8 @@ class Craft:
 class Matrix:
     """How images crafted on each of `models` alone do on each of them and on `targets`; matrix.json.
 
-    `success` has a row for each model and a column for each of `models` and then `targets`; `folders` are the
-    craft runs behind the rows, beside the file.
+    `success` has a row for each model and a column for each of `models` and then `targets`; `worst` is the share
+    of images fooled by any row but a model's own. `folders` are the craft runs behind the rows, beside the file.
     """
 
     run_id: str
@@ -282,6 +291,7 @@ class Matrix:
     clean_accuracy: Sequence[float]
     noise: Sequence[float | None]
     success: Sequence[Sequence[Rate | None]]
+    worst: Sequence[Rate | None]
     folders: Sequence[str]
     environment: Mapping[str, Any]
     format: int = FORMAT

@@ -145,8 +145,9 @@ def distil(
     for _ in range(steps):
         with torch.enable_grad():
             at = x.detach().requires_grad_()
-            error = (features(net, at, layer).float() - wanted).square().flatten(1).mean(1).sum()
-            (slope,) = torch.autograd.grad(error, at)
+            seen = features(net, at, layer)
+            # Half the gradient of the squared error; its size is divided out below.
+            (slope,) = torch.autograd.grad(seen, at, (seen.detach().float() - wanted).to(seen.dtype))
         size = slope.abs().flatten(1).sum(1).clamp(min=TINY).view(-1, *[1] * (x.dim() - 1))
         velocity = inertia * velocity + slope / size
         x = torch.clamp(x - step_size * eps * velocity.sign(), low, high)

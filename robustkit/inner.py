@@ -158,7 +158,7 @@ def diverse_size(samples: int) -> Size:
     """Return DVERGE's size, the 200 epochs of its baseline included; less on a small set."""
     if samples > 5000:
         return Size(epochs=400, batch_size=128, lr=0.1, members=3)
-    return Size(epochs=40, batch_size=64, lr=0.05, members=3)
+    return Size(epochs=40, batch_size=64, lr=0.02, members=3)
 
 
 def sgd_size(samples: int, epochs: int) -> Size:

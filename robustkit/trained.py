@@ -67,7 +67,9 @@ class Trained:
         spec: see `TrainSpec`.
         members: nets in `model.safetensors`, as `0.NAME`, `1.NAME` … where there are several.
         history: facts of each epoch: `epoch`, `step`, `loss`, `rate`, `images_per_second`, `seconds`, and
-            `test_accuracy` and `test_loss` where they were measured.
+            `test_accuracy` and `test_loss` where they were measured; of several members also what oracles would
+            reach, `best_member`, `any_right` and `all_right`, and, on a few images, the mean `transfer` between
+            members by a short attack and the mean `cosine` of their gradients.
         samples: facts of each posterior sample: `step`, `epoch`, `cycle`, `rate`, and `accuracy` and `loss` on
             the test data; null where they make no sense. Empty for a method that has no posterior.
         accuracy: on the test data, `{value, low, high, n}` with a 95 % interval, or None; of several members or

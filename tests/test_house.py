@@ -38,6 +38,7 @@ ALLOWED: dict[str, set[str]] = {
     "record": {"errors", "intervals"},
     "crafted": {"errors", "intervals", "record"},
     "trained": {"errors", "record"},
+    "diverse": {"errors", "record"},
     "registry": {"errors", "record"},
     "residual": {"errors"},
     "aggregation": {"errors", "shapes"},
@@ -54,12 +55,14 @@ ALLOWED: dict[str, set[str]] = {
     "ledger": {"errors", "record"},
     "isolation": set(),
     "checks": VOCABULARY,
-    "engine": VOCABULARY | {"models", "data", "ledger", "checks", "isolation", "intervals", "crafted", "trained"},
+    "engine": VOCABULARY
+    | {"models", "data", "ledger", "checks", "isolation", "intervals", "crafted", "trained"}
+    | {"diverse"},
     "training": VOCABULARY | {"models", "data", "engine", "posterior", "trained"},
-    "report": {"errors", "record", "crafted", "trained"},
+    "report": {"errors", "record", "crafted", "trained", "diverse"},
     "api": {
         *("devices", "engine", "models", "data", "errors", "record", "crafted", "registry", "threat"),
-        *("training", "trained", "method"),
+        *("training", "trained", "method", "diverse"),
     },
     "cli": {
         *("api", "devices", "engine", "report", "models", "data", "registry", "errors", "threat", "record"),

@@ -286,6 +286,54 @@ def matrix(
     )
 
 
+@app.command()
+def diversity(
+    model: Annotated[str, typer.Argument(help="The run folder of an ensemble.")],
+    data: Annotated[str | None, typer.Option(help="NAME[:SPLIT], folder:PATH or FILE.npz.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N images.")] = None,
+    threat: Annotated[
+        str | None, typer.Option(help="NORM:EPS, e.g. linf:8/255 [default: the data's usual one]")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Of PGD on each member, a fifth of eps each.")] = 50,
+    restarts: Annotated[int, typer.Option(min=1, help="Random starts; an image counts if one fools.")] = 5,
+    images_of: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="DIR", help="Only the images that another comparison was on; give several."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of every random number.")] = 0,
+    device: Device = "auto",
+    out: Annotated[Path | None, typer.Option(help="Folder [default: runs/diversity-ID].")] = None,
+    data_root: DataRoot = None,
+    download: Annotated[bool, typer.Option("--download", help="Fetch the data set if it is absent.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print diversity.json instead of the tables.")] = False,
+    debug: Debug = False,
+) -> int:
+    """Attack each member of an ensemble alone; show whom else it fools, and what an oracle could make of them.
+
+    \b
+    robustkit diversity runs/dverge-3f9c21ab/ --data digits:test --threat linf:0.2
+
+    On images that every member classifies correctly. To compare two ensembles on the same ones: --images-of.
+    """
+    from robustkit.cli.diversity import diversity as work
+
+    return work(
+        model,
+        data=data,
+        limit=limit,
+        threat=threat,
+        steps=steps,
+        restarts=restarts,
+        images_of=images_of or [],
+        seed=seed,
+        device=device,
+        out=out,
+        data_root=data_root,
+        download=download,
+        as_json=json,
+    )
+
+
 def _train(
     method: str,
     fields: dict[str, str],

@@ -17,19 +17,20 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from robustkit.crafted import Craft, CraftSpec, Matrix
+from robustkit.diverse import Diversity, DiversitySpec
 from robustkit.errors import RunError, UsageError
 from robustkit.record import Report, RunSpec, dumps
 from robustkit.trained import RECORD, TrainSpec
 
 SPEC, LEDGER, REPORT, ADVERSARIAL = "spec.json", "ledger.sqlite", "report.json", "adversarial.npz"
-TRANSFER, MATRIX = "transfer.json", "matrix.json"
+TRANSFER, MATRIX, DIVERSITY = "transfer.json", "matrix.json", "diversity.json"
 EXAMPLES, PAGE = "examples.npz", "report.html"
 EXAMPLE_ARRAYS = ("index", "distance", "prediction", "shown", "hard", "clean", "adversarial", "shape", "classes")
 SEALED = (SPEC, LEDGER, ADVERSARIAL, EXAMPLES)
 # The ledger of a craft run grows with every forecast or budget asked for; it checks itself when it is opened.
 CRAFT_SEALED = (SPEC, ADVERSARIAL)
-Spec = RunSpec | CraftSpec | TrainSpec
-SPECS = {"evaluate": RunSpec, "craft": CraftSpec, "train": TrainSpec}
+Spec = RunSpec | CraftSpec | TrainSpec | DiversitySpec
+SPECS = {"evaluate": RunSpec, "craft": CraftSpec, "train": TrainSpec, "diversity": DiversitySpec}
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def read_report(path: Path) -> Report:
     """Return the report of a finished run; UsageError if the folder holds none."""
     if not path.is_dir():
         raise UsageError(f"{path} is no run folder: it does not exist.")
-    _refuse_trained(path)
+    _refuse_others(path)
     if is_craft(path):
         raise UsageError(f"{path} holds crafted images, not an evaluation; see: robustkit transfer {path}")
     if not (path / REPORT).exists() and (path / SPEC).exists():
@@ -107,7 +108,7 @@ def read_craft(path: Path) -> Craft:
     """Return the record of a finished craft run; UsageError if the folder holds none."""
     if not path.is_dir():
         raise UsageError(f"{path} is no run folder: it does not exist.")
-    _refuse_trained(path)
+    _refuse_others(path)
     if (path / REPORT).exists():
         raise UsageError(f"{path} holds an evaluation, not crafted images; see: robustkit report {path}")
     if not is_craft(path) and (path / SPEC).exists():
@@ -154,9 +155,14 @@ def write_report(path: Path, report: Report) -> None:
     write(path / REPORT, (dumps(report.to_json(), indent=2) + "\n").encode())
 
 
-def write_record(path: Path, record: Craft | Matrix) -> None:
-    """Write transfer.json, or matrix.json."""
-    name = TRANSFER if isinstance(record, Craft) else MATRIX
+def read_diversity(path: Path) -> Diversity:
+    """Return the record of a finished comparison of members; UsageError if the folder holds none."""
+    return Diversity.from_json(_read_json(path / DIVERSITY))
+
+
+def write_record(path: Path, record: Craft | Matrix | Diversity) -> None:
+    """Write transfer.json, matrix.json or diversity.json."""
+    name = {Craft: TRANSFER, Matrix: MATRIX, Diversity: DIVERSITY}[type(record)]
     write(path / name, (dumps(record.to_json(), indent=2) + "\n").encode())
 
 
@@ -219,7 +225,9 @@ def sha256(path: Path) -> str:
     return total.hexdigest()
 
 
-def _refuse_trained(path: Path) -> None:
+def _refuse_others(path: Path) -> None:
+    if (path / DIVERSITY).is_file():
+        raise UsageError(f"{path} compares an ensemble's members; see its {DIVERSITY} and diversity.html.")
     if (path / RECORD).is_file():
         raise UsageError(f"{path} holds a trained model, not a result; see: robustkit evaluate {path}/")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from robustkit.crafted import Craft, Matrix
+from robustkit.crafted import Craft, Matrix, worst
 from robustkit.data.samples import Samples
 from robustkit.engine import folder
 from robustkit.engine.craft_run import run_craft
@@ -90,6 +90,16 @@ class Grid:
             clean_accuracy=[judged[0][net.fingerprint].clean_accuracy for net in columns],
             noise=[judged[0][net.fingerprint].noise for net in columns],
             success=[[row[net.fingerprint].rate for net in columns] for row in judged],
+            worst=[
+                worst(
+                    [
+                        one[net.fingerprint].fooled(row.labels, row.goals)
+                        for place, (row, one) in enumerate(zip(rows, judged, strict=True))
+                        if place != column
+                    ]
+                )
+                for column, net in enumerate(columns)
+            ],
             folders=folders,
             environment=first.environment,
         )

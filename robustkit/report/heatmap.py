@@ -59,6 +59,9 @@ def _facts(record: Matrix) -> dict[str, Any]:
         "own": own,
         "rows": rows,
         "best": max(rows, key=lambda row: row["mean"] or 0.0),
+        "worst": [
+            _cell(rate, "any other model", name, False) for rate, name in zip(record.worst, names, strict=True)
+        ],
         "clean": [_number(share) for share in record.clean_accuracy],
         "noise": [_number(share) for share in record.noise],
         "data": str(record.data["string"]).rpartition("/")[2],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -14,6 +14,8 @@ from robustkit.trained import Trained
 
 # Rows of a long run's table; the rest is in metrics.jsonl.
 ROWS = 12
+# Facts about several members against each other, and how to print them.
+BETWEEN: dict[str, Callable[[float], str]] = {"any_right": percent, "transfer": percent, "cosine": "{:.2f}".format}
 
 
 def show(record: Trained, console: Console, next_command: str | None = None) -> None:
@@ -66,7 +68,8 @@ def flops_words(flops: float) -> str:
 
 
 def _epochs(history: Sequence[Mapping[str, Any]]) -> Table:
-    table = _table("epoch", "loss", "test acc", "rate", "images/s", "time")
+    more = [name for name in BETWEEN if any(name in facts for facts in history)]
+    table = _table("epoch", "loss", "test acc", *more, "rate", "images/s", "time")
     judged = [facts for facts in history if "test_accuracy" in facts] or list(history)
     gap = max(-(-len(judged) // ROWS), 1)
     for facts in reversed(judged[::-1][::gap]):
@@ -75,6 +78,7 @@ def _epochs(history: Sequence[Mapping[str, Any]]) -> Table:
             str(facts["epoch"]),
             f"{facts['loss']:.4f}",
             "–" if accuracy is None else percent(accuracy),
+            *("–" if name not in facts else BETWEEN[name](facts[name]) for name in more),
             f"{facts['rate']:.3g}",
             f"{facts['images_per_second']:,.0f}",
             duration(facts["seconds"]),

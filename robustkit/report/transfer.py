@@ -147,10 +147,12 @@ def show_matrix(record: Matrix, console: Console, page: object, next_command: st
     for place, (row, spent) in enumerate(zip(record.success, record.gradients_per_image, strict=True)):
         cells = [_number(rate) + ("*" if column == place else "") for column, rate in enumerate(row)]
         table.add_row(names[place], *cells, f"{spent:,.0f}")
+    table.add_row("any of them", *[_number(rate) for rate in record.worst], "")
     table.add_row("random signs", *[_number_of(share) for share in record.noise], "0", style="dim")
     table.add_row("clean acc", *[_number_of(share) for share in record.clean_accuracy], "", style="dim")
     console.print(table, highlight=False)
-    line("* crafted on this very model; grads: gradients per image")
+    line("* crafted on this very model; any of them: images that any row but a model's own fools it with")
+    line("grads: gradients per image")
     line(f"\nreport   {page}")
     if next_command:
         line(f"next     {next_command}")

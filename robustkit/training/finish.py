@@ -23,6 +23,7 @@ from robustkit.trained import RECORD, WEIGHTS, Trained
 from robustkit.training import score
 from robustkit.training.averages import swapped
 from robustkit.training.checkpoint import Course, Parts
+from robustkit.training.diversity import glance, oracles, usual_threat
 from robustkit.training.images import Epoch, ImageSet
 from robustkit.training.job import Job
 from robustkit.training.nets import Member, bare, flops
@@ -92,11 +93,19 @@ def finish(
 
 
 def judge(members: Sequence[Member], parts: Parts, test: ImageSet) -> dict[str, float]:
-    """Return accuracy and loss of the nets as they are now; of several, their mean probabilities'."""
+    """Return accuracy and loss of the nets as they are now: of several that of their mean, and oracles'."""
     with swapped(parts.nets, parts.averages):
-        together = score.mixed(score.log_probabilities(member.classifier, test) for member in members)
-    accuracy, loss = score.accuracy_and_loss(together, test.labels)
-    return {"test_accuracy": accuracy, "test_loss": loss}
+        scores = [score.log_probabilities(member.classifier, test) for member in members]
+    accuracy, loss = score.accuracy_and_loss(score.mixed(scores), test.labels)
+    facts = {"test_accuracy": accuracy, "test_loss": loss}
+    return facts if len(members) == 1 else {**facts, **oracles(scores, test.labels)}
+
+
+def compare(job: Job, members: Sequence[Member], parts: Parts, test: ImageSet) -> dict[str, float]:
+    """Return how far several nets, as they are now, share weaknesses."""
+    with swapped(parts.nets, parts.averages):
+        nets = [member.classifier for member in members]
+        return glance(nets, test, job.plan.samples, usual_threat(str(job.spec.data["string"])))
 
 
 def _pack(job: Job, member: Member, course: Course, train: ImageSet) -> Posterior:

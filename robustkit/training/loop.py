@@ -15,9 +15,9 @@ import torch
 from robustkit.errors import RunError
 from robustkit.method import Plan
 from robustkit.posterior import Draft
-from robustkit.training import augment, averages, checkpoint
+from robustkit.training import augment, averages, checkpoint, diversity
 from robustkit.training.checkpoint import Course, Parts
-from robustkit.training.finish import KEPT, finish, judge
+from robustkit.training.finish import KEPT, compare, finish, judge
 from robustkit.training.images import Epoch
 from robustkit.training.job import Job
 from robustkit.training.memory import Memory
@@ -130,6 +130,8 @@ class Sitting:
         if self.first:
             if self.test is not None and _looks(number + 1, plan.epochs):
                 facts |= judge(self.members, self.parts, self.test)
+            if self.test is not None and plan.members > 1 and _looks(number + 1, plan.epochs, diversity.LOOKS):
+                facts |= compare(self.job, self.members, self.parts, self.test)
             course.history.append(facts)
             checkpoint.save(self.job.folder, course, self.parts)
             self.progress.epoch(facts)
@@ -188,8 +190,8 @@ def own_plan(plan: Plan, member: int) -> Plan:
     return replace(plan, seed=plan.seed + member)
 
 
-def _looks(epoch: int, epochs: int) -> bool:
-    return epoch == epochs or epoch % math.ceil(epochs / LOOKS) == 0
+def _looks(epoch: int, epochs: int, most: int = LOOKS) -> bool:
+    return epoch == epochs or epoch % math.ceil(epochs / most) == 0
 
 
 def _seed(seed: int, step: int, rank: int) -> int:

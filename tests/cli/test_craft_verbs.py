@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from robustkit import crafted
 from robustkit.cli import run
 from robustkit.cli.matrix import split_models
 
@@ -126,6 +127,10 @@ def test_a_matrix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert record["gradients_per_image"] == [2, 2]
     cell = json.loads((Path("m") / record["folders"][0] / "transfer.json").read_text())["targets"][2]
     assert record["success"][0][2]["value"] == cell["success"]
+    rows = [json.loads((Path("m") / name / "transfer.json").read_text()) for name in record["folders"]]
+    sets = [crafted.Craft.from_json(row).targets[2].fooled(row["labels"], None) for row in rows]
+    assert record["worst"][2]["value"] == crafted.worst(sets).value >= record["success"][1][2]["value"]
+    assert record["worst"][0] == record["success"][1][0]
     text = Path("m/matrix.html").read_text()
     assert "http" not in text.replace("http-equiv", "")
     assert run([*command, "--out", "m"]) == 0

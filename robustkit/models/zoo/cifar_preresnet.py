@@ -28,7 +28,10 @@ class PreActBasic(nn.Module):
         """Return features with `outside` channels."""
         out = self.conv1(F.relu(self.bn1(x)))
         out = self.conv2(F.relu(self.bn2(out)))
-        shortcut = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.pad, self.pad))
+        shortcut = x
+        # A padding by nothing is a copy, forward and backward.
+        if self.stride > 1 or self.pad:
+            shortcut = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.pad, self.pad))
         total: torch.Tensor = out + shortcut
         return total
 

@@ -25,8 +25,10 @@ class BasicBlock(nn.Module):
         """Return features with `outside` channels."""
         out = F.relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
-        shortcut = x[:, :, :: self.stride, :: self.stride]
-        shortcut = F.pad(shortcut, (0, 0, 0, 0, self.pad, self.pad))
+        shortcut = x
+        # A padding by nothing is a copy, forward and backward.
+        if self.stride > 1 or self.pad:
+            shortcut = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.pad, self.pad))
         return F.relu(out + shortcut)
 
 

@@ -1,0 +1,153 @@
+"""How far the members of an ensemble share weaknesses: diversity.json. Imports no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from robustkit.errors import UsageError
+from robustkit.record import FORMAT, Cost, Rate, dumps
+
+
+@dataclass(frozen=True)
+class DiversitySpec:
+    """Everything that determines the numbers. `images` are the positions looked at; None for all of the data."""
+
+    model: Mapping[str, Any]
+    data: Mapping[str, Any]
+    threat: str
+    steps: int
+    restarts: int
+    seed: int
+    images: Sequence[int] | None = None
+    verb: str = "diversity"
+    format: int = FORMAT
+
+    @property
+    def run_id(self) -> str:
+        """Eight hexadecimal digits of the hash of all that determines the numbers: strings and paths do not."""
+        return hashlib.sha256(dumps(self.identity).encode()).hexdigest()[:8]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What is hashed."""
+        body = asdict(self)
+        for part in ("model", "data"):
+            body[part] = {key: value for key, value in body[part].items() if key != "string"}
+        return body
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Accuracy of the ensemble, and of oracles that choose among its members.
+
+    `best` is the best single member. `any` knows for each image a member that is right, if there is one; `all`
+    counts the images on which every member is.
+    """
+
+    ensemble: Rate
+    best: Rate
+    any: Rate
+    all: Rate
+
+
+@dataclass(frozen=True)
+class Diversity:
+    """What is in diversity.json, of an ensemble of N members.
+
+    Attributes:
+        run_id: of its spec.
+        spec: see `DiversitySpec`.
+        members: N.
+        n: images looked at.
+        index: positions of the images that every member classifies correctly; all below but `clean` is on them.
+        accuracy: of each member, and last of the ensemble, over all n.
+        clean: bounds over all n.
+        transfer: N rows of N + 1: the share fooled of the column's member, or last the ensemble, by images made
+            on the row's member; by any restart.
+        worst: N + 1 shares fooled by images made on any other member (of the ensemble: on any).
+        attacked: N bounds, under the attack on each member.
+        confusion: N x N, L[i][j]: the mean cross-entropy of member j for the target's class on what member i
+            takes for the target; high where j does not see what i sees.
+        diversity: N x N, the mean of L[i][j] and L[j][i].
+        cosine: N x N, the mean cosine of two members' gradients in the image.
+        distillation: how the images of `confusion` were made, and the layers drawn.
+        cost: of the attacks, the gradients and all verdicts; passes of the distillation end at their layers.
+        environment: versions, device, commit.
+    """
+
+    run_id: str
+    spec: DiversitySpec
+    members: int
+    n: int
+    index: Sequence[int]
+    accuracy: Sequence[Rate]
+    clean: Bounds
+    transfer: Sequence[Sequence[Rate]]
+    worst: Sequence[Rate]
+    attacked: Sequence[Bounds]
+    confusion: Sequence[Sequence[float]]
+    diversity: Sequence[Sequence[float]]
+    cosine: Sequence[Sequence[float]]
+    distillation: Mapping[str, Any]
+    cost: Cost
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    format: int = FORMAT
+
+    @property
+    def between(self) -> float:
+        """The mean of `transfer` over pairs of different members."""
+        return _off_diagonal([[rate.value for rate in row[: self.members]] for row in self.transfer])
+
+    @property
+    def alignment(self) -> float:
+        """The mean of `cosine` over pairs of different members."""
+        return _off_diagonal(self.cosine)
+
+    @property
+    def apartness(self) -> float:
+        """The mean of `diversity` over pairs of different members."""
+        return _off_diagonal(self.diversity)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the record as diversity.json holds it, `format` first."""
+        kept = [f.name for f in fields(self) if f.name != "format"]
+        return {"format": self.format, **json.loads(dumps({name: getattr(self, name) for name in kept}))}
+
+    @classmethod
+    def from_json(cls, body: Any) -> Diversity:
+        """Return the record of a parsed diversity.json; UsageError if it is none or of another format."""
+        if not isinstance(body, Mapping) or body.get("format") != FORMAT:
+            found = body.get("format") if isinstance(body, Mapping) else type(body).__name__
+            raise UsageError(f"this record has format {found!r}; this version of robustkit reads {FORMAT}.")
+        try:
+            return cls(
+                **{
+                    **body,
+                    "spec": DiversitySpec(**body["spec"]),
+                    "accuracy": _rates(body["accuracy"]),
+                    "clean": _bounds(body["clean"]),
+                    "transfer": [_rates(row) for row in body["transfer"]],
+                    "worst": _rates(body["worst"]),
+                    "attacked": [_bounds(one) for one in body["attacked"]],
+                    "cost": Cost(**body["cost"]),
+                }
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UsageError(f"this record is damaged: {type(error).__name__} {error}.") from error
+
+
+def _off_diagonal(table: Sequence[Sequence[float]]) -> float:
+    cells = [value for row, values in enumerate(table) for column, value in enumerate(values) if row != column]
+    return sum(cells) / len(cells)
+
+
+def _rates(bodies: Sequence[Mapping[str, Any]]) -> list[Rate]:
+    return [Rate(**body) for body in bodies]
+
+
+def _bounds(body: Mapping[str, Any]) -> Bounds:
+    return Bounds(**{name: Rate(**rate) for name, rate in body.items()})

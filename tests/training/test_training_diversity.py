@@ -1,0 +1,59 @@
+"""Members against each other as a run goes on: metrics.jsonl has it, at little cost, and no weight notices."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from robustkit import load_model, train
+from robustkit.threat import ThreatModel
+from robustkit.training import diversity
+from robustkit.training.images import ImageSet
+from robustkit.training.train import read_trained
+
+BETWEEN = {"best_member", "any_right", "all_right", "transfer", "cosine"}
+
+
+def test_every_look_is_in_the_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = {"limit": 64, "epochs": 3, "batch_size": 32, "device": "cpu", "precision": "fp32"}
+    record = train("standard", members=2, out=tmp_path / "a", **words)
+    lines = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
+    assert lines == list(record.history)
+    for facts in lines:
+        assert BETWEEN <= facts.keys()
+        assert facts["all_right"] <= facts["best_member"] <= facts["any_right"] <= 1
+        assert 0 <= facts["transfer"] <= 1
+        assert -1 <= facts["cosine"] <= 1
+    monkeypatch.setattr("robustkit.training.finish.glance", lambda *_: {})
+    other = train("standard", members=2, out=tmp_path / "b", **words)
+    assert other.hashes == record.hashes
+    assert other.cost["flops"] == record.cost["flops"]
+    alone = train("standard", members=1, out=tmp_path / "c", **words)
+    assert not BETWEEN & read_trained(tmp_path / "c").history[-1].keys() | BETWEEN & alone.history[-1].keys()
+
+
+def test_twins_fall_together_and_modes_stay() -> None:
+    net = load_model("robustkit:digits-cnn").net
+    assert isinstance(net, nn.Module)
+    twins = [net.train(), copy.deepcopy(net).eval()]
+    images = torch.rand(12, 8, 8, 1, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        labels = net(images.permute(0, 3, 1, 2)).argmax(1)
+    threat = ThreatModel.parse("linf:0.5")
+    found = diversity.glance(twins, ImageSet(images, labels), 1000, threat)
+    assert found["cosine"] == pytest.approx(1, abs=1e-5)
+    assert found["transfer"] == 1
+    assert [one.training for one in twins] == [True, False]
+    assert all(weight.grad is None for one in twins for weight in one.parameters())
+    assert diversity.glance(twins, ImageSet(images, labels), 1000, ThreatModel.parse("linf:0"))["transfer"] == 0
+
+
+def test_oracles() -> None:
+    scores = [torch.eye(3), torch.eye(3)[[0, 2, 1]]]
+    found = diversity.oracles(scores, torch.tensor([0, 2, 2]))
+    assert found == pytest.approx({"best_member": 2 / 3, "any_right": 1, "all_right": 1 / 3})
