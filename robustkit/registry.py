@@ -334,7 +334,7 @@ def _rung(text: str) -> Rung:
         raise did_you_mean("suite or attack", name, [*catalog("suite"), *catalog("attack")])
     if views and (len(views) > 1 or views[0] not in VIEWS):
         raise did_you_mean("view", "@".join(views), VIEWS)
-    return Rung(make(name, **fields), *views, spare=text.endswith("?"))
+    return Rung(make(name, **fields), "".join(views), text.endswith("?"))
 
 
 def parse_attack(text: str, norm: str) -> list[Any]:

@@ -20,6 +20,7 @@ PACKAGE = ROOT / "robustkit"
 VOCABULARY = {
     *("errors", "shapes", "threat", "losses", "goal", "rng", "rows", "record", "registry"),
     *("residual", "surrogates", "populations", "transfer", "method", "sampling", "features", "inner"),
+    "aggregation",
 }
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
