@@ -15,7 +15,7 @@ MASKED = ("mended", "inner-logits", "averaged", "calm", "frozen")
 
 @suite("adaptive", paper="arXiv:1802.00420")
 def adaptive(norm: str) -> list[str]:
-    """`rapid`, then every view that the model has, then Square to the end."""
+    """`rapid`, then every view that the model has, then scores, from the nearest point and anew."""
     return [*find("suite", "rapid")(norm), *rungs(norm)]
 
 
@@ -28,5 +28,6 @@ def rungs(norm: str) -> list[str]:
         *masked,
         *ensemble.rungs(norm),
         *ensemble.climb(norm, "smooth"),
+        "square(queries=1000,p_init=0.05,refine=true)",
         "square(queries=5000,patience=500,rivalry=0.5)",
     ]

@@ -31,6 +31,7 @@ class Square(RowWise):
     `p_init` is the share of pixels in the first patches. With `patience` a sample is left after so many queries
     unless the margin has then come `rivalry` times as far as earlier attacks of the run brought it, and after ten
     times as many unless it has come as far: where gradients can be trusted they are well ahead of so few queries.
+    With `refine` it begins at the point to which earlier attacks came nearest, if there is one.
     """
 
     queries: int = 5000
@@ -38,6 +39,7 @@ class Square(RowWise):
     p_init: float = 0.8
     patience: int | None = None
     rivalry: float = 0.5
+    refine: bool = False
 
     @property
     def loss(self) -> str:
@@ -57,7 +59,10 @@ class Square(RowWise):
     def init(self, rows: Rows) -> State:
         """Return stripes in linf, a grid of small patterns in l2 and l1; no score yet."""
         low = torch.full((len(rows.x),), -torch.inf, dtype=torch.float64, device=rows.x.device)
-        x = _stripes(rows) if rows.threat.norm == "linf" else _tiles(rows)
+        if self.refine and rows.nearest is not None:
+            x = rows.nearest
+        else:
+            x = _stripes(rows) if rows.threat.norm == "linf" else _tiles(rows)
         clock = torch.zeros_like(low, dtype=torch.int64)
         return {
             "x": x,

@@ -36,7 +36,7 @@ class Rows:
 
     `aim` is the goal as the attack's loss sees it: with a target of the attack's own where it tries several.
     `past` (B 2) are the margin of the clean image and the highest margin that earlier attacks of the same run
-    came to; None where nobody knows.
+    came to, `nearest` (B C H W) is the point of the latter; None where nobody knows.
     """
 
     x: Images
@@ -45,6 +45,7 @@ class Rows:
     rng: RowRng
     aim: Goal
     past: Tensor | None = None
+    nearest: Images | None = None
 
     def select(self, index: Tensor) -> Rows:
         """Return these rows, by position or mask."""
@@ -55,6 +56,7 @@ class Rows:
             self.rng.select(index),
             self.aim.select(index),
             None if self.past is None else self.past[index],
+            None if self.nearest is None else self.nearest[index],
         )
 
     def near(self, share: float) -> Mask | None:

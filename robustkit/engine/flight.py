@@ -239,7 +239,7 @@ class Flight:
         if lane.targets:
             aim = Goal(part["labels"], part["ranked"].gather(1, (job // lane.restarts)[:, None])[:, 0])
         rng = RowRng(self.seed, lane.stream, part["ids"], restart=job, step=age + ahead)
-        return Rows(part["x"], goal, self.threat, rng, aim, part["past"])
+        return Rows(part["x"], goal, self.threat, rng, aim, part["past"], part["best"])
 
     def _tried(self, work: Callable[[], T]) -> T:
         """Do what asks the model and changes nothing else, again where a failure could be mended."""

@@ -18,6 +18,7 @@ from robustkit.shapes import Images, Labels, Logits, Mask, PerRow
 LEAST, MOST, ERROR = 8, 64, 0.05
 # Normalised logits of a model that is not random differ by less from call to call; AutoAttack's tolerance.
 NOISE = 1e-4
+SEEDS = 4
 
 
 @dataclass(frozen=True)
@@ -69,13 +70,16 @@ def redraw(answer: Callable[[Images], Logits], x: Images, labels: Labels) -> Red
 
 
 def is_random(answer: Callable[[Images], Logits], x: Images) -> bool:
-    """Return whether a model answers differently when the generators stand elsewhere; the caller isolates them."""
+    """Return whether a model answers differently when the generators stand elsewhere; the caller isolates them.
+
+    It is asked about one image at a time, as there may be no memory for more.
+    """
     found = []
-    for seed in range(3):
+    for seed in range(SEEDS):
         for start in (torch.manual_seed, np.random.seed, random.seed):
             start(seed)
         with torch.no_grad():
-            logits = answer(x)
+            logits = torch.cat([answer(image) for image in x.split(1)])
         found.append(logits / logits.norm(dim=1, keepdim=True).clamp(min=1e-10))
     return any(bool((one - found[0]).norm(dim=1).max() > NOISE) for one in found[1:])
 

@@ -46,6 +46,8 @@ WRITE_EVERY = 5.0
 NEAR = 0.05
 # The most images that a way to run the model is tried on.
 TRIAL = 16
+# How many tell whether it is random.
+FEW = 4
 NO_MEMORY = "out of memory even with one image at a time; use a device with more memory."
 
 Work = Callable[[Images, np.ndarray], tuple[list[Verdict], list[Flag]]]
@@ -86,7 +88,7 @@ class Worker:
         try:
             with own_randomness(self.seed, "prepare"):
                 self.meter.size_up(image.to(self.meter.device), max(self.batch, self.slots, self.most))
-                few = self.samples.images(range(min(TRIAL, len(self.samples)))).to(self.meter.device)
+                few = self.samples.images(range(min(FEW, len(self.samples)))).to(self.meter.device)
                 self.meter.random = is_random(self.meter.model, few)
         except RobustkitError:
             raise
@@ -140,10 +142,10 @@ class Worker:
         x = self.samples.images(range(min(TRIAL, len(self.samples)))).to(self.meter.device)
         try:
             found = look(self.meter.model, x, self.meter.random)
-        except Exception as error:
-            if _is_out_of_memory(error):
-                raise RunError(NO_MEMORY) from error
-            found = Outlook()
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            found = look(self.meter.model, x[:1], self.meter.random)
         self.meter.views = found.views
         return found
 

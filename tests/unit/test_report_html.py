@@ -16,7 +16,7 @@ from PIL import Image
 from reports import FLAG, make_examples, make_report
 
 from robustkit.record import Flag, Report, dumps
-from robustkit.registry import parse_suite, spec
+from robustkit.registry import parse_suite
 from robustkit.report import classes, costs, histogram, svg, words
 from robustkit.report.command import command, suite
 from robustkit.report.html import page
@@ -269,8 +269,8 @@ def test_names_are_without_folders(text: str, name: str) -> None:
 
 def test_the_command_is_the_run() -> None:
     text = "pgd(steps=7,loss=ce,random_start=false),autoattack:apgd-t(steps=9),foolbox:L2DeepFoolAttack(steps=5)"
-    records = [spec(attack) for attack in parse_suite(text, "l2")]
-    assert [spec(attack) for attack in parse_suite(suite(records), "l2")] == records
+    records = [rung.spec for rung in parse_suite(text, "l2")]
+    assert [rung.spec for rung in parse_suite(suite(records), "l2")] == records
     report = make_report(model="./a net.py:build", data="/d/x.npz")
     assert command(report) == (
         "robustkit evaluate './a net.py:build' --data /d/x.npz --limit 40 --threat linf:8/255 --suite "
