@@ -208,10 +208,11 @@ class Study:
         labels = torch.from_numpy(self.samples.labels).to(x.device)
         right = torch.ones_like(labels, dtype=torch.bool)
         for name in names:
-            for member in load_model(f"{self.out}/{name}/", device=x.device).net.nets:
-                outer = load_model(f"{self.out}/{name}/", device=x.device).with_net(member).eval()
+            model = load_model(f"{self.out}/{name}/", device=x.device)
+            for number in range(len(model.net)):
+                member = model.with_net(model.net.at(number)).eval()
                 with torch.no_grad():
-                    right &= torch.cat([outer(part) for part in x.split(500)]).argmax(1) == labels
+                    right &= torch.cat([member(part) for part in x.split(500)]).argmax(1) == labels
         return right.nonzero()[:, 0].tolist()
 
     def compared(self, name: str, only: list[int]) -> Diversity:
