@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runs import write_members
+from runs import write_members, write_posterior
 from torch import nn
 
 from robustkit import diversity, inner, load_data, load_model, losses
@@ -29,6 +29,7 @@ from robustkit.threat import ThreatModel
 DATA = load_data("digits:test").head(32)
 THREAT = ThreatModel.parse("linf:0.12")
 IMAGES = DATA.images(np.arange(32))
+WRITERS = {"members": write_members, "samples": write_posterior}
 LABELS = torch.from_numpy(DATA.labels)
 
 
@@ -205,6 +206,18 @@ def test_two_ensembles_on_the_same_images(tmp_path: Path, capsys: pytest.Capture
     assert "compares an ensemble's members" in capsys.readouterr().err
     assert run(["diversity", a, *flags, "--limit", "16", "--images-of", str(out["b"])]) == 2
     assert "give the same --data" in capsys.readouterr().err
+
+
+def test_samples_of_a_posterior_are_members_too(tmp_path: Path) -> None:
+    words = {"classes": 10, "arch": "robustkit:digits-cnn"}
+    folders = [write(tmp_path / name, NETS, **words) for name, write in WRITERS.items()]
+    one, other = (
+        diversity(folder, DATA.head(8), None, THREAT, steps=2, restarts=1, device="cpu") for folder in folders
+    )
+    assert values(one).equal(values(other))
+    # A store keeps weights in fewer digits.
+    torch.testing.assert_close(torch.tensor(one.confusion), torch.tensor(other.confusion), rtol=1e-3, atol=0)
+    assert one.cost.backwards == other.cost.backwards > 0
 
 
 def test_what_cannot_be_compared_is_refused() -> None:
