@@ -18,7 +18,7 @@ from robustkit import diversity, inner, load_data, load_model, losses
 from robustkit.cli import run
 from robustkit.crafted import worst
 from robustkit.diverse import Diversity
-from robustkit.engine.diversity import STEP_SIZE, Panel, attack, by_others, each_loss
+from robustkit.engine.panel import STEP_SIZE, Panel, attack, by_others, each_loss
 from robustkit.errors import UsageError
 from robustkit.features import distil
 from robustkit.models import Classifier
@@ -45,6 +45,17 @@ def like(seed: int) -> nn.Module:
 
 
 NETS = [like(seed) for seed in range(3)]
+
+
+class Few(nn.Module):
+    """A net without its last class."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x)[:, :-1]
 
 
 def ensemble(nets: Sequence[nn.Module]) -> Classifier:
@@ -226,5 +237,7 @@ def test_what_cannot_be_compared_is_refused() -> None:
         diversity(single, DATA, None, THREAT, device="cpu")
     with pytest.raises(UsageError, match="two is the least"):
         found(only=[0])
+    with pytest.raises(UsageError, match="has the label 9"):
+        diversity(ensemble([Few(net) for net in NETS]), DATA, None, THREAT, device="cpu")
     with pytest.raises(UsageError, match="--restarts 0"):
         found(restarts=0)
