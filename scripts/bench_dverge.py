@@ -8,7 +8,8 @@ below from the description of the algorithm (arXiv:2009.14720): it takes the tar
 of the distillation, goes back through the weights' gradients too, which nobody uses, and stops forward at its
 layer. The mean is over the layers as the method draws them, each as likely as another. Seconds are of the
 processor on a CPU, since other jobs lengthen those of the clock, and of the clock on a GPU. Losses of the first
-steps of both are printed beside each other; they part by rounding, since a sign near 0 may turn.
+steps are printed beside each other: literal, ours in the same memory layout, and in the one that the loop uses,
+whose sums round otherwise, so that signs near 0 turn.
 """
 
 from __future__ import annotations
@@ -118,16 +119,15 @@ def our_step(
 
 
 class Rivals:
-    """The same nets twice, and the same images in the memory layout that each way gives them."""
+    """The same nets and images twice, ours in a memory layout of their own."""
 
-    def __init__(self, size: int, device: str, seed: int = 0) -> None:
+    def __init__(self, size: int, device: str, layout: torch.memory_format, seed: int = 0) -> None:
         self.plan = Plan(size, 10, size, 100, LR, MEMBERS)
         self.device = torch.device(device)
         generator = torch.Generator().manual_seed(seed)
         pixels = torch.rand(2, size, 3, 32, 32, generator=generator).to(device)
         self.labels = (torch.arange(size) % 10).to(device)
         self.images = pixels[0], self.labels, pixels[1]
-        layout = torch.channels_last
         self.source, self.target = (one.contiguous(memory_format=layout) for one in pixels)
         self.ids = torch.arange(size, device=device)
         nets = [self._net(number) for number in range(MEMBERS)]
@@ -168,16 +168,20 @@ def main() -> None:
     """Compare losses, then time every layer."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=1, help="of all layers; the fastest of each counts")
+    parser.add_argument("--rounds", type=int, default=1, help="of all layers; 0: only losses")
     parser.add_argument("--device", default="cpu")
     given = parser.parse_args()
 
     print(f"losses of the first steps, layers drawn as 7, 15, 20; batches of {given.batch_size}\n")
-    print(f"{'step':>4}  {'literal':>10}  {'robustkit':>10}")
-    rivals = Rivals(given.batch_size, given.device)
+    print(f"{'step':>4}  {'literal':>10}  {'same layout':>11}  {'channels last':>13}")
+    same = Rivals(given.batch_size, given.device, torch.contiguous_format)
+    rivals = Rivals(given.batch_size, given.device, torch.channels_last)
     for step, layer in enumerate((7, 15, 20)):
-        print(f"{step + 1:>4}  {rivals.literal(layer):>10.6f}  {rivals.robustkit(layer, step):>10.6f}", flush=True)
+        three = same.literal(layer), same.robustkit(layer, step), rivals.robustkit(layer, step)
+        print(f"{step + 1:>4}  {three[0]:>10.6f}  {three[1]:>11.6f}  {three[2]:>13.6f}", flush=True)
 
+    if not given.rounds:
+        return
     print(f"\nseconds a step, {MEMBERS} x ResNet-20, {STEPS} steps of distillation, fastest of {given.rounds}\n")
     print(f"{'layer':>5}  {'literal':>8}  {'robustkit':>9}  {'times':>5}")
     fastest: list[tuple[float, float]] = []

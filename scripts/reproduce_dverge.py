@@ -26,12 +26,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 import torch
 
 from robustkit import craft, diversity, evaluate, load_data, load_model, train
-from robustkit.crafted import Craft
+from robustkit.crafted import Craft, Judgement
 from robustkit.data.samples import Samples
 from robustkit.diverse import Diversity
 from robustkit.record import Rate
@@ -207,10 +208,11 @@ class Study:
         labels = torch.from_numpy(self.samples.labels).to(x.device)
         right = torch.ones_like(labels, dtype=torch.bool)
         for name in names:
-            for member in load_model(f"{self.out}/{name}/", device=x.device).net.nets:
-                outer = load_model(f"{self.out}/{name}/", device=x.device).with_net(member).eval()
+            model = load_model(f"{self.out}/{name}/", device=x.device)
+            for number in range(len(model.net)):
+                member = model.with_net(model.net.at(number)).eval()
                 with torch.no_grad():
-                    right &= torch.cat([outer(part) for part in x.split(500)]).argmax(1) == labels
+                    right &= torch.cat([member(part) for part in x.split(500)]).argmax(1) == labels
         return right.nonzero()[:, 0].tolist()
 
     def compared(self, name: str, only: list[int]) -> Diversity:
@@ -225,7 +227,7 @@ class Study:
             restarts=self.scale.restarts,
             only=only,
             device=self.device,
-            out=self.out / "diversity" / f"{name}-{len(only)}",
+            out=self.out / "diversity" / f"{name}-{crc32(repr(only).encode()):08x}",
         )
 
     def crafted(self, surrogate: str, attack: str, eps: float) -> Craft:
@@ -247,14 +249,18 @@ class Study:
 
     def black_box(self) -> dict[str, list[np.ndarray]]:
         """Return for each ensemble, at each eps, which images stand against all sets of crafted ones."""
-        names = list(self.trained)
-        stands = {name: [] for name in names}
+        stands: dict[str, list[np.ndarray]] = {name: [] for name in self.trained}
         for eps in self.scale.eps:
             sets = [self.crafted(one, attack, eps) for one in self.surrogates for attack in self.scale.attacks]
-            for place, name in enumerate(names):
-                fooled = [one.targets[place].fooled(one.labels, one.goals) for one in sets]
-                stands[name].append(np.array([[hit is False for hit in row] for row in fooled]).all(0))
+            for name, found in stands.items():
+                fooled = [self._judged(one, name).fooled(one.labels, one.goals) for one in sets]
+                found.append(np.array([[hit is False for hit in row] for row in fooled]).all(0))
         return stands
+
+    def _judged(self, record: Craft, name: str) -> Judgement:
+        """Return what an ensemble made of the images; others may have been judged before it or after."""
+        own = load_model(f"{self.out}/{folder(name)}/").fingerprint
+        return next(one for one in record.targets if one.fingerprint == own)
 
     def direct(self, name: str, suite: str, label: str) -> list[np.ndarray]:
         """Return at each eps which images stand against a suite on the ensemble itself."""

@@ -1,8 +1,7 @@
 """The members of an ensemble against each other: who is fooled by whose adversarial images, and who sees alike.
 
 The protocol is that of DVERGE's evaluation (Yang et al. 2020, arXiv:2009.14720), with the bounds of an oracle
-beside it. An attack runs to its last step whether or not it has fooled the member it is made on, since images that
-only just fool that one fool few others. Images leave when no restart could change a number any more.
+beside it. The attack is `robustkit.engine.panel`'s.
 """
 
 from __future__ import annotations
@@ -10,13 +9,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from robustkit import inner
@@ -24,64 +22,22 @@ from robustkit.data.samples import Samples
 from robustkit.diverse import Bounds, Diversity, DiversitySpec
 from robustkit.engine import folder
 from robustkit.engine.environment import environment
-from robustkit.engine.meter import Meter
+from robustkit.engine.panel import Panel, attack, by_others, each_loss, loss
 from robustkit.engine.progress import Progress
 from robustkit.engine.sanity import refuse_endless
 from robustkit.errors import UsageError
 from robustkit.features import depth, distil
 from robustkit.isolation import evaluation_mode, own_randomness, threads
 from robustkit.models.classifier import Classifier
-from robustkit.models.mixture import Mixture
 from robustkit.record import Cost, Rate
 from robustkit.rng import RowRng
 from robustkit.shapes import Images, Labels, Mask
 from robustkit.threat import ThreatModel
 
-# Of the published protocol: a step as a share of eps; pairs that share one draw of the layer; its distillation.
-STEP_SIZE, PAIRS = 0.2, 10
+# Of the published protocol: pairs that share one draw of the layer; its distillation.
+PAIRS = 10
 DISTILLATION: dict[str, Any] = {"eps": 0.07, "step_size": 0.1, "steps": 10, "inertia": 1.0}
 BATCH_CPU, BATCH_GPU = 250, 1000
-
-
-class Panel:
-    """The members of an ensemble one by one, and the ensemble behind them, counted."""
-
-    def __init__(self, model: Classifier, device: torch.device) -> None:
-        """Take an ensemble; UsageError if the model has no members."""
-        if not isinstance(model.net, Mixture) or len(model.net) < 2:
-            raise UsageError(
-                f"{model.string} has no members to compare; give the run folder of an ensemble, as "
-                "robustkit train deep-ensemble writes it."
-            )
-        if model.defenses:
-            raise UsageError(f"{model.string} has a defense in front of its members; leave the defense out.")
-        self.model, self.mixture, self.device = model, model.net, device
-        self.count = len(self.mixture)
-        self.meters = [Meter(model.with_net(self.mixture.place(number)), device) for number in range(self.count)]
-        self.whole = Meter(model, device)
-
-    def size_up(self, image: Images, most: int) -> None:
-        """Learn from one image how many fit into memory."""
-        self.whole.size_up(image, most)
-        for meter in self.meters:
-            meter.piece = self.whole.piece
-
-    def member(self, number: int) -> Meter:
-        """Return a member, good until another is asked for."""
-        self.mixture.at(number)
-        return self.meters[number]
-
-    @torch.no_grad()
-    def wrong(self, x: Images, labels: Labels) -> Mask:
-        """Return which members, and last whether the ensemble, are wrong (N + 1, B); NaN is no class."""
-        said = [self.member(number).exact(x) for number in range(self.count)] + [self.whole.exact(x)]
-        return torch.stack([(one.argmax(1) != labels) & one.isfinite().all(1) for one in said])
-
-    @property
-    def counts(self) -> tuple[int, int]:
-        """Sample-propagations through members so far, forwards and backwards."""
-        forwards = sum(meter.forwards for meter in self.meters) + self.count * self.whole.forwards
-        return forwards, sum(meter.backwards for meter in self.meters)
 
 
 @dataclass(frozen=True)
@@ -126,7 +82,7 @@ class Comparison:
             steps=self.steps,
             restarts=self.restarts,
             seed=self.seed,
-            images=None if self.images is None else [int(place) for place in self.images],
+            images=None if self.images is None else sorted({int(place) for place in self.images}),
         )
 
     def run(self, out: Path | None = None, progress: Progress | None = None) -> Diversity:
@@ -148,22 +104,30 @@ class Comparison:
 
     def _run(self, progress: Progress) -> Diversity:
         begun = time.perf_counter()
-        places = np.arange(len(self.samples)) if self.images is None else np.asarray(self.images, np.int64)
+        places = np.arange(len(self.samples)) if self.images is None else np.array(self.spec.images, np.int64)
         if not len(places):
             raise UsageError("no image is left to compare on; look at more with --limit.")
         with evaluation_mode(self.model), own_randomness(self.seed, "diversity"):
             panel = Panel(self.model, self.device)
             most = BATCH_CPU if self.device.type == "cpu" else BATCH_GPU
             panel.size_up(self._images(places[:1]), most)
+            self._check_labels(panel.whole.num_classes or 0)
             with threads(panel.whole.threads):
                 try:
-                    return self._compare(panel, places, most, progress, begun)
+                    return self._compare(panel, places, panel.whole.piece or most, progress, begun)
                 finally:
                     progress.close()
 
+    def _check_labels(self, classes: int) -> None:
+        if len(outside := np.flatnonzero(self.samples.labels >= classes)):
+            raise UsageError(
+                f"{self.model.string} has {classes} classes but {self.samples.name} has the label "
+                f"{self.samples.labels[outside[0]]} at position {outside[0]}; give the data it was made for."
+            )
+
     def _compare(self, panel: Panel, places: np.ndarray, most: int, progress: Progress, begun: float) -> Diversity:
         clean = torch.cat(
-            [panel.wrong(self._images(at), self._labels(at)) for at in _batches(places, most)], 1
+            [panel.said(self._images(at)) != self._labels(at) for at in _batches(places, most)], 1
         ).cpu()
         index = places[~clean[:-1].any(0).numpy()]
         if len(index) < 2:
@@ -259,58 +223,10 @@ class Comparison:
         return RowRng(self.seed, f"diversity/{stream}", torch.from_numpy(places).to(self.device))
 
 
-def attack(
-    panel: Panel,
-    number: int,
-    x: Images,
-    labels: Labels,
-    threat: ThreatModel,
-    rng: RowRng,
-    *,
-    steps: int,
-    restarts: int,
-) -> tuple[Mask, Mask]:
-    """Return whom images made on a member fooled in any restart (N + 1, B), and where all members at once (B)."""
-    fooled = torch.zeros(panel.count + 1, len(x), dtype=torch.bool, device=x.device)
-    lost = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-    for restart in range(restarts):
-        at = (~(fooled.all(0) & lost)).nonzero()[:, 0]
-        if not len(at):
-            break
-        own = rng.select(at).at(restart=restart)
-        model = panel.member(number)
-        value = partial(_loss, model, labels[at])
-        start = inner.random_start(x[at], threat, own)
-        found = inner.ascend(value, start, x[at], threat, steps=steps, step_size=STEP_SIZE)
-        wrong = panel.wrong(found, labels[at])
-        fooled[:, at] |= wrong
-        lost[at] |= wrong[:-1].all(0)
-    return fooled, lost
-
-
-def by_others(fooled: Mask) -> Mask:
-    """Return who is fooled by images made on any other member (N + 1, n), of tables (N, N + 1, n)."""
-    others = fooled.clone()
-    members = torch.arange(len(fooled))
-    others[members, members] = False
-    return others.any(0)
-
-
-@torch.no_grad()
-def each_loss(panel: Panel, x: Images, labels: Labels) -> Tensor:
-    """Return the sum of each member's cross-entropies (N), float64."""
-    said = [panel.member(number).exact(x) for number in range(panel.count)]
-    return torch.stack([F.cross_entropy(one.double(), labels, reduction="sum") for one in said]).cpu()
-
-
-def _loss(model: Callable[[Images], Tensor], labels: Labels, x: Images) -> Tensor:
-    return F.cross_entropy(model(x), labels, reduction="none")
-
-
 def _slope(model: Callable[[Images], Tensor], x: Images, labels: Labels) -> Tensor:
     with torch.enable_grad():
         at = x.detach().requires_grad_()
-        return torch.autograd.grad(_loss(model, labels, at).sum(), at)[0].flatten(1)
+        return torch.autograd.grad(loss(model, labels, at).sum(), at)[0].flatten(1)
 
 
 def _batches(places: np.ndarray, most: int) -> list[np.ndarray]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "reproduce_dverge.py"
@@ -15,6 +17,18 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "reproduce_dverge.py"
 def run(out: Path, *words: str) -> str:
     command = [sys.executable, str(SCRIPT), "--scale", "digits", "--device", "cpu", "--out", str(out), *words]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_what_falls_at_one_eps_does_not_stand_at_the_next() -> None:
+    """A-P15: a larger eps never raises the accuracy."""
+    spec = importlib.util.spec_from_file_location("reproduce_dverge", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    stands = [np.array([True, True, False, True]), np.array([True, False, True, True])]
+    assert [rate.value for rate in module.falling(stands)] == [0.75, 0.5]
 
 
 @pytest.mark.slow

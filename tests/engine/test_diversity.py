@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runs import write_members
+from runs import write_members, write_posterior
 from torch import nn
 
 from robustkit import diversity, inner, load_data, load_model, losses
 from robustkit.cli import run
 from robustkit.crafted import worst
 from robustkit.diverse import Diversity
-from robustkit.engine.diversity import STEP_SIZE, Panel, attack, by_others, each_loss
+from robustkit.engine.panel import STEP_SIZE, Panel, attack, by_others, each_loss
 from robustkit.errors import UsageError
 from robustkit.features import distil
 from robustkit.models import Classifier
@@ -29,6 +29,7 @@ from robustkit.threat import ThreatModel
 DATA = load_data("digits:test").head(32)
 THREAT = ThreatModel.parse("linf:0.12")
 IMAGES = DATA.images(np.arange(32))
+WRITERS = {"members": write_members, "samples": write_posterior}
 LABELS = torch.from_numpy(DATA.labels)
 
 
@@ -44,6 +45,17 @@ def like(seed: int) -> nn.Module:
 
 
 NETS = [like(seed) for seed in range(3)]
+
+
+class Few(nn.Module):
+    """A net without its last class."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x)[:, :-1]
 
 
 def ensemble(nets: Sequence[nn.Module]) -> Classifier:
@@ -207,11 +219,25 @@ def test_two_ensembles_on_the_same_images(tmp_path: Path, capsys: pytest.Capture
     assert "give the same --data" in capsys.readouterr().err
 
 
+def test_samples_of_a_posterior_are_members_too(tmp_path: Path) -> None:
+    words = {"classes": 10, "arch": "robustkit:digits-cnn"}
+    folders = [write(tmp_path / name, NETS, **words) for name, write in WRITERS.items()]
+    one, other = (
+        diversity(folder, DATA.head(8), None, THREAT, steps=2, restarts=1, device="cpu") for folder in folders
+    )
+    assert values(one).equal(values(other))
+    # A store keeps weights in fewer digits.
+    torch.testing.assert_close(torch.tensor(one.confusion), torch.tensor(other.confusion), rtol=1e-3, atol=0)
+    assert one.cost.backwards == other.cost.backwards > 0
+
+
 def test_what_cannot_be_compared_is_refused() -> None:
     single = load_model("robustkit:digits-cnn")
     with pytest.raises(UsageError, match="no members to compare"):
         diversity(single, DATA, None, THREAT, device="cpu")
     with pytest.raises(UsageError, match="two is the least"):
         found(only=[0])
+    with pytest.raises(UsageError, match="has the label 9"):
+        diversity(ensemble([Few(net) for net in NETS]), DATA, None, THREAT, device="cpu")
     with pytest.raises(UsageError, match="--restarts 0"):
         found(restarts=0)
