@@ -169,3 +169,105 @@ def _content_noise(x: Tensor) -> Tensor:
         generator = torch.Generator().manual_seed(int(image.double().sum() * 1e9) % 2**31)
         rows.append(torch.randn(image.shape, generator=generator))
     return torch.stack(rows)
+
+
+class KWinners(nn.Module):
+    """Of each image's activations only the largest share stays (Xiao et al. 2020, arXiv:1905.10510)."""
+
+    def __init__(self, share: float = 0.2, how: str = "threshold") -> None:
+        super().__init__()
+        self.share, self.how = share, how
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.flatten(1)
+        best = flat.topk(max(1, int(self.share * flat.shape[1])), 1)
+        if self.how == "threshold":
+            return (flat * (flat >= best.values[:, -1:])).view_as(x)
+        if self.how == "where":
+            return torch.where(flat >= best.values[:, -1:], flat, torch.zeros_like(flat)).view_as(x)
+        if self.how == "fill":
+            return flat.masked_fill(flat < best.values[:, -1:], 0.0).view_as(x)
+        if self.how == "assign":
+            kept = flat.clone()
+            kept[flat < best.values[:, -1:]] = 0
+            return kept.view_as(x)
+        mask = torch.zeros_like(flat).scatter_(1, best.indices, 1.0)
+        return (flat * mask).view_as(x)
+
+
+class Activation(nn.Module):
+    """An activation as a function."""
+
+    def __init__(self, call: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.call = call
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.call(x)
+
+
+class Estimated(torch.autograd.Function):
+    """Signs that are trained by a straight-through estimate."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.sign()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * (ctx.saved_tensors[0].abs() <= 1)
+
+
+class Digits(nn.Module):
+    """Three layers; `skip` is the chance that the third takes part."""
+
+    def __init__(self, train: Callable[[], nn.Module] = nn.ReLU, seed: int = 0) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.one, self.two = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 16, 3, stride=2, padding=1)
+            self.three, self.skip = nn.Conv2d(16, 16, 3, padding=1), 1.0
+            self.head = nn.Linear(256, 10)
+            self.act1, self.act2, self.act3 = train(), train(), train()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.act1(self.one(4 * (x - 0.5)))
+        h = self.act2(self.two(h))
+        branch = self.act3(self.three(h))
+        if self.skip < 1:
+            branch = branch * (torch.rand(len(x), 1, 1, 1, device=x.device) < self.skip) / self.skip
+        return self.head((h + branch).flatten(1))
+
+
+def trained(
+    net: nn.Module, x: Tensor, y: Tensor, epochs: int = 20, attack: float = 0.0, seed: int = 0
+) -> nn.Module:
+    """Return the net after Adam on images, or on those of PGD-5 in an l-infinity ball of this size."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        optimiser = torch.optim.Adam(net.parameters(), 3e-3)
+        net.train()
+        for _ in range(epochs):
+            for index in torch.randperm(len(x)).split(64):
+                images, labels = x[index], y[index]
+                at = images
+                for _ in range(5 if attack else 0):
+                    at = at.detach().requires_grad_()
+                    (slope,) = torch.autograd.grad(F.cross_entropy(net(at), labels), at)
+                    at = (at + attack / 3 * slope.sign()).clamp(images - attack, images + attack).clamp(0, 1)
+                optimiser.zero_grad()
+                F.cross_entropy(net(at.detach()), labels).backward()
+                optimiser.step()
+    return net.eval().requires_grad_(False)
+
+
+class Several(nn.Module):
+    """Nets with a rule, written down as anybody would."""
+
+    def __init__(self, nets: list[nn.Module], rule: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.nets, self.rule = nn.ModuleList(nets), rule
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rule(torch.stack([net(x) for net in self.nets], 1))

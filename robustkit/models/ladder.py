@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robustkit.models.mending import through
+from robustkit.models.through import through
 
 Rung = Callable[[Tensor], Tensor]
 

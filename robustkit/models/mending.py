@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
@@ -25,14 +25,17 @@ from torch.utils._pytree import tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from robustkit.models import smooth
+from robustkit.models.bends import bent, mended
+from robustkit.models.choices import CHOOSING, TABLES, chosen, entry
 from robustkit.models.draws import DRAWS
 from robustkit.models.heads import Heads, tensors
 from robustkit.models.smooth import LOGIC, RULES
+from robustkit.models.through import arranged, through
+from robustkit.models.written import Recent, foreign, forward_of, rewritten
 
 DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 LEAVING = ("numpy", "__array__", "item", "tolist", "__float__", "__int__", "__bool__", "__index__", "__complex__")
 CASTS = ("to", "type", "type_as", "int", "long", "byte", "char", "short", "bool")
-TABLES = ("embedding", "getitem", "index_select", "take")
 REMEDIES = {
     "rounds": "its gradient is taken for that of its argument",
     "takes signs": "its gradient is taken for that of a wide tanh",
@@ -40,6 +43,7 @@ REMEDIES = {
     "compares": "its gradient is taken for that of a wide sigmoid",
     "saturates": "its gradient is taken at a smaller argument",
     "oscillates": "its gradient is left out",
+    "bends": "its gradient is taken for that of wide secants",
     "clamps": "its gradient is taken for that of its argument",
     "chooses": "its gradient is taken for that of a softmax or sigmoid of what it chose from",
     "detaches": "the gradient goes on as if it did not",
@@ -60,38 +64,17 @@ class Mend:
     remedy: str
 
 
-@dataclass(frozen=True)
-class _Chosen:
-    """Indices that were chosen along a dim for their size; `values` are the chosen."""
-
-    source: Tensor
-    dim: int
-    values: Tensor | None
-
-
-class _Through(torch.autograd.Function):
-    """The first argument's value with the second's gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, real: Tensor, stand_in: Tensor) -> Tensor:
-        ctx.dtype = stand_in.dtype
-        return real.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:
-        return None, gradients[0].to(ctx.dtype)
-
-
-def through(real: Tensor, stand_in: Tensor) -> Tensor:
-    """Return the value of the first with the gradient of the second."""
-    return _Through.apply(real.detach(), stand_in)  # type: ignore[no-any-return]
-
-
 class Mending(TorchFunctionMode):
     """See the module. `found` says what was mended, `drew` whether torch drew random numbers."""
 
     def __init__(
-        self, model: nn.Module, *, heads: Heads | None = None, told: bool = False, calm: bool = False
+        self,
+        model: nn.Module,
+        *,
+        heads: Heads | None = None,
+        told: bool = False,
+        calm: bool = False,
+        bends: Sequence[nn.Module] = (),
     ) -> None:
         """Take the model that will be run inside.
 
@@ -100,15 +83,18 @@ class Mending(TorchFunctionMode):
             heads: What looks for heads among the results.
             told: Note the names of modules, by hooks that are gone afterwards.
             calm: Replace the random draws of torch by their means.
+            bends: Modules to be mended as wholes; told, they are looked for instead.
         """
         super().__init__()
         self.model, self.heads, self.told, self.calm = model, heads, told, calm
         self.found: dict[Mend, None] = {}
         self.drew = False
+        self.bends = list(bends)
         self._stand_ins: Any = WeakTensorKeyDictionary()
         self._chosen: Any = WeakTensorKeyDictionary()
         self._left: list[Tensor] = []
         self._stack: list[str] = []
+        self._recent = Recent()
         self._open: ExitStack | None = None
 
     def __enter__(self) -> Mending:
@@ -123,6 +109,8 @@ class Mending(TorchFunctionMode):
                     if getattr(module, hooks):
                         self._note("changes gradients by a hook", name)
                         stack.enter_context(patch.object(module, hooks, OrderedDict()))
+                if module in self.bends:
+                    stack.callback(module.register_forward_hook(self._bend).remove)
                 if self.told and name:
                     stack.callback(module.register_forward_pre_hook(self._enter_module(name)).remove)
                     stack.callback(module.register_forward_hook(self._leave_module, always_call=True).remove)
@@ -137,12 +125,15 @@ class Mending(TorchFunctionMode):
         if self._open is not None:
             self._open.__exit__(*error)
         self._stand_ins, self._chosen = WeakTensorKeyDictionary(), WeakTensorKeyDictionary()
-        self._left, self._stack, self._open = [], [], None
+        self._left, self._stack, self._recent, self._open = [], [], Recent(), None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call the function, see to its gradient, and show the result to who looks for heads."""
         kwargs = kwargs or {}
+        if torch.is_grad_enabled():
+            args = tree_map(self.honest, args)
         result = self._function(func, args, kwargs)
+        self._recent.add(result)
         if self.heads is not None:
             self.heads.see((args, kwargs), result)
         return result
@@ -184,8 +175,9 @@ class Mending(TorchFunctionMode):
     def _call(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
         """Call a function that returns something new."""
         real = func(*args, **kwargs)
-        if name in ("topk", "argmax", "argmin", "sort", "argsort", "max", "min", "kthvalue"):
-            self._choose(name, real, args, kwargs)
+        found = chosen(name, real, self._swapped(args[0]), args, kwargs) if name in CHOOSING else None
+        if found is not None:
+            self._chosen[found[0]] = found[1]
         elif isinstance(real, Tensor):
             stand_in = self._stand_in(func, name, real, args, kwargs)
             if stand_in is not None:
@@ -212,10 +204,10 @@ class Mending(TorchFunctionMode):
                 name = "floor_divide"
             if tracked and name in LOGIC:
                 return LOGIC[name](*a, **k)
-            if tracked and name in TABLES and (entry := self._looked_up(name, args)) is not None:
-                return self._noted("looks up", entry)
-            if name in RULES and (mended := RULES[name][0](*a, **k)) is not None:
-                return self._noted(RULES[name][1], mended)
+            if tracked and name in TABLES and (found := entry(name, args, self._index(name, args))) is not None:
+                return self._noted("looks up", found)
+            if name in RULES and (stand_in := RULES[name][0](*a, **k)) is not None:
+                return self._noted(RULES[name][1], stand_in)
             if name in CASTS and (tracked or not real.is_floating_point()):
                 return self._cast(real, a[0])
             if tracked:
@@ -292,64 +284,25 @@ class Mending(TorchFunctionMode):
         except Exception:
             return None
 
-    def _choose(self, name: str, real: Any, args: Any, kwargs: Any) -> None:
-        """Remember what indices were chosen from."""
-        source = self._swapped(args[0])
-        rest = [a for a in args[1:] if isinstance(a, int) and not isinstance(a, bool)]
-        if name in ("topk", "kthvalue"):
-            rest = rest[1:]
-        dim = kwargs.get(
-            "dim", rest[0] if rest else (-1 if name in ("topk", "sort", "argsort", "kthvalue") else None)
-        )
-        if isinstance(real, Tensor):
-            indices, values = real, None
-        else:
-            values, indices = real[0], real[1]
-        if dim is None or not isinstance(indices, Tensor) or indices.is_floating_point():
-            return
-        if name in ("argmin", "min"):
-            source = -source
-        self._chosen[indices] = _Chosen(source, dim, values if name == "topk" else None)
-
     def _chosen_mask(self, name: str, real: Tensor, args: Any, kwargs: Any) -> Tensor | None:
         """Return the smooth one-hot code or mask of chosen indices; None if it is none."""
         if name not in ("one_hot", "scatter"):
             return None
-        mask = self._mask(name, real, args, kwargs)
-        return mask if mask is None else self._noted("chooses", mask)
-
-    def _mask(self, name: str, real: Tensor, args: Any, kwargs: Any) -> Tensor | None:
         if name == "one_hot":
-            chosen = self._chosen.get(args[0])
-            if chosen is not None and chosen.source.shape[chosen.dim] == real.shape[-1]:
-                return smooth.shares(chosen.source.movedim(chosen.dim, -1), -1)
-            stand_in = self._of(args[0])
-            return None if stand_in is None else smooth.levels(stand_in, real.shape[-1])
+            picked = self._chosen.get(args[0])
+            at = self._of(args[0])
+            code = picked.code(real.shape[-1]) if picked is not None else None
+            if code is None and at is not None:
+                code = smooth.levels(at, real.shape[-1])
+            return None if code is None else self._noted("chooses", code)
         base, dim, index, value = (*args, *kwargs.values())[:4]
-        chosen = self._chosen.get(index)
-        if chosen is None or chosen.source.shape != real.shape:
+        picked = self._chosen.get(index)
+        if picked is None or picked.source.shape != real.shape:
             return None
-        if chosen.values is not None and chosen.values.shape[dim] > 1:
-            mask = smooth.members(chosen.source, dim, chosen.values)
-        else:
-            mask = smooth.shares(chosen.source, dim)
         value = self._swapped(value)
         if isinstance(value, Tensor) and value.dim() > 0:
             value = base.scatter(dim, index, value)
-        return smooth.where(mask, value, self._swapped(base))
-
-    def _looked_up(self, name: str, args: Any) -> Tensor | None:
-        """Return the slope between a table's entries times the smooth index."""
-        index, table = (args[0], args[1]) if name == "embedding" else (args[-1], args[0])
-        if not isinstance(index, Tensor) or index.dtype == torch.bool or table.requires_grad:
-            return None
-        at = self._of(index)
-        if at is None:
-            return None
-        rows = len(table)
-        high, low = (index + 1).clamp(max=rows - 1), (index - 1).clamp(min=0)
-        slope: Tensor = (table[high] - table[low]) / 2
-        return slope * at.reshape(*at.shape, *[1] * (slope.dim() - at.dim()))
+        return self._noted("chooses", smooth.where(picked.mask(), value, self._swapped(base)))
 
     def _kept(self, x: Any, func: Any, args: Any, kwargs: Any) -> Tensor:
         """Return x instead of what is detached from it."""
@@ -400,22 +353,24 @@ class Mending(TorchFunctionMode):
         """Return what runs a Function's forward as written."""
         mode = self
 
-        def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-            own = cls.__module__.startswith(("robustkit.models.m", "torch."))
-            if own or not torch.is_grad_enabled() or not mode._depends((args, kwargs)):
-                return original.__get__(None, cls)(*args, **kwargs)
-            try:
-                split = cls.setup_context is not torch.autograd.Function.setup_context
-                out = cls.forward(*args, **kwargs) if split else cls.forward(_Context(), *args, **kwargs)
-                first = out if isinstance(out, Tensor) else out[0]
-                if first.requires_grad:
-                    mode._note("writes its own backward pass", cls.__name__)
+        def apply(kind: Any, *args: Any, **kwargs: Any) -> Any:
+            if foreign(kind) and torch.is_grad_enabled() and mode._depends((args, kwargs)):
+                out = forward_of(kind, args, kwargs)
+                if out is not None:
+                    mode._note("writes its own backward pass", kind.__name__)
                     return out
-            except Exception:
-                pass
-            return original.__get__(None, cls)(*args, **kwargs)
+            return original.__get__(None, kind)(*args, **kwargs)
 
         return classmethod(apply)
+
+    def honest(self, x: Any) -> Any:
+        """Return a tensor that a foreign Function made, unseen, with the gradient of what is written."""
+        made = self._recent.argument(x) if isinstance(x, Tensor) and x.requires_grad else None
+        again = None if made is None else rewritten(made[0], x, made[1])
+        if made is None or again is None:
+            return x
+        self._note("writes its own backward pass", made[0].__name__)
+        return again
 
     def _inference(self, mode: bool = True) -> Any:
         if mode:
@@ -440,6 +395,10 @@ class Mending(TorchFunctionMode):
         found: Tensor | None = self._stand_ins.get(x)
         return found
 
+    def _index(self, name: str, args: Any) -> Tensor | None:
+        index = args[0] if name == "embedding" else args[-1]
+        return self._of(index) if isinstance(index, Tensor) else None
+
     def _swapped(self, values: Any) -> Any:
         """Return the values with their stand-ins for those that have one."""
         return tree_map(lambda x: self._stand_ins.get(x, x) if isinstance(x, Tensor) else x, values)
@@ -452,37 +411,24 @@ class Mending(TorchFunctionMode):
         return lambda module, args: self._stack.append(name)
 
     def _leave_module(self, module: nn.Module, args: Any, output: Any) -> None:
+        if (
+            len(args) == 1
+            and isinstance(args[0], Tensor)
+            and isinstance(output, Tensor)
+            and module not in self.bends
+        ):
+            with suppress(Exception), torch._C.DisableTorchFunction():
+                if bent(module, args[0], output):
+                    self._note("bends")
+                    self.bends.append(module)
         if self._stack:
             self._stack.pop()
 
-
-def arranged(left: Tensor, real: Tensor) -> Tensor | None:
-    """Return what left torch in the arrangement in which it came back; None if it is not the same picture."""
-    if left.shape == real.shape:
-        return left * 1
-    if left.numel() == real.numel():
-        if sorted(left.shape) == sorted(real.shape) and left.dim() in (3, 4):
-            ahead = left.movedim(-3, -1)
-            behind = left.movedim(-1, -3)
-            return next((moved for moved in (ahead, behind) if moved.shape == real.shape), None)
-        if [n for n in left.shape if n > 1] == [n for n in real.shape if n > 1]:
-            return left.reshape(real.shape)
-    return None
-
-
-class _Context:
-    """What a Function's forward is given in place of autograd's context."""
-
-    needs_input_grad = (True,) * 32
-
-    def save_for_backward(self, *tensors: Tensor) -> None:
-        self.saved_tensors = tensors
-
-    def mark_dirty(self, *tensors: Tensor) -> None: ...
-
-    def mark_non_differentiable(self, *tensors: Tensor) -> None: ...
-
-    def set_materialize_grads(self, value: bool) -> None: ...
+    def _bend(self, module: nn.Module, args: Any, output: Any) -> Tensor | None:
+        if len(args) != 1 or not torch.is_grad_enabled() or not args[0].requires_grad:
+            return None
+        with torch._C.DisableTorchFunction():
+            return mended(module, args[0], output)
 
 
 class _Handle:

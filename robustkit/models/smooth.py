@@ -19,10 +19,15 @@ from torch import Tensor
 Rule = Callable[..., "Tensor | None"]
 
 TINY = 1e-12
-# A squashing function is left alone while its argument spreads no wider; wider ones are squeezed to this.
-WIDE = 4.0
+# How wide a step is smeared, in spreads of its row: the width that broke k-winners-take-all and nets of signs.
+WIDTH = 0.1
+# Squashing functions are left alone while their arguments spread no wider; wider ones are squeezed to this.
+WIDE = 1 / WIDTH
 # A wave of so many radians has a slope that tells nothing of where it leads.
 SHATTERED = 100.0
+# Shares of a row that a clamp cuts off from which it is left out, and taken for a step.
+MOST_CUT, ALL_CUT = 0.5, 0.9
+NEARLY = 1e-2
 
 
 def spread(x: Tensor) -> Tensor:
@@ -33,9 +38,9 @@ def spread(x: Tensor) -> Tensor:
 
 
 def step(x: Tensor) -> Tensor:
-    """Return a sigmoid as wide as x: what stands for `x > 0`."""
+    """Return a sigmoid a tenth as wide as x spreads: what stands for `x > 0`."""
     centred = x - x.detach().mean(tuple(range(1, x.dim())), keepdim=True) if x.dim() > 1 else x
-    return (x / spread(centred).clamp(min=TINY)).clamp(-30, 30).sigmoid()
+    return (x / (WIDTH * spread(centred))).sigmoid()
 
 
 def same(x: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -44,8 +49,8 @@ def same(x: Tensor, *_: Any, **__: Any) -> Tensor:
 
 
 def sign(x: Tensor) -> Tensor:
-    """Return a hyperbolic tangent as wide as x."""
-    return (x / spread(x)).tanh()
+    """Return a step from -1 to 1."""
+    return 2 * step(x) - 1
 
 
 def quotient(x: Any, y: Any, **_: Any) -> Tensor:
@@ -101,11 +106,11 @@ def filled(x: Tensor, mask: Tensor, value: Any) -> Tensor:
     return where(mask.to(x.dtype), value, x)
 
 
-def squeezed(function: Callable[..., Tensor]) -> Rule:
+def squeezed(function: Callable[..., Tensor], wide: float = WIDE / 2) -> Rule:
     """Return a squashing function whose argument is brought to where it has a slope."""
 
     def squash(x: Tensor, *rest: Any, **more: Any) -> Tensor | None:
-        excess = (spread(x) / WIDE).clamp(min=1)
+        excess = (spread(x) / wide).clamp(min=1)
         return function(x / excess, *rest, **more) if (excess > 1).any() else None
 
     return squash
@@ -128,11 +133,27 @@ def modulo(x: Tensor, y: Any = 1) -> Tensor | None:
 
 
 def clamped(x: Tensor, *limits: Any, **more: Any) -> Tensor | None:
-    """Return x itself in rows of which more than half is cut off."""
+    """Return x itself in rows of which more than half is cut off; a step where next to nothing is left."""
     inside = torch.clamp(x, *limits, **more)
     cut = (inside != x).detach().to(x.dtype)
     gone = cut.mean(tuple(range(1, x.dim())), keepdim=True) if x.dim() > 1 else cut
-    return torch.where(gone > 0.5, x, inside) if (gone > 0.5).any() else None
+    if not (gone > MOST_CUT).any():
+        return None
+    low, high = inside.detach().amin(), inside.detach().amax()
+    wide = torch.where(gone > ALL_CUT, low + (high - low) * step(x - (low + high) / 2), x)
+    return torch.where(gone > MOST_CUT, wide, inside)
+
+
+def unit(function: Callable[..., Tensor]) -> Rule:
+    """Return a product or quotient that comes out at 1 and -1 as a sign: x / |x| and the like."""
+
+    def signed(x: Any, y: Any, **_: Any) -> Tensor | None:
+        if not all(isinstance(part, Tensor) and part.requires_grad for part in (x, y)) or x.shape != y.shape:
+            return None
+        size = function(x, y).detach().abs()
+        return sign(x) if ((size - 1).abs() < NEARLY).float().mean() > ALL_CUT else None
+
+    return signed
 
 
 def bucket(x: Tensor, edges: Tensor, **_: Any) -> Tensor:
@@ -184,14 +205,17 @@ RULES: dict[str, tuple[Rule, str]] = {
     **{name: (less, "compares") for name in ("lt", "le", "less", "less_equal")},
     "eq": (equal, "compares"),
     "ne": (unequal, "compares"),
-    **{name: (squeezed(getattr(torch, name)), "saturates") for name in ("tanh", "sigmoid", "erf", "atan")},
-    "softmax": (squeezed(F.softmax), "saturates"),
+    **{name: (squeezed(getattr(torch, name)), "saturates") for name in ("tanh", "erf", "atan")},
+    "sigmoid": (squeezed(torch.sigmoid, WIDE), "saturates"),
+    "softmax": (squeezed(F.softmax, WIDE), "saturates"),
     "hardtanh": (squeezed(F.hardtanh), "saturates"),
     "hardsigmoid": (squeezed(F.hardsigmoid), "saturates"),
     "softsign": (squeezed(F.softsign), "saturates"),
     "sin": (wave(torch.sin), "oscillates"),
     "cos": (wave(torch.cos), "oscillates"),
     **{name: (modulo, "oscillates") for name in ("remainder", "fmod", "mod", "frac")},
+    "mul": (unit(torch.mul), "takes signs"),
+    **{name: (unit(torch.true_divide), "takes signs") for name in ("div", "true_divide", "truediv")},
     **{name: (clamped, "clamps") for name in ("clamp", "clip")},
 }
 

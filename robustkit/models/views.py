@@ -14,8 +14,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +23,9 @@ from torch import Tensor, nn
 from robustkit.isolation import own_randomness
 from robustkit.models.classifier import Classifier
 from robustkit.models.heads import Heads
-from robustkit.models.ladder import combined, ensemble, rungs
-from robustkit.models.mending import Mend, Mending, through
+from robustkit.models.ladder import Rung, alone, combined, ensemble, mean_logit, rungs
+from robustkit.models.mending import Mend, Mending
+from robustkit.models.through import through
 from robustkit.shapes import Images, Logits
 
 View = Callable[[Images], Logits]
@@ -59,14 +59,16 @@ def views(model: Classifier, x: Images) -> Views:
         own = _slopes(model, x, labels)
         kept = [] if random or own is None else [own]
         look = _look(model, x)
-        for name, view in _candidates(model, x, random or (look is not None and look.drew)):
+        bends = () if look is None else tuple(look.bends)
+        for name, view in _candidates(model, x, bends, random or (look is not None and look.drew)):
             slopes = _slopes(view, x, labels)
             if slopes is None or any(_parallel(slopes, other) for other in kept):
                 continue
             found[name] = view
             kept.append(slopes)
         if found:
-            found["smooth"] = Smooth(found.get("inner-logits", Mended(model)))
+            inner = (view for name, view in found.items() if name.startswith("inner-"))
+            found["smooth"] = Smooth(next(inner, Mended(model, bends=bends)))
             found.mends = tuple(look.found) if look is not None else ()
     return found
 
@@ -76,43 +78,45 @@ class Mended:
     """A model with gradients where it hides them; `calm` takes its dice away, `part` and `rung` its aggregator."""
 
     model: Classifier
+    bends: tuple[nn.Module, ...] = ()
     calm: bool = False
     part: nn.Module | None = None
-    rung: Any = None
+    rung: Rung = mean_logit
     straight: bool = False
 
-    def __call__(self, x: Images) -> Logits:
-        """Return the logits of x."""
+    def __call__(self, x: Images, heads: Heads | None = None) -> Logits:
+        """Return the logits of x, and show what is computed to who looks for heads."""
         with ExitStack() as stack:
             if self.part is not None:
                 stack.enter_context(combined(self.part, self.rung, straight=self.straight))
-            if torch.is_grad_enabled() and x.requires_grad:
-                stack.enter_context(Mending(self.model, calm=self.calm))
-            logits: Logits = self.model(x)
+            if not (torch.is_grad_enabled() and x.requires_grad):
+                logits: Logits = self.model(x)
+                return logits
+            mending = stack.enter_context(Mending(self.model, heads=heads, calm=self.calm, bends=self.bends))
+            logits = mending.honest(self.model(x))
             return logits
 
 
 @dataclass(frozen=True)
 class Inner:
-    """The mean of the logits that a model computes on its way."""
+    """The logits that a model computes on its way, several heads' combined by a rung of the ladder."""
 
-    model: Classifier
+    mended: Mended
     classes: int
     count: int
-    calm: bool = False
-    only: int | None = None
+    rung: Rung
+    straight: bool = False
 
     def __call__(self, x: Images) -> Logits:
         """Return the logits of x."""
         with torch.enable_grad():
             images = x if x.requires_grad else x.detach().requires_grad_()
             heads = Heads((len(x), self.classes))
-            with Mending(self.model, heads=heads, calm=self.calm):
-                self.model(images)
+            deployed = self.mended(images, heads)
         if len(heads.found) < self.count:
             raise RuntimeError(f"{len(heads.found)} heads were seen instead of {self.count}.")
-        found = heads.found if self.only is None else [heads.found[self.only]]
-        logits = torch.stack(found[: self.count]).mean(0)
+        logits = self.rung(torch.stack(heads.found[: self.count], 1))
+        logits = through(deployed, logits) if self.straight else logits
         return logits if torch.is_grad_enabled() and x.requires_grad else logits.detach()
 
 
@@ -146,7 +150,9 @@ class Smooth:
         return through((x + self.sigma * torch.randn_like(x)).clamp(0, 1), x)
 
 
-def _candidates(model: Classifier, x: Images, random: bool) -> Iterator[tuple[str, View]]:
+def _candidates(
+    model: Classifier, x: Images, bends: tuple[nn.Module, ...], random: bool
+) -> Iterator[tuple[str, View]]:
     """Yield views that may be worth something."""
     exported = getattr(model.net, "views", None)
     if callable(exported):
@@ -156,20 +162,19 @@ def _candidates(model: Classifier, x: Images, random: bool) -> Iterator[tuple[st
         twin = copy.copy(model)
         twin.defenses = tuple(getattr(defense, "twin", defense) for defense in model.defenses)
         yield "twin", Mended(twin)
-    mended = Mended(model)
+    mended = Mended(model, bends=bends)
     part = ensemble(model)
     if part is not None:
         for name, rung in rungs(_predictors(model, part, x)).items():
-            yield name, Mended(model, part=part, rung=rung)
-        yield "straight-through", Mended(model, part=part, rung=next(iter(rungs(1).values())), straight=True)
+            yield name, replace(mended, part=part, rung=rung)
+        yield "straight-through", replace(mended, part=part, rung=mean_logit, straight=True)
     yield "mended", mended
     if random:
-        yield "calm", Mended(model, calm=True)
+        yield "calm", replace(mended, calm=True)
         yield "frozen", Frozen(mended)
-    for calm in (False, True) if random else (False,):
-        inner = _inner(model, x, calm)
-        if inner is not None:
-            yield "calm-inner-logits" if calm else "inner-logits", inner
+    yield from _inner(mended, x)
+    if random:
+        yield from ((f"calm-{name}", view) for name, view in _inner(replace(mended, calm=True), x))
 
 
 class _Exported(nn.Module):
@@ -196,16 +201,22 @@ def _predictors(model: Classifier, part: nn.Module, x: Images) -> int:
     return seen[0] if seen else 0
 
 
-def _inner(model: Classifier, x: Images, calm: bool) -> Inner | None:
-    """Return the logits inside, if there are any."""
-    shape = _plain(model, x).shape
+def _inner(mended: Mended, x: Images) -> Iterator[tuple[str, View]]:
+    """Yield the logits inside, if there are any; of several heads the rungs of the ladder."""
+    shape = _plain(mended, x).shape
     heads = Heads(tuple(shape))
     try:
-        with torch.enable_grad(), Mending(model, heads=heads, calm=calm):
-            model(x.clone().requires_grad_())
+        with torch.enable_grad():
+            mended(x.clone().requires_grad_(), heads)
     except Exception:
-        return None
-    return Inner(model, shape[1], len(heads.found), calm) if heads.found else None
+        return
+    count = len(heads.found)
+    if count == 1:
+        yield "inner-logits", Inner(mended, shape[1], 1, alone(0))
+    elif count > 1:
+        for name, rung in rungs(count).items():
+            yield f"inner-{name}", Inner(mended, shape[1], count, rung)
+        yield "inner-straight-through", Inner(mended, shape[1], count, mean_logit, straight=True)
 
 
 def _look(model: Classifier, x: Images) -> Mending | None:

@@ -1,0 +1,110 @@
+"""Six signs that an attack failed for its own reasons (Pintor et al. 2022, "Indicators of Attack Failure").
+
+arXiv:2106.09947. Each is a pure function of what a run has seen: gradients, losses, whether points fooled the
+model. Losses rise towards success here, as all of ours do; theirs fall. I3 is computed from its definition (their
+code takes the largest of what are labels already), and I4 is defined for every path: theirs skips the rescaling
+of a path whose maximum is 0, divides by zero on a constant one, and changes the caller's array.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from robustkit.goal import Goal
+from robustkit.rng import RowRng
+from robustkit.rows import Model, Rows, RowWise, ask
+from robustkit.shapes import Images, Labels, Mask, PerRow
+from robustkit.threat import ThreatModel
+
+# Width of the noise of I2, in [0, 1] pixel units, and its draws.
+RHO, DRAWS = 8 / 255, 100
+# The last steps that I4 looks at, and the share of the whole rise that they may still gain.
+LAST, GAIN = 10, 0.05
+
+
+@dataclass(frozen=True)
+class Trail:
+    """The way of an attack: losses and whether the model was fooled, both (B T), and the last points (B C H W)."""
+
+    losses: Tensor
+    fooled: Tensor
+    last: Images
+
+
+def unavailable(gradients: Images) -> Mask:
+    """I1: which rows have a gradient without one entry that is not zero."""
+    return (gradients.flatten(1) == 0).all(1)
+
+
+def unstable(loss: PerRow, around: Tensor) -> PerRow:
+    """I2: how much the loss (B) differs from those nearby (draws B), relative to itself, at most 1.
+
+    Where the loss is zero the difference itself counts.
+    """
+    size = torch.where(loss == 0, 1.0, loss.abs())
+    return ((around - loss).abs() / size).mean(0).clamp(max=1)
+
+
+def nearby(
+    loss: Callable[[Images], PerRow], x: Images, rng: RowRng, draws: int = DRAWS, rho: float = RHO
+) -> Tensor:
+    """Return the losses (draws B) at points whose pixels differ by at most half of rho, for `unstable`."""
+    with torch.no_grad():
+        shifts = (rho * (rng.at(step=draw).uniform(*x.shape[1:]) - 0.5).to(x.dtype) for draw in range(draws))
+        return torch.stack([loss(x + shift) for shift in shifts])
+
+
+def silent(fooled: Tensor) -> Mask:
+    """I3: which rows of successes along the way (B T) end in failure though an earlier point was a success."""
+    return fooled[:, :-1].any(1) & ~fooled[:, -1]
+
+
+def incomplete(losses: Tensor) -> Mask:
+    """I4: which rows' losses along the way (B T) still rose in the last ten steps, by a twentieth of their range."""
+    low, high = losses.amin(1, keepdim=True), losses.amax(1, keepdim=True)
+    share = (losses - low) / torch.where(high > low, high - low, 1.0)
+    best = share.cummax(1).values[:, -LAST:]
+    return best.amax(1) - best.amin(1) > GAIN
+
+
+def untransferred(surrogate: Labels, target: Labels) -> Mask:
+    """I5: which adversarials (B) the attacked stand-in names otherwise than the deployed model."""
+    return surrogate != target
+
+
+def unconstrained(fooled: Tensor, right: Mask) -> float:
+    """I6: the share of rows, right at first, that no point on the way (B T) without a limit fooled; must be 0."""
+    return float((right & ~fooled.any(1)).double().sum() / right.sum().clamp(min=1))
+
+
+def trail(
+    attack: RowWise, model: Model, x: Images, goal: Goal, threat: ThreatModel, rng: RowRng, loss: str = "margin"
+) -> Trail:
+    """Run one attempt of an attack on all rows to its end, whatever it finds on the way.
+
+    Args:
+        attack: whose first attempt is run.
+        model: what is attacked.
+        x: clean images.
+        goal: of each row.
+        threat: the rules.
+        rng: the dice.
+        loss: that is noted at each point; of a target, if the attack has any, it is the second likeliest's.
+    """
+    rows = Rows(x, goal, threat, rng, goal)
+    state = attack.init(rows)
+    losses, fooled, length = [], [], attack.length(threat.norm)
+    for step in range(length + 1):
+        answer = ask(attack, model, rows, state, step < length)
+        inside = threat.contains(state["x"], x)
+        losses.append(goal.loss(answer.logits, loss))
+        fooled.append(goal.reached(answer.logits) & inside)
+        last = state["x"]
+        if step < length:
+            rows = replace(rows, rng=rows.rng.at(step=step + 1))
+            state = attack.step(rows, state, answer)
+    return Trail(torch.stack(losses, 1), torch.stack(fooled, 1), last)

@@ -1,0 +1,98 @@
+"""Looks at losses before an attack begins: what makes each of them useless on a model, as a traffic light.
+
+All need the answers (B K) to a few images and two gradients there; nothing is run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from robustkit.shapes import Images, Labels, Logits
+
+SURE = 1e-6
+FLAT = 1e-6
+# Shares of images, and 1 - cosine, from which a light is yellow and red.
+YELLOW, RED = 0.25, 0.75
+
+
+@dataclass(frozen=True)
+class Lint:
+    """One finding: a share from 0 (good) to 1 of images, or what a cosine lacks of 1, and what it means."""
+
+    code: str
+    value: float
+    meaning: str
+
+    @property
+    def light(self) -> str:
+        """`green`, `yellow` or `red`."""
+        return "red" if self.value > RED else "yellow" if self.value > YELLOW else "green"
+
+
+def lints(logits: Logits, labels: Labels, gradient: Images, again: Images) -> list[Lint]:
+    """Return all findings; `gradient` and `again` are two draws of the same loss's input gradient."""
+    return [
+        Lint(
+            "ce-saturated",
+            ce_saturation(logits, labels),
+            "cross-entropy has no slope where the label's share is 1",
+        ),
+        Lint("dlr-flat", dlr_flatness(logits), "dlr divides by a gap of logits that is as good as zero"),
+        Lint("probabilities", double_softmax(logits), "outputs sum to 1, so cross-entropy takes a second softmax"),
+        Lint("zero-masking", zero_masking(logits), "a margin that masks the label by 0 has no slope below 0"),
+        Lint(
+            "underflow",
+            underflow(logits),
+            "classes stand at one floor, such as log(clamp(p)) has, and cannot move",
+        ),
+        Lint("zero-gradient", zero_gradients(gradient), "the gradient is zero"),
+        Lint("unlike-gradients", unlikeness(gradient, again), "two gradients at the same point differ"),
+    ]
+
+
+def ce_saturation(logits: Logits, labels: Labels) -> float:
+    """Return the share of rows whose label has a probability within 1e-6 of 1."""
+    others = logits.double().log_softmax(1).gather(1, labels[:, None])[:, 0]
+    return _share(-torch.expm1(others) < SURE)
+
+
+def dlr_flatness(logits: Logits) -> float:
+    """Return the share of rows whose first and third logits (second of two) are within 1e-6 of their size."""
+    top = logits.topk(min(3, logits.shape[1]), 1).values
+    return _share(top[:, 0] - top[:, -1] <= FLAT * logits.abs().amax(1))
+
+
+def double_softmax(logits: Logits) -> float:
+    """Return the share of rows that are probabilities."""
+    return _share((logits >= 0).all(1) & ((logits.sum(1) - 1).abs() < 1e-4))
+
+
+def zero_masking(logits: Logits) -> float:
+    """Return the share of rows without an output above 0."""
+    return _share((logits <= 0).all(1))
+
+
+def underflow(logits: Logits) -> float:
+    """Return the share of rows of which two or more classes, but not all, share the lowest value to the bit."""
+    floor = (logits == logits.amin(1, keepdim=True)).sum(1)
+    return _share((floor > 1) & (floor < logits.shape[1]))
+
+
+def zero_gradients(gradient: Images) -> float:
+    """Return the share of rows whose gradient is zero."""
+    return _share((gradient.flatten(1) == 0).all(1))
+
+
+def unlikeness(gradient: Images, again: Images) -> float:
+    """Return one minus the mean cosine of two gradients, from 0 to 1; two zeros are alike."""
+    one, other = gradient.flatten(1).double(), again.flatten(1).double()
+    cosine = F.cosine_similarity(one, other, eps=1e-300)
+    cosine = torch.where((one == 0).all(1) & (other == 0).all(1), 1.0, cosine)
+    return float((1 - cosine).mean().clamp(0, 1))
+
+
+def _share(rows: torch.Tensor) -> float:
+    return float(rows.double().mean()) if len(rows) else 0.0
