@@ -20,6 +20,7 @@ PACKAGE = ROOT / "robustkit"
 VOCABULARY = {
     *("errors", "shapes", "threat", "losses", "goal", "rng", "rows", "record", "registry"),
     *("residual", "surrogates", "populations", "transfer", "method", "sampling", "features", "inner"),
+    *("aggregation", "noise", "multiresolution", "stem", "probes", "selfensemble"),
 }
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
@@ -41,6 +42,13 @@ ALLOWED: dict[str, set[str]] = {
     "registry": {"errors"},
     "residual": {"errors"},
     "aggregation": {"errors", "shapes"},
+    "noise": {"errors", "rng", "shapes"},
+    "multiresolution": {"errors", "rng", "shapes"},
+    "stem": {"errors", "features", "shapes"},
+    "probes": {"errors", "features", "shapes"},
+    "selfensemble": {
+        *("aggregation", "errors", "features", "multiresolution", "noise", "probes", "rng", "shapes"),
+    },
     "features": {"errors", "shapes"},
     "inner": {"errors", "method", "rng", "shapes", "threat"},
     "surrogates": {"errors", "goal", "rng", "rows", "shapes", "threat"},
@@ -48,7 +56,7 @@ ALLOWED: dict[str, set[str]] = {
     "transfer": {"errors", "goal", "populations", "registry", "rng", "rows", "shapes", "surrogates", "threat"},
     "attacks": VOCABULARY,
     "defenses": VOCABULARY | {"attacks"},
-    "models": {"devices", "errors", "shapes", "posterior", "preprocess", "registry"},
+    "models": {"devices", "errors", "noise", "shapes", "posterior", "preprocess", "registry"},
     "posterior": {"errors"},
     "data": {"errors", "shapes", "preprocess"},
     "ledger": {"errors", "record"},

@@ -15,7 +15,7 @@ _FIELDS = {
     ZOO: _EVERY_KIND | {"num_classes", "in_channels", "pretrained"},
     TIMM: _EVERY_KIND | {"num_classes", "pretrained"},
     TORCHVISION: _EVERY_KIND | {"num_classes", "pretrained"},
-    FOLDER: _EVERY_KIND,
+    FOLDER: _EVERY_KIND | {"noise"},
 }
 _BOOLEANS = {"true": True, "false": False}
 
@@ -31,6 +31,7 @@ class Options:
         num_classes: Classes of the net's last layer, at least 2.
         in_channels: Channels of the images, at least 1.
         defenses: What stands in front of the net, in the order that an image meets it.
+        noise: The policy of a trained net's own random numbers: `fresh`, `frozen` or `content`.
         pretrained: Whether the source's own trained weights are used where the string names no file.
         keywords: Every other field, for a factory given as Python code.
     """
@@ -41,6 +42,7 @@ class Options:
     num_classes: int | None = None
     in_channels: int | None = None
     defenses: tuple[Any, ...] = ()
+    noise: str | None = None
     pretrained: bool = True
     keywords: dict[str, object] = field(default_factory=dict)
 
@@ -63,6 +65,7 @@ class Options:
             num_classes=_count("num_classes", taken, least=2),
             in_channels=_count("in_channels", taken, least=1),
             defenses=parse_defenses(taken["defense"]) if "defense" in taken else (),
+            noise=taken.get("noise"),
             pretrained=_boolean("pretrained", taken.get("pretrained", "true")),
             keywords={name: keyword_value(text) for name, text in given.items()},
         )

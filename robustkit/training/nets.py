@@ -14,10 +14,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from robustkit.errors import UsageError
 from robustkit.features import Reached
+from robustkit.method import Method
 from robustkit.models import Classifier, load_model
+from robustkit.models.built import seeded
 from robustkit.models.catalog import lookup
 from robustkit.models.mixture import Mixture
 from robustkit.models.strings import FOLDER, TIMM, TORCHVISION, ZOO, ModelString
+from robustkit.noise import Noise, drawn
+from robustkit.registry import spec as record_of
 from robustkit.shapes import Images, Logits
 from robustkit.trained import RECORD
 
@@ -129,8 +133,8 @@ def bare(classifier: Classifier) -> str:
     )
 
 
-def build(spec: ModelString, seed: int, sample: Images, classes: int) -> Classifier:
-    """Return a net with the initial weights of a seed, after a look at whether it fits the data.
+def build(spec: ModelString, seed: int, sample: Images, classes: int, method: Method) -> Classifier:
+    """Return a net with a seed's initial weights, and what the method puts around it, if it fits the data.
 
     Raises:
         UsageError: if it is no module with weights, or its logits are not one for each class.
@@ -140,13 +144,33 @@ def build(spec: ModelString, seed: int, sample: Images, classes: int) -> Classif
         raise UsageError(f"{spec} has no weights to train; write an architecture, e.g. robustkit:cifar-resnet20.")
     if isinstance(classifier.net, Mixture):
         raise UsageError(f"{spec} is several nets; write which one to start from, as {spec.arch}#0.")
-    with torch.no_grad():
+    if method.wraps:
+        classifier = _wrapped(classifier, seed, sample, classes, method)
+    with torch.no_grad(), drawn(classifier, Noise("content")):
         logits = classifier(sample)
     if logits.shape[1] < classes:
         raise UsageError(
             f"{spec} has {logits.shape[1]} logits and the data {classes} classes; write num_classes={classes}."
         )
     return classifier
+
+
+def _wrapped(classifier: Classifier, seed: int, sample: Images, classes: int, method: Method) -> Classifier:
+    if classifier.size is not None:
+        raise UsageError(
+            f"{method.info.name} changes the size of images itself; leave size out of {classifier.string} and "
+            "write --enlarge."
+        )
+    mean, std = (None if of is None else of.flatten().tolist() for of in (classifier.mean, classifier.std))
+    with seeded(seed):
+        net = method.around(net_of(classifier), torch.zeros_like(sample[:1]), classes, mean, std)
+    return Classifier(
+        net.eval(),
+        string=classifier.string,
+        identity={"arch": classifier.string, "method": record_of(method)},
+        num_classes=classes,
+        preprocess=classifier.preprocess,
+    )
 
 
 def flops(classifier: Classifier, sample: Images) -> int:

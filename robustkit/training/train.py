@@ -129,7 +129,7 @@ class Training:
     @cached_property
     def net(self) -> Classifier:
         """The first member before training."""
-        return nets.build(self.string, self.seed, self.images.at(slice(0, 2)), self.plan.classes)
+        return nets.build(self.string, self.seed, self.images.at(slice(0, 2)), self.plan.classes, self.method)
 
     @cached_property
     def spec(self) -> TrainSpec:
