@@ -42,6 +42,7 @@ ALLOWED: dict[str, set[str]] = {
     "registry": {"errors"},
     "residual": {"errors"},
     "aggregation": {"errors", "shapes"},
+    "factsheet": {"aggregation", "errors"},
     "noise": {"errors", "rng", "shapes"},
     "multiresolution": {"errors", "rng", "shapes"},
     "stem": {"errors", "features", "shapes"},
@@ -71,7 +72,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "cli": {
         *("api", "devices", "engine", "report", "models", "data", "registry", "errors", "threat", "record"),
-        *("crafted", "training", "trained"),
+        *("crafted", "training", "trained", "factsheet"),
     },
 }
 # Only these may name the packages that are slow to import or belong to one adapter.
