@@ -24,6 +24,8 @@ from robustkit.shapes import Images
 GREY = (0.2989, 0.587, 0.114)
 # A factor is one of so many, evenly spaced.
 FACTORS = 100
+# Of the published resolutions.
+SMALLEST = 4
 Range = tuple[float, float]
 
 
@@ -103,8 +105,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def halves(height: int) -> tuple[int, ...]:
-    """Return a height, its half, quarter and eighth, as far as there are pixels: 32, 16, 8, 4."""
-    return tuple(dict.fromkeys(max(height >> by, 1) for by in range(4)))
+    """Return a height, its half, quarter and eighth, down to the 4 pixels published: 32, 16, 8, 4."""
+    return tuple(height >> by for by in range(4) if by == 0 or height >> by >= SMALLEST)
 
 
 def grey_blend(images: Images, factor: Tensor) -> Images:

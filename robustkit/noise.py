@@ -16,7 +16,8 @@ from robustkit.errors import UsageError, did_you_mean
 from robustkit.rng import MULTIPLIERS, WORD, RowRng, philox
 from robustkit.shapes import Images
 
-KINDS = ("fresh", "frozen", "content")
+KINDS = ("fresh", "frozen", "content", "calm")
+SEEDED = ("frozen", "content")
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Noise:
     `fresh`: new ones in every pass, out of torch's generator, so that `torch.manual_seed` repeats them.
     `frozen`: always the same, and the same for every image, so that how a batch is cut does not matter.
     `content`: a function of the image's own bytes, so that each image always meets the same ones.
+    `calm`: the middle of the range, always.
     """
 
     kind: str = "fresh"
@@ -33,7 +35,7 @@ class Noise:
 
     @classmethod
     def parse(cls, text: str) -> Noise:
-        """Return the policy of `fresh`, `frozen`, `content`, or of one of the last two with a seed, `frozen:7`.
+        """Return the policy of a kind, or of `frozen` or `content` with a seed, as in `frozen:7`.
 
         Raises:
             UsageError: for another word or seed.
@@ -41,21 +43,30 @@ class Noise:
         kind, sign, seed = text.partition(":")
         if kind not in KINDS:
             raise did_you_mean("noise", kind, KINDS)
-        if sign and (kind == "fresh" or not seed.isdecimal()):
+        if sign and (kind not in SEEDED or not seed.isdecimal()):
             raise UsageError(f"noise={text} is not possible: a seed is a whole number of frozen:7 or content:7.")
         return cls(kind, int(seed or 0))
 
     def __str__(self) -> str:
-        return self.kind if self.kind == "fresh" or not self.seed else f"{self.kind}:{self.seed}"
+        return f"{self.kind}:{self.seed}" if self.seed else self.kind
 
     def rng(self, images: Images, generator: torch.Generator | None = None) -> RowRng:
         """Return a generator for each image; fresh ones come out of `generator`, torch's own if there is none."""
         if self.kind == "content":
             return RowRng(self.seed, "content", content(images))
         rows = torch.arange(len(images), device=images.device)
+        if self.kind == "calm":
+            return Middle(0, "calm", rows)
         if self.kind == "frozen":
             return RowRng(self.seed, "frozen", torch.zeros_like(rows))
         return RowRng(int(torch.randint(2**62, (), generator=generator)), "fresh", rows)
+
+
+class Middle(RowRng):
+    """A generator whose uniform draws are all a half."""
+
+    def _words(self, count: int) -> Tensor:
+        return torch.full((len(self.ids), count), 2**31, device=self.ids.device)
 
 
 def content(images: Images) -> Tensor:

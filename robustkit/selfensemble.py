@@ -7,18 +7,20 @@ backbone; here one pass with one draw serves both.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from robustkit.aggregation import logits as mean_logits
 from robustkit.aggregation import parse_aggregator
 from robustkit.errors import UsageError
 from robustkit.features import evaluating
 from robustkit.multiresolution import MultiResolution
-from robustkit.noise import Noise
+from robustkit.noise import Noise, drawn
 from robustkit.probes import flat, probes, seen
 from robustkit.rng import RowRng
 from robustkit.shapes import Images, Logits
@@ -75,12 +77,12 @@ class SelfEnsemble(nn.Module):
         for name, values in (("mean", mean), ("std", std)):
             each = torch.tensor(values, dtype=torch.float32).expand(image.shape[1])
             self.register_buffer(name, each.repeat(len(stack.resolutions)).view(1, -1, 1, 1))
-        stacked = self.views(image, Noise("frozen").rng(image))
+        stacked = self.shown(image, Noise("frozen").rng(image))
         self.probes = probes(backbone, stacked, self.layers, classes, pooled)
         self._answers: str | None = None
         self._rng: RowRng | None = None
 
-    def views(self, images: Images, rng: RowRng) -> Images:
+    def shown(self, images: Images, rng: RowRng) -> Images:
         """Return normalised stacks (B R*C H W) of images, as the backbone takes them."""
         x = self.stack(images, rng)
         if self.size:
@@ -89,7 +91,7 @@ class SelfEnsemble(nn.Module):
 
     def stacked(self, images: Images) -> Tensor:
         """Return the logits (B N K) of the probes in order, and of the backbone last."""
-        features, logits = seen(self.backbone, self._views(images), self.layers)
+        features, logits = seen(self.backbone, self._shown(images), self.layers)
         named = [probe(flat(each, self.pooled)) for probe, each in zip(self.probes, features, strict=True)]
         return torch.stack([*named, logits], 1)
 
@@ -99,11 +101,19 @@ class SelfEnsemble(nn.Module):
         if not isinstance(images, Tensor):
             raise TypeError("a self-ensemble is not to be traced.")
         if self._answers == BACKBONE:
-            logits: Tensor = self.backbone(self._views(images))
+            logits: Tensor = self.backbone(self._shown(images))
             return logits
         if self._answers == PROBES:
             return self._mean_of_probes(images)
         return parse_aggregator(self.combine)(self.stacked(images).float())
+
+    def views(self) -> dict[str, Callable[[Images], Logits]]:
+        """Return what to search gradients of: the mean logits, with every draw at its middle or held still."""
+        return {f"mean-logit-{kind}": partial(self._under, Noise(kind)) for kind in ("calm", "frozen")}
+
+    def _under(self, noise: Noise, images: Images) -> Logits:
+        with drawn(self, noise):
+            return mean_logits(self.stacked(images).float())
 
     @contextmanager
     def answering(self, part: str, rng: RowRng) -> Iterator[None]:
@@ -118,12 +128,12 @@ class SelfEnsemble(nn.Module):
         finally:
             self._answers, self._rng = None, None
 
-    def _views(self, images: Images) -> Images:
-        return self.views(images, self.noise.rng(images) if self._rng is None else self._rng)
+    def _shown(self, images: Images) -> Images:
+        return self.shown(images, self.noise.rng(images) if self._rng is None else self._rng)
 
     def _mean_of_probes(self, images: Images) -> Logits:
         with evaluating(self.backbone), torch.no_grad():
-            features, _ = seen(self.backbone, self._views(images), self.layers)
+            features, _ = seen(self.backbone, self._shown(images), self.layers)
         named = [probe(flat(each, self.pooled)) for probe, each in zip(self.probes, features, strict=True)]
         return torch.stack(named).float().log_softmax(2).mean(0)
 

@@ -31,7 +31,7 @@ class Options:
         num_classes: Classes of the net's last layer, at least 2.
         in_channels: Channels of the images, at least 1.
         defenses: What stands in front of the net, in the order that an image meets it.
-        noise: The policy of a trained net's own random numbers: `fresh`, `frozen` or `content`.
+        noise: The policy of a trained net's own random numbers: `fresh`, `frozen`, `content`, `calm`.
         pretrained: Whether the source's own trained weights are used where the string names no file.
         keywords: Every other field, for a factory given as Python code.
     """

@@ -37,7 +37,7 @@ def test_shape_and_box() -> None:
         assert (out <= 1).all()
     assert USUAL == MultiResolution((32, 16, 8, 4), 0.2, 0.2, 3, None, (0.5, 1.0))
     assert MultiResolution.preset("paper", 32) == replace(USUAL, contrast=(0.7, 1.5))
-    assert (halves(224), halves(8), halves(2)) == ((224, 112, 56, 28), (8, 4, 2, 1), (2, 1))
+    assert (halves(224), halves(8), halves(2)) == ((224, 112, 56, 28), (8, 4), (2,))
 
 
 def test_a_constant_stays_where_nothing_is_drawn() -> None:
@@ -132,6 +132,15 @@ def test_policies() -> None:
     assert torch.equal(before, torch.random.get_rng_state())
 
 
+def test_calm_is_the_middle() -> None:
+    """No jitter, factors and noise halfway."""
+    x = images(2)
+    calm = USUAL(x, Noise("calm").rng(x))
+    still = replace(USUAL, jitter=0, colour=(50 / 198 + 0.5, 50 / 198 + 0.5), noise_small=0, noise_large=0)
+    still = replace(still, resolutions=(32,))
+    assert torch.allclose(calm[:, :3], (still(x, rng(2)) + 0.2).clamp(0, 1), atol=1e-5)
+
+
 def test_content_is_a_hash() -> None:
     """One bit of one pixel, or two pixels exchanged, give another number; the sign of zero does not."""
     x = images(1).expand(201, -1, -1, -1).clone()
@@ -147,14 +156,14 @@ def test_content_is_a_hash() -> None:
     assert float(spread.mean()) == pytest.approx(0.5, abs=0.02)
 
 
-@pytest.mark.parametrize("policy", ["Frozen", "fresh:1", "frozen:x", ""])
+@pytest.mark.parametrize("policy", ["Frozen", "fresh:1", "calm:1", "frozen:x", ""])
 def test_a_policy_that_is_none(policy: str) -> None:
     with pytest.raises(UsageError, match="noise"):
         Noise.parse(policy)
 
 
 def test_a_policy_is_written_as_it_is_read() -> None:
-    for text in ("fresh", "frozen", "frozen:7", "content", "content:2"):
+    for text in ("fresh", "frozen", "frozen:7", "content", "content:2", "calm"):
         assert str(Noise.parse(text)) == text
 
 

@@ -132,7 +132,7 @@ def test_answers_are_those_of_the_parts() -> None:
     stack = whole.stacked(x)
     assert stack.shape == (16, 3, 4)
     stacks = whole.stack(x, Noise("frozen", 3).rng(x))
-    mean, std = (torch.tensor(values * 4).view(1, -1, 1, 1) for values in ([0.5, 0.4, 0.3], [0.2, 0.2, 0.1]))
+    mean, std = (torch.tensor(values * 2).view(1, -1, 1, 1) for values in ([0.5, 0.4, 0.3], [0.2, 0.2, 0.1]))
     assert torch.allclose(stack[:, 2], whole.backbone((stacks - mean) / std), atol=1e-5)
     assert whole.combine == "crossmax:2"
     assert torch.equal(whole(x), crossmax(stack, 2))
@@ -147,8 +147,20 @@ def test_stacks_are_enlarged_for_the_backbone() -> None:
         load_model("robustkit:digits-cnn").net, torch.zeros(1, 1, 8, 8), 10, None, None
     )
     x = torch.rand(2, 1, 8, 8)
-    assert whole.views(x, Noise("frozen").rng(x)).shape == (2, 4, 16, 16)
+    assert whole.shown(x, Noise("frozen").rng(x)).shape == (2, 2, 16, 16)
     assert whole.probes[0][0].num_features == 32 * 16 * 16
+
+
+def test_views_are_smooth_and_still() -> None:
+    """No draw and no aggregator in the way: the same gradient each time, of all predictors' mean logits."""
+    whole, x = ensemble(layers="1+4"), images()
+    for noise, view in zip(("calm", "frozen"), whole.views().values(), strict=True):
+        answer = view(x)
+        assert torch.equal(answer, view(x))
+        with drawn(whole, Noise(noise)):
+            assert torch.allclose(answer, whole.stacked(x).mean(1))
+    assert set(whole.views()) == {"mean-logit-calm", "mean-logit-frozen"}
+    assert whole.noise == Noise()
 
 
 def test_a_policy_can_be_set_and_is_given_back() -> None:
@@ -187,7 +199,7 @@ def test_each_probe_learns_as_if_alone() -> None:
     whole = ensemble(layers="1+4").train()
     loss = method.backward([whole], one, PLAN)
     whole.backbone.eval()
-    stacks = whole.views(one.x, replace(one.rng, stream="method/stack0"))
+    stacks = whole.shown(one.x, replace(one.rng, stream="method/stack0"))
     features, _ = seen(whole.backbone, stacks, whole.layers)
     losses = [
         nn.functional.cross_entropy(probe(flat(each, False).detach()), one.y)
@@ -244,8 +256,8 @@ def test_a_run_is_a_model(run: Path) -> None:
         assert torch.equal(load_model(frozen.string)(x), frozen(x))
     assert one.string.endswith("#1?noise=fresh")
     assert len({model.fingerprint for model in (whole, one, frozen, load_model(f"{run}/#1?noise=content"))}) == 4
-    with pytest.raises(UsageError, match="no noise 'calm'"):
-        load_model(f"{run}/?noise=calm")
+    with pytest.raises(UsageError, match="no noise 'quiet'"):
+        load_model(f"{run}/?noise=quiet")
 
 
 def test_only_nets_that_draw_have_a_policy(tmp_path: Path) -> None:
