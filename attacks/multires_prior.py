@@ -71,8 +71,8 @@ def coarse(images: Images, factor: int) -> Images:
     """Return images as a resolution so many times smaller shows them, at their own size."""
     if factor == 1:
         return images
-    size = [max(length // factor, 1) for length in images.shape[2:]]
-    small = F.adaptive_avg_pool2d(images, size)
+    height, width = (max(length // factor, 1) for length in images.shape[2:])
+    small = F.adaptive_avg_pool2d(images, (height, width))
     return F.interpolate(small, images.shape[2:], mode="bicubic", align_corners=False)
 
 

@@ -72,7 +72,7 @@ class MultiRes(Method):
 
     def size(self, samples: int) -> Size:
         """Return the notebook's size, which finetunes; on a small set one that learns from scratch."""
-        return Size(7, 128, 3.3e-5) if samples > 5000 else Size(28, 64, 3e-3)
+        return Size(7, 128, 3.3e-5) if samples > 5000 else Size(30, 64, 0.01)
 
     def check(self, plan: Plan) -> None:
         """Refuse a run without epochs for both parts, and fields that attack nothing."""
