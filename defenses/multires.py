@@ -102,7 +102,6 @@ class MultiRes(Method):
         self,
         net: nn.Module,
         image: Images,
-        classes: int,
         mean: Sequence[float] | None,
         std: Sequence[float] | None,
     ) -> SelfEnsemble:
@@ -121,7 +120,6 @@ class MultiRes(Method):
             stack,
             layers,
             image,
-            classes,
             pooled=self.pooled,
             size=self.enlarge,
             mean=mean or (0.0,),

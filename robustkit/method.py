@@ -126,7 +126,6 @@ class Method:
         self,
         net: nn.Module,
         image: Images,
-        classes: int,
         mean: Sequence[float] | None,
         std: Sequence[float] | None,
     ) -> nn.Module:
@@ -138,7 +137,6 @@ class Method:
         Args:
             net: as the model string gives it; it may be changed.
             image: one (1 C H W), of the size that the net is trained on.
-            classes: K.
             mean: of the net's normalisation, if it has one.
             std: likewise.
         """

@@ -99,15 +99,20 @@ def _units(net: nn.Module, prefix: str) -> list[tuple[str, nn.Module]]:
     return found
 
 
-def probes(net: nn.Module, image: Images, layers: Sequence[str], classes: int, pooled: bool) -> nn.ModuleList:
-    """Return a new probe for each layer, of the width that a pass over one image shows.
+def probes(net: nn.Module, image: Images, layers: Sequence[str], pooled: bool) -> nn.ModuleList:
+    """Return a new probe for each layer, of the width and the classes that a pass over one image shows.
 
     Raises:
-        UsageError: if the net has no such layer, or it takes no part in the pass.
+        UsageError: if the net has no such layer, or it takes no part in the pass, or that gives no logits.
     """
     for name in layers:
         check_layer(net, name, 0)
     with evaluating(net), torch.no_grad():
-        features, _ = seen(net, image, layers)
+        features, logits = seen(net, image, layers)
+    if not isinstance(logits, Tensor) or logits.dim() != 2:
+        raise UsageError(
+            f"a {type(net).__name__} gives no logits (B, K) for probes to stand beside; write another net."
+        )
+    classes = logits.shape[1]
     widths = [flat(each, pooled).shape[1] for each in features]
     return nn.ModuleList(nn.Sequential(nn.BatchNorm1d(width), nn.Linear(width, classes)) for width in widths)

@@ -46,7 +46,6 @@ class SelfEnsemble(nn.Module):
         stack: MultiResolution,
         layers: Sequence[str],
         image: Images,
-        classes: int,
         *,
         pooled: bool = False,
         size: int = 0,
@@ -60,7 +59,6 @@ class SelfEnsemble(nn.Module):
             stack: what makes those of images.
             layers: names of the backbone's modules, without the one that the logits come from.
             image: one (1 C H W), to measure layers with.
-            classes: K.
             pooled: whether probes see the mean over places of a feature map.
             size: height and width that stacks are enlarged to, bicubic; 0 leaves them.
             mean: subtracted from each channel of each image of a stack.
@@ -78,7 +76,7 @@ class SelfEnsemble(nn.Module):
             each = torch.tensor(values, dtype=torch.float32).expand(image.shape[1])
             self.register_buffer(name, each.repeat(len(stack.resolutions)).view(1, -1, 1, 1))
         stacked = self.shown(image, Noise("frozen").rng(image))
-        self.probes = probes(backbone, stacked, self.layers, classes, pooled)
+        self.probes = probes(backbone, stacked, self.layers, pooled)
         self._answers: str | None = None
         self._rng: RowRng | None = None
 

@@ -145,7 +145,7 @@ def build(spec: ModelString, seed: int, sample: Images, classes: int, method: Me
     if isinstance(classifier.net, Mixture):
         raise UsageError(f"{spec} is several nets; write which one to start from, as {spec.arch}#0.")
     if method.wraps:
-        classifier = _wrapped(classifier, seed, sample, classes, method)
+        classifier = _wrapped(classifier, seed, sample, method)
     with torch.no_grad(), drawn(classifier, Noise("content")):
         logits = classifier(sample)
     if logits.shape[1] < classes:
@@ -155,20 +155,21 @@ def build(spec: ModelString, seed: int, sample: Images, classes: int, method: Me
     return classifier
 
 
-def _wrapped(classifier: Classifier, seed: int, sample: Images, classes: int, method: Method) -> Classifier:
+def _wrapped(classifier: Classifier, seed: int, sample: Images, method: Method) -> Classifier:
     if classifier.size is not None:
         raise UsageError(
             f"{method.info.name} changes the size of images itself; leave size out of {classifier.string} and "
             "write --enlarge."
         )
     mean, std = (None if of is None else of.flatten().tolist() for of in (classifier.mean, classifier.std))
+    identity = {"around": classifier.fingerprint, "method": record_of(method)}
     with seeded(seed):
-        net = method.around(net_of(classifier), torch.zeros_like(sample[:1]), classes, mean, std)
+        net = method.around(net_of(classifier), torch.zeros_like(sample[:1]), mean, std)
     return Classifier(
         net.eval(),
         string=classifier.string,
-        identity={"arch": classifier.string, "method": record_of(method)},
-        num_classes=classes,
+        identity=identity,
+        num_classes=classifier.num_classes,
         preprocess=classifier.preprocess,
     )
 

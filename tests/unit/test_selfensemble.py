@@ -47,7 +47,7 @@ def images(count: int = 16) -> Tensor:
 def ensemble(seed: int = 0, **fields: Any) -> SelfEnsemble:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        made = make_method("multires", **fields).around(net(seed), images(1), 4, (0.5, 0.4, 0.3), (0.2, 0.2, 0.1))
+        made = make_method("multires", **fields).around(net(seed), images(1), (0.5, 0.4, 0.3), (0.2, 0.2, 0.1))
     assert isinstance(made, SelfEnsemble)
     return made.eval()
 
@@ -92,7 +92,7 @@ def test_a_transformer_takes_stacks_too() -> None:
     layers = usual_layers(model, torch.zeros(1, 3, 160, 160))
     assert any(name.startswith("blocks.") for name in layers)
     method = make_method("multires", pooled=True, layers="+".join(layers[-2:]))
-    whole = method.around(model, torch.zeros(1, 3, 160, 160), 4, None, None).eval()
+    whole = method.around(model, torch.zeros(1, 3, 160, 160), None, None).eval()
     assert whole.stacked(torch.rand(2, 3, 160, 160)).shape == (2, 3, 4)
 
 
@@ -144,7 +144,7 @@ def test_answers_are_those_of_the_parts() -> None:
 
 def test_stacks_are_enlarged_for_the_backbone() -> None:
     whole = make_method("multires", enlarge=16, layers="conv1").around(
-        load_model("robustkit:digits-cnn").net, torch.zeros(1, 1, 8, 8), 10, None, None
+        load_model("robustkit:digits-cnn").net, torch.zeros(1, 1, 8, 8), None, None
     )
     x = torch.rand(2, 1, 8, 8)
     assert whole.shown(x, Noise("frozen").rng(x)).shape == (2, 2, 16, 16)
@@ -287,7 +287,9 @@ def test_impossible_runs_are_refused() -> None:
     with pytest.raises(UsageError, match="write 2 or more"):
         make_method("multires").check(replace(PLAN, epochs=1))
     with pytest.raises(UsageError, match="not from a self-ensemble"):
-        make_method("multires").around(ensemble(layers="4"), images(1), 4, None, None)
+        make_method("multires").around(ensemble(layers="4"), images(1), None, None)
+    with pytest.raises(UsageError, match="no logits"):
+        make_method("multires").around(nn.Sequential(nn.Conv2d(3, 4, 3)), images(1), None, None)
     with pytest.raises(UsageError, match="no self-ensemble"):
         self_ensemble(net())
     fields = make_method("multires", preset="paper", noise=0.1, jitter=2, resolutions="8+2", colour="1")
