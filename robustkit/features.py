@@ -8,7 +8,8 @@ Nothing runs beyond the layer asked for, and no hook stays.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
@@ -54,17 +55,23 @@ class _Count(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-@torch.no_grad()
-def depth(net: nn.Module, image: Images) -> int:
-    """Return how many layers a net has, by a pass over one image that leaves the net as it was."""
+@contextmanager
+def evaluating(net: nn.Module) -> Iterator[None]:
+    """Put a net into eval mode for a while; every part of it has its own mode back afterwards."""
     modes = [(part, part.training) for part in net.modules()]
     net.eval()
     try:
-        with _Count() as count:
-            net(image)
+        yield
     finally:
         for part, training in modes:
             part.training = training
+
+
+@torch.no_grad()
+def depth(net: nn.Module, image: Images) -> int:
+    """Return how many layers a net has, by a pass over one image that leaves the net as it was."""
+    with evaluating(net), _Count() as count:
+        net(image)
     return int(count.seen) + 1
 
 

@@ -103,6 +103,8 @@ class Method:
     fewest: ClassVar[int] = 1
     # Whether its batches come with partners: as many images again, in an order of their own.
     pairs: ClassVar[bool] = False
+    # Whether it puts something around its nets, by `around`.
+    wraps: ClassVar[bool] = False
     # Whether the run writes posterior samples instead of its last weights.
     posterior: ClassVar[bool] = False
     # What becomes of running statistics in a posterior sample: `keep` those at its step, or `re-estimate` them.
@@ -127,6 +129,26 @@ class Method:
     def remembers(self) -> bool:
         """Return whether each image has a sign for each pixel and member from one epoch to the next."""
         return False
+
+    def around(
+        self,
+        net: nn.Module,
+        image: Images,
+        mean: Sequence[float] | None,
+        std: Sequence[float] | None,
+    ) -> nn.Module:
+        """Return what is trained and written in a net's place, of a method that `wraps`.
+
+        It takes images on [0, 1] and normalises them itself. New weights come from torch's generator. It is
+        called again to load a run, whose weights, normalisation included, are then put into it.
+
+        Args:
+            net: as the model string gives it; it may be changed.
+            image: one (1 C H W), of the size that the net is trained on.
+            mean: of the net's normalisation, if it has one.
+            std: likewise.
+        """
+        return net
 
     def optimizer(self, parameters: Iterable[nn.Parameter], plan: Plan) -> torch.optim.Optimizer:
         """Return what moves one member's weights; the plan's seed is the member's."""

@@ -75,6 +75,7 @@ class Trained:
         accuracy: on the test data, `{value, low, high, n}` with a 95 % interval, or None; of several members or
             samples, that of their mean probabilities.
         member_accuracy: the share each member alone classifies correctly.
+        input: channels, height and width of its images, where the method put something around the net.
         cost: `forwards` and `backwards`, sample-propagations; `flops`; `seconds`.
         hashes: sha256 of each file of weights.
         environment: versions, device, commit.
@@ -95,6 +96,7 @@ class Trained:
     samples: Sequence[Mapping[str, Any]] = ()
     accuracy: Mapping[str, Any] | None = None
     member_accuracy: Sequence[float] = ()
+    input: Sequence[int] | None = None
     environment: Mapping[str, Any] = field(default_factory=dict)
     format: int = FORMAT
 

@@ -20,7 +20,7 @@ PACKAGE = ROOT / "robustkit"
 VOCABULARY = {
     *("errors", "shapes", "threat", "losses", "goal", "rng", "rows", "record", "registry"),
     *("residual", "surrogates", "populations", "transfer", "method", "sampling", "features", "inner"),
-    "aggregation",
+    *("aggregation", "noise", "multiresolution", "stem", "probes", "selfensemble"),
 }
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
@@ -43,6 +43,14 @@ ALLOWED: dict[str, set[str]] = {
     "registry": {"errors", "record"},
     "residual": {"errors"},
     "aggregation": {"errors", "shapes"},
+    "factsheet": {"aggregation", "errors"},
+    "noise": {"errors", "rng", "shapes"},
+    "multiresolution": {"errors", "rng", "shapes"},
+    "stem": {"errors", "features", "shapes"},
+    "probes": {"errors", "features", "shapes"},
+    "selfensemble": {
+        *("aggregation", "errors", "features", "multiresolution", "noise", "probes", "rng", "shapes"),
+    },
     "features": {"errors", "shapes"},
     "inner": {"errors", "features", "method", "rng", "shapes", "threat"},
     "surrogates": {"errors", "goal", "rng", "rows", "shapes", "threat"},
@@ -50,7 +58,10 @@ ALLOWED: dict[str, set[str]] = {
     "transfer": {"errors", "goal", "populations", "registry", "rng", "rows", "shapes", "surrogates", "threat"},
     "attacks": VOCABULARY,
     "defenses": VOCABULARY | {"attacks"},
-    "models": {"aggregation", "devices", "errors", "isolation", "shapes", "posterior", "preprocess", "registry"},
+    "models": {
+        *("aggregation", "devices", "errors", "isolation", "noise", "shapes", "posterior", "preprocess"),
+        "registry",
+    },
     "posterior": {"errors"},
     "data": {"errors", "shapes", "preprocess"},
     "ledger": {"errors", "record"},
@@ -67,7 +78,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "cli": {
         *("api", "devices", "engine", "report", "models", "data", "registry", "errors", "threat", "record"),
-        *("crafted", "training", "trained"),
+        *("crafted", "training", "trained", "factsheet"),
     },
 }
 # Only these may name the packages that are slow to import or belong to one adapter.

@@ -502,6 +502,12 @@ def doctor(
     data: Annotated[str | None, typer.Option(help="NAME[:SPLIT], folder:PATH or FILE.npz.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Look at the first N images [default: 64].")] = None,
     threat: Annotated[str | None, typer.Option(help="NORM:EPS [default: the data's usual one]")] = None,
+    aggregator: Annotated[
+        str | None,
+        typer.Option(help="probabilities, logits, vote, median, crossmax or crossmax:K: its fact sheet instead."),
+    ] = None,
+    predictors: Annotated[int, typer.Option(min=2, help="With --aggregator: of how many predictors.")] = 8,
+    classes: Annotated[int, typer.Option(min=2, help="With --aggregator: of how many classes.")] = 10,
     device: Device = "auto",
     data_root: DataRoot = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -510,11 +516,19 @@ def doctor(
     """Look for reasons not to trust an evaluation of a model, in seconds.
 
     Without a model: versions, device, and a test of the machine against distances known in closed form.
+    With --aggregator: what that way to combine predictors does, by random logits.
 
     \b
     robustkit doctor
+    robustkit doctor --aggregator crossmax:3 --predictors 8 --classes 10
     robustkit doctor ./my_net.py:build@w.pt --data test.npz --threat linf:8/255
     """
+    if aggregator is not None:
+        from robustkit.cli.factsheet import show
+
+        given = {"MODEL": model, "--data": data, "--limit": limit, "--threat": threat}
+        return show(aggregator, predictors, classes, json, [name for name, value in given.items() if value])
+
     from robustkit.cli.doctor import doctor as work
 
     return work(

@@ -114,20 +114,15 @@ class Flight:
 
     def __post_init__(self) -> None:
         """Open a lane for each attack."""
-        norm = self.threat.norm
-        self.lanes = [
-            Lane(
-                rung.attack,
-                rung.view,
-                stream,
-                number,
-                *rung.attack.attempts(norm),
-                rung.attack.length(norm),
-                self.wide or rung.attack.last_resort,
-            )
-            for number, (rung, stream) in enumerate(zip(self.rungs, self.streams, strict=True))
-        ]
+        ways = enumerate(zip(self.rungs, self.streams, strict=True))
+        self.lanes = [self._lane(rung, stream, number) for number, (rung, stream) in ways]
         self.more = True
+
+    def _lane(self, rung: Rung, stream: str, number: int) -> Lane:
+        attack, norm = rung.attack, self.threat.norm
+        targets, restarts = attack.attempts(norm)
+        wide = self.wide or attack.last_resort
+        return Lane(attack, rung.view, stream, number, targets, restarts, attack.length(norm), wide)
 
     @property
     def aboard(self) -> int:
@@ -280,7 +275,7 @@ class Flight:
         # Where a view is several, attempts go through them in turn.
         number = torch.as_tensor(rows.rng.restart) % len(self.meter.views[lane.view])
         parts = []
-        for at in number.unique().tolist():
+        for at in torch.unique(number).tolist():
             index = (number == at).nonzero()[:, 0]
             part = {name: of_rows[index] for name, of_rows in state.items()}
             parts.append(

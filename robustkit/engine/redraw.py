@@ -79,7 +79,7 @@ def is_random(answer: Callable[[Images], Logits], x: Images) -> bool:
         for start in (torch.manual_seed, np.random.seed, random.seed):
             start(seed)
         with torch.no_grad():
-            logits = torch.cat([answer(image) for image in x.split(1)])
+            logits = torch.cat([answer(image) for image in torch.split(x, 1)])
         found.append(logits / logits.norm(dim=1, keepdim=True).clamp(min=1e-10))
     return any(bool((one - found[0]).norm(dim=1).max() > NOISE) for one in found[1:])
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from robustkit import posterior
@@ -23,7 +24,9 @@ from robustkit.models.mixture import Members, Samples, joined_by, way
 from robustkit.models.options import Options
 from robustkit.models.strings import ENSEMBLE, FOLDER, TIMM, TORCHVISION, ZOO, ModelString
 from robustkit.models.weights import Weights, put_weights, read_weights
+from robustkit.noise import Noise, drawing, set_noise
 from robustkit.posterior import Posterior
+from robustkit.registry import make_method
 
 FACTS, WEIGHTS, FORMAT = "model.json", "model.safetensors", 1
 _NUMBERS = re.compile(r"\d{1,5}(-\d{1,5})?(\+\d{1,5}(-\d{1,5})?)*")
@@ -88,7 +91,7 @@ class Run:
 
         def net(state: dict[str, Tensor], number: int = 0) -> Built:
             inner, weights = self.arch_of(number), Weights(self.folder / WEIGHTS, state, {})
-            built = make[inner.kind](inner, self._own(inner), weights)
+            built = self._wrapped(make[inner.kind](inner, self._own(inner), weights))
             put_weights(built.net, weights, inner.arch)
             return built
 
@@ -99,7 +102,8 @@ class Run:
             None if self.facts[of] is None else tuple(map(float, self.facts[of])) for of in ("mean", "std")
         )
         defenses = (*options.defenses, *own.defenses)
-        options = replace(options, size=options.size or own.size, defenses=defenses)
+        whole, noise = self._drawing(whole, options.noise)
+        options = replace(options, size=options.size or own.size, defenses=defenses, noise=noise)
         return replace(whole, arch=self.arch, mean=mean, std=std), options
 
     @property
@@ -120,6 +124,26 @@ class Run:
         if inner.kind in (ZOO, TIMM, TORCHVISION) and own.num_classes is None:
             own = replace(own, num_classes=self.facts["classes"])
         return own
+
+    def _wrapped(self, built: Built) -> Built:
+        """Return the net with what its method put around it; its weights are not in it yet."""
+        if self.facts.get("input") is None:
+            return built
+        method = make_method(**self.facts["method"])
+        image = torch.zeros(1, *self.facts["input"])
+        net = method.around(_module(built), image, None, None).eval()
+        return replace(built, net=net, identity={**built.identity, "method": self.facts["method"]})
+
+    def _drawing(self, built: Built, asked: str | None) -> tuple[Built, str | None]:
+        """Return a net with the policy that was asked for, and the policy in force where a net draws."""
+        parts = drawing(built.net)
+        if not parts:
+            if asked is not None:
+                raise UsageError(f"model '{self.arch}' draws no random numbers: leave noise={asked} out.")
+            return built, None
+        noise = Noise.parse(asked or "fresh")
+        set_noise(built.net, noise)
+        return replace(built, identity={**built.identity, "noise": str(noise)}), str(noise)
 
     def _samples(self, net: Make, combine: str | None) -> Built:
         store = Posterior.open(self.folder)

@@ -62,7 +62,9 @@ def load_model(string: str, *, device: str | torch.device = "cpu", seed: int = 0
     _check_finite(built.net, spec)
     mean, std = _normalisation(options, weights, built)
     _check_channels(built, mean, std)
-    written = replace(spec, arch=built.arch, weights=str(weights.path) if weights and spec.weights else None)
+    said = spec.options if options.noise is None else {**spec.options, "noise": options.noise}
+    path = str(weights.path) if weights and spec.weights else None
+    written = replace(spec, arch=built.arch, weights=path, options=said)
     classifier = Classifier(
         built.net,
         string=str(written),

@@ -15,7 +15,7 @@ _FIELDS = {
     ZOO: _EVERY_KIND | {"num_classes", "in_channels", "pretrained"},
     TIMM: _EVERY_KIND | {"num_classes", "pretrained"},
     TORCHVISION: _EVERY_KIND | {"num_classes", "pretrained"},
-    FOLDER: _EVERY_KIND | {"combine"},
+    FOLDER: _EVERY_KIND | {"combine", "noise"},
     # Its members have normalisations and sizes of their own.
     ENSEMBLE: frozenset({"combine", "defense"}),
 }
@@ -34,6 +34,7 @@ class Options:
         in_channels: Channels of the images, at least 1.
         defenses: What stands in front of the net, in the order that an image meets it.
         combine: Name of what joins the answers of several nets (`robustkit.aggregation`).
+        noise: The policy of a trained net's own random numbers: `fresh`, `frozen`, `content`, `calm`.
         pretrained: Whether the source's own trained weights are used where the string names no file.
         keywords: Every other field, for a factory given as Python code.
     """
@@ -45,6 +46,7 @@ class Options:
     in_channels: int | None = None
     defenses: tuple[Any, ...] = ()
     combine: str | None = None
+    noise: str | None = None
     pretrained: bool = True
     keywords: dict[str, object] = field(default_factory=dict)
 
@@ -68,6 +70,7 @@ class Options:
             in_channels=_count("in_channels", taken, least=1),
             defenses=parse_defenses(taken["defense"]) if "defense" in taken else (),
             combine=taken.get("combine"),
+            noise=taken.get("noise"),
             pretrained=_boolean("pretrained", taken.get("pretrained", "true")),
             keywords={name: keyword_value(text) for name, text in given.items()},
         )

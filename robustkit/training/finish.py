@@ -78,6 +78,7 @@ def finish(
         samples=samples,
         accuracy=accuracy,
         member_accuracy=[] if job.method.posterior else own,
+        input=[train.channels, *train.pixels.shape[1:3]] if job.method.wraps else None,
         cost={
             "forwards": tally.forwards,
             "backwards": tally.backwards,

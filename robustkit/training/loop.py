@@ -176,9 +176,8 @@ class Sitting:
     def _member(self, number: int, processes: int) -> Member:
         """Return a member as it begins, for so many processes together."""
         plan, fabric = self.plan, self.fabric
-        classifier = build(
-            self.job.archs[number], plan.seed + number, self.job.train.at(slice(0, 2)), plan.classes
-        )
+        sample = self.job.train.at(slice(0, 2))
+        classifier = build(self.job.archs[number], plan.seed + number, sample, plan.classes, self.method)
         if processes > 1:
             classifier.net = synchronised(net_of(classifier), fabric)
         classifier = classifier.to(fabric.device).to(memory_format=torch.channels_last).train()

@@ -12,11 +12,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from robustkit.errors import UsageError
 from robustkit.features import Reached
+from robustkit.method import Method
 from robustkit.models import Classifier, load_model
+from robustkit.models.built import seeded
 from robustkit.models.catalog import lookup
 from robustkit.models.from_run import Run, is_run
 from robustkit.models.mixture import Mixture
 from robustkit.models.strings import ENSEMBLE, FOLDER, TIMM, TORCHVISION, ZOO, ModelString, joined
+from robustkit.noise import Noise, drawn
+from robustkit.registry import spec as record_of
 from robustkit.shapes import Images, Logits
 
 USUAL = {
@@ -150,13 +154,15 @@ def _bare(spec: ModelString) -> str:
     )
 
 
-def build_all(specs: Sequence[ModelString], seed: int, sample: Images, classes: int) -> list[Classifier]:
+def build_all(
+    specs: Sequence[ModelString], seed: int, sample: Images, classes: int, method: Method
+) -> list[Classifier]:
     """Return the members of a run, which must be alike in all but their nets.
 
     Raises:
         UsageError: see `build`; or if they have not the same classes, or see images not in the same way.
     """
-    members = [build(spec, seed + number, sample, classes) for number, spec in enumerate(specs)]
+    members = [build(spec, seed + number, sample, classes, method) for number, spec in enumerate(specs)]
     with torch.no_grad():
         counts = {member(sample).shape[1] for member in members}
     if len(counts) > 1:
@@ -173,8 +179,8 @@ def build_all(specs: Sequence[ModelString], seed: int, sample: Images, classes: 
     return members
 
 
-def build(spec: ModelString, seed: int, sample: Images, classes: int) -> Classifier:
-    """Return a net with the initial weights of a seed, after a look at whether it fits the data.
+def build(spec: ModelString, seed: int, sample: Images, classes: int, method: Method) -> Classifier:
+    """Return a net with a seed's initial weights, and what the method puts around it, if it fits the data.
 
     Raises:
         UsageError: if it is no module with weights, or its logits are not one for each class.
@@ -184,18 +190,15 @@ def build(spec: ModelString, seed: int, sample: Images, classes: int) -> Classif
         raise UsageError(f"{spec} has no weights to train; write an architecture, e.g. robustkit:cifar-resnet20.")
     if isinstance(classifier.net, Mixture):
         raise UsageError(f"{spec} is several nets and cannot be one member; name each of them.")
-    with torch.no_grad():
+    if method.wraps:
+        classifier = _wrapped(classifier, seed, sample, method)
+    with torch.no_grad(), drawn(classifier, Noise("content")):
         logits = classifier(sample)
     if logits.shape[1] < classes:
         raise UsageError(
             f"{spec} has {logits.shape[1]} logits and the data {classes} classes; write num_classes={classes}."
         )
     return classifier
-
-
-def _seen_through(classifier: Classifier) -> str:
-    numbers = [None if of is None else of.tolist() for of in (classifier.mean, classifier.std)]
-    return str([*numbers, classifier.size])
 
 
 def flops(classifier: Classifier, sample: Images) -> int:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robustkit.errors import RunError
+from robustkit.noise import Noise, drawn
 from robustkit.training.images import ImageSet
 
 _CHUNK = 500
@@ -17,10 +18,14 @@ _CHUNK = 500
 
 @torch.no_grad()
 def log_probabilities(net: nn.Module, images: ImageSet) -> Tensor:
-    """Return the log-probabilities (N K) of a net in eval mode; its mode is restored."""
+    """Return the log-probabilities (N K) of a net in eval mode; its mode is restored.
+
+    A net that draws by a policy does so by the images' content meanwhile, so that the numbers can be had again.
+    """
     before = net.training
     net.eval()
-    found = [net(images.at(slice(at, at + _CHUNK))).log_softmax(1) for at in range(0, len(images), _CHUNK)]
+    with drawn(net, Noise("content")):
+        found = [net(images.at(slice(at, at + _CHUNK))).log_softmax(1) for at in range(0, len(images), _CHUNK)]
     net.train(before)
     return torch.cat(found)
 

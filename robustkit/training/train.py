@@ -148,7 +148,7 @@ class Training:
     def starts(self) -> list[Classifier]:
         """Before training: the first member, which says what the others are, or each where each has its own."""
         specs = self.strings if len(self._named) > 1 else self.strings[:1]
-        return nets.build_all(specs, self.seed, self.images.at(slice(0, 2)), self.plan.classes)
+        return nets.build_all(specs, self.seed, self.images.at(slice(0, 2)), self.plan.classes, self.method)
 
     @cached_property
     def spec(self) -> TrainSpec:

@@ -46,6 +46,10 @@ FIELDS: dict[str, dict[str, Any]] = {
     "trades": {"steps": 2, "threat": "linf:0.01"},
     "trs": {"steps": 2, "scale": 0.1},
     "adp": {"volume": 0.2, "entropy": 0.2},
+    "multires": {
+        **{"resolutions": "7+3", "noise": 0.1, "jitter": 1, "contrast": "", "colour": ""},
+        **{"layers": "body.1", "attack": "pgd", "steps": 2, "threat": "linf:0.01", "probing": 0.7},
+    },
 }
 # Words that a field may have besides its default.
 WORDS = {
@@ -55,7 +59,17 @@ WORDS = {
     "draw": "member",
     "statistics": "separate",
     "threat": "linf:0.1",
+    "preset": "paper",
+    "resolutions": "7",
+    "contrast": "0.1:2",
+    "colour": "0.1:0.2",
+    "layers": "body.0",
+    "stem": "inflated",
+    "attack": "fgsm",
 }
+
+# What is to be known of the digits, where a method pays for robustness with it.
+KNOWN = {"multires": 0.85}
 
 METHODS = sorted(registry.catalog("method"))
 
@@ -82,6 +96,11 @@ class Normed(nn.Module):
 def normed() -> nn.Module:
     """The factory for model strings."""
     return Normed()
+
+
+def prepared(method: Method) -> nn.Module:
+    """A net as the method trains it."""
+    return method.around(Normed(), torch.zeros(1, *SHAPE), None, None)
 
 
 def toy(seed: int, count: int = IMAGES) -> Samples:
@@ -113,7 +132,7 @@ def outcome(method: Method, plan: Plan = PLAN) -> list[dict[str, Tensor]]:
     """What a method makes of a net by its hooks alone: the last state, and its samples."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        nets = [Normed() for _ in range(2 if method.ensembles else 1)]
+        nets = [prepared(method) for _ in range(2 if method.ensembles else 1)]
     net, plan = nets[0], dataclasses.replace(plan, members=len(nets))
     optimizers = [method.optimizer(net.parameters(), plan) for net in nets]
     images = toy(0)
@@ -190,7 +209,9 @@ def test_a_folder_is_a_model(name: str, runs: dict[str, tuple[Path, Trained]]) -
         return float(hits), float(nn.functional.nll_loss(scores, y))
 
     assert record.accuracy is not None
-    assert judged(str(folder) + "/")[0] == pytest.approx(record.accuracy["value"])
+    # Of a net that draws, the record is that of draws by the images' content.
+    drawn = "?noise=content" if small(name).wraps else ""
+    assert judged(f"{folder}/{drawn}")[0] == pytest.approx(record.accuracy["value"])
     for number, facts in enumerate(record.samples):
         assert judged(f"{folder}/#{number}") == pytest.approx((facts["accuracy"], facts["loss"]), abs=1e-5)
     if record.samples:
@@ -247,14 +268,18 @@ def test_another_seed_is_another_run(name: str, runs: dict[str, tuple[Path, Trai
 
 @pytest.mark.parametrize("name", METHODS)
 def test_backward_gives_gradients_and_leaves_the_net(name: str) -> None:
-    """Weights, modes and hooks are as they were; the loss is a finite number without a graph."""
+    """Weights, modes and hooks are as they were; the loss is a finite number without a graph.
+
+    All weights have a gradient; of a method that wraps its nets and trains part after part, in one of the steps.
+    """
     method = small(name)
-    nets = [Normed().train() for _ in range(method.fewest)]
+    nets = [prepared(method).train() for _ in range(method.fewest)]
     whole = nn.ModuleList(nets)
     weights = [weight.detach().clone() for weight in whole.parameters()]
     images = toy(0)
     rows = torch.arange(12)
     memory = torch.zeros(12, len(nets), *SHAPE, dtype=torch.int8)
+    reached: set[nn.Parameter] = set()
     for step in (0, PLAN.steps - 1):
         whole.zero_grad()
         rng = RowRng(0, "method", rows, step=step)
@@ -262,10 +287,14 @@ def test_backward_gives_gradients_and_leaves_the_net(name: str) -> None:
         loss = method.backward(nets, Batch(x, y, rng, step, x.flip(0), y.flip(0), memory), PLAN)
         assert loss.isfinite()
         assert not loss.requires_grad
-        assert all(weight.grad is not None and weight.grad.isfinite().all() for weight in whole.parameters())
+        moved = [weight for weight in whole.parameters() if weight.grad is not None]
+        assert all(weight.grad.isfinite().all() for weight in moved)  # type: ignore[union-attr]
+        assert method.wraps or len(moved) == len(weights)
+        reached |= set(moved)
         assert all(torch.equal(old, new) for old, new in zip(weights, whole.parameters(), strict=True))
         assert all(part.training for part in whole.modules())
         assert not any(part._forward_hooks or part._forward_pre_hooks for part in whole.modules())
+    assert reached == set(whole.parameters())
 
 
 def is_another(name: str) -> bool:
@@ -340,7 +369,8 @@ def test_members_are_trained_or_refused(name: str, tmp_path: Path) -> None:
     record = run(method, tmp_path, members=2)
     assert record.members == len(record.member_accuracy) == 2
     first, second = (load_model(f"{tmp_path}/#{number}").net.state_dict() for number in (0, 1))
-    assert not torch.equal(first["head.weight"], second["head.weight"])
+    head = next(weight for weight in first if weight.endswith("head.weight"))
+    assert not torch.equal(first[head], second[head])
 
 
 @pytest.mark.slow
@@ -349,7 +379,7 @@ def test_defaults_learn_the_digits(name: str, tmp_path: Path) -> None:
     """Every sample and every member knows them; the contract gives each method 3 minutes on 2 cores."""
     record = train(name, "digits:train", out=tmp_path)
     assert record.accuracy is not None
-    assert record.accuracy["value"] > 0.95
+    assert record.accuracy["value"] > KNOWN.get(name, 0.95)
     alone = [facts["accuracy"] for facts in record.samples] or record.member_accuracy
     assert min(alone) > 0.85
     assert record.cost["seconds"] < 180
