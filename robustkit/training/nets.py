@@ -201,6 +201,25 @@ def build(spec: ModelString, seed: int, sample: Images, classes: int, method: Me
     return classifier
 
 
+def _wrapped(classifier: Classifier, seed: int, sample: Images, method: Method) -> Classifier:
+    if classifier.size is not None:
+        raise UsageError(
+            f"{method.info.name} changes the size of images itself; leave size out of {classifier.string} and "
+            "write --enlarge."
+        )
+    mean, std = (None if of is None else of.flatten().tolist() for of in (classifier.mean, classifier.std))
+    identity = {"around": classifier.fingerprint, "method": record_of(method)}
+    with seeded(seed):
+        net = method.around(net_of(classifier), torch.zeros_like(sample[:1]), mean, std)
+    return Classifier(
+        net.eval(),
+        string=classifier.string,
+        identity=identity,
+        num_classes=classifier.num_classes,
+        preprocess=classifier.preprocess,
+    )
+
+
 def flops(classifier: Classifier, sample: Images) -> int:
     """Return the floating-point operations of one image's forward pass; a product with its sum counts as two."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
