@@ -35,7 +35,7 @@ def test_killed_within_an_epoch_it_ends_in_the_same_weights(method: str, tmp_pat
     killed = ["train", method, *SIZE, "--out", str(tmp_path / "killed")]
     process = subprocess.Popen([sys.executable, "-c", CODE, *killed], stdout=subprocess.DEVNULL)
     while process.poll() is None and steps_done(tmp_path / "killed") < STEPS + 3:
-        time.sleep(0.01)
+        time.sleep(0.1)
     process.kill()
     process.wait()
     reached = steps_done(tmp_path / "killed")
