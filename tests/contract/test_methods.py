@@ -48,7 +48,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "adp": {"volume": 0.2, "entropy": 0.2},
     "multires": {
         **{"resolutions": "7+3", "noise": 0.1, "jitter": 1, "contrast": "", "colour": ""},
-        **{"layers": "body.1", "attack": "pgd", "steps": 2, "threat": "linf:0.01", "probing": 0.7},
+        **{"layers": "body.1", "attack": "pgd", "steps": 1, "threat": "linf:0.01", "probing": 0.7},
     },
 }
 # Words that a field may have besides its default.
