@@ -60,7 +60,7 @@ ALLOWED: dict[str, set[str]] = {
     "defenses": VOCABULARY | {"attacks"},
     "models": {
         *("aggregation", "devices", "errors", "isolation", "noise", "shapes", "posterior", "preprocess"),
-        "registry",
+        *("registry", "selfensemble"),
     },
     "posterior": {"errors"},
     "data": {"errors", "shapes", "preprocess"},

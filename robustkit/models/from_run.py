@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from robustkit import posterior
+from robustkit.aggregation import parse_aggregator
 from robustkit.errors import UsageError
 from robustkit.models.built import Built
 from robustkit.models.mixture import Members, Samples, joined_by, way
@@ -27,6 +28,7 @@ from robustkit.models.weights import Weights, put_weights, read_weights
 from robustkit.noise import Noise, drawing, set_noise
 from robustkit.posterior import Posterior
 from robustkit.registry import make_method
+from robustkit.selfensemble import self_ensemble
 
 FACTS, WEIGHTS, FORMAT = "model.json", "model.safetensors", 1
 _NUMBERS = re.compile(r"\d{1,5}(-\d{1,5})?(\+\d{1,5}(-\d{1,5})?)*")
@@ -96,7 +98,11 @@ class Run:
             return built
 
         make_whole = self._samples if self._is_sampled else self._nets
-        whole = make_whole(net, options.combine)
+        # One net that has predictors of its own combines those.
+        alone = self.facts.get("input") is not None and len(self._chosen(*self._count)) == 1
+        whole = make_whole(net, None if alone else options.combine)
+        if alone and options.combine is not None:
+            whole = self._combined(whole, options.combine)
         own = self._own(self.arch_of(0))
         mean, std = (
             None if self.facts[of] is None else tuple(map(float, self.facts[of])) for of in ("mean", "std")
@@ -144,6 +150,13 @@ class Run:
         noise = Noise.parse(asked or "fresh")
         set_noise(built.net, noise)
         return replace(built, identity={**built.identity, "noise": str(noise)}), str(noise)
+
+    def _combined(self, built: Built, text: str) -> Built:
+        """Return a self-ensemble whose predictors are combined in this way."""
+        part = self_ensemble(_module(built))
+        parse_aggregator(text)(torch.zeros(1, len(part.layers) + 1, 2))
+        part.combine = text
+        return replace(built, identity={**built.identity, "combine": text})
 
     def _samples(self, net: Make, combine: str | None) -> Built:
         store = Posterior.open(self.folder)
