@@ -4,8 +4,8 @@
 rounded, compared and chosen numbers have the gradient of something smooth (`smooth`), detached ones that of what
 they were detached from, numbers that went through numpy or Pillow and came back in the same shape that of what
 left, and a `torch.autograd.Function` that of its forward as written. This is BPDA (Athalye et al. 2018,
-arXiv:1802.00420) without being told where. Nothing of the model is changed; what calls torch from C++, as a
-scripted net does, is not seen.
+arXiv:1802.00420) without being told where. Nothing of the model is changed. A compiled net runs eagerly inside;
+what calls torch from C++, as a scripted one does, is not seen.
 """
 
 from __future__ import annotations
@@ -107,6 +107,8 @@ class Mending(TorchFunctionMode):
             stack.enter_context(patch.object(torch._C, "_InferenceMode", self._inference))
             stack.enter_context(patch.object(torch, "from_numpy", self._entering(torch.from_numpy)))
             stack.enter_context(patch.object(torch.autograd.Function, "apply", self._applying(apply)))
+            if any(type(module).__name__ == "OptimizedModule" for module in self.model.modules()):
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
             for name, module in self.model.named_modules():
                 for hooks in ("_backward_hooks", "_backward_pre_hooks"):
                     if getattr(module, hooks):

@@ -53,12 +53,15 @@ def test_a_masked_one_has_one_whose_gradient_is_the_bare_nets(
     name: str, net: Classifier, images: tuple[torch.Tensor, torch.Tensor]
 ) -> None:
     """Nearly; what is blurred or coarse has another, of which part is the same."""
-    x, labels = images[0][:8], images[1][:8]
+    x, labels = images[0][:4], images[1][:4]
     found = views(as_classifier(Behind(net, AROUND[name]).eval()), x)
     assert found
     honest = slope(net, x, labels)
-    like = [float(F.cosine_similarity(slope(view, x, labels), honest).mean()) for view in found.values()]
-    assert max(like) > (0.3 if name in COARSE else 0.9), dict(zip(found, like, strict=True))
+    exact = {name: view for name, view in found.items() if name != "smooth"}
+    like = {
+        name: float(F.cosine_similarity(slope(view, x, labels), honest).mean()) for name, view in exact.items()
+    }
+    assert max(like.values()) > (0.3 if name in COARSE else 0.9), like
 
 
 @pytest.mark.slow
@@ -89,7 +92,7 @@ def test_the_values_inside_are_the_models_own(
     name: str, net: Classifier, images: tuple[torch.Tensor, torch.Tensor]
 ) -> None:
     model = as_classifier(Behind(net, AROUND[name]).eval())
-    x = images[0][:8]
+    x = images[0][:2]
     answers = []
     for inside in (False, True):
         torch.manual_seed(0)
