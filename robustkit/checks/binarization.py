@@ -1,5 +1,217 @@
-"""Does an attack find what is there? (Zimmermann et al. 2022, arXiv:2211.?????)
+"""Does an attack find what is there?
 
-For each image a new question of two answers is put on the model's own features: is this the image, or the point
-that was planted at its ball's edge? The readout answers it rightly, so an adversarial is there by construction.
+Zimmermann et al. 2022, "Increasing Confidence in Adversarial Robustness Evaluations" (NeurIPS).
+For each image a new question is put to the model's own features: does it lie well inside the ball, or is it the
+point that was planted on the ball's edge? A linear readout in place of the head answers rightly, so there is an
+adversarial by construction, and an attack that misses it says nothing by missing others.
+
+Departures from the authors' code: the readouts of all images are fitted, and attacked, together, each row with
+its own; classes are weighed alike in the fit; the boundary is moved to the planted point (their "tight" setting)
+unless one asks for the middle, where random points on small images do too well; in l-infinity the planted point
+is a corner of the ball whose signs keep it inside the box, where theirs rescales after clipping.
 """
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from fractions import Fraction
+
+import torch
+from torch import Tensor, nn
+
+from robustkit.checks.indicators import trail
+from robustkit.errors import UsageError
+from robustkit.goal import Goal
+from robustkit.rng import RowRng
+from robustkit.rows import Model, RowWise
+from robustkit.shapes import Images, Logits, Mask
+from robustkit.threat import ThreatModel
+
+PASSES, TOO_EASY = 0.95, 0.5
+GAP = Fraction(1, 20)
+FIT_STEPS, FIT_RATE, INERTIA, TIGHT = 1000, 0.05, 0.9, 0.999
+
+
+@dataclass(frozen=True)
+class Binarization:
+    """Shares of the n questions whose planted answer the attack found, and as many random corners."""
+
+    rate: float
+    control: float
+    n: int
+
+    @property
+    def verdict(self) -> str:
+        """`pass`, `fail`, or `too easy` where random points do as well as one could ask of an attack."""
+        if self.control > TOO_EASY:
+            return "too easy"
+        return "pass" if self.rate >= PASSES else "fail"
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked about each image: a readout (weights B D, bias B), and the planted points (B C H W)."""
+
+    weight: Tensor
+    bias: Tensor
+    witness: Images
+
+    def logits(self, features: Tensor) -> Logits:
+        """Return the answers (B 2) to each row's own question; label 1 is that of the planted point."""
+        score = (features * self.weight).sum(1) + self.bias
+        return torch.stack([-score / 2, score / 2], 1)
+
+
+def binarization(
+    model: nn.Module,
+    x: Images,
+    attack: RowWise,
+    threat: ThreatModel,
+    *,
+    rng: RowRng,
+    inner: int = 199,
+    tight: bool = True,
+) -> Binarization:
+    """Return how often an attack, as it is set, finds the planted adversarials of images x (B C H W).
+
+    Args:
+        model: whose last linear layer is replaced; everything before it stays in the way.
+        x: clean images.
+        attack: with the settings of the evaluation; its first attempt is run.
+        threat: that of the evaluation.
+        rng: the dice, one generator per image.
+        inner: points drawn within 95 % of the ball, which share the image's label.
+        tight: move the boundary to the planted point, as far as it stays on its side.
+
+    Raises:
+        UsageError: if the model has no linear layer at its end, or no readout tells the planted points from the
+            others: then the test says nothing.
+    """
+    head = last_linear(model, x[:1])
+    question = asked(model, head, x, threat, rng, inner, tight)
+
+    def binary(images: Images) -> Logits:
+        return question.logits(features(model, head, images))
+
+    found = _attacked(attack, binary, x, threat, rng)
+    corners = torch.zeros_like(found)
+    with torch.no_grad():
+        for draw in range(attack.length(threat.norm) + 1):
+            points = edge(x, threat, rng.at(restart=1, step=draw))
+            corners = corners | (binary(points).argmax(1) == 1)
+    return Binarization(float(found.double().mean()), float(corners.double().mean()), len(x))
+
+
+def asked(
+    model: nn.Module, head: nn.Module, x: Images, threat: ThreatModel, rng: RowRng, inner: int, tight: bool = True
+) -> Question:
+    """Return the question about each image."""
+    witness = edge(x, threat, rng.at(restart=2))
+    within = replace(threat, eps=threat.eps * (1 - GAP))
+    with torch.no_grad():
+        points = [features(model, head, x)]
+        for draw in range(inner):
+            points.append(features(model, head, within.random_start(x, rng.at(restart=3, step=draw))))
+        weight, bias = fitted(torch.stack(points, 1), features(model, head, witness), tight)
+    return Question(weight, bias, witness)
+
+
+def edge(x: Images, threat: ThreatModel, rng: RowRng) -> Images:
+    """Return random points in the box, as far away as the threat allows."""
+    if threat.norm == "linf":
+        eps = float(threat.eps)
+        sign = torch.where(rng.uniform(*x.shape[1:]) < 0.5, -1.0, 1.0).to(x.dtype)
+        sign = torch.where(x + sign * eps > 1, -1.0, torch.where(x + sign * eps < 0, 1.0, sign)).to(x.dtype)
+        return threat.project(x + 2 * eps * sign, x)
+    far = 10 * threat.diameter(tuple(x.shape[1:]))
+    direction = rng.normal(*x.shape[1:]).to(x.dtype)
+    inward = torch.where(x > 0.5, -direction.abs(), direction.abs())
+    return threat.project(x + far * inward / direction.flatten(1).norm(dim=1).view(-1, 1, 1, 1), x)
+
+
+def fitted(inside: Tensor, planted: Tensor, tight: bool = True) -> tuple[Tensor, Tensor]:
+    """Return weights (B D) and biases (B) that tell the planted points (B D) from those inside (B M D).
+
+    Logistic regression without a penalty, from Fisher's direction on.
+
+    Raises:
+        UsageError: if a point is on the wrong side.
+    """
+    mean, scale = inside.mean(1, keepdim=True), inside.std((1, 2), keepdim=True).clamp(min=1e-12)
+    rows, point = ((inside - mean) / scale).double(), ((planted[:, None] - mean) / scale).double()
+    scatter = rows.mT @ rows / rows.shape[1]
+    ridge = 1e-3 * torch.eye(rows.shape[2], dtype=rows.dtype, device=rows.device)
+    weight = torch.linalg.solve(scatter + ridge, point.mT)[:, :, 0]
+    weight = weight / weight.norm(dim=1, keepdim=True).clamp(min=1e-12)
+    room, bias = _between(rows, point, weight)
+    if (room <= 0).any():
+        weight = _regressed(rows, point, weight, bias)
+    room, bias = _between(rows, point, weight, TIGHT if tight else 0.5)
+    if (room <= 0).any():
+        raise UsageError(
+            f"binarization: {int((room <= 0).sum())} of {len(room)} planted points cannot be told from their "
+            f"neighbours by {rows.shape[2]} features: plant among fewer inner points."
+        )
+    size = room / (1 if tight else 2)
+    weight, bias = weight / size[:, None], bias / size
+    plain = weight / scale[:, 0].double()
+    return plain.to(inside.dtype), (bias - (plain * mean[:, 0].double()).sum(1)).to(inside.dtype)
+
+
+def _regressed(rows: Tensor, point: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Return the weights of a logistic regression that starts at these."""
+    speed = [torch.zeros_like(weight), torch.zeros_like(bias)]
+    for _ in range(FIT_STEPS):
+        low = ((rows @ weight[:, :, None])[:, :, 0] + bias[:, None]).sigmoid() / rows.shape[1]
+        high = -(-((point[:, 0] * weight).sum(1) + bias)).sigmoid()
+        slopes = [(low[:, :, None] * rows).sum(1) + high[:, None] * point[:, 0], low.sum(1) + high]
+        speed = [INERTIA * before - FIT_RATE * slope for before, slope in zip(speed, slopes, strict=True)]
+        weight, bias = weight + speed[0], bias + speed[1]
+    return weight
+
+
+def last_linear(model: nn.Module, image: Images) -> nn.Module:
+    """Return the linear layer that runs last in a pass over an image.
+
+    Raises:
+        UsageError: if there is none.
+    """
+    ran: list[nn.Module] = []
+    handles = [
+        part.register_forward_pre_hook(lambda module, args: ran.append(module))
+        for part in model.modules()
+        if isinstance(part, nn.Linear)
+    ]
+    try:
+        with torch.no_grad():
+            model(image)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not ran:
+        raise UsageError("binarization: the model has no linear layer whose input could be read as features.")
+    return ran[-1]
+
+
+def features(model: nn.Module, head: nn.Module, x: Images) -> Tensor:
+    """Return what the head is given for images x, (B D), by a pass through the whole model."""
+    seen: list[Tensor] = []
+    handle = head.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    try:
+        model(x)
+    finally:
+        handle.remove()
+    return seen[-1].flatten(1)
+
+
+def _between(rows: Tensor, point: Tensor, weight: Tensor, share: float = 0.5) -> tuple[Tensor, Tensor]:
+    """Return the room between the highest row and the point, and the bias of a boundary at this share of it."""
+    highest = (rows @ weight[:, :, None])[:, :, 0].amax(1)
+    top = (point[:, 0] * weight).sum(1)
+    return top - highest, -(highest + share * (top - highest))
+
+
+def _attacked(attack: RowWise, binary: Model, x: Images, threat: ThreatModel, rng: RowRng) -> Mask:
+    """Return which rows any point on the attack's way answers 1. Rows keep their place: each has its readout."""
+    goal = Goal(torch.zeros(len(x), dtype=torch.long, device=x.device))
+    return trail(attack, binary, x, goal, threat, rng).fooled.any(1)

@@ -64,7 +64,7 @@ def silent(fooled: Tensor) -> Mask:
 
 
 def incomplete(losses: Tensor) -> Mask:
-    """I4: which rows' losses along the way (B T) still rose in the last ten steps, by a twentieth of their range."""
+    """I4: which rows' losses (B T) still rose by a twentieth of their range in the last ten steps."""
     low, high = losses.amin(1, keepdim=True), losses.amax(1, keepdim=True)
     share = (losses - low) / torch.where(high > low, high - low, 1.0)
     best = share.cummax(1).values[:, -LAST:]

@@ -16,6 +16,15 @@ SURE = 1e-6
 FLAT = 1e-6
 # Shares of images, and 1 - cosine, from which a light is yellow and red.
 YELLOW, RED = 0.25, 0.75
+MEANINGS = {
+    "ce-saturated": "of cross-entropy: it has no slope where the label's probability is 1",
+    "dlr-flat": "of dlr: it divides by a gap of logits that is as good as zero",
+    "probabilities": "of cross-entropy: outputs sum to 1, so it takes a second softmax",
+    "zero-masking": "of margins that mask the label by 0: they have no slope where all outputs are below",
+    "underflow": "of every loss: classes stand at one floor, such as log(clamp(p)) has, and cannot move",
+    "zero-gradient": "of the loss that was differentiated: its gradient is zero",
+    "unlike-gradients": "of the loss that was differentiated: two gradients at the same point differ",
+}
 
 
 @dataclass(frozen=True)
@@ -34,23 +43,16 @@ class Lint:
 
 def lints(logits: Logits, labels: Labels, gradient: Images, again: Images) -> list[Lint]:
     """Return all findings; `gradient` and `again` are two draws of the same loss's input gradient."""
-    return [
-        Lint(
-            "ce-saturated",
-            ce_saturation(logits, labels),
-            "cross-entropy has no slope where the label's share is 1",
-        ),
-        Lint("dlr-flat", dlr_flatness(logits), "dlr divides by a gap of logits that is as good as zero"),
-        Lint("probabilities", double_softmax(logits), "outputs sum to 1, so cross-entropy takes a second softmax"),
-        Lint("zero-masking", zero_masking(logits), "a margin that masks the label by 0 has no slope below 0"),
-        Lint(
-            "underflow",
-            underflow(logits),
-            "classes stand at one floor, such as log(clamp(p)) has, and cannot move",
-        ),
-        Lint("zero-gradient", zero_gradients(gradient), "the gradient is zero"),
-        Lint("unlike-gradients", unlikeness(gradient, again), "two gradients at the same point differ"),
-    ]
+    values = {
+        "ce-saturated": ce_saturation(logits, labels),
+        "dlr-flat": dlr_flatness(logits),
+        "probabilities": double_softmax(logits),
+        "zero-masking": zero_masking(logits),
+        "underflow": underflow(logits),
+        "zero-gradient": zero_gradients(gradient),
+        "unlike-gradients": unlikeness(gradient, again),
+    }
+    return [Lint(code, value, MEANINGS[code]) for code, value in values.items()]
 
 
 def ce_saturation(logits: Logits, labels: Labels) -> float:

@@ -4,8 +4,8 @@
 rounded, compared and chosen numbers have the gradient of something smooth (`smooth`), detached ones that of what
 they were detached from, numbers that went through numpy or Pillow and came back in the same shape that of what
 left, and a `torch.autograd.Function` that of its forward as written. This is BPDA (Athalye et al. 2018,
-arXiv:1802.00420) without being told where. Nothing of the model is changed; what calls torch from C++, as a
-scripted net does, is not seen.
+arXiv:1802.00420) without being told where. Nothing of the model is changed. A compiled net runs eagerly inside;
+what calls torch from C++, as a scripted one does, is not seen.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from robustkit.models.choices import CHOOSING, TABLES, chosen, entry
 from robustkit.models.draws import DRAWS
 from robustkit.models.heads import Heads, tensors
 from robustkit.models.smooth import LOGIC, RULES
-from robustkit.models.through import arranged, through
+from robustkit.models.through import arranged, loosened, through
 from robustkit.models.written import Recent, foreign, forward_of, rewritten
 
 DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
@@ -74,6 +74,7 @@ class Mending(TorchFunctionMode):
         heads: Heads | None = None,
         told: bool = False,
         calm: bool = False,
+        loose: bool = False,
         bends: Sequence[nn.Module] = (),
     ) -> None:
         """Take the model that will be run inside.
@@ -83,10 +84,12 @@ class Mending(TorchFunctionMode):
             heads: What looks for heads among the results.
             told: Note the names of modules, by hooks that are gone afterwards.
             calm: Replace the random draws of torch by their means.
+            loose: Give values up as well, in rows where what stands in for them is near.
             bends: Modules to be mended as wholes; told, they are looked for instead.
         """
         super().__init__()
-        self.model, self.heads, self.told, self.calm = model, heads, told, calm
+        self.model, self.heads, self.told = model, heads, told
+        self.calm, self.loose = calm, loose
         self.found: dict[Mend, None] = {}
         self.drew = False
         self.bends = list(bends)
@@ -104,6 +107,8 @@ class Mending(TorchFunctionMode):
             stack.enter_context(patch.object(torch._C, "_InferenceMode", self._inference))
             stack.enter_context(patch.object(torch, "from_numpy", self._entering(torch.from_numpy)))
             stack.enter_context(patch.object(torch.autograd.Function, "apply", self._applying(apply)))
+            if any(type(module).__name__ == "OptimizedModule" for module in self.model.modules()):
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
             for name, module in self.model.named_modules():
                 for hooks in ("_backward_hooks", "_backward_pre_hooks"):
                     if getattr(module, hooks):
@@ -235,7 +240,7 @@ class Mending(TorchFunctionMode):
         if real.shape != stand_in.shape:
             return real
         if real.is_floating_point():
-            return through(real, stand_in)
+            return loosened(real, stand_in) if self.loose else through(real, stand_in)
         self._stand_ins[real] = stand_in
         return real
 

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+NEAR = 0.5
+
 
 class _Through(torch.autograd.Function):
     """The first argument's value with the second's gradient."""
@@ -24,6 +26,16 @@ class _Through(torch.autograd.Function):
 def through(real: Tensor, stand_in: Tensor) -> Tensor:
     """Return the value of the first, to the bit, with the gradient of the second."""
     return _Through.apply(real.detach(), stand_in)  # type: ignore[no-any-return]
+
+
+def loosened(real: Tensor, stand_in: Tensor) -> Tensor:
+    """Return the second in rows where it is within half of the first's spread, the first's value elsewhere."""
+    if real.dim() < 2:
+        return through(real, stand_in)
+    axes = tuple(range(1, real.dim()))
+    apart = (real - stand_in).detach().square().mean(axes, keepdim=True)
+    near = apart < NEAR**2 * real.detach().square().mean(axes, keepdim=True)
+    return torch.where(near, stand_in.to(real.dtype), through(real, stand_in))
 
 
 def arranged(left: Tensor, real: Tensor) -> Tensor | None:

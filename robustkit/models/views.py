@@ -75,11 +75,15 @@ def views(model: Classifier, x: Images) -> Views:
 
 @dataclass(frozen=True)
 class Mended:
-    """A model with gradients where it hides them; `calm` takes its dice away, `part` and `rung` its aggregator."""
+    """A model with gradients where it hides them.
+
+    `calm` takes its dice away, `part` and `rung` its aggregator, `loose` what it rounds.
+    """
 
     model: Classifier
     bends: tuple[nn.Module, ...] = ()
     calm: bool = False
+    loose: bool = False
     part: nn.Module | None = None
     rung: Rung = mean_logit
     straight: bool = False
@@ -89,10 +93,17 @@ class Mended:
         with ExitStack() as stack:
             if self.part is not None:
                 stack.enter_context(combined(self.part, self.rung, straight=self.straight))
-            if not (torch.is_grad_enabled() and x.requires_grad):
+            wanted = torch.is_grad_enabled() and x.requires_grad
+            if not (wanted or self.calm or self.loose):
                 logits: Logits = self.model(x)
                 return logits
-            mending = stack.enter_context(Mending(self.model, heads=heads, calm=self.calm, bends=self.bends))
+            if not wanted:
+                with torch.enable_grad():
+                    logits = self(x.detach().requires_grad_(), heads)
+                return logits.detach()
+            mending = stack.enter_context(
+                Mending(self.model, heads=heads, calm=self.calm, loose=self.loose, bends=self.bends)
+            )
             logits = mending.honest(self.model(x))
             return logits
 
@@ -169,6 +180,7 @@ def _candidates(
             yield name, replace(mended, part=part, rung=rung)
         yield "straight-through", replace(mended, part=part, rung=mean_logit, straight=True)
     yield "mended", mended
+    yield "loosened", replace(mended, loose=True)
     if random:
         yield "calm", replace(mended, calm=True)
         yield "frozen", Frozen(mended)
