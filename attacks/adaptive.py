@@ -10,7 +10,7 @@ from __future__ import annotations
 from robustkit.attacks import ensemble
 from robustkit.registry import find, suite
 
-MASKED = ("mended", "inner-logits", "averaged", "calm", "frozen")
+MASKED = ("mended", "loosened", "inner-logits", "averaged", "calm", "frozen")
 
 
 @suite("adaptive", paper="arXiv:1802.00420")
@@ -21,7 +21,7 @@ def adaptive(norm: str) -> list[str]:
 
 def rungs(norm: str) -> list[str]:
     """Return the attacks that come after `rapid`."""
-    own = "apgd(loss=margin,steps=30,restarts=4,large_start=false)@own"
+    own = "apgd(loss=margin,steps=30,restarts=1,large_start=false)@own"
     masked = [attack for view in MASKED for attack in ensemble.climb(norm, view)]
     return [
         own,

@@ -20,7 +20,7 @@ def ensemble(norm: str) -> list[str]:
 def rungs(norm: str) -> list[str]:
     """Return the attacks that come after `rapid`."""
     found = [attack for view in AGGREGATORS for attack in climb(norm, view)]
-    found.append("apgd(loss=margin,steps=30,restarts=4,large_start=false)@members")
+    found.append("apgd(loss=margin,steps=30,restarts=1,large_start=false)@members")
     if norm != "l1":
         found += ["mora(steps=50,restarts=5)@stack", "mora-t(steps=50,targets=9)@stack"]
     return found

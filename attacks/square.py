@@ -52,6 +52,11 @@ class Square(RowWise):
         return True
 
     @property
+    def second_opinion(self) -> bool:
+        """With a limit to its patience it checks on others."""
+        return self.patience is not None or self.refine
+
+    @property
     def steps(self) -> int:
         """The number of proposals after the start."""
         return self.queries - 1

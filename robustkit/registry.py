@@ -38,6 +38,7 @@ DEFAULT_SUITE = "auto"
 VIEWS = (
     "own",
     "mended",
+    "loosened",
     "inner-logits",
     "calm",
     "averaged",

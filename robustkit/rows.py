@@ -127,6 +127,11 @@ class RowWise(ABC):
         return False
 
     @property
+    def second_opinion(self) -> bool:
+        """Whether it is there to check on gradients by scores, which are luck where a model is random."""
+        return False
+
+    @property
     def several(self) -> bool:
         """Whether `objective` may have more columns than one."""
         return False

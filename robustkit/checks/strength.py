@@ -15,7 +15,7 @@ from robustkit.threat import ThreatModel
 
 SQUARE_GAIN = 0.002
 # Where views of a model fool so many more of the images, its own gradients are no good guide.
-VIEW_GAIN = 0.05
+VIEW_GAIN = 0.02
 
 
 def survives_everything(probe: Probe) -> Flag | None:
@@ -76,24 +76,26 @@ def scores_beat_gradients(stages: Sequence[Stage], access: Sequence[str]) -> lis
     return []
 
 
-def views_beat_gradients(stages: Sequence[Stage], views: Sequence[str]) -> list[Flag]:
-    """Return a flag if attacks on views of the model fooled many images that its own gradients had left.
+def masked(stages: Sequence[Stage], views: Sequence[str], places: Sequence[str]) -> list[Flag]:
+    """Return a flag if attacks on views of the model fooled images that its own gradients had left.
 
-    `views` says of each stage what it climbed on, if not the model itself.
+    `views` says of each stage what it climbed on, if not the model itself; `places` are suspects, in words. One
+    image, or one in fifty, may as well fall to another attack of any kind.
     """
     fooled = {stage.attack: stage.fooled for stage, view in zip(stages, views, strict=True) if view}
     total = sum(fooled.values())
-    if total <= VIEW_GAIN * stages[0].robust_accuracy.n:
+    if total <= max(1, VIEW_GAIN * stages[0].robust_accuracy.n):
         return []
     best = max(fooled, key=lambda name: fooled[name])
+    why = f"; {', '.join(places)}" if places else ""
     return [
         Flag(
-            "views-beat-gradient",
+            "masked-gradient",
             "warning",
             total,
-            f"images that every attack on the model's own gradients had left fell to attacks on views of it, most "
-            f"to {best}: the gradients are masked",
-            "quote this number, not that of attacks on the model alone; AutoAttack's is too high here",
+            "images that every attack on the model's own gradients had left fell to attacks on views of it, most "
+            f"to {best}: the gradients are masked{why}",
+            "quote this number; that of AutoAttack, or of any attack on the model alone, is too high",
         )
     ]
 

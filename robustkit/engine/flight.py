@@ -195,7 +195,8 @@ class Flight:
             return self._arrive(table)
         lane = self.lanes[number]
         absent = lane.view and lane.view not in self.meter.views
-        if absent or (lane.attack.last_resort and self.meter.rounding):
+        luck = lane.attack.second_opinion and self.meter.random
+        if absent or luck or (lane.attack.last_resort and self.meter.rounding):
             return self._enter(number + 1, table)
         table.device["past"] = torch.stack([table.device["past"][:, 0], table.device["nearest"]], 1)
         table.host["job"] = np.zeros(len(table), np.int64)
@@ -215,7 +216,10 @@ class Flight:
         return None
 
     def _jobs(self, lane: Lane) -> int:
-        """Return how many jobs the attack has for each sample."""
+        """Return how many jobs the attack has for each sample: all of them on each part of its view."""
+        return self._attempts(lane) * (len(self.meter.views[lane.view]) if lane.view else 1)
+
+    def _attempts(self, lane: Lane) -> int:
         return lane.restarts * min(lane.targets or 1, max((self.meter.num_classes or 2) - 1, 1))
 
     def _launch(self, lane: Lane, table: Table) -> None:
@@ -232,7 +236,10 @@ class Flight:
         goal = Goal(part["labels"])
         aim = goal
         if lane.targets:
-            aim = Goal(part["labels"], part["ranked"].gather(1, (job // lane.restarts)[:, None])[:, 0])
+            aim = Goal(
+                part["labels"],
+                part["ranked"].gather(1, (job % self._attempts(lane) // lane.restarts)[:, None])[:, 0],
+            )
         rng = RowRng(self.seed, lane.stream, part["ids"], restart=job, step=age + ahead)
         return Rows(part["x"], goal, self.threat, rng, aim, part["past"], part["best"])
 
@@ -272,8 +279,7 @@ class Flight:
         if not lane.view:
             answer = ask(lane.attack, self.meter, rows, state, True)
             return answer, answer.logits
-        # Where a view is several, attempts go through them in turn.
-        number = torch.as_tensor(rows.rng.restart) % len(self.meter.views[lane.view])
+        number = torch.as_tensor(rows.rng.restart) // self._attempts(lane)
         parts = []
         for at in torch.unique(number).tolist():
             index = (number == at).nonzero()[:, 0]

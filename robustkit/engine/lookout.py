@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from robustkit.models.classifier import Classifier
 from robustkit.models.ladder import ensemble
 from robustkit.models.views import Mended, Smooth, views
-from robustkit.record import Flag
 from robustkit.registry import VIEWS
 from robustkit.shapes import Images
 
@@ -22,10 +21,10 @@ INNOCENT = {"smooth"}
 
 @dataclass(frozen=True)
 class Outlook:
-    """Views by the names of suites, each one or several, and flags of what was found to hide gradients."""
+    """Views by the names of suites, each one or several, and in words the places that may hide gradients."""
 
     views: Mapping[str, Sequence[Callable[[Images], Tensor]]] = field(default_factory=dict)
-    flags: Sequence[Flag] = ()
+    places: Sequence[str] = ()
 
     @property
     def doubtful(self) -> bool:
@@ -38,26 +37,17 @@ def look(model: Classifier, x: Images, random: bool) -> Outlook:
     found = views(model, x)
     sorted_in: dict[str, list[Callable[[Images], Tensor]]] = {}
     for name, view in found.items():
-        known = "members" if name.startswith("member-") else name if name in VIEWS else "own"
-        sorted_in.setdefault(known, []).append(view)
+        # Of a hand-written ensemble, and without its dice, the parts are called as those of a declared one.
+        base = name.removeprefix("calm-").removeprefix("inner-")
+        known = "members" if base.startswith("member-") else base
+        sorted_in.setdefault(known if known in VIEWS else name if name in VIEWS else "own", []).append(view)
     part = ensemble(model)
     if part is not None:
         sorted_in["stack"] = [Stacked(model, part)]
     if random:
         sorted_in["averaged"] = [Smooth(Mended(model), sigma=0.0)]
-    flags = []
-    if found.mends:
-        places = "; ".join(sorted({f"{mend.where or 'the model'} {mend.what}" for mend in found.mends}))
-        flags.append(
-            Flag(
-                "masked-gradient",
-                "warning",
-                len(found.mends),
-                f"places hide the gradient from attacks: {places}",
-                "quote the number of --suite auto or adaptive, which see through them; AutoAttack's is too high",
-            )
-        )
-    return Outlook(sorted_in, flags)
+    places = {f"{mend.where or 'the model'} {mend.what}" for mend in found.mends}
+    return Outlook(sorted_in, sorted(places))
 
 
 @dataclass(frozen=True)

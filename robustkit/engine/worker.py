@@ -14,7 +14,7 @@ import torch
 
 from robustkit.checks.probe import Probe
 from robustkit.checks.run import DOUBTS, UNSTEADY, diagnose
-from robustkit.checks.strength import scores_beat_gradients, views_beat_gradients
+from robustkit.checks.strength import masked, scores_beat_gradients
 from robustkit.data.samples import Samples
 from robustkit.engine.anytime import TimeUp
 from robustkit.engine.flight import Boarding, Flight, Landed
@@ -156,16 +156,16 @@ class Worker:
 
     def afterthoughts(self) -> list[Flag]:
         """Return what the suite's stages and the model's views say against the number."""
-        views = any(rung.view for rung in self.rungs)
-        return [*self._rivalry(), *(self.outlook.flags if views else []), *self._helped()]
+        return [*self._rivalry(), *self._masked()]
 
     def _rivalry(self) -> list[Flag]:
         access = ["", *(rung.attack.info.access for rung in self.rungs)]
         return scores_beat_gradients(self.tally.stages(), [access[number] for number in self.tally.told])
 
-    def _helped(self) -> list[Flag]:
-        views = {number: rung.view for number, rung in enumerate(self.rungs, 1) if rung.view}
-        return views_beat_gradients(self.tally.stages(), [views.get(number, "") for number in self.tally.told])
+    def _masked(self) -> list[Flag]:
+        views = ["", *(rung.view for rung in self.rungs)]
+        told = [views[number] for number in self.tally.told]
+        return masked(self.tally.stages(), told, self.outlook.places if any(told) else [])
 
     def fly(self, first: int, count: int, among: np.ndarray) -> None:
         """Take what still stands of these through `count` attacks from stage `first` on, all row-wise, at once."""
