@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from robustkit.registry import find, suite
 
-AGGREGATORS = ("mean-logit", "mean-log-probability", "top-k", "soft-top-k", "straight-through")
+AGGREGATORS = ("mean-logit", "mean-log-probability", "top-k", "straight-through")
 
 
 @suite("ensemble", paper="arXiv:2211.08008")
@@ -20,9 +20,9 @@ def ensemble(norm: str) -> list[str]:
 def rungs(norm: str) -> list[str]:
     """Return the attacks that come after `rapid`."""
     found = [attack for view in AGGREGATORS for attack in climb(norm, view)]
-    found.append("apgd(loss=margin,steps=30,restarts=1,large_start=false)@members")
+    found.append("apgd(loss=margin,steps=20,restarts=1,large_start=false)@members")
     if norm != "l1":
-        found += ["mora(steps=50,restarts=5)@stack", "mora-t(steps=50,targets=9)@stack"]
+        found += ["mora(steps=40,restarts=3)@stack", "mora-t(steps=40,targets=3)@stack"]
     return found
 
 
@@ -31,4 +31,4 @@ def climb(norm: str, view: str) -> list[str]:
     if norm == "l1":
         few = "steps=50,restarts=1,large_start=false"
         return [f"apgd(loss=margin,{few})@{view}", f"apgd-t(loss=margin,targets=9,{few})@{view}"]
-    return [f"race(targets=9,probe=4,finalists=2,steps=40,restarts=2,doubt=0.5)@{view}"]
+    return [f"race(targets=9,probe=4,finalists=2,steps=40,restarts=1,doubt=0.3)@{view}"]
