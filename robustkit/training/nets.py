@@ -163,8 +163,10 @@ def build_all(
         UsageError: see `build`; or if they have not the same classes, or see images not in the same way.
     """
     members = [build(spec, seed + number, sample, classes, method) for number, spec in enumerate(specs)]
-    with torch.no_grad():
-        counts = {member(sample).shape[1] for member in members}
+    counts = set()
+    for member in members:
+        with torch.no_grad(), drawn(member, Noise("content")):
+            counts.add(member(sample).shape[1])
     if len(counts) > 1:
         few, *_, many = sorted(counts)
         raise UsageError(f"--arch names nets of {few} and of {many} classes; give members of the same classes.")

@@ -40,6 +40,8 @@ FIELDS = {
     "fab-t": {"steps": 10, "targets": 3},
     "fmn": {"steps": 30},
     "square": {"queries": 150},
+    "mora": {"steps": 20, "restarts": 2},
+    "mora-t": {"steps": 20, "targets": 3},
 }
 FAMILIES = {
     "foolbox": {

@@ -274,7 +274,7 @@ def test_interrupted_and_resumed_is_one_run(tmp_path: Path, monkeypatch: pytest.
     whole = run(tmp_path / "whole")
     interruptions = 0
     for _ in range(200):
-        net.left = 90
+        net.left = 110
         try:
             pieces = run(tmp_path / "pieces")
             break

@@ -143,6 +143,7 @@ def test_the_heat_map_is_one_file() -> None:
         clean_accuracy=[0.9, 0.8, 0.7],
         noise=[0.01, None, 0.0],
         success=[[Rate.of(40, 40), Rate.of(10, 40), None], [Rate.of(5, 40), Rate.of(39, 40), Rate.of(1, 30)]],
+        worst=[Rate.of(40, 40), Rate.of(40, 40), Rate.of(1, 30)],
         folders=["a", "b"],
         environment={},
     )
