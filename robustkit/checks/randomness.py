@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from robustkit.checks.probe import Probe
-from robustkit.record import Flag
+from robustkit.record import Flag, passed
 from robustkit.shapes import Logits
 
 NOISE = 1e-4
@@ -32,8 +32,9 @@ def randomised(probe: Probe) -> Flag | None:
     if probe.attacks and all(getattr(attack, "eot_iter", 1) > 1 for attack in probe.attacks):
         return None
     gap = max(_gap(_normalised(probe.logits), _answer(probe, call)) for call in range(1, CALLS))
+    what = "is the largest change of the normalised logits between calls"
     if gap <= NOISE:
-        return None
+        return passed("randomised", round(gap, 6), what)
     first = _answer(probe)
     still = _gap(first, _answer(probe)) > NOISE
     sources = [name for name in SEEDERS if not still and _gap(first, _answer(probe, differently=name)) > NOISE]
@@ -41,19 +42,19 @@ def randomised(probe: Probe) -> Flag | None:
         "randomised",
         "warning",
         round(gap, 6),
-        "is the largest change of the normalised logits between calls: the model is random "
+        f"{what}: the model is random "
         f"(source: {', '.join(sources) or 'none of the generators of torch, numpy, random'}), "
         "and a verdict is what most draws say",
         "use --suite auto or adaptive, which average gradients over draws too",
     )
 
 
-def optimises_at_test_time(probe: Probe) -> Flag | None:
+def optimises_at_test_time(probe: Probe) -> Flag:
     """Gradient computations inside the forward pass."""
     with _counted() as calls, torch.no_grad():
         probe.model(probe.x[:2])
     if not calls:
-        return None
+        return passed("test-time-optimisation", 0, "gradient calls are made inside one forward pass")
     return Flag(
         "test-time-optimisation",
         "warning",
