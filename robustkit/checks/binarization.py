@@ -120,11 +120,10 @@ def asked(
     """Return the question about each image."""
     witness = edge(x, threat, rng.at(restart=2))
     within = replace(threat, eps=threat.eps * (1 - GAP))
+    points = [x, *(within.random_start(x, rng.at(restart=3, step=draw)) for draw in range(inner)), witness]
     with torch.no_grad():
-        points = [features(model, ends, x)]
-        for draw in range(inner):
-            points.append(features(model, ends, within.random_start(x, rng.at(restart=3, step=draw))))
-        weight, bias = fitted(torch.stack(points, 1), features(model, ends, witness), tight)
+        inside = features(model, ends, torch.cat(points)).view(len(points), len(x), -1)
+        weight, bias = fitted(inside[:-1].transpose(0, 1), inside[-1], tight)
     return Question(weight, bias, witness)
 
 

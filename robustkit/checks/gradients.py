@@ -51,7 +51,7 @@ def vanishing(probe: Probe) -> Flag | None:
     )
 
 
-def disagrees(probe: Probe) -> Flag | None:
+def disagrees(probe: Probe) -> Flag:
     """A gradient that does not predict what the function does along it.
 
     Compares the slope along the gradient's sign with central differences at three step sizes; the nearest counts,
@@ -59,9 +59,11 @@ def disagrees(probe: Probe) -> Flag | None:
     asked with the same seeds each time. Not for probabilities, whose slope tells of no step where one is sure, nor
     for models whose draws no seed repeats: those are other diagnoses.
     """
-    rows = probe.few[_sizes(probe, "margin") > 0]
+    code, rows = "wrong-gradient", probe.few[_sizes(probe, "margin") > 0]
     if not len(rows) or probabilities(probe):
-        return None
+        return unmeasured(
+            code, "there is no slope to compare: zero gradients, or probabilities", "see their flags"
+        )
     x, goal = probe.x[rows], Goal(probe.labels[rows])
     gradient = _seeded(probe, x, goal).gradient
     direction = gradient.sign()
@@ -73,13 +75,15 @@ def disagrees(probe: Probe) -> Flag | None:
         )
         errors.append(((ahead - behind) / (2 * step) / promised - 1).abs())
     error = torch.stack(errors).amin(0)
-    code, typical = "wrong-gradient", float(error.median())
+    typical = float(error.median())
     what = "is the median relative error of the gradient against finite differences"
     if typical <= 0.5:
         return passed(code, round(typical, 4), what)
     one, other = (_seeded(probe, x, goal, with_gradient=False).logits for _ in range(2))
     if not agree(one, other):
-        return None
+        return unmeasured(
+            code, "no seed repeats the model's draws, so there is nothing to compare", "see its draws"
+        )
     return Flag(
         code,
         "warning",

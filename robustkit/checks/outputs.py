@@ -6,7 +6,7 @@ import torch
 
 from robustkit.checks import lints
 from robustkit.checks.probe import NOISE, Probe
-from robustkit.record import Flag, passed
+from robustkit.record import Flag, passed, unmeasured
 
 ROUNDING = 1e-5
 MOST = 0.75  # ordinary overfitted nets saturate on up to half of the images
@@ -128,12 +128,12 @@ def dim_images(probe: Probe) -> Flag | None:
     )
 
 
-def batch_dependent(probe: Probe) -> Flag | None:
+def batch_dependent(probe: Probe) -> Flag:
     """Logits of an image that change beyond float noise when it is evaluated alone."""
     with torch.no_grad():
         alone, again = probe.model(probe.x[:1]), probe.model(probe.x[:1])
     if not torch.equal(alone, again):  # random, which is another diagnosis
-        return None
+        return unmeasured("batch-dependent", "the model is random, which hides it", "see its draws")
     scale = probe.logits[:1].abs().max().clamp(min=1e-12)
     gap = float((alone - probe.logits[:1]).abs().max() / scale)
     what = "is the relative change of an image's logits when it is evaluated alone"

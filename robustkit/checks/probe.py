@@ -81,8 +81,8 @@ class Probe:
         return agree(one, other)
 
     @cached_property
-    def strongest(self) -> RowWise | None:
-        """The longest of the run's attacks that climb one gradient from one start, and not that of dlr.
+    def strongest(self) -> Any:
+        """The longest of the run's attacks that climb one gradient from one start, and not that of dlr; or None.
 
         Of two classes, as the question of the planted points has, dlr knows no slope.
         """
@@ -90,21 +90,24 @@ class Probe:
         climbing = [
             attack
             for attack in self.attacks
-            if isinstance(attack, RowWise)
-            and attack.info.access == "gradient"
+            if attack.info.access == "gradient"
+            and isinstance(attack, RowWise)
             and not (attack.attempts(norm)[0] or attack.loss == "dlr" or attack.several)
             and attack.length(norm) <= attack.steps + SPARE_STEPS
         ]
         return max(climbing, key=lambda attack: attack.length(norm), default=None)
 
     @cached_property
-    def trail(self) -> Trail | None:
-        """The way of the strongest attack on the fewest rows, up to where all have been fooled."""
-        if self.strongest is None or not len(self.fewest):
-            return None
-        rows = self.fewest
-        goal, rng = Goal(self.labels[rows]), RowRng(self.seed, "trail", rows)
-        return trail(self.strongest, self.model, self.x[rows], goal, self.threat, rng, enough=True)
+    def left(self) -> torch.Tensor:
+        """Positions of the few rows that 20 steps of PGD leave."""
+        return self.left_by(self.threat, self.few, steps=20)
+
+    @cached_property
+    def trail(self) -> Trail:
+        """The way of 40 steps of PGD on those, from the same starts, up to where all have been fooled."""
+        x, goal = self.x[self.left], Goal(self.labels[self.left])
+        rng = RowRng(self.seed, "checks", self.left)
+        return trail(make("pgd", loss="margin", steps=40), self.model, x, goal, self.threat, rng, enough=True)
 
     def left_by(self, threat: ThreatModel, rows: torch.Tensor, **fields: Any) -> torch.Tensor:
         """Return which of these rows PGD with these fields leaves standing under a threat.

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from robustkit.checks.probe import Probe
-from robustkit.record import Flag, passed
+from robustkit.record import Flag, passed, unmeasured
 from robustkit.shapes import Logits
 
 NOISE = 1e-4
@@ -23,14 +23,14 @@ SEEDERS: dict[str, Callable[[int], object]] = {
 }
 
 
-def randomised(probe: Probe) -> Flag | None:
+def randomised(probe: Probe) -> Flag:
     """Answers that change from one call to the next; names the generators that they come from.
 
     Five calls and the tolerance, 1e-4 on normalised logits, are AutoAttack's; all generators have another seed at
     each. Sources are found by seeding all alike, then each one differently. The caller isolates the generators.
     """
     if probe.attacks and all(getattr(attack, "eot_iter", 1) > 1 for attack in probe.attacks):
-        return None
+        return unmeasured("randomised", "the suite averages over draws in any case", "nothing to do")
     gap = max(_gap(_normalised(probe.logits), _answer(probe, call)) for call in range(1, CALLS))
     what = "is the largest change of the normalised logits between calls"
     if gap <= NOISE:

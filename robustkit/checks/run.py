@@ -72,9 +72,9 @@ def diagnose(probe: Probe) -> list[Flag]:
 
     Costs, per image of the batch, 1 forward and 4 for randomness (9 if it is random); for the few rows
     2 forwards and 3 backwards for gradients, 6 forwards for finite differences and at most 100 propagations
-    each way for short PGD runs, which end at the first success. For 8 rows 13 forwards nearby, the way of the
-    run's longest plain attack (both ways), and the planted points: 31 forwards, and at most that way again with
-    as many forwards at random points; all of it ends where every row has had its success.
+    each way for short PGD runs, which end at the first success. For 8 rows 13 forwards nearby, 31 to plant points,
+    and at most the length of the run's longest plain attack both ways, with as many forwards at random points,
+    to find them; it ends where all have been found.
     """
     found = (check(probe) for check in BEFORE)
     return [flag for flag in found if flag is not None]

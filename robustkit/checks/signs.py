@@ -1,8 +1,8 @@
 """Diagnoses by the signs of failed attacks, and by planted adversarials: is an attack alive on this model?
 
-The run's own attack is asked, as it is set, on the fewest rows. What the signs are is in `indicators`, the planted
-points in `binarization`; two more signs have diagnoses of their own: I1 is `zero-gradient`, I6 `survives-any-eps`.
-I5 cannot be: every success is judged on the model itself.
+What the signs are is in `indicators`; the ways are those of PGD on rows that it finds hard. Two more signs have
+diagnoses of their own: I1 is `zero-gradient`, I6 `survives-any-eps`. I5 cannot be: every success is judged on the
+model itself. The planted points are for the run's own attack, as it is set; see `binarization`.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from robustkit.shapes import Images, PerRow
 
 # Mean relative change of the margin that is too much, over so many draws: honest nets stay below a quarter.
 UNSTABLE, DRAWS = 0.5, 12
-INNER = 29
-NO_ATTACK = "the run has no row-wise attack that climbs one gradient from one start, whose way could be looked at"
+INNER = 19
+NO_ATTACK = "the run has no row-wise attack that climbs one gradient from one start, which could be asked"
 NONE_RIGHT = "the model is right on none of the first images"
 ADD_ONE = "add one: --suite 'rapid,...'"
 
@@ -54,28 +54,26 @@ def unstable(probe: Probe) -> Flag:
 def silent(probe: Probe) -> Flag:
     """I3: successes on the way that an attack's last point does not show; they count, so it is never a flag."""
     code = "silent-success"
-    if probe.trail is None:
-        return unmeasured(code, NO_ATTACK, ADD_ONE)
+    if why := _no_way(probe, code):
+        return why
     found = indicators.silent(probe.trail.fooled)
     return passed(
         code,
         int(found.sum()),
-        f"of {len(found)} attacks fooled the model on the way but not at their last point; "
-        "every point on the way is judged, so these count",
+        f"of {len(found)} attacks of 40 steps fooled the model on the way but not at their last point; every "
+        "point on the way is judged, so these count",
     )
 
 
 def incomplete(probe: Probe) -> Flag:
     """I4: attacks that failed while their loss still rose. Of a random model it would tell but of its draws."""
     code = "incomplete-optimisation"
-    if probe.trail is None:
-        return unmeasured(code, NO_ATTACK, ADD_ONE)
-    if not probe.steady:
-        return unmeasured(code, "the loss of a random model goes up and down by itself", "look at its draws")
+    if why := _no_way(probe, code):
+        return why
     failed = ~probe.trail.fooled.any(1)
     rising = int((indicators.incomplete(probe.trail.losses) & failed).sum())
     what = (
-        f"of {int(failed.sum())} attacks that failed still gained a twentieth of their rise in the last ten steps"
+        f"of {int(failed.sum())} attacks that failed in 40 steps gained a twentieth of their rise in the last ten"
     )
     if rising < 3 or 2 * rising <= failed.sum():
         return passed(code, rising, what)
@@ -131,3 +129,14 @@ def alive(probe: Probe) -> Flag:
         f"{what}: where it finds nothing there may well be something",
         "use a stronger suite (--suite auto or adaptive), or give a differentiable version of the model",
     )
+
+
+def _no_way(probe: Probe, code: str) -> Flag | None:
+    """Return why there is no way to look at, if so."""
+    if not len(probe.few):
+        return unmeasured(code, NONE_RIGHT, "give images that the model knows")
+    if not probe.steady:
+        return unmeasured(code, "the loss of a random model goes up and down by itself", "look at its draws")
+    if not len(probe.left):
+        return passed(code, 0, "attacks failed: every image that was looked at fell within 20 steps")
+    return None

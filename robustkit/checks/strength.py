@@ -41,9 +41,7 @@ def unconverged(probe: Probe) -> Flag:
         return unmeasured(code, "the model is right on none of the first images", "give images that it knows")
     if not probe.steady:
         return unmeasured(code, "on a random model more steps are more draws to be lucky in", "look at its draws")
-    left = probe.left_by(probe.threat, probe.few, steps=20)
-    more = probe.left_by(probe.threat, left, steps=40)
-    gained = len(left) - len(more)
+    gained = int(probe.trail.fooled.any(1).sum()) if len(probe.left) else 0
     what = f"of {len(probe.few)} images fall to 40 steps of PGD but not to 20"
     if gained < 3 or gained <= 0.1 * len(probe.few):
         return passed(code, gained, what)
@@ -85,14 +83,16 @@ def scores_beat_gradients(stages: Sequence[Stage], access: Sequence[str]) -> Fla
     return passed(code, fooled, "images that every gradient attack had left fell to score-based ones")
 
 
-def masked(stages: Sequence[Stage], views: Sequence[str], places: Sequence[str]) -> Flag:
+def masked(stages: Sequence[Stage], views: Sequence[str], places: Sequence[str], plain: bool = False) -> Flag:
     """Return whether attacks on views of the model fooled images that its own gradients had left.
 
-    `views` says of each stage what it climbed on, if not the model itself; `places` are suspects, in words. One
-    image, or one in fifty, may as well fall to another attack of any kind.
+    `views` says of each stage what it climbed on, if not the model itself; `places` are suspects, in words;
+    `plain` is whether views were looked for in vain. One image, or one in fifty, may as well fall to another attack of any kind.
     """
     code = "masked-gradient"
     on_views = [stage for stage, view in zip(stages, views, strict=True) if view and stage.forwards]
+    if not on_views and plain:
+        return passed(code, 0, "places that stop or bend gradients were seen, so there was no stand-in to attack")
     if not on_views:
         return unmeasured(
             code, "no stand-in for the model's gradients was attacked", "--suite adaptive does so in any case"

@@ -165,7 +165,8 @@ class Worker:
     def _masked(self) -> Flag:
         views = ["", *(rung.view for rung in self.rungs)]
         told = [views[number] for number in self.tally.told]
-        return masked(self.tally.stages(), told, self.outlook.places if any(told) else [])
+        places = self.outlook.places if any(told) else []
+        return masked(self.tally.stages(), told, places, any(views) and not self.outlook.doubtful)
 
     def fly(self, first: int, count: int, among: np.ndarray) -> None:
         """Take what still stands of these through `count` attacks from stage `first` on, all row-wise, at once."""
