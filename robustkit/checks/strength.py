@@ -87,7 +87,8 @@ def masked(stages: Sequence[Stage], views: Sequence[str], places: Sequence[str],
     """Return whether attacks on views of the model fooled images that its own gradients had left.
 
     `views` says of each stage what it climbed on, if not the model itself; `places` are suspects, in words;
-    `plain` is whether views were looked for in vain. One image, or one in fifty, may as well fall to another attack of any kind.
+    `plain` is whether views were looked for in vain. One image, or one in fifty, may as well fall to another
+    attack of any kind.
     """
     code = "masked-gradient"
     on_views = [stage for stage, view in zip(stages, views, strict=True) if view and stage.forwards]
