@@ -218,10 +218,13 @@ def features(model: Model, ends: Sequence[nn.Module], x: Images) -> Tensor:
     finally:
         for handle in handles:
             handle.remove()
-    parts = [torch.cat(part) if part else x[:0] for part in seen]
-    if any(len(part) != len(x) for part in parts):
-        raise UsageError("binarization: a linear layer does not see each image once, so it gives no features.")
-    return torch.cat([part.flatten(1) for part in parts], 1)
+    try:
+        parts = [torch.cat(part) if part else x[:0] for part in seen]
+        if all(len(part) == len(x) for part in parts):
+            return torch.cat([part.flatten(1) for part in parts], 1)
+    except RuntimeError as error:
+        raise UsageError("binarization: what a linear layer sees cannot be taken out of torch.vmap.") from error
+    raise UsageError("binarization: a linear layer does not see each image once, so it gives no features.")
 
 
 def _between(rows: Tensor, point: Tensor, weight: Tensor, share: float = 0.5) -> tuple[Tensor, Tensor]:
