@@ -239,7 +239,7 @@ class Report:
     verdicts: Sequence[Outcome]
     environment: Mapping[str, Any]
     files: Mapping[str, str] = field(default_factory=dict)
-    passed: Sequence[Flag] = ()
+    passed: Sequence[Flag] = field(default_factory=list)
     curve: Curve | None = None
     audit: Audit | None = None
     draws: Draws | None = None
