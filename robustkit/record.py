@@ -15,14 +15,16 @@ from robustkit.intervals import sequence, two_phase
 
 FORMAT = 1
 LEVELS = ("info", "warning", "error")
+OK, UNMEASURED = "ok", "not measured"
 AUDIT_BROKE = "audit-broke"
 
 
 @dataclass(frozen=True)
 class Flag:
-    """A reason to look twice at a number.
+    """A reason to look twice at a number, or what a check has to say where it found none.
 
-    `level` is `info`, `warning` or `error`; `value` is what was measured.
+    `level` is `info`, `warning` or `error`, and without a reason `ok` or `not measured`; `value` is what was
+    measured.
     """
 
     code: str
@@ -30,6 +32,21 @@ class Flag:
     value: int | float | None
     meaning: str
     remedy: str
+
+    @property
+    def raised(self) -> bool:
+        """Whether it is a reason to look twice."""
+        return self.level in LEVELS
+
+
+def passed(code: str, value: int | float | None, meaning: str) -> Flag:
+    """Return what a check measured that found nothing."""
+    return Flag(code, OK, value, meaning, "nothing to do")
+
+
+def unmeasured(code: str, meaning: str, remedy: str) -> Flag:
+    """Return why a check could not be made."""
+    return Flag(code, UNMEASURED, None, meaning, remedy)
 
 
 @dataclass(frozen=True)
@@ -205,10 +222,10 @@ class Audit:
 class Report:
     """The record of a finished run; the fields are those of report.json.
 
-    `curve` and `audit` are there if they were asked for, `draws` for a random model, `stopped` if the run ended
-    early. `files` holds the
-    sha256 of what lies beside the report. `adversarial` (not in the file) are the fooling images as a mapping of
-    `index` (M), `x` (M C H W) and `y` (M) when the run was asked for from Python.
+    `flags` were raised, `passed` is what the other checks measured, or why they could not. `curve` and `audit`
+    are there if they were asked for, `draws` for a random model, `stopped` if the run ended early. `files` holds
+    the sha256 of what lies beside the report. `adversarial` (not in the file) are the fooling images as a mapping
+    of `index` (M), `x` (M C H W) and `y` (M) when the run was asked for from Python.
     """
 
     run_id: str
@@ -222,6 +239,7 @@ class Report:
     verdicts: Sequence[Outcome]
     environment: Mapping[str, Any]
     files: Mapping[str, str] = field(default_factory=dict)
+    passed: Sequence[Flag] = field(default_factory=list)
     curve: Curve | None = None
     audit: Audit | None = None
     draws: Draws | None = None
@@ -278,6 +296,7 @@ class Report:
                 verdicts=[Outcome(**verdict) for verdict in body["verdicts"]],
                 environment=body["environment"],
                 files=body.get("files", {}),
+                passed=[Flag(**flag) for flag in body.get("passed", [])],
                 curve=_curve(body.get("curve")),
                 audit=_audit(body.get("audit")),
                 draws=_draws(body.get("draws")),

@@ -3,9 +3,11 @@
 Zimmermann et al. 2022, "Increasing Confidence in Adversarial Robustness Evaluations" (NeurIPS).
 For each image a new question is put to the model's own features: does it lie well inside the ball, or is it the
 point that was planted on the ball's edge? A linear readout in place of the head answers rightly, so there is an
-adversarial by construction, and an attack that misses it says nothing by missing others.
+adversarial by construction, and an attack that misses it says nothing by missing others. Of an ensemble the
+features are those of all members.
 
-Departures from the authors' code: the readouts of all images are fitted, and attacked, together, each row with
+Departures from the authors' code: a control asks as many random points as the attack asked before it had found
+every answer; the readouts of all images are fitted, and attacked, together, each row with
 its own; classes are weighed alike in the fit; the boundary is moved to the planted point (their "tight" setting)
 unless one asks for the middle, where random points on small images do too well; in l-infinity the planted point
 is a corner of the ball whose signs keep it inside the box, where theirs rescales after clipping.
@@ -13,6 +15,7 @@ is a corner of the ball whose signs keep it inside the box, where theirs rescale
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
@@ -42,10 +45,10 @@ class Binarization:
 
     @property
     def verdict(self) -> str:
-        """`pass`, `fail`, or `too easy` where random points do as well as one could ask of an attack."""
-        if self.control > TOO_EASY:
-            return "too easy"
-        return "pass" if self.rate >= PASSES else "fail"
+        """`pass`, `fail`, or `too easy` where it passed, but random points do well too."""
+        if self.rate < PASSES:
+            return "fail"
+        return "too easy" if self.control > TOO_EASY else "pass"
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,8 @@ class Question:
 
 
 def binarization(
-    model: nn.Module,
+    model: Model,
+    net: nn.Module,
     x: Images,
     attack: RowWise,
     threat: ThreatModel,
@@ -75,7 +79,8 @@ def binarization(
     """Return how often an attack, as it is set, finds the planted adversarials of images x (B C H W).
 
     Args:
-        model: whose last linear layer is replaced; everything before it stays in the way.
+        model: whose last linear layers are replaced; everything before them stays in the way.
+        net: the module in it that has those layers.
         x: clean images.
         attack: with the settings of the evaluation; its first attempt is run.
         threat: that of the evaluation.
@@ -84,35 +89,41 @@ def binarization(
         tight: move the boundary to the planted point, as far as it stays on its side.
 
     Raises:
-        UsageError: if the model has no linear layer at its end, or no readout tells the planted points from the
-            others: then the test says nothing.
+        UsageError: if the model has no linear layer that gives its classes, or no readout tells the planted points
+            from the others: then the test says nothing.
     """
-    head = last_linear(model, x[:1])
-    question = asked(model, head, x, threat, rng, inner, tight)
+    ends = heads(model, net, x[:1])
+    question = asked(model, ends, x, threat, rng, inner, tight)
 
     def binary(images: Images) -> Logits:
-        return question.logits(features(model, head, images))
+        # A net without a gradient has one of zero.
+        return question.logits(features(model, ends, images)) + 0 * images.flatten(1).sum(1, keepdim=True)
 
-    found = _attacked(attack, binary, x, threat, rng)
+    found, queries = _attacked(attack, binary, x, threat, rng)
     corners = torch.zeros_like(found)
     with torch.no_grad():
-        for draw in range(attack.length(threat.norm) + 1):
+        for draw in range(queries):
             points = edge(x, threat, rng.at(restart=1, step=draw))
             corners = corners | (binary(points).argmax(1) == 1)
     return Binarization(float(found.double().mean()), float(corners.double().mean()), len(x))
 
 
 def asked(
-    model: nn.Module, head: nn.Module, x: Images, threat: ThreatModel, rng: RowRng, inner: int, tight: bool = True
+    model: Model,
+    ends: Sequence[nn.Module],
+    x: Images,
+    threat: ThreatModel,
+    rng: RowRng,
+    inner: int,
+    tight: bool = True,
 ) -> Question:
     """Return the question about each image."""
     witness = edge(x, threat, rng.at(restart=2))
     within = replace(threat, eps=threat.eps * (1 - GAP))
+    points = [x, *(within.random_start(x, rng.at(restart=3, step=draw)) for draw in range(inner)), witness]
     with torch.no_grad():
-        points = [features(model, head, x)]
-        for draw in range(inner):
-            points.append(features(model, head, within.random_start(x, rng.at(restart=3, step=draw))))
-        weight, bias = fitted(torch.stack(points, 1), features(model, head, witness), tight)
+        inside = features(model, ends, torch.cat(points)).view(len(points), len(x), -1)
+        weight, bias = fitted(inside[:-1].transpose(0, 1), inside[-1], tight)
     return Question(weight, bias, witness)
 
 
@@ -170,38 +181,50 @@ def _regressed(rows: Tensor, point: Tensor, weight: Tensor, bias: Tensor) -> Ten
     return weight
 
 
-def last_linear(model: nn.Module, image: Images) -> nn.Module:
-    """Return the linear layer that runs last in a pass over an image.
+def heads(model: Model, net: nn.Module, image: Images) -> list[nn.Linear]:
+    """Return the linear layers that give the classes in a pass over an image (1 C H W): of an ensemble several.
 
     Raises:
         UsageError: if there is none.
     """
-    ran: list[nn.Module] = []
-    handles = [
-        part.register_forward_pre_hook(lambda module, args: ran.append(module))
-        for part in model.modules()
-        if isinstance(part, nn.Linear)
-    ]
+    ran: list[nn.Linear] = []
+    linear = [part for part in net.modules() if isinstance(part, nn.Linear)]
+    handles = [part.register_forward_pre_hook(lambda module, args: ran.append(module)) for part in linear]
     try:
         with torch.no_grad():
-            model(image)
+            classes = model(image).shape[1]
     finally:
         for handle in handles:
             handle.remove()
-    if not ran:
+    found = list(dict.fromkeys(part for part in ran if part.out_features == classes))
+    if not found:
         raise UsageError("binarization: the model has no linear layer whose input could be read as features.")
-    return ran[-1]
+    return found
 
 
-def features(model: nn.Module, head: nn.Module, x: Images) -> Tensor:
-    """Return what the head is given for images x, (B D), by a pass through the whole model."""
-    seen: list[Tensor] = []
-    handle = head.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+def features(model: Model, ends: Sequence[nn.Module], x: Images) -> Tensor:
+    """Return what the heads are given for images x, side by side (B D), by a pass through the whole model.
+
+    Raises:
+        UsageError: if a head does not see each image once.
+    """
+    seen: list[list[Tensor]] = [[] for _ in ends]
+    handles = [
+        head.register_forward_pre_hook(lambda module, args, part=part: part.append(args[0]))
+        for head, part in zip(ends, seen, strict=True)
+    ]
     try:
         model(x)
     finally:
-        handle.remove()
-    return seen[-1].flatten(1)
+        for handle in handles:
+            handle.remove()
+    try:
+        parts = [torch.cat(part) if part else x[:0] for part in seen]
+        if all(len(part) == len(x) for part in parts):
+            return torch.cat([part.flatten(1) for part in parts], 1)
+    except RuntimeError as error:
+        raise UsageError("binarization: what a linear layer sees cannot be taken out of torch.vmap.") from error
+    raise UsageError("binarization: a linear layer does not see each image once, so it gives no features.")
 
 
 def _between(rows: Tensor, point: Tensor, weight: Tensor, share: float = 0.5) -> tuple[Tensor, Tensor]:
@@ -211,7 +234,11 @@ def _between(rows: Tensor, point: Tensor, weight: Tensor, share: float = 0.5) ->
     return top - highest, -(highest + share * (top - highest))
 
 
-def _attacked(attack: RowWise, binary: Model, x: Images, threat: ThreatModel, rng: RowRng) -> Mask:
-    """Return which rows any point on the attack's way answers 1. Rows keep their place: each has its readout."""
+def _attacked(attack: RowWise, binary: Model, x: Images, threat: ThreatModel, rng: RowRng) -> tuple[Mask, int]:
+    """Return which rows any point on the attack's way answers 1, and how many it asked until all did.
+
+    Rows keep their place: each has its readout.
+    """
     goal = Goal(torch.zeros(len(x), dtype=torch.long, device=x.device))
-    return trail(attack, binary, x, goal, threat, rng).fooled.any(1)
+    fooled = trail(attack, binary, x, goal, threat, rng, enough=True).fooled
+    return fooled.any(1), fooled.shape[1]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from robustkit.checks.outputs import agree, probabilities
-from robustkit.checks.probe import Probe
+from robustkit.checks import lints
+from robustkit.checks.outputs import probabilities
+from robustkit.checks.probe import Probe, agree
 from robustkit.checks.randomness import SEEDERS
 from robustkit.goal import Goal
-from robustkit.record import Flag
+from robustkit.record import Flag, passed, unmeasured
 from robustkit.rows import Answer, query
 from robustkit.shapes import Images, PerRow
 
@@ -17,16 +18,19 @@ MOST = 0.75
 STEPS = (1e-3, 3e-3, 1e-2)
 
 
-def zero(probe: Probe) -> Flag | None:
-    """Images at which the margin's gradient is exactly zero."""
-    gone = _sizes(probe, "margin") == 0
+def zero(probe: Probe) -> Flag:
+    """I1: images at which the margin's gradient is exactly zero."""
+    code, gone = "zero-gradient", _sizes(probe, "margin") == 0
+    if not len(gone):
+        return unmeasured(code, "the model is right on none of the first images", "give images that it knows")
+    what = f"of {len(gone)} images have an input gradient of exactly zero"
     if not gone.any():
-        return None
+        return passed(code, 0, what)
     return Flag(
-        "zero-gradient",
+        code,
         "warning",
         int(gone.sum()),
-        f"of {len(gone)} images have an input gradient of exactly zero: gradient attacks cannot move them",
+        f"{what}: gradient attacks cannot move them",
         "judge by score-based attacks (--suite square), or give a differentiable version of the model",
     )
 
@@ -47,7 +51,7 @@ def vanishing(probe: Probe) -> Flag | None:
     )
 
 
-def disagrees(probe: Probe) -> Flag | None:
+def disagrees(probe: Probe) -> Flag:
     """A gradient that does not predict what the function does along it.
 
     Compares the slope along the gradient's sign with central differences at three step sizes; the nearest counts,
@@ -55,9 +59,11 @@ def disagrees(probe: Probe) -> Flag | None:
     asked with the same seeds each time. Not for probabilities, whose slope tells of no step where one is sure, nor
     for models whose draws no seed repeats: those are other diagnoses.
     """
-    rows = probe.few[_sizes(probe, "margin") > 0]
+    code, rows = "wrong-gradient", probe.few[_sizes(probe, "margin") > 0]
     if not len(rows) or probabilities(probe):
-        return None
+        return unmeasured(
+            code, "there is no slope to compare: zero gradients, or probabilities", "see their flags"
+        )
     x, goal = probe.x[rows], Goal(probe.labels[rows])
     gradient = _seeded(probe, x, goal).gradient
     direction = gradient.sign()
@@ -70,18 +76,40 @@ def disagrees(probe: Probe) -> Flag | None:
         errors.append(((ahead - behind) / (2 * step) / promised - 1).abs())
     error = torch.stack(errors).amin(0)
     typical = float(error.median())
+    what = "is the median relative error of the gradient against finite differences"
     if typical <= 0.5:
-        return None
+        return passed(code, round(typical, 4), what)
     one, other = (_seeded(probe, x, goal, with_gradient=False).logits for _ in range(2))
     if not agree(one, other):
-        return None
+        return unmeasured(
+            code, "no seed repeats the model's draws, so there is nothing to compare", "see its draws"
+        )
     return Flag(
-        "wrong-gradient",
+        code,
         "warning",
         round(typical, 4),
-        "is the median relative error of the gradient against finite differences, which should be near 0: it is "
+        f"{what}, which should be near 0: it is "
         "not that of the function (quantisation, a straight-through estimate, shattered gradients)",
         "attack a smooth version of the model and judge on this one; look at what score-based attacks find",
+    )
+
+
+def unlike(probe: Probe) -> Flag | None:
+    """Gradients that differ at the same point though answers do not: dice in the backward pass."""
+    rows = probe.fewest
+    if not len(rows) or not probe.steady:
+        return None
+    again = query(probe.model, probe.x[rows], Goal(probe.labels[rows]), "margin").gradient
+    value = lints.unlikeness(probe.gradients["margin"][: len(rows)], again)
+    if value <= lints.YELLOW:
+        return None
+    return Flag(
+        "unlike-gradients",
+        "warning",
+        round(value, 4),
+        "is what the cosine of two gradients at the same point lacks of 1, though the answers are the same: the "
+        "backward pass is random",
+        "average gradients over draws, and look at what score-based attacks find",
     )
 
 

@@ -82,9 +82,16 @@ def unconstrained(fooled: Tensor, right: Mask) -> float:
 
 
 def trail(
-    attack: RowWise, model: Model, x: Images, goal: Goal, threat: ThreatModel, rng: RowRng, loss: str = "margin"
+    attack: RowWise,
+    model: Model,
+    x: Images,
+    goal: Goal,
+    threat: ThreatModel,
+    rng: RowRng,
+    loss: str = "margin",
+    enough: bool = False,
 ) -> Trail:
-    """Run one attempt of an attack on all rows to its end, whatever it finds on the way.
+    """Run one attempt of an attack on all rows to its end, whatever single ones find on the way.
 
     Args:
         attack: whose first attempt is run.
@@ -94,6 +101,7 @@ def trail(
         threat: the rules.
         rng: the dice.
         loss: that is noted at each point; of a target, if the attack has any, it is the second likeliest's.
+        enough: end once every row has had a success.
     """
     rows = Rows(x, goal, threat, rng, goal)
     state = attack.init(rows)
@@ -104,6 +112,8 @@ def trail(
         losses.append(goal.loss(answer.logits, loss))
         fooled.append(goal.reached(answer.logits) & inside)
         last = state["x"]
+        if enough and torch.stack(fooled).any(0).all():
+            break
         if step < length:
             rows = replace(rows, rng=rows.rng.at(step=step + 1))
             state = attack.step(rows, state, answer)

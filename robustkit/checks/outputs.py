@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from robustkit.checks.probe import Probe
-from robustkit.record import Flag
-from robustkit.shapes import Logits
+from robustkit.checks import lints
+from robustkit.checks.probe import NOISE, Probe
+from robustkit.record import Flag, passed, unmeasured
 
 ROUNDING = 1e-5
 MOST = 0.75  # ordinary overfitted nets saturate on up to half of the images
 FLOAT16_LARGEST = 65504.0
-NOISE = 1e-3
 
 
 def probabilities(probe: Probe) -> Flag | None:
@@ -34,7 +33,7 @@ def never_positive(probe: Probe) -> Flag | None:
         return None
     return Flag(
         "non-positive-outputs",
-        "warning",
+        "info",
         round(float(probe.logits.max()), 6),
         "is the largest output: none is above 0 (log-probabilities, or scores taken off a maximum), so a margin "
         "loss that masks the label with 0 instead of minus infinity has no gradient",
@@ -70,6 +69,36 @@ def too_large_for_half(probe: Probe) -> Flag | None:
     )
 
 
+def dlr_flat(probe: Probe) -> Flag | None:
+    """Rows whose first and third logits are as good as the same."""
+    share = lints.dlr_flatness(probe.logits)
+    if share <= lints.YELLOW:
+        return None
+    return Flag(
+        "dlr-flat",
+        "warning",
+        round(share, 4),
+        "is the share of images whose first and third logits are as good as the same: the dlr loss divides by the "
+        "gap between them",
+        "rely on attacks with a margin loss",
+    )
+
+
+def underflow(probe: Probe) -> Flag | None:
+    """Rows of which several classes, not all, stand at one floor."""
+    share = lints.underflow(probe.logits)
+    if share <= lints.YELLOW:
+        return None
+    return Flag(
+        "underflow",
+        "warning",
+        round(share, 4),
+        "is the share of images with several classes at the same lowest output to the bit: a floor, such as "
+        "log(clamp(p)) has, where no loss has a slope",
+        "let the model return what comes before the floor",
+    )
+
+
 def few_classes(probe: Probe) -> Flag | None:
     """Fewer classes than the targeted attacks of the run want."""
     classes = probe.logits.shape[1]
@@ -99,26 +128,22 @@ def dim_images(probe: Probe) -> Flag | None:
     )
 
 
-def batch_dependent(probe: Probe) -> Flag | None:
+def batch_dependent(probe: Probe) -> Flag:
     """Logits of an image that change beyond float noise when it is evaluated alone."""
     with torch.no_grad():
         alone, again = probe.model(probe.x[:1]), probe.model(probe.x[:1])
     if not torch.equal(alone, again):  # random, which is another diagnosis
-        return None
+        return unmeasured("batch-dependent", "the model is random, which hides it", "see its draws")
     scale = probe.logits[:1].abs().max().clamp(min=1e-12)
     gap = float((alone - probe.logits[:1]).abs().max() / scale)
+    what = "is the relative change of an image's logits when it is evaluated alone"
     if gap <= NOISE:
-        return None
+        return passed("batch-dependent", round(gap, 6), what)
     return Flag(
         "batch-dependent",
         "warning",
         round(gap, 6),
-        "is the relative change of an image's logits when it is evaluated alone: other images in the batch "
+        f"{what}: other images in the batch "
         "decide with it (batch norm in training mode?), so no verdict is about one image",
         "put the model into eval mode",
     )
-
-
-def agree(one: Logits, other: Logits) -> bool:
-    """Return whether two answers are the same but for float noise."""
-    return bool((one - other).abs().max() <= NOISE * one.abs().max())

@@ -8,22 +8,32 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from torch import nn
 
+from robustkit.checks.indicators import Trail, trail
 from robustkit.goal import Goal
 from robustkit.registry import make
 from robustkit.rng import RowRng
-from robustkit.rows import Model
+from robustkit.rows import Model, RowWise
 from robustkit.shapes import Images, Labels, Logits
 from robustkit.threat import ThreatModel
 
-FEW = 32
+# How many rows the dear diagnoses look at, and the dearest.
+FEW, FEWEST = 32, 8
+# How many draws of a random model decide here.
+DRAWS = 9
+# Answers that differ by a smaller share of the largest are the same.
+NOISE = 1e-3
+# An attack of several stages takes a step more from each to the next.
+SPARE_STEPS = 2
 
 
 @dataclass(frozen=True)
 class Probe:
-    """A model under diagnosis, a first batch `x` (B C H W) with `labels` (B), and the run's attacks.
+    """A model under diagnosis, a first batch `x` (B C H W) with `labels` (B), and the run's attacks on it.
 
-    The dear diagnoses look at few rows only: the first 32 that the model gets right.
+    The dear diagnoses look at few rows only: the first 32 that the model gets right. `net` is the module that
+    the model is made of, if it is one.
     """
 
     model: Model
@@ -32,6 +42,7 @@ class Probe:
     threat: ThreatModel
     attacks: Sequence[Any] = ()
     seed: int = 0
+    net: nn.Module | None = None
 
     @cached_property
     def logits(self) -> Logits:
@@ -57,12 +68,65 @@ class Probe:
             for loss, value in zip(losses, values, strict=True)
         }
 
+    @cached_property
+    def fewest(self) -> torch.Tensor:
+        """Positions of the first of the few rows."""
+        return self.few[:FEWEST]
+
+    @cached_property
+    def steady(self) -> bool:
+        """Whether the model gives the same answers twice."""
+        with torch.no_grad():
+            one, other = (self.model(self.x[self.fewest]) for _ in range(2))
+        return agree(one, other)
+
+    @cached_property
+    def strongest(self) -> Any:
+        """The longest of the run's attacks that climb one gradient from one start, and not that of dlr; or None.
+
+        Of two classes, as the question of the planted points has, dlr knows no slope.
+        """
+        norm = self.threat.norm
+        climbing = [
+            attack
+            for attack in self.attacks
+            if attack.info.access == "gradient"
+            and isinstance(attack, RowWise)
+            and not (attack.attempts(norm)[0] or attack.loss == "dlr" or attack.several)
+            and attack.length(norm) <= attack.steps + SPARE_STEPS
+        ]
+        return max(climbing, key=lambda attack: attack.length(norm), default=None)
+
+    @cached_property
+    def left(self) -> torch.Tensor:
+        """Positions of the few rows that 20 steps of PGD leave."""
+        return self.left_by(self.threat, self.few, steps=20)
+
+    @cached_property
+    def trail(self) -> Trail:
+        """The way of 40 steps of PGD on those, from the same starts, up to where all have been fooled."""
+        x, goal = self.x[self.left], Goal(self.labels[self.left])
+        rng = RowRng(self.seed, "checks", self.left)
+        return trail(make("pgd", loss="margin", steps=40), self.model, x, goal, self.threat, rng, enough=True)
+
     def left_by(self, threat: ThreatModel, rows: torch.Tensor, **fields: Any) -> torch.Tensor:
-        """Return which of these rows PGD with these fields leaves standing under a threat."""
+        """Return which of these rows PGD with these fields leaves standing under a threat.
+
+        Of a random model its last point counts, by most of a few draws: the first wrong draw on the way is luck.
+        """
         if not len(rows):
             return rows
-        goal = Goal(self.labels[rows])
-        rng = RowRng(self.seed, "checks", rows)
-        found = make("pgd", loss="margin", **fields)(self.model, self.x[rows], goal, threat, rng=rng)
+        x, goal = self.x[rows], Goal(self.labels[rows])
+        attack, rng = make("pgd", loss="margin", **fields), RowRng(self.seed, "checks", rows)
+        if self.steady:
+            found, draws = attack(self.model, x, goal, threat, rng=rng), 1
+        else:
+            found, draws = trail(attack, self.model, x, goal, threat, rng).last, DRAWS
         with torch.no_grad():
-            return rows[~goal.reached(self.model(found))]
+            fooled = [goal.reached(self.model(found)) for _ in range(draws)]
+        return rows[2 * torch.stack(fooled).sum(0) <= draws]
+
+
+def agree(one: Logits, other: Logits) -> bool:
+    """Return whether two answers are the same but for float noise."""
+    return bool((one - other).abs().max() <= NOISE * one.abs().max())

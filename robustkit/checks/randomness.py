@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from robustkit.checks.probe import Probe
-from robustkit.record import Flag
+from robustkit.record import Flag, passed, unmeasured
 from robustkit.shapes import Logits
 
 NOISE = 1e-4
@@ -23,17 +23,18 @@ SEEDERS: dict[str, Callable[[int], object]] = {
 }
 
 
-def randomised(probe: Probe) -> Flag | None:
+def randomised(probe: Probe) -> Flag:
     """Answers that change from one call to the next; names the generators that they come from.
 
     Five calls and the tolerance, 1e-4 on normalised logits, are AutoAttack's; all generators have another seed at
     each. Sources are found by seeding all alike, then each one differently. The caller isolates the generators.
     """
     if probe.attacks and all(getattr(attack, "eot_iter", 1) > 1 for attack in probe.attacks):
-        return None
+        return unmeasured("randomised", "the suite averages over draws in any case", "nothing to do")
     gap = max(_gap(_normalised(probe.logits), _answer(probe, call)) for call in range(1, CALLS))
+    what = "is the largest change of the normalised logits between calls"
     if gap <= NOISE:
-        return None
+        return passed("randomised", round(gap, 6), what)
     first = _answer(probe)
     still = _gap(first, _answer(probe)) > NOISE
     sources = [name for name in SEEDERS if not still and _gap(first, _answer(probe, differently=name)) > NOISE]
@@ -41,19 +42,19 @@ def randomised(probe: Probe) -> Flag | None:
         "randomised",
         "warning",
         round(gap, 6),
-        "is the largest change of the normalised logits between calls: the model is random "
+        f"{what}: the model is random "
         f"(source: {', '.join(sources) or 'none of the generators of torch, numpy, random'}), "
         "and a verdict is what most draws say",
         "use --suite auto or adaptive, which average gradients over draws too",
     )
 
 
-def optimises_at_test_time(probe: Probe) -> Flag | None:
+def optimises_at_test_time(probe: Probe) -> Flag:
     """Gradient computations inside the forward pass."""
     with _counted() as calls, torch.no_grad():
         probe.model(probe.x[:2])
     if not calls:
-        return None
+        return passed("test-time-optimisation", 0, "gradient calls are made inside one forward pass")
     return Flag(
         "test-time-optimisation",
         "warning",

@@ -6,11 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
 
-import torch
-
-from robustkit.checks.outputs import agree
 from robustkit.checks.probe import Probe
-from robustkit.record import Flag, Stage
+from robustkit.record import Flag, Stage, passed, unmeasured
 from robustkit.threat import ThreatModel
 
 SQUARE_GAIN = 0.002
@@ -18,86 +15,103 @@ SQUARE_GAIN = 0.002
 VIEW_GAIN = 0.02
 
 
-def survives_everything(probe: Probe) -> Flag | None:
-    """Images that PGD leaves standing although every image is allowed."""
+def survives_everything(probe: Probe) -> Flag:
+    """I6: images that PGD leaves standing although every image is allowed; as many as chance has are no sign."""
+    code = "survives-any-eps"
+    if not len(probe.few):
+        return unmeasured(code, "the model is right on none of the first images", "give images that it knows")
     left = probe.left_by(_everything(probe), probe.few, steps=40, step_size=0.1)
     chance = 1 / probe.logits.shape[1]
-    if len(left) <= chance * max(len(probe.few), 1):
-        return None
+    what = f"of {len(probe.few)} images stand against gradient attacks that may turn them into any other image"
+    if len(left) <= chance * len(probe.few):
+        return passed(code, len(left), what)
     return Flag(
-        "survives-any-eps",
+        code,
         "warning",
         len(left),
-        f"of {len(probe.few)} images stand against gradient attacks that may turn them into any other image: "
-        "the gradients are masked",
+        f"{what}: the gradients are masked",
         "give a differentiable version of the model, and judge by score-based attacks",
     )
 
 
-def unconverged(probe: Probe) -> Flag | None:
+def unconverged(probe: Probe) -> Flag:
     """Images that fall to 40 steps of PGD but not to 20. Of a random model it would tell but of its draws."""
-    left = probe.left_by(probe.threat, probe.few, steps=20)
-    more = probe.left_by(probe.threat, left, steps=40)
-    gained = len(left) - len(more)
+    code = "not-converged"
+    if not len(probe.few):
+        return unmeasured(code, "the model is right on none of the first images", "give images that it knows")
+    if not probe.steady:
+        return unmeasured(code, "on a random model more steps are more draws to be lucky in", "look at its draws")
+    gained = int(probe.trail.fooled.any(1).sum()) if len(probe.left) else 0
+    what = f"of {len(probe.few)} images fall to 40 steps of PGD but not to 20"
     if gained < 3 or gained <= 0.1 * len(probe.few):
-        return None
-    with torch.no_grad():
-        one, other = (probe.model(probe.x[left]) for _ in range(2))
-    if not agree(one, other):
-        return None
+        return passed(code, gained, what)
     return Flag(
-        "not-converged",
+        code,
         "warning",
         gained,
-        f"of {len(probe.few)} images fall to 40 steps of PGD but not to 20: attacks have far to go here",
+        f"{what}: attacks have far to go here",
         "use more steps and restarts, e.g. --suite 'rapid,pgd(steps=200,restarts=5)'",
     )
 
 
-def scores_beat_gradients(stages: Sequence[Stage], access: Sequence[str]) -> list[Flag]:
-    """Return a flag if a score-based stage fooled images that every gradient stage before it had left.
+def scores_beat_gradients(stages: Sequence[Stage], access: Sequence[str]) -> Flag:
+    """Return whether a score-based stage fooled images that every gradient stage before it had left.
 
     `access` says of each stage what its attack needs. AutoAttack's threshold: .2 points of accuracy.
     """
+    code, asked = "score-beats-gradient", []
     for number, stage in enumerate(stages):
-        if access[number] == "score" and "gradient" in access[:number]:
-            gain = stage.fooled / stage.robust_accuracy.n
-            if gain > SQUARE_GAIN:
-                return [
-                    Flag(
-                        "score-beats-gradient",
-                        "warning",
-                        stage.fooled,
-                        f"images that every gradient attack had left fell to the score-based {stage.attack}: "
-                        "those were too weak, or the gradients are masked",
-                        "run stronger gradient attacks and square with more queries; try an adaptive attack",
-                    )
-                ]
-    return []
+        if access[number] == "score" and "gradient" in access[:number] and stage.forwards:
+            asked.append(stage)
+            if stage.fooled / stage.robust_accuracy.n > SQUARE_GAIN:
+                return Flag(
+                    code,
+                    "warning",
+                    stage.fooled,
+                    f"images that every gradient attack had left fell to the score-based {stage.attack}: "
+                    "those were too weak, or the gradients are masked",
+                    "run stronger gradient attacks and square with more queries; try an adaptive attack",
+                )
+    if not asked:
+        return unmeasured(
+            code,
+            "no score-based attack was run after a gradient one: there is none, nothing was left for it, or the "
+            "model is random, where the score of one draw is luck",
+            "add one if the suite has none: --suite 'rapid,...'",
+        )
+    fooled = sum(stage.fooled for stage in asked)
+    return passed(code, fooled, "images that every gradient attack had left fell to score-based ones")
 
 
-def masked(stages: Sequence[Stage], views: Sequence[str], places: Sequence[str]) -> list[Flag]:
-    """Return a flag if attacks on views of the model fooled images that its own gradients had left.
+def masked(stages: Sequence[Stage], views: Sequence[str], places: Sequence[str], plain: bool = False) -> Flag:
+    """Return whether attacks on views of the model fooled images that its own gradients had left.
 
-    `views` says of each stage what it climbed on, if not the model itself; `places` are suspects, in words. One
-    image, or one in fifty, may as well fall to another attack of any kind.
+    `views` says of each stage what it climbed on, if not the model itself; `places` are suspects, in words;
+    `plain` is whether views were looked for in vain. One image, or one in fifty, may as well fall to another
+    attack of any kind.
     """
-    fooled = {stage.attack: stage.fooled for stage, view in zip(stages, views, strict=True) if view}
+    code = "masked-gradient"
+    on_views = [stage for stage, view in zip(stages, views, strict=True) if view and stage.forwards]
+    if not on_views and plain:
+        return passed(code, 0, "places that stop or bend gradients were seen, so there was no stand-in to attack")
+    if not on_views:
+        return unmeasured(
+            code, "no stand-in for the model's gradients was attacked", "--suite adaptive does so in any case"
+        )
+    fooled = {stage.attack: stage.fooled for stage in on_views}
     total = sum(fooled.values())
     if total <= max(1, VIEW_GAIN * stages[0].robust_accuracy.n):
-        return []
+        return passed(code, total, "images that the model's own gradients had left fell to attacks on views of it")
     best = max(fooled, key=lambda name: fooled[name])
     why = f"; {', '.join(places)}" if places else ""
-    return [
-        Flag(
-            "masked-gradient",
-            "warning",
-            total,
-            "images that every attack on the model's own gradients had left fell to attacks on views of it, most "
-            f"to {best}: the gradients are masked{why}",
-            "quote this number; that of AutoAttack, or of any attack on the model alone, is too high",
-        )
-    ]
+    return Flag(
+        code,
+        "warning",
+        total,
+        "images that every attack on the model's own gradients had left fell to attacks on views of it, most "
+        f"to {best}: the gradients are masked{why}",
+        "quote this number; that of AutoAttack, or of any attack on the model alone, is too high",
+    )
 
 
 def _everything(probe: Probe) -> ThreatModel:

@@ -46,15 +46,15 @@ def examine(
     x = samples.images(range(len(samples))).to(device)
     labels = torch.from_numpy(samples.labels).to(device)
     refuse_endless(threat, tuple(x.shape[1:]))
-    attacks = [rung.attack for rung in parse_suite(DEFAULT_SUITE, threat.norm)]
+    attacks = [rung.attack for rung in parse_suite(DEFAULT_SUITE, threat.norm) if not rung.view]
     meter = Meter(model, device)
     begun = time.perf_counter()
     with evaluation_mode(model) as was_training, own_randomness(seed, "doctor"):
         meter.size_up(x[:1], len(x))
-        probe = Probe(meter, x, labels, threat, attacks, seed)
+        probe = Probe(meter, x, labels, threat, attacks, seed, model)
         refuse_answers(probe.logits, samples.labels, np.arange(len(samples)))
         with threads(meter.threads):
-            flags = diagnose(probe)
+            flags = [flag for flag in diagnose(probe) if flag.raised]
         flags += training_mode(was_training, training_count(model))
     return Diagnosis(
         model=model.string,

@@ -43,6 +43,7 @@ class Tally:
         self.images = [""] * self.n
         self.costs = [Cost(0, 0, 0.0) for _ in self.names]
         self.flags: dict[str, Flag] = {}
+        self.passed: dict[str, Flag] = {}
         self.scope = np.arange(self.n)
 
     @classmethod
@@ -76,7 +77,10 @@ class Tally:
             self.raise_flag(flag)
 
     def raise_flag(self, flag: Flag) -> None:
-        """Keep one flag of each code, with the values added up."""
+        """Keep one flag of each code, with the values added up; and apart, what checks say that raised none."""
+        if not flag.raised:
+            self.passed[flag.code] = flag
+            return
         known = self.flags.get(flag.code)
         if known is not None and known.value is not None and flag.value is not None:
             flag = replace(flag, value=known.value + flag.value)
@@ -125,6 +129,7 @@ class Tally:
         self, spec: RunSpec, flags: list[Flag], environment: Mapping[str, Any], files: Mapping[str, str]
     ) -> Report:
         """Return the finished run's record; `flags` come after those of the chunks."""
+        found = [*self.flags.values(), *self.passed.values(), *flags]
         stages = self.stages()
         return Report(
             run_id=spec.run_id,
@@ -138,7 +143,7 @@ class Tally:
                 sum(cost.backwards for cost in self.costs),
                 sum(cost.seconds for cost in self.costs),
             ),
-            flags=[*self.flags.values(), *flags],
+            flags=[flag for flag in found if flag.raised],
             verdicts=[
                 Outcome(
                     index=at,
@@ -152,6 +157,7 @@ class Tally:
             ],
             environment=environment,
             files=files,
+            passed=[flag for flag in found if not flag.raised],
             draws=self._draws(),
             stopped=self.stopped,
         )

@@ -152,20 +152,21 @@ class Worker:
     @property
     def doubtful(self) -> bool:
         """Whether spare attacks are called for: by a view that is not the model's own gradient, or by a flag."""
-        return self.outlook.doubtful or bool(DOUBTS & self.tally.flags.keys()) or bool(self._rivalry())
+        return self.outlook.doubtful or bool(DOUBTS & self.tally.flags.keys()) or self._rivalry().raised
 
     def afterthoughts(self) -> list[Flag]:
-        """Return what the suite's stages and the model's views say against the number."""
-        return [*self._rivalry(), *self._masked()]
+        """Return what the suite's stages and the model's views say against the number, or for it."""
+        return [self._rivalry(), self._masked()]
 
-    def _rivalry(self) -> list[Flag]:
+    def _rivalry(self) -> Flag:
         access = ["", *(rung.attack.info.access for rung in self.rungs)]
         return scores_beat_gradients(self.tally.stages(), [access[number] for number in self.tally.told])
 
-    def _masked(self) -> list[Flag]:
+    def _masked(self) -> Flag:
         views = ["", *(rung.view for rung in self.rungs)]
         told = [views[number] for number in self.tally.told]
-        return masked(self.tally.stages(), told, self.outlook.places if any(told) else [])
+        places = self.outlook.places if any(told) else []
+        return masked(self.tally.stages(), told, places, any(views) and not self.outlook.doubtful)
 
     def fly(self, first: int, count: int, among: np.ndarray) -> None:
         """Take what still stands of these through `count` attacks from stage `first` on, all row-wise, at once."""
@@ -418,8 +419,8 @@ class Worker:
         labels = torch.from_numpy(self.samples.labels[positions]).to(x.device)
         plain = Meter(self.meter.model, self.meter.device)
         plain.piece = self.meter.piece
-        attacks = [rung.attack for rung in self.rungs]
-        flags = diagnose(Probe(plain, x, labels, self.threat, attacks, self.seed))
+        attacks = [rung.attack for rung in self.rungs if not rung.view]
+        flags = diagnose(Probe(plain, x, labels, self.threat, attacks, self.seed, plain.model))
         self.meter.forwards += plain.forwards
         self.meter.backwards += plain.backwards
         return [], flags

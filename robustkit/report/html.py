@@ -11,14 +11,14 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from robustkit.record import LEVELS, Rate, Report, dumps
-from robustkit.report import classes, costs, curve, histogram, words
+from robustkit.report import classes, costs, curve, histogram, trust, words
 from robustkit.report.cascade import cascade
 from robustkit.report.command import command
 from robustkit.report.names import stage_names
 from robustkit.report.strip import strip
 from robustkit.report.table import interval, median, notes, percent
 
-MARKS = {"info": "●", "warning": "▲", "error": "✖"}
+MARKS = {"info": "●", "warning": "▲", "error": "✖", "ok": "✓", "not measured": "○"}
 
 
 def page(report: Report, examples: Mapping[str, np.ndarray] | None) -> str:
@@ -57,6 +57,8 @@ def _facts_and_charts(report: Report, examples: Mapping[str, np.ndarray] | None)
         "trust": words.trust(report),
         "worst": max(levels, key=LEVELS.index, default=""),
         "marks": MARKS,
+        "flags": trust.flags(report),
+        "checks": trust.rows(report),
         "cascade": cascade(report),
         "curve_chart": curve.chart(report, report.curve) if report.curve else None,
         "notes": [line.strip() for line in notes(report)],

@@ -8,7 +8,7 @@ import torch
 from nets import Flat, Small
 
 from robustkit.checks import indicators, lints
-from robustkit.checks.binarization import Binarization, asked, binarization, edge, features, fitted, last_linear
+from robustkit.checks.binarization import Binarization, asked, binarization, edge, features, fitted, heads
 from robustkit.errors import UsageError
 from robustkit.goal import Goal
 from robustkit.registry import make
@@ -94,13 +94,13 @@ def test_an_honest_net_and_attack_show_none() -> None:
 @pytest.mark.parametrize("threat", ["linf:0.1", "l2:0.5", "l1:4"])
 def test_what_is_planted_is_there(threat: str) -> None:
     rules, net, x = ThreatModel.parse(threat), Small(1), torch.rand(5, 1, 9, 7)
-    head = last_linear(net, x[:1])
-    question = asked(net, head, x, rules, rows(5), inner=19)
+    ends = heads(net, net, x[:1])
+    question = asked(net, ends, x, rules, rows(5), inner=19)
     assert rules.contains(question.witness, x).all()
     assert np.allclose(rules.distance(question.witness, x), float(rules.eps), atol=1e-6)
     with torch.no_grad():
-        assert (question.logits(features(net, head, question.witness)).argmax(1) == 1).all()
-        assert (question.logits(features(net, head, x)).argmax(1) == 0).all()
+        assert (question.logits(features(net, ends, question.witness)).argmax(1) == 1).all()
+        assert (question.logits(features(net, ends, x)).argmax(1) == 0).all()
     assert len(edge(x, rules, rows(5))) == 5
 
 
@@ -109,7 +109,7 @@ def test_what_cannot_be_told_apart_is_refused() -> None:
     with pytest.raises(UsageError, match="2 of 2 planted points"):
         fitted(inside, inside[:, 0])
     with pytest.raises(UsageError, match="no linear layer"):
-        last_linear(torch.nn.Flatten(), torch.rand(1, 1, 2, 2))
+        heads(torch.nn.Flatten(), torch.nn.Flatten(), torch.rand(1, 1, 2, 2))
 
 
 def test_a_tight_boundary_keeps_the_planted_on_its_side() -> None:
@@ -122,12 +122,12 @@ def test_a_tight_boundary_keeps_the_planted_on_its_side() -> None:
 
 def test_a_good_attack_passes_and_a_feeble_one_fails() -> None:
     net, x = Small(1), torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    good = binarization(net, x, make("pgd", steps=30, loss="margin"), THREAT, rng=rows(8), inner=29)
+    good = binarization(net, net, x, make("pgd", steps=30, loss="margin"), THREAT, rng=rows(8), inner=29)
     assert good.verdict == "pass"
-    feeble = binarization(net, x, make("pgd", steps=1, step_size=0.01), THREAT, rng=rows(8), inner=29)
+    feeble = binarization(net, net, x, make("pgd", steps=1, step_size=0.01), THREAT, rng=rows(8), inner=29)
     assert feeble.verdict == "fail"
     assert feeble.rate < 0.5
-    again = binarization(net, x, make("pgd", steps=30, loss="margin"), THREAT, rng=rows(8), inner=29)
+    again = binarization(net, net, x, make("pgd", steps=30, loss="margin"), THREAT, rng=rows(8), inner=29)
     assert again == good
 
 

@@ -15,9 +15,9 @@ import pytest
 from PIL import Image
 from reports import FLAG, make_examples, make_report
 
-from robustkit.record import Flag, Report, dumps
+from robustkit.record import Audit, Cost, Draws, Flag, Rate, Report, dumps, passed, unmeasured
 from robustkit.registry import parse_suite
-from robustkit.report import classes, costs, histogram, svg, words
+from robustkit.report import classes, costs, histogram, svg, trust, words
 from robustkit.report.command import command, suite
 from robustkit.report.html import page
 from robustkit.report.names import stage_names
@@ -134,10 +134,10 @@ def test_golden_numbers() -> None:
     assert "<title>60.0 % robust accuracy: robustkit:digits-cnn</title>" in page(make_report(), None)
 
 
-def test_the_order_is_number_flags_cascade_classes_distances_images_cost_command() -> None:
+def test_the_order_is_number_trust_cascade_classes_distances_images_cost_command() -> None:
     text = page(make_report(flags=(FLAG,)), make_examples(make_report()))
     assert re.findall(r"<h2>(.*?)</h2>", text) == [
-        "Flags",
+        "Can this number be trusted?",
         "Accuracy left after each attack",
         "Accuracy per class",
         "How close it was",
@@ -187,6 +187,39 @@ def test_flags_say_everything() -> None:
         "Run an attack without gradients.",
     ):
         assert part in tree.text
+
+
+def test_the_page_opens_with_every_check_and_its_state() -> None:
+    ok = passed("not-converged", 2, "of 32 images fall late")
+    why = unmeasured("attack-not-alive", "nothing could be planted", "go by the rest")
+    report = replace(
+        make_report(flags=(FLAG,)), passed=(why, ok, passed("zero-gradient", 0, "is hidden by its flag"))
+    )
+    report = Report.from_json(json.loads(dumps(report.to_json())))
+    assert report.passed == [why, ok, passed("zero-gradient", 0, "is hidden by its flag")]
+    found = trust.rows(report)
+    assert len(found) == len(trust.CLAIMS) - 1
+    assert found[0] == ("Twice the steps find no more", ok)
+    assert [flag.level for _, flag in found] == ["ok"] + ["not measured"] * (len(found) - 1)
+    text = read(report).text
+    for part in (
+        "Twice the steps find no more ✓ ok 2 of 32 images fall late.",
+        "Planted adversarials are found ○ not measured Nothing could be planted. Go by the rest.",
+        "Full AutoAttack finds no more ○ not measured No survivor was given to AutoAttack. Add --audit 50.",
+        "Nothing is optimised to get it ○ not measured This run has not written it down.",
+    ):
+        assert text.index(FLAG.code) < text.index(part) < text.index("Accuracy left after each attack")
+    assert "is hidden by its flag" not in text
+    audited = report.with_audit(Audit.of(range(5), [], 24, 40, Cost(1, 1, 1)))
+    assert ("ok", 0) in {(flag.level, flag.value) for _, flag in trust.rows(audited) if "of 5" in flag.meaning}
+
+
+def test_three_accuracies_of_a_random_model_are_on_the_page() -> None:
+    draws = Draws(Rate.of(30, 40), 0.7, Rate.of(24, 40), 0.25)
+    text = read(replace(make_report(), draws=draws)).text
+    for part in ("by one draw 75.0 %", "on average over draws 70.0 %", "right more often than not 60.0 %"):
+        assert part in text
+    assert "0.25 of accuracy, 25.0 %, would be lost" in text
 
 
 def test_stages_of_one_name_are_told_apart() -> None:

@@ -1,0 +1,142 @@
+"""Diagnoses by the signs of failed attacks, and by planted adversarials: is an attack alive on this model?
+
+What the signs are is in `indicators`; the ways are those of PGD on rows that it finds hard. Two more signs have
+diagnoses of their own: I1 is `zero-gradient`, I6 `survives-any-eps`. I5 cannot be: every success is judged on the
+model itself. The planted points are for the run's own attack, as it is set; see `binarization`.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from robustkit.checks import indicators
+from robustkit.checks.binarization import binarization
+from robustkit.checks.probe import Probe
+from robustkit.errors import UsageError
+from robustkit.goal import Goal
+from robustkit.record import Flag, passed, unmeasured
+from robustkit.rng import RowRng
+from robustkit.shapes import Images, PerRow
+
+# Mean relative change of the margin that is too much, over so many draws: honest nets stay below a quarter.
+UNSTABLE, DRAWS = 0.5, 12
+INNER = 19
+NO_ATTACK = "the run has no row-wise attack that climbs one gradient from one start, which could be asked"
+NONE_RIGHT = "the model is right on none of the first images"
+ADD_ONE = "add one: --suite 'rapid,...'"
+
+
+def unstable(probe: Probe) -> Flag:
+    """I2: a margin that is another one as soon as the image changes invisibly."""
+    code, rows = "unstable-loss", probe.fewest
+    if not len(rows):
+        return unmeasured(code, NONE_RIGHT, "give images that the model knows")
+    x, goal = probe.x[rows], Goal(probe.labels[rows])
+
+    def margin(images: Images) -> PerRow:
+        with torch.no_grad():
+            return goal.loss(probe.model(images), "margin")
+
+    around = indicators.nearby(margin, x, RowRng(probe.seed, "nearby", rows), draws=DRAWS)
+    value = round(float(indicators.unstable(margin(x), around).mean()), 4)
+    what = "is the mean relative change of the margin where pixels change by at most 4/255"
+    if value <= UNSTABLE:
+        return passed(code, value, what)
+    return Flag(
+        code,
+        "warning",
+        value,
+        f"{what}: the gradient at a point says little of the next one (noise inside, or a shattered function)",
+        "average gradients over nearby points: --suite adaptive does so",
+    )
+
+
+def silent(probe: Probe) -> Flag:
+    """I3: successes on the way that an attack's last point does not show; they count, so it is never a flag."""
+    code = "silent-success"
+    if why := _no_way(probe, code):
+        return why
+    found = indicators.silent(probe.trail.fooled)
+    return passed(
+        code,
+        int(found.sum()),
+        f"of {len(found)} attacks of 40 steps fooled the model on the way but not at their last point; every "
+        "point on the way is judged, so these count",
+    )
+
+
+def incomplete(probe: Probe) -> Flag:
+    """I4: attacks that failed while their loss still rose. Of a random model it would tell but of its draws."""
+    code = "incomplete-optimisation"
+    if why := _no_way(probe, code):
+        return why
+    failed = ~probe.trail.fooled.any(1)
+    rising = int((indicators.incomplete(probe.trail.losses) & failed).sum())
+    what = (
+        f"of {int(failed.sum())} attacks that failed in 40 steps gained a twentieth of their rise in the last ten"
+    )
+    if rising < 3 or 2 * rising <= failed.sum():
+        return passed(code, rising, what)
+    return Flag(
+        code,
+        "warning",
+        rising,
+        f"{what}: they were stopped too early",
+        "use more steps and restarts, e.g. --suite 'rapid,pgd(steps=200,restarts=5)'",
+    )
+
+
+def alive(probe: Probe) -> Flag:
+    """Adversarials planted in the model's own features, which the run's attack must find."""
+    code, attack, rows = "attack-not-alive", probe.strongest, probe.fewest
+    if attack is None:
+        return unmeasured(code, NO_ATTACK, ADD_ONE)
+    if not len(rows):
+        return unmeasured(code, NONE_RIGHT, "give images that the model knows")
+    if probe.net is None or not probe.threat.eps:
+        return unmeasured(code, "nothing can be planted without layers to read, or at eps 0", "nothing to do")
+    if probe.threat.norm == "l1":
+        return unmeasured(
+            code, "in l1 no attack finds all planted points, which move every pixel", "go by the other checks"
+        )
+    if not probe.steady:
+        return unmeasured(
+            code,
+            "the model is random, so that no planted point is one for sure",
+            "trust its draws, and --suite adaptive, which averages gradients",
+        )
+    rng = RowRng(probe.seed, "planted", rows)
+    try:
+        found = binarization(probe.model, probe.net, probe.x[rows], attack, probe.threat, rng=rng, inner=INNER)
+    except UsageError as error:
+        return unmeasured(code, str(error).rstrip("."), "go by the other checks")
+    hits, name = round(found.rate * found.n), attack.info.name
+    what = (
+        f"of {found.n} adversarials planted in the model's own features were found by {name} as this run sets it"
+    )
+    if found.verdict == "pass":
+        return passed(code, hits, f"{what}, {round(found.control * found.n)} by as many random points")
+    if found.verdict == "too easy":
+        return unmeasured(
+            code,
+            f"{hits} {what}, but {round(found.control * found.n)} by as many random points: too easy to tell",
+            "go by the other checks",
+        )
+    return Flag(
+        code,
+        "warning",
+        hits,
+        f"{what}: where it finds nothing there may well be something",
+        "use a stronger suite (--suite auto or adaptive), or give a differentiable version of the model",
+    )
+
+
+def _no_way(probe: Probe, code: str) -> Flag | None:
+    """Return why there is no way to look at, if so."""
+    if not len(probe.few):
+        return unmeasured(code, NONE_RIGHT, "give images that the model knows")
+    if not probe.steady:
+        return unmeasured(code, "the loss of a random model goes up and down by itself", "look at its draws")
+    if not len(probe.left):
+        return passed(code, 0, "attacks failed: every image that was looked at fell within 20 steps")
+    return None
