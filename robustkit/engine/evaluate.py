@@ -234,12 +234,12 @@ class Evaluation:
     def _block(self, worker: Worker, among: np.ndarray) -> None:
         worker.clean(among)
         stage = 1
-        for (spare, flies), group in itertools.groupby(self.rungs, _kind):
+        for (spare, flies, scores), group in itertools.groupby(self.rungs, _kind):
             rungs = list(group)
             count = len(rungs)
             if any(rung.view for rung in rungs):
                 worker.outlook  # noqa: B018  (seen before the first attack on a view)
-            if spare and not worker.doubtful:
+            if spare and not (worker.suspect if scores else worker.doubtful):
                 pass
             elif flies:
                 worker.fly(stage, count, among)
@@ -269,6 +269,7 @@ class Evaluation:
         return report
 
 
-def _kind(rung: registry.Rung) -> tuple[bool, bool]:
-    """Return whether a rung is spare, and whether it is flown."""
-    return rung.spare, isinstance(rung.attack, RowWise)
+def _kind(rung: registry.Rung) -> tuple[bool, bool, bool]:
+    """Return whether a rung is spare, whether it is flown, and whether it is a spare search by scores from anew."""
+    scores = rung.spare and rung.attack.info.access == "score" and not rung.attack.refine
+    return rung.spare, isinstance(rung.attack, RowWise), scores

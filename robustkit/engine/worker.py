@@ -152,7 +152,13 @@ class Worker:
     @property
     def doubtful(self) -> bool:
         """Whether spare attacks are called for: by a view that is not the model's own gradient, or by a flag."""
-        return self.outlook.doubtful or bool(DOUBTS & self.tally.flags.keys()) or self._rivalry().raised
+        return self.outlook.doubtful or self.suspect
+
+    @property
+    def suspect(self) -> bool:
+        """Whether something speaks against gradients; that a model is an ensemble does not."""
+        flags = {code for code, flag in self.tally.flags.items() if flag.raised}
+        return bool(DOUBTS & flags) or self._rivalry().raised or self._masked().raised
 
     def afterthoughts(self) -> list[Flag]:
         """Return what the suite's stages and the model's views say against the number, or for it."""
