@@ -270,6 +270,6 @@ class Evaluation:
 
 
 def _kind(rung: registry.Rung) -> tuple[bool, bool, bool]:
-    """Return whether a rung is spare, whether it is flown, and whether it is a spare search by scores from anew."""
+    """Return whether a rung is spare, is flown, and is a spare search by scores that begins anew."""
     scores = rung.spare and rung.attack.info.access == "score" and not rung.attack.refine
     return rung.spare, isinstance(rung.attack, RowWise), scores

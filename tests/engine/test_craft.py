@@ -197,6 +197,7 @@ def test_nets_of_one_architecture_as_one(data: tuple[torch.Tensor, torch.Tensor]
     assert ensemble.counts == alone.counts == (2 * 63, 2 * 63)
 
 
+@pytest.mark.slow
 def test_streaming_holds_two_nets_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Twenty nets of ResNet-56's size: what is alive in tensors is counted at every load."""
     strings = []
