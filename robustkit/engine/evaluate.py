@@ -271,5 +271,6 @@ class Evaluation:
 
 def _kind(rung: registry.Rung) -> tuple[bool, bool, bool]:
     """Return whether a rung is spare, is flown, and is a spare search by scores that begins anew."""
-    scores = rung.spare and rung.attack.info.access == "score" and not rung.attack.refine
+    refines = getattr(rung.attack, "refine", False)
+    scores = rung.spare and rung.attack.info.access == "score" and not refines
     return rung.spare, isinstance(rung.attack, RowWise), scores

@@ -111,8 +111,10 @@ class Worker:
             self._do(0, CHECKING, np.arange(min(self.batch, CHECKED)), self._check)
 
     def attack(self, stage: int, among: np.ndarray) -> None:
-        """Run one attack over what still stands of these."""
+        """Run one attack over what still stands of these, unless it is on a view that the model lacks."""
         rung = self.rungs[stage - 1]
+        if rung.view and rung.view not in self.meter.views:
+            return
         attack = rung.attack
         waiting = self.tally.waiting(stage, among)
         budget = getattr(attack, "budget", None)

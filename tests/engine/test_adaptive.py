@@ -126,6 +126,18 @@ def test_views_that_a_model_lacks_are_left_out() -> None:
     assert report.stages[1].forwards == 0
 
 
+def test_other_packages_attacks_may_be_spare_and_on_views() -> None:
+    """AutoAttack's have no fields of ours, and are spared a view that the model lacks like any other."""
+    net = Small()
+    x, y = labelled(net)
+    suite = f"{QUICK},autoattack:apgd-ce(steps=3,restarts=1)@mended,autoattack:square(queries=20)?"
+    report, alone = (evaluate(net, x, y, EPS, suite=text) for text in (suite, QUICK))
+    assert report.robust_accuracy == alone.robust_accuracy
+    assert [stage.fooled for stage in report.stages[2:]] == [0]
+    seen = evaluate(Rounded(), x, y, EPS, suite="autoattack:apgd-ce(steps=5,restarts=1)@mended")
+    assert seen.stages[1].fooled
+
+
 def test_the_verdict_on_a_random_model_is_by_majority() -> None:
     """Three accuracies are told, and each fooling image is wrong in most fresh draws."""
     net = Noisy()
