@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from nets import Small
 from torch import nn
 
 from robustkit import evaluate
@@ -14,7 +15,6 @@ from robustkit.goal import Goal
 from robustkit.registry import make
 from robustkit.rng import RowRng
 from robustkit.threat import ThreatModel
-from tests.nets import Small
 
 SHAPE, EPS = (3, 6, 8), "linf:0.03"
 QUICK = "pgd(steps=8,restarts=1)"
