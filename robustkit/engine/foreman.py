@@ -21,7 +21,7 @@ from robustkit.engine.anytime import TimeUp
 from robustkit.engine.crew import Crew, Member
 from robustkit.engine.hiring import Hiring
 from robustkit.engine.wire import Brief, Gone, Parcel
-from robustkit.engine.worker import TRIAL, WRITE_EVERY, Worker
+from robustkit.engine.worker import TRIAL, Worker
 from robustkit.errors import UsageError
 from robustkit.ledger import Chunk
 from robustkit.models.classifier import Classifier
@@ -156,11 +156,13 @@ class Foreman(Worker):
                     self.facts[member.number] = message.facts
                     member.rest()
                 elif isinstance(message, wire.Ready):
+                    # Nobody has worked while all were loading the model.
+                    written = written if any(other.held for other in self.crew.members) else time.perf_counter()
                     member.rest()
                 yield member, message
             now = time.perf_counter()
             whole = bool(self.landed) and not self._flies(first)
-            if whole or now - written > WRITE_EVERY or now > self.deadline:
+            if whole or now - written > self.write_every or now > self.deadline:
                 self._write(first, count, now - written)
                 written = now
             under_way = sum(max(member.done - member.landed, 0) for member in self.crew.members)

@@ -82,7 +82,6 @@ def _work(brief: wire.Brief, link: Link, begun: float) -> None:
             brief.free,
             brief.most,
             lot=(brief.number,),
-            write_every=WORD_EVERY,
         )
         hand.link, hand.source = link, source
         hand.begin(brief.random)
@@ -160,6 +159,7 @@ class Hand(Worker):
     link: Link
     source: Lent
     asked = False
+    write_every = WORD_EVERY
 
     def begin(self, random: bool) -> None:
         """Size up the model; whether it is random the driver has found out."""

@@ -84,7 +84,8 @@ class Worker:
     most: int = 0
     deadline: float = math.inf
     lot: tuple[int, ...] = ()
-    write_every: float = WRITE_EVERY
+
+    write_every = WRITE_EVERY
 
     def __post_init__(self) -> None:
         """Begin with nothing flown."""

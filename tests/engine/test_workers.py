@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from robustkit.engine.flight import Boarding, Flight
 from robustkit.engine.hiring import Door
 from robustkit.engine.meter import Meter
 from robustkit.engine.progress import Progress
+from robustkit.engine.worker import Worker
 from robustkit.ledger import Chunk, Ledger
 from robustkit.losses import margin
 from robustkit.models import as_classifier
@@ -58,14 +60,18 @@ class Threads:
 
 @pytest.fixture(autouse=True)
 def _threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    block, turn = hand.Hand.block, threading.Lock()
+    turn = threading.Lock()
 
-    def in_turn(worker: hand.Hand, *arguments: object) -> None:
-        with turn:
-            block(worker, *arguments)
+    def in_turn(work: Callable[..., None]) -> Callable[..., None]:
+        def locked(*arguments: object) -> None:
+            with turn:
+                work(*arguments)
 
-    # Attacks that draw from the global generators share them with other threads, as they do not with processes.
-    monkeypatch.setattr(hand.Hand, "block", in_turn)
+        return locked
+
+    # What seeds the global generators shares them with other threads, as it does not with processes.
+    for name in ("prepare", "_do"):
+        monkeypatch.setattr(Worker, name, in_turn(getattr(Worker, name)))
     monkeypatch.setattr(evaluation, "Local", Threads)
     monkeypatch.setattr(foreman, "SPLIT_EVERY", 0.0)
     monkeypatch.setattr(foreman, "WORTH_SPLITTING", 2)
