@@ -228,7 +228,9 @@ def _agreed(facts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             found[name] = sum(values) / len(values) if values else None
         else:
             distinct = list(dict.fromkeys(values))
-            found[name] = distinct[0] if len(distinct) == 1 else distinct
+            # A command that leaves it open is the one that repeats a run of several precisions.
+            several = "auto" if name == "precision" else distinct
+            found[name] = distinct[0] if len(distinct) == 1 else several
     return found
 
 

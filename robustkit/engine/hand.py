@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import signal
 import time
 from collections.abc import Iterator
 from multiprocessing.connection import Client
@@ -13,7 +12,6 @@ import numpy.typing as npt
 import torch
 
 from robustkit.data.samples import Samples
-from robustkit.devices import pick_device
 from robustkit.engine import wire
 from robustkit.engine.flight import Boarding, Flight
 from robustkit.engine.meter import Meter
@@ -34,11 +32,7 @@ WORD_EVERY = 0.3
 
 
 def serve(address: tuple[str, int], key: bytes, number: int) -> None:
-    """Be a worker until the driver ends the connection. Ctrl-C is the driver's to see."""
-    try:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-    except ValueError:
-        pass  # not the main thread, so no signal comes here
+    """Be a worker until the driver ends the connection."""
     try:
         link = Link(Client(address, authkey=key))
     except (OSError, EOFError):
@@ -61,7 +55,7 @@ def serve(address: tuple[str, int], key: bytes, number: int) -> None:
 
 def _work(brief: wire.Brief, link: Link, begun: float) -> None:
     torch.set_num_threads(brief.threads)
-    device = pick_device(brief.device)
+    device = torch.device(brief.device)
     model = _model(brief, device)
     source = Lent(brief.images)
     samples = Samples(brief.data, brief.labels, None, source, np.arange(len(brief.labels)))

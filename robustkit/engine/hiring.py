@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import multiprocessing
 import secrets
+import signal
 import socket
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
 from multiprocessing.context import SpawnProcess
 from typing import Protocol
@@ -68,6 +72,19 @@ class Hiring(Protocol):
         """End all."""
 
 
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """Let what is started inside not hear Ctrl-C, which is its driver's to see."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 class Local:
     """Worker processes of this machine, each a fresh interpreter."""
 
@@ -80,7 +97,8 @@ class Local:
         process = multiprocessing.get_context("spawn").Process(
             target=serve, args=(self.door.address, self.door.key, number), daemon=True, name=f"worker {number}"
         )
-        process.start()
+        with _deaf():
+            process.start()
         self.running[number] = process
 
     def device(self, own: torch.device, number: int) -> str:  # noqa: D102
