@@ -47,6 +47,8 @@ def evaluate(
     audit: int = 0,
     time_limit: float | None = None,
     stop_at_width: float | None = None,
+    workers: int | None = None,
+    ray: str | None = None,
     out: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Report:
@@ -68,6 +70,9 @@ def evaluate(
         audit: on how many of the survivors, drawn at random, to run full AutoAttack as well: `report.audit`.
         time_limit: seconds after which to stop and report on the images done, taken in random order.
         stop_at_width: stop as soon as the 95 % interval of the robust accuracy is no wider, e.g. 0.02.
+        workers: processes that share the attacks, one per GPU or per share of the cores; None is 1, or with `ray`
+            what the cluster has room for. In a script the call has to stand under `if __name__ == "__main__":`.
+        ray: the address of a Ray cluster to have them on: `auto`, `HOST:PORT`, or `local` for one on this machine.
         out: a folder for the ledger and the report; the same call resumes there.
         progress: who to tell on the way.
 
@@ -90,6 +95,8 @@ def evaluate(
         curve=curve,
         audit=audit,
         limits=Limits(time_limit, stop_at_width),
+        workers=workers,
+        ray=ray,
     )
     return plan.run(Path(out) if out is not None else None, progress)
 

@@ -83,6 +83,14 @@ def evaluate(
     stop_at_width: Annotated[
         float | None, typer.Option(metavar="SHARE", help="Stop once the 95 % interval is no wider, e.g. 0.02.")
     ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Processes that share the attacks; same verdicts. [default: 1]"),
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Have the workers on a Ray cluster: auto, HOST:PORT or local."),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder [default: runs/evaluate-ID].")] = None,
     data_root: DataRoot = None,
     download: Annotated[bool, typer.Option("--download", help="Fetch the data set if it is absent.")] = False,
@@ -117,6 +125,8 @@ def evaluate(
         audit=audit,
         time_limit=time_limit,
         stop_at_width=stop_at_width,
+        workers=workers,
+        ray=ray,
         out=out,
         data_root=data_root,
         download=download,

@@ -35,6 +35,8 @@ def evaluate(
     audit: int,
     time_limit: str | None,
     stop_at_width: float | None,
+    workers: int | None,
+    ray: str | None,
     out: Path | None,
     data_root: Path | None,
     download: bool,
@@ -61,6 +63,8 @@ def evaluate(
         curve=curve,
         audit=audit,
         limits=Limits(None if time_limit is None else _seconds(time_limit), stop_at_width),
+        workers=workers,
+        ray=ray,
     )
     folder = out or Path("runs") / f"evaluate-{plan.spec.run_id}"
     report = plan.run(folder, Display())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,8 +17,11 @@ from robustkit.checks.run import training_mode
 from robustkit.data.samples import Samples
 from robustkit.engine import examples, folder
 from robustkit.engine.anytime import Limits, TimeUp, shuffled
+from robustkit.engine.cluster import Cluster
 from robustkit.engine.curve import CurveSearch
 from robustkit.engine.environment import environment
+from robustkit.engine.foreman import Foreman
+from robustkit.engine.hiring import Local
 from robustkit.engine.meter import DTYPES, Meter
 from robustkit.engine.progress import Progress
 from robustkit.engine.tally import Tally
@@ -45,7 +48,8 @@ class Evaluation:
     `batch_size` is how many images an attack gets at once. It is part of the run's identity only where an
     attack's random numbers depend on it (AutoAttack's and foolbox's do, ours do not). `curve` asks for robust
     accuracy at other eps as well, `audit` for full AutoAttack on so many survivors; `limits` may end the run
-    early. None of these changes a verdict or is part of the identity.
+    early; `workers` is how many processes share the attacks, by themselves or on the cluster at the address `ray`.
+    None of these changes a verdict or is part of the identity.
     """
 
     model: Classifier
@@ -59,6 +63,8 @@ class Evaluation:
     curve: bool = False
     audit: int = 0
     limits: Limits = field(default_factory=Limits)
+    workers: int | None = None
+    ray: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot be meant."""
@@ -70,6 +76,8 @@ class Evaluation:
             raise UsageError(f"{self.samples.name} holds no images.")
         if not 0 <= self.seed < 2**63:
             raise UsageError(f"seed {self.seed}: write a whole number from 0 to 2**63 - 1.")
+        if self.workers is not None and self.workers < 1:
+            raise UsageError(f"workers {self.workers}: write how many processes shall share the work, e.g. 2.")
         if self.audit < 0:
             raise UsageError(f"audit {self.audit}: write how many survivors AutoAttack shall try, e.g. 50.")
         if self.limits and any(rung.attack.info.coupled for rung in self.rungs):
@@ -193,7 +201,7 @@ class Evaluation:
             progress.say(f"resuming {self.spec.run_id}: {len(tally.chunks)} chunks done{images}")
         with evaluation_mode(self.model) as was_training:
             meter = Meter(self.model, self.device, self._precision)
-            worker = Worker(
+            parts = (
                 self.samples,
                 self.threat,
                 self.rungs,
@@ -207,10 +215,22 @@ class Evaluation:
                 self.precision == "auto",
                 MOST_SLOTS if self.batch_size is None and self.device.type == "cuda" else self.slots,
             )
+            alone = self.ray is None and self.workers in (None, 1)
+            worker = Worker(*parts) if alone else Foreman(*parts, suite=self.suite, precision=self._precision)
             worker.prepare()
-            with threads(meter.threads):
+            with self._helped(worker), threads(meter.threads):
                 self._through(worker)
             return worker, training_mode(was_training, training_count(self.model))
+
+    def _helped(self, worker: Worker) -> AbstractContextManager[None]:
+        """Have the workers of a run with several inside."""
+        if not isinstance(worker, Foreman):
+            return nullcontext()
+        if self.ray is not None:
+            cluster = Cluster(self.ray, self.workers)
+            return worker.hired(cluster, cluster.count, cluster.cores)
+        count = self.workers or 1
+        return worker.hired(Local(), count, max(1, torch.get_num_threads() // count))
 
     def _through(self, worker: Worker) -> None:
         """Take all images through clean pass and suite, or as many blocks of them as the limits allow."""
@@ -244,8 +264,9 @@ class Evaluation:
             elif flies:
                 worker.fly(stage, count, among)
             else:
-                for number in range(stage, stage + count):
-                    worker.attack(number, among)
+                for number, rung in enumerate(rungs, stage):
+                    if not rung.view or rung.view in worker.meter.views:
+                        worker.attack(number, among)
             stage += count
 
     def _finish(self, ledger: Ledger, worker: Worker, mode: list[Flag], out: Path | None) -> Report:

@@ -60,13 +60,17 @@ class Lane:
 
 
 class Boarding(NamedTuple):
-    """Samples that come aboard: positions in the data, ids for their dice, images, labels, clean margins."""
+    """Samples that come aboard: positions in the data, ids for their dice, images, labels, clean margins.
+
+    `later` is whether others may come although there were fewer than asked for.
+    """
 
     position: np.ndarray
     ids: Labels
     x: Images
     labels: Labels
     clean: PerRow
+    later: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,7 @@ class Landed:
 class Flight:
     """Takes samples through consecutive attacks; iterate over `run()`.
 
-    `board(n)` gives up to n samples; fewer mean that no more will come.
+    `board(n)` gives up to n samples; fewer mean that no more will come, unless they say so.
     `mend` is told of a pass that failed: it raises, or puts things right for another try. `pace` is how many steps
     may pass between two looks at the device. `wide` flights do all jobs of an attack at a sample at once, where
     others do so in the last resorts alone: fewer steps for few samples. Where the model is `steady`, giving one
@@ -162,8 +166,8 @@ class Flight:
 
     def _fill(self) -> None:
         while self.more and (free := self.slots - self.aboard) > 0:
-            position, ids, x, labels, clean = self.board(free)
-            self.more = len(position) == free
+            position, ids, x, labels, clean, later = self.board(free)
+            self.more = later or len(position) == free
             if not len(position):
                 return
             clean = clean.double()
@@ -188,6 +192,25 @@ class Flight:
             zero = np.zeros(len(position), np.int64)
             spent = np.zeros((len(position), len(self.lanes), 2), np.int64)
             self._enter(0, Table({"position": position, "job": zero, "age": zero, "spent": spent}, tensors))
+            if later and len(position) < free:
+                return
+
+    def take(self, aboard: Sequence[tuple[int, Table]]) -> None:
+        """Take over samples that another flight of the same attacks gave away: lanes by number, and their rows."""
+        for number, table in aboard:
+            lane = self.lanes[number]
+            lane.table = table if lane.table is None else Table.join([lane.table, table])
+
+    def give(self) -> list[tuple[int, Table]]:
+        """Give away every other sample aboard, in the middle of what it is at; not those that are many rows."""
+        given = []
+        for lane in self.lanes:
+            if lane.table is None or lane.wide or len(lane.table) < 2:
+                continue
+            rows = np.arange(len(lane.table))
+            given.append((lane.number, lane.table.select(rows[1::2])))
+            lane.table = lane.table.select(rows[::2])
+        return given
 
     def _enter(self, number: int, table: Table) -> None:
         """Begin the attack of that number on these samples, or a later one, or land them."""

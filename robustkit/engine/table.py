@@ -32,6 +32,10 @@ class Table:
             {name: tensor[there] for name, tensor in self.device.items()},
         )
 
+    def to(self, device: torch.device) -> Table:
+        """Return the rows on another device."""
+        return Table(self.host, {name: tensor.to(device) for name, tensor in self.device.items()})
+
     @staticmethod
     def join(tables: Sequence[Table]) -> Table:
         """Return the rows of all."""

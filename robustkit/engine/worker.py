@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -24,11 +24,12 @@ from robustkit.engine.meter import Meter, Way
 from robustkit.engine.progress import Progress
 from robustkit.engine.redraw import is_random
 from robustkit.engine.sanity import refuse_answers, refuse_endless
+from robustkit.engine.table import Table
 from robustkit.engine.tally import Tally
 from robustkit.errors import RobustkitError, RunError, UsageError
 from robustkit.goal import Goal
 from robustkit.isolation import own_randomness
-from robustkit.ledger import Chunk, Ledger, Verdict
+from robustkit.ledger import Chunk, Verdict
 from robustkit.record import Flag
 from robustkit.registry import Rung
 from robustkit.rng import RowRng
@@ -53,12 +54,20 @@ NO_MEMORY = "out of memory even with one image at a time; use a device with more
 Work = Callable[[Images, np.ndarray], tuple[list[Verdict], list[Flag]]]
 
 
+class Sink(Protocol):
+    """Where chunks go: the ledger, or the driver that has it."""
+
+    def write(self, *chunks: Chunk) -> None:
+        """Take chunks, all of them or none."""
+
+
 @dataclass
 class Worker:
     """Does one run's chunks.
 
     `free` is whether flights may choose their precision, `most` how many slots they may choose; work past the
-    `deadline` (by `time.perf_counter`) ends in `TimeUp`.
+    `deadline` (by `time.perf_counter`) ends in `TimeUp`. `lot` sets the draws of a random model apart from those
+    of other workers of the same run; verdicts wait `write_every` seconds to be written.
     """
 
     samples: Samples
@@ -66,7 +75,7 @@ class Worker:
     rungs: list[Rung]
     seed: int
     batch: int
-    ledger: Ledger
+    ledger: Sink
     tally: Tally
     meter: Meter
     progress: Progress
@@ -74,6 +83,9 @@ class Worker:
     free: bool
     most: int = 0
     deadline: float = math.inf
+    lot: tuple[int, ...] = ()
+
+    write_every = WRITE_EVERY
 
     def __post_init__(self) -> None:
         """Begin with nothing flown."""
@@ -103,40 +115,41 @@ class Worker:
     def clean(self, among: np.ndarray) -> None:
         """Settle those of these images that the model gets wrong as they are; run the checks if none has yet."""
         tally = self.tally
-        waiting = tally.waiting(0, among)
         self.progress.stage("clean", len(among), tally.robust, tally.n)
-        for number, positions in self._pending(0, waiting):
+        for number, positions in self._pending(0, among):
             self._do(0, number, positions, self._clean_verdicts)
         if (0, CHECKING) not in tally.chunks:
             self._do(0, CHECKING, np.arange(min(self.batch, CHECKED)), self._check)
 
     def attack(self, stage: int, among: np.ndarray) -> None:
-        """Run one attack over what still stands of these, unless it is on a view that the model lacks."""
-        rung = self.rungs[stage - 1]
-        if rung.view and rung.view not in self.meter.views:
-            return
-        attack = rung.attack
-        waiting = self.tally.waiting(stage, among)
-        budget = getattr(attack, "budget", None)
-        expected = budget(self.meter.num_classes, self.threat.norm) if budget else None
-        self.progress.stage(self.tally.names[stage], len(waiting), self.tally.robust, self.tally.n)
-        stream = self._stream(stage)
+        """Run one attack over what still stands of these."""
+        self._announce(stage, among)
         done = 0
+        for number, positions in self._pending(stage, among):
+            self.block(stage, number, positions, done)
+            done += len(positions)
+
+    def _announce(self, stage: int, among: np.ndarray) -> None:
+        images = len(self.tally.waiting(stage, among))
+        self.progress.stage(self.tally.names[stage], images, self.tally.robust, self.tally.n)
+
+    def block(self, stage: int, number: int, positions: np.ndarray, done: int = 0) -> None:
+        """Run one attack on these as the chunk of that number, `done` images after the stage's first."""
+        rung = self.rungs[stage - 1]
+        budget = getattr(rung.attack, "budget", None)
+        expected = budget(self.meter.num_classes, self.threat.norm) if budget else None
+        stream, begun, images = self._stream(stage), self.meter.forwards, len(positions)
 
         def verdicts(x: Images, positions: np.ndarray) -> tuple[list[Verdict], list[Flag]]:
             return self._attack_verdicts(rung, stream, x, positions)
 
-        for number, positions in self._pending(stage, waiting):
-            begun, images = self.meter.forwards, len(positions)
+        def tick(forwards: int) -> None:
+            share = (forwards - begun) / (expected * images) if expected else 0.0
+            self.progress.advance(done + min(share, 0.99) * images, self.tally.robust)
 
-            def tick(forwards: int, before: int = done, begun: int = begun, images: int = images) -> None:
-                share = (forwards - begun) / (expected * images) if expected else 0.0
-                self.progress.advance(before + min(share, 0.99) * images, self.tally.robust)
-
-            self.meter.on_forward = tick
-            self._do(stage, number, positions, verdicts)
-            self.meter.on_forward = lambda forwards: None
-            done += images
+        self.meter.on_forward = tick
+        self._do(stage, number, positions, verdicts)
+        self.meter.on_forward = lambda forwards: None
 
     @cached_property
     def outlook(self) -> Outlook:
@@ -179,24 +192,40 @@ class Worker:
     def fly(self, first: int, count: int, among: np.ndarray) -> None:
         """Take what still stands of these through `count` attacks from stage `first` on, all row-wise, at once."""
         waiting = self.tally.waiting(first, among)
+        self.progress.stage(self._title(first, count), len(waiting), self.tally.robust, self.tally.n)
+        if len(waiting):
+            self.through(first, count, self._gate(waiting), waiting)
+
+    def _title(self, first: int, count: int) -> str:
         names = self.tally.names[first : first + count]
-        title = names[0] if count == 1 else f"{names[0]} … {names[-1]}"
-        self.progress.stage(title, len(waiting), self.tally.robust, self.tally.n)
-        if not len(waiting):
-            return
+        return names[0] if count == 1 else f"{names[0]} … {names[-1]}"
+
+    def through(
+        self,
+        first: int,
+        count: int,
+        board: Callable[[int], Boarding],
+        examples: np.ndarray,
+        aboard: Sequence[tuple[int, Table]] = (),
+    ) -> None:
+        """Take those who board, and those `aboard` already, through `count` attacks from stage `first` on.
+
+        `examples` are positions of images to choose the way to search by.
+        """
         self.flown = {"claims_refused": 0, "searched_again": 0, **self.flown}
-        with own_randomness(self.seed, "flight", first):
+        with own_randomness(self.seed, "flight", first, *self.lot):
             try:
-                self._tune(waiting)
+                self._tune(examples)
                 with self.meter.searching(self.way):
-                    near = self._fly(first, count, waiting, {})
+                    near = self._fly(first, count, board, {}, aboard)
                 if near:
                     self.flown["searched_again"] += len(near)
                     with self.meter.searching(replace(self.way or self.meter.way, dtype=None)):
-                        self._fly(first, count, np.array(sorted(near)), near)
+                        self._fly(first, count, self._gate(np.array(sorted(near))), near)
             except (RobustkitError, TimeUp):
                 raise
             except Exception as error:
+                title = self._title(first, count)
                 raise RunError(f"{title} failed: {type(error).__name__}: {_first_line(error)}") from error
 
     def _mend(self, error: Exception) -> None:
@@ -206,9 +235,14 @@ class Worker:
         self._halve(self.slots)
 
     def _fly(
-        self, first: int, count: int, waiting: np.ndarray, spent: Mapping[int, np.ndarray]
+        self,
+        first: int,
+        count: int,
+        board: Callable[[int], Boarding],
+        spent: Mapping[int, np.ndarray],
+        aboard: Sequence[tuple[int, Table]] = (),
     ) -> dict[int, np.ndarray]:
-        """Take these samples through, and write them down but for those that rounding may have saved.
+        """Take samples through, and write them down but for those that rounding may have saved.
 
         `spent` is what samples cost before, by position; returned is what those left out have cost. They are the
         robust ones that a search in low precision brought within `NEAR` of the way to the boundary; last resorts
@@ -221,12 +255,13 @@ class Worker:
             streams=[self._stream(stage) for stage in range(first, first + count)],
             seed=self.seed,
             slots=self.slots,
-            board=self._gate(waiting),
+            board=board,
             mend=self._mend,
             pace=PACE if self.meter.device.type == "cuda" else 1,
             wide=bool(spent),
             steady=not (self.meter.random or UNSTEADY & self.tally.flags.keys()),
         )
+        flight.take(aboard)
         number = self.tally.next_chunk(first)
         begun, landed, done = time.perf_counter(), list[Landed](), 0
         near: dict[int, np.ndarray] = {}
@@ -244,10 +279,11 @@ class Worker:
                 done += len(part.position)
             self.progress.advance(done + flight.under_way, self.tally.robust)
             now = time.perf_counter()
-            if landed and (now - begun > WRITE_EVERY or not flight.aboard or now > self.deadline):
+            if landed and (now - begun > self.write_every or not flight.aboard or now > self.deadline):
                 self._write_landed(first, count, number, landed, now - begun)
                 number, begun, landed = number + 1, now, []
             self._on_time()
+            self._share(flight)
         self.flown["claims_refused"] += flight.refused
         if not spent:
             self.flown |= {
@@ -258,6 +294,9 @@ class Worker:
                 "occupancy": flight.occupancy,
             }
         return near
+
+    def _share(self, flight: Flight) -> None:
+        """Give away some of those aboard if another worker has nothing to do; here there is none."""
 
     def _tune(self, waiting: np.ndarray) -> None:
         """Find the fastest way to search, once; other packages' attacks get the model as it is."""
@@ -363,14 +402,32 @@ class Worker:
                     "restore the data or start again in another folder."
                 )
 
-    def _pending(self, stage: int, waiting: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield number and positions of the chunks that these positions make."""
-        first = self.tally.next_chunk(stage)
-        for number, begin in enumerate(range(0, len(waiting), self.batch)):
-            part = waiting[begin : begin + self.batch]
+    def _parts(self, stage: int, among: np.ndarray) -> list[tuple[int, np.ndarray]]:
+        """Return number and positions of the chunks that a stage has still to do.
+
+        They are cut from all that enter the stage, whatever is done already: an attack whose random numbers depend
+        on the batch gets the same batches in whatever order they are done, and after any resume.
+        """
+        entering = among[self.tally.fell[among] >= stage]
+        taken = {chunk for of, chunk in self.tally.chunks if of == stage}
+        free, parts = self.tally.next_chunk(stage), []
+        for index, begin in enumerate(range(0, len(entering), self.batch)):
+            left = self.tally.waiting(stage, entering[begin : begin + self.batch])
+            if len(left):
+                number = free if index in taken else index
+                taken.add(number)
+                free = max(free, number + 1)
+                parts.append((number, left))
+        return parts
+
+    def _pending(self, stage: int, among: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield the stage's chunks one by one."""
+        done = 0
+        for number, part in self._parts(stage, among):
             self._on_time()
-            yield first + number, part
-            self.progress.advance(begin + len(part), self.tally.robust)
+            yield number, part
+            done += len(part)
+            self.progress.advance(done, self.tally.robust)
 
     def _on_time(self) -> None:
         if time.perf_counter() > self.deadline:

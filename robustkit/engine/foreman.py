@@ -1,0 +1,247 @@
+"""The driver of a run with several workers: it hands out samples, collects verdicts and writes them down.
+
+Verdicts do not depend on who gives them: a sample's numbers are its own, and attacks whose numbers depend on the
+batch get the batches of a run with one worker. A random model's draws are each worker's own.
+"""
+
+from __future__ import annotations
+
+import pickle
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from robustkit.engine import wire
+from robustkit.engine.anytime import TimeUp
+from robustkit.engine.crew import Crew, Member
+from robustkit.engine.hiring import Hiring
+from robustkit.engine.wire import Brief, Gone, Parcel
+from robustkit.engine.worker import TRIAL, Worker
+from robustkit.errors import UsageError
+from robustkit.ledger import Chunk
+from robustkit.models.classifier import Classifier
+from robustkit.rows import RowWise
+
+# A worker gets no more at once than this share of its part of the queue, so that the last go out one by one.
+SHARES = 2
+# Samples that a worker must have before others are given some of them, and seconds between two attempts.
+WORTH_SPLITTING = 4
+SPLIT_EVERY = 0.5
+# What workers notice on their flights that adds up; of the rest the record has what they agree on, or all of it.
+SUMS = ("claims_refused", "searched_again")
+
+
+@dataclass
+class Foreman(Worker):
+    """Does clean pass and checks itself and has the attacks done by workers, hired while it does them.
+
+    `suite` and the search's `precision` are what they are told of both.
+    """
+
+    suite: str = ""
+    precision: str = "fp32"
+
+    def __post_init__(self) -> None:
+        """Begin with nobody hired and nothing landed."""
+        super().__post_init__()
+        self.facts: dict[int, Mapping[str, Any]] = {}
+        self.landed: list[Chunk] = []
+
+    @contextmanager
+    def hired(self, hiring: Hiring, count: int, threads: int) -> Iterator[None]:
+        """Have so many workers inside, of so many threads each."""
+        with closing(hiring), Crew(hiring, count, self._briefing(hiring, threads), self.progress) as self.crew:
+            yield
+
+    def _briefing(self, hiring: Hiring, threads: int) -> Callable[[int], Brief]:
+        """Return what says all that the worker of a number has to know."""
+        pickled = _pickled(self.meter.model)
+        images = self.samples.images(range(min(TRIAL, len(self.samples)))).numpy()
+
+        def brief(number: int) -> Brief:
+            return Brief(
+                number=number,
+                string=self.meter.model.string,
+                fingerprint=self.meter.model.fingerprint,
+                pickled=pickled,
+                device=hiring.device(self.meter.device, number),
+                threads=threads,
+                precision=self.precision,
+                suite=self.suite,
+                threat=str(self.threat),
+                seed=self.seed,
+                batch=self.batch,
+                slots=self.slots,
+                most=self.most,
+                free=self.free,
+                random=self.meter.random,
+                data=self.samples.name,
+                labels=self.samples.labels,
+                images=images,
+            )
+
+        return brief
+
+    def fly(self, first: int, count: int, among: np.ndarray) -> None:
+        """Have what still stands of these taken through `count` attacks by whoever has slots free."""
+        waiting = self.tally.waiting(first, among)
+        self.progress.stage(self._title(first, count), len(waiting), self.tally.robust, self.tally.n)
+        queue = deque(waiting.tolist())
+        split = 0.0
+        for member, message in self._talk(first, count, lambda: bool(queue)):
+            if isinstance(message, Gone):
+                queue.extendleft(member.held)
+            elif isinstance(message, wire.Want):
+                most = max(1, len(queue) // (SHARES * self.crew.count))
+                positions = [queue.popleft() for _ in range(min(message.free, most, len(queue)))]
+                member.held.update(positions)
+                member.tell(wire.Boarded(self._parcel(positions), bool(queue)))
+            elif isinstance(message, wire.Given):
+                member.asked = False
+                member.held.difference_update(message.positions)
+                taker = next(iter(self.crew.idle), None)
+                if taker is None:
+                    queue.extendleft(message.positions)
+                elif message.positions:
+                    taker.held.update(message.positions)
+                    parcel = self._parcel(message.positions, with_images=False)
+                    taker.begin(wire.Fly(first, count, self.tally.flags, parcel, message.aboard))
+            for idle in self.crew.idle if queue else ():
+                idle.begin(wire.Fly(first, count, self.tally.flags))
+            if not queue and self.crew.idle and time.perf_counter() - split > SPLIT_EVERY:
+                split = time.perf_counter()
+                self._split()
+
+    def _split(self) -> None:
+        """Ask the worker with most on board to give some of them to one that has nothing."""
+        most = max(self.crew.members, key=lambda member: len(member.held), default=None)
+        if most and len(most.held) >= WORTH_SPLITTING and not most.asked:
+            most.asked = True
+            most.tell(wire.Split())
+
+    def attack(self, stage: int, among: np.ndarray) -> None:
+        """Have one attack run over what still stands of these, in the batches of a run with one worker."""
+        self._announce(stage, among)
+        parts = deque(self._parts(stage, among))
+        given: dict[int, tuple[int, np.ndarray]] = {}
+        for member, message in self._talk(stage, 1, lambda: bool(parts)):
+            if isinstance(message, Gone) and member.held:
+                parts.appendleft(given[member.number])
+            for idle in self.crew.idle[: len(parts)]:
+                given[idle.number] = number, positions = parts.popleft()
+                idle.held.update(positions.tolist())
+                idle.begin(wire.Block(stage, number, self._parcel(positions.tolist())))
+
+    def _talk(self, first: int, count: int, left: Callable[[], bool]) -> Iterator[tuple[Member, object]]:
+        """Yield what the crew says until nothing is left to hand out and all of it is there and written down.
+
+        Each worker that has nothing to do is yielded at the start. Of one that has died the caller takes back what
+        it held.
+        """
+        written, done = time.perf_counter(), 0
+        yield from [(member, wire.Idle()) for member in self.crew.idle]
+        while left() or any(member.held for member in self.crew.members):
+            for member, message in self.crew.hear():
+                if isinstance(message, wire.Done):
+                    done += self._land(member, message.chunks)
+                    self.crew.deaths = 0
+                elif isinstance(message, wire.Under):
+                    member.done = message.done
+                elif isinstance(message, wire.Idle):
+                    self.facts[member.number] = message.facts
+                    member.rest()
+                elif isinstance(message, wire.Ready):
+                    # Nobody has worked while all were loading the model.
+                    written = written if any(other.held for other in self.crew.members) else time.perf_counter()
+                    member.rest()
+                yield member, message
+            now = time.perf_counter()
+            whole = bool(self.landed) and not self._flies(first)
+            if whole or now - written > self.write_every or now > self.deadline:
+                self._write(first, count, now - written)
+                written = now
+            under_way = sum(max(member.done - member.landed, 0) for member in self.crew.members)
+            self.progress.advance(done + under_way, self.tally.robust)
+            if now > self.deadline:
+                raise TimeUp
+        self._write(first, count, time.perf_counter() - written)
+        self.flown = {**_agreed(list(self.facts.values())), "workers": self.crew.count}
+
+    def _land(self, member: Member, chunks: Sequence[Chunk]) -> int:
+        """Keep what a worker has done until it is written; return of how many samples."""
+        self.landed += chunks
+        positions = [verdict.position for chunk in chunks for verdict in chunk.verdicts]
+        member.held.difference_update(positions)
+        member.landed += len(positions)
+        return len(positions)
+
+    def _flies(self, stage: int) -> bool:
+        return isinstance(self.rungs[stage - 1].attack, RowWise)
+
+    def _write(self, first: int, count: int, seconds: float) -> None:
+        """Write down what has landed in so many seconds, which the stages share by their passes."""
+        if not self.landed:
+            return
+        landed, self.landed = self.landed, []
+        total = max(sum(chunk.forwards + chunk.backwards for chunk in landed), 1)
+        if self._flies(first):
+            number = self.tally.next_chunk(first)
+            landed = [_sum(stage, number, landed) for stage in range(first, first + count)]
+        chunks = [replace(chunk, seconds=seconds * (chunk.forwards + chunk.backwards) / total) for chunk in landed]
+        self.ledger.write(*chunks)
+        for chunk in chunks:
+            self.tally.add(chunk)
+
+    def _parcel(self, positions: Sequence[int], with_images: bool = True) -> Parcel:
+        index = np.array(positions, np.int64)
+        images = self.samples.images(index).numpy() if with_images else None
+        return Parcel(index, images, [self.tally.images[at] for at in positions], self.tally.clean_margins[index])
+
+
+def _sum(stage: int, number: int, chunks: Sequence[Chunk]) -> Chunk:
+    """Return the chunks of a stage as one."""
+    mine = [chunk for chunk in chunks if chunk.stage == stage]
+    return Chunk(
+        stage,
+        number,
+        sum(chunk.forwards for chunk in mine),
+        sum(chunk.backwards for chunk in mine),
+        0.0,
+        [verdict for chunk in mine for verdict in chunk.verdicts],
+        [flag for chunk in mine for flag in chunk.flags],
+    )
+
+
+def _agreed(facts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what workers noticed as the facts of one run."""
+    found: dict[str, Any] = {}
+    for name in dict.fromkeys(name for of in facts for name in of):
+        values = [of[name] for of in facts if of.get(name) is not None]
+        if name in SUMS:
+            found[name] = sum(values)
+        elif name == "occupancy":
+            found[name] = sum(values) / len(values) if values else None
+        else:
+            distinct = list(dict.fromkeys(values))
+            # A command that leaves it open is the one that repeats a run of several precisions.
+            several = "auto" if name == "precision" else distinct
+            found[name] = distinct[0] if len(distinct) == 1 else several
+    return found
+
+
+def _pickled(model: Classifier) -> bytes | None:
+    """Return a model of Python as bytes on the CPU; None for one that its string loads."""
+    if not model.string.startswith("python:"):
+        return None
+    try:
+        return pickle.dumps(model)
+    except Exception as error:
+        raise UsageError(
+            f"the model cannot be sent to workers ({type(error).__name__}: {error}); "
+            "define its classes and functions at the top of a module, or leave --workers out."
+        ) from error

@@ -1,0 +1,212 @@
+"""A worker of a run with several: its own process, with a model of its own, that does what the driver orders."""
+
+from __future__ import annotations
+
+import pickle
+import time
+from collections.abc import Iterator
+from multiprocessing.connection import Client
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from robustkit.data.samples import Samples
+from robustkit.engine import wire
+from robustkit.engine.flight import Boarding, Flight
+from robustkit.engine.meter import Meter
+from robustkit.engine.progress import Progress
+from robustkit.engine.tally import Tally
+from robustkit.engine.wire import Gone, Link
+from robustkit.engine.worker import Worker
+from robustkit.errors import RobustkitError, RunError, UsageError
+from robustkit.isolation import evaluation_mode, threads
+from robustkit.ledger import Chunk
+from robustkit.models import load_model
+from robustkit.models.classifier import Classifier
+from robustkit.registry import parse_suite
+from robustkit.threat import ThreatModel
+
+# Seconds between two words to the driver, which are also how long a worker outlives it.
+WORD_EVERY = 0.3
+
+
+def serve(address: tuple[str, int], key: bytes, number: int) -> None:
+    """Be a worker until the driver ends the connection."""
+    try:
+        link = Link(Client(address, authkey=key))
+    except (OSError, EOFError):
+        return  # the driver has ended meanwhile
+    try:
+        link.send(number)
+        begun = time.perf_counter()
+        brief = link.receive()
+        if not isinstance(brief, wire.Brief):
+            raise TypeError(f"a brief was expected, not {type(brief).__name__}")
+        try:
+            _work(brief, link, begun)
+        except RobustkitError as error:
+            link.send(wire.Failed(str(error), isinstance(error, UsageError)))
+    except Gone:
+        return
+    finally:
+        link.close()
+
+
+def _work(brief: wire.Brief, link: Link, begun: float) -> None:
+    torch.set_num_threads(brief.threads)
+    device = torch.device(brief.device)
+    model = _model(brief, device)
+    source = Lent(brief.images)
+    samples = Samples(brief.data, brief.labels, None, source, np.arange(len(brief.labels)))
+    threat = ThreatModel.parse(brief.threat)
+    rungs = parse_suite(brief.suite, threat.norm)
+    with evaluation_mode(model):
+        hand = Hand(
+            samples,
+            threat,
+            rungs,
+            brief.seed,
+            brief.batch,
+            Outbox(link),
+            Tally.of(len(samples), [rung.spec for rung in rungs]),
+            Meter(model, device, brief.precision),
+            Voice(link),
+            brief.slots,
+            brief.free,
+            brief.most,
+            lot=(brief.number,),
+        )
+        hand.link, hand.source = link, source
+        hand.begin(brief.random)
+        with threads(min(hand.meter.threads, brief.threads)):
+            link.send(wire.Ready(time.perf_counter() - begun))
+            while True:
+                hand.obey(link.receive())
+
+
+def _model(brief: wire.Brief, device: torch.device) -> Classifier:
+    """Return the model that the driver has, by its string or as it was sent."""
+    if brief.pickled is None:
+        model = load_model(brief.string, device=device)
+        if model.fingerprint != brief.fingerprint:
+            raise RunError(f"a worker found another model than the driver under {brief.string}; load it anew.")
+        return model
+    try:
+        loaded: Classifier = pickle.loads(brief.pickled)
+    except Exception as error:
+        raise UsageError(
+            f"a worker cannot load the model ({type(error).__name__}: {error}); "
+            "define it in a module that can be imported, or leave --workers out."
+        ) from error
+    return loaded.to(device)
+
+
+class Lent:
+    """A `Source` of the images that the driver sends, for as long as they are in work."""
+
+    def __init__(self, first: np.ndarray) -> None:
+        """Keep the first ones for good."""
+        self.first, self.lent = first, dict[int, np.ndarray]()
+
+    def read(self, rows: npt.NDArray[np.int64]) -> torch.Tensor:
+        """Return those images, (B C H W)."""
+        found = [self.lent[row] if row in self.lent else self.first[row] for row in rows.tolist()]
+        return torch.from_numpy(np.stack(found) if found else self.first[:0].copy())
+
+    def content(self, rows: npt.NDArray[np.int64]) -> Iterator[bytes]:
+        """Yield the images' bytes."""
+        yield from (image.numpy().tobytes() for image in self.read(rows))
+
+
+class Outbox:
+    """A sink whose ledger is the driver's."""
+
+    def __init__(self, link: Link) -> None:
+        """Send there."""
+        self.link = link
+
+    def write(self, *chunks: Chunk) -> None:
+        """Send chunks."""
+        self.link.send(wire.Done(chunks))
+
+
+class Voice(Progress):
+    """Tells the driver how far it is, from time to time."""
+
+    def __init__(self, link: Link) -> None:
+        """Tell it there."""
+        self.link, self.spoke = link, 0.0
+
+    def say(self, text: str) -> None:  # noqa: D102
+        self.link.send(wire.Said(text))
+
+    def advance(self, done: float, robust: int) -> None:  # noqa: D102
+        if time.perf_counter() - self.spoke > WORD_EVERY:
+            self.link.send(wire.Under(done))
+            self.spoke = time.perf_counter()
+
+
+class Hand(Worker):
+    """A worker whose samples, ledger and orders are the driver's."""
+
+    link: Link
+    source: Lent
+    asked = False
+    write_every = WORD_EVERY
+
+    def begin(self, random: bool) -> None:
+        """Size up the model; whether it is random the driver has found out."""
+        self.prepare()
+        self.meter.random = random
+
+    def obey(self, order: object) -> None:
+        """Do what the driver orders."""
+        if isinstance(order, wire.Fly):
+            self.tally.flags = dict(order.flags)
+            if any(rung.view for rung in self.rungs[order.first - 1 : order.first - 1 + order.count]):
+                self.outlook  # noqa: B018  (seen before the first attack on a view)
+            if order.parcel is not None:
+                self._receive(order.parcel)
+            examples = np.arange(len(self.source.first))
+            for _, table in order.aboard:
+                self.source.lent |= dict(
+                    zip(table.host["position"].tolist(), table.device["x"].numpy(), strict=True)
+                )
+            aboard = [(lane, table.to(self.meter.device)) for lane, table in order.aboard]
+            self.asked = False
+            self.through(order.first, order.count, self._board, examples, aboard)
+        elif isinstance(order, wire.Block):
+            self._receive(order.parcel)
+            if self.rungs[order.stage - 1].view:
+                self.outlook  # noqa: B018  (seen before the first attack on a view)
+            self.block(order.stage, order.number, order.parcel.positions)
+        else:
+            return  # asked to share when there was nothing left to
+        self.source.lent.clear()
+        self.link.send(wire.Idle(self.flown))
+
+    def _receive(self, parcel: wire.Parcel) -> None:
+        for at, position in enumerate(parcel.positions.tolist()):
+            self.tally.images[position] = parcel.hashes[at]
+            self.tally.clean_margins[position] = parcel.margins[at]
+            if parcel.images is not None:
+                self.source.lent[position] = parcel.images[at]
+
+    def _board(self, free: int) -> Boarding:
+        """Ask the driver for as many samples."""
+        self.link.send(wire.Want(free))
+        while not isinstance(answer := self.link.receive(), wire.Boarded):
+            self.asked = True
+        self._receive(answer.parcel)
+        boarding = self._gate(answer.parcel.positions)(free)
+        return boarding._replace(later=answer.later)
+
+    def _share(self, flight: Flight) -> None:
+        if self.link.waiting():
+            self.link.receive()
+            self.asked = True
+        if self.asked:
+            self.asked = False
+            host = torch.device("cpu")
+            self.link.send(wire.Given([(lane, table.to(host)) for lane, table in flight.give()]))

@@ -1,0 +1,242 @@
+"""A run with several workers is the run with one, whoever dies on the way."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from nets import Small, labelled
+
+from robustkit import RunError, UsageError, evaluate
+from robustkit.engine import crew, foreman, hand, wire
+from robustkit.engine import evaluate as evaluation
+from robustkit.engine.flight import Boarding, Flight
+from robustkit.engine.hiring import Door
+from robustkit.engine.meter import Meter
+from robustkit.engine.progress import Progress
+from robustkit.engine.worker import Worker
+from robustkit.ledger import Chunk, Ledger
+from robustkit.losses import margin
+from robustkit.models import as_classifier
+from robustkit.record import Report
+from robustkit.registry import parse_suite
+from robustkit.threat import ThreatModel
+
+SHAPE = (3, 6, 8)
+ROWS = "pgd(steps=6,restarts=2),apgd(steps=12),apgd-t(steps=6,targets=4),square(queries=30)"
+COUPLED = "autoattack:apgd-ce(steps=8),autoattack:square(queries=60)"
+
+
+class Threads:
+    """Workers of this process, which start at once; a process each takes seconds to import torch."""
+
+    def __init__(self) -> None:
+        self.door = Door("127.0.0.1")
+        self.running: dict[int, threading.Thread] = {}
+
+    def start(self, number: int) -> None:
+        work = threading.Thread(target=hand.serve, args=(self.door.address, self.door.key, number))
+        work.start()
+        self.running[number] = work
+
+    def device(self, own: torch.device, number: int) -> str:
+        return str(own)
+
+    def ended(self) -> list[tuple[int, str]]:
+        gone = [number for number, work in self.running.items() if not work.is_alive()]
+        return [(number, "ended") for number in gone if self.running.pop(number)]
+
+    def close(self) -> None:
+        self.door.close()
+        for work in self.running.values():
+            work.join(5)
+            assert not work.is_alive()
+
+
+@pytest.fixture(autouse=True)
+def _threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    turn = threading.Lock()
+
+    def in_turn(work: Callable[..., None]) -> Callable[..., None]:
+        def locked(*arguments: object) -> None:
+            with turn:
+                work(*arguments)
+
+        return locked
+
+    # What seeds the global generators shares them with other threads, as it does not with processes.
+    for name in ("prepare", "_do"):
+        monkeypatch.setattr(Worker, name, in_turn(getattr(Worker, name)))
+    monkeypatch.setattr(evaluation, "Local", Threads)
+    monkeypatch.setattr(foreman, "SPLIT_EVERY", 0.0)
+    monkeypatch.setattr(foreman, "WORTH_SPLITTING", 2)
+    monkeypatch.setattr(crew, "LOOK_EVERY", 0.05)
+
+
+class Watch(Progress):
+    """Keeps what is said; may stop the run after some news of progress, as Ctrl-C would."""
+
+    def __init__(self, after: int = -1) -> None:
+        self.said: list[str] = []
+        self.left = after
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+    def advance(self, done: float, robust: int) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+
+
+def run(workers: int, suite: str = ROWS, n: int = 30, **settings: object) -> Report:
+    net = Small()
+    x, y = labelled(net, n, SHAPE)
+    y[3] = (y[3] + 1) % 10
+    said = {"precision": "fp32", "batch_size": 8, **settings}
+    return evaluate(net, x, y, "linf:0.02", suite=suite, workers=workers, **said)
+
+
+def same(one: Report, other: Report) -> None:
+    assert one.run_id == other.run_id
+    assert [(v.robust, v.attack) for v in one.verdicts] == [(v.robust, v.attack) for v in other.verdicts]
+    assert np.allclose([v.margin for v in one.verdicts], [v.margin for v in other.verdicts], atol=1e-5)
+    assert [stage.attack for stage in one.stages] == [stage.attack for stage in other.stages]
+    assert [stage.fooled for stage in one.stages] == [stage.fooled for stage in other.stages]
+    assert [flag.code for flag in one.flags] == [flag.code for flag in other.flags]
+    passes = [[stage.forwards + stage.backwards for stage in report.stages] for report in (one, other)]
+    assert np.allclose(*passes, rtol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("suite", "counts"),
+    [
+        (ROWS, (2,)),
+        (COUPLED, (2,)),
+        *(pytest.param(suite, (2, 4), marks=pytest.mark.slow) for suite in (f"{COUPLED},{ROWS}", ROWS, "auto")),
+    ],
+)
+def test_as_many_as_one(suite: str, counts: tuple[int, ...]) -> None:
+    alone = run(1, suite)
+    assert 0 < sum(verdict.robust for verdict in alone.verdicts) < len(alone.verdicts) - 1
+    for workers in counts:
+        many = run(workers, suite)
+        same(alone, many)
+        assert many.environment["workers"] == workers
+
+
+@pytest.mark.parametrize("suite", [ROWS, COUPLED])
+def test_what_a_dead_worker_had_is_done_by_others(suite: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    write, deaths = hand.Outbox.write, []
+
+    def dying(box: hand.Outbox, *chunks: Chunk) -> None:
+        if len(deaths) < 3:
+            deaths.append(1)
+            raise wire.Gone
+        write(box, *chunks)
+
+    alone, watch = run(1, suite, n=16), Watch()
+    monkeypatch.setattr(hand.Outbox, "write", dying)
+    same(alone, run(2, suite, n=16, progress=watch))
+    assert sum("has died" in line for line in watch.said) == 3
+
+
+def test_workers_that_do_nothing_but_die_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def dying(box: hand.Outbox, *chunks: Chunk) -> None:
+        raise wire.Gone
+
+    monkeypatch.setattr(hand.Outbox, "write", dying)
+    with pytest.raises(RunError, match="workers die before they have done anything; run without --workers"):
+        run(2)
+
+
+@pytest.mark.parametrize("suite", [pytest.param(ROWS, marks=pytest.mark.slow), COUPLED])
+def test_interrupted_and_resumed_by_any_number_is_the_same(suite: str, tmp_path: Path) -> None:
+    alone = run(1, suite)
+    for after, workers in ((3, 1), (6, 2), (9, 3)):
+        out = tmp_path / f"{after}"
+        try:
+            run(2, suite, out=out, progress=Watch(after))
+        except KeyboardInterrupt:
+            with Ledger.open(out / "ledger.sqlite", alone.run_id) as ledger:
+                before = {(chunk.stage, chunk.chunk): chunk.seconds for chunk in ledger.chunks()}
+        same(alone, run(workers, suite, out=out))
+        with Ledger.read(out / "ledger.sqlite", alone.run_id) as ledger:
+            now = {(chunk.stage, chunk.chunk): chunk.seconds for chunk in ledger.chunks()}
+        assert before.items() <= now.items()
+        assert json.loads((out / "report.json").read_text())["run_id"] == alone.run_id
+
+
+@pytest.mark.slow
+def test_a_limit_stops_all(tmp_path: Path) -> None:
+    report = run(2, n=200, stop_at_width=0.4)
+    same(run(1, n=200, stop_at_width=0.4), report)
+    assert report.stopped is not None
+
+
+def test_what_cannot_be_sent_is_told_in_a_sentence() -> None:
+    net = Small()
+    x, y = labelled(net, 4, SHAPE)
+    with pytest.raises(UsageError, match=r"cannot be sent to workers .* or leave --workers out"):
+        evaluate(lambda images: net(images), x, y, "linf:0.02", suite="fgsm", workers=2)
+    with pytest.raises(UsageError, match="workers 0: write"):
+        evaluate(net, x, y, "linf:0.02", suite="fgsm", workers=0)
+
+
+class Bad(Small):
+    """Refuses any batch but that of a single image or of the checks' size."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if threading.current_thread() is not threading.main_thread() and len(x) > 1:
+            raise ValueError("this net has a bug")
+        return super().forward(x)
+
+
+def test_an_error_in_a_worker_is_the_run_s() -> None:
+    x, y = labelled(Small(), 12, SHAPE)
+    with pytest.raises(RunError, match="failed: ValueError: this net has a bug"):
+        evaluate(Bad(), x, y, "linf:0.02", suite=ROWS, workers=2)
+
+
+@pytest.mark.parametrize("after", [9, *(pytest.param(looks, marks=pytest.mark.slow) for looks in (0, 3, 20))])
+def test_samples_go_from_flight_to_flight_in_the_middle(after: int) -> None:
+    net = Small().eval()
+    x, y = labelled(net, 24, SHAPE)
+    clean = -margin(net(x), y).detach()
+    meter = Meter(as_classifier(net), torch.device("cpu"))
+    meter.size_up(x[:1], 64)
+    rungs = parse_suite(ROWS, "linf")
+
+    def flight(waiting: np.ndarray) -> Flight:
+        def board(free: int) -> Boarding:
+            nonlocal waiting
+            part, waiting = waiting[:free], waiting[free:]
+            return Boarding(part, torch.from_numpy(part), x[part], y[part], -clean[part])
+
+        names = [rung.attack.info.name for rung in rungs]
+        return Flight(meter, ThreatModel.parse("linf:0.02"), rungs, names, 0, 64, board, mend=pytest.fail)
+
+    def told(groups: list) -> dict[int, tuple[bool, int]]:
+        parts = [part for group in groups for part in group]
+        return {
+            at: (fooled, stage)
+            for part in parts
+            for at, fooled, stage in zip(
+                part.position.tolist(), part.judged.fooled.tolist(), part.stage.tolist(), strict=True
+            )
+        }
+
+    whole = told(list(flight(np.arange(24)).run()))
+    first, second = flight(np.arange(24)), flight(np.zeros(0, np.int64))
+    walk = first.run()
+    groups = [next(walk) for _ in range(after + 1)]
+    aboard = first.aboard
+    second.take(first.give())
+    assert first.aboard + second.aboard == aboard
+    assert second.aboard > 0
+    assert told([*groups, *walk, *second.run()]) == whole
