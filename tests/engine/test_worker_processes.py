@@ -72,12 +72,13 @@ def test_killed_with_9_and_the_driver_too(tmp_path: Path) -> None:
     time.sleep(3)
     left = hands(process.pid)
     process.kill()
-    process.wait()
+    process.communicate()
     until(lambda: not any(map(alive, left)), 30)
     process = start(tmp_path / "shared", 2)
     said, _ = process.communicate(timeout=170)
     assert process.returncode == 0, said
-    assert alone.wait() == 0
+    alone.communicate()
+    assert alone.returncode == 0
     same(tmp_path / "alone", tmp_path / "shared")
 
 
