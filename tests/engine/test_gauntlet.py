@@ -1,0 +1,109 @@
+"""Masked defenses that the default suite sees through, and honest nets of which it suspects nothing."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+from gauntlet import AROUND, Activation, Behind, Digits, KWinners, Several, crossmax, trained
+from torch import Tensor, nn
+
+from robustkit import evaluate, load_data
+from robustkit.record import Report
+
+pytestmark = pytest.mark.slow
+
+THREAT, IMAGES = "linf:0.08", 24
+# What a report says where a direct attack's number is too high, or cannot be had.
+TOLD = {
+    "masked-gradient",
+    "no-gradient",
+    "randomised",
+    "saturated-softmax",
+    "score-beats-gradient",
+    "survives-any-eps",
+    "unlike-gradients",
+    "vanishing-gradient",
+    "wrong-gradient",
+    "zero-gradient",
+}
+MASKING = {"masked-gradient", "score-beats-gradient", "wrong-gradient", "zero-gradient", "vanishing-gradient"}
+
+
+@cache
+def digits(split: str) -> tuple[Tensor, Tensor]:
+    data = load_data(f"digits:{split}")
+    return data.images(range(len(data))), torch.from_numpy(data.labels)
+
+
+@cache
+def plain(seed: int = 0, attack: float = 0.0) -> nn.Module:
+    return trained(Digits(seed=seed), *digits("train"), attack=attack, seed=seed)
+
+
+def judged(model: nn.Module, suite: str) -> Report:
+    x, y = digits("test")
+    return evaluate(model, x[:IMAGES], y[:IMAGES], THREAT, suite=suite)
+
+
+@cache
+def beneath() -> int:
+    """How many images the bare net withstands."""
+    return sum(verdict.robust for verdict in judged(plain(), "rapid").verdicts)
+
+
+def told(report: Report) -> set[str]:
+    return {flag.code for flag in report.flags}
+
+
+@pytest.mark.parametrize("name", AROUND)
+def test_no_mask_hides_what_the_net_beneath_does_not_withstand(name: str) -> None:
+    defense = Behind(plain(), AROUND[name])
+    found = judged(defense, "auto")
+    robust = sum(verdict.robust for verdict in found.verdicts)
+    # An image is 4 points; what a mask changes in the image itself may save or cost one.
+    assert robust <= beneath() + 1
+    direct = sum(verdict.robust for verdict in judged(defense, "apgd(loss=ce),apgd(loss=dlr)").verdicts)
+    if direct > robust + 1:
+        assert told(found) & TOLD
+
+
+@pytest.mark.parametrize("how", ["threshold", "scatter", "where", "fill", "assign"])
+def test_winners_take_nothing(how: str) -> None:
+    """Trained with the mask, so that no bare net tells the truth; the direct attack must not be the lower one."""
+    defense = trained(Digits(lambda: KWinners(how=how)), *digits("train"))
+    found = judged(defense, "auto")
+    direct = judged(defense, "apgd(loss=ce),apgd(loss=dlr)")
+    assert found.robust_accuracy.value <= direct.robust_accuracy.value
+    assert found.robust_accuracy.value <= beneath() / IMAGES
+    assert found.robust_accuracy.value == direct.robust_accuracy.value or told(found) & TOLD
+
+
+def test_crossmax_is_worth_what_the_mean_is() -> None:
+    nets = [plain(seed) for seed in range(5)]
+    found = judged(Several(nets, crossmax), "auto")
+    mean = judged(Several(nets, lambda stack: stack.mean(1)), "rapid")
+    assert found.robust_accuracy.value <= mean.robust_accuracy.value + 1 / IMAGES
+    assert told(found) & TOLD
+
+
+def test_a_steep_activation_and_stochastic_depth_hide_nothing() -> None:
+    steep = trained(Digits(), *digits("train"))
+    steep.act1 = steep.act2 = Activation(lambda z: torch.relu(z) + 0.05 * torch.tanh(1e4 * z))
+    skipping = trained(Digits(), *digits("train"))
+    skipping.skip = 0.7
+    for defense in (steep, skipping):
+        assert sum(verdict.robust for verdict in judged(defense, "auto").verdicts) <= beneath() + 1
+
+
+@pytest.mark.parametrize("kind", ["plain", "adversarially trained", "mean of five"])
+def test_an_honest_net_is_not_suspected(kind: str) -> None:
+    net = {
+        "plain": plain,
+        "adversarially trained": lambda: plain(attack=0.08),
+        "mean of five": lambda: Several([plain(seed) for seed in range(5)], lambda stack: stack.mean(1)),
+    }[kind]()
+    found = judged(net, "auto")
+    assert not told(found) & MASKING
+    assert found.robust_accuracy.value == judged(net, "rapid").robust_accuracy.value
