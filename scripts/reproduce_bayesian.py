@@ -5,12 +5,13 @@
     python scripts/reproduce_bayesian.py --scale cifar --data DIR             as published: a GPU, days
 
 DIR holds cifar10_train.npz and cifar10_test.npz (`x` uint8 NHWC, `y`). It trains nets of one architecture, one
-cSGLD posterior with the training compute of one of them, and targets: another net of the architecture and one each
-of others. Then it attacks the first test images and prints, on each target, the share of those that it classifies
-correctly which are fooled, with 95 % Wilson intervals; T-DEE, the number of independent nets with that success,
-with a paired bootstrap interval; and the training compute. Attacks are the paper's: I-FGSM of 50 steps of a tenth
-of eps, MI-FGSM with momentum 0.9, PGD, FGSM; `light` asks one sample for each step, `full` all, logits averaged.
-What is trained or crafted already in --out is taken from there, so that a run that was cut off goes on.
+cSGLD posterior with the training compute of one of them, and targets: another net of the architecture and one
+each of others, unless --target names some. Then it attacks the first test images and prints, on each target, the
+share of those that it classifies correctly which are fooled, with 95 % Wilson intervals; T-DEE, the number of
+independent nets with that success, with a paired bootstrap interval; and the training compute. Attacks are the
+paper's: I-FGSM of 50 steps of a tenth of eps, MI-FGSM with momentum 0.9, PGD, FGSM; `light` asks one sample for
+each step, `full` all, logits averaged. What is trained or crafted already in --out is taken from there, so that
+a run that was cut off goes on.
 """
 
 from __future__ import annotations
@@ -124,8 +125,8 @@ Surrogate = str | Classifier
 class Study:
     """Trained nets and crafted images, each made once and then taken from its folder."""
 
-    def __init__(self, scale: Scale, data: Path, out: Path, device: str) -> None:
-        self.scale, self.out, self.device = scale, out, device
+    def __init__(self, scale: Scale, data: Path, out: Path, device: str, given: Sequence[str] = ()) -> None:
+        self.scale, self.out, self.device, self.given = scale, out, device, given
         self.train, self.test = (text.format(data=data) for text in (scale.train, scale.test))
 
     @cached_property
@@ -165,7 +166,9 @@ class Study:
 
     @cached_property
     def judges(self) -> dict[str, Trained]:
-        """The nets that are targets, by the names of their folders behind `target-`."""
+        """The nets that are trained to be targets, by the names of their folders behind `target-`."""
+        if self.given:
+            return {}
         named = {"same": self.net("target-same", "standard", 1000)}
         for arch in self.scale.others:
             name = arch.partition(":")[2].partition("?")[0]
@@ -175,6 +178,8 @@ class Study:
     @property
     def targets(self) -> dict[str, str]:
         """Model strings of the targets, by what to call them."""
+        if self.given:
+            return {Path(string).stem: string for string in self.given}
         words = {"same": "the same architecture"}
         return {words.get(name, name): f"{self.out}/target-{name}/" for name in self.judges}
 
@@ -457,17 +462,20 @@ def main() -> None:
         "--with", dest="others", nargs="*", default=[], help="more surrogates of the weakness table"
     )
     parser.add_argument("--temperatures", nargs="*", type=float, help="of the sweep [default: digits only]")
+    parser.add_argument("--target", nargs="+", default=[], help="model strings to attack, in place of own nets")
     parser.add_argument("--device", default="auto")
-    for name in ("limit", "images", "judged", "nets", "cycles", "epochs", "steps"):
+    for name in ("limit", "images", "judged", "nets", "cycles", "epochs", "samples", "steps"):
         parser.add_argument(f"--{name}", type=int)
     given = parser.parse_args()
     changes = {
         name: value
-        for name in ("limit", "images", "judged", "nets", "cycles", "epochs", "steps", "temperatures")
+        for name in ("limit", "images", "judged", "nets", "cycles", "epochs", "samples", "steps", "temperatures")
         if (value := getattr(given, name)) is not None
     }
     scale = replace(SCALES[given.scale], **changes)
-    study = Study(scale, given.data, given.out or Path("runs") / f"bayesian-{given.scale}", given.device)
+    study = Study(
+        scale, given.data, given.out or Path("runs") / f"bayesian-{given.scale}", given.device, given.target
+    )
     about(study)
     tables: dict[str, Callable[[Study], None]] = {
         "main": main_table,
