@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from robustkit.errors import did_you_mean
 from robustkit.shapes import Labels, Logits, PerRow
@@ -16,6 +17,11 @@ from robustkit.shapes import Labels, Logits, PerRow
 Loss = Callable[[Logits, Labels, "Labels | None"], PerRow]
 
 TINY = 1e-12
+
+
+def finite(gradient: Tensor) -> Tensor:
+    """Return a gradient with 0 where it is infinite or no number, lest one pixel spoil an image's step."""
+    return gradient.nan_to_num(0.0, 0.0, 0.0)
 
 
 def ce(logits: Logits, labels: Labels, targets: Labels | None = None) -> PerRow:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from robustkit.goal import Goal
+from robustkit.losses import finite
 from robustkit.rng import RowRng
 from robustkit.shapes import Images, Labels, Logits, Mask
 from robustkit.threat import ThreatModel, per_row
@@ -301,14 +302,12 @@ def _query(model: Model, x: Images, objective: Callable[[Logits], Tensor], with_
         if not with_gradient:
             gradient = x.new_zeros(()).expand(*value.shape, *x.shape[1:])
         elif value.dim() == 1:
-            gradient = torch.autograd.grad(value.sum(), x)[0]
+            gradient = finite(torch.autograd.grad(value.sum(), x)[0])
         else:
             columns = value.sum(0)
-            gradient = torch.stack(
-                [
-                    torch.autograd.grad(column, x, retain_graph=number + 1 < len(columns))[0]
-                    for number, column in enumerate(columns)
-                ],
-                1,
-            )
+            slopes = [
+                torch.autograd.grad(column, x, retain_graph=number + 1 < len(columns))[0]
+                for number, column in enumerate(columns)
+            ]
+            gradient = finite(torch.stack(slopes, 1))
     return Answer(logits.detach(), value.detach(), gradient)

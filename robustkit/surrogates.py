@@ -17,6 +17,7 @@ from torch import Tensor
 
 from robustkit.errors import UsageError, did_you_mean
 from robustkit.goal import Goal
+from robustkit.losses import finite
 from robustkit.rng import RowRng
 from robustkit.rows import Model
 from robustkit.shapes import Images, Logits
@@ -189,7 +190,7 @@ class Surrogates:
             at = x.detach().expand(len(self), *x.shape).contiguous().requires_grad_()
             logits = self.together(at)
         slopes, shares = settle(logits)
-        return list(torch.autograd.grad(logits, at, slopes)[0]), shares
+        return list(finite(torch.autograd.grad(logits, at, slopes)[0])), shares
 
     def _crowded(self, chosen: Sequence[int]) -> bool:
         """Return whether some of these members take turns in one place, so that not all graphs can be held."""
@@ -269,7 +270,7 @@ def _pulled_back(answer: Logits, at: Images, slope: Tensor) -> Images:
     """Return the gradient in the images; zero where the answer does not depend on them differentiably."""
     if not answer.requires_grad:
         return torch.zeros_like(at)
-    return torch.autograd.grad(answer, at, slope.to(answer.dtype))[0]
+    return finite(torch.autograd.grad(answer, at, slope.to(answer.dtype))[0])
 
 
 def _known(slope: Tensor, logits: Tensor) -> Tensor:

@@ -117,6 +117,7 @@ FAULTS = {
     "detached": lambda net, x: net(x).detach(),
     "straight-through": lambda net, x: net(x + ((4 * x).round() / 4 - x).detach()),
     "flipped-gradient": lambda net, x: net(2 * x.detach() - x),
+    "root": lambda net, x: net(x.sqrt() ** 2),
     "torch-noise": lambda net, x: net(x + 0.1 * torch.randn_like(x)),
     "numpy-noise": lambda net, x: net(x + 0.1 * torch.from_numpy(np.random.randn(*x.shape)).float()),
     "random-noise": lambda net, x: net(x + 0.1 * random.random()),

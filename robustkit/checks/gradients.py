@@ -18,6 +18,21 @@ MOST = 0.75
 STEPS = (1e-3, 3e-3, 1e-2)
 
 
+def broken(probe: Probe) -> Flag | None:
+    """Images with a pixel whose gradient is infinite or no number, in either loss."""
+    sound = torch.stack([gradient.flatten(1).isfinite().all(1) for gradient in probe.raw.values()]).all(0)
+    if sound.all():
+        return None
+    return Flag(
+        "broken-gradient",
+        "warning",
+        int((~sound).sum()),
+        f"of {len(sound)} images have pixels whose gradient is infinite or no number (a root, a logarithm or a "
+        "division at 0): attacks here take it for 0, others come to a halt",
+        "distrust other tools' numbers on this model; look at what smoothed gradients and scores find",
+    )
+
+
 def zero(probe: Probe) -> Flag:
     """I1: images at which the margin's gradient is exactly zero."""
     code, gone = "zero-gradient", _sizes(probe, "margin") == 0
@@ -64,7 +79,8 @@ def disagrees(probe: Probe) -> Flag:
         return unmeasured(
             code, "there is no slope to compare: zero gradients, or probabilities", "see their flags"
         )
-    x, goal = probe.x[rows], Goal(probe.labels[rows])
+    # Far enough inside the box that no step leaves it: outside a model need not have an answer.
+    x, goal = probe.x[rows].clamp(max(STEPS), 1 - max(STEPS)), Goal(probe.labels[rows])
     gradient = _seeded(probe, x, goal).gradient
     direction = gradient.sign()
     promised = gradient.abs().flatten(1).sum(1).clamp(min=1e-30)

@@ -12,6 +12,7 @@ from torch import nn
 
 from robustkit.checks.indicators import Trail, trail
 from robustkit.goal import Goal
+from robustkit.losses import finite
 from robustkit.registry import make
 from robustkit.rng import RowRng
 from robustkit.rows import Model, RowWise
@@ -57,7 +58,12 @@ class Probe:
 
     @cached_property
     def gradients(self) -> dict[str, Images]:
-        """The few rows' input gradients of the losses `ce` and `margin`."""
+        """The few rows' input gradients of the losses `ce` and `margin`, as attacks use them."""
+        return {loss: finite(gradient) for loss, gradient in self.raw.items()}
+
+    @cached_property
+    def raw(self) -> dict[str, Images]:
+        """The same as the model gives them."""
         goal, losses = Goal(self.labels[self.few]), ("ce", "margin")
         with torch.enable_grad():
             x = self.x[self.few].requires_grad_()

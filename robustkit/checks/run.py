@@ -18,6 +18,7 @@ BEFORE = (
     outputs.batch_dependent,
     randomness.randomised,
     randomness.optimises_at_test_time,
+    gradients.broken,
     gradients.zero,
     gradients.vanishing,
     gradients.disagrees,
@@ -38,6 +39,7 @@ DOUBTS = {
     *("probabilities", "saturated-softmax", "zero-gradient", "vanishing-gradient", "wrong-gradient"),
     *("no-gradient", "test-time-optimisation", "survives-any-eps", "not-converged", "training-mode"),
     *("underflow", "unlike-gradients", "unstable-loss", "incomplete-optimisation", "attack-not-alive"),
+    "broken-gradient",
 }
 
 

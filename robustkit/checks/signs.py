@@ -35,7 +35,7 @@ def unstable(probe: Probe) -> Flag:
 
     def margin(images: Images) -> PerRow:
         with torch.no_grad():
-            return goal.loss(probe.model(images), "margin")
+            return goal.loss(probe.model(images.clamp(0, 1)), "margin")
 
     around = indicators.nearby(margin, x, RowRng(probe.seed, "nearby", rows), draws=DRAWS)
     value = round(float(indicators.unstable(margin(x), around).mean()), 4)

@@ -22,6 +22,7 @@ from robustkit.engine.judge import Judged, judge
 from robustkit.engine.meter import Meter
 from robustkit.engine.table import Table
 from robustkit.goal import Goal
+from robustkit.losses import finite
 from robustkit.registry import Rung
 from robustkit.rng import RowRng
 from robustkit.rows import Answer, Rows, RowWise, State, ask, rank
@@ -340,7 +341,8 @@ class Flight:
                 ]
                 gradient = x.new_zeros(()).expand_as(x)
                 if with_gradient:
-                    (gradient,) = torch.autograd.grad(torch.cat([v.flatten() for v in values]).sum(), x)
+                    total = torch.cat([v.flatten() for v in values]).sum()
+                    gradient = finite(torch.autograd.grad(total, x)[0])
             shares = zip(members, values, _cut(logits.detach(), cuts), _cut(gradient, cuts), strict=True)
             for (found, _, index), value, own, slope in shares:
                 answer = Answer(own, value.detach(), slope if value.dim() == 1 else slope[:, None])

@@ -35,6 +35,7 @@ OWN = {
     "detached": ("survives-any-eps", "masked"),
     "straight-through": ("wrong-gradient", "finite differences"),
     "flipped-gradient": ("wrong-gradient", "finite differences"),
+    "root": ("broken-gradient", "no number"),
     "torch-noise": ("randomised", "source: torch)"),
     "numpy-noise": ("randomised", "source: numpy)"),
     "random-noise": ("randomised", "source: random)"),
@@ -243,3 +244,13 @@ def test_fail_under(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert run([*command, "--fail-under", "1"]) == 1
     assert "is below --fail-under 100.0 %" in capsys.readouterr().err
     assert run([*command, "--fail-under", "45"]) == 2
+
+
+def test_a_gradient_without_numbers_halts_nobody() -> None:
+    """Pixels at 0 have none; the others lead as far as the bare net's do."""
+    few, suite = digits().head(24), "apgd(steps=20)"
+    bare, broken = (
+        evaluate(Wrapped(fault).eval(), few, None, "linf:0.1", suite=suite) for fault in ("none", "root")
+    )
+    assert bare.robust_accuracy.value < bare.clean_accuracy.value - 0.1
+    assert abs(broken.robust_accuracy.value - bare.robust_accuracy.value) < 0.15
