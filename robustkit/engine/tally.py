@@ -100,8 +100,12 @@ class Tally:
         """How many samples in scope nothing has fooled yet."""
         return int((self.fell[self.scope] == STANDS).sum())
 
-    def _rate(self, hits: int) -> Rate:
-        n = len(self.scope)
+    @property
+    def seen(self) -> np.ndarray:
+        """The positions of the samples that have been looked at at all, in scope or not yet."""
+        return np.flatnonzero(self.judged >= 0)
+
+    def _rate(self, hits: int, n: int) -> Rate:
         return Rate.anytime(hits, n) if self.stopped else Rate.of(hits, n)
 
     @property
@@ -109,13 +113,13 @@ class Tally:
         """The numbers of the stages that a report tells of."""
         return [n for n, cost in enumerate(self.costs) if cost.forwards or n not in self.spare]
 
-    def stages(self) -> list[Stage]:
-        """Return what each stage did, the clean pass first."""
-        fell = self.fell[self.scope]
+    def stages(self, among: np.ndarray) -> list[Stage]:
+        """Return what each stage did to these positions, the clean pass first; what it cost is that of all."""
+        fell = self.fell[among]
         return [
             Stage(
                 name,
-                self._rate(int((fell > number).sum())),
+                self._rate(int((fell > number).sum()), len(among)),
                 int((fell == number).sum()),
                 self.costs[number].forwards,
                 self.costs[number].backwards,
@@ -130,7 +134,7 @@ class Tally:
     ) -> Report:
         """Return the finished run's record; `flags` come after those of the chunks."""
         found = [*self.flags.values(), *self.passed.values(), *flags]
-        stages = self.stages()
+        stages = self.stages(self.scope)
         return Report(
             run_id=spec.run_id,
             spec=spec,
@@ -169,8 +173,8 @@ class Tally:
             return None
         inside = (self.fell[self.scope] > 0) & ~self.struck[self.scope]
         return Draws(
-            one=self._rate(int(self.once[self.scope].sum())),
+            one=self._rate(int(self.once[self.scope].sum()), len(self.scope)),
             mean=float(right.mean()),
-            majority=self._rate(self.robust),
+            majority=self._rate(self.robust, len(self.scope)),
             gap=float(right.mean() - inside.mean()),
         )

@@ -173,21 +173,22 @@ class Worker:
     def suspect(self) -> bool:
         """Whether something speaks against gradients; that a model is an ensemble does not."""
         flags = {code for code, flag in self.tally.flags.items() if flag.raised}
-        return bool(DOUBTS & flags) or self._rivalry().raised or self._masked().raised
+        seen = self.tally.seen
+        return bool(DOUBTS & flags) or self._rivalry(seen).raised or self._masked(seen).raised
 
     def afterthoughts(self) -> list[Flag]:
         """Return what the suite's stages and the model's views say against the number, or for it."""
-        return [self._rivalry(), self._masked()]
+        return [self._rivalry(self.tally.scope), self._masked(self.tally.scope)]
 
-    def _rivalry(self) -> Flag:
+    def _rivalry(self, among: np.ndarray) -> Flag:
         access = ["", *(rung.attack.info.access for rung in self.rungs)]
-        return scores_beat_gradients(self.tally.stages(), [access[number] for number in self.tally.told])
+        return scores_beat_gradients(self.tally.stages(among), [access[number] for number in self.tally.told])
 
-    def _masked(self) -> Flag:
+    def _masked(self, among: np.ndarray) -> Flag:
         views = ["", *(rung.view for rung in self.rungs)]
         told = [views[number] for number in self.tally.told]
         places = self.outlook.places if any(told) else []
-        return masked(self.tally.stages(), told, places, any(views) and not self.outlook.doubtful)
+        return masked(self.tally.stages(among), told, places, any(views) and not self.outlook.doubtful)
 
     def fly(self, first: int, count: int, among: np.ndarray) -> None:
         """Take what still stands of these through `count` attacks from stage `first` on, all row-wise, at once."""

@@ -56,6 +56,15 @@ def test_it_stops_when_the_interval_is_narrow_and_its_verdicts_are_those_of_the_
     assert Report.from_json(part.to_json()) == replace(part, adversarial=None)
 
 
+def test_spare_attacks_are_called_for_by_the_block_in_work() -> None:
+    net = Small().eval()
+    x, y = labelled(net, 60, SHAPE)
+    for model, doubted in ((net, False), (lambda x: (8 * net(x)).round() / 8, True)):
+        part = evaluate(model, x, y, THREAT, suite=f"{SUITE},pgd(steps=4)@mended?", stop_at_width=0.6)
+        assert part.stopped is not None
+        assert any("@" in stage.attack for stage in part.stages) == doubted
+
+
 def test_one_more_block_would_have_been_too_few() -> None:
     part = run(stop_at_width=0.45)
     robust = {verdict.index: verdict.robust for verdict in part.verdicts}
