@@ -244,9 +244,7 @@ class Craft:
     @classmethod
     def from_json(cls, body: Any) -> Craft:
         """Return the record of a parsed transfer.json; UsageError if it is none or of another format."""
-        if not isinstance(body, Mapping) or body.get("format") != FORMAT:
-            found = body.get("format") if isinstance(body, Mapping) else type(body).__name__
-            raise UsageError(f"this record has format {found!r}; this version of robustkit reads {FORMAT}.")
+        _check_format(body)
         try:
             record = cls(
                 **{
@@ -301,13 +299,33 @@ class Matrix:
         kept = [f.name for f in fields(self) if f.name != "format"]
         return {"format": self.format, **json.loads(dumps({name: getattr(self, name) for name in kept}))}
 
+    @classmethod
+    def from_json(cls, body: Any) -> Matrix:
+        """Return the record of a parsed matrix.json; UsageError if it is none or of another format."""
+        _check_format(body)
+        try:
+            rows = [_rates(row) for row in body["success"]]
+            return cls(**{**body, "success": rows, "worst": _rates(body["worst"])})
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UsageError(f"this record is damaged: {type(error).__name__} {error}.") from error
+
 
 def _each(items: Any, build: Any) -> Any:
     return None if items is None else [build(item) for item in items]
 
 
 def _with_rates(kind: Any, body: Mapping[str, Any], name: str) -> Any:
-    return kind(**{**body, name: [rate and Rate(**rate) for rate in body[name]]})
+    return kind(**{**body, name: _rates(body[name])})
+
+
+def _rates(bodies: Sequence[Mapping[str, Any] | None]) -> list[Rate | None]:
+    return [Rate(**body) if body else None for body in bodies]
+
+
+def _check_format(body: Any) -> None:
+    if not isinstance(body, Mapping) or body.get("format") != FORMAT:
+        found = body.get("format") if isinstance(body, Mapping) else type(body).__name__
+        raise UsageError(f"this record has format {found!r}; this version of robustkit reads {FORMAT}.")
 
 
 def _content(part: Mapping[str, Any]) -> dict[str, Any]:

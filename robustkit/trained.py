@@ -10,8 +10,8 @@ from typing import Any
 from robustkit.errors import UsageError
 from robustkit.record import FORMAT, dumps
 
-# A run's record, by which it is finished, and the weights of a run that has no posterior.
-RECORD, WEIGHTS = "model.json", "model.safetensors"
+# A run's record, by which it is finished, a line for each epoch, and the weights of a run without a posterior.
+RECORD, METRICS, WEIGHTS = "model.json", "metrics.jsonl", "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,8 @@ class Trained:
         members: nets in `model.safetensors`, as `0.NAME`, `1.NAME` … where there are several.
         history: facts of each epoch: `epoch`, `step`, `loss`, `rate`, `images_per_second`, `seconds`, and
             `test_accuracy` and `test_loss` where they were measured; of several members also what oracles would
-            reach, `best_member`, `any_right` and `all_right`, and, on a few images, the mean `transfer` between
-            members by a short attack and the mean `cosine` of their gradients.
+            reach, `best_member`, `any_right` and `all_right`, and, on a few images, the shares fooled by a short
+            attack, `transfer` between members and `white_box` of their mean, and the mean `cosine` of gradients.
         samples: facts of each posterior sample: `step`, `epoch`, `cycle`, `rate`, and `accuracy` and `loss` on
             the test data; null where they make no sense. Empty for a method that has no posterior.
         accuracy: on the test data, `{value, low, high, n}` with a 95 % interval, or None; of several members or
