@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from robustkit.errors import UsageError
 from robustkit.intervals import unseen
-from robustkit.record import FORMAT, Rate, dumps
+from robustkit.record import FORMAT, Rate, Spec, dumps
 
 # How the class that an image is to be taken for is chosen.
 CHOICES = ("next", "random", "least-likely")
 
 
 @dataclass(frozen=True)
-class CraftSpec:
+class CraftSpec(Spec):
     """Everything that determines the images of a craft run, and nothing else but where to find models and data.
 
     `surrogates` have `string` and `fingerprint`, in order; `attack` has name, fields and techniques, and the
@@ -35,18 +34,6 @@ class CraftSpec:
     seed: int
     verb: str = "craft"
     format: int = FORMAT
-
-    @property
-    def run_id(self) -> str:
-        """Eight hexadecimal digits of the hash of all that determines the images: strings and paths do not."""
-        return hashlib.sha256(dumps(self.identity).encode()).hexdigest()[:8]
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What is hashed."""
-        body = asdict(self)
-        body["surrogates"] = [_content(one) for one in body["surrogates"]]
-        return {**body, "attack": _content(body["attack"]), "data": _content(body["data"])}
 
     @property
     def attack_name(self) -> str:
@@ -326,7 +313,3 @@ def _check_format(body: Any) -> None:
     if not isinstance(body, Mapping) or body.get("format") != FORMAT:
         found = body.get("format") if isinstance(body, Mapping) else type(body).__name__
         raise UsageError(f"this record has format {found!r}; this version of robustkit reads {FORMAT}.")
-
-
-def _content(part: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in part.items() if key != "string"}

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from robustkit.errors import UsageError
-from robustkit.record import FORMAT, dumps
+from robustkit.record import FORMAT, Spec
 
 # A run's record, by which it is finished, a line for each epoch, and the weights of a run without a posterior.
 RECORD, METRICS, WEIGHTS = "model.json", "metrics.jsonl", "model.safetensors"
 
 
 @dataclass(frozen=True)
-class TrainSpec:
+class TrainSpec(Spec):
     """Everything that determines the weights, and nothing else but where to find nets and data.
 
     `method` is a record of name and fields; `arch` has `string` and `fingerprint`, which is that of the initial
@@ -37,19 +36,6 @@ class TrainSpec:
     seed: int
     verb: str = "train"
     format: int = FORMAT
-
-    @property
-    def run_id(self) -> str:
-        """Eight hexadecimal digits of the hash of all that determines the weights: strings and paths do not."""
-        return hashlib.sha256(dumps(self.identity).encode()).hexdigest()[:8]
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What is hashed."""
-        body = asdict(self)
-        for part in ("arch", "data", "test"):
-            body[part] = body[part] and {key: value for key, value in body[part].items() if key != "string"}
-        return body
 
 
 @dataclass(frozen=True)
