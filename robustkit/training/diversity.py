@@ -43,7 +43,7 @@ def glance(nets: Sequence[nn.Module], test: ImageSet, trained_on: int, threat: T
     """Return shares of images fooled, and the mean cosine of members' gradients.
 
     `transfer` is between members; `white_box` of their mean by an attack on it. So few images are looked at that
-    ten looks of a run of forty epochs take about 5 % of plain training.
+    ten looks of a run of forty epochs take 5 to 6 % of plain training.
     """
     count = min(MOST, max(trained_on // 50, 8), len(test))
     x, labels = test.at(slice(0, count)).contiguous(memory_format=torch.channels_last), test.labels[:count]
