@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from robustkit.crafted import Craft, Forecast, Judgement, Point, Saved
-from robustkit.engine import budgets, examples, folder, lattice
+from robustkit.engine import budgets, folder, lattice
 from robustkit.engine.crafting import Crafting
 from robustkit.engine.environment import environment
+from robustkit.engine.examples import arrays, evenly
 from robustkit.engine.nets import Net, gather, same_classes
 from robustkit.engine.progress import Progress
 from robustkit.engine.targets import Jury
@@ -20,9 +21,6 @@ from robustkit.engine.workshop import IMAGES, WITHOUT, Workshop
 from robustkit.errors import RunError, UsageError
 from robustkit.ledger import Ledger
 from robustkit.record import Rate
-
-# Images that the page shows, evenly from all.
-SHOWN = 12
 
 
 def run_craft(
@@ -135,8 +133,7 @@ class _Job:
         if self.out is not None:
             folder.write_adversarial(self.out, rows)
             said = np.array([label for _, label in ledger.said(IMAGES)], np.int64)
-            chosen = np.unique(np.linspace(0, self.n - 1, SHOWN).round().astype(int)).tolist()
-            shown = examples.arrays(rows, said, ([], chosen), self.samples, plan.threat)
+            shown = arrays(rows, said, ([], evenly(self.n)), self.samples, plan.threat)
             folder.write_examples(self.out, shown)
         surroundings = environment(plan.device, "fp32", shop.batch) | {
             "loaded": shop.ensemble.storage.loaded,
