@@ -36,6 +36,11 @@ class CWA(MICSE):
         """What `beta` is if none is given."""
         return 10.27 if self.official else 2.05
 
+    @property
+    def cost(self) -> int:
+        """Gradients of all members that a step asks for, that of the step back included."""
+        return super(CWA, self).cost + bool(self.reverse)
+
     def start(
         self, oracle: Oracle, rows: Rows, x: Images, members: Sequence[int] | None, weights: Weights
     ) -> Images:
@@ -58,6 +63,18 @@ def ssa_cwa() -> str:
 def vmi_cwa() -> str:
     """CWA with each member's gradient tuned by its variance, over 8 neighbours as in the authors' code."""
     return "cwa+vmi(copies=8)"
+
+
+@recipe("vmi-inner-cwa", paper="arXiv:2303.09105")
+def vmi_inner_cwa() -> str:
+    """CWA with each member's gradient taken at 8 neighbours, as in the authors' code."""
+    return "cwa+vmi-mean(copies=8,of=member)"
+
+
+@recipe("vmi-outer-cwa", paper="arXiv:2303.09105")
+def vmi_outer_cwa() -> str:
+    """CWA whose whole step is taken from 8 neighbours, as in the authors' code."""
+    return "cwa+vmi-mean(copies=8,beta=1,of=step)"
 
 
 @recipe("adam-cwa", paper="arXiv:2303.09105")

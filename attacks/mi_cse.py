@@ -27,7 +27,7 @@ from robustkit.threat import ThreatModel, per_row, unit
 from robustkit.transfer import Around, Oracle, ascend, dice
 
 ORDERS = ("fixed", "random", "antithetic")
-UPDATES = ("momentum", "adam")
+UPDATES = ("momentum", "plain", "adam")
 
 
 @attack("mi-cse", paper="arXiv:2303.09105", norms=("linf", "l2"), access="gradient", ascent=True)
@@ -37,17 +37,19 @@ class MICSE:
 
     A small step is `beta` times eps (in linf times the root of the number of pixels' values, too) along a unit
     gradient; none means 2.05, which is the paper's 50 at 16/255 and 224 pixels. `beta_raw` is it in pixel
-    units. `inner_momentum` is kept for the whole run. `order` of the members: `fixed` as listed, `random` anew
-    in each step (the same for all images, so that a member is asked once), `antithetic` there and back,
-    averaged, for twice the gradients. `step_size` (none: 2 / steps) is a fraction of eps. `update=adam` takes
-    the outer step as Adam does, in the place of `momentum` and sign, of `step_size` (as published: 0.001 in
-    pixel units, the official default) with moments 0.9 and 0.999.
+    units. `raw` goes along the gradients as long as they are. `inner_momentum` is kept for the whole run.
+    `order` of the members: `fixed` as listed, `random` anew in each step (the same for all images, so that a
+    member is asked once), `antithetic` there and back, averaged, for twice the gradients. `step_size` (none:
+    2 / steps) is a fraction of eps. `update=plain` takes the outer step without sign or norm, and `step_size`
+    is the share taken of it (none: 1). `update=adam` takes it as Adam does, in the place of `momentum` and
+    sign, of `step_size` (as published: 0.001 in pixel units, the official default) with moments 0.9 and 0.999.
     """
 
     steps: int = 10
     step_size: float | None = None
     beta: float | None = None
     beta_raw: float | None = None
+    raw: bool = False
     momentum: float = 1.0
     inner_momentum: float = 1.0
     order: str = "fixed"
@@ -77,6 +79,11 @@ class MICSE:
     def usual_beta(self) -> float:
         """What `beta` is if none is given."""
         return 2.05
+
+    @property
+    def cost(self) -> int:
+        """Gradients of all members that a step asks for."""
+        return 2 if self.order == "antithetic" else 1
 
     def small_step(self, rows: Rows) -> float:
         """Return the length of an inner step in pixel units: in linf a fraction of the ball's half diagonal."""
@@ -116,6 +123,10 @@ class MICSE:
         """Return the projected next points."""
         if self.update == "adam":
             return self._adam(rows, state, answer.gradient)
+        if self.update == "plain":
+            velocity = self.momentum * state["velocity"] + answer.gradient
+            moved = state["x"] + (1 if self.step_size is None else self.step_size) * velocity
+            return {"x": rows.threat.project(moved, rows.x), "velocity": velocity}
         stride = default_stride(self.step_size, self.steps, self.official)
         if self.official:
             return MIFGSM(self.steps, stride, self.momentum).step(rows, state, answer)
@@ -166,7 +177,8 @@ class _InnerLoop(Around):
             point, velocity = start, self.velocities.get(way, torch.zeros_like(x))
             for member in order:
                 gradient = self.inner.gradient(dice(rows, "cse", asked), point, [member])
-                velocity = rule.inner_momentum * velocity + per_row(paces[member], x) * unit(gradient)
+                along = gradient if rule.raw else unit(gradient)
+                velocity = rule.inner_momentum * velocity + per_row(paces[member], x) * along
                 point = rows.threat.retract(point + length * velocity, rows.x)
                 asked += 1
             self.velocities[way] = velocity

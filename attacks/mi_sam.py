@@ -65,6 +65,11 @@ class MISAM:
         """The step size, as a fraction of eps."""
         return default_stride(self.step_size, self.steps, self.official)
 
+    @property
+    def cost(self) -> int:
+        """Gradients that a step asks for."""
+        return 2
+
     def begin(self, oracle: Oracle) -> Oracle:
         """Return what gives the steps in the place of gradients."""
         return _Sharpness(oracle, self)

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from robustkit.errors import UsageError
 from robustkit.intervals import unseen
-from robustkit.record import FORMAT, Rate, dumps
+from robustkit.record import FORMAT, Rate, Spec, dumps
 
 # How the class that an image is to be taken for is chosen.
 CHOICES = ("next", "random", "least-likely")
 
 
 @dataclass(frozen=True)
-class CraftSpec:
+class CraftSpec(Spec):
     """Everything that determines the images of a craft run, and nothing else but where to find models and data.
 
     `surrogates` have `string` and `fingerprint`, in order; `attack` has name, fields and techniques, and the
@@ -35,18 +34,6 @@ class CraftSpec:
     seed: int
     verb: str = "craft"
     format: int = FORMAT
-
-    @property
-    def run_id(self) -> str:
-        """Eight hexadecimal digits of the hash of all that determines the images: strings and paths do not."""
-        return hashlib.sha256(dumps(self.identity).encode()).hexdigest()[:8]
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What is hashed."""
-        body = asdict(self)
-        body["surrogates"] = [_content(one) for one in body["surrogates"]]
-        return {**body, "attack": _content(body["attack"]), "data": _content(body["data"])}
 
     @property
     def attack_name(self) -> str:
@@ -244,9 +231,7 @@ class Craft:
     @classmethod
     def from_json(cls, body: Any) -> Craft:
         """Return the record of a parsed transfer.json; UsageError if it is none or of another format."""
-        if not isinstance(body, Mapping) or body.get("format") != FORMAT:
-            found = body.get("format") if isinstance(body, Mapping) else type(body).__name__
-            raise UsageError(f"this record has format {found!r}; this version of robustkit reads {FORMAT}.")
+        _check_format(body)
         try:
             record = cls(
                 **{
@@ -301,14 +286,30 @@ class Matrix:
         kept = [f.name for f in fields(self) if f.name != "format"]
         return {"format": self.format, **json.loads(dumps({name: getattr(self, name) for name in kept}))}
 
+    @classmethod
+    def from_json(cls, body: Any) -> Matrix:
+        """Return the record of a parsed matrix.json; UsageError if it is none or of another format."""
+        _check_format(body)
+        try:
+            rows = [_rates(row) for row in body["success"]]
+            return cls(**{**body, "success": rows, "worst": _rates(body["worst"])})
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UsageError(f"this record is damaged: {type(error).__name__} {error}.") from error
+
 
 def _each(items: Any, build: Any) -> Any:
     return None if items is None else [build(item) for item in items]
 
 
 def _with_rates(kind: Any, body: Mapping[str, Any], name: str) -> Any:
-    return kind(**{**body, name: [rate and Rate(**rate) for rate in body[name]]})
+    return kind(**{**body, name: _rates(body[name])})
 
 
-def _content(part: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in part.items() if key != "string"}
+def _rates(bodies: Sequence[Mapping[str, Any] | None]) -> list[Rate | None]:
+    return [Rate(**body) if body else None for body in bodies]
+
+
+def _check_format(body: Any) -> None:
+    if not isinstance(body, Mapping) or body.get("format") != FORMAT:
+        found = body.get("format") if isinstance(body, Mapping) else type(body).__name__
+        raise UsageError(f"this record has format {found!r}; this version of robustkit reads {FORMAT}.")

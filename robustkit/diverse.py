@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from robustkit.errors import UsageError
-from robustkit.record import FORMAT, Cost, Rate, dumps
+from robustkit.record import FORMAT, Cost, Rate, Spec, dumps
 
 
 @dataclass(frozen=True)
-class DiversitySpec:
+class DiversitySpec(Spec):
     """Everything that determines the numbers. `images` are the positions looked at; None for all of the data."""
 
     model: Mapping[str, Any]
@@ -25,19 +24,6 @@ class DiversitySpec:
     images: Sequence[int] | None = None
     verb: str = "diversity"
     format: int = FORMAT
-
-    @property
-    def run_id(self) -> str:
-        """Eight hexadecimal digits of the hash of all that determines the numbers: strings and paths do not."""
-        return hashlib.sha256(dumps(self.identity).encode()).hexdigest()[:8]
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What is hashed."""
-        body = asdict(self)
-        for part in ("model", "data"):
-            body[part] = {key: value for key, value in body[part].items() if key != "string"}
-        return body
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,29 @@ def unmeasured(code: str, meaning: str, remedy: str) -> Flag:
 
 
 @dataclass(frozen=True)
-class RunSpec:
+class Spec:
+    """What determines a run, to be subclassed; of what a field describes, `string` only says where it is found."""
+
+    @property
+    def run_id(self) -> str:
+        """Eight hexadecimal digits of the hash of all that determines the run: strings and paths do not."""
+        return hashlib.sha256(dumps(self.identity).encode()).hexdigest()[:8]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What is hashed."""
+        return {name: _content(value) for name, value in asdict(self).items()}
+
+
+def _content(part: Any) -> Any:
+    """Return a part of a spec without where it is found."""
+    if isinstance(part, Mapping):
+        return {key: value for key, value in part.items() if key != "string"}
+    return [_content(one) for one in part] if isinstance(part, list | tuple) else part
+
+
+@dataclass(frozen=True)
+class RunSpec(Spec):
     """Everything that determines the numbers of a run, and nothing else but where to find model and data.
 
     `model` has `string` and `fingerprint`; `data` has `string`, `n` and `fingerprint`; `suite` is one record
@@ -65,19 +87,6 @@ class RunSpec:
     batch_size: int | None = None
     verb: str = "evaluate"
     format: int = FORMAT
-
-    @property
-    def run_id(self) -> str:
-        """Eight hexadecimal digits of the hash of all that determines the numbers: strings and paths do not."""
-        return hashlib.sha256(dumps(self.identity).encode()).hexdigest()[:8]
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What is hashed."""
-        identity = asdict(self)
-        for part in ("model", "data"):
-            identity[part] = {key: value for key, value in identity[part].items() if key != "string"}
-        return identity
 
 
 @dataclass(frozen=True)

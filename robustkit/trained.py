@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from robustkit.errors import UsageError
-from robustkit.record import FORMAT, dumps
+from robustkit.record import FORMAT, Spec
 
-# A run's record, by which it is finished, and the weights of a run that has no posterior.
-RECORD, WEIGHTS = "model.json", "model.safetensors"
+# A run's record, by which it is finished, a line for each epoch, and the weights of a run without a posterior.
+RECORD, METRICS, WEIGHTS = "model.json", "metrics.jsonl", "model.safetensors"
 
 
 @dataclass(frozen=True)
-class TrainSpec:
+class TrainSpec(Spec):
     """Everything that determines the weights, and nothing else but where to find nets and data.
 
     `method` is a record of name and fields; `arch` has `string` and `fingerprint`, which is that of the initial
@@ -38,19 +37,6 @@ class TrainSpec:
     verb: str = "train"
     format: int = FORMAT
 
-    @property
-    def run_id(self) -> str:
-        """Eight hexadecimal digits of the hash of all that determines the weights: strings and paths do not."""
-        return hashlib.sha256(dumps(self.identity).encode()).hexdigest()[:8]
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What is hashed."""
-        body = asdict(self)
-        for part in ("arch", "data", "test"):
-            body[part] = body[part] and {key: value for key, value in body[part].items() if key != "string"}
-        return body
-
 
 @dataclass(frozen=True)
 class Trained:
@@ -68,8 +54,8 @@ class Trained:
         members: nets in `model.safetensors`, as `0.NAME`, `1.NAME` … where there are several.
         history: facts of each epoch: `epoch`, `step`, `loss`, `rate`, `images_per_second`, `seconds`, and
             `test_accuracy` and `test_loss` where they were measured; of several members also what oracles would
-            reach, `best_member`, `any_right` and `all_right`, and, on a few images, the mean `transfer` between
-            members by a short attack and the mean `cosine` of their gradients.
+            reach, `best_member`, `any_right` and `all_right`, and, on a few images, the shares fooled by a short
+            attack, `transfer` between members and `white_box` of their mean, and the mean `cosine` of gradients.
         samples: facts of each posterior sample: `step`, `epoch`, `cycle`, `rate`, and `accuracy` and `loss` on
             the test data; null where they make no sense. Empty for a method that has no posterior.
         accuracy: on the test data, `{value, low, high, n}` with a 95 % interval, or None; of several members or

@@ -12,6 +12,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -148,9 +149,18 @@ class Technique(ABC):
         """Return the surrogates to be asked, before a run."""
         return surrogates
 
+    @property
+    def outside(self) -> bool:
+        """Whether it stands around all of a rule's step, and not behind it."""
+        return False
+
     @abstractmethod
     def begin(self, inner: Oracle) -> Oracle:
         """Return what is asked instead of `inner` during one run on one batch."""
+
+    def surround(self, make: Callable[[], Oracle]) -> Oracle:
+        """Return what is asked instead of what `make` makes, each with a memory of its own, if it is `outside`."""
+        return self.begin(make())
 
 
 @dataclass(frozen=True)
@@ -217,17 +227,13 @@ def ascend(
     """Take all steps of a rule from the images x; return where they end, inside ball and box.
 
     A rule has `steps`, `loss`, `init(rows)` and `step(rows, state, answer)` as row-wise attacks do. It may have
-    `begin(oracle)` as techniques do, outermost of all, and a state that holds "point" where it stands if its next
-    query "x" is elsewhere.
+    `begin(oracle)` as techniques do, outermost of all but those that are `outside`, and a state that holds "point"
+    where it stands if its next query "x" is elsewhere.
     """
     surrogates = Surrogates.of(model)
     for technique in techniques:
         surrogates = technique.prepare(surrogates)
-    oracle: Oracle = Direct(surrogates, rule.loss, rule.steps, rng.at(step=0))
-    for technique in reversed(techniques):
-        oracle = technique.begin(oracle)
-    if hasattr(rule, "begin"):
-        oracle = rule.begin(oracle)
+    oracle = _chain(rule, surrogates, techniques, rng.at(step=0))
     rows = Rows(x.detach(), goal, threat, rng.at(step=0), goal)
     state = rule.init(rows)
     nothing = torch.zeros(len(x), dtype=x.dtype, device=x.device)
@@ -236,6 +242,22 @@ def ascend(
         gradient = oracle.gradient(rows, state["x"])
         state = rule.step(rows, state, Answer(nothing[:, None], nothing, gradient))
     return threat.project(state.get("point", state["x"]), rows.x)
+
+
+def _chain(rule: Any, surrogates: Surrogates, techniques: Sequence[Technique], rng: RowRng) -> Oracle:
+    """Return what a rule asks: the surrogates, techniques around them, what the rule begins, and those outside."""
+
+    def make() -> Oracle:
+        oracle: Oracle = Direct(surrogates, rule.loss, rule.steps, rng)
+        for technique in reversed(techniques):
+            if not technique.outside:
+                oracle = technique.begin(oracle)
+        return rule.begin(oracle) if hasattr(rule, "begin") else oracle
+
+    for technique in reversed(techniques):
+        if technique.outside:
+            make = partial(technique.surround, make)
+    return make()
 
 
 def dice(rows: Rows, name: str, number: int = 0) -> Rows:

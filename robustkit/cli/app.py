@@ -455,9 +455,10 @@ def report(
     png: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a card of 1200 x 630 there.")] = None,
     debug: Debug = False,
 ) -> int:
-    """Make a page of a finished run: one HTML file that needs nothing else, or a PNG card.
+    """Make a page of a run: one HTML file that needs nothing else; of an evaluation also a PNG card.
 
-    Without flags: print the table again and write DIR/report.html. Reads only the run folder.
+    Without flags: print the table again and write the page into DIR. Reads only the run folder; of a training
+    also while it goes on.
 
     \b
     robustkit report runs/evaluate-3f9c21ab

@@ -8,8 +8,9 @@ from fractions import Fraction
 from pathlib import Path
 
 from robustkit.cli.evaluate import read_batch_size
-from robustkit.cli.output import wide_console
+from robustkit.cli.output import save, wide_console
 from robustkit.cli.progress import CraftDisplay
+from robustkit.cli.report import craft_view
 from robustkit.cli.subject import BUILT_IN, BUILT_IN_DATA, BUILT_IN_LIMIT, usual_threat
 from robustkit.data import load_data
 from robustkit.data.samples import Samples
@@ -17,6 +18,7 @@ from robustkit.devices import pick_device
 from robustkit.engine import budgets as gradient_budgets
 from robustkit.engine.craft_run import run_craft
 from robustkit.engine.crafting import Crafting
+from robustkit.engine.folder import PAGE
 from robustkit.engine.meter import free_memory
 from robustkit.engine.nets import Net, gather
 from robustkit.errors import UsageError
@@ -78,11 +80,17 @@ def craft(
     )
     folder = out or Path("runs") / f"craft-{plan.spec.run_id}"
     record = run_craft(plan, folder, judges, forecast=forecast, curve=curve, png=png, progress=CraftDisplay())
+    write_page(folder)
     if as_json:
         print(json.dumps(record.to_json(), indent=2))
     else:
-        show(record, wide_console(), next_command(folder, nets, bool(record.targets)))
+        show(record, wide_console(), next_command(folder, nets, bool(record.targets)), folder / PAGE)
     return 0
+
+
+def write_page(folder: Path) -> None:
+    """Write the page of a craft run as it is now."""
+    save(folder / PAGE, craft_view(folder).page().encode())
 
 
 def next_command(folder: Path, nets: Sequence[Net], judged: bool) -> str:

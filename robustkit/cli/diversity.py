@@ -13,9 +13,7 @@ from robustkit.data.samples import Samples
 from robustkit.engine.diversity import Comparison
 from robustkit.engine.folder import read_diversity
 from robustkit.errors import UsageError
-from robustkit.report.diversity import page, show
-
-PAGE = "diversity.html"
+from robustkit.report.diversity import FILE, page, show
 
 
 def diversity(
@@ -48,14 +46,14 @@ def diversity(
     )
     folder = out or Path("runs") / f"diversity-{comparison.spec.run_id}"
     record = comparison.run(folder, CraftDisplay())
-    save(folder / PAGE, page(record).encode())
+    save(folder / FILE, page(record).encode())
     if as_json:
         print(json.dumps(record.to_json(), indent=2))
     else:
         following = (
             f"robustkit evaluate {model} --data {data or subject.samples.name} --threat {record.spec.threat}"
         )
-        show(record, wide_console(), folder / PAGE, following)
+        show(record, wide_console(), folder / FILE, following)
     return 0
 
 

@@ -15,11 +15,9 @@ from robustkit.devices import pick_device
 from robustkit.engine.matrix import Grid
 from robustkit.engine.nets import gather
 from robustkit.errors import UsageError
-from robustkit.report.heatmap import page
+from robustkit.report.heatmap import FILE, page
 from robustkit.report.transfer import show_matrix
 from robustkit.threat import ThreatModel
-
-PAGE = "matrix.html"
 
 
 def matrix(
@@ -61,12 +59,12 @@ def matrix(
     )
     folder = out or Path("runs") / f"matrix-{grid.run_id}"
     record = grid.run(folder, CraftDisplay())
-    save(folder / PAGE, page(record).encode())
+    save(folder / FILE, page(record).encode())
     if as_json:
         print(json.dumps(record.to_json(), indent=2))
     else:
         following = f"robustkit transfer {folder / record.folders[0]} --target MODEL"
-        show_matrix(record, wide_console(), folder / PAGE, following)
+        show_matrix(record, wide_console(), folder / FILE, following)
     return 0
 
 

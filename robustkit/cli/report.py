@@ -1,34 +1,44 @@
-"""`robustkit report`: the page and the card of a finished run, from its folder alone."""
+"""`robustkit report`: the page of a run, and the card of an evaluation, from its folder alone."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
-from robustkit.cli.output import save
+from robustkit.cli.output import save, wide_console
 from robustkit.engine import folder as run_folder
+from robustkit.errors import UsageError
 from robustkit.record import Report
-from robustkit.report.html import page
-from robustkit.report.table import show
+
+
+@dataclass(frozen=True)
+class View:
+    """What there is to see of a run: print its table, make its page, which in its folder is called `file`."""
+
+    show: Callable[[], None]
+    page: Callable[[], str]
+    file: str = run_folder.PAGE
+    card: Callable[[], bytes] | None = None
 
 
 def report(folder: Path, *, html: Path | None, png: Path | None) -> int:
     """Run the verb; without files it prints the table and writes the page into the folder."""
-    record = run_folder.read_report(folder)
-    examples = run_folder.read_examples(folder, record)
+    view = VIEWS[run_folder.kind(folder)](folder)
+    if png is not None and view.card is None:
+        raise UsageError(f"{folder} is no evaluation, of which alone cards are made; write --html FILE.")
     written = []
     if html is None and png is None:
-        html = folder / run_folder.PAGE
-        show(record, Console(markup=False))
+        html = folder / view.file
+        view.show()
         print()
     if html is not None:
-        save(html, page(record, examples).encode())
+        save(html, view.page().encode())
         written.append(f"report   {html}")
-    if png is not None:
-        from robustkit.report.png import card
-
-        save(png, card(record))
+    if png is not None and view.card is not None:
+        save(png, view.card())
         written.append(f"card     {png}")
     print("\n".join(written))
     return 0
@@ -36,6 +46,73 @@ def report(folder: Path, *, html: Path | None, png: Path | None) -> int:
 
 def write_page(folder: Path, record: Report) -> None:
     """Write report.html into a run folder unless it is there."""
+    from robustkit.report.html import page
+
     if not (folder / run_folder.PAGE).exists():
         content = page(record, run_folder.read_examples(folder, record)).encode()
         run_folder.write(folder / run_folder.PAGE, content)
+
+
+def _evaluation(folder: Path) -> View:
+    from robustkit.report.html import page
+    from robustkit.report.table import show
+
+    record = run_folder.read_report(folder)
+    examples = run_folder.read_examples(folder, record)
+
+    def card() -> bytes:
+        from robustkit.report.png import card
+
+        return card(record)
+
+    return View(lambda: show(record, Console(markup=False)), lambda: page(record, examples), card=card)
+
+
+def craft_view(folder: Path) -> View:
+    """Return the view of a craft run."""
+    from robustkit.report.craft_page import page
+    from robustkit.report.transfer import show
+
+    record = run_folder.read_craft(folder)
+    examples = run_folder.read_examples(folder, record)
+    return View(lambda: show(record, wide_console()), lambda: page(record, examples))
+
+
+def training_view(folder: Path) -> View:
+    """Return the view of a training, finished or not."""
+    from robustkit.report.training import show, show_history
+    from robustkit.report.training_page import page
+
+    spec, history, record = run_folder.read_training(folder)
+
+    def table() -> None:
+        if record:
+            show(record, Console(markup=False))
+        else:
+            show_history(spec, history, Console(markup=False))
+
+    return View(table, lambda: page(spec, history, record))
+
+
+def _matrix(folder: Path) -> View:
+    from robustkit.report.heatmap import FILE, page
+    from robustkit.report.transfer import show_matrix
+
+    record = run_folder.read_matrix(folder)
+    return View(lambda: show_matrix(record, wide_console()), lambda: page(record), FILE)
+
+
+def _diversity(folder: Path) -> View:
+    from robustkit.report.diversity import FILE, page, show
+
+    record = run_folder.read_diversity(folder)
+    return View(lambda: show(record, wide_console()), lambda: page(record), FILE)
+
+
+VIEWS = {
+    "evaluate": _evaluation,
+    "craft": craft_view,
+    "train": training_view,
+    "matrix": _matrix,
+    "diversity": _diversity,
+}

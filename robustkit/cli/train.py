@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from robustkit.cli.evaluate import read_batch_size
-from robustkit.cli.output import wide_console
+from robustkit.cli.output import save, wide_console
 from robustkit.cli.progress import TrainDisplay
 from robustkit.data import load_data
 from robustkit.devices import pick_device
+from robustkit.engine.folder import PAGE
 from robustkit.registry import make_method
 from robustkit.report.training import show
+from robustkit.report.training_page import page
 from robustkit.training import processes
 from robustkit.training.train import Training
 from robustkit.training.usual import sibling
@@ -64,9 +66,11 @@ def train(
     record = plan.run(folder, TrainDisplay())
     if processes.rank():
         return 0
+    save(folder / PAGE, page(plan.spec, record.history, record).encode())
     if as_json:
         print(json.dumps(record.to_json(), indent=2))
         return 0
     verb = "craft --surrogate" if record.samples else "evaluate"
-    show(record, wide_console(), f"robustkit {verb} {folder}/ --data {judging or 'DATA'}")
+    following = f"robustkit {verb} {folder}/ --data {judging or 'DATA'}"
+    show(record, wide_console(), following, folder / PAGE)
     return 0

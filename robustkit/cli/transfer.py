@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from robustkit.cli.craft import read_data
+from robustkit.cli.craft import read_data, write_page
 from robustkit.cli.output import wide_console
 from robustkit.cli.progress import CraftDisplay
 from robustkit.devices import pick_device
@@ -40,6 +40,7 @@ def transfer(
             )
         nets = gather(targets, samples, place, what="target", keep=lambda total: False)
         record = judge_more(folder, samples, nets, place, CraftDisplay())
+        write_page(folder)
     if as_json:
         print(json.dumps(record.to_json(), indent=2))
     else:

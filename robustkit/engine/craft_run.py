@@ -13,6 +13,7 @@ from robustkit.crafted import Craft, Forecast, Judgement, Point, Saved
 from robustkit.engine import budgets, folder, lattice
 from robustkit.engine.crafting import Crafting
 from robustkit.engine.environment import environment
+from robustkit.engine.examples import arrays, evenly
 from robustkit.engine.nets import Net, gather, same_classes
 from robustkit.engine.progress import Progress
 from robustkit.engine.targets import Jury
@@ -131,6 +132,9 @@ class _Job:
         )
         if self.out is not None:
             folder.write_adversarial(self.out, rows)
+            said = np.array([label for _, label in ledger.said(IMAGES)], np.int64)
+            shown = arrays(rows, said, ([], evenly(self.n)), self.samples, plan.threat)
+            folder.write_examples(self.out, shown)
         surroundings = environment(plan.device, "fp32", shop.batch) | {
             "loaded": shop.ensemble.storage.loaded,
             "held": shop.ensemble.storage.held,

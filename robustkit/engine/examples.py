@@ -1,9 +1,9 @@
 """What a page about the run shows of its images: how far the fooled ones moved, and a few to look at.
 
-The arrays of `examples.npz`: `index`, `distance` and `prediction` of every fooled image (M); `shown`, the
-positions of the few to look at (S), `hard`, whether they are among the hardest (S), `clean` and `adversarial`
-(S C H W), no side above 96 pixels; `shape` (3), the true C H W; `classes`, the names of the classes, empty if
-the data knows none.
+The arrays of `examples.npz`: `index`, `distance` and `prediction` of every image that was fooled, or crafted (M);
+`shown`, the positions of the few to look at (S), `hard`, whether they are among the hardest (S), `clean` and
+`adversarial` (S C H W), no side above 96 pixels; `shape` (3), the true C H W; `classes`, the names of the
+classes, empty if the data knows none.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from robustkit.engine.folder import Adversarials
 from robustkit.shapes import Images
 from robustkit.threat import ThreatModel
 
-EACH = 8
+EACH, SOME = 8, 12
 LARGEST_SIDE = 96
 BATCH_SIZE = 256
 
@@ -34,6 +34,11 @@ def choose(index: np.ndarray, fell: np.ndarray, margins: np.ndarray) -> tuple[li
     hardest = order[: min(EACH, (len(order) + 1) // 2)]
     easiest = order[len(hardest) :][::-1][:EACH]
     return hardest, easiest
+
+
+def evenly(n: int) -> list[int]:
+    """Return the positions of some of n images, evenly from the first to the last."""
+    return sorted(set(np.linspace(0, n - 1, SOME).round().astype(int).tolist()))
 
 
 def arrays(

@@ -20,12 +20,14 @@ from robustkit.crafted import Craft, CraftSpec, Matrix
 from robustkit.diverse import Diversity, DiversitySpec
 from robustkit.errors import RunError, UsageError
 from robustkit.record import Report, RunSpec, dumps
-from robustkit.trained import RECORD, TrainSpec
+from robustkit.trained import METRICS, RECORD, Trained, TrainSpec
 
 SPEC, LEDGER, REPORT, ADVERSARIAL = "spec.json", "ledger.sqlite", "report.json", "adversarial.npz"
 TRANSFER, MATRIX, DIVERSITY = "transfer.json", "matrix.json", "diversity.json"
 EXAMPLES, PAGE = "examples.npz", "report.html"
 EXAMPLE_ARRAYS = ("index", "distance", "prediction", "shown", "hard", "clean", "adversarial", "shape", "classes")
+# The file by which a run of each verb is known; that of an evaluation is its report.
+RECORDS = {TRANSFER: "craft", MATRIX: "matrix", DIVERSITY: "diversity", RECORD: "train"}
 SEALED = (SPEC, LEDGER, ADVERSARIAL, EXAMPLES)
 # The ledger of a craft run grows with every forecast or budget asked for; it checks itself when it is opened.
 CRAFT_SEALED = (SPEC, ADVERSARIAL)
@@ -92,13 +94,22 @@ def is_craft(path: Path) -> bool:
     return (path / TRANSFER).is_file()
 
 
+def kind(path: Path) -> str:
+    """Return the verb whose record a folder holds; of a training that goes on `train`, else `evaluate`."""
+    for name, verb in RECORDS.items():
+        if (path / name).is_file():
+            return verb
+    body = _read_json(path / SPEC) if (path / SPEC).is_file() else None
+    return "train" if isinstance(body, Mapping) and body.get("verb") == "train" else "evaluate"
+
+
 def read_report(path: Path) -> Report:
     """Return the report of a finished run; UsageError if the folder holds none."""
     if not path.is_dir():
         raise UsageError(f"{path} is no run folder: it does not exist.")
     _refuse_others(path)
     if is_craft(path):
-        raise UsageError(f"{path} holds crafted images, not an evaluation; see: robustkit transfer {path}")
+        raise UsageError(f"{path} holds crafted images, not an evaluation; see: robustkit report {path}")
     if not (path / REPORT).exists() and (path / SPEC).exists():
         raise UsageError(f"the run in {path} is not finished; run its command again to resume it.")
     return Report.from_json(_read_json(path / REPORT))
@@ -160,6 +171,35 @@ def read_diversity(path: Path) -> Diversity:
     return Diversity.from_json(_read_json(path / DIVERSITY))
 
 
+def read_matrix(path: Path) -> Matrix:
+    """Return the record of a finished transfer matrix; UsageError if the folder holds none."""
+    return Matrix.from_json(_read_json(path / MATRIX))
+
+
+def read_trained(path: Path) -> Trained:
+    """Return the record of a finished training; UsageError if the folder holds none."""
+    if path.is_dir() and not (path / RECORD).is_file():
+        raise UsageError(f"{path} holds no finished training: it has no {RECORD}.")
+    return Trained.from_json(_read_json(path / RECORD))
+
+
+def read_training(path: Path) -> tuple[TrainSpec, list[dict[str, Any]], Trained | None]:
+    """Return spec, facts of each epoch and record of a training; one that goes on has no record yet."""
+    spec = read_spec(path)
+    if not isinstance(spec, TrainSpec):
+        raise UsageError(f"{path / SPEC} is of robustkit {spec.verb}, not of a training.")
+    if (path / RECORD).is_file():
+        record = read_trained(path)
+        return spec, [dict(facts) for facts in record.history], record
+    if not (path / METRICS).is_file():
+        return spec, [], None
+    try:
+        lines = (path / METRICS).read_text(encoding="utf-8").splitlines()
+        return spec, [json.loads(line) for line in lines], None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path / METRICS} cannot be read: {error}.") from error
+
+
 def write_record(path: Path, record: Craft | Matrix | Diversity) -> None:
     """Write transfer.json, matrix.json or diversity.json."""
     name = {Craft: TRANSFER, Matrix: MATRIX, Diversity: DIVERSITY}[type(record)]
@@ -201,7 +241,7 @@ def write_examples(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
                 np.lib.format.write_array(member, array, allow_pickle=False)
 
 
-def read_examples(path: Path, report: Report) -> dict[str, np.ndarray] | None:
+def read_examples(path: Path, report: Report | Craft) -> dict[str, np.ndarray] | None:
     """Return the arrays of examples.npz, None where a run has none; UsageError if it is damaged."""
     file = path / EXAMPLES
     if not file.is_file():
@@ -227,7 +267,7 @@ def sha256(path: Path) -> str:
 
 def _refuse_others(path: Path) -> None:
     if (path / DIVERSITY).is_file():
-        raise UsageError(f"{path} compares an ensemble's members; see its {DIVERSITY} and diversity.html.")
+        raise UsageError(f"{path} compares an ensemble's members; see: robustkit report {path}")
     if (path / RECORD).is_file():
         raise UsageError(f"{path} holds a trained model, not a result; see: robustkit evaluate {path}/")
 

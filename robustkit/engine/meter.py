@@ -64,7 +64,7 @@ class Meter:
         self.views: Mapping[str, Sequence[Callable[[Images], Tensor]]] = {}
         self.num_classes: int | None = model.num_classes
         self.piece: int | None = None
-        self.saved = 0
+        self.saved, self.differentiable = 0, True
         self.threads = torch.get_num_threads()
         self.forwards = 0
         self.backwards = 0
@@ -139,7 +139,8 @@ class Meter:
         net = self.model.net
         model = self.model.with_net(net.at(0)) if isinstance(net, Mixture) else self.model
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor), torch.enable_grad():
-            self.num_classes = model(image.detach().requires_grad_()).shape[1]
+            logits = model(image.detach().requires_grad_())
+        self.num_classes, self.differentiable = logits.shape[1], logits.requires_grad
         self.saved = saved
         self.piece = min(most, max(1, free_memory(self.device) // 2 // max(saved, 1)))
         if 0 < saved < TINY:

@@ -72,7 +72,7 @@ def gather(
 
     Raises:
         UsageError: for a model that cannot be loaded or does not take the images, one given twice, different
-            numbers of classes or sizes, labels outside the classes.
+            numbers of classes or sizes, labels outside the classes, a surrogate without a gradient.
     """
     nets: list[Net] = []
     total = 0
@@ -81,7 +81,7 @@ def gather(
             load_model(model, device=device) if isinstance(model, str) else as_classifier(model).to(device)
         )
         _check_size(classifier, nets, samples)
-        net = _tried(classifier, samples, device)
+        net = _tried(classifier, samples, device, what)
         total += net.parameters
         for other in nets:
             if other.fingerprint == net.fingerprint:
@@ -113,7 +113,7 @@ def same_classes(nets: Sequence[Net], others: Sequence[Net]) -> None:
             )
 
 
-def _tried(classifier: Classifier, samples: Samples, device: torch.device) -> Net:
+def _tried(classifier: Classifier, samples: Samples, device: torch.device, what: str) -> Net:
     image = samples.images([0]).to(device)
     meter = Meter(classifier, device)
     try:
@@ -127,6 +127,10 @@ def _tried(classifier: Classifier, samples: Samples, device: torch.device) -> Ne
             f"model {classifier.string!r} cannot take images of {'x'.join(map(str, image.shape[1:]))} from "
             f"{samples.name}: {str(error).strip().partition(chr(10))[0]}"
         ) from error
+    if what != "target" and not meter.differentiable:
+        raise UsageError(
+            f"{what} {classifier.string!r} has no gradient, so no image can be crafted on it; give it as a target."
+        )
     classes = logits.shape[1]
     if not bool(logits.isfinite().all()):
         raise UsageError(

@@ -135,5 +135,8 @@ def _fields(text: str, query: str) -> dict[str, str]:
             raise UsageError(f"model {text!r} has a field named {name!r}: write fields as NAME=VALUE.")
         if name in options:
             raise UsageError(f"model {text!r} has the field {name!r} twice: write it once.")
+        _, at, weights = value.rpartition("@")
+        if at and weights.endswith((".safetensors", ".pt", ".pth")):
+            raise UsageError(f"model {text!r} has its weights in the query: write @{weights} in front of the '?'.")
         options[name] = value
     return options

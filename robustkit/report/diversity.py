@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import shlex
-from importlib.resources import files
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
 from rich.console import Console
 from rich.table import Table
 
 from robustkit.diverse import Bounds, Diversity
 from robustkit.record import Rate
+from robustkit.report.render import render
 from robustkit.report.table import duration
 from robustkit.report.transfer import short_names
 
+# The page in a run folder.
+FILE = "diversity.html"
 BOUNDS = {"ensemble": "ensemble", "best": "best member", "any": "any member", "all": "all members"}
 
 
@@ -62,17 +62,7 @@ def verdict(record: Diversity) -> str:
 
 def page(record: Diversity) -> str:
     """Return the page."""
-    environment = Environment(
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=StrictUndefined,
-        keep_trailing_newline=True,
-    )
-    here = files("robustkit.report")
-    template = environment.from_string(here.joinpath("diversity.html").read_text(encoding="utf-8"))
-    css = "".join(here.joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "matrix.css"))
-    return template.render(css=Markup(css), **_facts(record)).lstrip()
+    return render("diversity.html", _facts(record), ["matrix.css"])
 
 
 def _facts(record: Diversity) -> dict[str, Any]:
@@ -87,7 +77,7 @@ def _facts(record: Diversity) -> dict[str, Any]:
         ),
         "device": record.environment.get("device_name") or record.environment.get("device"),
         "commit": record.environment.get("commit"),
-        "versions": ", ".join(f"{name} {number}" for name, number in versions.items() if number),
+        "versions": ", ".join(f"{name} {number}" for name, number in sorted(versions.items()) if number),
     }
     model, data = shlex.quote(str(spec.model["string"])), shlex.quote(str(spec.data["string"]))
     return {

@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-from importlib.resources import files
 from typing import Any
-
-from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
 
 from robustkit.crafted import Matrix
 from robustkit.record import Rate, dumps
+from robustkit.report.render import render
 from robustkit.report.transfer import attack_words, short_names
+
+# The page in a run folder.
+FILE = "matrix.html"
 
 
 def page(record: Matrix) -> str:
     """Return the page."""
-    environment = Environment(
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=StrictUndefined,
-        keep_trailing_newline=True,
-    )
-    here = files("robustkit.report")
-    template = environment.from_string(here.joinpath("matrix.html").read_text(encoding="utf-8"))
-    css = here.joinpath("page.css").read_text(encoding="utf-8")
-    css += here.joinpath("matrix.css").read_text(encoding="utf-8")
-    return template.render(css=Markup(css), **_facts(record)).lstrip()
+    return render("matrix.html", _facts(record), ["matrix.css"])
 
 
 def _facts(record: Matrix) -> dict[str, Any]:
@@ -51,7 +40,7 @@ def _facts(record: Matrix) -> dict[str, Any]:
         "seed": record.seed,
         "device": record.environment.get("device_name") or record.environment.get("device"),
         "commit": record.environment.get("commit"),
-        "versions": ", ".join(f"{name} {number}" for name, number in versions.items() if number),
+        "versions": ", ".join(f"{name} {number}" for name, number in sorted(versions.items()) if number),
     }
     return {
         "record": record,

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from importlib.resources import files
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from robustkit.record import LEVELS, Rate, Report, dumps
@@ -15,6 +13,7 @@ from robustkit.report import classes, costs, curve, histogram, trust, words
 from robustkit.report.cascade import cascade
 from robustkit.report.command import command
 from robustkit.report.names import stage_names
+from robustkit.report.render import render
 from robustkit.report.strip import strip
 from robustkit.report.table import interval, median, notes, percent
 
@@ -23,20 +22,15 @@ MARKS = {"info": "●", "warning": "▲", "error": "✖", "ok": "✓", "not meas
 
 def page(report: Report, examples: Mapping[str, np.ndarray] | None) -> str:
     """Return the page; without examples (see `robustkit.engine.examples`) it has no distances and no strip."""
-    environment = Environment(
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=StrictUndefined,
-        keep_trailing_newline=True,
-    )
-    environment.filters.update(
-        percent=percent, interval=_interval, ends=interval, short=_short, signed=_signed, sentence=_sentence
-    )
-    here = files("robustkit.report")
-    template = environment.from_string(here.joinpath("page.html").read_text(encoding="utf-8"))
-    css = here.joinpath("page.css").read_text(encoding="utf-8")
-    return template.render(css=Markup(css), **_facts_and_charts(report, examples)).lstrip()
+    filters: dict[str, Callable[..., str]] = {
+        "percent": percent,
+        "interval": _interval,
+        "ends": interval,
+        "short": _short,
+        "signed": _signed,
+        "sentence": _sentence,
+    }
+    return render("page.html", _facts_and_charts(report, examples), filters=filters)
 
 
 def _facts_and_charts(report: Report, examples: Mapping[str, np.ndarray] | None) -> dict[str, Any]:

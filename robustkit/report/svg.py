@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from markupsafe import Markup, escape
 
@@ -38,10 +38,18 @@ def area(top: Iterable[tuple[float, float]], bottom: Iterable[tuple[float, float
     A path knows no percentages; it is drawn on a unit of its own that is stretched to the width.
     """
     points = [*top, *reversed(list(bottom))]
-    path = "L".join(f"{_n(1000 * x)} {_n(y)}" for x, y in points)
-    height = _n(max(y for _, y in points))
-    box = f'width="100%" height="{height}" viewBox="0 0 1000 {height}" preserveAspectRatio="none"'
-    return f'<svg {box}><path d="M{path}Z" class="{kind}"/></svg>'
+    return _stretched(points, "Z", f'class="{kind}"')
+
+
+def path(points: Iterable[tuple[float, float]], kind: str) -> str:
+    """Return a line through points (x as a share of the drawing, y in pixels); its dashes are not stretched."""
+    return _stretched(list(points), "", f'class="{kind}" vector-effect="non-scaling-stroke"')
+
+
+def sign(x: float, y: float, shape: str, kind: str) -> str:
+    """Return a small shape, a path around 0 0 in pixels, at a share of the width and y pixels down."""
+    inside = f'<path d="{shape}" class="{kind}"/>'
+    return f'<svg x="{_n(100 * x)}%" y="{_n(y)}" width="1" height="1" overflow="visible">{inside}</svg>'
 
 
 def text(x: float, y: float, content: str, *, anchor: str = "start", kind: str = "label", dx: float = 0) -> str:
@@ -65,6 +73,13 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
     first = math.ceil(low / step - 1e-9)
     last = math.floor(high / step + 1e-9)
     return [round(number * step, 12) for number in range(first, last + 1)]
+
+
+def _stretched(points: Sequence[tuple[float, float]], end: str, about: str) -> str:
+    path = "L".join(f"{_n(1000 * x)} {_n(y)}" for x, y in points)
+    height = _n(max(y for _, y in points))
+    box = f'width="100%" height="{height}" viewBox="0 0 1000 {height}" preserveAspectRatio="none"'
+    return f'<svg {box} overflow="visible"><path d="M{path}{end}" {about}/></svg>'
 
 
 def _n(value: float) -> str:

@@ -10,16 +10,21 @@ from rich.table import Table
 
 from robustkit.record import Rate
 from robustkit.report.table import duration, interval, percent
-from robustkit.trained import Trained
+from robustkit.trained import Trained, TrainSpec
 
 # Rows of a long run's table; the rest is in metrics.jsonl.
 ROWS = 12
 # Facts about several members against each other, and how to print them.
-BETWEEN: dict[str, Callable[[float], str]] = {"any_right": percent, "transfer": percent, "cosine": "{:.2f}".format}
+BETWEEN: dict[str, Callable[[float], str]] = {
+    "any_right": percent,
+    "transfer": percent,
+    "white_box": percent,
+    "cosine": "{:.2f}".format,
+}
 
 
-def show(record: Trained, console: Console, next_command: str | None = None) -> None:
-    """Print what was trained, how it went, how good it is, what it cost, and the next command."""
+def show(record: Trained, console: Console, next_command: str | None = None, page: object = None) -> None:
+    """Print what was trained, how it went, how good it is, what it cost, where the page is, the next command."""
     spec = record.spec
 
     def line(text: str) -> None:
@@ -49,8 +54,17 @@ def show(record: Trained, console: Console, next_command: str | None = None) -> 
             line(f"each net   {', '.join(percent(share) for share in record.member_accuracy)}")
     cost = record.cost
     line(f"cost       {flops_words(cost['flops'])}   {duration(cost['seconds'])}")
+    if page:
+        line(f"report     {page}")
     if next_command:
         line(f"next       {next_command}")
+
+
+def show_history(spec: TrainSpec, history: Sequence[Mapping[str, Any]], console: Console) -> None:
+    """Print how a training goes that is not finished."""
+    about = f"run {spec.run_id}   {method_words(spec.method)}   {len(history)} of {spec.epochs} epochs\n"
+    console.print(about, highlight=False, soft_wrap=True)
+    console.print(_epochs(history), highlight=False)
 
 
 def method_words(method: Mapping[str, Any]) -> str:

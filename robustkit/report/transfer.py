@@ -48,8 +48,8 @@ def attack_words(attack: Mapping[str, Any]) -> str:
     return string if string.partition("(")[0] == attack["name"] else f"{string} = {name}"
 
 
-def show(record: Craft, console: Console, next_command: str | None = None) -> None:
-    """Print what was crafted, what it cost, what each model made of it, and the next command."""
+def show(record: Craft, console: Console, next_command: str | None = None, page: object = None) -> None:
+    """Print what was crafted, what it cost, what each model made of it, where the page is, the next command."""
     spec = record.spec
     strings = [one.model for one in (*record.surrogates, *record.targets)]
     names = short_names(strings)
@@ -101,8 +101,12 @@ def show(record: Craft, console: Console, next_command: str | None = None) -> No
         told = [f"{name} {_rate(rate)}" for name, rate in zip(others, png.success, strict=False)]
         line(f"\npng      {png.folder}   largest change {png.largest_change} of 255 levels; the files as re-read:")
         line("         " + ("   ".join(told) or "no target"))
+    if page or next_command:
+        line("")
+    if page:
+        line(f"report   {page}")
     if next_command:
-        line(f"\nnext     {next_command}")
+        line(f"next     {next_command}")
 
 
 def _cells(judged: Judgement) -> list[str]:
@@ -130,7 +134,7 @@ def _budgets(record: Craft, names: Sequence[str]) -> Table:
     return table
 
 
-def show_matrix(record: Matrix, console: Console, page: object, next_command: str | None = None) -> None:
+def show_matrix(record: Matrix, console: Console, page: object = None, next_command: str | None = None) -> None:
     """Print the matrix: a row for each model crafted on, a column for each judged on."""
 
     def line(text: str) -> None:
@@ -153,7 +157,8 @@ def show_matrix(record: Matrix, console: Console, page: object, next_command: st
     console.print(table, highlight=False)
     line("* crafted on this very model; any of them: images that any row but a model's own fools it with")
     line("grads: gradients per image")
-    line(f"\nreport   {page}")
+    if page:
+        line(f"\nreport   {page}")
     if next_command:
         line(f"next     {next_command}")
 

@@ -9,8 +9,9 @@ from typing import Any
 
 from robustkit.engine.folder import write
 from robustkit.record import dumps
+from robustkit.trained import METRICS
 
-FILE, FOLDER = "metrics.jsonl", "tensorboard"
+FOLDER = "tensorboard"
 MISSING = "no curves for TensorBoard: pip install 'robustkit[tensorboard]' writes them"
 
 
@@ -19,7 +20,7 @@ class Metrics:
 
     def __init__(self, folder: Path, history: Sequence[Mapping[str, Any]]) -> None:
         """Open both; `curves` is None where TensorBoard is not installed."""
-        self.file = folder / FILE
+        self.file = folder / METRICS
         write(self.file, "".join(dumps(facts) + "\n" for facts in history).encode())
         self.curves = _curves(folder / FOLDER, len(history))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 
 from robustkit.data.samples import Samples
-from robustkit.engine.folder import open_for_writing
+from robustkit.engine.folder import open_for_writing, read_trained
 from robustkit.engine.meter import free_memory
 from robustkit.errors import UsageError
 from robustkit.method import Method, Plan
@@ -201,18 +200,6 @@ class Training:
             else:
                 progress.say(f"{spec.run_id} is finished; this is its record")
         return read_trained(folder)
-
-
-def read_trained(folder: Path) -> Trained:
-    """Return the record of a finished run; UsageError if the folder holds none."""
-    try:
-        return Trained.from_json(json.loads((folder / RECORD).read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        raise UsageError(f"{folder} holds no finished training: it has no {RECORD}.") from None
-    except ValueError as error:
-        if isinstance(error, UsageError):
-            raise
-        raise UsageError(f"{folder / RECORD} cannot be read: {error}.") from error
 
 
 def _origin(starts: Sequence[Classifier]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import sqlite3
 import subprocess
@@ -19,6 +20,7 @@ from PIL import Image
 from robustkit import crafted
 from robustkit.cli import run
 from robustkit.cli.matrix import split_models
+from robustkit.report import craft_page
 
 NETS = str(Path(__file__).parents[1] / "nets.py")
 ONE, TWO, THREE, FOUR = (f"{NETS}:small?channels=1&seed={seed}" for seed in (1, 2, 3, 4))
@@ -37,7 +39,7 @@ def test_craft_alone_works(
     assert out.splitlines()[-1].startswith(f"next     robustkit transfer {folder} --target")
     assert max(map(len, out.splitlines()[:-1])) <= 80
     assert {file.name for file in folder.iterdir()} >= {
-        *("spec.json", "ledger.sqlite", "adversarial.npz", "transfer.json"),
+        *("spec.json", "ledger.sqlite", "adversarial.npz", "transfer.json", "examples.npz", "report.html"),
     }
     with np.load(folder / "adversarial.npz") as arrays:
         assert arrays["x"].shape == (12, 1, 8, 8)
@@ -79,6 +81,11 @@ def test_every_flag_reaches_the_record(
     assert len(list(Path("png").glob("*.png"))) == 12
     with Image.open("png/000003.png") as file, np.load("r/adversarial.npz") as arrays:
         assert np.abs(np.asarray(file) - 255 * arrays["x"][3, 0]).max() < 1
+    # The page's command asks for the same run.
+    words = shlex.split(craft_page.command(crafted.Craft.from_json(printed)))[1:]
+    capsys.readouterr()
+    assert run([*words, "--device", "cpu", "--batch-size", "5", "--streaming", "--out", "r"]) == 0
+    assert "was finished before" in capsys.readouterr().err
     # a target that comes later has no part in budgets and files yet; the same command with it adds the rest
     assert run(["transfer", "r", "--target", FOUR]) == 0
     assert rates("r") == [1, 1]
@@ -108,9 +115,20 @@ def test_judged_later_and_compared(
     assert run(["compare", "a", "b", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [one["model"] for one in found["targets"]] == [TWO]
-    # other verbs say what this folder is
-    assert run(["report", "a"]) == 2
-    assert "robustkit transfer a" in capsys.readouterr().err
+    # the page has who judged later, and is made again from the folder alone
+    whole = Path("b/report.html").read_text()
+    assert whole.count("crafted on it: no transfer") == 1
+    assert whole.count("data:image/png;base64,") == 3 * 12
+    assert run(["report", "b", "--html", "page.html"]) == 0
+    assert Path("page.html").read_text() == whole
+    # without the images to show it has none, and other verbs say what this folder is
+    Path("b/examples.npz").unlink()
+    capsys.readouterr()
+    assert run(["report", "b"]) == 0
+    assert "targets" in capsys.readouterr().out
+    assert "data:image" not in Path("b/report.html").read_text()
+    assert run(["verify", "a"]) == 2
+    assert "robustkit report a" in capsys.readouterr().err
     assert run(["transfer", "a", "--target", TWO, "--data", "digits:train"]) == 2
     assert "is not the data" in capsys.readouterr().err
 
@@ -135,6 +153,10 @@ def test_a_matrix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert "http" not in text.replace("http-equiv", "")
     assert run([*command, "--out", "m"]) == 0
     assert capsys.readouterr().out == out
+    Path("m/matrix.html").unlink()
+    assert run(["report", "m"]) == 0
+    assert "crafted on" in capsys.readouterr().out
+    assert Path("m/matrix.html").read_text() == text
 
 
 def test_models_are_cut_at_the_commas_between_them() -> None:

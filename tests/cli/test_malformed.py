@@ -313,6 +313,11 @@ CRAFT_CASES: dict[str, tuple[Callable[[], list[str]], tuple[str, ...]]] = {
         args("craft", "--surrogate", ONE, "--surrogate", "robustkit:digits-cnn@none.safetensors", *DIGITS),
         ("none.safetensors",),
     ),
+    "no gradient": (
+        args("craft", "--surrogate", ONE, "--surrogate", f"{ONE}&defense=jpeg:75", *DIGITS),
+        ("has no gradient", "as a target"),
+    ),
+    "weights in the query": (args("craft", "--surrogate", f"{ONE}@w.pt", *DIGITS), ("@w.pt in front",)),
     "twice": (args("craft", "--surrogate", ONE, "--surrogate", ONE, *DIGITS), ("given twice", "--weights")),
     "no data": (args("craft", "--surrogate", ONE), ("--data",)),
     "NaN": (args("craft", "--surrogate", f"{NETS}:faulty?fault=inf", *DIGITS), ("infinite",)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,6 +17,8 @@ import pytest
 from robustkit import registry
 from robustkit.cli import run
 from robustkit.registry import make_method
+from robustkit.report.training_page import command
+from robustkit.trained import TrainSpec
 
 SHORT = ["--limit", "48", "--epochs", "3", "--batch-size", "16", "--lr", "0.1"]
 FLAGS = {
@@ -62,6 +65,7 @@ def test_train_alone_works(
     assert "\x1b" not in out
     assert "of 359 images of digits:test" in out
     assert out.splitlines()[-1] == f"next       robustkit evaluate {folder}/ --data digits:test"
+    assert f"report     {folder}/report.html" in out
     names = {file.name for file in folder.iterdir()}
     assert names >= {"spec.json", "model.safetensors", "model.json", "metrics.jsonl", "checkpoint.pt"}
     assert run(["train", "standard", *SHORT]) == 0
@@ -72,9 +76,20 @@ def test_train_alone_works(
     assert json.loads(capsys.readouterr().out) == json.loads((folder / "model.json").read_text())
     assert run([*out.splitlines()[-1].split()[2:], "--limit", "8", "--suite", "fgsm"]) == 0
     capsys.readouterr()
-    for verb in ("report", "transfer", "verify"):
+    for verb in ("transfer", "verify"):
         assert run([verb, str(folder)]) == 2
         assert "holds a trained model" in capsys.readouterr().err
+    whole = (folder / "report.html").read_text()
+    assert run(["report", str(folder)]) == 0
+    assert "of 359 images of digits:test" in capsys.readouterr().out
+    assert (folder / "report.html").read_text() == whole
+    assert run(["report", str(folder), "--png", "card.png"]) == 2
+    assert "is no evaluation" in capsys.readouterr().err
+    # While it goes on, the page has what there is so far.
+    (folder / "model.json").unlink()
+    assert run(["report", str(folder)]) == 0
+    assert "3 of 3 epochs" in capsys.readouterr().out
+    assert "Not finished" in (folder / "report.html").read_text()
 
 
 def test_every_flag_reaches_the_spec(specs: list[dict[str, Any]]) -> None:
@@ -87,6 +102,17 @@ def test_every_flag_reaches_the_spec(specs: list[dict[str, Any]]) -> None:
     expected = {"epochs": 7, "batch_size": 8, "lr": 0.025, "members": 3, "ema": 0.5, "seed": 5}
     assert {name: spec[name] for name in expected} == expected
     assert (spec["augment"], spec["precision"], spec["folder"], spec["devices"]) == ("crop", "bf16", "there", 2)
+
+
+def test_the_page_has_the_command_that_trains_it_again(specs: list[dict[str, Any]]) -> None:
+    words = [word for pair in FLAGS.items() for word in pair]
+    alone = ["--members", "1", "--ema", "0", "--samples-per-cycle", "1", "--cycles", "7"]
+    for method, fields in (("dverge", ["--random-start", "true"]), ("csgld", alone)):
+        specs.clear()
+        run(["train", method, *words, *fields])
+        first = {name: value for name, value in specs[0].items() if name not in ("folder", "devices")}
+        run(shlex.split(command(TrainSpec(**first)))[1:])
+        assert {**specs[1], **first} == specs[1]
 
 
 @pytest.mark.parametrize("name", sorted(registry.catalog("method")))

@@ -213,8 +213,11 @@ def test_two_ensembles_on_the_same_images(tmp_path: Path, capsys: pytest.Capture
     assert run(["diversity", a, *flags, "--out", str(out["a"])]) == 0
     assert "finished before" in (again := capsys.readouterr()).err
     assert again.out == first
-    assert run(["report", str(out["a"])]) == 2
+    assert run(["verify", str(out["a"])]) == 2
     assert "compares an ensemble's members" in capsys.readouterr().err
+    assert run(["report", str(out["b"]), "--html", str(tmp_path / "page.html")]) == 0
+    assert (tmp_path / "page.html").read_text() == page
+    capsys.readouterr()
     assert run(["diversity", a, *flags, "--limit", "16", "--images-of", str(out["b"])]) == 2
     assert "give the same --data" in capsys.readouterr().err
 

@@ -32,6 +32,7 @@ VARIANTS = [
     *((name, {"compat": form}) for name in FAMILY for form in FORMS),
     *((name, {"order": order}) for name in ("cwa", "mi-cse") for order in ("random", "antithetic")),
     *(("cwa", {"update": "adam", "compat": form}) for form in FORMS),
+    ("mi-cse", {"update": "plain", "momentum": 0, "inner_momentum": 0}),
     ("cwa", {"beta": 0.01, "inner_momentum": 0.5, "momentum": 0.5}),
 ]
 variants = pytest.mark.parametrize(("name", "fields"), VARIANTS)

@@ -16,7 +16,7 @@ from robustkit.training import diversity
 from robustkit.training.images import ImageSet
 from robustkit.training.train import read_trained
 
-BETWEEN = {"best_member", "any_right", "all_right", "transfer", "cosine"}
+BETWEEN = {"best_member", "any_right", "all_right", "transfer", "white_box", "cosine"}
 
 
 def test_every_look_is_in_the_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -28,6 +28,7 @@ def test_every_look_is_in_the_metrics(tmp_path: Path, monkeypatch: pytest.Monkey
         assert BETWEEN <= facts.keys()
         assert facts["all_right"] <= facts["best_member"] <= facts["any_right"] <= 1
         assert 0 <= facts["transfer"] <= 1
+        assert 0 <= facts["white_box"] <= 1
         assert -1 <= facts["cosine"] <= 1
     monkeypatch.setattr("robustkit.training.finish.glance", lambda *_: {})
     other = train("standard", members=2, out=tmp_path / "b", **words)
@@ -47,10 +48,11 @@ def test_twins_fall_together_and_modes_stay() -> None:
     threat = ThreatModel.parse("linf:0.5")
     found = diversity.glance(twins, ImageSet(images, labels), 1000, threat)
     assert found["cosine"] == pytest.approx(1, abs=1e-5)
-    assert found["transfer"] == 1
+    assert found["transfer"] == found["white_box"] == 1
     assert [one.training for one in twins] == [True, False]
     assert all(weight.grad is None for one in twins for weight in one.parameters())
-    assert diversity.glance(twins, ImageSet(images, labels), 1000, ThreatModel.parse("linf:0"))["transfer"] == 0
+    nowhere = diversity.glance(twins, ImageSet(images, labels), 1000, ThreatModel.parse("linf:0"))
+    assert nowhere["transfer"] == nowhere["white_box"] == 0
 
 
 def test_oracles() -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
+import numpy as np
 import pytest
 
 from robustkit import UsageError
 from robustkit.crafted import Craft, CraftSpec, Forecast, Judgement, Matrix, Point, Saved
 from robustkit.intervals import unseen
 from robustkit.record import Rate
+from robustkit.report import craft_page
 from robustkit.report.heatmap import page
 from robustkit.report.transfer import differences, short_names
 
@@ -96,8 +99,6 @@ def test_an_unseen_group() -> None:
     assert wide_low < 0.01
     assert wide_high > 0.99
     # coverage: groups drawn from one distribution, the last one held out, by exact counting of a seed
-    import numpy as np
-
     rng = np.random.default_rng(0)
     inside = 0
     for _ in range(400):
@@ -154,3 +155,42 @@ def test_the_heat_map_is_one_file() -> None:
     assert 'style="--share: 0.25"' in text
     assert "crafted on a, judged on" in text
     assert json.loads(json.dumps(record.to_json()))["success"][0][2] is None
+
+
+def test_the_page_of_a_craft_run() -> None:
+    forecast = Forecast.of([[True, False, None], [True, True, None]], 30.0)
+    record = craft(
+        surrogates=[judgement([1, 1, 1, 1]), judgement([0, 1, 2, 3])],
+        targets=[
+            judgement([1, 0, 2, 3], noise=[1, 1, 2, 3], transplant=[0, 1, 2, 3]),
+            judgement([1, 1, -1, 1]),
+            *(judgement([0, 0, 0, 0]) for _ in range(3)),
+        ],
+        forecast=forecast,
+        budgets=[Point(1, None, None, None), Point(10, 5, 0.2, 10.0, [Rate.of(1, 3)] * 5),
+                 Point(40, 20, 0.2, 40.0, [Rate.of(2, 3), None])],  # two came later
+        png=Saved("<png>", 8, [Rate.of(1, 3)]),
+    )  # fmt: skip
+    text = craft_page.page(record, None)
+    assert "<script" not in text
+    assert "<png>" not in text
+    assert not re.search(r"https?://|@import|url\((?!#)", text)
+    assert text.count('class="chart"') == 2 + 2  # success, forecast; five targets' curves in two charts
+    assert "one step costs more" in text
+    assert "What to expect of an unseen model: 75.0 %" in text
+    assert "<tr><td>50 %</td><td>1</td></tr>" in text
+    assert "the most of 5 targets" in text
+    assert not re.search(r'="[^"]*(nan|inf)[%"]', text)
+    arrays = {
+        "index": np.arange(4), "distance": np.full(4, 0.03), "prediction": np.arange(4), "shown": np.array([0, 3]),
+        "hard": np.zeros(2, bool), "clean": np.zeros((2, 3, 4, 4)), "adversarial": np.full((2, 3, 4, 4), 0.03),
+        "shape": np.array([3, 4, 4]), "classes": np.array(["a", "b", "c", "<d>"]),
+    }  # fmt: skip
+    text = craft_page.page(craft(), arrays)
+    assert text.count("data:image/png;base64,") == 6
+    assert "difference × 16" in text
+    assert "says a → b" in text
+    assert "<d>" not in text
+    alone = craft_page.page(craft(targets=[]), arrays)
+    assert "No target has judged these images yet" in alone
+    assert "surrogate says a → b" in alone

@@ -59,6 +59,7 @@ def test_any_value_of_a_field_survives(options):
         ("", "names no net"),
         ("timm:", "names no net"),
         ("robustkit:digits-cnn@", "no weights file after '@'"),
+        ("./n.py:build?width=8@w.pt", "write @w.pt in front of the '?'"),
         ("m:f?a=1&a=2", "has the field 'a' twice"),
         ("m:f?a=1&b c=2", "has a field named 'b c'"),
     ],

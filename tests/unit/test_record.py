@@ -9,8 +9,11 @@ from dataclasses import replace
 import pytest
 from scipy import stats
 
+from robustkit.crafted import CraftSpec
+from robustkit.diverse import DiversitySpec
 from robustkit.errors import UsageError
 from robustkit.record import FORMAT, Cost, Flag, Outcome, Rate, Report, RunSpec, Stage, dumps
+from robustkit.trained import TrainSpec
 
 
 def make_spec(**changes):
@@ -122,6 +125,29 @@ def test_run_ids_are_pinned_and_do_not_depend_on_strings():
     assert make_spec(suite=tuple(spec.suite)).run_id == spec.run_id
     read = RunSpec(**json.loads(dumps(spec)))
     assert read.run_id == spec.run_id
+
+
+MODEL = {"string": "robustkit:digits-cnn", "fingerprint": "ab" * 32}
+DATA = {"string": "digits:test", "n": 40, "fingerprint": "cd" * 32}
+MI = {"string": "auto", "name": "mi-fgsm", "steps": 10, "techniques": [{"name": "di", "p": 0.5}]}
+SIZE = (3, 16, 0.1, 3, 0.0, "none", "fp32", 5)
+
+
+@pytest.mark.parametrize(
+    ("run_id", "spec"),
+    [
+        ("1512a282", RunSpec(MODEL, DATA, "linf:8/255", [{"name": "pgd", "steps": 40, "step_size": 0.1}], 3, 64)),
+        ("6fc6de1e", CraftSpec([MODEL] * 2, "consensus", [1.0, 0.5], MI, "next", DATA, "l2:0.5", 7)),
+        ("93988c4b", TrainSpec({"name": "dverge", "eps": 0.2}, MODEL, DATA, None, *SIZE)),
+        ("49123331", TrainSpec({"name": "dverge", "eps": 0.2}, MODEL, DATA, DATA, *SIZE)),
+        ("506e3d92", DiversitySpec(MODEL, DATA, "linf:0.1", 50, 5, 1)),
+        ("375831c5", DiversitySpec(MODEL, DATA, "linf:0.1", 50, 5, 1, [1, 4])),
+    ],
+)
+def test_run_ids_are_those_of_the_first_version(run_id, spec):
+    """A finished run is found again by them, so they never change without a new `format`."""
+    assert spec.run_id == run_id
+    assert type(spec)(**json.loads(dumps(spec))).run_id == run_id
 
 
 def test_run_ids_depend_on_everything_else():
