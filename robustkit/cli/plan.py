@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from robustkit.cli.evaluate import read_batch_size
+from robustkit.cli.progress import Display
 from robustkit.cli.subject import Subject
 from robustkit.engine.pilot import Pilot
 from robustkit.engine.plan import plan as measure
@@ -49,6 +50,7 @@ def plan(
         batch_size=read_batch_size(batch_size),
         budget=seconds,
     )
+    Display().say(f"measuring: the checks, then {seconds:g} s of attacks")
     record = measure(pilot, counts, price)
     if as_json:
         print(json.dumps(record.to_json(), indent=2))

@@ -34,6 +34,8 @@ TYPICAL = 100
 FEWEST, FIRST = 2, 64
 # A batch that takes more than this share of the time is the largest that is timed.
 LONGEST = 0.1
+# No less than this share of the model's own time is believed of an image's propagations.
+LEAST_DRAG = 0.5
 # Attacks that ask for a backward pass for each class.
 JACOBIANS = ("autoattack:fab",)
 
@@ -74,8 +76,9 @@ class Findings:
         most: forwards, backwards and passes of an image that withstands everything for as long as the attacks
             may last; None where one of them does not say.
         speed: of the model, as the attacks search.
-        seconds: of the attacks, and the passes that they made on the device.
-        calls: how many passes those were.
+        seconds: of the attacks.
+        overhead: seconds that a pass takes whatever is in it, and all that goes on around it.
+        drag: how many times the seconds of the model alone an image's propagations take.
         start: seconds to size up the model and to choose how to run it.
         checks: seconds of the checks.
         clean: seconds of the clean pass for each image.
@@ -97,7 +100,8 @@ class Findings:
     most: tuple[int, int, int] | None
     speed: Speed
     seconds: float
-    calls: int
+    overhead: float
+    drag: float
     start: float
     checks: float
     clean: float
@@ -113,6 +117,11 @@ class Counting(Meter):
     """A meter that counts passes as well: `calls`."""
 
     calls = 0
+
+    @property
+    def counts(self) -> np.ndarray:
+        """Forwards, backwards and passes so far."""
+        return np.array([self.forwards, self.backwards, self.calls])
 
     def _in_pieces(self, x: Images, differentiable: bool, net: Callable[[Images], torch.Tensor]) -> torch.Tensor:
         self.calls += 1 if self.piece is None else math.ceil(len(x) / self.piece)
@@ -204,16 +213,45 @@ def _most_resident() -> int:
 
 
 class Watch(Progress):
-    """Ends the attacks when their time is over, and looks at the memory on the way."""
+    """Ends the attacks when their time is over; notes seconds, passes and propagations, and memory, on the way."""
 
-    def __init__(self, memory: Memory, clock: Callable[[], float]) -> None:
-        """Watch from `arm` on."""
-        self.memory, self.clock, self.end = memory, clock, math.inf
+    def __init__(self, memory: Memory, clock: Callable[[], float], meter: Counting) -> None:
+        """Begin with attacks without an end."""
+        self.memory, self.clock, self.meter, self.end = memory, clock, meter, math.inf
+        self.steps: list[np.ndarray] = []
+        self.rest()
+
+    def rest(self) -> None:
+        """Leave out what has been since the last look."""
+        self.last: np.ndarray = np.array([self.clock(), *self.meter.counts])
 
     def advance(self, done: float, robust: int) -> None:  # noqa: D102
         self.memory.look()
-        if self.clock() > self.end:
+        now = np.array([self.clock(), *self.meter.counts])
+        if self.end < math.inf:
+            self.steps.append(now - self.last)
+        self.last = now
+        if now[0] > self.end:
             raise Over("the pilot's time is over.")
+
+    def fit(self, speed: Speed, seconds: float) -> tuple[float, float]:
+        """Return what passes take besides their images, and images in terms of the model's own seconds.
+
+        By least squares over the steps, neither negative and the images not below half of what the model alone
+        took; scaled so that they add up to all the `seconds`.
+        """
+        steps = np.array(self.steps).reshape(-1, 4)
+        took, calls = steps[:, 0], steps[:, 3]
+        forward, backward = speed.marginal
+        work = steps[:, 1] * forward + steps[:, 2] * backward
+        across = calls @ work
+        det = (calls @ calls) * (work @ work) - across**2
+        drag = ((calls @ calls) * (work @ took) - across * (calls @ took)) / det if det > 0 else 1.0
+        drag = max(drag, LEAST_DRAG)
+        overhead = max((took.sum() - drag * work.sum()) / calls.sum(), 0.0) if calls.sum() else 0.0
+        whole = overhead * calls.sum() + drag * work.sum()
+        scale = seconds / whole if whole else 1.0
+        return float(overhead * scale), float(drag * scale)
 
 
 class Scout(Worker):
@@ -236,21 +274,19 @@ class Scout(Worker):
     @property
     def counts(self) -> np.ndarray:
         """Forwards, backwards and passes of the attacks so far."""
-        return self._counts() - self.aside
-
-    def _counts(self) -> np.ndarray:
-        return np.array([self.meter.forwards, self.meter.backwards, self.meter.calls])
+        return self.meter.counts - self.aside
 
     def clean(self, among: np.ndarray) -> None:
         """Do the clean pass, whatever the clock says, and keep its costs apart."""
-        begun, before = self.progress.clock(), self._counts()
+        begun, before = self.progress.clock(), self.meter.counts
         self.progress.end = math.inf
         super().clean(among)
         self.cleaning += self.progress.clock() - begun
-        self.aside += self._counts() - before
+        self.aside += self.meter.counts - before
         # What the clean pass took is not taken from the attacks.
         self.end += self.progress.clock() - begun
         self.progress.end = self.end
+        self.progress.rest()
 
     def _do(self, stage: int, number: int, positions: np.ndarray, work: Work) -> None:
         begun = self.progress.clock()
@@ -293,9 +329,9 @@ class Scout(Worker):
     def block(self, stage: int, number: int, positions: np.ndarray, done: int = 0) -> None:
         """Run one attack on these; each image's costs are taken to be the same."""
         self.reached = max(self.reached, stage)
-        before = self._counts()
+        before = self.meter.counts
         super().block(stage, number, positions, done)
-        forwards, backwards, calls = self._counts() - before
+        forwards, backwards, calls = self.meter.counts - before
         self.forwards[positions] += round(forwards / len(positions))
         self.backwards[positions] += round(backwards / len(positions))
         self.passes[positions] += calls
@@ -322,10 +358,10 @@ class Pilot(Evaluation):
             RunError: likewise.
         """
         memory = Memory(self.device)
-        watch = Watch(memory, self.clock)
         tally = Tally.of(len(self.samples), [rung.spec for rung in self.rungs])
         with Ledger.open(None, "plan") as ledger, evaluation_mode(self.model):
             meter = Counting(self.model, self.device, self._precision)
+            watch = Watch(memory, self.clock, meter)
             scout = Scout(
                 self.samples,
                 self.threat,
@@ -357,6 +393,7 @@ class Pilot(Evaluation):
                 memory.look()
                 begun = self.clock()
                 scout.note(begun + self.budget)
+                watch.rest()
                 self._go(scout, order, speed)
                 seconds = self.clock() - begun - scout.cleaning
         return self._found(scout, start, speed, seconds, read, memory)
@@ -389,7 +426,7 @@ class Pilot(Evaluation):
         through = ~stood | (tally.judged[positions] >= last)
         costs = [counts[positions] for counts in (scout.forwards, scout.backwards, scout.passes)]
         forwards, backwards, passes = (np.where(through, cost, 0) for cost in costs)
-        spent = scout.counts
+        spent, (overhead, drag) = scout.counts, scout.progress.fit(speed, seconds)
         meant = [rung for number, rung in enumerate(self.rungs, 1) if not rung.spare or number <= scout.reached]
         return Findings(
             positions=positions,
@@ -402,7 +439,8 @@ class Pilot(Evaluation):
             most=most_of(meant, scout.meter, self.threat.norm),
             speed=speed,
             seconds=seconds,
-            calls=int(spent[2]),
+            overhead=overhead,
+            drag=drag,
             start=start,
             checks=scout.checking,
             clean=max(scout.cleaning - scout.checking, 0.0) / len(positions),

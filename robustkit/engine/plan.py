@@ -19,8 +19,8 @@ ROUNDS, MOST_SIMULATED = 4, 20_000
 # Seconds until a worker process has what it needs to load the model (docs/scale.md: 5.9 to 8.6 with it).
 SPAWN = 5.0
 # Seconds that the driver takes for a message, for an image handed out and for a verdict written down, and of the
-# last two for each byte of the image: scripts/simulate_scale.py --measure, on one busy core of an AMD EPYC.
-MESSAGE, HANDOUT, HANDOUT_BYTE, VERDICT, VERDICT_BYTE = 2e-4, 2e-5, 1e-9, 2e-4, 5e-9
+# last two for each byte of the image: scripts/simulate_scale.py --measure, of one core of an AMD EPYC.
+MESSAGE, HANDOUT, HANDOUT_BYTE, VERDICT, VERDICT_BYTE = 2e-4, 1e-5, 1e-9, 9e-5, 5e-9
 
 
 def plan(pilot: Pilot, devices: Sequence[int] = DEVICES, price: float | None = None) -> Plan:
@@ -144,15 +144,15 @@ class Costs:
 def site(found: Findings, pilot: Pilot, devices: int) -> Site:
     """Return where so many devices like the one measured do the whole evaluation."""
     opening = found.checks + found.clean * len(pilot.samples)
-    overhead = found.speed.fixed * _drag(found)
     slots = found.slots
     if devices == 1:
-        return Site(1, slots, overhead, found.start, opening)
-    fooled = 1 - found.robust / max(int(found.through.sum()), 1)
+        return Site(1, slots, found.overhead, found.start, opening)
+    entered = int((found.through & (found.forwards > 0)).sum())
+    fooled = 1 - found.robust / max(entered, 1)
     return Site(
         devices=devices,
         slots=slots,
-        overhead=overhead,
+        overhead=found.overhead,
         startup=SPAWN + found.start,
         opening=opening,
         handout=found.read + HANDOUT + found.image_bytes * HANDOUT_BYTE,
@@ -165,13 +165,18 @@ def _courses(costs: Costs, found: Findings, pilot: Pilot, devices: int) -> list[
     """Return how the run goes as expected, and with images at the low and the high end of the interval."""
     place, n = site(found, pilot, devices), len(pilot.samples)
     count = min(n, max(MOST_SIMULATED, ROUNDS * devices * place.slots))
-    lists = costs.sample(count, pilot.seed)
+    # What the model gets wrong as it is goes no further than the clean pass.
+    lists = [[job for job in jobs if job.passes] for jobs in costs.sample(count, pilot.seed)]
+    totals = [round(n * len(jobs) / count) for jobs in lists]
     if not any(rung.attack.info.coupled for rung in pilot.rungs if not rung.spare):
-        return [extended(jobs, place, n) for jobs in lists]
+        return [extended(jobs, place, total) for jobs, total in zip(lists, totals, strict=True)]
     # Attacks whose random numbers depend on the batch are handed out batch by batch.
     batch = pilot.batch
     whole = replace(place, slots=1, handout=place.handout * batch, verdict=place.verdict * batch)
-    return [extended(_batches(jobs, batch), whole, math.ceil(n / batch)) for jobs in lists]
+    return [
+        extended(_batches(jobs, batch), whole, math.ceil(total / batch))
+        for jobs, total in zip(lists, totals, strict=True)
+    ]
 
 
 def _batches(jobs: list[Job], size: int) -> list[Job]:
@@ -186,17 +191,6 @@ def _mixed(jobs: list[Job], other: Job, share: float, rng: random.Random) -> lis
 
 
 def _work(found: Findings, forwards: float, backwards: float) -> float:
-    """Return the seconds of so many propagations in full passes, with all that goes on around them."""
+    """Return the seconds of so many propagations in full passes."""
     forward, backward = found.speed.marginal
-    return float(forwards * forward + backwards * backward) * _drag(found)
-
-
-def _drag(found: Findings) -> float:
-    """Return how many times the seconds of the model's own work the pilot has taken."""
-    forward, backward = found.speed.marginal
-    own = (
-        found.calls * found.speed.fixed
-        + (found.forwards.sum() + found.stray[0]) * forward
-        + (found.backwards.sum() + found.stray[1]) * backward
-    )
-    return float(found.seconds / own) if own else 1.0
+    return float(forwards * forward + backwards * backward) * found.drag
