@@ -6,7 +6,8 @@ It is the evaluation's own work on a few of its images, in their real order of a
 from __future__ import annotations
 
 import math
-import resource
+import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -192,7 +193,7 @@ class Memory:
             pages = int(Path("/proc/self/statm").read_text().split()[1])
         except (OSError, IndexError, ValueError):
             return _most_resident()
-        return pages * resource.getpagesize()
+        return pages * os.sysconf("SC_PAGE_SIZE")
 
     def look(self) -> None:
         """Take note of what is in use."""
@@ -209,7 +210,12 @@ class Memory:
 
 
 def _most_resident() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Return the most bytes that the process has had in memory; 0 where the system does not say."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 class Watch(Progress):
