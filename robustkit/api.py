@@ -118,6 +118,7 @@ def plan(
     seconds: float = 10.0,
     devices: Sequence[int] = DEVICES,
     price: float | None = None,
+    progress: Progress | None = None,
 ) -> Plan:
     """Return what `evaluate` with the same arguments would take, on one device and on several.
 
@@ -136,6 +137,7 @@ def plan(
         seconds: how long to attack; more makes the intervals narrower.
         devices: how many devices, like the one measured, to tell of.
         price: of a device for an hour.
+        progress: who to tell on the way.
 
     Raises:
         UsageError: for a request that cannot be carried out.
@@ -154,7 +156,7 @@ def plan(
         batch_size=batch_size,
         budget=seconds,
     )
-    return measure(pilot, devices, price)
+    return measure(pilot, devices, price, progress)
 
 
 def craft(

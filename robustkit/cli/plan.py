@@ -50,8 +50,7 @@ def plan(
         batch_size=read_batch_size(batch_size),
         budget=seconds,
     )
-    Display().say(f"measuring: the checks, then {seconds:g} s of attacks")
-    record = measure(pilot, counts, price)
+    record = measure(pilot, counts, price, Display())
     if as_json:
         print(json.dumps(record.to_json(), indent=2))
     else:

@@ -221,11 +221,15 @@ def _most_resident() -> int:
 class Watch(Progress):
     """Ends the attacks when their time is over; notes seconds, passes and propagations, and memory, on the way."""
 
-    def __init__(self, memory: Memory, clock: Callable[[], float], meter: Counting) -> None:
-        """Begin with attacks without an end."""
+    def __init__(self, memory: Memory, clock: Callable[[], float], meter: Counting, listener: Progress) -> None:
+        """Begin with attacks without an end; `listener` hears the news."""
         self.memory, self.clock, self.meter, self.end = memory, clock, meter, math.inf
+        self.listener = listener
         self.steps: list[np.ndarray] = []
         self.rest()
+
+    def say(self, text: str) -> None:  # noqa: D102
+        self.listener.say(text)
 
     def rest(self) -> None:
         """Leave out what has been since the last look."""
@@ -356,8 +360,8 @@ class Pilot(Evaluation):
         if not 0 < self.budget < math.inf:
             raise UsageError(f"seconds {self.budget:g}: write how long to measure, a positive number such as 10.")
 
-    def look(self) -> Findings:
-        """Return what the first images take.
+    def look(self, progress: Progress | None = None) -> Findings:
+        """Return what the first images take; `progress` is told the news.
 
         Raises:
             UsageError: as an evaluation would.
@@ -367,7 +371,7 @@ class Pilot(Evaluation):
         tally = Tally.of(len(self.samples), [rung.spec for rung in self.rungs])
         with Ledger.open(None, "plan") as ledger, evaluation_mode(self.model):
             meter = Counting(self.model, self.device, self._precision)
-            watch = Watch(memory, self.clock, meter)
+            watch = Watch(memory, self.clock, meter, progress or Progress())
             scout = Scout(
                 self.samples,
                 self.threat,

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from robustkit.engine.environment import environment
 from robustkit.engine.pilot import Findings, Pilot
+from robustkit.engine.progress import Progress
 from robustkit.engine.scaling import Course, Job, Site, extended
 from robustkit.errors import UsageError
 from robustkit.intervals import mean_of_all
@@ -23,13 +24,19 @@ SPAWN = 5.0
 MESSAGE, HANDOUT, HANDOUT_BYTE, VERDICT, VERDICT_BYTE = 2e-4, 1e-5, 1e-9, 9e-5, 5e-9
 
 
-def plan(pilot: Pilot, devices: Sequence[int] = DEVICES, price: float | None = None) -> Plan:
+def plan(
+    pilot: Pilot,
+    devices: Sequence[int] = DEVICES,
+    price: float | None = None,
+    progress: Progress | None = None,
+) -> Plan:
     """Measure, and return what the evaluation takes on each of these numbers of devices.
 
     Args:
         pilot: the evaluation, and how long to measure.
         devices: how many to look at.
         price: of a device for an hour.
+        progress: who to tell on the way.
 
     Raises:
         UsageError: for a request that cannot be carried out.
@@ -39,7 +46,9 @@ def plan(pilot: Pilot, devices: Sequence[int] = DEVICES, price: float | None = N
     if price is not None and not 0 <= price < float("inf"):
         raise UsageError(f"price {price:g}: write what a device costs for an hour, e.g. 2.5.")
     n = len(pilot.samples)
-    found = pilot.look()
+    progress = progress or Progress()
+    progress.say(f"measuring: the checks, then {pilot.budget:g} s of attacks")
+    found = pilot.look(progress)
     costs = Costs.of(found, n)
     alone = _courses(costs, found, pilot, 1)
     scales = []
