@@ -69,9 +69,8 @@ def main() -> None:
     parser.add_argument("--png", type=Path, help="draw efficiency over devices")
     asked = parser.parse_args()
     if asked.measure:
-        RESULTS.write_text(
-            json.dumps(measure(asked.measure, asked.models, asked.limit, asked.seconds), indent=1) + "\n"
-        )
+        facts = measure(asked.measure, asked.models, asked.limit, asked.seconds)
+        RESULTS.write_text(json.dumps(facts) + "\n")
         return
     facts = json.loads(RESULTS.read_text())
     print(f"python {' '.join(sys.argv)}")
