@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from robustkit.api import craft, diversity, evaluate, train, verify
+    from robustkit.api import craft, diversity, evaluate, plan, train, verify
     from robustkit.data import load_data
     from robustkit.errors import RobustkitError, RunError, UsageError
     from robustkit.models import load_model
@@ -33,6 +33,7 @@ __all__ = [
     "evaluate",
     "load_data",
     "load_model",
+    "plan",
     "train",
     "verify",
 ]
@@ -49,6 +50,7 @@ _HOME = {
     "evaluate": "api",
     "load_data": "data",
     "load_model": "models",
+    "plan": "api",
     "train": "api",
     "verify": "api",
 }

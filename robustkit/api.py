@@ -19,10 +19,13 @@ from robustkit.engine.crafting import DEFAULT_ATTACK, DEFAULT_COMBINE, Crafting
 from robustkit.engine.diversity import Comparison
 from robustkit.engine.evaluate import Evaluation
 from robustkit.engine.nets import gather
+from robustkit.engine.pilot import Pilot
+from robustkit.engine.plan import plan as measure
 from robustkit.engine.progress import Progress
 from robustkit.engine.verify import Verification, verify_run
 from robustkit.method import Method
 from robustkit.models import as_classifier, load_model
+from robustkit.planned import DEVICES, Plan
 from robustkit.record import Report
 from robustkit.registry import DEFAULT_SUITE, parse_method
 from robustkit.threat import ThreatModel
@@ -99,6 +102,61 @@ def evaluate(
         ray=ray,
     )
     return plan.run(Path(out) if out is not None else None, progress)
+
+
+def plan(
+    model: Callable[[torch.Tensor], Any],
+    images: Any,
+    labels: Any,
+    threat: ThreatModel | str,
+    *,
+    suite: str = DEFAULT_SUITE,
+    seed: int = 0,
+    device: str | torch.device = "auto",
+    precision: str = "auto",
+    batch_size: int | None = None,
+    seconds: float = 10.0,
+    devices: Sequence[int] = DEVICES,
+    price: float | None = None,
+    progress: Progress | None = None,
+) -> Plan:
+    """Return what `evaluate` with the same arguments would take, on one device and on several.
+
+    It attacks images drawn at random, for about so many seconds, and simulates the rest; nothing is written.
+
+    Args:
+        model: as in `evaluate`.
+        images: (N C H W) floats in [0, 1], or uint8; all that are to be evaluated.
+        labels: (N) whole numbers from 0 to K - 1.
+        threat: what the attacker may do, as a `ThreatModel` or its string, e.g. `linf:8/255`.
+        suite: the attacks, e.g. `autoattack` or `pgd(steps=100),autoattack:square`.
+        seed: of every random number.
+        device: `auto` is where the model's parameters are; another moves the model there.
+        precision: of the search for adversarials: `fp32`, `bf16` or `fp16`, or `auto`.
+        batch_size: images that an attack gets at once; None lets the engine choose.
+        seconds: how long to attack; more makes the intervals narrower.
+        devices: how many devices, like the one measured, to tell of.
+        price: of a device for an hour.
+        progress: who to tell on the way.
+
+    Raises:
+        UsageError: for a request that cannot be carried out.
+        RunError: when it fails on the way.
+    """
+    classifier = as_classifier(model)
+    place = model_device(classifier) if str(device) == "auto" else pick_device(str(device))
+    pilot = Pilot(
+        model=classifier.to(place),
+        samples=images if isinstance(images, Samples) else from_arrays(images, labels),
+        threat=ThreatModel.parse(threat) if isinstance(threat, str) else threat,
+        suite=suite,
+        seed=seed,
+        device=place,
+        precision=precision,
+        batch_size=batch_size,
+        budget=seconds,
+    )
+    return measure(pilot, devices, price, progress)
 
 
 def craft(

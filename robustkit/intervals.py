@@ -55,6 +55,29 @@ def enough(share: float, width: float) -> int:
     return n
 
 
+def mean_of_all(
+    lows: Sequence[float], highs: Sequence[float], n: int, most: float, level: float = 0.95, draws: int = 2000
+) -> tuple[float, float]:
+    """Return an interval for the mean of n costs from 0 to `most`, some of them known, drawn at random.
+
+    Of each of the known ones an interval is given, `lows` to `highs`. Gaffke's bound (as in Learned-Miller and
+    Thomas 2019, arXiv:1905.06208): what is not known is drawn from the known ones and one more, at an end, with
+    random weights. So it assumes nothing of the distribution, and is wide where few are known; with all n known
+    there is nothing left to draw.
+    """
+    import numpy as np
+
+    m = len(lows)
+    rng = np.random.default_rng(0)
+    found = []
+    for values, end, tail in ((lows, 0.0, (1 - level) / 2), (highs, most, (1 + level) / 2)):
+        weights = rng.dirichlet(np.ones(m + 1), draws)
+        counts = rng.multinomial(max(n - m, 0), weights)
+        sums = sum(values) + counts @ np.array([*values, end])
+        found.append(float(np.quantile(sums, tail)) / max(n, m))
+    return found[0], found[1]
+
+
 def _root(density: Callable[[float], float], least: float, outside: float, inside: float) -> float:
     for _ in range(60):
         middle = (outside + inside) / 2

@@ -40,6 +40,7 @@ ALLOWED: dict[str, set[str]] = {
     "crafted": {"errors", "intervals", "record"},
     "trained": {"errors", "record"},
     "diverse": {"errors", "record"},
+    "planned": {"errors", "record"},
     "registry": {"errors", "record"},
     "residual": {"errors"},
     "aggregation": {"errors", "shapes"},
@@ -69,16 +70,16 @@ ALLOWED: dict[str, set[str]] = {
     "checks": VOCABULARY,
     "engine": VOCABULARY
     | {"models", "data", "ledger", "checks", "isolation", "intervals", "crafted", "trained"}
-    | {"diverse"},
+    | {"diverse", "planned"},
     "training": VOCABULARY | {"models", "data", "engine", "posterior", "trained"},
-    "report": {"errors", "record", "crafted", "trained", "diverse"},
+    "report": {"errors", "record", "crafted", "trained", "diverse", "planned"},
     "api": {
         *("devices", "engine", "models", "data", "errors", "record", "crafted", "registry", "threat"),
-        *("training", "trained", "method", "diverse"),
+        *("training", "trained", "method", "diverse", "planned"),
     },
     "cli": {
         *("api", "devices", "engine", "report", "models", "data", "registry", "errors", "threat", "record"),
-        *("crafted", "training", "trained", "factsheet"),
+        *("crafted", "training", "trained", "factsheet", "planned"),
     },
 }
 # Only these may name the packages that are slow to import or belong to one adapter.

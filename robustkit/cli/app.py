@@ -137,6 +137,76 @@ def evaluate(
 
 
 @app.command()
+def plan(
+    context: typer.Context,
+    model: Annotated[
+        str, typer.Argument(help="ARCH[@WEIGHTS][?mean=r,g,b&std=r,g,b&size=N&num_classes=K&defense=D]")
+    ] = DEFAULT_MODEL,
+    data: Annotated[
+        str | None, typer.Option(help="NAME[:SPLIT], folder:PATH or FILE.npz [default: digits:test]")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N images.")] = None,
+    threat: Annotated[
+        str | None, typer.Option(help="NORM:EPS, e.g. linf:8/255, l2:0.5 [default: the data's usual one]")
+    ] = None,
+    suite: Annotated[
+        str,
+        typer.Option(help="Attacks: a suite's name, or a list such as 'pgd(steps=50),autoattack:square'."),
+    ] = DEFAULT_SUITE,
+    seed: Annotated[int, typer.Option(min=0, help="Of every random number.")] = 0,
+    device: Device = "auto",
+    precision: Annotated[str, typer.Option(help="Of the search: auto, fp32, bf16, fp16.")] = "auto",
+    batch_size: Annotated[
+        str, typer.Option(help="Images that an attack gets at once; memory cuts further by itself.")
+    ] = "auto",
+    seconds: Annotated[float, typer.Option(help="How long to attack; more makes the interval narrower.")] = 10.0,
+    devices: Annotated[str, typer.Option(metavar="N,N,…", help="How many devices like this one.")] = "1,8,64",
+    price: Annotated[
+        float | None, typer.Option(metavar="MONEY", help="Of a device for an hour, to tell the cost.")
+    ] = None,
+    data_root: DataRoot = None,
+    download: Annotated[bool, typer.Option("--download", help="Fetch the data set if it is absent.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
+    debug: Debug = False,
+) -> int:
+    """Measure for some seconds what an evaluation will take, on one device and on several. Writes nothing.
+
+    \b
+    robustkit plan
+    robustkit plan timm:resnet50.a1_in1k --data folder:val --threat linf:4/255 --devices 1,8,64 --price 2.5
+
+    The first options are those of `robustkit evaluate`.
+    """
+    from robustkit.cli.plan import plan as work
+
+    given: dict[str, object] = {"data": data, "limit": limit, "threat": threat, "suite": suite, "seed": seed}
+    given |= {"device": device, "precision": precision, "batch_size": batch_size, "data_root": data_root}
+    flags = [] if model == DEFAULT_MODEL else [model]
+    for name, value in given.items():
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            flags += [f"--{name.replace('_', '-')}", str(value)]
+    return work(
+        model=model,
+        data=data,
+        limit=limit,
+        threat=threat,
+        suite=suite,
+        seed=seed,
+        device=device,
+        precision=precision,
+        batch_size=batch_size,
+        seconds=seconds,
+        devices=devices,
+        price=price,
+        data_root=data_root,
+        download=download,
+        as_json=json,
+        flags=flags,
+    )
+
+
+@app.command()
 def craft(
     surrogate: Annotated[
         list[str] | None,

@@ -36,7 +36,7 @@ def shell(*arguments: str, **more: object) -> subprocess.CompletedProcess[str]:
     "line",
     [
         *("--help", "evaluate --help", "verify -h", "report -h", "craft -h", "--version", "list"),
-        *("train --help", "train csgld -h"),
+        *("train --help", "train csgld -h", "plan --help"),
     ],
 )
 def test_answers_at_once_and_without_torch(line: str) -> None:

@@ -1,0 +1,58 @@
+"""`robustkit plan`: a look at what an evaluation will take, before it is run."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+from rich.console import Console
+
+from robustkit.cli.evaluate import read_batch_size
+from robustkit.cli.progress import Display
+from robustkit.cli.subject import Subject
+from robustkit.engine.pilot import Pilot
+from robustkit.engine.plan import plan as measure
+from robustkit.planned import read_devices
+from robustkit.report.plan import show
+
+
+def plan(
+    *,
+    model: str,
+    data: str | None,
+    limit: int | None,
+    threat: str | None,
+    suite: str,
+    seed: int,
+    device: str,
+    precision: str,
+    batch_size: str,
+    seconds: float,
+    devices: str,
+    price: float | None,
+    data_root: Path | None,
+    download: bool,
+    as_json: bool,
+    flags: list[str],
+) -> int:
+    """Run the verb; `flags` are those that the evaluation itself would take."""
+    counts = read_devices(devices)
+    subject = Subject.load(model, data, limit, threat, device, data_root, download)
+    pilot = Pilot(
+        model=subject.model,
+        samples=subject.samples,
+        threat=subject.threat,
+        suite=suite,
+        seed=seed,
+        device=subject.device,
+        precision=precision,
+        batch_size=read_batch_size(batch_size),
+        budget=seconds,
+    )
+    record = measure(pilot, counts, price, Display())
+    if as_json:
+        print(json.dumps(record.to_json(), indent=2))
+    else:
+        show(record, Console(markup=False), shlex.join(["robustkit", "evaluate", *flags]))
+    return 0
