@@ -36,11 +36,11 @@ from robustkit.crafted import Craft, Judgement
 from robustkit.data.samples import Samples
 from robustkit.diverse import Diversity
 from robustkit.record import Rate
-from robustkit.registry import catalog
 from robustkit.trained import Trained
 
 TABLES = ("transfer", "robustness", "members")
 BASELINE, DVERGE = "baseline", "DVERGE"
+AWARE = "ensemble"
 
 
 @dataclass(frozen=True)
@@ -86,13 +86,12 @@ class Scale:
 
 def methods(eps: float, threat: str, sgd: float, adam: float) -> dict[str, tuple[str, float]]:
     """Return the methods at a distillation's eps, adversarial training's threat and two learning rates."""
-    fasten = {"FASTEN-style": ("fasten", sgd)} if "fasten" in catalog("method") else {}
     return {
         BASELINE: ("standard(schedule=steps,warmup=0,weight_decay=1e-4)", sgd),
         "ADP": ("adp", adam),
         "GAL": ("gal", adam),
         DVERGE: (f"dverge(eps={eps:g})", sgd),
-        **fasten,
+        "FASTEN-style": (f"fasten(eps={eps:g})", sgd),
         "DVERGE+AT": (f"dverge(eps={eps:g},adversarial=1,threat={threat})", sgd),
     }
 
@@ -345,17 +344,16 @@ def robustness_table(study: Study) -> None:
     """Black box, white box and ensemble-aware robust accuracy at every eps, never one of them alone."""
     scale = study.scale
     white = f"pgd(steps={scale.steps},step_size=0.2,restarts={scale.restarts})"
-    best = "ensemble" if "ensemble" in catalog("suite") else "rapid"
     dark = study.black_box()
     columns: dict[str, dict[str, list[Rate]]] = {"black box": {}, "white box": {}, "aware": {}}
     for name in study.trained:
         plain = study.direct(folder(name), white, "pgd")
-        aware = study.direct(folder(name), best, best)
+        aware = study.direct(folder(name), AWARE, AWARE)
         columns["black box"][name] = falling(dark[name])
         columns["white box"][name] = falling(plain)
         columns["aware"][name] = falling([one & other for one, other in zip(plain, aware, strict=True)])
     for place, eps in enumerate(scale.eps):
-        title(f"robust accuracy at linf {eps:g}, {len(study.samples)} images; aware: {best} and PGD")
+        title(f"robust accuracy at linf {eps:g}, {len(study.samples)} images; aware: {AWARE} and PGD")
         rows = [[name, *(cell(column[name][place]) for column in columns.values())] for name in study.trained]
         show(["", *columns], rows)
 
@@ -363,7 +361,6 @@ def robustness_table(study: Study) -> None:
 def members_table(study: Study) -> None:
     """DVERGE of several sizes."""
     method, lr = study.scale.methods[DVERGE]
-    best = "ensemble" if "ensemble" in catalog("suite") else "rapid"
     rows = []
     for count in study.scale.counts:
         same = count == study.scale.members
@@ -379,9 +376,9 @@ def members_table(study: Study) -> None:
             device=study.device,
             out=study.out / "diversity" / f"{name}-own",
         )
-        rates = falling(study.direct(name, best, best))
+        rates = falling(study.direct(name, AWARE, AWARE))
         rows.append([str(count), accuracy(record), f"{100 * found.between:.1f}", *map(cell, rates)])
-    title(f"DVERGE against its number of members; transfer on each one's own images; robust accuracy by {best}")
+    title(f"DVERGE against its number of members; transfer on each one's own images; robust accuracy by {AWARE}")
     show(["members", "clean", "transfer", *(f"linf {eps:g}" for eps in study.scale.eps)], rows)
 
 
