@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,7 @@ class ArraySource:
 
     array: npt.NDArray[Any]
     channels_last: bool
+    slow: ClassVar[bool] = False
 
     def read(self, rows: npt.NDArray[np.int64]) -> torch.Tensor:
         """Return those images, float32 (B, C, H, W), contiguous, newly allocated."""
@@ -90,7 +91,7 @@ def array_samples(
     _check_images(images, name, channels_last)
     _check_labels(labels, name, len(images))
     numbers = labels.astype(np.int64)
-    _check_classes(numbers, name, classes)
+    check_classes(numbers, name, classes)
     return Samples(
         name, numbers, classes, ArraySource(images, channels_last), np.arange(len(images), dtype=np.int64)
     )
@@ -129,7 +130,8 @@ def _check_labels(labels: npt.NDArray[Any], name: str, count: int) -> None:
         raise UsageError(f"{name}: {count} images x but {len(labels)} labels y; write one label per image.")
 
 
-def _check_classes(labels: npt.NDArray[np.int64], name: str, classes: tuple[str, ...] | None) -> None:
+def check_classes(labels: npt.NDArray[np.int64], name: str, classes: tuple[str, ...] | None) -> None:
+    """Refuse labels that are no classes."""
     if labels.min() < 0:
         position = int(labels.argmin())
         raise UsageError(
