@@ -252,12 +252,17 @@ class Report:
         return {"format": self.format, **json.loads(dumps(self._body()))}
 
     def text(self) -> Iterator[str]:
-        """Yield the same as indented text, in pieces: of many images the whole takes much memory."""
-        encoder = json.JSONEncoder(default=_encoded, sort_keys=True, allow_nan=False, indent=2)
+        """Yield the same as text, in pieces: the whole takes much memory where there are many images."""
         yield f'{{\n  "format": {self.format}'
         for name, value in sorted(self._body().items()):
             yield f',\n  "{name}": '
-            yield from (piece.replace("\n", "\n  ") for piece in encoder.iterencode(value))
+            if name == "verdicts":
+                yield "["
+                for number, verdict in enumerate(value):
+                    yield f"{',' if number else ''}\n    {dumps(verdict)}"
+                yield "\n  ]"
+            else:
+                yield dumps(json.loads(dumps(value)), indent=2).replace("\n", "\n  ")
         yield "\n}\n"
 
     def _body(self) -> dict[str, Any]:

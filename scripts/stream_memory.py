@@ -111,21 +111,21 @@ def watch(command: list[str], out: Path) -> Iterator[Row]:
         raise SystemExit(f"exit code {process.returncode} of {' '.join(command)}")
 
 
-def ledger_speed(place: Path, count: int, stored: bool) -> float:
-    """Return the verdicts that a ledger on disk takes each second, in chunks, every other with an image."""
+def ledger_speed(place: Path, count: int, stored: bool) -> str:
+    """Return the verdicts that a ledger on disk takes each second, in chunks; if `stored`, half with an image."""
     image = bytes(3 * SIDE * SIDE * 4) if stored else None
     place.unlink(missing_ok=True)
     with Ledger.open(place, "speed") as ledger:
-        begun = time.perf_counter()
+        begun, busy = time.perf_counter(), time.process_time()
         for number, begin in enumerate(range(0, count, BATCH)):
             rows = [
                 Verdict(at, at % CLASSES, 0, 0.123, at % 2 == 0, "0" * 64, image if at % 2 == 0 else None)
                 for at in range(begin, min(begin + BATCH, count))
             ]
             ledger.write(Chunk(1, number, BATCH, BATCH, 1.0, rows))
-        seconds = time.perf_counter() - begun
+        seconds, busy = time.perf_counter() - begun, time.process_time() - busy
     place.unlink()
-    return count / seconds
+    return f"{count / seconds:,.0f} verdicts a second ({count / busy:,.0f} a second of CPU time)"
 
 
 def table(rows: list[Row], every: int) -> Iterator[str]:
@@ -198,15 +198,17 @@ def main() -> None:
     bare, full = (
         ledger_speed(asked.work / "speed.sqlite", min(count, 50_000), stored) for stored in (False, True)
     )
-    low = next(row for row in rows if row[1] >= count / 10)
+    clean, low = (next(row[2] for row in rows if row[1] >= share * count) for share in (0.1, 1.1))
     high, end = max(row[2] for row in rows if row[1] < 2 * count), max(row[2] for row in rows)
     text = [
         f"$ python {' '.join(sys.argv)}   ({datetime.date.today()}, {os.cpu_count()} cores)",
         f"index of {len(samples):,} images: {indexed:.1f} s; the run: {rows[-1][0]:.0f} s",
-        f"ledger on disk: {bare:,.0f} verdicts a second, {full:,.0f} where every other has its image",
-        f"memory after a tenth of the images {low[2]:.0f} MiB, at most {high:.0f} until the last verdict, "
-        f"{end:.0f} until the report was written",
-        f"  = {(end - low[2]) * MIB / (0.9 * count):.0f} bytes for each further image",
+        f"ledger on disk: {bare}",
+        f"  where every other has its image: {full}",
+        f"memory: {clean:.0f} MiB after a tenth of the clean pass, {low:.0f} after a tenth of the attack",
+        f"  at most {high:.0f} before the last verdict, {end:.0f} before the end (report, page, table)",
+        f"  from a tenth of the attack on {(high - low) * MIB / (0.9 * count):.0f} bytes for each further image, "
+        f"and {(end - high) * MIB / count:.0f} for each image at the end",
         "",
         "  verdicts  seconds driver MiB" + (" worker MiB" if asked.workers else ""),
         *table(rows, 20_000),
