@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +23,7 @@ def read_ahead(
     if not samples.source.slow:
         yield from ((block, samples.images(block)) for block in blocks)
         return
-    waiting: Any = None
+    waiting: tuple[npt.NDArray[np.int64], Future[Images]] | None = None
     with ThreadPoolExecutor(1, "read-ahead") as thread:
         for block in blocks:
             following = block, thread.submit(samples.images, block)

@@ -91,7 +91,7 @@ def array_samples(
     _check_images(images, name, channels_last)
     _check_labels(labels, name, len(images))
     numbers = labels.astype(np.int64)
-    check_classes(numbers, name, classes)
+    _check_classes(numbers, name, classes)
     return Samples(
         name, numbers, classes, ArraySource(images, channels_last), np.arange(len(images), dtype=np.int64)
     )
@@ -130,8 +130,7 @@ def _check_labels(labels: npt.NDArray[Any], name: str, count: int) -> None:
         raise UsageError(f"{name}: {count} images x but {len(labels)} labels y; write one label per image.")
 
 
-def check_classes(labels: npt.NDArray[np.int64], name: str, classes: tuple[str, ...] | None) -> None:
-    """Refuse labels that are no classes."""
+def _check_classes(labels: npt.NDArray[np.int64], name: str, classes: tuple[str, ...] | None) -> None:
     if labels.min() < 0:
         position = int(labels.argmin())
         raise UsageError(

@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 
 from robustkit.data import tar_index
-from robustkit.data.arrays import check_classes
 from robustkit.data.pictures import Pictures, check_interpolation
 from robustkit.data.samples import Samples
 from robustkit.errors import UsageError
@@ -41,9 +40,7 @@ def webdataset(path: Path, name: str, preprocess: Preprocess | None, cache: Path
     if not len(entries):
         raise UsageError(f"{path} holds no samples; write images as KEY.jpg, or such, each with KEY.cls.")
     order = np.random.RandomState(0).permutation(len(entries))
-    labels = entries["label"][order]
-    check_classes(labels, name, None)
-    return Samples(name, labels, None, ShardSource(tuple(shards), entries, preprocess), order)
+    return Samples(name, entries["label"][order], None, ShardSource(tuple(shards), entries, preprocess), order)
 
 
 @dataclass(frozen=True, eq=False)

@@ -28,8 +28,8 @@ ENTRY = np.dtype([("shard", "<i4"), ("offset", "<i8"), ("size", "<i8"), ("label"
 # Changes with what an index holds; older ones are then not found.
 _FORMAT = 1
 _END = bytes(512)
-# Longer ones are no class.
 _LONGEST_LABEL = 32
+_MOST_CLASSES = 2**31
 
 
 class Member(NamedTuple):
@@ -117,7 +117,10 @@ def _entries(shards: Sequence[Path]) -> Iterator[tuple[int, int, int, int, int]]
 
 def _label(shard: Path, file: Member) -> int:
     try:
-        return int(file.text)
+        label = int(file.text)
+        if not 0 <= label < _MOST_CLASSES:
+            raise ValueError
+        return label
     except ValueError:
         text = file.text.decode(errors="replace")
         raise UsageError(
@@ -134,12 +137,13 @@ def _members(shard: Path) -> Iterator[Member]:
                 archive.members.clear()  # type: ignore[attr-defined]
                 folder, slash, name = file.name.rpartition("/")
                 stem, dot, kind = name.partition(".")
+                kind = kind.lower()
                 if not (file.isreg() and stem and dot):
                     continue
                 text = b""
                 if kind == LABEL and (content := archive.extractfile(file)) is not None:
                     text = content.read(_LONGEST_LABEL)
-                yield Member(f"{folder}{slash}{stem}", kind.lower(), file.offset_data, file.size, text)
+                yield Member(f"{folder}{slash}{stem}", kind, file.offset_data, file.size, text)
             end = archive.offset
         # Also where a header is damaged the archive seems to end.
         with shard.open("rb") as content:

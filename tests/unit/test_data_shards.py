@@ -135,7 +135,8 @@ def test_fingerprint_is_of_names_sizes_and_labels(shards: Path, tmp_path: Path) 
         ([("7.cls", b"0")], "sample '7' has no image; write one image each, as 7.jpg"),
         ([("7.cls", b"0"), ("7.png", png(0)), ("7.jpg", b"")], r"'7' has 7\.png and 7\.jpg; write one image each"),
         ([("7.cls", b"cat"), ("7.png", png(0))], r"7\.cls holds 'cat'; write a class as a whole number from 0 up"),
-        ([("7.cls", b"-1"), ("7.png", png(0))], "the label at position 0 is -1; write classes from 0 up"),
+        ([("7.cls", b"-1"), ("7.png", png(0))], r"7\.cls holds '-1'; write a class as a whole number from 0 up"),
+        ([("7.cls", b"9" * 40), ("7.png", png(0))], r"7\.cls holds '9{32}'; write a class as a whole number"),
         ([("7.txt", b"0")], "holds no samples; write images as KEY.jpg, or such, each with KEY.cls"),
     ],
 )
