@@ -199,16 +199,16 @@ def main() -> None:
         ledger_speed(asked.work / "speed.sqlite", min(count, 50_000), stored) for stored in (False, True)
     )
     clean, low = (next(row[2] for row in rows if row[1] >= share * count) for share in (0.1, 1.1))
-    high, end = max(row[2] for row in rows if row[1] < 2 * count), max(row[2] for row in rows)
+    last, end = next(row[2] for row in reversed(rows) if row[1] < 2 * count), max(row[2] for row in rows)
     text = [
         f"$ python {' '.join(sys.argv)}   ({datetime.date.today()}, {os.cpu_count()} cores)",
         f"index of {len(samples):,} images: {indexed:.1f} s; the run: {rows[-1][0]:.0f} s",
         f"ledger on disk: {bare}",
         f"  where every other has its image: {full}",
         f"memory: {clean:.0f} MiB after a tenth of the clean pass, {low:.0f} after a tenth of the attack",
-        f"  at most {high:.0f} before the last verdict, {end:.0f} before the end (report, page, table)",
-        f"  from a tenth of the attack on {(high - low) * MIB / (0.9 * count):.0f} bytes for each further image, "
-        f"and {(end - high) * MIB / count:.0f} for each image at the end",
+        f"  {last:.0f} at its last verdict, at most {end:.0f} before the end (report, page, table)",
+        f"  from a tenth of the attack on {(last - low) * MIB / (0.9 * count):.0f} bytes for each further image, "
+        f"and {(end - last) * MIB / count:.0f} for each image at the end",
         "",
         "  verdicts  seconds driver MiB" + (" worker MiB" if asked.workers else ""),
         *table(rows, 20_000),

@@ -56,7 +56,8 @@ def arrays(
         adversarial = torch.from_numpy(flat.reshape(clean.shape).copy())
         distances.append(threat.distance(adversarial, clean).numpy())
         for row in np.flatnonzero(np.isin(part, shown)).tolist():
-            pairs[int(part[row])] = clean[row], adversarial[row]
+            # A row alone would keep its whole block in memory.
+            pairs[int(part[row])] = clean[row].clone(), adversarial[row].clone()
     return {
         "index": rows.index,
         "distance": np.concatenate(distances),
