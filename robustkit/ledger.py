@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import sqlite3
+from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from robustkit.errors import RunError, UsageError
@@ -31,6 +32,7 @@ CREATE TABLE verdicts (
     image TEXT NOT NULL, adversarial BLOB, "right" REAL, once INTEGER, struck INTEGER,
     PRIMARY KEY (stage, position)
 );
+CREATE INDEX rows_of_chunk ON verdicts (stage, chunk);
 """
 COLUMNS = 'position, label, prediction, margin, fooled, image, adversarial, "right", once, struck'
 
@@ -57,6 +59,9 @@ class Verdict:
     struck: int | None = None
 
 
+_NAMES = [field.name for field in fields(Verdict)]
+
+
 @dataclass(frozen=True)
 class Chunk:
     """A piece of work that is in the ledger whole or not at all."""
@@ -75,8 +80,8 @@ class Chunk:
         head = dumps([self.stage, self.chunk, self.forwards, self.backwards, self.seconds, self.flags])
         total = hashlib.sha256(head.encode())
         for verdict in self.verdicts:
-            row = {**asdict(verdict), "adversarial": None}
-            total.update(dumps(row).encode())
+            row = {name: getattr(verdict, name) for name in _NAMES}
+            total.update(dumps({**row, "adversarial": None}).encode())
             total.update(verdict.adversarial or b"-")
         return total.hexdigest()
 
@@ -193,17 +198,19 @@ class Ledger:
                     raise _damaged(self._name, f"chunk {number} of stage {stage} does not match its sha256")
                 yield chunk
 
-    def fooled(self) -> list[tuple[int, int, int]]:
-        """Return position, label and what the model says of every fooling image, by position."""
+    def fooled(self) -> Iterator[tuple[int, int, int]]:
+        """Yield position, label and what the model says of every fooling image, by position."""
         query = "SELECT position, label, prediction FROM verdicts WHERE adversarial IS NOT NULL ORDER BY position"
         with _explained(self._name):
-            return self._db.execute(query).fetchall()
+            yield from self._db.execute(query)
 
     def adversarials(self) -> Iterator[bytes]:
         """Yield the float32 bytes of every fooling image, in the same order."""
-        query = "SELECT adversarial FROM verdicts WHERE adversarial IS NOT NULL ORDER BY position"
+        query = "SELECT rowid FROM verdicts WHERE adversarial IS NOT NULL ORDER BY position"
         with _explained(self._name):
-            yield from (row[0] for row in self._db.execute(query))
+            # One by one: to sort the images themselves SQLite would copy them all.
+            for row in array("q", (row for (row,) in self._db.execute(query))):
+                yield from self._db.execute("SELECT adversarial FROM verdicts WHERE rowid = ?", [row]).fetchone()
 
     def crafted(self, stage: int) -> Iterator[tuple[int, bool, bytes]]:
         """Yield position, whether the surrogates were fooled, and float32 bytes of a stage's images, in order."""
@@ -214,6 +221,13 @@ class Ledger:
         with _explained(self._name):
             for position, fooled, image in self._db.execute(query, [stage]):
                 yield position, bool(fooled), image
+
+    def image(self, stage: int, position: int) -> bytes:
+        """Return the float32 bytes of one of a stage's images."""
+        query = "SELECT adversarial FROM verdicts WHERE stage = ? AND position = ?"
+        with _explained(self._name):
+            (image,) = self._db.execute(query, [stage, position]).fetchone()
+        return bytes(image)
 
     def said(self, stage: int) -> list[tuple[int, int]]:
         """Return position and prediction of every row of a stage, in order."""

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
@@ -136,7 +136,7 @@ class Stage:
     seconds: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Outcome:
     """The verdict on one image.
 
@@ -258,11 +258,26 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """Return the record as report.json holds it, `format` first."""
+        return {"format": self.format, **json.loads(dumps(self._body()))}
+
+    def text(self) -> Iterator[str]:
+        """Yield the same as text, in pieces: the whole takes much memory where there are many images."""
+        yield f'{{\n  "format": {self.format}'
+        for name, value in sorted(self._body().items()):
+            yield f',\n  "{name}": '
+            if name == "verdicts":
+                yield "["
+                for number, verdict in enumerate(value):
+                    yield f"{',' if number else ''}\n    {dumps(verdict)}"
+                yield "\n  ]"
+            else:
+                yield dumps(json.loads(dumps(value)), indent=2).replace("\n", "\n  ")
+        yield "\n}\n"
+
+    def _body(self) -> dict[str, Any]:
         asked_for = {name for name in ("curve", "audit", "draws", "stopped") if getattr(self, name) is None}
         left_out = {"adversarial", "format"} | asked_for
-        kept = [f.name for f in fields(self) if f.name not in left_out]
-        body = {name: getattr(self, name) for name in kept}
-        return {"format": self.format, **json.loads(dumps(body))}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
 
     def with_curve(self, curve: Curve, flags: Sequence[Flag]) -> Report:
         """Return the same run with its curve, and what its search noticed."""
@@ -352,12 +367,12 @@ def stage_name(record: Mapping[str, Any]) -> str:
 
 def dumps(value: Any, *, indent: int | None = None) -> str:
     """Return canonical JSON: sorted keys at the inside, no NaN, dataclasses as objects, nothing else bent."""
+    return json.dumps(value, default=_encoded, sort_keys=indent is None, allow_nan=False, indent=indent)
 
-    def encode(thing: Any) -> Any:
-        if hasattr(thing, "__dataclass_fields__"):
-            return {f.name: getattr(thing, f.name) for f in fields(thing)}
-        if isinstance(thing, Mapping):
-            return dict(thing)
-        raise TypeError(f"{type(thing).__name__} is no JSON value")
 
-    return json.dumps(value, default=encode, sort_keys=indent is None, allow_nan=False, indent=indent)
+def _encoded(thing: Any) -> Any:
+    if hasattr(thing, "__dataclass_fields__"):
+        return {f.name: getattr(thing, f.name) for f in fields(thing)}
+    if isinstance(thing, Mapping):
+        return dict(thing)
+    raise TypeError(f"{type(thing).__name__} is no JSON value")

@@ -87,7 +87,7 @@ ADAPTERS = {
     "ray": {"engine/cluster.py"},
     "lightning_fabric": {"training/processes.py", "training/loop.py"},
     "timm": {"models/from_timm.py"},
-    "torchvision": {"models/from_torchvision.py", "data/vision.py", "data/files.py"},
+    "torchvision": {"models/from_torchvision.py", "data/vision.py", "data/files.py", "data/pictures.py"},
     "foolbox": {"attacks/foolbox.py"},
     "pyautoattack": {"attacks/autoattack.py"},
     "sklearn": {"data/digits.py"},

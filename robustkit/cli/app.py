@@ -51,7 +51,8 @@ def evaluate(
         str, typer.Argument(help="ARCH[@WEIGHTS][?mean=r,g,b&std=r,g,b&size=N&num_classes=K&defense=D]")
     ] = DEFAULT_MODEL,
     data: Annotated[
-        str | None, typer.Option(help="NAME[:SPLIT], folder:PATH or FILE.npz [default: digits:test]")
+        str | None,
+        typer.Option(help="NAME[:SPLIT], folder:PATH, webdataset:PATH or FILE.npz [default: digits:test]"),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first N images.")] = None,
     threat: Annotated[
@@ -229,7 +230,8 @@ def craft(
         typer.Option(metavar="CHOICE", help="Aim at a class: next, random or least-likely [default: any other]."),
     ] = None,
     data: Annotated[
-        str | None, typer.Option(help="NAME[:SPLIT], folder:PATH or FILE.npz [default: digits:test]")
+        str | None,
+        typer.Option(help="NAME[:SPLIT], folder:PATH, webdataset:PATH or FILE.npz [default: digits:test]"),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first N images.")] = None,
     threat: Annotated[
@@ -327,7 +329,9 @@ def matrix(
         str | None,
         typer.Option(metavar="CHOICE", help="Aim at a class: next, random or least-likely [default: any other]."),
     ] = None,
-    data: Annotated[str | None, typer.Option(help="NAME[:SPLIT], folder:PATH or FILE.npz.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="NAME[:SPLIT], folder:PATH, webdataset:PATH or FILE.npz.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first N images.")] = None,
     threat: Annotated[
         str | None, typer.Option(help="NORM:EPS, e.g. linf:8/255 [default: the data's usual one]")
@@ -369,7 +373,9 @@ def matrix(
 @app.command()
 def diversity(
     model: Annotated[str, typer.Argument(help="The run folder of an ensemble.")],
-    data: Annotated[str | None, typer.Option(help="NAME[:SPLIT], folder:PATH or FILE.npz.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="NAME[:SPLIT], folder:PATH, webdataset:PATH or FILE.npz.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first N images.")] = None,
     threat: Annotated[
         str | None, typer.Option(help="NORM:EPS, e.g. linf:8/255 [default: the data's usual one]")
@@ -417,7 +423,9 @@ def diversity(
 def _train(
     method: str,
     fields: dict[str, str],
-    data: Annotated[str, typer.Option(help="NAME[:SPLIT], folder:PATH or FILE.npz.")] = "digits:train",
+    data: Annotated[
+        str, typer.Option(help="NAME[:SPLIT], folder:PATH, webdataset:PATH or FILE.npz.")
+    ] = "digits:train",
     test: Annotated[
         str | None, typer.Option(metavar="DATA", help="Judge the result on it [default: the data's test split].")
     ] = None,
@@ -580,7 +588,9 @@ def export(
 @app.command()
 def doctor(
     model: Annotated[str | None, typer.Argument(help="The model; without one the machine is examined.")] = None,
-    data: Annotated[str | None, typer.Option(help="NAME[:SPLIT], folder:PATH or FILE.npz.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="NAME[:SPLIT], folder:PATH, webdataset:PATH or FILE.npz.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Look at the first N images [default: 64].")] = None,
     threat: Annotated[str | None, typer.Option(help="NORM:EPS [default: the data's usual one]")] = None,
     aggregator: Annotated[

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,7 @@ class ArraySource:
 
     array: npt.NDArray[Any]
     channels_last: bool
+    slow: ClassVar[bool] = False
 
     def read(self, rows: npt.NDArray[np.int64]) -> torch.Tensor:
         """Return those images, float32 (B, C, H, W), contiguous, newly allocated."""

@@ -80,6 +80,7 @@ CATALOG: dict[str, Entry] = {
             splits=("val", "train"),
         ),
         Entry("folder", "your images, one folder per class", "folder:PATH"),
+        Entry("webdataset", "your images in tar shards, each KEY.jpg or such with its KEY.cls", "webdataset:PATH"),
         Entry("npz", "your arrays: x (images), y (labels), optionally classes (names)", "PATH.npz"),
     )
 }

@@ -16,11 +16,11 @@ def load_data(
 ) -> Samples:
     """Return the samples that a data string names.
 
-    The order is fixed: that of the file for arrays; a fixed shuffle for `digits`, `imagenet` and
-    `folder:PATH`, whose own order is by class.
+    The order is fixed: that of the file for arrays; a fixed shuffle for `digits`, `imagenet`, `folder:PATH` and
+    `webdataset:SHARDS`, whose own order is, or may be, by class.
 
     Args:
-        string: `NAME[:SPLIT]`, `folder:PATH`, or a path that ends in `.npz`.
+        string: `NAME[:SPLIT]`, `folder:PATH`, `webdataset:SHARDS`, or a path that ends in `.npz`.
         root: where downloaded sets are; the default is $ROBUSTKIT_DATA, else ~/.cache/robustkit/data.
         download: fetch a set that is not there, where torchvision can.
         preprocess: how the model wants image files brought to one size; arrays are taken as they are.
@@ -31,6 +31,8 @@ def load_data(
     name, _, rest = string.partition(":")
     if name == "folder":
         return _folder(rest, preprocess)
+    if name == "webdataset":
+        return _webdataset(rest, root, preprocess)
     if string.lower().endswith(".npz"):
         from robustkit.data.npz import npz
 
@@ -73,6 +75,18 @@ def _folder(path: str, preprocess: Preprocess | None) -> Samples:
     return image_folder(place, f"folder:{place}", preprocess)
 
 
+def _webdataset(path: str, root: Path | None, preprocess: Preprocess | None) -> Samples:
+    from robustkit.data.shards import webdataset
+
+    if not path:
+        raise UsageError(
+            "'webdataset:' names no shards; write webdataset:PATH with a .tar file or a folder of them."
+        )
+    place = _absolute(path)
+    cache = (data_root() if root is None else _absolute(root)) / "index"
+    return webdataset(place, f"webdataset:{place}", preprocess, cache)
+
+
 def _unknown(string: str, name: str) -> UsageError:
     """Return the error for a string that is neither a known name nor a readable path."""
     file, npz, split = string.partition(".npz:")
@@ -83,6 +97,8 @@ def _unknown(string: str, name: str) -> UsageError:
     path = os.path.expanduser(string)
     if os.path.isdir(path):
         return UsageError(f"{string!r} is a folder; write folder:{string} if it holds one folder per class.")
+    if string.lower().endswith(".tar"):
+        return UsageError(f"{string!r} is a tar file by its name; write webdataset:{string} if it is a shard.")
     if os.path.exists(path):
         return UsageError(f"{string!r} is not an .npz file; write folder:PATH, or a path that ends in .npz.")
     return did_you_mean("data", name, CATALOG)

@@ -8,7 +8,7 @@ import tokenize
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,7 @@ from robustkit.errors import UsageError
 # Smaller members are read at once, which also checks their CRC; larger ones are mapped if not compressed.
 _MAP_FROM = 64 << 20
 # What a damaged, truncated, encrypted or oddly packed archive makes zipfile and numpy raise.
-_DAMAGE = (
+DAMAGE = (
     zipfile.BadZipFile,
     zlib.error,
     EOFError,
@@ -53,22 +53,26 @@ def npz(path: Path) -> Samples:
                     raise UsageError(
                         f"{path} has no {key!r}, it has {listed}; write x (images) and y (integer labels)."
                     )
-            images = _member(path, archive, "x")
-            labels = _member(path, archive, "y")
-            names = _member(path, archive, "classes") if "classes" in found else None
+            images = member(path, archive, "x")
+            labels = member(path, archive, "y")
+            names = member(path, archive, "classes") if "classes" in found else None
     except UsageError:
         raise
     except OSError as error:
         raise _unreadable(path, error) from error
-    except _DAMAGE as error:
+    except DAMAGE as error:
         raise _damaged(path) from error
     return array_samples(
         images, labels, str(path), channels_last=images.dtype == np.uint8, classes=_classes(path, names)
     )
 
 
-def _member(path: Path, archive: zipfile.ZipFile, key: str) -> npt.NDArray[Any]:
-    """Read or map one array of the archive."""
+def member(path: Path, archive: zipfile.ZipFile, key: str, mode: Literal["r", "c"] = "r") -> npt.NDArray[Any]:
+    """Read or map one array of the archive, in the mode of `numpy.memmap`.
+
+    Raises:
+        UsageError: if it holds Python objects; one of `DAMAGE` if the archive is not whole.
+    """
     info = archive.getinfo(f"{key}.npy")
     with archive.open(info) as stream:
         shape, fortran, dtype = _HEADERS[np.lib.format.read_magic(stream)](stream)
@@ -85,7 +89,7 @@ def _member(path: Path, archive: zipfile.ZipFile, key: str) -> npt.NDArray[Any]:
             flat = np.frombuffer(stream.read(), dtype=dtype)
             return flat.reshape(shape, order="F" if fortran else "C")
     return np.memmap(
-        path, dtype, mode="r", offset=_offset(path, info) + start, shape=shape, order="F" if fortran else "C"
+        path, dtype, mode=mode, offset=_offset(path, info) + start, shape=shape, order="F" if fortran else "C"
     )
 
 

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,12 @@ from robustkit.shapes import Images
 
 @runtime_checkable
 class Source(Protocol):
-    """Where the images of a set come from; rows are counted in the source's own order."""
+    """Where the images of a set come from; rows are counted in the source's own order.
+
+    `slow` is whether reading takes so long that it is worth doing ahead (`robustkit.data.ahead`).
+    """
+
+    slow: ClassVar[bool]
 
     def read(self, rows: npt.NDArray[np.int64]) -> torch.Tensor:
         """Return those images, float32 (B, C, H, W), contiguous, newly allocated."""

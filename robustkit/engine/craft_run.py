@@ -10,17 +10,21 @@ from pathlib import Path
 import numpy as np
 
 from robustkit.crafted import Craft, Forecast, Judgement, Point, Saved
+from robustkit.data.ahead import read_ahead
 from robustkit.engine import budgets, folder, lattice
 from robustkit.engine.crafting import Crafting
 from robustkit.engine.environment import environment
 from robustkit.engine.examples import arrays, evenly
 from robustkit.engine.nets import Net, gather, same_classes
 from robustkit.engine.progress import Progress
-from robustkit.engine.targets import Jury
+from robustkit.engine.targets import Jury, Stack
 from robustkit.engine.workshop import IMAGES, WITHOUT, Workshop
 from robustkit.errors import RunError, UsageError
 from robustkit.ledger import Ledger
 from robustkit.record import Rate
+
+# How many images are made PNG files at once.
+PACKED = 256
 
 
 def run_craft(
@@ -122,13 +126,12 @@ class _Job:
                 f"{asked:.0f} gradients of each surrogate did not reach all {most} nets of a run folder; give the "
                 "attack more steps, or +light(samples=K)"
             )
-        crafted = list(ledger.crafted(IMAGES))
         shape = tuple(self.samples.images([0]).shape[1:])
         rows = folder.Adversarials(
             np.arange(self.n, dtype=np.int64),
             self.samples.labels.astype(np.int64),
             shape,
-            lambda: iter([image for _, _, image in crafted]),
+            lambda: (image for _, _, image in ledger.crafted(IMAGES)),
         )
         if self.out is not None:
             folder.write_adversarial(self.out, rows)
@@ -153,7 +156,7 @@ class _Job:
             surrogates=[],
             targets=[],
             environment=surroundings,
-            adversarial=rows.arrays(),
+            adversarial=rows.arrays() if self.out is None else folder.read_adversarial(self.out),
         )
 
     # --- judging
@@ -221,7 +224,7 @@ class _Job:
             points.append(point)
         return self._keep(replace(record, budgets=points))
 
-    def _rate(self, jury: Jury, judged: Judgement, record: Craft, images: np.ndarray) -> Rate | None:
+    def _rate(self, jury: Jury, judged: Judgement, record: Craft, images: Stack) -> Rate | None:
         """Return the success of other images on a target judged before; None if it is no longer to be had."""
         net = next((one for one in self.targets if one.fingerprint == judged.fingerprint), None)
         if net is None:
@@ -235,9 +238,11 @@ class _Job:
         return Judgement.of(net.identity, record.labels, record.goals, said).rate
 
     def _png(self, record: Craft, place: Path) -> Craft:
-        adversarial = record.adversarial or folder.read_adversarial(self.out or place)
-        clean = self.samples.images(np.arange(self.n)).numpy()
-        images, largest = lattice.save(place, adversarial["x"], clean, record.labels, self.plan.threat)
+        found = (record.adversarial or folder.read_adversarial(self.out or place))["x"]
+        every = np.arange(self.n)
+        blocks = read_ahead(self.samples, np.split(every, every[PACKED::PACKED]))
+        pairs = ((found[at], x.numpy()) for at, x in blocks)
+        images, largest = lattice.save(place, pairs, record.labels, self.plan.threat)
         jury = self._jury(record.goals)
         rates = [self._rate(jury, judged, record, images) for judged in record.targets]
         return replace(record, png=Saved(str(place), largest, rates))

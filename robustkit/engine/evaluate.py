@@ -272,7 +272,7 @@ class Evaluation:
     def _finish(self, ledger: Ledger, worker: Worker, mode: list[Flag], out: Path | None) -> Report:
         tally, meter = worker.tally, worker.meter
         flags = [*worker.afterthoughts(), *mode]
-        fooled = np.array(ledger.fooled(), np.int64).reshape(-1, 3)
+        fooled = np.fromiter(ledger.fooled(), np.dtype((np.int64, 3)))
         counts = np.isin(fooled[:, 0], tally.scope)
         index, labels, predictions = fooled[counts].T
         shape = tuple(self.samples.images([0]).shape[1:])

@@ -30,7 +30,7 @@ def choose(index: np.ndarray, fell: np.ndarray, margins: np.ndarray) -> tuple[li
     The hardest fell to the latest stage, by the smallest margin; the easiest to the earliest, by the largest.
     `fell` and `margins` are of all images.
     """
-    order = sorted(index.tolist(), key=lambda at: (-fell[at], abs(margins[at]), at))
+    order = index[np.lexsort((index, np.abs(margins[index]), -fell[index]))].tolist()
     hardest = order[: min(EACH, (len(order) + 1) // 2)]
     easiest = order[len(hardest) :][::-1][:EACH]
     return hardest, easiest
@@ -61,7 +61,8 @@ def arrays(
         adversarial = torch.from_numpy(flat.reshape(clean.shape).copy())
         distances.append(threat.distance(adversarial, clean).numpy())
         for row in np.flatnonzero(np.isin(part, shown)).tolist():
-            pairs[int(part[row])] = clean[row], adversarial[row]
+            # A row alone would keep its whole block in memory.
+            pairs[int(part[row])] = clean[row].clone(), adversarial[row].clone()
     return {
         "index": rows.index,
         "distance": np.concatenate(distances),

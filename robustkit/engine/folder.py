@@ -17,6 +17,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from robustkit.crafted import Craft, CraftSpec, Matrix
+from robustkit.data import npz
 from robustkit.diverse import Diversity, DiversitySpec
 from robustkit.errors import RunError, UsageError
 from robustkit.record import Report, RunSpec, dumps
@@ -163,7 +164,9 @@ def write(path: Path, content: bytes) -> None:
 
 def write_report(path: Path, report: Report) -> None:
     """Write report.json, by which the run is finished."""
-    write(path / REPORT, (dumps(report.to_json(), indent=2) + "\n").encode())
+    with _draft(path / REPORT) as file:
+        for piece in report.text():
+            file.write(piece.encode())
 
 
 def read_diversity(path: Path) -> Diversity:
@@ -223,13 +226,17 @@ def write_adversarial(path: Path, rows: Adversarials) -> None:
 
 
 def read_adversarial(path: Path) -> dict[str, np.ndarray]:
-    """Return `index`, `x` and `y` of adversarial.npz; UsageError if it is damaged or absent."""
+    """Return `index`, `x` and `y` of adversarial.npz; UsageError if it is damaged or absent.
+
+    A large `x` is memory-mapped, for it may be larger than memory. What is written into it stays out of the file.
+    """
     try:
-        with np.load(path / ADVERSARIAL, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in ("index", "x", "y")}
+        with zipfile.ZipFile(path / ADVERSARIAL) as archive:
+            arrays = {name: npz.member(path / ADVERSARIAL, archive, name, "c") for name in ("index", "x", "y")}
+        return {name: array if array.flags.writeable else array.copy() for name, array in arrays.items()}
     except FileNotFoundError:
         raise UsageError(f"{path / ADVERSARIAL} is missing.") from None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, *npz.DAMAGE) as error:
         raise UsageError(f"{path / ADVERSARIAL} cannot be read: {error}.") from error
 
 

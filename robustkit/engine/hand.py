@@ -6,6 +6,7 @@ import pickle
 import time
 from collections.abc import Iterator
 from multiprocessing.connection import Client
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -68,7 +69,7 @@ def _work(brief: wire.Brief, link: Link, begun: float) -> None:
             rungs,
             brief.seed,
             brief.batch,
-            Outbox(link),
+            Outbox(link, source),
             Tally.of(len(samples), [rung.spec for rung in rungs]),
             Meter(model, device, brief.precision),
             Voice(link),
@@ -105,6 +106,8 @@ def _model(brief: wire.Brief, device: torch.device) -> Classifier:
 class Lent:
     """A `Source` of the images that the driver sends, for as long as they are in work."""
 
+    slow: ClassVar[bool] = False
+
     def __init__(self, first: np.ndarray) -> None:
         """Keep the first ones for good."""
         self.first, self.lent = first, dict[int, np.ndarray]()
@@ -120,15 +123,18 @@ class Lent:
 
 
 class Outbox:
-    """A sink whose ledger is the driver's."""
+    """A sink whose ledger is the driver's; images with a verdict are not kept."""
 
-    def __init__(self, link: Link) -> None:
+    def __init__(self, link: Link, source: Lent) -> None:
         """Send there."""
-        self.link = link
+        self.link, self.source = link, source
 
     def write(self, *chunks: Chunk) -> None:
         """Send chunks."""
         self.link.send(wire.Done(chunks))
+        for chunk in chunks:
+            for verdict in chunk.verdicts:
+                self.source.lent.pop(verdict.position, None)
 
 
 class Voice(Progress):
@@ -180,7 +186,8 @@ class Hand(Worker):
             self._receive(order.parcel)
             if self.rungs[order.stage - 1].view:
                 self.outlook  # noqa: B018  (seen before the first attack on a view)
-            self.block(order.stage, order.number, order.parcel.positions)
+            positions = order.parcel.positions
+            self.block(order.stage, order.number, positions, self.samples.images(positions))
         else:
             return  # asked to share when there was nothing left to
         self.source.lent.clear()

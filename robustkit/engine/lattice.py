@@ -10,7 +10,8 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
@@ -72,25 +73,39 @@ def quantised(adversarial: np.ndarray, clean: np.ndarray, threat: ThreatModel) -
     return whole
 
 
+@dataclass(frozen=True)
+class Pictures:
+    """The PNG files of a folder, read by their numbers as from an array (N C H W) of float32 in [0, 1]."""
+
+    place: Path
+
+    def __getitem__(self, at: np.ndarray) -> np.ndarray:
+        pixels = [_read(self.place / _name(index)) for index in at.tolist()]
+        found: np.ndarray = np.stack(pixels).astype(np.float32) / np.float32(LEVELS)
+        return found
+
+
 def save(
     place: Path,
-    adversarial: np.ndarray,
-    clean: np.ndarray,
+    blocks: Iterable[tuple[np.ndarray, np.ndarray]],
     labels: Sequence[int],
     threat: ThreatModel,
-) -> tuple[np.ndarray, int]:
-    """Write PNG files and labels.csv into a folder, read them again; return the images and the largest change.
+) -> tuple[Pictures, int]:
+    """Write PNG files and labels.csv into a folder, and read them again.
+
+    Args:
+        place: the folder.
+        blocks: adversarial images with the clean ones (B C H W), in order.
+        labels: the class of each.
+        threat: what a change has to stay within.
 
     Returns:
-        The re-read images, float32 (N C H W) in [0, 1], and the largest change of a pixel in levels.
+        The files, and the largest change of a pixel in levels.
 
     Raises:
         UsageError: for images that are neither grey nor of three colours, or a folder that cannot be used.
         RunError: if a file does not read back as it was written, or is outside the threat.
     """
-    if clean.shape[1] not in (1, 3):
-        raise UsageError(f"images of {clean.shape[1]} channels are no PNG files; leave --png out.")
-    whole = quantised(adversarial, clean, threat)
     try:
         place.mkdir(parents=True, exist_ok=True)
         foreign = [file.name for file in place.iterdir() if file.suffix != ".png" and file.name != LABELS]
@@ -103,18 +118,34 @@ def save(
     table = io.StringIO()
     rows = csv.writer(table, lineterminator="\n")
     rows.writerow(["file", "index", "label"])
-    again = np.empty_like(whole)
-    for index, image in enumerate(whole):
-        name = f"{index:06d}.png"
-        packed = io.BytesIO()
-        Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0)).save(packed, "png")
-        folder.write(place / name, packed.getvalue())
-        with Image.open(place / name) as file:
-            pixels = np.asarray(file)
-        again[index] = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
-        rows.writerow([name, index, labels[index]])
+    index, largest = 0, 0
+    for adversarial, clean in blocks:
+        if clean.shape[1] not in (1, 3):
+            raise UsageError(f"images of {clean.shape[1]} channels are no PNG files; leave --png out.")
+        whole = quantised(adversarial, clean, threat)
+        again = np.empty_like(whole)
+        for row, image in enumerate(whole):
+            name = _name(index)
+            packed = io.BytesIO()
+            Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0)).save(packed, "png")
+            folder.write(place / name, packed.getvalue())
+            again[row] = _read(place / name)
+            rows.writerow([name, index, labels[index]])
+            index += 1
+        change = again.astype(np.int64) - levels(clean)
+        if (again != whole).any() or (measure(change, threat.norm) > allowance(threat)).any():
+            raise RunError(f"the files in {place} do not read back within {threat}; is the disk damaged?")
+        largest = max(largest, int(np.abs(change).max()))
     folder.write(place / LABELS, table.getvalue().encode())
-    change = again.astype(np.int64) - levels(clean)
-    if (again != whole).any() or (measure(change, threat.norm) > allowance(threat)).any():
-        raise RunError(f"the files in {place} do not read back within {threat}; is the disk damaged?")
-    return again.astype(np.float32) / np.float32(LEVELS), int(np.abs(change).max())
+    return Pictures(place), largest
+
+
+def _name(index: int) -> str:
+    return f"{index:06d}.png"
+
+
+def _read(file: Path) -> np.ndarray:
+    """Return a file's pixels, uint8 (C H W)."""
+    with Image.open(file) as image:
+        pixels = np.asarray(image)
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)

@@ -14,6 +14,20 @@ from robustkit.record import Cost, Draws, Flag, Outcome, Rate, Report, RunSpec, 
 STANDS = np.iinfo(np.int64).max
 
 
+class Hashes:
+    """A sha256 in hex for each position, kept as 32 bytes."""
+
+    def __init__(self, n: int) -> None:
+        """Begin with noughts."""
+        self._bytes = np.zeros((n, 32), np.uint8)
+
+    def __getitem__(self, position: int) -> str:
+        return bytes(self._bytes[position]).hex()
+
+    def __setitem__(self, position: int, digest: str) -> None:
+        self._bytes[position] = np.frombuffer(bytes.fromhex(digest), np.uint8)
+
+
 @dataclass
 class Tally:
     """Counts over `n` samples. Stage 0 is the clean pass; a sample's `fell` is the stage that settled it.
@@ -40,7 +54,7 @@ class Tally:
         self.right = np.full(self.n, np.nan)
         self.once = np.zeros(self.n, bool)
         self.struck = np.zeros(self.n, bool)
-        self.images = [""] * self.n
+        self.images = Hashes(self.n)
         self.costs = [Cost(0, 0, 0.0) for _ in self.names]
         self.flags: dict[str, Flag] = {}
         self.passed: dict[str, Flag] = {}

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from robustkit.crafted import Judgement
+from robustkit.data.ahead import read_ahead
 from robustkit.data.samples import Samples
 from robustkit.engine.meter import Meter
 from robustkit.engine.nets import Net
@@ -19,6 +20,13 @@ from robustkit.shapes import Images
 from robustkit.threat import ThreatModel, per_row
 
 BATCH_SIZE = 256
+
+
+class Stack(Protocol):
+    """Images (N C H W) that are read where they lie, by positions; an array is one."""
+
+    def __getitem__(self, at: np.ndarray, /) -> np.ndarray:
+        """Return the images at these positions."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +40,7 @@ class Jury:
     device: torch.device
     batch: int = BATCH_SIZE
 
-    def judge(self, net: Net, adversarial: np.ndarray, *, floors: bool) -> Judgement:
+    def judge(self, net: Net, adversarial: Stack, *, floors: bool) -> Judgement:
         """Return what a net makes of all images (N C H W), with the floors if asked to."""
         asked: dict[str, Callable[[np.ndarray, Images], Images]] = {
             "clean": lambda at, x: x,
@@ -44,7 +52,7 @@ class Jury:
             asked["transplant"] = lambda at, x: self.transplant(adversarial, at, x)
         return Judgement.of(net.identity, self.samples.labels.tolist(), self.goals, self._ask(net, asked))
 
-    def predictions(self, net: Net, images: np.ndarray) -> list[int]:
+    def predictions(self, net: Net, images: Stack) -> list[int]:
         """Return the class that a net names for each image; -1 where its logits are not finite."""
         said: list[int] = self._ask(net, {"images": lambda at, x: self._there(images[at])})["images"]
         return said
@@ -56,7 +64,7 @@ class Jury:
         length = self.threat.distance(signs, torch.zeros_like(signs)).to(x)
         return self.threat.project(x + float(self.threat.eps) * signs / per_row(length, x), x)
 
-    def transplant(self, adversarial: np.ndarray, at: np.ndarray, x: Images) -> Images:
+    def transplant(self, adversarial: Stack, at: np.ndarray, x: Images) -> Images:
         """Return the images at these positions with the change that was made for the next one."""
         others = (at + 1) % len(self.samples)
         change = self._there(adversarial[others]) - self.samples.images(others).to(self.device)
@@ -68,11 +76,11 @@ class Jury:
         said: dict[str, list[int]] = {name: [] for name in asked}
         with evaluation_mode(model), threads(net.threads):
             meter.size_up(self.samples.images([0]).to(self.device), self.batch)
-            for begin in range(0, len(self.samples), self.batch):
-                at = np.arange(begin, min(begin + self.batch, len(self.samples)))
-                x = self.samples.images(at).to(self.device)
+            every = np.arange(len(self.samples))
+            for at, images in read_ahead(self.samples, np.split(every, every[self.batch :: self.batch])):
+                x = images.to(self.device)
                 for name, make in asked.items():
-                    with own_randomness(self.seed, "judge", name, begin):
+                    with own_randomness(self.seed, "judge", name, int(at[0])):
                         logits = meter.exact(make(at, x))
                     finite = logits.isfinite().all(1)
                     said[name] += torch.where(finite, logits.argmax(1), -1).tolist()

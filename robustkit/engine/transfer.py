@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from robustkit.crafted import Craft
@@ -48,11 +49,10 @@ def judge_more(
     return record
 
 
-def _check_inside(images: object, samples: Samples, threat: ThreatModel, path: Path) -> None:
-    x_adv = torch.as_tensor(images)
+def _check_inside(images: np.ndarray, samples: Samples, threat: ThreatModel, path: Path) -> None:
     for begin in range(0, len(samples), 256):
-        at = range(begin, min(begin + 256, len(samples)))
-        inside = threat.contains(x_adv[begin : begin + 256], samples.images(list(at)))
+        at = np.arange(begin, min(begin + 256, len(samples)))
+        inside = threat.contains(torch.from_numpy(images[at]), samples.images(at))
         if not bool(inside.all()):
             place = begin + int((~inside).nonzero()[0])
             raise UsageError(f"{path / folder.ADVERSARIAL}: the image at position {place} is not within {threat}.")

@@ -15,6 +15,7 @@ import torch
 from robustkit.checks.probe import Probe
 from robustkit.checks.run import DOUBTS, UNSTEADY, diagnose
 from robustkit.checks.strength import masked, scores_beat_gradients
+from robustkit.data.ahead import read_ahead
 from robustkit.data.samples import Samples
 from robustkit.engine.anytime import TimeUp
 from robustkit.engine.flight import Boarding, Flight, Landed
@@ -116,25 +117,26 @@ class Worker:
         """Settle those of these images that the model gets wrong as they are; run the checks if none has yet."""
         tally = self.tally
         self.progress.stage("clean", len(among), tally.robust, tally.n)
-        for number, positions in self._pending(0, among):
-            self._do(0, number, positions, self._clean_verdicts)
+        for number, positions, x in self._pending(0, among):
+            self._do(0, number, positions, x, self._clean_verdicts)
         if (0, CHECKING) not in tally.chunks:
-            self._do(0, CHECKING, np.arange(min(self.batch, CHECKED)), self._check)
+            first = np.arange(min(self.batch, CHECKED))
+            self._do(0, CHECKING, first, self.samples.images(first), self._check)
 
     def attack(self, stage: int, among: np.ndarray) -> None:
         """Run one attack over what still stands of these."""
         self._announce(stage, among)
         done = 0
-        for number, positions in self._pending(stage, among):
-            self.block(stage, number, positions, done)
+        for number, positions, x in self._pending(stage, among):
+            self.block(stage, number, positions, x, done)
             done += len(positions)
 
     def _announce(self, stage: int, among: np.ndarray) -> None:
         images = len(self.tally.waiting(stage, among))
         self.progress.stage(self.tally.names[stage], images, self.tally.robust, self.tally.n)
 
-    def block(self, stage: int, number: int, positions: np.ndarray, done: int = 0) -> None:
-        """Run one attack on these as the chunk of that number, `done` images after the stage's first."""
+    def block(self, stage: int, number: int, positions: np.ndarray, x: Images, done: int = 0) -> None:
+        """Run one attack on these images as the chunk of that number, `done` images after the stage's first."""
         rung = self.rungs[stage - 1]
         budget = getattr(rung.attack, "budget", None)
         expected = budget(self.meter.num_classes, self.threat.norm) if budget else None
@@ -148,7 +150,7 @@ class Worker:
             self.progress.advance(done + min(share, 0.99) * images, self.tally.robust)
 
         self.meter.on_forward = tick
-        self._do(stage, number, positions, verdicts)
+        self._do(stage, number, positions, x, verdicts)
         self.meter.on_forward = lambda forwards: None
 
     @cached_property
@@ -317,13 +319,13 @@ class Worker:
     def _gate(self, waiting: np.ndarray) -> Callable[[int], Boarding]:
         """Return what gives the next so many of these samples; images are read in larger blocks."""
         device = self.meter.device
-        blocks = iter(np.split(waiting, range(self.batch, len(waiting), self.batch)))
+        blocks = read_ahead(self.samples, np.split(waiting, range(self.batch, len(waiting), self.batch)))
         block, images = np.zeros(0, np.int64), torch.zeros(0)
 
         def board(free: int) -> Boarding:
             nonlocal block, images
-            while len(block) < free and (more := next(blocks, None)) is not None:
-                read = self.samples.images(more)
+            while len(block) < free and (following := next(blocks, None)) is not None:
+                more, read = following
                 self._check_images(more, image_hashes(read))
                 images = torch.cat([images, read]) if len(block) else read
                 block = np.concatenate([block, more])
@@ -421,12 +423,13 @@ class Worker:
                 parts.append((number, left))
         return parts
 
-    def _pending(self, stage: int, among: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield the stage's chunks one by one."""
-        done = 0
-        for number, part in self._parts(stage, among):
+    def _pending(self, stage: int, among: np.ndarray) -> Iterator[tuple[int, np.ndarray, Images]]:
+        """Yield number, positions and images of the stage's chunks one by one."""
+        done, parts = 0, self._parts(stage, among)
+        blocks = read_ahead(self.samples, [part for _, part in parts])
+        for (number, _), (part, x) in zip(parts, blocks, strict=True):
             self._on_time()
-            yield number, part
+            yield number, part, x
             done += len(part)
             self.progress.advance(done, self.tally.robust)
 
@@ -439,11 +442,12 @@ class Worker:
         stage: int,
         number: int,
         positions: np.ndarray,
+        x: Images,
         work: Work,
     ) -> None:
         """Do one chunk and write it down. Out of memory halves the piece and does the chunk again."""
         name = self.tally.names[stage]
-        x = self.samples.images(positions).to(self.meter.device)
+        x = x.to(self.meter.device)
         while True:
             forwards, backwards, begun = self.meter.forwards, self.meter.backwards, time.perf_counter()
             try:

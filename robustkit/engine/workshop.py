@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
+from robustkit.data.ahead import read_ahead
 from robustkit.engine.crafting import Crafting
 from robustkit.engine.ensemble import Ensemble, Storage
 from robustkit.engine.progress import Progress
@@ -111,27 +112,38 @@ class Workshop:
         self.progress.stage(name, self.n, self.n - fooled, self.n)
         self.progress.advance(len(done), self.n - fooled)
         with self.ensemble.at_rest(), own_randomness(self.plan.seed, "craft", stage):
+            blocks = self._blocks(waiting)
             while len(waiting):
-                at = waiting[: self.batch]
+                at, x = next(blocks)
                 try:
-                    chunk = self._chunk(stage, attack, surrogates, goals, at)
+                    chunk = self._chunk(stage, attack, surrogates, goals, at, x)
                 except (torch.OutOfMemoryError, MemoryError) as error:
                     if len(at) == 1:
                         raise RunError(NO_MEMORY) from error
                     self.batch = len(at) // 2
                     self.progress.say(f"out of memory: going on with {self.batch} images at a time")
+                    blocks = self._blocks(waiting)
                     continue
                 self.ledger.write(chunk)
                 waiting = waiting[len(at) :]
                 fooled += sum(verdict.fooled for verdict in chunk.verdicts)
                 self.progress.advance(self.n - len(waiting), self.n - fooled)
 
+    def _blocks(self, waiting: np.ndarray) -> Iterator[tuple[np.ndarray, Images]]:
+        return read_ahead(self.samples, np.split(waiting, range(self.batch, len(waiting), self.batch)))
+
     def _chunk(
-        self, stage: int, attack: Any, surrogates: Surrogates, goals: Sequence[int] | None, at: np.ndarray
+        self,
+        stage: int,
+        attack: Any,
+        surrogates: Surrogates,
+        goals: Sequence[int] | None,
+        at: np.ndarray,
+        x: Images,
     ) -> Chunk:
         device = self.plan.device
         begun, before = time.perf_counter(), self.ensemble.counts
-        x = self.samples.images(at).to(device)
+        x = x.to(device)
         labels = torch.from_numpy(self.samples.labels[at].astype(np.int64)).to(device)
         wanted = None if goals is None else torch.tensor([goals[place] for place in at], device=device)
         goal = Goal(labels, wanted)
@@ -169,10 +181,22 @@ class Workshop:
     def spend(self, attack: Any, goals: Sequence[int] | None) -> int:
         """Return the gradients that the first image costs."""
         with self.ensemble.at_rest(), own_randomness(self.plan.seed, "prices"):
-            return self._chunk(0, attack, self.surrogates(), goals, np.array([0])).backwards
+            first = np.array([0])
+            return self._chunk(0, attack, self.surrogates(), goals, first, self.samples.images(first)).backwards
 
-    def images(self, stage: int) -> np.ndarray:
-        """Return the images of a stage, (N C H W) as float32."""
-        shape = tuple(self.samples.images([0]).shape[1:])
-        blob = b"".join(image for _, _, image in self.ledger.crafted(stage))
-        return np.frombuffer(blob, np.float32).reshape(self.n, *shape)
+    def images(self, stage: int) -> Crafted:
+        """Return the images of a stage, which are left where they lie."""
+        return Crafted(self.ledger, stage, tuple(self.samples.images([0]).shape[1:]))
+
+
+@dataclass(frozen=True)
+class Crafted:
+    """The images of a stage of the ledger, read by their positions as from an array (N C H W) of float32."""
+
+    ledger: Ledger
+    stage: int
+    shape: tuple[int, ...]
+
+    def __getitem__(self, at: np.ndarray) -> np.ndarray:
+        blob = bytearray().join(self.ledger.image(self.stage, position) for position in at.tolist())
+        return np.frombuffer(blob, np.float32).reshape(len(at), *self.shape)

@@ -302,10 +302,10 @@ def test_out_of_memory_halves_the_batch(
     expected = run_craft(plan)
     original = Workshop._chunk
 
-    def tight(self: Any, stage: int, attack: Any, surrogates: Any, goals: Any, at: np.ndarray) -> Any:
+    def tight(self: Any, stage: int, attack: Any, surrogates: Any, goals: Any, at: np.ndarray, images: Any) -> Any:
         if len(at) > 6:
             raise MemoryError
-        return original(self, stage, attack, surrogates, goals, at)
+        return original(self, stage, attack, surrogates, goals, at, images)
 
     monkeypatch.setattr(Workshop, "_chunk", tight)
     found = run_craft(plan)

@@ -73,19 +73,20 @@ def test_files_read_back(channels: int, tmp_path: Path) -> None:
     clean = np.random.default_rng(0).integers(0, 256, (4, channels, 5, 7)).astype(np.float32) / np.float32(255)
     threat = ThreatModel.parse("linf:8/255")
     adversarial = np.clip(clean + np.float32(0.02), 0, 1)
-    images, largest = save(tmp_path / "png", adversarial, clean, [3, 1, 4, 1], threat)
-    assert (levels(images) == quantised(adversarial, clean, threat)).all()
+    parts = [(adversarial[:3], clean[:3]), (adversarial[3:], clean[3:])]
+    images, largest = save(tmp_path / "png", parts, [3, 1, 4, 1], threat)
+    assert (levels(images[np.arange(4)]) == quantised(adversarial, clean, threat)).all()
     assert largest == 5
     assert (tmp_path / "png" / LABELS).read_text().splitlines()[:2] == ["file,index,label", "000000.png,0,3"]
     assert len(list((tmp_path / "png").glob("*.png"))) == 4
-    save(tmp_path / "png", adversarial, clean, [3, 1, 4, 1], threat)  # again, over its own files
+    save(tmp_path / "png", parts, [3, 1, 4, 1], threat)  # again, over its own files
 
 
 def test_what_is_no_picture_or_no_place(tmp_path: Path) -> None:
     threat = ThreatModel.parse("linf:8/255")
     two = np.zeros((1, 2, 5, 7), np.float32)
-    with pytest.raises(UsageError, match="2 channels"):
-        save(tmp_path / "png", two, two, [0], threat)
     (tmp_path / "thesis.tex").write_text("precious")
     with pytest.raises(UsageError, match=r"thesis\.tex"):
-        save(tmp_path, two[:, :1], two[:, :1], [0], threat)
+        save(tmp_path, [(two[:, :1], two[:, :1])], [0], threat)
+    with pytest.raises(UsageError, match="2 channels"):
+        save(tmp_path / "png", [(two, two)], [0], threat)

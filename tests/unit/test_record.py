@@ -78,6 +78,7 @@ def test_reports_go_to_json_and_back():
     assert json.dumps(again.to_json(), allow_nan=False) == text
     assert next(iter(body)) == "format"
     assert body["format"] == FORMAT
+    assert list(json.loads("".join(report.text())).items()) == list(body.items())
     assert body["verdicts"][0]["attack"] is None
     assert body["spec"]["suite"][0]["steps"] == 40
 
