@@ -25,6 +25,7 @@ from robustkit.isolation import evaluation_mode, own_randomness, threads
 from robustkit.ledger import Ledger
 from robustkit.registry import Rung
 from robustkit.rows import RowWise
+from robustkit.shapes import Images
 
 # The first images are as many as a quarter of the time is enough for, at so many passes each, within these ends.
 TYPICAL = 100
@@ -121,9 +122,9 @@ class Scout(Worker):
         self.progress.end = self.end
         self.progress.rest()
 
-    def _do(self, stage: int, number: int, positions: np.ndarray, work: Work) -> None:
+    def _do(self, stage: int, number: int, positions: np.ndarray, x: Images, work: Work) -> None:
         begun = self.progress.clock()
-        super()._do(stage, number, positions, work)
+        super()._do(stage, number, positions, x, work)
         if work == self._check:
             self.checking += self.progress.clock() - begun
 
@@ -159,11 +160,11 @@ class Scout(Worker):
             self.backwards[part.position] += backwards
             self.passes[part.position] += [self.meter.calls - self.boarded[at] for at in part.position.tolist()]
 
-    def block(self, stage: int, number: int, positions: np.ndarray, done: int = 0) -> None:
+    def block(self, stage: int, number: int, positions: np.ndarray, x: Images, done: int = 0) -> None:
         """Run one attack on these; each image's costs are taken to be the same."""
         self.reached = max(self.reached, stage)
         before = self.meter.counts
-        super().block(stage, number, positions, done)
+        super().block(stage, number, positions, x, done)
         forwards, backwards, calls = self.meter.counts - before
         self.forwards[positions] += round(forwards / len(positions))
         self.backwards[positions] += round(backwards / len(positions))
