@@ -100,15 +100,16 @@ def launch(device: torch.device, devices: int, precision: str, work: Callable[[F
             plugins=LightningEnvironment() if found is None else TorchElasticEnvironment(),
         )
         try:
-            said: str = fabric.launch(_begin, work, torch.get_num_threads())
+            # A launcher has given each process its cores; new ones share this one's.
+            threads = torch.get_num_threads() // (devices if found is None else 1)
+            said: str = fabric.launch(_begin, work, max(threads, 1))
         except ProcessRaisedException as error:
             raise _reason(error) from error
     return said
 
 
 def _begin(fabric: Fabric, work: Callable[[Fabric], str], threads: int) -> str:
-    if fabric.world_size > 1:
-        torch.set_num_threads(max(threads // fabric.world_size, 1))
+    torch.set_num_threads(threads)
     return work(fabric)
 
 
