@@ -118,7 +118,7 @@ def distance(one: Path, other: Path) -> float:
 @pytest.mark.slow
 def test_dverge_of_two_members_has_one_curve(tmp_path: Path) -> None:
     """On digits: within 1e-4 with the data shared, and the same bytes with members apart, checkpoint and all."""
-    words = {"method": "dverge", "members": 2, "limit": 480, "epochs": 6, "batch_size": 48, "lr": 0.2}
+    words = {"method": "dverge", "members": 2, "limit": 480, "epochs": 6, "batch_size": 48, "lr": 0.1}
     test = load_data("digits:test").head(40)
     train(**words, test=test, out=tmp_path / "one")  # type: ignore[arg-type]
     shared = [{**words, "out": str(tmp_path / kind), "parallel": kind} for kind in ("data", "members")]
