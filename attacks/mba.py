@@ -90,7 +90,8 @@ def flatten(net: nn.Module, batch: Batch, flatness: float, radius: float) -> Non
     """Turn a net's gradients g into g + flatness (g' - g) / radius, g' taken at weights moved along g."""
     weights = [weight for weight in net.parameters() if weight.grad is not None]
     before = [weight.detach().clone() for weight in weights]
-    plain = [weight.grad.clone() for weight in weights if weight.grad is not None]
+    # The step is the whole batch's; what is averaged over its parts afterwards is linear in both gradients.
+    plain = batch.peers.mean([weight.grad.clone() for weight in weights if weight.grad is not None])
     with torch.no_grad():
         size = torch.stack([gradient.square().sum() for gradient in plain]).sum().sqrt()
         for weight, gradient in zip(weights, plain, strict=True):

@@ -78,6 +78,10 @@ class DVERGE(Method):
         at_least(name, 1, steps=self.steps, adversarial_steps=self.adversarial_steps)
         below(name, 1, baseline=self.baseline)
 
+    def divides(self) -> bool:
+        """Return that members learn from images, which processes can exchange."""
+        return True
+
     def optimizer(self, parameters: Iterable[nn.Parameter], plan: Plan) -> torch.optim.Optimizer:
         """Return SGD with momentum."""
         return torch.optim.SGD(parameters, lr=plan.lr, momentum=0.9, weight_decay=self.weight_decay)
@@ -91,23 +95,23 @@ class DVERGE(Method):
         if batch.step < inner.plain_steps(self.baseline, plan):
             return Method.backward(self, nets, batch, plan)
         with inner.statistics(nets, self.statistics):
-            distilled = self.distilled(nets, batch, plan)
+            distilled = batch.peers.exchanged(self.distilled(nets, batch, plan))
             attacked = [self._attacked(net, batch) for net in nets] if self.adversarial else []
         weight = self._weight(batch)
         total = batch.x.new_zeros(())
-        for number, net in enumerate(nets):
-            others = [x for other, x in enumerate(distilled) if other != number]
+        for place, net in enumerate(nets):
+            others = [x for other, x in enumerate(distilled) if other != batch.peers.first + place]
             loss = sum((_mean(net(x), batch.y, weight) for x in others), start=batch.x.new_zeros(()))
             if self.clean:
                 loss = loss + self.clean * F.cross_entropy(net(batch.x), batch.y)
             if attacked:
-                loss = loss + self.adversarial * F.cross_entropy(net(attacked[number]), batch.y)
+                loss = loss + self.adversarial * F.cross_entropy(net(attacked[place]), batch.y)
             loss.backward()  # type: ignore[no-untyped-call]
             total = total + loss.detach()
         return total / len(nets)
 
     def distilled(self, nets: Sequence[nn.Module], batch: Batch, plan: Plan) -> list[Images]:
-        """Return each member's distilled images (B C H W), made with the weights as they are."""
+        """Return each of these nets' distilled images (B C H W), made with the weights as they are."""
         if batch.partners is None:
             raise UsageError(f"{self.info.name} needs pairs of images; give its batches partners.")
         return [
@@ -122,7 +126,9 @@ class DVERGE(Method):
                 inertia=self.inertia,
                 start=inner.in_ball(batch, f"start{number}") if self.random_start else None,
             )
-            for number, (net, layer) in enumerate(zip(nets, self.layers(nets, batch, plan), strict=True))
+            for number, (net, layer) in enumerate(
+                zip(nets, self.layers(nets, batch, plan), strict=True), batch.peers.first
+            )
         ]
 
     def layers(self, nets: Sequence[nn.Module], batch: Batch, plan: Plan) -> list[int | str]:
@@ -141,10 +147,12 @@ class DVERGE(Method):
         )
 
     def _weight(self, batch: Batch) -> Tensor:
-        """Return the weight of each pair (B): 0 for those that are left out."""
+        """Return the weight of each pair (B): 0 for those that are left out; on average 1 over the whole batch."""
         if not self.distinct or batch.partner_labels is None:
             return torch.ones_like(batch.y, dtype=torch.float32)
-        return (batch.y != batch.partner_labels).float()
+        apart = (batch.y != batch.partner_labels).float()
+        (share,) = batch.peers.mean([apart.mean()])
+        return apart / torch.where(share > 0, share, 1)
 
 
 @method("dverge+at", paper="arXiv:2009.14720")
@@ -170,6 +178,5 @@ class DVERGEAT(DVERGE):
 
 
 def _mean(logits: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
-    """Return the mean cross-entropy over the rows that weigh 1; 0 if none does."""
-    each = F.cross_entropy(logits, labels, reduction="none")
-    return (weight * each).sum() / weight.sum().clamp(min=1)
+    """Return the weighted mean of the cross-entropy."""
+    return (weight * F.cross_entropy(logits, labels, reduction="none")).mean()

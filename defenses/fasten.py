@@ -74,6 +74,10 @@ class FASTEN(Method):
         at_least(name, 0, weight_decay=self.weight_decay)
         below(name, 1, baseline=self.baseline)
 
+    def divides(self) -> bool:
+        """Return that members learn from images, which processes can exchange."""
+        return True
+
     def remembers(self) -> bool:
         """Return whether steps go on from the last epoch's."""
         return self.reuse
@@ -91,11 +95,11 @@ class FASTEN(Method):
         if batch.step < inner.plain_steps(self.baseline, plan):
             return Method.backward(self, nets, batch, plan)
         with inner.statistics(nets, self.statistics):
-            moved = self.moved(nets, batch, plan)
-        places = self._places(batch, len(nets))
+            moved = batch.peers.exchanged(self.moved(nets, batch, plan))
+        places = self._places(batch, len(moved))
         total = batch.x.new_zeros(())
-        for number, net in enumerate(nets):
-            logits = net(moved[(number + places) % len(nets)])
+        for number, net in enumerate(nets, batch.peers.first):
+            logits = net(moved[(number + places) % len(moved)])
             loss = F.cross_entropy(logits, batch.y)
             if self.consistency:
                 with torch.no_grad():
@@ -106,11 +110,11 @@ class FASTEN(Method):
         return total / len(nets)
 
     def moved(self, nets: Sequence[nn.Module], batch: Batch, plan: Plan) -> list[Images]:
-        """Return each member's images (B C H W), made with the weights as they are."""
+        """Return each of these nets' images (B C H W), made with the weights as they are."""
         layers = inner.layers(nets, batch, plan, self.layer, self.draw, f"{self.info.name}/layer")
         return [
             self._moved(net, batch, layer, number)
-            for number, (net, layer) in enumerate(zip(nets, layers, strict=True))
+            for number, (net, layer) in enumerate(zip(nets, layers, strict=True), batch.peers.first)
         ]
 
     def _moved(self, net: nn.Module, batch: Batch, layer: int | str, member: int) -> Images:

@@ -126,6 +126,10 @@ class MultiRes(Method):
             std=std or (1.0,),
         )
 
+    def divides(self) -> bool:
+        """Return that members have nothing to do with each other."""
+        return True
+
     def optimizer(self, parameters: Iterable[nn.Parameter], plan: Plan) -> torch.optim.Optimizer:
         """Return Adam; weights without a gradient stay as they are."""
         return torch.optim.Adam(parameters, lr=plan.lr)
@@ -135,7 +139,7 @@ class MultiRes(Method):
         epochs = min(max(round(self.probing * plan.epochs), 1), plan.epochs - 1)
         part = BACKBONE if batch.step < (plan.epochs - epochs) * plan.steps_per_epoch else PROBES
         total = batch.x.new_zeros(())
-        for number, net in enumerate(nets):
+        for number, net in enumerate(nets, batch.peers.first):
             one = self_ensemble(net)
             x = self._attacked(net, one, batch, number) if part == BACKBONE and self.attack != "none" else batch.x
             with one.answering(part, _draw(batch, f"stack{number}")):

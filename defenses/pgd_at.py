@@ -57,6 +57,10 @@ class PGDAT(Method):
         at_least(self.info.name, 1, steps=self.steps)
         below(self.info.name, 1, momentum=self.momentum)
 
+    def divides(self) -> bool:
+        """Return whether every member has images of its own."""
+        return not self.joint
+
     def optimizer(self, parameters: Iterable[nn.Parameter], plan: Plan) -> torch.optim.Optimizer:
         """Return SGD with momentum."""
         return torch.optim.SGD(parameters, lr=plan.lr, momentum=self.momentum, weight_decay=self.weight_decay)

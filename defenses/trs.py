@@ -64,12 +64,16 @@ class TRS(Method):
         losses, slopes = inner.sloped(nets, batch.x, batch.y)
         _, steep = inner.sloped(nets, self._steepest(nets, batch, plan), batch.y)
         apart = inner.cosines(slopes).abs().mean()
-        loss = losses.sum() + self.scale * (self.similarity * apart + self.smoothness * _length(steep).mean())
+        # Gradients are of a mean over images, of which a part of the batch has so many times fewer.
+        length = _length(steep).mean() / batch.peers.parts
+        loss = losses.sum() + self.scale * (self.similarity * apart + self.smoothness * length)
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach() / len(nets)
 
     def _steepest(self, nets: Sequence[nn.Module], batch: Batch, plan: Plan) -> Images:
-        half = len(batch.x) // 2
+        peers = batch.peers
+        # How many of these images are in the first half of the whole batch.
+        half = len(range(peers.part, len(batch.x) * peers.parts // 2, peers.parts))
         epoch = batch.step // plan.steps_per_epoch
         eps = self.eps_start + (self.eps_end - self.eps_start) * epoch / plan.epochs
         threat = Linf(Fraction(eps))

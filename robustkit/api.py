@@ -301,6 +301,7 @@ def train(
     precision: str = "auto",
     device: str | torch.device = "auto",
     devices: int = 1,
+    parallel: str = "data",
     out: str | Path | None = None,
     progress: TrainProgress | None = None,
 ) -> Trained:
@@ -324,7 +325,8 @@ def train(
         seed: of every random number.
         precision: `fp32` or `bf16`; `auto` is bf16 on a GPU that has it.
         device: where to train; `auto` is CUDA where there is one.
-        devices: how many of them, with a process each.
+        devices: how many of them on this host, with a process each; under torchrun or srun it is theirs to say.
+        parallel: what processes share: `data`, each batch, or `members`, of methods whose members divide.
         out: the run's folder, by default `runs/METHOD-ID`; the same call resumes there, or returns what is there.
         progress: who to tell on the way.
 
@@ -353,6 +355,7 @@ def train(
         seed=seed,
         device=pick_device(device),
         devices=devices,
+        parallel=parallel,
     )
     folder = Path(out) if out is not None else Path("runs") / f"{plan.method.info.name}-{plan.spec.run_id}"
     return plan.run(folder, progress)

@@ -51,7 +51,7 @@ def _normalises(part: nn.Module) -> bool:
 def layers(
     nets: Sequence[nn.Module], batch: Batch, plan: Plan, layer: str, draw: str, stream: str
 ) -> list[int | str]:
-    """Return the layer of each member at a step: a function of the seed and the step alone, so it resumes.
+    """Return the layer of each of these nets at a step: a function of the seed and the step alone, so it resumes.
 
     `layer` is a number, a module's name, or `random`: drawn for each `epoch`, `batch` or `member` (`draw`), the
     same for all members as a share of their depths, which are equal in one architecture.
@@ -63,7 +63,9 @@ def layers(
             check_layer(net, fixed, count)
         return [fixed] * len(nets)
     time = batch.step // plan.steps_per_epoch if draw == "epoch" else batch.step
-    who = torch.arange(len(nets)) if draw == "member" else torch.zeros(len(nets), dtype=torch.int64)
+    who = batch.peers.first + torch.arange(len(nets))
+    if draw != "member":
+        who = torch.zeros_like(who)
     words = RowRng(plan.seed, stream, who, step=time).uniform(1)[:, 0].tolist()
     return [1 + int(word * count) for word, count in zip(words, depths, strict=True)]
 

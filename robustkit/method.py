@@ -68,6 +68,29 @@ class Plan:
 
 
 @dataclass(frozen=True)
+class Peers:
+    """A run's processes as a method sees them: each has a part of every batch, or some of the members. Here: one.
+
+    Attributes:
+        part: the batch is the images `part`, `part + parts`, `part + 2 parts` … of the whole one.
+        parts: into how many the whole batch is dealt.
+        first: the number among all members of the first of the nets that `backward` is given.
+    """
+
+    part: int = 0
+    parts: int = 1
+    first: int = 0
+
+    def mean(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Return the means over the parts of a batch, detached; of what is no mean over images by itself."""
+        return [tensor.detach() for tensor in tensors]
+
+    def exchanged(self, made: Sequence[Tensor]) -> list[Tensor]:
+        """Return what every member of the run made, in their order, given what one's own nets did."""
+        return list(made)
+
+
+@dataclass(frozen=True)
 class Batch:
     """The images of one step, as they are after augmentation.
 
@@ -80,6 +103,7 @@ class Batch:
         partner_labels: (B), theirs.
         memory: (B members C H W) int8, of a method that `remembers` only: -1, 0 or 1 for each pixel, 0 where
             nothing is known. `backward` writes into it what the image is to come with the next time.
+        peers: the other processes.
     """
 
     x: Images
@@ -89,6 +113,7 @@ class Batch:
     partners: Images | None = None
     partner_labels: Labels | None = None
     memory: Tensor | None = None
+    peers: Peers = Peers()
 
 
 class Method:
@@ -129,6 +154,13 @@ class Method:
     def remembers(self) -> bool:
         """Return whether each image has a sign for each pixel and member from one epoch to the next."""
         return False
+
+    def divides(self) -> bool:
+        """Return whether members may be in different processes: `backward` is then given some of them.
+
+        It tells them apart by `batch.peers.first` and has of the others what `batch.peers.exchanged` returns.
+        """
+        return type(self).backward is Method.backward
 
     def around(
         self,
@@ -174,7 +206,7 @@ class Method:
         """Add the gradient of the loss to every net's parameters; return the loss, averaged over nets, detached.
 
         Nets are in train mode, with empty gradients, and take images on [0, 1]. A mean over the batch is expected:
-        processes average their gradients.
+        processes with parts of it average their gradients, and `batch.peers` has what other sums need.
         """
         total = torch.stack([F.cross_entropy(net(batch.x), batch.y) for net in nets]).sum()
         total.backward()  # type: ignore[no-untyped-call]

@@ -85,7 +85,7 @@ ALLOWED: dict[str, set[str]] = {
 # Only these may name the packages that are slow to import or belong to one adapter.
 ADAPTERS = {
     "ray": {"engine/cluster.py"},
-    "lightning_fabric": {"training/processes.py", "training/loop.py"},
+    "lightning_fabric": {f"training/{name}.py" for name in ("processes", "loop", "shares")},
     "timm": {"models/from_timm.py"},
     "torchvision": {"models/from_torchvision.py", "data/vision.py", "data/files.py", "data/pictures.py"},
     "foolbox": {"attacks/foolbox.py"},

@@ -38,6 +38,7 @@ def train(
     precision: str,
     device: str,
     devices: int,
+    parallel: str,
     out: Path | None,
     data_root: Path | None,
     download: bool,
@@ -61,6 +62,7 @@ def train(
         seed=seed,
         device=pick_device(device),
         devices=devices,
+        parallel=parallel,
     )
     folder = out or Path("runs") / f"{method}-{plan.spec.run_id}"
     record = plan.run(folder, TrainDisplay())

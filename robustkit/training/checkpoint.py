@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ class Course:
         seconds: of training, over all sittings.
         history: facts of each finished epoch.
         tally: propagations.
+        counted: those that all processes know of, forwards and backwards.
     """
 
     loss: Tensor
@@ -39,6 +40,7 @@ class Course:
     seconds: float = 0.0
     history: list[dict[str, Any]] = field(default_factory=list)
     tally: Tally = field(default_factory=Tally)
+    counted: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,22 @@ class Parts:
     optimizers: Sequence[torch.optim.Optimizer]
     averages: Sequence[dict[str, Tensor]]
     memory: Memory | None = None
+
+    def state(self, member: int) -> dict[str, Any]:
+        """Return all that is a member's own."""
+        average = self.averages[member] if self.averages else {}
+        return {
+            "net": self.nets[member].state_dict(),
+            "optimizer": self.optimizers[member].state_dict(),
+            "average": average,
+        }
+
+    def take(self, member: int, state: Mapping[str, Any]) -> None:
+        """Put what is a member's own in its place."""
+        self.nets[member].load_state_dict(state["net"])
+        self.optimizers[member].load_state_dict(state["optimizer"])
+        if self.averages:
+            self.averages[member].update(state["average"])
 
 
 def save(folder: Path, course: Course, parts: Parts) -> None:
@@ -71,17 +89,20 @@ def save(folder: Path, course: Course, parts: Parts) -> None:
     write(folder / FILE, stream.getvalue())
 
 
-def load(folder: Path, course: Course, parts: Parts) -> bool:
-    """Take up a checkpoint, in place; return whether there is one.
+def read(folder: Path) -> bytes | None:
+    """Return the checkpoint's bytes; None if there is none."""
+    path = folder / FILE
+    return path.read_bytes() if path.is_file() else None
+
+
+def load(content: bytes, folder: Path, course: Course, parts: Parts) -> None:
+    """Take up a checkpoint, in place.
 
     Raises:
         UsageError: if it cannot be read.
     """
-    path = folder / FILE
-    if not path.is_file():
-        return False
     try:
-        body = torch.load(path, map_location=course.loss.device, weights_only=True)
+        body = torch.load(io.BytesIO(content), map_location=course.loss.device, weights_only=True)
         for net, state in zip(parts.nets, body["nets"], strict=True):
             net.load_state_dict(state)
         for optimizer, state in zip(parts.optimizers, body["optimizers"], strict=True):
@@ -92,9 +113,8 @@ def load(folder: Path, course: Course, parts: Parts) -> bool:
             parts.memory.packed.copy_(body["memory"])
     # A damaged file fails in as many ways as there are bytes.
     except Exception as error:
-        raise UsageError(f"{path} cannot be read: delete it to begin again.") from error
+        raise UsageError(f"{folder / FILE} cannot be read: delete it to begin again.") from error
     course.step, course.kept, course.seconds = body["step"], body["kept"], body["seconds"]
     course.loss = body["loss"]
     course.history = json.loads(body["history"])
-    course.tally.forwards, course.tally.backwards = body["forwards"], body["backwards"]
-    return True
+    course.counted = course.tally.forwards, course.tally.backwards = body["forwards"], body["backwards"]

@@ -111,10 +111,9 @@ class Epoch:
         return cls(images, plan, number, order, moves, augmentation)
 
     def batch(self, place: int, part: int = 0, parts: int = 1) -> Batch:
-        """Return the batch at a place of the epoch, or one of several equal parts of it."""
-        size = self.plan.batch_size // parts
-        start = place * self.plan.batch_size + part * size
-        rows = self.order[start : start + size]
+        """Return the batch at a place of the epoch, or one of several equal parts, dealt out image by image."""
+        start = place * self.plan.batch_size
+        rows = self.order[start : start + self.plan.batch_size][part::parts]
         step = self.number * self.plan.steps_per_epoch + place
         rng = RowRng(self.plan.seed, "method", rows, step=step)
         batch = Batch(as_images(self.moved(self.images.pixels[rows], rows)), self.images.labels[rows], rng, step)

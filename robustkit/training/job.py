@@ -23,6 +23,7 @@ class Job:
         archs: of each member, complete and normalised (`robustkit.training.nets`).
         train: on the CPU.
         test: on the CPU, if there is any.
+        parallel: how processes share the run, one of `robustkit.training.shares.CHOICES`.
         folder: of the run.
         progress: who to tell.
     """
@@ -33,5 +34,6 @@ class Job:
     archs: tuple[ModelString, ...]
     train: ImageSet
     test: ImageSet | None
+    parallel: str
     folder: Path
     progress: TrainProgress

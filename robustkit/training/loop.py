@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections.abc import Iterator
@@ -13,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from robustkit.errors import RunError
-from robustkit.method import Plan
+from robustkit.method import Peers, Plan
 from robustkit.posterior import Draft
+from robustkit.trained import RECORD
 from robustkit.training import augment, averages, checkpoint, diversity
 from robustkit.training.checkpoint import Course, Parts
 from robustkit.training.finish import KEPT, compare, finish, judge
@@ -22,9 +22,9 @@ from robustkit.training.images import Epoch
 from robustkit.training.job import Job
 from robustkit.training.memory import Memory
 from robustkit.training.metrics import MISSING, Metrics
-from robustkit.training.nets import Member, build, net_of
-from robustkit.training.processes import average, gathered, synchronised
+from robustkit.training.nets import Member, build
 from robustkit.training.progress import TrainProgress
+from robustkit.training.shares import Share
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -35,10 +35,14 @@ SAVE_EVERY = 60.0
 LOOKS = 20
 
 
-def work(fabric: Fabric, job: Job) -> None:
-    """Train in one process: from the beginning or the last checkpoint to the files of a finished run."""
-    with _generators(fabric.device):
-        Sitting(fabric, job).run()
+def work(fabric: Fabric, job: Job) -> str:
+    """Train in one process, from the beginning or the last checkpoint; return the finished run's record."""
+    first, record = fabric.global_rank == 0, job.folder / RECORD
+    if not fabric.broadcast(first and record.is_file()):
+        with _generators(fabric.device):
+            Sitting(fabric, job).run()
+    text: str = fabric.broadcast(record.read_text(encoding="utf-8") if first else "")
+    return text
 
 
 class Sitting:
@@ -51,7 +55,8 @@ class Sitting:
         self.images = job.train.to(fabric.device)
         self.test = None if job.test is None else job.test.to(fabric.device)
         self.course = Course(loss=torch.zeros((), device=fabric.device))
-        self.members = [self._member(number, fabric.world_size) for number in range(job.plan.members)]
+        self.share = Share.of(job.parallel, fabric, job.plan.members)
+        self.members = [self._member(number, self.share) for number in range(job.plan.members)]
         nets = [member.net for member in self.members]
         weights = [[weight for weight in net.parameters() if weight.requires_grad] for net in nets]
         plans = [own_plan(job.plan, number) for number in range(job.plan.members)]
@@ -61,10 +66,12 @@ class Sitting:
             averages=[averages.start(net) for net in nets] if job.spec.ema else [],
             memory=Memory.of(self.images, job.plan.members) if job.method.remembers() else None,
         )
-        self.resumed = checkpoint.load(job.folder, self.course, self.parts)
-        fabric.barrier()
-        # Of several processes one writes and speaks.
+        # Of several processes one reads, writes and speaks: not every host sees what is new in a folder at once.
         self.first = fabric.global_rank == 0
+        left = fabric.broadcast(checkpoint.read(job.folder) if self.first else None)
+        self.resumed = left is not None
+        if left is not None:
+            checkpoint.load(left, job.folder, self.course, self.parts)
         self.progress = job.progress if self.first else TrainProgress()
 
     def run(self) -> None:
@@ -88,15 +95,14 @@ class Sitting:
             if metrics is not None:
                 metrics.close()
             self.progress.close()
-        self.fabric.barrier()
 
     def _finish(self) -> None:
         """Write what a finished run leaves, in the first process alone."""
         members = self.members
         if self.method.posterior:
             # Samples pass through a net that waits for no other process and counts as one.
-            members = [self._member(0, 1)]
-        _reseed(_seed(self.plan.seed, self.plan.steps, 0), self.fabric.device)
+            members = [self._member(0, Peers())]
+            members[0].begin(self.plan.steps)
         finish(self.job, members, self.parts, self.course, self.images, self.test)
 
     def _epoch(self) -> dict[str, Any]:
@@ -111,9 +117,11 @@ class Sitting:
             self._step(epoch, place)
             now = time.perf_counter()
             course.seconds = before + now - begun
-            if now - saved > SAVE_EVERY and self.first and place + 1 < plan.steps_per_epoch:
+            if self.share.agreed(now - saved > SAVE_EVERY, place) and place + 1 < plan.steps_per_epoch:
                 self._mean_loss(place + 1)
-                checkpoint.save(self.job.folder, course, self.parts)
+                self.share.collect(course, self.parts)
+                if self.first:
+                    checkpoint.save(self.job.folder, course, self.parts)
                 saved = now
         loss = self._mean_loss(plan.steps_per_epoch)
         course.loss = torch.zeros_like(course.loss)
@@ -127,6 +135,7 @@ class Sitting:
             "images_per_second": (plan.steps_per_epoch - start) * plan.batch_size / seconds,
             "seconds": course.seconds,
         }
+        self.share.collect(course, self.parts)
         if self.first:
             if self.test is not None and _looks(number + 1, plan.epochs):
                 facts |= judge(self.members, self.parts, self.test)
@@ -138,23 +147,26 @@ class Sitting:
         return facts
 
     def _step(self, epoch: Epoch, place: int) -> None:
-        plan, method, course = self.plan, self.method, self.course
-        step, fabric = course.step, self.fabric
-        batch = epoch.batch(place, fabric.global_rank, fabric.world_size)
+        plan, method, course, share = self.plan, self.method, self.course, self.share
+        step = course.step
+        batch = replace(epoch.batch(place, share.part, share.parts), peers=share)
         memory, rows = self.parts.memory, batch.rng.ids
         if memory is not None:
             batch = replace(batch, memory=memory.read(epoch, rows))
-        _reseed(_seed(plan.seed, step, fabric.global_rank), fabric.device)
-        for optimizer in self.parts.optimizers:
+        own = [self.members[number] for number in share.own]
+        optimizers = [self.parts.optimizers[number] for number in share.own]
+        for member, optimizer in zip(own, optimizers, strict=True):
+            member.begin(step)
             optimizer.zero_grad(set_to_none=True)
-        loss = method.backward(self.members, batch, plan)
-        course.loss += average(self.parts.nets, loss, fabric)
+        loss = method.backward(own, batch, plan)
+        course.loss += share.settle([member.net for member in own], loss)
         if memory is not None and batch.memory is not None:
-            memory.write(epoch, gathered(rows, fabric), gathered(batch.memory, fabric))
-        for optimizer in self.parts.optimizers:
+            memory.write(epoch, *share.remembered(rows, batch.memory))
+        for optimizer in optimizers:
             method.update(optimizer, step, plan)
-        for running, net in zip(self.parts.averages, self.parts.nets, strict=False):
-            averages.advance(running, net, self.job.spec.ema)
+        if self.parts.averages:
+            for number in share.own:
+                averages.advance(self.parts.averages[number], self.parts.nets[number], self.job.spec.ema)
         course.step += 1
         if method.keeps(step, plan):
             if self.first:
@@ -173,15 +185,14 @@ class Sitting:
             )
         return loss
 
-    def _member(self, number: int, processes: int) -> Member:
-        """Return a member as it begins, for so many processes together."""
+    def _member(self, number: int, peers: Peers) -> Member:
+        """Return a member as it begins, which sees its process's part of each batch."""
         plan, fabric = self.plan, self.fabric
         sample = self.job.train.at(slice(0, 2))
         classifier = build(self.job.archs[number], plan.seed + number, sample, plan.classes, self.method)
-        if processes > 1:
-            classifier.net = synchronised(net_of(classifier), fabric)
         classifier = classifier.to(fabric.device).to(memory_format=torch.channels_last).train()
-        return Member(classifier, self.course.tally, fabric.autocast, processes).train()
+        seed = plan.seed + number
+        return Member(classifier, self.course.tally, fabric.autocast, seed, peers.part, peers.parts).train()
 
 
 def own_plan(plan: Plan, member: int) -> Plan:
@@ -191,18 +202,6 @@ def own_plan(plan: Plan, member: int) -> Plan:
 
 def _looks(epoch: int, epochs: int, most: int = LOOKS) -> bool:
     return epoch == epochs or epoch % math.ceil(epochs / most) == 0
-
-
-def _seed(seed: int, step: int, rank: int) -> int:
-    digest = hashlib.sha256(f"{seed}/torch/{step}/{rank}".encode()).digest()
-    return int.from_bytes(digest[:8], "little", signed=True)
-
-
-def _reseed(seed: int, device: torch.device) -> None:
-    """Set the generators that nets with dropout draw from: `torch.manual_seed` takes as long as a small step."""
-    torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        torch.cuda.manual_seed(seed)
 
 
 @contextmanager

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,6 +23,7 @@ from robustkit.models.strings import ENSEMBLE, FOLDER, TIMM, TORCHVISION, ZOO, M
 from robustkit.noise import Noise, drawn
 from robustkit.registry import spec as record_of
 from robustkit.shapes import Images, Logits
+from robustkit.training.whole import Whole
 
 USUAL = {
     "digits": "robustkit:digits-cnn",
@@ -39,21 +41,32 @@ class Tally:
 
 
 class Member(nn.Module):
-    """A classifier in the run's precision, whose propagations are counted; `net` is the net itself."""
+    """A classifier in the run's precision, whose propagations are counted; `net` is the net itself.
+
+    In train mode what it draws from torch's generator is a function of `seed`, the step and how many passes came
+    before in it: the same numbers whatever the other members do, and in which process.
+    """
 
     def __init__(
         self,
         classifier: Classifier,
         tally: Tally | None = None,
         autocast: Callable[[], AbstractContextManager[None]] | None = None,
-        weight: int = 1,
+        seed: int = 0,
+        part: int = 0,
+        parts: int = 1,
     ) -> None:
-        """Wrap a classifier; each row counts `weight` times, as it does on one of so many processes."""
+        """Wrap a classifier that sees one of so many parts of each batch."""
         super().__init__()
         self.classifier = classifier
         self.tally = tally or Tally()
         self.autocast = autocast
-        self.weight = weight
+        self.seed, self.part, self.parts = seed, part, parts
+        self.begin(0)
+
+    def begin(self, step: int) -> None:
+        """Begin a step."""
+        self.step, self.passes = step, 0
 
     @property
     def net(self) -> nn.Module:
@@ -62,10 +75,10 @@ class Member(nn.Module):
 
     def forward(self, images: Images) -> Logits:
         """Return float32 logits of images on [0, 1]. A pass that ends at a layer counts as a whole one."""
-        rows = len(images) * self.weight
+        rows = len(images) * self.parts
         self.tally.forwards += rows
         try:
-            with nullcontext() if self.autocast is None else self.autocast():
+            with self._pass(images):
                 logits: Tensor = self.classifier(images)
         except Reached:
             if images.requires_grad and images.is_leaf:
@@ -74,6 +87,19 @@ class Member(nn.Module):
         if logits.requires_grad:
             logits.register_hook(lambda gradient: self._back(rows))  # type: ignore[no-untyped-call]
         return logits
+
+    @contextmanager
+    def _pass(self, images: Images) -> Iterator[None]:
+        """Let the net draw its own numbers, train on the whole batch, and compute in the run's precision."""
+        if self.training:
+            reseed(f"{self.seed}/torch/{self.step}/{self.passes}", images.device)
+            self.passes += 1
+        shared = self.training and self.parts > 1
+        with (
+            nullcontext() if self.autocast is None else self.autocast(),
+            Whole(self.part, self.parts, len(images)) if shared else nullcontext(),
+        ):
+            yield
 
     def _back(self, rows: int) -> None:
         self.tally.backwards += rows
@@ -84,6 +110,14 @@ def net_of(classifier: Classifier) -> nn.Module:
     if not isinstance(classifier.net, nn.Module):
         raise TypeError(f"{classifier.string} is no module")
     return classifier.net
+
+
+def reseed(text: str, device: torch.device) -> None:
+    """Set the generators that nets draw from: `torch.manual_seed` takes as long as a small step."""
+    seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little", signed=True)
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
 
 
 def usual_arch(data: str) -> str:

@@ -21,7 +21,7 @@ from robustkit.models.fingerprint import combined_sha256
 from robustkit.models.strings import ModelString, joined
 from robustkit.registry import spec as record_of
 from robustkit.trained import RECORD, Trained, TrainSpec
-from robustkit.training import augment, nets, processes
+from robustkit.training import augment, nets, processes, shares
 from robustkit.training.images import ImageSet, check_room
 from robustkit.training.job import Job
 from robustkit.training.loop import work
@@ -47,7 +47,8 @@ class Training:
         precision: auto, fp32 or bf16.
         seed: of every random number.
         device: where to train.
-        devices: how many of them, each with a process of its own.
+        devices: how many of them on each host, each with a process of its own.
+        parallel: what processes share, `data` or `members` (`robustkit.training.shares`).
     """
 
     method: Method
@@ -64,6 +65,7 @@ class Training:
     precision: str = "auto"
     seed: int = 0
     devices: int = 1
+    parallel: str = shares.DATA
 
     def __post_init__(self) -> None:
         """Refuse what cannot be trained, before any image is read."""
@@ -71,11 +73,7 @@ class Training:
             raise UsageError(f"method {self.method!r}: write one of robustkit list methods, e.g. 'standard'.")
         if not 0 <= self.seed < 2**63:
             raise UsageError(f"seed {self.seed}: write a whole number from 0 to 2**63 - 1.")
-        parts = processes.count(self.devices)
-        if parts < 1 or self.plan.batch_size % parts:
-            raise UsageError(
-                f"--batch-size {self.plan.batch_size} does not divide among {parts} processes; write a multiple."
-            )
+        shares.check(self.parallel, processes.count(self.device, self.devices), self.method, self.plan)
         if not 0 <= self.ema < 1:
             raise UsageError(f"--ema {self.ema:g} must be from 0 to below 1, e.g. 0.999.")
         if self.ema and self.method.posterior:
@@ -181,25 +179,29 @@ class Training:
             UsageError: if the folder holds another run or cannot be written.
             RunError: if training diverges, or a process fails.
         """
-        progress = progress or TrainProgress()
-        spec = self.spec
-        # Of the processes that torchrun started one holds the folder.
-        with open_for_writing(folder, spec) if processes.rank() == 0 else nullcontext():
-            if not (folder / RECORD).is_file():
-                job = Job(
-                    spec=spec,
-                    method=self.method,
-                    plan=self.plan,
-                    archs=self.strings,
-                    train=self.images,
-                    test=None if self.test is None else ImageSet.read(self.test),
-                    folder=folder,
-                    progress=progress,
-                )
-                processes.launch(self.device, self.devices, spec.precision, partial(work, job=job))
-            else:
+        spec, alone = self.spec, processes.alone()
+        # Of the processes that a launcher started one holds the folder, and tells the others.
+        first = processes.rank() == 0
+        progress = progress if progress and first else TrainProgress()
+        with open_for_writing(folder, spec) if first else nullcontext():
+            finished = first and (folder / RECORD).is_file()
+            if finished:
                 progress.say(f"{spec.run_id} is finished; this is its record")
-        return read_trained(folder)
+            if finished and alone:
+                return read_trained(folder)
+            job = Job(
+                spec=spec,
+                method=self.method,
+                plan=self.plan,
+                archs=self.strings,
+                train=self.images,
+                test=None if self.test is None else ImageSet.read(self.test),
+                parallel=self.parallel,
+                folder=folder,
+                progress=progress,
+            )
+            text = processes.launch(self.device, self.devices, spec.precision, partial(work, job=job))
+        return Trained.from_json(json.loads(text))
 
 
 def _origin(starts: Sequence[Classifier]) -> dict[str, Any]:

@@ -47,7 +47,8 @@ def specs(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
 
     def instead(plan: Training, folder: Path, progress: object) -> None:
-        found.append({**json.loads(dumps(plan.spec)), "folder": str(folder), "devices": plan.devices})
+        shared = (plan.devices, plan.parallel)
+        found.append({**json.loads(dumps(plan.spec)), "folder": str(folder), "shared": shared})
         raise UsageError("asked for")
 
     monkeypatch.setattr(Training, "run", instead)
@@ -94,14 +95,15 @@ def test_train_alone_works(
 
 def test_every_flag_reaches_the_spec(specs: list[dict[str, Any]]) -> None:
     words = [word for pair in FLAGS.items() for word in pair]
-    run(["train", "standard", *words, "--devices", "2", "--out", "there"])
+    run(["train", "standard", *words, "--devices", "2", "--parallel", "members", "--out", "there"])
     (spec,) = specs
     assert spec["data"]["n"] == 40
     assert spec["arch"]["string"].startswith("robustkit:cifar-resnet20?")
     assert spec["test"]["string"] == "digits:test"
     expected = {"epochs": 7, "batch_size": 8, "lr": 0.025, "members": 3, "ema": 0.5, "seed": 5}
     assert {name: spec[name] for name in expected} == expected
-    assert (spec["augment"], spec["precision"], spec["folder"], spec["devices"]) == ("crop", "bf16", "there", 2)
+    assert (spec["augment"], spec["precision"], spec["folder"]) == ("crop", "bf16", "there")
+    assert spec["shared"] == (2, "members")
 
 
 def test_the_page_has_the_command_that_trains_it_again(specs: list[dict[str, Any]]) -> None:
@@ -124,7 +126,7 @@ def test_every_field_of_a_method_is_a_flag(
     text = capsys.readouterr().out
     value = make_method(name)
     shared = {"data", "test", "arch", "limit", "epochs", "batch_size", "lr", "members", "ema", "augment", "seed"}
-    shared |= {"precision", "device", "devices", "out", "data_root", "download", "json", "debug"}
+    shared |= {"precision", "device", "devices", "parallel", "out", "data_root", "download", "json", "debug"}
     for field in registry.catalog("method")[name].fields:
         assert field.name not in shared
         flag = f"--{field.name.replace('_', '-')}"
