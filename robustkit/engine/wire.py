@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from robustkit.engine.nets import Net
+from robustkit.engine.shipping import Parcelled
 from robustkit.engine.table import Table
 from robustkit.ledger import Chunk
 from robustkit.record import Flag
@@ -36,13 +38,11 @@ class Parcel:
 class Brief:
     """All that a worker has to know before its first order.
 
-    The model is loaded by its `string`, or from `pickled`; `images` (16 at most) are to try it on.
+    `images` (16 at most) are to try the model on.
     """
 
     number: int
-    string: str
-    fingerprint: str
-    pickled: bytes | None
+    model: Parcelled
     device: str
     threads: int
     precision: str
@@ -56,6 +56,48 @@ class Brief:
     random: bool
     data: str
     labels: np.ndarray
+    images: np.ndarray
+
+
+@dataclass(frozen=True)
+class CraftBrief:
+    """All that a worker of a craft run has to know before its first order.
+
+    `nets` are the surrogates without their models, which are in `models` where they are to be loaded all at once;
+    `held` is whether their graphs may be, too. `ways` is how they are run, as the driver chose it; `pool` are the
+    images that others may be mixed with.
+    """
+
+    number: int
+    nets: Sequence[Net]
+    models: Sequence[Parcelled] | None
+    held: bool
+    ways: Mapping[str, Any]
+    device: str
+    threads: int
+    threat: str
+    attack: str
+    combine: str
+    weights: Sequence[float] | None
+    seed: int
+    batch: int
+    data: str
+    labels: np.ndarray
+    pool: np.ndarray
+
+
+Briefing = Brief | CraftBrief
+
+
+@dataclass(frozen=True)
+class Make:
+    """An order: craft images of one stage, on some of the surrogates (None: all), towards goals by position."""
+
+    stage: int
+    attack: Any
+    members: Sequence[int] | None
+    goals: Mapping[int, int] | None
+    positions: np.ndarray
     images: np.ndarray
 
 
@@ -90,6 +132,11 @@ class Boarded:
 @dataclass(frozen=True)
 class Split:
     """A request: give some of those aboard to another worker. The answer is `Given`, or nothing at the end."""
+
+
+@dataclass(frozen=True)
+class Came:
+    """A worker has come, and waits for its `Briefing`."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +195,7 @@ class Idle:
 
 @dataclass(frozen=True)
 class Failed:
-    """A worker cannot go on, for this reason; `usage` is whether the request is at fault."""
+    """A worker cannot go on with this run, for this reason; `usage` is whether the request is at fault."""
 
     reason: str
     usage: bool
