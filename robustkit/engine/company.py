@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from typing import TYPE_CHECKING
 
-from robustkit.engine import wire
+from robustkit.engine import files, wire
 from robustkit.engine.hiring import Hiring
 from robustkit.engine.progress import Progress
 from robustkit.engine.wire import Gone, Link
@@ -121,6 +121,9 @@ class Company:
                 continue
             if isinstance(message, wire.Said):
                 self.progress.say(f"worker {member.number}: {message.text}")
+                continue
+            if isinstance(message, wire.Need):
+                member.tell(files.answer(message.path, message.whole))
                 continue
             if isinstance(message, wire.Ready):
                 self._welcome(member)

@@ -31,7 +31,7 @@ def work(brief: wire.Brief, link: Link) -> object:
     begun = time.perf_counter()
     torch.set_num_threads(brief.threads)
     device = torch.device(brief.device)
-    model = brief.model.unpack(device)
+    model = brief.model.unpack(device, link.ask)
     source = Lent(brief.images)
     samples = Samples(brief.data, brief.labels, None, source, np.arange(len(brief.labels)))
     threat = ThreatModel.parse(brief.threat)

@@ -23,11 +23,11 @@ def work(brief: wire.CraftBrief, link: Link) -> object:
     begun = time.perf_counter()
     torch.set_num_threads(brief.threads)
     device = torch.device(brief.device)
-    models = [model.unpack(device).requires_grad_(False) for model in brief.models or ()]
-    nets = [
-        replace(net, model=models[number] if models else None, threads=brief.threads)
-        for number, net in enumerate(brief.nets)
-    ]
+    nets = []
+    for net, model in zip(brief.nets, brief.models, strict=True):
+        here = model.unpack(device, link.ask).requires_grad_(False)
+        # One that is not to stay is loaded again when it is asked, from where it was found.
+        nets.append(replace(net, model=here if brief.loaded else None, string=here.string, threads=brief.threads))
     source = Lent(brief.pool)
     plan = Crafting(
         nets=nets,
@@ -40,7 +40,7 @@ def work(brief: wire.CraftBrief, link: Link) -> object:
         device=device,
         batch_size=brief.batch,
     )
-    storage = Storage(loaded=bool(models), held=brief.held)
+    storage = Storage(loaded=brief.loaded, held=brief.held)
     bench = Bench(plan, Voice(link))
     bench.keep(Ensemble(nets, device, storage, brief.combine, brief.weights), brief.ways)
     link.send(wire.Ready(time.perf_counter() - begun))

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from robustkit.engine.files import Sent
 from robustkit.engine.nets import Net
 from robustkit.engine.shipping import Parcelled
 from robustkit.engine.table import Table
@@ -63,14 +64,15 @@ class Brief:
 class CraftBrief:
     """All that a worker of a craft run has to know before its first order.
 
-    `nets` are the surrogates without their models, which are in `models` where they are to be loaded all at once;
-    `held` is whether their graphs may be, too. `ways` is how they are run, as the driver chose it; `pool` are the
-    images that others may be mixed with.
+    `nets` are the surrogates without their models, which are in `models`; `loaded` is whether all of them are
+    in memory at once, `held` whether their graphs are, too. `ways` is how they are run, as the driver chose it;
+    `pool` are the images that others may be mixed with.
     """
 
     number: int
     nets: Sequence[Net]
-    models: Sequence[Parcelled] | None
+    models: Sequence[Parcelled]
+    loaded: bool
     held: bool
     ways: Mapping[str, Any]
     device: str
@@ -137,6 +139,14 @@ class Split:
 @dataclass(frozen=True)
 class Came:
     """A worker has come, and waits for its `Briefing`."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """A worker lacks a file of its brief's models, and waits for a `Sent` of its hash, or of the whole."""
+
+    path: str
+    whole: bool
 
 
 @dataclass(frozen=True)
@@ -227,6 +237,13 @@ class Link:
             return self.connection.poll()
         except (EOFError, OSError) as error:
             raise Gone from error
+
+    def ask(self, path: str, whole: bool) -> Sent:
+        """Return what the driver says of a file of its; called while it gives no orders."""
+        self.send(Need(path, whole))
+        while not isinstance(found := self.receive(), Sent):
+            pass
+        return found
 
     def close(self) -> None:
         """End it; the other side will notice."""

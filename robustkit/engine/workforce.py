@@ -49,7 +49,7 @@ class Workforce(Workshop):
 
     def _briefing(self) -> Callable[[Hiring, int], wire.CraftBrief]:
         plan, storage = self.plan, self.ensemble.storage
-        models = [_parcelled(net, plan) for net in plan.nets] if storage.loaded else None
+        models = [_parcelled(net, plan) for net in plan.nets]
         pool = self.samples.images(np.arange(min(POOL, self.n))).numpy()
 
         def brief(hiring: Hiring, number: int) -> wire.CraftBrief:
@@ -57,6 +57,7 @@ class Workforce(Workshop):
                 number=number,
                 nets=[replace(net, model=None) for net in plan.nets],
                 models=models,
+                loaded=storage.loaded,
                 held=storage.held,
                 ways=self.ensemble.ways,
                 device=hiring.device(plan.device, number),
@@ -115,4 +116,4 @@ def _parcelled(net: Net, plan: Crafting) -> Parcelled:
     """Return a surrogate packed for workers; only one from Python is needed itself."""
     if net.string.startswith("python:"):
         return Parcelled.of(net.load(plan.device))
-    return Parcelled(net.string, net.fingerprint, None)
+    return Parcelled.named(net.string, net.fingerprint)
