@@ -10,7 +10,7 @@ from rich.console import Console
 from robustkit.cli.progress import Display
 from robustkit.cli.report import write_page
 from robustkit.cli.subject import BUILT_IN, Subject, usual_of_norm, usual_threat
-from robustkit.cli.sweep import Ends, sweep
+from robustkit.cli.sweep import Ends, shortened, sweep
 from robustkit.engine.anytime import Limits
 from robustkit.engine.evaluate import Evaluation
 from robustkit.engine.folder import PAGE
@@ -80,7 +80,7 @@ def evaluate(
         raise UsageError(f"both a model, {model}, and a list of models; write it into {models} instead.")
     if data is None:
         raise UsageError("no data for the list of models; write --data, e.g. --data cifar10:test.")
-    entries, usual = read_models(models), threat or str(usual_threat(data))
+    entries, usual = shortened(read_models(models)), threat or str(usual_threat(data))
     parse_suite(suite, usual.partition(":")[0])
     id = sweep_id(data=data, limit=limit, threat=usual, suite=suite, seed=seed)
     made = Sweep(entries, lambda entry: plan(entry.string, usual), workers, ray)

@@ -82,30 +82,48 @@ class Display(Progress):
 
 
 class Board(Display):
-    """Shows of each model of a list that is at work what `Display` shows of one, on a line of its own."""
+    """Shows several runs that are at work: a live line for each, or all in one plain line every 30 seconds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.under_way: dict[str, str] = {}
 
     def of(self, name: str) -> Progress:
-        """Return what shows the model of that name."""
+        """Return what shows the run of that name."""
         return Lane(self, name)
+
+    def note(self, name: str, text: str) -> None:
+        """Keep how far a run is, to be said when it is time."""
+        self.under_way[name] = text
+        if time.monotonic() - self.spoke >= SILENCE:
+            self.spoke = time.monotonic()
+            self.say("; ".join(self.under_way.values()))
 
 
 class Lane(Display):
-    """One model's line of a `Board`."""
+    """One run's line of a `Board`."""
 
-    def __init__(self, board: Board, name: str) -> None:
+    def __init__(self, board: Board, run: str) -> None:
         super().__init__()
-        self.board, self.model = board, name
+        self.board, self.run = board, run
 
     def say(self, text: str) -> None:  # noqa: D102
-        self.board.say(f"{self.model}: {text}")
+        self.board.say(f"{self.run}: {text}")
 
     def title(self, name: str) -> str:  # noqa: D102
-        return f"{self.model}  {name}"
+        return f"{self.run}  {name}"
 
     def line(self) -> tuple[Bar | None, TaskID]:  # noqa: D102
         return self.board.line()
 
+    def advance(self, done: float, robust: int) -> None:  # noqa: D102
+        if self.bar is not None:
+            super().advance(done, robust)
+        elif done:
+            self.board.note(self.run, f"{self.title(self.name)}: {done:.0f} of {self.images} images")
+
     def close(self) -> None:  # noqa: D102
+        self.board.under_way.pop(self.run, None)
         if self.bar is not None:
             self.bar.remove_task(self.task)
             self.bar = None

@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from robustkit.cli import DONE, FAILED, USAGE
 from robustkit.cli.output import save, wide_console
 from robustkit.cli.progress import Board
 from robustkit.cli.report import write_page
-from robustkit.engine.sweep import Sweep
+from robustkit.engine.sweep import Entry, Sweep
 from robustkit.errors import RobustkitError, RunError
 from robustkit.report.leaderboard import Leaderboard, show
 from robustkit.report.standings import page
 from robustkit.report.table import percent
+from robustkit.report.transfer import short_names
 
 RECORD, PAGE = "leaderboard.json", "leaderboard.html"
 
@@ -37,6 +38,14 @@ class Ends:
             least = percent(self.fail_under or 0.0)
             print(f"{whose}robust accuracy {percent(rate)} is below --fail-under {least}", file=sys.stderr)
         return int(bool(below))
+
+
+def shortened(entries: Sequence[Entry]) -> list[Entry]:
+    """Return the entries with names that fit a table where the list gives none."""
+    given = {entry.name for entry in entries if entry.name != entry.string}
+    strings = [entry.string for entry in entries if entry.name == entry.string]
+    short = {string: name for string, name in zip(strings, short_names(strings), strict=True) if name not in given}
+    return [replace(entry, name=short.get(entry.name, entry.name)) for entry in entries]
 
 
 def sweep(plan: Sweep, id: str, folder: Path, ends: Ends) -> int:
@@ -65,4 +74,5 @@ def sweep(plan: Sweep, id: str, folder: Path, ends: Ends) -> int:
         runs = [folder / row.folder for row in board.rows[:2]]
         following = f"compare {runs[0]} {runs[1]}" if len(runs) > 1 else f"verify {runs[0]}"
         show(board, wide_console(), folder / PAGE if ends.with_page else None, f"robustkit {following}")
-    return code or ends.judge([(row.name, row.robust_accuracy.value) for row in board.rows])
+    below = ends.judge([(row.name, row.robust_accuracy.value) for row in board.rows])
+    return code or below

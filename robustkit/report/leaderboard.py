@@ -14,7 +14,6 @@ from robustkit.errors import UsageError
 from robustkit.record import FORMAT, Flag, Rate, Report, dumps
 from robustkit.report.compare import compare
 from robustkit.report.table import interval, percent
-from robustkit.report.transfer import short_names
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,6 @@ class Leaderboard:
             found,
             key=lambda one: (-one[2].robust_accuracy.value, -one[2].clean_accuracy.value, one[0]),
         )
-        names = _names([name for name, _, _ in order])
         above: list[Report | None] = [None, *(report for _, _, report in order)]
         first = order[0][2]
         return cls(
@@ -112,12 +110,9 @@ class Leaderboard:
                     forwards_per_image=report.cost.forwards / report.n,
                     flags=report.flags,
                 )
-                for name, before, (_, folder, report) in zip(names, above, order, strict=False)
+                for before, (name, folder, report) in zip(above, order, strict=False)
             ],
-            failed=[
-                Failure(name, model, reason)
-                for name, (_, model, reason) in zip(_names([one[0] for one in failed]), failed, strict=True)
-            ],
+            failed=[Failure(*one) for one in failed],
             environment=first.environment,
         )
 
@@ -125,12 +120,6 @@ class Leaderboard:
         """Return the record as leaderboard.json holds it, `format` first."""
         body = json.loads(dumps(self))
         return {"format": body.pop("format"), **body}
-
-
-def _names(names: Sequence[str]) -> list[str]:
-    """Return names that fit a table: those given in the list as they are, model strings shortened."""
-    shorter = short_names(names)
-    return [short if ":" in name or "/" in name else name for name, short in zip(names, shorter, strict=True)]
 
 
 def _behind(above: Report, report: Report) -> Behind | None:
