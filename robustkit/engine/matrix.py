@@ -96,11 +96,14 @@ class Grid:
 
             works = [partial(work, number=number) for number in range(len(runs))]
             rows = []
-            for row in Bureau(works, hire(self.workers, self.ray), progress).run():
+            try:
+                found = Bureau(works, hire(self.workers, self.ray), progress).run()
+            finally:
+                progress.close()
+            for row in found:
                 if isinstance(row, RobustkitError):
                     raise row
                 rows.append(row)
-            progress.close()
         first = rows[0]
         judged = [{one.fingerprint: one for one in row.targets} for row in rows]
         record = Matrix(

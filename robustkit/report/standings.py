@@ -48,12 +48,11 @@ def _facts(board: Leaderboard) -> dict[str, Any]:
                 "behind_ends": ends,
                 "p": p,
                 "gradients": f"{row.gradients_per_image:,.0f}",
-                "doubts": ", ".join(row.doubts),
+                "doubts": row.doubts,
             }
         )
     facts = {
         "data": board.data["string"],
-        "attacks": suite(board.suite),
         "device": board.environment.get("device_name") or board.environment.get("device"),
         "commit": board.environment.get("commit"),
         "versions": ", ".join(f"{name} {number}" for name, number in versions.items() if number),
