@@ -76,6 +76,7 @@ class Workshop(Bench):
         for begin in range(0, self.n, self.batch):
             left = [place for place in range(begin, min(begin + self.batch, self.n)) if place not in done]
             parts += [np.array(left, np.int64)] if left else []
+        self.ensemble  # noqa: B018  (loaded and tuned before the stage begins)
         fooled, ready = sum(hit for _, hit, _ in self.ledger.crafted(stage)), len(done)
         self.progress.stage(name, self.n, self.n - fooled, self.n)
         self.progress.advance(ready, self.n - fooled)
