@@ -105,7 +105,8 @@ def test_a_model_of_python_is_sent() -> None:
 def test_a_list_of_models_killed_with_9_and_the_driver_too(tmp_path: Path) -> None:
     zoo = tmp_path / "zoo.txt"
     zoo.write_text("a=robustkit:digits-cnn\nb=robustkit:digits-cnn?defense=bit-depth:3\nc=nowhere:at_all\n")
-    command = [*COMMAND, "--models", str(zoo), "--data", "digits:test"]
+    suite = "pgd(steps=20),autoattack:apgd-ce(steps=10),apgd(steps=20)"
+    command = [*COMMAND, "--models", str(zoo), "--data", "digits:test", "--limit", "12", "--suite", suite]
     alone = start(tmp_path / "alone", 1, command)
     process = start(tmp_path / "shared", 2, command)
     until(lambda: len(hands(process.pid)) == 2)
@@ -128,7 +129,7 @@ def test_a_list_of_models_killed_with_9_and_the_driver_too(tmp_path: Path) -> No
 
 def test_images_of_killed_workers(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "robustkit", "craft", "--limit", "48", "--batch-size", "4"]
-    command += ["--attack", "mi-fgsm(steps=60)+vmi"]
+    command += ["--attack", "mi-fgsm(steps=100)"]
     alone = start(tmp_path / "alone", 1, command)
     process = start(tmp_path / "shared", 2, command)
     until(lambda: len(hands(process.pid)) == 2)
