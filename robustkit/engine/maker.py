@@ -26,8 +26,9 @@ def work(brief: wire.CraftBrief, link: Link) -> object:
     nets = []
     for net, model in zip(brief.nets, brief.models, strict=True):
         here = model.unpack(device, link.ask).requires_grad_(False)
-        # One that is not to stay is loaded again when it is asked, from where it was found.
-        nets.append(replace(net, model=here if brief.loaded else None, string=here.string, threads=brief.threads))
+        # One that is not to stay is loaded again when it is asked, if it is not of Python.
+        stays = brief.loaded or model.itself is not None
+        nets.append(replace(net, model=here if stays else None, string=here.string, threads=brief.threads))
     source = Lent(brief.pool)
     plan = Crafting(
         nets=nets,

@@ -18,7 +18,7 @@ def zoo(tmp_path: Path) -> Path:
 
 
 def command(zoo: Path, *more: str) -> list[str]:
-    asked = ["evaluate", "--models", str(zoo), "--data", "digits:test", "--limit", "12", "--suite", "fgsm"]
+    asked = ["evaluate", "--models", str(zoo), "--data", "digits:test", "--limit", "6", "--suite", "fgsm"]
     return [*asked, "--out", str(zoo.parent / "runs"), *more]
 
 

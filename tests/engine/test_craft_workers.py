@@ -23,8 +23,9 @@ from robustkit.engine.progress import Progress
 from robustkit.threat import ThreatModel
 
 # Draws of an image's own, of all images', and others mixed in.
-ATTACK = "mi-fgsm(steps=3)+di+admix"
+ATTACK = "mi-fgsm(steps=2)+di+admix(mixes=1,scales=2)"
 THREAT = "linf:0.05"
+N = 14
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +50,7 @@ class Watch(Progress):
 
 
 def run(workers: int | None, **settings: Any) -> Craft:
-    x, y = labelled(Small(), 22, (3, 6, 8))
+    x, y = labelled(Small(), N, (3, 6, 8))
     nets = [Small(seed=0), Small(seed=1)]
     said = {"attack": ATTACK, "batch_size": 4, "targets": [Small(seed=2)], **settings}
     return craft(nets, x, y, THREAT, workers=workers, **said)
@@ -67,18 +68,20 @@ def same(one: Craft, other: Craft) -> None:
 
 @pytest.fixture(scope="module")
 def alone() -> Craft:
-    return run(None)
+    # What is not held all at once is run as it is: no time goes into finding out how to run it fastest.
+    return run(None, streaming=True)
 
 
-@pytest.mark.parametrize("workers", [2, 3])
+@pytest.mark.parametrize("workers", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_as_many_as_one(workers: int, alone: Craft) -> None:
-    many = run(workers)
+    many = run(workers, streaming=True)
     same(alone, many)
-    assert not np.array_equal(many.adversarial["x"], labelled(Small(), 22, (3, 6, 8))[0].numpy())
+    assert not np.array_equal(many.adversarial["x"], labelled(Small(), N, (3, 6, 8))[0].numpy())
 
 
 def test_goals_forecast_and_budgets() -> None:
     asked = {"targeted": "least-likely", "forecast": True, "budgets": [4], "attack": "mi-fgsm(steps=2)"}
+    asked["streaming"] = True
     same(run(None, **asked), run(2, **asked))
 
 
@@ -99,17 +102,17 @@ def dying(work: Callable[..., Any], times: int, after: int = 0) -> Callable[...,
 def test_what_a_dead_worker_had_is_done_by_others(alone: Craft, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench.Bench, "_chunk", dying(bench.Bench._chunk, 2, after=1))
     watch = Watch()
-    same(alone, run(2, progress=watch))
+    same(alone, run(2, streaming=True, progress=watch))
     assert sum("has died" in line for line in watch.said) == 2
 
 
 def test_interrupted_and_resumed_by_any_number(alone: Craft, tmp_path: Path) -> None:
-    for before, after in ((2, 3), (2, None), (None, 2)):
+    for before, after in ((2, 3), (None, 2)):
         out = tmp_path / f"{before}-{after}"
         with pytest.raises(KeyboardInterrupt):
-            run(before, out=out, progress=Watch(4))
+            run(before, out=out, streaming=True, progress=Watch(3))
         watch = Watch()
-        same(alone, run(after, out=out, progress=watch))
+        same(alone, run(after, out=out, streaming=True, progress=watch))
         assert any("resuming" in line for line in watch.said)
 
 
@@ -133,7 +136,7 @@ def matrix(out: Path, workers: int | None) -> Matrix:
     return grid.run(out, Progress(), lambda name: Progress())
 
 
-@pytest.mark.parametrize("workers", [2, 5])
+@pytest.mark.parametrize("workers", [2, pytest.param(5, marks=pytest.mark.slow)])
 def test_a_matrix(workers: int, tmp_path: Path) -> None:
     one, many = matrix(tmp_path / "one", None), matrix(tmp_path / "many", workers)
     assert one.success == many.success
