@@ -11,14 +11,10 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from robustkit import posterior
 from robustkit.engine import folder
 from robustkit.errors import RunError
-from robustkit.models.from_run import FACTS, WEIGHTS
+from robustkit.models.from_run import PARTS
 from robustkit.models.strings import ENSEMBLE, FOLDER, ModelString, joined
-
-# What of a training run's folder makes up its nets.
-RUN = (FACTS, WEIGHTS, posterior.FILE)
 
 
 @dataclass(frozen=True)
@@ -40,7 +36,7 @@ def files_of(string: str) -> Iterator[str]:
         for member in spec.members:
             yield from files_of(member)
     elif spec.kind == FOLDER:
-        yield from (str(path) for name in RUN if (path := _folder(spec) / name).is_file())
+        yield from (str(path) for name in PARTS if (path := _folder(spec) / name).is_file())
     elif spec.weights and Path(spec.weights).is_file():
         yield spec.weights
 

@@ -79,6 +79,7 @@ def test_as_many_as_one(workers: int, alone: Craft) -> None:
     assert not np.array_equal(many.adversarial["x"], labelled(Small(), N, (3, 6, 8))[0].numpy())
 
 
+@pytest.mark.slow
 def test_goals_forecast_and_budgets() -> None:
     asked = {"targeted": "least-likely", "forecast": True, "budgets": [4], "attack": "mi-fgsm(steps=2)"}
     asked["streaming"] = True
@@ -106,14 +107,16 @@ def test_what_a_dead_worker_had_is_done_by_others(alone: Craft, monkeypatch: pyt
     assert sum("has died" in line for line in watch.said) == 2
 
 
-def test_interrupted_and_resumed_by_any_number(alone: Craft, tmp_path: Path) -> None:
-    for before, after in ((2, 3), (None, 2)):
-        out = tmp_path / f"{before}-{after}"
-        with pytest.raises(KeyboardInterrupt):
-            run(before, out=out, streaming=True, progress=Watch(3))
-        watch = Watch()
-        same(alone, run(after, out=out, streaming=True, progress=watch))
-        assert any("resuming" in line for line in watch.said)
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(2, 3), *(pytest.param(*pair, marks=pytest.mark.slow) for pair in ((2, None), (None, 2)))],
+)
+def test_interrupted_and_resumed(before: int | None, after: int | None, alone: Craft, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(before, out=tmp_path, streaming=True, progress=Watch(3))
+    watch = Watch()
+    same(alone, run(after, out=tmp_path, streaming=True, progress=watch))
+    assert any("resuming" in line for line in watch.said)
 
 
 def test_what_cannot_be_sent_is_told_in_a_sentence() -> None:
@@ -126,13 +129,11 @@ def test_what_cannot_be_sent_is_told_in_a_sentence() -> None:
 
 
 def matrix(out: Path, workers: int | None) -> Matrix:
-    x, y = labelled(Small(), 10, (3, 6, 8))
+    x, y = labelled(Small(), 6, (3, 6, 8))
     samples = from_arrays(x, y)
     nets = gather([Small(seed=seed) for seed in range(3)], samples, torch.device("cpu"))
     place = torch.device("cpu")
-    grid = Grid(
-        nets, [], samples, ThreatModel.parse(THREAT), "mi-fgsm(steps=3)", None, 0, place, 4, workers=workers
-    )
+    grid = Grid(nets, [], samples, ThreatModel.parse(THREAT), "fgsm", None, 0, place, 4, workers=workers)
     return grid.run(out, Progress(), lambda name: Progress())
 
 

@@ -90,6 +90,7 @@ def test_as_many_as_one(workers: int, alone: list[Report], tmp_path: Path) -> No
     same(alone, sweep(tmp_path, workers, watch=watch))
 
 
+@pytest.mark.slow
 def test_attacks_by_the_batch(tmp_path: Path) -> None:
     same(sweep(tmp_path / "1", 1, suite=COUPLED), sweep(tmp_path / "2", 2, suite=COUPLED))
 
