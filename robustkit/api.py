@@ -177,6 +177,8 @@ def craft(
     batch_size: int | None = None,
     streaming: bool | None = None,
     png: str | Path | None = None,
+    workers: int | None = None,
+    ray: str | None = None,
     out: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Craft:
@@ -200,6 +202,8 @@ def craft(
         batch_size: images crafted at once; None chooses.
         streaming: one surrogate in memory at a time, or all with False; None decides by the memory there is.
         png: a folder for the images as 8-bit files within the threat.
+        workers: processes that share the crafting, as in `evaluate`.
+        ray: the address of a Ray cluster to have them on, as in `evaluate`.
         out: a folder for the ledger, the images and the record; the same call resumes there.
         progress: who to tell on the way.
 
@@ -224,6 +228,8 @@ def craft(
         device=place,
         batch_size=batch_size,
         streaming=streaming,
+        workers=workers,
+        ray=ray,
     )
     return run_craft(
         plan,

@@ -10,18 +10,23 @@ from torch import nn
 
 
 class Flat(nn.Module):
-    """A linear classifier of images of any channel count, weights from a fixed seed."""
+    """A linear classifier of images of any channel count, its weights from a seed, not from global generators."""
 
-    def __init__(self, size: int = 64, classes: int = 10, scale: float = 1.0) -> None:
+    def __init__(self, size: int = 64, classes: int = 10, scale: float = 1.0, seed: int = 0) -> None:
         super().__init__()
         self.linear = nn.Linear(size, classes)
-        generator = torch.Generator().manual_seed(classes)
+        generator = torch.Generator().manual_seed(classes + 100 * seed)
         with torch.no_grad():
             self.linear.weight.copy_(torch.randn(classes, size, generator=generator) * scale)
             self.linear.bias.zero_()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.linear(x.flatten(1) - 0.5)
+
+
+def flat(pixels: int = 64, seed: int = 0) -> nn.Module:
+    """Return a `Flat` net; the factory for model strings."""
+    return Flat(pixels, seed=seed)
 
 
 class Small(nn.Module):

@@ -33,6 +33,14 @@ DataRoot = Annotated[
     Path | None, typer.Option(help="Where downloaded data sets are [default: ~/.cache/robustkit/data].")
 ]
 
+Workers = Annotated[
+    int | None, typer.Option(metavar="N", min=1, help="Processes that share the work; same results. [default: 1]")
+]
+Ray = Annotated[
+    str | None,
+    typer.Option(metavar="ADDRESS", help="Have the workers on a Ray cluster: auto, HOST:PORT or local."),
+]
+
 
 @app.callback(invoke_without_command=True)
 def _root(
@@ -48,8 +56,15 @@ def _root(
 @app.command()
 def evaluate(
     model: Annotated[
-        str, typer.Argument(help="ARCH[@WEIGHTS][?mean=r,g,b&std=r,g,b&size=N&num_classes=K&defense=D]")
-    ] = DEFAULT_MODEL,
+        str | None,
+        typer.Argument(
+            help=f"ARCH[@WEIGHTS][?mean=r,g,b&std=r,g,b&size=N&num_classes=K&defense=D] [default: {DEFAULT_MODEL}]"
+        ),
+    ] = None,
+    models: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Evaluate every model of a list, and rank them: [NAME=]MODEL a line."),
+    ] = None,
     data: Annotated[
         str | None,
         typer.Option(help="NAME[:SPLIT], folder:PATH, webdataset:PATH or FILE.npz [default: digits:test]"),
@@ -84,14 +99,8 @@ def evaluate(
     stop_at_width: Annotated[
         float | None, typer.Option(metavar="SHARE", help="Stop once the 95 % interval is no wider, e.g. 0.02.")
     ] = None,
-    workers: Annotated[
-        int | None,
-        typer.Option(metavar="N", min=1, help="Processes that share the attacks; same verdicts. [default: 1]"),
-    ] = None,
-    ray: Annotated[
-        str | None,
-        typer.Option(metavar="ADDRESS", help="Have the workers on a Ray cluster: auto, HOST:PORT or local."),
-    ] = None,
+    workers: Workers = None,
+    ray: Ray = None,
     out: Annotated[Path | None, typer.Option(help="Run folder [default: runs/evaluate-ID].")] = None,
     data_root: DataRoot = None,
     download: Annotated[bool, typer.Option("--download", help="Fetch the data set if it is absent.")] = False,
@@ -107,6 +116,7 @@ def evaluate(
     \b
     robustkit evaluate
     robustkit evaluate robustkit:cifar-resnet20@resnet20.safetensors --data test.npz --threat linf:8/255
+    robustkit evaluate --models zoo.txt --data test.npz --threat linf:8/255 --workers 4
 
     Without a model: the built-in one on the first images of scikit-learn's digits.
     """
@@ -114,6 +124,7 @@ def evaluate(
 
     return work(
         model=model,
+        models=models,
         data=data,
         limit=limit,
         threat=threat,
@@ -254,6 +265,8 @@ def craft(
     png: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Write 8-bit files there that are within eps, too.")
     ] = None,
+    workers: Workers = None,
+    ray: Ray = None,
     out: Annotated[Path | None, typer.Option(help="Run folder [default: runs/craft-ID].")] = None,
     data_root: DataRoot = None,
     download: Annotated[bool, typer.Option("--download", help="Fetch the data set if it is absent.")] = False,
@@ -287,6 +300,8 @@ def craft(
         budgets=budgets,
         forecast=forecast,
         png=png,
+        workers=workers,
+        ray=ray,
         out=out,
         data_root=data_root,
         download=download,
@@ -339,6 +354,8 @@ def matrix(
     seed: Annotated[int, typer.Option(min=0, help="Of every random number.")] = 0,
     device: Device = "auto",
     batch_size: Annotated[str, typer.Option(help="Images crafted at once.")] = "auto",
+    workers: Workers = None,
+    ray: Ray = None,
     out: Annotated[Path | None, typer.Option(help="Folder [default: runs/matrix-ID].")] = None,
     data_root: DataRoot = None,
     download: Annotated[bool, typer.Option("--download", help="Fetch the data set if it is absent.")] = False,
@@ -363,6 +380,8 @@ def matrix(
         seed=seed,
         device=device,
         batch_size=batch_size,
+        workers=workers,
+        ray=ray,
         out=out,
         data_root=data_root,
         download=download,

@@ -46,6 +46,8 @@ def craft(
     budgets: str | None,
     forecast: bool,
     png: Path | None,
+    workers: int | None,
+    ray: str | None,
     out: Path | None,
     data_root: Path | None,
     download: bool,
@@ -77,6 +79,8 @@ def craft(
         device=place,
         batch_size=read_batch_size(batch_size),
         streaming=streaming,
+        workers=workers,
+        ray=ray,
     )
     folder = out or Path("runs") / f"craft-{plan.spec.run_id}"
     record = run_craft(plan, folder, judges, forecast=forecast, curve=curve, png=png, progress=CraftDisplay())

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 from rich.console import Console
 
 from robustkit.cli.progress import Display
 from robustkit.cli.report import write_page
-from robustkit.cli.subject import Subject, usual_of_norm
+from robustkit.cli.subject import BUILT_IN, Subject, usual_of_norm, usual_threat
+from robustkit.cli.sweep import Ends, shortened, sweep
 from robustkit.engine.anytime import Limits
 from robustkit.engine.evaluate import Evaluation
 from robustkit.engine.folder import PAGE
+from robustkit.engine.sweep import Sweep, read_models, sweep_id
 from robustkit.errors import UsageError
-from robustkit.report.table import percent, show
+from robustkit.registry import parse_suite
+from robustkit.report.table import show
 
 UNITS = {"s": 1, "m": 60, "h": 3600}
 
 
 def evaluate(
     *,
-    model: str,
+    model: str | None,
+    models: Path | None,
     data: str | None,
     limit: int | None,
     threat: str | None,
@@ -50,39 +53,57 @@ def evaluate(
     norm, _, eps = (threat or "").partition(":")
     if eps == "curve" and (usual := usual_of_norm(norm, data)):
         threat, curve = usual, True
-    subject = Subject.load(model, data, limit, threat, device, data_root, download)
-    plan = Evaluation(
-        model=subject.model,
-        samples=subject.samples,
-        threat=subject.threat,
-        suite=suite,
-        seed=seed,
-        device=subject.device,
-        precision=precision,
-        batch_size=read_batch_size(batch_size),
-        curve=curve,
-        audit=audit,
-        limits=Limits(None if time_limit is None else _seconds(time_limit), stop_at_width),
-        workers=workers,
-        ray=ray,
-    )
+    images, limits = read_batch_size(batch_size), Limits(_seconds(time_limit), stop_at_width)
+
+    def plan(string: str, rules: str | None = threat) -> Evaluation:
+        subject = Subject.load(string, data, limit, rules, device, data_root, download)
+        return Evaluation(
+            model=subject.model,
+            samples=subject.samples,
+            threat=subject.threat,
+            suite=suite,
+            seed=seed,
+            device=subject.device,
+            precision=precision,
+            batch_size=images,
+            curve=curve,
+            audit=audit,
+            limits=limits,
+            workers=workers,
+            ray=ray,
+        )
+
+    ends = Ends(with_page, as_json, fail_under)
+    if models is None:
+        return _one(plan(model or BUILT_IN), out, ends)
+    if model is not None:
+        raise UsageError(f"both a model, {model}, and a list of models; write it into {models} instead.")
+    if data is None:
+        raise UsageError("no data for the list of models; write --data, e.g. --data cifar10:test.")
+    entries, usual = shortened(read_models(models)), threat or str(usual_threat(data))
+    parse_suite(suite, usual.partition(":")[0])
+    id = sweep_id(data=data, limit=limit, threat=usual, suite=suite, seed=seed)
+    made = Sweep(entries, lambda entry: plan(entry.string, usual), workers, ray)
+    return sweep(made, id, out or Path("runs") / f"leaderboard-{id}", ends)
+
+
+def _one(plan: Evaluation, out: Path | None, ends: Ends) -> int:
+    """Evaluate one model."""
     folder = out or Path("runs") / f"evaluate-{plan.spec.run_id}"
     report = plan.run(folder, Display())
-    if with_page:
+    if ends.with_page:
         write_page(folder, report)
-    if as_json:
+    if ends.as_json:
         print(json.dumps(report.to_json(), indent=2))
     else:
         page = folder / PAGE
         show(report, Console(markup=False), f"robustkit verify {folder}", page if page.exists() else None)
-    if fail_under is not None and report.robust_accuracy.value < fail_under:
-        found = percent(report.robust_accuracy.value)
-        print(f"robust accuracy {found} is below --fail-under {percent(fail_under)}", file=sys.stderr)
-        return 1
-    return 0
+    return ends.judge([("", report.robust_accuracy.value)])
 
 
-def _seconds(text: str) -> float:
+def _seconds(text: str | None) -> float | None:
+    if text is None:
+        return None
     number, unit = (text[:-1], text[-1]) if text[-1:] in UNITS else (text, "s")
     try:
         return float(number) * UNITS[unit]

@@ -9,7 +9,7 @@ from pathlib import Path
 from robustkit.cli.craft import read_data
 from robustkit.cli.evaluate import read_batch_size
 from robustkit.cli.output import save, wide_console
-from robustkit.cli.progress import CraftDisplay
+from robustkit.cli.progress import CraftBoard, CraftDisplay
 from robustkit.cli.subject import BUILT_IN_DATA, usual_threat
 from robustkit.devices import pick_device
 from robustkit.engine.matrix import Grid
@@ -32,6 +32,8 @@ def matrix(
     seed: int,
     device: str,
     batch_size: str,
+    workers: int | None,
+    ray: str | None,
     out: Path | None,
     data_root: Path | None,
     download: bool,
@@ -56,9 +58,12 @@ def matrix(
         seed=seed,
         device=place,
         batch_size=read_batch_size(batch_size),
+        workers=workers,
+        ray=ray,
     )
     folder = out or Path("runs") / f"matrix-{grid.run_id}"
-    record = grid.run(folder, CraftDisplay())
+    board = CraftBoard()
+    record = grid.run(folder, board if workers or ray else CraftDisplay(), board.of)
     save(folder / FILE, page(record).encode())
     if as_json:
         print(json.dumps(record.to_json(), indent=2))

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
 from robustkit.engine.progress import Progress
@@ -30,8 +30,21 @@ class Display(Progress):
 
     def stage(self, name: str, images: int, robust: int, n: int) -> None:  # noqa: D102
         self.name, self.images, self.n, self.begun = name, images, n, time.monotonic()
-        if not self.console.is_terminal:
+        if self.bar is None:
+            self.bar, self.task = self.line()
+        if self.bar is None:
             return
+        self.bar.reset(self.task, total=max(images, 1), description=f"{self.title(name):<20}")
+        self.advance(0.0, robust)
+
+    def title(self, name: str) -> str:
+        """Return what a stage is called beside its bar."""
+        return name
+
+    def line(self) -> tuple[Bar | None, TaskID]:
+        """Return a bar on the terminal and a new line of it; None elsewhere."""
+        if not self.console.is_terminal:
+            return None, TaskID(0)
         if self.bar is None:
             self.bar = Bar(
                 TextColumn("{task.description}"),
@@ -41,10 +54,8 @@ class Display(Progress):
                 console=self.console,
                 transient=True,
             )
-            self.task = self.bar.add_task("", total=1.0, state="")
             self.bar.start()
-        self.bar.reset(self.task, total=max(images, 1), description=f"{name:<20}")
-        self.advance(0.0, robust)
+        return self.bar, self.bar.add_task("", total=1.0, state="")
 
     def advance(self, done: float, robust: int) -> None:  # noqa: D102
         done = min(done, self.images)
@@ -70,6 +81,54 @@ class Display(Progress):
             self.bar = None
 
 
+class Board(Display):
+    """Shows several runs that are at work: a live line for each, or all in one plain line every 30 seconds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.under_way: dict[str, str] = {}
+
+    def of(self, name: str) -> Progress:
+        """Return what shows the run of that name."""
+        return Lane(self, name)
+
+    def note(self, name: str, text: str) -> None:
+        """Keep how far a run is, to be said when it is time."""
+        self.under_way[name] = text
+        if time.monotonic() - self.spoke >= SILENCE:
+            self.spoke = time.monotonic()
+            self.say("; ".join(self.under_way.values()))
+
+
+class Lane(Display):
+    """One run's line of a `Board`."""
+
+    def __init__(self, board: Board, run: str) -> None:
+        super().__init__()
+        self.board, self.run = board, run
+
+    def say(self, text: str) -> None:  # noqa: D102
+        self.board.say(f"{self.run}: {text}")
+
+    def title(self, name: str) -> str:  # noqa: D102
+        return f"{self.run}  {name}"
+
+    def line(self) -> tuple[Bar | None, TaskID]:  # noqa: D102
+        return self.board.line()
+
+    def advance(self, done: float, robust: int) -> None:  # noqa: D102
+        if self.bar is not None:
+            super().advance(done, robust)
+        elif done:
+            self.board.note(self.run, f"{self.title(self.name)}: {done:.0f} of {self.images} images")
+
+    def close(self) -> None:  # noqa: D102
+        self.board.under_way.pop(self.run, None)
+        if self.bar is not None:
+            self.bar.remove_task(self.task)
+            self.bar = None
+
+
 class CraftDisplay(Display):
     """Shows, per stage: images done, how many fool the surrogates so far, time left."""
 
@@ -78,6 +137,17 @@ class CraftDisplay(Display):
 
     def so_far(self, robust: int) -> str:  # noqa: D102
         return f"{self.n - robust} fool the surrogates" if robust < self.n else ""
+
+
+class CraftBoard(Board):
+    """Shows of each row of a matrix that is at work what `CraftDisplay` shows of one craft run."""
+
+    def of(self, name: str) -> Progress:  # noqa: D102
+        return CraftLane(self, name)
+
+
+class CraftLane(Lane, CraftDisplay):
+    """One row's line of a `CraftBoard`."""
 
 
 class TrainDisplay(TrainProgress):

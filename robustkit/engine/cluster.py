@@ -6,15 +6,20 @@ from typing import Any
 
 import torch
 
-from robustkit.engine.hand import serve
-from robustkit.engine.hiring import Door
+from robustkit.engine.hiring import Door, Hiring, Local
+from robustkit.engine.service import serve
 from robustkit.errors import UsageError
 
 LOCAL = "local"
 
 
+def hire(workers: int | None, ray: str | None) -> Hiring:
+    """Return where so many workers come from: this machine, or the cluster at the address `ray`."""
+    return Local(workers or 1) if ray is None else Cluster(ray, workers)
+
+
 class Cluster:
-    """A `Hiring` of `count` workers with a GPU each where the cluster has any, else with `cores` CPUs each."""
+    """A `Hiring` of `count` workers with a GPU each where the cluster has any, else with `threads` CPUs each."""
 
     def __init__(self, address: str, count: int | None = None) -> None:
         """Join the cluster at an address, or start one on this machine for `local`.
@@ -42,13 +47,13 @@ class Cluster:
         self.gpus = int(total.get("GPU", 0))
         smallest = min(int(node["Resources"].get("CPU", 0)) or 1 for node in ray.nodes() if node["Alive"])
         self.count = count or self.gpus or int(total.get("CPU", 1))
-        self.cores = max(1, min(int(total.get("CPU", 1)) // self.count, smallest))
+        self.threads = max(1, min(int(total.get("CPU", 1)) // self.count, smallest))
         self.door = Door(ray.util.get_node_ip_address())
         self.running: dict[int, tuple[Any, Any]] = {}
 
     def start(self, number: int) -> None:
         """Start the worker of that number where there is room; it waits until there is."""
-        needs: dict[str, Any] = {"num_gpus": 1} if self.gpus else {"num_cpus": self.cores}
+        needs: dict[str, Any] = {"num_gpus": 1} if self.gpus else {"num_cpus": self.threads}
         actor = self.ray.remote(_Actor).options(**needs, max_restarts=0).remote()
         self.running[number] = actor, actor.serve.remote(self.door.address, self.door.key, number)
 

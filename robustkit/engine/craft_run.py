@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,11 +13,13 @@ from robustkit.crafted import Craft, Forecast, Judgement, Point, Saved
 from robustkit.data.ahead import read_ahead
 from robustkit.engine import budgets, folder, lattice
 from robustkit.engine.crafting import Crafting
+from robustkit.engine.crew import Agency, Alone
 from robustkit.engine.environment import environment
 from robustkit.engine.examples import arrays, evenly
 from robustkit.engine.nets import Net, gather, same_classes
 from robustkit.engine.progress import Progress
 from robustkit.engine.targets import Jury, Stack
+from robustkit.engine.workforce import Workforce
 from robustkit.engine.workshop import IMAGES, WITHOUT, Workshop
 from robustkit.errors import RunError, UsageError
 from robustkit.ledger import Ledger
@@ -36,6 +38,7 @@ def run_craft(
     curve: Sequence[int] = (),
     png: Path | None = None,
     progress: Progress | None = None,
+    agency: Agency | None = None,
 ) -> Craft:
     """Craft, or resume, or take the stored images of a finished run; then judge them.
 
@@ -47,6 +50,7 @@ def run_craft(
         curve: gradient budgets to craft at as well.
         png: a folder for the images as 8-bit files.
         progress: who to tell on the way.
+        agency: where workers come from, if other runs share them; else the run hires its own.
 
     Raises:
         UsageError: for a request that cannot be carried out.
@@ -58,7 +62,7 @@ def run_craft(
     progress = progress or Progress()
     with folder.open_for_writing(out, plan.spec) if out else nullcontext():
         try:
-            return _Job(plan, out, targets, progress).run(forecast, list(curve), png)
+            return _Job(plan, out, targets, progress, agency).run(forecast, list(curve), png)
         finally:
             progress.close()
 
@@ -66,15 +70,27 @@ def run_craft(
 class _Job:
     """One call of `run_craft`."""
 
-    def __init__(self, plan: Crafting, out: Path | None, targets: Sequence[Net], progress: Progress) -> None:
+    def __init__(
+        self,
+        plan: Crafting,
+        out: Path | None,
+        targets: Sequence[Net],
+        progress: Progress,
+        agency: Agency | None,
+    ) -> None:
+        if agency is None and (plan.ray is not None or plan.workers not in (None, 1)):
+            agency = Alone(plan.workers, plan.ray, progress)
+        self.agency = agency
         self.plan, self.out, self.targets, self.progress = plan, out, targets, progress
         self.samples, self.n = plan.samples, len(plan.samples)
 
     def run(self, forecast: bool, curve: list[int], png: Path | None) -> Craft:
         record = self._stored()
         if record is None or self._work_left(record, forecast, curve):
-            with Ledger.open(self.out and self.out / folder.LEDGER, self.plan.spec.run_id) as ledger:
-                self.shop = Workshop(self.plan, ledger, self.progress)
+            with (
+                Ledger.open(self.out and self.out / folder.LEDGER, self.plan.spec.run_id) as ledger,
+                closing(self._workshop(ledger)) as self.shop,
+            ):
                 if record is None:
                     record = self._main()
                 record = self._judge(record)
@@ -89,6 +105,11 @@ class _Job:
         if png is not None:
             record = self._keep(self._png(record, png))
         return record
+
+    def _workshop(self, ledger: Ledger) -> Workshop:
+        if self.agency is None:
+            return Workshop(self.plan, ledger, self.progress)
+        return Workforce(self.plan, ledger, self.progress, self.agency)
 
     def _stored(self) -> Craft | None:
         if self.out is None or not folder.is_craft(self.out):

@@ -27,7 +27,8 @@ class Crafting:
     """What to craft and how; `spec` is its identity, before anything has run (see `craft_run.run_craft`).
 
     `streaming` has one net in memory at a time, or all with False; None decides by the memory there is. Neither it
-    nor `batch_size` changes what is crafted, up to float rounding, and neither is part of the identity.
+    nor `batch_size` changes what is crafted, up to float rounding; `workers` and `ray` (as in `Evaluation`) do not
+    at all. None of these is part of the identity.
     """
 
     nets: Sequence[Net]
@@ -41,6 +42,8 @@ class Crafting:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     batch_size: int | None = None
     streaming: bool | None = None
+    workers: int | None = None
+    ray: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot be meant."""
@@ -52,6 +55,8 @@ class Crafting:
             raise did_you_mean("choice of target classes", self.targeted, CHOICES)
         if self.batch_size is not None and self.batch_size < 1:
             raise UsageError(f"batch size {self.batch_size}: write at least 1, or auto.")
+        if self.workers is not None and self.workers < 1:
+            raise UsageError(f"workers {self.workers}: write how many processes shall share the work, e.g. 2.")
         if not len(self.samples):
             raise UsageError(f"{self.samples.name} holds no images.")
         if not 0 <= self.seed < 2**63:

@@ -122,9 +122,15 @@ class Ensemble:
         self._take(members, plain, x)
         if not hooked and self.storage.held and len(members) > 1 and len({net.alike for net in self.nets}) == 1:
             plain["together"] = self.nets[0].alike is not None and self._faster_together(x)
-        self.ways = json.loads(note(json.dumps(plain)))
-        self._take(members, self.ways, x)
-        self._forget()
+        self.follow(json.loads(note(json.dumps(plain))), x)
+
+    def follow(self, ways: dict[str, Any], x: Images) -> None:
+        """Run each net as it was chosen for others like these, x being some images."""
+        self.ways = ways
+        if ways:
+            members = [member for member in self._members if not isinstance(member, Streamed)]
+            self._take(members, ways, x)
+            self._forget()
 
     def _way_of(self, member: Meter | Sampled, hooked: bool) -> dict[str, bool]:
         if isinstance(member, Sampled):

@@ -17,11 +17,10 @@ from robustkit.checks.run import training_mode
 from robustkit.data.samples import Samples
 from robustkit.engine import examples, folder
 from robustkit.engine.anytime import Limits, TimeUp, shuffled
-from robustkit.engine.cluster import Cluster
+from robustkit.engine.crew import Agency, Alone
 from robustkit.engine.curve import CurveSearch
 from robustkit.engine.environment import environment
 from robustkit.engine.foreman import Foreman
-from robustkit.engine.hiring import Local
 from robustkit.engine.meter import DTYPES, Meter
 from robustkit.engine.progress import Progress
 from robustkit.engine.tally import Tally
@@ -126,12 +125,15 @@ class Evaluation:
     def _precision(self) -> str:
         return "fp32" if self.precision == "auto" else self.precision
 
-    def run(self, out: Path | None = None, progress: Progress | None = None) -> Report:
+    def run(
+        self, out: Path | None = None, progress: Progress | None = None, agency: Agency | None = None
+    ) -> Report:
         """Run, or resume, or return the stored result of a finished run.
 
         Args:
             out: the run folder; without one nothing is written.
             progress: who to tell on the way.
+            agency: where workers come from, if other runs share them; else the run hires its own.
 
         Raises:
             UsageError: for a request that cannot be carried out.
@@ -140,20 +142,20 @@ class Evaluation:
         progress = progress or Progress()
         with folder.open_for_writing(out, self.spec) if out else nullcontext():
             try:
-                report = self._at_eps(out, progress)
+                report = self._at_eps(out, progress, agency)
                 if self.curve and report.curve is None:
                     report = self._with_curve(report, out, progress)
                 if self.audit > len(report.audit.audited if report.audit else ()):
-                    report = self._with_audit(report, out, progress)
+                    report = self._with_audit(report, out, progress, agency)
                 return report
             finally:
                 progress.close()
 
-    def _at_eps(self, out: Path | None, progress: Progress) -> Report:
+    def _at_eps(self, out: Path | None, progress: Progress, agency: Agency | None) -> Report:
         if out and (out / folder.REPORT).exists() and folder.read_report(out).stopped is None:
             return self._stored(out, progress)
         with Ledger.open(out and out / folder.LEDGER, self.spec.run_id) as ledger:
-            return self._finish(ledger, *self._work(ledger, progress), out)
+            return self._finish(ledger, *self._work(ledger, progress, agency), out)
 
     def _stored(self, out: Path, progress: Progress) -> Report:
         report = folder.read_report(out)
@@ -174,7 +176,7 @@ class Evaluation:
             folder.write_report(out, report)
         return report
 
-    def _with_audit(self, report: Report, out: Path | None, progress: Progress) -> Report:
+    def _with_audit(self, report: Report, out: Path | None, progress: Progress, agency: Agency | None) -> Report:
         standing = np.array([verdict.index for verdict in report.verdicts if verdict.robust], np.int64)
         order = shuffled(len(standing), self.seed)[: self.audit]
         chosen = np.sort(standing[order])
@@ -182,7 +184,7 @@ class Evaluation:
         if len(chosen):
             subset = self.samples.pick(chosen)
             found = replace(self, samples=subset, suite=AUDITOR, curve=False, audit=0, limits=Limits()).run(
-                None, progress
+                None, progress, agency
             )
         broke = [int(chosen[v.index]) for v in found.verdicts if not v.robust] if found else []
         cost = found.cost if found else Cost(0, 0, 0.0)
@@ -192,7 +194,7 @@ class Evaluation:
             folder.write_report(out, report)
         return report
 
-    def _work(self, ledger: Ledger, progress: Progress) -> tuple[Worker, list[Flag]]:
+    def _work(self, ledger: Ledger, progress: Progress, agency: Agency | None) -> tuple[Worker, list[Flag]]:
         tally = Tally.of(len(self.samples), self.spec.suite)
         for chunk in ledger.chunks():
             tally.add(chunk)
@@ -215,22 +217,18 @@ class Evaluation:
                 self.precision == "auto",
                 MOST_SLOTS if self.batch_size is None and self.device.type == "cuda" else self.slots,
             )
-            alone = self.ray is None and self.workers in (None, 1)
+            alone = agency is None and self.ray is None and self.workers in (None, 1)
             worker = Worker(*parts) if alone else Foreman(*parts, suite=self.suite, precision=self._precision)
             worker.prepare()
-            with self._helped(worker), threads(meter.threads):
+            with self._helped(worker, agency), threads(meter.threads):
                 self._through(worker)
             return worker, training_mode(was_training, training_count(self.model))
 
-    def _helped(self, worker: Worker) -> AbstractContextManager[None]:
+    def _helped(self, worker: Worker, agency: Agency | None) -> AbstractContextManager[None]:
         """Have the workers of a run with several inside."""
         if not isinstance(worker, Foreman):
             return nullcontext()
-        if self.ray is not None:
-            cluster = Cluster(self.ray, self.workers)
-            return worker.hired(cluster, cluster.count, cluster.cores)
-        count = self.workers or 1
-        return worker.hired(Local(), count, max(1, torch.get_num_threads() // count))
+        return worker.hired(agency or Alone(self.workers, self.ray, worker.progress))
 
     def _through(self, worker: Worker) -> None:
         """Take all images through clean pass and suite, or as many blocks of them as the limits allow."""

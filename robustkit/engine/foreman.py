@@ -6,11 +6,10 @@ batch get the batches of a run with one worker. A random model's draws are each 
 
 from __future__ import annotations
 
-import pickle
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,13 +17,13 @@ import numpy as np
 
 from robustkit.engine import wire
 from robustkit.engine.anytime import TimeUp
-from robustkit.engine.crew import Crew, Member
+from robustkit.engine.company import Member
+from robustkit.engine.crew import Agency
 from robustkit.engine.hiring import Hiring
+from robustkit.engine.shipping import Parcelled
 from robustkit.engine.wire import Brief, Gone, Parcel
 from robustkit.engine.worker import TRIAL, Worker
-from robustkit.errors import UsageError
 from robustkit.ledger import Chunk
-from robustkit.models.classifier import Classifier
 from robustkit.rows import RowWise
 
 # A worker gets no more at once than this share of its part of the queue, so that the last go out one by one.
@@ -49,28 +48,26 @@ class Foreman(Worker):
     def __post_init__(self) -> None:
         """Begin with nobody hired and nothing landed."""
         super().__post_init__()
-        self.facts: dict[int, Mapping[str, Any]] = {}
+        self.facts: dict[tuple[int, int], Mapping[str, Any]] = {}
         self.landed: list[Chunk] = []
 
     @contextmanager
-    def hired(self, hiring: Hiring, count: int, threads: int) -> Iterator[None]:
-        """Have so many workers inside, of so many threads each."""
-        with closing(hiring), Crew(hiring, count, self._briefing(hiring, threads), self.progress) as self.crew:
+    def hired(self, agency: Agency) -> Iterator[None]:
+        """Have workers inside."""
+        with agency.crew(self._briefing()) as self.crew:
             yield
 
-    def _briefing(self, hiring: Hiring, threads: int) -> Callable[[int], Brief]:
+    def _briefing(self) -> Callable[[Hiring, int], Brief]:
         """Return what says all that the worker of a number has to know."""
-        pickled = _pickled(self.meter.model)
+        model = Parcelled.of(self.meter.model)
         images = self.samples.images(range(min(TRIAL, len(self.samples)))).numpy()
 
-        def brief(number: int) -> Brief:
+        def brief(hiring: Hiring, number: int) -> Brief:
             return Brief(
                 number=number,
-                string=self.meter.model.string,
-                fingerprint=self.meter.model.fingerprint,
-                pickled=pickled,
+                model=model,
                 device=hiring.device(self.meter.device, number),
-                threads=threads,
+                threads=hiring.threads,
                 precision=self.precision,
                 suite=self.suite,
                 threat=str(self.threat),
@@ -93,7 +90,7 @@ class Foreman(Worker):
         self.progress.stage(self._title(first, count), len(waiting), self.tally.robust, self.tally.n)
         queue = deque(waiting.tolist())
         split = 0.0
-        for member, message in self._talk(first, count, lambda: bool(queue)):
+        for member, message in self._talk(first, count, lambda: bool(queue) or self._splittable):
             if isinstance(message, Gone):
                 queue.extendleft(member.held)
             elif isinstance(message, wire.Want):
@@ -117,6 +114,10 @@ class Foreman(Worker):
                 split = time.perf_counter()
                 self._split()
 
+    @property
+    def _splittable(self) -> bool:
+        return any(len(member.held) >= WORTH_SPLITTING for member in self.crew.members)
+
     def _split(self) -> None:
         """Ask the worker with most on board to give some of them to one that has nothing."""
         most = max(self.crew.members, key=lambda member: len(member.held), default=None)
@@ -138,14 +139,16 @@ class Foreman(Worker):
                 idle.begin(wire.Block(stage, number, self._parcel(positions.tolist())))
 
     def _talk(self, first: int, count: int, left: Callable[[], bool]) -> Iterator[tuple[Member, object]]:
-        """Yield what the crew says until nothing is left to hand out and all of it is there and written down.
+        """Yield what the crew says until nothing is `left` for others and all of it is there and written down.
 
         Each worker that has nothing to do is yielded at the start. Of one that has died the caller takes back what
         it held.
         """
         written, done = time.perf_counter(), 0
         yield from [(member, wire.Idle()) for member in self.crew.idle]
-        while left() or any(member.held for member in self.crew.members):
+        # One that has landed all it had may still ask for more, and has facts to tell.
+        while (more := left()) or any(member.ordered for member in self.crew.members):
+            self.crew.more = more
             for member, message in self.crew.hear():
                 if isinstance(message, wire.Done):
                     done += self._land(member, message.chunks)
@@ -153,12 +156,11 @@ class Foreman(Worker):
                 elif isinstance(message, wire.Under):
                     member.done = message.done
                 elif isinstance(message, wire.Idle):
-                    self.facts[member.number] = message.facts
+                    self.facts[member.number, member.stint] = message.facts
                     member.rest()
                 elif isinstance(message, wire.Ready):
                     # Nobody has worked while all were loading the model.
                     written = written if any(other.held for other in self.crew.members) else time.perf_counter()
-                    member.rest()
                 yield member, message
             now = time.perf_counter()
             whole = bool(self.landed) and not self._flies(first)
@@ -169,8 +171,9 @@ class Foreman(Worker):
             self.progress.advance(done + under_way, self.tally.robust)
             if now > self.deadline:
                 raise TimeUp
+        self.crew.more = False
         self._write(first, count, time.perf_counter() - written)
-        self.flown = {**_agreed(list(self.facts.values())), "workers": self.crew.count}
+        self.flown = {**_agreed(list(self.facts.values())), "workers": self.crew.total}
 
     def _land(self, member: Member, chunks: Sequence[Chunk]) -> int:
         """Keep what a worker has done until it is written; return of how many samples."""
@@ -232,16 +235,3 @@ def _agreed(facts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             several = "auto" if name == "precision" else distinct
             found[name] = distinct[0] if len(distinct) == 1 else several
     return found
-
-
-def _pickled(model: Classifier) -> bytes | None:
-    """Return a model of Python as bytes on the CPU; None for one that its string loads."""
-    if not model.string.startswith("python:"):
-        return None
-    try:
-        return pickle.dumps(model)
-    except Exception as error:
-        raise UsageError(
-            f"the model cannot be sent to workers ({type(error).__name__}: {error}); "
-            "define its classes and functions at the top of a module, or leave --workers out."
-        ) from error

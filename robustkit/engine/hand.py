@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import pickle
 import time
 from collections.abc import Iterator
-from multiprocessing.connection import Client
 from typing import ClassVar
 
 import numpy as np
@@ -18,13 +16,10 @@ from robustkit.engine.flight import Boarding, Flight
 from robustkit.engine.meter import Meter
 from robustkit.engine.progress import Progress
 from robustkit.engine.tally import Tally
-from robustkit.engine.wire import Gone, Link
+from robustkit.engine.wire import Link
 from robustkit.engine.worker import Worker
-from robustkit.errors import RobustkitError, RunError, UsageError
 from robustkit.isolation import evaluation_mode, threads
 from robustkit.ledger import Chunk
-from robustkit.models import load_model
-from robustkit.models.classifier import Classifier
 from robustkit.registry import parse_suite
 from robustkit.threat import ThreatModel
 
@@ -32,32 +27,12 @@ from robustkit.threat import ThreatModel
 WORD_EVERY = 0.3
 
 
-def serve(address: tuple[str, int], key: bytes, number: int) -> None:
-    """Be a worker until the driver ends the connection."""
-    try:
-        link = Link(Client(address, authkey=key))
-    except (OSError, EOFError):
-        return  # the driver has ended meanwhile
-    try:
-        link.send(number)
-        begun = time.perf_counter()
-        brief = link.receive()
-        if not isinstance(brief, wire.Brief):
-            raise TypeError(f"a brief was expected, not {type(brief).__name__}")
-        try:
-            _work(brief, link, begun)
-        except RobustkitError as error:
-            link.send(wire.Failed(str(error), isinstance(error, UsageError)))
-    except Gone:
-        return
-    finally:
-        link.close()
-
-
-def _work(brief: wire.Brief, link: Link, begun: float) -> None:
+def work(brief: wire.Brief, link: Link) -> object:
+    """Do what the driver orders of an evaluation; return the first thing it says that is no order of this run."""
+    begun = time.perf_counter()
     torch.set_num_threads(brief.threads)
     device = torch.device(brief.device)
-    model = _model(brief, device)
+    model = brief.model.unpack(device, link.ask)
     source = Lent(brief.images)
     samples = Samples(brief.data, brief.labels, None, source, np.arange(len(brief.labels)))
     threat = ThreatModel.parse(brief.threat)
@@ -82,25 +57,9 @@ def _work(brief: wire.Brief, link: Link, begun: float) -> None:
         hand.begin(brief.random)
         with threads(min(hand.meter.threads, brief.threads)):
             link.send(wire.Ready(time.perf_counter() - begun))
-            while True:
-                hand.obey(link.receive())
-
-
-def _model(brief: wire.Brief, device: torch.device) -> Classifier:
-    """Return the model that the driver has, by its string or as it was sent."""
-    if brief.pickled is None:
-        model = load_model(brief.string, device=device)
-        if model.fingerprint != brief.fingerprint:
-            raise RunError(f"a worker found another model than the driver under {brief.string}; load it anew.")
-        return model
-    try:
-        loaded: Classifier = pickle.loads(brief.pickled)
-    except Exception as error:
-        raise UsageError(
-            f"a worker cannot load the model ({type(error).__name__}: {error}); "
-            "define it in a module that can be imported, or leave --workers out."
-        ) from error
-    return loaded.to(device)
+            while not isinstance(order := link.receive(), wire.Briefing):
+                hand.obey(order)
+            return order
 
 
 class Lent:

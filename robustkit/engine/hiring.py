@@ -16,7 +16,7 @@ from typing import Protocol
 
 import torch
 
-from robustkit.engine.hand import serve
+from robustkit.engine.service import serve
 
 # Seconds that a process gets to end by itself once its driver has gone.
 GRACE = 2.0
@@ -55,9 +55,11 @@ class Door:
 
 
 class Hiring(Protocol):
-    """Starts and ends workers. `door` is where they come to once they run."""
+    """Starts and ends workers, `count` of `threads` each. `door` is where they come to once they run."""
 
     door: Door
+    count: int
+    threads: int
 
     def start(self, number: int) -> None:
         """Start the worker of that number."""
@@ -86,10 +88,11 @@ def _deaf() -> Iterator[None]:
 
 
 class Local:
-    """Worker processes of this machine, each a fresh interpreter."""
+    """Worker processes of this machine, each a fresh interpreter with its share of the threads."""
 
-    def __init__(self) -> None:
+    def __init__(self, count: int) -> None:
         """Open the door, to this machine alone."""
+        self.count, self.threads = count, max(1, torch.get_num_threads() // count)
         self.door = Door("127.0.0.1")
         self.running: dict[int, SpawnProcess] = {}
 

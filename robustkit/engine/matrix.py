@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,17 +13,22 @@ import torch
 from robustkit.crafted import Craft, Matrix, worst
 from robustkit.data.samples import Samples
 from robustkit.engine import folder
+from robustkit.engine.bureau import Bureau, Desk, Watched
+from robustkit.engine.cluster import hire
 from robustkit.engine.craft_run import run_craft
 from robustkit.engine.crafting import Crafting
 from robustkit.engine.nets import Net, same_classes
 from robustkit.engine.progress import Progress
-from robustkit.errors import UsageError
+from robustkit.errors import RobustkitError, UsageError
 from robustkit.threat import ThreatModel
 
 
 @dataclass(frozen=True)
 class Grid:
-    """What to craft on each of `nets` and judge on each of them and of `targets`."""
+    """What to craft on each of `nets` and judge on each of them and of `targets`.
+
+    `workers` and `ray`, as in `Evaluation`, craft all rows at the same time.
+    """
 
     nets: Sequence[Net]
     targets: Sequence[Net]
@@ -33,6 +39,8 @@ class Grid:
     seed: int
     device: torch.device
     batch_size: int | None
+    workers: int | None = None
+    ray: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse what is no matrix."""
@@ -63,17 +71,39 @@ class Grid:
         parts = [*(run.spec.run_id for run in self.runs), *(net.fingerprint for net in self.targets)]
         return hashlib.sha256("/".join(parts).encode()).hexdigest()[:8]
 
-    def run(self, out: Path, progress: Progress) -> Matrix:
-        """Craft and judge row by row, each in a folder of its own; the same call resumes there."""
+    def run(self, out: Path, progress: Progress, lane: Callable[[str], Progress]) -> Matrix:
+        """Craft and judge row by row, each in a folder of its own; the same call resumes there.
+
+        Args:
+            out: the folder of the rows' folders.
+            progress: who to tell of the rows if there are no workers, else of these.
+            lane: who to tell of the row of a model's string if several are done at the same time.
+        """
         self._check_folder(out)
         columns = [*self.nets, *self.targets]
-        rows: list[Craft] = []
-        folders: list[str] = []
-        for number, (net, run) in enumerate(zip(self.nets, self.runs, strict=True)):
-            place = out / f"craft-{run.spec.run_id}"
-            progress.say(f"row {number + 1} of {len(self.nets)}: crafting on {net.string}")
-            rows.append(run_craft(run, place, columns, progress=progress))
-            folders.append(place.name)
+        runs = self.runs
+        folders = [f"craft-{run.spec.run_id}" for run in runs]
+        if self.workers in (None, 1) and self.ray is None:
+            rows: list[Craft] = []
+            for number, (run, place) in enumerate(zip(runs, folders, strict=True)):
+                progress.say(f"row {number + 1} of {len(runs)}: crafting on {run.nets[0].string}")
+                rows.append(run_craft(run, out / place, columns, progress=progress))
+        else:
+
+            def work(desk: Desk[Craft], number: int) -> Craft:
+                told = Watched(lane(self.nets[number].string), desk.turn)
+                return run_craft(runs[number], out / folders[number], columns, progress=told, agency=desk)
+
+            works = [partial(work, number=number) for number in range(len(runs))]
+            rows = []
+            try:
+                found = Bureau(works, hire(self.workers, self.ray), progress).run()
+            finally:
+                progress.close()
+            for row in found:
+                if isinstance(row, RobustkitError):
+                    raise row
+                rows.append(row)
         first = rows[0]
         judged = [{one.fingerprint: one for one in row.targets} for row in rows]
         record = Matrix(

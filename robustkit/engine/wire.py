@@ -13,6 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from robustkit.engine.files import Sent
+from robustkit.engine.nets import Net
+from robustkit.engine.shipping import Parcelled
 from robustkit.engine.table import Table
 from robustkit.ledger import Chunk
 from robustkit.record import Flag
@@ -36,13 +39,11 @@ class Parcel:
 class Brief:
     """All that a worker has to know before its first order.
 
-    The model is loaded by its `string`, or from `pickled`; `images` (16 at most) are to try it on.
+    `images` (16 at most) are to try the model on.
     """
 
     number: int
-    string: str
-    fingerprint: str
-    pickled: bytes | None
+    model: Parcelled
     device: str
     threads: int
     precision: str
@@ -56,6 +57,49 @@ class Brief:
     random: bool
     data: str
     labels: np.ndarray
+    images: np.ndarray
+
+
+@dataclass(frozen=True)
+class CraftBrief:
+    """All that a worker of a craft run has to know before its first order.
+
+    `nets` are the surrogates without their models, which are in `models`; `loaded` is whether all of them are
+    in memory at once, `held` whether their graphs are, too. `ways` is how they are run, as the driver chose it;
+    `pool` are the images that others may be mixed with.
+    """
+
+    number: int
+    nets: Sequence[Net]
+    models: Sequence[Parcelled]
+    loaded: bool
+    held: bool
+    ways: Mapping[str, Any]
+    device: str
+    threads: int
+    threat: str
+    attack: str
+    combine: str
+    weights: Sequence[float] | None
+    seed: int
+    batch: int
+    data: str
+    labels: np.ndarray
+    pool: np.ndarray
+
+
+Briefing = Brief | CraftBrief
+
+
+@dataclass(frozen=True)
+class Make:
+    """An order: craft images of one stage, on some of the surrogates (None: all), towards goals by position."""
+
+    stage: int
+    attack: Any
+    members: Sequence[int] | None
+    goals: Mapping[int, int] | None
+    positions: np.ndarray
     images: np.ndarray
 
 
@@ -90,6 +134,19 @@ class Boarded:
 @dataclass(frozen=True)
 class Split:
     """A request: give some of those aboard to another worker. The answer is `Given`, or nothing at the end."""
+
+
+@dataclass(frozen=True)
+class Came:
+    """A worker has come, and waits for its `Briefing`."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """A worker lacks a file of its brief's models, and waits for a `Sent` of its hash, or of the whole."""
+
+    path: str
+    whole: bool
 
 
 @dataclass(frozen=True)
@@ -148,7 +205,7 @@ class Idle:
 
 @dataclass(frozen=True)
 class Failed:
-    """A worker cannot go on, for this reason; `usage` is whether the request is at fault."""
+    """A worker cannot go on with this run, for this reason; `usage` is whether the request is at fault."""
 
     reason: str
     usage: bool
@@ -180,6 +237,13 @@ class Link:
             return self.connection.poll()
         except (EOFError, OSError) as error:
             raise Gone from error
+
+    def ask(self, path: str, whole: bool) -> Sent:
+        """Return what the driver says of a file of its; called while it gives no orders."""
+        self.send(Need(path, whole))
+        while not isinstance(found := self.receive(), Sent):
+            pass
+        return found
 
     def close(self) -> None:
         """End it; the other side will notice."""

@@ -1,70 +1,36 @@
-"""Where a craft run's images are made: on its surrogates, batch by batch, into its ledger."""
+"""A craft run's images: those that its ledger has not yet are made, and written there."""
 
 from __future__ import annotations
 
-import hashlib
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from robustkit.data.ahead import read_ahead
+from robustkit.engine.bench import Bench
 from robustkit.engine.crafting import Crafting
-from robustkit.engine.ensemble import Ensemble, Storage
 from robustkit.engine.progress import Progress
-from robustkit.engine.worker import NO_MEMORY
-from robustkit.errors import RunError
-from robustkit.goal import Goal
 from robustkit.isolation import own_randomness
 from robustkit.ledger import Chunk, Ledger, Verdict
 from robustkit.rng import RowRng
-from robustkit.shapes import Images
-from robustkit.surrogates import Surrogates
 
-BATCH_CPU, BATCH_GPU = 64, 256
-# How many of the run's images the others may be mixed with.
-POOL = 256
 # Stages of the ledger: the goals, the images, and from the third on those without one surrogate each.
 GOALS, IMAGES, WITHOUT = 0, 1, 2
 
 
-class Workshop:
-    """Surrogates, images and a ledger; the batch shrinks when memory runs out."""
+class Workshop(Bench):
+    """A bench with a ledger that what is made goes into."""
 
     def __init__(self, plan: Crafting, ledger: Ledger, progress: Progress) -> None:
-        """Set up; the surrogates are loaded when first asked for."""
-        self.plan, self.ledger, self.progress = plan, ledger, progress
-        self.samples, self.threat = plan.samples, plan.threat
-        self.n = len(plan.samples)
-        self.batch = min(plan.batch_size or (BATCH_CPU if plan.device.type == "cpu" else BATCH_GPU), self.n)
-        self._ensemble: Ensemble | None = None
+        """Set up."""
+        super().__init__(plan, progress)
+        self.ledger = ledger
 
-    @property
-    def ensemble(self) -> Ensemble:
-        """The surrogates, loaded and tuned when first asked for."""
-        if self._ensemble is None:
-            plan = self.plan
-            storage = Storage.of(plan.nets, self.batch, plan.device, plan.streaming)
-            self._ensemble = Ensemble(plan.nets, plan.device, storage, plan.combine, plan.weights)
-            x = self.samples.images(np.arange(self.batch)).to(plan.device)
-            # In eval mode: trials of a net in training would move its running statistics.
-            with self._ensemble.at_rest():
-                self._ensemble.tune(x, lambda ways: self.ledger.note("ways", ways), hooked=self._hooked())
-        return self._ensemble
-
-    def surrogates(self, members: Sequence[int] | None = None) -> Surrogates:
-        """Return the surrogates, or some, with the run's first images for techniques that mix others in."""
-        pool = self.samples.images(np.arange(min(POOL, self.n))).to(self.plan.device)
-        return replace(self.ensemble.surrogates(members), pool=pool)
-
-    def _hooked(self) -> bool:
-        bare = Surrogates([lambda x: x] * len(self.plan.nets), pool=torch.zeros(1, 1, 1, 1))
-        for technique in self.plan.parts[1:]:
-            bare = technique.prepare(bare)
-        return bool(bare.around)
+    def note(self, ways: str) -> str:
+        """Return the way that was chosen when the run began, which is this one if it begins now."""
+        return self.ledger.note("ways", ways)
 
     def goals(self) -> list[int] | None:
         """Return the class wanted of each image, from the ledger or chosen now."""
@@ -104,79 +70,25 @@ class Workshop:
     ) -> None:
         """Craft those images of a stage that the ledger has not yet, batch by batch."""
         done = {position for position, _ in self.ledger.said(stage)}
-        waiting = np.array([place for place in range(self.n) if place not in done], np.int64)
-        if not len(waiting):
+        if len(done) == self.n:
             return
-        surrogates = self.surrogates(members)
-        fooled = sum(hit for _, hit, _ in self.ledger.crafted(stage))
+        parts = []
+        # Cut from all images, whatever is done already: the same batches after any resume.
+        for begin in range(0, self.n, self.batch):
+            left = [place for place in range(begin, min(begin + self.batch, self.n)) if place not in done]
+            parts += [np.array(left, np.int64)] if left else []
+        self.ensemble  # noqa: B018  (loaded and tuned before the stage begins)
+        fooled, ready = sum(hit for _, hit, _ in self.ledger.crafted(stage)), len(done)
         self.progress.stage(name, self.n, self.n - fooled, self.n)
-        self.progress.advance(len(done), self.n - fooled)
-        with self.ensemble.at_rest(), own_randomness(self.plan.seed, "craft", stage):
-            blocks = self._blocks(waiting)
-            while len(waiting):
-                at, x = next(blocks)
-                try:
-                    chunk = self._chunk(stage, attack, surrogates, goals, at, x)
-                except (torch.OutOfMemoryError, MemoryError) as error:
-                    if len(at) == 1:
-                        raise RunError(NO_MEMORY) from error
-                    self.batch = len(at) // 2
-                    self.progress.say(f"out of memory: going on with {self.batch} images at a time")
-                    blocks = self._blocks(waiting)
-                    continue
-                self.ledger.write(chunk)
-                waiting = waiting[len(at) :]
-                fooled += sum(verdict.fooled for verdict in chunk.verdicts)
-                self.progress.advance(self.n - len(waiting), self.n - fooled)
+        self.progress.advance(ready, self.n - fooled)
+        for chunk in self.make(stage, attack, members, goals, parts):
+            self.ledger.write(chunk)
+            ready += len(chunk.verdicts)
+            fooled += sum(verdict.fooled for verdict in chunk.verdicts)
+            self.progress.advance(ready, self.n - fooled)
 
-    def _blocks(self, waiting: np.ndarray) -> Iterator[tuple[np.ndarray, Images]]:
-        return read_ahead(self.samples, np.split(waiting, range(self.batch, len(waiting), self.batch)))
-
-    def _chunk(
-        self,
-        stage: int,
-        attack: Any,
-        surrogates: Surrogates,
-        goals: Sequence[int] | None,
-        at: np.ndarray,
-        x: Images,
-    ) -> Chunk:
-        device = self.plan.device
-        begun, before = time.perf_counter(), self.ensemble.counts
-        x = x.to(device)
-        labels = torch.from_numpy(self.samples.labels[at].astype(np.int64)).to(device)
-        wanted = None if goals is None else torch.tensor([goals[place] for place in at], device=device)
-        goal = Goal(labels, wanted)
-        rng = RowRng(self.plan.seed, "craft", torch.from_numpy(at).to(device))
-        found = attack(surrogates, x, goal, self.threat, rng=rng)
-        x_adv, finite = self._inside(found.detach().to(x), x)
-        forwards, backwards = (now - then for now, then in zip(self.ensemble.counts, before, strict=True))
-        with torch.no_grad():
-            logits = surrogates(x_adv)
-        hit = goal.reached(logits).tolist()
-        said, clean = logits.argmax(1).tolist(), x.float().cpu().numpy()
-        rows = [
-            Verdict(
-                int(place),
-                int(self.samples.labels[place]),
-                said[row] if finite[row] else -1,
-                0.0,
-                bool(hit[row]),
-                hashlib.sha256(clean[row].tobytes()).hexdigest(),
-                image.tobytes(),
-            )
-            for row, (place, image) in enumerate(zip(at, x_adv.float().cpu().numpy(), strict=True))
-        ]
-        return Chunk(stage, int(at[0]), forwards, backwards, time.perf_counter() - begun, rows)
-
-    def _inside(self, found: Images, x: Images) -> tuple[Images, list[bool]]:
-        """Return the images inside ball and box, whatever an attack returned; the clean one for NaN."""
-        finite = found.flatten(1).isfinite().all(1)
-        whole = torch.where(finite.view(-1, *[1] * (x.dim() - 1)), found, x)
-        point = self.threat.project(whole, x)
-        if not bool(self.threat.contains(point, x).all()):
-            raise RunError(f"an image could not be brought inside {self.threat}; this is a fault of robustkit.")
-        return point, finite.tolist()
+    def close(self) -> None:
+        """End what was begun for the images; here there is nothing."""
 
     def spend(self, attack: Any, goals: Sequence[int] | None) -> int:
         """Return the gradients that the first image costs."""

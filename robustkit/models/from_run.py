@@ -31,6 +31,8 @@ from robustkit.registry import make_method
 from robustkit.selfensemble import self_ensemble
 
 FACTS, WEIGHTS, FORMAT = "model.json", "model.safetensors", 1
+# What of a run's folder makes up its nets, as far as it is there.
+PARTS = (FACTS, WEIGHTS, posterior.FILE)
 _NUMBERS = re.compile(r"\d{1,5}(-\d{1,5})?(\+\d{1,5}(-\d{1,5})?)*")
 
 # Builds a net by its string: the loader's own, for every kind but a folder.

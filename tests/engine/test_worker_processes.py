@@ -24,8 +24,8 @@ COMMAND = [sys.executable, "-m", "robustkit", "evaluate", "--limit", "24", "--ba
 COMMAND += ["--precision", "fp32", "--threat", "linf:0.12", "--suite", SUITE]
 
 
-def start(out: Path, workers: int) -> subprocess.Popen[str]:
-    command = [*COMMAND, "--workers", str(workers), "--out", str(out)]
+def start(out: Path, workers: int, command: list[str] = COMMAND) -> subprocess.Popen[str]:
+    command = [*command, "--workers", str(workers), "--out", str(out)]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
@@ -100,3 +100,46 @@ def test_a_model_of_python_is_sent() -> None:
     one, two = (evaluate(net, x, y, "linf:0.02", suite="pgd(steps=6)", workers=n) for n in (1, 2))
     assert [v.robust for v in one.verdicts] == [v.robust for v in two.verdicts]
     assert one.run_id == two.run_id
+
+
+def test_a_list_of_models_killed_with_9_and_the_driver_too(tmp_path: Path) -> None:
+    zoo = tmp_path / "zoo.txt"
+    zoo.write_text("a=robustkit:digits-cnn\nb=robustkit:digits-cnn?defense=bit-depth:3\nc=nowhere:at_all\n")
+    suite = "pgd(steps=20),autoattack:apgd-ce(steps=10),apgd(steps=20)"
+    command = [*COMMAND, "--models", str(zoo), "--data", "digits:test", "--limit", "12", "--suite", suite]
+    alone = start(tmp_path / "alone", 1, command)
+    process = start(tmp_path / "shared", 2, command)
+    until(lambda: len(hands(process.pid)) == 2)
+    time.sleep(3)
+    os.kill(hands(process.pid)[0], signal.SIGKILL)
+    time.sleep(4)
+    left = hands(process.pid)
+    process.kill()
+    process.communicate()
+    until(lambda: not any(map(alive, left)), 30)
+    process = start(tmp_path / "shared", 3, command)
+    said, _ = process.communicate(timeout=170)
+    assert process.returncode == 2, said
+    alone.communicate()
+    boards = [json.loads((tmp_path / name / "leaderboard.json").read_text()) for name in ("alone", "shared")]
+    for one, other in zip(*(board["rows"] for board in boards), strict=True):
+        assert one["behind"] == other["behind"]
+        same(tmp_path / "alone" / one["folder"], tmp_path / "shared" / other["folder"])
+
+
+def test_images_of_killed_workers(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "robustkit", "craft", "--limit", "48", "--batch-size", "4"]
+    command += ["--attack", "mi-fgsm(steps=100)"]
+    alone = start(tmp_path / "alone", 1, command)
+    process = start(tmp_path / "shared", 2, command)
+    until(lambda: len(hands(process.pid)) == 2)
+    time.sleep(4)
+    os.kill(hands(process.pid)[0], signal.SIGKILL)
+    said, _ = process.communicate(timeout=170)
+    assert process.returncode == 0, said
+    alone.communicate()
+    one, other = (tmp_path / name for name in ("alone", "shared"))
+    ways = [json.loads((run / "transfer.json").read_text())["environment"]["ways"] for run in (one, other)]
+    first, second = (np.load(run / "adversarial.npz")["x"] for run in (one, other))
+    # Two runs may choose another memory layout, which rounds otherwise.
+    assert np.array_equal(first, second) if ways[0] == ways[1] else np.isclose(first, second).mean() > 0.99

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from nets import Small, labelled
+from teams import as_threads
 
 from robustkit import RunError, UsageError, evaluate
-from robustkit.engine import crew, foreman, hand, wire
-from robustkit.engine import evaluate as evaluation
+from robustkit.engine import hand, wire
 from robustkit.engine.flight import Boarding, Flight
-from robustkit.engine.hiring import Door
 from robustkit.engine.meter import Meter
 from robustkit.engine.progress import Progress
-from robustkit.engine.worker import Worker
 from robustkit.ledger import Chunk, Ledger
 from robustkit.losses import margin
 from robustkit.models import as_classifier
@@ -32,50 +29,9 @@ ROWS = "pgd(steps=6,restarts=2),apgd(steps=12),apgd-t(steps=6,targets=4),square(
 COUPLED = "autoattack:apgd-ce(steps=8),autoattack:square(queries=60)"
 
 
-class Threads:
-    """Workers of this process, which start at once; a process each takes seconds to import torch."""
-
-    def __init__(self) -> None:
-        self.door = Door("127.0.0.1")
-        self.running: dict[int, threading.Thread] = {}
-
-    def start(self, number: int) -> None:
-        work = threading.Thread(target=hand.serve, args=(self.door.address, self.door.key, number))
-        work.start()
-        self.running[number] = work
-
-    def device(self, own: torch.device, number: int) -> str:
-        return str(own)
-
-    def ended(self) -> list[tuple[int, str]]:
-        gone = [number for number, work in self.running.items() if not work.is_alive()]
-        return [(number, "ended") for number in gone if self.running.pop(number)]
-
-    def close(self) -> None:
-        self.door.close()
-        for work in self.running.values():
-            work.join(5)
-            assert not work.is_alive()
-
-
 @pytest.fixture(autouse=True)
 def _threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    turn = threading.Lock()
-
-    def in_turn(work: Callable[..., None]) -> Callable[..., None]:
-        def locked(*arguments: object) -> None:
-            with turn:
-                work(*arguments)
-
-        return locked
-
-    # What seeds the global generators shares them with other threads, as it does not with processes.
-    for name in ("prepare", "_do"):
-        monkeypatch.setattr(Worker, name, in_turn(getattr(Worker, name)))
-    monkeypatch.setattr(evaluation, "Local", Threads)
-    monkeypatch.setattr(foreman, "SPLIT_EVERY", 0.0)
-    monkeypatch.setattr(foreman, "WORTH_SPLITTING", 2)
-    monkeypatch.setattr(crew, "LOOK_EVERY", 0.05)
+    as_threads(monkeypatch)
 
 
 class Watch(Progress):

@@ -1,0 +1,78 @@
+"""`robustkit evaluate --models`: a list of models, a run of each, and a leaderboard."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from robustkit.cli import DONE, FAILED, USAGE
+from robustkit.cli.output import save, wide_console
+from robustkit.cli.progress import Board
+from robustkit.cli.report import write_page
+from robustkit.engine.sweep import Entry, Sweep
+from robustkit.errors import RobustkitError, RunError
+from robustkit.report.leaderboard import Leaderboard, show
+from robustkit.report.standings import page
+from robustkit.report.table import percent
+from robustkit.report.transfer import short_names
+
+RECORD, PAGE = "leaderboard.json", "leaderboard.html"
+
+
+@dataclass(frozen=True)
+class Ends:
+    """What becomes of the result: a page, JSON instead of the table, an exit code by the least share allowed."""
+
+    with_page: bool
+    as_json: bool
+    fail_under: float | None
+
+    def judge(self, rates: Sequence[tuple[str, float]]) -> int:
+        """Return 1, and say so, if one of the named robust accuracies is below `fail_under`, else 0."""
+        below = [(name, rate) for name, rate in rates if self.fail_under is not None and rate < self.fail_under]
+        for name, rate in below:
+            whose = f"{name}: " if name else ""
+            least = percent(self.fail_under or 0.0)
+            print(f"{whose}robust accuracy {percent(rate)} is below --fail-under {least}", file=sys.stderr)
+        return int(bool(below))
+
+
+def shortened(entries: Sequence[Entry]) -> list[Entry]:
+    """Return the entries with names that fit a table where the list gives none."""
+    given = {entry.name for entry in entries if entry.name != entry.string}
+    strings = [entry.string for entry in entries if entry.name == entry.string]
+    short = {string: name for string, name in zip(strings, short_names(strings), strict=True) if name not in given}
+    return [replace(entry, name=short.get(entry.name, entry.name)) for entry in entries]
+
+
+def sweep(plan: Sweep, id: str, folder: Path, ends: Ends) -> int:
+    """Run the verb; return 3 or 2 if a model failed, running or before, else what `ends` says."""
+    panel = Board()
+    found, failed = [], []
+    code = DONE
+    for entry, outcome in zip(plan.entries, plan.run(folder, panel, panel.of), strict=True):
+        if isinstance(outcome, RobustkitError):
+            failed.append((entry.name, entry.string, str(outcome)))
+            code = max(code, FAILED if isinstance(outcome, RunError) else USAGE)
+            continue
+        place, report = outcome
+        found.append((entry.name, place.name, report))
+        if ends.with_page:
+            write_page(place, report)
+    if not found:
+        return code
+    board = Leaderboard.of(id, found, failed)
+    save(folder / RECORD, (json.dumps(board.to_json(), indent=2) + "\n").encode())
+    if ends.with_page:
+        save(folder / PAGE, page(board).encode())
+    if ends.as_json:
+        print(json.dumps(board.to_json(), indent=2))
+    else:
+        runs = [folder / row.folder for row in board.rows[:2]]
+        following = f"compare {runs[0]} {runs[1]}" if len(runs) > 1 else f"verify {runs[0]}"
+        show(board, wide_console(), folder / PAGE if ends.with_page else None, f"robustkit {following}")
+    below = ends.judge([(row.name, row.robust_accuracy.value) for row in board.rows])
+    return code or below

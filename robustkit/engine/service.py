@@ -1,0 +1,41 @@
+"""A process that works for a driver: at one run after another, as it is told."""
+
+from __future__ import annotations
+
+from multiprocessing.connection import Client
+
+import torch
+
+from robustkit.engine import hand, maker, wire
+from robustkit.engine.wire import Gone, Link
+from robustkit.errors import RobustkitError, UsageError
+
+
+def serve(address: tuple[str, int], key: bytes, number: int) -> None:
+    """Be a worker until the driver ends the connection."""
+    try:
+        link = Link(Client(address, authkey=key))
+    except (OSError, EOFError):
+        return  # the driver has ended meanwhile
+    try:
+        link.send(number)
+        brief = link.receive()
+        while isinstance(brief, wire.Briefing):
+            try:
+                brief = hand.work(brief, link) if isinstance(brief, wire.Brief) else maker.work(brief, link)
+            except RobustkitError as error:
+                link.send(wire.Failed(str(error), isinstance(error, UsageError)))
+                brief = _next(link)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()  # the last run's model has gone
+    except Gone:
+        return
+    finally:
+        link.close()
+
+
+def _next(link: Link) -> object:
+    """Return the next run's brief; what else the driver says was meant for the run that failed."""
+    while not isinstance(message := link.receive(), wire.Briefing):
+        pass
+    return message

@@ -1,0 +1,60 @@
+"""How a model of the driver's gets to a worker: by its string, or as it is if it comes from Python."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import dataclass
+
+import torch
+
+from robustkit.engine.files import Ask, files_of, here
+from robustkit.errors import RunError, UsageError
+from robustkit.models import load_model
+from robustkit.models.classifier import Classifier
+
+
+@dataclass(frozen=True)
+class Parcelled:
+    """A model on its way: its string and fingerprint, and itself on the CPU if no string loads it.
+
+    `files` are the driver's that the string names; a machine that lacks one asks for it.
+    """
+
+    string: str
+    fingerprint: str
+    itself: bytes | None = None
+    files: tuple[str, ...] = ()
+
+    @classmethod
+    def named(cls, string: str, fingerprint: str) -> Parcelled:
+        """Return a model that its string loads, packed."""
+        return cls(string, fingerprint, files=tuple(files_of(string)))
+
+    @classmethod
+    def of(cls, model: Classifier) -> Parcelled:
+        """Return a model packed; UsageError if it is of Python and cannot be pickled."""
+        if not model.string.startswith("python:"):
+            return cls.named(model.string, model.fingerprint)
+        try:
+            return cls(model.string, model.fingerprint, pickle.dumps(model))
+        except Exception as error:
+            raise UsageError(
+                f"the model cannot be sent to workers ({type(error).__name__}: {error}); "
+                "define its classes and functions at the top of a module, or leave --workers out."
+            ) from error
+
+    def unpack(self, device: torch.device, ask: Ask) -> Classifier:
+        """Return the model that the driver has, on a device; `ask` for files that are not here."""
+        if self.itself is None:
+            model = load_model(here(self.string, self.files, ask), device=device)
+            if model.fingerprint != self.fingerprint:
+                raise RunError(f"a worker found another model than the driver under {self.string}; load it anew.")
+            return model
+        try:
+            loaded: Classifier = pickle.loads(self.itself)
+        except Exception as error:
+            raise UsageError(
+                f"a worker cannot load the model ({type(error).__name__}: {error}); "
+                "define it in a module that can be imported, or leave --workers out."
+            ) from error
+        return loaded.to(device)

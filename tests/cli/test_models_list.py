@@ -1,0 +1,64 @@
+"""`robustkit evaluate --models`: the table, the files, exit codes, and what is wrong in a sentence."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from robustkit.cli import run
+
+
+@pytest.fixture
+def zoo(tmp_path: Path) -> Path:
+    path = tmp_path / "zoo.txt"
+    path.write_text("robustkit:digits-cnn\ncoarse = robustkit:digits-cnn?defense=bit-depth:3\n")
+    return path
+
+
+def command(zoo: Path, *more: str) -> list[str]:
+    asked = ["evaluate", "--models", str(zoo), "--data", "digits:test", "--limit", "6", "--suite", "fgsm"]
+    return [*asked, "--out", str(zoo.parent / "runs"), *more]
+
+
+def test_a_list_again_and_longer(zoo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(command(zoo)) == 0
+    out, told = capsys.readouterr()
+    assert out.index("coarse") < out.index("digits-cnn ")
+    assert "next     robustkit compare" in out
+    with zoo.open("a") as file:
+        file.write("gone = robustkit:digits-cnn@gone.safetensors\n")
+    assert run(command(zoo, "--json", "--fail-under", "0.99")) == 2
+    out, told = capsys.readouterr()
+    assert told.count("was finished before") == 2
+    assert "digits-cnn: robust accuracy" in told
+    body = json.loads(out)
+    assert [row["name"] for row in body["rows"]] == ["coarse", "digits-cnn"]
+    assert "there is no weights file" in body["failed"][0]["reason"]
+    folder = zoo.parent / "runs"
+    assert json.loads((folder / "leaderboard.json").read_text()) == body
+    for page in ("leaderboard.html", *(f"{row['folder']}/report.html" for row in body["rows"])):
+        assert "</html>" in (folder / page).read_text()
+    zoo.write_text("robustkit:digits-cnn\n")
+    assert run(command(zoo, "--fail-under", "0.99")) == 1
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (["robustkit:digits-cnn"], "both a model, robustkit:digits-cnn, and a list of models; write it into"),
+        (["--data", "absent.npz"], "absent.npz"),
+        (["--suite", "fgms"], "Did you mean 'fgsm'?"),
+        (["--threat", "linf"], "write NORM:EPS"),
+        (["--time-limit", "soon"], "time limit 'soon': write seconds"),
+    ],
+)
+def test_one_clear_sentence(zoo: Path, more: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(command(zoo, *more)) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_no_data(zoo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["evaluate", "--models", str(zoo)]) == 2
+    assert capsys.readouterr().err.startswith("error: no data for the list of models; write --data")

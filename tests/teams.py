@@ -1,0 +1,65 @@
+"""Workers for tests: threads of this process in the place of processes."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from robustkit.engine import bureau, cluster, company, foreman, service, shipping
+from robustkit.engine.hiring import Door
+from robustkit.engine.worker import Worker
+
+
+class Threads:
+    """Workers of this process, which start at once; a process each takes seconds to import torch."""
+
+    threads = 1
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.door = Door("127.0.0.1")
+        self.running: dict[int, threading.Thread] = {}
+
+    def start(self, number: int) -> None:
+        work = threading.Thread(target=service.serve, args=(self.door.address, self.door.key, number))
+        work.start()
+        self.running[number] = work
+
+    def device(self, own: torch.device, number: int) -> str:
+        return str(own)
+
+    def ended(self) -> list[tuple[int, str]]:
+        gone = [number for number, work in self.running.items() if not work.is_alive()]
+        return [(number, "ended") for number in gone if self.running.pop(number)]
+
+    def close(self) -> None:
+        self.door.close()
+        for work in self.running.values():
+            work.join(5)
+            assert not work.is_alive()
+
+
+def as_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have workers as threads, which are quick to split and to look."""
+    turn = threading.Lock()
+
+    def in_turn(work: Callable[..., Any]) -> Callable[..., Any]:
+        def locked(*arguments: object, **named: object) -> Any:
+            with turn:
+                return work(*arguments, **named)
+
+        return locked
+
+    # What seeds the global generators shares them with other threads, as it does not with processes.
+    for name in ("prepare", "_do"):
+        monkeypatch.setattr(Worker, name, in_turn(getattr(Worker, name)))
+    monkeypatch.setattr(shipping, "load_model", in_turn(shipping.load_model))
+    monkeypatch.setattr(cluster, "Local", Threads)
+    monkeypatch.setattr(foreman, "SPLIT_EVERY", 0.0)
+    monkeypatch.setattr(foreman, "WORTH_SPLITTING", 2)
+    monkeypatch.setattr(company, "LOOK_EVERY", 0.05)
+    monkeypatch.setattr(bureau, "LOOK_EVERY", 0.05)
