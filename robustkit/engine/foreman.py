@@ -84,6 +84,14 @@ class Foreman(Worker):
 
         return brief
 
+    def clean(self, among: np.ndarray) -> None:
+        """Have the clean pass done by workers where there is more than a batch for each; do the checks."""
+        parts = self._parts(0, among)
+        if len(parts) > self.crew.count:
+            self.progress.stage("clean", len(among), self.tally.robust, self.tally.n)
+            self._hand_out(0, parts)
+        super().clean(among)
+
     def fly(self, first: int, count: int, among: np.ndarray) -> None:
         """Have what still stands of these taken through `count` attacks by whoever has slots free."""
         waiting = self.tally.waiting(first, among)
@@ -128,7 +136,11 @@ class Foreman(Worker):
     def attack(self, stage: int, among: np.ndarray) -> None:
         """Have one attack run over what still stands of these, in the batches of a run with one worker."""
         self._announce(stage, among)
-        parts = deque(self._parts(stage, among))
+        self._hand_out(stage, self._parts(stage, among))
+
+    def _hand_out(self, stage: int, batches: Sequence[tuple[int, np.ndarray]]) -> None:
+        """Have each of these chunks done by whoever is free."""
+        parts = deque(batches)
         given: dict[int, tuple[int, np.ndarray]] = {}
         for member, message in self._talk(stage, 1, lambda: bool(parts)):
             if isinstance(message, Gone) and member.held:
@@ -184,7 +196,7 @@ class Foreman(Worker):
         return len(positions)
 
     def _flies(self, stage: int) -> bool:
-        return isinstance(self.rungs[stage - 1].attack, RowWise)
+        return stage > 0 and isinstance(self.rungs[stage - 1].attack, RowWise)
 
     def _write(self, first: int, count: int, seconds: float) -> None:
         """Write down what has landed in so many seconds, which the stages share by their passes."""
@@ -203,7 +215,9 @@ class Foreman(Worker):
     def _parcel(self, positions: Sequence[int], with_images: bool = True) -> Parcel:
         index = np.array(positions, np.int64)
         images = self.samples.images(index).numpy() if with_images else None
-        return Parcel(index, images, [self.tally.images[at] for at in positions], self.tally.clean_margins[index])
+        known = self.tally.judged[index] >= 0
+        hashes = [self.tally.images[at] for at in positions] if known.all() else []
+        return Parcel(index, images, hashes, self.tally.clean_margins[index])
 
 
 def _sum(stage: int, number: int, chunks: Sequence[Chunk]) -> Chunk:

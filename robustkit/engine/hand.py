@@ -143,10 +143,14 @@ class Hand(Worker):
             self.through(order.first, order.count, self._board, examples, aboard)
         elif isinstance(order, wire.Block):
             self._receive(order.parcel)
-            if self.rungs[order.stage - 1].view:
-                self.outlook  # noqa: B018  (seen before the first attack on a view)
             positions = order.parcel.positions
-            self.block(order.stage, order.number, positions, self.samples.images(positions))
+            images = self.samples.images(positions)
+            if order.stage:
+                if self.rungs[order.stage - 1].view:
+                    self.outlook  # noqa: B018  (seen before the first attack on a view)
+                self.block(order.stage, order.number, positions, images)
+            else:
+                self._do(0, order.number, positions, images, self._clean_verdicts)
         else:
             return  # asked to share when there was nothing left to
         self.source.lent.clear()
@@ -154,8 +158,9 @@ class Hand(Worker):
 
     def _receive(self, parcel: wire.Parcel) -> None:
         for at, position in enumerate(parcel.positions.tolist()):
-            self.tally.images[position] = parcel.hashes[at]
-            self.tally.clean_margins[position] = parcel.margins[at]
+            if parcel.hashes:
+                self.tally.images[position] = parcel.hashes[at]
+                self.tally.clean_margins[position] = parcel.margins[at]
             if parcel.images is not None:
                 self.source.lent[position] = parcel.images[at]
 

@@ -27,7 +27,10 @@ class Gone(BaseException):
 
 @dataclass(frozen=True)
 class Parcel:
-    """Samples for a worker: positions, images (B C H W; None where it has them), their hashes, clean margins."""
+    """Samples for a worker: positions, images (B C H W; None where it has them), their hashes, clean margins.
+
+    Before the clean pass there are no hashes.
+    """
 
     positions: np.ndarray
     images: np.ndarray | None

@@ -86,8 +86,9 @@ def test_as_many_as_one(suite: str, counts: tuple[int, ...]) -> None:
         assert many.environment["workers"] == workers
 
 
-@pytest.mark.parametrize("suite", [ROWS, COUPLED])
-def test_what_a_dead_worker_had_is_done_by_others(suite: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("suite", "n"), [(ROWS, 16), (COUPLED, 16), ("pgd(steps=2)", 40)])
+def test_what_a_dead_worker_had_is_done_by_others(suite: str, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of enough images workers do the clean pass as well, and die in it."""
     write, deaths = hand.Outbox.write, []
 
     def dying(box: hand.Outbox, *chunks: Chunk) -> None:
@@ -96,9 +97,9 @@ def test_what_a_dead_worker_had_is_done_by_others(suite: str, monkeypatch: pytes
             raise wire.Gone
         write(box, *chunks)
 
-    alone, watch = run(1, suite, n=16), Watch()
+    alone, watch = run(1, suite, n=n), Watch()
     monkeypatch.setattr(hand.Outbox, "write", dying)
-    same(alone, run(2, suite, n=16, progress=watch))
+    same(alone, run(2, suite, n=n, progress=watch))
     assert sum("has died" in line for line in watch.said) == 3
 
 
