@@ -13,7 +13,7 @@ from robustkit.engine.bureau import Bureau, Desk, Watched
 from robustkit.engine.cluster import hire
 from robustkit.engine.evaluate import Evaluation
 from robustkit.engine.progress import Progress
-from robustkit.errors import RobustkitError, UsageError
+from robustkit.errors import RobustkitError, RunError, UsageError
 from robustkit.record import Report, dumps
 
 # A name in front of a model string has none of the signs that model strings are made of.
@@ -108,6 +108,10 @@ class Sweep:
             except RobustkitError as error:
                 progress.say(f"{entry.name}: {error}")
                 raise
+            except Exception as error:
+                # Whatever a model's own code does, it stops no other.
+                progress.say(f"{entry.name}: {type(error).__name__}: {error}")
+                raise RunError(f"{type(error).__name__}: {error}") from error
             finally:
                 told.close()
             rate = report.robust_accuracy

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from robustkit import evaluate, load_data, load_model
+from robustkit import craft, evaluate, load_data, load_model
+from robustkit.crafted import Craft
 from robustkit.engine.progress import Progress
 from robustkit.record import Report
 
@@ -43,6 +44,13 @@ def run(**settings: object) -> Report:
     )
 
 
+def crafted(**settings: object) -> Craft:
+    samples = load_data("digits:test").head(24)
+    # Streamed nets are run as they are; of others two runs may choose another memory layout.
+    said = {"attack": "mi-fgsm(steps=5)+di", "batch_size": 4, "streaming": True, **settings}
+    return craft(["robustkit:digits-cnn"], samples, None, "linf:0.12", **said)
+
+
 def same(one: Report, other: Report) -> None:
     assert one.run_id == other.run_id
     assert [(v.robust, v.attack) for v in one.verdicts] == [(v.robust, v.attack) for v in other.verdicts]
@@ -62,6 +70,8 @@ def test_two_nodes_and_then_one(monkeypatch: pytest.MonkeyPatch) -> None:
         both = run(ray=cluster.address)
         same(alone, both)
         assert both.environment["workers"] == 2
+        one, many = crafted(), crafted(ray=cluster.address)
+        assert np.array_equal(one.adversarial["x"], many.adversarial["x"])
         watch = Removing(lambda: cluster.remove_node(node, allow_graceful=False))
         same(alone, run(ray=cluster.address, progress=watch))
         assert any("has died" in line for line in watch.said)

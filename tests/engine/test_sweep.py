@@ -132,6 +132,12 @@ def test_a_bad_model_stops_no_other(workers: int, alone: list[Report], tmp_path:
     assert "is the model 'net0' once more" in str(found[2])
 
 
+def test_nor_does_one_whose_code_fails(tmp_path: Path) -> None:
+    found = Sweep([BAD], lambda entry: 1 / 0, workers=2).run(tmp_path, Progress(), lambda name: Progress())
+    assert isinstance(found[0], RunError)
+    assert str(found[0]) == "ZeroDivisionError: division by zero"
+
+
 def test_a_model_that_fails_in_a_worker_stops_no_other(
     alone: list[Report], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
