@@ -91,7 +91,7 @@ def main() -> None:
     hard = list(facts["costs"])[-1]
     print("\nwhat would help, on ResNet-50, " + hard)
     table("images from an array in memory, nothing to decode", asked, facts, hard, "ResNet-50", 0)
-    table("and clean pass, reading and writing left to the workers", asked, facts, hard, "ResNet-50", None)
+    table("and reading and writing left to the workers", asked, facts, hard, "ResNet-50", None)
     if asked.png:
         draw(curves, asked.png)
 
@@ -109,13 +109,15 @@ def table(
     jobs = [images[at] for at in order if images[at].passes]
     fooled = 1 - costs["robust"] / sum(job.passes > 0 for job in images)
     decode = known["decode"] / readers if readers else 0.0
-    clean = asked.images * (decode + known["hash"] + 1 / pace) + CHECKS / pace
+    reading = asked.images * (decode + known["handout"])
     site = Site(
         devices=1,
         slots=asked.slots,
         overhead=ALONE,
         startup=asked.startup,
-        opening=clean if readers is not None else 0.0,
+        opening=CHECKS / pace,
+        clean=asked.images * (known["hash"] + 1 / pace),
+        reading=reading if readers is not None else 0.0,
         handout=decode + known["handout"] if readers is not None else 0.0,
         verdict=fooled * known["verdict"] if readers is not None else 0.0,
         message=known["message"],
@@ -141,7 +143,7 @@ def verdict(half: tuple[int, Course] | None) -> str:
     words = {
         "passes": "passes that are not full",
         "start": "start-up",
-        "clean": "the clean pass, which the driver does alone",
+        "clean": "clean pass and checks",
         "driver": "the driver, which reads, hands out and writes down",
         "tail": "the slowest images",
     }

@@ -87,7 +87,7 @@ class Foreman(Worker):
     def clean(self, among: np.ndarray) -> None:
         """Have the clean pass done by workers where there is more than a batch for each; do the checks."""
         parts = self._parts(0, among)
-        if len(parts) > self.crew.count:
+        if self.crew.sole and len(parts) > self.crew.count:
             self.progress.stage("clean", len(among), self.tally.robust, self.tally.n)
             self._hand_out(0, parts)
         super().clean(among)

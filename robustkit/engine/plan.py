@@ -152,19 +152,24 @@ class Costs:
 
 def site(found: Findings, pilot: Pilot, devices: int) -> Site:
     """Return where so many devices like the one measured do the whole evaluation."""
-    opening = found.checks + found.clean * len(pilot.samples)
-    slots = found.slots
+    n, slots = len(pilot.samples), found.slots
     if devices == 1:
-        return Site(1, slots, found.overhead, found.start, opening)
+        return Site(1, slots, found.overhead, found.start, found.checks + found.clean * n)
     entered = int((found.through & (found.forwards > 0)).sum())
     fooled = 1 - found.robust / max(entered, 1)
+    handout = found.read + HANDOUT + found.image_bytes * HANDOUT_BYTE
+    # Workers share the clean pass where each has more than a batch of it; it stores no images.
+    shared = math.ceil(n / pilot.batch) > devices
+    clean, reading = (found.clean * n, n * (handout + VERDICT)) if shared else (0.0, 0.0)
     return Site(
         devices=devices,
         slots=slots,
         overhead=found.overhead,
         startup=SPAWN + found.start,
-        opening=opening,
-        handout=found.read + HANDOUT + found.image_bytes * HANDOUT_BYTE,
+        opening=found.checks + found.clean * n * (not shared),
+        clean=clean,
+        reading=reading,
+        handout=handout,
         verdict=VERDICT + fooled * found.image_bytes * VERDICT_BYTE,
         message=MESSAGE,
     )

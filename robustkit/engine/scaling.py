@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 
 from robustkit.engine.foreman import SHARES, SPLIT_EVERY, WORTH_SPLITTING
 
-# What the time of all devices goes to: images, what passes take whatever is in them, start-up, waiting for the
-# driver's clean pass, then for the driver, and at the end for the slowest images.
+# What the time of all devices goes to: images, what passes take whatever is in them, start-up, clean pass and checks,
+# waiting for the driver, and at the end for the slowest images.
 PARTS = ("work", "passes", "start", "clean", "driver", "tail")
 
 
@@ -35,8 +35,9 @@ class Site:
     """Where a run is done, all in seconds.
 
     `overhead` is what a pass takes whatever is on board; `startup` what a worker takes before its first image;
-    `opening` what the driver does before it hands out the first. Of its time then each image takes `handout` and
-    `verdict`, and each message `message`.
+    `opening` what the driver does alone before the attacks; `clean` the work of a clean pass that workers share, of
+    which the driver has `reading`. Of its time then each image takes `handout` and `verdict`, and each message
+    `message`.
     """
 
     devices: int
@@ -44,9 +45,20 @@ class Site:
     overhead: float = 0.0
     startup: float = 0.0
     opening: float = 0.0
+    clean: float = 0.0
+    reading: float = 0.0
     handout: float = 0.0
     verdict: float = 0.0
     message: float = 0.0
+
+    @property
+    def begin(self) -> float:
+        """When attacks begin. Where no clean pass is shared, the driver does its part while workers start."""
+        if self.devices == 1:
+            return self.startup + self.opening + self.clean + self.reading
+        if not self.clean:
+            return max(self.startup, self.opening)
+        return self.startup + max(self.clean / self.devices, self.reading) + self.opening
 
 
 @dataclass(frozen=True)
@@ -103,7 +115,7 @@ class _Run:
     def __init__(self, jobs: Iterable[Job], site: Site) -> None:
         self.site, self.queue = site, deque(enumerate(jobs))
         self.left = len(self.queue)
-        self.begin = max(site.startup, site.opening) if site.devices > 1 else site.startup + site.opening
+        self.begin = site.begin
         self.free_at = self.begin
         self.last = self.begin
         self.devices = [_Device() for _ in range(site.devices)]
