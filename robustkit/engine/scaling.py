@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 
 from robustkit.engine.foreman import SHARES, SPLIT_EVERY, WORTH_SPLITTING
 
-# What the time of all devices goes to: images, what passes take whatever is in them, start-up, clean pass and checks,
-# waiting for the driver, and at the end for the slowest images.
+# What the time of all devices goes to: images, what passes take whatever is in them, start-up, clean pass and
+# checks, waiting for the driver, and at the end for the slowest images.
 PARTS = ("work", "passes", "start", "clean", "driver", "tail")
 
 
@@ -35,8 +35,8 @@ class Site:
     """Where a run is done, all in seconds.
 
     `overhead` is what a pass takes whatever is on board; `startup` what a worker takes before its first image;
-    `opening` what the driver does alone before the attacks; `clean` the work of a clean pass that workers share, of
-    which the driver has `reading`. Of its time then each image takes `handout` and `verdict`, and each message
+    `opening` what the driver does alone before the attacks; `clean` the work of a clean pass that workers share,
+    of which the driver has `reading`. Of its time then each image takes `handout` and `verdict`, and each message
     `message`.
     """
 
