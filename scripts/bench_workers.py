@@ -45,13 +45,17 @@ class Clock(Progress):
         self.last = time.perf_counter()
 
 
-def timed(model: str, data: str, limit: int, threat: str, suite: str, workers: int) -> tuple[Report, float]:
+def timed(
+    model: str, data: str, limit: int, threat: str, suite: str, workers: int, ray: str | None = None
+) -> tuple[Report, float]:
     """Return a run's report and the seconds that its attacks took."""
     net, samples = load_model(model), load_data(data).head(limit)
     clock = Clock()
-    report = evaluate(net, samples, None, threat, suite=suite, precision="fp32", workers=workers, progress=clock)
+    words = {"suite": suite, "precision": "fp32", "workers": workers, "ray": ray, "progress": clock}
+    report = evaluate(net, samples, None, threat, **words)
     attacks = clock.last - clock.attacks
-    print(f"{workers} workers: attacks {attacks:.1f} s, before them {clock.attacks - clock.begun:.1f} s")
+    where = " on Ray" if ray else ""
+    print(f"{workers} workers{where}: attacks {attacks:.1f} s, before them {clock.attacks - clock.begun:.1f} s")
     return report, attacks
 
 
@@ -63,6 +67,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=512)
     parser.add_argument("--threat", default="linf:8/255")
     parser.add_argument("--suite", default="rapid")
+    parser.add_argument("--ray", help="run two workers at this address of a Ray cluster as well, e.g. local")
     asked = parser.parse_args()
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} before")
     found = []
@@ -71,6 +76,9 @@ def main() -> None:
         found.append(timed(asked.model, asked.data, asked.limit, asked.threat, asked.suite, workers))
     (one, alone), (two, shared) = found
     equal = [v.robust for v in one.verdicts] == [v.robust for v in two.verdicts] and one.run_id == two.run_id
+    if asked.ray:
+        _, there = timed(asked.model, asked.data, asked.limit, asked.threat, asked.suite, 2, asked.ray)
+        print(f"{there / shared:.2f} of the time of two processes is what two workers on Ray take")
     print(f"{alone / shared:.2f} times as fast; verdicts and run_id {'equal' if equal else 'DIFFER'}")
 
 
