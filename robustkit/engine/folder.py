@@ -17,7 +17,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from robustkit.crafted import Craft, CraftSpec, Matrix
-from robustkit.data import npz
+from robustkit.data.archive import DAMAGE, member
 from robustkit.diverse import Diversity, DiversitySpec
 from robustkit.errors import RunError, UsageError
 from robustkit.record import Report, RunSpec, dumps
@@ -232,11 +232,11 @@ def read_adversarial(path: Path) -> dict[str, np.ndarray]:
     """
     try:
         with zipfile.ZipFile(path / ADVERSARIAL) as archive:
-            arrays = {name: npz.member(path / ADVERSARIAL, archive, name, "c") for name in ("index", "x", "y")}
+            arrays = {name: member(path / ADVERSARIAL, archive, name, "c") for name in ("index", "x", "y")}
         return {name: array if array.flags.writeable else array.copy() for name, array in arrays.items()}
     except FileNotFoundError:
         raise UsageError(f"{path / ADVERSARIAL} is missing.") from None
-    except (OSError, *npz.DAMAGE) as error:
+    except (OSError, *DAMAGE) as error:
         raise UsageError(f"{path / ADVERSARIAL} cannot be read: {error}.") from error
 
 

@@ -73,7 +73,7 @@ def _facts(record: Diversity) -> dict[str, Any]:
         "data": spec.data["string"],
         "images": "positions in diversity.json",
         "distillation": ", ".join(
-            f"{name} {value}" for name, value in record.distillation.items() if name != "layers"
+            f"{name} {value}" for name, value in sorted(record.distillation.items()) if name != "layers"
         ),
         "device": record.environment.get("device_name") or record.environment.get("device"),
         "commit": record.environment.get("commit"),

@@ -112,7 +112,7 @@ def test_the_page_has_the_command_that_trains_it_again(specs: list[dict[str, Any
     for method, fields in (("dverge", ["--random-start", "true"]), ("csgld", alone)):
         specs.clear()
         run(["train", method, *words, *fields])
-        first = {name: value for name, value in specs[0].items() if name not in ("folder", "devices")}
+        first = {name: value for name, value in specs[0].items() if name not in ("folder", "shared")}
         run(shlex.split(command(TrainSpec(**first)))[1:])
         assert {**specs[1], **first} == specs[1]
 

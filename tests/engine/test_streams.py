@@ -12,7 +12,7 @@ import torch
 from nets import Small
 from PIL import Image
 
-from robustkit.data import from_arrays, load_data, npz
+from robustkit.data import archive, from_arrays, load_data
 from robustkit.data.samples import Samples
 from robustkit.engine import folder, hand
 from robustkit.engine.craft_run import run_craft
@@ -74,7 +74,7 @@ def test_an_evaluation_of_shards_is_that_of_arrays(
 def test_crafting_on_shards_is_crafting_on_arrays(
     shards: Samples, arrays: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(npz, "_MAP_FROM", 1)
+    monkeypatch.setattr(archive, "_MAP_FROM", 1)
     found = []
     for samples, out in ((shards, tmp_path / "r"), (arrays, None)):
         surrogate, target = (gather([Small(seed=seed)], samples, CPU) for seed in (0, 1))
@@ -102,7 +102,7 @@ def test_a_large_x_is_mapped_and_what_is_written_into_it_stays_out_of_the_file(
     )
     folder.write_adversarial(tmp_path, rows)
     small = folder.read_adversarial(tmp_path)["x"]
-    monkeypatch.setattr(npz, "_MAP_FROM", 1)
+    monkeypatch.setattr(archive, "_MAP_FROM", 1)
     large = folder.read_adversarial(tmp_path)["x"]
     assert not isinstance(small, np.memmap)
     assert isinstance(large, np.memmap)
