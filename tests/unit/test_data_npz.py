@@ -18,8 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from robustkit.data import load_data
 from robustkit.data import archive as module
+from robustkit.data import load_data
 from robustkit.errors import UsageError
 
 B, C, H, W = 5, 3, 7, 9
