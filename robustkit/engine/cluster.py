@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from robustkit.engine.service import serve
 from robustkit.errors import UsageError
 
 LOCAL = "local"
+# Seconds for a cluster's head to answer; Ray itself would go on asking for many minutes.
+PATIENCE = 10.0
 
 
 def hire(workers: int | None, ray: str | None) -> Hiring:
@@ -37,8 +40,9 @@ class Cluster:
         self.mine = not ray.is_initialized()
         if self.mine:
             try:
+                _knock(address)
                 ray.init(None if address == LOCAL else address, include_dashboard=False, logging_level="warning")
-            except (ConnectionError, RuntimeError, ValueError) as error:
+            except (OSError, RuntimeError, ValueError) as error:
                 raise UsageError(
                     f"no Ray cluster at {address!r} ({str(error).strip().splitlines()[0]}); "
                     "start one with ray start --head, or write --ray local."
@@ -85,6 +89,13 @@ class Cluster:
             self.ray.kill(actor)
         if self.mine:
             self.ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Raise an OSError if nobody listens at an address that names a host and a port."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit() and "/" not in host:
+        socket.create_connection((host, int(port)), PATIENCE).close()
 
 
 class _Actor:

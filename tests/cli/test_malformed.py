@@ -146,6 +146,7 @@ SMALL = ("--limit", "4")
 
 # what is wrong: (arguments, words that the sentence must have, exit code)
 CASES: dict[str, tuple[Callable[[], list[str]], tuple[str, ...], int]] = {
+    "ray absent": (args(*SMALL, "--ray", "127.0.0.1:9"), ("Ray",), 2),
     "data absent": (args("--data", "nowhere.npz", "--threat", "linf:0.1"), ("nowhere.npz",), 2),
     "data empty file": (raw("e.npz", b""), ("e.npz", "empty"), 2),
     "data no zip": (raw("n.npz", b"hello" * 100), ("n.npz",), 2),
