@@ -11,6 +11,7 @@ import torch
 
 from robustkit.engine import bureau, cluster, company, foreman, service, shipping
 from robustkit.engine.hiring import Door
+from robustkit.engine.progress import Progress
 from robustkit.engine.worker import Worker
 
 
@@ -63,3 +64,19 @@ def as_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(foreman, "WORTH_SPLITTING", 2)
     monkeypatch.setattr(company, "LOOK_EVERY", 0.05)
     monkeypatch.setattr(bureau, "LOOK_EVERY", 0.05)
+
+
+class Watch(Progress):
+    """Keeps what is said; may stop the run after some news of progress, as Ctrl-C would."""
+
+    def __init__(self, after: int = -1) -> None:
+        self.said: list[str] = []
+        self.left = after
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+    def advance(self, done: float, robust: int) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt

@@ -51,6 +51,7 @@ class Parcelled:
                 raise RunError(f"a worker found another model than the driver under {self.string}; load it anew.")
             return model
         try:
+            # From this run's own driver, over a connection that knows the run's key.
             loaded: Classifier = pickle.loads(self.itself)
         except Exception as error:
             raise UsageError(

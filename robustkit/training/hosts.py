@@ -92,5 +92,5 @@ def _as_torchrun(slurm: Mapping[str, str]) -> dict[str, str]:
 
 def first_host(hosts: str) -> str:
     """Return the first of Slurm's list of hosts, as in `gpu[07-09,12],login`."""
-    name, numbers, rest = re.fullmatch(r"([^\[,]*)(?:\[(\w+)[^\]]*\])?([^,]*).*", hosts, re.DOTALL).groups()  # type: ignore[union-attr]
-    return f"{name}{numbers or ''}{rest}"
+    found = re.match(r"([^\[,]*)(?:\[(\w+)[^\]]*\])?([^,]*)", hosts)
+    return "".join(part or "" for part in found.groups()) if found else hosts

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from nets import Small, labelled
-from teams import as_threads
+from teams import Watch, as_threads
 
 from robustkit import UsageError, craft
 from robustkit.crafted import Craft, Matrix
@@ -31,22 +31,6 @@ N = 14
 @pytest.fixture(autouse=True)
 def _threads(monkeypatch: pytest.MonkeyPatch) -> None:
     as_threads(monkeypatch)
-
-
-class Watch(Progress):
-    """Keeps what is said; may stop the run after some news of progress, as Ctrl-C would."""
-
-    def __init__(self, after: int = -1) -> None:
-        self.said: list[str] = []
-        self.left = after
-
-    def say(self, text: str) -> None:
-        self.said.append(text)
-
-    def advance(self, done: float, robust: int) -> None:
-        self.left -= 1
-        if self.left == 0:
-            raise KeyboardInterrupt
 
 
 def run(workers: int | None, **settings: Any) -> Craft:

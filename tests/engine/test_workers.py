@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 import torch
 from nets import Small, labelled
-from teams import as_threads
+from teams import Watch, as_threads
 
 from robustkit import RunError, UsageError, evaluate
 from robustkit.engine import hand, wire
 from robustkit.engine.flight import Boarding, Flight
 from robustkit.engine.meter import Meter
-from robustkit.engine.progress import Progress
 from robustkit.ledger import Chunk, Ledger
 from robustkit.losses import margin
 from robustkit.models import as_classifier
@@ -32,22 +31,6 @@ COUPLED = "autoattack:apgd-ce(steps=8),autoattack:square(queries=60)"
 @pytest.fixture(autouse=True)
 def _threads(monkeypatch: pytest.MonkeyPatch) -> None:
     as_threads(monkeypatch)
-
-
-class Watch(Progress):
-    """Keeps what is said; may stop the run after some news of progress, as Ctrl-C would."""
-
-    def __init__(self, after: int = -1) -> None:
-        self.said: list[str] = []
-        self.left = after
-
-    def say(self, text: str) -> None:
-        self.said.append(text)
-
-    def advance(self, done: float, robust: int) -> None:
-        self.left -= 1
-        if self.left == 0:
-            raise KeyboardInterrupt
 
 
 def run(workers: int, suite: str = ROWS, n: int = 30, **settings: object) -> Report:
