@@ -463,13 +463,25 @@ def main() -> None:
     )
     parser.add_argument("--temperatures", nargs="*", type=float, help="of the sweep [default: digits only]")
     parser.add_argument("--target", nargs="+", default=[], help="model strings to attack, in place of own nets")
+    parser.add_argument("--arch", help="of the nets and the posterior; ARCH@WEIGHTS starts all of them there")
     parser.add_argument("--device", default="auto")
     for name in ("limit", "images", "judged", "nets", "cycles", "epochs", "samples", "steps"):
         parser.add_argument(f"--{name}", type=int)
     given = parser.parse_args()
     changes = {
         name: value
-        for name in ("limit", "images", "judged", "nets", "cycles", "epochs", "samples", "steps", "temperatures")
+        for name in (
+            "arch",
+            "limit",
+            "images",
+            "judged",
+            "nets",
+            "cycles",
+            "epochs",
+            "samples",
+            "steps",
+            "temperatures",
+        )
         if (value := getattr(given, name)) is not None
     }
     scale = replace(SCALES[given.scale], **changes)
