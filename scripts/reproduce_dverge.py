@@ -449,12 +449,13 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", help="only these")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--arch", help="of all nets")
     for name in ("limit", "images", "epochs", "members", "steps", "restarts"):
         parser.add_argument(f"--{name}", type=int)
     given = parser.parse_args()
     changes = {
         name: value
-        for name in ("limit", "images", "epochs", "members", "steps", "restarts")
+        for name in ("arch", "limit", "images", "epochs", "members", "steps", "restarts")
         if (value := getattr(given, name)) is not None
     }
     scale = replace(SCALES[given.scale], **changes)
