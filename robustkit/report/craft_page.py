@@ -17,7 +17,7 @@ from robustkit.report import svg
 from robustkit.report.cascade import shortened
 from robustkit.report.lines import Chart, Series, powers
 from robustkit.report.render import render
-from robustkit.report.strip import enlargement, picture
+from robustkit.report.strip import Pictures, scaled, shown
 from robustkit.report.table import duration, interval, percent
 from robustkit.report.training_page import percent_tick
 from robustkit.report.transfer import attack_words, short_names
@@ -30,12 +30,9 @@ CURVES = 4
 
 @dataclass(frozen=True)
 class Shown:
-    """One image: its three pictures as data URIs, and what became of it."""
+    """One image: its pictures, and what became of it."""
 
-    clean: str
-    adversarial: str
-    difference: str
-    factor: str
+    pictures: Pictures
     index: int
     label: str
     said: str
@@ -44,12 +41,13 @@ class Shown:
 
 def page(record: Craft, examples: Mapping[str, np.ndarray] | None) -> str:
     """Return the page; without examples (see `robustkit.engine.examples`) it shows no image."""
-    return render("craft.html", _facts(record, examples), ["lines.css"])
+    return render("craft.html", _facts(record, examples))
 
 
 def _facts(record: Craft, examples: Mapping[str, np.ndarray] | None) -> dict[str, Any]:
     spec = record.spec
-    names = short_names([one.model for one in (*record.surrogates, *record.targets)])
+    models = [one.model for one in (*record.surrogates, *record.targets)]
+    names = short_names(models)
     own, others = names[: len(record.surrogates)], names[len(record.surrogates) :]
     classes = [] if examples is None else examples["classes"].tolist()
     largest = None if examples is None else float(examples["distance"].max())
@@ -73,13 +71,12 @@ def _facts(record: Craft, examples: Mapping[str, np.ndarray] | None) -> dict[str
         "heads": others,
         "forecast": _forecast(record.forecast, own) if record.forecast else None,
         "strip": [] if examples is None else _strip(record, examples, classes, others),
-        "scaled": examples is not None and tuple(examples["shape"]) != examples["clean"].shape[1:],
+        "scaled": examples is not None and scaled(examples),
         "png": ", ".join(f"{name} {_text(rate)}" for name, rate in zip(others, record.png.success, strict=False))
         if record.png
         else "",
-        "strings": list(zip(names, (one.model for one in (*record.surrogates, *record.targets)), strict=True)),
         "command": command(record),
-        "facts": _surroundings(record),
+        "facts": [*zip(names, models, strict=True), *_surroundings(record)],
         "spec": dumps(spec, indent=2),
         "version": record.environment.get("versions", {}).get("robustkit") or "",
     }
@@ -203,25 +200,16 @@ def _strip(
     record: Craft, examples: Mapping[str, np.ndarray], classes: list[str], names: Sequence[str]
 ) -> list[Shown]:
     models = list(zip(names, record.targets, strict=True)) or [("surrogate", record.surrogates[0])]
-    found = []
-    for at, clean, adversarial in zip(
-        examples["shown"].tolist(), examples["clean"], examples["adversarial"], strict=True
-    ):
-        change = adversarial - clean
-        factor = enlargement(float(np.abs(change).max()))
-        found.append(
-            Shown(
-                clean=picture(clean),
-                adversarial=picture(adversarial),
-                difference=picture(0.5 + factor * change),
-                factor=f"{factor:,g}",
-                index=at,
-                label=class_name(classes, record.labels[at]),
-                said="; ".join(f"{name} says {_said(judged, at, classes)}" for name, judged in models),
-                distance=f"{float(examples['distance'][at]):.4g}",
-            )
+    return [
+        Shown(
+            pictures=pictures,
+            index=at,
+            label=class_name(classes, record.labels[at]),
+            said="; ".join(f"{name} says {_said(judged, at, classes)}" for name, judged in models),
+            distance=f"{float(examples['distance'][at]):.4g}",
         )
-    return found
+        for at, pictures in shown(examples)
+    ]
 
 
 def _said(judged: Judgement, at: int, classes: list[str]) -> str:

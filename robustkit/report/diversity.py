@@ -62,7 +62,7 @@ def verdict(record: Diversity) -> str:
 
 def page(record: Diversity) -> str:
     """Return the page."""
-    return render("diversity.html", _facts(record), ["matrix.css"])
+    return render("diversity.html", _facts(record))
 
 
 def _facts(record: Diversity) -> dict[str, Any]:

@@ -15,7 +15,7 @@ FILE = "matrix.html"
 
 def page(record: Matrix) -> str:
     """Return the page."""
-    return render("matrix.html", _facts(record), ["matrix.css"])
+    return render("matrix.html", _facts(record))
 
 
 def _facts(record: Matrix) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from robustkit.report.cascade import cascade
 from robustkit.report.command import command
 from robustkit.report.names import stage_names
 from robustkit.report.render import render
-from robustkit.report.strip import strip
+from robustkit.report.strip import scaled, strip
 from robustkit.report.table import interval, median, notes, percent
 
 MARKS = {"info": "●", "warning": "▲", "error": "✖", "ok": "✓", "not measured": "○"}
@@ -67,7 +67,7 @@ def _facts_and_charts(report: Report, examples: Mapping[str, np.ndarray] | None)
         "fallen": sum(stage.fooled for stage in report.stages),
         "eps_text": eps_text if "/" not in eps_text else f"{eps_text} = {eps:.4g}",
         "strip": [] if examples is None else strip(report, examples),
-        "scaled": examples is not None and tuple(examples["shape"]) != examples["clean"].shape[1:],
+        "scaled": examples is not None and scaled(examples),
         "costs": costs.rows(report),
         "command": written,
         "from_python": not written.startswith("robustkit "),

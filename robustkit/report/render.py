@@ -1,23 +1,23 @@
-"""A page from its template and style sheets: one file that needs nothing else."""
+"""A page from its template: one file that needs nothing else.
+
+Each template extends base.html, which has what all pages share, and names the style sheets it needs besides
+page.css; parts.html has the pieces that several draw.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from importlib.resources import files
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 
 def render(
-    template: str,
-    facts: Mapping[str, Any],
-    styles: Sequence[str] = (),
-    filters: Mapping[str, Callable[..., Any]] | None = None,
+    template: str, facts: Mapping[str, Any], filters: Mapping[str, Callable[..., Any]] | None = None
 ) -> str:
-    """Return the page; `styles` come behind page.css, which all pages have."""
+    """Return the page."""
     environment = Environment(
+        loader=PackageLoader("robustkit", "report"),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -25,7 +25,4 @@ def render(
         keep_trailing_newline=True,
     )
     environment.filters.update(filters or {})
-    here = files("robustkit.report")
-    css = "".join(here.joinpath(name).read_text(encoding="utf-8") for name in ("page.css", *styles))
-    text = here.joinpath(template).read_text(encoding="utf-8")
-    return environment.from_string(text).render(css=Markup(css), **facts).lstrip()
+    return environment.get_template(template).render(facts)

@@ -3,32 +3,19 @@
 from __future__ import annotations
 
 import shlex
-from importlib.resources import files
 from typing import Any
-
-from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
 
 from robustkit.report.classes import ClassRow
 from robustkit.report.command import suite
 from robustkit.report.leaderboard import Leaderboard, behind
+from robustkit.report.render import render
 from robustkit.report.table import interval, percent
 from robustkit.report.words import counted
 
 
 def page(board: Leaderboard) -> str:
     """Return the page."""
-    environment = Environment(
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=StrictUndefined,
-        keep_trailing_newline=True,
-    )
-    here = files("robustkit.report")
-    template = environment.from_string(here.joinpath("leaderboard.html").read_text(encoding="utf-8"))
-    css = "".join(here.joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "matrix.css"))
-    return template.render(css=Markup(css), **_facts(board)).lstrip()
+    return render("leaderboard.html", _facts(board))
 
 
 def _facts(board: Leaderboard) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,13 +18,20 @@ SIDE = 96
 
 
 @dataclass(frozen=True)
-class Example:
-    """One fooled image: its three pictures as data URIs and what to say of it."""
+class Pictures:
+    """An image as it was, as it was changed, and the difference around grey times a factor, as data URIs."""
 
     clean: str
-    adversarial: str
+    changed: str
     difference: str
     factor: str
+
+
+@dataclass(frozen=True)
+class Example:
+    """One fooled image: its pictures and what to say of it."""
+
+    pictures: Pictures
     index: int
     label: str
     prediction: str
@@ -40,22 +47,11 @@ def strip(report: Report, examples: Mapping[str, np.ndarray]) -> list[Example]:
     rows = {int(index): row for row, index in enumerate(examples["index"])}
     verdicts = {verdict.index: verdict for verdict in report.verdicts}
     found = []
-    for at, hard, clean, adversarial in zip(
-        examples["shown"].tolist(),
-        examples["hard"].tolist(),
-        examples["clean"],
-        examples["adversarial"],
-        strict=True,
-    ):
+    for (at, pictures), hard in zip(shown(examples), examples["hard"].tolist(), strict=True):
         image = verdicts[at]
-        change = adversarial - clean
-        factor = enlargement(float(np.abs(change).max()))
         found.append(
             Example(
-                clean=picture(clean),
-                adversarial=picture(adversarial),
-                difference=picture(0.5 + factor * change),
-                factor=f"{factor:,g}",
+                pictures=pictures,
                 index=at,
                 label=class_name(names, image.label),
                 prediction=class_name(names, int(examples["prediction"][rows[at]])),
@@ -66,6 +62,20 @@ def strip(report: Report, examples: Mapping[str, np.ndarray]) -> list[Example]:
             )
         )
     return found
+
+
+def shown(examples: Mapping[str, np.ndarray]) -> Iterator[tuple[int, Pictures]]:
+    """Yield the position and the pictures of each image to show."""
+    pairs = zip(examples["shown"].tolist(), examples["clean"], examples["adversarial"], strict=True)
+    for at, clean, changed in pairs:
+        change = changed - clean
+        factor = enlargement(float(np.abs(change).max()))
+        yield at, Pictures(picture(clean), picture(changed), picture(0.5 + factor * change), f"{factor:,g}")
+
+
+def scaled(examples: Mapping[str, np.ndarray]) -> bool:
+    """Return whether the images to show are smaller than they were."""
+    return tuple(examples["shape"]) != examples["clean"].shape[1:]
 
 
 def enlargement(largest: float) -> float:

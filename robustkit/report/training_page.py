@@ -27,7 +27,7 @@ FOOLED = {"white_box": "attack on all members", "transfer": "images made on anot
 
 def page(spec: TrainSpec, history: History, record: Trained | None) -> str:
     """Return the page; without a record the run is not finished, and the history is what there is so far."""
-    return render("training.html", _facts(spec, history, record), ["lines.css"])
+    return render("training.html", _facts(spec, history, record))
 
 
 def _facts(spec: TrainSpec, history: History, record: Trained | None) -> dict[str, Any]:

@@ -346,3 +346,12 @@ def test_it_is_in_the_light_and_in_the_dark_and_on_paper() -> None:
     css = (Path(words.__file__).parent / "page.css").read_text()
     for media in ("prefers-color-scheme: dark", "max-width: 600px", "@media print"):
         assert media in css
+
+
+def test_a_template_leaves_the_frame_to_base() -> None:
+    names = {file.name: file.read_text() for file in Path(words.__file__).parent.glob("*.html")}
+    for shared in ("base.html", "parts.html"):
+        del names[shared]
+    for name, text in names.items():
+        assert text.startswith('{% extends "base.html" %}'), name
+        assert not re.search("<html|<style|<footer|How to reproduce", text), name
