@@ -130,7 +130,7 @@ class Hand(Worker):
         if isinstance(order, wire.Fly):
             self.tally.flags = dict(order.flags)
             if any(rung.view for rung in self.rungs[order.first - 1 : order.first - 1 + order.count]):
-                self.outlook  # noqa: B018  (seen before the first attack on a view)
+                self.doubts.outlook  # noqa: B018  (seen before the first attack on a view)
             if order.parcel is not None:
                 self._receive(order.parcel)
             examples = np.arange(len(self.source.first))
@@ -147,7 +147,7 @@ class Hand(Worker):
             images = self.samples.images(positions)
             if order.stage:
                 if self.rungs[order.stage - 1].view:
-                    self.outlook  # noqa: B018  (seen before the first attack on a view)
+                    self.doubts.outlook  # noqa: B018  (seen before the first attack on a view)
                 self.block(order.stage, order.number, positions, images)
             else:
                 self._do(0, order.number, positions, images, self._clean_verdicts)
