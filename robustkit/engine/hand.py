@@ -12,8 +12,9 @@ import torch
 
 from robustkit.data.samples import Samples
 from robustkit.engine import wire
-from robustkit.engine.flight import Boarding, Flight
+from robustkit.engine.flight import Flight
 from robustkit.engine.meter import Meter
+from robustkit.engine.passengers import Boarding
 from robustkit.engine.progress import Progress
 from robustkit.engine.tally import Tally
 from robustkit.engine.wire import Link

@@ -15,9 +15,9 @@ import numpy as np
 from robustkit.engine.anytime import shuffled
 from robustkit.engine.batchwise import Work
 from robustkit.engine.evaluate import MOST_SLOTS, Evaluation
-from robustkit.engine.flight import Boarding, Landed
 from robustkit.engine.gauges import Counting, Memory, Over, Speed, Watch
 from robustkit.engine.meter import TRIAL, Meter
+from robustkit.engine.passengers import Boarding, Landed
 from robustkit.engine.progress import Progress
 from robustkit.engine.tally import STANDS, Tally
 from robustkit.engine.worker import Worker

@@ -8,9 +8,9 @@ from typing import Protocol
 
 import numpy as np
 
-from robustkit.engine.flight import Landed
 from robustkit.engine.judge import Judged
 from robustkit.engine.meter import Meter
+from robustkit.engine.passengers import Landed
 from robustkit.engine.tally import Tally
 from robustkit.ledger import Chunk, Verdict
 from robustkit.record import Flag

@@ -16,9 +16,10 @@ from robustkit.engine.anytime import TimeUp
 from robustkit.engine.batchwise import BatchWise
 from robustkit.engine.doubts import Doubts
 from robustkit.engine.failures import NO_MEMORY, first_line, is_out_of_memory
-from robustkit.engine.flight import Boarding, Flight, Landed
+from robustkit.engine.flight import Flight
 from robustkit.engine.judge import image_hashes
 from robustkit.engine.meter import TRIAL, Way
+from robustkit.engine.passengers import Boarding, Landed
 from robustkit.engine.redraw import is_random
 from robustkit.engine.sanity import refuse_endless
 from robustkit.engine.table import Table
