@@ -229,7 +229,7 @@ FAULTS = [
     ),
     Fault(
         "flight: answers come back in another order",
-        "robustkit/engine/flight.py",
+        "robustkit/engine/queries.py",
         (("torch.cat(fields)[order]", "torch.cat(fields)"),),
         FLIGHT,
     ),

@@ -14,8 +14,8 @@ import torch
 from robustkit.data.ahead import read_ahead
 from robustkit.engine.crafting import Crafting
 from robustkit.engine.ensemble import Ensemble, Storage
+from robustkit.engine.failures import NO_MEMORY
 from robustkit.engine.progress import Progress
-from robustkit.engine.worker import NO_MEMORY
 from robustkit.errors import RunError
 from robustkit.goal import Goal
 from robustkit.isolation import own_randomness

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from robustkit import registry
 from robustkit.data.samples import Samples
+from robustkit.engine.failures import NO_MEMORY
 from robustkit.engine.judge import Judged, image_hashes, judge, sample_ids
 from robustkit.engine.meter import Meter
 from robustkit.engine.progress import Progress
-from robustkit.engine.worker import NO_MEMORY
 from robustkit.errors import RunError
 from robustkit.goal import Goal
 from robustkit.isolation import evaluation_mode, own_randomness, threads

@@ -256,8 +256,8 @@ class Evaluation:
             rungs = list(group)
             count = len(rungs)
             if any(rung.view for rung in rungs):
-                worker.outlook  # noqa: B018  (seen before the first attack on a view)
-            if spare and not (worker.suspect if scores else worker.doubtful):
+                worker.doubts.outlook  # noqa: B018  (seen before the first attack on a view)
+            if spare and not (worker.doubts.suspect if scores else worker.doubts.doubtful):
                 pass
             elif flies:
                 worker.fly(stage, count, among)
@@ -269,7 +269,7 @@ class Evaluation:
 
     def _finish(self, ledger: Ledger, worker: Worker, mode: list[Flag], out: Path | None) -> Report:
         tally, meter = worker.tally, worker.meter
-        flags = [*worker.afterthoughts(), *mode]
+        flags = [*worker.doubts.afterthoughts(), *mode]
         fooled = np.fromiter(ledger.fooled(), np.dtype((np.int64, 3)))
         counts = np.isin(fooled[:, 0], tally.scope)
         index, labels, predictions = fooled[counts].T

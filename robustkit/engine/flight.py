@@ -11,83 +11,26 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from robustkit import losses
 from robustkit.engine.judge import Judged, judge
+from robustkit.engine.lane import Lane
 from robustkit.engine.meter import Meter
+from robustkit.engine.passengers import Boarding, Landed
+from robustkit.engine.queries import AVERAGED, Query, answers
 from robustkit.engine.table import Table
 from robustkit.goal import Goal
-from robustkit.losses import finite
 from robustkit.registry import Rung
 from robustkit.rng import RowRng
-from robustkit.rows import Answer, Rows, RowWise, State, ask, rank
-from robustkit.shapes import Images, Labels, Logits, PerRow
+from robustkit.rows import Answer, Rows, rank
+from robustkit.shapes import Logits
 from robustkit.threat import ThreatModel, per_row
 
-# The view that is a random model itself, seen several times at once.
-AVERAGED = "averaged"
-
 T = TypeVar("T")
-
-
-@dataclass
-class Lane:
-    """One attack of the flight and the rows that are at it.
-
-    Where it is `wide` a sample does all its jobs at once, a row for each; rows that end before their sample's
-    others are `parked`.
-    """
-
-    attack: RowWise
-    view: str
-    stream: str
-    number: int
-    targets: int
-    restarts: int
-    length: int
-    wide: bool
-    table: Table | None = None
-    parked: Table | None = None
-
-    @property
-    def solo(self) -> bool:
-        """Whether its queries are of a kind that cannot share a pass with others."""
-        return self.attack.draws > 1 or self.attack.several or bool(self.view)
-
-
-class Boarding(NamedTuple):
-    """Samples that come aboard: positions in the data, ids for their dice, images, labels, clean margins.
-
-    `later` is whether others may come although there were fewer than asked for.
-    """
-
-    position: np.ndarray
-    ids: Labels
-    x: Images
-    labels: Labels
-    clean: PerRow
-    later: bool = False
-
-
-@dataclass(frozen=True)
-class Landed:
-    """Samples whose verdict is there; `stage` (B) is the attack that each fell to, or the last."""
-
-    position: np.ndarray
-    labels: np.ndarray
-    stage: np.ndarray
-    spent: np.ndarray
-    judged: Judged
-
-    def select(self, mask: np.ndarray) -> Landed:
-        """Return these samples."""
-        judged = _part(self.judged, mask)
-        return Landed(self.position[mask], self.labels[mask], self.stage[mask], self.spent[mask], judged)
 
 
 @dataclass
@@ -120,14 +63,9 @@ class Flight:
     def __post_init__(self) -> None:
         """Open a lane for each attack."""
         ways = enumerate(zip(self.rungs, self.streams, strict=True))
-        self.lanes = [self._lane(rung, stream, number) for number, (rung, stream) in ways]
+        norm = self.threat.norm
+        self.lanes = [Lane.of(rung, stream, at, norm, wide=self.wide) for at, (rung, stream) in ways]
         self.more = True
-
-    def _lane(self, rung: Rung, stream: str, number: int) -> Lane:
-        attack, norm = rung.attack, self.threat.norm
-        targets, restarts = attack.attempts(norm)
-        wide = self.wide or attack.last_resort
-        return Lane(attack, rung.view, stream, number, targets, restarts, attack.length(norm), wide)
 
     @property
     def aboard(self) -> int:
@@ -151,7 +89,7 @@ class Flight:
             self._fill()
             busy = [lane for lane in self.lanes if lane.table is not None]
             if busy:
-                nearest = min(int((lane.length - _table(lane).host["age"]).min()) for lane in busy) + 1
+                nearest = min(int((lane.length - lane.aboard.host["age"]).min()) for lane in busy) + 1
                 for _ in range(min(self.pace, nearest)):
                     if self.more:
                         self.steps += 1
@@ -199,8 +137,7 @@ class Flight:
     def take(self, aboard: Sequence[tuple[int, Table]]) -> None:
         """Take over samples that another flight of the same attacks gave away: lanes by number, and their rows."""
         for number, table in aboard:
-            lane = self.lanes[number]
-            lane.table = table if lane.table is None else Table.join([lane.table, table])
+            self.lanes[number].join(table)
 
     def give(self) -> list[tuple[int, Table]]:
         """Give away every other sample aboard, in the middle of what it is at; not those that are many rows."""
@@ -236,15 +173,8 @@ class Flight:
             logits = self._tried(lambda: self.meter.exact(table.device["x"]))
             table.device["ranked"] = rank(logits, table.device["labels"], table.device["ranked"].shape[1])
             table.host["spent"][:, number, 0] += 1
-        self._launch(lane, table.spread(self._jobs(lane)) if lane.wide else table)
+        self._launch(lane, table.spread(lane.jobs(self.meter)) if lane.wide else table)
         return None
-
-    def _jobs(self, lane: Lane) -> int:
-        """Return how many jobs the attack has for each sample: all of them on each part of its view."""
-        return self._attempts(lane) * (len(self.meter.views[lane.view]) if lane.view else 1)
-
-    def _attempts(self, lane: Lane) -> int:
-        return lane.restarts * min(lane.targets or 1, max((self.meter.num_classes or 2) - 1, 1))
 
     def _launch(self, lane: Lane, table: Table) -> None:
         """Begin a job of each row."""
@@ -252,9 +182,9 @@ class Flight:
         table.device["ended"] = torch.zeros_like(table.device["ended"])
         table = table.with_state({})
         table = table.with_state(lane.attack.init(self._rows(lane, table)))
-        lane.table = table if lane.table is None else Table.join([lane.table, table])
+        lane.join(table)
 
-    def _rows(self, lane: Lane, table: Table, ahead: int = 0) -> Rows:
+    def _rows(self, lane: Lane, table: Table) -> Rows:
         part, device = table.device, table.device["x"].device
         job, age = (torch.from_numpy(table.host[name]).to(device) for name in ("job", "age"))
         goal = Goal(part["labels"])
@@ -262,9 +192,9 @@ class Flight:
         if lane.targets:
             aim = Goal(
                 part["labels"],
-                part["ranked"].gather(1, (job % self._attempts(lane) // lane.restarts)[:, None])[:, 0],
+                part["ranked"].gather(1, (job % lane.attempts(self.meter) // lane.restarts)[:, None])[:, 0],
             )
-        rng = RowRng(self.seed, lane.stream, part["ids"], restart=job, step=age + ahead)
+        rng = RowRng(self.seed, lane.stream, part["ids"], restart=job, step=age)
         return Rows(part["x"], goal, self.threat, rng, aim, part["past"], part["best"])
 
     def _tried(self, work: Callable[[], T]) -> T:
@@ -275,92 +205,23 @@ class Flight:
             except (RuntimeError, MemoryError) as error:
                 self.mend(error)
 
-    def _ask(self, lanes: Sequence[Lane]) -> list[tuple[_Query, Answer, Logits]]:
+    def _ask(self, lanes: Sequence[Lane]) -> list[tuple[Query, Answer, Logits]]:
         """Return an answer for every row, with the model's own logits: all lanes together that can share."""
-        alone, together = [], []
-        for lane in lanes:
-            table = _table(lane)
-            rows, state = self._rows(lane, table), table.state
-            closing = torch.from_numpy(table.host["age"] == lane.length)
-            blind = closing
-            if lane.attack.blind:
-                blind = torch.ones_like(blind)
-            elif "blind" in state:
-                blind = blind | state["blind"].cpu()
-            if lane.solo:
-                query = _Query(lane, rows, state, blind, torch.zeros_like(blind))
-                state = {**state, "blind": blind.to(rows.x.device)}
-                alone.append((query, *self._alone(lane, rows, state)))
-                continue
-            if "last" in state:
-                closing = closing | state["last"].cpu()
-            exact = closing & blind if self.steady and not lane.attack.blind else torch.zeros_like(blind)
-            together.append(_Query(lane, rows, state, blind, exact))
-        return alone + [(query, answer, answer.logits) for query, answer in self._together(together)]
+        queries = [Query.of(lane, self._rows(lane, lane.aboard), steady=self.steady) for lane in lanes]
+        return answers(queries, self.meter)
 
-    def _alone(self, lane: Lane, rows: Rows, state: State) -> tuple[Answer, Logits]:
-        """Return the answers to one lane's rows and the model's own logits, of another pass if it is on a view."""
-        if not lane.view:
-            answer = ask(lane.attack, self.meter, rows, state, True)
-            return answer, answer.logits
-        number = torch.as_tensor(rows.rng.restart) // self._attempts(lane)
-        parts = []
-        for at in torch.unique(number).tolist():
-            index = (number == at).nonzero()[:, 0]
-            part = {name: of_rows[index] for name, of_rows in state.items()}
-            parts.append(
-                (index, ask(lane.attack, self.meter.through(lane.view, at), rows.select(index), part, True))
-            )
-        answer = _merged(parts)
-        if lane.view == AVERAGED:
-            return answer, answer.logits
-        with torch.no_grad():
-            deployed = self.meter(state["x"])
-        # The members' logits side by side are for the gradient alone.
-        return (answer if answer.logits.dim() == 2 else answer._replace(logits=deployed)), deployed
-
-    def _together(self, queries: list[_Query]) -> list[tuple[_Query, Answer]]:
-        """Answer rows of several attacks by one pass for those that want a gradient, one or two for the others."""
-        parts: list[list[tuple[Tensor, Answer]]] = [[] for _ in queries]
-        for with_gradient, exact in ((True, False), (False, False), (False, True)):
-            members = [
-                (found, query, query.rows_with(with_gradient, exact))
-                for found, query in zip(parts, queries, strict=True)
-            ]
-            members = [member for member in members if len(member[2])]
-            if not members:
-                continue
-            x = torch.cat([query.state["x"][index] for _, query, index in members])
-            cuts = [len(index) for *_, index in members]
-            with torch.set_grad_enabled(with_gradient):
-                x = x.detach().requires_grad_(with_gradient)
-                logits = self.meter.exact(x) if exact else self.meter(x)
-                values = [
-                    query.objective(index, part)
-                    for (_, query, index), part in zip(members, _cut(logits, cuts), strict=True)
-                ]
-                gradient = x.new_zeros(()).expand_as(x)
-                if with_gradient:
-                    total = torch.cat([v.flatten() for v in values]).sum()
-                    gradient = finite(torch.autograd.grad(total, x)[0])
-            shares = zip(members, values, _cut(logits.detach(), cuts), _cut(gradient, cuts), strict=True)
-            for (found, _, index), value, own, slope in shares:
-                answer = Answer(own, value.detach(), slope if value.dim() == 1 else slope[:, None])
-                found.append((index, answer))
-        return [(query, _merged(found)) for query, found in zip(queries, parts, strict=True)]
-
-    def _charge(self, query: _Query, answer: Answer) -> None:
+    def _charge(self, query: Query, answer: Answer) -> None:
         """Put the passes that an answer took on the account of each row."""
         lane = query.lane
-        spent, draws = _table(lane).host["spent"], lane.attack.draws
+        spent, draws = lane.aboard.host["spent"], lane.attack.draws
         passes = draws * self.meter.passes(lane.view)
         spent[:, lane.number, 0] += passes + (lane.view not in ("", AVERAGED))
         spent[:, lane.number, 1] += np.where(query.blind.numpy(), 0, passes * answer.loss[0].numel())
 
-    def _advance(self, query: _Query, answer: Answer, deployed: Logits) -> None:
+    def _advance(self, query: Query, answer: Answer, deployed: Logits) -> None:
         """Note what the model's answers say, claims among it, and go one step on by those of the view."""
         lane, exact = query.lane, query.exact.to(answer.logits.device)
-        table = _table(lane)
+        table = lane.aboard
         part, state = table.device, table.state
         score = losses.margin(deployed, part["labels"]).double()
         if lane.attack.strays:
@@ -386,11 +247,11 @@ class Flight:
 
     def _look(self, lanes: Sequence[Lane]) -> None:
         """Judge the claims; land the fooled, give the others whose job is over their next one."""
-        claims = [_table(lane).device["claimed"].cpu().numpy().nonzero()[0] for lane in lanes]
-        verdicts = self._judge([_table(lane).select(index) for lane, index in zip(lanes, claims, strict=True)])
+        claims = [lane.aboard.device["claimed"].cpu().numpy().nonzero()[0] for lane in lanes]
+        verdicts = self._judge([lane.aboard.select(index) for lane, index in zip(lanes, claims, strict=True)])
         moves: list[tuple[int, Table]] = []
         for lane, index, judged in zip(lanes, claims, verdicts, strict=True):
-            table = _table(lane)
+            table = lane.aboard
             done = (table.host["age"] > lane.length) | table.device["ended"].cpu().numpy()
             gone = np.zeros(len(table), bool)
             if judged is not None:
@@ -402,11 +263,11 @@ class Flight:
                 part["refused"][again] = part["nearest"][again]
                 part["claimed"] = torch.zeros_like(part["claimed"])
                 if fooled.any():
-                    gone = self._leave(lane, index[fooled], _part(judged, fooled))
+                    gone = self._leave(lane, index[fooled], judged.select(fooled))
             over = done & ~gone
             if not (gone | over).any():
                 continue
-            following = over & (table.host["job"] + 1 < (0 if lane.wide else self._jobs(lane)))
+            following = over & (table.host["job"] + 1 < (0 if lane.wide else lane.jobs(self.meter)))
             staying = ~(gone | over)
             lane.table = table.select(np.flatnonzero(staying)) if staying.any() else None
             if following.any():
@@ -415,7 +276,7 @@ class Flight:
                 self._launch(lane, next_job)
             if (over & ~following).any():
                 leaving = table.select(np.flatnonzero(over & ~following)).with_state({})
-                leaving = self._complete(lane, leaving) if lane.wide else leaving
+                leaving = lane.complete(leaving) if lane.wide else leaving
                 if len(leaving):
                     moves.append((lane.number + 1, leaving))
         for number, table in moves:
@@ -423,7 +284,7 @@ class Flight:
 
     def _leave(self, lane: Lane, index: np.ndarray, judged: Judged) -> np.ndarray:
         """Land the fooled rows' samples, each by its earliest claim; return which rows go with them."""
-        table = _table(lane)
+        table = lane.aboard
         position, claimed = table.host["position"], table.device["when"].cpu().numpy()[index]
         order = np.lexsort((table.host["job"][index], claimed, position[index]))
         samples, first = np.unique(position[index][order], return_index=True)
@@ -433,30 +294,11 @@ class Flight:
         landing = table.select(index[mask])
         gone = np.isin(position, samples)
         if lane.wide:
-            every = self._with_parked(lane, table.select(np.flatnonzero(gone)).with_state({}), samples).folded()
+            every = lane.with_parked(table.select(np.flatnonzero(gone)).with_state({}), samples).folded()
             at = np.searchsorted(every.host["position"], landing.host["position"])
             landing.host["spent"] = every.host["spent"][at]
-        self._land(landing, lane.number, _part(judged, mask))
+        self._land(landing, lane.number, judged.select(mask))
         return gone
-
-    def _complete(self, lane: Lane, ended: Table) -> Table:
-        """Park rows whose samples have others under way still; return the samples that are through, folded."""
-        under_way = lane.table.host["position"] if lane.table is not None else np.zeros(0, np.int64)
-        waiting = np.isin(ended.host["position"], under_way)
-        if waiting.any():
-            parts = [ended.select(np.flatnonzero(waiting)), *([lane.parked] if lane.parked is not None else [])]
-            lane.parked = Table.join(parts)
-        through = ended.select(np.flatnonzero(~waiting))
-        return self._with_parked(lane, through, through.host["position"]).folded() if len(through) else through
-
-    def _with_parked(self, lane: Lane, table: Table, samples: np.ndarray) -> Table:
-        """Return the rows with those of the same samples that were parked, which are parked no more."""
-        if lane.parked is None:
-            return table
-        mine = np.isin(lane.parked.host["position"], samples)
-        joined = Table.join([table, lane.parked.select(np.flatnonzero(mine))])
-        lane.parked = lane.parked.select(np.flatnonzero(~mine)) if not mine.all() else None
-        return joined
 
     def _judge(self, tables: list[Table]) -> list[Judged | None]:
         """Judge the claims of several lanes in one pass."""
@@ -471,7 +313,7 @@ class Flight:
         for table in tables:
             part = np.zeros(len(x), bool)
             part[at : at + len(table)] = True
-            found.append(_part(judged, part) if len(table) else None)
+            found.append(judged.select(part) if len(table) else None)
             at += len(table)
         return found
 
@@ -490,48 +332,3 @@ class Flight:
             if self.meter.random:
                 judged = replace(judged, refused=~judged.fooled & (table.device["refused"] > -torch.inf))
             self.landed.append(Landed(table.host["position"], labels, at, table.host["spent"], judged))
-
-
-@dataclass(frozen=True)
-class _Query:
-    """What one lane asks in a step; `blind` rows (B, on the host) want no gradient, `exact` ones float32."""
-
-    lane: Lane
-    rows: Rows
-    state: State
-    blind: Tensor
-    exact: Tensor
-
-    def rows_with(self, gradient: bool, exact: bool) -> Tensor:
-        """Return the positions of the rows that want a gradient, or none and an exact answer or not."""
-        mask = ~self.blind if gradient else self.blind & (self.exact == exact)
-        return mask.nonzero()[:, 0].to(self.rows.x.device)
-
-    def objective(self, index: Tensor, logits: Tensor) -> Tensor:
-        """Return the attack's objective for these rows."""
-        rows, state = self.rows, self.state
-        if len(index) < len(rows.x):
-            rows, state = rows.select(index), {name: part[index] for name, part in state.items()}
-        return self.lane.attack.objective(rows, state, logits)
-
-
-def _cut(rows: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
-    return tuple(torch.split(rows, sizes))
-
-
-def _table(lane: Lane) -> Table:
-    assert lane.table is not None  # noqa: S101
-    return lane.table
-
-
-def _merged(parts: list[tuple[Tensor, Answer]]) -> Answer:
-    """Return the answers of seeing and unseeing rows in the order of the rows."""
-    if len(parts) == 1:
-        return parts[0][1]
-    order = torch.cat([index for index, _ in parts]).argsort()
-    return Answer(*(torch.cat(fields)[order] for fields in zip(*(answer for _, answer in parts), strict=True)))
-
-
-def _part(judged: Judged, mask: np.ndarray) -> Judged:
-    index = torch.from_numpy(mask).to(judged.fooled.device)
-    return Judged(*(value[index] for value in vars(judged).values()))

@@ -20,9 +20,10 @@ from robustkit.engine.anytime import TimeUp
 from robustkit.engine.company import Member
 from robustkit.engine.crew import Agency
 from robustkit.engine.hiring import Hiring
+from robustkit.engine.meter import TRIAL
 from robustkit.engine.shipping import Parcelled
 from robustkit.engine.wire import Brief, Gone, Parcel
-from robustkit.engine.worker import TRIAL, Worker
+from robustkit.engine.worker import Worker
 from robustkit.ledger import Chunk
 from robustkit.rows import RowWise
 
@@ -208,9 +209,7 @@ class Foreman(Worker):
             number = self.tally.next_chunk(first)
             landed = [_sum(stage, number, landed) for stage in range(first, first + count)]
         chunks = [replace(chunk, seconds=seconds * (chunk.forwards + chunk.backwards) / total) for chunk in landed]
-        self.ledger.write(*chunks)
-        for chunk in chunks:
-            self.tally.add(chunk)
+        self.scribe.write(*chunks)
 
     def _parcel(self, positions: Sequence[int], with_images: bool = True) -> Parcel:
         index = np.array(positions, np.int64)

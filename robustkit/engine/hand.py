@@ -12,8 +12,9 @@ import torch
 
 from robustkit.data.samples import Samples
 from robustkit.engine import wire
-from robustkit.engine.flight import Boarding, Flight
+from robustkit.engine.flight import Flight
 from robustkit.engine.meter import Meter
+from robustkit.engine.passengers import Boarding
 from robustkit.engine.progress import Progress
 from robustkit.engine.tally import Tally
 from robustkit.engine.wire import Link
@@ -130,7 +131,7 @@ class Hand(Worker):
         if isinstance(order, wire.Fly):
             self.tally.flags = dict(order.flags)
             if any(rung.view for rung in self.rungs[order.first - 1 : order.first - 1 + order.count]):
-                self.outlook  # noqa: B018  (seen before the first attack on a view)
+                self.doubts.outlook  # noqa: B018  (seen before the first attack on a view)
             if order.parcel is not None:
                 self._receive(order.parcel)
             examples = np.arange(len(self.source.first))
@@ -147,7 +148,7 @@ class Hand(Worker):
             images = self.samples.images(positions)
             if order.stage:
                 if self.rungs[order.stage - 1].view:
-                    self.outlook  # noqa: B018  (seen before the first attack on a view)
+                    self.doubts.outlook  # noqa: B018  (seen before the first attack on a view)
                 self.block(order.stage, order.number, positions, images)
             else:
                 self._do(0, order.number, positions, images, self._clean_verdicts)

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from robustkit import losses
@@ -35,6 +36,11 @@ class Judged:
     forwards: Labels
     right: PerRow
     once: Mask
+
+    def select(self, mask: np.ndarray) -> Judged:
+        """Return these rows."""
+        index = torch.from_numpy(mask).to(self.fooled.device)
+        return Judged(*(value[index] for value in vars(self).values()))
 
 
 def judge(

@@ -22,6 +22,8 @@ from robustkit.models.mixture import Mixture
 from robustkit.shapes import Images, Logits
 
 TINY = 1 << 20
+# The most images that a way to run the model is tried on.
+TRIAL = 16
 # Another precision or layout must save a tenth of the time, so that noise does not choose it.
 WORTH = 0.9
 # A way that takes so many times the plain one's time for two images, and so many seconds, is not tried on more.

@@ -13,13 +13,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from robustkit.engine.anytime import shuffled
+from robustkit.engine.batchwise import Work
 from robustkit.engine.evaluate import MOST_SLOTS, Evaluation
-from robustkit.engine.flight import Boarding, Landed
 from robustkit.engine.gauges import Counting, Memory, Over, Speed, Watch
-from robustkit.engine.meter import Meter
+from robustkit.engine.meter import TRIAL, Meter
+from robustkit.engine.passengers import Boarding, Landed
 from robustkit.engine.progress import Progress
 from robustkit.engine.tally import STANDS, Tally
-from robustkit.engine.worker import TRIAL, Work, Worker
+from robustkit.engine.worker import Worker
 from robustkit.errors import UsageError
 from robustkit.isolation import evaluation_mode, own_randomness, threads
 from robustkit.ledger import Ledger

@@ -24,7 +24,8 @@ from robustkit.isolation import own_randomness
 from robustkit.models.classifier import Classifier
 from robustkit.models.heads import Heads
 from robustkit.models.ladder import Rung, alone, combined, ensemble, mean_logit, rungs
-from robustkit.models.mending import Mend, Mending
+from robustkit.models.mending import Mending
+from robustkit.models.mends import Mend
 from robustkit.models.through import through
 from robustkit.shapes import Images, Logits
 

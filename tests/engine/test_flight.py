@@ -14,9 +14,10 @@ from torch import Tensor
 
 from robustkit import evaluate, losses
 from robustkit.engine import worker
-from robustkit.engine.flight import Boarding, Flight
+from robustkit.engine.flight import Flight
 from robustkit.engine.judge import image_hashes, sample_ids
 from robustkit.engine.meter import Meter
+from robustkit.engine.passengers import Boarding
 from robustkit.goal import Goal
 from robustkit.models import as_classifier
 from robustkit.record import Report

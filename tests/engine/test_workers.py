@@ -14,8 +14,9 @@ from teams import Watch, as_threads
 
 from robustkit import RunError, UsageError, evaluate
 from robustkit.engine import hand, wire
-from robustkit.engine.flight import Boarding, Flight
+from robustkit.engine.flight import Flight
 from robustkit.engine.meter import Meter
+from robustkit.engine.passengers import Boarding
 from robustkit.ledger import Chunk, Ledger
 from robustkit.losses import margin
 from robustkit.models import as_classifier

@@ -15,10 +15,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from robustkit import registry
 from robustkit.errors import UsageError
 from robustkit.goal import Goal
-from robustkit.registry import catalog, find, make, parse_attack
+from robustkit.registry import catalog, find, make, parse_attack, texts
 from robustkit.rng import RowRng
 from robustkit.rows import Answer, Rows
 from robustkit.surrogates import Surrogates
@@ -734,7 +733,7 @@ def test_wrong_words_get_one_sentence(name, fields, sentence):
 
 @pytest.mark.parametrize("name", [name for name in catalog("recipe") if name.endswith("-cwa")])
 def test_the_recipes_are_made_of_what_there_is(name):
-    parts = [registry._parse_call(part)[0] for part in find("recipe", name)().split("+")]
+    parts = [texts.parse_call(part)[0] for part in find("recipe", name)().split("+")]
     assert parts[0] == "cwa"
     missing = [part for part in parts[1:] if part not in catalog("technique")]
     if missing:

@@ -1,0 +1,240 @@
+"""Does chunks batch by batch: the clean pass, the checks, and attacks that take a whole batch through at once."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+
+from robustkit.checks.probe import Probe
+from robustkit.checks.run import diagnose
+from robustkit.data.ahead import read_ahead
+from robustkit.data.samples import Samples
+from robustkit.engine.anytime import TimeUp
+from robustkit.engine.failures import NO_MEMORY, first_line, is_out_of_memory
+from robustkit.engine.judge import image_hashes, judge, sample_ids
+from robustkit.engine.meter import Meter
+from robustkit.engine.progress import Progress
+from robustkit.engine.sanity import refuse_answers
+from robustkit.engine.scribe import Scribe, Sink, noticed
+from robustkit.engine.tally import Tally
+from robustkit.errors import RobustkitError, RunError
+from robustkit.goal import Goal
+from robustkit.isolation import own_randomness
+from robustkit.ledger import Chunk, Verdict
+from robustkit.record import Flag
+from robustkit.registry import Rung
+from robustkit.rng import RowRng
+from robustkit.shapes import Images, Labels
+from robustkit.threat import ThreatModel
+
+# The most images that the checks look at.
+CHECKED = 64
+# The number of the chunk that holds what they found.
+CHECKING = -1
+
+Work = Callable[[Images, np.ndarray], tuple[list[Verdict], list[Flag]]]
+
+
+@dataclass
+class BatchWise:
+    """Does one run's chunks, as far as they are batches.
+
+    Work past the `deadline` (by `time.perf_counter`) ends in `TimeUp`.
+    """
+
+    samples: Samples
+    threat: ThreatModel
+    rungs: list[Rung]
+    seed: int
+    batch: int
+    ledger: Sink
+    tally: Tally
+    meter: Meter
+    progress: Progress
+    deadline: float = field(default=math.inf, kw_only=True)
+
+    def __post_init__(self) -> None:
+        """Have somebody who writes."""
+        self.scribe = Scribe(self.ledger, self.tally, self.meter)
+
+    def clean(self, among: np.ndarray) -> None:
+        """Settle those of these images that the model gets wrong as they are; run the checks if none has yet."""
+        tally = self.tally
+        self.progress.stage("clean", len(among), tally.robust, tally.n)
+        for number, positions, x in self._pending(0, among):
+            self._do(0, number, positions, x, self._clean_verdicts)
+        if (0, CHECKING) not in tally.chunks:
+            first = np.arange(min(self.batch, CHECKED))
+            self._do(0, CHECKING, first, self.samples.images(first), self._check)
+
+    def attack(self, stage: int, among: np.ndarray) -> None:
+        """Run one attack over what still stands of these."""
+        self._announce(stage, among)
+        done = 0
+        for number, positions, x in self._pending(stage, among):
+            self.block(stage, number, positions, x, done)
+            done += len(positions)
+
+    def _announce(self, stage: int, among: np.ndarray) -> None:
+        images = len(self.tally.waiting(stage, among))
+        self.progress.stage(self.tally.names[stage], images, self.tally.robust, self.tally.n)
+
+    def block(self, stage: int, number: int, positions: np.ndarray, x: Images, done: int = 0) -> None:
+        """Run one attack on these images as the chunk of that number, `done` images after the stage's first."""
+        rung = self.rungs[stage - 1]
+        budget = getattr(rung.attack, "budget", None)
+        expected = budget(self.meter.num_classes, self.threat.norm) if budget else None
+        stream, begun, images = self._stream(stage), self.meter.forwards, len(positions)
+
+        def verdicts(x: Images, positions: np.ndarray) -> tuple[list[Verdict], list[Flag]]:
+            return self._attack_verdicts(rung, stream, x, positions)
+
+        def tick(forwards: int) -> None:
+            share = (forwards - begun) / (expected * images) if expected else 0.0
+            self.progress.advance(done + min(share, 0.99) * images, self.tally.robust)
+
+        self.meter.on_forward = tick
+        self._do(stage, number, positions, x, verdicts)
+        self.meter.on_forward = lambda forwards: None
+
+    def _parts(self, stage: int, among: np.ndarray) -> list[tuple[int, np.ndarray]]:
+        """Return number and positions of the chunks that a stage has still to do.
+
+        They are cut from all that enter the stage, whatever is done already: an attack whose random numbers depend
+        on the batch gets the same batches in whatever order they are done, and after any resume.
+        """
+        entering = among[self.tally.fell[among] >= stage]
+        taken = {chunk for of, chunk in self.tally.chunks if of == stage}
+        free, parts = self.tally.next_chunk(stage), []
+        for index, begin in enumerate(range(0, len(entering), self.batch)):
+            left = self.tally.waiting(stage, entering[begin : begin + self.batch])
+            if len(left):
+                number = free if index in taken else index
+                taken.add(number)
+                free = max(free, number + 1)
+                parts.append((number, left))
+        return parts
+
+    def _pending(self, stage: int, among: np.ndarray) -> Iterator[tuple[int, np.ndarray, Images]]:
+        """Yield number, positions and images of the stage's chunks one by one."""
+        done, parts = 0, self._parts(stage, among)
+        blocks = read_ahead(self.samples, [part for _, part in parts])
+        for (number, _), (part, x) in zip(parts, blocks, strict=True):
+            self._on_time()
+            yield number, part, x
+            done += len(part)
+            self.progress.advance(done, self.tally.robust)
+
+    def _on_time(self) -> None:
+        if time.perf_counter() > self.deadline:
+            raise TimeUp
+
+    def _do(
+        self,
+        stage: int,
+        number: int,
+        positions: np.ndarray,
+        x: Images,
+        work: Work,
+    ) -> None:
+        """Do one chunk and write it down. Out of memory halves the piece and does the chunk again."""
+        name = self.tally.names[stage]
+        x = x.to(self.meter.device)
+        while True:
+            forwards, backwards, begun = self.meter.forwards, self.meter.backwards, time.perf_counter()
+            try:
+                with own_randomness(self.seed, stage, number):
+                    verdicts, flags = work(x, positions)
+                break
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise self._failure(name, positions, error) from error
+                self._halve(len(x))
+                self.meter.forwards, self.meter.backwards = forwards, backwards
+            except RobustkitError:
+                raise
+            except Exception as error:
+                raise self._failure(name, positions, error) from error
+        chunk = Chunk(
+            stage,
+            number,
+            self.meter.forwards - forwards,
+            self.meter.backwards - backwards,
+            time.perf_counter() - begun,
+            verdicts,
+            flags,
+        )
+        self.scribe.write(chunk)
+
+    def _clean_verdicts(self, x: Images, positions: np.ndarray) -> tuple[list[Verdict], list[Flag]]:
+        logits = self.meter.exact(x)
+        labels = self.samples.labels[positions]
+        refuse_answers(logits, labels, positions)
+        y = torch.from_numpy(labels).to(x.device)
+        # An exact answer to the clean image is known already, but for a random model.
+        judged = judge(self.meter, x, y, x, self.threat, logits)
+        rows = zip(self.scribe.verdicts(judged, positions, labels), image_hashes(x), strict=True)
+        return [replace(verdict, image=image, adversarial=None, struck=None) for verdict, image in rows], []
+
+    def _check(self, x: Images, positions: np.ndarray) -> tuple[list[Verdict], list[Flag]]:
+        labels = torch.from_numpy(self.samples.labels[positions]).to(x.device)
+        plain = Meter(self.meter.model, self.meter.device)
+        plain.piece = self.meter.piece
+        attacks = [rung.attack for rung in self.rungs if not rung.view]
+        flags = diagnose(Probe(plain, x, labels, self.threat, attacks, self.seed, plain.model))
+        self.meter.forwards += plain.forwards
+        self.meter.backwards += plain.backwards
+        return [], flags
+
+    def _attack_verdicts(
+        self, rung: Rung, stream: str, x: Images, positions: np.ndarray
+    ) -> tuple[list[Verdict], list[Flag]]:
+        self._check_images(positions, image_hashes(x))
+        labels = torch.from_numpy(self.samples.labels[positions]).to(x.device)
+        self.meter.detached = False
+        found = rung.attack(
+            self.meter.through(rung.view),
+            x.clone(),
+            Goal(labels),
+            self.threat,
+            rng=RowRng(self.seed, stream, self._ids(positions)),
+        )
+        judged = judge(self.meter, x, labels, found, self.threat)
+        flags = noticed(int(judged.refused.sum()), int(judged.broken.sum()), self.meter.detached)
+        return self.scribe.verdicts(judged, positions, self.samples.labels[positions]), flags
+
+    def _stream(self, stage: int) -> str:
+        name = self.tally.names[stage]
+        return f"{name}/{self.tally.names[1:stage].count(name)}"
+
+    def _ids(self, positions: np.ndarray) -> Labels:
+        """Return the numbers by which these images draw: an image's own, so that its place does not matter."""
+        return sample_ids([self.tally.images[position] for position in positions]).to(self.meter.device)
+
+    def _check_images(self, positions: np.ndarray, hashes: list[str]) -> None:
+        for position, digest in zip(positions, hashes, strict=True):
+            if digest != self.tally.images[position]:
+                raise RunError(
+                    f"image {position} of {self.samples.name} has changed since this run's clean pass; "
+                    "restore the data or start again in another folder."
+                )
+
+    def _halve(self, images: int) -> None:
+        piece = min(self.meter.piece or images, images)
+        if piece == 1:
+            raise RunError(NO_MEMORY)
+        self.meter.piece = piece // 2
+        if self.meter.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.progress.say(f"out of memory: going on with {piece // 2} images at a time, same numbers")
+
+    def _failure(self, name: str, positions: np.ndarray, error: Exception) -> RunError:
+        return RunError(
+            f"{name} failed on images {positions[0]} to {positions[-1]}: "
+            f"{type(error).__name__}: {first_line(error)}"
+        )

@@ -1,0 +1,49 @@
+"""Attacks, techniques, recipes, defenses, methods and suites by name, found by walking the folders.
+
+Imports no torch.
+
+A file registers names made of its own stem: `fab.py` may hold `fab` and `fab-t`, `mi_fgsm.py` holds `mi-fgsm`,
+`autoattack.py` holds `autoattack:apgd-ce`, `rapid.py` holds `rapid+autoattack`. A recipe may end in the stem
+instead, as papers name theirs: `cwa.py` holds `ssa-cwa`. So one name imports one module, and lists, help pages
+and spelling hints are read from the source text without importing any.
+"""
+
+from __future__ import annotations
+
+from robustkit.registry.entries import Entry, Field, catalog, find
+from robustkit.registry.making import make, make_method, make_technique, spec
+from robustkit.registry.marks import Info, attack, defense, method, recipe, suite, technique
+from robustkit.registry.texts import (
+    DEFAULT_SUITE,
+    VIEWS,
+    Rung,
+    parse_attack,
+    parse_defenses,
+    parse_method,
+    parse_suite,
+)
+
+__all__ = [
+    "DEFAULT_SUITE",
+    "VIEWS",
+    "Entry",
+    "Field",
+    "Info",
+    "Rung",
+    "attack",
+    "catalog",
+    "defense",
+    "find",
+    "make",
+    "make_method",
+    "make_technique",
+    "method",
+    "parse_attack",
+    "parse_defenses",
+    "parse_method",
+    "parse_suite",
+    "recipe",
+    "spec",
+    "suite",
+    "technique",
+]

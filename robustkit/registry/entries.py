@@ -1,0 +1,111 @@
+"""What is registered, read from the source text of the folders; and the thing itself, by its name."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from robustkit.errors import did_you_mean
+from robustkit.registry.marks import Info, registered
+
+# Where the files of a kind are; a method of training is a surrogate's in `attacks` and a defense's in `defenses`.
+FOLDERS: dict[str, tuple[str, ...]] = {
+    "attack": ("attacks",),
+    "technique": ("attacks",),
+    "recipe": ("attacks",),
+    "suite": ("attacks",),
+    "defense": ("defenses",),
+    "method": ("attacks", "defenses"),
+}
+
+# A decorator of ours with what it decorates, up to the first method or the next thing at the margin.
+_HEAD = re.compile(
+    rf"^@(?:{'|'.join(FOLDERS)})\(.*?^(?:class|def) .*?(?=^    (?:def |@)|^\S|\Z)", re.MULTILINE | re.DOTALL
+)
+
+
+@dataclass(frozen=True)
+class Field:
+    """A field of a registered dataclass, as its source text writes it; `default` is empty where it has none."""
+
+    name: str
+    type: str
+    default: str
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A registered thing as read from its source text: no module is imported for it."""
+
+    info: Info
+    module: str
+    summary: str
+    fields: tuple[Field, ...] = ()
+
+    @property
+    def form(self) -> str:
+        """How a model string writes it, if it is a defense: `NAME:FIELD,FIELD`."""
+        return f"{self.info.name}:{','.join(field.name for field in self.fields).upper()}"
+
+
+@functools.cache
+def catalog(kind: str) -> Mapping[str, Entry]:
+    """Return every registered name of a kind (a key of `FOLDERS`) with what its source says."""
+    entries: dict[str, Entry] = {}
+    files = [(folder, *marked) for folder in FOLDERS[kind] for marked in _marked(folder)]
+    for folder, stem, nodes in files:
+        for node in nodes:
+            for mark in node.decorator_list:
+                if isinstance(mark, ast.Call) and isinstance(mark.func, ast.Name) and mark.func.id == kind:
+                    name = ast.literal_eval(mark.args[0])
+                    options = {str(word.arg): ast.literal_eval(word.value) for word in mark.keywords}
+                    summary = (ast.get_docstring(node) or "").split("\n")[0]
+                    info = Info(kind, name, **options)
+                    fields = tuple(
+                        Field(
+                            line.target.id,
+                            ast.unparse(line.annotation),
+                            "" if line.value is None else ast.unparse(line.value),
+                        )
+                        for line in node.body
+                        if isinstance(line, ast.AnnAssign)
+                        and isinstance(line.target, ast.Name)
+                        and "ClassVar" not in ast.unparse(line.annotation)
+                    )
+                    entries[name] = Entry(info, f"robustkit.{folder}.{stem}", summary, fields)
+    return entries
+
+
+@functools.cache
+def _marked(folder: str) -> list[tuple[str, list[ast.ClassDef | ast.FunctionDef]]]:
+    """Return the stem of each file of a folder with its registered classes and functions.
+
+    Of each only the head is parsed, up to its first method: lists and help pages wait for all files.
+    """
+    return [
+        (
+            file.stem,
+            [
+                node
+                for block in _HEAD.findall(file.read_text(encoding="utf-8"))
+                for node in ast.parse(block).body
+                if isinstance(node, (ast.ClassDef, ast.FunctionDef))
+            ],
+        )
+        for file in sorted((Path(__file__).parents[1] / folder).glob("[!_]*.py"))
+    ]
+
+
+def find(kind: str, name: str) -> Any:
+    """Return the class or function of that name; UsageError with the nearest name if there is none."""
+    known = catalog(kind)
+    if name not in known:
+        raise did_you_mean(kind, name, known)
+    importlib.import_module(known[name].module)
+    return registered(kind, name)

@@ -1,0 +1,100 @@
+"""The decorators that register a thing, and what it says of itself by them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Info:
+    """What a registered thing says of itself.
+
+    `coupled` marks an attack whose random numbers depend on the batch it is run in. `family` marks a class
+    that answers to every name `NAME:ANYTHING`, by its class method `member(tail, **fields)`. `ascent` marks an
+    attack that reads nothing but gradients, so that techniques can change them (`robustkit.transfer`).
+    """
+
+    kind: str
+    name: str
+    paper: str = ""
+    norms: tuple[str, ...] = ()
+    access: str = ""
+    coupled: bool = False
+    family: bool = False
+    ascent: bool = False
+
+
+_registered: dict[tuple[str, str], Any] = {}
+
+
+def attack(
+    name: str,
+    *,
+    paper: str,
+    norms: tuple[str, ...],
+    access: str,
+    coupled: bool = False,
+    family: bool = False,
+    ascent: bool = False,
+) -> Callable[[type[T]], type[T]]:
+    """Register a frozen dataclass as an attack. All arguments must be literals.
+
+    Args:
+        name: the file's stem, or `stem-…` or `stem:…`.
+        paper: the source, e.g. `arXiv:1706.06083`.
+        norms: of the threats it can be run in.
+        access: what it needs of the model: `gradient`, `score`, `decision` or `any`.
+        coupled: see `Info`.
+        family: see `Info`.
+        ascent: see `Info`.
+    """
+    return _register(Info("attack", name, paper, norms, access, coupled, family, ascent))
+
+
+def technique(name: str, *, paper: str = "") -> Callable[[type[T]], type[T]]:
+    """Register a frozen dataclass, a `robustkit.transfer.Technique`, that changes an attack's gradients."""
+    return _register(Info("technique", name, paper))
+
+
+def recipe(name: str, *, paper: str = "") -> Callable[[T], T]:
+    """Register a function `() -> attack string` as a name for an attack with its techniques."""
+    return _register(Info("recipe", name, paper))
+
+
+def suite(name: str, *, paper: str = "") -> Callable[[T], T]:
+    """Register a function `(norm) -> list of attack strings` as a suite."""
+    return _register(Info("suite", name, paper))
+
+
+def defense(name: str, *, paper: str) -> Callable[[type[T]], type[T]]:
+    """Register a frozen dataclass as a defense: a call `(model, x) -> logits` that stands in front of a model.
+
+    Its fields, in order, are what a model string writes after its name. All arguments must be literals.
+    """
+    return _register(Info("defense", name, paper))
+
+
+def method(name: str, *, paper: str = "") -> Callable[[type[T]], type[T]]:
+    """Register a frozen dataclass, a `robustkit.method.Method`, as a method of training.
+
+    Its fields become flags of `robustkit train NAME`. All arguments must be literals.
+    """
+    return _register(Info("method", name, paper))
+
+
+def _register(info: Info) -> Callable[[T], T]:
+    def decorate(thing: T) -> T:
+        _registered[info.kind, info.name] = thing
+        thing.info = info  # type: ignore[attr-defined]
+        return thing
+
+    return decorate
+
+
+def registered(kind: str, name: str) -> Any:
+    """Return what its file has registered, once that is imported."""
+    return _registered[kind, name]

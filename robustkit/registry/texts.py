@@ -1,0 +1,184 @@
+"""Texts that name things with their fields: suites of attacks, attacks with techniques, methods, defenses."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from typing import Any, get_type_hints
+
+from robustkit.errors import UsageError, did_you_mean
+from robustkit.record import stage_name
+from robustkit.registry.entries import catalog, find
+from robustkit.registry.making import convert, make, make_method, make_technique, spec
+
+DEFAULT_SUITE = "auto"
+# What a model's gradients may be replaced by (`robustkit.models.views`), in the order of what they promise.
+VIEWS = (
+    "own",
+    "mended",
+    "loosened",
+    "inner-logits",
+    "calm",
+    "averaged",
+    "mean-logit",
+    "mean-log-probability",
+    "top-k",
+    "soft-top-k",
+    "straight-through",
+    "members",
+    "stack",
+    "frozen",
+    "smooth",
+)
+
+
+@dataclass(frozen=True)
+class Rung:
+    """An attack of a suite and the view of the model whose gradients it climbs; without one, the model's own.
+
+    Whatever the view, what counts is the model as it is. A `spare` one is run only where the number is in doubt.
+    """
+
+    attack: Any
+    view: str = ""
+    spare: bool = False
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """The attack's record, with what else is said of it."""
+        more = {"view": self.view, "spare": self.spare}
+        return spec(self.attack) | {name: value for name, value in more.items() if value}
+
+    @property
+    def name(self) -> str:
+        """How a suite writes it, without fields."""
+        return stage_name(self.spec)
+
+
+def parse_suite(text: str, norm: str) -> list[Rung]:
+    """Return the attacks of a comma-separated list of suites and attacks, in order.
+
+    `ATTACK@VIEW` climbs the gradients of a view of the model (see `robustkit.models.views`); a model that has
+    none of that name is spared it. `ATTACK?` and `ATTACK@VIEW?` are for runs whose number is in doubt.
+
+    Raises:
+        UsageError: for an unknown name or field, a bad value, an empty list, or an attack that is not
+            defined in this norm.
+    """
+    rungs: list[Rung] = []
+    for part in split(text):
+        name, fields = parse_call(part.rstrip("?").partition("@")[0], whole=part)
+        if name not in catalog("suite"):
+            rungs.append(_rung(part))
+        elif fields or "@" in part or "?" in part:
+            raise UsageError(f"suite {name!r} takes no fields and no view; list its attacks to change them.")
+        else:
+            rungs += map(_rung, find("suite", name)(norm))
+    for rung in rungs:
+        _check_norm(rung.attack, norm)
+    return rungs
+
+
+def _rung(text: str) -> Rung:
+    """Return the rung of `NAME(field=value,...)@VIEW?`."""
+    call, *views = _cut(text.removesuffix("?"), "@")
+    name, fields = parse_call(call, whole=text)
+    if name not in catalog("attack") and ":" not in name:
+        raise did_you_mean("suite or attack", name, [*catalog("suite"), *catalog("attack")])
+    if views and (len(views) > 1 or views[0] not in VIEWS):
+        raise did_you_mean("view", "@".join(views), VIEWS)
+    return Rung(make(name, **fields), "".join(views), text.endswith("?"))
+
+
+def parse_attack(text: str, norm: str) -> list[Any]:
+    """Return an attack and its techniques, outermost first, of `NAME(field=value,...)+TECHNIQUE(...)+...`.
+
+    A recipe stands for the text that it returns; techniques may follow it.
+
+    Raises:
+        UsageError: for an unknown name or field, a bad value, or an attack that is not defined in this norm.
+    """
+    calls = [parse_call(part, "attack", text) for part in _cut(text, "+")]
+    head, fields = calls[0]
+    if head in catalog("recipe"):
+        whole = find("recipe", head)()
+        if fields:
+            raise UsageError(f"recipe {head!r} takes no fields; write what it stands for: {whole!r}.")
+        calls[:1] = [parse_call(part) for part in _cut(whole, "+")]
+        head, fields = calls[0]
+    elif head not in catalog("attack") and ":" not in head:
+        raise did_you_mean("attack or recipe", head, [*catalog("recipe"), *catalog("attack")])
+    value = make(head, **fields)
+    _check_norm(value, norm)
+    return [value, *(make_technique(name, **its) for name, its in calls[1:])]
+
+
+def _check_norm(value: Any, norm: str) -> None:
+    norms = getattr(value, "norms", value.info.norms)
+    if norm not in norms:
+        raise UsageError(f"{spec(value)['name']} is not defined in {norm}; it works in {', '.join(norms)}.")
+
+
+def parse_method(text: str) -> Any:
+    """Return the method of training of `NAME` or `NAME(field=value,...)`; UsageError as for `make`."""
+    name, fields = parse_call(text, "method")
+    return make_method(name, **fields)
+
+
+def parse_defenses(text: str) -> tuple[Any, ...]:
+    """Return the defenses of a text such as `jpeg:75+smoothing:0.25,10`, in the order that an image meets them.
+
+    Values are the defense's fields in order; those left out have their defaults.
+
+    Raises:
+        UsageError: for an unknown name, too many values, or a value that its field cannot have.
+    """
+    made = []
+    for part in text.split("+"):
+        name, colon, rest = part.strip().partition(":")
+        kind = find("defense", name)
+        hints, fields = get_type_hints(kind), dataclasses.fields(kind)
+        values = rest.split(",") if colon else []
+        if len(values) > len(fields):
+            form = catalog("defense")[name].form
+            raise UsageError(f"defense {part.strip()!r} has {len(values)} values; write {form}.")
+        named = [(field.name, value) for field, value in zip(fields, values, strict=False)]
+        made.append(kind(**{field: convert(name, field, value, hints[field]) for field, value in named}))
+    return tuple(made)
+
+
+def split(text: str) -> list[str]:
+    """Cut at the commas outside brackets."""
+    parts = _cut(text, ",")
+    if not all(parts):
+        raise UsageError(f"suite {text!r}: write names with commas between, e.g. 'pgd(steps=50),fgsm'.")
+    return parts
+
+
+def _cut(text: str, mark: str) -> list[str]:
+    parts, depth = [""], 0
+    for sign in text:
+        depth += (sign in "([{") - (sign in ")]}")
+        if sign == mark and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += sign
+    return [part.strip() for part in parts]
+
+
+def parse_call(text: str, kind: str = "suite", whole: str | None = None) -> tuple[str, dict[str, str]]:
+    """Turn `name(a=1,b=2)` into its name and fields; errors speak of the whole that it is part of."""
+    whole = text if whole is None else whole
+    match = re.fullmatch(r"([\w:.+-]+)(?:\((.*)\))?", text, re.DOTALL)
+    if not match:
+        raise UsageError(f"{kind} {whole!r}: write NAME or NAME(field=value,...), e.g. 'pgd(steps=50)'.")
+    fields: dict[str, str] = {}
+    for pair in filter(None, _cut(match[2] or "", ",")):
+        key, equals, value = (piece.strip() for piece in pair.partition("="))
+        if not equals or not key or not value:
+            raise UsageError(f"{kind} {whole!r}: {pair.strip()!r} is not field=value.")
+        if key in fields:
+            raise UsageError(f"{kind} {whole!r}: field {key!r} is given twice.")
+        fields[key] = value
+    return match[1], fields
