@@ -23,6 +23,8 @@ from robustkit.rng import RowRng
 from robustkit.threat import ThreatModel
 
 COARSE = ("jpeg", "resize-pad", "numpy-median", "bit-depth", "blunt", "thermometer", "one-hot", "lookup")
+# Dice that cannot be taken out: the mean over draws is what there is.
+NOISY = ("numpy-noise",)
 THREAT = ThreatModel.parse("linf:0.1")
 
 
@@ -61,7 +63,7 @@ def test_a_masked_one_has_one_whose_gradient_is_the_bare_nets(
     like = {
         name: float(F.cosine_similarity(slope(view, x, labels), honest).mean()) for name, view in exact.items()
     }
-    assert max(like.values()) > (0.3 if name in COARSE else 0.9), like
+    assert max(like.values()) > (0.3 if name in COARSE else 0.6 if name in NOISY else 0.9), like
 
 
 @pytest.mark.slow
