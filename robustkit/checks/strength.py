@@ -83,20 +83,35 @@ def scores_beat_gradients(stages: Sequence[Stage], access: Sequence[str]) -> Fla
     return passed(code, fooled, "images that every gradient attack had left fell to score-based ones")
 
 
-def masked(stages: Sequence[Stage], views: Sequence[str], places: Sequence[str], plain: bool = False) -> Flag:
+def masked(
+    stages: Sequence[Stage],
+    access: Sequence[str],
+    views: Sequence[str],
+    places: Sequence[str],
+    plain: bool = False,
+) -> Flag:
     """Return whether attacks on views of the model fooled images that its own gradients had left.
 
-    `views` says of each stage what it climbed on, if not the model itself; `places` are suspects, in words;
-    `plain` is whether views were looked for in vain. One image, or one in fifty, may as well fall to another
-    attack of any kind.
+    `access` says of each stage what its attack needs, `views` what it climbed on, if not the model itself;
+    `places` are suspects, in words; `plain` is whether views were looked for in vain. One image, or one in fifty,
+    may as well fall to another attack of any kind.
     """
-    code = "masked-gradient"
-    on_views = [stage for stage, view in zip(stages, views, strict=True) if view and stage.forwards]
+    code, own, on_views = "masked-gradient", False, []
+    for stage, needs, view in zip(stages, access, views, strict=True):
+        if view and stage.forwards:
+            on_views.append(stage)
+        own = own or (needs == "gradient" and not view and not on_views)
     if not on_views and plain:
         return passed(code, 0, "places that stop or bend gradients were seen, so there was no stand-in to attack")
     if not on_views:
         return unmeasured(
             code, "no stand-in for the model's gradients was attacked", "--suite adaptive does so in any case"
+        )
+    if not own:
+        return unmeasured(
+            code,
+            "no attack on the model's own gradients came before those on views of it, to compare with",
+            "put one first: --suite 'rapid,...'",
         )
     fooled = {stage.attack: stage.fooled for stage in on_views}
     total = sum(fooled.values())

@@ -182,15 +182,21 @@ class Worker:
         """Return what the suite's stages and the model's views say against the number, or for it."""
         return [self._rivalry(self.tally.scope), self._masked(self.tally.scope)]
 
-    def _rivalry(self, among: np.ndarray) -> Flag:
+    @property
+    def _access(self) -> list[str]:
+        """What the attack of each stage that is told of needs of the model."""
         access = ["", *(rung.attack.info.access for rung in self.rungs)]
-        return scores_beat_gradients(self.tally.stages(among), [access[number] for number in self.tally.told])
+        return [access[number] for number in self.tally.told]
+
+    def _rivalry(self, among: np.ndarray) -> Flag:
+        return scores_beat_gradients(self.tally.stages(among), self._access)
 
     def _masked(self, among: np.ndarray) -> Flag:
         views = ["", *(rung.view for rung in self.rungs)]
         told = [views[number] for number in self.tally.told]
         places = self.outlook.places if any(told) else []
-        return masked(self.tally.stages(among), told, places, any(views) and not self.outlook.doubtful)
+        plain = any(views) and not self.outlook.doubtful
+        return masked(self.tally.stages(among), self._access, told, places, plain)
 
     def fly(self, first: int, count: int, among: np.ndarray) -> None:
         """Take what still stands of these through `count` attacks from stage `first` on, all row-wise, at once."""
