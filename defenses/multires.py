@@ -182,8 +182,8 @@ def _heights(text: str) -> tuple[int, ...]:
 
 
 def _range(name: str, text: str) -> Range:
+    low, _, high = text.partition(":")
     try:
-        low, high = ([float(part) for part in text.split(":")] * 2)[:2]
+        return float(low), float(high or low)
     except ValueError:
         raise UsageError(f"multires: {name}={text} is no range; write LOW:HIGH, e.g. 0.7:1.5.") from None
-    return low, high
