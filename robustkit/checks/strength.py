@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import replace
 from fractions import Fraction
 
@@ -126,6 +126,23 @@ def masked(
         "images that every attack on the model's own gradients had left fell to attacks on views of it, most "
         f"to {best}: the gradients are masked{why}",
         "quote this number; that of AutoAttack, or of any attack on the model alone, is too high",
+    )
+
+
+def unattacked(views: Sequence[str], there: Container[str], standing: int) -> Flag | None:
+    """Return a flag if every attack of a suite climbs a view that the model has not, and images stand for that.
+
+    `views` says of each attack what it climbs, if not the model itself; `there` are the views that there are.
+    """
+    if not standing or not all(view and view not in there for view in views):
+        return None
+    return Flag(
+        "not-attacked",
+        "warning",
+        standing,
+        f"images stand because nothing attacked them: the model has no {' and no '.join(dict.fromkeys(views))} to "
+        "climb on",
+        "leave the @ and what follows it out of the suite, or write --suite auto, which takes what there is",
     )
 
 

@@ -14,7 +14,7 @@ import torch
 
 from robustkit.checks.probe import Probe
 from robustkit.checks.run import DOUBTS, UNSTEADY, diagnose
-from robustkit.checks.strength import masked, scores_beat_gradients
+from robustkit.checks.strength import masked, scores_beat_gradients, unattacked
 from robustkit.data.ahead import read_ahead
 from robustkit.data.samples import Samples
 from robustkit.engine.anytime import TimeUp
@@ -180,7 +180,9 @@ class Worker:
 
     def afterthoughts(self) -> list[Flag]:
         """Return what the suite's stages and the model's views say against the number, or for it."""
-        return [self._rivalry(self.tally.scope), self._masked(self.tally.scope)]
+        views = [rung.view for rung in self.rungs]
+        idle = unattacked(views, self.outlook.views, self.tally.robust) if all(views) else None
+        return [self._rivalry(self.tally.scope), self._masked(self.tally.scope), *([idle] if idle else [])]
 
     @property
     def _access(self) -> list[str]:
