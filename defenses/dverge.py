@@ -80,6 +80,11 @@ class DVERGE(Method):
         at_least(name, 1, steps=self.steps, adversarial_steps=self.adversarial_steps)
         below(name, 1, baseline=self.baseline)
 
+    def fits(self, nets: Sequence[nn.Module], image: Images) -> None:
+        """Refuse a layer that a net has not."""
+        if self.layer != "random":
+            inner.fixed_layer(nets, image, self.layer)
+
     def divides(self) -> bool:
         """Return that members learn from images, which processes can exchange."""
         return True
