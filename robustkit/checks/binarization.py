@@ -184,7 +184,8 @@ def _direction(rows: Tensor, point: Tensor) -> Tensor:
     ridge = RIDGE * count * torch.eye(count, dtype=rows.dtype, device=rows.device)
     told = torch.linalg.solve(rows @ rows.mT + ridge, rows @ point.mT)
     weight = (point - told.mT @ rows)[:, 0]
-    return weight / weight.norm(dim=1, keepdim=True).clamp(min=1e-12)
+    unit: Tensor = weight / weight.norm(dim=1, keepdim=True).clamp(min=1e-12)
+    return unit
 
 
 def _regressed(rows: Tensor, point: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
