@@ -22,11 +22,13 @@ def adaptive(norm: str) -> list[str]:
 def rungs(norm: str) -> list[str]:
     """Return the attacks that come after `rapid`."""
     own = "apgd(loss=margin,steps=30,restarts=1,large_start=false)@own"
+    soft = "apgd(loss=margin,steps=20,restarts=1,large_start=false)@soft-top-k"
     masked = [attack for view in MASKED for attack in ensemble.climb(norm, view)]
     return [
         own,
         *masked,
         *ensemble.rungs(norm),
+        soft,
         *ensemble.climb(norm, "smooth"),
         "square(queries=1000,p_init=0.05,refine=true)",
         "square(queries=5000,patience=500,rivalry=0.5)",

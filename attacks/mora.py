@@ -57,6 +57,8 @@ class _MORA(RowWise):
         weights = self._weights(stack.detach(), members.detach(), labels, rival)
         led = (weights[:, :, None] * members).sum(1) / (weights.sum(1, keepdim=True) + TINY)
         share = torch.tensor(SHARES, dtype=stack.dtype, device=stack.device)[self._number(rows, len(stack))]
+        if targets is not None and self.combine == "logits":
+            share = torch.zeros_like(share)
         blend = (1 - share[:, None]) * whole / _gaps(whole).clamp(min=TINY)[:, None] + share[:, None] * led
         if targets is None:
             return F.cross_entropy(blend, labels, reduction="none")
@@ -108,7 +110,10 @@ class MORA(_MORA):
 @attack("mora-t", paper="arXiv:2211.08008", norms=("linf", "l2"), access="gradient")
 @dataclass(frozen=True, slots=True)
 class MORAT(_MORA):
-    """MORA towards each of the `targets` likeliest other classes. For the other fields see `mora`."""
+    """MORA towards each of the `targets` likeliest other classes; of mean logits without a share of the members.
+
+    For the other fields see `mora`.
+    """
 
     restarts: int | None = 1
     targets: int = 9

@@ -35,7 +35,9 @@ class DVERGE(Method):
     Distillation: `steps` of `step_size` times `eps` with `inertia`, from the image or from a `random_start`.
     `layer` is a number, a module's name, or `random`, drawn for each `epoch`, `batch` or `member` (`draw`).
     `statistics` are what batch norms do meanwhile: `train`, `frozen` or `separate`. `clean` weighs the loss on
-    plain images; with `distinct`, pairs of one class are left out. Adversarial images are each member's own.
+    plain images; with `distinct`, pairs of one class are left out. The share `baseline` of the epochs, the first
+    ones, is plain training. Adversarial images are each member's own: PGD in `adversarial_steps` of a quarter of
+    the `threat`'s eps.
     """
 
     eps: float = 0.07
@@ -77,6 +79,11 @@ class DVERGE(Method):
         at_least(name, 0, adversarial=self.adversarial, weight_decay=self.weight_decay)
         at_least(name, 1, steps=self.steps, adversarial_steps=self.adversarial_steps)
         below(name, 1, baseline=self.baseline)
+
+    def fits(self, nets: Sequence[nn.Module], image: Images) -> None:
+        """Refuse a layer that a net has not."""
+        if self.layer != "random":
+            inner.fixed_layer(nets, image, self.layer)
 
     def divides(self) -> bool:
         """Return that members learn from images, which processes can exchange."""
@@ -158,7 +165,10 @@ class DVERGE(Method):
 @method("dverge+at", paper="arXiv:2009.14720")
 @dataclass(frozen=True, slots=True)
 class DVERGEAT(DVERGE):
-    """DVERGE with adversarial training of each member: `dverge --adversarial 1` under the paper's name for it."""
+    """DVERGE with adversarial training of each member: `dverge --adversarial 1` under the paper's name for it.
+
+    For the fields see `dverge`.
+    """
 
     eps: float = 0.07
     step_size: float = 0.1

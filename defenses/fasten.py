@@ -74,6 +74,11 @@ class FASTEN(Method):
         at_least(name, 0, weight_decay=self.weight_decay)
         below(name, 1, baseline=self.baseline)
 
+    def fits(self, nets: Sequence[nn.Module], image: Images) -> None:
+        """Refuse a layer that a net has not."""
+        if self.layer != "random":
+            inner.fixed_layer(nets, image, self.layer)
+
     def divides(self) -> bool:
         """Return that members learn from images, which processes can exchange."""
         return True

@@ -1,9 +1,10 @@
 """A multi-resolution self-ensemble (Fort & Lakshminarayanan 2024, arXiv:2408.05446): everything everywhere.
 
-Constants are those of the authors' notebook. All probes are trained side by side, where the notebook trains one
-after the other; the backbone's running statistics stay meanwhile, which drift there. Attacks see batch norms in
-eval mode, as published, while dropout, which the notebook's net has not, stays on. Zhang et al. (2024,
-arXiv:2411.14834) break it: a high number of an attack on the answer itself is masking.
+Constants are those of the authors' notebook. All probes are trained side by side on batches as large as the
+backbone's, where the notebook trains one after the other on 64 images at a time; the backbone's running statistics
+stay meanwhile, which drift there. Attacks see batch norms in eval mode, as published, while dropout, which the
+notebook's net has not, stays on. Zhang et al. (2024, arXiv:2411.14834) break it: a high number of an attack on the
+answer itself is masking.
 """
 
 from __future__ import annotations
@@ -182,8 +183,8 @@ def _heights(text: str) -> tuple[int, ...]:
 
 
 def _range(name: str, text: str) -> Range:
+    low, _, high = text.partition(":")
     try:
-        low, high = ([float(part) for part in text.split(":")] * 2)[:2]
+        return float(low), float(high or low)
     except ValueError:
         raise UsageError(f"multires: {name}={text} is no range; write LOW:HIGH, e.g. 0.7:1.5.") from None
-    return low, high

@@ -1,7 +1,9 @@
 """Transferability reduced smooth ensembles (Yang et al. 2021, arXiv:2104.00671): gradients apart, and small.
 
 Gradients are made small where they are largest: on the first half of a batch as it is, on the second at the end of
-an ascent of their size. The authors' code adds the gradients of all ascent steps up, and has three members.
+an ascent of their size. Constants and twice the squared length are those of the authors' code, where the paper has
+the length; as there, gradients are those of a batch's mean loss. The code adds the gradients of all steps of the
+ascent up, and has three members.
 """
 
 from __future__ import annotations
@@ -17,14 +19,16 @@ from robustkit import inner
 from robustkit.method import Batch, Method, Plan, Size
 from robustkit.registry import method
 from robustkit.sampling import at_least
-from robustkit.shapes import Images, Labels
+from robustkit.shapes import Images
 from robustkit.threat import Linf
 
 
 @method("trs", paper="arXiv:2104.00671")
 @dataclass(frozen=True, slots=True)
 class TRS(Method):
-    """Cross-entropy, `scale` * (`similarity` * mean |cosine| + `smoothness` * gradients' mean length).
+    """Cross-entropy and `scale` * (`similarity` * mean |cosine| + `smoothness` * 2 * mean squared length).
+
+    Cosines and lengths are those of members' input gradients.
 
     The ascent's linf radius goes from `eps_start` to `eps_end` along the run, in `steps` of a third of it.
     """
@@ -65,8 +69,8 @@ class TRS(Method):
         _, steep = inner.sloped(nets, self._steepest(nets, batch, plan), batch.y)
         apart = inner.cosines(slopes).abs().mean()
         # Gradients are of a mean over images, of which a part of the batch has so many times fewer.
-        length = _length(steep).mean() / batch.peers.parts
-        loss = losses.sum() + self.scale * (self.similarity * apart + self.smoothness * length)
+        length = _squares(steep).mean() / batch.peers.parts**2
+        loss = losses.sum() + self.scale * (self.similarity * apart + self.smoothness * 2 * length)
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach() / len(nets)
 
@@ -80,17 +84,12 @@ class TRS(Method):
         x, y = batch.x[half:], batch.y[half:]
 
         def size(at: Images) -> Tensor:
-            return _lengths_at(nets, at, y)
+            return _squares(inner.sloped(nets, at, y)[1]).mean(0)
 
         start = inner.random_start(x, threat, batch.rng.select(torch.arange(half, len(batch.x))))
         return torch.cat([batch.x[:half], inner.ascend(size, start, x, threat, steps=self.steps, step_size=1 / 3)])
 
 
-def _lengths_at(nets: Sequence[nn.Module], x: Images, y: Labels) -> Tensor:
-    return _length(inner.sloped(nets, x, y)[1]).mean(0)
-
-
-def _length(slopes: Tensor) -> Tensor:
-    """Return the lengths (n B) of gradients (n B D); the gradient of a length is 0 at 0."""
-    square = slopes.square().sum(2)
-    return torch.where(square > 0, square, 1).sqrt() * (square > 0)
+def _squares(slopes: Tensor) -> Tensor:
+    """Return the squared lengths (n B) of gradients (n B D)."""
+    return slopes.square().sum(2)

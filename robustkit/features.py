@@ -89,11 +89,18 @@ def features(net: nn.Module, x: Images, layer: int | str) -> Tensor:
 def check_layer(net: nn.Module, layer: int | str, layers: int) -> None:
     """Refuse a layer that a net of so many layers has not."""
     if isinstance(layer, str):
-        names = [name for name, _ in net.named_modules() if name]
-        if not any(_is(name, layer) for name in names):
-            raise did_you_mean("layer", layer, names)
+        if not any(_is(name, layer) for name, _ in net.named_modules() if name):
+            raise did_you_mean("layer", layer, _names(net))
     elif not 1 <= layer <= layers:
         raise UsageError(f"layer {layer}: the net has layers 1 to {layers}, the last of them its logits.")
+
+
+def _names(net: nn.Module) -> list[str]:
+    """Return the names of a net's modules, without those of what it is wrapped in."""
+    parts = list(net.children())
+    while len(parts) == 1 and any(parts[0].children()):
+        net, parts = parts[0], list(parts[0].children())
+    return [name for name, _ in net.named_modules() if name]
 
 
 def _is(name: str, wanted: str) -> bool:
@@ -107,7 +114,7 @@ def _of_module(net: nn.Module, x: Images, name: str) -> Tensor:
 
     part = next((part for own, part in net.named_modules() if _is(own, name)), None)
     if part is None:
-        raise did_you_mean("layer", name, [own for own, _ in net.named_modules() if own])
+        raise did_you_mean("layer", name, _names(net))
     handle = part.register_forward_hook(end)
     try:
         net(x)

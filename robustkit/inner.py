@@ -56,18 +56,27 @@ def layers(
     `layer` is a number, a module's name, or `random`: drawn for each `epoch`, `batch` or `member` (`draw`), the
     same for all members as a share of their depths, which are equal in one architecture.
     """
-    depths = [depth(net, batch.x[:1]) for net in nets]
     if layer != "random":
-        fixed = int(layer) if layer.isdecimal() else layer
-        for net, count in zip(nets, depths, strict=True):
-            check_layer(net, fixed, count)
-        return [fixed] * len(nets)
+        return [fixed_layer(nets, batch.x[:1], layer)] * len(nets)
+    depths = [depth(net, batch.x[:1]) for net in nets]
     time = batch.step // plan.steps_per_epoch if draw == "epoch" else batch.step
     who = batch.peers.first + torch.arange(len(nets))
     if draw != "member":
         who = torch.zeros_like(who)
     words = RowRng(plan.seed, stream, who, step=time).uniform(1)[:, 0].tolist()
     return [1 + int(word * count) for word, count in zip(words, depths, strict=True)]
+
+
+def fixed_layer(nets: Sequence[nn.Module], image: Images, layer: str) -> int | str:
+    """Return the number or the name of a layer that all of these nets have.
+
+    Raises:
+        UsageError: if one of them has not.
+    """
+    fixed = int(layer) if layer.isdecimal() else layer
+    for net in nets:
+        check_layer(net, fixed, depth(net, image))
+    return fixed
 
 
 def in_ball(batch: Batch, whose: str) -> Tensor:

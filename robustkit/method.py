@@ -151,6 +151,9 @@ class Method:
                 f"write --members {self.fewest} or more."
             )
 
+    def fits(self, nets: Sequence[nn.Module], image: Images) -> None:
+        """Refuse nets, which take images such as this (1 C H W), that it cannot train, before anything runs."""
+
     def remembers(self) -> bool:
         """Return whether each image has a sign for each pixel and member from one epoch to the next."""
         return False

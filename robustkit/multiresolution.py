@@ -8,6 +8,7 @@ drawn by counter, where the notebook takes numpy's; images that are not square k
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -57,7 +58,7 @@ class MultiResolution:
             if getattr(self, name) < 0:
                 raise UsageError(f"{name}={getattr(self, name):g} must not be negative; 0 is none.")
         for name, given in (("contrast", self.contrast), ("colour", self.colour)):
-            if given is not None and not 0 <= given[0] <= given[1]:
+            if given is not None and not 0 <= given[0] <= given[1] < math.inf:
                 raise UsageError(f"{name}={given[0]:g}:{given[1]:g} must rise from 0 or more, e.g. 0.5:1.")
 
     @classmethod

@@ -32,7 +32,9 @@ from robustkit.threat import ThreatModel
 
 PASSES, TOO_EASY = 0.95, 0.5
 GAP = Fraction(1, 20)
-FIT_STEPS, FIT_RATE, INERTIA, TIGHT = 1000, 0.05, 0.9, 0.999
+FIT_STEPS, FIT_RATE, INERTIA, TIGHT, RIDGE = 1000, 0.05, 0.9, 0.999, 1e-3
+# Of an image, side by side: those of all points about it are in memory at once.
+MOST_FEATURES = 100_000
 
 
 @dataclass(frozen=True)
@@ -89,10 +91,17 @@ def binarization(
         tight: move the boundary to the planted point, as far as it stays on its side.
 
     Raises:
-        UsageError: if the model has no linear layer that gives its classes, or no readout tells the planted points
-            from the others: then the test says nothing.
+        UsageError: if the model has no linear layer that gives its classes, or too many features, or no readout
+            tells the planted points from the others: then the test says nothing.
     """
     ends = heads(model, net, x[:1])
+    with torch.no_grad():
+        width = features(model, ends, x[:1]).shape[1]
+    if width > MOST_FEATURES:
+        raise UsageError(
+            f"binarization: {width:,} features of an image are too many to keep those of all points about it; "
+            f"the most are {MOST_FEATURES:,}."
+        )
     question = asked(model, ends, x, threat, rng, inner, tight)
 
     def binary(images: Images) -> Logits:
@@ -150,10 +159,7 @@ def fitted(inside: Tensor, planted: Tensor, tight: bool = True) -> tuple[Tensor,
     """
     mean, scale = inside.mean(1, keepdim=True), inside.std((1, 2), keepdim=True).clamp(min=1e-12)
     rows, point = ((inside - mean) / scale).double(), ((planted[:, None] - mean) / scale).double()
-    scatter = rows.mT @ rows / rows.shape[1]
-    ridge = 1e-3 * torch.eye(rows.shape[2], dtype=rows.dtype, device=rows.device)
-    weight = torch.linalg.solve(scatter + ridge, point.mT)[:, :, 0]
-    weight = weight / weight.norm(dim=1, keepdim=True).clamp(min=1e-12)
+    weight = _direction(rows, point)
     room, bias = _between(rows, point, weight)
     if (room <= 0).any():
         weight = _regressed(rows, point, weight, bias)
@@ -167,6 +173,19 @@ def fitted(inside: Tensor, planted: Tensor, tight: bool = True) -> tuple[Tensor,
     weight, bias = weight / size[:, None], bias / size
     plain = weight / scale[:, 0].double()
     return plain.to(inside.dtype), (bias - (plain * mean[:, 0].double()).sum(1)).to(inside.dtype)
+
+
+def _direction(rows: Tensor, point: Tensor) -> Tensor:
+    """Return Fisher's directions (B D), of length 1, from rows (B M D), of mean 0, to points (B 1 D).
+
+    Solved among the M rows, not the D features, of which a self-ensemble has tens of thousands.
+    """
+    count = rows.shape[1]
+    ridge = RIDGE * count * torch.eye(count, dtype=rows.dtype, device=rows.device)
+    told = torch.linalg.solve(rows @ rows.mT + ridge, rows @ point.mT)
+    weight = (point - told.mT @ rows)[:, 0]
+    unit: Tensor = weight / weight.norm(dim=1, keepdim=True).clamp(min=1e-12)
+    return unit
 
 
 def _regressed(rows: Tensor, point: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

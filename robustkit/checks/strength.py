@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import replace
 from fractions import Fraction
 
@@ -83,20 +83,35 @@ def scores_beat_gradients(stages: Sequence[Stage], access: Sequence[str]) -> Fla
     return passed(code, fooled, "images that every gradient attack had left fell to score-based ones")
 
 
-def masked(stages: Sequence[Stage], views: Sequence[str], places: Sequence[str], plain: bool = False) -> Flag:
+def masked(
+    stages: Sequence[Stage],
+    access: Sequence[str],
+    views: Sequence[str],
+    places: Sequence[str],
+    plain: bool = False,
+) -> Flag:
     """Return whether attacks on views of the model fooled images that its own gradients had left.
 
-    `views` says of each stage what it climbed on, if not the model itself; `places` are suspects, in words;
-    `plain` is whether views were looked for in vain. One image, or one in fifty, may as well fall to another
-    attack of any kind.
+    `access` says of each stage what its attack needs, `views` what it climbed on, if not the model itself;
+    `places` are suspects, in words; `plain` is whether views were looked for in vain. One image, or one in fifty,
+    may as well fall to another attack of any kind.
     """
-    code = "masked-gradient"
-    on_views = [stage for stage, view in zip(stages, views, strict=True) if view and stage.forwards]
+    code, own, on_views = "masked-gradient", False, []
+    for stage, needs, view in zip(stages, access, views, strict=True):
+        if view and stage.forwards:
+            on_views.append(stage)
+        own = own or (needs == "gradient" and not view and not on_views)
     if not on_views and plain:
         return passed(code, 0, "places that stop or bend gradients were seen, so there was no stand-in to attack")
     if not on_views:
         return unmeasured(
             code, "no stand-in for the model's gradients was attacked", "--suite adaptive does so in any case"
+        )
+    if not own:
+        return unmeasured(
+            code,
+            "no attack on the model's own gradients came before those on views of it, to compare with",
+            "put one first: --suite 'rapid,...'",
         )
     fooled = {stage.attack: stage.fooled for stage in on_views}
     total = sum(fooled.values())
@@ -111,6 +126,23 @@ def masked(stages: Sequence[Stage], views: Sequence[str], places: Sequence[str],
         "images that every attack on the model's own gradients had left fell to attacks on views of it, most "
         f"to {best}: the gradients are masked{why}",
         "quote this number; that of AutoAttack, or of any attack on the model alone, is too high",
+    )
+
+
+def unattacked(views: Sequence[str], there: Container[str], standing: int) -> Flag | None:
+    """Return a flag if every attack of a suite climbs a view that the model has not, and images stand for that.
+
+    `views` says of each attack what it climbs, if not the model itself; `there` are the views that there are.
+    """
+    if not standing or not all(view and view not in there for view in views):
+        return None
+    return Flag(
+        "not-attacked",
+        "warning",
+        standing,
+        f"images stand because nothing attacked them: the model has no {' and no '.join(dict.fromkeys(views))} to "
+        "climb on",
+        "leave the @ and what follows it out of the suite, or write --suite auto, which takes what there is",
     )
 
 

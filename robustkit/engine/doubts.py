@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 
 from robustkit.checks.run import DOUBTS
-from robustkit.checks.strength import masked, scores_beat_gradients
+from robustkit.checks.strength import masked, scores_beat_gradients, unattacked
 from robustkit.data.samples import Samples
 from robustkit.engine.failures import is_out_of_memory
 from robustkit.engine.lookout import Outlook, look
@@ -55,14 +55,22 @@ class Doubts:
 
     def afterthoughts(self) -> list[Flag]:
         """Return what the suite's stages and the model's views say against the number, or for it."""
-        return [self._rivalry(self.tally.scope), self._masked(self.tally.scope)]
+        views = [rung.view for rung in self.rungs]
+        idle = unattacked(views, self.outlook.views, self.tally.robust) if all(views) else None
+        return [self._rivalry(self.tally.scope), self._masked(self.tally.scope), *([idle] if idle else [])]
+
+    @property
+    def _access(self) -> list[str]:
+        """What the attack of each stage that is told of needs of the model."""
+        access = ["", *(rung.attack.info.access for rung in self.rungs)]
+        return [access[number] for number in self.tally.told]
 
     def _rivalry(self, among: np.ndarray) -> Flag:
-        access = ["", *(rung.attack.info.access for rung in self.rungs)]
-        return scores_beat_gradients(self.tally.stages(among), [access[number] for number in self.tally.told])
+        return scores_beat_gradients(self.tally.stages(among), self._access)
 
     def _masked(self, among: np.ndarray) -> Flag:
         views = ["", *(rung.view for rung in self.rungs)]
         told = [views[number] for number in self.tally.told]
         places = self.outlook.places if any(told) else []
-        return masked(self.tally.stages(among), told, places, any(views) and not self.outlook.doubtful)
+        plain = any(views) and not self.outlook.doubtful
+        return masked(self.tally.stages(among), self._access, told, places, plain)

@@ -11,6 +11,7 @@ from robustkit.models.classifier import Classifier
 from robustkit.models.mixture import Members, joined_by, way
 from robustkit.models.options import Options
 from robustkit.models.strings import ModelString, joined
+from robustkit.noise import drawing
 
 # Loads a model by its string and the seed of its initial weights.
 Load = Callable[[str, int], Classifier]
@@ -30,13 +31,16 @@ def build(spec: ModelString, options: Options, load: Load, seed: int) -> Built:
     """Return the ensemble that a string names; members without weights get those of seeds in a row.
 
     Raises:
-        UsageError: if a member cannot be loaded, or members do not take the same images to the same classes.
+        UsageError: if a member cannot be loaded, or members do not take the same images to the same classes, or
+            are one and the same where they must not be.
     """
     members = [load(text, seed + number) for number, text in enumerate(spec.members)]
     aggregate = joined_by(options.combine, len(members), f"model {str(spec)!r}")
     first = members[0]
     for member in members[1:]:
         _check_alike(first, member)
+    if (options.combine or "").startswith("crossmax") and not drawing(first):
+        _check_unlike(members)
     return Built(
         Joined(members, aggregate),
         arch=joined([member.string for member in members]),
@@ -63,4 +67,12 @@ def _check_alike(one: Classifier, other: Classifier) -> None:
         raise UsageError(
             f"{both} take images of {sizes[0]} and {sizes[1]}: write ?size={sizes[1].replace('x', ',')} at the "
             "end of the second's string."
+        )
+
+
+def _check_unlike(members: list[Classifier]) -> None:
+    """Refuse one net several times over: less what it says itself, nothing is left of any class."""
+    if len({member.fingerprint for member in members}) == 1:
+        raise UsageError(
+            f"crossmax of {len(members)} times {members[0].string!r} is 0 for every class: join nets that differ."
         )

@@ -41,12 +41,16 @@ class Field:
 
 @dataclass(frozen=True)
 class Entry:
-    """A registered thing as read from its source text: no module is imported for it."""
+    """A registered thing as read from its source text: no module is imported for it.
+
+    `summary` is the first line of its docstring, `detail` what follows.
+    """
 
     info: Info
     module: str
     summary: str
     fields: tuple[Field, ...] = ()
+    detail: str = ""
 
     @property
     def form(self) -> str:
@@ -65,7 +69,7 @@ def catalog(kind: str) -> Mapping[str, Entry]:
                 if isinstance(mark, ast.Call) and isinstance(mark.func, ast.Name) and mark.func.id == kind:
                     name = ast.literal_eval(mark.args[0])
                     options = {str(word.arg): ast.literal_eval(word.value) for word in mark.keywords}
-                    summary = (ast.get_docstring(node) or "").split("\n")[0]
+                    summary, _, detail = (ast.get_docstring(node) or "").partition("\n")
                     info = Info(kind, name, **options)
                     fields = tuple(
                         Field(
@@ -78,7 +82,7 @@ def catalog(kind: str) -> Mapping[str, Entry]:
                         and isinstance(line.target, ast.Name)
                         and "ClassVar" not in ast.unparse(line.annotation)
                     )
-                    entries[name] = Entry(info, f"robustkit.{folder}.{stem}", summary, fields)
+                    entries[name] = Entry(info, f"robustkit.{folder}.{stem}", summary, fields, detail.strip())
     return entries
 
 

@@ -14,6 +14,8 @@ from robustkit.trained import Trained, TrainSpec
 
 # Rows of a long run's table; the rest is in metrics.jsonl.
 ROWS = 12
+# Columns that the widest table takes.
+WIDTH = 110
 # Facts about several members against each other, and how to print them.
 BETWEEN: dict[str, Callable[[float], str]] = {
     "any_right": percent,
@@ -38,10 +40,10 @@ def show(record: Trained, console: Console, next_command: str | None = None, pag
     )
     size = f"{spec['epochs']} epochs, batch {spec['batch_size']}"
     line(f"{method_words(record.method)} on {nets}{record.arch}, {size}\n")
-    console.print(_epochs(record.history), highlight=False)
+    _print(_epochs(record.history), console)
     if record.samples:
         line("")
-        console.print(_samples(record.samples), highlight=False)
+        _print(_samples(record.samples), console)
     line("")
     if record.accuracy:
         rate = Rate(**record.accuracy)
@@ -64,7 +66,7 @@ def show_history(spec: TrainSpec, history: Sequence[Mapping[str, Any]], console:
     """Print how a training goes that is not finished."""
     about = f"run {spec.run_id}   {method_words(spec.method)}   {len(history)} of {spec.epochs} epochs\n"
     console.print(about, highlight=False, soft_wrap=True)
-    console.print(_epochs(history), highlight=False)
+    _print(_epochs(history), console)
 
 
 def method_words(method: Mapping[str, Any]) -> str:
@@ -116,6 +118,14 @@ def _samples(samples: Sequence[Mapping[str, Any]]) -> Table:
             shown(facts, "loss", ".4f"),
         )
     return table
+
+
+def _print(table: Table, console: Console) -> None:
+    """Print a table whole: on a narrow console its lines are broken, not its numbers cut."""
+    width = console.width
+    console.width = max(width, WIDTH)
+    console.print(table, highlight=False)
+    console.width = width
 
 
 def _table(*columns: str) -> Table:

@@ -194,7 +194,8 @@ def build_all(
     """Return the members of a run, which must be alike in all but their nets.
 
     Raises:
-        UsageError: see `build`; or if they have not the same classes, or see images not in the same way.
+        UsageError: see `build`; or if they have not the same classes, or see images not in the same way, or the
+            method has no use for them.
     """
     members = [build(spec, seed + number, sample, classes, method) for number, spec in enumerate(specs)]
     counts = set()
@@ -212,6 +213,7 @@ def build_all(
             "--arch names nets whose mean, std or size differ, and a run's folder keeps one of each; give members "
             "with the same."
         )
+    method.fits(members, sample[:1])
     return members
 
 

@@ -117,6 +117,16 @@ def test_the_page_has_the_command_that_trains_it_again(specs: list[dict[str, Any
         assert {**specs[1], **first} == specs[1]
 
 
+def test_the_help_says_what_fields_mean(capsys: pytest.CaptureFixture[str]) -> None:
+    """The whole docstring of the method, which has the words that a field may be."""
+    assert run(["train", "dverge", "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "`layer` is a number, a module's name, or `random`, drawn for each `epoch`, `batch` or `member`" in text
+    assert "`train`, `frozen` or `separate`" in text
+    assert run(["train", "multires", "--help"]) == 0
+    assert "`preset` is `notebook` or `paper`" in " ".join(capsys.readouterr().out.split())
+
+
 @pytest.mark.parametrize("name", sorted(registry.catalog("method")))
 def test_every_field_of_a_method_is_a_flag(
     name: str, specs: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]

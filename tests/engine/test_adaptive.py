@@ -124,6 +124,18 @@ def test_views_that_a_model_lacks_are_left_out() -> None:
     alone = evaluate(net, x, y, EPS, suite=QUICK)
     assert report.robust_accuracy == alone.robust_accuracy
     assert report.stages[1].forwards == 0
+    assert "not-attacked" not in {flag.code for flag in report.flags}
+
+
+def test_a_number_without_an_attack_is_flagged() -> None:
+    """A suite of nothing but views that the model lacks leaves all images, and says why."""
+    net = Small()
+    x, y = labelled(net)
+    report = evaluate(net, x, y, EPS, suite=f"mora@stack,{QUICK}@members")
+    assert report.robust_accuracy.value == 1
+    (flag,) = (flag for flag in report.flags if flag.code == "not-attacked")
+    assert (flag.level, flag.value) == ("warning", len(x))
+    assert "no stack and no members" in flag.meaning
 
 
 def test_other_packages_attacks_may_be_spare_and_on_views() -> None:

@@ -329,6 +329,8 @@ def test_running_statistics_do_not_depend_on_the_order_of_the_data(tmp_path: Pat
         ({"method": SAMPLING, "members": 2}, "trains one net"),
         ({"method": "standard(schedule=cosin)"}, "Did you mean 'cosine'"),
         ({"method": "standart"}, "Did you mean 'standard'"),
+        ({"method": "dverge(layer=9)", "members": 2}, "layer 9: the net has layers 1 to 4"),
+        ({"method": "fasten(layer=convl)", "members": 2}, "Known: conv1, conv2, conv3, linear"),
         ({"data": "cifar.npz"}, "cifar.npz"),
     ],
 )

@@ -85,6 +85,17 @@ def test_the_median_of_an_even_number_is_the_lower_middle_one() -> None:
     """B-P10."""
     z = stacks(8)
     torch.testing.assert_close(AGGREGATORS["median"](z), z.sort(1).values[:, 3])
+    assert torch.equal(crossmax(z), crossmax(z, 5))
+
+
+@pytest.mark.parametrize("k", [2, 3, 5, 8])
+def test_what_all_rank_first_wins(k) -> None:
+    """B-P7, where no other class has k gaps equal to its best."""
+    z = stacks(rows=4000)
+    z[:, :, 6] = z.amax(2) + stacks(8, 1, rows=4000, seed=3)[:, :, 0].abs() + 1e-6
+    y = crossmax(z, k)
+    assert (y.argmax(1) == 6).all()
+    assert (y[:, 6] == 0).all()
 
 
 @pytest.mark.parametrize("name", [*AGGREGATORS, "crossmax:3"])

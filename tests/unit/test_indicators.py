@@ -8,7 +8,16 @@ import torch
 from nets import Flat, Small
 
 from robustkit.checks import indicators, lints
-from robustkit.checks.binarization import Binarization, asked, binarization, edge, features, fitted, heads
+from robustkit.checks.binarization import (
+    Binarization,
+    _direction,
+    asked,
+    binarization,
+    edge,
+    features,
+    fitted,
+    heads,
+)
 from robustkit.errors import UsageError
 from robustkit.goal import Goal
 from robustkit.registry import make
@@ -118,6 +127,23 @@ def test_a_tight_boundary_keeps_the_planted_on_its_side() -> None:
         weight, bias = fitted(inside, planted, tight)
         assert ((planted * weight).sum(1) + bias > 0).all()
         assert ((inside @ weight[:, :, None])[:, :, 0] + bias[:, None] < 0).all()
+
+
+def test_the_direction_is_fishers_however_many_features_there_are() -> None:
+    rows, point = torch.randn(2, 10, 30, dtype=torch.float64), torch.randn(2, 1, 30, dtype=torch.float64)
+    rows = rows - rows.mean(1, keepdim=True)
+    scatter = rows.mT @ rows / 10 + 1e-3 * torch.eye(30, dtype=torch.float64)
+    fisher = torch.linalg.solve(scatter, point.mT)[:, :, 0]
+    torch.testing.assert_close(_direction(rows, point), fisher / fisher.norm(dim=1, keepdim=True))
+    weight, _ = fitted(torch.randn(2, 20, 90_000), torch.randn(2, 90_000))
+    assert weight.isfinite().all()
+
+
+def test_too_many_features_are_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("robustkit.checks.binarization.MOST_FEATURES", 31)
+    net, x = Small(1), torch.rand(1, 1, 8, 8)
+    with pytest.raises(UsageError, match="32 features of an image are too many"):
+        binarization(net, net, x, make("pgd"), THREAT, rng=rows(1))
 
 
 def test_a_good_attack_passes_and_a_feeble_one_fails() -> None:

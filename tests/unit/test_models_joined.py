@@ -159,6 +159,16 @@ def test_members_of_other_classes_or_images_are_refused(tmp_path: Path) -> None:
         unknown(X)
 
 
+def test_a_net_is_not_weighed_against_itself(tmp_path: Path) -> None:
+    """B-P5: CrossMax of equal predictors is 0 for every class; other ways of joining are not."""
+    one, other = (written(tmp_path, seed) for seed in (1, 2))
+    for way in ("crossmax", "crossmax:2"):
+        with pytest.raises(UsageError, match="is 0 for every class: join nets that differ"):
+            load_model(f"ensemble:[{one};{one};{one}]?combine={way}")
+    assert load_model(f"ensemble:[{one};{one};{other}]?combine=crossmax")(X).any()
+    assert load_model(f"ensemble:[{one};{one}]?combine=median")(X).any()
+
+
 @pytest.mark.parametrize(
     ("text", "members", "options"),
     [

@@ -90,3 +90,15 @@ def test_targets_pull_and_unknown_words_are_refused() -> None:
     assert (pull.gather(1, targets[:, None]) > 0).all()
     with pytest.raises(UsageError, match="combine"):
         make("mora", combine="mean")
+
+
+def test_towards_a_target_mean_logits_count_alone() -> None:
+    """A.10: lambda = 0 in that mode, and a half in the others."""
+    stack, labels = draw()
+    goal = rows_of(labels, targets=(labels + 1) % 5)
+    for combine, alone in (("logits", True), ("probabilities", False)):
+        attack = make("mora-t", combine=combine)
+        whole = attack._whole(stack)
+        top = whole.topk(2).values
+        expected = -losses.ce(whole / (top[:, :1] - top[:, 1:]), goal.aim.targets)
+        assert torch.allclose(attack.objective(goal, {}, stack), expected) is alone

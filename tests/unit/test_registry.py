@@ -175,6 +175,16 @@ def test_suites_are_expanded_in_order():
     assert names("fgsm, autoattack ,pgd(steps=3)") == ["fgsm", *own, "pgd"]
 
 
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+def test_adaptive_climbs_every_view_that_there_may_be(norm):
+    """Each rung of the ladder among them; `auto` has the same, spared where nothing is in doubt."""
+    wanted = set(registry.VIEWS) - ({"stack"} if norm == "l1" else set())
+    adaptive, auto = (registry.parse_suite(suite, norm) for suite in ("adaptive", "auto"))
+    assert {rung.view for rung in adaptive} - {""} == wanted
+    assert [rung.attack for rung in auto] == [rung.attack for rung in adaptive]
+    assert all(rung.spare for rung in auto if rung.view)
+
+
 @pytest.mark.parametrize("suite", sorted(registry.catalog("suite")))
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 def test_every_suite_can_be_made_in_the_norms_of_its_attacks(suite, norm):

@@ -68,6 +68,16 @@ def test_adp_is_finite_where_members_are_sure() -> None:
         make_method("adp").check(replace(PLAN, members=4))
 
 
+def test_adp_is_finite_where_members_are_alike() -> None:
+    """What equal members span is nothing but the 1e-6 on the diagonal."""
+    for count in (2, 3, 8):
+        one = torch.randn(64, 10, generator=torch.Generator().manual_seed(0))
+        noise = 1e-6 * torch.randn(count, 64, 10, generator=torch.Generator().manual_seed(1))
+        for logits in (one.expand(count, -1, -1), one + noise):
+            value = volume(logits, torch.arange(64) % 10)
+            assert float(value) == pytest.approx((count - 1) * math.log(1e-6) + math.log(count), abs=0.5)
+
+
 def test_coherence_of_equal_and_of_orthogonal_gradients() -> None:
     """A.6; also of gradients whose squares underflow."""
     same = torch.tensor([[1.0, 2.0, 3.0]]).expand(3, 1, 3)
@@ -97,10 +107,39 @@ def test_gradients_flow_through_gradients() -> None:
         assert not torch.allclose(found[0][0], found[1][0], atol=1e-6)
 
 
-def test_trs_takes_any_number_of_members() -> None:
-    for count in (2, 4):
-        nets = [net(seed) for seed in range(count)]
-        assert make_method("trs", steps=2).backward(nets, batch(), replace(PLAN, members=count)).isfinite()
+@pytest.mark.parametrize("count", [2, 4])
+def test_trs_is_the_authors_sum_for_any_number_of_members(count: int) -> None:
+    """A.6: mean |cosine| of all pairs, twice the mean squared length; all pairs, and means over all members."""
+    method, one, plan = make_method("trs", steps=2), batch(), replace(PLAN, members=count)
+    members, others = ([net(seed) for seed in range(count)] for _ in range(2))
+    found = float(method.backward(members, one, plan))
+    steep = method._steepest(others, one, plan)
+    assert torch.equal(steep[:4], one.x[:4])
+    slopes, squares, cross = [], [], 0.0
+    for other in others:
+        at, up = one.x.clone().requires_grad_(), steep.clone().requires_grad_()
+        loss = F.cross_entropy(other(at), one.y)
+        cross += float(loss)
+        slopes.append(torch.autograd.grad(loss, at)[0].flatten(1))
+        squares.append(torch.autograd.grad(F.cross_entropy(other(up), one.y), up)[0].flatten(1).square().sum(1))
+    pairs = [(i, j) for i in range(count) for j in range(i)]
+    apart = torch.stack([F.cosine_similarity(slopes[i], slopes[j]).abs() for i, j in pairs]).mean()
+    expected = cross + 5 * (2 * float(apart) + 2 * 2 * float(torch.stack(squares).mean()))
+    assert count * found == pytest.approx(expected, rel=1e-5)
+
+
+def test_trs_climbs_anew_at_each_step() -> None:
+    """The authors' ascent adds the gradients of all steps up; here the last step goes by its own."""
+    models, one = [net(seed) for seed in range(2)], batch()
+    last, before = (make_method("trs", steps=steps)._steepest(models, one, PLAN)[4:] for steps in (3, 2))
+    at = before.clone().requires_grad_()
+    slopes = [
+        torch.autograd.grad(F.cross_entropy(model(at), one.y[4:]), at, create_graph=True)[0] for model in models
+    ]
+    (slope,) = torch.autograd.grad(sum((each.square().sum() for each in slopes), start=at.new_zeros(())), at)
+    expected = (before + 0.1 / 3 * slope.sign()).clamp(one.x[4:] - 0.1, one.x[4:] + 0.1).clamp(0, 1)
+    assert float(((last - expected).abs() < 1e-6).float().mean()) > 0.99
+    assert all(weight.grad is None for model in models for weight in model.parameters())
 
 
 def test_ascent_stays_in_the_ball_and_climbs() -> None:

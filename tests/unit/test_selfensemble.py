@@ -275,6 +275,9 @@ def test_only_nets_that_draw_have_a_policy(tmp_path: Path) -> None:
         ({"attack": "cw"}, "no attack"),
         ({"resolutions": "32,16"}, "with plus"),
         ({"contrast": "1-2"}, "LOW:HIGH"),
+        ({"contrast": "0.5:1:2"}, "LOW:HIGH"),
+        ({"colour": "0:inf"}, "must rise"),
+        ({"colour": "nan"}, "must rise"),
         ({"colour": "1:0.5"}, "must rise"),
     ],
 )

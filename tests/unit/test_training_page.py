@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import re
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from robustkit.record import Rate
 from robustkit.report.lines import Chart, Series, counted, powers
+from robustkit.report.training import show_history
 from robustkit.report.training_page import page
 from robustkit.trained import Trained, TrainSpec
 
@@ -75,6 +78,17 @@ def test_an_ensemble_has_the_white_box_beside_the_transfer() -> None:
     assert "<b>)" not in text  # escaped
     assert not re.search(r"https?://|<script|<link|@import|url\((?!#)", text)
     assert "not measured in this run" in page(SPEC, history(transfer=0.1), record())
+
+
+def test_a_narrow_terminal_cuts_no_number() -> None:
+    """The table of several members is wider than eighty columns."""
+    console = Console(file=io.StringIO(), width=60)
+    facts = {"any_right": 0.951, "transfer": 0.25, "white_box": 1.0, "cosine": -0.25}
+    show_history(SPEC, history(**facts), console)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "…" not in text
+    for shown in ("test acc", "any_right", "white_box", "95.1 %", "25.0 %", "100.0 %", "-0.25", "images/s"):
+        assert shown in text
 
 
 def test_a_run_that_goes_on_has_what_there_is() -> None:

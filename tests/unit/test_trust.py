@@ -14,7 +14,7 @@ from robustkit.checks.probe import Probe
 from robustkit.checks.run import BEFORE, DOUBTS
 from robustkit.engine.meter import Meter
 from robustkit.models import as_classifier
-from robustkit.record import Flag
+from robustkit.record import Flag, Rate, Stage
 from robustkit.registry import parse_suite
 from robustkit.report.trust import CLAIMS
 from robustkit.threat import ThreatModel
@@ -140,6 +140,19 @@ def test_a_run_keeps_what_speaks_for_it_and_raises_the_rest(masked: bool) -> Non
         measured = {code for code, level in of_itself.items() if level == "ok"}
         assert measured >= signs_of_masks | {"unstable-loss", "silent-success", "incomplete-optimisation"}
         assert measured >= {"attack-not-alive", "not-converged", "wrong-gradient"}
+
+
+def test_views_mask_nothing_where_no_gradient_was_climbed_before_them() -> None:
+    """What a view fools first tells nothing of what the model's own gradients would have missed."""
+    stages = [Stage(name, Rate.of(9 - fooled, 10), fooled, 9, 9, 1.0) for name, fooled in (("a", 1), ("b", 8))]
+
+    def flag(access: list[str], views: list[str]) -> Flag:
+        return strength.masked(stages, access, views, ["a place"])
+
+    assert flag(["gradient", "gradient"], ["", "members"]).raised
+    for access, views in ((["gradient"] * 2, ["members", ""]), (["score", "gradient"], ["", "members"])):
+        assert flag(access, views).level == "not measured"
+        assert "came before" in flag(access, views).meaning
 
 
 def test_what_can_be_raised_can_be_vouched_for() -> None:
