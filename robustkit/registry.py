@@ -31,8 +31,10 @@ T = TypeVar("T")
 COUNTS = (
     *("steps", "restarts", "queries", "targets", "eot_iter", "probe", "finalists", "patience"),
     *("copies", "scales", "mixes", "blocks", "rounds", "kernel"),
-    *("cycles", "samples", "rank"),
+    *("cycles", "samples"),
 )
+# Fields that are lengths, or shares of what was before: below 0 an attack would go backwards.
+LENGTHS = ("step_size", "momentum", "inner_momentum", "beta", "beta_raw", "reverse", "radius", "sigma")
 DEFAULT_SUITE = "auto"
 # What a model's gradients may be replaced by (`robustkit.models.views`), in the order of what they promise.
 VIEWS = (
@@ -294,6 +296,9 @@ def _build(kind: str, name: str, fields: Mapping[str, Any]) -> Any:
     for field in COUNTS:
         if values.get(field) is not None and values[field] < 1:
             raise UsageError(f"{name}: {field}={values[field]} must be at least 1.")
+    for field in () if kind == "method" else LENGTHS:
+        if isinstance(values.get(field), float) and values[field] < 0:
+            raise UsageError(f"{name}: {field}={values[field]:g} must not be negative.")
     return thing(**values)
 
 
@@ -354,6 +359,8 @@ def parse_attack(text: str, norm: str) -> list[Any]:
             raise UsageError(f"recipe {head!r} takes no fields; write what it stands for: {whole!r}.")
         calls[:1] = [_parse_call(part) for part in _cut(whole, "+")]
         head, fields = calls[0]
+    elif head in catalog("technique"):
+        raise UsageError(f"{head} is a technique, which changes the gradients of an attack: write e.g. mi-fgsm+{text}.")
     elif head not in catalog("attack") and ":" not in head:
         raise did_you_mean("attack or recipe", head, [*catalog("recipe"), *catalog("attack")])
     value = make(head, **fields)

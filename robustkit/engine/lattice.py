@@ -108,7 +108,8 @@ def save(
     """
     try:
         place.mkdir(parents=True, exist_ok=True)
-        foreign = [file.name for file in place.iterdir() if file.suffix != ".png" and file.name != LABELS]
+        own = {LABELS, *(_name(index) for index in range(len(labels)))}
+        foreign = [file.name for file in place.iterdir() if file.name not in own]
     except OSError as error:
         raise UsageError(
             f"cannot write {place}: {error.strerror or error}; choose another --png folder."

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from robustkit.data.samples import Samples
-from robustkit.engine.meter import Meter
+from robustkit.engine.meter import Meter, free_memory
 from robustkit.errors import UsageError
 from robustkit.isolation import evaluation_mode, own_randomness
 from robustkit.models import as_classifier, load_model
@@ -85,9 +85,8 @@ def gather(
         total += net.parameters
         for other in nets:
             if other.fingerprint == net.fingerprint:
-                raise UsageError(
-                    f"{what} {net.string!r} is given twice; give each model once, and --weights for more of one."
-                )
+                more = ", and --weights for more of one" if what == "surrogate" else ""
+                raise UsageError(f"{what} {net.string!r} is given twice; give each model once{more}.")
             if other.classes != net.classes:
                 raise UsageError(
                     f"{what}s with different classes: {other.string!r} has {other.classes}, {net.string!r} "
@@ -100,6 +99,25 @@ def gather(
         del classifier, net
     gc.collect()
     return nets
+
+
+def gather_both(
+    surrogates: Sequence[str | Callable[[torch.Tensor], object]],
+    targets: Sequence[str | Callable[[torch.Tensor], object]],
+    samples: Samples,
+    device: torch.device,
+    streaming: bool | None,
+) -> tuple[list[Net], list[Net]]:
+    """Return the nets of a craft run; `streaming` lets those of strings go, None those that memory is short for."""
+    room = free_memory(device) // 2
+
+    def keep(total: int) -> bool:
+        return total <= room if streaming is None else not streaming
+
+    nets = gather(surrogates, samples, device, keep=keep)
+    return nets, gather(
+        targets, samples, device, what="target", keep=lambda total: keep(total) and total <= room // 4
+    )
 
 
 def same_classes(nets: Sequence[Net], others: Sequence[Net]) -> None:

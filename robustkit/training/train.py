@@ -99,6 +99,8 @@ class Training:
         for name, number in zip(("epochs", "batch-size", "lr", "members"), (*asked, self.members), strict=True):
             if number is not None and not number > 0:
                 raise UsageError(f"--{name} {number:g} must be above 0.")
+            if number == float("inf"):
+                raise UsageError(f"--{name} {number:g} must be finite.")
             if name != "lr" and number is not None and number != int(number):
                 raise UsageError(f"--{name} {number:g} must be a whole number.")
         several = len(self._named) if len(self._named) > 1 else None
@@ -108,6 +110,11 @@ class Training:
         def of(asked: Any, name: str) -> Any:
             return asked if asked is not None or usual is None else getattr(usual, name)
 
+        if several and not self.members and not self.method.ensembles:
+            raise UsageError(
+                f"--arch {self.arch} names {several} nets and {self.method.info.name} trains one; write one of them, "
+                f"as --arch {self._named[0]}."
+            )
         members = self.members or several or of(None, "members")
         if several and members != several:
             raise UsageError(

@@ -121,6 +121,12 @@ def test_too_few_steps_for_all_samples_is_said(runs: dict[str, str], attack: str
     assert any("did not reach all 5 nets of a run folder" in text for text in heard.said) == warned
 
 
+def test_single_nets_that_nobody_asks_for_gradients_are_no_run_folder(runs: dict[str, str]) -> None:
+    heard = Heard()
+    craft(["robustkit:digits-cnn?num_classes=4"], X[:2], Y[:2], EPS, attack="square(queries=2)", progress=heard)
+    assert heard.said == []
+
+
 @pytest.mark.parametrize("attack", ["mi-fgsm(steps=4)", "cwa(steps=2)+light(samples=2)"])
 def test_an_image_is_the_same_in_any_batch(runs: dict[str, str], attack: str) -> None:
     found = [craft([runs["a"]], X, Y, EPS, attack=attack, batch_size=size).adversarial["x"] for size in (1, 4, 11)]

@@ -98,6 +98,12 @@ def test_an_unseen_group() -> None:
     wide_low, wide_high = unseen([(97, 100), (96, 100), (98, 100), (5, 100)])
     assert wide_low < 0.01
     assert wide_high > 0.99
+    # equal shares are no certainty: their own counts are uncertain, and their mean is in
+    for counts, narrow in (([(0, 1), (0, 1)], 0.9), ([(100, 100)] * 3, 0.05), ([(50, 100)] * 4, 0.2)):
+        low, high = unseen(counts)
+        assert low <= counts[0][0] / counts[0][1] <= high
+        assert high - low > narrow
+    assert unseen([(100, 100)] * 3)[0] > 0.8
     # coverage: groups drawn from one distribution, the last one held out, by exact counting of a seed
     rng = np.random.default_rng(0)
     inside = 0
