@@ -231,8 +231,8 @@ def ascend(
 
     A rule has `steps`, `loss`, `init(rows)` and `step(rows, state, answer)` as row-wise attacks do. It may have
     `begin(oracle)` as techniques do, outermost of all but those that are `outside`, and a state that holds "point"
-    where it stands if its next query "x" is elsewhere. With `restarts` above 1 it begins so often, and what a later
-    one finds replaces the rest where it reaches the goal on the surrogates (Gubri et al. 2022, arXiv:2011.05074).
+    where it stands if its next query "x" is elsewhere. With `restarts` above 1 it begins anew so often, and what
+    a later one finds replaces the rest where it reaches the goal on the surrogates (arXiv:2011.05074).
     """
     surrogates = Surrogates.of(model)
     for technique in techniques:

@@ -70,7 +70,7 @@ def falls_short(attack: Any) -> str | None:
     if steps * size > 1 - 1e-6:
         return None
     return (
-        f"{steps} steps of {size:g} times eps lead no farther than {steps * size:g} of it; give more steps, or "
+        f"{steps} steps of {size:g} times eps make {steps * size:g} of it; to reach all of it give more steps, or "
         f"step_size=1/{steps}"
     )
 

@@ -167,6 +167,7 @@ class _Job:
             "loaded": shop.ensemble.storage.loaded,
             "held": shop.ensemble.storage.held,
             "classes": plan.nets[0].classes,
+            "training_flops": [net.training for net in plan.nets],
             "ways": shop.ensemble.ways,
         }
         return Craft(

@@ -109,7 +109,9 @@ def save(
     try:
         place.mkdir(parents=True, exist_ok=True)
         own = {LABELS, *(_name(index) for index in range(len(labels)))}
-        foreign = [file.name for file in place.iterdir() if file.name not in own]
+        # A kill leaves the draft of the file that was being written.
+        there = [(file.name, file.name.removeprefix(".").removesuffix(".part")) for file in place.iterdir()]
+        foreign = [name for name, whole in there if whole not in own]
     except OSError as error:
         raise UsageError(
             f"cannot write {place}: {error.strerror or error}; choose another --png folder."

@@ -15,6 +15,7 @@ from robustkit.errors import UsageError
 from robustkit.isolation import evaluation_mode, own_randomness
 from robustkit.models import as_classifier, load_model
 from robustkit.models.classifier import Classifier
+from robustkit.models.from_run import training_flops
 from robustkit.models.mixture import Mixture
 
 # Data whose files are read at the size that a model asks for.
@@ -28,7 +29,8 @@ class Net:
     `parameters` are the bytes of its tensors, `graph` those that autograd saves for one image; `threads` is
     what it is worth on a CPU, `alike` what two models share that may run as one (None: nothing may). `count`
     is how many nets it is made of: a posterior's samples, an ensemble's members; `parameters` and `graph` are then
-    those in memory while one is asked.
+    those in memory while one is asked. `training` are the floating-point operations of the run that trained it, of
+    a run's folder.
     """
 
     string: str
@@ -40,6 +42,7 @@ class Net:
     alike: str | None
     model: Classifier | None
     count: int = 1
+    training: int | None = None
 
     def load(self, device: torch.device) -> Classifier:
         """Return the model on this device, outside of autograd if it is newly loaded."""
@@ -108,7 +111,7 @@ def gather_both(
     device: torch.device,
     streaming: bool | None,
 ) -> tuple[list[Net], list[Net]]:
-    """Return the nets of a craft run; `streaming` lets those of strings go, None those that memory is short for."""
+    """Return the nets of a craft run; `streaming` lets those of strings go, None does where memory is short."""
     room = free_memory(device) // 2
 
     def keep(total: int) -> bool:
@@ -171,6 +174,7 @@ def _tried(classifier: Classifier, samples: Samples, device: torch.device, what:
         alike=_alike(classifier),
         model=classifier,
         count=len(classifier.net) if isinstance(classifier.net, Mixture) else 1,
+        training=training_flops(classifier.string),
     )
 
 

@@ -56,8 +56,8 @@ def _check_classes(record: Craft, targets: Sequence[Net]) -> None:
     for net in targets:
         if classes not in (None, net.classes):
             raise UsageError(
-                f"target {net.string!r} has {net.classes} classes, the surrogates have {classes}; give models of the "
-                "same classes."
+                f"target {net.string!r} has {net.classes} classes, the surrogates have {classes}; give models "
+                "of the same classes."
             )
 
 

@@ -112,8 +112,8 @@ class Training:
 
         if several and not self.members and not self.method.ensembles:
             raise UsageError(
-                f"--arch {self.arch} names {several} nets and {self.method.info.name} trains one; write one of them, "
-                f"as --arch {self._named[0]}."
+                f"--arch {self.arch} names {several} nets and {self.method.info.name} trains one; write one of "
+                f"them, as --arch {self._named[0]}."
             )
         members = self.members or several or of(None, "members")
         if several and members != several:

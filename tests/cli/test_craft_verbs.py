@@ -181,8 +181,13 @@ def test_a_list_behind_a_flag_for_one_model_is_said(tmp_path: Path) -> None:
     file = tmp_path / "a,b.py"
     file.write_text("")
     refuse_lists("--target", [f"{file}:net?mean=0.1,0.2,0.3", "timm:a?std=1,1,1", "ensemble:[a:b,c;d:e]"])
-    for text in ("timm:a,timm:b", "robustkit:digits-cnn@w.safetensors,timm:b", "runs/p/,./net.py:f", f"{ONE},{TWO}"):
-        with pytest.raises(UsageError, match="is a list; write the flag before each model: --target .* --target "):
+    for text in (
+        "timm:a,timm:b",
+        "robustkit:digits-cnn@w.safetensors,timm:b",
+        "runs/p/,./net.py:f",
+        f"{ONE},{TWO}",
+    ):
+        with pytest.raises(UsageError, match=r"is a list; write the flag before each model: --target .* --t"):
             refuse_lists("--target", [text])
 
 

@@ -189,7 +189,7 @@ def test_budgets_are_met(data: tuple[torch.Tensor, torch.Tensor], tmp_path: Path
 @pytest.mark.parametrize(
     ("attack", "said"),
     [
-        ("mi-fgsm(steps=3)", "3 steps of 0.1 times eps lead no farther than 0.3 of it"),
+        ("mi-fgsm(steps=3)", "3 steps of 0.1 times eps make 0.3 of it"),
         ("mi-fgsm(steps=10)+di", None),
         ("mi-fgsm(steps=2,step_size=0.5)", None),
         ("cwa(steps=2)", None),

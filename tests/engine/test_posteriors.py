@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from runs import net, write_members, write_posterior
 
 from robustkit import ThreatModel, UsageError, craft, evaluate, load_model
@@ -16,6 +17,8 @@ from robustkit.engine.nets import gather
 from robustkit.engine.progress import Progress
 from robustkit.goal import Goal
 from robustkit.registry import parse_attack
+from robustkit.report import craft_page
+from robustkit.report.transfer import show
 from robustkit.rng import RowRng
 from robustkit.surrogates import Surrogates
 from robustkit.transfer import compose
@@ -210,6 +213,20 @@ def test_a_posterior_is_judged_as_its_mean(runs: dict[str, str]) -> None:
         assert judged.predictions["adversarial"] == load_model(string)(found).argmax(1).tolist()
     with pytest.raises(UsageError, match="given twice"):
         craft([runs["a"], runs["a"]], X, Y, EPS)
+
+
+def test_the_price_of_the_training_stands_beside_success(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained = write_posterior(tmp_path / "p", [net(seed) for seed in range(2)], cost={"flops": 4_340_000_000})
+    other = "robustkit:digits-cnn?num_classes=4"
+    record = craft([f"{trained}#1", other], X[:2], Y[:2], EPS, attack="fgsm")
+    assert record.environment["training_flops"] == [4_340_000_000, None]
+    show(record, Console())
+    assert "\ntrained for p/#1 4.34 gigaflop\n" in capsys.readouterr().out
+    assert "p/#1 4.34 gigaflop" in craft_page.page(record, None)
+    show(craft([other], X[:2], Y[:2], EPS, attack="fgsm"), Console())
+    assert "trained for" not in capsys.readouterr().out
 
 
 def test_it_is_evaluated_as_its_mean(runs: dict[str, str]) -> None:

@@ -320,7 +320,8 @@ def test_a_technique_alone_is_told_where_it_stands(text):
 
 
 @pytest.mark.parametrize(
-    "text", ["mi-fgsm(step_size=-0.1)", "cwa(beta=-1)", "cwa(reverse=-1/15)", "mi-fgsm(momentum=-1)", "pgn(radius=-1)"]
+    "text",
+    ["mi-fgsm(step_size=-0.1)", "cwa(beta=-1)", "cwa(reverse=-1/15)", "mi-fgsm(momentum=-1)", "pgn(radius=-1)"],
 )
 def test_nothing_goes_backwards(text):
     whole = text if text.startswith(("mi", "cwa")) else f"mi-fgsm+{text}"
