@@ -14,7 +14,7 @@ from robustkit.cli.several import refuse_lists, split_models
 from robustkit.cli.subject import BUILT_IN_DATA, usual_threat
 from robustkit.devices import pick_device
 from robustkit.engine.matrix import Grid
-from robustkit.engine.nets import gather
+from robustkit.engine.nets import gather_both
 from robustkit.errors import UsageError
 from robustkit.report.heatmap import FILE, page
 from robustkit.report.transfer import show_matrix
@@ -48,8 +48,7 @@ def matrix(
     place = pick_device(device)
     samples = read_data(names, data, limit, data_root, download)
     rules = ThreatModel.parse(threat) if threat else usual_threat(data or BUILT_IN_DATA)
-    nets = gather(names, samples, place, what="model")
-    others = gather(targets, samples, place, what="target")
+    nets, others = gather_both(names, targets, samples, place, None, what="model")
     grid = Grid(
         nets=nets,
         targets=others,

@@ -110,14 +110,18 @@ def gather_both(
     samples: Samples,
     device: torch.device,
     streaming: bool | None,
+    what: str = "surrogate",
 ) -> tuple[list[Net], list[Net]]:
-    """Return the nets of a craft run; `streaming` lets those of strings go, None does where memory is short."""
+    """Return the nets of a craft run; `streaming` lets those of strings go, None does where memory is short.
+
+    See `gather` for the rest.
+    """
     room = free_memory(device) // 2
 
     def keep(total: int) -> bool:
         return total <= room if streaming is None else not streaming
 
-    nets = gather(surrogates, samples, device, keep=keep)
+    nets = gather(surrogates, samples, device, what=what, keep=keep)
     return nets, gather(
         targets, samples, device, what="target", keep=lambda total: keep(total) and total <= room // 4
     )

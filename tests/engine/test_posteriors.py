@@ -126,7 +126,14 @@ def test_too_few_steps_for_all_samples_is_said(runs: dict[str, str], attack: str
 
 def test_single_nets_that_nobody_asks_for_gradients_are_no_run_folder(runs: dict[str, str]) -> None:
     heard = Heard()
-    craft(["robustkit:digits-cnn?num_classes=4"], X[:2], Y[:2], EPS, attack="square(queries=2)", progress=heard)
+    craft(
+        ["robustkit:digits-cnn?num_classes=4&pretrained=false"],
+        X[:2],
+        Y[:2],
+        EPS,
+        attack="square(queries=2)",
+        progress=heard,
+    )
     assert heard.said == []
 
 
@@ -219,7 +226,7 @@ def test_the_price_of_the_training_stands_beside_success(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trained = write_posterior(tmp_path / "p", [net(seed) for seed in range(2)], cost={"flops": 4_340_000_000})
-    other = "robustkit:digits-cnn?num_classes=4"
+    other = "robustkit:digits-cnn?num_classes=4&pretrained=false"
     record = craft([f"{trained}#1", other], X[:2], Y[:2], EPS, attack="fgsm")
     assert record.environment["training_flops"] == [4_340_000_000, None]
     show(record, Console())

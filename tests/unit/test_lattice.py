@@ -30,6 +30,20 @@ def test_every_grey_level_stays_within_eps(eps: int, share: float) -> None:
     assert (np.abs(whole - 255 * adversarial.numpy().astype(np.float64)) <= 0.5 + 1e-4).all()
 
 
+@pytest.mark.parametrize("eps", ["0.15", "8/255", "1/500"])
+def test_images_between_levels_have_files_within_eps_of_themselves(eps: str) -> None:
+    """Digits are sixteenths: rounded, then changed by whole levels, they would end up to half a level too far."""
+    threat = ThreatModel.parse(f"linf:{eps}")
+    clean = (torch.arange(17) / 16).repeat(2).view(1, 1, 2, 17)
+    for sign in (-1, 1):
+        adversarial = threat.project(clean + sign * torch.tensor([1.0, 0.3])[:, None], clean)
+        whole = quantised(adversarial.numpy(), clean.numpy(), threat).astype(np.int64)
+        change = np.abs(whole - 255 * clean.numpy().astype(np.float64))
+        reach = 255 * float(Fraction(eps))
+        assert change.max() <= (reach + 1e-5 if reach > 0.5 else 0.5)
+        assert (measure(whole - levels(clean.numpy()), "linf") <= allowance(threat)).all()
+
+
 @pytest.mark.parametrize("eps", [4, 8, 16])
 def test_truncation_as_others_do_it_would_not(eps: int) -> None:
     down = np.maximum(GREYS - np.float32(eps / 255), 0)
