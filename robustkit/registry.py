@@ -106,6 +106,7 @@ class Entry:
     module: str
     summary: str
     fields: tuple[Field, ...] = ()
+    details: str = ""
 
     @property
     def form(self) -> str:
@@ -214,7 +215,7 @@ def catalog(kind: str) -> Mapping[str, Entry]:
                 if isinstance(mark, ast.Call) and isinstance(mark.func, ast.Name) and mark.func.id == kind:
                     name = ast.literal_eval(mark.args[0])
                     options = {str(word.arg): ast.literal_eval(word.value) for word in mark.keywords}
-                    summary = (ast.get_docstring(node) or "").split("\n")[0]
+                    summary, _, details = (ast.get_docstring(node) or "").partition("\n")
                     info = Info(kind, name, **options)
                     fields = tuple(
                         Field(
@@ -227,7 +228,8 @@ def catalog(kind: str) -> Mapping[str, Entry]:
                         and isinstance(line.target, ast.Name)
                         and "ClassVar" not in ast.unparse(line.annotation)
                     )
-                    entries[name] = Entry(info, f"robustkit.{folder}.{stem}", summary, fields)
+                    module = f"robustkit.{folder}.{stem}"
+                    entries[name] = Entry(info, module, summary, fields, details.strip())
     return entries
 
 

@@ -49,7 +49,8 @@ def _command(template: Callable[..., int], entry: Entry) -> Any:
     paper = f" ({entry.info.paper})" if entry.info.paper else ""
     one = typer.Typer(rich_markup_mode=None, add_completion=False, pretty_exceptions_enable=False)
     settings = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
-    one.command(entry.info.name, help=f"{entry.summary}{paper}", context_settings=settings)(work)
+    about = f"{entry.summary}{paper}\n\n{entry.details}"
+    one.command(entry.info.name, help=about, context_settings=settings)(work)
     return typer.main.get_command(one)
 
 

@@ -3,7 +3,7 @@
 Rounding 255 x can add half a level to every pixel, and truncating, as is often done, up to a whole one. Here the
 change is counted in levels, from the clean image's own: in linf each is at most floor(255 eps + 1e-6), in l2 the
 sum of squares is at most (255 eps)^2, in l1 the sum is at most 255 eps, both as exact fractions. Where a clean
-image lies between levels, in linf each pixel is within eps of the image itself, too, if eps is half a level or more.
+image lies between levels, in linf each pixel is within eps of the image itself, if eps is half a level or more.
 """
 
 from __future__ import annotations

@@ -72,6 +72,13 @@ class Training:
         """Refuse what cannot be trained, before any image is read."""
         if not isinstance(self.method, Method):
             raise UsageError(f"method {self.method!r}: write one of robustkit list methods, e.g. 'standard'.")
+        arch: Any = self.arch
+        if arch is not None and not isinstance(arch, str):
+            kind = type(arch).__name__
+            raise UsageError(
+                f"arch is a {kind}, and must be a model string, so that the run can be loaded again; "
+                "write for example ./net.py:factory."
+            )
         if not 0 <= self.seed < 2**63:
             raise UsageError(f"seed {self.seed}: write a whole number from 0 to 2**63 - 1.")
         shares.check(self.parallel, processes.count(self.device, self.devices), self.method, self.plan)
