@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -247,8 +247,9 @@ def craft(
 
 
 def _listed(models: Model | Sequence[Model]) -> Sequence[Model]:
-    several = not callable(models) or isinstance(models, torch.nn.ModuleList)
-    return models if several and not isinstance(models, str) else [models]
+    if isinstance(models, torch.nn.ModuleList):  # which is callable by its base alone
+        return list(models)
+    return [cast(Model, models)] if isinstance(models, str) or callable(models) else models
 
 
 def diversity(

@@ -95,10 +95,11 @@ def gather(
                     f"{what}s with different classes: {other.string!r} has {other.classes}, {net.string!r} "
                     f"{net.classes}; give models of the same classes."
                 )
+        nets.append(net)
         if isinstance(model, str) and not keep(total):
-            nets = [replace(one, model=None) for one in (*nets, net)]
-        else:
-            nets.append(net)
+            # What was given as Python is nowhere else.
+            pairs = zip(nets, models, strict=False)
+            nets = [replace(one, model=None) if isinstance(given, str) else one for one, given in pairs]
         del classifier, net
     gc.collect()
     return nets

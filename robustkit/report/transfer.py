@@ -70,8 +70,8 @@ def show(record: Craft, console: Console, next_command: str | None = None, page:
         f"{record.gradients_per_image:,.0f} gradients and {record.forwards_per_image:,.0f} forwards per image   "
         f"{duration(record.seconds)}"
     )
-    if told := training_words(record, own):
-        line(f"trained for {told}")
+    if training := training_words(record, own):
+        line(f"trained for {training}")
     line("")
     table = Table(box=None, pad_edge=False, header_style="", padding=(0, 3, 0, 0))
     table.add_column("model", no_wrap=True)

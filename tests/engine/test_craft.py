@@ -227,6 +227,13 @@ def test_one_model_is_a_list_of_one(data: tuple[torch.Tensor, torch.Tensor]) -> 
     assert len(craft(layers, x, y, EPS, attack="fgsm").surrogates) == 2
 
 
+def test_a_net_of_python_stays_where_others_are_let_go(data: tuple[torch.Tensor, torch.Tensor]) -> None:
+    x, y = data[0][:3, :1], data[1][:3]
+    net, string = nn.Sequential(nn.Flatten(), nn.Linear(48, 10)), "robustkit:digits-cnn"
+    found = [craft([net, string], x, y, EPS, attack="fgsm", streaming=streaming) for streaming in (True, False)]
+    assert np.abs(found[0].adversarial["x"] - found[1].adversarial["x"]).max() < 1e-6
+
+
 def test_nets_of_strings_are_let_go_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
     """From Python as from the command line: `streaming=None` goes by the memory there is."""
     samples = from_arrays(torch.rand(2, 1, 8, 8), torch.tensor([0, 1]))
