@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -249,7 +249,7 @@ def craft(
 def _listed(models: Model | Sequence[Model]) -> Sequence[Model]:
     if isinstance(models, torch.nn.ModuleList):  # which is callable by its base alone
         return list(models)
-    return [cast(Model, models)] if isinstance(models, str) or callable(models) else models
+    return [models] if isinstance(models, str) or callable(models) else models
 
 
 def diversity(
