@@ -26,6 +26,8 @@ from robustkit.sampling import Langevin, at_least, below, cyclical
 class CSGLD(Method):
     """Cosine cycles of the learning rate from a warm start; the last epochs of each are noisy and are kept.
 
+    `temperature` is the posterior's: 1 is Bayes' own, 0 the same without noise; the batch size has no part in it.
+    `batch_norm` leaves a sample the running statistics of its step (`keep`) or takes them anew (`re-estimate`).
     With `momentum` above 0 it is cyclical SGHMC of friction 1 - momentum. Images are normalised as the run's
     model says, where the authors feed [0, 1].
     """

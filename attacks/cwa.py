@@ -2,8 +2,9 @@
 
 Written after the paper's Algorithm 1 (`compat=paper`) and the authors' code (`compat=official`,
 huanranchen/AdversarialAttacks at cc24144), which sums logits in the step back, normalises the outer step (see
-`mi-cse`) and has five times the paper's beta. That code moves the caller's images; this does not. Its
-SSA-CWA leaves the step back out, which is `mi-cse+ssa` here; `ssa-cwa` is the paper's.
+`mi-cse`) and has five times the paper's beta. That code moves the caller's images; this does not. Its steps are
+fixed in pixels, for 16/255; here they are fractions of eps in both forms. Its SSA-CWA leaves the step back out,
+which is `mi-cse+ssa` here; `ssa-cwa` is the paper's.
 """
 
 from __future__ import annotations

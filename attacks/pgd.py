@@ -16,6 +16,7 @@ from robustkit.rows import Answer, Rows, RowWise, State
 class PGD(RowWise):
     """Steps along the gradient from random starts, each projected back; stops a sample once it is fooled.
 
+    On surrogates (`robustkit craft`) it goes on, and of `restarts` the last that fools them counts, or the first.
     `step_size` is a fraction of eps. `density` matters in l1 alone: the share of coordinates that one step
     changes (SLIDE, arXiv:1904.13000). Gradients that point out of the [0, 1] box are left out of a step,
     which the paper does not do; in linf it changes nothing.

@@ -18,7 +18,7 @@ from robustkit.engine.craft_run import run_craft
 from robustkit.engine.crafting import DEFAULT_ATTACK, DEFAULT_COMBINE, Crafting
 from robustkit.engine.diversity import Comparison
 from robustkit.engine.evaluate import Evaluation
-from robustkit.engine.nets import gather
+from robustkit.engine.nets import gather_both
 from robustkit.engine.pilot import Pilot
 from robustkit.engine.plan import plan as measure
 from robustkit.engine.progress import Progress
@@ -33,6 +33,9 @@ from robustkit.trained import Trained
 from robustkit.training.progress import TrainProgress
 from robustkit.training.train import Training
 from robustkit.training.usual import sibling
+
+# A model string, or logits of images.
+Model = str | Callable[[torch.Tensor], Any]
 
 
 def evaluate(
@@ -160,7 +163,7 @@ def plan(
 
 
 def craft(
-    surrogates: Sequence[str | Callable[[torch.Tensor], Any]],
+    surrogates: Model | Sequence[Model],
     images: Any,
     labels: Any,
     threat: ThreatModel | str,
@@ -168,7 +171,7 @@ def craft(
     attack: str = DEFAULT_ATTACK,
     combine: str = DEFAULT_COMBINE,
     weights: Sequence[float] | None = None,
-    targets: Sequence[str | Callable[[torch.Tensor], Any]] = (),
+    targets: Model | Sequence[Model] = (),
     targeted: str | None = None,
     forecast: bool = False,
     budgets: Sequence[int] = (),
@@ -185,7 +188,7 @@ def craft(
     """Return adversarial images made on surrogates, and what they do to models that the attack has not seen.
 
     Args:
-        surrogates: models to craft on, as strings or callables as in `evaluate`.
+        surrogates: models to craft on, as strings or callables as in `evaluate`; one, or several in a list.
         images: (N C H W) floats in [0, 1], or uint8.
         labels: (N) whole numbers from 0 to K - 1.
         threat: what the attacker may do, as a `ThreatModel` or its string, e.g. `linf:8/255`.
@@ -216,8 +219,9 @@ def craft(
     """
     place = pick_device(device)
     samples = images if isinstance(images, Samples) else from_arrays(images, labels)
+    nets, judges = gather_both(_listed(surrogates), _listed(targets), samples, place, streaming)
     plan = Crafting(
-        nets=gather(surrogates, samples, place, keep=lambda total: not streaming),
+        nets=nets,
         samples=samples,
         threat=ThreatModel.parse(threat) if isinstance(threat, str) else threat,
         attack=attack,
@@ -234,12 +238,18 @@ def craft(
     return run_craft(
         plan,
         Path(out) if out is not None else None,
-        gather(targets, samples, place, what="target"),
+        judges,
         forecast=forecast,
         curve=budgets,
         png=Path(png) if png is not None else None,
         progress=progress,
     )
+
+
+def _listed(models: Model | Sequence[Model]) -> Sequence[Model]:
+    if isinstance(models, torch.nn.ModuleList):  # which is callable by its base alone
+        return list(models)
+    return [models] if isinstance(models, str) or callable(models) else models
 
 
 def diversity(

@@ -92,18 +92,24 @@ def unseen(counts: Sequence[tuple[int, int]], level: float = 0.95) -> tuple[floa
     """Return an interval that one more group's share falls into, from hits and sizes of groups of its kind.
 
     Student's prediction interval on the logits of the shares (half a hit added to each side), so it stays within
-    [0, 1]. It assumes that the new group is like those: an adversarially trained model is not like plain ones.
-    With fewer than two groups nothing can be said: (0, 1).
+    [0, 1]; no narrower than what counting alone would spread groups of these sizes, all of one share, and with the
+    mean of the shares in it. It assumes that the new group is like those: an adversarially trained model is not
+    like plain ones. With fewer than two groups nothing can be said: (0, 1).
     """
     if len(counts) < 2:
         return 0.0, 1.0
     from scipy.stats import t
 
     logits = [math.log((hits + 0.5) / (n - hits + 0.5)) for hits, n in counts]
-    reach = float(t.ppf((1 + level) / 2, len(logits) - 1)) * statistics.stdev(logits)
+    half = (1 + level) / 2
+    counting = math.sqrt(statistics.fmean(1 / (hits + 0.5) + 1 / (n - hits + 0.5) for hits, n in counts))
+    reach = max(
+        float(t.ppf(half, len(logits) - 1)) * statistics.stdev(logits),
+        statistics.NormalDist().inv_cdf(half) * counting,
+    )
     reach *= math.sqrt(1 + 1 / len(logits))
-    middle = statistics.fmean(logits)
-    return _share(middle - reach), _share(middle + reach)
+    middle, mean = statistics.fmean(logits), statistics.fmean(hits / n for hits, n in counts)
+    return min(_share(middle - reach), mean), max(_share(middle + reach), mean)
 
 
 def _share(logit: float) -> float:

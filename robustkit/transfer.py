@@ -25,7 +25,7 @@ from robustkit.rng import RowRng
 from robustkit.rows import Answer, Model, Rows
 from robustkit.shapes import Images
 from robustkit.surrogates import Surrogates, Weights
-from robustkit.threat import ThreatModel
+from robustkit.threat import ThreatModel, per_row
 
 
 class Oracle(ABC):
@@ -185,7 +185,10 @@ class Composition:
     def gradients(self) -> int:
         """The most gradients, of all members together, that one image costs."""
         return math.prod(
-            [self.rule.steps, getattr(self.rule, "cost", 1), *(part.cost for part in self.techniques)]
+            [
+                *(self.rule.steps, _restarts(self.rule), getattr(self.rule, "cost", 1)),
+                *(part.cost for part in self.techniques),
+            ]
         )
 
     def spec(self) -> dict[str, Any]:
@@ -228,11 +231,35 @@ def ascend(
 
     A rule has `steps`, `loss`, `init(rows)` and `step(rows, state, answer)` as row-wise attacks do. It may have
     `begin(oracle)` as techniques do, outermost of all but those that are `outside`, and a state that holds "point"
-    where it stands if its next query "x" is elsewhere.
+    where it stands if its next query "x" is elsewhere. With `restarts` above 1 it begins anew so often, and what
+    a later one finds replaces the rest where it reaches the goal on the surrogates (arXiv:2011.05074).
     """
     surrogates = Surrogates.of(model)
     for technique in techniques:
         surrogates = technique.prepare(surrogates)
+    found = _run(rule, surrogates, x, goal, threat, rng, techniques)
+    for restart in range(1, _restarts(rule)):
+        again = _run(rule, surrogates, x, goal, threat, rng.at(restart=restart), techniques)
+        with torch.no_grad():
+            better = goal.reached(surrogates(again))
+        found = torch.where(per_row(better, found), again, found)
+    return found
+
+
+def _restarts(rule: Any) -> int:
+    return int(getattr(rule, "restarts", None) or 1)
+
+
+def _run(
+    rule: Any,
+    surrogates: Surrogates,
+    x: Images,
+    goal: Goal,
+    threat: ThreatModel,
+    rng: RowRng,
+    techniques: Sequence[Technique],
+) -> Images:
+    """Take all steps of a rule once."""
     oracle = _chain(rule, surrogates, techniques, rng.at(step=0))
     rows = Rows(x.detach(), goal, threat, rng.at(step=0), goal)
     state = rule.init(rows)

@@ -9,6 +9,9 @@ from robustkit.errors import RobustkitError, RunError
 
 DONE, NEGATIVE, USAGE, FAILED, INTERRUPTED = 0, 1, 2, 3, 130
 
+# Verbs with flags that are given once for each of several models.
+SEVERAL = ("craft", "transfer", "matrix")
+
 
 def main() -> None:
     """Run the command line and exit with the contract's code."""
@@ -40,7 +43,10 @@ def run(arguments: list[str]) -> int:
         if show is None:
             raise
         # typer's word for a whole number with a least value
-        print(f"error: {show().replace(' int range', ' integer')}", file=sys.stderr)
+        words = show().replace(" int range", " integer")
+        if "unexpected extra argument" in words and arguments[0] in SEVERAL:
+            words += ": write a flag before each model, as in --target A --target B."
+        print(f"error: {words}", file=sys.stderr)
         return USAGE
     if code == INTERRUPTED:  # newer versions of typer return it, older ones raise
         print("interrupted; the same command resumes", file=sys.stderr)

@@ -659,12 +659,18 @@ def list_(
     what: Annotated[
         str | None,
         typer.Argument(
-            metavar="[attacks|techniques|recipes|methods|defenses|suites|models|data]", help="One of them."
+            metavar="[attacks|techniques|recipes|methods|defenses|suites|models|data|NAME]",
+            help="One of them, or a name in them: its fields with their defaults, and what they mean.",
         ),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> int:
-    """List what can be named: attacks, techniques, recipes, methods, defenses, suites, models, data."""
+    """List what can be named: attacks, techniques, recipes, methods, defenses, suites, models, data.
+
+    \b
+    robustkit list techniques
+    robustkit list cwa
+    """
     from robustkit.cli.listing import show
 
     return show(what, json)

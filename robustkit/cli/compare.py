@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from robustkit.cli.output import wide_console
 from robustkit.engine import folder as run_folder
 from robustkit.errors import UsageError
 from robustkit.record import FORMAT, Report
@@ -82,7 +83,7 @@ def _crafts(a: Path, b: Path, as_json: bool) -> int:
         body = {"format": FORMAT, **sides, "method": METHOD, "targets": [asdict(one) for one in found]}
         print(json.dumps({**body, "warnings": warnings}, indent=2))
         return 0
-    console = Console(markup=False)
+    console = wide_console()
     for name, folder, run in (("A", a, first), ("B", b, second)):
         cost = f"{run.gradients_per_image:,.0f} gradients per image"
         on = f"{len(run.surrogates)} surrogate{'s' * (len(run.surrogates) > 1)}"

@@ -11,6 +11,7 @@ from robustkit.cli.evaluate import read_batch_size
 from robustkit.cli.output import save, wide_console
 from robustkit.cli.progress import CraftDisplay
 from robustkit.cli.report import craft_view
+from robustkit.cli.several import refuse_lists
 from robustkit.cli.subject import BUILT_IN, BUILT_IN_DATA, BUILT_IN_LIMIT, usual_threat
 from robustkit.data import load_data
 from robustkit.data.samples import Samples
@@ -19,8 +20,7 @@ from robustkit.engine import budgets as gradient_budgets
 from robustkit.engine.craft_run import run_craft
 from robustkit.engine.crafting import Crafting
 from robustkit.engine.folder import PAGE
-from robustkit.engine.meter import free_memory
-from robustkit.engine.nets import Net, gather
+from robustkit.engine.nets import Net, gather_both
 from robustkit.errors import UsageError
 from robustkit.models import load_model
 from robustkit.models.strings import ModelString
@@ -57,16 +57,12 @@ def craft(
     curve = gradient_budgets.read(budgets) if budgets else []
     if curve and not targets:
         raise UsageError("--budgets needs a model to judge the images on; give one with --target.")
+    refuse_lists("--surrogate", surrogates)
+    refuse_lists("--target", targets)
     place = pick_device(device)
     samples = read_data(surrogates, data, limit, data_root, download)
     rules = ThreatModel.parse(threat) if threat else usual_threat(data or BUILT_IN_DATA)
-    room = free_memory(place) // 2
-
-    def keep(total: int) -> bool:
-        return total <= room if streaming is None else not streaming
-
-    nets = gather(surrogates, samples, place, keep=keep)
-    judges = gather(targets, samples, place, what="target", keep=lambda total: keep(total) and total <= room // 4)
+    nets, judges = gather_both(surrogates, targets, samples, place, streaming)
     plan = Crafting(
         nets=nets,
         samples=samples,

@@ -9,6 +9,7 @@ import textwrap
 from collections.abc import Callable
 
 from robustkit import registry
+from robustkit.cli import about
 from robustkit.data.catalog import CATALOG
 from robustkit.errors import did_you_mean
 from robustkit.models.catalog import ZOO
@@ -19,8 +20,10 @@ WIDTH = 160
 
 
 def show(what: str | None, as_json: bool) -> int:
-    """Print one list, or all; return the exit code."""
+    """Print one list, or all, or what one of their names is; return the exit code."""
     if what is not None and what not in LISTS:
+        if about.kinds_of(what):
+            return about.show(what, as_json)
         raise did_you_mean("list", what, LISTS)
     chosen = {name: make() for name, make in LISTS.items() if what in (None, name)}
     if as_json:

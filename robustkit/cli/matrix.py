@@ -10,10 +10,11 @@ from robustkit.cli.craft import read_data
 from robustkit.cli.evaluate import read_batch_size
 from robustkit.cli.output import save, wide_console
 from robustkit.cli.progress import CraftBoard, CraftDisplay
+from robustkit.cli.several import refuse_lists, split_models
 from robustkit.cli.subject import BUILT_IN_DATA, usual_threat
 from robustkit.devices import pick_device
 from robustkit.engine.matrix import Grid
-from robustkit.engine.nets import gather
+from robustkit.engine.nets import gather_both
 from robustkit.errors import UsageError
 from robustkit.report.heatmap import FILE, page
 from robustkit.report.transfer import show_matrix
@@ -43,11 +44,11 @@ def matrix(
     names = [name for text in models for name in split_models(text)]
     if len(names) < 2:
         raise UsageError("a matrix needs at least two models; write --models A,B, or --models once for each.")
+    refuse_lists("--target", targets)
     place = pick_device(device)
     samples = read_data(names, data, limit, data_root, download)
     rules = ThreatModel.parse(threat) if threat else usual_threat(data or BUILT_IN_DATA)
-    nets = gather(names, samples, place, what="model")
-    others = gather(targets, samples, place, what="target")
+    nets, others = gather_both(names, targets, samples, place, None, what="model")
     grid = Grid(
         nets=nets,
         targets=others,
@@ -71,18 +72,3 @@ def matrix(
         following = f"robustkit transfer {folder / record.folders[0]} --target MODEL"
         show_matrix(record, wide_console(), folder / FILE, following)
     return 0
-
-
-def split_models(text: str) -> list[str]:
-    """Cut a list of model strings at its commas, but not at those within a query or an ensemble's brackets."""
-    parts: list[str] = []
-    for piece in text.split(","):
-        inside = parts and (
-            parts[-1].count("[") > parts[-1].count("]")
-            or ("?" in parts[-1] and not any(sign in piece for sign in ":/"))
-        )
-        if inside:
-            parts[-1] += f",{piece}"
-        elif piece.strip():
-            parts.append(piece.strip())
-    return parts

@@ -9,6 +9,7 @@ from pathlib import Path
 from robustkit.cli.craft import read_data, write_page
 from robustkit.cli.output import wide_console
 from robustkit.cli.progress import CraftDisplay
+from robustkit.cli.several import refuse_lists
 from robustkit.devices import pick_device
 from robustkit.engine import folder as run_folder
 from robustkit.engine.nets import gather
@@ -27,6 +28,7 @@ def transfer(
     as_json: bool,
 ) -> int:
     """Run the verb; without targets the stored judgements are printed again."""
+    refuse_lists("--target", targets)
     record = run_folder.read_craft(folder)
     if targets:
         spec, place = record.spec, pick_device(device)

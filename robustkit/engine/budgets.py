@@ -24,17 +24,12 @@ class Prices:
     step: int
 
     @classmethod
-    def of(cls, attack: Any, spend: Callable[[Any], int]) -> Prices:
+    def of(cls, attack: Composition, spend: Callable[[Any], int]) -> Prices:
         """Return the prices of an attack, from what one image costs (`spend`) in one step and in two.
 
         Raises:
-            UsageError: if it is no attack in steps, or asks for no gradient.
+            UsageError: if a step costs no gradient.
         """
-        if not isinstance(attack, Composition) or not hasattr(attack.rule, "steps"):
-            raise UsageError(
-                f"{spec(attack)['name']} has no number of gradients that --budgets could set; "
-                "use an attack in steps such as mi-fgsm, or leave --budgets out."
-            )
         one, two = (spend(with_steps(attack, steps)) for steps in (1, 2))
         if two <= one:
             raise UsageError(f"{attack.name} costs no gradient for each step; leave --budgets out.")
@@ -51,6 +46,33 @@ class Prices:
         changed = with_steps(attack, steps)
         size = getattr(changed.rule, "step_size", None)
         return Point(budget, steps, size, None), changed
+
+
+def check(attack: Any) -> None:
+    """Raise UsageError for an attack without a field `steps`."""
+    rule = attack.rule if isinstance(attack, Composition) else None
+    if rule is None or "steps" not in {field.name for field in dataclasses.fields(rule)}:
+        name = attack.name if isinstance(attack, Composition) else spec(attack)["name"]
+        raise UsageError(
+            f"{name} has no number of steps that --budgets could set; use an attack in steps such as mi-fgsm, or "
+            "leave --budgets out."
+        )
+
+
+def falls_short(attack: Any) -> str | None:
+    """Return what to tell of steps whose size does not follow their number, where they cannot reach eps."""
+    if not isinstance(attack, Composition):
+        return None
+    sizes = [field for field in dataclasses.fields(attack.rule) if field.name == "step_size"]
+    if not sizes or sizes[0].default is None:
+        return None
+    steps, size = attack.rule.steps, attack.rule.step_size
+    if steps * size > 1 - 1e-6:
+        return None
+    return (
+        f"{steps} steps of {size:g} times eps make {steps * size:g} of it; to reach all of it give more steps, or "
+        f"step_size=1/{steps}"
+    )
 
 
 def with_steps(attack: Composition, steps: int) -> Composition:

@@ -59,6 +59,8 @@ def run_craft(
     same_classes(plan.nets, targets)
     if forecast and len(plan.nets) < 2:
         raise UsageError("a forecast leaves one surrogate out in turn; give at least two with --surrogate.")
+    if curve:
+        budgets.check(plan.composed)
     progress = progress or Progress()
     with folder.open_for_writing(out, plan.spec) if out else nullcontext():
         try:
@@ -138,11 +140,13 @@ class _Job:
         done = len(ledger.said(IMAGES))
         if done:
             self.progress.say(f"resuming {plan.spec.run_id}: {done} of {self.n} images done")
+        if short := budgets.falls_short(plan.composed):
+            self.progress.say(short)
         goals = shop.goals()
         shop.fill(IMAGES, plan.composed, None, goals, plan.spec.attack_name)
         forwards, backwards, seconds = ledger.cost(IMAGES)
         asked, most = backwards / self.n / len(plan.nets), max(net.count for net in plan.nets)
-        if asked < most:
+        if most > 1 and asked < most:
             self.progress.say(
                 f"{asked:.0f} gradients of each surrogate did not reach all {most} nets of a run folder; give the "
                 "attack more steps, or +light(samples=K)"
@@ -162,6 +166,8 @@ class _Job:
         surroundings = environment(plan.device, "fp32", shop.batch) | {
             "loaded": shop.ensemble.storage.loaded,
             "held": shop.ensemble.storage.held,
+            "classes": plan.nets[0].classes,
+            "training_flops": [net.training for net in plan.nets],
             "ways": shop.ensemble.ways,
         }
         return Craft(

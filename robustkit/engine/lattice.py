@@ -2,7 +2,8 @@
 
 Rounding 255 x can add half a level to every pixel, and truncating, as is often done, up to a whole one. Here the
 change is counted in levels, from the clean image's own: in linf each is at most floor(255 eps + 1e-6), in l2 the
-sum of squares is at most (255 eps)^2, in l1 the sum is at most 255 eps, both as exact fractions.
+sum of squares is at most (255 eps)^2, in l1 the sum is at most 255 eps, both as exact fractions. Where a clean
+image lies between levels, in linf each pixel is within eps of the image itself, if eps is half a level or more.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from robustkit.errors import RunError, UsageError
 from robustkit.threat import ThreatModel
 
 LEVELS = 255
+# So near to a level, in levels, float32 has what was one.
+ON = 1e-3
 LABELS = "labels.csv"
 
 
@@ -56,7 +59,11 @@ def quantised(adversarial: np.ndarray, clean: np.ndarray, threat: ThreatModel) -
     exact = adversarial.astype(np.float64) * LEVELS - base
     change = levels(adversarial) - base
     if threat.norm == "linf":
-        change = np.clip(change, -most, most)
+        middle = clean.astype(np.float64) * LEVELS
+        middle, reach = np.where(np.abs(middle - base) < ON, base, middle), float(LEVELS * threat.eps) + 1e-6
+        low = np.maximum(np.ceil(middle - reach) - base, -most)
+        high = np.minimum(np.floor(middle + reach) - base, most)
+        change = np.clip(change, np.minimum(low, 0), np.maximum(high, 0)).astype(np.int64)
     else:
         flat, wanted = change.reshape(len(change), -1), np.abs(exact).reshape(len(change), -1)
         while len(rows := np.flatnonzero(measure(change, threat.norm) > most)):
@@ -108,7 +115,10 @@ def save(
     """
     try:
         place.mkdir(parents=True, exist_ok=True)
-        foreign = [file.name for file in place.iterdir() if file.suffix != ".png" and file.name != LABELS]
+        own = {LABELS, *(_name(index) for index in range(len(labels)))}
+        # A kill leaves the draft of the file that was being written.
+        there = [(file.name, file.name.removeprefix(".").removesuffix(".part")) for file in place.iterdir()]
+        foreign = [name for name, whole in there if whole not in own]
     except OSError as error:
         raise UsageError(
             f"cannot write {place}: {error.strerror or error}; choose another --png folder."

@@ -10,11 +10,12 @@ import numpy as np
 import torch
 
 from robustkit.data.samples import Samples
-from robustkit.engine.meter import Meter
+from robustkit.engine.meter import Meter, free_memory
 from robustkit.errors import UsageError
 from robustkit.isolation import evaluation_mode, own_randomness
 from robustkit.models import as_classifier, load_model
 from robustkit.models.classifier import Classifier
+from robustkit.models.from_run import training_flops
 from robustkit.models.mixture import Mixture
 
 # Data whose files are read at the size that a model asks for.
@@ -28,7 +29,8 @@ class Net:
     `parameters` are the bytes of its tensors, `graph` those that autograd saves for one image; `threads` is
     what it is worth on a CPU, `alike` what two models share that may run as one (None: nothing may). `count`
     is how many nets it is made of: a posterior's samples, an ensemble's members; `parameters` and `graph` are then
-    those in memory while one is asked.
+    those in memory while one is asked. `training` are the floating-point operations of the run that trained it, of
+    a run's folder.
     """
 
     string: str
@@ -40,6 +42,7 @@ class Net:
     alike: str | None
     model: Classifier | None
     count: int = 1
+    training: int | None = None
 
     def load(self, device: torch.device) -> Classifier:
         """Return the model on this device, outside of autograd if it is newly loaded."""
@@ -85,21 +88,44 @@ def gather(
         total += net.parameters
         for other in nets:
             if other.fingerprint == net.fingerprint:
-                raise UsageError(
-                    f"{what} {net.string!r} is given twice; give each model once, and --weights for more of one."
-                )
+                more = ", and --weights for more of one" if what == "surrogate" else ""
+                raise UsageError(f"{what} {net.string!r} is given twice; give each model once{more}.")
             if other.classes != net.classes:
                 raise UsageError(
                     f"{what}s with different classes: {other.string!r} has {other.classes}, {net.string!r} "
                     f"{net.classes}; give models of the same classes."
                 )
+        nets.append(net)
         if isinstance(model, str) and not keep(total):
-            nets = [replace(one, model=None) for one in (*nets, net)]
-        else:
-            nets.append(net)
+            # What was given as Python is nowhere else.
+            pairs = zip(nets, models, strict=False)
+            nets = [replace(one, model=None) if isinstance(given, str) else one for one, given in pairs]
         del classifier, net
     gc.collect()
     return nets
+
+
+def gather_both(
+    surrogates: Sequence[str | Callable[[torch.Tensor], object]],
+    targets: Sequence[str | Callable[[torch.Tensor], object]],
+    samples: Samples,
+    device: torch.device,
+    streaming: bool | None,
+    what: str = "surrogate",
+) -> tuple[list[Net], list[Net]]:
+    """Return the nets of a craft run; `streaming` lets those of strings go, None does where memory is short.
+
+    See `gather` for the rest.
+    """
+    room = free_memory(device) // 2
+
+    def keep(total: int) -> bool:
+        return total <= room if streaming is None else not streaming
+
+    nets = gather(surrogates, samples, device, what=what, keep=keep)
+    return nets, gather(
+        targets, samples, device, what="target", keep=lambda total: keep(total) and total <= room // 4
+    )
 
 
 def same_classes(nets: Sequence[Net], others: Sequence[Net]) -> None:
@@ -153,6 +179,7 @@ def _tried(classifier: Classifier, samples: Samples, device: torch.device, what:
         alike=_alike(classifier),
         model=classifier,
         count=len(classifier.net) if isinstance(classifier.net, Mixture) else 1,
+        training=training_flops(classifier.string),
     )
 
 

@@ -26,9 +26,11 @@ def judge_more(
     The images are checked first: their hash, and that each is inside ball and box exactly.
 
     Raises:
-        UsageError: if the folder holds no images, or others than its record says.
+        UsageError: if the folder holds no images, or others than its record says, or a target has other classes
+            than the surrogates.
     """
     record = folder.read_craft(path)
+    _check_classes(record, targets)
     threat = ThreatModel.parse(record.spec.threat)
     with folder.open_for_writing(path, record.spec):
         if broken := folder.broken_seals(path, record):
@@ -47,6 +49,16 @@ def judge_more(
         finally:
             progress.close()
     return record
+
+
+def _check_classes(record: Craft, targets: Sequence[Net]) -> None:
+    classes = record.environment.get("classes")
+    for net in targets:
+        if classes not in (None, net.classes):
+            raise UsageError(
+                f"target {net.string!r} has {net.classes} classes, the surrogates have {classes}; give models "
+                "of the same classes."
+            )
 
 
 def _check_inside(images: np.ndarray, samples: Samples, threat: ThreatModel, path: Path) -> None:

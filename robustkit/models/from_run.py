@@ -220,6 +220,16 @@ def is_run(spec: ModelString) -> bool:
     return (folder_of(spec) / FACTS).is_file()
 
 
+def training_flops(string: str) -> int | None:
+    """Return what the training of a run cost, of a string that names its folder; None for others."""
+    spec = ModelString.parse(string) if string else None
+    if spec is None or spec.kind != FOLDER or not is_run(spec):
+        return None
+    cost = _facts(folder_of(spec)).get("cost")
+    flops = cost.get("flops") if isinstance(cost, dict) else None
+    return flops if isinstance(flops, int) else None
+
+
 def _facts(folder: Path) -> dict[str, Any]:
     path = folder / FACTS
     try:

@@ -16,8 +16,10 @@ from robustkit.registry.entries import catalog, find
 COUNTS = (
     *("steps", "restarts", "queries", "targets", "eot_iter", "probe", "finalists", "patience"),
     *("copies", "scales", "mixes", "blocks", "rounds", "kernel"),
-    *("cycles", "samples", "rank"),
+    *("cycles", "samples"),
 )
+# Fields that are lengths, or shares of what was before: below 0 an attack would go backwards.
+LENGTHS = ("step_size", "momentum", "inner_momentum", "beta", "beta_raw", "reverse", "radius", "sigma")
 
 
 def make(name: str, **fields: Any) -> Any:
@@ -56,6 +58,9 @@ def _build(kind: str, name: str, fields: Mapping[str, Any]) -> Any:
     for field in COUNTS:
         if values.get(field) is not None and values[field] < 1:
             raise UsageError(f"{name}: {field}={values[field]} must be at least 1.")
+    for field in () if kind == "method" else LENGTHS:
+        if isinstance(values.get(field), float) and values[field] < 0:
+            raise UsageError(f"{name}: {field}={values[field]:g} must not be negative.")
     return thing(**values)
 
 

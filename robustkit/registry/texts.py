@@ -107,6 +107,10 @@ def parse_attack(text: str, norm: str) -> list[Any]:
             raise UsageError(f"recipe {head!r} takes no fields; write what it stands for: {whole!r}.")
         calls[:1] = [parse_call(part) for part in _cut(whole, "+")]
         head, fields = calls[0]
+    elif head in catalog("technique"):
+        raise UsageError(
+            f"{head} is a technique, which changes the gradients of an attack: write e.g. mi-fgsm+{text}."
+        )
     elif head not in catalog("attack") and ":" not in head:
         raise did_you_mean("attack or recipe", head, [*catalog("recipe"), *catalog("attack")])
     value = make(head, **fields)

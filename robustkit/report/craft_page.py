@@ -20,7 +20,7 @@ from robustkit.report.render import render
 from robustkit.report.strip import Pictures, scaled, shown
 from robustkit.report.table import duration, interval, percent
 from robustkit.report.training_page import percent_tick
-from robustkit.report.transfer import attack_words, short_names
+from robustkit.report.transfer import attack_words, short_names, training_words
 from robustkit.report.words import class_name
 
 ROW = 50
@@ -76,7 +76,7 @@ def _facts(record: Craft, examples: Mapping[str, np.ndarray] | None) -> dict[str
         if record.png
         else "",
         "command": command(record),
-        "facts": [*zip(names, models, strict=True), *_surroundings(record)],
+        "facts": [*zip(names, models, strict=True), *_surroundings(record, own)],
         "spec": dumps(spec, indent=2),
         "version": record.environment.get("versions", {}).get("robustkit") or "",
     }
@@ -218,13 +218,14 @@ def _said(judged: Judgement, at: int, classes: list[str]) -> str:
     return words[0] if before == after else f"{words[0]} → {words[1]}"
 
 
-def _surroundings(record: Craft) -> list[tuple[str, str]]:
+def _surroundings(record: Craft, surrogates: Sequence[str]) -> list[tuple[str, str]]:
     spec, around = record.spec, record.environment
     versions = ", ".join(f"{name} {number}" for name, number in around.get("versions", {}).items() if number)
     named = {
         "run id": record.run_id,
         "data": f"{spec.data['string']} (sha256 {str(spec.data['fingerprint'])[:12]}…)",
         "seed": spec.seed,
+        "surrogates trained for": training_words(record, surrogates),
         "device": around.get("device_name") or around.get("device"),
         "platform": around.get("platform"),
         "commit": around.get("commit"),

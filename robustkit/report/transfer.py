@@ -16,6 +16,7 @@ from robustkit.errors import UsageError
 from robustkit.record import Rate
 from robustkit.report.compare import mcnemar, newcombe
 from robustkit.report.table import duration, interval, percent
+from robustkit.report.training import flops_words
 
 FLOORS = "noise: random signs; swapped: another image's change; both of the same norm, success over the same n"
 
@@ -42,10 +43,11 @@ def _run_name(folder: str) -> str:
 
 
 def attack_words(attack: Mapping[str, Any]) -> str:
-    """Return an attack as it was asked for; of a recipe what it stands for as well."""
+    """Return an attack as it was asked for; of a recipe with techniques what it stands for as well."""
     string = str(attack["string"])
     name = "+".join(part["name"] for part in (attack, *attack["techniques"]))
-    return string if string.partition("(")[0] == attack["name"] else f"{string} = {name}"
+    own = re.split(r"[(+]", string)[0] == attack["name"]
+    return string if own or not attack["techniques"] else f"{string} = {name}"
 
 
 def show(record: Craft, console: Console, next_command: str | None = None, page: object = None) -> None:
@@ -66,8 +68,11 @@ def show(record: Craft, console: Console, next_command: str | None = None, page:
     line(f"{attack} on {', '.join(own)}{mixed}{goal}")
     line(
         f"{record.gradients_per_image:,.0f} gradients and {record.forwards_per_image:,.0f} forwards per image   "
-        f"{duration(record.seconds)}\n"
+        f"{duration(record.seconds)}"
     )
+    if training := training_words(record, own):
+        line(f"trained for {training}")
+    line("")
     table = Table(box=None, pad_edge=False, header_style="", padding=(0, 3, 0, 0))
     table.add_column("model", no_wrap=True)
     for column in ("clean acc", "success", "95% interval", "n", "noise", "swapped"):
@@ -107,6 +112,13 @@ def show(record: Craft, console: Console, next_command: str | None = None, page:
         line(f"report   {page}")
     if next_command:
         line(f"next     {next_command}")
+
+
+def training_words(record: Craft, names: Sequence[str]) -> str:
+    """Return what the training of each surrogate cost, of those that are a run's folder."""
+    costs = record.environment.get("training_flops") or []
+    known = [(name, flops) for name, flops in zip(names, costs, strict=False) if flops]
+    return "   ".join(f"{name} {flops_words(flops)}" for name, flops in known)
 
 
 def _cells(judged: Judgement) -> list[str]:

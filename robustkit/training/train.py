@@ -72,6 +72,13 @@ class Training:
         """Refuse what cannot be trained, before any image is read."""
         if not isinstance(self.method, Method):
             raise UsageError(f"method {self.method!r}: write one of robustkit list methods, e.g. 'standard'.")
+        arch: Any = self.arch
+        if arch is not None and not isinstance(arch, str):
+            kind = type(arch).__name__
+            raise UsageError(
+                f"arch is a {kind}, and must be a model string, so that the run can be loaded again; "
+                "write for example ./net.py:factory."
+            )
         if not 0 <= self.seed < 2**63:
             raise UsageError(f"seed {self.seed}: write a whole number from 0 to 2**63 - 1.")
         shares.check(self.parallel, processes.count(self.device, self.devices), self.method, self.plan)
@@ -99,6 +106,8 @@ class Training:
         for name, number in zip(("epochs", "batch-size", "lr", "members"), (*asked, self.members), strict=True):
             if number is not None and not number > 0:
                 raise UsageError(f"--{name} {number:g} must be above 0.")
+            if number == float("inf"):
+                raise UsageError(f"--{name} {number:g} must be finite.")
             if name != "lr" and number is not None and number != int(number):
                 raise UsageError(f"--{name} {number:g} must be a whole number.")
         several = len(self._named) if len(self._named) > 1 else None
@@ -108,6 +117,11 @@ class Training:
         def of(asked: Any, name: str) -> Any:
             return asked if asked is not None or usual is None else getattr(usual, name)
 
+        if several and not self.members and not self.method.ensembles:
+            raise UsageError(
+                f"--arch {self.arch} names {several} nets and {self.method.info.name} trains one; write one of "
+                f"them, as --arch {self._named[0]}."
+            )
         members = self.members or several or of(None, "members")
         if several and members != several:
             raise UsageError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 
 from robustkit.cli import run
+from robustkit.registry import catalog, find, make
 
 ROBUSTKIT = [sys.executable, "-m", "robustkit"]
 SMALL = ["evaluate", "--limit", "12", "--suite", "fgsm"]
@@ -57,6 +59,21 @@ def test_answers_at_once_and_without_torch(line: str) -> None:
         assert done.stdout
         fastest = min(fastest, float(done.stderr.split()[-1]))
     assert fastest < 0.3
+
+
+@pytest.mark.parametrize("kind", ["attack", "technique", "recipe", "method", "defense", "suite"])
+def test_whatever_can_be_named_says_what_it_can_be_given(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, entry in catalog(kind).items():
+        assert run(["list", name]) == 0
+        out = capsys.readouterr().out
+        assert entry.summary in out
+        if kind == "recipe":
+            assert f"is {find(kind, name)()}" in out
+    assert run(["list", "cwa", "--json"]) == 0
+    (facts,) = json.loads(capsys.readouterr().out)["cwa"]
+    # Those of its base are its own.
+    assert facts["fields"] == dataclasses.asdict(make("cwa"))
+    assert facts["norms"] == ["linf", "l2"]
 
 
 def test_help_leads_with_examples() -> None:

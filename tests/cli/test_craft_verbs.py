@@ -17,14 +17,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from robustkit import crafted
+from robustkit import UsageError, crafted
 from robustkit.cli import run
-from robustkit.cli.matrix import split_models
+from robustkit.cli.several import refuse_lists, split_models
 from robustkit.report import craft_page
 
 NETS = str(Path(__file__).parents[1] / "nets.py")
 ONE, TWO, THREE, FOUR = (f"{NETS}:small?channels=1&seed={seed}" for seed in (1, 2, 3, 4))
 DATA = ["--data", "digits:test", "--limit", "12", "--threat", "linf:0.1"]
+TWELVE = f"{NETS}:small?channels=1&classes=12"
 SMALL = ["craft", "--surrogate", ONE, "--attack", "i-fgsm(steps=2)", *DATA]
 
 
@@ -111,7 +112,8 @@ def test_judged_later_and_compared(
     assert run(["compare", "a", "b"]) == 0
     out = capsys.readouterr().out
     assert "the gradients per image differ: 2 for A, 10 for B" in out
-    assert "McNemar" in out
+    assert "McNemar p" in out
+    assert "…" not in out
     assert run(["compare", "a", "b", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [one["model"] for one in found["targets"]] == [TWO]
@@ -131,6 +133,10 @@ def test_judged_later_and_compared(
     assert "robustkit report a" in capsys.readouterr().err
     assert run(["transfer", "a", "--target", TWO, "--data", "digits:train"]) == 2
     assert "is not the data" in capsys.readouterr().err
+    # as in crafting, whoever knows other classes is no target
+    assert run(["transfer", "b", "--target", TWELVE]) == 2
+    assert "has 12 classes, the surrogates have 10" in capsys.readouterr().err
+    assert len(json.loads(Path("b/transfer.json").read_text())["targets"]) == 2
 
 
 def test_a_matrix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -169,6 +175,20 @@ def test_models_are_cut_at_the_commas_between_them() -> None:
         "ensemble:[a:b?std=1,1,1;c:d]?combine=vote",
         "e:f",
     ]
+
+
+def test_a_list_behind_a_flag_for_one_model_is_said(tmp_path: Path) -> None:
+    file = tmp_path / "a,b.py"
+    file.write_text("")
+    refuse_lists("--target", [f"{file}:net?mean=0.1,0.2,0.3", "timm:a?std=1,1,1", "ensemble:[a:b,c;d:e]"])
+    for text in (
+        "timm:a,timm:b",
+        "robustkit:digits-cnn@w.safetensors,timm:b",
+        "runs/p/,./net.py:f",
+        f"{ONE},{TWO}",
+    ):
+        with pytest.raises(UsageError, match=r"is a list; write the flag before each model: --target .* --t"):
+            refuse_lists("--target", [text])
 
 
 def test_killed_in_the_middle_it_resumes(

@@ -344,7 +344,18 @@ CRAFT_CASES: dict[str, tuple[Callable[[], list[str]], tuple[str, ...]]] = {
     "transfer damaged": (crafted, ("damaged",)),
     "matrix of one": (args("matrix", "--models", ONE, *DIGITS), ("at least two",)),
     "matrix of none": (args("matrix"), ("--models",)),
-    "matrix twice": (args("matrix", "--models", f"{ONE},{ONE}", *DIGITS), ("given twice",)),
+    "matrix twice": (
+        args("matrix", "--models", f"{ONE},{ONE}", *DIGITS),
+        ("twice; give each model once.",),
+    ),
+    "list": (args("craft", "--surrogate", f"{ONE},{FEW}", *DIGITS), ("is a list", f"--surrogate {FEW}")),
+    "targets behind one flag": (args("craft", "--target", ONE, FEW, *DIGITS), ("--target A --target B",)),
+    "technique alone": (args("craft", "--limit", "4", "--attack", "vmi"), ("mi-fgsm+vmi",)),
+    "budgets of one step": (
+        args("craft", "--limit", "4", "--attack", "fgsm", "--target", ONE, "--budgets", "10"),
+        ("fgsm has no number of steps",),
+    ),
+    "backwards": (args("craft", "--limit", "4", "--attack", "mi-fgsm(step_size=-1)"), ("must not be negative",)),
 }
 
 

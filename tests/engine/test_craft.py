@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import weakref
 from pathlib import Path
@@ -168,7 +169,7 @@ def test_the_forecast_is_crafting_without_one(data: tuple[torch.Tensor, torch.Te
     assert record.gradients_per_image == 3 * 20
 
 
-def test_budgets_are_met(data: tuple[torch.Tensor, torch.Tensor]) -> None:
+def test_budgets_are_met(data: tuple[torch.Tensor, torch.Tensor], tmp_path: Path) -> None:
     x, y = data
     members, target = [Double(1), Double(2)], Double(0)
     record = craft(members, x, y, EPS, attack="mi-fgsm(step_size=0.2)", targets=[target], budgets=[1, 5, 20, 41])
@@ -179,8 +180,69 @@ def test_budgets_are_met(data: tuple[torch.Tensor, torch.Tensor]) -> None:
     assert record.budgets[2].success == [record.targets[0].rate]
     with pytest.raises(UsageError, match="--target"):
         craft(members, x, y, EPS, budgets=[5])
-    with pytest.raises(UsageError, match="square"):
-        craft(members, x, y, EPS, attack="square(queries=5)", targets=[target], budgets=[5])
+    for attack in ("square(queries=5)", "fgsm", "fgsm+di"):
+        with pytest.raises(UsageError, match=rf"^{re.escape(attack.partition('(')[0])} has no number of steps"):
+            craft(members, x, y, EPS, attack=attack, targets=[target], budgets=[5], out=tmp_path / "none")
+        assert not (tmp_path / "none").exists()  # said before anything is crafted
+
+
+@pytest.mark.parametrize(
+    ("attack", "said"),
+    [
+        ("mi-fgsm(steps=3)", "3 steps of 0.1 times eps make 0.3 of it"),
+        ("mi-fgsm(steps=10)+di", None),
+        ("mi-fgsm(steps=2,step_size=0.5)", None),
+        ("cwa(steps=2)", None),
+        ("fgsm", None),
+        ("square(queries=3)", None),
+    ],
+)
+def test_steps_that_cannot_reach_eps_are_said(
+    attack: str, said: str | None, data: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    heard: list[str] = []
+
+    class Heard(Progress):
+        def say(self, text: str) -> None:
+            heard.append(text)
+
+    x, y = data
+    record = craft([Double(1)], x[:3], y[:3], EPS, attack=attack, progress=Heard())
+    assert [text.partition(";")[0] for text in heard] == ([said] if said else [])
+    if said:
+        change = np.abs(record.adversarial["x"] - x[:3].numpy()).max() / 0.06
+        assert change == pytest.approx(0.3, abs=1e-4)
+
+
+def test_one_model_is_a_list_of_one(data: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """A net is callable and may be iterable too, layer by layer, as a string is letter by letter."""
+    x, y = data[0][:3, :1, :, :6], data[1][:3]
+    net = nn.Sequential(nn.Flatten(), nn.Linear(36, 10))
+    for model in (net, "robustkit:digits-cnn"):
+        alone = craft(model, x, y, EPS, attack="fgsm", targets=model)
+        listed = craft([model], x, y, EPS, attack="fgsm", targets=[model])
+        assert alone.run_id == listed.run_id
+        assert [one.model for one in alone.targets] == [one.model for one in listed.targets]
+    layers = nn.ModuleList([net, nn.Sequential(nn.Flatten(), nn.Linear(36, 10))])
+    assert len(craft(layers, x, y, EPS, attack="fgsm").surrogates) == 2
+
+
+def test_a_net_of_python_stays_where_others_are_let_go(data: tuple[torch.Tensor, torch.Tensor]) -> None:
+    x, y = data[0][:3, :1], data[1][:3]
+    net, string = nn.Sequential(nn.Flatten(), nn.Linear(48, 10)), "robustkit:digits-cnn"
+    found = [craft([net, string], x, y, EPS, attack="fgsm", streaming=streaming) for streaming in (True, False)]
+    assert np.abs(found[0].adversarial["x"] - found[1].adversarial["x"]).max() < 1e-6
+
+
+def test_nets_of_strings_are_let_go_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From Python as from the command line: `streaming=None` goes by the memory there is."""
+    samples = from_arrays(torch.rand(2, 1, 8, 8), torch.tensor([0, 1]))
+    string = "robustkit:digits-cnn"
+    for free, streaming, held in ((10**12, None, True), (0, None, False), (0, False, True), (10**12, True, False)):
+        monkeypatch.setattr(nets, "free_memory", lambda device, free=free: free)
+        found, judges = nets.gather_both([string], [f"{string}?mean=0.4"], samples, CPU, streaming)
+        assert (found[0].model is not None) == held
+        assert judges[0].model is None or (free and held)
 
 
 def test_nets_of_one_architecture_as_one(data: tuple[torch.Tensor, torch.Tensor]) -> None:

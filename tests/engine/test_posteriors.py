@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from runs import net, write_members, write_posterior
 
 from robustkit import ThreatModel, UsageError, craft, evaluate, load_model
@@ -16,6 +17,8 @@ from robustkit.engine.nets import gather
 from robustkit.engine.progress import Progress
 from robustkit.goal import Goal
 from robustkit.registry import parse_attack
+from robustkit.report import craft_page
+from robustkit.report.transfer import show
 from robustkit.rng import RowRng
 from robustkit.surrogates import Surrogates
 from robustkit.transfer import compose
@@ -121,6 +124,19 @@ def test_too_few_steps_for_all_samples_is_said(runs: dict[str, str], attack: str
     assert any("did not reach all 5 nets of a run folder" in text for text in heard.said) == warned
 
 
+def test_single_nets_that_nobody_asks_for_gradients_are_no_run_folder(runs: dict[str, str]) -> None:
+    heard = Heard()
+    craft(
+        ["robustkit:digits-cnn?num_classes=4&pretrained=false"],
+        X[:2],
+        Y[:2],
+        EPS,
+        attack="square(queries=2)",
+        progress=heard,
+    )
+    assert heard.said == []
+
+
 @pytest.mark.parametrize("attack", ["mi-fgsm(steps=4)", "cwa(steps=2)+light(samples=2)"])
 def test_an_image_is_the_same_in_any_batch(runs: dict[str, str], attack: str) -> None:
     found = [craft([runs["a"]], X, Y, EPS, attack=attack, batch_size=size).adversarial["x"] for size in (1, 4, 11)]
@@ -204,6 +220,20 @@ def test_a_posterior_is_judged_as_its_mean(runs: dict[str, str]) -> None:
         assert judged.predictions["adversarial"] == load_model(string)(found).argmax(1).tolist()
     with pytest.raises(UsageError, match="given twice"):
         craft([runs["a"], runs["a"]], X, Y, EPS)
+
+
+def test_the_price_of_the_training_stands_beside_success(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained = write_posterior(tmp_path / "p", [net(seed) for seed in range(2)], cost={"flops": 4_340_000_000})
+    other = "robustkit:digits-cnn?num_classes=4&pretrained=false"
+    record = craft([f"{trained}#1", other], X[:2], Y[:2], EPS, attack="fgsm")
+    assert record.environment["training_flops"] == [4_340_000_000, None]
+    show(record, Console())
+    assert "\ntrained for p/#1 4.34 gigaflop\n" in capsys.readouterr().out
+    assert "p/#1 4.34 gigaflop" in craft_page.page(record, None)
+    show(craft([other], X[:2], Y[:2], EPS, attack="fgsm"), Console())
+    assert "trained for" not in capsys.readouterr().out
 
 
 def test_it_is_evaluated_as_its_mean(runs: dict[str, str]) -> None:

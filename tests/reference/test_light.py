@@ -232,6 +232,20 @@ def test_l8_momentum_zero_is_i_fgsm(norm):
     torch.testing.assert_close(craft("mi-fgsm(steps=5,momentum=0)", nets, x=x, goal=goal, norm=norm), plain)
 
 
+@norms
+def test_l8_what_gradients_are_divided_by_is_a_constant_factor(norm):
+    """By their sum or by their mean: twelve times as much in all, and a direction has no size."""
+    net, x, goal, threat = some_nets(1)[0], some_images(), some_goal(), THREATS[norm]
+    point, velocity = x, torch.zeros_like(x)
+    for _ in range(5):
+        at = point.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(goal.loss(net(at)).sum(), at)
+        velocity = velocity + gradient / gradient.abs().mean((1, 2, 3), keepdim=True)
+        point = threat.project(point + 0.1 * float(threat.eps) * threat.ascent(velocity), x)
+    found = craft("mi-fgsm(steps=5)", net, x=x, goal=goal, norm=norm)
+    torch.testing.assert_close(found, point, rtol=0, atol=1e-12)
+
+
 def test_l9_fgsm_moves_every_pixel_by_eps():
     x = some_images()
     found = craft("fgsm+full", some_nets(3), x=x, goal=some_goal(), threat=Exact("16/255"))

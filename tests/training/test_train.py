@@ -317,6 +317,8 @@ def test_running_statistics_do_not_depend_on_the_order_of_the_data(tmp_path: Pat
         ({"epochs": 0}, "--epochs 0 must be above 0"),
         ({"epochs": 2.5}, "--epochs 2.5 must be a whole number"),
         ({"lr": -1.0}, "--lr -1 must be above 0"),
+        ({"lr": float("inf")}, "--lr inf must be finite"),
+        ({"arch": torch.nn.Flatten()}, "arch is a Flatten, and must be a model string"),
         ({"seed": -1}, "seed -1: write a whole number from 0"),
         ({"method": 3}, "method 3: write one of robustkit list methods"),
         ({"ema": 1.5}, "--ema 1.5"),

@@ -13,9 +13,11 @@ from robustkit import UsageError
 from robustkit.crafted import Craft, CraftSpec, Forecast, Judgement, Matrix, Point, Saved
 from robustkit.intervals import unseen
 from robustkit.record import Rate
+from robustkit.registry import parse_attack
 from robustkit.report import craft_page
 from robustkit.report.heatmap import page
-from robustkit.report.transfer import differences, short_names
+from robustkit.report.transfer import attack_words, differences, short_names
+from robustkit.transfer import compose
 
 NET = {"string": "robustkit:cifar-resnet20@/far/away/a.safetensors", "fingerprint": "f" * 64}
 LABELS = [0, 1, 2, 3]
@@ -98,6 +100,12 @@ def test_an_unseen_group() -> None:
     wide_low, wide_high = unseen([(97, 100), (96, 100), (98, 100), (5, 100)])
     assert wide_low < 0.01
     assert wide_high > 0.99
+    # equal shares are no certainty: their own counts are uncertain, and their mean is in
+    for counts, narrow in (([(0, 1), (0, 1)], 0.9), ([(100, 100)] * 3, 0.05), ([(50, 100)] * 4, 0.2)):
+        low, high = unseen(counts)
+        assert low <= counts[0][0] / counts[0][1] <= high
+        assert high - low > narrow
+    assert unseen([(100, 100)] * 3)[0] > 0.8
     # coverage: groups drawn from one distribution, the last one held out, by exact counting of a seed
     rng = np.random.default_rng(0)
     inside = 0
@@ -126,6 +134,21 @@ def test_short_names() -> None:
     ]
     assert short_names(["/x/csgld-1a2b/", "runs/csgld-1a2b/#3", "one"]) == ["csgld-1a2b", "csgld-1a2b/#3", "one"]
     assert short_names([at, "m:f@/z/at.pt"]) == [at, "m:f@/z/at.pt"]
+
+
+@pytest.mark.parametrize(
+    ("string", "said"),
+    [
+        ("mi-fgsm(steps=3)+di", "mi-fgsm(steps=3)+di"),
+        ("mi-fgsm+di", "mi-fgsm+di"),
+        ("vmi-fgsm+di", "vmi-fgsm+di = mi-fgsm+vmi+di"),
+        # Fields alone make it another attack than the one of that name.
+        ("adam-cwa", "adam-cwa"),
+    ],
+)
+def test_a_recipe_says_what_it_stands_for(string: str, said: str) -> None:
+    attack = {**compose(parse_attack(string, "linf")).spec(), "string": string}
+    assert attack_words(attack) == said
 
 
 def test_the_heat_map_is_one_file() -> None:

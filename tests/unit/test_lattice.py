@@ -30,6 +30,20 @@ def test_every_grey_level_stays_within_eps(eps: int, share: float) -> None:
     assert (np.abs(whole - 255 * adversarial.numpy().astype(np.float64)) <= 0.5 + 1e-4).all()
 
 
+@pytest.mark.parametrize("eps", ["0.15", "8/255", "1/500"])
+def test_images_between_levels_have_files_within_eps_of_themselves(eps: str) -> None:
+    """Digits are sixteenths: rounded, then changed by whole levels, they would end up to half a level too far."""
+    threat = ThreatModel.parse(f"linf:{eps}")
+    clean = (torch.arange(17) / 16).repeat(2).view(1, 1, 2, 17)
+    for sign in (-1, 1):
+        adversarial = threat.project(clean + sign * torch.tensor([1.0, 0.3])[:, None], clean)
+        whole = quantised(adversarial.numpy(), clean.numpy(), threat).astype(np.int64)
+        change = np.abs(whole - 255 * clean.numpy().astype(np.float64))
+        reach = 255 * float(Fraction(eps))
+        assert change.max() <= (reach + 1e-5 if reach > 0.5 else 0.5)
+        assert (measure(whole - levels(clean.numpy()), "linf") <= allowance(threat)).all()
+
+
 @pytest.mark.parametrize("eps", [4, 8, 16])
 def test_truncation_as_others_do_it_would_not(eps: int) -> None:
     down = np.maximum(GREYS - np.float32(eps / 255), 0)
@@ -79,7 +93,11 @@ def test_files_read_back(channels: int, tmp_path: Path) -> None:
     assert largest == 5
     assert (tmp_path / "png" / LABELS).read_text().splitlines()[:2] == ["file,index,label", "000000.png,0,3"]
     assert len(list((tmp_path / "png").glob("*.png"))) == 4
+    (tmp_path / "png" / ".000002.png.part").write_bytes(b"killed")
     save(tmp_path / "png", parts, [3, 1, 4, 1], threat)  # again, over its own files
+    # A smaller run would leave images of this one among its own.
+    with pytest.raises(UsageError, match=r"holds '000003.png'; give --png an empty or new folder"):
+        save(tmp_path / "png", parts[:1], [3, 1, 4], threat)
 
 
 def test_what_is_no_picture_or_no_place(tmp_path: Path) -> None:

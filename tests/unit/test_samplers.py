@@ -171,6 +171,11 @@ def test_swag_fits_the_last_epochs() -> None:
     (still,) = make_method("swag", scale=0, draws=1, rank=3).samples(iter(kept), PLAN)
     assert torch.allclose(still["0.weight"], mean, atol=1e-6)
     net().load_state_dict(drawn[0])
+    # Without columns it is diagonal, with all of the variance.
+    diagonal = make_method("swag", start=0.5, rank=0, draws=400)
+    spread = torch.stack([state["0.weight"] for state in kept]).std(0, correction=0)
+    found = torch.stack([state["0.weight"] for state in diagonal.samples(iter(kept), PLAN)])
+    assert torch.allclose(found.std(0) / spread, torch.ones_like(spread), atol=0.2)
 
 
 def test_mba_keeps_as_many_as_there_are_and_draws_a_diagonal_normal() -> None:
@@ -253,6 +258,7 @@ def test_flatness_at_a_stationary_point_is_finite() -> None:
         ("lgv", {"snapshots_per_epoch": 11}, PLAN, "more than the 10 steps"),
         ("mba", {"radius": 0}, PLAN, "mba: radius=0.0"),
         ("swag", {"draws": 0}, PLAN, "draws=0 must be at least 1"),
+        ("swag", {"rank": -1}, PLAN, "rank=-1 must be at least 0"),
         ("swag", {}, replace(PLAN, members=2), "swag trains one net"),
         ("deep-ensemble", {"momentum": 2}, PLAN, "momentum=2.0"),
     ],

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from robustkit.errors import UsageError
 from robustkit.goal import Goal
+from robustkit.models.classifier import Classifier
 from robustkit.rng import RowRng
 from robustkit.surrogates import COMBINATIONS, SHARED, Surrogates, scaled
 
@@ -125,6 +126,25 @@ def test_a_mean_of_losses_has_the_mean_of_gradients():
     x = images()
     parts = [gradient(Surrogates([net]), x) for net in NETS]
     close(gradient(Surrogates(NETS, "loss"), x), sum(parts) / 3)
+
+
+@combinations
+def test_a_member_of_another_input_size_gives_its_gradient_at_the_images_own(combine):
+    """Section F: the net behind `?size=` sees other images, and the gradient goes back through the resizing."""
+
+    class Taller(torch.nn.Module):
+        def forward(self, x):
+            return Net(5)(x[..., :2, :] + x[..., 2:, :])
+
+    resized = Classifier(Taller(), string="", identity={}, size=(4, 3))
+
+    def by_hand(x):
+        return Taller()(F.interpolate(x, (4, 3), mode="bilinear", align_corners=False, antialias=True))
+
+    x = images()
+    found = gradient(Surrogates([NETS[0], resized], combine), x)
+    assert found.shape == x.shape
+    close(found, written_out(combine, (1, 1), x, GOALS["untargeted"], "ce", [NETS[0], by_hand]))
 
 
 @combinations

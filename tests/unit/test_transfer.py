@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
@@ -110,6 +111,26 @@ def test_a_row_has_the_same_result_in_any_company(name):
         index = torch.tensor(order)
         part = run(attack, x=X[index], goal=GOAL.select(index), rng=RNG.select(index))
         assert torch.equal(part, whole[index])
+
+
+@pytest.mark.parametrize("goal", [GOAL, Goal(GOAL.labels)])
+def test_of_restarts_the_last_counts_that_reaches_the_goal(goal):
+    """As in section A.3 of the posterior attack: the surrogates say which, and without any the first stays."""
+    threat = ThreatModel.parse("linf:1/4")
+    attack = compose([make("pgd", steps=3, restarts=4)])
+    assert attack.gradients == 12
+    once = compose([make("pgd", steps=3)])
+    tries = [once(Net(), X, goal, threat, rng=RNG.at(restart=restart)) for restart in range(4)]
+    reached = torch.stack([goal.reached(Net()(found)) for found in tries])
+    net = Net()
+    found = run(attack, net, goal=goal, threat=threat)
+    assert len([gradient for _, gradient in net.asked if gradient]) == 12
+    kept = []
+    for row in range(4):
+        hits = [0, *[restart for restart in range(1, 4) if reached[restart, row]]]
+        kept.append(hits[-1])
+        assert torch.equal(found[row], tries[hits[-1]][row])
+    assert len(set(kept)) > 1  # else the test would not tell one restart from another
 
 
 @rules
@@ -290,6 +311,22 @@ def test_bad_attack_strings_get_one_sentence(text, sentence):
         parse_attack(text, "linf")
     assert str(error.value).startswith(sentence)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["di", "vmi(copies=3)+di"])
+def test_a_technique_alone_is_told_where_it_stands(text):
+    with pytest.raises(UsageError, match=f"write e.g. mi-fgsm[+]{re.escape(text)}"):
+        parse_attack(text, "linf")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["mi-fgsm(step_size=-0.1)", "cwa(beta=-1)", "cwa(reverse=-1/15)", "mi-fgsm(momentum=-1)", "pgn(radius=-1)"],
+)
+def test_nothing_goes_backwards(text):
+    whole = text if text.startswith(("mi", "cwa")) else f"mi-fgsm+{text}"
+    with pytest.raises(UsageError, match="must not be negative"):
+        parse_attack(whole, "linf")
 
 
 def test_an_attack_outside_its_norms_is_refused():

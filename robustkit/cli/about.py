@@ -1,0 +1,52 @@
+"""`robustkit list NAME`: what an attack, technique, recipe, method, defense or suite is, and what it takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+from robustkit import registry
+
+KINDS = ("attack", "technique", "recipe", "method", "defense", "suite")
+
+
+def kinds_of(name: str) -> list[str]:
+    """Return the kinds of which something has this name."""
+    return [kind for kind in KINDS if name in registry.catalog(kind)]
+
+
+def show(name: str, as_json: bool) -> int:
+    """Print everything of this name; return the exit code. A recipe or a class of fields is imported for it."""
+    found = [_facts(kind, name) for kind in kinds_of(name)]
+    if as_json:
+        print(json.dumps({name: found}, indent=2))
+        return 0
+    for number, facts in enumerate(found):
+        head = [facts["name"], facts["kind"], " ".join(facts["norms"]), facts["paper"]]
+        print("\n" * (number > 0) + "   ".join(part for part in head if part))
+        if facts["fields"]:
+            print(f"  {name}({','.join(f'{field}={_text(value)}' for field, value in facts['fields'].items())})")
+        if facts["stands_for"]:
+            print(f"  is {facts['stands_for']}")
+        print(f"\n{facts['what']}")
+    return 0
+
+
+def _text(value: Any) -> str:
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+
+
+def _facts(kind: str, name: str) -> dict[str, Any]:
+    entry = registry.catalog(kind)[name]
+    thing = registry.find(kind, name)
+    fields = dataclasses.fields(thing) if dataclasses.is_dataclass(thing) and not entry.info.family else ()
+    return {
+        "name": name,
+        "kind": kind,
+        "norms": list(entry.info.norms),
+        "paper": entry.info.paper,
+        "fields": {field.name: field.default for field in fields},
+        "stands_for": thing() if kind == "recipe" else None,
+        "what": "\n".join(part for part in (entry.summary, entry.detail) if part),
+    }
