@@ -306,7 +306,7 @@ FAULTS = [
     Fault(
         "cwa: inner gradients keep their size",
         "attacks/mi_cse.py",
-        (("per_row(paces[member], x) * unit(gradient)", "per_row(paces[member], x) * gradient"),),
+        (("gradient if rule.raw else unit(gradient)", "gradient"),),
         CWA,
         "golden",
     ),
@@ -334,7 +334,7 @@ FAULTS = [
     Fault(
         "cwa: weights of the ensemble stop at the step back",
         "attacks/mi_cse.py",
-        (("per_row(paces[member], x) * unit", "unit"),),
+        (("per_row(paces[member], x) * along", "along"),),
         CWA,
         "weights",
     ),
@@ -355,7 +355,7 @@ FAULTS = [
     Fault(
         "surrogates: streamed members are combined each by itself",
         "robustkit/surrogates.py",
-        (('len(chosen) > 1 and self.combine in ("logits"', 'len(chosen) > 9 and self.combine in ("logits"'),),
+        (("len(chosen) > 1 and self.combine in SHARED", "len(chosen) > 9 and self.combine in SHARED"),),
         SURROGATES,
     ),
     Fault(

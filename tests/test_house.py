@@ -6,6 +6,7 @@ import ast
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -210,6 +211,19 @@ def test_the_links_and_their_guards(folder: str, tmp_path: Path) -> None:
     (clone / "robustkit" / folder).write_text(f"../{folder}")  # what git leaves without symlink support
     done = subprocess.run([sys.executable, "-c", "import robustkit"], cwd=clone, capture_output=True, text=True)
     assert f"git checkout -- robustkit/{folder}" in done.stderr
+
+
+def test_every_planted_fault_has_its_place() -> None:
+    faults = runpy.run_path(str(ROOT / "scripts/mutation_table.py"))["FAULTS"]
+    lost = [
+        (fault.name, old)
+        for fault in faults
+        for old, _ in fault.changes
+        if old not in (ROOT / fault.file).read_text()
+    ]
+    assert not lost
+    table = (ROOT / "docs/mutation_table.md").read_text()
+    assert not [fault.name for fault in faults if f"| {fault.name} | `{fault.file}` |" not in table]
 
 
 STRANGER = '''\
