@@ -119,7 +119,7 @@ def test_trs_is_the_authors_sum_for_any_number_of_members(count: int) -> None:
     for other in others:
         at, up = one.x.clone().requires_grad_(), steep.clone().requires_grad_()
         loss = F.cross_entropy(other(at), one.y)
-        cross += float(loss)
+        cross += float(loss.detach())
         slopes.append(torch.autograd.grad(loss, at)[0].flatten(1))
         squares.append(torch.autograd.grad(F.cross_entropy(other(up), one.y), up)[0].flatten(1).square().sum(1))
     pairs = [(i, j) for i in range(count) for j in range(i)]
