@@ -446,7 +446,9 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, help="folder of all runs [default: runs/dverge-SCALE]")
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES))
-    parser.add_argument("--methods", nargs="+", help="only these")
+    parser.add_argument(
+        "--methods", nargs="+", choices=SCALES["digits"].methods, help="only these, and the baseline"
+    )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--arch", help="of all nets")
@@ -460,7 +462,8 @@ def main() -> None:
     }
     scale = replace(SCALES[given.scale], **changes)
     if given.methods:
-        scale = replace(scale, methods={name: scale.methods[name] for name in given.methods})
+        # Black-box images are crafted on plain ensembles: there is always a baseline.
+        scale = replace(scale, methods={name: scale.methods[name] for name in (BASELINE, *given.methods)})
     study = Study(scale, given.data, given.out or Path("runs") / f"dverge-{given.scale}", given.device, given.seed)
     about(study)
     tables = {"transfer": transfer_table, "robustness": robustness_table, "members": members_table}
