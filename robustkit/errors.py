@@ -18,9 +18,9 @@ class RunError(RobustkitError):
     """The run failed on the way: bad logits, a full disk, no memory. Exit code 3."""
 
 
-def did_you_mean(kind: str, name: str, known: Iterable[str]) -> UsageError:
-    """Return the error for an unknown name, with the nearest known one first."""
+def did_you_mean(kind: str, name: str, known: Iterable[str], more: Iterable[str] = ()) -> UsageError:
+    """Return the error for an unknown name, with the nearest one; of `more` names that are known, only that is said."""
     names = sorted(known)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(name, [*names, *more], n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return UsageError(f"no {kind} {name!r}.{hint} Known: {', '.join(names)}.")

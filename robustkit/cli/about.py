@@ -16,6 +16,11 @@ def kinds_of(name: str) -> list[str]:
     return [kind for kind in KINDS if name in registry.catalog(kind)]
 
 
+def names() -> list[str]:
+    """Return all that `show` knows."""
+    return [name for kind in KINDS for name in registry.catalog(kind)]
+
+
 def show(name: str, as_json: bool) -> int:
     """Print everything of this name; return the exit code. A recipe or a class of fields is imported for it."""
     found = [_facts(kind, name) for kind in kinds_of(name)]

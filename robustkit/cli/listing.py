@@ -24,7 +24,7 @@ def show(what: str | None, as_json: bool) -> int:
     if what is not None and what not in LISTS:
         if about.kinds_of(what):
             return about.show(what, as_json)
-        raise did_you_mean("list", what, LISTS)
+        raise did_you_mean("list or name", what, LISTS, about.names())
     chosen = {name: make() for name, make in LISTS.items() if what in (None, name)}
     if as_json:
         print(json.dumps(chosen, indent=2))

@@ -381,6 +381,7 @@ VERIFY_CASES: dict[str, tuple[tuple[str, ...], str]] = {
     "no run": (("verify", "."), "report.json"),
     "no argument": (("verify",), "DIR"),
     "unknown list": (("list", "attakcs"), "Did you mean 'attacks'"),
+    "unknown name": (("list", "cwaa"), "no list or name 'cwaa'. Did you mean 'cwa'"),
     "unknown verb": (("evalute",), "evalute"),
 }
 
