@@ -19,7 +19,7 @@ class RunError(RobustkitError):
 
 
 def did_you_mean(kind: str, name: str, known: Iterable[str], more: Iterable[str] = ()) -> UsageError:
-    """Return the error for an unknown name, with the nearest one; of `more` names that are known, only that is said."""
+    """Return the error for an unknown name, with the nearest one, of `more` names too, which are not listed."""
     names = sorted(known)
     near = difflib.get_close_matches(name, [*names, *more], n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]!r}?" if near else ""
