@@ -110,7 +110,12 @@ def launch(device: torch.device, devices: int, precision: str, work: Callable[[F
 
 def _begin(fabric: Fabric, work: Callable[[Fabric], str], threads: int) -> str:
     torch.set_num_threads(threads)
-    return work(fabric)
+    said = work(fabric)
+    if fabric.world_size > 1:
+        # Left to the end of the interpreter, threads of gloo that still hold tensors abort a process that is done.
+        fabric.barrier()
+        torch.distributed.destroy_process_group()
+    return said
 
 
 def _reason(error: Exception) -> RobustkitError:

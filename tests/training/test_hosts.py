@@ -92,3 +92,20 @@ def test_there_must_be_as_many_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match=r"torchrun started 4 processes on this host: it has 2 cuda devices"):
         processes.count(cuda, 1)
     assert processes.count(torch.device("cpu"), 4) == 8
+
+
+def test_processes_part_before_they_end() -> None:
+    """A group that the interpreter's end takes down aborts a process now and then."""
+    parted = []
+
+    class Two:
+        world_size = 2
+
+        def barrier(self) -> None:
+            parted.append(torch.distributed.is_initialized())
+
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=store)
+    assert processes._begin(Two(), lambda _: "done", torch.get_num_threads()) == "done"  # type: ignore[arg-type]
+    assert parted == [True]
+    assert not torch.distributed.is_initialized()
