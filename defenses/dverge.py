@@ -69,7 +69,7 @@ class DVERGE(Method):
 
     def size(self, samples: int) -> Size:
         """Return the paper's size, the baseline's 200 epochs included; less on a small set."""
-        return inner.diverse_size(samples)
+        return inner.diverse_size(samples, few=24 if self.adversarial else 40)
 
     def check(self, plan: Plan) -> None:
         """Refuse fields that distil nothing, and a single member."""
