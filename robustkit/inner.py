@@ -158,11 +158,11 @@ def adam(parameters: Iterable[nn.Parameter], lr: float, weight_decay: float) -> 
     return torch.optim.Adam(parameters, lr=lr, weight_decay=weight_decay, eps=1e-7)
 
 
-def adam_size(samples: int, epochs: int = 200, few: int = 40) -> Size:
-    """Return the size of DVERGE's comparison on CIFAR-10; `few` epochs on a small set."""
+def adam_size(samples: int, epochs: int = 200) -> Size:
+    """Return the size of DVERGE's comparison on CIFAR-10; less on a small set."""
     if samples > 5000:
         return Size(epochs=epochs, batch_size=128, lr=1e-3, members=3)
-    return Size(epochs=few, batch_size=64, lr=3e-3, members=3)
+    return Size(epochs=40, batch_size=64, lr=3e-3, members=3)
 
 
 def diverse_size(samples: int, few: int = 40) -> Size:

@@ -207,7 +207,7 @@ class Meter:
                     return None
                 trials = [self._timed(x) for _ in range(3)]
             return min(seconds for seconds, _ in trials[1:]), trials[-1][1], of_two
-        except Exception:  # whatever a stranger's code may raise in a precision or a layout that it does not expect
+        except Exception:  # whatever a stranger's code may raise where it is not run as it expects
             return None
 
     def _timed(self, x: Images) -> tuple[float, Logits]:

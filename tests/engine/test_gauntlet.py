@@ -19,6 +19,7 @@ THREAT, IMAGES = "linf:0.08", 24
 TOLD = {
     "masked-gradient",
     "no-gradient",
+    "probabilities",
     "randomised",
     "saturated-softmax",
     "score-beats-gradient",
