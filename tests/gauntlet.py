@@ -105,6 +105,40 @@ def lookup(x: Tensor, levels: int = 16) -> Tensor:
     return table[(x * (levels - 1)).round().long()]
 
 
+def low_rank(x: Tensor, rank: int = 4) -> Tensor:
+    """The largest singular values only, in numpy."""
+    left, values, right = np.linalg.svd(x.detach().cpu().numpy())
+    values[..., rank:] = 0
+    return torch.from_numpy((left * values[..., None, :]) @ right).to(x)
+
+
+def completed(x: Tensor, kept: float = 0.8) -> Tensor:
+    """Pixels dropped at random and filled in by shrunken singular values (Yang et al. 2019, arXiv:1905.11971)."""
+    mask = (torch.rand_like(x) < kept) / kept
+    left, values, right = np.linalg.svd((x * mask).detach().cpu().numpy())
+    whole = (left * np.maximum(values - 0.3, 0)[..., None, :]) @ right
+    return torch.from_numpy(whole).to(x).clamp(0, 1)
+
+
+def sparse_spectrum(x: Tensor, kept: int = 16) -> Tensor:
+    """The largest coefficients of each image's spectrum only."""
+    spectrum = torch.fft.fft2(x)
+    size = spectrum.abs()
+    least = size.flatten(1).topk(kept).values[:, -1]
+    return torch.fft.ifft2(spectrum * (size >= least[:, None, None, None])).real.clamp(0, 1)
+
+
+def purified(net: nn.Module, x: Tensor) -> Tensor:
+    """Steps at test time that make the net surer before it answers."""
+    z = x.detach()
+    with torch.enable_grad():
+        for _ in range(3):
+            z.requires_grad_()
+            (slope,) = torch.autograd.grad(net(z).logsumexp(1).sum(), z)
+            z = (z + 0.02 * slope.sign()).detach()
+    return net(z)
+
+
 def shattered(x: Tensor) -> Tensor:
     return x + 0.01 * torch.sin(1e5 * x)
 
@@ -152,6 +186,12 @@ AROUND: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
     "tanh-logits": lambda net, x: torch.tanh(50 * net(x)) + 1e-6 * net(x),
     "hooked": lambda net, x: net(_hooked(x)),
     "content-noise": lambda net, x: net(x + 0.1 * _content_noise(x)),
+    "low-rank": lambda net, x: net(low_rank(x)),
+    "completed": lambda net, x: net(completed(x)),
+    "sparse-spectrum": lambda net, x: net(sparse_spectrum(x)),
+    "purified": purified,
+    "half-precision": lambda net, x: (1000 * net(x)).half().round().float(),
+    "abroad": lambda net, x: torch.from_numpy(net(x.detach()).detach().numpy().copy()),
 }
 
 

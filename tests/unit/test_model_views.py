@@ -23,6 +23,7 @@ from robustkit.rng import RowRng
 from robustkit.threat import ThreatModel
 
 COARSE = ("jpeg", "resize-pad", "numpy-median", "bit-depth", "blunt", "thermometer", "one-hot", "lookup")
+COARSE += ("completed", "sparse-spectrum")
 # Dice that cannot be taken out: the mean over draws is what there is.
 NOISY = ("numpy-noise",)
 THREAT = ThreatModel.parse("linf:0.1")
