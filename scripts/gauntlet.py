@@ -1,12 +1,13 @@
 """Masked defenses around small nets: what is true, what plain AutoAttack says, what the default suite says.
 
     python scripts/gauntlet.py [--images 64] [--only NAME ...] [--official]         minutes to an hour on one core
+    python scripts/gauntlet.py --model MODEL --data FILE.npz --threat linf:8/255    the same masks around any model
 
 The defenses are those of tests/gauntlet.py around a net trained on digits for seconds, at linf 0.08. `beneath` is
 the robust accuracy of that net alone (suite `rapid`): what a mask hides. A defense that also changes what the net
 sees may be truly a little better or worse than that. Then: AutoAttack's `standard` suite by the authors' package
 (with --official), robustkit's `rapid` and `auto`, and the flags of `auto` that tell of masking. The last rows are
-honest nets.
+honest nets, and those before them nets with a mask of their own; a given model has neither.
 """
 
 from __future__ import annotations
@@ -21,23 +22,30 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from robustkit import evaluate
+from robustkit import evaluate, load_model
 from robustkit.data import load_data
 from robustkit.record import Report
 from tests import gauntlet
 
-THREAT = "linf:0.08"
 TOLD = {"masked-gradient", "randomised", "score-beats-gradient", "zero-gradient"}
 TOLD |= {"vanishing-gradient", "wrong-gradient", "survives-any-eps", "no-gradient", "saturated-softmax"}
 
 
-def nets() -> dict[str, tuple[nn.Module, nn.Module]]:
-    """Return defenses by name, each with the net beneath."""
+Pairs = dict[str, tuple[nn.Module, nn.Module]]
+
+
+def around(net: nn.Module) -> Pairs:
+    """Return masks around a net by name, each with the net beneath."""
+    return {name: (gauntlet.Behind(net, call).eval(), net) for name, call in gauntlet.AROUND.items()}
+
+
+def small() -> Pairs:
+    """Return defenses around small nets, and honest ones."""
     data = load_data("digits:train")
     x, y = data.images(range(len(data))), torch.from_numpy(data.labels)
     plain = gauntlet.trained(gauntlet.Digits(), x, y)
     hardened = gauntlet.trained(gauntlet.Digits(), x, y, attack=0.08)
-    found = {name: (gauntlet.Behind(plain, call), plain) for name, call in gauntlet.AROUND.items()}
+    found = around(plain)
     for how in ("threshold", "scatter"):
         winners = gauntlet.trained(gauntlet.Digits(lambda how=how: gauntlet.KWinners(how=how)), x, y)
         found[f"k-winners-{how}"] = (winners, plain)
@@ -67,14 +75,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--only", nargs="*")
+    parser.add_argument("--model", help="a model string, in place of the small nets")
+    parser.add_argument("--data", default="digits:test")
+    parser.add_argument("--threat", default="linf:0.08")
     parser.add_argument("--official", action="store_true", help="run AutoAttack standard as well")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    data = load_data("digits:test").head(given.images)
+    data = load_data(given.data).head(given.images)
     x, y = data.images(range(len(data))), torch.from_numpy(data.labels)
-    print(f"torch {torch.__version__}, {len(x)} images, {THREAT}\n")
+    pairs = small() if given.model is None else around(load_model(given.model))
+    print(f"torch {torch.__version__}, {len(x)} images, {given.threat}\n")
     print(f"{'defense':32}{'beneath':>17}{'AutoAttack':>17}{'rapid':>17}{'auto':>17}  seconds  flags")
-    for name, (defense, net) in nets().items():
+    for name, (defense, net) in pairs.items():
         if given.only and name not in given.only:
             continue
         begun = time.perf_counter()
@@ -82,9 +94,10 @@ def main() -> None:
         if not given.official:
             del suites["AutoAttack"]
         cells = {
-            what: percent(evaluate(model, x, y, THREAT, suite=suite)) for what, (model, suite) in suites.items()
+            what: percent(evaluate(model, x, y, given.threat, suite=suite))
+            for what, (model, suite) in suites.items()
         }
-        found = evaluate(defense, x, y, THREAT, suite="auto")
+        found = evaluate(defense, x, y, given.threat, suite="auto")
         flags = sorted({flag.code for flag in found.flags} & TOLD)
         row = [cells["beneath"], cells.get("AutoAttack", "-"), cells["rapid"], percent(found)]
         spent = time.perf_counter() - begun

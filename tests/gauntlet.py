@@ -53,9 +53,10 @@ def jpeg(x: Tensor, quality: int = 50) -> Tensor:
     out = []
     for image in x.detach():
         file = io.BytesIO()
-        array = (image[0].clamp(0, 1) * 255).byte().cpu().numpy()
+        array = (image.clamp(0, 1) * 255).byte().permute(1, 2, 0).squeeze(2).cpu().numpy()
         Image.fromarray(array).save(file, "JPEG", quality=quality)
-        out.append(torch.from_numpy(np.array(Image.open(file)))[None].float() / 255)
+        again = np.array(Image.open(file)).reshape(*array.shape[:2], -1)
+        out.append(torch.from_numpy(again).permute(2, 0, 1).float() / 255)
     return torch.stack(out).to(x)
 
 
