@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from gauntlet import AROUND, Behind
 from nets import Small
-from torch import Tensor, nn
+from torch import Tensor
 
 from robustkit.engine.meter import Meter
 from robustkit.models import as_classifier
@@ -57,19 +58,8 @@ def test_a_way_that_is_hopeless_for_two_images_is_not_tried_on_all(monkeypatch: 
     assert {n for dtype, n in seen if dtype is None} == {2, len(torch.rand(SHAPE))}
 
 
-class Abroad(nn.Module):
-    """A net whose logits leave torch, as those of another runtime do; numpy has no bfloat16."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = Small()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return them from numpy."""
-        return torch.from_numpy(self.net(x).detach().numpy().copy())
-
-
 def test_a_precision_that_the_net_cannot_have_is_left_alone() -> None:
-    meter = Meter(as_classifier(Abroad().eval()), torch.device("cpu"))
+    """Its logits come from numpy, which has no bfloat16."""
+    meter = Meter(as_classifier(Behind(Small(), AROUND["abroad"]).eval()), torch.device("cpu"))
     meter.tune(torch.rand(SHAPE), precision=True)
     assert meter.precision == "fp32"
