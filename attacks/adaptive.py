@@ -8,9 +8,9 @@ one that has none is spared the attacks on them. Averaged gradients are those of
 from __future__ import annotations
 
 from robustkit.attacks import ensemble
-from robustkit.registry import find, suite
+from robustkit.registry import DRAWN, find, suite
 
-MASKED = ("mended", "loosened", "inner-logits", "averaged", "calm", "frozen")
+MASKED = ("mended", "loosened", "inner-logits", "calm", "frozen")
 
 
 @suite("adaptive", paper="arXiv:1802.00420")
@@ -25,6 +25,7 @@ def rungs(norm: str) -> list[str]:
     soft = "apgd(loss=margin,steps=20,restarts=1,large_start=false)@soft-top-k"
     masked = [attack for view in MASKED for attack in ensemble.climb(norm, view)]
     return [
+        *(f"apgd(loss=ce,steps=40,restarts=1)@averaged-{view}" for view in DRAWN),
         own,
         *masked,
         *ensemble.rungs(norm),

@@ -21,6 +21,7 @@ from robustkit.engine.crew import Agency, Alone
 from robustkit.engine.curve import CurveSearch
 from robustkit.engine.environment import environment
 from robustkit.engine.foreman import Foreman
+from robustkit.engine.lookout import offered
 from robustkit.engine.meter import DTYPES, Meter
 from robustkit.engine.progress import Progress
 from robustkit.engine.tally import Tally
@@ -263,7 +264,7 @@ class Evaluation:
                 worker.fly(stage, count, among)
             else:
                 for number, rung in enumerate(rungs, stage):
-                    if not rung.view or rung.view in worker.meter.views:
+                    if offered(rung.view, worker.meter.views, [rung.view for rung in self.rungs]):
                         worker.attack(number, among)
             stage += count
 

@@ -15,13 +15,15 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from robustkit import losses
 from robustkit.engine.judge import Judged, judge
 from robustkit.engine.lane import Lane
+from robustkit.engine.lookout import offered
 from robustkit.engine.meter import Meter
 from robustkit.engine.passengers import Boarding, Landed
-from robustkit.engine.queries import AVERAGED, Query, answers
+from robustkit.engine.queries import Query, answers, looks
 from robustkit.engine.table import Table
 from robustkit.goal import Goal
 from robustkit.registry import Rung
@@ -31,6 +33,9 @@ from robustkit.shapes import Logits
 from robustkit.threat import ThreatModel, per_row
 
 T = TypeVar("T")
+
+# Draws by which the nearest point of one attack is compared with that of the next, where a model is random.
+WEIGHED = 16
 
 
 @dataclass
@@ -119,6 +124,7 @@ class Flight:
                 "past": torch.stack([clean, clean], 1),
                 "nearest": clean,
                 "best": x,
+                "anchor": x,
                 "refused": low,
                 "claimed": torch.zeros_like(low, dtype=torch.bool),
                 "when": torch.zeros_like(low, dtype=torch.int64),
@@ -155,10 +161,11 @@ class Flight:
         if number == len(self.lanes):
             return self._arrive(table)
         lane = self.lanes[number]
-        absent = lane.view and lane.view not in self.meter.views
+        absent = not offered(lane.view, self.meter.views, [rung.view for rung in self.rungs])
         luck = lane.attack.second_opinion and self.meter.random
         if absent or luck or (lane.attack.last_resort and self.meter.rounding):
             return self._enter(number + 1, table)
+        self._weigh(table)
         table.device["past"] = torch.stack([table.device["past"][:, 0], table.device["nearest"]], 1)
         table.host["job"] = np.zeros(len(table), np.int64)
         willing = lane.attack.enters(self._rows(lane, table.with_state({})))
@@ -213,9 +220,10 @@ class Flight:
     def _charge(self, query: Query, answer: Answer) -> None:
         """Put the passes that an answer took on the account of each row."""
         lane = query.lane
-        spent, draws = lane.aboard.host["spent"], lane.attack.draws
-        passes = draws * self.meter.passes(lane.view)
-        spent[:, lane.number, 0] += passes + (lane.view not in ("", AVERAGED))
+        spent, job = lane.aboard.host["spent"], lane.aboard.host["job"]
+        part = job // lane.attempts(self.meter) if lane.view else 0 * job
+        passes = lane.attack.draws * np.array(self.meter.passes(lane.view))[part]
+        spent[:, lane.number, 0] += passes + looks(lane.view, random=self.meter.random)
         spent[:, lane.number, 1] += np.where(query.blind.numpy(), 0, passes * answer.loss[0].numel())
 
     def _advance(self, query: Query, answer: Answer, deployed: Logits) -> None:
@@ -317,8 +325,25 @@ class Flight:
             at += len(table)
         return found
 
+    def _weigh(self, table: Table) -> None:
+        """Of a random model keep the nearest point by the mean of fresh draws, not by the luckiest of many."""
+        if not self.meter.random or not len(table):
+            return
+        part = table.device
+
+        def margin() -> Tensor:
+            return losses.margin(self.meter.exact(part["best"]), part["labels"]).double()
+
+        score = torch.stack([self._tried(margin) for _ in range(WEIGHED)]).mean(0)
+        nearer = score > part["past"][:, 1]
+        part["best"] = torch.where(per_row(nearer, part["x"]), part["best"], part["anchor"])
+        part["anchor"], part["nearest"] = part["best"], torch.where(nearer, score, part["past"][:, 1])
+        part["refused"] = torch.minimum(part["refused"], part["nearest"])
+        table.host["spent"][:, -1, 0] += WEIGHED
+
     def _arrive(self, table: Table) -> None:
         """Land what has withstood everything, judged at its best point."""
+        self._weigh(table)
         part = table.device
         judged = self._tried(lambda: judge(self.meter, part["x"], part["labels"], part["best"], self.threat))
         table.host["spent"][:, -1, 0] += judged.forwards.cpu().numpy()

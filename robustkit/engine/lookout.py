@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from robustkit.isolation import own_randomness
 from robustkit.models.classifier import Classifier
 from robustkit.models.ladder import ensemble
-from robustkit.models.views import Mended, Smooth, views
-from robustkit.registry import VIEWS
+from robustkit.models.views import Mended, Smooth, draws, views
+from robustkit.registry import DRAWN, VIEWS
 from robustkit.shapes import Images
 
 # Views that say nothing against a model's own gradients.
@@ -34,9 +35,9 @@ class Outlook:
 
 def look(model: Classifier, x: Images, random: bool) -> Outlook:
     """Return what a model offers to climb on beside its own gradients, by the images x (B C H W)."""
-    found = views(model, x)
+    offer = views(model, x)
     sorted_in: dict[str, list[Callable[[Images], Tensor]]] = {}
-    for name, view in found.items():
+    for name, view in offer.items():
         # Of a hand-written ensemble, and without its dice, the parts are called as those of a declared one.
         base = name.removeprefix("calm-").removeprefix("inner-")
         known = "members" if base.startswith("member-") else base
@@ -44,10 +45,24 @@ def look(model: Classifier, x: Images, random: bool) -> Outlook:
     part = ensemble(model)
     if part is not None:
         sorted_in["stack"] = [Stacked(model, part)]
-    if random:
-        sorted_in["averaged"] = [Smooth(Mended(model), sigma=0.0)]
-    places = {f"{mend.where or 'the model'} {mend.what}" for mend in found.mends}
+    for name in DRAWN if random else ():
+        averaged = [_averaged(view, x) for view in sorted_in.get(name, [Mended(model)] * (name == "mended"))]
+        if any(isinstance(view, Smooth) for view in averaged):
+            sorted_in[f"averaged-{name}"] = averaged
+    places = {f"{mend.where or 'the model'} {mend.what}" for mend in offer.mends}
     return Outlook(sorted_in, sorted(places))
+
+
+def _averaged(view: Callable[[Images], Tensor], x: Images) -> Callable[[Images], Tensor]:
+    """Return the mean of a view over draws; the view where it draws nothing."""
+    with own_randomness("averaged"):
+        return Smooth(view, sigma=0.0) if draws(view, x[:2]) else view
+
+
+def offered(view: str, views: Collection[str], suite: Collection[str]) -> bool:
+    """Return whether a model has the view, and the views that a suite attacks do not have its mean over draws."""
+    mean = f"averaged-{view}"
+    return not view or (view in views and not (mean in views and mean in suite))
 
 
 @dataclass(frozen=True)

@@ -84,16 +84,17 @@ class Meter:
         """
         return partial(self._counted, net=self.views[view][number]) if view else self
 
-    def passes(self, view: str) -> int:
-        """Return how many passes through the model an answer of a view takes."""
-        return getattr(self.views[view][0], "passes", 1) if view else 1
+    def passes(self, view: str) -> list[int]:
+        """Return how many passes through the model an answer of each part of a view takes."""
+        return [getattr(part, "passes", 1) for part in self.views[view]] if view else [1]
 
     def _counted(self, x: Images, net: Callable[[Images], Tensor]) -> Tensor:
-        self.forwards += len(x) * getattr(net, "passes", 1)
+        passes = getattr(net, "passes", 1)
+        self.forwards += len(x) * passes
         self.on_forward(self.forwards)
         differentiable = torch.is_grad_enabled() and x.requires_grad
         if differentiable:
-            x = CountBackward.apply(x, self)
+            x = CountBackward.apply(x, self, passes)
         logits = self._in_pieces(x, differentiable, net)
         if differentiable and not logits.requires_grad:
             self.detached = True
@@ -236,17 +237,17 @@ class Meter:
 
 
 class CountBackward(torch.autograd.Function):
-    """The identity; its backward runs once for every backward pass through the model, and counts the rows."""
+    """The identity; its backward runs once for so many backward passes through the model, and counts the rows."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, meter: Counts) -> Tensor:  # noqa: D102
-        ctx.meter = meter
+    def forward(ctx: Any, x: Tensor, meter: Counts, passes: int) -> Tensor:  # noqa: D102
+        ctx.meter, ctx.passes = meter, passes
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:  # noqa: D102
-        ctx.meter.backwards += len(gradients[0])
-        return gradients[0], None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:  # noqa: D102
+        ctx.meter.backwards += len(gradients[0]) * ctx.passes
+        return gradients[0], None, None
 
 
 def free_memory(device: torch.device) -> int:

@@ -16,9 +16,11 @@ from robustkit.engine.anytime import shuffled
 from robustkit.engine.batchwise import Work
 from robustkit.engine.evaluate import MOST_SLOTS, Evaluation
 from robustkit.engine.gauges import Counting, Memory, Over, Speed, Watch
+from robustkit.engine.lookout import offered
 from robustkit.engine.meter import TRIAL, Meter
 from robustkit.engine.passengers import Boarding, Landed
 from robustkit.engine.progress import Progress
+from robustkit.engine.queries import looks
 from robustkit.engine.tally import STANDS, Tally
 from robustkit.engine.worker import Worker
 from robustkit.errors import UsageError
@@ -294,13 +296,14 @@ def most_of(rungs: list[Rung], meter: Meter, norm: str) -> tuple[int, int, int] 
     total = np.zeros(3, np.int64)
     for rung in rungs:
         attack = rung.attack
-        if rung.view and rung.view not in meter.views:
+        if not offered(rung.view, meter.views, [rung.view for rung in rungs]):
             continue
         budget = getattr(attack, "budget", None)
         if budget is None:
             return None
         answers = budget(classes, norm)
-        forwards = answers * meter.passes(rung.view) + (answers if rung.view else 0)
+        passes = meter.passes(rung.view)
+        forwards = answers * (sum(passes) + len(passes) * looks(rung.view, random=meter.random))
         columns = classes if getattr(attack, "several", False) or attack.info.name in JACOBIANS else 1
         blind = getattr(attack, "blind", False) or attack.info.access == "score"
         wide = attack.length(norm) + 1 if getattr(attack, "last_resort", False) else answers

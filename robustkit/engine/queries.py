@@ -11,11 +11,12 @@ from torch import Tensor
 from robustkit.engine.lane import Lane
 from robustkit.engine.meter import Meter
 from robustkit.losses import finite
+from robustkit.models.views import DRAWS
 from robustkit.rows import Answer, Rows, State, ask
 from robustkit.shapes import Logits
 
 # The view that is a random model itself, seen several times at once.
-AVERAGED = "averaged"
+AVERAGED = "averaged-mended"
 
 
 @dataclass(frozen=True)
@@ -79,12 +80,20 @@ def _alone(query: Query, meter: Meter) -> tuple[Answer, Logits]:
         part = {name: of_rows[index] for name, of_rows in state.items()}
         parts.append((index, ask(lane.attack, meter.through(lane.view, at), rows.select(index), part, True)))
     answer = _merged(parts)
-    if lane.view == AVERAGED:
+    count = looks(lane.view, random=meter.random)
+    if not count:
         return answer, answer.logits
     with torch.no_grad():
-        deployed = meter(state["x"])
+        deployed = torch.stack([meter(state["x"]) for _ in range(count)]).mean(0)
     # The members' logits side by side are for the gradient alone.
     return (answer if answer.logits.dim() == 2 else answer._replace(logits=deployed)), deployed
+
+
+def looks(view: str, *, random: bool) -> int:
+    """Return how often the model itself is asked about each point that an attack on a view of it comes to."""
+    if view in ("", AVERAGED):
+        return 0
+    return DRAWS if random else 1
 
 
 def _together(queries: list[Query], meter: Meter) -> list[tuple[Query, Answer]]:

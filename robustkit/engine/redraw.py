@@ -35,6 +35,13 @@ class Redrawn:
     broken: Mask
     forwards: Labels
 
+    def replaced(self, mask: Mask, other: Redrawn) -> Redrawn:
+        """Return these with the others where the mask is; forwards and what broke add up."""
+        fields = {name: value.masked_scatter(mask, getattr(other, name)) for name, value in vars(self).items()}
+        fields["broken"] = self.broken | fields["broken"]
+        fields["forwards"] = self.forwards + fields["forwards"] * mask
+        return Redrawn(**fields)
+
 
 def redraw(answer: Callable[[Images], Logits], x: Images, labels: Labels) -> Redrawn:
     """Ask a random model again and again until it is known whether it is right more often than not.

@@ -30,7 +30,7 @@ class Together:
         n, rows = x.shape[:2]
         self.forwards += n * rows
         if x.requires_grad:
-            x = CountBackward.apply(x.flatten(0, 1), self).view_as(x)
+            x = CountBackward.apply(x.flatten(0, 1), self, 1).view_as(x)
         logits: Tensor = torch.vmap(self._one)(self._parameters, self._buffers, x)
         return logits
 

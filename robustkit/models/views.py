@@ -55,10 +55,10 @@ def views(model: Classifier, x: Images) -> Views:
     with own_randomness("views"), _still(model):
         found = Views()
         deployed = _plain(model, x)
-        random = _differ(deployed, _plain(model, x))
+        random = draws(model, x)
         labels = deployed.argmax(1)
         own = _slopes(model, x, labels)
-        kept = [] if random or own is None else [own]
+        kept = [] if own is None else [own]
         look = _look(model, x)
         bends = () if look is None else tuple(look.bends)
         for name, view in _candidates(model, x, bends, random or (look is not None and look.drew)):
@@ -152,6 +152,11 @@ class Smooth:
     draws: int = DRAWS
     sigma: float = SIGMA
 
+    @property
+    def passes(self) -> int:
+        """How many passes through the model an answer takes."""
+        return self.draws
+
     def __call__(self, x: Images) -> Logits:
         """Return the logits of x."""
         answers = [self.view(self._noisy(x)) for _ in range(self.draws)]
@@ -159,6 +164,8 @@ class Smooth:
 
     def _noisy(self, x: Images) -> Images:
         """Return a noisy copy on [0, 1]; what is cut off has its gradient still."""
+        if not self.sigma:
+            return x
         return through((x + self.sigma * torch.randn_like(x)).clamp(0, 1), x)
 
 
@@ -247,15 +254,19 @@ def _plain(view: View, x: Images) -> Logits:
         return view(x)
 
 
-def _differ(one: Logits, other: Logits) -> bool:
-    """Return whether two answers differ by more than rounding."""
+def draws(view: View, x: Images) -> bool:
+    """Return whether two answers for x (B C H W) differ by more than rounding."""
+    one, other = _plain(view, x), _plain(view, x)
     return bool((one - other).abs().max() > NOISE * one.abs().max())
 
 
 def _slopes(view: View, x: Images, labels: Tensor) -> list[Tensor] | None:
-    """Return the gradients of cross-entropy and margin (B P); None from a view that is of no use."""
+    """Return the gradients of cross-entropy and margin (B P); None from a view that is of no use.
+
+    Dice fall alike in all views.
+    """
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), own_randomness("slopes"):
             images = x.clone().requires_grad_()
             logits = view(images)
             if logits.shape[0] != len(x) or logits.dim() != 2 or not logits.requires_grad:

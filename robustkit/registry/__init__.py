@@ -15,6 +15,7 @@ from robustkit.registry.making import make, make_method, make_technique, spec
 from robustkit.registry.marks import Info, attack, defense, method, recipe, suite, technique
 from robustkit.registry.texts import (
     DEFAULT_SUITE,
+    DRAWN,
     VIEWS,
     Rung,
     parse_attack,
@@ -25,6 +26,7 @@ from robustkit.registry.texts import (
 
 __all__ = [
     "DEFAULT_SUITE",
+    "DRAWN",
     "VIEWS",
     "Entry",
     "Field",

@@ -13,24 +13,20 @@ from robustkit.registry.entries import catalog, find
 from robustkit.registry.making import convert, make, make_method, make_technique, spec
 
 DEFAULT_SUITE = "auto"
-# What a model's gradients may be replaced by (`robustkit.models.views`), in the order of what they promise.
-VIEWS = (
+# What a model's gradients may be replaced by (`robustkit.models.views`), in the order of what they promise; where
+# the model is random, also by means over draws.
+DRAWN = (
     "own",
     "mended",
     "loosened",
     "inner-logits",
-    "calm",
-    "averaged",
     "mean-logit",
     "mean-log-probability",
     "top-k",
     "soft-top-k",
     "straight-through",
-    "members",
-    "stack",
-    "frozen",
-    "smooth",
 )
+VIEWS = (*DRAWN, "members", "stack", "calm", "frozen", "smooth", *(f"averaged-{view}" for view in DRAWN))
 
 
 @dataclass(frozen=True)

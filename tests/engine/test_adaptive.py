@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -10,8 +12,13 @@ from torch import nn
 
 from robustkit import evaluate
 from robustkit.aggregation import parse_aggregator
+from robustkit.engine.judge import judge
+from robustkit.engine.lookout import look
+from robustkit.engine.meter import Meter
 from robustkit.engine.redraw import LEAST, MOST, redraw
 from robustkit.goal import Goal
+from robustkit.models import as_classifier
+from robustkit.models.views import DRAWS
 from robustkit.registry import make
 from robustkit.rng import RowRng
 from robustkit.threat import ThreatModel
@@ -154,7 +161,7 @@ def test_the_verdict_on_a_random_model_is_by_majority() -> None:
     """Three accuracies are told, and each fooling image is wrong in most fresh draws."""
     net = Noisy()
     x, y = labelled(net.net)
-    report = evaluate(net, x, y, EPS, suite=f"{QUICK},{QUICK}@averaged")
+    report = evaluate(net, x, y, EPS, suite=f"{QUICK},{QUICK}@averaged-mended")
     assert report.draws is not None
     assert report.draws.majority == report.robust_accuracy
     assert 0 <= report.draws.mean <= 1
@@ -167,6 +174,44 @@ def test_the_verdict_on_a_random_model_is_by_majority() -> None:
     assert wrong.mean() > 0.55
     assert "randomised" in {flag.code for flag in report.flags}
     assert type(report).from_json(report.to_json()).draws == report.draws
+
+
+class Shaken(Ensemble):
+    """An ensemble that draws, and offers a view that does not."""
+
+    def stacked(self, x: torch.Tensor) -> torch.Tensor:
+        return super().stacked(x + 0.05 * torch.randn_like(x))
+
+    def views(self) -> dict[str, nn.Module]:
+        return {"still": self.members[0]}
+
+
+def test_views_of_a_random_model_are_means_over_draws_where_they_draw() -> None:
+    model, x = as_classifier(Shaken("crossmax").eval()), labelled(Small())[0]
+    drawn, steady = look(model, x, random=True).views, look(as_classifier(Ensemble("crossmax")), x, False).views
+    assert {"own", "averaged-mended", "averaged-mean-logit", "calm", "frozen"} <= drawn.keys()
+    assert "averaged-own" not in drawn
+    assert not any(name.startswith("averaged") for name in steady)
+    meter = Meter(model, torch.device("cpu"))
+    meter.views = drawn
+    passes = meter.passes("averaged-mean-logit")
+    # The ensemble's, and that without its dice.
+    assert sorted(passes) == [1, DRAWS]
+    torch.manual_seed(0)
+    one = drawn["mean-logit"][passes.index(DRAWS)]
+    several = torch.stack([one(x) for _ in range(DRAWS)]).mean(0)
+    torch.manual_seed(0)
+    torch.testing.assert_close(drawn["averaged-mean-logit"][passes.index(DRAWS)](x), several)
+
+
+def test_where_a_suite_has_the_mean_over_draws_it_goes_without_single_ones() -> None:
+    x, y = labelled(Ensemble("crossmax"))
+    suite = f"{QUICK}@mean-logit,{QUICK}@averaged-mean-logit,{QUICK}"
+    for net, idle in ((Shaken("crossmax"), 1), (Ensemble("crossmax"), 2)):
+        report = evaluate(net, x, y, EPS, suite=suite)
+        assert [not stage.forwards for stage in report.stages[1:3]] == [idle == 1, idle == 2]
+    alone = evaluate(Shaken("crossmax"), x, y, EPS, suite=f"{QUICK}@mean-logit")
+    assert alone.stages[1].forwards
 
 
 @pytest.mark.parametrize(("share", "least", "most"), [(1.0, LEAST, LEAST), (0.0, LEAST, LEAST), (0.5, 30, MOST)])
@@ -183,3 +228,25 @@ def test_draws_go_on_only_while_the_majority_is_open(share, least, most) -> None
     torch.testing.assert_close(told.right.mean(), torch.tensor(share, dtype=torch.float64), atol=0.08, rtol=0)
     if share in (0, 1):
         assert (told.prediction == (1 - int(share))).all()
+
+
+def test_who_is_fooled_by_luck_is_asked_again() -> None:
+    """A share of draws that made a point a success is not the share that is told: that is of other draws."""
+    asked = [0, 0, 0]
+
+    def answer(x: torch.Tensor) -> torch.Tensor:
+        right = []
+        for row in (x[:, 0, 0, 0] * 4).int().tolist():
+            asked[row] += 1
+            # The first is wrong at first, and right twice in three from then on.
+            right.append([asked[0] > LEAST and asked[0] % 3 > 0, False, True][row])
+        return torch.stack([torch.tensor(right).float(), torch.full((len(x),), 0.5)], 1)
+
+    x = torch.tensor([0.0, 0.25, 0.5]).view(3, 1, 1, 1).expand(3, 1, 2, 5)
+    labels, threat = torch.zeros(3, dtype=torch.int64), ThreatModel.parse("linf:0.1")
+    told = judge(SimpleNamespace(random=True, exact=answer), x, labels, x, threat)
+    assert told.fooled.tolist() == [False, True, False]
+    assert told.right[0] > 0.6
+    assert told.right[1:].tolist() == [0.0, 1.0]
+    assert asked[0] > 2 * LEAST
+    assert told.forwards.tolist() == asked == [asked[0], 2 * LEAST, LEAST]

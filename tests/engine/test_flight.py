@@ -20,6 +20,7 @@ from robustkit.engine.meter import Meter
 from robustkit.engine.passengers import Boarding
 from robustkit.goal import Goal
 from robustkit.models import as_classifier
+from robustkit.models.views import Smooth
 from robustkit.record import Report
 from robustkit.registry import Rung, parse_suite
 from robustkit.rng import RowRng
@@ -208,6 +209,52 @@ def test_every_job_and_step_has_its_own_dice() -> None:
     expected = [threat.random_start(x, rng.at(restart=job, step=step)) for job in (0, 1) for step in (0, 1, 2)]
     assert len(asked) == len(expected)
     assert all(torch.equal(a, b) for a, b in zip(asked, expected, strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Shifted(RowWise):
+    """Asks again and again at one distance from the image."""
+
+    by: float
+    steps: int = 20
+
+    def init(self, rows: Rows) -> State:
+        return {"x": rows.x + self.by}
+
+    def step(self, rows: Rows, state: State, answer: Answer) -> State:
+        return state
+
+
+class Luck(torch.nn.Module):
+    """Sure of the first class: more so in brighter images, but there the dice may speak against it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        moved = x.flatten(1).mean(1) - 0.5
+        margin = 1 + torch.where(moved > 0, moved, 4 * moved) + 8 * moved.clamp(min=0) * torch.randn(len(x))
+        return torch.stack([margin, torch.zeros_like(margin)], 1)
+
+
+@pytest.mark.parametrize("view", ["", "averaged-mended", "loosened"])
+@pytest.mark.parametrize("order", [(0.2, -0.2), (-0.2, 0.2)])
+def test_the_nearest_point_of_a_random_model_is_not_the_luckiest(order: tuple[float, ...], view: str) -> None:
+    """Single draws at the brighter point are wrong at times, but the darker one is nearer on average."""
+    model = as_classifier(Luck())
+    meter = Meter(model, torch.device("cpu"))
+    meter.random = True
+    meter.views = {"averaged-mended": [Smooth(model, sigma=0)], "loosened": [Smooth(model, draws=3), model]}
+    x = torch.full((6, 1, 4, 5), 0.5)
+    attacks = [Rung(Shifted(order[0])), Rung(Shifted(order[1]), view)]
+    torch.manual_seed(0)
+    flight = Flight(
+        meter, ThreatModel.parse("linf:0.2"), attacks, ["a", "b"], 0, 8, once(x, torch.arange(6), 1.0), mend
+    )
+    (landed,) = (part for group in flight.run() for part in group)
+    assert not landed.judged.fooled.any()
+    torch.testing.assert_close(landed.judged.x, x - 0.2)
+    torch.testing.assert_close(landed.judged.margin, torch.full((6,), 0.2).double())
+    # Means over draws are not so often wrong.
+    assert view or landed.judged.refused.all()
+    assert landed.spent.sum((0, 1)).tolist() == [meter.forwards, meter.backwards]
 
 
 def test_a_refused_claim_goes_on() -> None:

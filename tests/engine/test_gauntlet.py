@@ -57,11 +57,7 @@ def told(report: Report) -> set[str]:
     return {flag.code for flag in report.flags}
 
 
-# With 32 images it holds (13 robust, of which the bare net has 16), with 24 it does not (15 of 12).
-OPEN = {"completed": pytest.mark.xfail(reason="attacks on views of random images differ from run to run")}
-
-
-@pytest.mark.parametrize("name", [pytest.param(name, marks=OPEN.get(name, ())) for name in AROUND])
+@pytest.mark.parametrize("name", AROUND)
 def test_no_mask_hides_what_the_net_beneath_does_not_withstand(name: str) -> None:
     defense = Behind(plain(), AROUND[name])
     found = judged(defense, "auto")
