@@ -196,8 +196,7 @@ class Draws:
     """A random model's robust accuracy three ways, each by fresh draws at the points that the attacks found.
 
     `one` is by a single draw, `mean` the mean share of draws that are right, `majority` counts the images that
-    are right more often than not: the run's own. A search ends once the majority is wrong, so that one after the
-    mean would bring `one` and `mean` down further. `gap` is how much higher the mean is than what an attack is
+    are right more often than not: the run's own. `gap` is how much higher the mean is than what an attack is
     told that takes one wrong draw for a success.
     """
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from robustkit import losses
+from robustkit.engine.deepen import STEPS, deeper, way
 from robustkit.engine.judge import Judged, judge
 from robustkit.engine.lane import Lane
 from robustkit.engine.lookout import offered
@@ -26,10 +27,11 @@ from robustkit.engine.passengers import Boarding, Landed
 from robustkit.engine.queries import Query, answers, looks
 from robustkit.engine.table import Table
 from robustkit.goal import Goal
+from robustkit.models.views import DRAWS
 from robustkit.registry import Rung
 from robustkit.rng import RowRng
 from robustkit.rows import Answer, Rows, rank
-from robustkit.shapes import Logits
+from robustkit.shapes import Images, Labels, Logits, PerRow
 from robustkit.threat import ThreatModel, per_row
 
 T = TypeVar("T")
@@ -305,7 +307,7 @@ class Flight:
             every = lane.with_parked(table.select(np.flatnonzero(gone)).with_state({}), samples).folded()
             at = np.searchsorted(every.host["position"], landing.host["position"])
             landing.host["spent"] = every.host["spent"][at]
-        self._land(landing, lane.number, judged.select(mask))
+        self._land(landing, lane.number, self._deepened(lane, landing, judged.select(mask)))
         return gone
 
     def _judge(self, tables: list[Table]) -> list[Judged | None]:
@@ -330,16 +332,43 @@ class Flight:
         if not self.meter.random or not len(table):
             return
         part = table.device
-
-        def margin() -> Tensor:
-            return losses.margin(self.meter.exact(part["best"]), part["labels"]).double()
-
-        score = torch.stack([self._tried(margin) for _ in range(WEIGHED)]).mean(0)
+        score = self._mean_margin(part["best"], part["labels"])
         nearer = score > part["past"][:, 1]
         part["best"] = torch.where(per_row(nearer, part["x"]), part["best"], part["anchor"])
         part["anchor"], part["nearest"] = part["best"], torch.where(nearer, score, part["past"][:, 1])
         part["refused"] = torch.minimum(part["refused"], part["nearest"])
         table.host["spent"][:, -1, 0] += WEIGHED
+
+    def _mean_margin(self, point: Images, labels: Labels) -> PerRow:
+        """Return how far points are beyond the boundary, on the mean of fresh draws."""
+
+        def margin() -> Tensor:
+            return losses.margin(self.meter.exact(point), labels).double()
+
+        return torch.stack([self._tried(margin) for _ in range(WEIGHED)]).mean(0)
+
+    def _deepened(self, lane: Lane, landing: Table, judged: Judged) -> Judged:
+        """Of a random model go on from points where it is right at times, and judge those that come further."""
+        open_rows = (judged.right > 0).nonzero()[:, 0]
+        if not self.meter.random or not len(open_rows):
+            return judged
+        view = way(lane.view, self.meter.views)
+        passes = self.meter.passes(view)[0] if view else DRAWS
+        x, labels, point = (of[open_rows] for of in (landing.device["x"], landing.device["labels"], judged.x))
+
+        def answer(images: Images) -> Tensor:
+            ask = self.meter.through(view)
+            return ask(images) if view else torch.stack([ask(images) for _ in range(DRAWS)]).mean(0)
+
+        further = self._tried(lambda: deeper(answer, x, labels, point, self.threat))
+        better = self._mean_margin(further, labels) > self._mean_margin(point, labels)
+        told = self._tried(lambda: judge(self.meter, x, labels, further, self.threat))
+        better = better & told.fooled
+        spent = landing.host["spent"][open_rows.cpu().numpy(), lane.number]
+        spent += STEPS * passes
+        spent[:, 0] += 2 * WEIGHED + told.forwards.cpu().numpy()
+        landing.host["spent"][open_rows.cpu().numpy(), lane.number] = spent
+        return judged.replaced(open_rows[better], told.select(better.cpu().numpy()))
 
     def _arrive(self, table: Table) -> None:
         """Land what has withstood everything, judged at its best point."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from robustkit import losses
 from robustkit.engine.meter import Meter
@@ -41,6 +42,11 @@ class Judged:
         """Return these rows."""
         index = torch.from_numpy(mask).to(self.fooled.device)
         return Judged(*(value[index] for value in vars(self).values()))
+
+    def replaced(self, index: Tensor, other: Judged) -> Judged:
+        """Return these with the others at these positions."""
+        pairs = zip(vars(self).values(), vars(other).values(), strict=True)
+        return Judged(*(mine.index_copy(0, index, its) for mine, its in pairs))
 
 
 def judge(

@@ -77,10 +77,9 @@ def notes(report: Report) -> list[str]:
         ]
     if draws := report.draws:
         lines += [
-            f"\nrandom model: right more often than not {percent(draws.majority.value)}, as above. A search ends "
-            f"where it has won that; at these points, by one draw {percent(draws.one.value)} "
-            f"({interval(draws.one)}), on average over draws {percent(draws.mean)}; counting one wrong draw on the "
-            f"way as a success would say {percent(draws.mean - draws.gap)}"
+            f"\nrandom model: right more often than not {percent(draws.majority.value)}, as above; by one draw "
+            f"{percent(draws.one.value)} ({interval(draws.one)}), on average over draws {percent(draws.mean)}; "
+            f"counting one wrong draw on the way as a success would say {percent(draws.mean - draws.gap)}"
         ]
     if audit := report.audit:
         spent = (audit.cost.forwards + audit.cost.backwards) / max(len(audit.audited), 1)

@@ -257,6 +257,36 @@ def test_the_nearest_point_of_a_random_model_is_not_the_luckiest(order: tuple[fl
     assert landed.spent.sum((0, 1)).tolist() == [meter.forwards, meter.backwards]
 
 
+class Faded(torch.nn.Module):
+    """The less sure of the first class the brighter the image, and never quite sure of anything."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        margin = 2 - 8 * (x.flatten(1).mean(1) - 0.5) + torch.randn(len(x))
+        return torch.stack([margin, torch.zeros_like(margin)], 1)
+
+
+@pytest.mark.parametrize("view", ["", "averaged-mended"])
+def test_who_wins_against_a_random_model_goes_on(view: str) -> None:
+    """The point that won is right in four of ten draws, the one that is told of in one of ten."""
+    model = as_classifier(Faded())
+    meter = Meter(model, torch.device("cpu"))
+    meter.random, meter.views = True, {"averaged-mended": [Smooth(model, draws=5, sigma=0)]}
+    x = torch.full((16, 1, 4, 5), 0.5)
+    torch.manual_seed(0)
+    boarding = once(x, torch.arange(16), 2.0)
+    attacks = [Rung(Shifted(0.28, steps=60), view)]
+    flight = Flight(meter, ThreatModel.parse("linf:0.4"), attacks, ["a"], 0, 16, boarding, mend)
+    landed = [part for group in flight.run() for part in group]
+    fooled = torch.cat([part.judged.fooled for part in landed])
+    assert fooled.sum() > 8
+    torch.testing.assert_close(
+        torch.cat([part.judged.x for part in landed])[fooled], x[: fooled.sum()] + 0.4, atol=0.03, rtol=0
+    )
+    assert torch.cat([part.judged.right for part in landed])[fooled].mean() < 0.2
+    spent = np.concatenate([part.spent for part in landed]).sum((0, 1))
+    assert spent.tolist() == [meter.forwards, meter.backwards]
+
+
 def test_a_refused_claim_goes_on() -> None:
     net = Rounded()
     model = as_classifier(net)
