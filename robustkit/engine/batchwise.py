@@ -177,7 +177,7 @@ class BatchWise:
         refuse_answers(logits, labels, positions)
         y = torch.from_numpy(labels).to(x.device)
         # An exact answer to the clean image is known already, but for a random model.
-        judged = judge(self.meter, x, y, x, self.threat, logits)
+        judged = judge(self.meter, x, y, x, self.threat, logits, chosen=False)
         rows = zip(self.scribe.verdicts(judged, positions, labels), image_hashes(x), strict=True)
         return [replace(verdict, image=image, adversarial=None, struck=None) for verdict, image in rows], []
 

@@ -18,6 +18,8 @@ from robustkit.threat import ThreatModel
 STEPS = 20
 # Of eps: the first step's size; the others fall along a cosine.
 LARGEST_STEP = 0.25
+# In l1, the share of coordinates that a step is spread over.
+DENSITY = 0.02
 # Of views: means over draws, the likeliest to lead on first.
 AVERAGED = ("averaged-mean-logit", "averaged-mended")
 
@@ -40,5 +42,5 @@ def deeper(
             at = point.detach().requires_grad_()
             slope = torch.autograd.grad(losses.ce(answer(at), labels).sum(), at)[0]
         size = LARGEST_STEP * threat.radius * 0.5 * (1 + math.cos(math.pi * step / STEPS))
-        point = threat.retract(point + size * threat.ascent(losses.finite(slope)), x)
+        point = threat.retract(point + size * threat.ascent(losses.finite(slope), density=DENSITY), x)
     return point

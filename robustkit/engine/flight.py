@@ -8,7 +8,7 @@ past decides; so its verdict does not depend on who else is on board.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TypeVar
@@ -49,6 +49,7 @@ class Flight:
     may pass between two looks at the device. `wide` flights do all jobs of an attack at a sample at once, where
     others do so in the last resorts alone: fewer steps for few samples. Where the model is `steady`, giving one
     answer to an image, an attempt's last query is made in float32 at once, and that answer is the verdict on it.
+    `suite` names the views that the whole suite attacks.
     """
 
     meter: Meter
@@ -62,6 +63,7 @@ class Flight:
     pace: int = 1
     wide: bool = False
     steady: bool = False
+    suite: Collection[str] = ()
     steps: int = 0
     filled: int = 0
     refused: int = 0
@@ -163,7 +165,7 @@ class Flight:
         if number == len(self.lanes):
             return self._arrive(table)
         lane = self.lanes[number]
-        absent = not offered(lane.view, self.meter.views, [rung.view for rung in self.rungs])
+        absent = not offered(lane.view, self.meter.views, self.suite)
         luck = lane.attack.second_opinion and self.meter.random
         if absent or luck or (lane.attack.last_resort and self.meter.rounding):
             return self._enter(number + 1, table)
@@ -329,15 +331,24 @@ class Flight:
 
     def _weigh(self, table: Table) -> None:
         """Of a random model keep the nearest point by the mean of fresh draws, not by the luckiest of many."""
-        if not self.meter.random or not len(table):
-            return
         part = table.device
-        score = self._mean_margin(part["best"], part["labels"])
-        nearer = score > part["past"][:, 1]
-        part["best"] = torch.where(per_row(nearer, part["x"]), part["best"], part["anchor"])
-        part["anchor"], part["nearest"] = part["best"], torch.where(nearer, score, part["past"][:, 1])
+        moved = (part["best"] != part["anchor"]).flatten(1).any(1).nonzero()[:, 0]
+        if not self.meter.random or not len(moved):
+            return
+        points = torch.stack([part["anchor"][moved], part["best"][moved]])
+        scores = self._mean_margin(points.flatten(0, 1), part["labels"][moved].repeat(2)).view(2, -1)
+        score, better = scores.max(0)
+        nearest = torch.where(per_row(better > 0, points[1]), points[1], points[0])
+        part["best"] = part["best"].index_copy(0, moved, nearest)
+        part["anchor"], part["nearest"] = part["best"], part["nearest"].index_copy(0, moved, score)
         part["refused"] = torch.minimum(part["refused"], part["nearest"])
-        table.host["spent"][:, -1, 0] += WEIGHED
+        self._bill(table, moved.cpu().numpy(), 2 * WEIGHED)
+
+    def _bill(self, table: Table, index: np.ndarray, forwards: int | np.ndarray) -> None:
+        """Put forwards on the account of the last attack that these rows were in."""
+        ran = table.host["spent"][index, :, 0] > 0
+        last = np.where(ran.any(1), ran.shape[1] - 1 - ran[:, ::-1].argmax(1), 0)
+        table.host["spent"][index, last, 0] += forwards
 
     def _mean_margin(self, point: Images, labels: Labels) -> PerRow:
         """Return how far points are beyond the boundary, on the mean of fresh draws."""
@@ -345,21 +356,20 @@ class Flight:
         def margin() -> Tensor:
             return losses.margin(self.meter.exact(point), labels).double()
 
-        return torch.stack([self._tried(margin) for _ in range(WEIGHED)]).mean(0)
+        found = torch.stack([self._tried(margin) for _ in range(WEIGHED)]).mean(0)
+        return torch.where(found.isnan(), -torch.inf, found)
 
     def _deepened(self, lane: Lane, landing: Table, judged: Judged) -> Judged:
         """Of a random model go on from points where it is right at times, and judge those that come further."""
         open_rows = (judged.right > 0).nonzero()[:, 0]
-        if not self.meter.random or not len(open_rows):
-            return judged
         view = way(lane.view, self.meter.views)
+        seeing = not lane.attack.blind and (view or self.meter.differentiable)
+        if not self.meter.random or not seeing or not len(open_rows):
+            return judged
         passes = self.meter.passes(view)[0] if view else DRAWS
         x, labels, point = (of[open_rows] for of in (landing.device["x"], landing.device["labels"], judged.x))
 
-        def answer(images: Images) -> Tensor:
-            ask = self.meter.through(view)
-            return ask(images) if view else torch.stack([ask(images) for _ in range(DRAWS)]).mean(0)
-
+        answer = self.meter.through(view) if view else self.meter.mean
         further = self._tried(lambda: deeper(answer, x, labels, point, self.threat))
         better = self._mean_margin(further, labels) > self._mean_margin(point, labels)
         told = self._tried(lambda: judge(self.meter, x, labels, further, self.threat))
@@ -375,7 +385,7 @@ class Flight:
         self._weigh(table)
         part = table.device
         judged = self._tried(lambda: judge(self.meter, part["x"], part["labels"], part["best"], self.threat))
-        table.host["spent"][:, -1, 0] += judged.forwards.cpu().numpy()
+        self._bill(table, np.arange(len(table)), judged.forwards.cpu().numpy())
         self._land(table, len(self.lanes) - 1, judged)
 
     def _land(self, table: Table, stage: int, judged: Judged) -> None:

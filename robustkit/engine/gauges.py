@@ -53,9 +53,11 @@ class Counting(Meter):
         """Forwards, backwards and passes so far."""
         return np.array([self.forwards, self.backwards, self.calls])
 
-    def _in_pieces(self, x: Images, differentiable: bool, net: Callable[[Images], torch.Tensor]) -> torch.Tensor:
-        self.calls += 1 if self.piece is None else math.ceil(len(x) / self.piece)
-        return super()._in_pieces(x, differentiable, net)
+    def _in_pieces(
+        self, x: Images, differentiable: bool, net: Callable[[Images], torch.Tensor], passes: int = 1
+    ) -> torch.Tensor:
+        self.calls += passes * (1 if self.piece is None else math.ceil(len(x) / max(self.piece // passes, 1)))
+        return super()._in_pieces(x, differentiable, net, passes)
 
     def speed(self, x: Images, most: int, limit: float) -> Speed:
         """Return the model's speed, by batches of x that double up to `most` while half of `limit` is enough.

@@ -50,11 +50,19 @@ class Judged:
 
 
 def judge(
-    meter: Meter, x: Images, labels: Labels, found: Images, threat: ThreatModel, known: Logits | None = None
+    meter: Meter,
+    x: Images,
+    labels: Labels,
+    found: Images,
+    threat: ThreatModel,
+    known: Logits | None = None,
+    *,
+    chosen: bool = True,
 ) -> Judged:
     """Project what an attack found for the clean images x onto ball and box, and ask the model again.
 
-    `known` (B K) are float32 answers at the points where there is one already, NaN elsewhere.
+    `known` (B K) are float32 answers at the points where there is one already, NaN elsewhere. Points that were
+    `chosen` of many may have been so by luck: a success against a random model is then confirmed by fresh draws.
 
     Raises:
         RunError: if the attack returned another shape.
@@ -67,7 +75,7 @@ def judge(
     point = threat.project(found, x)
     moved = (point != found).flatten(1).any(1)
     if meter.random:
-        return _redrawn(meter, point, labels)
+        return _redrawn(meter, point, labels, chosen)
     if known is None:
         unknown, logits = torch.ones_like(moved), meter.exact(point)
     else:
@@ -86,14 +94,11 @@ def judge(
     return Judged(point, prediction, margin, fooled, refused, broken, cost, right.double(), right)
 
 
-def _redrawn(meter: Meter, point: Images, labels: Labels) -> Judged:
-    """Judge by draws: fooled is a model that is wrong more often than right, and once more by other draws.
-
-    An attack brings many points; some would be taken by luck, and their share of right draws be too low.
-    """
+def _redrawn(meter: Meter, point: Images, labels: Labels, chosen: bool) -> Judged:
+    """Judge by draws: fooled is a model that is more often wrong, at chosen points by other draws as well."""
     told = redraw(meter.exact, point, labels)
     fooled = (told.right < 0.5) & ~told.broken
-    if fooled.any():
+    if chosen and fooled.any():
         told = told.replaced(fooled, redraw(meter.exact, point[fooled], labels[fooled]))
         fooled = fooled & (told.right < 0.5) & ~told.broken
     none = torch.zeros_like(fooled)

@@ -35,7 +35,7 @@ class Outlook:
 
 def look(model: Classifier, x: Images, random: bool) -> Outlook:
     """Return what a model offers to climb on beside its own gradients, by the images x (B C H W)."""
-    offer = views(model, x)
+    offer = views(model, x, random=random)
     sorted_in: dict[str, list[Callable[[Images], Tensor]]] = {}
     for name, view in offer.items():
         # Of a hand-written ensemble, and without its dice, the parts are called as those of a declared one.
@@ -45,10 +45,11 @@ def look(model: Classifier, x: Images, random: bool) -> Outlook:
     part = ensemble(model)
     if part is not None:
         sorted_in["stack"] = [Stacked(model, part)]
-    for name in DRAWN if random else ():
-        averaged = [_averaged(view, x) for view in sorted_in.get(name, [Mended(model)] * (name == "mended"))]
-        if any(isinstance(view, Smooth) for view in averaged):
-            sorted_in[f"averaged-{name}"] = averaged
+    if random:
+        means = {name: [_averaged(view, x) for view in sorted_in.get(name, ())] for name in DRAWN}
+        means["mended"] = means["mended"] or [Smooth(Mended(model), sigma=0.0)]
+        drawn = {name: parts for name, parts in means.items() if any(isinstance(part, Smooth) for part in parts)}
+        sorted_in |= {f"averaged-{name}": parts for name, parts in drawn.items()}
     places = {f"{mend.where or 'the model'} {mend.what}" for mend in offer.mends}
     return Outlook(sorted_in, sorted(places))
 
@@ -56,7 +57,7 @@ def look(model: Classifier, x: Images, random: bool) -> Outlook:
 def _averaged(view: Callable[[Images], Tensor], x: Images) -> Callable[[Images], Tensor]:
     """Return the mean of a view over draws; the view where it draws nothing."""
     with own_randomness("averaged"):
-        return Smooth(view, sigma=0.0) if draws(view, x[:2]) else view
+        return Smooth(view, sigma=0.0) if draws(view, x) else view
 
 
 def offered(view: str, views: Collection[str], suite: Collection[str]) -> bool:

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from robustkit.engine.folding import folded
 from robustkit.models.classifier import Classifier
 from robustkit.models.mixture import Mixture
+from robustkit.models.views import Smooth
 from robustkit.shapes import Images, Logits
 
 TINY = 1 << 20
@@ -84,6 +85,10 @@ class Meter:
         """
         return partial(self._counted, net=self.views[view][number]) if view else self
 
+    def mean(self, x: Images) -> Logits:
+        """Return the mean of several answers to x, of which a random model draws each anew."""
+        return self._counted(x, Smooth(self._net, sigma=0.0))
+
     def passes(self, view: str) -> list[int]:
         """Return how many passes through the model an answer of each part of a view takes."""
         return [getattr(part, "passes", 1) for part in self.views[view]] if view else [1]
@@ -95,7 +100,7 @@ class Meter:
         differentiable = torch.is_grad_enabled() and x.requires_grad
         if differentiable:
             x = CountBackward.apply(x, self, passes)
-        logits = self._in_pieces(x, differentiable, net)
+        logits = self._in_pieces(x, differentiable, net, passes)
         if differentiable and not logits.requires_grad:
             self.detached = True
             logits = logits + (0 * x.flatten(1).sum(1)).view(-1, *[1] * (logits.dim() - 1))
@@ -221,10 +226,14 @@ class Meter:
             torch.cuda.synchronize(self.device)
         return time.perf_counter() - begun, logits.detach()
 
-    def _in_pieces(self, x: Images, differentiable: bool, net: Callable[[Images], Tensor]) -> Tensor:
-        if self.piece is None or len(x) <= self.piece:
+    def _in_pieces(
+        self, x: Images, differentiable: bool, net: Callable[[Images], Tensor], passes: int = 1
+    ) -> Tensor:
+        # Several passes of an answer keep a graph each.
+        piece = None if self.piece is None else max(self.piece // passes, 1)
+        if piece is None or len(x) <= piece:
             return net(x)
-        pieces = torch.split(x, self.piece)
+        pieces = torch.split(x, piece)
         if differentiable:
             return torch.cat([checkpoint(net, piece, use_reentrant=False) for piece in pieces])
         return torch.cat([net(piece) for piece in pieces])

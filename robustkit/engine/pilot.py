@@ -15,12 +15,14 @@ import numpy as np
 from robustkit.engine.anytime import shuffled
 from robustkit.engine.batchwise import Work
 from robustkit.engine.evaluate import MOST_SLOTS, Evaluation
+from robustkit.engine.flight import WEIGHED
 from robustkit.engine.gauges import Counting, Memory, Over, Speed, Watch
 from robustkit.engine.lookout import offered
 from robustkit.engine.meter import TRIAL, Meter
 from robustkit.engine.passengers import Boarding, Landed
 from robustkit.engine.progress import Progress
 from robustkit.engine.queries import looks
+from robustkit.engine.redraw import MOST
 from robustkit.engine.tally import STANDS, Tally
 from robustkit.engine.worker import Worker
 from robustkit.errors import UsageError
@@ -303,11 +305,13 @@ def most_of(rungs: list[Rung], meter: Meter, norm: str) -> tuple[int, int, int] 
             return None
         answers = budget(classes, norm)
         passes = meter.passes(rung.view)
-        forwards = answers * (sum(passes) + len(passes) * looks(rung.view, random=meter.random))
         columns = classes if getattr(attack, "several", False) or attack.info.name in JACOBIANS else 1
+        seen = len(passes) * looks(rung.view, random=meter.random)
+        forwards, backwards = answers * (sum(passes) + seen), answers * sum(passes) * columns
         blind = getattr(attack, "blind", False) or attack.info.access == "score"
         wide = attack.length(norm) + 1 if getattr(attack, "last_resort", False) else answers
-        # One more of each for the verdict.
-        total += [forwards + 1, 0 if blind else forwards * columns, wide + 1]
+        # More for a verdict; of a random model twice, and to compare its nearest points.
+        verdict = 2 * (MOST + WEIGHED) if meter.random else 1
+        total += [forwards + verdict, 0 if blind else backwards, wide * (sum(passes) + seen) + verdict]
     forwards, backwards, passes = total.tolist()
     return forwards, backwards, passes

@@ -148,6 +148,7 @@ class Worker(BatchWise):
             mend=self._mend,
             pace=PACE if self.meter.device.type == "cuda" else 1,
             wide=bool(spent),
+            suite=[rung.view for rung in self.rungs],
             steady=not (self.meter.random or UNSTEADY & self.tally.flags.keys()),
         )
         flight.take(aboard)

@@ -279,9 +279,9 @@ def test_who_wins_against_a_random_model_goes_on(view: str) -> None:
     landed = [part for group in flight.run() for part in group]
     fooled = torch.cat([part.judged.fooled for part in landed])
     assert fooled.sum() > 8
-    torch.testing.assert_close(
-        torch.cat([part.judged.x for part in landed])[fooled], x[: fooled.sum()] + 0.4, atol=0.03, rtol=0
-    )
+    # But for one that chance let win by all of eight draws.
+    came = (torch.cat([part.judged.x for part in landed])[fooled] - 0.5).flatten(1).amin(1)
+    assert (came > 0.37).double().mean() > 0.7
     assert torch.cat([part.judged.right for part in landed])[fooled].mean() < 0.2
     spent = np.concatenate([part.spent for part in landed]).sum((0, 1))
     assert spent.tolist() == [meter.forwards, meter.backwards]
