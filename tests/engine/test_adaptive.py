@@ -204,6 +204,29 @@ def test_views_of_a_random_model_are_means_over_draws_where_they_draw() -> None:
     torch.testing.assert_close(drawn["averaged-mean-logit"][passes.index(DRAWS)](x), several)
 
 
+class Picking(Ensemble):
+    """One of two nets by a coin."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.members[int(torch.rand(()) < 0.5)](x)
+
+
+def test_a_model_of_few_outcomes_has_its_mean_whatever_the_coin_says() -> None:
+    model, x = as_classifier(Picking("logits")), labelled(Small())[0]
+    for seed in range(4):
+        torch.manual_seed(seed)
+        assert "averaged-mended" in look(model, x, random=True).views
+
+
+def test_scores_alone_stay_alone_on_a_random_model() -> None:
+    net = Noisy()
+    x, y = labelled(net.net)
+    report = evaluate(net, x, y, EPS, suite=f"{QUICK}@top-k,square(queries=60)")
+    _, absent, square = report.stages
+    assert (absent.forwards, absent.backwards, square.backwards) == (0, 0, 0)
+    assert square.fooled
+
+
 def test_where_a_suite_has_the_mean_over_draws_it_goes_without_single_ones() -> None:
     x, y = labelled(Ensemble("crossmax"))
     suite = f"{QUICK}@mean-logit,{QUICK}@averaged-mean-logit,{QUICK}"

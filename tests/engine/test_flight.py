@@ -257,6 +257,21 @@ def test_the_nearest_point_of_a_random_model_is_not_the_luckiest(order: tuple[fl
     assert landed.spent.sum((0, 1)).tolist() == [meter.forwards, meter.backwards]
 
 
+def test_a_point_that_stays_is_not_weighed_again() -> None:
+    """Nor are attacks billed that were not run."""
+    meter = Meter(as_classifier(Luck()), torch.device("cpu"))
+    meter.random = True
+    x = torch.full((4, 1, 4, 5), 0.5)
+    attacks = [Rung(Shifted(0.0, steps=3)), *[Rung(Shifted(0.0), "calm")] * 9]
+    flight = Flight(
+        meter, ThreatModel.parse("linf:0.2"), attacks, ["a", *"b" * 9], 0, 8, once(x, torch.arange(4), 1.0), mend
+    )
+    (landed,) = (part for group in flight.run() for part in group)
+    queries, verdict = 4, 8
+    assert landed.spent[:, 0, 0].tolist() == [queries + verdict] * 4
+    assert not landed.spent[:, 1:].any()
+
+
 class Faded(torch.nn.Module):
     """The less sure of the first class the brighter the image, and never quite sure of anything."""
 
