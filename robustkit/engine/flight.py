@@ -331,9 +331,11 @@ class Flight:
 
     def _weigh(self, table: Table) -> None:
         """Of a random model keep the nearest point by the mean of fresh draws, not by the luckiest of many."""
+        if not self.meter.random:
+            return
         part = table.device
         moved = (part["best"] != part["anchor"]).flatten(1).any(1).nonzero()[:, 0]
-        if not self.meter.random or not len(moved):
+        if not len(moved):
             return
         points = torch.stack([part["anchor"][moved], part["best"][moved]])
         scores = self._mean_margin(points.flatten(0, 1), part["labels"][moved].repeat(2)).view(2, -1)
@@ -361,14 +363,14 @@ class Flight:
 
     def _deepened(self, lane: Lane, landing: Table, judged: Judged) -> Judged:
         """Of a random model go on from points where it is right at times, and judge those that come further."""
-        open_rows = (judged.right > 0).nonzero()[:, 0]
         view = way(lane.view, self.meter.views)
-        seeing = not lane.attack.blind and (view or self.meter.differentiable)
-        if not self.meter.random or not seeing or not len(open_rows):
+        if not self.meter.random or lane.attack.blind or not (view or self.meter.differentiable):
+            return judged
+        open_rows = (judged.right > 0).nonzero()[:, 0]
+        if not len(open_rows):
             return judged
         passes = self.meter.passes(view)[0] if view else DRAWS
         x, labels, point = (of[open_rows] for of in (landing.device["x"], landing.device["labels"], judged.x))
-
         answer = self.meter.through(view) if view else self.meter.mean
         further = self._tried(lambda: deeper(answer, x, labels, point, self.threat))
         better = self._mean_margin(further, labels) > self._mean_margin(point, labels)

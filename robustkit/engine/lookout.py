@@ -47,7 +47,7 @@ def look(model: Classifier, x: Images, random: bool) -> Outlook:
         sorted_in["stack"] = [Stacked(model, part)]
     if random:
         means = {name: [_averaged(view, x) for view in sorted_in.get(name, ())] for name in DRAWN}
-        means["mended"] = means["mended"] or [Smooth(Mended(model), sigma=0.0)]
+        means["mended"] = [Smooth(view, sigma=0.0) for view in sorted_in.get("mended", [Mended(model)])]
         drawn = {name: parts for name, parts in means.items() if any(isinstance(part, Smooth) for part in parts)}
         sorted_in |= {f"averaged-{name}": parts for name, parts in drawn.items()}
     places = {f"{mend.where or 'the model'} {mend.what}" for mend in offer.mends}
