@@ -1,6 +1,7 @@
 """Of a random model: on from a point where it is wrong more often than not to one where it is wrong more often.
 
 A search for the majority ends at the first such point, whose mean share of right draws may be just below one half.
+The gradient is that of the mean over draws (expectation over transformation, arXiv:1802.00420).
 """
 
 from __future__ import annotations

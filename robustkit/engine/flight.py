@@ -376,10 +376,10 @@ class Flight:
         better = self._mean_margin(further, labels) > self._mean_margin(point, labels)
         told = self._tried(lambda: judge(self.meter, x, labels, further, self.threat))
         better = better & told.fooled
-        spent = landing.host["spent"][open_rows.cpu().numpy(), lane.number]
-        spent += STEPS * passes
-        spent[:, 0] += 2 * WEIGHED + told.forwards.cpu().numpy()
-        landing.host["spent"][open_rows.cpu().numpy(), lane.number] = spent
+        # Here the sample lands and the host waits for its verdict anyway.
+        index, spent = open_rows.cpu().numpy(), landing.host["spent"][:, lane.number]
+        spent[index] += STEPS * passes
+        spent[index, 0] += 2 * WEIGHED + told.forwards.cpu().numpy()
         return judged.replaced(open_rows[better], told.select(better.cpu().numpy()))
 
     def _arrive(self, table: Table) -> None:

@@ -46,9 +46,10 @@ def look(model: Classifier, x: Images, random: bool) -> Outlook:
     if part is not None:
         sorted_in["stack"] = [Stacked(model, part)]
     if random:
-        means = {name: [_averaged(view, x) for view in sorted_in.get(name, ())] for name in DRAWN}
-        means["mended"] = [Smooth(view, sigma=0.0) for view in sorted_in.get("mended", [Mended(model)])]
+        means = {name: [_averaged(view, x) for view in sorted_in[name]] for name in DRAWN if name in sorted_in}
         drawn = {name: parts for name, parts in means.items() if any(isinstance(part, Smooth) for part in parts)}
+        # The model itself is known to draw, though it may have answered alike for once.
+        drawn["mended"] = [Smooth(view, sigma=0.0) for view in sorted_in.get("mended", [Mended(model)])]
         sorted_in |= {f"averaged-{name}": parts for name, parts in drawn.items()}
     places = {f"{mend.where or 'the model'} {mend.what}" for mend in offer.mends}
     return Outlook(sorted_in, sorted(places))
