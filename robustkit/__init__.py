@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from robustkit.api import craft, diversity, evaluate, plan, train, verify
     from robustkit.data import load_data
     from robustkit.errors import RobustkitError, RunError, UsageError
-    from robustkit.models import load_model
+    from robustkit.models import as_classifier, load_model
     from robustkit.record import Flag, Report
     from robustkit.threat import ThreatModel
 
@@ -28,6 +28,7 @@ __all__ = [
     "RunError",
     "ThreatModel",
     "UsageError",
+    "as_classifier",
     "craft",
     "diversity",
     "evaluate",
@@ -45,6 +46,7 @@ _HOME = {
     "RunError": "errors",
     "ThreatModel": "threat",
     "UsageError": "errors",
+    "as_classifier": "models",
     "craft": "api",
     "diversity": "api",
     "evaluate": "api",

@@ -55,6 +55,11 @@ class Samples:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def num_classes(self) -> int:
+        """How many classes there are: the named ones, else as many as the largest label needs."""
+        return len(self.classes) if self.classes else int(self.labels.max(initial=-1)) + 1
+
     def images(self, positions: Sequence[int] | npt.NDArray[Any]) -> Images:
         """Read the images at these positions, in this order.
 

@@ -69,6 +69,7 @@ class Comparison:
         for name, number in (("steps", self.steps), ("restarts", self.restarts)):
             if number < 1:
                 raise UsageError(f"--{name} {number}: write at least 1.")
+        self.model.expect(self.samples.num_classes)
         refuse_endless(self.threat, tuple(self.samples.images([0]).shape[1:]))
 
     @cached_property

@@ -47,7 +47,7 @@ def examine(
     labels = torch.from_numpy(samples.labels).to(device)
     refuse_endless(threat, tuple(x.shape[1:]))
     attacks = [rung.attack for rung in parse_suite(DEFAULT_SUITE, threat.norm) if not rung.view]
-    meter = Meter(model, device)
+    meter = Meter(model.expect(samples.num_classes), device)
     begun = time.perf_counter()
     with evaluation_mode(model) as was_training, own_randomness(seed, "doctor"):
         meter.size_up(x[:1], len(x))

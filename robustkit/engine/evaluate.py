@@ -80,6 +80,7 @@ class Evaluation:
             raise UsageError(f"workers {self.workers}: write how many processes shall share the work, e.g. 2.")
         if self.audit < 0:
             raise UsageError(f"audit {self.audit}: write how many survivors AutoAttack shall try, e.g. 50.")
+        self.model.expect(self.samples.num_classes)
         if self.limits and any(rung.attack.info.coupled for rung in self.rungs):
             raise UsageError(
                 "a run that may stop early needs attacks whose random numbers do not depend on the batch; "

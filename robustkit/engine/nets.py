@@ -48,7 +48,7 @@ class Net:
         """Return the model on this device, outside of autograd if it is newly loaded."""
         if self.model is not None:
             return self.model.to(device)
-        return load_model(self.string, device=device).requires_grad_(False)
+        return load_model(self.string, device=device).expect(self.classes).requires_grad_(False)
 
     @property
     def identity(self) -> dict[str, str]:
@@ -141,7 +141,7 @@ def same_classes(nets: Sequence[Net], others: Sequence[Net]) -> None:
 
 def _tried(classifier: Classifier, samples: Samples, device: torch.device, what: str) -> Net:
     image = samples.images([0]).to(device)
-    meter = Meter(classifier, device)
+    meter = Meter(classifier.expect(samples.num_classes), device)
     try:
         with own_randomness("nets"), evaluation_mode(classifier):
             meter.size_up(image, 1)

@@ -17,24 +17,26 @@ from robustkit.models.classifier import Classifier
 class Parcelled:
     """A model on its way: its string and fingerprint, and itself on the CPU if no string loads it.
 
-    `files` are the driver's that the string names; a machine that lacks one asks for it.
+    `files` are the driver's that the string names; a machine that lacks one asks for it. `classes` is how many
+    logits it returns, where that is known.
     """
 
     string: str
     fingerprint: str
     itself: bytes | None = None
     files: tuple[str, ...] = ()
+    classes: int | None = None
 
     @classmethod
-    def named(cls, string: str, fingerprint: str) -> Parcelled:
+    def named(cls, string: str, fingerprint: str, classes: int | None) -> Parcelled:
         """Return a model that its string loads, packed."""
-        return cls(string, fingerprint, files=tuple(files_of(string)))
+        return cls(string, fingerprint, files=tuple(files_of(string)), classes=classes)
 
     @classmethod
     def of(cls, model: Classifier) -> Parcelled:
         """Return a model packed; UsageError if it is of Python and cannot be pickled."""
         if not model.string.startswith("python:"):
-            return cls.named(model.string, model.fingerprint)
+            return cls.named(model.string, model.fingerprint, model.reader.classes)
         try:
             return cls(model.string, model.fingerprint, pickle.dumps(model))
         except Exception as error:
@@ -49,7 +51,7 @@ class Parcelled:
             model = load_model(here(self.string, self.files, ask), device=device)
             if model.fingerprint != self.fingerprint:
                 raise RunError(f"a worker found another model than the driver under {self.string}; load it anew.")
-            return model
+            return model.expect(self.classes)
         try:
             # From this run's own driver, over a connection that knows the run's key.
             loaded: Classifier = pickle.loads(self.itself)

@@ -74,7 +74,7 @@ def verify_run(
         found.bad.append(str(error))
         return found
     found.bad += _missing_records(arrays, report)
-    meter = Meter(model, device or torch.device("cpu"))
+    meter = Meter(model.expect(samples.num_classes), device or torch.device("cpu"))
     threat = ThreatModel.parse(report.spec.threat)
     with evaluation_mode(model), own_randomness(report.spec.seed, "verify"):
         for begin in range(0, len(arrays["index"]), BATCH_SIZE):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +18,9 @@ from robustkit.models.fingerprint import (
     qualified_name,
     state_sha256,
 )
-from robustkit.models.outputs import logits_in
+from robustkit.models.mixture import Mixture
+from robustkit.models.options import read_binary
+from robustkit.models.outputs import LogitsReader
 from robustkit.preprocess import Preprocess
 from robustkit.registry import spec
 from robustkit.shapes import Images, Logits
@@ -34,6 +38,7 @@ class Classifier(nn.Module):
         defenses: What stands in front of all this, each a call `(model, images) -> logits`; an image meets the
             first one first.
         preprocess: How the net wants image files read, where known.
+        reader: Finds the logits in what the net returns.
     """
 
     mean: torch.Tensor | None
@@ -52,6 +57,8 @@ class Classifier(nn.Module):
         in_channels: int | None = None,
         defenses: Sequence[Callable[[Callable[[Images], Logits], Images], Logits]] = (),
         preprocess: Preprocess | None = None,
+        output: str | None = None,
+        binary: str | None = None,
     ) -> None:
         """Wrap a net, in the train or eval mode that it is in.
 
@@ -66,18 +73,23 @@ class Classifier(nn.Module):
             in_channels: Number of channels of its images, where known.
             defenses: Registered defenses, outermost first.
             preprocess: How the net wants image files read, where known.
+            output: Where the logits are in what the net returns; None where that is clear.
+            binary: How one number per image is read: `logit` or `probability` (see `LogitsReader`).
         """
         super().__init__()
         self.net = net
         self.string = string
         self.size = size
-        self.num_classes = num_classes
+        self.num_classes = num_classes if binary is None else 2
         self.in_channels = in_channels
         self.defenses = tuple(defenses)
         self.preprocess = preprocess
+        self.reader = LogitsReader(string, output, binary, self.num_classes)
         self.register_buffer("mean", _per_channel(mean), persistent=False)
         self.register_buffer("std", _per_channel(std), persistent=False)
         self._identity = {**identity, "mean": mean, "std": std, "size": size}
+        chosen = {"output": output, "binary": binary}
+        self._identity |= {name: value for name, value in chosen.items() if value is not None}
         if defenses:
             self._identity["defenses"] = [spec(defense) for defense in defenses]
         self.training = net.training if isinstance(net, nn.Module) else False
@@ -108,7 +120,13 @@ class Classifier(nn.Module):
             defenses=self.defenses,
             preprocess=self.preprocess,
         )
+        twin.reader = replace(self.reader)
         return twin.train(self.training).to(None if self.mean is None else self.mean.device)
+
+    def expect(self, classes: int | None) -> Classifier:
+        """Return itself, told how many classes the data has, which helps to find the logits."""
+        self.reader.classes = self.num_classes or classes
+        return self
 
     def forward(self, images: Images) -> Logits:
         """Return the logits, in float32 or float64, of images on [0, 1].
@@ -137,7 +155,9 @@ class Classifier(nn.Module):
                 f"model {self.string!r} does not take images of shape {tuple(images.shape[1:])} ({reason}): "
                 "give it the data it was made for, or write size=N to resize them."
             ) from error
-        return self._checked(output, len(images))
+        if isinstance(self.net, Mixture):  # which has read the logits of its nets
+            return cast(torch.Tensor, output)
+        return self.reader.read(output, len(images))
 
     def _normalised(self, x: torch.Tensor) -> torch.Tensor:
         for name, values in (("mean", self.mean), ("std", self.std)):
@@ -152,31 +172,24 @@ class Classifier(nn.Module):
             x = x / self.std
         return x
 
-    def _checked(self, output: object, rows: int) -> torch.Tensor:
-        logits = logits_in(output)
-        if logits is None:
-            raise UsageError(
-                f"model {self.string!r} returned a {type(output).__name__} without a tensor in it: return "
-                "logits of shape (B, K)."
-            )
-        if logits.ndim != 2 or len(logits) != rows or logits.shape[1] < 2:
-            raise UsageError(
-                f"model {self.string!r} returned shape {tuple(logits.shape)} for {rows} images: return "
-                f"logits of shape ({rows}, K) with K of at least 2."
-            )
-        return logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
 
-
-def as_classifier(model: object) -> Classifier:
+def as_classifier(model: object, *, output: str | int | None = None, binary: str | None = None) -> Classifier:
     """Return a model as a classifier without normalisation, in the train or eval mode that it is in.
 
     Args:
         model: Any callable on images on [0, 1]; a classifier is returned as it is.
+        output: Which entry of what it returns are the logits: a key, an attribute or an index; None where that is
+            clear (see `LogitsReader`).
+        binary: `logit` or `probability` for a model that returns one number per image, that of class 1.
 
     Raises:
-        UsageError: The model is not callable.
+        UsageError: The model is not callable, or `binary` is something else.
     """
     if isinstance(model, Classifier):
+        if output is not None or binary is not None:
+            raise UsageError(
+                f"{model.string!r} is loaded already: write output= and binary= in the query of its string."
+            )
         return model
     if not callable(model):
         raise UsageError(
@@ -188,6 +201,8 @@ def as_classifier(model: object) -> Classifier:
         string=f"python:{qualified_name(model)}",
         identity=callable_identity(model),
         num_classes=num_classes if isinstance(num_classes, int) else None,
+        output=None if output is None else str(output),
+        binary=None if binary is None else read_binary(binary),
     )
 
 

@@ -23,6 +23,7 @@ from robustkit.errors import UsageError
 from robustkit.models.built import Built
 from robustkit.models.mixture import Members, Samples, joined_by, way
 from robustkit.models.options import Options
+from robustkit.models.outputs import LogitsReader
 from robustkit.models.strings import ENSEMBLE, FOLDER, TIMM, TORCHVISION, ZOO, ModelString
 from robustkit.models.weights import Weights, put_weights, read_weights
 from robustkit.noise import Noise, drawing, set_noise
@@ -99,20 +100,26 @@ class Run:
             put_weights(built.net, weights, inner.arch)
             return built
 
+        own = self._own(self.arch_of(0))
+        options = replace(
+            options,
+            size=options.size or own.size,
+            defenses=(*options.defenses, *own.defenses),
+            output=options.output or own.output,
+            binary=options.binary or own.binary,
+        )
+        reader = LogitsReader(f"a net of {self.arch}", options.output, options.binary, self.facts["classes"])
         make_whole = self._samples if self._is_sampled else self._nets
         # One net that has predictors of its own combines those.
         alone = self.facts.get("input") is not None and len(self._chosen(*self._count)) == 1
-        whole = make_whole(net, None if alone else options.combine)
+        whole = make_whole(net, None if alone else options.combine, reader)
         if alone and options.combine is not None:
             whole = self._combined(whole, options.combine)
-        own = self._own(self.arch_of(0))
         mean, std = (
             None if self.facts[of] is None else tuple(map(float, self.facts[of])) for of in ("mean", "std")
         )
-        defenses = (*options.defenses, *own.defenses)
         whole, noise = self._drawing(whole, options.noise)
-        options = replace(options, size=options.size or own.size, defenses=defenses, noise=noise)
-        return replace(whole, arch=self.arch, mean=mean, std=std), options
+        return replace(whole, arch=self.arch, mean=mean, std=std), replace(options, noise=noise)
 
     @property
     def _is_sampled(self) -> bool:
@@ -160,7 +167,7 @@ class Run:
         part.combine = text
         return replace(built, identity={**built.identity, "combine": text})
 
-    def _samples(self, net: Make, combine: str | None) -> Built:
+    def _samples(self, net: Make, combine: str | None, reader: LogitsReader) -> Built:
         store = Posterior.open(self.folder)
         self._check_hash(posterior.FILE, store.sha256)
         numbers = self._chosen(*self._count)
@@ -169,9 +176,9 @@ class Run:
         if len(numbers) == 1:
             return built
         identity = {**built.identity, "samples": numbers, **way(combine)}
-        return replace(built, net=Samples(_module(built), store, numbers, aggregate), identity=identity)
+        return replace(built, net=Samples(_module(built), store, numbers, aggregate, reader), identity=identity)
 
-    def _nets(self, net: Make, combine: str | None) -> Built:
+    def _nets(self, net: Make, combine: str | None, reader: LogitsReader) -> Built:
         numbers = self._chosen(*self._count)
         aggregate = joined_by(combine, len(numbers), f"model '{self.arch}'")
         path = self.folder / WEIGHTS
@@ -186,7 +193,7 @@ class Run:
         own = [member.identity for member in members]
         unlike = {"each": own} if any(one != own[0] for one in own) else {}
         identity = {**own[0], "members": len(members), **unlike, **way(combine)}
-        whole = Members([_module(member) for member in members], aggregate)
+        whole = Members([_module(member) for member in members], aggregate, reader)
         return replace(members[0], net=whole, identity=identity)
 
     def _chosen(self, count: int, what: str) -> list[int]:

@@ -76,6 +76,8 @@ def load_model(string: str, *, device: str | torch.device = "cpu", seed: int = 0
         in_channels=built.in_channels,
         defenses=options.defenses,
         preprocess=built.preprocess or _preprocess(options.size),
+        output=options.output,
+        binary=options.binary,
     )
     return classifier.eval().to(place)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from robustkit.aggregation import Aggregator, parse_aggregator, probabilities
 from robustkit.errors import UsageError
-from robustkit.models.outputs import logits_in
+from robustkit.models.outputs import LogitsReader
 from robustkit.posterior import Posterior
 from robustkit.shapes import Images, Logits
 
@@ -41,12 +42,15 @@ class Mixture(nn.Module, ABC):
 
     Attributes:
         aggregate: makes one answer (B K) of all nets' logits (B N K).
+        reader: how the logits are found in what a net returns.
     """
 
-    def __init__(self, aggregate: Aggregator = probabilities) -> None:
-        """Take what joins the answers."""
+    def __init__(self, aggregate: Aggregator = probabilities, reader: LogitsReader | None = None) -> None:
+        """Take what joins the answers, and how the logits are found in each."""
         super().__init__()
         self.aggregate = aggregate
+        self.reader = reader or LogitsReader("a net of an ensemble")
+        self._readers = dict[int, LogitsReader]()
 
     @abstractmethod
     def __len__(self) -> int:
@@ -62,10 +66,8 @@ class Mixture(nn.Module, ABC):
 
     def one(self, number: int, x: Images) -> Logits:
         """Return one net's logits (B K), in float32 or wider."""
-        logits = logits_in(self.at(number)(x))
-        if logits is None:
-            raise TypeError("a net of a mixture returned no tensor; it must return logits (B, K).")
-        return logits if logits.dtype == torch.float64 else logits.float()
+        reader = self._readers.setdefault(number, replace(self.reader))
+        return reader.read(self.at(number)(x), len(x))
 
     def stacked(self, x: Images) -> Tensor:
         """Return all nets' logits (B N K), in float32 or wider."""
@@ -87,9 +89,14 @@ class Mixture(nn.Module, ABC):
 class Members(Mixture):
     """Nets that are all in memory, as an ensemble's."""
 
-    def __init__(self, nets: Sequence[nn.Module], aggregate: Aggregator = probabilities) -> None:
+    def __init__(
+        self,
+        nets: Sequence[nn.Module],
+        aggregate: Aggregator = probabilities,
+        reader: LogitsReader | None = None,
+    ) -> None:
         """Take the nets as they are."""
-        super().__init__(aggregate)
+        super().__init__(aggregate, reader)
         self.nets = nn.ModuleList(nets)
 
     def __len__(self) -> int:
@@ -118,9 +125,10 @@ class Samples(Mixture):
         posterior: Posterior,
         numbers: Sequence[int] | None = None,
         aggregate: Aggregator = probabilities,
+        reader: LogitsReader | None = None,
     ) -> None:
         """Take a net of the posterior's architecture, and all samples or those of these numbers."""
-        super().__init__(aggregate)
+        super().__init__(aggregate, reader)
         self.net, self.posterior = net, posterior
         self.numbers = list(range(len(posterior)) if numbers is None else numbers)
         self._inside: int | None = None

@@ -10,7 +10,8 @@ from robustkit.errors import UsageError, did_you_mean
 from robustkit.models.strings import ENSEMBLE, FOLDER, TIMM, TORCHVISION, ZOO, ModelString
 from robustkit.registry import parse_defenses
 
-_EVERY_KIND = frozenset({"mean", "std", "size", "defense"})
+LOGIT, PROBABILITY = "logit", "probability"
+_EVERY_KIND = frozenset({"mean", "std", "size", "output", "binary", "defense"})
 _FIELDS = {
     ZOO: _EVERY_KIND | {"num_classes", "in_channels", "pretrained"},
     TIMM: _EVERY_KIND | {"num_classes", "pretrained"},
@@ -32,6 +33,8 @@ class Options:
         size: Height and width that images are resized to inside the classifier, in pixels.
         num_classes: Classes of the net's last layer, at least 2.
         in_channels: Channels of the images, at least 1.
+        output: Where the logits are in what the net returns, as a key, attribute or index.
+        binary: What a net of one number per image returns: `logit` or `probability`, of class 1.
         defenses: What stands in front of the net, in the order that an image meets it.
         combine: Name of what joins the answers of several nets (`robustkit.aggregation`).
         noise: The policy of a trained net's own random numbers: `fresh`, `frozen`, `content`, `calm`.
@@ -44,6 +47,8 @@ class Options:
     size: tuple[int, int] | None = None
     num_classes: int | None = None
     in_channels: int | None = None
+    output: str | None = None
+    binary: str | None = None
     defenses: tuple[Any, ...] = ()
     combine: str | None = None
     noise: str | None = None
@@ -66,8 +71,10 @@ class Options:
             mean=read_mean(taken["mean"], str(spec)) if "mean" in taken else None,
             std=read_std(taken["std"], str(spec)) if "std" in taken else None,
             size=_size(taken["size"]) if "size" in taken else None,
-            num_classes=_count("num_classes", taken, least=2),
+            num_classes=_count("num_classes", taken, least=1 if "binary" in taken else 2),
             in_channels=_count("in_channels", taken, least=1),
+            output=_named("output", taken),
+            binary=read_binary(taken["binary"]) if "binary" in taken else None,
             defenses=parse_defenses(taken["defense"]) if "defense" in taken else (),
             combine=taken.get("combine"),
             noise=taken.get("noise"),
@@ -106,6 +113,17 @@ def read_std(text: str, where: str) -> tuple[float, ...]:
     return numbers
 
 
+def read_binary(text: str) -> str:
+    """Return how one number per image is read.
+
+    Raises:
+        UsageError: It is neither `logit` nor `probability`.
+    """
+    if text not in (LOGIT, PROBABILITY):
+        raise did_you_mean("way to read a binary model:", text, (LOGIT, PROBABILITY))
+    return text
+
+
 def keyword_value(text: str) -> object:
     """Return a query's value as the bool, int, float or string that it reads as."""
     if text.lower() in _BOOLEANS:
@@ -134,6 +152,13 @@ def _count(name: str, taken: dict[str, str], *, least: int) -> int | None:
     if not text.isdecimal() or int(text) < least:
         raise UsageError(f"{name}={text} is not possible: write a whole number of at least {least}.")
     return int(text)
+
+
+def _named(name: str, taken: dict[str, str]) -> str | None:
+    text = taken.get(name)
+    if text == "":
+        raise UsageError(f"{name}= is empty: write a name after it, or leave it out.")
+    return text
 
 
 def _boolean(name: str, text: str) -> bool:

@@ -140,8 +140,9 @@ def complete(text: str, classes: int, channels: int) -> ModelString:
     if spec.kind in (ZOO, TIMM, TORCHVISION) and spec.weights is None:
         options.setdefault("pretrained", "false")
         own = lookup(spec.name) if spec.kind == ZOO else None
-        if own is None or own.num_classes != classes:
-            options.setdefault("num_classes", str(classes))
+        outputs = 1 if "binary" in options else classes
+        if own is None or own.num_classes != outputs:
+            options.setdefault("num_classes", str(outputs))
         if own is not None and own.input[0] != channels:
             options.setdefault("in_channels", str(channels))
     return replace(spec, options=options)
@@ -223,7 +224,7 @@ def build(spec: ModelString, seed: int, sample: Images, classes: int, method: Me
     Raises:
         UsageError: if it is no module with weights, or its logits are not one for each class.
     """
-    classifier = load_model(str(spec), seed=seed)
+    classifier = load_model(str(spec), seed=seed).expect(classes)
     if not isinstance(classifier.net, nn.Module) or not any(True for _ in classifier.net.parameters()):
         raise UsageError(f"{spec} has no weights to train; write an architecture, e.g. robustkit:cifar-resnet20.")
     if isinstance(classifier.net, Mixture):
