@@ -5,6 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+# A path may be long, a number of thousands of digits says no more than its ends.
+LONGEST_WORD = 300
+
 
 class RobustkitError(ValueError):
     """Base of every error that robustkit raises on purpose."""
@@ -16,6 +19,21 @@ class UsageError(RobustkitError):
 
 class RunError(RobustkitError):
     """The run failed on the way: bad logits, a full disk, no memory. Exit code 3."""
+
+
+def one_line(text: str) -> str:
+    """Return a message as one line that a terminal prints as it stands, its long words shortened.
+
+    A file's name or a model's error may hold line breaks, control characters or thousands of digits.
+    """
+    words = (word if len(word) <= LONGEST_WORD else f"{word[:60]}…{word[-20:]}" for word in text.split())
+    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in " ".join(words))
+
+
+def named(error: BaseException) -> str:
+    """Return an error's type and the first line of what it says."""
+    said = str(error).strip().partition("\n")[0].rstrip(".")
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
 
 
 def did_you_mean(kind: str, name: str, known: Iterable[str], more: Iterable[str] = ()) -> UsageError:

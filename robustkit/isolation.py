@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from robustkit.errors import RunError
+
 
 @contextmanager
 def own_randomness(*key: object) -> Iterator[None]:
@@ -61,6 +63,19 @@ def evaluation_mode(model: nn.Module) -> Iterator[bool]:
             module.training = mode
         for parameter in learning:
             parameter.requires_grad_(True)
+
+
+@contextmanager
+def no_exit(what: str) -> Iterator[None]:
+    """Make sys.exit an error inside: the code of others must not end the process with an exit code of its own.
+
+    Raises:
+        RunError: `what` called sys.exit.
+    """
+    try:
+        yield
+    except SystemExit as error:
+        raise RunError(f"{what} called sys.exit({error.code!r}): remove that call from its code.") from error
 
 
 def training_count(model: nn.Module) -> int:

@@ -67,7 +67,7 @@ ALLOWED: dict[str, set[str]] = {
     "posterior": {"errors"},
     "data": {"errors", "shapes", "preprocess"},
     "ledger": {"errors", "record"},
-    "isolation": set(),
+    "isolation": {"errors"},
     "checks": VOCABULARY,
     "engine": VOCABULARY
     | {"models", "data", "ledger", "checks", "isolation", "intervals", "crafted", "trained"}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import sys
+import traceback
 
-from robustkit.errors import RobustkitError, RunError
+from robustkit.cli import streams
+from robustkit.cli.signals import Interrupted, ended_by_signals
+from robustkit.errors import RobustkitError, RunError, named, one_line
 
-DONE, NEGATIVE, USAGE, FAILED, INTERRUPTED = 0, 1, 2, 3, 130
+DONE, NEGATIVE, USAGE, FAILED = 0, 1, 2, 3
 
 # Verbs with flags that are given once for each of several models.
 SEVERAL = ("craft", "transfer", "matrix")
@@ -15,39 +17,57 @@ SEVERAL = ("craft", "transfer", "matrix")
 
 def main() -> None:
     """Run the command line and exit with the contract's code."""
-    sys.exit(run(sys.argv[1:]))
+    with streams.own_process():
+        code = run(sys.argv[1:])
+    sys.exit(code)
 
 
 def run(arguments: list[str]) -> int:
-    """Run one command and return its exit code."""
+    """Run one command and return its exit code. Whatever goes wrong is one sentence on stderr."""
+    with streams.guarded(), ended_by_signals():
+        try:
+            code = _invoke(arguments)
+            sys.stdout.flush()
+            return code
+        # Code of others runs inside, and may raise anything: sys.exit(0) in a model is no success.
+        except BaseException as error:
+            if "--debug" in arguments:
+                traceback.print_exception(error)
+            code, sentence = _explained(error, arguments)
+            print(one_line(sentence), file=sys.stderr)
+            return code
+
+
+def _invoke(arguments: list[str]) -> int:
+    """Parse and do it; without typer's own `main`, which takes some errors of the work for its own."""
     import typer
 
     from robustkit.cli.app import app
+    from robustkit.cli.command import check_words
 
-    command = typer.main.get_command(app)
+    check_words(arguments)
     try:
-        code = int(command.main(arguments, prog_name="robustkit", standalone_mode=False) or DONE)
-    except RobustkitError as error:
-        if "--debug" in arguments:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return FAILED if isinstance(error, RunError) else USAGE
-    except (KeyboardInterrupt, typer.Abort):
-        code = INTERRUPTED
-    except BrokenPipeError:
-        # Whoever read the output has left; keep Python from complaining about it at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return DONE
+        with typer.main.get_command(app).make_context("robustkit", list(arguments)) as context:
+            return int(context.command.invoke(context) or DONE)
+    except typer.Exit as end:
+        return end.exit_code
     except Exception as error:
-        show = getattr(error, "format_message", None)
-        if show is None:
+        if type(error).__name__ != "NoArgsIsHelpError":
             raise
+        print(error, file=sys.stderr)
+        return USAGE
+
+
+def _explained(error: BaseException, arguments: list[str]) -> tuple[int, str]:
+    """Return the exit code of an error and the sentence for it."""
+    if isinstance(error, RobustkitError):
+        return FAILED if isinstance(error, RunError) else USAGE, f"error: {error}"
+    if isinstance(error, Interrupted):
+        return error.code, f"{error}; the same command resumes"
+    if (show := getattr(error, "format_message", None)) is not None:
         # typer's word for a whole number with a least value
         words = show().replace(" int range", " integer")
         if "unexpected extra argument" in words and arguments[0] in SEVERAL:
             words += ": write a flag before each model, as in --target A --target B."
-        print(f"error: {words}", file=sys.stderr)
-        return USAGE
-    if code == INTERRUPTED:  # newer versions of typer return it, older ones raise
-        print("interrupted; the same command resumes", file=sys.stderr)
-    return code
+        return USAGE, f"error: {words}"
+    return FAILED, f"error: unexpected {named(error)}; run again with --debug for the traceback."

@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 from robustkit import registry
+from robustkit.cli.streams import print_result
 
 KINDS = ("attack", "technique", "recipe", "method", "defense", "suite")
 
@@ -25,16 +26,18 @@ def show(name: str, as_json: bool) -> int:
     """Print everything of this name; return the exit code. A recipe or a class of fields is imported for it."""
     found = [_facts(kind, name) for kind in kinds_of(name)]
     if as_json:
-        print(json.dumps({name: found}, indent=2))
+        print_result(json.dumps({name: found}, indent=2))
         return 0
     for number, facts in enumerate(found):
         head = [facts["name"], facts["kind"], " ".join(facts["norms"]), facts["paper"]]
-        print("\n" * (number > 0) + "   ".join(part for part in head if part))
+        print_result("\n" * (number > 0) + "   ".join(part for part in head if part))
         if facts["fields"]:
-            print(f"  {name}({','.join(f'{field}={_text(value)}' for field, value in facts['fields'].items())})")
+            print_result(
+                f"  {name}({','.join(f'{field}={_text(value)}' for field, value in facts['fields'].items())})"
+            )
         if facts["stands_for"]:
-            print(f"  is {facts['stands_for']}")
-        print(f"\n{facts['what']}")
+            print_result(f"  is {facts['stands_for']}")
+        print_result(f"\n{facts['what']}")
     return 0
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from robustkit.cli.command import Command
 from robustkit.cli.methods import methods
 from robustkit.registry import DEFAULT_SUITE
 
@@ -24,6 +26,8 @@ app = typer.Typer(
     robustkit evaluate timm:resnet50.a1_in1k --data folder:val --limit 1000 --threat linf:4/255
     """,
 )
+
+verb = partial(app.command, cls=Command)
 
 DEFAULT_MODEL = "robustkit:digits-cnn"
 
@@ -53,7 +57,7 @@ def _root(
         raise typer.Exit
 
 
-@app.command()
+@verb()
 def evaluate(
     model: Annotated[
         str | None,
@@ -148,7 +152,7 @@ def evaluate(
     )
 
 
-@app.command()
+@verb()
 def plan(
     context: typer.Context,
     model: Annotated[
@@ -218,7 +222,7 @@ def plan(
     )
 
 
-@app.command()
+@verb()
 def craft(
     surrogate: Annotated[
         list[str] | None,
@@ -309,7 +313,7 @@ def craft(
     )
 
 
-@app.command()
+@verb()
 def transfer(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A craft run's folder.")],
     target: Annotated[
@@ -331,7 +335,7 @@ def transfer(
     return work(folder, targets=target or [], data=data, device=device, data_root=data_root, as_json=json)
 
 
-@app.command()
+@verb()
 def matrix(
     models: Annotated[
         list[str] | None, typer.Option(metavar="A,B,…", help="Craft on each, judge on all; also one at a time.")
@@ -389,7 +393,7 @@ def matrix(
     )
 
 
-@app.command()
+@verb()
 def diversity(
     model: Annotated[str, typer.Argument(help="The run folder of an ensemble.")],
     data: Annotated[
@@ -526,7 +530,7 @@ def _method() -> None:
     """Keep the group a group."""
 
 
-@app.command()
+@verb()
 def verify(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A finished run's folder.")],
     model: Annotated[str | None, typer.Option(help="Where the model is now, if it has moved.")] = None,
@@ -547,7 +551,7 @@ def verify(
     return work(folder, model=model, data=data, device=device, data_root=data_root)
 
 
-@app.command()
+@verb()
 def report(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A finished run's folder.")],
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the page there.")] = None,
@@ -568,7 +572,7 @@ def report(
     return work(folder, html=html, png=png)
 
 
-@app.command()
+@verb()
 def compare(
     a: Annotated[Path, typer.Argument(metavar="DIR", help="A finished run's folder: A.")],
     b: Annotated[Path, typer.Argument(metavar="DIR", help="Another over the same images: B.")],
@@ -587,7 +591,7 @@ def compare(
     return work(a, b, as_json=json)
 
 
-@app.command()
+@verb()
 def export(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A finished run's folder.")],
     csv: Annotated[Path | None, typer.Option(metavar="FILE", help="Write CSV there.")] = None,
@@ -606,7 +610,7 @@ def export(
     return work(folder, csv=csv, parquet=parquet)
 
 
-@app.command()
+@verb()
 def doctor(
     model: Annotated[str | None, typer.Argument(help="The model; without one the machine is examined.")] = None,
     data: Annotated[
@@ -654,7 +658,7 @@ def doctor(
     )
 
 
-@app.command("list")
+@verb("list")
 def list_(
     what: Annotated[
         str | None,
@@ -664,6 +668,7 @@ def list_(
         ),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    debug: Debug = False,
 ) -> int:
     """List what can be named: attacks, techniques, recipes, methods, defenses, suites, models, data.
 

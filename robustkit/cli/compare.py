@@ -6,10 +6,10 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
-from robustkit.cli.output import wide_console
+from robustkit.cli.output import result_console, wide_console
+from robustkit.cli.streams import print_result
 from robustkit.engine import folder as run_folder
 from robustkit.errors import UsageError
 from robustkit.record import FORMAT, Report
@@ -36,9 +36,9 @@ def compare(a: Path, b: Path, *, as_json: bool) -> int:
     found = pair(first, second)
     warnings = _warnings(first, second)
     if as_json:
-        print(json.dumps(_document((a, first), (b, second), found, warnings), indent=2))
+        print_result(json.dumps(_document((a, first), (b, second), found, warnings), indent=2))
         return 0
-    console = Console(markup=False)
+    console = result_console()
 
     def line(text: str) -> None:
         console.print(text, highlight=False, soft_wrap=True, markup=False)
@@ -81,7 +81,7 @@ def _crafts(a: Path, b: Path, as_json: bool) -> int:
             for name, folder, run in (("a", a, first), ("b", b, second))
         }
         body = {"format": FORMAT, **sides, "method": METHOD, "targets": [asdict(one) for one in found]}
-        print(json.dumps({**body, "warnings": warnings}, indent=2))
+        print_result(json.dumps({**body, "warnings": warnings}, indent=2))
         return 0
     console = wide_console()
     for name, folder, run in (("A", a, first), ("B", b, second)):

@@ -12,6 +12,7 @@ from robustkit.cli.output import save, wide_console
 from robustkit.cli.progress import CraftDisplay
 from robustkit.cli.report import craft_view
 from robustkit.cli.several import refuse_lists
+from robustkit.cli.streams import print_result
 from robustkit.cli.subject import BUILT_IN, BUILT_IN_DATA, BUILT_IN_LIMIT, usual_threat
 from robustkit.data import load_data
 from robustkit.data.samples import Samples
@@ -82,7 +83,7 @@ def craft(
     record = run_craft(plan, folder, judges, forecast=forecast, curve=curve, png=png, progress=CraftDisplay())
     write_page(folder)
     if as_json:
-        print(json.dumps(record.to_json(), indent=2))
+        print_result(json.dumps(record.to_json(), indent=2))
     else:
         show(record, wide_console(), next_command(folder, nets, bool(record.targets)), folder / PAGE)
     return 0

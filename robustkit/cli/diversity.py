@@ -8,6 +8,7 @@ from pathlib import Path
 
 from robustkit.cli.output import save, wide_console
 from robustkit.cli.progress import CraftDisplay
+from robustkit.cli.streams import print_result
 from robustkit.cli.subject import Subject
 from robustkit.data.samples import Samples
 from robustkit.engine.diversity import Comparison
@@ -48,7 +49,7 @@ def diversity(
     record = comparison.run(folder, CraftDisplay())
     save(folder / FILE, page(record).encode())
     if as_json:
-        print(json.dumps(record.to_json(), indent=2))
+        print_result(json.dumps(record.to_json(), indent=2))
     else:
         following = (
             f"robustkit evaluate {model} --data {data or subject.samples.name} --threat {record.spec.threat}"

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
+from robustkit.cli.output import result_console
+from robustkit.cli.streams import print_result
 from robustkit.cli.subject import Subject
 from robustkit.devices import pick_device
 from robustkit.engine.doctor import examine
@@ -42,9 +43,9 @@ def doctor(
     subject = Subject.load(model, data, limit, threat, device, data_root, most=IMAGES)
     found = examine(subject.model, subject.samples, subject.threat, subject.device)
     if as_json:
-        print(json.dumps(json.loads(dumps(found)), indent=2))
+        print_result(json.dumps(json.loads(dumps(found)), indent=2))
         return 0
-    console = Console(markup=False)
+    console = result_console()
 
     def line(text: str) -> None:
         console.print(text, highlight=False, soft_wrap=True)
@@ -72,9 +73,9 @@ def _machine(device: str, as_json: bool) -> int:
     false = sum(trial.false for trial in trials)
     if as_json:
         body = {"environment": surroundings, "closed_form": trials, "speeds": rates}
-        print(json.dumps(json.loads(dumps(body)), indent=2))
+        print_result(json.dumps(json.loads(dumps(body)), indent=2))
         return int(false > 0)
-    console = Console(markup=False)
+    console = result_console()
     for name, version in surroundings["versions"].items():
         console.print(f"{name:<14}{version or 'not installed'}", highlight=False)
     console.print(f"{'device':<14}{place}   {surroundings['device_name']}", highlight=False)

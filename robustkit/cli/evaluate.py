@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from rich.console import Console
-
+from robustkit.cli.output import result_console
 from robustkit.cli.progress import Display
 from robustkit.cli.report import write_page
+from robustkit.cli.streams import print_result
 from robustkit.cli.subject import BUILT_IN, Subject, usual_of_norm, usual_threat
 from robustkit.cli.sweep import Ends, shortened, sweep
 from robustkit.engine.anytime import Limits
@@ -94,10 +94,10 @@ def _one(plan: Evaluation, out: Path | None, ends: Ends) -> int:
     if ends.with_page:
         write_page(folder, report)
     if ends.as_json:
-        print(json.dumps(report.to_json(), indent=2))
+        print_result(json.dumps(report.to_json(), indent=2))
     else:
         page = folder / PAGE
-        show(report, Console(markup=False), f"robustkit verify {folder}", page if page.exists() else None)
+        show(report, result_console(), f"robustkit verify {folder}", page if page.exists() else None)
     return ends.judge([("", report.robust_accuracy.value)])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from robustkit.cli.output import save
+from robustkit.cli.streams import print_result
 from robustkit.engine import folder as run_folder
 from robustkit.errors import UsageError
 from robustkit.report.export import rows, to_csv, to_parquet
@@ -20,7 +21,7 @@ def export(folder: Path, *, csv: Path | None, parquet: Path | None) -> int:
     report = run_folder.read_report(folder)
     table = rows(report, run_folder.read_examples(folder, report))
     save(path, to_csv(table) if csv is not None else _parquet(table))
-    print(f"{len(table):,} row{'s' * (len(table) != 1)}   {path}")
+    print_result(f"{len(table):,} row{'s' * (len(table) != 1)}   {path}")
     return 0
 
 

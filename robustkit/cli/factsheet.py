@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 
+from robustkit.cli.streams import print_result
 from robustkit.errors import UsageError
 from robustkit.factsheet import FactSheet, fact_sheet
 from robustkit.report.table import percent
@@ -16,7 +17,7 @@ def show(aggregator: str, predictors: int, classes: int, as_json: bool, given: S
     if given:
         raise UsageError(f"{given[0]} with --aggregator: a fact sheet is of no model; leave one of them out.")
     sheet = fact_sheet(aggregator, predictors, classes)
-    print(json.dumps(asdict(sheet), indent=2) if as_json else "\n".join(lines(sheet)))
+    print_result(json.dumps(asdict(sheet), indent=2) if as_json else "\n".join(lines(sheet)))
     return 0
 
 

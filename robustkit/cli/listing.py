@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 import textwrap
 from collections.abc import Callable
 
 from robustkit import registry
 from robustkit.cli import about
+from robustkit.cli.streams import print_result, results
 from robustkit.data.catalog import CATALOG
 from robustkit.errors import did_you_mean
 from robustkit.models.catalog import ZOO
@@ -27,14 +27,14 @@ def show(what: str | None, as_json: bool) -> int:
         raise did_you_mean("list or name", what, LISTS, about.names())
     chosen = {name: make() for name, make in LISTS.items() if what in (None, name)}
     if as_json:
-        print(json.dumps(chosen, indent=2))
+        print_result(json.dumps(chosen, indent=2))
         return 0
     # Plain text: rich takes longer to import than all of this to do.
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else WIDTH
+    width = shutil.get_terminal_size().columns if results().isatty() else WIDTH
     for name, rows in chosen.items():
         if what is None:
-            print(f"\n{name}")
-        print("\n".join(_lines(rows, width)) if rows else "none yet")
+            print_result(f"\n{name}")
+        print_result("\n".join(_lines(rows, width)) if rows else "none yet")
     return 0
 
 

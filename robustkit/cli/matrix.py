@@ -11,6 +11,7 @@ from robustkit.cli.evaluate import read_batch_size
 from robustkit.cli.output import save, wide_console
 from robustkit.cli.progress import CraftBoard, CraftDisplay
 from robustkit.cli.several import refuse_lists, split_models
+from robustkit.cli.streams import print_result
 from robustkit.cli.subject import BUILT_IN_DATA, usual_threat
 from robustkit.devices import pick_device
 from robustkit.engine.matrix import Grid
@@ -67,7 +68,7 @@ def matrix(
     record = grid.run(folder, board if workers or ray else CraftDisplay(), board.of)
     save(folder / FILE, page(record).encode())
     if as_json:
-        print(json.dumps(record.to_json(), indent=2))
+        print_result(json.dumps(record.to_json(), indent=2))
     else:
         following = f"robustkit transfer {folder / record.folders[0]} --target MODEL"
         show_matrix(record, wide_console(), folder / FILE, following)

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from robustkit.cli.command import Command
 from robustkit.errors import did_you_mean
 from robustkit.registry import Entry, Field, catalog
 
@@ -50,7 +51,7 @@ def _command(template: Callable[..., int], entry: Entry) -> Any:
     one = typer.Typer(rich_markup_mode=None, add_completion=False, pretty_exceptions_enable=False)
     settings = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
     about = f"{entry.summary}{paper}\n\n{entry.detail}"
-    one.command(entry.info.name, help=about, context_settings=settings)(work)
+    one.command(entry.info.name, cls=Command, help=about, context_settings=settings)(work)
     return typer.main.get_command(one)
 
 

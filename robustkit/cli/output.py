@@ -7,13 +7,19 @@ from pathlib import Path
 
 from rich.console import Console
 
+from robustkit.cli.streams import results
 from robustkit.errors import UsageError
 
 
+def result_console(width: int | None = None) -> Console:
+    """Return the console that a verb's result is printed on."""
+    return Console(file=results(), width=width, markup=False)
+
+
 def wide_console() -> Console:
-    """Return the terminal, or for pipes and files a console on which a table of many models is not cut."""
-    terminal = Console(markup=False)
-    return terminal if terminal.is_terminal else Console(width=240, markup=False)
+    """Return the same for a table of many models, which is not cut in pipes and files."""
+    terminal = result_console()
+    return terminal if terminal.is_terminal else result_console(width=240)
 
 
 def save(path: Path, content: bytes) -> None:

@@ -6,10 +6,10 @@ import json
 import shlex
 from pathlib import Path
 
-from rich.console import Console
-
 from robustkit.cli.evaluate import read_batch_size
+from robustkit.cli.output import result_console
 from robustkit.cli.progress import Display
+from robustkit.cli.streams import print_result
 from robustkit.cli.subject import Subject
 from robustkit.engine.pilot import Pilot
 from robustkit.engine.plan import plan as measure
@@ -52,7 +52,7 @@ def plan(
     )
     record = measure(pilot, counts, price, Display())
     if as_json:
-        print(json.dumps(record.to_json(), indent=2))
+        print_result(json.dumps(record.to_json(), indent=2))
     else:
-        show(record, Console(markup=False), shlex.join(["robustkit", "evaluate", *flags]))
+        show(record, result_console(), shlex.join(["robustkit", "evaluate", *flags]))
     return 0

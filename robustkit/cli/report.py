@@ -6,9 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-
-from robustkit.cli.output import save, wide_console
+from robustkit.cli.output import result_console, save, wide_console
+from robustkit.cli.streams import print_result
 from robustkit.engine import folder as run_folder
 from robustkit.errors import UsageError
 from robustkit.record import Report
@@ -33,14 +32,14 @@ def report(folder: Path, *, html: Path | None, png: Path | None) -> int:
     if html is None and png is None:
         html = folder / view.file
         view.show()
-        print()
+        print_result()
     if html is not None:
         save(html, view.page().encode())
         written.append(f"report   {html}")
     if png is not None and view.card is not None:
         save(png, view.card())
         written.append(f"card     {png}")
-    print("\n".join(written))
+    print_result("\n".join(written))
     return 0
 
 
@@ -65,7 +64,7 @@ def _evaluation(folder: Path) -> View:
 
         return card(record)
 
-    return View(lambda: show(record, Console(markup=False)), lambda: page(record, examples), card=card)
+    return View(lambda: show(record, result_console()), lambda: page(record, examples), card=card)
 
 
 def craft_view(folder: Path) -> View:
@@ -87,9 +86,9 @@ def training_view(folder: Path) -> View:
 
     def table() -> None:
         if record:
-            show(record, Console(markup=False))
+            show(record, result_console())
         else:
-            show_history(spec, history, Console(markup=False))
+            show_history(spec, history, result_console())
 
     return View(table, lambda: page(spec, history, record))
 

@@ -12,6 +12,7 @@ from robustkit.cli import DONE, FAILED, USAGE
 from robustkit.cli.output import save, wide_console
 from robustkit.cli.progress import Board
 from robustkit.cli.report import write_page
+from robustkit.cli.streams import print_result
 from robustkit.engine.sweep import Entry, Sweep
 from robustkit.errors import RobustkitError, RunError
 from robustkit.report.leaderboard import Leaderboard, show
@@ -69,7 +70,7 @@ def sweep(plan: Sweep, id: str, folder: Path, ends: Ends) -> int:
     if ends.with_page:
         save(folder / PAGE, page(board).encode())
     if ends.as_json:
-        print(json.dumps(board.to_json(), indent=2))
+        print_result(json.dumps(board.to_json(), indent=2))
     else:
         runs = [folder / row.folder for row in board.rows[:2]]
         following = f"compare {runs[0]} {runs[1]}" if len(runs) > 1 else f"verify {runs[0]}"

@@ -9,6 +9,7 @@ from pathlib import Path
 from robustkit.cli.evaluate import read_batch_size
 from robustkit.cli.output import save, wide_console
 from robustkit.cli.progress import TrainDisplay
+from robustkit.cli.streams import print_result
 from robustkit.data import load_data
 from robustkit.devices import pick_device
 from robustkit.engine.folder import PAGE
@@ -70,7 +71,7 @@ def train(
         return 0
     save(folder / PAGE, page(plan.spec, record.history, record).encode())
     if as_json:
-        print(json.dumps(record.to_json(), indent=2))
+        print_result(json.dumps(record.to_json(), indent=2))
         return 0
     verb = "craft --surrogate" if record.samples else "evaluate"
     following = f"robustkit {verb} {folder}/ --data {judging or 'DATA'}"

@@ -10,6 +10,7 @@ from robustkit.cli.craft import read_data, write_page
 from robustkit.cli.output import wide_console
 from robustkit.cli.progress import CraftDisplay
 from robustkit.cli.several import refuse_lists
+from robustkit.cli.streams import print_result
 from robustkit.devices import pick_device
 from robustkit.engine import folder as run_folder
 from robustkit.engine.nets import gather
@@ -44,7 +45,7 @@ def transfer(
         record = judge_more(folder, samples, nets, place, CraftDisplay())
         write_page(folder)
     if as_json:
-        print(json.dumps(record.to_json(), indent=2))
+        print_result(json.dumps(record.to_json(), indent=2))
     else:
         following = f"robustkit compare {folder} DIR   (another attack over the same images)"
         show(record, wide_console(), following)

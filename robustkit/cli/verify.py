@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rich.console import Console
-
+from robustkit.cli.output import result_console
 from robustkit.data import load_data
 from robustkit.devices import pick_device
 from robustkit.engine import folder as run_folder
@@ -23,7 +22,7 @@ def verify(folder: Path, *, model: str | None, data: str | None, device: str, da
         report.spec.data["n"]
     )
     found = verify_run(folder, model=classifier, samples=samples, device=place)
-    console = Console(markup=False)
+    console = result_console()
 
     def line(text: str) -> None:
         console.print(text, highlight=False, soft_wrap=True)

@@ -8,7 +8,7 @@ import torch
 
 from robustkit.engine import hand, maker, wire
 from robustkit.engine.wire import Gone, Link
-from robustkit.errors import RobustkitError, UsageError
+from robustkit.errors import RobustkitError, UsageError, named
 
 
 def serve(address: tuple[str, int], key: bytes, number: int) -> None:
@@ -25,6 +25,10 @@ def serve(address: tuple[str, int], key: bytes, number: int) -> None:
                 brief = hand.work(brief, link) if isinstance(brief, wire.Brief) else maker.work(brief, link)
             except RobustkitError as error:
                 link.send(wire.Failed(str(error), isinstance(error, UsageError)))
+                brief = _next(link)
+            # The driver's Ctrl-C is not heard here: one that is raised comes from the code of others.
+            except (Exception, SystemExit, KeyboardInterrupt) as error:
+                link.send(wire.Failed(f"a worker failed with {named(error)}.", usage=False))
                 brief = _next(link)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()  # the last run's model has gone

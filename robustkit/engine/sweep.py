@@ -13,7 +13,7 @@ from robustkit.engine.bureau import Bureau, Desk, Watched
 from robustkit.engine.cluster import hire
 from robustkit.engine.evaluate import Evaluation
 from robustkit.engine.progress import Progress
-from robustkit.errors import RobustkitError, RunError, UsageError
+from robustkit.errors import RobustkitError, RunError, UsageError, named
 from robustkit.record import Report, dumps
 
 # A name in front of a model string has none of the signs that model strings are made of.
@@ -110,8 +110,8 @@ class Sweep:
                 raise
             except Exception as error:
                 # Whatever a model's own code does, it stops no other.
-                progress.say(f"{entry.name}: {type(error).__name__}: {error}")
-                raise RunError(f"{type(error).__name__}: {error}") from error
+                progress.say(f"{entry.name}: {named(error)}")
+                raise RunError(named(error)) from error
             finally:
                 told.close()
             rate = report.robust_accuracy

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from robustkit.errors import UsageError
+from robustkit.isolation import no_exit
 from robustkit.models.fingerprint import (
     callable_identity,
     combined_sha256,
@@ -146,7 +147,8 @@ class Classifier(nn.Module):
             x = F.interpolate(x, self.size, mode="bilinear", antialias=True, align_corners=False)
         x = self._normalised(x)
         try:
-            output = self.net(x)
+            with no_exit(f"model {self.string!r}"):
+                output = self.net(x)
         except (AssertionError, RuntimeError) as error:
             if not _is_about_shapes(error):
                 raise

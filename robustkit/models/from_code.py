@@ -79,7 +79,7 @@ def _run(path: Path, source: str) -> ModuleType:
 def _import(spec: ModelString) -> ModuleType:
     try:
         return importlib.import_module(spec.source)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if isinstance(error, ModuleNotFoundError) and f"{spec.source}.".startswith(f"{error.name}."):
             raise _not_found(spec, error.name) from error
         raise UsageError(f"importing {spec.source!r} failed with {_named(error)}: correct it first.") from error
@@ -106,7 +106,7 @@ def _call(spec: ModelString, factory: object, keywords: dict[str, object]) -> Ca
         net: object = factory(**keywords)
     except RobustkitError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UsageError(f"factory {spec.arch!r} failed with {_named(error)}: correct it first.") from error
     if not callable(net):
         raise UsageError(

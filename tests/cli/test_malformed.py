@@ -407,7 +407,11 @@ def test_unwritable_places(
     assert "cannot write the run folder /proc/robustkit/run" in capfd.readouterr().err
 
 
-def test_debug_shows_the_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_debug_shows_the_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="l3:1"):
-        run(["evaluate", "--limit", "4", "--threat", "l3:1", "--debug"])
+    assert run(["evaluate", "--limit", "4", "--threat", "l3:1", "--debug"]) == 2
+    err = capfd.readouterr().err
+    assert "Traceback" in err
+    assert err.splitlines()[-1].startswith("error: threat 'l3:1'")

@@ -1,0 +1,131 @@
+"""The standard streams: results alone on stdout, everything else on stderr, whatever stands behind the two."""
+
+from __future__ import annotations
+
+import codecs
+import io
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from typing import Any, TextIO, cast
+
+from robustkit.errors import RunError
+
+# How the signs in our own texts are written where the stream's encoding lacks them.
+SUBSTITUTES = {"–": "-", "−": "-", "…": "...", "→": "->", "━": "-", "╸": "-", "╺": "-"}
+SUBSTITUTE = "robustkit.substitute"
+
+
+class Stream:
+    """A text stream that is written to until that fails; `_failed` decides what a failure means."""
+
+    def __init__(self, stream: TextIO) -> None:
+        """Write to this one."""
+        self._stream = stream
+        self._closed = False
+
+    def __getattr__(self, name: str) -> Any:
+        """Return what the stream has beside."""
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write text."""
+        self._try(self._stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Write what is buffered."""
+        self._try(self._stream.flush)
+
+    def _try(self, work: Callable[..., object], *arguments: str) -> None:
+        if self._closed:
+            return
+        try:
+            work(*arguments)
+        except OSError as error:
+            self._closed = True
+            self._failed(error)
+
+    def _failed(self, error: OSError) -> None:
+        """Messages that nobody can read change nothing."""
+
+
+class Results(Stream):
+    """Standard output: a reader who has left is no failure, a full disk is one."""
+
+    def _failed(self, error: OSError) -> None:
+        if not isinstance(error, BrokenPipeError):
+            raise RunError(
+                f"cannot write the result to standard output: {error.strerror or error}; "
+                "run the command again with an output that takes it."
+            ) from error
+
+
+_results: TextIO | None = None
+
+
+def results() -> TextIO:
+    """Return where the results of a verb go; prints of others' code go to stderr meanwhile."""
+    return _results or sys.stdout
+
+
+def print_result(text: str = "") -> None:
+    """Print a line, or more, of a verb's result."""
+    print(text, file=results())
+
+
+@contextmanager
+def guarded() -> Iterator[None]:
+    """Write to stdout and stderr through `Results` and `Stream` inside, and flush both at the end."""
+    out, err = Results(sys.stdout), Stream(sys.stderr)
+    with redirect_stdout(cast(TextIO, out)), redirect_stderr(cast(TextIO, err)):
+        yield
+    err.flush()
+
+
+@contextmanager
+def results_apart() -> Iterator[None]:
+    """Keep stdout for `results` inside: whatever a model, an attack or a library prints goes to stderr."""
+    global _results
+    before, _results = _results, results()
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _results = before
+
+
+@contextmanager
+def own_process() -> Iterator[None]:
+    """Prepare the streams of a process that is ours alone, and close stdout at the end.
+
+    Closed ones are opened, so that no file of a run gets their numbers; stdout is kept where no library written in
+    C prints to it; signs that an encoding lacks are substituted.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # a closed stdout stays one that cannot be written to
+            os.open(os.devnull, os.O_RDONLY if number == 1 else os.O_RDWR)
+    codecs.register_error(SUBSTITUTE, _substitute)
+    out, err = (stream.encoding if stream else "utf-8" for stream in (sys.stdout, sys.stderr))
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    sys.stderr = io.TextIOWrapper(open(2, "wb", closefd=False), err, SUBSTITUTE, line_buffering=True)
+    sys.stdout = io.TextIOWrapper(open(kept, "wb"), out, SUBSTITUTE, line_buffering=os.isatty(kept))
+    try:
+        yield
+    finally:
+        # What could not be written by now is dropped; Python would try it again at exit and complain.
+        with suppress(OSError):
+            sys.stdout.close()
+        sys.stdout = sys.stderr
+
+
+def _substitute(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    signs = error.object[error.start : error.end]
+    text = "".join(SUBSTITUTES.get(sign, sign) for sign in signs)
+    return text.encode("ascii", "backslashreplace").decode(), error.end
