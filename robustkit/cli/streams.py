@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import io
 import os
 import sys
@@ -13,8 +12,7 @@ from typing import Any, TextIO, cast
 from robustkit.errors import RunError
 
 # How the signs in our own texts are written where the stream's encoding lacks them.
-SUBSTITUTES = {"–": "-", "−": "-", "…": "...", "→": "->", "━": "-", "╸": "-", "╺": "-"}
-SUBSTITUTE = "robustkit.substitute"
+SUBSTITUTES = str.maketrans({"–": "-", "−": "-", "…": "...", "→": "->", "━": "-", "╸": "-", "╺": "-"})
 
 
 class Stream:
@@ -30,8 +28,12 @@ class Stream:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """Write text."""
-        self._try(self._stream.write, text)
+        """Write text, its signs substituted or escaped where the encoding lacks them."""
+        try:
+            self._try(self._stream.write, text)
+        except UnicodeEncodeError as error:
+            known = text.translate(SUBSTITUTES).encode(error.encoding, "backslashreplace").decode(error.encoding)
+            self._try(self._stream.write, known)
         return len(text)
 
     def flush(self) -> None:
@@ -98,34 +100,26 @@ def results_apart() -> Iterator[None]:
 
 @contextmanager
 def own_process() -> Iterator[None]:
-    """Prepare the streams of a process that is ours alone, and close stdout at the end.
+    """Prepare the streams of a process that is ours alone.
 
     Closed ones are opened, so that no file of a run gets their numbers; stdout is kept where no library written in
-    C prints to it; signs that an encoding lacks are substituted.
+    C prints to it.
     """
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:  # a closed stdout stays one that cannot be written to
             os.open(os.devnull, os.O_RDONLY if number == 1 else os.O_RDWR)
-    codecs.register_error(SUBSTITUTE, _substitute)
     out, err = (stream.encoding if stream else "utf-8" for stream in (sys.stdout, sys.stderr))
     kept = os.dup(1)
     os.dup2(2, 1)
-    sys.stderr = io.TextIOWrapper(open(2, "wb", closefd=False), err, SUBSTITUTE, line_buffering=True)
-    sys.stdout = io.TextIOWrapper(open(kept, "wb"), out, SUBSTITUTE, line_buffering=os.isatty(kept))
+    sys.stdout = io.TextIOWrapper(open(kept, "wb"), out, line_buffering=os.isatty(kept))
+    sys.stderr = io.TextIOWrapper(open(2, "wb", closefd=False), err, line_buffering=True)
     try:
         yield
     finally:
-        # What could not be written by now is dropped; Python would try it again at exit and complain.
-        with suppress(OSError):
-            sys.stdout.close()
-        sys.stdout = sys.stderr
-
-
-def _substitute(error: UnicodeError) -> tuple[str, int]:
-    if not isinstance(error, UnicodeEncodeError):
-        raise error
-    signs = error.object[error.start : error.end]
-    text = "".join(SUBSTITUTES.get(sign, sign) for sign in signs)
-    return text.encode("ascii", "backslashreplace").decode(), error.end
+        # What could not be written by now is dropped: Python would try it again at exit, and exit with 120.
+        for name in ("stdout", "stderr"):
+            with suppress(OSError):
+                getattr(sys, name).close()
+            setattr(sys, name, open(os.devnull, "w"))

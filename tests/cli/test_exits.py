@@ -29,7 +29,7 @@ def net(how):
         return x.flatten(1)[:, :10] * 3
     return answer
 """
-DATA = ("--data", "digits:test", "--limit", "4", "--threat", "linf:0.1", "--suite", "fgsm", "--out", "r")
+DATA = ("--data", "digits:test", "--limit", "4", "--threat", "linf:0.1", "--suite", "fgsm")
 
 
 def shell(line: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -108,7 +108,7 @@ def test_streams_that_take_nothing(line: str, code: int, words: str) -> None:
 
 
 def test_ascii_alone_has_substitutes() -> None:
-    code = "import rich.console as c; from robustkit.cli import streams as s\nwith s.own_process():\n"
+    code = "import rich.console as c; from robustkit.cli import streams as s\nwith s.own_process(), s.guarded():\n"
     code += " s.print_result('1 – 2 … é'); c.Console().print('3 – 4')"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"}
