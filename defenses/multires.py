@@ -32,6 +32,7 @@ from robustkit.stem import STEMS, widen
 from robustkit.threat import ThreatModel
 
 ATTACKS = ("none", "fgsm", "pgd")
+MOST_HEIGHTS = 16
 
 
 @method("multires", paper="arXiv:2408.05446")
@@ -175,9 +176,10 @@ def _draw(batch: Batch, what: str) -> RowRng:
 
 def _heights(text: str) -> tuple[int, ...]:
     parts = text.split("+")
-    if not all(part.isdecimal() for part in parts):
+    if len(parts) > MOST_HEIGHTS or not all(part.isdecimal() and len(part) < 5 for part in parts):
         raise UsageError(
-            f"multires: resolutions={text} is none; write heights in pixels with plus, e.g. 32+16+8+4."
+            f"multires: resolutions={text[:30]} is none; write at most {MOST_HEIGHTS} heights of up to 9999 "
+            "pixels with plus, e.g. 32+16+8+4."
         )
     return tuple(map(int, parts))
 

@@ -80,8 +80,9 @@ def parse_aggregator(text: str) -> Aggregator:
         raise did_you_mean("combine", name, tuple(AGGREGATORS))
     if not sign:
         return AGGREGATORS[name]
-    if name != "crossmax" or not k.isdecimal() or int(k) < 2:
+    # No ensemble has as many members as five digits say, and Python refuses to read thousands of them.
+    if name != "crossmax" or not k.isdecimal() or len(k) > 4 or int(k) < 2:
         raise UsageError(
-            f"combine={text} is not possible: only crossmax takes a number, from 2, as in crossmax:3."
+            f"combine={text[:30]} is not possible: only crossmax takes a number, from 2 to 9999, as in crossmax:3."
         )
     return partial(crossmax, k=int(k))

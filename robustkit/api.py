@@ -183,6 +183,7 @@ def craft(
     workers: int | None = None,
     ray: str | None = None,
     out: str | Path | None = None,
+    trust_code: bool = False,
     progress: Progress | None = None,
 ) -> Craft:
     """Return adversarial images made on surrogates, and what they do to models that the attack has not seen.
@@ -208,6 +209,7 @@ def craft(
         workers: processes that share the crafting, as in `evaluate`.
         ray: the address of a Ray cluster to have them on, as in `evaluate`.
         out: a folder for the ledger, the images and the record; the same call resumes there.
+        trust_code: run Python code that the record of a run folder names, too.
         progress: who to tell on the way.
 
     Returns:
@@ -219,7 +221,9 @@ def craft(
     """
     place = pick_device(device)
     samples = images if isinstance(images, Samples) else from_arrays(images, labels)
-    nets, judges = gather_both(_listed(surrogates), _listed(targets), samples, place, streaming)
+    nets, judges = gather_both(
+        _listed(surrogates), _listed(targets), samples, place, streaming, trust_code=trust_code
+    )
     plan = Crafting(
         nets=nets,
         samples=samples,
@@ -264,6 +268,7 @@ def diversity(
     seed: int = 0,
     device: str | torch.device = "auto",
     out: str | Path | None = None,
+    trust_code: bool = False,
     progress: Progress | None = None,
 ) -> Diversity:
     """Return how far the members of an ensemble share weaknesses, each attacked alone.
@@ -280,6 +285,7 @@ def diversity(
         seed: of every random number.
         device: where to compute; `auto` is CUDA where there is one.
         out: a folder for diversity.json; the same call returns what is there.
+        trust_code: run Python code that the record of a run folder names, too.
         progress: who to tell on the way.
 
     Raises:
@@ -287,7 +293,11 @@ def diversity(
     """
     place = pick_device(device)
     comparison = Comparison(
-        model=load_model(model, device=place) if isinstance(model, str) else as_classifier(model).to(place),
+        model=(
+            load_model(model, device=place, trust_code=trust_code)
+            if isinstance(model, str)
+            else as_classifier(model).to(place)
+        ),
         samples=images if isinstance(images, Samples) else from_arrays(images, labels),
         threat=ThreatModel.parse(threat) if isinstance(threat, str) else threat,
         steps=steps,
@@ -319,6 +329,7 @@ def train(
     devices: int = 1,
     parallel: str = "data",
     out: str | Path | None = None,
+    trust_code: bool = False,
     progress: TrainProgress | None = None,
 ) -> Trained:
     """Return the record of a net, or of samples of a posterior, trained as a method has it.
@@ -344,6 +355,7 @@ def train(
         devices: how many of them on this host, with a process each; under torchrun or srun it is theirs to say.
         parallel: what processes share: `data`, each batch, or `members`, of methods whose members divide.
         out: the run's folder, by default `runs/METHOD-ID`; the same call resumes there, or returns what is there.
+        trust_code: run Python code that the record of a run folder names, too.
         progress: who to tell on the way.
 
     Raises:
@@ -372,6 +384,7 @@ def train(
         device=pick_device(device),
         devices=devices,
         parallel=parallel,
+        trust_code=trust_code,
     )
     folder = Path(out) if out is not None else Path("runs") / f"{plan.method.info.name}-{plan.spec.run_id}"
     return plan.run(folder, progress)
@@ -384,17 +397,29 @@ def verify(
     labels: Any = None,
     *,
     device: str = "auto",
+    trust_code: bool = False,
 ) -> Verification:
     """Check every record of a finished run again; see `Verification.bad`.
 
-    Model and data are loaded by the strings in the run's spec unless they are given.
+    Model and data are loaded by the strings in the run's spec unless they are given, and not at all where the
+    folder's files are not those of the run.
+
+    Args:
+        folder: the run's folder.
+        model: any callable as in `evaluate`, instead of the one that the spec names.
+        images: (N C H W) floats in [0, 1], or uint8, instead of the data that the spec names.
+        labels: (N) whole numbers from 0 to K - 1, for images.
+        device: where to compute; `auto` is where the model is.
+        trust_code: run Python code that the spec, or the record of a run folder that it names, names.
 
     Raises:
-        UsageError: if the folder holds no finished run, or model or data cannot be loaded.
+        UsageError: if the folder holds no finished run, or model or data cannot be loaded, or the spec names code
+            that is not trusted.
     """
     return verify_run(
         Path(folder),
         model=None if model is None else as_classifier(model),
         samples=None if images is None else from_arrays(images, labels),
         device=None if device == "auto" else pick_device(device),
+        trust_code=trust_code,
     )

@@ -37,6 +37,11 @@ DataRoot = Annotated[
     Path | None, typer.Option(help="Where downloaded data sets are [default: ~/.cache/robustkit/data].")
 ]
 
+TrustCode = Annotated[
+    bool,
+    typer.Option("--trust-code", help="Run Python code that a file names (a run folder's record, a list), too."),
+]
+
 Workers = Annotated[
     int | None, typer.Option(metavar="N", min=1, help="Processes that share the work; same results. [default: 1]")
 ]
@@ -113,6 +118,7 @@ def evaluate(
     fail_under: Annotated[
         float | None, typer.Option(metavar="SHARE", help="Exit with 1 if robust accuracy is below, e.g. 0.45.")
     ] = None,
+    trust_code: TrustCode = False,
     debug: Debug = False,
 ) -> int:
     """Attack a model; print and store how much of its accuracy stands. The same command resumes.
@@ -146,6 +152,7 @@ def evaluate(
         out=out,
         data_root=data_root,
         download=download,
+        trust_code=trust_code,
         with_page=not no_html,
         as_json=json,
         fail_under=fail_under,
@@ -183,6 +190,7 @@ def plan(
     data_root: DataRoot = None,
     download: Annotated[bool, typer.Option("--download", help="Fetch the data set if it is absent.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
+    trust_code: TrustCode = False,
     debug: Debug = False,
 ) -> int:
     """Measure for some seconds what an evaluation will take, on one device and on several. Writes nothing.
@@ -202,6 +210,8 @@ def plan(
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
             flags += [f"--{name.replace('_', '-')}", str(value)]
+    if trust_code:
+        flags.append("--trust-code")
     return work(
         model=model,
         data=data,
@@ -217,6 +227,7 @@ def plan(
         price=price,
         data_root=data_root,
         download=download,
+        trust_code=trust_code,
         as_json=json,
         flags=flags,
     )
@@ -275,6 +286,7 @@ def craft(
     data_root: DataRoot = None,
     download: Annotated[bool, typer.Option("--download", help="Fetch the data set if it is absent.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print transfer.json instead of the table.")] = False,
+    trust_code: TrustCode = False,
     debug: Debug = False,
 ) -> int:
     """Craft adversarial images on surrogates and judge them on models that they have not seen. Resumes.
@@ -309,6 +321,7 @@ def craft(
         out=out,
         data_root=data_root,
         download=download,
+        trust_code=trust_code,
         as_json=json,
     )
 
@@ -323,6 +336,7 @@ def transfer(
     device: Device = "auto",
     data_root: DataRoot = None,
     json: Annotated[bool, typer.Option("--json", help="Print transfer.json instead of the table.")] = False,
+    trust_code: TrustCode = False,
     debug: Debug = False,
 ) -> int:
     """Judge crafted images on more models, after checking every one; without a target: print the table again.
@@ -332,7 +346,15 @@ def transfer(
     """
     from robustkit.cli.transfer import transfer as work
 
-    return work(folder, targets=target or [], data=data, device=device, data_root=data_root, as_json=json)
+    return work(
+        folder,
+        targets=target or [],
+        data=data,
+        device=device,
+        data_root=data_root,
+        trust_code=trust_code,
+        as_json=json,
+    )
 
 
 @verb()
@@ -364,6 +386,7 @@ def matrix(
     data_root: DataRoot = None,
     download: Annotated[bool, typer.Option("--download", help="Fetch the data set if it is absent.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print matrix.json instead of the table.")] = False,
+    trust_code: TrustCode = False,
     debug: Debug = False,
 ) -> int:
     """Craft on each of several models and judge on all: table, matrix.json and a heat map. Resumes.
@@ -389,6 +412,7 @@ def matrix(
         out=out,
         data_root=data_root,
         download=download,
+        trust_code=trust_code,
         as_json=json,
     )
 
@@ -415,6 +439,7 @@ def diversity(
     data_root: DataRoot = None,
     download: Annotated[bool, typer.Option("--download", help="Fetch the data set if it is absent.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print diversity.json instead of the tables.")] = False,
+    trust_code: TrustCode = False,
     debug: Debug = False,
 ) -> int:
     """Attack each member of an ensemble alone; show whom else it fools, and what an oracle could make of them.
@@ -439,6 +464,7 @@ def diversity(
         out=out,
         data_root=data_root,
         download=download,
+        trust_code=trust_code,
         as_json=json,
     )
 
@@ -479,6 +505,7 @@ def _train(
     data_root: DataRoot = None,
     download: Annotated[bool, typer.Option("--download", help="Fetch the data set if it is absent.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print model.json instead of the table.")] = False,
+    trust_code: TrustCode = False,
     debug: Debug = False,
 ) -> int:
     from robustkit.cli.train import train as work
@@ -504,6 +531,7 @@ def _train(
         out=out,
         data_root=data_root,
         download=download,
+        trust_code=trust_code,
         as_json=json,
     )
 
@@ -537,6 +565,7 @@ def verify(
     data: Annotated[str | None, typer.Option(help="Where the data is now, if it has moved.")] = None,
     device: Device = "auto",
     data_root: DataRoot = None,
+    trust_code: TrustCode = False,
     debug: Debug = False,
 ) -> int:
     """Check every record of a run again: hashes, ball and box, and that the model is fooled.
@@ -548,7 +577,7 @@ def verify(
     """
     from robustkit.cli.verify import verify as work
 
-    return work(folder, model=model, data=data, device=device, data_root=data_root)
+    return work(folder, model=model, data=data, device=device, data_root=data_root, trust_code=trust_code)
 
 
 @verb()
@@ -627,6 +656,7 @@ def doctor(
     device: Device = "auto",
     data_root: DataRoot = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    trust_code: TrustCode = False,
     debug: Debug = False,
 ) -> int:
     """Look for reasons not to trust an evaluation of a model, in seconds.
@@ -654,6 +684,7 @@ def doctor(
         threat=threat,
         device=device,
         data_root=data_root,
+        trust_code=trust_code,
         as_json=json,
     )
 

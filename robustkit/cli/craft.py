@@ -24,6 +24,7 @@ from robustkit.engine.folder import PAGE
 from robustkit.engine.nets import Net, gather_both
 from robustkit.errors import UsageError
 from robustkit.models import load_model
+from robustkit.models.recorded import recorded_model
 from robustkit.models.strings import ModelString
 from robustkit.report.transfer import show
 from robustkit.threat import ThreatModel
@@ -52,6 +53,7 @@ def craft(
     out: Path | None,
     data_root: Path | None,
     download: bool,
+    trust_code: bool,
     as_json: bool,
 ) -> int:
     """Run the verb."""
@@ -61,9 +63,9 @@ def craft(
     refuse_lists("--surrogate", surrogates)
     refuse_lists("--target", targets)
     place = pick_device(device)
-    samples = read_data(surrogates, data, limit, data_root, download)
+    samples = read_data(surrogates, data, limit, data_root, download, trust_code)
     rules = ThreatModel.parse(threat) if threat else usual_threat(data or BUILT_IN_DATA)
-    nets, judges = gather_both(surrogates, targets, samples, place, streaming)
+    nets, judges = gather_both(surrogates, targets, samples, place, streaming, trust_code=trust_code)
     plan = Crafting(
         nets=nets,
         samples=samples,
@@ -102,11 +104,18 @@ def next_command(folder: Path, nets: Sequence[Net], judged: bool) -> str:
 
 
 def read_data(
-    models: Sequence[str], data: str | None, limit: int | None, data_root: Path | None, download: bool
+    models: Sequence[str],
+    data: str | None,
+    limit: int | None,
+    data_root: Path | None,
+    download: bool,
+    trust_code: bool,
+    record: Path | None = None,
 ) -> Samples:
     """Return the images to craft on; without a data string the built-in model takes its own.
 
-    Files are read at the size that the first model asks for.
+    Files are read at the size that the first model asks for. `record` is the file that the models are named by, if
+    nobody typed them.
     """
     if data is None:
         if str(ModelString.parse(models[0])) != BUILT_IN:
@@ -116,7 +125,8 @@ def read_data(
         data, limit = BUILT_IN_DATA, limit or BUILT_IN_LIMIT
     preprocess = None
     if data.startswith(("folder:", "imagenet")):
-        preprocess = load_model(models[0]).preprocess
+        first = models[0] if record is None else recorded_model(models[0], record, trust_code)
+        preprocess = load_model(first, trust_code=trust_code).preprocess
     return load_data(data, root=data_root, download=download, preprocess=preprocess).head(limit)
 
 

@@ -31,10 +31,11 @@ def diversity(
     out: Path | None,
     data_root: Path | None,
     download: bool,
+    trust_code: bool,
     as_json: bool,
 ) -> int:
     """Run the verb."""
-    subject = Subject.load(model, data, limit, threat, device, data_root, download)
+    subject = Subject.load(model, data, limit, threat, device, data_root, download, trust_code=trust_code)
     comparison = Comparison(
         model=subject.model,
         samples=subject.samples,

@@ -30,6 +30,7 @@ def doctor(
     threat: str | None,
     device: str,
     data_root: Path | None,
+    trust_code: bool,
     as_json: bool,
 ) -> int:
     """Run the verb; return 0, or 1 if the machine gives false verdicts."""
@@ -40,7 +41,7 @@ def doctor(
                 f"{named[0]} without a model; write robustkit doctor MODEL …, or leave it out to test the machine."
             )
         return _machine(device, as_json)
-    subject = Subject.load(model, data, limit, threat, device, data_root, most=IMAGES)
+    subject = Subject.load(model, data, limit, threat, device, data_root, most=IMAGES, trust_code=trust_code)
     found = examine(subject.model, subject.samples, subject.threat, subject.device)
     if as_json:
         print_result(json.dumps(json.loads(dumps(found)), indent=2))

@@ -14,8 +14,9 @@ from robustkit.cli.sweep import Ends, shortened, sweep
 from robustkit.engine.anytime import Limits
 from robustkit.engine.evaluate import Evaluation
 from robustkit.engine.folder import PAGE
-from robustkit.engine.sweep import Sweep, read_models, sweep_id
+from robustkit.engine.sweep import Entry, Sweep, read_models, sweep_id
 from robustkit.errors import UsageError
+from robustkit.models.recorded import FLAG, names_code, refuse_code
 from robustkit.registry import parse_suite
 from robustkit.report.table import show
 
@@ -43,6 +44,7 @@ def evaluate(
     out: Path | None,
     data_root: Path | None,
     download: bool,
+    trust_code: bool,
     with_page: bool,
     as_json: bool,
     fail_under: float | None,
@@ -56,7 +58,7 @@ def evaluate(
     images, limits = read_batch_size(batch_size), Limits(_seconds(time_limit), stop_at_width)
 
     def plan(string: str, rules: str | None = threat) -> Evaluation:
-        subject = Subject.load(string, data, limit, rules, device, data_root, download)
+        subject = Subject.load(string, data, limit, rules, device, data_root, download, trust_code=trust_code)
         return Evaluation(
             model=subject.model,
             samples=subject.samples,
@@ -83,7 +85,14 @@ def evaluate(
     entries, usual = shortened(read_models(models)), threat or str(usual_threat(data))
     parse_suite(suite, usual.partition(":")[0])
     id = sweep_id(data=data, limit=limit, threat=usual, suite=suite, seed=seed)
-    made = Sweep(entries, lambda entry: plan(entry.string, usual), workers, ray)
+
+    def listed(entry: Entry) -> Evaluation:
+        # A list may be somebody else's: its lines are not typed on this command line.
+        if not trust_code:
+            refuse_code(entry.string, models)
+        return plan(entry.string, usual)
+
+    made = Sweep(entries, listed, workers, ray)
     return sweep(made, id, out or Path("runs") / f"leaderboard-{id}", ends)
 
 
@@ -97,7 +106,8 @@ def _one(plan: Evaluation, out: Path | None, ends: Ends) -> int:
         print_result(json.dumps(report.to_json(), indent=2))
     else:
         page = folder / PAGE
-        show(report, result_console(), f"robustkit verify {folder}", page if page.exists() else None)
+        trust = f" {FLAG}" if plan.model.trust_code or names_code(plan.model.string) else ""
+        show(report, result_console(), f"robustkit verify {folder}{trust}", page if page.exists() else None)
     return ends.judge([("", report.robust_accuracy.value)])
 
 

@@ -39,6 +39,7 @@ def matrix(
     out: Path | None,
     data_root: Path | None,
     download: bool,
+    trust_code: bool,
     as_json: bool,
 ) -> int:
     """Run the verb."""
@@ -47,9 +48,9 @@ def matrix(
         raise UsageError("a matrix needs at least two models; write --models A,B, or --models once for each.")
     refuse_lists("--target", targets)
     place = pick_device(device)
-    samples = read_data(names, data, limit, data_root, download)
+    samples = read_data(names, data, limit, data_root, download, trust_code)
     rules = ThreatModel.parse(threat) if threat else usual_threat(data or BUILT_IN_DATA)
-    nets, others = gather_both(names, targets, samples, place, None, what="model")
+    nets, others = gather_both(names, targets, samples, place, None, "model", trust_code)
     grid = Grid(
         nets=nets,
         targets=others,

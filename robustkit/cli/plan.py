@@ -33,12 +33,13 @@ def plan(
     price: float | None,
     data_root: Path | None,
     download: bool,
+    trust_code: bool,
     as_json: bool,
     flags: list[str],
 ) -> int:
     """Run the verb; `flags` are those that the evaluation itself would take."""
     counts = read_devices(devices)
-    subject = Subject.load(model, data, limit, threat, device, data_root, download)
+    subject = Subject.load(model, data, limit, threat, device, data_root, download, trust_code=trust_code)
     pilot = Pilot(
         model=subject.model,
         samples=subject.samples,

@@ -45,8 +45,11 @@ class Subject:
         data_root: Path | None,
         download: bool = False,
         most: int | None = None,
+        trust_code: bool = False,
     ) -> Subject:
         """Load it; without data the built-in model takes its own. `most` caps the images if no limit is given.
+
+        `trust_code` is whether Python code that a run folder names is run.
 
         Raises:
             UsageError: for a string that cannot be loaded, or data without a usual threat.
@@ -60,7 +63,7 @@ class Subject:
             data, limit = BUILT_IN_DATA, limit or BUILT_IN_LIMIT
         rules = ThreatModel.parse(threat) if threat else None
         place = pick_device(device)
-        classifier = load_model(model, device=place)
+        classifier = load_model(model, device=place, trust_code=trust_code)
         samples = load_data(data, root=data_root, download=download, preprocess=classifier.preprocess)
         if limit is None and most is not None:
             limit = min(most, len(samples))

@@ -13,6 +13,7 @@ from robustkit.cli.streams import print_result
 from robustkit.data import load_data
 from robustkit.devices import pick_device
 from robustkit.engine.folder import PAGE
+from robustkit.models.recorded import FLAG, names_code
 from robustkit.registry import make_method
 from robustkit.report.training import show
 from robustkit.report.training_page import page
@@ -43,6 +44,7 @@ def train(
     out: Path | None,
     data_root: Path | None,
     download: bool,
+    trust_code: bool,
     as_json: bool,
 ) -> int:
     """Run the verb."""
@@ -64,6 +66,7 @@ def train(
         device=pick_device(device),
         devices=devices,
         parallel=parallel,
+        trust_code=trust_code,
     )
     folder = out or Path("runs") / f"{method}-{plan.spec.run_id}"
     record = plan.run(folder, TrainDisplay())
@@ -74,6 +77,7 @@ def train(
         print_result(json.dumps(record.to_json(), indent=2))
         return 0
     verb = "craft --surrogate" if record.samples else "evaluate"
-    following = f"robustkit {verb} {folder}/ --data {judging or 'DATA'}"
+    trust = f" {FLAG}" * names_code(record.arch)
+    following = f"robustkit {verb} {folder}/ --data {judging or 'DATA'}{trust}"
     show(record, wide_console(), following, folder / PAGE)
     return 0

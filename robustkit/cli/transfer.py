@@ -16,6 +16,7 @@ from robustkit.engine import folder as run_folder
 from robustkit.engine.nets import gather
 from robustkit.engine.transfer import judge_more
 from robustkit.errors import UsageError
+from robustkit.models.recorded import recorded_data
 from robustkit.report.transfer import show
 
 
@@ -26,14 +27,19 @@ def transfer(
     data: str | None,
     device: str,
     data_root: Path | None,
+    trust_code: bool,
     as_json: bool,
 ) -> int:
     """Run the verb; without targets the stored judgements are printed again."""
     refuse_lists("--target", targets)
     record = run_folder.read_craft(folder)
     if targets:
+        run_folder.refuse_broken(folder, record)
         spec, place = record.spec, pick_device(device)
-        samples = read_data([spec.surrogates[0]["string"]], data or spec.data["string"], None, data_root, False)
+        source = folder / run_folder.TRANSFER
+        images = data or recorded_data(spec.data["string"], source)
+        crafted_on = [net["string"] for net in spec.surrogates]
+        samples = read_data(crafted_on, images, None, data_root, False, trust_code, source)
         samples = samples.head(min(spec.data["n"], len(samples)))
         if samples.fingerprint != spec.data["fingerprint"]:
             now, then = samples.fingerprint[:12], str(spec.data["fingerprint"])[:12]
@@ -41,7 +47,7 @@ def transfer(
                 f"{samples.name} is not the data that {folder} was crafted on (sha256 {now}…, was {then}…); "
                 "write where that is with --data."
             )
-        nets = gather(targets, samples, place, what="target", keep=lambda total: False)
+        nets = gather(targets, samples, place, what="target", keep=lambda total: False, trust_code=trust_code)
         record = judge_more(folder, samples, nets, place, CraftDisplay())
         write_page(folder)
     if as_json:

@@ -5,23 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 from robustkit.cli.output import result_console
-from robustkit.data import load_data
 from robustkit.devices import pick_device
-from robustkit.engine import folder as run_folder
 from robustkit.engine.verify import verify_run
-from robustkit.models import load_model
 from robustkit.report.table import percent
 
 
-def verify(folder: Path, *, model: str | None, data: str | None, device: str, data_root: Path | None) -> int:
+def verify(
+    folder: Path, *, model: str | None, data: str | None, device: str, data_root: Path | None, trust_code: bool
+) -> int:
     """Run the verb; return 1 if a record is bad, else 0."""
-    report = run_folder.read_report(folder)
     place = pick_device(device)
-    classifier = load_model(model or report.spec.model["string"], device=place)
-    samples = load_data(data or report.spec.data["string"], root=data_root, preprocess=classifier.preprocess).head(
-        report.spec.data["n"]
-    )
-    found = verify_run(folder, model=classifier, samples=samples, device=place)
+    found = verify_run(folder, model=model, samples=data, device=place, data_root=data_root, trust_code=trust_code)
+    report = found.report
     console = result_console()
 
     def line(text: str) -> None:
@@ -31,6 +26,11 @@ def verify(folder: Path, *, model: str | None, data: str | None, device: str, da
         line(f"bad         {sentence}")
     for sentence in found.borderline:
         line(f"borderline  {sentence}")
+    if found.stopped:
+        line(
+            "stopped     nothing that this record names was loaded; to check its images all the same, give both "
+            "--model and --data"
+        )
     word = f"{len(found.bad)} bad" if found.bad else "all good"
     line(f"run {report.run_id}: {found.checked} adversarials checked, {word}, {len(found.borderline)} borderline")
     if not found.bad:

@@ -129,14 +129,27 @@ def read_craft(path: Path) -> Craft:
 
 
 def broken_seals(path: Path, report: Report | Craft) -> list[str]:
-    """Return a sentence for each file whose bytes are not those the report names."""
+    """Return a sentence for each file whose bytes are not those the report names.
+
+    Only the files of a run are looked at, and only in its folder: a report may name any path of this machine.
+    """
     found = []
     for name, expected in report.files.items():
-        if not (path / name).is_file():
+        if name not in SEALED:
+            found.append(f"{path} has a record that names {name!r}, which is no file of a run and is not read.")
+        elif (path / name).is_symlink():
+            found.append(f"{path / name} is a link, not a file of the run, and is not followed.")
+        elif not (path / name).is_file():
             found.append(f"{path / name} is missing.")
         elif (actual := sha256(path / name)) != expected:
             found.append(f"{path / name} has changed since the run: sha256 {actual[:12]}…, was {expected[:12]}….")
     return found
+
+
+def refuse_broken(path: Path, record: Craft) -> None:
+    """Raise UsageError if a file is not the one that the record of a craft run names."""
+    if broken := broken_seals(path, record):
+        raise UsageError(f"{broken[0]} Restore it, or craft anew in another folder.")
 
 
 @contextmanager

@@ -30,7 +30,7 @@ class Net:
     what it is worth on a CPU, `alike` what two models share that may run as one (None: nothing may). `count`
     is how many nets it is made of: a posterior's samples, an ensemble's members; `parameters` and `graph` are then
     those in memory while one is asked. `training` are the floating-point operations of the run that trained it, of
-    a run's folder.
+    a run's folder. `trust_code` is whether loading it may run Python code that a run folder names.
     """
 
     string: str
@@ -43,12 +43,14 @@ class Net:
     model: Classifier | None
     count: int = 1
     training: int | None = None
+    trust_code: bool = False
 
     def load(self, device: torch.device) -> Classifier:
         """Return the model on this device, outside of autograd if it is newly loaded."""
         if self.model is not None:
             return self.model.to(device)
-        return load_model(self.string, device=device).expect(self.classes).requires_grad_(False)
+        model = load_model(self.string, device=device, trust_code=self.trust_code)
+        return model.expect(self.classes).requires_grad_(False)
 
     @property
     def identity(self) -> dict[str, str]:
@@ -63,6 +65,7 @@ def gather(
     *,
     what: str = "surrogate",
     keep: Callable[[int], bool] = lambda total: True,
+    trust_code: bool = False,
 ) -> list[Net]:
     """Return nets of model strings or callables, each tried on the first image.
 
@@ -72,6 +75,7 @@ def gather(
         device: where they are tried.
         what: the word for one of them, in errors.
         keep: whether nets of so many bytes in all may stay loaded; those of strings that may not are let go.
+        trust_code: whether Python code that a run folder names is run.
 
     Raises:
         UsageError: for a model that cannot be loaded or does not take the images, one given twice, different
@@ -81,7 +85,9 @@ def gather(
     total = 0
     for model in models:
         classifier = (
-            load_model(model, device=device) if isinstance(model, str) else as_classifier(model).to(device)
+            load_model(model, device=device, trust_code=trust_code)
+            if isinstance(model, str)
+            else as_classifier(model).to(device)
         )
         _check_size(classifier, nets, samples)
         net = _tried(classifier, samples, device, what)
@@ -112,6 +118,7 @@ def gather_both(
     device: torch.device,
     streaming: bool | None,
     what: str = "surrogate",
+    trust_code: bool = False,
 ) -> tuple[list[Net], list[Net]]:
     """Return the nets of a craft run; `streaming` lets those of strings go, None does where memory is short.
 
@@ -122,9 +129,14 @@ def gather_both(
     def keep(total: int) -> bool:
         return total <= room if streaming is None else not streaming
 
-    nets = gather(surrogates, samples, device, what=what, keep=keep)
+    nets = gather(surrogates, samples, device, what=what, keep=keep, trust_code=trust_code)
     return nets, gather(
-        targets, samples, device, what="target", keep=lambda total: keep(total) and total <= room // 4
+        targets,
+        samples,
+        device,
+        what="target",
+        keep=lambda total: keep(total) and total <= room // 4,
+        trust_code=trust_code,
     )
 
 
@@ -180,6 +192,7 @@ def _tried(classifier: Classifier, samples: Samples, device: torch.device, what:
         model=classifier,
         count=len(classifier.net) if isinstance(classifier.net, Mixture) else 1,
         training=training_flops(classifier.string),
+        trust_code=classifier.trust_code,
     )
 
 

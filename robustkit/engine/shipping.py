@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from robustkit.engine.files import Ask, files_of, here
+from robustkit.engine.nets import Net
 from robustkit.errors import RunError, UsageError
 from robustkit.models import load_model
 from robustkit.models.classifier import Classifier
@@ -18,7 +19,8 @@ class Parcelled:
     """A model on its way: its string and fingerprint, and itself on the CPU if no string loads it.
 
     `files` are the driver's that the string names; a machine that lacks one asks for it. `classes` is how many
-    logits it returns, where that is known.
+    logits it returns, where that is known; `trust_code` whether the driver may run Python code that a run folder
+    names: so may a worker.
     """
 
     string: str
@@ -26,17 +28,19 @@ class Parcelled:
     itself: bytes | None = None
     files: tuple[str, ...] = ()
     classes: int | None = None
+    trust_code: bool = False
 
     @classmethod
-    def named(cls, string: str, fingerprint: str, classes: int | None) -> Parcelled:
+    def named(cls, model: Classifier | Net, classes: int | None) -> Parcelled:
         """Return a model that its string loads, packed."""
-        return cls(string, fingerprint, files=tuple(files_of(string)), classes=classes)
+        files = tuple(files_of(model.string))
+        return cls(model.string, model.fingerprint, files=files, classes=classes, trust_code=model.trust_code)
 
     @classmethod
     def of(cls, model: Classifier) -> Parcelled:
         """Return a model packed; UsageError if it is of Python and cannot be pickled."""
         if not model.string.startswith("python:"):
-            return cls.named(model.string, model.fingerprint, model.reader.classes)
+            return cls.named(model, model.reader.classes)
         try:
             return cls(model.string, model.fingerprint, pickle.dumps(model))
         except Exception as error:
@@ -48,7 +52,8 @@ class Parcelled:
     def unpack(self, device: torch.device, ask: Ask) -> Classifier:
         """Return the model that the driver has, on a device; `ask` for files that are not here."""
         if self.itself is None:
-            model = load_model(here(self.string, self.files, ask), device=device)
+            string = here(self.string, self.files, ask)
+            model = load_model(string, device=device, trust_code=self.trust_code)
             if model.fingerprint != self.fingerprint:
                 raise RunError(f"a worker found another model than the driver under {self.string}; load it anew.")
             return model.expect(self.classes)

@@ -33,8 +33,7 @@ def judge_more(
     _check_classes(record, targets)
     threat = ThreatModel.parse(record.spec.threat)
     with folder.open_for_writing(path, record.spec):
-        if broken := folder.broken_seals(path, record):
-            raise UsageError(f"{broken[0]} Restore it, or craft anew in another folder.")
+        folder.refuse_broken(path, record)
         images = folder.read_adversarial(path)["x"]
         _check_inside(images, samples, threat, path)
         known = {judged.fingerprint for judged in record.targets}

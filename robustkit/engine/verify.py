@@ -21,6 +21,7 @@ from robustkit.isolation import evaluation_mode, own_randomness
 from robustkit.ledger import Ledger
 from robustkit.models import load_model
 from robustkit.models.classifier import Classifier
+from robustkit.models.recorded import recorded_data, recorded_model
 from robustkit.record import Curve, Report
 from robustkit.threat import ThreatModel
 
@@ -36,28 +37,52 @@ class Verification:
 
     Borderline means a margin within float32 noise (1e-5 of the largest logit): another machine may see it on
     the other side; or a random model that stands in the one draw made here. Neither is a fault of the record.
+    `stopped` is whether hashes alone were checked, since they were wrong.
     """
 
     report: Report
     checked: int = 0
     bad: list[str] = field(default_factory=list)
     borderline: list[str] = field(default_factory=list)
+    stopped: bool = False
 
 
 def verify_run(
-    path: Path, *, model: Classifier | None, samples: Samples | None, device: torch.device | None
+    path: Path,
+    *,
+    model: Classifier | str | None,
+    samples: Samples | str | None,
+    device: torch.device | None,
+    data_root: Path | None = None,
+    trust_code: bool = False,
 ) -> Verification:
     """Return what a run folder's records are worth; model and data come from its spec unless given.
 
+    The hashes come first: where a file is not that of the run, nothing is loaded that the record names.
+
+    Args:
+        path: the run's folder.
+        model: instead of the one that the record names.
+        samples: instead of the data that the record names.
+        device: where to compute; None is where the model is.
+        data_root: where downloaded sets are.
+        trust_code: whether Python code that the record names is run.
+
     Raises:
-        UsageError: if there is no finished run, or model or data cannot be loaded.
+        UsageError: if there is no finished run, or model or data cannot be loaded, or the record names code that
+            is not trusted.
     """
     report = folder.read_report(path)
     found = Verification(report, bad=folder.broken_seals(path, report))
     if report.run_id != report.spec.run_id:
         found.bad.append(f"report.json: its spec is not that of run {report.run_id}.")
-    model = model or _load_model(report)
-    samples = samples or _load_samples(report, model)
+    if found.bad and (model is None or samples is None):
+        found.stopped = True
+        return found
+    model = _loaded(model, path, report, trust_code)
+    if not isinstance(samples, Samples):
+        string = samples or recorded_data(_named(report, "data"), path / folder.REPORT)
+        samples = load_data(string, root=data_root, preprocess=model.preprocess).head(report.spec.data["n"])
     if device is not None:
         model = model.to(device)
     if model.fingerprint != report.spec.model["fingerprint"]:
@@ -201,21 +226,20 @@ def _missing_records(arrays: dict[str, np.ndarray], report: Report) -> Iterator[
         yield f"record {position}: adversarial.npz has an image of it, but the report no fooling."
 
 
-def _load_model(report: Report) -> Classifier:
-    string = report.spec.model["string"]
+def _loaded(model: Classifier | str | None, path: Path, report: Report, trust_code: bool) -> Classifier:
+    """Return the model that was given, else the one that the record names, if it may be loaded."""
+    if isinstance(model, Classifier):
+        return model
+    string = model or recorded_model(_named(report, "model"), path / folder.REPORT, trust_code)
+    return load_model(string, trust_code=trust_code)
+
+
+def _named(report: Report, what: str) -> str:
+    """Return the string of the model or the data of a run; UsageError if it was made from Python."""
+    string: str = getattr(report.spec, what)["string"]
     if string.startswith("python:"):
         raise UsageError(
             f"run {report.run_id} was made from Python with {string}; "
             "verify it there: robustkit.verify(folder, model, images, labels)."
         )
-    return load_model(string)
-
-
-def _load_samples(report: Report, model: Classifier) -> Samples:
-    string = report.spec.data["string"]
-    if string.startswith("python:"):
-        raise UsageError(
-            f"run {report.run_id} was made from Python with images in memory; "
-            "verify it there: robustkit.verify(folder, model, images, labels)."
-        )
-    return load_data(string, preprocess=model.preprocess).head(report.spec.data["n"])
+    return string

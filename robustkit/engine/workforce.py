@@ -116,4 +116,4 @@ def _parcelled(net: Net, plan: Crafting) -> Parcelled:
     """Return a surrogate packed for workers; only one from Python is needed itself."""
     if net.string.startswith("python:"):
         return Parcelled.of(net.load(plan.device))
-    return Parcelled.named(net.string, net.fingerprint, net.classes)
+    return Parcelled.named(net, net.classes)

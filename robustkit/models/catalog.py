@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from robustkit.errors import UsageError, did_you_mean
 
 _HOME = "robustkit.models.zoo"
-_WRN = re.compile(r"wrn-(\d+)-(\d+)")
+_WRN = re.compile(r"wrn-0*(\d+)-0*(\d+)", re.ASCII)
+# More layers take minutes to make, more parameters 4 GB; the largest in the literature is wrn-94-16.
+MOST_LAYERS, MOST_PARAMETERS = 1_000, 10**9
 
 
 @dataclass(frozen=True)
@@ -133,10 +135,22 @@ def lookup(name: str) -> ZooEntry:
     wide = _WRN.fullmatch(name)
     if not wide:
         raise did_you_mean("robustkit model", name, ZOO)
-    depth, width = int(wide[1]), int(wide[2])
+    # By its digits first: Python refuses to read a number of thousands of them.
+    digits = max(map(len, wide.groups()))
+    depth, width = map(int, wide.groups()) if digits < 5 else (MOST_LAYERS + 1, 1)
+    if depth > MOST_LAYERS or _wide_parameters(depth, width) > MOST_PARAMETERS:
+        raise UsageError(
+            f"wide ResNet {name[:30]!r} is too large: write at most {MOST_LAYERS:,} layers and "
+            f"{MOST_PARAMETERS:,} parameters, as in wrn-70-16."
+        )
     if depth < 10 or (depth - 4) % 6 or width < 1:
         raise UsageError(
             f"no wide ResNet {name!r}: DEPTH must be 10, 16, 22, 28 … (4 more than a multiple of 6) "
             "and WIDTH at least 1, as in wrn-28-10."
         )
     return _wide_resnet(depth, width)
+
+
+def _wide_parameters(depth: int, width: int) -> int:
+    """Return about how many parameters: two 3x3 convolutions in each block of three groups."""
+    return (depth - 4) // 6 * 18 * sum((channels * width) ** 2 for channels in (16, 32, 64))

@@ -40,6 +40,7 @@ class Classifier(nn.Module):
             first one first.
         preprocess: How the net wants image files read, where known.
         reader: Finds the logits in what the net returns.
+        trust_code: Whether loading it again by its string may run Python code that a run folder names.
     """
 
     mean: torch.Tensor | None
@@ -60,6 +61,7 @@ class Classifier(nn.Module):
         preprocess: Preprocess | None = None,
         output: str | None = None,
         binary: str | None = None,
+        trust_code: bool = False,
     ) -> None:
         """Wrap a net, in the train or eval mode that it is in.
 
@@ -76,6 +78,7 @@ class Classifier(nn.Module):
             preprocess: How the net wants image files read, where known.
             output: Where the logits are in what the net returns; None where that is clear.
             binary: How one number per image is read: `logit` or `probability` (see `LogitsReader`).
+            trust_code: Whether it was loaded with the leave to run code that a run folder names.
         """
         super().__init__()
         self.net = net
@@ -86,6 +89,7 @@ class Classifier(nn.Module):
         self.defenses = tuple(defenses)
         self.preprocess = preprocess
         self.reader = LogitsReader(string, output, binary, self.num_classes)
+        self.trust_code = trust_code
         self.register_buffer("mean", _per_channel(mean), persistent=False)
         self.register_buffer("std", _per_channel(std), persistent=False)
         self._identity = {**identity, "mean": mean, "std": std, "size": size}
@@ -120,6 +124,7 @@ class Classifier(nn.Module):
             in_channels=self.in_channels,
             defenses=self.defenses,
             preprocess=self.preprocess,
+            trust_code=self.trust_code,
         )
         twin.reader = replace(self.reader)
         return twin.train(self.training).to(None if self.mean is None else self.mean.device)

@@ -1,8 +1,10 @@
-"""Nets given as Python code: `module:factory` and `file.py:factory`. Loading them runs that code."""
+"""Nets given as Python code: `module:factory` and `file.py:factory`. Loading them runs that code.
+
+Whose word that may be is decided before (`robustkit.models.recorded`).
+"""
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import importlib
 import inspect
@@ -15,8 +17,10 @@ from types import ModuleType
 
 from robustkit.errors import RobustkitError, UsageError, did_you_mean
 from robustkit.models.built import Built
+from robustkit.models.factory import is_factory
+from robustkit.models.kinds import no_such_kind
 from robustkit.models.options import Options
-from robustkit.models.strings import FILE, TIMM, TORCHVISION, ZOO, ModelString
+from robustkit.models.strings import FILE, ModelString
 from robustkit.models.weights import Weights
 
 
@@ -26,7 +30,8 @@ def build(spec: ModelString, options: Options, weights: Weights | None) -> Built
     The code is identified by the text of its own file, not of those that it imports.
 
     Raises:
-        UsageError: The code cannot be imported, has no such factory, or the factory fails or returns no net.
+        UsageError: The code cannot be imported, has no such factory, or the factory is none of nets, fails or
+            returns no net.
     """
     keywords = dict(options.keywords)
     if spec.kind == FILE:
@@ -81,26 +86,29 @@ def _import(spec: ModelString) -> ModuleType:
         return importlib.import_module(spec.source)
     except (Exception, SystemExit) as error:
         if isinstance(error, ModuleNotFoundError) and f"{spec.source}.".startswith(f"{error.name}."):
-            raise _not_found(spec, error.name) from error
+            raise _not_found(spec) from error
         raise UsageError(f"importing {spec.source!r} failed with {_named(error)}: correct it first.") from error
 
 
-def _not_found(spec: ModelString, module: str | None) -> UsageError:
-    kinds = difflib.get_close_matches(spec.source, (ZOO, TIMM, TORCHVISION), n=1)
+def _not_found(spec: ModelString) -> UsageError:
+    """Return the error for a module that is not there; no package to install, whose name anybody may own."""
     file = Path(*spec.source.split(".")).with_suffix(".py")
-    if kinds:
-        advice = f"did you mean '{kinds[0]}:{spec.name}'?"
-    elif file.is_file():
-        advice = f"did you mean './{file}:{spec.name}'?"
-    else:
-        advice = "install it, or write a file as ./net.py:factory."
-    return UsageError(f"model {spec.arch!r} needs the module {module!r}, which is not installed: {advice}")
+    if file.is_file():
+        return UsageError(
+            f"model {spec.arch!r} names a module that Python does not find: did you mean './{file}:{spec.name}'?"
+        )
+    return no_such_kind(spec)
 
 
 def _call(spec: ModelString, factory: object, keywords: dict[str, object]) -> Callable[..., object]:
     if not callable(factory):
         what = "has no factory" if factory is None else f"has a {type(factory).__name__}, not a function, named"
         raise UsageError(f"{spec.source!r} {what} {spec.name!r}: write the name of a function that builds a net.")
+    if not is_factory(factory):
+        raise UsageError(
+            f"{spec.arch!r} is neither a torch.nn.Module class nor a function of yours that builds a net, and is "
+            "not called: write such a function in a file, as ./net.py:factory."
+        )
     _check_keywords(spec, factory, keywords)
     try:
         net: object = factory(**keywords)

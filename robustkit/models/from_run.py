@@ -22,9 +22,10 @@ from robustkit.aggregation import parse_aggregator
 from robustkit.errors import UsageError
 from robustkit.models.built import Built
 from robustkit.models.mixture import Members, Samples, joined_by, way
-from robustkit.models.options import Options
+from robustkit.models.options import MOST_CHANNELS, MOST_CLASSES, MOST_PIXELS, Options
 from robustkit.models.outputs import LogitsReader
-from robustkit.models.strings import ENSEMBLE, FOLDER, TIMM, TORCHVISION, ZOO, ModelString
+from robustkit.models.recorded import refuse_code
+from robustkit.models.strings import ENSEMBLE, FOLDER, MOST_MEMBERS, TIMM, TORCHVISION, UNKNOWN, ZOO, ModelString
 from robustkit.models.weights import Weights, put_weights, read_weights
 from robustkit.noise import Noise, drawing, set_noise
 from robustkit.posterior import Posterior
@@ -87,12 +88,15 @@ class Run:
         spec = ModelString.parse(self.facts["arch"])
         return ModelString.parse(spec.members[number]) if spec.kind == ENSEMBLE else spec
 
-    def build(self, options: Options, make: Mapping[str, Build]) -> tuple[Built, Options]:
+    def build(self, options: Options, make: Mapping[str, Build], trust_code: bool) -> tuple[Built, Options]:
         """Return the net, and the options of the model's string, the folder's where those say nothing.
 
         Raises:
-            UsageError: if a file is missing or not the one that was written, or has no such member or sample.
+            UsageError: if a file is missing or not the one that was written, or has no such member or sample;
+                or its record names Python code that is not trusted.
         """
+        if not trust_code:
+            refuse_code(self.facts["arch"], self.folder / FACTS)
 
         def net(state: dict[str, Tensor], number: int = 0) -> Built:
             inner, weights = self.arch_of(number), Weights(self.folder / WEIGHTS, state, {})
@@ -199,13 +203,15 @@ class Run:
     def _chosen(self, count: int, what: str) -> list[int]:
         """Return the numbers meant, each of which must be there once."""
         numbers = list(range(count)) if self.numbers is None else self.numbers
+        seen: set[int] = set()
         for number in numbers:
-            if number >= count or numbers.count(number) > 1:
+            if number >= count or number in seen:
                 wrong = "twice" if number < count else f"but {count} {what}"
                 raise UsageError(
                     f"model '{self.arch}' names number {number} {wrong}: write numbers from 0 to {count - 1}, "
                     "each once."
                 )
+            seen.add(number)
         return numbers
 
     def _check_hash(self, name: str, found: str) -> None:
@@ -259,15 +265,36 @@ def _facts(folder: Path) -> dict[str, Any]:
     channels = [number for of in ("mean", "std") for number in facts[of] or ()]
     if not all(isinstance(number, (int, float)) for number in channels):
         raise UsageError(f"'{path}' has a mean or std that is no list of numbers: write one number per channel.")
-    if facts["members"] < 1 or not isinstance(facts.get("hashes", {}), dict):
+    _check_sizes(path, facts)
+    if not isinstance(facts.get("hashes", {}), dict):
         raise UsageError(f"'{path}' is damaged: train again in another folder.")
     spec = ModelString.parse(facts["arch"])
     archs = list(map(ModelString.parse, spec.members)) if spec.kind == ENSEMBLE else [spec]
-    if any(arch.kind in (FOLDER, ENSEMBLE) for arch in archs):
-        raise UsageError(f"'{path}' names the folder {facts['arch']!r} as the architecture: write the net's own.")
+    if any(arch.kind in (FOLDER, ENSEMBLE, UNKNOWN) for arch in archs):
+        raise UsageError(
+            f"'{path}' names {facts['arch']!r} as the architecture, which is no net's: train again in another "
+            "folder."
+        )
     if spec.kind == ENSEMBLE and len(archs) != facts["members"]:
         raise UsageError(f"'{path}' is damaged: train again in another folder.")
     return facts
+
+
+def _check_sizes(path: Path, facts: Mapping[str, Any]) -> None:
+    """Refuse sizes that no run has, before a net of them is made or a list of them is gone through."""
+    shape = facts.get("input")
+    limits = {"members": (1, MOST_MEMBERS), "classes": (2, MOST_CLASSES)}
+    found = {name: facts[name] for name in limits}
+    if shape is not None:
+        found |= dict(zip(("channels", "height", "width"), shape if isinstance(shape, list) else (), strict=False))
+        limits |= {"channels": (1, MOST_CHANNELS), "height": (1, MOST_PIXELS), "width": (1, MOST_PIXELS)}
+    for name, (least, most) in limits.items():
+        number = found.get(name)
+        if not isinstance(number, int) or not least <= number <= most:
+            raise UsageError(
+                f"'{path}' has {number!r:.30} {name}, not a whole number from {least} to {most:,}: give a "
+                "folder that 'robustkit train' wrote."
+            )
 
 
 def _numbers(text: str) -> list[int]:

@@ -50,12 +50,21 @@ def build(spec: ModelString, options: Options, weights: Weights | None) -> Built
     )
 
 
+def names() -> list[str]:
+    """Return the names of timm's nets, without their tags."""
+    with quiet():
+        import timm
+
+        found: list[str] = timm.list_models()
+    return found
+
+
 def _check_name(spec: ModelString, pretrained: bool) -> None:
     import timm
 
     arch = spec.name.partition(".")[0]
     if not timm.is_model(arch):
-        near = difflib.get_close_matches(arch, timm.list_models(), n=1)
+        near = difflib.get_close_matches(arch, names(), n=1)
         hint = f"did you mean 'timm:{near[0]}'?" if near else "timm.list_models() names them all."
         raise UsageError(f"timm has no model {spec.name!r}: {hint}")
     tagged = [name for name in timm.list_pretrained(f"{arch}*") if name.partition(".")[0] == arch]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -13,8 +14,9 @@ from robustkit.models import from_code, from_run, from_several, from_timm, from_
 from robustkit.models.built import Built, seeded
 from robustkit.models.catalog import ZOO as CATALOG
 from robustkit.models.classifier import Classifier
+from robustkit.models.kinds import no_such_kind
 from robustkit.models.options import Options, read_mean, read_std
-from robustkit.models.strings import ENSEMBLE, FILE, FOLDER, MODULE, TIMM, TORCHVISION, ZOO, ModelString
+from robustkit.models.strings import ENSEMBLE, FILE, FOLDER, MODULE, TIMM, TORCHVISION, UNKNOWN, ZOO, ModelString
 from robustkit.models.weights import Weights, put_weights, read_weights
 from robustkit.preprocess import Preprocess
 
@@ -27,7 +29,9 @@ _BUILD = {
 }
 
 
-def load_model(string: str, *, device: str | torch.device = "cpu", seed: int = 0) -> Classifier:
+def load_model(
+    string: str, *, device: str | torch.device = "cpu", seed: int = 0, trust_code: bool = False
+) -> Classifier:
     """Return the classifier that a model string names, in eval mode.
 
     The string is `ARCH[@WEIGHTS][?mean=r,g,b&std=r,g,b&size=N&num_classes=K&defense=NAME:VALUE+...]`, or a folder
@@ -36,15 +40,21 @@ def load_model(string: str, *, device: str | torch.device = "cpu", seed: int = 0
     taken from the query, else from the metadata of the weights file or the folder, else from timm's or
     torchvision's own record, else left out.
 
+    A string that names Python code, `module:factory` or `./net.py:factory`, runs it: give no string here that you
+    have read from a file of somebody else's. What a folder's own record names is run only with `trust_code`.
+
     Args:
         string: The model string.
         device: Where its tensors lie afterwards.
         seed: Draws the initial weights of a net, or of a last layer, that no weights are loaded into.
+        trust_code: Whether Python code that the record of a run folder names is run.
 
     Raises:
         UsageError: A part of the string is not possible; the sentence says which, and what to write instead.
     """
     spec = ModelString.parse(string)
+    if spec.kind == UNKNOWN:
+        raise no_such_kind(spec)
     if spec.kind == FOLDER and not from_run.is_run(spec):
         raise _no_model(spec)
     place = pick_device(device)
@@ -52,9 +62,9 @@ def load_model(string: str, *, device: str | torch.device = "cpu", seed: int = 0
     weights = _weights(spec, options)
     with seeded(seed):
         if spec.kind == FOLDER:
-            built, options = from_run.Run.read(spec).build(options, _BUILD)
+            built, options = from_run.Run.read(spec).build(options, _BUILD, trust_code)
         elif spec.kind == ENSEMBLE:
-            built = from_several.build(spec, options, _member, seed)
+            built = from_several.build(spec, options, partial(_member, trust_code=trust_code), seed)
         else:
             built = _BUILD[spec.kind](spec, options, weights)
     if weights is not None:
@@ -78,12 +88,13 @@ def load_model(string: str, *, device: str | torch.device = "cpu", seed: int = 0
         preprocess=built.preprocess or _preprocess(options.size),
         output=options.output,
         binary=options.binary,
+        trust_code=trust_code,
     )
     return classifier.eval().to(place)
 
 
-def _member(string: str, seed: int) -> Classifier:
-    return load_model(string, seed=seed)
+def _member(string: str, seed: int, trust_code: bool) -> Classifier:
+    return load_model(string, seed=seed, trust_code=trust_code)
 
 
 def _weights(spec: ModelString, options: Options) -> Weights | None:

@@ -21,6 +21,8 @@ _FIELDS = {
     ENSEMBLE: frozenset({"combine", "defense"}),
 }
 _BOOLEANS = {"true": True, "false": False}
+# More would be a slip or malice: a net, or an image, of gigabytes.
+MOST_PIXELS, MOST_CLASSES, MOST_CHANNELS, MOST_DEFENSES = 4_096, 100_000, 4_096, 8
 
 
 @dataclass(frozen=True)
@@ -30,9 +32,9 @@ class Options:
     Attributes:
         mean: Subtracted from each channel, in [0, 1] pixel units; one number serves every channel.
         std: Divides each channel afterwards, above 0; one number serves every channel.
-        size: Height and width that images are resized to inside the classifier, in pixels.
-        num_classes: Classes of the net's last layer, at least 2.
-        in_channels: Channels of the images, at least 1.
+        size: Height and width that images are resized to inside the classifier, in pixels, 4096 at most.
+        num_classes: Classes of the net's last layer, 2 to 100,000.
+        in_channels: Channels of the images, 1 to 4096.
         output: Where the logits are in what the net returns, as a key, attribute or index.
         binary: What a net of one number per image returns: `logit` or `probability`, of class 1.
         defenses: What stands in front of the net, in the order that an image meets it.
@@ -71,11 +73,11 @@ class Options:
             mean=read_mean(taken["mean"], str(spec)) if "mean" in taken else None,
             std=read_std(taken["std"], str(spec)) if "std" in taken else None,
             size=_size(taken["size"]) if "size" in taken else None,
-            num_classes=_count("num_classes", taken, least=1 if "binary" in taken else 2),
-            in_channels=_count("in_channels", taken, least=1),
+            num_classes=_count("num_classes", taken, 1 if "binary" in taken else 2, MOST_CLASSES),
+            in_channels=_count("in_channels", taken, 1, MOST_CHANNELS),
             output=_named("output", taken),
             binary=read_binary(taken["binary"]) if "binary" in taken else None,
-            defenses=parse_defenses(taken["defense"]) if "defense" in taken else (),
+            defenses=_defenses(taken["defense"]) if "defense" in taken else (),
             combine=taken.get("combine"),
             noise=taken.get("noise"),
             pretrained=_boolean("pretrained", taken.get("pretrained", "true")),
@@ -138,20 +140,40 @@ def keyword_value(text: str) -> object:
     return text
 
 
+def _defenses(text: str) -> tuple[Any, ...]:
+    count = text.count("+") + 1
+    if count > MOST_DEFENSES:
+        raise UsageError(f"defense={text[:30]}… names {count:,} defenses: write at most {MOST_DEFENSES}.")
+    return parse_defenses(text)
+
+
 def _size(text: str) -> tuple[int, int]:
-    parts = text.split(",")
-    if len(parts) > 2 or not all(part.isdecimal() and int(part) for part in parts):
-        raise UsageError(f"size={text} is no image size: write pixels as size=N, or size=HEIGHT,WIDTH.")
-    return int(parts[0]), int(parts[-1])
+    sides = [whole_number(part, 1, MOST_PIXELS) for part in text.split(",")]
+    if len(sides) > 2 or sides[0] is None or sides[-1] is None:
+        raise UsageError(
+            f"size={text[:30]} is no image size: write pixels as size=N, or size=HEIGHT,WIDTH, from 1 to "
+            f"{MOST_PIXELS:,}."
+        )
+    return sides[0], sides[-1]
 
 
-def _count(name: str, taken: dict[str, str], *, least: int) -> int | None:
+def whole_number(text: str, least: int, most: int) -> int | None:
+    """Return the whole number that a text says, None if it says none or one outside of these limits."""
+    # The length first: Python refuses to read a number of thousands of digits.
+    number = int(text) if text.isdecimal() and len(text) <= len(str(most)) else -1
+    return number if least <= number <= most else None
+
+
+def _count(name: str, taken: dict[str, str], least: int, most: int) -> int | None:
     text = taken.get(name)
     if text is None:
         return None
-    if not text.isdecimal() or int(text) < least:
-        raise UsageError(f"{name}={text} is not possible: write a whole number of at least {least}.")
-    return int(text)
+    number = whole_number(text, least, most)
+    if number is None:
+        raise UsageError(
+            f"{name}={text[:30]} is not possible: write a whole number of at least {least}, at most {most:,}."
+        )
+    return number
 
 
 def _named(name: str, taken: dict[str, str]) -> str | None:

@@ -15,9 +15,13 @@ from robustkit.errors import UsageError
 
 ZOO, TIMM, TORCHVISION = "robustkit", "timm", "torchvision"
 FILE, MODULE, FOLDER, ENSEMBLE = "file", "module", "folder", "ensemble"
+UNKNOWN = "unknown"
+# A string longer than this, an ensemble of more members or with more brackets inside one another, is a mistake.
+MOST_SIGNS, MOST_MEMBERS, MOST_LEVELS = 100_000, 1_000, 8
 
 _QUERY = re.compile(r"\?(?=[A-Za-z_]\w*=)")
 _OPEN = f"{ENSEMBLE}:["
+_MODULE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
 
 
 @dataclass(frozen=True)
@@ -43,9 +47,11 @@ class ModelString:
         first colon, so that a folder in front of `net.py:build` may contain one.
 
         Raises:
-            UsageError: The text is empty, or a part of it is, or a field stands in it twice.
+            UsageError: The text is empty or too long, or a part of it is, or a field stands in it twice.
         """
         text = text.strip()
+        if len(text) > MOST_SIGNS:
+            raise UsageError(f"a model string of {len(text):,} signs is too long: write at most {MOST_SIGNS:,}.")
         if text.startswith(f"{ENSEMBLE}:"):
             return cls._joined(text)
         marks = list(_QUERY.finditer(text))
@@ -67,6 +73,11 @@ class ModelString:
         depth, end = 0, 0
         for place, sign in enumerate(text):
             depth += (sign == "[") - (sign == "]")
+            if depth > MOST_LEVELS:
+                raise UsageError(
+                    f"model {text[:60]!r}… has more than {MOST_LEVELS} brackets inside one another: write its "
+                    "members side by side, as in 'ensemble:[A;B;C]'."
+                )
             if sign == "]" and depth == 0:
                 end = place + 1
                 break
@@ -80,6 +91,10 @@ class ModelString:
         spec = cls(head, None, _fields(text, rest[1:]))
         if len(spec.members) < 2 or not all(spec.members):
             raise UsageError(f"model {text!r} joins fewer than two models: write two or more, as in [A;B].")
+        if len(spec.members) > MOST_MEMBERS:
+            raise UsageError(
+                f"model {text[:60]!r}… joins {len(spec.members):,} models: write at most {MOST_MEMBERS:,}."
+            )
         return spec
 
     @property
@@ -101,25 +116,33 @@ class ModelString:
 
     @property
     def kind(self) -> str:
-        """Which of the seven kinds of net `arch` names: one of the constants of this module."""
+        """Which of the seven kinds of net `arch` names: one of the constants of this module; UNKNOWN if none."""
         if self.arch.startswith(_OPEN):
             return ENSEMBLE
-        source, colon, _ = self.arch.rpartition(":")
-        if not colon:
+        if ":" not in self.arch:
             return FOLDER
-        if source in (ZOO, TIMM, TORCHVISION):
-            return source
-        return FILE if source.endswith(".py") else MODULE
+        if self.source in (ZOO, TIMM, TORCHVISION):
+            return self.source
+        if self.source.endswith(".py"):
+            return FILE
+        return MODULE if _MODULE.fullmatch(self.source) and self.name.isidentifier() else UNKNOWN
 
     @property
     def source(self) -> str:
         """What stands before the colon: the library, the module, or the path of the file."""
-        return self.arch.rpartition(":")[0]
+        return self._cut[0]
 
     @property
     def name(self) -> str:
         """What stands after the colon: the net's name, or the factory's."""
-        return self.arch.rpartition(":")[2]
+        return self._cut[1]
+
+    @property
+    def _cut(self) -> tuple[str, str]:
+        """Both; the path of a file may have colons of its own, and so may what is meant for a library."""
+        first, _, rest = self.arch.partition(":")
+        source, _, name = self.arch.rpartition(":")
+        return (source, name) if source.endswith(".py") else (first, rest)
 
 
 def joined(members: Sequence[str]) -> str:

@@ -84,6 +84,8 @@ def put_weights(net: object, weights: Weights, arch: str) -> None:
 def _first_bytes(path: Path) -> bytes:
     if path.is_dir():
         raise UsageError(f"weights file '{path}' is a folder: write the file in it.")
+    if path.exists() and not path.is_file():
+        raise UsageError(f"weights file '{path}' is no regular file: write a file on a disk.")
     try:
         with path.open("rb") as stream:
             start = stream.read(9)

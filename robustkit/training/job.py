@@ -21,6 +21,7 @@ class Job:
         method: the hooks.
         plan: what they may know.
         archs: of each member, complete and normalised (`robustkit.training.nets`).
+        trust_code: whether Python code that a run folder among them names is run.
         train: on the CPU.
         test: on the CPU, if there is any.
         parallel: how processes share the run, one of `robustkit.training.shares.CHOICES`.
@@ -32,6 +33,7 @@ class Job:
     method: Method
     plan: Plan
     archs: tuple[ModelString, ...]
+    trust_code: bool
     train: ImageSet
     test: ImageSet | None
     parallel: str

@@ -189,9 +189,9 @@ class Sitting:
         """Return a member as it begins, which sees its process's part of each batch."""
         plan, fabric = self.plan, self.fabric
         sample = self.job.train.at(slice(0, 2))
-        classifier = build(self.job.archs[number], plan.seed + number, sample, plan.classes, self.method)
+        job, seed = self.job, plan.seed + number
+        classifier = build(job.archs[number], seed, sample, plan.classes, self.method, job.trust_code)
         classifier = classifier.to(fabric.device).to(memory_format=torch.channels_last).train()
-        seed = plan.seed + number
         return Member(classifier, self.course.tally, fabric.autocast, seed, peers.part, peers.parts).train()
 
 

@@ -190,7 +190,7 @@ def _bare(spec: ModelString) -> str:
 
 
 def build_all(
-    specs: Sequence[ModelString], seed: int, sample: Images, classes: int, method: Method
+    specs: Sequence[ModelString], seed: int, sample: Images, classes: int, method: Method, trust_code: bool
 ) -> list[Classifier]:
     """Return the members of a run, which must be alike in all but their nets.
 
@@ -198,7 +198,9 @@ def build_all(
         UsageError: see `build`; or if they have not the same classes, or see images not in the same way, or the
             method has no use for them.
     """
-    members = [build(spec, seed + number, sample, classes, method) for number, spec in enumerate(specs)]
+    members = [
+        build(spec, seed + number, sample, classes, method, trust_code) for number, spec in enumerate(specs)
+    ]
     counts = set()
     for member in members:
         with torch.no_grad(), drawn(member, Noise("content")):
@@ -218,13 +220,15 @@ def build_all(
     return members
 
 
-def build(spec: ModelString, seed: int, sample: Images, classes: int, method: Method) -> Classifier:
+def build(
+    spec: ModelString, seed: int, sample: Images, classes: int, method: Method, trust_code: bool
+) -> Classifier:
     """Return a net with a seed's initial weights, and what the method puts around it, if it fits the data.
 
     Raises:
         UsageError: if it is no module with weights, or its logits are not one for each class.
     """
-    classifier = load_model(str(spec), seed=seed).expect(classes)
+    classifier = load_model(str(spec), seed=seed, trust_code=trust_code).expect(classes)
     if not isinstance(classifier.net, nn.Module) or not any(True for _ in classifier.net.parameters()):
         raise UsageError(f"{spec} has no weights to train; write an architecture, e.g. robustkit:cifar-resnet20.")
     if isinstance(classifier.net, Mixture):

@@ -50,6 +50,7 @@ class Training:
         device: where to train.
         devices: how many of them on each host, each with a process of its own.
         parallel: what processes share, `data` or `members` (`robustkit.training.shares`).
+        trust_code: whether Python code that a run folder names as `arch` is run.
     """
 
     method: Method
@@ -67,6 +68,7 @@ class Training:
     seed: int = 0
     devices: int = 1
     parallel: str = shares.DATA
+    trust_code: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what cannot be trained, before any image is read."""
@@ -160,7 +162,8 @@ class Training:
     def starts(self) -> list[Classifier]:
         """Before training: the first member, which says what the others are, or each where each has its own."""
         specs = self.strings if len(self._named) > 1 else self.strings[:1]
-        return nets.build_all(specs, self.seed, self.images.at(slice(0, 2)), self.plan.classes, self.method)
+        sample = self.images.at(slice(0, 2))
+        return nets.build_all(specs, self.seed, sample, self.plan.classes, self.method, self.trust_code)
 
     @cached_property
     def spec(self) -> TrainSpec:
@@ -209,6 +212,7 @@ class Training:
                 method=self.method,
                 plan=self.plan,
                 archs=self.strings,
+                trust_code=self.trust_code,
                 train=self.images,
                 test=None if self.test is None else ImageSet.read(self.test),
                 parallel=self.parallel,

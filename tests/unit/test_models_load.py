@@ -529,7 +529,7 @@ def test_files_that_are_no_code(tmp_path, state):
 def test_modules(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="did you mean 'robustkit:digits-cnn'"):
         load_model("robstkit:digits-cnn")
-    with pytest.raises(UsageError, match="needs the module 'no_such_module_here'"):
+    with pytest.raises(UsageError, match="no kind of model 'no_such_module_here', nor a module of that name"):
         load_model("no_such_module_here:build")
     monkeypatch.chdir(tmp_path)
     Path("my_own_net.py").write_text("import not_there_either\n")

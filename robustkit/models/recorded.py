@@ -1,0 +1,96 @@
+"""What a file may name. The words of a report, a run folder or a list of models are those of whoever made it.
+
+A model string that the user typed on the command line, or passed in Python, is the user's own and runs the code
+that it names. A string that is read from a file runs none, unless the user says so with `--trust-code`, or
+`trust_code=True` in Python. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from robustkit.errors import UsageError
+from robustkit.models.strings import ENSEMBLE, FILE, FOLDER, MODULE, ModelString
+
+FLAG = "--trust-code"
+# Where a path names no file of a disk: another machine, another program.
+_ELSEWHERE = re.compile(r"[\\/]{2}|\w{2,}:")
+_DEVICES = ("dev", "proc", "sys")
+
+
+def refuse_code(string: str, where: object) -> None:
+    """Refuse a model string of a file that names Python code.
+
+    Args:
+        string: the model string.
+        where: what it stands in, for the sentence.
+
+    Raises:
+        UsageError: it names code, in a member of an ensemble too.
+    """
+    for spec in _parts(string):
+        if spec.kind in (FILE, MODULE):
+            raise UsageError(
+                f"{where} names Python code, {spec.arch!r}, which is not run because a file named it: give {FLAG} "
+                "(trust_code=True in Python) if you trust whoever made that file."
+            )
+
+
+def recorded_model(string: str, where: object, trust_code: bool) -> str:
+    """Return the model string of a run's record if it may be loaded.
+
+    Raises:
+        UsageError: it names code that is not trusted, or files that are not on this machine's disks.
+    """
+    if not trust_code:
+        refuse_code(string, where)
+    for spec in _parts(string):
+        path = spec.arch.partition("#")[0] if spec.kind == FOLDER else spec.weights
+        if path is not None:
+            _check_path(path, where, "--model")
+    return string
+
+
+def recorded_data(string: str, where: object) -> str:
+    """Return the data string of a run's record if it may be read.
+
+    Raises:
+        UsageError: it names what is not on this machine's disks, or a whole disk or home folder.
+    """
+    name, _, rest = string.partition(":")
+    path = rest if name in ("folder", "webdataset") else string
+    # Data with a name of its own, such as cifar10:test, has neither.
+    if path == rest or any(sign in path for sign in ("/", "\\", ".npz")):
+        _check_path(path, where, "--data")
+        if Path(path) in (Path(Path(path).anchor), Path.home()):
+            raise UsageError(f"{where} names the folder {path!r} as data, which is no data set: give --data.")
+    return string
+
+
+def names_code(string: str) -> bool:
+    """Return whether a model string names Python code itself."""
+    return any(spec.kind in (FILE, MODULE) for spec in _parts(string))
+
+
+def _parts(string: str) -> Iterator[ModelString]:
+    """Yield the strings of single models that a string is made of."""
+    spec = ModelString.parse(string)
+    if spec.kind == ENSEMBLE:
+        for member in spec.members:
+            yield from _parts(member)
+    else:
+        yield spec
+
+
+def _check_path(path: str, where: object, flag: str) -> None:
+    """Refuse what is not an absolute path on a disk, which every path in a record that robustkit wrote is."""
+    place = Path(path)
+    devices = len(place.parts) > 1 and place.parts[0] == os.sep and place.parts[1] in _DEVICES
+    if _ELSEWHERE.match(path) or devices or not place.is_absolute():
+        raise UsageError(
+            f"{where} names {path!r}, which is not the absolute path of a file on a disk of this machine: give "
+            f"{flag} with where it is here."
+        )
