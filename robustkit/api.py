@@ -56,6 +56,7 @@ def evaluate(
     workers: int | None = None,
     ray: str | None = None,
     out: str | Path | None = None,
+    overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Return how robust a classifier is on these images, verified sample by sample.
@@ -80,6 +81,7 @@ def evaluate(
             what the cluster has room for. In a script the call has to stand under `if __name__ == "__main__":`.
         ray: the address of a Ray cluster to have them on: `auto`, `HOST:PORT`, or `local` for one on this machine.
         out: a folder for the ledger and the report; the same call resumes there.
+        overwrite: remove the run that `out` holds, and begin anew; files that robustkit did not write stay.
         progress: who to tell on the way.
 
     Raises:
@@ -104,7 +106,7 @@ def evaluate(
         workers=workers,
         ray=ray,
     )
-    return plan.run(Path(out) if out is not None else None, progress)
+    return plan.run(Path(out) if out is not None else None, progress, overwrite=overwrite)
 
 
 def plan(
@@ -183,6 +185,7 @@ def craft(
     workers: int | None = None,
     ray: str | None = None,
     out: str | Path | None = None,
+    overwrite: bool = False,
     trust_code: bool = False,
     progress: Progress | None = None,
 ) -> Craft:
@@ -209,6 +212,7 @@ def craft(
         workers: processes that share the crafting, as in `evaluate`.
         ray: the address of a Ray cluster to have them on, as in `evaluate`.
         out: a folder for the ledger, the images and the record; the same call resumes there.
+        overwrite: remove the run that `out` holds, and begin anew; files that robustkit did not write stay.
         trust_code: run Python code that the record of a run folder names, too.
         progress: who to tell on the way.
 
@@ -247,6 +251,7 @@ def craft(
         curve=budgets,
         png=Path(png) if png is not None else None,
         progress=progress,
+        overwrite=overwrite,
     )
 
 
@@ -268,6 +273,7 @@ def diversity(
     seed: int = 0,
     device: str | torch.device = "auto",
     out: str | Path | None = None,
+    overwrite: bool = False,
     trust_code: bool = False,
     progress: Progress | None = None,
 ) -> Diversity:
@@ -285,6 +291,7 @@ def diversity(
         seed: of every random number.
         device: where to compute; `auto` is CUDA where there is one.
         out: a folder for diversity.json; the same call returns what is there.
+        overwrite: remove the run that `out` holds, and begin anew; files that robustkit did not write stay.
         trust_code: run Python code that the record of a run folder names, too.
         progress: who to tell on the way.
 
@@ -306,7 +313,7 @@ def diversity(
         images=only,
         device=place,
     )
-    return comparison.run(Path(out) if out is not None else None, progress)
+    return comparison.run(Path(out) if out is not None else None, progress, overwrite)
 
 
 def train(
@@ -329,6 +336,7 @@ def train(
     devices: int = 1,
     parallel: str = "data",
     out: str | Path | None = None,
+    overwrite: bool = False,
     trust_code: bool = False,
     progress: TrainProgress | None = None,
 ) -> Trained:
@@ -355,6 +363,7 @@ def train(
         devices: how many of them on this host, with a process each; under torchrun or srun it is theirs to say.
         parallel: what processes share: `data`, each batch, or `members`, of methods whose members divide.
         out: the run's folder, by default `runs/METHOD-ID`; the same call resumes there, or returns what is there.
+        overwrite: remove the run that `out` holds, and begin anew; files that robustkit did not write stay.
         trust_code: run Python code that the record of a run folder names, too.
         progress: who to tell on the way.
 
@@ -387,7 +396,7 @@ def train(
         trust_code=trust_code,
     )
     folder = Path(out) if out is not None else Path("runs") / f"{plan.method.info.name}-{plan.spec.run_id}"
-    return plan.run(folder, progress)
+    return plan.run(folder, progress, overwrite)
 
 
 def verify(

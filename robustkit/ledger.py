@@ -11,12 +11,13 @@ import json
 import sqlite3
 from array import array
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from robustkit.errors import RunError, UsageError
 from robustkit.record import Flag, dumps
+from robustkit.writing import refuse_link
 
 SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -34,6 +35,8 @@ CREATE TABLE verdicts (
 );
 CREATE INDEX rows_of_chunk ON verdicts (stage, chunk);
 """
+# The endings of the files that SQLite has for one ledger, its own and those of a transaction.
+FILES = ("", "-wal", "-shm", "-journal")
 COLUMNS = 'position, label, prediction, margin, fooled, image, adversarial, "right", once, struck'
 
 
@@ -102,6 +105,8 @@ class Ledger:
             RunError: if the disk is full or refuses.
         """
         name = str(path or "in memory")
+        if path is not None:
+            refuse_link(*(path.with_name(path.name + ending) for ending in FILES))
         with _explained(name):
             db = sqlite3.connect(path or ":memory:", isolation_level=None)
             ledger = cls(db, name)
@@ -114,6 +119,17 @@ class Ledger:
                     db.execute("INSERT INTO meta VALUES ('run_id', ?)", [run_id])
             ledger._check(run_id)
         return ledger
+
+    @classmethod
+    def is_unattacked(cls, path: Path) -> bool:
+        """Return whether a ledger holds nothing but a clean pass, or is absent; UsageError if it is damaged."""
+        if not path.is_file() or not path.stat().st_size:
+            return True
+        refuse_link(*(path.with_name(path.name + ending) for ending in FILES))
+        with _explained(str(path)), closing(sqlite3.connect(path)) as db:
+            if not db.execute("SELECT name FROM sqlite_master WHERE name = 'chunks'").fetchall():
+                return True
+            return not db.execute("SELECT 1 FROM chunks WHERE stage > 0 LIMIT 1").fetchall()
 
     @classmethod
     def read(cls, path: Path, run_id: str) -> Ledger:
@@ -284,9 +300,7 @@ class Ledger:
 
 
 def _damaged(name: str, how: str) -> UsageError:
-    return UsageError(
-        f"{name} is damaged: {how}; delete the run folder and start again, or restore it from a copy."
-    )
+    return UsageError(f"{name} is damaged: {how}; restore it from a copy, or start again with --overwrite.")
 
 
 @contextmanager

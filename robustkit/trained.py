@@ -11,6 +11,10 @@ from robustkit.record import FORMAT, Spec
 
 # A run's record, by which it is finished, a line for each epoch, and the weights of a run without a posterior.
 RECORD, METRICS, WEIGHTS = "model.json", "metrics.jsonl", "model.safetensors"
+# The state of an unfinished run, and the one before it, in case the newest is damaged.
+CHECKPOINTS = ("checkpoint.pt", "checkpoint.previous.pt")
+# Folders in a run's: states that wait for the method that makes its samples of them, curves for TensorBoard.
+KEPT, CURVES = "kept", "tensorboard"
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,10 @@ Ray = Annotated[
     typer.Option(metavar="ADDRESS", help="Have the workers on a Ray cluster: auto, HOST:PORT or local."),
 ]
 
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Remove the run that the folder of --out holds; begin anew.")
+]
+
 
 @app.callback(invoke_without_command=True)
 def _root(
@@ -111,6 +115,7 @@ def evaluate(
     workers: Workers = None,
     ray: Ray = None,
     out: Annotated[Path | None, typer.Option(help="Run folder [default: runs/evaluate-ID].")] = None,
+    overwrite: Overwrite = False,
     data_root: DataRoot = None,
     download: Annotated[bool, typer.Option("--download", help="Fetch the data set if it is absent.")] = False,
     no_html: Annotated[bool, typer.Option("--no-html", help="Write no report.html into the folder.")] = False,
@@ -150,6 +155,7 @@ def evaluate(
         workers=workers,
         ray=ray,
         out=out,
+        overwrite=overwrite,
         data_root=data_root,
         download=download,
         trust_code=trust_code,
@@ -283,6 +289,7 @@ def craft(
     workers: Workers = None,
     ray: Ray = None,
     out: Annotated[Path | None, typer.Option(help="Run folder [default: runs/craft-ID].")] = None,
+    overwrite: Overwrite = False,
     data_root: DataRoot = None,
     download: Annotated[bool, typer.Option("--download", help="Fetch the data set if it is absent.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print transfer.json instead of the table.")] = False,
@@ -319,6 +326,7 @@ def craft(
         workers=workers,
         ray=ray,
         out=out,
+        overwrite=overwrite,
         data_root=data_root,
         download=download,
         trust_code=trust_code,
@@ -383,6 +391,7 @@ def matrix(
     workers: Workers = None,
     ray: Ray = None,
     out: Annotated[Path | None, typer.Option(help="Folder [default: runs/matrix-ID].")] = None,
+    overwrite: Overwrite = False,
     data_root: DataRoot = None,
     download: Annotated[bool, typer.Option("--download", help="Fetch the data set if it is absent.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print matrix.json instead of the table.")] = False,
@@ -410,6 +419,7 @@ def matrix(
         workers=workers,
         ray=ray,
         out=out,
+        overwrite=overwrite,
         data_root=data_root,
         download=download,
         trust_code=trust_code,
@@ -436,6 +446,7 @@ def diversity(
     seed: Annotated[int, typer.Option(min=0, help="Of every random number.")] = 0,
     device: Device = "auto",
     out: Annotated[Path | None, typer.Option(help="Folder [default: runs/diversity-ID].")] = None,
+    overwrite: Overwrite = False,
     data_root: DataRoot = None,
     download: Annotated[bool, typer.Option("--download", help="Fetch the data set if it is absent.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print diversity.json instead of the tables.")] = False,
@@ -462,6 +473,7 @@ def diversity(
         seed=seed,
         device=device,
         out=out,
+        overwrite=overwrite,
         data_root=data_root,
         download=download,
         trust_code=trust_code,
@@ -502,6 +514,7 @@ def _train(
     devices: Annotated[int, typer.Option(min=1, help="How many, with a process each.")] = 1,
     parallel: Annotated[str, typer.Option(help="What processes share: data (each batch) or members.")] = "data",
     out: Annotated[Path | None, typer.Option(help="Run folder [default: runs/METHOD-ID].")] = None,
+    overwrite: Overwrite = False,
     data_root: DataRoot = None,
     download: Annotated[bool, typer.Option("--download", help="Fetch the data set if it is absent.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print model.json instead of the table.")] = False,
@@ -529,6 +542,7 @@ def _train(
         devices=devices,
         parallel=parallel,
         out=out,
+        overwrite=overwrite,
         data_root=data_root,
         download=download,
         trust_code=trust_code,

@@ -8,7 +8,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from robustkit.cli.evaluate import read_batch_size
-from robustkit.cli.output import save, wide_console
+from robustkit.cli.output import save_page, wide_console
 from robustkit.cli.progress import CraftDisplay
 from robustkit.cli.report import craft_view
 from robustkit.cli.several import refuse_lists
@@ -51,6 +51,7 @@ def craft(
     workers: int | None,
     ray: str | None,
     out: Path | None,
+    overwrite: bool,
     data_root: Path | None,
     download: bool,
     trust_code: bool,
@@ -82,18 +83,20 @@ def craft(
         ray=ray,
     )
     folder = out or Path("runs") / f"craft-{plan.spec.run_id}"
-    record = run_craft(plan, folder, judges, forecast=forecast, curve=curve, png=png, progress=CraftDisplay())
-    write_page(folder)
+    record = run_craft(
+        plan, folder, judges, forecast=forecast, curve=curve, png=png, progress=CraftDisplay(), overwrite=overwrite
+    )
+    shown = write_page(folder)
     if as_json:
         print_result(json.dumps(record.to_json(), indent=2))
     else:
-        show(record, wide_console(), next_command(folder, nets, bool(record.targets)), folder / PAGE)
+        show(record, wide_console(), next_command(folder, nets, bool(record.targets)), shown)
     return 0
 
 
-def write_page(folder: Path) -> None:
-    """Write the page of a craft run as it is now."""
-    save(folder / PAGE, craft_view(folder).page().encode())
+def write_page(folder: Path) -> Path | None:
+    """Write the page of a craft run as it is now; return it if it is there."""
+    return save_page(folder / PAGE, craft_view(folder).page().encode())
 
 
 def next_command(folder: Path, nets: Sequence[Net], judged: bool) -> str:

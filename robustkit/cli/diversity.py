@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from robustkit.cli.output import save, wide_console
+from robustkit.cli.output import save_page, wide_console
 from robustkit.cli.progress import CraftDisplay
 from robustkit.cli.streams import print_result
 from robustkit.cli.subject import Subject
@@ -29,6 +29,7 @@ def diversity(
     seed: int,
     device: str,
     out: Path | None,
+    overwrite: bool,
     data_root: Path | None,
     download: bool,
     trust_code: bool,
@@ -47,15 +48,15 @@ def diversity(
         device=subject.device,
     )
     folder = out or Path("runs") / f"diversity-{comparison.spec.run_id}"
-    record = comparison.run(folder, CraftDisplay())
-    save(folder / FILE, page(record).encode())
+    record = comparison.run(folder, CraftDisplay(), overwrite)
+    shown = save_page(folder / FILE, page(record).encode())
     if as_json:
         print_result(json.dumps(record.to_json(), indent=2))
     else:
         following = (
             f"robustkit evaluate {model} --data {data or subject.samples.name} --threat {record.spec.threat}"
         )
-        show(record, wide_console(), folder / FILE, following)
+        show(record, wide_console(), shown, following)
     return 0
 
 

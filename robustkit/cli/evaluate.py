@@ -42,6 +42,7 @@ def evaluate(
     workers: int | None,
     ray: str | None,
     out: Path | None,
+    overwrite: bool,
     data_root: Path | None,
     download: bool,
     trust_code: bool,
@@ -77,7 +78,7 @@ def evaluate(
 
     ends = Ends(with_page, as_json, fail_under)
     if models is None:
-        return _one(plan(model or BUILT_IN), out, ends)
+        return _one(plan(model or BUILT_IN), out, overwrite, ends)
     if model is not None:
         raise UsageError(f"both a model, {model}, and a list of models; write it into {models} instead.")
     if data is None:
@@ -93,13 +94,13 @@ def evaluate(
         return plan(entry.string, usual)
 
     made = Sweep(entries, listed, workers, ray)
-    return sweep(made, id, out or Path("runs") / f"leaderboard-{id}", ends)
+    return sweep(made, id, out or Path("runs") / f"leaderboard-{id}", overwrite, ends)
 
 
-def _one(plan: Evaluation, out: Path | None, ends: Ends) -> int:
+def _one(plan: Evaluation, out: Path | None, overwrite: bool, ends: Ends) -> int:
     """Evaluate one model."""
     folder = out or Path("runs") / f"evaluate-{plan.spec.run_id}"
-    report = plan.run(folder, Display())
+    report = plan.run(folder, Display(), overwrite=overwrite)
     if ends.with_page:
         write_page(folder, report)
     if ends.as_json:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from robustkit.cli.craft import read_data
 from robustkit.cli.evaluate import read_batch_size
-from robustkit.cli.output import save, wide_console
+from robustkit.cli.output import save_page, wide_console
 from robustkit.cli.progress import CraftBoard, CraftDisplay
 from robustkit.cli.several import refuse_lists, split_models
 from robustkit.cli.streams import print_result
@@ -37,6 +37,7 @@ def matrix(
     workers: int | None,
     ray: str | None,
     out: Path | None,
+    overwrite: bool,
     data_root: Path | None,
     download: bool,
     trust_code: bool,
@@ -66,11 +67,11 @@ def matrix(
     )
     folder = out or Path("runs") / f"matrix-{grid.run_id}"
     board = CraftBoard()
-    record = grid.run(folder, board if workers or ray else CraftDisplay(), board.of)
-    save(folder / FILE, page(record).encode())
+    record = grid.run(folder, board if workers or ray else CraftDisplay(), board.of, overwrite)
+    shown = save_page(folder / FILE, page(record).encode())
     if as_json:
         print_result(json.dumps(record.to_json(), indent=2))
     else:
         following = f"robustkit transfer {folder / record.folders[0]} --target MODEL"
-        show_matrix(record, wide_console(), folder / FILE, following)
+        show_matrix(record, wide_console(), shown, following)
     return 0

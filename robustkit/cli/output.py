@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
+import sys
 from pathlib import Path
 
 from rich.console import Console
 
 from robustkit.cli.streams import results
-from robustkit.errors import UsageError
+from robustkit.errors import RunError, UsageError
+from robustkit.writing import is_read_only, reason, write
 
 
 def result_console(width: int | None = None) -> Console:
@@ -22,16 +23,22 @@ def wide_console() -> Console:
     return terminal if terminal.is_terminal else result_console(width=240)
 
 
+def save_page(path: Path, content: bytes) -> Path | None:
+    """Write the page of a run into its folder; return it, or None where it is absent from a read-only folder."""
+    try:
+        write(path, content)
+    except RunError as error:
+        if not is_read_only(error.__cause__):
+            raise
+        print(f"{error}", file=sys.stderr)
+    return path if path.is_file() else None
+
+
 def save(path: Path, content: bytes) -> None:
     """Write a file whole or not at all; UsageError if it cannot be written."""
-    draft = path.with_name(f".{path.name}.part")
     try:
-        if path.is_dir():
-            raise IsADirectoryError(None, "it is a folder")
-        try:
-            draft.write_bytes(content)
-            os.replace(draft, path)
-        finally:
-            draft.unlink(missing_ok=True)
-    except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror or error}; choose another file.") from error
+        write(path, content)
+    except RunError as error:
+        if isinstance(why := error.__cause__, OSError):
+            raise UsageError(f"cannot write {path}: {reason(why)}; choose another file.") from error
+        raise

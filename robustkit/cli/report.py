@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from robustkit.cli.output import result_console, save, wide_console
+from robustkit.cli.output import result_console, save, save_page, wide_console
 from robustkit.cli.streams import print_result
 from robustkit.engine import folder as run_folder
 from robustkit.errors import UsageError
@@ -30,16 +30,18 @@ def report(folder: Path, *, html: Path | None, png: Path | None) -> int:
         raise UsageError(f"{folder} is no evaluation, of which alone cards are made; write --html FILE.")
     written = []
     if html is None and png is None:
-        html = folder / view.file
         view.show()
         print_result()
+        if page := save_page(folder / view.file, view.page().encode()):
+            written.append(f"report   {page}")
     if html is not None:
         save(html, view.page().encode())
         written.append(f"report   {html}")
     if png is not None and view.card is not None:
         save(png, view.card())
         written.append(f"card     {png}")
-    print_result("\n".join(written))
+    for line in written:
+        print_result(line)
     return 0
 
 
@@ -49,7 +51,7 @@ def write_page(folder: Path, record: Report) -> None:
 
     if not (folder / run_folder.PAGE).exists():
         content = page(record, run_folder.read_examples(folder, record)).encode()
-        run_folder.write(folder / run_folder.PAGE, content)
+        save_page(folder / run_folder.PAGE, content)
 
 
 def _evaluation(folder: Path) -> View:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from robustkit.cli import DONE, FAILED, USAGE
-from robustkit.cli.output import save, wide_console
+from robustkit.cli.output import save, save_page, wide_console
 from robustkit.cli.progress import Board
 from robustkit.cli.report import write_page
 from robustkit.cli.streams import print_result
@@ -49,12 +49,12 @@ def shortened(entries: Sequence[Entry]) -> list[Entry]:
     return [replace(entry, name=short.get(entry.name, entry.name)) for entry in entries]
 
 
-def sweep(plan: Sweep, id: str, folder: Path, ends: Ends) -> int:
+def sweep(plan: Sweep, id: str, folder: Path, overwrite: bool, ends: Ends) -> int:
     """Run the verb; return 3 or 2 if a model failed, running or before, else what `ends` says."""
     panel = Board()
     found, failed = [], []
     code = DONE
-    for entry, outcome in zip(plan.entries, plan.run(folder, panel, panel.of), strict=True):
+    for entry, outcome in zip(plan.entries, plan.run(folder, panel, panel.of, overwrite), strict=True):
         if isinstance(outcome, RobustkitError):
             failed.append((entry.name, entry.string, str(outcome)))
             code = max(code, FAILED if isinstance(outcome, RunError) else USAGE)
@@ -67,13 +67,14 @@ def sweep(plan: Sweep, id: str, folder: Path, ends: Ends) -> int:
         return code
     board = Leaderboard.of(id, found, failed)
     save(folder / RECORD, (json.dumps(board.to_json(), indent=2) + "\n").encode())
+    shown = None
     if ends.with_page:
-        save(folder / PAGE, page(board).encode())
+        shown = save_page(folder / PAGE, page(board).encode())
     if ends.as_json:
         print_result(json.dumps(board.to_json(), indent=2))
     else:
         runs = [folder / row.folder for row in board.rows[:2]]
         following = f"compare {runs[0]} {runs[1]}" if len(runs) > 1 else f"verify {runs[0]}"
-        show(board, wide_console(), folder / PAGE if ends.with_page else None, f"robustkit {following}")
+        show(board, wide_console(), shown, f"robustkit {following}")
     below = ends.judge([(row.name, row.robust_accuracy.value) for row in board.rows])
     return code or below

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from robustkit.cli.evaluate import read_batch_size
-from robustkit.cli.output import save, wide_console
+from robustkit.cli.output import save_page, wide_console
 from robustkit.cli.progress import TrainDisplay
 from robustkit.cli.streams import print_result
 from robustkit.data import load_data
@@ -42,6 +42,7 @@ def train(
     devices: int,
     parallel: str,
     out: Path | None,
+    overwrite: bool,
     data_root: Path | None,
     download: bool,
     trust_code: bool,
@@ -69,15 +70,15 @@ def train(
         trust_code=trust_code,
     )
     folder = out or Path("runs") / f"{method}-{plan.spec.run_id}"
-    record = plan.run(folder, TrainDisplay())
+    record = plan.run(folder, TrainDisplay(), overwrite)
     if processes.rank():
         return 0
-    save(folder / PAGE, page(plan.spec, record.history, record).encode())
+    shown = save_page(folder / PAGE, page(plan.spec, record.history, record).encode())
     if as_json:
         print_result(json.dumps(record.to_json(), indent=2))
         return 0
     verb = "craft --surrogate" if record.samples else "evaluate"
     trust = f" {FLAG}" * names_code(record.arch)
     following = f"robustkit {verb} {folder}/ --data {judging or 'DATA'}{trust}"
-    show(record, wide_console(), following, folder / PAGE)
+    show(record, wide_console(), following, shown)
     return 0

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import os
 import tarfile
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from robustkit.errors import UsageError
+from robustkit.errors import RunError, UsageError
+from robustkit.writing import replacing
 
 KINDS = ("jpg", "jpeg", "png", "webp", "ppm", "bmp", "tif", "tiff", "gif")
 LABEL = "cls"
@@ -88,10 +87,9 @@ def _keep(place: Path, found: npt.NDArray[Any]) -> None:
     """Write it whole or not at all: other processes may be reading or writing the same."""
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=place.parent, suffix=".part", delete=False) as draft:
-            np.save(draft, found)
-        os.replace(draft.name, place)
-    except OSError:
+        with replacing(place) as file:
+            np.save(file, found)
+    except (OSError, RunError):
         return
 
 

@@ -17,6 +17,7 @@ from robustkit.engine.crew import Agency, Alone
 from robustkit.engine.environment import environment
 from robustkit.engine.examples import arrays, evenly
 from robustkit.engine.nets import Net, gather, same_classes
+from robustkit.engine.opening import open_for_writing, require_writable
 from robustkit.engine.progress import Progress
 from robustkit.engine.targets import Jury, Stack
 from robustkit.engine.workforce import Workforce
@@ -39,6 +40,7 @@ def run_craft(
     png: Path | None = None,
     progress: Progress | None = None,
     agency: Agency | None = None,
+    overwrite: bool = False,
 ) -> Craft:
     """Craft, or resume, or take the stored images of a finished run; then judge them.
 
@@ -51,6 +53,7 @@ def run_craft(
         png: a folder for the images as 8-bit files.
         progress: who to tell on the way.
         agency: where workers come from, if other runs share them; else the run hires its own.
+        overwrite: remove the run that `out` holds, and begin anew.
 
     Raises:
         UsageError: for a request that cannot be carried out.
@@ -62,9 +65,10 @@ def run_craft(
     if curve:
         budgets.check(plan.composed)
     progress = progress or Progress()
-    with folder.open_for_writing(out, plan.spec) if out else nullcontext():
+    opened = open_for_writing(out, plan.spec, overwrite=overwrite, say=progress.say) if out else None
+    with opened or nullcontext(True) as writable:
         try:
-            return _Job(plan, out, targets, progress, agency).run(forecast, list(curve), png)
+            return _Job(plan, out, targets, progress, agency, writable).run(forecast, list(curve), png)
         finally:
             progress.close()
 
@@ -79,7 +83,9 @@ class _Job:
         targets: Sequence[Net],
         progress: Progress,
         agency: Agency | None,
+        writable: bool,
     ) -> None:
+        self.writable = writable
         if agency is None and (plan.ray is not None or plan.workers not in (None, 1)):
             agency = Alone(plan.workers, plan.ray, progress)
         self.agency = agency
@@ -89,6 +95,7 @@ class _Job:
     def run(self, forecast: bool, curve: list[int], png: Path | None) -> Craft:
         record = self._stored()
         if record is None or self._work_left(record, forecast, curve):
+            require_writable(self.out, self.writable, "what was asked for")
             with (
                 Ledger.open(self.out and self.out / folder.LEDGER, self.plan.spec.run_id) as ledger,
                 closing(self._workshop(ledger)) as self.shop,
@@ -105,7 +112,8 @@ class _Job:
         else:
             self.progress.say(f"run {record.run_id} was finished before; this is its stored result")
         if png is not None:
-            record = self._keep(self._png(record, png))
+            record = self._png(record, png)
+            record = self._keep(record) if self.writable else record
         return record
 
     def _workshop(self, ledger: Ledger) -> Workshop:

@@ -22,6 +22,7 @@ from robustkit.data.samples import Samples
 from robustkit.diverse import Bounds, Diversity, DiversitySpec
 from robustkit.engine import folder
 from robustkit.engine.environment import environment
+from robustkit.engine.opening import open_for_writing
 from robustkit.engine.panel import Panel, attack, by_others, each_loss, loss
 from robustkit.engine.progress import Progress
 from robustkit.engine.sanity import refuse_endless
@@ -86,8 +87,13 @@ class Comparison:
             images=None if self.images is None else sorted({int(place) for place in self.images}),
         )
 
-    def run(self, out: Path | None = None, progress: Progress | None = None) -> Diversity:
+    def run(self, out: Path | None = None, progress: Progress | None = None, overwrite: bool = False) -> Diversity:
         """Attack, distil, compare; or return what a folder holds of the same.
+
+        Args:
+            out: the folder; without one nothing is written.
+            progress: who to tell on the way.
+            overwrite: remove the run that `out` holds, and begin anew.
 
         Raises:
             UsageError: for a request that cannot be carried out, or a folder of another run.
@@ -95,7 +101,7 @@ class Comparison:
         progress = progress or Progress()
         if out is None:
             return self._run(progress)
-        with folder.open_for_writing(out, self.spec):
+        with open_for_writing(out, self.spec, overwrite=overwrite, say=progress.say):
             if (out / folder.DIVERSITY).is_file():
                 progress.say(f"run {self.spec.run_id} was finished before; this is its stored result")
                 return folder.read_diversity(out)

@@ -23,6 +23,7 @@ from robustkit.engine.environment import environment
 from robustkit.engine.foreman import Foreman
 from robustkit.engine.lookout import offered
 from robustkit.engine.meter import DTYPES, Meter
+from robustkit.engine.opening import open_for_writing, require_writable
 from robustkit.engine.progress import Progress
 from robustkit.engine.tally import Tally
 from robustkit.engine.worker import Worker
@@ -128,7 +129,11 @@ class Evaluation:
         return "fp32" if self.precision == "auto" else self.precision
 
     def run(
-        self, out: Path | None = None, progress: Progress | None = None, agency: Agency | None = None
+        self,
+        out: Path | None = None,
+        progress: Progress | None = None,
+        agency: Agency | None = None,
+        overwrite: bool = False,
     ) -> Report:
         """Run, or resume, or return the stored result of a finished run.
 
@@ -136,26 +141,31 @@ class Evaluation:
             out: the run folder; without one nothing is written.
             progress: who to tell on the way.
             agency: where workers come from, if other runs share them; else the run hires its own.
+            overwrite: remove the run that `out` holds, and begin anew.
 
         Raises:
             UsageError: for a request that cannot be carried out.
             RunError: when it fails on the way; the same call resumes.
         """
         progress = progress or Progress()
-        with folder.open_for_writing(out, self.spec) if out else nullcontext():
+        opened = open_for_writing(out, self.spec, overwrite=overwrite, say=progress.say) if out else None
+        with opened or nullcontext(True) as writable:
             try:
-                report = self._at_eps(out, progress, agency)
+                report = self._at_eps(out, writable, progress, agency)
                 if self.curve and report.curve is None:
+                    require_writable(out, writable, "a curve")
                     report = self._with_curve(report, out, progress)
                 if self.audit > len(report.audit.audited if report.audit else ()):
+                    require_writable(out, writable, "an audit")
                     report = self._with_audit(report, out, progress, agency)
                 return report
             finally:
                 progress.close()
 
-    def _at_eps(self, out: Path | None, progress: Progress, agency: Agency | None) -> Report:
-        if out and (out / folder.REPORT).exists() and folder.read_report(out).stopped is None:
-            return self._stored(out, progress)
+    def _at_eps(self, out: Path | None, writable: bool, progress: Progress, agency: Agency | None) -> Report:
+        if out and (out / folder.REPORT).exists():
+            if folder.read_report(out).stopped is None or not writable:
+                return self._stored(out, progress)
         with Ledger.open(out and out / folder.LEDGER, self.spec.run_id) as ledger:
             return self._finish(ledger, *self._work(ledger, progress, agency), out)
 

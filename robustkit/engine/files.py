@@ -15,6 +15,7 @@ from robustkit.engine import folder
 from robustkit.errors import RunError
 from robustkit.models.from_run import PARTS
 from robustkit.models.strings import ENSEMBLE, FOLDER, ModelString, joined
+from robustkit.writing import write
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,7 @@ def _fetched(path: str, ask: Ask) -> Path:
             content = ask(path, True).content or b""
             if hashlib.sha256(content).hexdigest() != sha256:
                 raise RunError(f"{path} changed while it was sent to workers; start again when it no longer does.")
-            draft = place.with_name(f".{place.name}.part")
-            draft.write_bytes(content)
-            os.replace(draft, place)
+            write(place, content)
     return place
 
 

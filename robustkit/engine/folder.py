@@ -1,27 +1,24 @@
-"""A run folder on disk: one writer at a time, every file written whole or not at all."""
+"""The files of a run folder: read as what they are, written whole or not at all."""
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import os
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 
 from robustkit.crafted import Craft, CraftSpec, Matrix
 from robustkit.data.archive import DAMAGE, member
 from robustkit.diverse import Diversity, DiversitySpec
-from robustkit.errors import RunError, UsageError
+from robustkit.errors import UsageError
 from robustkit.record import Report, RunSpec, dumps
 from robustkit.trained import METRICS, RECORD, Trained, TrainSpec
+from robustkit.writing import replacing, write
 
 SPEC, LEDGER, REPORT, ADVERSARIAL = "spec.json", "ledger.sqlite", "report.json", "adversarial.npz"
 TRANSFER, MATRIX, DIVERSITY = "transfer.json", "matrix.json", "diversity.json"
@@ -49,35 +46,6 @@ class Adversarials:
         """Return `index` (M), `x` (M C H W) and `y` (M), in memory."""
         x = np.frombuffer(bytearray().join(self.images()), dtype=np.float32)
         return {"index": self.index, "x": x.reshape(len(self.index), *self.shape), "y": self.labels}
-
-
-@contextmanager
-def open_for_writing(path: Path, spec: Spec) -> Iterator[None]:
-    """Make or re-enter the folder of this run, alone.
-
-    Raises:
-        UsageError: if it cannot be written, holds another run or other files, or another process is in it.
-    """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path / ".lock")
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UsageError(f"another process is working in {path}; wait for it or give another --out.") from None
-    except OSError as error:
-        raise UsageError(
-            f"cannot write the run folder {path}: {error.strerror or error}; choose another with --out."
-        ) from error
-    try:
-        if (path / SPEC).exists():
-            _require_same(path, spec)
-        elif others := sorted(file.name for file in path.iterdir() if not file.name.startswith(".")):
-            raise UsageError(f"{path} holds {others[0]!r} but no run; give an empty or new folder with --out.")
-        else:
-            write(path / SPEC, (dumps(spec, indent=2) + "\n").encode())
-        yield
-    finally:
-        lock.release()
 
 
 def read_spec(path: Path) -> Spec:
@@ -152,32 +120,9 @@ def refuse_broken(path: Path, record: Craft) -> None:
         raise UsageError(f"{broken[0]} Restore it, or craft anew in another folder.")
 
 
-@contextmanager
-def _draft(path: Path) -> Iterator[BinaryIO]:
-    """Write a file by way of a temporary one, so that a kill leaves the old or the new, never half."""
-    draft = path.with_name(f".{path.name}.part")
-    try:
-        with draft.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    except OSError as error:
-        reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
-        raise RunError(
-            f"cannot write {path}: {reason}; make room and run the same command again to resume."
-        ) from error
-
-
-def write(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all; RunError if the disk is full or refuses."""
-    with _draft(path) as file:
-        file.write(content)
-
-
 def write_report(path: Path, report: Report) -> None:
     """Write report.json, by which the run is finished."""
-    with _draft(path / REPORT) as file:
+    with replacing(path / REPORT) as file:
         for piece in report.text():
             file.write(piece.encode())
 
@@ -229,7 +174,7 @@ def write_adversarial(path: Path, rows: Adversarials) -> None:
         "x": np.broadcast_to(np.float32(0), (len(rows.index), *rows.shape)),
         "y": rows.labels,
     }
-    with _draft(path / ADVERSARIAL) as file, zipfile.ZipFile(file, "w") as archive:
+    with replacing(path / ADVERSARIAL) as file, zipfile.ZipFile(file, "w") as archive:
         for name, array in arrays.items():
             with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
                 header = {"descr": array.dtype.str, "fortran_order": False, "shape": array.shape}
@@ -255,7 +200,7 @@ def read_adversarial(path: Path) -> dict[str, np.ndarray]:
 
 def write_examples(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Write examples.npz (see `robustkit.engine.examples`). Same arrays, same bytes."""
-    with _draft(path / EXAMPLES) as file, zipfile.ZipFile(file, "w") as archive:
+    with replacing(path / EXAMPLES) as file, zipfile.ZipFile(file, "w") as archive:
         for name, array in arrays.items():
             with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w") as member:
                 np.lib.format.write_array(member, array, allow_pickle=False)
@@ -292,21 +237,9 @@ def _refuse_others(path: Path) -> None:
         raise UsageError(f"{path} holds a trained model, not a result; see: robustkit evaluate {path}/")
 
 
-def _require_same(path: Path, spec: Spec) -> None:
-    old = read_spec(path)
-    if old.run_id == spec.run_id:
-        return
-    if old.verb != spec.verb:
-        raise UsageError(f"{path} holds run {old.run_id} of robustkit {old.verb}; give another --out folder.")
-    before, now = old.identity, spec.identity
-    differing = [name for name in now if before[name] != now[name]]
-    raise UsageError(
-        f"{path} holds run {old.run_id}, which differs in {', '.join(differing)}; "
-        "give another --out folder for this one."
-    )
-
-
 def _read_json(path: Path) -> Any:
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{path} cannot be read: it is not a regular file.")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

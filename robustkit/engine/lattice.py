@@ -19,9 +19,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from robustkit.engine import folder
 from robustkit.errors import RunError, UsageError
 from robustkit.threat import ThreatModel
+from robustkit.writing import remove_drafts, write
 
 LEVELS = 255
 # So near to a level, in levels, float32 has what was one.
@@ -116,9 +116,8 @@ def save(
     try:
         place.mkdir(parents=True, exist_ok=True)
         own = {LABELS, *(_name(index) for index in range(len(labels)))}
-        # A kill leaves the draft of the file that was being written.
-        there = [(file.name, file.name.removeprefix(".").removesuffix(".part")) for file in place.iterdir()]
-        foreign = [name for name, whole in there if whole not in own]
+        remove_drafts(place)
+        foreign = [file.name for file in place.iterdir() if file.name not in own]
     except OSError as error:
         raise UsageError(
             f"cannot write {place}: {error.strerror or error}; choose another --png folder."
@@ -138,7 +137,7 @@ def save(
             name = _name(index)
             packed = io.BytesIO()
             Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0)).save(packed, "png")
-            folder.write(place / name, packed.getvalue())
+            write(place / name, packed.getvalue())
             again[row] = _read(place / name)
             rows.writerow([name, index, labels[index]])
             index += 1
@@ -146,7 +145,7 @@ def save(
         if (again != whole).any() or (measure(change, threat.norm) > allowance(threat)).any():
             raise RunError(f"the files in {place} do not read back within {threat}; is the disk damaged?")
         largest = max(largest, int(np.abs(change).max()))
-    folder.write(place / LABELS, table.getvalue().encode())
+    write(place / LABELS, table.getvalue().encode())
     return Pictures(place), largest
 
 

@@ -18,9 +18,11 @@ from robustkit.engine.cluster import hire
 from robustkit.engine.craft_run import run_craft
 from robustkit.engine.crafting import Crafting
 from robustkit.engine.nets import Net, same_classes
+from robustkit.engine.opening import clear
 from robustkit.engine.progress import Progress
 from robustkit.errors import RobustkitError, UsageError
 from robustkit.threat import ThreatModel
+from robustkit.writing import subfolder
 
 
 @dataclass(frozen=True)
@@ -71,15 +73,21 @@ class Grid:
         parts = [*(run.spec.run_id for run in self.runs), *(net.fingerprint for net in self.targets)]
         return hashlib.sha256("/".join(parts).encode()).hexdigest()[:8]
 
-    def run(self, out: Path, progress: Progress, lane: Callable[[str], Progress]) -> Matrix:
+    def run(
+        self, out: Path, progress: Progress, lane: Callable[[str], Progress], overwrite: bool = False
+    ) -> Matrix:
         """Craft and judge row by row, each in a folder of its own; the same call resumes there.
 
         Args:
             out: the folder of the rows' folders.
             progress: who to tell of the rows if there are no workers, else of these.
             lane: who to tell of the row of a model's string if several are done at the same time.
+            overwrite: remove the matrix or run that `out` holds, and begin anew.
         """
-        self._check_folder(out)
+        if overwrite and out.is_dir():
+            clear(out)
+        else:
+            self._check_folder(out)
         columns = [*self.nets, *self.targets]
         runs = self.runs
         folders = [f"craft-{run.spec.run_id}" for run in runs]
@@ -87,12 +95,13 @@ class Grid:
             rows: list[Craft] = []
             for number, (run, place) in enumerate(zip(runs, folders, strict=True)):
                 progress.say(f"row {number + 1} of {len(runs)}: crafting on {run.nets[0].string}")
-                rows.append(run_craft(run, out / place, columns, progress=progress))
+                rows.append(run_craft(run, subfolder(out, place), columns, progress=progress))
         else:
 
             def work(desk: Desk[Craft], number: int) -> Craft:
                 told = Watched(lane(self.nets[number].string), desk.turn)
-                return run_craft(runs[number], out / folders[number], columns, progress=told, agency=desk)
+                place = subfolder(out, folders[number])
+                return run_craft(runs[number], place, columns, progress=told, agency=desk)
 
             works = [partial(work, number=number) for number in range(len(runs))]
             rows = []
@@ -142,4 +151,6 @@ class Grid:
         others = [file.name for file in out.iterdir() if file.name not in own] if out.is_dir() else []
         if others or (out.exists() and not out.is_dir()):
             what = f"holds {sorted(others)[0]!r}, which is not of this matrix" if others else "is no folder"
-            raise UsageError(f"{out} {what}; give an empty or new folder with --out.")
+            raise UsageError(
+                f"{out} {what}; give an empty or new folder with --out, or --overwrite what robustkit wrote there."
+            )

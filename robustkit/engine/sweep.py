@@ -12,9 +12,11 @@ from pathlib import Path
 from robustkit.engine.bureau import Bureau, Desk, Watched
 from robustkit.engine.cluster import hire
 from robustkit.engine.evaluate import Evaluation
+from robustkit.engine.opening import clear
 from robustkit.engine.progress import Progress
 from robustkit.errors import RobustkitError, RunError, UsageError, named
 from robustkit.record import Report, dumps
+from robustkit.writing import subfolder
 
 # A name in front of a model string has none of the signs that model strings are made of.
 _NAMED = re.compile(r"([^:/?@#=\[\];]+?)\s*=\s*(.*)")
@@ -81,7 +83,7 @@ class Sweep:
     ray: str | None = None
 
     def run(
-        self, out: Path, progress: Progress, lane: Callable[[str], Progress]
+        self, out: Path, progress: Progress, lane: Callable[[str], Progress], overwrite: bool = False
     ) -> list[tuple[Path, Report] | RobustkitError]:
         """Run, or resume, or take the stored results: of each model its folder within `out` and its report.
 
@@ -89,21 +91,25 @@ class Sweep:
             out: the folder of the runs' folders.
             progress: who to tell of workers and of models that are done.
             lane: who to tell of the model of a name.
+            overwrite: remove the runs that `out` holds, and begin anew.
 
         Returns:
             In the order of the list; of a model that cannot be loaded or evaluated the reason. It stops no other.
         """
-        _check_folder(out)
+        if overwrite and out.is_dir():
+            clear(out)
+        else:
+            _check_folder(out)
         taken: dict[str, str] = {}
 
         def work(entry: Entry, desk: Desk[tuple[Path, Report]] | None = None) -> tuple[Path, Report]:
             told = lane(entry.name) if desk is None else Watched(lane(entry.name), desk.turn)
             try:
                 plan = self.plan(entry)
-                place = out / f"evaluate-{plan.spec.run_id}"
                 if plan.spec.run_id in taken:
                     raise UsageError(f"it is the model {taken[plan.spec.run_id]!r} once more; list it once.")
                 taken[plan.spec.run_id] = entry.name
+                place = subfolder(out, f"evaluate-{plan.spec.run_id}")
                 report = plan.run(place, told, desk)
             except RobustkitError as error:
                 progress.say(f"{entry.name}: {error}")
@@ -140,4 +146,6 @@ def _check_folder(out: Path) -> None:
     others = [file.name for file in out.iterdir() if not file.name.startswith(known)] if out.is_dir() else []
     if others or (out.exists() and not out.is_dir()):
         what = f"holds {min(others)!r}, which is no run of a list of models" if others else "is no folder"
-        raise UsageError(f"{out} {what}; give an empty or new folder with --out.")
+        raise UsageError(
+            f"{out} {what}; give an empty or new folder with --out, or --overwrite what robustkit wrote there."
+        )

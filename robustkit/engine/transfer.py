@@ -12,6 +12,7 @@ from robustkit.crafted import Craft
 from robustkit.data.samples import Samples
 from robustkit.engine import folder
 from robustkit.engine.nets import Net
+from robustkit.engine.opening import open_for_writing, require_writable
 from robustkit.engine.progress import Progress
 from robustkit.engine.targets import Jury
 from robustkit.errors import UsageError
@@ -32,7 +33,8 @@ def judge_more(
     record = folder.read_craft(path)
     _check_classes(record, targets)
     threat = ThreatModel.parse(record.spec.threat)
-    with folder.open_for_writing(path, record.spec):
+    with open_for_writing(path, record.spec) as writable:
+        require_writable(path, writable, "targets")
         folder.refuse_broken(path, record)
         images = folder.read_adversarial(path)["x"]
         _check_inside(images, samples, threat, path)

@@ -15,6 +15,7 @@ from torch import Tensor
 from robustkit.errors import RunError
 from robustkit.posterior.store import DELTA, EXACT, FILE, FORMAT, MEAN, SCALE, Posterior, coded, is_coded
 from robustkit.posterior.stream import Entry, write
+from robustkit.writing import refuse_link, subfolder
 
 FOLDER = "samples"
 
@@ -54,9 +55,8 @@ class Draft:
                     f"sample {number} has NaN or infinite values in {name!r}: the training has diverged; "
                     "train with a smaller learning rate."
                 )
-        file = self._file(number)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write(file, [_whole(name, tensor) for name, tensor in state.items()], {})
+        subfolder(self.run, FOLDER)
+        write(self._file(number), [_whole(name, tensor) for name, tensor in state.items()], {})
         return number
 
     def state(self, number: int) -> dict[str, Tensor]:
@@ -66,6 +66,7 @@ class Draft:
 
     def keep(self, count: int) -> None:
         """Remove all samples but the first `count`, as a run does that goes on from before they were taken."""
+        refuse_link(self.run / FOLDER)
         while self._file(count).is_file():
             self._file(count).unlink()
             count += 1

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from robustkit.writing import replacing
 
 # Names of types in the header, the widest first: in this order every tensor begins at a multiple of its size.
 NAMES = {
@@ -61,30 +62,14 @@ def write(path: Path, entries: Sequence[Entry], metadata: Mapping[str, str]) -> 
         end += entry.size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    unfinished = path.with_name(path.name + ".part")
-    with unfinished.open("wb") as stream:
+    with replacing(path) as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         for entry in entries:
             for row in entry.rows():
                 plain = row.detach().cpu().to(entry.dtype).contiguous().reshape(-1)
                 stream.write(plain.view(torch.uint8).numpy().data)
-        stream.flush()
-        os.fsync(stream.fileno())
-    unfinished.replace(path)
-    sync(path.parent)
 
 
 def write_tensors(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write tensors that are in memory: same tensors, same bytes, as safetensors' own writer does not promise."""
     write(path, [Entry.of(name, tensor) for name, tensor in state.items()], metadata)
-
-
-def sync(folder: Path) -> None:
-    """Have the disk know what a folder's files are called, where the system can."""
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

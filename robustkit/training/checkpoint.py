@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robustkit.engine.folder import write
 from robustkit.errors import UsageError
 from robustkit.training.memory import Memory
 from robustkit.training.nets import Tally
+from robustkit.writing import write
 
 FILE = "checkpoint.pt"
 

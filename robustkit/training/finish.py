@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from robustkit.engine.environment import environment
-from robustkit.engine.folder import sha256, write
+from robustkit.engine.folder import sha256
 from robustkit.errors import RunError
 from robustkit.method import Method, State
 from robustkit.models.strings import ENSEMBLE, ModelString
@@ -19,7 +19,7 @@ from robustkit.posterior import FILE as POSTERIOR
 from robustkit.posterior import Draft, Posterior
 from robustkit.posterior.stream import write_tensors
 from robustkit.record import Rate, dumps
-from robustkit.trained import RECORD, WEIGHTS, Trained
+from robustkit.trained import KEPT, RECORD, WEIGHTS, Trained
 from robustkit.training import score
 from robustkit.training.averages import swapped
 from robustkit.training.checkpoint import Course, Parts
@@ -27,9 +27,7 @@ from robustkit.training.diversity import glance, oracles, usual_threat
 from robustkit.training.images import Epoch, ImageSet
 from robustkit.training.job import Job
 from robustkit.training.nets import Member, bare, flops
-
-# Where states wait for the method that makes its samples of them.
-KEPT = "kept"
+from robustkit.writing import write
 
 
 def finish(

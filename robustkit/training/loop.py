@@ -14,10 +14,10 @@ import torch
 from robustkit.errors import RunError
 from robustkit.method import Peers, Plan
 from robustkit.posterior import Draft
-from robustkit.trained import RECORD
+from robustkit.trained import KEPT, RECORD
 from robustkit.training import augment, averages, checkpoint, diversity
 from robustkit.training.checkpoint import Course, Parts
-from robustkit.training.finish import KEPT, compare, finish, judge
+from robustkit.training.finish import compare, finish, judge
 from robustkit.training.images import Epoch
 from robustkit.training.job import Job
 from robustkit.training.memory import Memory
@@ -25,6 +25,7 @@ from robustkit.training.metrics import MISSING, Metrics
 from robustkit.training.nets import Member, build
 from robustkit.training.progress import TrainProgress
 from robustkit.training.shares import Share
+from robustkit.writing import subfolder
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -170,7 +171,7 @@ class Sitting:
         course.step += 1
         if method.keeps(step, plan):
             if self.first:
-                Draft(self.job.folder / KEPT).add(self.parts.nets[0].state_dict(), course.kept)
+                Draft(subfolder(self.job.folder, KEPT)).add(self.parts.nets[0].state_dict(), course.kept)
             course.kept += 1
         self.progress.step(course.step)
 

@@ -7,11 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from robustkit.engine.folder import write
 from robustkit.record import dumps
-from robustkit.trained import METRICS
+from robustkit.trained import CURVES, METRICS
+from robustkit.writing import refuse_link, subfolder, write
 
-FOLDER = "tensorboard"
 MISSING = "no curves for TensorBoard: pip install 'robustkit[tensorboard]' writes them"
 
 
@@ -22,10 +21,11 @@ class Metrics:
         """Open both; `curves` is None where TensorBoard is not installed."""
         self.file = folder / METRICS
         write(self.file, "".join(dumps(facts) + "\n" for facts in history).encode())
-        self.curves = _curves(folder / FOLDER, len(history))
+        self.curves = _curves(folder, len(history))
 
     def add(self, facts: Mapping[str, Any]) -> None:
         """Write the facts of one epoch."""
+        refuse_link(self.file)
         with self.file.open("a", encoding="utf-8") as stream:
             stream.write(dumps(facts) + "\n")
         if self.curves is not None:
@@ -47,4 +47,4 @@ def _curves(folder: Path, epochs: int) -> Any:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             return None
-        return SummaryWriter(str(folder), purge_step=epochs + 1)
+        return SummaryWriter(str(subfolder(folder, CURVES)), purge_step=epochs + 1)

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from robustkit.data.samples import Samples
-from robustkit.engine.folder import open_for_writing, read_trained
+from robustkit.engine.folder import read_trained
 from robustkit.engine.meter import free_memory
+from robustkit.engine.opening import open_for_writing
 from robustkit.errors import UsageError
 from robustkit.method import Method, Plan
 from robustkit.models.classifier import Classifier
@@ -190,8 +191,13 @@ class Training:
         augment.parts(name)
         return name
 
-    def run(self, folder: Path, progress: TrainProgress | None = None) -> Trained:
+    def run(self, folder: Path, progress: TrainProgress | None = None, overwrite: bool = False) -> Trained:
         """Train, or go on, or return the record of a run that is finished.
+
+        Args:
+            folder: the run's folder.
+            progress: who to tell on the way.
+            overwrite: remove the run that the folder holds, and begin anew.
 
         Raises:
             UsageError: if the folder holds another run or cannot be written.
@@ -201,7 +207,8 @@ class Training:
         # Of the processes that a launcher started one holds the folder, and tells the others.
         first = processes.rank() == 0
         progress = progress if progress and first else TrainProgress()
-        with open_for_writing(folder, spec) if first else nullcontext():
+        opened = open_for_writing(folder, spec, overwrite=overwrite, say=progress.say)
+        with opened if first else nullcontext():
             finished = first and (folder / RECORD).is_file()
             if finished:
                 progress.say(f"{spec.run_id} is finished; this is its record")

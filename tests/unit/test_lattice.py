@@ -93,7 +93,7 @@ def test_files_read_back(channels: int, tmp_path: Path) -> None:
     assert largest == 5
     assert (tmp_path / "png" / LABELS).read_text().splitlines()[:2] == ["file,index,label", "000000.png,0,3"]
     assert len(list((tmp_path / "png").glob("*.png"))) == 4
-    (tmp_path / "png" / ".000002.png.part").write_bytes(b"killed")
+    (tmp_path / "png" / ".robustkit-0123456789abcdef.part").write_bytes(b"killed")
     save(tmp_path / "png", parts, [3, 1, 4, 1], threat)  # again, over its own files
     # A smaller run would leave images of this one among its own.
     with pytest.raises(UsageError, match=r"holds '000003.png'; give --png an empty or new folder"):
