@@ -64,15 +64,16 @@ ALLOWED: dict[str, set[str]] = {
         *("aggregation", "devices", "errors", "isolation", "noise", "shapes", "posterior", "preprocess"),
         *("registry", "selfensemble"),
     },
-    "posterior": {"errors"},
-    "data": {"errors", "shapes", "preprocess"},
-    "ledger": {"errors", "record"},
+    "writing": {"errors"},
+    "posterior": {"errors", "writing"},
+    "data": {"errors", "shapes", "preprocess", "writing"},
+    "ledger": {"errors", "record", "writing"},
     "isolation": {"errors"},
     "checks": VOCABULARY,
     "engine": VOCABULARY
     | {"models", "data", "ledger", "checks", "isolation", "intervals", "crafted", "trained"}
-    | {"diverse", "planned"},
-    "training": VOCABULARY | {"models", "data", "engine", "posterior", "trained"},
+    | {"diverse", "planned", "posterior", "writing"},
+    "training": VOCABULARY | {"models", "data", "engine", "posterior", "trained", "writing"},
     "report": {"errors", "record", "crafted", "trained", "diverse", "planned"},
     "api": {
         *("devices", "engine", "models", "data", "errors", "record", "crafted", "registry", "threat"),
@@ -80,7 +81,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "cli": {
         *("api", "devices", "engine", "report", "models", "data", "registry", "errors", "threat", "record"),
-        *("crafted", "training", "trained", "factsheet", "planned"),
+        *("crafted", "training", "trained", "factsheet", "planned", "writing"),
     },
 }
 # Only these may name the packages that are slow to import or belong to one adapter.
