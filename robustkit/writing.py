@@ -88,7 +88,7 @@ def reason(error: OSError) -> str:
     """Return why a file cannot be written, as a part of a sentence."""
     if error.errno in _FULL:
         return "the disk is full"
-    return (error.strerror or str(error)).lower()
+    return error.strerror or str(error)
 
 
 def is_read_only(error: BaseException | None) -> bool:

@@ -76,9 +76,9 @@ def test_permissions_are_those_of_any_new_file(tmp_path: Path) -> None:
     [
         (errno.ENOSPC, "the disk is full; make room"),
         (errno.EDQUOT, "the disk is full; make room"),
-        (errno.EROFS, "read-only file system; choose another folder"),
-        (errno.EACCES, "permission denied; choose another folder"),
-        (errno.EIO, "input/output error; run the same command again"),
+        (errno.EROFS, "Read-only file system; choose another folder"),
+        (errno.EACCES, "Permission denied; choose another folder"),
+        (errno.EIO, "Input/output error; run the same command again"),
     ],
 )
 def test_a_disk_that_refuses_is_one_sentence(number: int, words: str, tmp_path: Path) -> None:
