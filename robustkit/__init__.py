@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from robustkit.models import as_classifier, load_model
     from robustkit.record import Flag, Report
     from robustkit.threat import ThreatModel
+    from robustkit.version import __version__
 
 __all__ = [
     "Flag",
@@ -28,6 +29,7 @@ __all__ = [
     "RunError",
     "ThreatModel",
     "UsageError",
+    "__version__",
     "as_classifier",
     "craft",
     "diversity",
@@ -40,6 +42,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "__version__": "version",
     "Flag": "record",
     "Report": "record",
     "RobustkitError": "errors",

@@ -27,6 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "shapes": set(),
     "rng": set(),
+    "version": set(),
     "preprocess": set(),
     "devices": {"errors"},
     "threat": {"errors", "shapes"},
@@ -72,7 +73,7 @@ ALLOWED: dict[str, set[str]] = {
     "checks": VOCABULARY,
     "engine": VOCABULARY
     | {"models", "data", "ledger", "checks", "isolation", "intervals", "crafted", "trained"}
-    | {"diverse", "planned", "posterior", "writing"},
+    | {"diverse", "planned", "posterior", "writing", "version"},
     "training": VOCABULARY | {"models", "data", "engine", "posterior", "trained", "writing"},
     "report": {"errors", "record", "crafted", "trained", "diverse", "planned"},
     "api": {
@@ -81,7 +82,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "cli": {
         *("api", "devices", "engine", "report", "models", "data", "registry", "errors", "threat", "record"),
-        *("crafted", "training", "trained", "factsheet", "planned", "writing"),
+        *("crafted", "training", "trained", "factsheet", "planned", "writing", "version"),
     },
 }
 # Only these may name the packages that are slow to import or belong to one adapter.
@@ -225,6 +226,14 @@ def test_every_planted_fault_has_its_place() -> None:
     assert not lost
     table = (ROOT / "docs/mutation_table.md").read_text()
     assert not [fault.name for fault in faults if f"| {fault.name} | `{fault.file}` |" not in table]
+
+
+def test_nobody_is_told_to_install_a_stranger(wheel: Path) -> None:
+    """On PyPI robustkit is another project; what else is named to install is a dependency of ours."""
+    assert wheel.name.startswith("adversarial_robustkit-")
+    texts = [*sources(), *PACKAGE.glob("report/*.html"), *ROOT.glob("docs/*.md"), ROOT / "README.md"]
+    named = [name for file in texts for name in re.findall(r"pip install ([^\s,;:`]+)", file.read_text())]
+    assert {name for name in named if not name.startswith((".", "'."))} == {"pyarrow", "ray", "tensorboard"}
 
 
 STRANGER = '''\

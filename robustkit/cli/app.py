@@ -60,9 +60,9 @@ def _root(
     version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
 ) -> None:
     if version:
-        from importlib.metadata import version as installed
+        from robustkit.version import __version__
 
-        print(f"robustkit {installed('robustkit')}")
+        print(f"robustkit {__version__}")
         raise typer.Exit
 
 

@@ -30,5 +30,5 @@ def _parquet(table: list[dict[str, object]]) -> bytes:
         return to_parquet(table)
     except ImportError:
         raise UsageError(
-            "Parquet needs pyarrow, which is not installed; pip install 'robustkit[parquet]', or write --csv FILE."
+            "Parquet needs pyarrow, which is not installed; pip install pyarrow, or write --csv FILE."
         ) from None

@@ -35,7 +35,7 @@ class Cluster:
         try:
             import ray
         except ImportError:
-            raise UsageError("there is no Ray here: pip install 'robustkit[distributed]'.") from None
+            raise UsageError("there is no Ray here: pip install ray, or leave --ray out.") from None
         self.ray = ray
         self.mine = not ray.is_initialized()
         if self.mine:

@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("robustkit", "torch", "torchvision", "pyautoattack", "foolbox", "timm", "numpy")
+from robustkit.version import __version__
+
+PACKAGES = ("torch", "torchvision", "pyautoattack", "foolbox", "timm", "numpy")
 
 
 def environment(
@@ -19,7 +21,11 @@ def environment(
     """Return versions, device name, threads, git commit of a checkout or None, precision, images at once."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
     return {
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "versions": {
+            "python": platform.python_version(),
+            "robustkit": __version__,
+            **{name: _version(name) for name in PACKAGES},
+        },
         "device": str(device),
         "device_name": name or platform.machine(),
         "threads": threads or torch.get_num_threads(),

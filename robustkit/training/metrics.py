@@ -11,7 +11,7 @@ from robustkit.record import dumps
 from robustkit.trained import CURVES, METRICS
 from robustkit.writing import refuse_link, subfolder, write
 
-MISSING = "no curves for TensorBoard: pip install 'robustkit[tensorboard]' writes them"
+MISSING = "no curves for TensorBoard: pip install tensorboard writes them"
 
 
 class Metrics:

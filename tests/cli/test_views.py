@@ -190,7 +190,7 @@ def test_parquet_without_pyarrow_is_one_sentence(
 ) -> None:
     finished("r")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    assert "pip install 'robustkit[parquet]'" in refused(capsys, "export", "r", "--parquet", "v.parquet")
+    assert "pip install pyarrow" in refused(capsys, "export", "r", "--parquet", "v.parquet")
     assert not os.path.exists("v.parquet")
 
 
