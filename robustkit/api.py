@@ -63,7 +63,8 @@ def evaluate(
 
     Args:
         model: any callable from images (B C H W) on [0, 1] to logits (B K); tuples and dicts that hold the
-            logits are understood. A module is put into eval mode for the run and back after.
+            logits are understood, and `as_classifier` says which entry they are where that is not clear. A module
+            is put into eval mode for the run and back after.
         images: (N C H W) floats in [0, 1], or uint8.
         labels: (N) whole numbers from 0 to K - 1.
         threat: what the attacker may do, as a `ThreatModel` or its string, e.g. `linf:8/255`.

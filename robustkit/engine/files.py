@@ -15,6 +15,7 @@ from robustkit.engine import folder
 from robustkit.errors import RunError
 from robustkit.models.from_run import PARTS
 from robustkit.models.strings import ENSEMBLE, FOLDER, ModelString, joined
+from robustkit.models.weight_files import INDEX, files_of_weights
 from robustkit.writing import write
 
 
@@ -39,7 +40,7 @@ def files_of(string: str) -> Iterator[str]:
     elif spec.kind == FOLDER:
         yield from (str(path) for name in PARTS if (path := _folder(spec) / name).is_file())
     elif spec.weights and Path(spec.weights).is_file():
-        yield spec.weights
+        yield from map(str, files_of_weights(spec.weights))
 
 
 def answer(path: str, whole: bool) -> Sent:
@@ -67,7 +68,13 @@ def here(string: str, files: tuple[str, ...], ask: Ask) -> str:
             _, sign, numbers = spec.arch.partition("#")
             spec = replace(spec, arch=f"{_linked(own, ask)}/{sign}{numbers}")
     elif spec.weights in files and _missing(str(spec.weights)):
-        spec = replace(spec, weights=str(_fetched(str(spec.weights), ask)))
+        weights = Path(str(spec.weights))
+        own = [path for path in files if Path(path).parent == weights.parent]
+        # The files of an index are found beside it.
+        sharded = weights.name.endswith(INDEX)
+        spec = replace(
+            spec, weights=str(_linked(own, ask) / weights.name if sharded else _fetched(str(weights), ask))
+        )
     return str(spec)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from robustkit.models.fitting import Convert
 from robustkit.preprocess import Preprocess
 
 
@@ -24,6 +25,7 @@ class Built:
         num_classes: Classes of its last layer, where the source knows.
         in_channels: Channels of its images, where the source knows.
         preprocess: How it wants image files read, where the source knows.
+        convert: What turns the names of other libraries' checkpoints into the net's, where the source has it.
     """
 
     net: Callable[[torch.Tensor], object]
@@ -34,6 +36,7 @@ class Built:
     num_classes: int | None = None
     in_channels: int | None = None
     preprocess: Preprocess | None = None
+    convert: Convert | None = None
 
 
 @contextmanager

@@ -25,8 +25,6 @@ class ZooEntry:
         description: One line for people.
         source: The paper.
         kwargs: What makes this member of its family.
-        stem: Name of the first layer's weight, whose second dimension is the number of channels.
-        head: Name of the last layer's weight, whose first dimension is the number of classes.
         weights: File of trained weights inside the package; None where the net comes untrained.
     """
 
@@ -36,8 +34,6 @@ class ZooEntry:
     description: str
     source: str
     kwargs: Mapping[str, int] = field(default_factory=dict)
-    stem: str = "conv1.weight"
-    head: str = "linear.weight"
     weights: str | None = None
 
 
@@ -71,7 +67,6 @@ def _wide_resnet(depth: int, width: int) -> ZooEntry:
         description=f"Wide ResNet, {depth} layers, {width} times as wide; any wrn-DEPTH-WIDTH is known",
         source="arXiv:1605.07146",
         kwargs={"depth": depth, "width": width},
-        head="fc.weight",
     )
 
 
@@ -90,8 +85,6 @@ ZOO: Mapping[str, ZooEntry] = {
         num_classes=10,
         description="four convolutions and three linear layers for MNIST, as in TRADES",
         source="arXiv:1901.08573",
-        stem="feature_extractor.conv1.weight",
-        head="classifier.fc3.weight",
     ),
     **{f"cifar-resnet{depth}": _cifar_resnet(depth) for depth in (20, 32, 44, 56)},
     **{f"cifar-preresnet{depth}": _cifar_preresnet(depth) for depth in (20, 110)},
@@ -101,7 +94,6 @@ ZOO: Mapping[str, ZooEntry] = {
         num_classes=10,
         description="six convolutions of the VGG kind with batch norm, no shortcuts",
         source="arXiv:1409.1556",
-        stem="layer1.0.weight",
     ),
     "cifar-mobilenet": ZooEntry(
         factory=f"{_HOME}.cifar_mobilenet:CifarMobileNet",

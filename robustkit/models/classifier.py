@@ -41,6 +41,7 @@ class Classifier(nn.Module):
         preprocess: How the net wants image files read, where known.
         reader: Finds the logits in what the net returns.
         trust_code: Whether loading it again by its string may run Python code that a run folder names.
+        notes: What the user should know of how it was loaded, a sentence each.
     """
 
     mean: torch.Tensor | None
@@ -62,6 +63,7 @@ class Classifier(nn.Module):
         output: str | None = None,
         binary: str | None = None,
         trust_code: bool = False,
+        notes: Sequence[str] = (),
     ) -> None:
         """Wrap a net, in the train or eval mode that it is in.
 
@@ -79,6 +81,7 @@ class Classifier(nn.Module):
             output: Where the logits are in what the net returns; None where that is clear.
             binary: How one number per image is read: `logit` or `probability` (see `LogitsReader`).
             trust_code: Whether it was loaded with the leave to run code that a run folder names.
+            notes: What the user should know of how it was loaded, a sentence each.
         """
         super().__init__()
         self.net = net
@@ -88,6 +91,7 @@ class Classifier(nn.Module):
         self.in_channels = in_channels
         self.defenses = tuple(defenses)
         self.preprocess = preprocess
+        self.notes = tuple(notes)
         self.reader = LogitsReader(string, output, binary, self.num_classes)
         self.trust_code = trust_code
         self.register_buffer("mean", _per_channel(mean), persistent=False)
@@ -125,6 +129,7 @@ class Classifier(nn.Module):
             defenses=self.defenses,
             preprocess=self.preprocess,
             trust_code=self.trust_code,
+            notes=self.notes,
         )
         twin.reader = replace(self.reader)
         return twin.train(self.training).to(None if self.mean is None else self.mean.device)

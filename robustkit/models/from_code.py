@@ -21,10 +21,10 @@ from robustkit.models.factory import is_factory
 from robustkit.models.kinds import no_such_kind
 from robustkit.models.options import Options
 from robustkit.models.strings import FILE, ModelString
-from robustkit.models.weights import Weights
+from robustkit.models.weight_files import WeightsFile
 
 
-def build(spec: ModelString, options: Options, weights: Weights | None) -> Built:
+def build(spec: ModelString, options: Options, weights: WeightsFile | None) -> Built:
     """Return what the factory returns when called with the query's other fields.
 
     The code is identified by the text of its own file, not of those that it imports.

@@ -26,7 +26,8 @@ from robustkit.models.options import MOST_CHANNELS, MOST_CLASSES, MOST_PIXELS, O
 from robustkit.models.outputs import LogitsReader
 from robustkit.models.recorded import refuse_code
 from robustkit.models.strings import ENSEMBLE, FOLDER, MOST_MEMBERS, TIMM, TORCHVISION, UNKNOWN, ZOO, ModelString
-from robustkit.models.weights import Weights, put_weights, read_weights
+from robustkit.models.weight_files import WeightsFile, read_weights
+from robustkit.models.weights import put_weights
 from robustkit.noise import Noise, drawing, set_noise
 from robustkit.posterior import Posterior
 from robustkit.registry import make_method
@@ -38,7 +39,7 @@ PARTS = (FACTS, WEIGHTS, posterior.FILE)
 _NUMBERS = re.compile(r"\d{1,5}(-\d{1,5})?(\+\d{1,5}(-\d{1,5})?)*")
 
 # Builds a net by its string: the loader's own, for every kind but a folder.
-Build = Callable[[ModelString, Options, Weights | None], Built]
+Build = Callable[[ModelString, Options, WeightsFile | None], Built]
 # Builds a member or sample of a run, given its weights and its number.
 Make = Callable[..., Built]
 
@@ -99,7 +100,7 @@ class Run:
             refuse_code(self.facts["arch"], self.folder / FACTS)
 
         def net(state: dict[str, Tensor], number: int = 0) -> Built:
-            inner, weights = self.arch_of(number), Weights(self.folder / WEIGHTS, state, {})
+            inner, weights = self.arch_of(number), WeightsFile(self.folder / WEIGHTS, {"": state})
             built = self._wrapped(make[inner.kind](inner, self._own(inner), weights))
             put_weights(built.net, weights, inner.arch)
             return built
@@ -188,7 +189,7 @@ class Run:
         path = self.folder / WEIGHTS
         if path.is_file():
             self._check_hash(WEIGHTS, _sha256(path))
-        state = read_weights(path).state
+        state = read_weights(path).sets.get("", {})
         if self.facts["members"] == 1:
             return net(state)
         members = [net(_of_member(state, number), number) for number in numbers]

@@ -4,40 +4,43 @@ from __future__ import annotations
 
 import difflib
 import math
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from robustkit.errors import UsageError, did_you_mean
 from robustkit.models.built import Built
+from robustkit.models.fitting import Convert, sizes_in
 from robustkit.models.network import quiet, reachable
 from robustkit.models.options import Options
 from robustkit.models.strings import ModelString
-from robustkit.models.weights import Weights
+from robustkit.models.weight_files import WeightsFile
 from robustkit.preprocess import Preprocess
 
 
-def build(spec: ModelString, options: Options, weights: Weights | None) -> Built:
+def build(spec: ModelString, options: Options, weights: WeightsFile | None) -> Built:
     """Return a net of timm, with its weights unless others are named or `pretrained=false` is said.
 
     Raises:
         UsageError: timm has no such net, no weights for it, or they could not be downloaded.
     """
     with quiet():
-        import timm
         from timm.data import resolve_data_config
 
         pretrained = options.pretrained and weights is None
         _check_name(spec, pretrained)
-        kwargs = {} if options.num_classes is None else {"num_classes": options.num_classes}
         try:
             with _offline_if_unreachable():
-                net = timm.create_model(spec.name, pretrained=pretrained, **kwargs)
+                net = _create(spec, pretrained, options.num_classes)
         except OSError as error:
             raise UsageError(
                 f"timm's weights for {spec.name!r} could not be downloaded: give a file as "
                 f"{spec.arch}@FILE.safetensors, or write {spec.arch}?pretrained=false for an untrained net."
             ) from error
+        if weights is not None and options.num_classes is None:
+            classes, _ = sizes_in(weights, net, options.weights, _convert(net))
+            net = net if classes is None else _create(spec, False, classes)
         data = resolve_data_config({}, model=net)
     return Built(
         net=net,
@@ -47,6 +50,7 @@ def build(spec: ModelString, options: Options, weights: Weights | None) -> Built
         std=tuple(data["std"]),
         num_classes=net.num_classes,
         preprocess=_preprocess(data),
+        convert=_convert(net),
     )
 
 
@@ -57,6 +61,19 @@ def names() -> list[str]:
 
         found: list[str] = timm.list_models()
     return found
+
+
+def _create(spec: ModelString, pretrained: bool, num_classes: int | None) -> Any:
+    import timm
+
+    kwargs = {} if num_classes is None else {"num_classes": num_classes}
+    return timm.create_model(spec.name, pretrained=pretrained, **kwargs)
+
+
+def _convert(net: Any) -> Convert | None:
+    """Return timm's own translation of the checkpoints that a net's authors published."""
+    function = getattr(sys.modules[type(net).__module__], "checkpoint_filter_fn", None)
+    return None if function is None else lambda state: function(state, net)
 
 
 def _check_name(spec: ModelString, pretrained: bool) -> None:

@@ -10,14 +10,15 @@ import torch
 
 from robustkit.errors import UsageError
 from robustkit.models.built import Built
+from robustkit.models.fitting import sizes_in
 from robustkit.models.network import quiet, reachable
 from robustkit.models.options import Options
 from robustkit.models.strings import ModelString
-from robustkit.models.weights import Weights
+from robustkit.models.weight_files import WeightsFile
 from robustkit.preprocess import Preprocess
 
 
-def build(spec: ModelString, options: Options, weights: Weights | None) -> Built:
+def build(spec: ModelString, options: Options, weights: WeightsFile | None) -> Built:
     """Return a net of torchvision, with its weights unless others are named or `pretrained=false` is said.
 
     Raises:
@@ -38,21 +39,25 @@ def build(spec: ModelString, options: Options, weights: Weights | None) -> Built
             f"torchvision's weights for {spec.name!r} have {classes} classes, not {options.num_classes}: "
             f"give a file as {spec.arch}@FILE.safetensors, or write pretrained=false beside num_classes."
         )
-    kwargs = {"num_classes": options.num_classes or classes}
-    net = _create(spec, record if pretrained else None, kwargs)
+    num_classes = options.num_classes or classes
+    net = _create(spec, record if pretrained else None, num_classes)
+    if weights is not None and options.num_classes is None:
+        found, _ = sizes_in(weights, net, options.weights)
+        if found is not None:
+            num_classes, net = found, _create(spec, None, found)
     transforms = record.transforms()
     return Built(
         net=net,
         arch=spec.arch,
-        identity={"arch": spec.arch, **kwargs},
+        identity={"arch": spec.arch, "num_classes": num_classes},
         mean=tuple(transforms.mean),
         std=tuple(transforms.std),
-        num_classes=kwargs["num_classes"],
+        num_classes=num_classes,
         preprocess=_preprocess(transforms),
     )
 
 
-def _create(spec: ModelString, record: Any, kwargs: dict[str, int]) -> Any:
+def _create(spec: ModelString, record: Any, num_classes: int) -> Any:
     from torchvision import models
 
     refused = UsageError(
@@ -63,7 +68,7 @@ def _create(spec: ModelString, record: Any, kwargs: dict[str, int]) -> Any:
         if record is not None and not _cached(record.url) and not reachable(record.url):
             raise refused
         try:
-            return models.get_model(spec.name, weights=record, **kwargs)
+            return models.get_model(spec.name, weights=record, num_classes=num_classes)
         # torch.hub reports a broken download as RuntimeError (wrong hash) or as one of many OSErrors.
         except (OSError, RuntimeError) as error:
             raise refused from error

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from functools import partial
 from importlib import import_module, resources
 from pathlib import Path
 
+import torch
+
 from robustkit.models.built import Built
 from robustkit.models.catalog import lookup
+from robustkit.models.fitting import sizes_in
 from robustkit.models.options import Options
 from robustkit.models.strings import ModelString
-from robustkit.models.weights import Weights, read_weights
+from robustkit.models.weight_files import WeightsFile, read_weights
 from robustkit.preprocess import Preprocess
 
 
-def own_weights(spec: ModelString) -> Weights | None:
+def own_weights(spec: ModelString) -> WeightsFile | None:
     """Return the trained weights that the package brings for a net of the zoo; None where it brings none."""
     entry = lookup(spec.name)
     if entry.weights is None:
@@ -22,7 +26,7 @@ def own_weights(spec: ModelString) -> Weights | None:
         return read_weights(Path(path))
 
 
-def build(spec: ModelString, options: Options, weights: Weights | None) -> Built:
+def build(spec: ModelString, options: Options, weights: WeightsFile | None) -> Built:
     """Return a net of the zoo with the classes and channels of the query, else of the weights, else its own.
 
     Raises:
@@ -30,20 +34,20 @@ def build(spec: ModelString, options: Options, weights: Weights | None) -> Built
     """
     entry = lookup(spec.name)
     channels, height, width = entry.input
-    num_classes = options.num_classes or _dimension(weights, entry.head, 0) or entry.num_classes
-    in_channels = options.in_channels or _dimension(weights, entry.stem, 1) or channels
     module, _, factory = entry.factory.partition(":")
-    kwargs = {**entry.kwargs, "num_classes": num_classes, "in_channels": in_channels}
+    make = partial(getattr(import_module(module), factory), **entry.kwargs)
+    num_classes, in_channels = options.num_classes, options.in_channels
+    if weights is not None:
+        with torch.device("meta"):
+            usual = make(num_classes=entry.num_classes, in_channels=channels)
+        found = sizes_in(weights, usual, options.weights)
+        num_classes, in_channels = num_classes or found[0], in_channels or found[1]
+    sizes = {"num_classes": num_classes or entry.num_classes, "in_channels": in_channels or channels}
     return Built(
-        net=getattr(import_module(module), factory)(**kwargs),
+        net=make(**sizes),
         arch=spec.arch,
-        identity={"arch": spec.arch, **kwargs},
-        num_classes=num_classes,
-        in_channels=in_channels,
+        identity={"arch": spec.arch, **entry.kwargs, **sizes},
+        num_classes=sizes["num_classes"],
+        in_channels=sizes["in_channels"],
         preprocess=Preprocess((height, width), resize=min(height, width)),
     )
-
-
-def _dimension(weights: Weights | None, name: str, axis: int) -> int | None:
-    tensor = weights.state.get(name) if weights else None
-    return tensor.shape[axis] if tensor is not None and tensor.ndim > axis else None

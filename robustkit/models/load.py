@@ -17,7 +17,8 @@ from robustkit.models.classifier import Classifier
 from robustkit.models.kinds import no_such_kind
 from robustkit.models.options import Options, read_mean, read_std
 from robustkit.models.strings import ENSEMBLE, FILE, FOLDER, MODULE, TIMM, TORCHVISION, UNKNOWN, ZOO, ModelString
-from robustkit.models.weights import Weights, put_weights, read_weights
+from robustkit.models.weight_files import WeightsFile, read_weights
+from robustkit.models.weights import Loaded, put_weights
 from robustkit.preprocess import Preprocess
 
 _BUILD = {
@@ -67,10 +68,11 @@ def load_model(
             built = from_several.build(spec, options, partial(_member, trust_code=trust_code), seed)
         else:
             built = _BUILD[spec.kind](spec, options, weights)
+    loaded = None
     if weights is not None:
-        put_weights(built.net, weights, spec.arch)
+        loaded = put_weights(built.net, weights, spec.arch, choice=options.weights, convert=built.convert)
     _check_finite(built.net, spec)
-    mean, std = _normalisation(options, weights, built)
+    mean, std = _normalisation(options, weights, loaded, built)
     _check_channels(built, mean, std)
     said = spec.options if options.noise is None else {**spec.options, "noise": options.noise}
     path = str(weights.path) if weights and spec.weights else None
@@ -89,6 +91,7 @@ def load_model(
         output=options.output,
         binary=options.binary,
         trust_code=trust_code,
+        notes=loaded.notes if loaded else (),
     )
     return classifier.eval().to(place)
 
@@ -97,20 +100,20 @@ def _member(string: str, seed: int, trust_code: bool) -> Classifier:
     return load_model(string, seed=seed, trust_code=trust_code)
 
 
-def _weights(spec: ModelString, options: Options) -> Weights | None:
+def _weights(spec: ModelString, options: Options) -> WeightsFile | None:
     if spec.weights is not None:
         return read_weights(spec.weights)
     return from_zoo.own_weights(spec) if spec.kind == ZOO and options.pretrained else None
 
 
 def _normalisation(
-    options: Options, weights: Weights | None, built: Built
+    options: Options, weights: WeightsFile | None, loaded: Loaded | None, built: Built
 ) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
     metadata = weights.metadata if weights else {}
     where = f"the metadata of '{weights.path}'" if weights else ""
-    mean = options.mean or (read_mean(metadata["mean"], where) if "mean" in metadata else built.mean)
-    std = options.std or (read_std(metadata["std"], where) if "std" in metadata else built.std)
-    return mean, std
+    mean = read_mean(metadata["mean"], where) if "mean" in metadata else (loaded and loaded.mean)
+    std = read_std(metadata["std"], where) if "std" in metadata else (loaded and loaded.std)
+    return options.mean or mean or built.mean, options.std or std or built.std
 
 
 def _check_channels(built: Built, *normalisation: tuple[float, ...] | None) -> None:

@@ -40,6 +40,7 @@ class Options:
         defenses: What stands in front of the net, in the order that an image meets it.
         combine: Name of what joins the answers of several nets (`robustkit.aggregation`).
         noise: The policy of a trained net's own random numbers: `fresh`, `frozen`, `content`, `calm`.
+        weights: Which set of tensors of the weights file is meant, where it holds several.
         pretrained: Whether the source's own trained weights are used where the string names no file.
         keywords: Every other field, for a factory given as Python code.
     """
@@ -54,6 +55,7 @@ class Options:
     defenses: tuple[Any, ...] = ()
     combine: str | None = None
     noise: str | None = None
+    weights: str | None = None
     pretrained: bool = True
     keywords: dict[str, object] = field(default_factory=dict)
 
@@ -66,7 +68,14 @@ class Options:
         """
         given = dict(spec.options)
         legal = _FIELDS.get(spec.kind, _EVERY_KIND)
+        # Without a file of weights the word is a factory's.
+        legal = legal if spec.weights is None else legal | {"weights"}
         taken = {name: given.pop(name) for name in legal if name in given}
+        if "weights" in given and spec.kind in _FIELDS:
+            raise UsageError(
+                f"{str(spec)!r} names no weights file in which weights={given['weights']} could choose: write "
+                f"{spec.arch}@FILE?weights={given['weights']}, or leave it out."
+            )
         if given and spec.kind in _FIELDS:
             raise did_you_mean(f"field of {spec.kind} models", next(iter(given)), legal)
         return cls(
@@ -76,6 +85,7 @@ class Options:
             num_classes=_count("num_classes", taken, 1 if "binary" in taken else 2, MOST_CLASSES),
             in_channels=_count("in_channels", taken, 1, MOST_CHANNELS),
             output=_named("output", taken),
+            weights=_named("weights", taken),
             binary=read_binary(taken["binary"]) if "binary" in taken else None,
             defenses=_defenses(taken["defense"]) if "defense" in taken else (),
             combine=taken.get("combine"),

@@ -20,6 +20,7 @@ UNKNOWN = "unknown"
 MOST_SIGNS, MOST_MEMBERS, MOST_LEVELS = 100_000, 1_000, 8
 
 _QUERY = re.compile(r"\?(?=[A-Za-z_]\w*=)")
+_WEIGHTS = (".safetensors", ".pt", ".pth", ".pth.tar", ".ckpt", ".bin", ".index.json")
 _OPEN = f"{ENSEMBLE}:["
 _MODULE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
 
@@ -159,7 +160,7 @@ def _fields(text: str, query: str) -> dict[str, str]:
         if name in options:
             raise UsageError(f"model {text!r} has the field {name!r} twice: write it once.")
         _, at, weights = value.rpartition("@")
-        if at and weights.endswith((".safetensors", ".pt", ".pth")):
+        if at and weights.endswith(_WEIGHTS):
             raise UsageError(f"model {text!r} has its weights in the query: write @{weights} in front of the '?'.")
         options[name] = value
     return options

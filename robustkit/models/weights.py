@@ -1,213 +1,135 @@
-"""Weights files: read without executing anything in them, and put into a net."""
+"""Weights put into a net: chosen among what a file holds, checked against the net, and copied."""
 
 from __future__ import annotations
 
-import pickle
-import re
-import warnings
-import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 
-import safetensors
 import torch
 from torch import nn
 
 from robustkit.errors import UsageError
+from robustkit.models.fitting import Convert, Fit, Unfit, chosen, names_of, normaliser
+from robustkit.models.weight_files import WeightsFile, damaged, index_of, some
 
-_SUFFIXES = (".safetensors", ".pt", ".pth")
-_NESTED = ("state_dict", "model")
-_PREFIX = "module."
 _COUNTER = "num_batches_tracked"
-_ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
-_GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
 
 
 @dataclass(frozen=True)
-class Weights:
-    """What a weights file holds.
+class Loaded:
+    """What a weights file says beside its tensors.
 
     Attributes:
-        path: The file, absolute.
-        state: Tensors by name, on the CPU, without `module.` prefixes.
-        metadata: The texts of a safetensors file's header, such as `mean` and `std`; empty for other files.
+        mean: Channel means of a normalisation layer that the file has in front of the net.
+        std: Channel deviations, likewise.
+        notes: Sentences for the user: what else the file holds, and what was not loaded.
     """
 
-    path: Path
-    state: dict[str, torch.Tensor]
-    metadata: dict[str, str] = field(default_factory=dict)
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
+    notes: tuple[str, ...]
 
 
-def read_weights(file: str | Path) -> Weights:
-    """Return the tensors and the metadata of a weights file.
-
-    Raises:
-        UsageError: The file is missing, damaged, not what its suffix says, holds no tensors or more than
-            tensors, or a tensor in it has values that are NaN or infinite.
-    """
-    path = Path(file).expanduser().absolute()
-    if path.suffix not in _SUFFIXES:
-        raise UsageError(
-            f"weights file '{path}' ends in {path.suffix!r}: write one that ends in {', '.join(_SUFFIXES)}."
-        )
-    start = _first_bytes(path)
-    if path.suffix == ".safetensors":
-        state, metadata = _read_safetensors(path, start)
-    else:
-        state, metadata = _read_torch(path, start), {}
-    for name, tensor in state.items():
-        if tensor.is_floating_point() and not tensor.float().isfinite().all():
-            raise UsageError(f"weights file '{path}' has NaN or infinite values in {name!r}: save it again.")
-    if all(name.startswith(_PREFIX) for name in state):
-        state = {name.removeprefix(_PREFIX): tensor for name, tensor in state.items()}
-    return Weights(path, state, metadata)
-
-
-def put_weights(net: object, weights: Weights, arch: str) -> None:
+def put_weights(
+    net: object, file: WeightsFile, arch: str, *, choice: str | None = None, convert: Convert | None = None
+) -> Loaded:
     """Copy a file's tensors into a net; `num_batches_tracked`, which no prediction depends on, may differ.
 
+    Args:
+        net: The net.
+        file: What the weights file holds.
+        arch: What errors call the net.
+        choice: Which of several sets of tensors is meant (see `fitting.chosen`).
+        convert: What turns another library's names into the net's.
+
     Raises:
-        UsageError: The net takes no weights, or the names or shapes of its tensors are not those of the file.
+        UsageError: The net takes no weights, the file holds no tensors or NaN, or the names or shapes of its
+            tensors are not those of the net.
     """
     if not isinstance(net, nn.Module):
         raise UsageError(
             f"{arch} is a {type(net).__name__} and takes no weights: return a torch.nn.Module, or leave out "
-            f"'@{weights.path}'."
+            f"'@{file.path}'."
         )
-    own = {name: value for name, value in net.state_dict().items() if isinstance(value, torch.Tensor)}
-    _check_names(own, weights, arch)
-    _check_shapes(own, weights, arch)
-    net.load_state_dict(weights.state, strict=False)
-
-
-def _first_bytes(path: Path) -> bytes:
-    if path.is_dir():
-        raise UsageError(f"weights file '{path}' is a folder: write the file in it.")
-    if path.exists() and not path.is_file():
-        raise UsageError(f"weights file '{path}' is no regular file: write a file on a disk.")
+    if not file.sets:
+        raise _no_tensors(file)
+    own = names_of(net)
+    fit, others = chosen(file, own, choice, convert)
+    if isinstance(fit, Unfit):
+        raise _unfit(fit, own, file, arch)
+    _check_shapes(own, fit.state, file, arch)
+    for name, tensor in fit.state.items():
+        if tensor.is_floating_point() and not tensor.float().isfinite().all():
+            raise UsageError(f"weights file '{file.path}' has NaN or infinite values in {name!r}: save it again.")
     try:
-        with path.open("rb") as stream:
-            start = stream.read(9)
-    except FileNotFoundError as error:
-        raise UsageError(f"there is no weights file '{path}': check the path.") from error
-    except OSError as error:
-        raise UsageError(
-            f"weights file '{path}' cannot be read ({error.strerror}): check its permissions."
-        ) from error
-    if not start:
-        raise UsageError(f"weights file '{path}' is empty: save or download it again.")
-    return start
+        net.load_state_dict(fit.state, strict=False)
+    except RuntimeError as error:
+        raise damaged(file.path) from error
+    found = normaliser(fit, file)
+    mean, std = found[1:] if found else (None, None)
+    return Loaded(mean, std, tuple(_notes(file, fit, others, found[0] if found else None)))
 
 
-def _begins_safetensors(path: Path, start: bytes) -> bool:
-    """Return whether a file begins with the length of a JSON header that it is long enough for."""
-    return start[8:] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size
-
-
-def _read_safetensors(path: Path, start: bytes) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    if not _begins_safetensors(path, start) and start.startswith((_ZIP, _PICKLE)):
-        raise UsageError(
-            f"weights file '{path}' was written by torch.save: rename it to '{path.with_suffix('.pt').name}'."
+def _notes(file: WeightsFile, fit: Fit, others: list[Fit], mean: str | None) -> list[str]:
+    notes = []
+    where = f"weights file '{file.path.name}'"
+    if averages := sorted(other.name for other in others if other.is_average):
+        notes.append(
+            f"{where} holds a moving average of the weights, too ({some(averages)}): weights={averages[0]} "
+            "evaluates that instead"
         )
-    if start[8:] != b"{":
-        raise UsageError(f"weights file '{path}' is no safetensors file: write one saved by safetensors.")
-    try:
-        with safetensors.safe_open(path, framework="pt", device="cpu") as stream:
-            metadata = dict(stream.metadata() or {})
-            state = {name: stream.get_tensor(name) for name in stream.keys()}
-    except (safetensors.SafetensorError, OSError) as error:
-        raise _damaged(path) from error
-    if not state:
-        raise UsageError(f"weights file '{path}' holds no tensors: save the net's state_dict() in it.")
-    return state, metadata
+    if fit.is_average:
+        notes.append(f"the weights are the moving average {fit.name!r} of {where}")
+    if mean is not None:
+        notes.append(f"mean and std are those of {mean!r} in {where}, unless the model's string gives others")
+    used = () if mean is None else (mean.rpartition(".")[0],)
+    rest = [name for name, value in fit.beside.items() if value.ndim and name.rpartition(".")[0] not in used]
+    other = {id(tensor) for one in others for tensor in one.state.values()}
+    if rest := [name for name in rest if id(fit.beside[name]) not in other]:
+        notes.append(f"{where} holds {len(rest)} tensors beside the net's, which are not used ({some(rest)})")
+    if file.left_out:
+        notes.append(f"{where} holds Python objects, which are not loaded ({some(list(file.left_out), 6)})")
+    return notes
 
 
-def _read_torch(path: Path, start: bytes) -> dict[str, torch.Tensor]:
-    if _begins_safetensors(path, start):
-        raise UsageError(
-            f"weights file '{path}' is a safetensors file: rename it to '{path.with_suffix('.safetensors').name}'."
+def _no_tensors(file: WeightsFile) -> UsageError:
+    start = f"weights file '{file.path}' holds"
+    if file.modules:
+        ((entry, kind), *_) = file.modules.items()
+        where = f" under {entry!r}" if entry else ""
+        return UsageError(
+            f"{start} a whole module of class {kind}{where}, and loading it would run code: in the program that "
+            "wrote it, load it and save its tensors by torch.save(net.state_dict(), FILE)."
         )
-    if not start.startswith((_ZIP, _PICKLE)):
-        raise UsageError(f"weights file '{path}' is no PyTorch file: write one saved by torch.save.")
-    if start.startswith(_ZIP):
-        if not zipfile.is_zipfile(path):
-            raise _damaged(path)
-        with zipfile.ZipFile(path) as archive:
-            # Both formats are archives with a data.pkl; only TorchScript has its constants beside it.
-            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
-                raise UsageError(
-                    f"weights file '{path}' is TorchScript, which is code and is not run: save the net's "
-                    "state_dict() instead."
-                )
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        found = _GLOBAL.search(str(error))
-        what = f"the Python object {found[1]}" if found else "Python objects"
-        raise UsageError(
-            f"weights file '{path}' holds {what} beside tensors, which is not loaded because it could run "
-            "code: save the net's state_dict() alone."
-        ) from error
-    # A damaged pickle fails in as many ways as there are bytes: EOFError, KeyError, RuntimeError, ...
-    except Exception as error:
-        raise _damaged(path) from error
-    return _tensors(path, content)
+    return UsageError(f"{start} {file.content} but no tensors: save the net's state_dict() in it.")
 
 
-def _tensors(path: Path, content: object) -> dict[str, torch.Tensor]:
-    if isinstance(content, Mapping):
-        nested = next((content[name] for name in _NESTED if isinstance(content.get(name), Mapping)), content)
-        state = {str(name): value for name, value in nested.items() if isinstance(value, torch.Tensor)}
-        if state:
-            return state
-        holds = f"the entries {_some(list(map(str, content)))}" if content else "an empty dict"
-    else:
-        holds = f"a {type(content).__name__}"
-    raise UsageError(
-        f"weights file '{path}' holds {holds} but no tensors: save the net's state_dict(), plainly or "
-        f"under {' or '.join(map(repr, _NESTED))}."
-    )
-
-
-def _damaged(path: Path) -> UsageError:
-    return UsageError(f"weights file '{path}' is truncated or damaged: save or download it again.")
-
-
-def _check_names(own: dict[str, torch.Tensor], weights: Weights, arch: str) -> None:
-    missing = [name for name in own if name not in weights.state and not name.endswith(_COUNTER)]
-    unexpected = [name for name in weights.state if name not in own and not name.endswith(_COUNTER)]
+def _unfit(fit: Unfit, own: Mapping[str, torch.Size], file: WeightsFile, arch: str) -> UsageError:
     faults = []
-    if missing:
-        faults.append(f"lacks {len(missing)} of its {len(own)} tensors ({_some(missing)})")
-    if unexpected:
-        faults.append(f"has {len(unexpected)} that it does not know ({_some(unexpected)})")
-    if faults:
-        raise UsageError(
-            f"weights file '{weights.path}' does not fit {arch}: it {' and '.join(faults)}; write the "
-            "architecture that it was saved from."
-        )
+    if fit.missing:
+        faults.append(f"lacks {len(fit.missing)} of its {len(own)} tensors ({some(fit.missing)})")
+    if fit.unexpected:
+        faults.append(f"has {len(fit.unexpected)} that it does not know ({some(fit.unexpected)})")
+    index = index_of(file.path)
+    advice = f"write its index, '{index.name}'" if index else "write the architecture that it was saved from"
+    return UsageError(f"weights file '{file.path}' does not fit {arch}: it {' and '.join(faults)}; {advice}.")
 
 
-def _check_shapes(own: dict[str, torch.Tensor], weights: Weights, arch: str) -> None:
-    wrong = [name for name, tensor in weights.state.items() if name in own and tensor.shape != own[name].shape]
+def _check_shapes(
+    own: Mapping[str, torch.Size], state: Mapping[str, torch.Tensor], file: WeightsFile, arch: str
+) -> None:
+    wrong = [name for name, tensor in state.items() if tensor.shape != own[name]]
     if not wrong:
         return
     # The file's order may be alphabetical (bias first); a weight tells more about the layer than a bias.
-    name = max(wrong, key=lambda name: own[name].ndim)
-    stored, wanted = tuple(weights.state[name].shape), tuple(own[name].shape)
+    name = max(wrong, key=lambda name: len(own[name]))
+    stored, wanted = tuple(state[name].shape), tuple(own[name])
     head_only = len({name.rpartition(".")[0] for name in wrong}) == 1
     if head_only and len(stored) == 2 and stored[1:] == wanted[1:]:
         advice = f"write num_classes={stored[0]}"
     else:
         advice = "write the architecture that it was saved from"
     raise UsageError(
-        f"weights file '{weights.path}' does not fit {arch}: {name!r} has shape {stored} there and "
+        f"weights file '{file.path}' does not fit {arch}: {name!r} has shape {stored} there and "
         f"{wanted} in the net; {advice}."
     )
-
-
-def _some(names: list[str], limit: int = 3) -> str:
-    return ", ".join(names[:limit]) + (", …" if len(names) > limit else "")

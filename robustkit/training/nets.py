@@ -185,7 +185,11 @@ def _bare(spec: ModelString) -> str:
         run = Run.read(spec)
         return str(run.arch_of((run.numbers or [0])[0]))
     return str(
-        replace(spec, weights=None, options={k: v for k, v in spec.options.items() if k not in ("mean", "std")})
+        replace(
+            spec,
+            weights=None,
+            options={k: v for k, v in spec.options.items() if k not in ("mean", "std", "weights")},
+        )
     )
 
 

@@ -1,0 +1,179 @@
+"""A pickle module for `torch.load` that builds tensors and plain values, and nothing else.
+
+Whatever else a file names is neither imported nor called: a stand-in takes its place, which takes any arguments,
+state and items and does nothing with them. So a checkpoint opens whose tensors lie beside numpy scalars, argument
+namespaces, configurations or anything else of the code that wrote it.
+"""
+
+from __future__ import annotations
+
+import pickle
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
+from collections import OrderedDict
+from typing import IO, Any, ClassVar
+
+import torch
+from torch import _utils
+
+# Modules whose functions have no place in a file of weights, and the built-in functions that have none.
+_HARMFUL = frozenset(
+    {"os", "posix", "nt", "sys", "subprocess", "shutil", "socket", "pty", "ctypes", "runpy", "importlib", "io"}
+)
+_HARMFUL_BUILTINS = frozenset({"eval", "exec", "compile", "__import__", "open", "input", "breakpoint"})
+
+
+class Harmful(pickle.UnpicklingError):
+    """A file names a function that is of use to nobody but an attacker; `args[0]` is its name."""
+
+
+class StandIn:
+    """Something that is not built. A class of its own stands for each class or function of the file.
+
+    Attributes:
+        name: Module and name of what it stands for.
+        state: What the file says its attributes are.
+        entries: Items that the file puts into it, as into a dict.
+    """
+
+    name = ""
+    # What torch's loader asks of a class that is a module.
+    dump_patches = False
+    state: object = None
+    entries: dict[object, object]
+
+    def __new__(cls, *args: object, **kwargs: object) -> StandIn:
+        """Ignore what it would be built from."""
+        value = object.__new__(cls)
+        value.entries = {}
+        return value
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        """Ignore them again."""
+
+    def __call__(self, *arguments: object) -> StandIn:
+        """Return one for what it would return."""
+        return StandIn()
+
+    def __setitem__(self, key: object, value: object) -> None:
+        """Keep an item."""
+        self.entries[key] = value
+
+    def append(self, item: object) -> None:
+        """Ignore an item of a list or queue."""
+
+    def add(self, item: object) -> None:
+        """Ignore an item of a set."""
+
+
+def _without_type(rebuild: Any, kind: object, arguments: Any, state: object) -> Any:
+    """Return the tensor that a subclass of Tensor holds: stands for `torch._tensor._rebuild_from_type_v2`."""
+    if rebuild not in _REAL.values() and not _is_stand_in(rebuild):
+        raise pickle.UnpicklingError("a tensor is rebuilt by no function of torch's")
+    return rebuild(*arguments)
+
+
+# What is built as it is. torch's loader itself puts in the types of storages.
+_REAL: dict[str, Any] = {
+    "collections.OrderedDict": OrderedDict,
+    "torch.Size": torch.Size,
+    "torch.storage.UntypedStorage": torch.UntypedStorage,
+    "torch._tensor._rebuild_from_type_v2": _without_type,
+    **{
+        f"torch._utils.{name}": getattr(_utils, name)
+        for name in ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_tensor_v3", "_rebuild_parameter")
+    },
+    **{f"torch.{name}": value for name, value in vars(torch).items() if isinstance(value, torch.dtype)},
+}
+_CALLABLE = [value for value in _REAL.values() if callable(value)]
+
+
+def _is_stand_in(value: object) -> bool:
+    """Return whether this is a stand-in, or the class of some."""
+    return isinstance(value, StandIn) or (isinstance(value, type) and issubclass(value, StandIn))
+
+
+def _is_harmful(module: str, name: str) -> bool:
+    return name in _HARMFUL_BUILTINS if module == "builtins" else module.partition(".")[0] in _HARMFUL
+
+
+# The unpickler in C would call and fill whatever a file says; this one can be told not to.
+_Python: Any = pickle._Unpickler
+
+
+class _Unpickler(_Python):  # type: ignore[misc]
+    """Builds real values by the functions of `_REAL` alone, and sets no attribute of any."""
+
+    left_out: dict[str, type[StandIn]]
+    dispatch: ClassVar[dict[int, Any]] = dict(_Python.dispatch)
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return what a name means: something real, or a stand-in."""
+        # Files of Python 2's protocols have Python 2's names.
+        module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
+        full = f"{module}.{name}"
+        if _is_harmful(module, name):
+            raise Harmful(full)
+        if full in _REAL:
+            return _REAL[full]
+        return self.left_out.setdefault(full, type("StandIn", (StandIn,), {"name": full}))
+
+    def _made(self, function: Any, arguments: Any) -> Any:
+        """Return what a function makes, which is a real one only if it is known."""
+        if not (_is_stand_in(function) or any(function is known for known in _CALLABLE)):
+            raise pickle.UnpicklingError(f"a {type(function).__name__} is called")
+        return function(*arguments)
+
+    def _instantiate(self, function: Any, arguments: Any) -> None:
+        self.append(self._made(function, arguments))
+
+    def load_reduce(self) -> None:
+        """Call a function."""
+        arguments = self.stack.pop()
+        self.stack[-1] = self._made(self.stack[-1], arguments)
+
+    def load_newobj(self) -> None:
+        """Make an object of a class."""
+        arguments = self.stack.pop()
+        self.append(self._made(self.stack.pop(), arguments))
+
+    def load_newobj_ex(self) -> None:
+        """Make an object of a class; its arguments by name matter to no real one."""
+        self.stack.pop()
+        self.load_newobj()
+
+    def load_build(self) -> None:
+        """Keep the attributes of a stand-in; real values have none that matter."""
+        state = self.stack.pop()
+        if isinstance(self.stack[-1], StandIn):
+            self.stack[-1].state = state
+
+    def get_extension(self, code: int) -> None:
+        """Refuse a class by its number."""
+        raise pickle.UnpicklingError(f"extension code {code}")
+
+    for _opcode, _name in (
+        (pickle.REDUCE, load_reduce),
+        (pickle.NEWOBJ, load_newobj),
+        (pickle.NEWOBJ_EX, load_newobj_ex),
+        (pickle.BUILD, load_build),
+    ):
+        dispatch[_opcode[0]] = _name
+
+
+class InertPickle:
+    """What `torch.load` takes as `pickle_module`, of one file.
+
+    Attributes:
+        left_out: What stood-ins were made for, by name.
+    """
+
+    __name__ = "robustkit.models.inert_pickle"
+
+    def __init__(self) -> None:
+        """Begin with nothing left out."""
+        self.left_out: dict[str, type[StandIn]] = {}
+        self.Unpickler = type("Unpickler", (_Unpickler,), {"left_out": self.left_out})
+
+    def load(self, file: IO[bytes], **options: Any) -> object:
+        """Return what a pickle holds."""
+        return self.Unpickler(file, **options).load()
