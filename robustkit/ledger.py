@@ -214,6 +214,11 @@ class Ledger:
                     raise _damaged(self._name, f"chunk {number} of stage {stage} does not match its sha256")
                 yield chunk
 
+    def check_chunks(self) -> None:
+        """Raise UsageError at a chunk that does not match its sha256."""
+        for _ in self.chunks():
+            pass
+
     def fooled(self) -> Iterator[tuple[int, int, int]]:
         """Yield position, label and what the model says of every fooling image, by position."""
         query = "SELECT position, label, prediction FROM verdicts WHERE adversarial IS NOT NULL ORDER BY position"
@@ -264,6 +269,23 @@ class Ledger:
             self._db.execute("INSERT OR IGNORE INTO meta VALUES (?, ?)", [key, value])
             (kept,) = self._db.execute("SELECT value FROM meta WHERE key = ?", [key]).fetchone()
         return str(kept)
+
+    def read_note(self, key: str) -> str | None:
+        """Return a word that was kept under a key, None if there is none."""
+        with _explained(self._name):
+            row = self._db.execute("SELECT value FROM meta WHERE key = ?", [key]).fetchone()
+        return None if row is None else str(row[0])
+
+    def write_note(self, key: str, value: str) -> None:
+        """Keep a word under a key, in the place of any that is there."""
+        with _explained(self._name):
+            self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", [key, value])
+
+    def count(self) -> int:
+        """Return how many chunks there are."""
+        with _explained(self._name):
+            (chunks,) = self._db.execute("SELECT count(*) FROM chunks").fetchone()
+        return int(chunks)
 
     def seal(self) -> None:
         """Fold the write-ahead log in, so that the file stands alone and no longer changes."""

@@ -27,11 +27,12 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
+def replacing(path: Path, previous: Path | None = None) -> Iterator[BinaryIO]:
     """Write a file whole or not at all: under its name it is only when all of it is on the disk.
 
     Args:
         path: the file; a file or link under this name is replaced, not followed.
+        previous: the name under which the file that is replaced stays, in the same folder.
 
     Yields:
         The open draft.
@@ -47,7 +48,9 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(draft, path)
+            if previous is not None and path.is_file():
+                path.replace(previous)
+            draft.replace(path)
         except BaseException:
             with suppress(OSError):
                 draft.unlink()

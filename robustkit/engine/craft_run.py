@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from robustkit.engine.environment import environment
 from robustkit.engine.examples import arrays, evenly
 from robustkit.engine.nets import Net, gather, same_classes
 from robustkit.engine.opening import open_for_writing, require_writable
+from robustkit.engine.parts import noted
 from robustkit.engine.progress import Progress
 from robustkit.engine.targets import Jury, Stack
 from robustkit.engine.workforce import Workforce
@@ -85,7 +87,7 @@ class _Job:
         agency: Agency | None,
         writable: bool,
     ) -> None:
-        self.writable = writable
+        self.writable, self.parts = writable, list[dict[str, Any]]()
         if agency is None and (plan.ray is not None or plan.workers not in (None, 1)):
             agency = Alone(plan.workers, plan.ray, progress)
         self.agency = agency
@@ -100,6 +102,8 @@ class _Job:
                 Ledger.open(self.out and self.out / folder.LEDGER, self.plan.spec.run_id) as ledger,
                 closing(self._workshop(ledger)) as self.shop,
             ):
+                ledger.check_chunks()
+                self.parts = noted(ledger)
                 if record is None:
                     record = self._main()
                 record = self._judge(record)
@@ -288,6 +292,8 @@ class _Job:
         """Write transfer.json as it is now: its presence means that the images are done, not all judgements."""
         if self.out is None:
             return record
+        if self.parts:
+            record = replace(record, environment={**record.environment, "parts": self.parts})
         seals = {name: folder.sha256(self.out / name) for name in folder.CRAFT_SEALED}
         record = replace(record, files=seals)
         folder.write_record(self.out, record)

@@ -21,11 +21,7 @@ def environment(
     """Return versions, device name, threads, git commit of a checkout or None, precision, images at once."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
     return {
-        "versions": {
-            "python": platform.python_version(),
-            "robustkit": __version__,
-            **{name: _version(name) for name in PACKAGES},
-        },
+        "versions": versions(),
         "device": str(device),
         "device_name": name or platform.machine(),
         "threads": threads or torch.get_num_threads(),
@@ -33,6 +29,15 @@ def environment(
         "commit": _commit(),
         "precision": precision,
         "images_at_once": piece,
+    }
+
+
+def versions() -> dict[str, str | None]:
+    """Return the versions of Python, robustkit and what it works with; None for what is not installed."""
+    return {
+        "python": platform.python_version(),
+        "robustkit": __version__,
+        **{name: _version(name) for name in PACKAGES},
     }
 
 

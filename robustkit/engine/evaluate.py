@@ -24,6 +24,7 @@ from robustkit.engine.foreman import Foreman
 from robustkit.engine.lookout import offered
 from robustkit.engine.meter import DTYPES, Meter
 from robustkit.engine.opening import open_for_writing, require_writable
+from robustkit.engine.parts import noted
 from robustkit.engine.progress import Progress
 from robustkit.engine.tally import Tally
 from robustkit.engine.worker import Worker
@@ -208,6 +209,7 @@ class Evaluation:
 
     def _work(self, ledger: Ledger, progress: Progress, agency: Agency | None) -> tuple[Worker, list[Flag]]:
         tally = Tally.of(len(self.samples), self.spec.suite)
+        noted(ledger)
         for chunk in ledger.chunks():
             tally.add(chunk)
         if tally.chunks:
@@ -288,6 +290,7 @@ class Evaluation:
         shape = tuple(self.samples.images([0]).shape[1:])
         rows = folder.Adversarials(index, labels, shape, lambda: itertools.compress(ledger.adversarials(), counts))
         surroundings = environment(self.device, meter.precision, meter.piece, meter.threads) | worker.flown
+        surroundings["parts"] = noted(ledger)
         if out is None:
             return replace(tally.report(self.spec, flags, surroundings, {}), adversarial=rows.arrays())
         folder.write_adversarial(out, rows)

@@ -9,10 +9,10 @@ from typing import Any
 
 import safetensors
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from robustkit.errors import RunError
+from robustkit.posterior.digest import digest
 from robustkit.posterior.store import DELTA, EXACT, FILE, FORMAT, MEAN, SCALE, Posterior, coded, is_coded
 from robustkit.posterior.stream import Entry, write
 from robustkit.writing import refuse_link, subfolder
@@ -56,13 +56,33 @@ class Draft:
                     "train with a smaller learning rate."
                 )
         subfolder(self.run, FOLDER)
-        write(self._file(number), [_whole(name, tensor) for name, tensor in state.items()], {})
+        entries = [_whole(name, tensor) for name, tensor in state.items()]
+        write(self._file(number), entries, {"sha256": _digest(state)})
         return number
 
     def state(self, number: int) -> dict[str, Tensor]:
-        """Return a sample as it was written."""
-        found: dict[str, Tensor] = load_file(self._file(number))
+        """Return a sample as it was written; RunError if its file is absent or has changed."""
+        path = self._file(number)
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                found = {name: file.get_tensor(name) for name in file.keys()}
+                said = (file.metadata() or {}).get("sha256")
+        except (safetensors.SafetensorError, OSError) as error:
+            raise RunError(f"{path} cannot be read ({error}); train again with --overwrite.") from error
+        if _digest(found) != said:
+            raise RunError(f"{path} has changed since it was written; train again with --overwrite.")
         return found
+
+    def require(self, count: int) -> None:
+        """Raise RunError unless there are files of so many samples."""
+        if len(self) < count:
+            raise RunError(f"{self.run} lacks some of {count} states; train again with --overwrite.")
+
+    def check(self, count: int) -> None:
+        """Raise RunError unless so many samples are there as they were written."""
+        self.require(count)
+        for number in range(count):
+            self.state(number)
 
     def keep(self, count: int) -> None:
         """Remove all samples but the first `count`, as a run does that goes on from before they were taken."""
@@ -91,6 +111,7 @@ class Draft:
         count = len(self)
         if not count:
             raise RunError(f"{self.run} has no posterior sample to pack: the method kept none.")
+        self.check(count)
         files: list[Any] = [safetensors.safe_open(self._file(number), framework="pt") for number in range(count)]
         names = sorted(files[0].keys())
         for number, file in enumerate(files):
@@ -133,6 +154,10 @@ class _Stack:
     def _coded(self) -> Iterator[tuple[Tensor, Tensor]]:
         mean = self._mean()
         return (coded(row - mean) for row in self._rows())
+
+
+def _digest(state: Mapping[str, Tensor]) -> str:
+    return digest({name: state[name] for name in sorted(state)})
 
 
 def _whole(name: str, tensor: Tensor) -> Entry:

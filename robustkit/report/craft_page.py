@@ -16,6 +16,7 @@ from robustkit.record import Rate, dumps
 from robustkit.report import svg
 from robustkit.report.cascade import shortened
 from robustkit.report.lines import Chart, Series, powers
+from robustkit.report.made import made_in_parts
 from robustkit.report.render import render
 from robustkit.report.strip import Pictures, scaled, shown
 from robustkit.report.table import duration, interval, percent
@@ -230,6 +231,7 @@ def _surroundings(record: Craft, surrogates: Sequence[str]) -> list[tuple[str, s
         "platform": around.get("platform"),
         "commit": around.get("commit"),
         "versions": versions,
+        "parts": made_in_parts(around),
     }
     return [(name, str(value)) for name, value in named.items() if value not in (None, "")]
 

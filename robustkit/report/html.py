@@ -12,6 +12,7 @@ from robustkit.record import LEVELS, Rate, Report, dumps
 from robustkit.report import classes, costs, curve, histogram, trust, words
 from robustkit.report.cascade import cascade
 from robustkit.report.command import command
+from robustkit.report.made import made_in_parts
 from robustkit.report.names import stage_names
 from robustkit.report.render import render
 from robustkit.report.strip import scaled, strip
@@ -99,6 +100,7 @@ def _surroundings(report: Report) -> list[tuple[str, str]]:
         "platform": around.get("platform"),
         "commit": around.get("commit"),
         "versions": versions,
+        "parts": made_in_parts(around),
     }
     return [(name, str(value)) for name, value in named.items() if value not in (None, "")]
 

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from robustkit.record import Curve, Flag, Rate, Report
+from robustkit.report.made import made_in_parts
 from robustkit.report.names import stage_names
 
 # The quarters, the whole and the multiples of eps that a terminal has room for, by their place in a curve.
@@ -69,6 +70,8 @@ def show(report: Report, console: Console, next_command: str | None = None, page
 def notes(report: Report) -> list[str]:
     """Return in words why the run stopped early, what draws and its audit say, where there is something to say."""
     lines = []
+    if made := made_in_parts(report.environment):
+        lines += [f"\n{made}"]
     if report.stopped:
         why = {"width": "interval narrow enough", "time-limit": "time limit reached"}[report.stopped.reason]
         lines += [

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from robustkit.record import Rate
+from robustkit.report.made import made_in_parts
 from robustkit.report.table import duration, interval, percent
 from robustkit.trained import Trained, TrainSpec
 
@@ -56,6 +57,8 @@ def show(record: Trained, console: Console, next_command: str | None = None, pag
             line(f"each net   {', '.join(percent(share) for share in record.member_accuracy)}")
     cost = record.cost
     line(f"cost       {flops_words(cost['flops'])}   {duration(cost['seconds'])}")
+    if made := made_in_parts(record.environment):
+        line(made)
     if page:
         line(f"report     {page}")
     if next_command:

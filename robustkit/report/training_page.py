@@ -8,6 +8,7 @@ from typing import Any
 
 from robustkit.record import Rate
 from robustkit.report.lines import Chart, Series, counted
+from robustkit.report.made import made_in_parts
 from robustkit.report.names import written
 from robustkit.report.render import render
 from robustkit.report.table import duration, interval, percent
@@ -160,6 +161,7 @@ def _surroundings(spec: TrainSpec, record: Trained | None) -> list[tuple[str, st
         "platform": around.get("platform"),
         "commit": around.get("commit"),
         "versions": ", ".join(f"{name} {number}" for name, number in around.get("versions", {}).items() if number),
+        "parts": made_in_parts(around),
     }
     return [(name, str(value)) for name, value in named.items() if value not in (None, "")]
 

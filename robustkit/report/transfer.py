@@ -15,6 +15,7 @@ from robustkit.crafted import Craft, Judgement, Matrix
 from robustkit.errors import UsageError
 from robustkit.record import Rate
 from robustkit.report.compare import mcnemar, newcombe
+from robustkit.report.made import made_in_parts
 from robustkit.report.table import duration, interval, percent
 from robustkit.report.training import flops_words
 
@@ -72,6 +73,8 @@ def show(record: Craft, console: Console, next_command: str | None = None, page:
     )
     if training := training_words(record, own):
         line(f"trained for {training}")
+    if made := made_in_parts(record.environment):
+        line(made)
     line("")
     table = Table(box=None, pad_edge=False, header_style="", padding=(0, 3, 0, 0))
     table.add_column("model", no_wrap=True)

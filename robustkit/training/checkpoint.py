@@ -1,9 +1,13 @@
-"""The full state of an unfinished run, in one file that is written whole or not at all."""
+"""The full state of an unfinished run, in one file that is written whole or not at all; the one before it is kept.
+
+A file holds the sha256 of its content, and nothing goes on from one that has changed.
+"""
 
 from __future__ import annotations
 
 import io
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,11 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from robustkit.errors import UsageError
+from robustkit.method import Method, Plan
+from robustkit.posterior.digest import digest
+from robustkit.trained import CHECKPOINTS
 from robustkit.training.memory import Memory
 from robustkit.training.nets import Tally
-from robustkit.writing import write
+from robustkit.writing import replacing
 
-FILE = "checkpoint.pt"
+FILE, PREVIOUS = CHECKPOINTS
 
 
 @dataclass
@@ -32,6 +39,7 @@ class Course:
         history: facts of each finished epoch.
         tally: propagations.
         counted: those that all processes know of, forwards and backwards.
+        parts: which versions made which steps (`robustkit.engine.parts`).
     """
 
     loss: Tensor
@@ -41,6 +49,7 @@ class Course:
     history: list[dict[str, Any]] = field(default_factory=list)
     tally: Tally = field(default_factory=Tally)
     counted: tuple[int, int] = (0, 0)
+    parts: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -70,7 +79,7 @@ class Parts:
 
 
 def save(folder: Path, course: Course, parts: Parts) -> None:
-    """Write the checkpoint over the one before it."""
+    """Write the checkpoint; the one before it stays, in case this one gets damaged."""
     body = {
         "step": course.step,
         "kept": course.kept,
@@ -83,26 +92,79 @@ def save(folder: Path, course: Course, parts: Parts) -> None:
         "optimizers": [optimizer.state_dict() for optimizer in parts.optimizers],
         "averages": list(parts.averages),
         "memory": None if parts.memory is None else parts.memory.packed,
+        "parts": json.dumps(course.parts),
     }
-    stream = io.BytesIO()
-    torch.save(body, stream)
-    write(folder / FILE, stream.getvalue())
+    body["sha256"] = digest(body)
+    with replacing(folder / FILE, folder / PREVIOUS) as stream:
+        torch.save(body, stream)
 
 
-def read(folder: Path) -> bytes | None:
-    """Return the checkpoint's bytes; None if there is none."""
-    path = folder / FILE
-    return path.read_bytes() if path.is_file() else None
+@dataclass(frozen=True)
+class Found:
+    """The bytes of the newest sound checkpoint; `damaged` says what is wrong with a newer one, if anything."""
+
+    content: bytes
+    damaged: str = ""
+
+
+def read(folder: Path, method: Method, plan: Plan) -> Found | None:
+    """Return the newest checkpoint that is sound; None if there is none at all. A damaged newer one is removed.
+
+    Raises:
+        UsageError: if all there are are damaged.
+    """
+    damaged = ""
+    for path in (folder / FILE, folder / PREVIOUS):
+        if not path.is_file():
+            continue
+        content = path.read_bytes()
+        if why := _fault(content, method, plan):
+            damaged = damaged or f"{path} is damaged: {why}"
+            continue
+        if damaged:
+            (folder / FILE).unlink()
+        return Found(content, damaged)
+    if damaged:
+        raise UsageError(f"{damaged}; delete it to begin again, or begin again with --overwrite.")
+    return None
+
+
+def _fault(content: bytes, method: Method, plan: Plan) -> str:
+    """Return what is wrong with a checkpoint's bytes, nothing if it is sound."""
+    try:
+        body = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        said = body.pop("sha256", None)
+        if digest(body) != said:
+            return "its content does not match its sha256"
+        step, kept, history = body["step"], body["kept"], json.loads(body["history"])
+        if not (type(step) is int and 0 <= step <= plan.steps):
+            return f"step is {step!r}, and must be from 0 to {plan.steps}"
+        wanted = {
+            "kept": (kept, sum(method.keeps(one, plan) for one in range(step))),
+            "epochs": (len(history), step // plan.steps_per_epoch),
+        }
+        for name, (found, right) in wanted.items():
+            if type(found) is not int or found != right:
+                return f"{name} is {found!r}, and must be {right} at step {step}"
+        for name in ("seconds", "forwards", "backwards"):
+            if not 0 <= body[name] < math.inf:
+                return f"{name} is {body[name]!r}, and must be a number from 0 up"
+        if not math.isfinite(float(body["loss"])):
+            return f"loss is {float(body['loss'])}, and must be finite"
+    # A damaged file fails in as many ways as there are bytes.
+    except Exception as error:
+        return f"it cannot be read ({type(error).__name__})"
+    return ""
 
 
 def load(content: bytes, folder: Path, course: Course, parts: Parts) -> None:
-    """Take up a checkpoint, in place.
+    """Take up a checkpoint that is sound, in place.
 
     Raises:
-        UsageError: if it cannot be read.
+        UsageError: if it does not fit the nets.
     """
+    body = torch.load(io.BytesIO(content), map_location=course.loss.device, weights_only=True)
     try:
-        body = torch.load(io.BytesIO(content), map_location=course.loss.device, weights_only=True)
         for net, state in zip(parts.nets, body["nets"], strict=True):
             net.load_state_dict(state)
         for optimizer, state in zip(parts.optimizers, body["optimizers"], strict=True):
@@ -111,10 +173,11 @@ def load(content: bytes, folder: Path, course: Course, parts: Parts) -> None:
             average.update(state)
         if parts.memory is not None:
             parts.memory.packed.copy_(body["memory"])
-    # A damaged file fails in as many ways as there are bytes.
-    except Exception as error:
-        raise UsageError(f"{folder / FILE} cannot be read: delete it to begin again.") from error
+    except (ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
+        raise UsageError(
+            f"{folder / FILE} is of other nets or optimizers; delete it, or begin again with --overwrite."
+        ) from error
     course.step, course.kept, course.seconds = body["step"], body["kept"], body["seconds"]
     course.loss = body["loss"]
-    course.history = json.loads(body["history"])
+    course.history, course.parts = json.loads(body["history"]), json.loads(body["parts"])
     course.counted = course.tally.forwards, course.tally.backwards = body["forwards"], body["backwards"]

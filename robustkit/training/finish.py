@@ -22,7 +22,7 @@ from robustkit.record import Rate, dumps
 from robustkit.trained import KEPT, RECORD, WEIGHTS, Trained
 from robustkit.training import score
 from robustkit.training.averages import swapped
-from robustkit.training.checkpoint import Course, Parts
+from robustkit.training.checkpoint import PREVIOUS, Course, Parts
 from robustkit.training.diversity import glance, oracles, usual_threat
 from robustkit.training.images import Epoch, ImageSet
 from robustkit.training.job import Job
@@ -85,10 +85,11 @@ def finish(
             "seconds": course.seconds,
         },
         hashes={file: sha256(job.folder / file)},
-        environment=environment(train.pixels.device, job.spec.precision, None),
+        environment=environment(train.pixels.device, job.spec.precision, None) | {"parts": course.parts},
     )
     write(job.folder / RECORD, (dumps(record.to_json(), indent=2) + "\n").encode())
     shutil.rmtree(job.folder / KEPT, ignore_errors=True)
+    (job.folder / PREVIOUS).unlink(missing_ok=True)
 
 
 def judge(members: Sequence[Member], parts: Parts, test: ImageSet) -> dict[str, float]:
@@ -111,8 +112,7 @@ def _pack(job: Job, member: Member, course: Course, train: ImageSet) -> Posterio
     """Make the method's samples of the states that were kept, and return the posterior of them."""
     if (job.folder / POSTERIOR).is_file():
         return Posterior.open(job.folder)
-    if len(Draft(job.folder / KEPT)) < course.kept:
-        raise RunError(f"{job.folder / KEPT} lacks some of {course.kept} states: train again in another folder.")
+    Draft(job.folder / KEPT).require(course.kept)
     order = Epoch.of(train, job.plan, job.plan.epochs, ()).order
     draft, count = Draft(job.folder), 0
     for state in job.method.samples(_kept(job.folder / KEPT), job.plan):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from robustkit.engine.parts import continued
 from robustkit.errors import RunError
 from robustkit.method import Peers, Plan
 from robustkit.posterior import Draft
@@ -69,11 +70,17 @@ class Sitting:
         )
         # Of several processes one reads, writes and speaks: not every host sees what is new in a folder at once.
         self.first = fabric.global_rank == 0
-        left = fabric.broadcast(checkpoint.read(job.folder) if self.first else None)
+        self.progress = job.progress if self.first else TrainProgress()
+        found = checkpoint.read(job.folder, job.method, job.plan) if self.first else None
+        if found is not None and found.damaged:
+            self.progress.say(f"{found.damaged}; going on from the checkpoint before it")
+        left = fabric.broadcast(None if found is None else found.content)
         self.resumed = left is not None
         if left is not None:
             checkpoint.load(left, job.folder, self.course, self.parts)
-        self.progress = job.progress if self.first else TrainProgress()
+            if self.first:
+                Draft(job.folder / KEPT).check(self.course.kept)
+        self.course.parts = continued(self.course.parts, f"step {self.course.step}")
 
     def run(self) -> None:
         """Train to the end, and write what a finished run leaves."""

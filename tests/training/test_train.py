@@ -348,7 +348,7 @@ def test_a_damaged_checkpoint_or_record(tmp_path: Path) -> None:
     (tmp_path / "run" / "checkpoint.pt").write_bytes(b"PK\x03\x04rubbish")
     with pytest.raises(UsageError, match="delete it to begin again"):
         train("standard", out=tmp_path / "run", **SHORT)
-    record = train("standard", out=tmp_path / "other", **SHORT)
+    record = train("standard", out=tmp_path / "run", overwrite=True, **SHORT)
     assert Trained.from_json(json.loads(json.dumps(record.to_json()))) == record
     with pytest.raises(UsageError, match="format 2"):
         Trained.from_json({**record.to_json(), "format": 2})

@@ -1,0 +1,166 @@
+"""A checkpoint that has changed is not gone on from; the one before it is."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from robustkit import RunError, UsageError, load_data, train
+from robustkit.engine import parts as made
+from robustkit.engine.parts import continued, noted
+from robustkit.ledger import Ledger
+from robustkit.method import Method, Plan
+from robustkit.posterior import Draft
+from robustkit.posterior.digest import digest
+from robustkit.report.made import made_in_parts
+from robustkit.training import checkpoint
+from robustkit.training.progress import TrainProgress
+
+SHORT: dict[str, Any] = {
+    "limit": 24,
+    "epochs": 4,
+    "batch_size": 12,
+    "lr": 0.1,
+    "test": load_data("digits:test").head(9),
+}
+PLAN = Plan(samples=24, classes=10, batch_size=12, epochs=4, lr=0.1, members=1, seed=0)
+
+
+class Heard(TrainProgress):
+    """Hears what is said, and may stop after some steps."""
+
+    def __init__(self, stop: int | None = None) -> None:
+        self.stop, self.said = stop, list[str]()
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+    def step(self, done: int) -> None:
+        if done == self.stop:
+            raise KeyboardInterrupt
+
+
+def flipped(path: Path) -> None:
+    """Flip four bits in the middle of the largest tensor."""
+    content = bytearray(path.read_bytes())
+    for place in range(len(content) // 2, len(content) // 2 + 4):
+        content[place] ^= 1
+    path.write_bytes(bytes(content))
+
+
+def test_the_one_before_a_damaged_checkpoint_is_gone_on_from(tmp_path: Path) -> None:
+    whole = train("standard", out=tmp_path / "whole", **SHORT)
+    with pytest.raises(KeyboardInterrupt):
+        train("standard", out=tmp_path / "cut", progress=Heard(7), **SHORT)
+    flipped(tmp_path / "cut" / "checkpoint.pt")
+    heard = Heard()
+    resumed = train("standard", out=tmp_path / "cut", progress=heard, **SHORT)
+    assert "checkpoint.pt is damaged: its content does not match its sha256; going on" in heard.said[0]
+    assert f"resuming {whole.run_id}: 4 of 8 steps done" in heard.said
+    assert resumed.hashes == whole.hashes
+    assert not (tmp_path / "cut" / "checkpoint.previous.pt").exists()
+
+
+def test_where_both_are_damaged_nothing_is_trained(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train("standard", out=tmp_path, progress=Heard(7), **SHORT)
+    for name in ("checkpoint.pt", "checkpoint.previous.pt"):
+        flipped(tmp_path / name)
+    with pytest.raises(UsageError, match=r"checkpoint.pt is damaged: .*--overwrite"):
+        train("standard", out=tmp_path, **SHORT)
+
+
+def sound(**changes: Any) -> bytes:
+    """Return the bytes of a checkpoint, with some of it changed and its digest made for that."""
+    facts = [{"epoch": 1}, {"epoch": 2}]
+    body: dict[str, Any] = {"step": 5, "kept": 0, "loss": torch.tensor(1.5), "seconds": 2.0, "forwards": 9}
+    body |= {"history": json.dumps(facts), "backwards": 9, "nets": [], "optimizers": [], "averages": []}
+    body |= {"memory": None, "parts": "[]", **changes}
+    body["sha256"] = digest(body)
+    file = io.BytesIO()
+    torch.save(body, file)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"step": -5}, "step is -5, and must be from 0 to 8"),
+        ({"step": 9}, "step is 9, and must be"),
+        ({"step": 5.0}, "step is 5.0"),
+        ({"step": True}, "step is True"),
+        ({"kept": -1}, "kept is -1, and must be 0"),
+        ({"kept": 3}, "kept is 3, and must be 0"),
+        ({"history": "[]"}, "epochs is 0, and must be 2 at step 5"),
+        ({"history": "{"}, "cannot be read"),
+        ({"seconds": float("nan")}, "seconds is nan"),
+        ({"seconds": -1.0}, "seconds is -1.0"),
+        ({"forwards": -1}, "forwards is -1"),
+        ({"backwards": float("inf")}, "backwards is inf"),
+        ({"loss": torch.tensor(float("nan"))}, "loss is nan, and must be finite"),
+    ],
+)
+def test_numbers_out_of_range_are_damage_even_with_a_digest(
+    changes: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    (tmp_path / "checkpoint.pt").write_bytes(sound())
+    assert checkpoint.read(tmp_path, Method(), PLAN) is not None
+    (tmp_path / "checkpoint.pt").write_bytes(sound(**changes))
+    with pytest.raises(UsageError, match=words):
+        checkpoint.read(tmp_path, Method(), PLAN)
+
+
+def test_a_changed_value_without_its_digest_is_damage(tmp_path: Path) -> None:
+    body = torch.load(io.BytesIO(sound()), weights_only=True)
+    torch.save({**body, "step": 4}, tmp_path / "checkpoint.pt")
+    with pytest.raises(UsageError, match="does not match its sha256"):
+        checkpoint.read(tmp_path, Method(), PLAN)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: {**state, "b": state["b"] + 1},
+        lambda state: {"b": state["b"], "a": state["a"]},
+        lambda state: {**state, "a": state["a"].reshape(3, 2)},
+        lambda state: {**state, "a": state["a"].double()},
+        lambda state: {**state, "c": [1, 2]},
+        lambda state: {**state, "c": [1.0, "2"]},
+    ],
+)
+def test_a_digest_is_of_everything(change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    state = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor(3, dtype=torch.bfloat16), "c": [1, "2"]}
+    assert digest(state) == digest(dict(state))
+    assert digest(change(state)) != digest(state)
+
+
+def test_a_changed_sample_is_not_packed(tmp_path: Path) -> None:
+    draft = Draft(tmp_path)
+    for value in (1.0, 2.0):
+        draft.add({"w": torch.full((50, 40), value), "n": torch.tensor(3)})
+    flipped(tmp_path / "samples" / "0001.safetensors")
+    with pytest.raises(RunError, match=r"0001.safetensors has changed since it was written"):
+        draft.pack()
+    assert not (tmp_path / "posterior.safetensors").exists()
+
+
+def test_parts_of_different_versions_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = continued([], "step 0")
+    assert continued(here, "step 7") == here
+    with Ledger.open(tmp_path / "l", "id") as ledger:
+        assert noted(ledger) == noted(ledger)
+    monkeypatch.setattr(made, "versions", lambda: {"robustkit": "9", "torch": "8"})
+    both = continued(here, "step 7")
+    assert both == [*here, {"from": "step 7", "robustkit": "9", "torch": "8"}]
+    assert made_in_parts({"parts": here}) == made_in_parts({}) == ""
+    assert made_in_parts({"parts": both}).endswith(
+        f"torch {here[0]['torch']}, from step 7 on robustkit 9 with torch 8"
+    )
+    with Ledger.open(tmp_path / "l", "id") as ledger:
+        assert [part["torch"] for part in noted(ledger)] == [here[0]["torch"], "8"]
