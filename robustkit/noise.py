@@ -43,8 +43,11 @@ class Noise:
         kind, sign, seed = text.partition(":")
         if kind not in KINDS:
             raise did_you_mean("noise", kind, KINDS)
-        if sign and (kind not in SEEDED or not seed.isdecimal()):
-            raise UsageError(f"noise={text} is not possible: a seed is a whole number of frozen:7 or content:7.")
+        if sign and (kind not in SEEDED or not (seed.isdecimal() and len(seed) < 19)):
+            raise UsageError(
+                f"noise={text[:30]} is not possible: a seed is a whole number below 10^18, as in frozen:7 or "
+                "content:7."
+            )
         return cls(kind, int(seed or 0))
 
     def __str__(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from robustkit.data.samples import Samples
 from robustkit.engine.diversity import Comparison
 from robustkit.engine.folder import read_diversity
 from robustkit.errors import UsageError
+from robustkit.models.recorded import FLAG
 from robustkit.report.diversity import FILE, page, show
 
 
@@ -53,9 +55,8 @@ def diversity(
     if as_json:
         print_result(json.dumps(record.to_json(), indent=2))
     else:
-        following = (
-            f"robustkit evaluate {model} --data {data or subject.samples.name} --threat {record.spec.threat}"
-        )
+        words = ["evaluate", model, "--data", data or subject.samples.name, "--threat", str(record.spec.threat)]
+        following = shlex.join(["robustkit", *words, *[FLAG] * trust_code])
         show(record, wide_console(), shown, following)
     return 0
 

@@ -36,6 +36,7 @@ from robustkit.selfensemble import self_ensemble
 FACTS, WEIGHTS, FORMAT = "model.json", "model.safetensors", 1
 # What of a run's folder makes up its nets, as far as it is there.
 PARTS = (FACTS, WEIGHTS, posterior.FILE)
+MOST_NETS = 100_000
 _NUMBERS = re.compile(r"\d{1,5}(-\d{1,5})?(\+\d{1,5}(-\d{1,5})?)*")
 
 # Builds a net by its string: the loader's own, for every kind but a folder.
@@ -67,7 +68,10 @@ class Run:
         """
         _, sign, text = spec.arch.rpartition("#")
         if sign and not _readable(text):
-            raise UsageError(f"model {str(spec)!r}: write numbers after '#', as in #2, #0-4 or #0+4+7.")
+            raise UsageError(
+                f"model {str(spec)[:200]!r}: write numbers after '#', as in #2, #0-4 or #0+4+7, of at most "
+                f"{MOST_NETS:,} nets."
+            )
         folder = folder_of(spec).absolute()
         return cls(folder, _numbers(text) if sign else None, _facts(folder))
 
@@ -287,7 +291,8 @@ def _check_sizes(path: Path, facts: Mapping[str, Any]) -> None:
     limits = {"members": (1, MOST_MEMBERS), "classes": (2, MOST_CLASSES)}
     found = {name: facts[name] for name in limits}
     if shape is not None:
-        found |= dict(zip(("channels", "height", "width"), shape if isinstance(shape, list) else (), strict=False))
+        whole = shape if isinstance(shape, list) and len(shape) == 3 else (None,) * 3
+        found |= dict(zip(("channels", "height", "width"), whole, strict=True))
         limits |= {"channels": (1, MOST_CHANNELS), "height": (1, MOST_PIXELS), "width": (1, MOST_PIXELS)}
     for name, (least, most) in limits.items():
         number = found.get(name)
@@ -307,11 +312,12 @@ def _numbers(text: str) -> list[int]:
 
 
 def _readable(text: str) -> bool:
-    """Return whether this says numbers: ranges that rise, of at most five digits."""
+    """Return whether this says numbers, and not too many: ranges that rise, of at most five digits."""
     if not _NUMBERS.fullmatch(text):
         return False
     ranges = [part.split("-") for part in text.split("+")]
-    return all(int(one[0]) <= int(one[-1]) for one in ranges)
+    sizes = [int(one[-1]) - int(one[0]) + 1 for one in ranges]
+    return min(sizes) > 0 and sum(sizes) <= MOST_NETS
 
 
 def _of_member(state: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:

@@ -50,9 +50,11 @@ class Posterior:
             raise UsageError(f"there is no posterior '{path}': give a folder that a sampler wrote.") from error
         except (safetensors.SafetensorError, OSError) as error:
             raise UsageError(f"posterior '{path}' is damaged: train it again in another folder.") from error
-        if said.get("format") != FORMAT or not said.get("samples", "").isdecimal():
+        samples = said.get("samples", "")
+        if said.get("format") != FORMAT or not samples.isdecimal():
             raise UsageError(f"posterior '{path}' has format {said.get('format')!r}, not {FORMAT!r}.")
-        count = int(said["samples"])
+        # More samples than nine digits say are in no file, and Python refuses to read thousands of digits.
+        count = int(samples) if len(samples) < 10 else 0
         if not count or not _whole(tensors, count):
             raise UsageError(f"posterior '{path}' is damaged: train it again in another folder.")
         return cls(path, tensors, count)

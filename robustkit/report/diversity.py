@@ -79,7 +79,7 @@ def _facts(record: Diversity) -> dict[str, Any]:
         "commit": record.environment.get("commit"),
         "versions": ", ".join(f"{name} {number}" for name, number in sorted(versions.items()) if number),
     }
-    model, data = shlex.quote(str(spec.model["string"])), shlex.quote(str(spec.data["string"]))
+    model, data, threat = map(shlex.quote, map(str, (spec.model["string"], spec.data["string"], spec.threat)))
     return {
         "record": record,
         "name": short_names([str(spec.model["string"])])[0],
@@ -103,9 +103,9 @@ def _facts(record: Diversity) -> dict[str, Any]:
             {"name": heads[number], "cells": [f"{value:.2f}" for value in (*apart, *alike)]}
             for number, (apart, alike) in enumerate(zip(record.diversity, record.cosine, strict=True))
         ],
-        "following": f"robustkit evaluate {model} --data {data} --threat {spec.threat}",
+        "following": f"robustkit evaluate {model} --data {data} --threat {threat}",
         "command": f"robustkit diversity {model} --data {data} --limit {spec.data['n']} \\\n"
-        f"    --threat {spec.threat} --steps {spec.steps} --restarts {spec.restarts} --seed {spec.seed}",
+        f"    --threat {threat} --steps {spec.steps} --restarts {spec.restarts} --seed {spec.seed}",
         "facts": [(name, str(value)) for name, value in facts.items() if value not in (None, "")],
         "version": versions.get("robustkit") or "",
     }

@@ -204,7 +204,7 @@ def test_a_folder_is_a_model(name: str, runs: dict[str, tuple[Path, Trained]]) -
 
     def judged(string: str) -> tuple[float, float]:
         with torch.no_grad():
-            scores = load_model(string)(x).log_softmax(1)
+            scores = load_model(string, trust_code=True)(x).log_softmax(1)
         hits = (scores.argmax(1) == y).double().mean()
         return float(hits), float(nn.functional.nll_loss(scores, y))
 
@@ -368,7 +368,7 @@ def test_members_are_trained_or_refused(name: str, tmp_path: Path) -> None:
         return
     record = run(method, tmp_path, members=2)
     assert record.members == len(record.member_accuracy) == 2
-    first, second = (load_model(f"{tmp_path}/#{number}").net.state_dict() for number in (0, 1))
+    first, second = (load_model(f"{tmp_path}/#{number}", trust_code=True).net.state_dict() for number in (0, 1))
     head = next(weight for weight in first if weight.endswith("head.weight"))
     assert not torch.equal(first[head], second[head])
 

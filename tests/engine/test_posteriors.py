@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 from rich.console import Console
 from runs import net, write_members, write_posterior
 
-from robustkit import ThreatModel, UsageError, craft, evaluate, load_model
+import robustkit
+from robustkit import ThreatModel, UsageError, evaluate
 from robustkit.data import from_arrays
 from robustkit.engine.ensemble import Ensemble, Storage
 from robustkit.engine.nets import gather
@@ -24,6 +26,8 @@ from robustkit.surrogates import Surrogates
 from robustkit.transfer import compose
 
 EPS, CPU = "linf:0.2", torch.device("cpu")
+# Some of these folders name nets of the tests' own code.
+craft, load_model = (partial(call, trust_code=True) for call in (robustkit.craft, robustkit.load_model))
 RESNET, SMALL = "robustkit:cifar-resnet20?num_classes=4&in_channels=1", "nets:small?channels=1&classes=4"
 X = torch.rand(11, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 Y = net(3)(X).argmax(1)

@@ -73,15 +73,15 @@ def test_members_of_several_architectures(tmp_path: Path) -> None:
     arch = f"ensemble:[robustkit:digits-cnn;{WIDE}]"
     record = run(tmp_path / "a", arch, "dverge(baseline=0.5,steps=1)", epochs=2, lr=0.01)
     assert record.arch == f"ensemble:[robustkit:digits-cnn?pretrained=false&num_classes=4;{WIDE}]"
-    whole = load_model(f"{tmp_path}/a/")
-    assert isinstance(load_model(f"{tmp_path}/a/#1").net, torch.nn.Sequential)
+    whole = load_model(f"{tmp_path}/a/", trust_code=True)
+    assert isinstance(load_model(f"{tmp_path}/a/#1", trust_code=True).net, torch.nn.Sequential)
     x = torch.rand(2, 1, 8, 8)
     with torch.no_grad():
-        each = [load_model(f"{tmp_path}/a/#{number}")(x).softmax(1) for number in range(2)]
+        each = [load_model(f"{tmp_path}/a/#{number}", trust_code=True)(x).softmax(1) for number in range(2)]
         torch.testing.assert_close(whole(x), torch.stack(each).mean(0).log())
-    again = run(tmp_path / "b", f"{tmp_path}/a/")
+    again = run(tmp_path / "b", f"{tmp_path}/a/", trust_code=True)
     assert again.arch == record.arch
-    assert run(tmp_path / "c", f"{tmp_path}/a/#1").arch == WIDE
+    assert run(tmp_path / "c", f"{tmp_path}/a/#1", trust_code=True).arch == WIDE
     facts = json.loads((tmp_path / "a" / "model.json").read_text())
     (tmp_path / "a" / "model.json").write_text(json.dumps(facts | {"arch": f"ensemble:[{WIDE};{WIDE};{WIDE}]"}))
     with pytest.raises(UsageError, match="is damaged"):

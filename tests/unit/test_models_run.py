@@ -142,10 +142,10 @@ def test_a_mixture_is_never_traced(tmp_path: Path) -> None:
         ({"arch": None}, "does not say 'arch'"),
         ({"mean": "0.5"}, "does not say 'mean'"),
         ({"mean": ["a"]}, "no list of numbers"),
-        ({"members": 0}, "is damaged"),
+        ({"members": 0}, "has 0 members, not a whole number from 1"),
         ({"hashes": None}, "is damaged"),
         ({"hashes": {"posterior.safetensors": "0"}}, "there is no posterior"),
-        ({"arch": "runs/x/"}, "names the folder"),
+        ({"arch": "runs/x/"}, "names 'runs/x/' as the architecture"),
         ({"hashes": {"model.safetensors": "0"}}, "is not the file that the training wrote"),
     ],
 )

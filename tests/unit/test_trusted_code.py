@@ -17,6 +17,7 @@ from robustkit.engine.shipping import Parcelled
 from robustkit.errors import UsageError
 from robustkit.models.recorded import recorded_data, recorded_model
 from robustkit.models.strings import ModelString
+from robustkit.noise import Noise
 
 LINEAR = "torch.nn:Linear?in_features=9&out_features=4"
 CODE = """
@@ -224,6 +225,7 @@ def test_the_largest_nets_of_the_literature_are_within_the_limits() -> None:
         ({"input": [3, 10**9, 8], "method": {"name": "multires"}}, "height, not a whole number from 1 to 4,096"),
         ({"input": [10**9, 8, 8]}, "channels, not a whole number"),
         ({"input": "abc"}, "channels, not a whole number"),
+        ({"input": [3, 8, 8, 10**12]}, "channels, not a whole number"),
         ({"arch": "hf:microsoft/resnet-18"}, "which is no net's"),
     ],
 )
@@ -237,7 +239,11 @@ def test_sizes_of_a_record(words: dict[str, object], sentence: str, tmp_path: Pa
 def test_many_numbers_take_no_time(tmp_path: Path) -> None:
     string = write_members(tmp_path / "a", [net(0), net(1)])
     with pytest.raises(UsageError, match="names number 2 but 2 members"):
-        load_model(f"{string}#" + "+".join(["0-99999"] * 10))
+        load_model(f"{string}#0-99999")
+    with pytest.raises(UsageError, match="at most 100,000 nets"):
+        load_model(f"{string}#" + "+".join(["0-99999"] * 10_000))
+    with pytest.raises(UsageError, match=r"a seed is a whole number below 10\^18"):
+        Noise.parse("frozen:" + "9" * 5000)
 
 
 RECORD = "runs/x/report.json"
