@@ -21,6 +21,10 @@ class RunError(RobustkitError):
     """The run failed on the way: bad logits, a full disk, no memory. Exit code 3."""
 
 
+class ModelError(RunError):
+    """The model's own code failed. Exit code 3; 2 where it fails on the first image already."""
+
+
 def one_line(text: str) -> str:
     """Return a message as one line that a terminal prints as it stands, its long words shortened.
 

@@ -44,6 +44,20 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def switch_mode(module: nn.Module, training: bool) -> set[nn.Module]:
+    """Put a module into train or eval mode; return its parts that have no mode, such as an exported program."""
+    try:
+        module.train(training)
+    except NotImplementedError:
+        module.training = training
+        if "train" in vars(module) or type(module).train is not nn.Module.train:
+            for part in module.modules():
+                part.training = training
+            return set(module.modules())
+        return set[nn.Module]().union(*(switch_mode(child, training) for child in module.children()))
+    return set()
+
+
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[bool]:
     """Put every module into eval mode inside, parameters out of autograd; yield whether any was training.
@@ -51,13 +65,15 @@ def evaluation_mode(model: nn.Module) -> Iterator[bool]:
     Attacks need gradients of inputs alone: without this, one that calls `.backward()` would compute every
     parameter's too and leave it in `.grad`.
     """
-    training = {module: module.training for module in model.modules()}
+    # A frozen script module has no mode.
+    training = {module: module.training for module in model.modules() if hasattr(module, "training")}
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.eval()
+    without_mode = switch_mode(model, False)
     for parameter in learning:
         parameter.requires_grad_(False)
+    inner = training.keys() - without_mode - {model}
     try:
-        yield any(training[module] for module in training if module is not model) or training[model]
+        yield any(training[module] for module in inner) or (training[model] and not without_mode)
     finally:
         for module, mode in training.items():
             module.training = mode
@@ -80,4 +96,4 @@ def no_exit(what: str) -> Iterator[None]:
 
 def training_count(model: nn.Module) -> int:
     """Return how many of a model's modules are in training mode."""
-    return sum(module.training for module in model.modules())
+    return sum(getattr(module, "training", False) for module in model.modules())

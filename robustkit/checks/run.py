@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from robustkit.checks import gradients, outputs, randomness, signs, strength
 from robustkit.checks.probe import Probe
 from robustkit.record import Flag
@@ -79,4 +81,17 @@ def diagnose(probe: Probe) -> list[Flag]:
     to find them; it ends where all have been found.
     """
     found = (check(probe) for check in BEFORE)
-    return [flag for flag in found if flag is not None]
+    return [_sound(flag) for flag in found if flag is not None]
+
+
+def _sound(flag: Flag) -> Flag:
+    """Return a flag, raised without a value where what was measured is no number."""
+    if flag.value is None or math.isfinite(flag.value):
+        return flag
+    return Flag(
+        flag.code,
+        "warning",
+        None,
+        "cannot be measured: the model gives NaN or infinite logits close to these images",
+        "find out why the model breaks there: an attacker could use it",
+    )

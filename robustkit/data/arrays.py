@@ -38,7 +38,8 @@ class ArraySource:
             x = torch.from_numpy(raw).to(torch.float32) / 255
         else:
             x = torch.from_numpy(raw.astype(np.float32))
-        return x.permute(0, 3, 1, 2).contiguous() if self.channels_last else x.contiguous()
+        # `contiguous()` would leave the strides of a single channel as they are.
+        return (x.permute(0, 3, 1, 2) if self.channels_last else x).clone(memory_format=torch.contiguous_format)
 
     def content(self, rows: npt.NDArray[np.int64]) -> Iterator[bytes]:
         """Yield the raw bytes of those images, and how to read them."""

@@ -15,7 +15,7 @@ from robustkit.checks.run import diagnose
 from robustkit.data.ahead import read_ahead
 from robustkit.data.samples import Samples
 from robustkit.engine.anytime import TimeUp
-from robustkit.engine.failures import NO_MEMORY, first_line, is_out_of_memory
+from robustkit.engine.failures import NO_MEMORY, described, is_out_of_memory
 from robustkit.engine.judge import image_hashes, judge, sample_ids
 from robustkit.engine.meter import Meter
 from robustkit.engine.progress import Progress
@@ -184,7 +184,7 @@ class BatchWise:
     def _check(self, x: Images, positions: np.ndarray) -> tuple[list[Verdict], list[Flag]]:
         labels = torch.from_numpy(self.samples.labels[positions]).to(x.device)
         plain = Meter(self.meter.model, self.meter.device)
-        plain.piece = self.meter.piece
+        plain.piece, plain.backward_error = self.meter.piece, self.meter.backward_error
         attacks = [rung.attack for rung in self.rungs if not rung.view]
         flags = diagnose(Probe(plain, x, labels, self.threat, attacks, self.seed, plain.model))
         self.meter.forwards += plain.forwards
@@ -205,7 +205,7 @@ class BatchWise:
             rng=RowRng(self.seed, stream, self._ids(positions)),
         )
         judged = judge(self.meter, x, labels, found, self.threat)
-        flags = noticed(int(judged.refused.sum()), int(judged.broken.sum()), self.meter.detached)
+        flags = noticed(int(judged.refused.sum()), int(judged.broken.sum()), self.meter)
         return self.scribe.verdicts(judged, positions, self.samples.labels[positions]), flags
 
     def _stream(self, stage: int) -> str:
@@ -234,7 +234,4 @@ class BatchWise:
         self.progress.say(f"out of memory: going on with {piece // 2} images at a time, same numbers")
 
     def _failure(self, name: str, positions: np.ndarray, error: Exception) -> RunError:
-        return RunError(
-            f"{name} failed on images {positions[0]} to {positions[-1]}: "
-            f"{type(error).__name__}: {first_line(error)}"
-        )
+        return RunError(f"{name} failed on images {positions[0]} to {positions[-1]} with {described(error)}.")

@@ -14,7 +14,7 @@ import torch
 from robustkit.data.ahead import read_ahead
 from robustkit.engine.crafting import Crafting
 from robustkit.engine.ensemble import Ensemble, Storage
-from robustkit.engine.failures import NO_MEMORY
+from robustkit.engine.failures import NO_MEMORY, described, is_out_of_memory
 from robustkit.engine.progress import Progress
 from robustkit.errors import RunError
 from robustkit.goal import Goal
@@ -92,7 +92,9 @@ class Bench:
                 for at, x in read_ahead(self.samples, waiting):
                     try:
                         chunk = self._chunk(stage, attack, surrogates, goals, at, x)
-                    except (torch.OutOfMemoryError, MemoryError) as error:
+                    except (RuntimeError, MemoryError) as error:
+                        if not is_out_of_memory(error):
+                            raise RunError(f"crafting failed with {described(error)}.") from error
                         if len(at) == 1:
                             raise RunError(NO_MEMORY) from error
                         self.batch = len(at) // 2

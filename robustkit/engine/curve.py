@@ -16,7 +16,7 @@ from torch import Tensor
 
 from robustkit import registry
 from robustkit.data.samples import Samples
-from robustkit.engine.failures import NO_MEMORY
+from robustkit.engine.failures import NO_MEMORY, described, is_out_of_memory
 from robustkit.engine.judge import Judged, image_hashes, judge, sample_ids
 from robustkit.engine.meter import Meter
 from robustkit.engine.progress import Progress
@@ -100,7 +100,9 @@ class CurveSearch:
                 brackets.close()
                 brackets.tighten()
                 return brackets
-            except (torch.OutOfMemoryError, MemoryError) as error:
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise RunError(f"the curve failed with {described(error)}.") from error
                 piece = min(self.meter.piece or len(x), len(x))
                 if piece == 1:
                     raise RunError(NO_MEMORY) from error

@@ -14,9 +14,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
+from robustkit.engine.failures import described, is_out_of_memory
 from robustkit.engine.folding import folded
+from robustkit.errors import ModelError, UsageError
 from robustkit.models.classifier import Classifier
 from robustkit.models.mixture import Mixture
 from robustkit.models.views import Smooth
@@ -54,7 +56,8 @@ class Meter:
     `random` is whether the model answers by a draw; `views` are what may stand in for its gradients, by name.
 
     Logits come out in float32 whatever the precision. Where they do not depend on the input
-    differentiably, the gradient is zero rather than an error, and `detached` says so. `piece` is the most
+    differentiably, or the model's backward pass fails with `backward_error`, the gradient is zero rather than an
+    error, and `detached` says so. `piece` is the most
     images that the net sees at once: larger batches are cut, and their activations recomputed in the backward
     pass, so that the numbers drawn by an attack never depend on the memory at hand.
     """
@@ -68,10 +71,12 @@ class Meter:
         self.num_classes: int | None = model.num_classes
         self.piece: int | None = None
         self.saved, self.differentiable = 0, True
+        self.backward_error = ""
         self.threads = torch.get_num_threads()
         self.forwards = 0
         self.backwards = 0
-        self.detached = False
+        # `awaited` is what `backwards` was when a gradient was last asked for.
+        self._detached, self.awaited = False, -1
         self.on_forward: Callable[[int], None] = lambda forwards: None
 
     def __call__(self, x: Images) -> Logits:
@@ -98,13 +103,29 @@ class Meter:
         self.forwards += len(x) * passes
         self.on_forward(self.forwards)
         differentiable = torch.is_grad_enabled() and x.requires_grad
-        if differentiable:
-            x = CountBackward.apply(x, self, passes)
-        logits = self._in_pieces(x, differentiable, net, passes)
-        if differentiable and not logits.requires_grad:
-            self.detached = True
-            logits = logits + (0 * x.flatten(1).sum(1)).view(-1, *[1] * (logits.dim() - 1))
-        return logits
+        if not differentiable:
+            return self._in_pieces(x, False, net, passes)
+        if self.backward_error and net == self._net:
+            with torch.no_grad():
+                logits = self._in_pieces(x, False, net, passes)
+        else:
+            logits = self._in_pieces(CountBackward.apply(x, self, passes), True, net, passes)
+        self._detached |= not logits.requires_grad
+        return Linked.apply(logits, x, self)  # type: ignore[no-any-return]
+
+    @property
+    def detached(self) -> bool:
+        """Whether logits were asked for a gradient that they do not have."""
+        return self._detached or self.awaited == self.backwards
+
+    @detached.setter
+    def detached(self, detached: bool) -> None:
+        self._detached, self.awaited = detached, -1
+
+    def await_backward(self) -> None:
+        """Note that a gradient was asked for: it is to come by `backwards`."""
+        self._detached |= self.awaited == self.backwards
+        self.awaited = self.backwards
 
     @property
     def rounding(self) -> float:
@@ -146,13 +167,29 @@ class Meter:
         # Of several nets one: their mixture keeps no graph, or as many as they are.
         net = self.model.net
         model = self.model.with_net(net.at(0)) if isinstance(net, Mixture) else self.model
+        image = image.detach().requires_grad_()
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor), torch.enable_grad():
-            logits = model(image.detach().requires_grad_())
-        self.num_classes, self.differentiable = logits.shape[1], logits.requires_grad
+            try:
+                logits = model(image)
+            except ModelError as error:
+                raise UsageError(str(error)) from error
+        self.num_classes, self.differentiable = logits.shape[1], self._has_gradient(logits, image)
         self.saved = saved
         self.piece = min(most, max(1, free_memory(self.device) // 2 // max(saved, 1)))
         if 0 < saved < TINY:
             self.threads = 1
+
+    def _has_gradient(self, logits: Logits, image: Images) -> bool:
+        """Return whether the model's backward pass works and leads to the image."""
+        if not logits.requires_grad:
+            return False
+        try:
+            return torch.autograd.grad(logits.sum(), image, allow_unused=True)[0] is not None
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            self.backward_error = described(error)
+            return False
 
     @property
     def layout(self) -> str:
@@ -235,13 +272,15 @@ class Meter:
             return net(x)
         pieces = torch.split(x, piece)
         if differentiable:
-            return torch.cat([checkpoint(net, piece, use_reentrant=False) for piece in pieces])
+            # It would stop early by an error that it raises inside the net.
+            with set_checkpoint_early_stop(False):
+                return torch.cat([checkpoint(net, piece, use_reentrant=False) for piece in pieces])
         return torch.cat([net(piece) for piece in pieces])
 
     def _net(self, x: Images) -> Logits:
         way = self.way
         with torch.autocast(self.device.type, way.dtype, enabled=way.dtype is not None):
-            logits: Logits = way.net(x.contiguous(memory_format=way.layout))
+            logits: Logits = way.net(x, way.layout)
         return logits.float()
 
 
@@ -257,6 +296,21 @@ class CountBackward(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:  # noqa: D102
         ctx.meter.backwards += len(gradients[0]) * ctx.passes
         return gradients[0], None, None
+
+
+class Linked(torch.autograd.Function):
+    """Logits (B K) that depend on the images x: where they do not by themselves, their gradient is zero."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, x: Tensor, meter: Meter) -> Tensor:  # noqa: D102
+        ctx.meter, ctx.shape = meter, x.shape
+        return logits.view_as(logits)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:  # noqa: D102
+        if len(gradients[0]):
+            ctx.meter.await_backward()
+        return gradients[0], gradients[0].new_zeros(()).expand(ctx.shape), None
 
 
 def free_memory(device: torch.device) -> int:

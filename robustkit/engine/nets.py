@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from robustkit.data.samples import Samples
+from robustkit.engine.failures import NO_MEMORY, described, is_out_of_memory
 from robustkit.engine.meter import Meter, free_memory
-from robustkit.errors import UsageError
+from robustkit.errors import RobustkitError, RunError, UsageError
 from robustkit.isolation import evaluation_mode, own_randomness
 from robustkit.models import as_classifier, load_model
 from robustkit.models.classifier import Classifier
@@ -158,12 +159,13 @@ def _tried(classifier: Classifier, samples: Samples, device: torch.device, what:
         with own_randomness("nets"), evaluation_mode(classifier):
             meter.size_up(image, 1)
             logits = meter.exact(image)
-    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
-        if isinstance(error, (UsageError, torch.OutOfMemoryError)):
-            raise
+    except RobustkitError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise RunError(NO_MEMORY) from error
         raise UsageError(
-            f"model {classifier.string!r} cannot take images of {'x'.join(map(str, image.shape[1:]))} from "
-            f"{samples.name}: {str(error).strip().partition(chr(10))[0]}"
+            f"model {classifier.string!r} failed with {described(error)}; correct its code."
         ) from error
     if what != "target" and not meter.differentiable:
         raise UsageError(

@@ -77,7 +77,7 @@ class Scribe:
             # A random model's lucky draws are its own, not the attack's fault.
             refused += 0 if self.meter.random else int(part.judged.refused.sum())
             broken += int(part.judged.broken.sum())
-        flags = noticed(refused, broken, self.meter.detached)
+        flags = noticed(refused, broken, self.meter)
         chunks = [
             Chunk(
                 first + stage,
@@ -93,7 +93,7 @@ class Scribe:
         self.write(*chunks)
 
 
-def noticed(refused: int, broken: int, detached: bool) -> list[Flag]:
+def noticed(refused: int, broken: int, meter: Meter) -> list[Flag]:
     """Return what was noticed while a chunk was judged: counts of images, and a missing gradient."""
     flags = []
     if refused:
@@ -116,13 +116,16 @@ def noticed(refused: int, broken: int, detached: bool) -> list[Flag]:
                 "find out why the model breaks there: an attacker could use it",
             )
         )
-    if detached:
+    if meter.detached:
+        why = f"backward pass fails with {meter.backward_error}"
+        if not meter.backward_error:
+            why = "output does not depend on its input differentiably"
         flags.append(
             Flag(
                 "no-gradient",
                 "warning",
                 None,
-                "the model's output does not depend on its input differentiably: gradient attacks see zero",
+                f"the model's {why}: gradient attacks see zero",
                 "judge by score-based attacks, or give a differentiable version of the model",
             )
         )

@@ -15,7 +15,7 @@ from robustkit.data.ahead import read_ahead
 from robustkit.engine.anytime import TimeUp
 from robustkit.engine.batchwise import BatchWise
 from robustkit.engine.doubts import Doubts
-from robustkit.engine.failures import NO_MEMORY, first_line, is_out_of_memory
+from robustkit.engine.failures import NO_MEMORY, described, is_out_of_memory
 from robustkit.engine.flight import Flight
 from robustkit.engine.judge import image_hashes
 from robustkit.engine.meter import TRIAL, Way
@@ -73,10 +73,7 @@ class Worker(BatchWise):
         except Exception as error:
             if is_out_of_memory(error):
                 raise RunError(NO_MEMORY) from error
-            raise UsageError(
-                f"the model cannot take images of {'x'.join(map(str, shape))} from {self.samples.name}: "
-                f"{first_line(error)}"
-            ) from error
+            raise UsageError(f"the model failed with {described(error)}; correct its code.") from error
 
     def fly(self, first: int, count: int, among: np.ndarray) -> None:
         """Take what still stands of these through `count` attacks from stage `first` on, all row-wise, at once."""
@@ -115,7 +112,7 @@ class Worker(BatchWise):
                 raise
             except Exception as error:
                 title = self._title(first, count)
-                raise RunError(f"{title} failed: {type(error).__name__}: {first_line(error)}") from error
+                raise RunError(f"{title} failed with {described(error)}.") from error
 
     def _mend(self, error: Exception) -> None:
         """Halve the pieces if memory was short; else raise the error again."""

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from robustkit.errors import UsageError
-from robustkit.isolation import no_exit
+from robustkit.errors import ModelError, RobustkitError, UsageError
+from robustkit.isolation import no_exit, switch_mode
+from robustkit.models.failures import described, is_out_of_memory
 from robustkit.models.fingerprint import (
     callable_identity,
     combined_sha256,
@@ -20,8 +21,10 @@ from robustkit.models.fingerprint import (
     state_sha256,
 )
 from robustkit.models.mixture import Mixture
+from robustkit.models.net_call import NetCall
 from robustkit.models.options import read_binary
 from robustkit.models.outputs import LogitsReader
+from robustkit.models.shape_search import taken_instead
 from robustkit.preprocess import Preprocess
 from robustkit.registry import spec
 from robustkit.shapes import Images, Logits
@@ -42,6 +45,7 @@ class Classifier(nn.Module):
         reader: Finds the logits in what the net returns.
         trust_code: Whether loading it again by its string may run Python code that a run folder names.
         notes: What the user should know of how it was loaded, a sentence each.
+        layout: Memory layout of the images that the net is given.
     """
 
     mean: torch.Tensor | None
@@ -94,6 +98,8 @@ class Classifier(nn.Module):
         self.notes = tuple(notes)
         self.reader = LogitsReader(string, output, binary, self.num_classes)
         self.trust_code = trust_code
+        self.layout = torch.contiguous_format
+        self.net_call = NetCall()
         self.register_buffer("mean", _per_channel(mean), persistent=False)
         self.register_buffer("std", _per_channel(std), persistent=False)
         self._identity = {**identity, "mean": mean, "std": std, "size": size}
@@ -101,7 +107,7 @@ class Classifier(nn.Module):
         self._identity |= {name: value for name, value in chosen.items() if value is not None}
         if defenses:
             self._identity["defenses"] = [spec(defense) for defense in defenses]
-        self.training = net.training if isinstance(net, nn.Module) else False
+        self.training = isinstance(net, nn.Module) and getattr(net, "training", False)
 
     @property
     def weights_sha256(self) -> str:
@@ -132,44 +138,75 @@ class Classifier(nn.Module):
             notes=self.notes,
         )
         twin.reader = replace(self.reader)
-        return twin.train(self.training).to(None if self.mean is None else self.mean.device)
+        twin.net_call, twin.layout = self.net_call, self.layout
+        switch_mode(twin, self.training)
+        return twin.to(None if self.mean is None else self.mean.device)
 
     def expect(self, classes: int | None) -> Classifier:
         """Return itself, told how many classes the data has, which helps to find the logits."""
         self.reader.classes = self.num_classes or classes
         return self
 
-    def forward(self, images: Images) -> Logits:
+    def forward(self, images: Images, layout: torch.memory_format | None = None) -> Logits:
         """Return the logits, in float32 or float64, of images on [0, 1].
+
+        Args:
+            images: (B C H W), in any memory layout.
+            layout: the memory layout in which the net gets them; None for `self.layout`.
 
         Raises:
             UsageError: The images have a shape that the net or its normalisation does not take, or its
                 output is not one row of at least two logits per image.
+            ModelError: The net's code failed for another reason.
         """
-        answer = self._undefended
+        answer = partial(self._undefended, layout=layout or self.layout)
         for defense in reversed(self.defenses):
             answer = partial(defense, answer)
         return answer(images)
 
-    def _undefended(self, images: Images) -> Logits:
+    def _undefended(self, images: Images, layout: torch.memory_format) -> Logits:
+        x = self._prepared(images)
+        try:
+            with no_exit(f"model {self.string!r}"):
+                return self.net_call(self.net, x, layout, self._read)
+        except Exception as error:
+            if isinstance(error, RobustkitError) or is_out_of_memory(error):
+                raise
+            raise self._failure(error, images) from error
+
+    def _failure(self, error: Exception, images: Images) -> RobustkitError:
+        """Return what is to be said of an error in the net: that it is the images' shape only if another works."""
+        shape = tuple(images.shape[1:])
+        instead = None
+        if len(shape) == 3 and not self.net_call.has_worked:
+            instead = taken_instead(self.net, shape, self._takes)
+        if instead is None:
+            return ModelError(f"model {self.string!r} failed with {described(error)}; correct its code.")
+        resize = ", or write size=N to resize them" if instead[0] == shape[0] else ""
+        return UsageError(
+            f"model {self.string!r} does not take images of shape {shape} but of {instead}: give it the data it "
+            f"was made for{resize}; it failed with {described(error)}."
+        )
+
+    def _takes(self, shape: tuple[int, int, int]) -> bool:
+        """Return whether the net takes images of a shape (C H W) in the place of those that it is given."""
+        place = next((tensor.device for tensor in (*self.parameters(), *self.buffers())), None)
+        images = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0)).to(place)
+        with torch.no_grad():
+            return self.net_call.takes(self.net, images, self._read)
+
+    def _prepared(self, images: Images) -> torch.Tensor:
+        """Return images resized and normalised."""
         x = images
         if self.size is not None and x.shape[2:] != self.size:
             x = F.interpolate(x, self.size, mode="bilinear", antialias=True, align_corners=False)
-        x = self._normalised(x)
-        try:
-            with no_exit(f"model {self.string!r}"):
-                output = self.net(x)
-        except (AssertionError, RuntimeError) as error:
-            if not _is_about_shapes(error):
-                raise
-            reason = str(error).strip().partition("\n")[0].rstrip(".")
-            raise UsageError(
-                f"model {self.string!r} does not take images of shape {tuple(images.shape[1:])} ({reason}): "
-                "give it the data it was made for, or write size=N to resize them."
-            ) from error
+        return self._normalised(x)
+
+    def _read(self, output: object, rows: int) -> Logits:
+        """Return the logits in what the net returned for so many images."""
         if isinstance(self.net, Mixture):  # which has read the logits of its nets
             return cast(torch.Tensor, output)
-        return self.reader.read(output, len(images))
+        return self.reader.read(output, rows)
 
     def _normalised(self, x: torch.Tensor) -> torch.Tensor:
         for name, values in (("mean", self.mean), ("std", self.std)):
@@ -220,10 +257,3 @@ def as_classifier(model: object, *, output: str | int | None = None, binary: str
 
 def _per_channel(values: tuple[float, ...] | None) -> torch.Tensor | None:
     return None if values is None else torch.tensor(values).view(1, -1, 1, 1)
-
-
-def _is_about_shapes(error: Exception) -> bool:
-    words = ("shape", "size", "channels", "dimension", "doesn't match", "height", "width")
-    text = str(error).lower()
-    # Memory and memory layout are the engine's to handle, not faults of the images.
-    return "memory" not in text and "view size" not in text and any(word in text for word in words)

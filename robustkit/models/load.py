@@ -10,6 +10,7 @@ from torch import nn
 
 from robustkit.devices import pick_device
 from robustkit.errors import UsageError
+from robustkit.isolation import switch_mode
 from robustkit.models import from_code, from_run, from_several, from_timm, from_torchvision, from_zoo
 from robustkit.models.built import Built, seeded
 from robustkit.models.catalog import ZOO as CATALOG
@@ -93,7 +94,8 @@ def load_model(
         trust_code=trust_code,
         notes=loaded.notes if loaded else (),
     )
-    return classifier.eval().to(place)
+    switch_mode(classifier, False)
+    return classifier.to(place)
 
 
 def _member(string: str, seed: int, trust_code: bool) -> Classifier:

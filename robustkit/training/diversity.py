@@ -46,7 +46,7 @@ def glance(nets: Sequence[nn.Module], test: ImageSet, trained_on: int, threat: T
     ten looks of a run of forty epochs take 5 to 6 % of plain training.
     """
     count = min(MOST, max(trained_on // 50, 8), len(test))
-    x, labels = test.at(slice(0, count)).contiguous(memory_format=torch.channels_last), test.labels[:count]
+    x, labels = test.at(slice(0, count)), test.labels[:count]
     modes = [(part, part.training) for net in nets for part in net.modules()]
     for net in nets:
         net.eval()

@@ -23,7 +23,7 @@ from robustkit.training.images import Epoch
 from robustkit.training.job import Job
 from robustkit.training.memory import Memory
 from robustkit.training.metrics import MISSING, Metrics
-from robustkit.training.nets import Member, build
+from robustkit.training.nets import Member, build, laid_out
 from robustkit.training.progress import TrainProgress
 from robustkit.training.shares import Share
 from robustkit.writing import subfolder
@@ -199,7 +199,7 @@ class Sitting:
         sample = self.job.train.at(slice(0, 2))
         job, seed = self.job, plan.seed + number
         classifier = build(job.archs[number], seed, sample, plan.classes, self.method, job.trust_code)
-        classifier = classifier.to(fabric.device).to(memory_format=torch.channels_last).train()
+        classifier = laid_out(classifier.to(fabric.device).train(), sample.to(fabric.device))
         return Member(classifier, self.course.tally, fabric.autocast, seed, peers.part, peers.parts).train()
 
 

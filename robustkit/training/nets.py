@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -235,6 +236,12 @@ def build(
     classifier = load_model(str(spec), seed=seed, trust_code=trust_code).expect(classes)
     if not isinstance(classifier.net, nn.Module) or not any(True for _ in classifier.net.parameters()):
         raise UsageError(f"{spec} has no weights to train; write an architecture, e.g. robustkit:cifar-resnet20.")
+    try:
+        classifier.train().eval()
+    except NotImplementedError as error:
+        raise UsageError(
+            f"{spec} has no train mode, as a program of torch.export has none; give the net that it was made of."
+        ) from error
     if isinstance(classifier.net, Mixture):
         raise UsageError(f"{spec} is several nets and cannot be one member; name each of them.")
     if method.wraps:
@@ -246,6 +253,22 @@ def build(
             f"{spec} has {logits.shape[1]} logits and the data {classes} classes; write num_classes={classes}."
         )
     return classifier
+
+
+def laid_out(classifier: Classifier, sample: Images) -> Classifier:
+    """Return a classifier in train mode in the layout channels_last, or as it is if its net cannot take that.
+
+    Its net takes the images (B C H W) as they are, but may use what another layout does not allow, such as `view`.
+    """
+    with seeded(0):
+        try:
+            # Training a copy leaves the running statistics of batch norms alone.
+            twin = copy.deepcopy(classifier).to(memory_format=torch.channels_last)
+            twin(sample, torch.channels_last).sum().backward()
+        except Exception:  # whatever a stranger's code may raise where it is not run as it expects
+            return classifier
+    classifier.layout = torch.channels_last
+    return classifier.to(memory_format=torch.channels_last)
 
 
 def _wrapped(classifier: Classifier, seed: int, sample: Images, method: Method) -> Classifier:

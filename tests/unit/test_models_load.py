@@ -165,7 +165,7 @@ def test_images_of_another_shape_are_named():
     assert load_model("robustkit:mnist-cnn?size=28")(IMAGES[:, :1]).shape == (5, 10)
 
 
-def test_the_nets_own_errors_pass():
+def test_a_lack_of_memory_is_the_engines_to_mend():
     def net(x):
         raise RuntimeError("out of memory: tried to allocate a tensor of size 3")
 

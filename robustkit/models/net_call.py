@@ -1,0 +1,180 @@
+"""How a net is called: images go in as the net takes them, tensors come out.
+
+A net gets a copy of its own, in the standard memory layout, so that it may change its input in place and use
+`view`. Whether it takes them as they are is found by trying: a net that fails may want another floating-point
+type, no gradient, numpy arrays, or one batch size alone. What works is kept for the calls after.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import sys
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from robustkit.errors import RobustkitError
+from robustkit.models.failures import is_out_of_memory
+from robustkit.shapes import Images, Logits
+
+Net = Callable[[Any], object]
+# From what a net returned for so many images to their logits.
+Check = Callable[[object, int], Logits]
+
+DTYPES = (None, torch.float16, torch.bfloat16, torch.float64)
+TENSOR, DETACHED, ON_CPU, NUMPY = "tensor", "detached", "detached-cpu", "numpy"
+# Batch sizes that a net may have been made for, tried in this order as long as there is time and memory for it.
+SIZES = (1, *range(2, 129), 256, 512, 1024, 200, 250, 500, 1000, 150, 300, 400, 2048)
+MOST_SECONDS, MOST_BYTES = 3.0, 1 << 26
+LARGEST_SIZE = 4096
+# How many batch sizes are remembered.
+MOST_SIZES = 64
+STANDARD = torch.contiguous_format
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a net is given.
+
+    Attributes:
+        dtype: of the images; None leaves it.
+        kind: a tensor, one outside of autograd, the same on the CPU, or a numpy array.
+        batch: the only number of images that the net takes; None if it takes any.
+    """
+
+    dtype: torch.dtype | None = None
+    kind: str = TENSOR
+    batch: int | None = None
+
+    def call(self, net: Net, images: Images, layout: torch.memory_format, check: Check) -> Logits:
+        """Return the logits of images, in batches of the net's own size, filled up where there are too few."""
+        if not len(images):
+            # What reshapes its input by the number of images cannot do so with none.
+            some = torch.cat([images, images.new_zeros(1, *images.shape[1:])])
+            return self.call(net, some, layout, check)[:0]
+        size = self.batch or len(images)
+        if len(images) == size:
+            return self._once(net, images, layout, check)
+        parts = []
+        for part in torch.split(images, size):
+            filled = torch.cat([part, part[-1:].expand(size - len(part), *part.shape[1:])])
+            parts.append(self._once(net, filled, layout, check)[: len(part)])
+        return torch.cat(parts)
+
+    def _once(self, net: Net, images: Images, layout: torch.memory_format, check: Check) -> Logits:
+        given: Any = images.to(self.dtype or images.dtype).clone(memory_format=layout)
+        with _as_written(), nullcontext() if self.kind == TENSOR else torch.no_grad():
+            if self.kind != TENSOR:
+                given = given.detach()
+            if self.kind in (ON_CPU, NUMPY):
+                given = given.cpu()
+            output = net(given.numpy() if self.kind == NUMPY else given)
+        logits = check(_as_tensors(output), len(images)).to(images.device)
+        return logits.clone() if logits.is_inference() and not torch.is_inference_mode_enabled() else logits
+
+
+class NetCall:
+    """Calls a net, in the form that worked before or, if it fails at first, in one that is found by trying."""
+
+    def __init__(self) -> None:
+        """Begin with images as they are."""
+        self.form = Form()
+        # Numbers of images that have been taken, outside of autograd and inside.
+        self.taken: dict[bool, set[int]] = {False: set(), True: set()}
+
+    def __call__(self, net: Net, images: Images, layout: torch.memory_format, check: Check) -> Logits:
+        """Return the logits of images (B C H W); what the net raises is raised where no form works."""
+        taken = self.taken[torch.is_grad_enabled() and images.requires_grad]
+        try:
+            logits = self.form.call(net, images, layout, check)
+        except RobustkitError:
+            raise
+        except (Exception, SystemExit) as error:
+            # Another layout is a trial, whose failure is its answer.
+            if is_out_of_memory(error) or len(images) in taken or layout != STANDARD:
+                raise
+            found = self._working(net, images, check, self._forms(images, taken, str(error)))
+            if found is None:
+                raise
+            # Once more, with the caller's switches of autograd.
+            logits = found.call(net, images, layout, check)
+            self.form = found
+        if len(taken) < MOST_SIZES:
+            taken.add(len(images))
+        return logits
+
+    @property
+    def has_worked(self) -> bool:
+        """Whether the net has taken any images yet."""
+        return any(self.taken.values())
+
+    def takes(self, net: Net, images: Images, check: Check) -> bool:
+        """Return whether the net takes images of this shape in one of the forms that need no other batch size."""
+        forms = (form for form in self._forms(images, set(), "") if form.batch is None)
+        return self._working(net, images, check, itertools.chain([self.form], forms)) is not None
+
+    @staticmethod
+    def _working(net: Net, images: Images, check: Check, forms: Iterable[Form]) -> Form | None:
+        """Return the first form in which the net takes these images."""
+        deadline = time.perf_counter() + MOST_SECONDS
+        for form in forms:
+            if time.perf_counter() > deadline:
+                return None
+            try:
+                # A net that takes tensors of autograd is to be given them.
+                with torch.set_grad_enabled(form.batch is None and torch.is_grad_enabled()):
+                    form.call(net, images if form.batch is None else images[: form.batch], STANDARD, check)
+            except (Exception, SystemExit) as error:
+                if is_out_of_memory(error):
+                    return None
+            else:
+                return form
+        return None
+
+    def _forms(self, images: Images, taken: Collection[int], words: str) -> Iterator[Form]:
+        """Yield forms to try: numbers of images that the net took before, else all, those in its words first."""
+        if taken:
+            for size in sorted(taken, reverse=True):
+                yield replace(self.form, batch=size)
+            return
+        kinds = (TENSOR, DETACHED, *([] if images.device.type == "cpu" else [ON_CPU]), NUMPY)
+        forms = [Form(dtype, kind) for kind, dtype in itertools.product(kinds, DTYPES)]
+        yield from forms[1:]
+        told = [int(number) for number in re.findall(r"\d{1,4}", words)]
+        most = min(LARGEST_SIZE, MOST_BYTES // max(images[0].nbytes, 1))
+        sizes = dict.fromkeys(size for size in (*told, *SIZES) if 0 < size <= most and size != len(images))
+        for form, size in itertools.product(forms, sizes):
+            yield replace(form, batch=size)
+
+
+def _as_written() -> AbstractContextManager[object]:
+    """Run code without `torch.compile` inside.
+
+    Compiled code is compiled anew for batches of other sizes, and allows neither a second gradient of one pass nor
+    a look at what is computed.
+    """
+    # As long as the compiler is not imported nothing has been compiled.
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+
+
+def _as_tensors(output: object) -> object:
+    """Return what a net returned with tensors in the place of arrays."""
+    if isinstance(output, np.ndarray):
+        return torch.from_numpy(np.ascontiguousarray(output)) if output.dtype.kind in "fiub" else output
+    if isinstance(output, Mapping):
+        return (
+            {key: _as_tensors(value) for key, value in output.items()} if _holds_array(output.values()) else output
+        )
+    if isinstance(output, (tuple, list)) and _holds_array(output):
+        return tuple(_as_tensors(value) for value in output)
+    return output
+
+
+def _holds_array(values: Any) -> bool:
+    return any(isinstance(value, np.ndarray) for value in values)
