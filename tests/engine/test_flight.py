@@ -127,8 +127,8 @@ def test_counts_are_those_of_an_independent_counter() -> None:
     net.body[0].register_full_backward_hook(lambda m, i, o: seen.update(backward=seen["backward"] + len(o[0])))
     # With room for all jobs at once, since activations that did not fit would be computed again, uncounted.
     report = evaluate(net, x, y, EPS["linf"], suite=MIXED, precision="fp32", batch_size=100)
-    # Not counted: the image that sizes the batch, both ways, four looks at each of four for dice, and in each of two
-    # memory layouts two of two and three of all.
+    # Not counted: the image that sizes the batch, both ways, four looks at each of four for dice, and in each of
+    # two memory layouts two of two and three of all.
     trials, looks = 2 * (2 * 2 + 3 * 12), 4 * 4
     assert report.cost.backwards == seen["backward"] - 1 - trials
     assert report.cost.forwards == seen["forward"] - 1 - looks - trials
