@@ -8,14 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from robustkit.registry import technique
+from robustkit.registry.ranges import Limits, NonNegative
 from robustkit.rows import Rows
 from robustkit.shapes import Images
+from robustkit.step_size import StepSize
 from robustkit.surrogates import Weights
 from robustkit.transfer import Around, Oracle, Technique, dice
 
@@ -29,13 +32,13 @@ class AdaEA(Technique):
     """Weighs members by the loss that a step along their gradient causes in the others.
 
     The weights are a softmax of `beta` times the sum of those losses, each over what the other's own step causes;
-    a step is `step_size` times eps. Pixels where the members' gradients have a mean cosine below `threshold` are
+    a step is `step_size`. Pixels where the members' gradients have a mean cosine below `threshold` are
     left out. Costs 2 gradients and n * n forward passes of n members. Asked for single members, it stands aside.
     """
 
-    beta: float = 10.0
-    threshold: float = -0.3
-    step_size: float = 0.1
+    beta: NonNegative = 10.0
+    threshold: Annotated[float, Limits(-1, 1)] = -0.3
+    step_size: StepSize = StepSize(0.1)
 
     @property
     def cost(self) -> int:
@@ -64,7 +67,7 @@ class _Adaptive(Around):
 
     def _weights(self, rows: Rows, x: Images, own: Sequence[Images]) -> Tensor:
         """Return the weights of the members, (n B), which sum to 1."""
-        threat, size = rows.threat, self.technique.step_size * float(rows.threat.eps)
+        threat, size = rows.threat, self.technique.step_size.length(float(rows.threat.eps))
         losses = []
         for gradient in own:
             moved = threat.project(x + size * threat.ascent(gradient), rows.x)

@@ -8,9 +8,11 @@ their classes are left to chance.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from robustkit.errors import UsageError
 from robustkit.registry import technique
+from robustkit.registry.ranges import Count, Limits, Share
 from robustkit.rows import Rows
 from robustkit.shapes import Images
 from robustkit.surrogates import Surrogates
@@ -22,9 +24,9 @@ from robustkit.transfer import Oracle, Technique, Transformed, dice
 class Admix(Technique):
     """Mixes in `share` of each of `mixes` other images, at `scales` scales; costs mixes * scales gradients."""
 
-    mixes: int = 3
-    share: float = 0.2
-    scales: int = 5
+    mixes: Count = 3
+    share: Share = 0.2
+    scales: Annotated[int, Limits(1, 64)] = 5
 
     @property
     def cost(self) -> int:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from robustkit import losses
 from robustkit.registry import attack
+from robustkit.registry.ranges import Count, NonNegative, PositiveShare
 from robustkit.rows import Answer, Rows, RowWise, State
 from robustkit.shapes import Images, Mask, PerRow
 from robustkit.threat import per_row
@@ -27,13 +28,13 @@ from robustkit.threat import per_row
 
 @dataclass(frozen=True, slots=True)
 class _APGD(RowWise):
-    steps: int = 100
-    restarts: int | None = None
+    steps: Count = 100
+    restarts: Count | None = None
     loss: str = "ce"
-    eot_iter: int = 1
-    rho: float = 0.75
+    eot_iter: Count = 1
+    rho: PositiveShare = 0.75
     large_start: bool | None = None
-    doubt: float | None = None
+    doubt: NonNegative | None = None
 
     def __post_init__(self) -> None:
         """Refuse an unknown loss before anything runs."""
@@ -116,9 +117,9 @@ class APGDT(_APGD):
     the other fields see `apgd`.
     """
 
-    restarts: int | None = 1
+    restarts: Count | None = 1
     loss: str = "dlr"
-    targets: int | None = None
+    targets: Count | None = None
 
     def attempts(self, norm: str) -> tuple[int, int]:
         """Return the number of targets and of restarts for each."""

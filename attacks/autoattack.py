@@ -9,7 +9,7 @@ one of `robustkit.losses`. A setting of None is AutoAttack's own in the `standar
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
@@ -17,6 +17,7 @@ from robustkit import losses
 from robustkit.errors import UsageError
 from robustkit.goal import Goal
 from robustkit.registry import attack, suite
+from robustkit.registry.ranges import Count, Limits
 from robustkit.rng import RowRng
 from robustkit.rows import Model
 from robustkit.shapes import Images, Labels, Logits, PerRow
@@ -55,9 +56,9 @@ def rand(norm: str) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class _APGD:
-    steps: int = 100
-    restarts: int | None = None
-    eot_iter: int = 1
+    steps: Count = 100
+    restarts: Count | None = None
+    eot_iter: Count = 1
     large_start: bool | None = None
 
     def __call__(self, model: Model, x: Images, goal: Goal, threat: ThreatModel, *, rng: RowRng) -> Images:
@@ -118,10 +119,10 @@ class APGDDLR(_APGD):
 class APGDT:
     """Official targeted Auto-PGD, one run for each of the likeliest other classes."""
 
-    steps: int = 100
-    restarts: int = 1
-    targets: int | None = None
-    eot_iter: int = 1
+    steps: Count = 100
+    restarts: Count = 1
+    targets: Count | None = None
+    eot_iter: Count = 1
     large_start: bool | None = None
 
     def __call__(self, model: Model, x: Images, goal: Goal, threat: ThreatModel, *, rng: RowRng) -> Images:
@@ -155,8 +156,8 @@ class APGDT:
 
 @dataclass(frozen=True, slots=True)
 class _FAB:
-    steps: int = 100
-    restarts: int = 1
+    steps: Count = 100
+    restarts: Count = 1
 
     def _official(self, model: Model, x: Images, threat: ThreatModel, rng: RowRng, **more: Any) -> Any:
         from pyautoattack.fab_pt import FABAttack_PT
@@ -171,7 +172,7 @@ class _FAB:
 class FAB(_FAB):
     """Official fast adaptive boundary attack, towards the nearest of all classes."""
 
-    restarts: int = 5
+    restarts: Count = 5
 
     def __call__(self, model: Model, x: Images, goal: Goal, threat: ThreatModel, *, rng: RowRng) -> Images:
         """Return a fooling image per row, or the clean one."""
@@ -187,7 +188,7 @@ class FAB(_FAB):
 class FABT(_FAB):
     """Official targeted FAB, one run for each of the likeliest other classes."""
 
-    targets: int = 9
+    targets: Count = 9
 
     def __call__(self, model: Model, x: Images, goal: Goal, threat: ThreatModel, *, rng: RowRng) -> Images:
         """Return a fooling image per row, or the clean one."""
@@ -204,8 +205,8 @@ class FABT(_FAB):
 class Square:
     """Official Square attack: random search by scores alone."""
 
-    queries: int = 5000
-    restarts: int = 1
+    queries: Annotated[int, Limits(1, 100_000_000)] = 5000
+    restarts: Count = 1
 
     def __call__(self, model: Model, x: Images, goal: Goal, threat: ThreatModel, *, rng: RowRng) -> Images:
         """Return a fooling image per row, or the clean one."""

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from robustkit.registry import technique
+from robustkit.registry.ranges import Count, Limits
 from robustkit.rows import Rows
 from robustkit.shapes import Images
 from robustkit.transfer import Oracle, Technique, Transformed, dice
@@ -27,9 +29,9 @@ class BlockShuffle(Technique):
     Blocks are of random sizes, turned by up to `degrees`; what a turned block leaves bare is zero.
     """
 
-    copies: int = 20
-    blocks: int = 2
-    degrees: float = 24.0
+    copies: Count = 20
+    blocks: Annotated[int, Limits(1, 64)] = 2
+    degrees: Annotated[float, Limits(0, 180)] = 24.0
 
     @property
     def cost(self) -> int:

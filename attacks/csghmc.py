@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from robustkit.attacks.csgld import CSGLD
 from robustkit.method import Size
 from robustkit.registry import method
+from robustkit.registry.ranges import Count, CountOrZero, NonNegative, ShareBelowOne
 
 
 @method("csghmc", paper="arXiv:1902.03932")
@@ -19,12 +20,12 @@ from robustkit.registry import method
 class CSGHMC(CSGLD):
     """`csgld` with momentum: noise of friction 1 - momentum, the same posterior."""
 
-    cycles: int = 5
-    samples_per_cycle: int = 3
-    noise_epochs: int = 3
-    temperature: float = 0.05
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
+    cycles: Count = 5
+    samples_per_cycle: Count = 3
+    noise_epochs: CountOrZero = 3
+    temperature: NonNegative = 0.05
+    momentum: ShareBelowOne = 0.9
+    weight_decay: NonNegative = 1e-4
     batch_norm: str = "keep"
 
     def size(self, samples: int) -> Size:

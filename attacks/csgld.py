@@ -18,7 +18,8 @@ from torch import nn
 from robustkit.errors import UsageError
 from robustkit.method import Method, Plan, Size
 from robustkit.registry import method
-from robustkit.sampling import Langevin, at_least, below, cyclical
+from robustkit.registry.ranges import Count, CountOrZero, NonNegative, ShareBelowOne
+from robustkit.sampling import Langevin, cyclical
 
 
 @method("csgld", paper="arXiv:2011.05074")
@@ -32,12 +33,12 @@ class CSGLD(Method):
     model says, where the authors feed [0, 1].
     """
 
-    cycles: int = 5
-    samples_per_cycle: int = 3
-    noise_epochs: int = 3
-    temperature: float = 0.08
-    momentum: float = 0.0
-    weight_decay: float = 3e-4
+    cycles: Count = 5
+    samples_per_cycle: Count = 3
+    noise_epochs: CountOrZero = 3
+    temperature: NonNegative = 0.08
+    momentum: ShareBelowOne = 0.0
+    weight_decay: NonNegative = 3e-4
     batch_norm: str = "keep"
 
     posterior = True
@@ -50,10 +51,6 @@ class CSGLD(Method):
         """Refuse cycles that are not whole epochs, or too short for their samples."""
         Method.check(self, plan)
         name = self.info.name
-        at_least(name, 1, samples_per_cycle=self.samples_per_cycle)
-        at_least(name, 0, noise_epochs=self.noise_epochs, temperature=self.temperature)
-        at_least(name, 0, weight_decay=self.weight_decay)
-        below(name, 1, momentum=self.momentum)
         if plan.epochs % self.cycles:
             raise UsageError(f"{name}: {plan.epochs} epochs are not {self.cycles} equal cycles; write a multiple.")
         if self.samples_per_cycle > plan.epochs // self.cycles:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from robustkit.attacks.mi_cse import MICSE
 from robustkit.attacks.mi_sam import step_back, summed
 from robustkit.registry import attack, recipe
+from robustkit.registry.ranges import NonNegative
 from robustkit.rows import Rows
 from robustkit.shapes import Images
 from robustkit.surrogates import Weights
@@ -30,7 +31,7 @@ class CWA(MICSE):
     those of `mi-cse`, but none as `beta` means 10.27 in the official form, its 250 at 16/255 and 224 pixels.
     """
 
-    reverse: float = 1 / 15
+    reverse: NonNegative = 1 / 15
 
     @property
     def usual_beta(self) -> float:

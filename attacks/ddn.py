@@ -9,6 +9,7 @@ import torch
 
 from robustkit import losses
 from robustkit.registry import attack
+from robustkit.registry.ranges import Count, Positive, ShareBelowOne
 from robustkit.rows import Answer, Rows, RowWise, State
 from robustkit.threat import per_row
 
@@ -23,11 +24,11 @@ class DDN(RowWise):
     random direction, as in foolbox, where the paper says nothing.
     """
 
-    steps: int = 100
-    restarts: int = 1
+    steps: Count = 100
+    restarts: Count = 1
     loss: str = "ce"
-    radius: float = 1.0
-    gamma: float = 0.05
+    radius: Positive = 1.0
+    gamma: ShareBelowOne = 0.05
 
     def __post_init__(self) -> None:
         """Refuse an unknown loss before anything runs."""

@@ -14,7 +14,8 @@ from torch import nn
 
 from robustkit.method import Method, Plan, Size
 from robustkit.registry import method
-from robustkit.sampling import at_least, below, cosine
+from robustkit.registry.ranges import NonNegative, ShareBelowOne
+from robustkit.sampling import cosine
 
 
 @method("deep-ensemble", paper="arXiv:1612.01474")
@@ -22,8 +23,8 @@ from robustkit.sampling import at_least, below, cosine
 class DeepEnsemble(Method):
     """`--members` nets side by side, each by SGD with momentum along one cosine."""
 
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
+    momentum: ShareBelowOne = 0.9
+    weight_decay: NonNegative = 5e-4
 
     ensembles = True
 
@@ -32,12 +33,6 @@ class DeepEnsemble(Method):
         if samples > 5000:
             return Size(epochs=100, batch_size=128, lr=0.1, members=5)
         return Size(epochs=30, batch_size=64, lr=0.05, members=5)
-
-    def check(self, plan: Plan) -> None:
-        """Refuse fields that SGD cannot have."""
-        Method.check(self, plan)
-        at_least(self.info.name, 0, weight_decay=self.weight_decay)
-        below(self.info.name, 1, momentum=self.momentum)
 
     def optimizer(self, parameters: Iterable[nn.Parameter], plan: Plan) -> torch.optim.Optimizer:
         """Return SGD with momentum."""

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from robustkit.errors import UsageError
 from robustkit.registry import recipe, technique
+from robustkit.registry.ranges import PositiveShare, Share
 from robustkit.rows import Rows
 from robustkit.shapes import Images
 from robustkit.threat import per_row
@@ -32,17 +32,8 @@ def di_fgsm() -> str:
 class DI(Technique):
     """With probability `p` shrinks an image, to no less than `ratio`, and pads it with zeros; costs nothing."""
 
-    p: float = 0.5
-    ratio: float = 0.9
-
-    def __post_init__(self) -> None:
-        """Refuse what is no probability or no share."""
-        if not 0 <= self.p <= 1:
-            raise UsageError(f"di: p={self.p:g} is a probability; write a number from 0 to 1.")
-        if not 0 < self.ratio <= 1:
-            raise UsageError(
-                f"di: ratio={self.ratio:g} is a share of the size; write a number above 0, at most 1."
-            )
+    p: Share = 0.5
+    ratio: PositiveShare = 0.9
 
     def begin(self, inner: Oracle) -> Oracle:
         """Return an oracle that asks at diverse images."""

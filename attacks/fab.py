@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from robustkit.registry import attack
+from robustkit.registry.ranges import Count, Limits, Share
 from robustkit.rows import Answer, Rows, RowWise, State
 from robustkit.shapes import Images, Logits, PerRow
 from robustkit.threat import per_row
@@ -25,11 +27,11 @@ DUAL = {"linf": 1.0, "l2": 2.0, "l1": math.inf}
 
 @dataclass(frozen=True, slots=True)
 class _FAB(RowWise):
-    steps: int = 100
-    restarts: int = 1
-    alpha_max: float = 0.1
-    eta: float = 1.05
-    beta: float = 0.9
+    steps: Count = 100
+    restarts: Count = 1
+    alpha_max: Share = 0.1
+    eta: Annotated[float, Limits(1)] = 1.05
+    beta: Share = 0.9
 
     @property
     def strays(self) -> bool:
@@ -132,7 +134,7 @@ class FAB(_FAB):
     clean image, `alpha_max` the most that a step leans that way. Ends at the first success within eps.
     """
 
-    restarts: int = 5
+    restarts: Count = 5
 
     @property
     def several(self) -> bool:
@@ -148,7 +150,7 @@ class FABT(_FAB):
     `targets` is at most K - 1; a goal with targets of its own is the only one then.
     """
 
-    targets: int = 9
+    targets: Count = 9
 
     def attempts(self, norm: str) -> tuple[int, int]:
         """Return the number of targets and of restarts for each."""

@@ -7,8 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
+from robustkit.errors import UsageError
 from robustkit.registry import attack
+from robustkit.registry.ranges import Count, ShareBelowOne
 from robustkit.rows import Answer, Rows, RowWise, State
+from robustkit.step_size import StepSize
 from robustkit.threat import per_row
 
 DUAL = {"linf": 1.0, "l2": 2.0, "l1": math.inf}
@@ -19,17 +22,25 @@ DUAL = {"linf": 1.0, "l2": 2.0, "l1": math.inf}
 class FMN(RowWise):
     """Gradient steps in a ball whose radius follows the distance of the decision boundary; ends within eps.
 
-    `step_size` is the first step's l2 length in pixel units and falls to a hundredth; `gamma` is the share by
+    `step_size` is the first step's l2 length and falls to a hundredth; `gamma` is the share by
     which the radius first changes. Departures from the paper: points are projected onto ball and box together
     where it clips to the box afterwards; the radius that reaches the linearised boundary is drawn a share
     gamma too long, for on a linear net the paper's ends just short of it every time; each restart after the
     first begins at a random point of the threat.
     """
 
-    steps: int = 100
-    restarts: int = 1
-    step_size: float = 1.0
-    gamma: float = 0.05
+    steps: Count = 100
+    restarts: Count = 1
+    step_size: StepSize = StepSize(1.0, "px")
+    gamma: ShareBelowOne = 0.05
+
+    def __post_init__(self) -> None:
+        """Refuse a step size that is a share of eps, which is a length in another norm."""
+        if self.step_size.unit != "px":
+            raise UsageError(
+                f"fmn: step_size={self.step_size} is an l2 length and no share of eps; write it in pixel units, "
+                "e.g. 1px."
+            )
 
     @property
     def loss(self) -> str:
@@ -55,7 +66,7 @@ class FMN(RowWise):
         x, gradient = rows.x, answer.gradient
         share = (1 + torch.cos(math.pi * state["clock"].double() / self.steps)) / 2
         gamma = 0.001 + (self.gamma - 0.001) * share
-        size = self.step_size * (0.01 + 0.99 * share)
+        size = self.step_size.length(float(rows.threat.eps)) * (0.01 + 0.99 * share)
         distance = rows.threat.distance(state["x"], x)
         crossed = rows.goal.reached(answer.logits)
         nearest = torch.where(crossed, torch.minimum(distance, state["nearest"]), state["nearest"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +38,11 @@ class Foolbox:
 
     @classmethod
     def member(cls, tail: str, **fields: Any) -> Foolbox:
-        """Return the attack `foolbox:tail`; UsageError for an unknown name or field."""
+        """Return the attack `foolbox:tail`; UsageError for an unknown name or field, or a number out of range."""
+        for field, number in fields.items():
+            least = 1 if "steps" in field else 0
+            if isinstance(number, (int, float)) and not least <= number < math.inf:
+                raise UsageError(f"foolbox:{tail}: {field}={number} must be at least {least}.")
         value = cls(f"foolbox:{tail}", tuple(sorted(fields.items())))
         value._build()
         return value

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from robustkit import residual
-from robustkit.errors import UsageError
 from robustkit.registry import technique
+from robustkit.registry.ranges import Share
 from robustkit.rng import RowRng
 from robustkit.surrogates import Surrogates
 from robustkit.transfer import Oracle, Technique
@@ -22,12 +22,7 @@ from robustkit.transfer import Oracle, Technique
 class Ghost(Technique):
     """Multiplies skips by numbers from [1 - `erosion`, 1 + `erosion`]; costs nothing."""
 
-    erosion: float = 0.22
-
-    def __post_init__(self) -> None:
-        """Refuse what would turn skips around."""
-        if not 0 <= self.erosion <= 1:
-            raise UsageError(f"ghost: erosion={self.erosion:g} is a share; write a number from 0 to 1.")
+    erosion: Share = 0.22
 
     def prepare(self, surrogates: Surrogates) -> Surrogates:
         """Return the surrogates with eroded skips."""

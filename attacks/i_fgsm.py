@@ -6,16 +6,18 @@ from dataclasses import dataclass
 
 from robustkit import losses
 from robustkit.registry import attack
+from robustkit.registry.ranges import Count
 from robustkit.rows import Answer, Rows, RowWise, State
+from robustkit.step_size import StepSize
 
 
 @attack("i-fgsm", paper="arXiv:1607.02533", norms=("linf", "l2"), access="gradient", ascent=True)
 @dataclass(frozen=True, slots=True)
 class IFGSM(RowWise):
-    """Steps of one length along the gradient, from the clean image; `step_size` is a fraction of eps."""
+    """Steps of one length along the gradient, from the clean image; `step_size` none is eps / steps."""
 
-    steps: int = 10
-    step_size: float = 0.1
+    steps: Count = 10
+    step_size: StepSize | None = None
     loss: str = "ce"
 
     def __post_init__(self) -> None:
@@ -28,5 +30,6 @@ class IFGSM(RowWise):
 
     def step(self, rows: Rows, state: State, answer: Answer) -> State:
         """Return the projected next points."""
-        moved = state["x"] + self.step_size * float(rows.threat.eps) * rows.threat.ascent(answer.gradient)
+        size = (self.step_size or StepSize(1 / self.steps)).length(float(rows.threat.eps))
+        moved = state["x"] + size * rows.threat.ascent(answer.gradient)
         return {"x": rows.threat.project(moved, rows.x)}

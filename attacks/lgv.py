@@ -16,7 +16,8 @@ from torch import nn
 from robustkit.errors import UsageError
 from robustkit.method import Method, Plan, Size
 from robustkit.registry import method
-from robustkit.sampling import at_least, below, cosine, enough, spread
+from robustkit.registry.ranges import Count, NonNegative, ShareBelowOne
+from robustkit.sampling import cosine, enough, spread
 
 
 class Collecting(Method):
@@ -24,9 +25,9 @@ class Collecting(Method):
 
     __slots__ = ()
 
-    collect_epochs: int
-    momentum: float
-    weight_decay: float
+    collect_epochs: Count
+    momentum: ShareBelowOne
+    weight_decay: NonNegative
 
     posterior = True
 
@@ -34,9 +35,6 @@ class Collecting(Method):
         """Refuse a run shorter than what is collected."""
         Method.check(self, plan)
         name = self.info.name
-        at_least(name, 1, collect_epochs=self.collect_epochs)
-        at_least(name, 0, collect_rate=self.share(plan), weight_decay=self.weight_decay)
-        below(name, 1, momentum=self.momentum)
         if self.collect_epochs > plan.epochs:
             raise UsageError(
                 f"{name}: collect_epochs={self.collect_epochs} are the last of the run's {plan.epochs} epochs; "
@@ -69,11 +67,11 @@ class LGV(Collecting):
     That rate is `lr` times `collect_rate`.
     """
 
-    collect_epochs: int = 10
-    snapshots_per_epoch: int = 4
-    collect_rate: float = 0.5
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
+    collect_epochs: Count = 10
+    snapshots_per_epoch: Count = 4
+    collect_rate: NonNegative = 0.5
+    momentum: ShareBelowOne = 0.9
+    weight_decay: NonNegative = 1e-4
     batch_norm: str = "keep"
 
     def size(self, samples: int) -> Size:
@@ -86,7 +84,6 @@ class LGV(Collecting):
     def check(self, plan: Plan) -> None:
         """Refuse a run shorter than what is collected, or epochs with fewer steps than snapshots."""
         Collecting.check(self, plan)
-        at_least(self.info.name, 1, snapshots_per_epoch=self.snapshots_per_epoch)
         enough(self.info.name, "snapshots_per_epoch", self.snapshots_per_epoch, plan.steps_per_epoch)
 
     def share(self, plan: Plan) -> float:

@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from robustkit.attacks.mi_sam import check_word
-from robustkit.errors import UsageError
 from robustkit.populations import spread
 from robustkit.registry import technique
+from robustkit.registry.ranges import Count
 from robustkit.surrogates import FRESH, ORDERS, Surrogates
 from robustkit.transfer import Oracle, Technique
 
@@ -26,16 +26,14 @@ class Light(Technique):
     next samples come: for each `gradient`, or once in a `step`, whatever is asked in it.
     """
 
-    samples: int = 1
+    samples: Count = 1
     order: str = "shuffled"
     fresh: str = "gradient"
 
     def __post_init__(self) -> None:
-        """Refuse unknown words and no samples."""
+        """Refuse unknown words."""
         check_word("order", self.order, ORDERS)
         check_word("fresh", self.fresh, FRESH)
-        if self.samples < 1:
-            raise UsageError(f"light: samples={self.samples} asks nobody; write 1 or more.")
 
     def prepare(self, surrogates: Surrogates) -> Surrogates:
         """Return the surrogates with so many members for each posterior."""

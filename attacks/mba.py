@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,8 @@ from torch import Tensor, nn
 from robustkit.attacks.lgv import Collecting
 from robustkit.method import Batch, Method, Plan, Size, State
 from robustkit.registry import method
-from robustkit.sampling import Moments, at_least, spread
+from robustkit.registry.ranges import Count, Limits, NonNegative, ShareBelowOne
+from robustkit.sampling import Moments, spread
 
 # Sets of at most so many images are small.
 SMALL = 5000
@@ -35,15 +37,15 @@ class MBA(Collecting):
     batch norm die at it. At `flatness` 0 the descent is SGD's. `scale` multiplies the normal's deviations.
     """
 
-    draws: int = 20
-    snapshots: int = 300
-    scale: float = 1.5
-    flatness: float = 1.0
-    radius: float = 0.1
-    collect_epochs: int = 10
-    collect_rate: float | None = None
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
+    draws: Count = 20
+    snapshots: Count = 300
+    scale: NonNegative = 1.5
+    flatness: NonNegative = 1.0
+    radius: Annotated[float, Limits(1e-6)] = 0.1
+    collect_epochs: Count = 10
+    collect_rate: NonNegative | None = None
+    momentum: ShareBelowOne = 0.9
+    weight_decay: NonNegative = 5e-4
     batch_norm: str = "re-estimate"
 
     def size(self, samples: int) -> Size:
@@ -51,14 +53,6 @@ class MBA(Collecting):
         if samples > SMALL:
             return Size(epochs=100 + self.collect_epochs, batch_size=256, lr=0.1)
         return Size(epochs=40 + self.collect_epochs, batch_size=64, lr=0.05)
-
-    def check(self, plan: Plan) -> None:
-        """Refuse a run shorter than what is collected, and fields that fit no normal."""
-        Collecting.check(self, plan)
-        name = self.info.name
-        at_least(name, 1, draws=self.draws, snapshots=self.snapshots)
-        at_least(name, 0, scale=self.scale, flatness=self.flatness)
-        at_least(name, 1e-6, radius=self.radius)
 
     def share(self, plan: Plan) -> float:
         """Return the rate of the last epochs as a share of `lr`."""

@@ -19,9 +19,11 @@ from robustkit.attacks.mi_sam import COMPAT, check_word, default_stride
 from robustkit.errors import UsageError
 from robustkit.goal import Goal
 from robustkit.registry import attack
+from robustkit.registry.ranges import Count, NonNegative, Share
 from robustkit.rng import RowRng
 from robustkit.rows import Answer, Model, Rows, State
 from robustkit.shapes import Images
+from robustkit.step_size import StepSize
 from robustkit.surrogates import Weights
 from robustkit.threat import ThreatModel, per_row, unit
 from robustkit.transfer import Around, Oracle, ascend, dice
@@ -39,19 +41,20 @@ class MICSE:
     gradient; none means 2.05, which is the paper's 50 at 16/255 and 224 pixels. `beta_raw` is it in pixel
     units. `raw` goes along the gradients as long as they are. `inner_momentum` is kept for the whole run.
     `order` of the members: `fixed` as listed, `random` anew in each step (the same for all images, so that a
-    member is asked once), `antithetic` there and back, averaged, for twice the gradients. `step_size` (none:
-    2 / steps) is a fraction of eps. `update=plain` takes the outer step without sign or norm, and `step_size`
-    is the share taken of it (none: 1). `update=adam` takes it as Adam does, in the place of `momentum` and
-    sign, of `step_size` (as published: 0.001 in pixel units, the official default) with moments 0.9 and 0.999.
+    member is asked once), `antithetic` there and back, averaged, for twice the gradients. `step_size` is
+    `0.2eps` or `2/255px` (none: 2 eps / steps). `update=plain` takes the outer step without sign or norm, and
+    `step_size`, which then has no unit, is the share taken of it (none: 1). `update=adam` takes it as Adam does,
+    in the place of `momentum` and sign, of `step_size` (as published: `0.001px`, the official default) with
+    moments 0.9 and 0.999.
     """
 
-    steps: int = 10
-    step_size: float | None = None
-    beta: float | None = None
-    beta_raw: float | None = None
+    steps: Count = 10
+    step_size: StepSize | None = None
+    beta: NonNegative | None = None
+    beta_raw: NonNegative | None = None
     raw: bool = False
-    momentum: float = 1.0
-    inner_momentum: float = 1.0
+    momentum: Share = 1.0
+    inner_momentum: Share = 1.0
     order: str = "fixed"
     update: str = "momentum"
     loss: str = "ce"
@@ -63,6 +66,10 @@ class MICSE:
         check_word("order", self.order, ORDERS)
         check_word("update", self.update, UPDATES)
         check_word("compat", self.compat, COMPAT)
+        if self.update == "plain" and self.step_size and self.step_size.unit == "px":
+            raise UsageError(
+                f"step_size={self.step_size} is a share of the outer step with update=plain: leave px out."
+            )
         if self.beta is not None and self.beta_raw is not None:
             raise UsageError(f"beta={self.beta} and beta_raw={self.beta_raw} say the same: write one of them.")
 
@@ -125,13 +132,13 @@ class MICSE:
             return self._adam(rows, state, answer.gradient)
         if self.update == "plain":
             velocity = self.momentum * state["velocity"] + answer.gradient
-            moved = state["x"] + (1 if self.step_size is None else self.step_size) * velocity
+            moved = state["x"] + (self.step_size.number if self.step_size else 1) * velocity
             return {"x": rows.threat.project(moved, rows.x), "velocity": velocity}
         stride = default_stride(self.step_size, self.steps, self.official)
         if self.official:
             return MIFGSM(self.steps, stride, self.momentum).step(rows, state, answer)
         velocity = self.momentum * state["velocity"] + answer.gradient
-        moved = state["x"] + stride * float(rows.threat.eps) * rows.threat.ascent(velocity)
+        moved = state["x"] + stride.length(float(rows.threat.eps)) * rows.threat.ascent(velocity)
         return {"x": rows.threat.project(moved, rows.x), "velocity": velocity}
 
     def _adam(self, rows: Rows, state: State, gained: Images) -> State:
@@ -144,7 +151,8 @@ class MICSE:
         if self.official and self.step_size is None:
             rate = 1e-3
         else:
-            rate = default_stride(self.step_size, self.steps, self.official) * float(rows.threat.eps)
+            stride = default_stride(self.step_size, self.steps, self.official)
+            rate = stride.length(float(rows.threat.eps))
             if rows.threat.norm == "l2":  # a step of about 1 in each coordinate has this length
                 rate /= math.sqrt(math.prod(rows.x.shape[1:]))
         moved = rows.threat.project(state["x"] + rate * mean / spread, rows.x)

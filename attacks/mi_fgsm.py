@@ -8,7 +8,9 @@ import torch
 
 from robustkit import losses
 from robustkit.registry import attack
+from robustkit.registry.ranges import Count, Share
 from robustkit.rows import Answer, Rows, RowWise, State
+from robustkit.step_size import StepSize
 from robustkit.threat import per_row
 
 
@@ -17,13 +19,13 @@ from robustkit.threat import per_row
 class MIFGSM(RowWise):
     """Steps along a decaying sum of normalised gradients, from the clean image; the transfer attacks' base.
 
-    `step_size` is a fraction of eps (the paper: 1 / steps); `momentum` is the share of the sum that each step
-    keeps. Points are projected onto ball and box, where the paper's l2 version scales and does not clip.
+    `step_size` is `0.1eps` or `2/255px` (none: the paper's eps / steps); `momentum` is the share of the sum that
+    each step keeps. Points are projected onto ball and box, where the paper's l2 version scales and does not clip.
     """
 
-    steps: int = 10
-    step_size: float = 0.1
-    momentum: float = 1.0
+    steps: Count = 10
+    step_size: StepSize | None = None
+    momentum: Share = 1.0
     loss: str = "ce"
 
     def __post_init__(self) -> None:
@@ -36,8 +38,9 @@ class MIFGSM(RowWise):
 
     def step(self, rows: Rows, state: State, answer: Answer) -> State:
         """Return the projected next points."""
-        size = answer.gradient.flatten(1).abs().sum(1)
-        gradient = answer.gradient / per_row(torch.where(size > 0, size, 1), answer.gradient)
+        total = answer.gradient.flatten(1).abs().sum(1)
+        gradient = answer.gradient / per_row(torch.where(total > 0, total, 1), answer.gradient)
         velocity = self.momentum * state["velocity"] + gradient
-        moved = state["x"] + self.step_size * float(rows.threat.eps) * rows.threat.ascent(velocity)
+        size = (self.step_size or StepSize(1 / self.steps)).length(float(rows.threat.eps))
+        moved = state["x"] + size * rows.threat.ascent(velocity)
         return {"x": rows.threat.project(moved, rows.x), "velocity": velocity}

@@ -19,9 +19,11 @@ from robustkit.attacks.mi_fgsm import MIFGSM
 from robustkit.errors import did_you_mean
 from robustkit.goal import Goal
 from robustkit.registry import attack
+from robustkit.registry.ranges import Count, NonNegative, Share
 from robustkit.rng import RowRng
 from robustkit.rows import Answer, Model, Rows, State
 from robustkit.shapes import Images
+from robustkit.step_size import StepSize
 from robustkit.surrogates import Weights
 from robustkit.threat import ThreatModel
 from robustkit.transfer import Around, Oracle, ascend, dice
@@ -34,15 +36,15 @@ COMPAT = ("paper", "official")
 class MISAM:
     """Steps that first go back a little, against the attack, and ascend from there; two gradients each.
 
-    `step_size` (none: 2 / steps) and `reverse`, the step back (none: 1/15, the official code's 1/10), are
-    fractions of eps; `momentum` is the share of the sum of steps that each one keeps; `compat` is `paper` or
-    `official`.
+    `step_size` is `0.2eps` or `2/255px` (none: 2 eps / steps). `reverse`, the step back (none: 1/15, the official
+    code's 1/10), is a fraction of eps; `momentum` is the share of the sum of steps that each one keeps; `compat`
+    is `paper` or `official`.
     """
 
-    steps: int = 10
-    step_size: float | None = None
-    reverse: float | None = None
-    momentum: float = 1.0
+    steps: Count = 10
+    step_size: StepSize | None = None
+    reverse: NonNegative | None = None
+    momentum: Share = 1.0
     loss: str = "ce"
     compat: str = "paper"
 
@@ -61,8 +63,8 @@ class MISAM:
         return self.compat == "official"
 
     @property
-    def stride(self) -> float:
-        """The step size, as a fraction of eps."""
+    def stride(self) -> StepSize:
+        """The step size."""
         return default_stride(self.step_size, self.steps, self.official)
 
     @property
@@ -114,7 +116,7 @@ class _Sharpness(Around):
             return first + self.inner.gradient(dice(rows, "sam", 1), back, members, weights)
         back = threat.retract(back, rows.x)
         second = self.inner.gradient(dice(rows, "sam", 1), back, members, weights)
-        there = back + rule.stride * float(threat.eps) * threat.ascent(second)
+        there = back + rule.stride.length(float(threat.eps)) * threat.ascent(second)
         return threat.retract(there, rows.x) - x
 
 
@@ -128,11 +130,9 @@ def summed(oracle: Oracle, x: Images, members: Sequence[int] | None) -> Tensor:
     return x.new_ones(len(oracle.surrogates if members is None else members))
 
 
-def default_stride(step_size: float | None, steps: int, official: bool) -> float:
-    """Return the fraction of eps that a step goes: the authors' code has 1/5 for any number of steps."""
-    if step_size is not None:
-        return step_size
-    return 1 / 5 if official else 2 / steps
+def default_stride(step_size: StepSize | None, steps: int, official: bool) -> StepSize:
+    """Return how far a step goes: the authors' code has 1/5 of eps for any number of steps."""
+    return step_size or StepSize(1 / 5 if official else 2 / steps)
 
 
 def check_word(field: str, word: str, known: Sequence[str]) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from robustkit.aggregation import probabilities
 from robustkit.errors import did_you_mean
 from robustkit.registry import attack
+from robustkit.registry.ranges import Count
 from robustkit.rows import Answer, Rows, RowWise, State
 from robustkit.shapes import Logits
 from robustkit.threat import per_row
@@ -31,8 +32,8 @@ MOMENTUM, LARGEST_GAP, TINY = 0.75, 10.0, 1e-8
 
 @dataclass(frozen=True, slots=True)
 class _MORA(RowWise):
-    steps: int = 100
-    restarts: int | None = 5
+    steps: Count = 100
+    restarts: Count | None = 5
     combine: str = "probabilities"
 
     def __post_init__(self) -> None:
@@ -115,8 +116,8 @@ class MORAT(_MORA):
     For the other fields see `mora`.
     """
 
-    restarts: int | None = 1
-    targets: int = 9
+    restarts: Count | None = 1
+    targets: Count = 9
 
     def attempts(self, norm: str) -> tuple[int, int]:
         """Return the number of targets and of restarts for each."""

@@ -8,6 +8,7 @@ the image's gradient over the pixels that it covers, and the sum is brought into
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,8 +16,10 @@ from torch import Tensor
 from robustkit import losses
 from robustkit.errors import UsageError
 from robustkit.registry import attack
+from robustkit.registry.ranges import Count, CountOrZero, Limits
 from robustkit.rows import Answer, Rows, RowWise, State
 from robustkit.shapes import Images
+from robustkit.step_size import StepSize
 from robustkit.threat import per_row
 
 # How far a sum may grow, in linf and in times eps, before it is scaled back: what is beyond eps is cut off.
@@ -32,10 +35,10 @@ class MultiResPrior(RowWise):
     eps: the mean change of a pixel in linf, the length of the change in l2.
     """
 
-    steps: int = 40
-    step_size: float = 0.1
-    scales: int = 4
-    skip: int = 0
+    steps: Count = 40
+    step_size: StepSize = StepSize(0.1)
+    scales: Annotated[int, Limits(1, 16)] = 4
+    skip: CountOrZero = 0
     loss: str = "ce"
 
     def __post_init__(self) -> None:
@@ -58,7 +61,7 @@ class MultiResPrior(RowWise):
         largest = answer.gradient.abs().flatten(1).amax(1)
         unit = answer.gradient / per_row(largest.where(largest > 0, 1), answer.gradient)
         way = sum((coarse(unit, 2**scale) for scale in range(self.skip, self.scales)), start=unit.new_zeros(()))
-        whole = state["sum"] + self.step_size * eps * way / _size(way, rows.threat.norm)
+        whole = state["sum"] + self.step_size.length(eps) * way / _size(way, rows.threat.norm)
         if rows.threat.norm == "linf":
             length = whole.abs().flatten(1).amax(1) / REACH
         else:

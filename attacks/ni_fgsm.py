@@ -9,9 +9,11 @@ import torch
 from robustkit import losses
 from robustkit.goal import Goal
 from robustkit.registry import attack
+from robustkit.registry.ranges import Count, Share
 from robustkit.rng import RowRng
 from robustkit.rows import Answer, Model, Rows, State
 from robustkit.shapes import Images
+from robustkit.step_size import StepSize
 from robustkit.surrogates import scaled
 from robustkit.threat import ThreatModel
 from robustkit.transfer import ascend
@@ -22,14 +24,14 @@ from robustkit.transfer import ascend
 class NIFGSM:
     """As `mi-fgsm`, with each gradient taken where the momentum alone would go; takes all steps.
 
-    `step_size` is a fraction of eps; `momentum` is the share of the sum that each step keeps. In linf the look
-    ahead is the paper's, step size times momentum times the sum of L1-normalised gradients, here of mean size 1 a
-    pixel.
+    `step_size` is `0.1eps` or `2/255px` (none: the paper's eps / steps); `momentum` is the share of the sum that
+    each step keeps. In linf the look ahead is the paper's, step size times momentum times the sum of L1-normalised
+    gradients, here of mean size 1 a pixel.
     """
 
-    steps: int = 10
-    step_size: float = 0.1
-    momentum: float = 1.0
+    steps: Count = 10
+    step_size: StepSize | None = None
+    momentum: Share = 1.0
     loss: str = "ce"
 
     def __post_init__(self) -> None:
@@ -46,7 +48,7 @@ class NIFGSM:
 
     def step(self, rows: Rows, state: State, answer: Answer) -> State:
         """Return the projected next points, and where they look ahead to."""
-        size = self.step_size * float(rows.threat.eps)
+        size = (self.step_size or StepSize(1 / self.steps)).length(float(rows.threat.eps))
         velocity = self.momentum * state["velocity"] + scaled(answer.gradient)
         point = rows.threat.project(state["point"] + size * rows.threat.ascent(velocity), rows.x)
         return {"x": point + size * self.momentum * velocity, "point": point, "velocity": velocity}

@@ -8,7 +8,9 @@ import torch
 
 from robustkit import losses
 from robustkit.registry import attack
+from robustkit.registry.ranges import Count, Share
 from robustkit.rows import Answer, Rows, RowWise, State
+from robustkit.step_size import StepSize
 
 
 @attack("pgd", paper="arXiv:1706.06083", norms=("linf", "l2", "l1"), access="gradient", ascent=True)
@@ -17,17 +19,17 @@ class PGD(RowWise):
     """Steps along the gradient from random starts, each projected back; stops a sample once it is fooled.
 
     On surrogates (`robustkit craft`) it goes on, and of `restarts` the last that fools them counts, or the first.
-    `step_size` is a fraction of eps. `density` matters in l1 alone: the share of coordinates that one step
-    changes (SLIDE, arXiv:1904.13000). Gradients that point out of the [0, 1] box are left out of a step,
-    which the paper does not do; in linf it changes nothing.
+    `step_size` is `0.25eps` or `2/255px` (none: 2.5 eps / steps). `density` matters in l1 alone: the
+    share of coordinates that one step changes (SLIDE, arXiv:1904.13000). Gradients that point out of the [0, 1]
+    box are left out of a step, which the paper does not do; in linf it changes nothing.
     """
 
-    steps: int = 40
-    step_size: float = 0.1
-    restarts: int = 1
+    steps: Count = 40
+    step_size: StepSize | None = None
+    restarts: Count = 1
     loss: str = "ce"
     random_start: bool = True
-    density: float = 0.01
+    density: Share = 0.01
 
     def __post_init__(self) -> None:
         """Refuse an unknown loss before anything runs."""
@@ -42,5 +44,5 @@ class PGD(RowWise):
         x, gradient = state["x"], answer.gradient
         blocked = ((x <= 0) & (gradient < 0)) | ((x >= 1) & (gradient > 0))
         direction = rows.threat.ascent(torch.where(blocked, 0, gradient), density=self.density)
-        step = self.step_size * float(rows.threat.eps)
-        return {"x": rows.threat.project(x + step * direction, rows.x)}
+        size = self.step_size or StepSize(2.5 / self.steps)
+        return {"x": rows.threat.project(x + size.length(float(rows.threat.eps)) * direction, rows.x)}

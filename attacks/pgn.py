@@ -12,8 +12,10 @@ from dataclasses import dataclass
 import torch
 
 from robustkit.registry import technique
+from robustkit.registry.ranges import Count, NonNegative, Share
 from robustkit.rows import Rows
 from robustkit.shapes import Images
+from robustkit.step_size import StepSize
 from robustkit.surrogates import Weights, scaled
 from robustkit.transfer import Around, Oracle, Technique, dice, neighbour, per_pixel
 
@@ -23,14 +25,14 @@ from robustkit.transfer import Around, Oracle, Technique, dice, neighbour, per_p
 class PGN(Technique):
     """Averages over `copies` neighbours the gradients there and a step downhill; costs 2 * copies gradients.
 
-    Neighbours are drawn evenly from within `radius` times eps; the step is `step_size` times eps, and the gradient
+    Neighbours are drawn evenly from within `radius` times eps; the step is `step_size`, and the gradient
     after it has a weight of `balance`.
     """
 
-    copies: int = 20
-    radius: float = 3.0
-    step_size: float = 0.1
-    balance: float = 0.5
+    copies: Count = 20
+    radius: NonNegative = 3.0
+    step_size: StepSize = StepSize(0.1)
+    balance: Share = 0.5
 
     @property
     def cost(self) -> int:
@@ -51,7 +53,7 @@ class _Flat(Around):
         self, rows: Rows, x: Images, members: Sequence[int] | None = None, weights: Weights = None
     ) -> Images:
         my, total = self.technique, torch.zeros_like(x)
-        step = my.step_size * per_pixel(rows.threat, x)
+        step = my.step_size.length(per_pixel(rows.threat, x))
         for number in range(my.copies):
             here, there = dice(rows, "pgn", 2 * number), dice(rows, "pgn", 2 * number + 1)
             near = neighbour(here, x, my.radius)

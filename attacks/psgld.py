@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import nn
@@ -11,7 +12,8 @@ from torch import nn
 from robustkit.attacks.sgld import SGLD
 from robustkit.method import Plan, Size
 from robustkit.registry import method
-from robustkit.sampling import PreconditionedLangevin, at_least, below
+from robustkit.registry.ranges import Count, Limits, NonNegative, ShareBelowOne
+from robustkit.sampling import PreconditionedLangevin
 
 
 @method("psgld", paper="arXiv:1512.07666")
@@ -22,24 +24,18 @@ class PSGLD(SGLD):
     `decay` is what the mean square keeps per step, `damping` is added to its root.
     """
 
-    snapshots: int = 15
-    burn_in: float = 0.7
-    power: float = 0.55
-    temperature: float = 0.08
-    weight_decay: float = 3e-4
-    decay: float = 0.99
-    damping: float = 1e-5
+    snapshots: Count = 15
+    burn_in: ShareBelowOne = 0.7
+    power: NonNegative = 0.55
+    temperature: NonNegative = 0.08
+    weight_decay: NonNegative = 3e-4
+    decay: ShareBelowOne = 0.99
+    damping: Annotated[float, Limits(1e-12)] = 1e-5
     batch_norm: str = "keep"
 
     def size(self, samples: int) -> Size:
         """Return the epochs of `csgld` on CIFAR-10, less on a small set, at the rate of the paper's order."""
         return Size(epochs=250 if samples > 5000 else 80, batch_size=64, lr=0.001)
-
-    def check(self, plan: Plan) -> None:
-        """Refuse fields that make no chain or no preconditioner."""
-        SGLD.check(self, plan)
-        below(self.info.name, 1, decay=self.decay)
-        at_least(self.info.name, 1e-12, damping=self.damping)
 
     def optimizer(self, parameters: Iterable[nn.Parameter], plan: Plan) -> torch.optim.Optimizer:
         """Return preconditioned descent with Langevin noise."""

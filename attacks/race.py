@@ -18,6 +18,7 @@ from torch import Tensor
 
 from robustkit import losses
 from robustkit.registry import attack
+from robustkit.registry.ranges import Count, NonNegative
 from robustkit.rows import Answer, Rows, RowWise, State, rank
 from robustkit.shapes import Logits
 from robustkit.threat import per_row
@@ -37,12 +38,12 @@ class Race(RowWise):
     would reach the boundary, judged by the margin; with every round the share is halved, down to an eighth.
     """
 
-    targets: int = 9
-    probe: int = 4
-    finalists: int = 2
-    steps: int = 40
-    restarts: int = 3
-    doubt: float = 0.3
+    targets: Count = 9
+    probe: Count = 4
+    finalists: Count = 2
+    steps: Count = 40
+    restarts: Count = 3
+    doubt: NonNegative = 0.3
 
     def length(self, norm: str) -> int:
         """Return the steps of all runs, and one from each run to the next."""

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 import torch
 
 from robustkit.registry import technique
+from robustkit.registry.ranges import Count, NonNegative, Share
 from robustkit.rows import Rows
 from robustkit.shapes import Images
+from robustkit.step_size import StepSize
 from robustkit.surrogates import Weights
 from robustkit.threat import per_row
 from robustkit.transfer import Around, Oracle, Technique, dice, neighbour
@@ -23,14 +25,14 @@ from robustkit.transfer import Around, Oracle, Technique, dice, neighbour
 class RAP(Technique):
     """Goes `steps` steps downhill before it takes each gradient; costs steps + 1 gradients.
 
-    The way down begins at random and stays within `radius` times eps; a step is `step_size` times eps. The first
+    The way down begins at random and stays within `radius` times eps; a step is `step_size`. The first
     `late` of the attack's steps, a share, go without (the paper: 100 of 400).
     """
 
-    steps: int = 8
-    step_size: float = 0.125
-    radius: float = 1.0
-    late: float = 0.25
+    steps: Count = 8
+    step_size: StepSize = StepSize(0.125)
+    radius: NonNegative = 1.0
+    late: Share = 0.25
 
     @property
     def cost(self) -> int:
@@ -57,7 +59,7 @@ class _Reverse(Around):
         for number in range(my.steps):
             here = dice(rows, "rap", number)
             gradient = self.inner.gradient(here, (x + shift).clamp(0, 1), members, weights)
-            shift = self._within(rows, shift - my.step_size * float(threat.eps) * threat.ascent(gradient))
+            shift = self._within(rows, shift - my.step_size.length(float(threat.eps)) * threat.ascent(gradient))
         return self.inner.gradient(rows, (x + shift).clamp(0, 1), members, weights)
 
     def _within(self, rows: Rows, shift: Images) -> Images:

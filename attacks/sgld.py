@@ -14,7 +14,8 @@ from torch import nn
 
 from robustkit.method import Method, Plan, Size
 from robustkit.registry import method
-from robustkit.sampling import Langevin, at_least, below, enough, polynomial, spread
+from robustkit.registry.ranges import Count, NonNegative, ShareBelowOne
+from robustkit.sampling import Langevin, enough, polynomial, spread
 
 
 @method("sgld", paper="Welling & Teh, ICML 2011")
@@ -22,11 +23,11 @@ from robustkit.sampling import Langevin, at_least, below, enough, polynomial, sp
 class SGLD(Method):
     """Noise in every step, a rate that falls as a power; `snapshots` are kept evenly after the burn-in."""
 
-    snapshots: int = 15
-    burn_in: float = 0.7
-    power: float = 0.55
-    temperature: float = 0.08
-    weight_decay: float = 3e-4
+    snapshots: Count = 15
+    burn_in: ShareBelowOne = 0.7
+    power: NonNegative = 0.55
+    temperature: NonNegative = 0.08
+    weight_decay: NonNegative = 3e-4
     batch_norm: str = "keep"
 
     posterior = True
@@ -39,9 +40,6 @@ class SGLD(Method):
         """Refuse fields that make no chain, and more snapshots than steps."""
         Method.check(self, plan)
         name = self.info.name
-        at_least(name, 1, snapshots=self.snapshots)
-        at_least(name, 0, temperature=self.temperature, weight_decay=self.weight_decay, power=self.power)
-        below(name, 1, burn_in=self.burn_in)
         enough(name, "snapshots", self.snapshots, plan.steps - self._burnt(plan))
 
     def optimizer(self, parameters: Iterable[nn.Parameter], plan: Plan) -> torch.optim.Optimizer:

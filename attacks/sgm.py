@@ -12,6 +12,7 @@ from typing import Any
 
 from robustkit import residual
 from robustkit.registry import technique
+from robustkit.registry.ranges import Share
 from robustkit.rng import RowRng
 from robustkit.surrogates import Surrogates
 from robustkit.transfer import Oracle, Technique
@@ -26,7 +27,7 @@ class SGM(Technique):
     ResNet-20 to 56, mi-fgsm: 63 % without, 61 % at 0.7, 58 % at 0.5, 19 % at 0.2.
     """
 
-    gamma: float = 0.2
+    gamma: Share = 0.2
 
     def prepare(self, surrogates: Surrogates) -> Surrogates:
         """Return the surrogates with damped branches."""

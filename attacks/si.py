@@ -6,8 +6,10 @@ A copy is the image on [0, 1] divided by a power of two, where the authors' code
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from robustkit.registry import recipe, technique
+from robustkit.registry.ranges import Limits
 from robustkit.rows import Rows
 from robustkit.shapes import Images
 from robustkit.transfer import Oracle, Technique, Transformed
@@ -24,7 +26,7 @@ def si_ni_fgsm() -> str:
 class SI(Technique):
     """Averages over the image, its half, its quarter …; costs `copies` gradients."""
 
-    copies: int = 5
+    copies: Annotated[int, Limits(1, 64)] = 5
 
     @property
     def cost(self) -> int:

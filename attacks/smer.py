@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from robustkit.registry import technique
+from robustkit.registry.ranges import Count, NonNegative, Share
 from robustkit.rows import Rows
 from robustkit.shapes import Images
+from robustkit.step_size import StepSize
 from robustkit.surrogates import Weights, scaled
 from robustkit.transfer import Around, Oracle, Technique, dice, shared
 
@@ -28,17 +30,17 @@ TINY = 1e-12
 class SMER(Technique):
     """Answers with the momentum of an inner run that asks each of n members once in each of `rounds` rounds.
 
-    A step is `step_size` times eps; `momentum` is the share of the sum that each keeps. A member's logits are
+    A step is `step_size`; `momentum` is the share of the sum that each keeps. A member's logits are
     multiplied by its weight, which begins at 1 and moves after every step to raise the logarithm of the weighted
     ensemble's loss: at `rate`, with `decay`. Costs `rounds` gradients and rounds * n forward passes of n members.
     Asked for single members, it stands aside.
     """
 
-    rounds: int = 4
-    step_size: float = 0.1
-    momentum: float = 1.0
-    rate: float = 0.02
-    decay: float = 0.002
+    rounds: Count = 4
+    step_size: StepSize = StepSize(0.1)
+    momentum: Share = 1.0
+    rate: NonNegative = 0.02
+    decay: NonNegative = 0.002
 
     @property
     def cost(self) -> int:
@@ -66,7 +68,7 @@ class _Stochastic(Around):
             torch.ones(count, len(x), dtype=x.dtype, device=x.device) if self.weights is None else self.weights
         )
         order = shared(rows, "smer").uniform(my.rounds, count)[0].argsort(1).flatten().tolist()
-        point, velocity, size = x, torch.zeros_like(x), my.step_size * float(threat.eps)
+        point, velocity, size = x, torch.zeros_like(x), my.step_size.length(float(threat.eps))
         for number, member in enumerate(order):
             mine = dice(rows, "smer", number)
             gradient = self.inner.gradient(mine, point, [member], weight[member : member + 1])

@@ -9,11 +9,13 @@ images; `queries` counts the start. The window's size follows the query count as
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from robustkit.registry import attack
+from robustkit.registry.ranges import Count, Limits, NonNegative, PositiveShare
 from robustkit.rows import Answer, Rows, RowWise, State
 from robustkit.shapes import Images
 from robustkit.threat import per_row
@@ -34,11 +36,11 @@ class Square(RowWise):
     With `refine` it begins at the point to which earlier attacks came nearest, if there is one.
     """
 
-    queries: int = 5000
-    restarts: int = 1
-    p_init: float = 0.8
-    patience: int | None = None
-    rivalry: float = 0.5
+    queries: Annotated[int, Limits(1, 100_000_000)] = 5000
+    restarts: Count = 1
+    p_init: PositiveShare = 0.8
+    patience: Count | None = None
+    rivalry: NonNegative = 0.5
     refine: bool = False
 
     @property

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from robustkit.registry import technique
+from robustkit.registry.ranges import Count, NonNegative, Share
 from robustkit.rows import Rows
 from robustkit.shapes import Images
 from robustkit.transfer import Oracle, Technique, Transformed, dice, per_pixel
@@ -27,9 +28,9 @@ class SSA(Technique):
     what eps allows each pixel; frequencies are scaled by numbers from [1 - rho, 1 + rho].
     """
 
-    copies: int = 20
-    rho: float = 0.5
-    sigma: float = 1.0
+    copies: Count = 20
+    rho: Share = 0.5
+    sigma: NonNegative = 1.0
 
     @property
     def cost(self) -> int:

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 import torch
 
 from robustkit.registry import technique
+from robustkit.registry.ranges import Count, Share
 from robustkit.rows import Rows
 from robustkit.shapes import Images
+from robustkit.step_size import StepSize
 from robustkit.surrogates import Weights, scaled
 from robustkit.transfer import Around, Oracle, Technique, dice, shared
 
@@ -23,14 +25,14 @@ from robustkit.transfer import Around, Oracle, Technique, dice, shared
 class SVRE(Technique):
     """Answers with the momentum of `rounds` times n inner steps with a random one of n members each.
 
-    A step is `step_size` times eps along the member's gradient, less its own and plus the ensemble's at the outer
+    A step is `step_size` along the member's gradient, less its own and plus the ensemble's at the outer
     point; `momentum` is the share of the sum that each step keeps. Costs rounds + 2 gradients, the members' among
     them. Asked for single members, it stands aside.
     """
 
-    rounds: int = 4
-    step_size: float = 0.1
-    momentum: float = 1.0
+    rounds: Count = 4
+    step_size: StepSize = StepSize(0.1)
+    momentum: Share = 1.0
 
     @property
     def cost(self) -> int:
@@ -56,7 +58,7 @@ class _Reduced(Around):
         if not steps:
             return whole
         own: dict[int, Images] = {}
-        point, velocity, size = x, torch.zeros_like(x), my.step_size * float(threat.eps)
+        point, velocity, size = x, torch.zeros_like(x), my.step_size.length(float(threat.eps))
         for number, member in enumerate(shared(rows, "svre").integers(count, steps)[0].tolist()):
             if member not in own:
                 own[member] = self.inner.gradient(rows, x, [member])

@@ -14,7 +14,8 @@ from torch import nn
 
 from robustkit.method import Method, Plan, Size, State
 from robustkit.registry import method
-from robustkit.sampling import Moments, at_least, below, linear
+from robustkit.registry.ranges import Count, CountOrZero, NonNegative, ShareBelowOne
+from robustkit.sampling import Moments, linear
 
 
 @method("swag", paper="arXiv:1902.02476")
@@ -27,13 +28,13 @@ class SWAG(Method):
     standard deviations are multiplied by `scale`: 1 is the paper's formula, which the authors' code calls 0.5.
     """
 
-    draws: int = 20
-    rank: int = 20
-    scale: float = 1.0
-    start: float = 0.53
-    collect_rate: float = 0.1
-    momentum: float = 0.9
-    weight_decay: float = 3e-4
+    draws: Count = 20
+    rank: CountOrZero = 20
+    scale: NonNegative = 1.0
+    start: ShareBelowOne = 0.53
+    collect_rate: NonNegative = 0.1
+    momentum: ShareBelowOne = 0.9
+    weight_decay: NonNegative = 3e-4
     batch_norm: str = "re-estimate"
 
     posterior = True
@@ -43,15 +44,6 @@ class SWAG(Method):
         if samples > 5000:
             return Size(epochs=300, batch_size=128, lr=0.1)
         return Size(epochs=60, batch_size=64, lr=0.05)
-
-    def check(self, plan: Plan) -> None:
-        """Refuse fields that fit no normal."""
-        Method.check(self, plan)
-        name = self.info.name
-        at_least(name, 1, draws=self.draws)
-        at_least(name, 0, rank=self.rank, scale=self.scale, collect_rate=self.collect_rate)
-        at_least(name, 0, weight_decay=self.weight_decay)
-        below(name, 1, start=self.start, momentum=self.momentum)
 
     def optimizer(self, parameters: Iterable[nn.Parameter], plan: Plan) -> torch.optim.Optimizer:
         """Return SGD with momentum."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from robustkit.errors import UsageError
 from robustkit.registry import recipe, technique
+from robustkit.registry.ranges import Count
 from robustkit.rows import Rows
 from robustkit.shapes import Images
 from robustkit.surrogates import Weights
@@ -36,7 +37,7 @@ class TI(Technique):
     with 5 pixels, 6 % with 15).
     """
 
-    kernel: int | None = None
+    kernel: Count | None = None
 
     def __post_init__(self) -> None:
         """Refuse a kernel without a middle."""

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from robustkit.errors import UsageError
 from robustkit.registry import technique
+from robustkit.registry.ranges import Positive, Share
 from robustkit.rows import Rows
 from robustkit.shapes import Images
 from robustkit.surrogates import Weights, spread
@@ -32,17 +32,10 @@ class Triage(Technique):
     Where no member is left all are kept. Costs nothing. Asked for single members, it stands aside.
     """
 
-    stake: float = 4.0
+    stake: Positive = 4.0
     safe: float = 1.0
     hope: float = -0.25
-    after: float = 0.5
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot be meant."""
-        if self.stake <= 0:
-            raise UsageError(f"triage: stake={self.stake} is how many times a member counts; write more than 0.")
-        if not 0 <= self.after <= 1:
-            raise UsageError(f"triage: after={self.after} is a share of the steps; write 0 to 1.")
+    after: Share = 0.5
 
     def begin(self, inner: Oracle) -> Oracle:
         """Return an oracle that weighs the members."""

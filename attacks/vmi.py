@@ -13,6 +13,7 @@ import torch
 
 from robustkit.errors import did_you_mean
 from robustkit.registry import recipe, technique
+from robustkit.registry.ranges import Count, NonNegative
 from robustkit.rows import Rows
 from robustkit.shapes import Images
 from robustkit.surrogates import Weights
@@ -34,8 +35,8 @@ class VMI(Technique):
     whose neighbours nobody asks for. Asked for single members, it keeps a memory for each.
     """
 
-    copies: int = 20
-    beta: float = 1.5
+    copies: Count = 20
+    beta: NonNegative = 1.5
 
     @property
     def cost(self) -> int:
@@ -85,8 +86,8 @@ class VMIMean(Technique):
     neighbour with a memory of its own (VMI_Inner_CommonWeakness and VMI_Outer_CommonWeakness in that code).
     """
 
-    copies: int = 20
-    beta: float = 1.5
+    copies: Count = 20
+    beta: NonNegative = 1.5
     of: str = "gradient"
 
     def __post_init__(self) -> None:

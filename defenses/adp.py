@@ -17,7 +17,7 @@ from robustkit import inner
 from robustkit.errors import UsageError
 from robustkit.method import Batch, Method, Plan, Size
 from robustkit.registry import method
-from robustkit.sampling import at_least
+from robustkit.registry.ranges import NonNegative
 from robustkit.shapes import Labels
 
 JITTER = 1e-6
@@ -28,9 +28,9 @@ JITTER = 1e-6
 class ADP(Method):
     """Cross-entropy less `entropy` times the ensemble's entropy and `volume` times what wrong classes span."""
 
-    entropy: float = 2.0
-    volume: float = 0.5
-    weight_decay: float = 1e-4
+    entropy: NonNegative = 2.0
+    volume: NonNegative = 0.5
+    weight_decay: NonNegative = 1e-4
 
     ensembles = True
     fewest = 2
@@ -42,7 +42,6 @@ class ADP(Method):
     def check(self, plan: Plan) -> None:
         """Refuse negative weights, and more members than wrong classes, which span nothing."""
         Method.check(self, plan)
-        at_least(self.info.name, 0, entropy=self.entropy, volume=self.volume, weight_decay=self.weight_decay)
         if plan.members >= plan.classes:
             raise UsageError(
                 f"adp: --members {plan.members} are more than the {plan.classes - 1} wrong classes in which "

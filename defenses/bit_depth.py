@@ -6,9 +6,10 @@ Rounding has a gradient of zero, and no other is made up: the checks say so.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
-from robustkit.errors import UsageError
 from robustkit.registry import defense
+from robustkit.registry.ranges import Limits
 from robustkit.rows import Model
 from robustkit.shapes import Images, Logits
 
@@ -18,12 +19,7 @@ from robustkit.shapes import Images, Logits
 class BitDepth:
     """Each value is rounded to the nearest of 2^bits levels from 0 to 1, for 1 to 8 bits."""
 
-    bits: int = 4
-
-    def __post_init__(self) -> None:
-        """Refuse depths that leave nothing, or more than image files hold."""
-        if not 1 <= self.bits <= 8:
-            raise UsageError(f"bit-depth: bits={self.bits} must be from 1 to 8, e.g. bit-depth:4.")
+    bits: Annotated[int, Limits(1, 8)] = 4
 
     def __call__(self, model: Model, x: Images) -> Logits:
         """Return the model's logits of the rounded images."""

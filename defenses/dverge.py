@@ -22,8 +22,9 @@ from robustkit.errors import UsageError, did_you_mean
 from robustkit.features import distil
 from robustkit.method import Batch, Method, Plan, Size
 from robustkit.registry import method
-from robustkit.sampling import at_least, below
+from robustkit.registry.ranges import Count, NonNegative, Share, ShareBelowOne
 from robustkit.shapes import Images
+from robustkit.step_size import StepSize
 from robustkit.threat import ThreatModel
 
 
@@ -32,7 +33,8 @@ from robustkit.threat import ThreatModel
 class DVERGE(Method):
     """Members learn from each other's distilled images; `--adversarial 1` adds adversarial training (DVERGE+AT).
 
-    Distillation: `steps` of `step_size` times `eps` with `inertia`, from the image or from a `random_start`.
+    Distillation: `steps` of `step_size` (a share of `eps`, or `2/255px`) with `inertia`, from the image or from a
+    `random_start`.
     `layer` is a number, a module's name, or `random`, drawn for each `epoch`, `batch` or `member` (`draw`).
     `statistics` are what batch norms do meanwhile: `train`, `frozen` or `separate`. `clean` weighs the loss on
     plain images; with `distinct`, pairs of one class are left out. The share `baseline` of the epochs, the first
@@ -40,21 +42,21 @@ class DVERGE(Method):
     the `threat`'s eps.
     """
 
-    eps: float = 0.07
-    step_size: float = 0.1
-    steps: int = 10
-    inertia: float = 1.0
+    eps: Share = 0.07
+    step_size: StepSize = StepSize(0.1)
+    steps: Count = 10
+    inertia: Share = 1.0
     random_start: bool = False
     layer: str = "random"
     draw: str = "epoch"
     statistics: str = "train"
-    clean: float = 0.0
+    clean: NonNegative = 0.0
     distinct: bool = False
-    baseline: float = 0.5
-    adversarial: float = 0.0
+    baseline: ShareBelowOne = 0.5
+    adversarial: NonNegative = 0.0
     threat: str = "linf:8/255"
-    adversarial_steps: int = 10
-    weight_decay: float = 1e-4
+    adversarial_steps: Count = 10
+    weight_decay: NonNegative = 1e-4
 
     ensembles = True
     fewest = 2
@@ -70,15 +72,6 @@ class DVERGE(Method):
     def size(self, samples: int) -> Size:
         """Return the paper's size, the baseline's 200 epochs included; less on a small set."""
         return inner.diverse_size(samples, few=24 if self.adversarial else 40)
-
-    def check(self, plan: Plan) -> None:
-        """Refuse fields that distil nothing, and a single member."""
-        Method.check(self, plan)
-        name = self.info.name
-        at_least(name, 0, eps=self.eps, step_size=self.step_size, inertia=self.inertia, clean=self.clean)
-        at_least(name, 0, adversarial=self.adversarial, weight_decay=self.weight_decay)
-        at_least(name, 1, steps=self.steps, adversarial_steps=self.adversarial_steps)
-        below(name, 1, baseline=self.baseline)
 
     def fits(self, nets: Sequence[nn.Module], image: Images) -> None:
         """Refuse a layer that a net has not."""
@@ -128,7 +121,7 @@ class DVERGE(Method):
                 batch.partners,
                 layer,
                 eps=self.eps,
-                step_size=self.step_size,
+                step_size=self.step_size.share(self.eps),
                 steps=self.steps,
                 inertia=self.inertia,
                 start=inner.in_ball(batch, f"start{number}") if self.random_start else None,
@@ -170,21 +163,21 @@ class DVERGEAT(DVERGE):
     For the fields see `dverge`.
     """
 
-    eps: float = 0.07
-    step_size: float = 0.1
-    steps: int = 10
-    inertia: float = 1.0
+    eps: Share = 0.07
+    step_size: StepSize = StepSize(0.1)
+    steps: Count = 10
+    inertia: Share = 1.0
     random_start: bool = False
     layer: str = "random"
     draw: str = "epoch"
     statistics: str = "train"
-    clean: float = 0.0
+    clean: NonNegative = 0.0
     distinct: bool = False
-    baseline: float = 0.5
-    adversarial: float = 1.0
+    baseline: ShareBelowOne = 0.5
+    adversarial: NonNegative = 1.0
     threat: str = "linf:8/255"
-    adversarial_steps: int = 10
-    weight_decay: float = 1e-4
+    adversarial_steps: Count = 10
+    weight_decay: NonNegative = 1e-4
 
 
 def _mean(logits: Tensor, labels: Tensor, weight: Tensor) -> Tensor:

@@ -28,9 +28,10 @@ from robustkit.errors import UsageError, did_you_mean
 from robustkit.features import distil
 from robustkit.method import Batch, Method, Plan, Size
 from robustkit.registry import method
+from robustkit.registry.ranges import NonNegative, Share, ShareBelowOne
 from robustkit.rng import RowRng
-from robustkit.sampling import at_least, below
 from robustkit.shapes import Images, Logits
+from robustkit.step_size import StepSize
 
 
 @method("fasten", paper="IEEE TIFS 2024")
@@ -38,20 +39,20 @@ from robustkit.shapes import Images, Logits
 class FASTEN(Method):
     """Members learn from each other's images, each moved by one step that goes on from the last epoch's.
 
-    The step is `step_size` times `eps`; without `reuse` it starts at random. `layer`, `draw`, `statistics` and
-    `baseline` are as in `dverge`; `consistency` weighs how far a member's answers to a moved and to the plain
-    image are apart.
+    The step is `step_size` (a share of `eps`, or `2/255px`); without `reuse` it starts at random. `layer`, `draw`,
+    `statistics` and `baseline` are as in `dverge`; `consistency` weighs how far a member's answers to a moved
+    and to the plain image are apart.
     """
 
-    eps: float = 0.06
-    step_size: float = 1.0
+    eps: Share = 0.06
+    step_size: StepSize = StepSize(1.0)
     reuse: bool = True
     layer: str = "random"
     draw: str = "epoch"
     statistics: str = "train"
-    consistency: float = 3.0
-    baseline: float = 0.5
-    weight_decay: float = 1e-4
+    consistency: NonNegative = 3.0
+    baseline: ShareBelowOne = 0.5
+    weight_decay: NonNegative = 1e-4
 
     ensembles = True
     fewest = 2
@@ -65,14 +66,6 @@ class FASTEN(Method):
     def size(self, samples: int) -> Size:
         """Return the size of `dverge`."""
         return inner.diverse_size(samples)
-
-    def check(self, plan: Plan) -> None:
-        """Refuse fields that move nothing, and a single member."""
-        Method.check(self, plan)
-        name = self.info.name
-        at_least(name, 0, eps=self.eps, step_size=self.step_size, consistency=self.consistency)
-        at_least(name, 0, weight_decay=self.weight_decay)
-        below(name, 1, baseline=self.baseline)
 
     def fits(self, nets: Sequence[nn.Module], image: Images) -> None:
         """Refuse a layer that a net has not."""
@@ -129,7 +122,8 @@ class FASTEN(Method):
                 raise UsageError(f"{self.info.name} goes on from the last epoch; give its batches a memory.")
             known = batch.memory[:, member].to(start.dtype)
             start = torch.where(known == 0, start, known)
-        x = distil(net, batch.x, batch.x, layer, eps=self.eps, step_size=-self.step_size, steps=1, start=start)
+        away = -self.step_size.share(self.eps)
+        x = distil(net, batch.x, batch.x, layer, eps=self.eps, step_size=away, steps=1, start=start)
         if batch.memory is not None:
             batch.memory[:, member] = ((x - batch.x) / max(self.eps, 1e-12)).round().to(torch.int8)
         return x

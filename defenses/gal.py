@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from robustkit import inner
 from robustkit.method import Batch, Method, Plan, Size
 from robustkit.registry import method
-from robustkit.sampling import at_least
+from robustkit.registry.ranges import NonNegative
 
 
 @method("gal", paper="arXiv:1901.09981")
@@ -23,9 +23,9 @@ from robustkit.sampling import at_least
 class GAL(Method):
     """Mean cross-entropy and `weight` times the coherence of gradients, on images of which half have `noise`."""
 
-    weight: float = 0.5
-    noise: float = 0.045
-    weight_decay: float = 1e-4
+    weight: NonNegative = 0.5
+    noise: NonNegative = 0.045
+    weight_decay: NonNegative = 1e-4
 
     ensembles = True
     fewest = 2
@@ -33,11 +33,6 @@ class GAL(Method):
     def size(self, samples: int) -> Size:
         """Return the size of DVERGE's comparison; less on a small set."""
         return inner.adam_size(samples)
-
-    def check(self, plan: Plan) -> None:
-        """Refuse negative weights."""
-        Method.check(self, plan)
-        at_least(self.info.name, 0, weight=self.weight, noise=self.noise, weight_decay=self.weight_decay)
 
     def optimizer(self, parameters: Iterable[nn.Parameter], plan: Plan) -> torch.optim.Optimizer:
         """Return Adam."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from io import BytesIO
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from robustkit.errors import UsageError
 from robustkit.registry import defense
+from robustkit.registry.ranges import Limits
 from robustkit.rows import Model
 from robustkit.shapes import Images, Logits
 
@@ -24,12 +26,7 @@ from robustkit.shapes import Images, Logits
 class Jpeg:
     """Each image is compressed and decompressed, at a quality from 1 to 100."""
 
-    quality: int = 75
-
-    def __post_init__(self) -> None:
-        """Refuse what the codec has no tables for."""
-        if not 1 <= self.quality <= 100:
-            raise UsageError(f"jpeg: quality={self.quality} must be from 1 to 100, e.g. jpeg:75.")
+    quality: Annotated[int, Limits(1, 100)] = 75
 
     def __call__(self, model: Model, x: Images) -> Logits:
         """Return the model's logits of the compressed images."""

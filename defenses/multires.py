@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -24,11 +24,12 @@ from robustkit.method import Batch, Method, Plan, Size
 from robustkit.multiresolution import PRESETS, MultiResolution, Range
 from robustkit.probes import usual_layers
 from robustkit.registry import method
+from robustkit.registry.ranges import Count, CountOrZero, Limits, NonNegative
 from robustkit.rng import RowRng
-from robustkit.sampling import at_least
 from robustkit.selfensemble import BACKBONE, PROBES, SelfEnsemble, self_ensemble
 from robustkit.shapes import Images
 from robustkit.stem import STEMS, widen
+from robustkit.step_size import StepSize
 from robustkit.threat import ThreatModel
 
 ATTACKS = ("none", "fgsm", "pgd")
@@ -47,19 +48,19 @@ class MultiRes(Method):
 
     preset: str = "notebook"
     resolutions: str = ""
-    noise: float | None = None
-    jitter: int | None = None
+    noise: NonNegative | None = None
+    jitter: CountOrZero | None = None
     contrast: str = ""
     colour: str = ""
     layers: str = ""
     pooled: bool = False
     stem: str = "fresh"
-    enlarge: int = 0
-    probing: float = 1 / 7
+    enlarge: Annotated[int, Limits(0, 4096)] = 0
+    probing: Annotated[float, Limits(0, 1, open="both")] = 1 / 7
     attack: str = "none"
     threat: str = "linf:8/255"
-    steps: int = 7
-    step_size: float = 0.25
+    steps: Count = 7
+    step_size: StepSize = StepSize(0.25)
 
     ensembles = True
     wraps = True
@@ -77,12 +78,8 @@ class MultiRes(Method):
         return Size(7, 128, 3.3e-5) if samples > 5000 else Size(30, 64, 0.01)
 
     def check(self, plan: Plan) -> None:
-        """Refuse a run without epochs for both parts, and fields that attack nothing."""
+        """Refuse a run without epochs for both parts."""
         Method.check(self, plan)
-        at_least(self.info.name, 0, step_size=self.step_size, enlarge=self.enlarge)
-        at_least(self.info.name, 1, steps=self.steps)
-        if not 0 < self.probing < 1:
-            raise UsageError(f"multires: probing={self.probing:g} must be between 0 and 1, e.g. 0.15.")
         if plan.epochs < 2:
             raise UsageError(
                 f"multires trains backbone and probes, not in --epochs {plan.epochs}; write 2 or more."
@@ -165,7 +162,7 @@ class MultiRes(Method):
                 return F.cross_entropy(net(x), batch.y, reduction="none")
 
         start = batch.x if single else inner.random_start(batch.x, threat, batch.rng)
-        steps, step_size = (1, 1.0) if single else (self.steps, self.step_size)
+        steps, step_size = (1, 1.0) if single else (self.steps, self.step_size.share(float(threat.eps)))
         with inner.statistics([net], "frozen"):
             return inner.ascend(loss, start, batch.x, threat, steps=steps, step_size=step_size)
 

@@ -17,8 +17,9 @@ from robustkit import inner
 from robustkit.errors import did_you_mean
 from robustkit.method import Batch, Method, Plan, Size
 from robustkit.registry import method
-from robustkit.sampling import at_least, below
+from robustkit.registry.ranges import Count, NonNegative, ShareBelowOne
 from robustkit.shapes import Images
+from robustkit.step_size import StepSize
 from robustkit.threat import ThreatModel
 
 
@@ -27,16 +28,16 @@ from robustkit.threat import ThreatModel
 class PGDAT(Method):
     """Cross-entropy on PGD's images alone: of the ensemble, or, without `joint`, of each member by itself.
 
-    A step of PGD is `step_size` times eps.
+    A step of PGD is `step_size`: `0.25eps`, or `2/255px` in pixel units.
     """
 
     threat: str = "linf:8/255"
-    steps: int = 10
-    step_size: float = 0.25
+    steps: Count = 10
+    step_size: StepSize = StepSize(0.25)
     joint: bool = True
     statistics: str = "frozen"
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
+    momentum: ShareBelowOne = 0.9
+    weight_decay: NonNegative = 5e-4
 
     ensembles = True
 
@@ -49,13 +50,6 @@ class PGDAT(Method):
     def size(self, samples: int) -> Size:
         """Return a usual size on CIFAR-10; less on a small set."""
         return inner.sgd_size(samples, 200)
-
-    def check(self, plan: Plan) -> None:
-        """Refuse fields that attack nothing."""
-        Method.check(self, plan)
-        at_least(self.info.name, 0, step_size=self.step_size, weight_decay=self.weight_decay)
-        at_least(self.info.name, 1, steps=self.steps)
-        below(self.info.name, 1, momentum=self.momentum)
 
     def divides(self) -> bool:
         """Return whether every member has images of its own."""
@@ -88,4 +82,5 @@ class PGDAT(Method):
             return F.nll_loss(mean, batch.y, reduction="none")
 
         start = inner.random_start(batch.x, threat, batch.rng)
-        return inner.ascend(loss, start, batch.x, threat, steps=self.steps, step_size=self.step_size)
+        size = self.step_size.share(float(threat.eps))
+        return inner.ascend(loss, start, batch.x, threat, steps=self.steps, step_size=size)

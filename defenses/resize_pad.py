@@ -7,11 +7,12 @@ independent. Sizes and interpolation (nearest) are those of the authors' code, p
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 
-from robustkit.errors import UsageError
 from robustkit.registry import defense
+from robustkit.registry.ranges import Limits
 from robustkit.rows import Model
 from robustkit.shapes import Images, Logits
 
@@ -25,12 +26,7 @@ class ResizePad:
     The paper's ratio is 331/299.
     """
 
-    ratio: float = 331 / 299
-
-    def __post_init__(self) -> None:
-        """Refuse images smaller than they were, or of many times the pixels."""
-        if not 1 <= self.ratio <= 2:
-            raise UsageError(f"resize-pad: ratio={self.ratio:g} must be from 1 to 2, e.g. resize-pad:1.1.")
+    ratio: Annotated[float, Limits(1, 2)] = 331 / 299
 
     def __call__(self, model: Model, x: Images) -> Logits:
         """Return the model's logits of the padded images."""

@@ -9,12 +9,13 @@ answer.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 
-from robustkit.errors import UsageError
 from robustkit.registry import defense
+from robustkit.registry.ranges import Limits, NonNegative
 from robustkit.rows import Model
 from robustkit.shapes import Images, Logits
 
@@ -27,15 +28,8 @@ class Smoothing:
     Costs `copies` passes through the net each time, counted as one: the propagations of a run are the model's.
     """
 
-    sigma: float = 0.25
-    copies: int = 10
-
-    def __post_init__(self) -> None:
-        """Refuse noise and votes that cannot be."""
-        if self.sigma < 0:
-            raise UsageError(f"smoothing: sigma={self.sigma:g} must not be negative, e.g. smoothing:0.25.")
-        if self.copies < 1:
-            raise UsageError(f"smoothing: copies={self.copies} must be at least 1, e.g. smoothing:0.25,10.")
+    sigma: NonNegative = 0.25
+    copies: Annotated[int, Limits(1, 10_000)] = 10
 
     def __call__(self, model: Model, x: Images) -> Logits:
         """Return the logarithm of the votes; copies go through the model one after the other."""

@@ -12,7 +12,7 @@ from torch import nn
 from robustkit.errors import did_you_mean
 from robustkit.method import Method, Plan, Size
 from robustkit.registry import method
-from robustkit.sampling import at_least, below
+from robustkit.registry.ranges import NonNegative, Share, ShareBelowOne
 
 SCHEDULES = ("cosine", "steps", "constant")
 
@@ -27,9 +27,9 @@ class Standard(Method):
     """
 
     schedule: str = "cosine"
-    warmup: float = 0.05
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
+    warmup: Share = 0.05
+    momentum: ShareBelowOne = 0.9
+    weight_decay: NonNegative = 5e-4
 
     ensembles = True
 
@@ -43,12 +43,6 @@ class Standard(Method):
         return (
             Size(epochs=30, batch_size=64, lr=0.2) if samples <= 5000 else Size(epochs=30, batch_size=128, lr=0.1)
         )
-
-    def check(self, plan: Plan) -> None:
-        """Refuse fields that SGD cannot have."""
-        Method.check(self, plan)
-        at_least(self.info.name, 0, weight_decay=self.weight_decay, warmup=self.warmup)
-        below(self.info.name, 1, momentum=self.momentum)
 
     def optimizer(self, parameters: Iterable[nn.Parameter], plan: Plan) -> torch.optim.Optimizer:
         """Return SGD."""

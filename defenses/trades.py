@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from robustkit import inner
 from robustkit.method import Batch, Method, Plan, Size
 from robustkit.registry import method
-from robustkit.sampling import at_least, below
+from robustkit.registry.ranges import Count, NonNegative, ShareBelowOne
 from robustkit.shapes import Images
+from robustkit.step_size import StepSize
 from robustkit.threat import ThreatModel
 
 
@@ -26,16 +27,17 @@ from robustkit.threat import ThreatModel
 class TRADES(Method):
     """Cross-entropy and `beta` times the divergence from what is answered nearby.
 
-    Ascent begins with normal noise of deviation `start`; a step is `step_size` times eps.
+    Ascent begins with normal noise of deviation `start`; a step is `step_size`: `0.25eps`, or `2/255px` in
+    pixel units.
     """
 
-    beta: float = 6.0
+    beta: NonNegative = 6.0
     threat: str = "linf:0.031"
-    steps: int = 10
-    step_size: float = 0.226
-    start: float = 0.001
-    momentum: float = 0.9
-    weight_decay: float = 2e-4
+    steps: Count = 10
+    step_size: StepSize = StepSize(0.226)
+    start: NonNegative = 0.001
+    momentum: ShareBelowOne = 0.9
+    weight_decay: NonNegative = 2e-4
 
     ensembles = True
 
@@ -46,14 +48,6 @@ class TRADES(Method):
     def size(self, samples: int) -> Size:
         """Return the paper's size on CIFAR-10, with the whole course of rates; less on a small set."""
         return inner.sgd_size(samples, 100)
-
-    def check(self, plan: Plan) -> None:
-        """Refuse fields that attack nothing."""
-        Method.check(self, plan)
-        at_least(self.info.name, 0, beta=self.beta, step_size=self.step_size, start=self.start)
-        at_least(self.info.name, 0, weight_decay=self.weight_decay)
-        at_least(self.info.name, 1, steps=self.steps)
-        below(self.info.name, 1, momentum=self.momentum)
 
     def optimizer(self, parameters: Iterable[nn.Parameter], plan: Plan) -> torch.optim.Optimizer:
         """Return SGD with momentum."""
@@ -92,7 +86,7 @@ class TRADES(Method):
             batch.x,
             threat,
             steps=self.steps,
-            step_size=self.step_size,
+            step_size=self.step_size.share(float(threat.eps)),
         )
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from robustkit import inner
 from robustkit.method import Batch, Method, Plan, Size
 from robustkit.registry import method
-from robustkit.sampling import at_least
+from robustkit.registry.ranges import Count, NonNegative, Share
 from robustkit.shapes import Images
 from robustkit.threat import Linf
 
@@ -33,13 +33,13 @@ class TRS(Method):
     The ascent's linf radius goes from `eps_start` to `eps_end` along the run, in `steps` of a third of it.
     """
 
-    scale: float = 5.0
-    similarity: float = 2.0
-    smoothness: float = 2.0
-    eps_start: float = 0.1
-    eps_end: float = 0.2
-    steps: int = 6
-    weight_decay: float = 1e-4
+    scale: NonNegative = 5.0
+    similarity: NonNegative = 2.0
+    smoothness: NonNegative = 2.0
+    eps_start: Share = 0.1
+    eps_end: Share = 0.2
+    steps: Count = 6
+    weight_decay: NonNegative = 1e-4
 
     ensembles = True
     fewest = 2
@@ -47,13 +47,6 @@ class TRS(Method):
     def size(self, samples: int) -> Size:
         """Return the authors' size on CIFAR-10; less on a small set, since a step has eight double passes."""
         return inner.adam_size(samples, 120) if samples > 5000 else Size(10, 32, 0.01, members=3)
-
-    def check(self, plan: Plan) -> None:
-        """Refuse negative weights."""
-        Method.check(self, plan)
-        at_least(self.info.name, 0, scale=self.scale, similarity=self.similarity, smoothness=self.smoothness)
-        at_least(self.info.name, 0, eps_start=self.eps_start, eps_end=self.eps_end, weight_decay=self.weight_decay)
-        at_least(self.info.name, 1, steps=self.steps)
 
     def optimizer(self, parameters: Iterable[nn.Parameter], plan: Plan) -> torch.optim.Optimizer:
         """Return Adam."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from robustkit.errors import UsageError
 from robustkit.intervals import unseen
-from robustkit.record import FORMAT, Rate, Spec, dumps
+from robustkit.record import FORMAT, Flag, Rate, Spec, dumps
 
 # How the class that an image is to be taken for is chosen.
 CHOICES = ("next", "random", "least-likely")
@@ -219,12 +219,13 @@ class Craft:
     budgets: Sequence[Point] | None = None
     forecast: Forecast | None = None
     png: Saved | None = None
+    flags: Sequence[Flag] = ()
     format: int = FORMAT
     adversarial: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
 
     def to_json(self) -> dict[str, Any]:
         """Return the record as transfer.json holds it, `format` first."""
-        absent = {name for name in ("budgets", "forecast", "png") if getattr(self, name) is None}
+        absent = {name for name in ("budgets", "forecast", "png", "flags") if not getattr(self, name)}
         kept = [f.name for f in fields(self) if f.name not in {"adversarial", "format"} | absent]
         return {"format": self.format, **json.loads(dumps({name: getattr(self, name) for name in kept}))}
 
@@ -242,6 +243,7 @@ class Craft:
                     "budgets": _each(body.get("budgets"), lambda one: _with_rates(Point, one, "success")),
                     "forecast": body.get("forecast") and _with_rates(Forecast, body["forecast"], "left_out"),
                     "png": body.get("png") and _with_rates(Saved, body["png"], "success"),
+                    "flags": [Flag(**one) for one in body.get("flags", ())],
                 }
             )
         except (KeyError, TypeError, AttributeError) as error:

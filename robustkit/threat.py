@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from robustkit.errors import UsageError
+from robustkit.numbers import exact, shown
 from robustkit.shapes import Images, Mask, PerRow
 
 LARGEST = 1e9
@@ -45,8 +46,14 @@ class ThreatModel(ABC):
     norm: ClassVar[str]
 
     def __post_init__(self) -> None:
-        """Store eps as a fraction, a float by its shortest decimal; raise UsageError if it is negative."""
-        object.__setattr__(self, "eps", Fraction(str(self.eps)))
+        """Store eps as a fraction, a float by its shortest decimal; raise UsageError if it is no radius."""
+        try:
+            object.__setattr__(self, "eps", exact(self.eps))
+        except ValueError as error:
+            raise UsageError(
+                f"threat of norm {self.norm}: eps {shown(self.eps)} {error}; write a fraction or a decimal, "
+                f"e.g. {self.norm}:8/255."
+            ) from None
         if self.eps < 0:
             raise UsageError(f"threat '{self}': eps must not be negative.")
         if self.eps > LARGEST:
@@ -64,13 +71,14 @@ class ThreatModel(ABC):
         kind = kinds.get(norm.strip().lower())
         if kind is None or not colon:
             raise UsageError(
-                f"threat {text!r}: write NORM:EPS with a norm of linf, l2 or l1, e.g. linf:8/255 or l2:0.5."
+                f"threat {shown(text)}: write NORM:EPS with a norm of linf, l2 or l1, e.g. linf:8/255 or l2:0.5."
             )
         try:
-            eps = Fraction(number.strip())
-        except (ValueError, ZeroDivisionError):
+            eps = exact(number)
+        except ValueError as error:
             raise UsageError(
-                f"threat {text!r}: eps {number!r} is no number; write a fraction or a decimal, e.g. {norm}:8/255."
+                f"threat {shown(text)}: eps {shown(number)} {error}; write a fraction or a decimal, "
+                f"e.g. {kind.norm}:8/255."
             ) from None
         return kind(eps)
 

@@ -33,7 +33,7 @@ from robustkit.models.mixture import Members
 from robustkit.trained import Trained
 
 TABLES = ("main", "attacks", "iterations", "cycles", "techniques", "weakness", "temperature")
-RULE = "i-fgsm(steps={steps},step_size={size:g})"
+RULE = "i-fgsm(steps={steps},step_size={size:g}eps)"
 
 
 @dataclass(frozen=True)
@@ -283,8 +283,8 @@ def attacks_table(study: Study) -> None:
     rules = {
         "FGSM, full": "fgsm+full",
         "I-FGSM, light": RULE.format(steps=steps, size=0.1),
-        "MI-FGSM, light": f"mi-fgsm(steps={steps},step_size=0.1,momentum=0.9)",
-        "PGD, light": f"pgd(steps={steps},step_size=0.1)",
+        "MI-FGSM, light": f"mi-fgsm(steps={steps},step_size=0.1eps,momentum=0.9)",
+        "PGD, light": f"pgd(steps={steps},step_size=0.1eps)",
     }
     compared(study, "attacks", rules)
 

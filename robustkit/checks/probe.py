@@ -17,10 +17,13 @@ from robustkit.registry import make
 from robustkit.rng import RowRng
 from robustkit.rows import Model, RowWise
 from robustkit.shapes import Images, Labels, Logits
+from robustkit.step_size import StepSize
 from robustkit.threat import ThreatModel
 
 # How many rows the dear diagnoses look at, and the dearest.
 FEW, FEWEST = 32, 8
+# Of the PGD whose thresholds were chosen at it; its own default has other steps.
+STEP_SIZE = StepSize(0.1)
 # How many draws of a random model decide here.
 DRAWS = 9
 # Answers that differ by a smaller share of the largest are the same.
@@ -113,17 +116,28 @@ class Probe:
         """The way of 40 steps of PGD on those, from the same starts, up to where all have been fooled."""
         x, goal = self.x[self.left], Goal(self.labels[self.left])
         rng = RowRng(self.seed, "checks", self.left)
-        return trail(make("pgd", loss="margin", steps=40), self.model, x, goal, self.threat, rng, enough=True)
+        return trail(
+            make("pgd", loss="margin", steps=40, step_size=STEP_SIZE),
+            self.model,
+            x,
+            goal,
+            self.threat,
+            rng,
+            enough=True,
+        )
 
-    def left_by(self, threat: ThreatModel, rows: torch.Tensor, **fields: Any) -> torch.Tensor:
-        """Return which of these rows PGD with these fields leaves standing under a threat.
+    def left_by(self, threat: ThreatModel, rows: torch.Tensor, steps: int) -> torch.Tensor:
+        """Return which of these rows so many steps of PGD leave standing under a threat.
 
         Of a random model its last point counts, by most of a few draws: the first wrong draw on the way is luck.
         """
         if not len(rows):
             return rows
         x, goal = self.x[rows], Goal(self.labels[rows])
-        attack, rng = make("pgd", loss="margin", **fields), RowRng(self.seed, "checks", rows)
+        attack, rng = (
+            make("pgd", loss="margin", steps=steps, step_size=STEP_SIZE),
+            RowRng(self.seed, "checks", rows),
+        )
         if self.steady:
             found, draws = attack(self.model, x, goal, threat, rng=rng), 1
         else:

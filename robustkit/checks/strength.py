@@ -20,7 +20,7 @@ def survives_everything(probe: Probe) -> Flag:
     code = "survives-any-eps"
     if not len(probe.few):
         return unmeasured(code, "the model is right on none of the first images", "give images that it knows")
-    left = probe.left_by(_everything(probe), probe.few, steps=40, step_size=0.1)
+    left = probe.left_by(_everything(probe), probe.few, steps=40)
     chance = 1 / probe.logits.shape[1]
     what = f"of {len(probe.few)} images stand against gradient attacks that may turn them into any other image"
     if len(left) <= chance * len(probe.few):

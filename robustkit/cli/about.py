@@ -35,6 +35,8 @@ def show(name: str, as_json: bool) -> int:
             print_result(
                 f"  {name}({','.join(f'{field}={_text(value)}' for field, value in facts['fields'].items())})"
             )
+            width = max(map(len, facts["takes"]))
+            print_result("\n".join(f"    {field:{width}}  {what}" for field, what in facts["takes"].items()))
         if facts["stands_for"]:
             print_result(f"  is {facts['stands_for']}")
         print_result(f"\n{facts['what']}")
@@ -54,7 +56,8 @@ def _facts(kind: str, name: str) -> dict[str, Any]:
         "kind": kind,
         "norms": list(entry.info.norms),
         "paper": entry.info.paper,
-        "fields": {field.name: field.default for field in fields},
+        "fields": {field.name: registry.plain(field.default) for field in fields},
+        "takes": {field.name: registry.takes(thing, field.name) for field in fields},
         "stands_for": thing() if kind == "recipe" else None,
         "what": "\n".join(part for part in (entry.summary, entry.detail) if part),
     }

@@ -57,7 +57,9 @@ def _command(template: Callable[..., int], entry: Entry) -> Any:
 
 def _flag(field: Field) -> inspect.Parameter:
     about = typer.Option(
-        f"--{field.name.replace('_', '-')}", metavar=field.type, help=f"[default: {field.default}]"
+        f"--{field.name.replace('_', '-')}",
+        metavar=field.type,
+        help=f"{field.limits[:1].upper()}{field.limits[1:]}. [default: {field.default}]".removeprefix(". "),
     )
     hint = Annotated[str | None, about]
     return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=hint)

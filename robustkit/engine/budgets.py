@@ -9,7 +9,9 @@ from typing import Any
 
 from robustkit.crafted import Point
 from robustkit.errors import UsageError
+from robustkit.record import Flag
 from robustkit.registry import spec
+from robustkit.step_size import SLACK, StepSize
 from robustkit.transfer import Composition
 
 # From here on a ledger's stages are budgets.
@@ -30,22 +32,22 @@ class Prices:
         Raises:
             UsageError: if a step costs no gradient.
         """
-        one, two = (spend(with_steps(attack, steps)) for steps in (1, 2))
+        one, two = (spend(with_steps(attack, steps, 1.0)) for steps in (1, 2))
         if two <= one:
             raise UsageError(f"{attack.name} costs no gradient for each step; leave --budgets out.")
         return cls(max(2 * one - two, 0), two - one)
 
-    def point(self, attack: Composition, budget: int) -> tuple[Point, Composition | None]:
-        """Return how the attack runs at a budget; without an attack where one step costs more.
+    def point(self, attack: Composition, budget: int, eps: float) -> tuple[Point, Composition | None]:
+        """Return how the attack runs at a budget and an eps; without an attack where one step costs more.
 
         The steps keep their size unless so few would not reach eps: then each is eps / steps.
         """
         steps = (budget - self.once) // self.step
         if steps < 1:
             return Point(budget, None, None, None), None
-        changed = with_steps(attack, steps)
+        changed = with_steps(attack, steps, eps)
         size = getattr(changed.rule, "step_size", None)
-        return Point(budget, steps, size, None), changed
+        return Point(budget, steps, size and size.share(eps), None), changed
 
 
 def check(attack: Any) -> None:
@@ -59,28 +61,32 @@ def check(attack: Any) -> None:
         )
 
 
-def falls_short(attack: Any) -> str | None:
-    """Return what to tell of steps whose size does not follow their number, where they cannot reach eps."""
-    if not isinstance(attack, Composition):
+def falls_short(attack: Any, eps: float) -> Flag | None:
+    """Return what to tell of an attack whose steps together cannot lead from an image to the edge of the ball.
+
+    None for those that can, for those whose steps follow from their number, and for steps of no fixed length.
+    """
+    size = getattr(attack.rule, "step_size", None) if isinstance(attack, Composition) else None
+    if size is None or getattr(attack.rule, "update", None) == "plain":
         return None
-    sizes = [field for field in dataclasses.fields(attack.rule) if field.name == "step_size"]
-    if not sizes or sizes[0].default is None:
+    steps, share = attack.rule.steps, attack.rule.steps * size.share(eps)
+    if share > 1 - SLACK:
         return None
-    steps, size = attack.rule.steps, attack.rule.step_size
-    if steps * size > 1 - 1e-6:
-        return None
-    return (
-        f"{steps} steps of {size:g} times eps make {steps * size:g} of it; to reach all of it give more steps, or "
-        f"step_size=1/{steps}"
+    return Flag(
+        "steps-fall-short",
+        "warning",
+        share,
+        f"of eps is all that {steps} steps of {size} can change",
+        f"give more steps, or step_size={1 / steps:.3g}eps",
     )
 
 
-def with_steps(attack: Composition, steps: int) -> Composition:
+def with_steps(attack: Composition, steps: int, eps: float) -> Composition:
     """Return the attack with another number of steps, of at least eps / steps each."""
     changes: dict[str, Any] = {"steps": steps}
     size = getattr(attack.rule, "step_size", None)
-    if size is not None:
-        changes["step_size"] = max(size, 1 / steps)
+    if size is not None and size.share(eps) < 1 / steps:
+        changes["step_size"] = StepSize(1 / steps)
     return dataclasses.replace(attack, rule=dataclasses.replace(attack.rule, **changes))
 
 

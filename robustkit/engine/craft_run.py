@@ -152,8 +152,6 @@ class _Job:
         done = len(ledger.said(IMAGES))
         if done:
             self.progress.say(f"resuming {plan.spec.run_id}: {done} of {self.n} images done")
-        if short := budgets.falls_short(plan.composed):
-            self.progress.say(short)
         goals = shop.goals()
         shop.fill(IMAGES, plan.composed, None, goals, plan.spec.attack_name)
         forwards, backwards, seconds = ledger.cost(IMAGES)
@@ -195,6 +193,7 @@ class _Job:
             surrogates=[],
             targets=[],
             environment=surroundings,
+            flags=[flag for flag in (budgets.falls_short(plan.composed, float(plan.threat.eps)),) if flag],
             adversarial=rows.arrays() if self.out is None else folder.read_adversarial(self.out),
         )
 
@@ -246,7 +245,7 @@ class _Job:
         jury = self._jury(record.goals)
         points: list[Point] = []
         for budget in wanted:
-            point, attack = prices.point(self.plan.composed, budget)
+            point, attack = prices.point(self.plan.composed, budget, float(self.plan.threat.eps))
             if attack is not None:
                 stage = budgets.STAGE + budget
                 self.shop.fill(stage, attack, None, record.goals, f"{budget} gradients")

@@ -35,7 +35,7 @@ HALVINGS = 8
 # The attack that decides a radius, and the one whose way from the clean image is nearly straight: where that
 # crosses the boundary is near the nearest point of it.
 ATTACK = registry.make("apgd-t", steps=20, targets=3)
-STRAIGHT = registry.make("pgd", steps=20, loss="margin", random_start=False)
+STRAIGHT = registry.make("pgd", steps=20, step_size="0.1eps", loss="margin", random_start=False)
 
 
 def radii(threat: ThreatModel, shape: tuple[int, ...]) -> list[ThreatModel]:

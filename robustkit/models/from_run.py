@@ -30,7 +30,7 @@ from robustkit.models.weight_files import WeightsFile, read_weights
 from robustkit.models.weights import put_weights
 from robustkit.noise import Noise, drawing, set_noise
 from robustkit.posterior import Posterior
-from robustkit.registry import make_method
+from robustkit.registry import make_again
 from robustkit.selfensemble import self_ensemble
 
 FACTS, WEIGHTS, FORMAT = "model.json", "model.safetensors", 1
@@ -153,7 +153,7 @@ class Run:
         """Return the net with what its method put around it; its weights are not in it yet."""
         if self.facts.get("input") is None:
             return built
-        method = make_method(**self.facts["method"])
+        method = make_again("method", self.facts["method"])
         image = torch.zeros(1, *self.facts["input"])
         net = method.around(_module(built), image, None, None).eval()
         return replace(built, net=net, identity={**built.identity, "method": self.facts["method"]})

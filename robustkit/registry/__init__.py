@@ -11,7 +11,8 @@ and spelling hints are read from the source text without importing any.
 from __future__ import annotations
 
 from robustkit.registry.entries import Entry, Field, catalog, find
-from robustkit.registry.making import make, make_method, make_technique, spec
+from robustkit.registry.fields import takes
+from robustkit.registry.making import make, make_again, make_method, make_technique, plain, spec
 from robustkit.registry.marks import Info, attack, defense, method, recipe, suite, technique
 from robustkit.registry.texts import (
     DEFAULT_SUITE,
@@ -37,6 +38,7 @@ __all__ = [
     "defense",
     "find",
     "make",
+    "make_again",
     "make_method",
     "make_technique",
     "method",
@@ -44,8 +46,10 @@ __all__ = [
     "parse_defenses",
     "parse_method",
     "parse_suite",
+    "plain",
     "recipe",
     "spec",
     "suite",
+    "takes",
     "technique",
 ]

@@ -13,6 +13,8 @@ from typing import Any
 
 from robustkit.errors import did_you_mean
 from robustkit.registry.marks import Info, registered
+from robustkit.registry.ranges import NAMED, Limits
+from robustkit.step_size import StepSize
 
 # Where the files of a kind are; a method of training is a surrogate's in `attacks` and a defense's in `defenses`.
 FOLDERS: dict[str, tuple[str, ...]] = {
@@ -32,11 +34,32 @@ _HEAD = re.compile(
 
 @dataclass(frozen=True)
 class Field:
-    """A field of a registered dataclass, as its source text writes it; `default` is empty where it has none."""
+    """A field of a registered dataclass, as its source text writes it.
+
+    `default` is empty where it has none, `limits` where its type has none.
+    """
 
     name: str
     type: str
     default: str
+    limits: str
+
+    @classmethod
+    def read(cls, name: str, annotation: ast.expr, default: ast.expr | None) -> Field:
+        """Return the field of a line of a class, its type without the limits, which are given beside it."""
+        text, limits = ast.unparse(annotation), None
+        for node in ast.walk(annotation):
+            if isinstance(node, ast.Call):
+                words = {str(word.arg): ast.literal_eval(word.value) for word in node.keywords}
+                limits = Limits(*map(ast.literal_eval, node.args), **words)
+            elif isinstance(node, ast.Name) and node.id in NAMED:
+                limits = NAMED[node.id].__metadata__[0]
+                text = text.replace(node.id, NAMED[node.id].__origin__.__name__)
+        text = re.sub(r"Annotated\[(\w+), .*?\)\]", r"\1", text)
+        if isinstance(default, ast.Call):  # a step size, as a person writes it
+            size = StepSize(*map(ast.literal_eval, default.args))
+            return cls(name, text, str(size), "with its unit, such as 0.25eps or 2/255px")
+        return cls(name, text, "" if default is None else ast.unparse(default), str(limits or ""))
 
 
 @dataclass(frozen=True)
@@ -72,11 +95,7 @@ def catalog(kind: str) -> Mapping[str, Entry]:
                     summary, _, detail = (ast.get_docstring(node) or "").partition("\n")
                     info = Info(kind, name, **options)
                     fields = tuple(
-                        Field(
-                            line.target.id,
-                            ast.unparse(line.annotation),
-                            "" if line.value is None else ast.unparse(line.value),
-                        )
+                        Field.read(line.target.id, line.annotation, line.value)
                         for line in node.body
                         if isinstance(line, ast.AnnAssign)
                         and isinstance(line.target, ast.Name)

@@ -4,22 +4,15 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import math
 from collections.abc import Mapping
-from fractions import Fraction
-from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 from robustkit.errors import UsageError, did_you_mean
+from robustkit.numbers import LONGEST, shown
 from robustkit.registry.entries import catalog, find
-
-# Fields that count something and start at 1.
-COUNTS = (
-    *("steps", "restarts", "queries", "targets", "eot_iter", "probe", "finalists", "patience"),
-    *("copies", "scales", "mixes", "blocks", "rounds", "kernel"),
-    *("cycles", "samples"),
-)
-# Fields that are lengths, or shares of what was before: below 0 an attack would go backwards.
-LENGTHS = ("step_size", "momentum", "inner_momentum", "beta", "beta_raw", "reverse", "radius", "sigma")
+from robustkit.registry.fields import field_types, plain_types
+from robustkit.step_size import StepSize
 
 
 def make(name: str, **fields: Any) -> Any:
@@ -47,56 +40,48 @@ def make_method(name: str, **fields: Any) -> Any:
     return _build("method", name, fields)
 
 
+def make_again(kind: str, record: Mapping[str, Any]) -> Any:
+    """Return what `spec` made a record of; a step size without a unit is there a share of eps, however small."""
+    fields = {name: value for name, value in record.items() if name != "name"}
+    size = fields.get("step_size")
+    if (
+        isinstance(size, (int, float))
+        and not isinstance(size, bool)
+        and StepSize in plain_types(field_types(find(kind, record["name"]))["step_size"])
+    ):
+        fields["step_size"] = StepSize(size)
+    return make(record["name"], **fields) if kind == "attack" else _build(kind, record["name"], fields)
+
+
 def _build(kind: str, name: str, fields: Mapping[str, Any]) -> Any:
     thing = find(kind, name)
-    hints = get_type_hints(thing)
-    types = {field.name: hints[field.name] for field in dataclasses.fields(thing)}
     for field in fields:
-        if field not in types:
-            raise did_you_mean(f"field of {name}", field, types)
-    values = {field: convert(name, field, value, types[field]) for field, value in fields.items()}
-    for field in COUNTS:
-        if values.get(field) is not None and values[field] < 1:
-            raise UsageError(f"{name}: {field}={values[field]} must be at least 1.")
-    for field in () if kind == "method" else LENGTHS:
-        if isinstance(values.get(field), float) and values[field] < 0:
-            raise UsageError(f"{name}: {field}={values[field]:g} must not be negative.")
-    return thing(**values)
+        if field not in field_types(thing):
+            raise did_you_mean(f"field of {name}", field, field_types(thing))
+    return thing(**fields)
 
 
 def spec(value: Any) -> dict[str, Any]:
-    """Return an attack as a record that `make(**record)` turns back into it; a defense as one like it."""
-    fields = value.fields() if value.info.family else dataclasses.asdict(value)
+    """Return an attack as a record that `make_again` turns back into it; a defense as one like it."""
+    if value.info.family:
+        fields = value.fields()
+    else:
+        fields = {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     return {"name": getattr(value, "name", value.info.name), **fields}
 
 
-def convert(name: str, field: str, value: Any, wanted: Any) -> Any:
-    """Bring a field's value to its annotated type."""
-    union = get_origin(wanted) in (Union, UnionType)
-    kinds = get_args(wanted) if union else (wanted,)
-    if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
-        if type(None) in kinds:
-            return None
-    for kind in kinds:
-        try:
-            if kind is bool and str(value).lower() in ("true", "false"):
-                return str(value).lower() == "true"
-            if kind is int and not isinstance(value, bool) and int(value) == float(value):
-                return int(value)
-            if kind is float and not isinstance(value, bool):
-                return float(Fraction(value) if isinstance(value, str) else value)
-            if kind is str and isinstance(value, str):
-                return value
-        except (ValueError, TypeError, ArithmeticError):
-            continue
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
-    expected = " or ".join(words.get(kind, "none") for kind in kinds)
-    raise UsageError(f"{name}: {field}={value!r} must be {expected}.")
+def plain(value: Any) -> Any:
+    """Return a field's value as JSON holds it."""
+    return value.record if isinstance(value, StepSize) else value
 
 
 def _literal(value: Any) -> Any:
     """Read a family member's field, whose types are another library's, as a Python literal if it is one."""
+    if isinstance(value, str) and len(value) > LONGEST:
+        raise UsageError(f"value {shown(value)} has more than {LONGEST} characters; write a shorter one.")
     try:
         return ast.literal_eval(value) if isinstance(value, str) else value
     except (ValueError, SyntaxError):
-        return {"true": True, "false": False, "none": None}.get(value.lower(), value)
+        return {"true": True, "false": False, "none": None, "nan": math.nan, "inf": math.inf}.get(
+            value.lower(), value
+        )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any, TypeVar
+
+from robustkit.registry.fields import checked
 
 T = TypeVar("T")
 
@@ -88,6 +90,8 @@ def method(name: str, *, paper: str = "") -> Callable[[type[T]], type[T]]:
 
 def _register(info: Info) -> Callable[[T], T]:
     def decorate(thing: T) -> T:
+        if is_dataclass(thing):
+            checked(thing, info.name)
         _registered[info.kind, info.name] = thing
         thing.info = info  # type: ignore[attr-defined]
         return thing

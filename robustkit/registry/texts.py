@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import re
 from dataclasses import dataclass
-from typing import Any, get_type_hints
+from typing import Any
 
 from robustkit.errors import UsageError, did_you_mean
 from robustkit.record import stage_name
 from robustkit.registry.entries import catalog, find
-from robustkit.registry.making import convert, make, make_method, make_technique, spec
+from robustkit.registry.making import make, make_method, make_technique, spec
 
 DEFAULT_SUITE = "auto"
 # What a model's gradients may be replaced by (`robustkit.models.views`), in the order of what they promise; where
@@ -138,13 +138,12 @@ def parse_defenses(text: str) -> tuple[Any, ...]:
     for part in text.split("+"):
         name, colon, rest = part.strip().partition(":")
         kind = find("defense", name)
-        hints, fields = get_type_hints(kind), dataclasses.fields(kind)
+        fields = dataclasses.fields(kind)
         values = rest.split(",") if colon else []
         if len(values) > len(fields):
             form = catalog("defense")[name].form
             raise UsageError(f"defense {part.strip()!r} has {len(values)} values; write {form}.")
-        named = [(field.name, value) for field, value in zip(fields, values, strict=False)]
-        made.append(kind(**{field: convert(name, field, value, hints[field]) for field, value in named}))
+        made.append(kind(**{field.name: value for field, value in zip(fields, values, strict=False)}))
     return tuple(made)
 
 

@@ -44,7 +44,14 @@ def suite(records: Sequence[Mapping[str, Any]]) -> str:
     return ",".join(_call(record) for record in records)
 
 
+def _field(record: Mapping[str, Any], name: str) -> str:
+    """Return a field's value; a small step size with its unit, without which it is refused."""
+    value = record[name]
+    short = name == "step_size" and isinstance(value, float) and value * record.get("steps", 1) < 1
+    return f"{value!r}eps" if short else written(value)
+
+
 def _call(record: Mapping[str, Any]) -> str:
-    fields = [f"{k}={written(value)}" for k, value in record.items() if k not in ("name", "view", "spare")]
+    fields = [f"{k}={_field(record, k)}" for k in record if k not in ("name", "view", "spare")]
     call = f"{record['name']}({','.join(fields)})" if fields else str(record["name"])
     return call + (f"@{record['view']}" if record.get("view") else "") + "?" * bool(record.get("spare"))

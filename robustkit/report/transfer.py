@@ -16,7 +16,7 @@ from robustkit.errors import UsageError
 from robustkit.record import Rate
 from robustkit.report.compare import mcnemar, newcombe
 from robustkit.report.made import made_in_parts
-from robustkit.report.table import duration, interval, percent
+from robustkit.report.table import duration, flag_lines, interval, percent
 from robustkit.report.training import flops_words
 
 FLOORS = "noise: random signs; swapped: another image's change; both of the same norm, success over the same n"
@@ -93,6 +93,8 @@ def show(record: Craft, console: Console, next_command: str | None = None, page:
         line(FLOORS)
     if record.not_finite:
         line(f"warning: the attack left {record.not_finite} images NaN or infinite; the clean ones stand for them")
+    for text in flag_lines(record.flags):
+        line(text)
     if record.budgets:
         line("")
         console.print(_budgets(record, others), highlight=False)

@@ -5,7 +5,7 @@ posterior at temperature T is p(w) ~ exp(-N (L(w) + wd |w|^2 / 2) / T): T = 1 is
 Batch size and learning rate are not in it.
 """
 
-from robustkit.sampling.checks import at_least, below, enough
+from robustkit.sampling.checks import enough
 from robustkit.sampling.langevin import Langevin, PreconditionedLangevin
 from robustkit.sampling.moments import Moments
 from robustkit.sampling.noise import normal_like
@@ -15,8 +15,6 @@ __all__ = [
     "Langevin",
     "Moments",
     "PreconditionedLangevin",
-    "at_least",
-    "below",
     "cosine",
     "cyclical",
     "enough",

@@ -171,7 +171,7 @@ def test_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 
 def test_every_flag_reaches_the_spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    suite = "pgd(steps=3,step_size=1/4,restarts=2,loss=margin,random_start=false),autoattack:square(queries=5)"
+    suite = "pgd(steps=3,step_size=1/4eps,restarts=2,loss=margin,random_start=false),autoattack:square(queries=5)"
     flags = ["--threat", "l2:0.25", "--suite", suite, "--seed", "7", "--batch-size", "5", "--limit", "11"]
     assert (
         run(["evaluate", "--data", "digits:train", *flags, "--precision", "bf16", "--device", "cpu", "--out", "r"])

@@ -70,7 +70,7 @@ def test_every_flag_reaches_the_record(
         "string": "mi-fgsm(steps=3,momentum=0.5)",
         "name": "mi-fgsm",
         "steps": 3,
-        "step_size": 0.1,
+        "step_size": None,
         "momentum": 0.5,
         "loss": "ce",
         "techniques": [],

@@ -119,7 +119,7 @@ def test_scores_go_on_from_where_a_view_led() -> None:
     """Square from the nearest point is there at once: few queries do what from stripes they do not."""
     net = Rounded()
     x, y = labelled(net, 24)
-    led = "pgd(steps=2,step_size=0.3,random_start=false)@mended,square(queries=20,p_init=0.05,refine="
+    led = "pgd(steps=2,step_size=0.3eps,random_start=false)@mended,square(queries=20,p_init=0.05,refine="
     refined, anew = (evaluate(net, x, y, "linf:0.02", suite=f"{led}{word})") for word in ("true", "false"))
     assert refined.robust_accuracy.value < anew.robust_accuracy.value
 

@@ -147,10 +147,10 @@ def test_an_audit_runs_autoattack_on_survivors(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr("robustkit.engine.evaluate.AUDITOR", "apgd(steps=20)")
     net = Small().eval()
     x, y = labelled(net, 24, SHAPE)
-    plain = evaluate(net, x, y, THREAT, suite="pgd(steps=1,step_size=0.3)", out=tmp_path / "run")
+    plain = evaluate(net, x, y, THREAT, suite="pgd(steps=1,step_size=0.3eps)", out=tmp_path / "run")
     standing = [verdict.index for verdict in plain.verdicts if verdict.robust]
     audited = evaluate(
-        net, x, y, THREAT, suite="pgd(steps=1,step_size=0.3)", out=tmp_path / "run", audit=len(standing)
+        net, x, y, THREAT, suite="pgd(steps=1,step_size=0.3eps)", out=tmp_path / "run", audit=len(standing)
     )
     assert audited.verdicts == plain.verdicts
     audit = audited.audit
@@ -164,7 +164,8 @@ def test_an_audit_runs_autoattack_on_survivors(monkeypatch: pytest.MonkeyPatch, 
     assert audit.robust_accuracy.value == pytest.approx(expected)
     assert audit.robust_accuracy.low <= expected <= audit.robust_accuracy.high
     assert (
-        evaluate(net, x, y, THREAT, suite="pgd(steps=1,step_size=0.3)", out=tmp_path / "run", audit=2) == audited
+        evaluate(net, x, y, THREAT, suite="pgd(steps=1,step_size=0.3eps)", out=tmp_path / "run", audit=2)
+        == audited
     )
     assert Report.from_json(audited.to_json()) == audited
     assert np.all(np.diff(audit.audited) > 0)

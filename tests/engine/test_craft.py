@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from robustkit import RunError, ThreatModel, UsageError, craft, load_model
+from robustkit.crafted import Craft
 from robustkit.data import from_arrays
 from robustkit.engine import nets
 from robustkit.engine.craft_run import run_craft
@@ -189,7 +190,9 @@ def test_budgets_are_met(data: tuple[torch.Tensor, torch.Tensor], tmp_path: Path
 @pytest.mark.parametrize(
     ("attack", "said"),
     [
-        ("mi-fgsm(steps=3)", "3 steps of 0.1 times eps make 0.3 of it"),
+        ("mi-fgsm(steps=3,step_size=0.1eps)", "of eps is all that 3 steps of 0.1eps can change"),
+        ("mi-fgsm(steps=10,step_size=0.0018px)", "of eps is all that 10 steps of 0.0018px can change"),
+        ("mi-fgsm(steps=3)", None),
         ("mi-fgsm(steps=10)+di", None),
         ("mi-fgsm(steps=2,step_size=0.5)", None),
         ("cwa(steps=2)", None),
@@ -200,15 +203,11 @@ def test_budgets_are_met(data: tuple[torch.Tensor, torch.Tensor], tmp_path: Path
 def test_steps_that_cannot_reach_eps_are_said(
     attack: str, said: str | None, data: tuple[torch.Tensor, torch.Tensor]
 ) -> None:
-    heard: list[str] = []
-
-    class Heard(Progress):
-        def say(self, text: str) -> None:
-            heard.append(text)
-
     x, y = data
-    record = craft([Double(1)], x[:3], y[:3], EPS, attack=attack, progress=Heard())
-    assert [text.partition(";")[0] for text in heard] == ([said] if said else [])
+    record = craft([Double(1)], x[:3], y[:3], EPS, attack=attack)
+    assert [(flag.code, flag.meaning) for flag in record.flags] == ([("steps-fall-short", said)] if said else [])
+    assert Craft.from_json(record.to_json()) == record
+    assert ("flags" in record.to_json()) == bool(said)
     if said:
         change = np.abs(record.adversarial["x"] - x[:3].numpy()).max() / 0.06
         assert change == pytest.approx(0.3, abs=1e-4)

@@ -80,7 +80,7 @@ def test_it_falls_and_agrees_with_the_run_at_eps(norm: str) -> None:
 def test_what_the_suite_missed_counts_as_standing_and_is_said() -> None:
     net, x, y, truth = linear("linf")
     eps = 1.5 * float(truth.median())
-    report = evaluate(net, x, y, f"linf:{eps:.6f}", suite="pgd(steps=1,step_size=0.01)", curve=True)
+    report = evaluate(net, x, y, f"linf:{eps:.6f}", suite="pgd(steps=1,step_size=0.01eps)", curve=True)
     curve = found(report)
     assert curve.robust_accuracy[7] == report.robust_accuracy
     assert report.robust_accuracy.value > (truth > eps).double().mean()

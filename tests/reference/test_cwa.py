@@ -195,7 +195,7 @@ def test_golden_numbers_of_the_list_reversed():
 
 @pytest.mark.parametrize(
     ("steps", "step_size", "expected"),
-    [(3, 0.1, (4.8, -4.8, -4.8, -4.8, -4.8, 4.8)), (10, 0.2, (16, -16, -16, -16, -16, 16))],
+    [(3, "0.1eps", (4.8, -4.8, -4.8, -4.8, -4.8, 4.8)), (10, 0.2, (16, -16, -16, -16, -16, 16))],
 )
 def test_golden_numbers_of_mi_fgsm_on_summed_logits(steps, step_size, expected):
     found = run(make("mi-fgsm", steps=steps, step_size=step_size), [summed(NETS)]) - X
@@ -266,7 +266,7 @@ def written_out(models, x, goal, *, sums, norm, steps=4, reverse=EPS / 15, beta=
 def test_cwa_is_the_algorithm_written_out(seed, targeted):
     models, x, goal = some_nets(seed=seed), some_images(seed=seed), some_goal(targeted=targeted)
     for form, sums, norm in (("paper", False, "none"), ("official", True, "image")):
-        found = run(make("cwa", steps=4, step_size=0.2, beta_raw=0.05, compat=form), models, x, goal)
+        found = run(make("cwa", steps=4, step_size="0.2eps", beta_raw=0.05, compat=form), models, x, goal)
         close(found, written_out(models, x, goal, sums=sums, norm=norm))
 
 
@@ -327,15 +327,15 @@ def momentum_ascent(model, x, goal, normalise, steps, step):
 @pytest.mark.parametrize("beta", [1e-6, 0.05, 50.0])
 def test_w2_inner_momentum_alone_is_mi_fgsm_on_unit_gradients(beta):
     net, x, goal = some_nets()[0], some_images(), some_goal()
-    found = run(make("cwa", beta_raw=beta, momentum=0, reverse=0, steps=6, step_size=0.1), [net], x, goal)
+    found = run(make("cwa", beta_raw=beta, momentum=0, reverse=0, steps=6, step_size="0.1eps"), [net], x, goal)
     assert torch.equal(found, momentum_ascent(net, x, goal, unit, 6, 0.1))
 
 
 def test_w3_outer_momentum_alone_is_mi_fgsm_while_nothing_is_clipped():
     net, x, goal = some_nets()[0], some_images(), some_goal()
-    words = {"beta_raw": 1e-4, "inner_momentum": 0, "reverse": 0, "steps": 12, "step_size": 0.05}
+    words = {"beta_raw": 1e-4, "inner_momentum": 0, "reverse": 0, "steps": 12, "step_size": "0.05eps"}
     official = run(make("cwa", compat="official", **words), [net], x, goal)
-    assert torch.equal(official, run(make("mi-fgsm", steps=12, step_size=0.05), [net], x, goal))
+    assert torch.equal(official, run(make("mi-fgsm", steps=12, step_size="0.05eps"), [net], x, goal))
     paper = run(make("cwa", **words), [net], x, goal)
     assert torch.equal(paper, momentum_ascent(net, x, goal, unit, 12, 0.05))
     # Once pixels stand at the border, what the loop gains is no gradient any more.
@@ -706,7 +706,7 @@ def test_adam_is_torchs(form):
 @pytest.mark.parametrize("update", ["momentum", "adam"])
 def test_a_first_step_has_the_length_that_is_asked_for(norm, update):
     models, x, goal, threat = some_nets(), some_images(), some_goal(), ThreatModel.parse(WIDE[norm])
-    found = run(make("cwa", steps=1, step_size=0.3, beta=0.01, update=update), models, x, goal, threat)
+    found = run(make("cwa", steps=1, step_size="0.3eps", beta=0.01, update=update), models, x, goal, threat)
     close(threat.distance(found, x), torch.full((5,), 0.3 * float(threat.eps)), 1e-5)
 
 

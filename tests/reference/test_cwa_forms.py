@@ -142,14 +142,16 @@ def variance_tuned():
 WORDS = f"steps={STEPS},beta_raw={BETA}"
 CSE = find("recipe", "cse")()[:-1]
 FORMS = {
-    f"mi-cse({WORDS},step_size=0.2)": lambda: literal(plain, reverse=0),
-    f"cwa({WORDS},step_size=0.2)": lambda: literal(plain),
+    f"mi-cse({WORDS},step_size=0.2eps)": lambda: literal(plain, reverse=0),
+    f"cwa({WORDS},step_size=0.2eps)": lambda: literal(plain),
     f"{CSE},{WORDS})": lambda: literal(plain, reverse=0, outer="plain", mu=0),
-    f"cwa({WORDS},step_size=0.2)+vmi(copies=3)": lambda: literal(variance_tuned()),
-    f"cwa({WORDS},step_size=0.2)+vmi-mean(copies=8,of=member)": lambda: literal(neighbours),
-    f"cwa({WORDS},step_size=0.2)+vmi-mean(copies=8,beta=1,of=step)": lambda: literal(plain, starts=8, spread=EPS),
-    f"cwa({WORDS},step_size=0.2)+ssa(copies=2)": lambda: literal(spectra),
-    f"mi-cse({WORDS},step_size=0.2)+ssa(copies=2)": lambda: literal(spectra, reverse=0),
+    f"cwa({WORDS},step_size=0.2eps)+vmi(copies=3)": lambda: literal(variance_tuned()),
+    f"cwa({WORDS},step_size=0.2eps)+vmi-mean(copies=8,of=member)": lambda: literal(neighbours),
+    f"cwa({WORDS},step_size=0.2eps)+vmi-mean(copies=8,beta=1,of=step)": lambda: literal(
+        plain, starts=8, spread=EPS
+    ),
+    f"cwa({WORDS},step_size=0.2eps)+ssa(copies=2)": lambda: literal(spectra),
+    f"mi-cse({WORDS},step_size=0.2eps)+ssa(copies=2)": lambda: literal(spectra, reverse=0),
 }
 
 
@@ -165,7 +167,9 @@ def test_raw_cse_goes_along_gradients_as_they_are():
         for model in NETS:
             at = clip(at + 0.01 * slope([model], at))
         x = clip(x + 0.5 * (at - x))
-    text = f"mi-cse(steps={STEPS},beta_raw=0.01,raw=true,update=plain,momentum=0,inner_momentum=0,step_size=0.5)"
+    text = (
+        f"mi-cse(steps={STEPS},beta_raw=0.01,raw=true,update=plain,momentum=0,inner_momentum=0,step_size=0.5eps)"
+    )
     torch.testing.assert_close(found(text), x, rtol=0, atol=1e-10)
 
 
@@ -179,7 +183,7 @@ def test_adam_cwa_is_adam_on_what_the_loop_gains():
             at = clip(at + BETA * inner)
         mean, square = 0.9 * mean + 0.1 * (at - x), 0.999 * square + 0.001 * (at - x) ** 2
         x = clip(x + 1e-3 * mean / (1 - 0.9**step) / ((square / (1 - 0.999**step)).sqrt() + 1e-8))
-    ours = found(f"cwa({WORDS},update=adam,step_size={1e-3 / EPS})")
+    ours = found(f"cwa({WORDS},update=adam,step_size=0.001px)")
     torch.testing.assert_close(ours, x, rtol=0, atol=1e-10)
 
 

@@ -119,7 +119,7 @@ def test_golden_full():
     ],
 )
 def test_golden_linf(steps, delta):
-    attack = f"i-fgsm(steps={steps},step_size=0.1)+light(order=listed)"
+    attack = f"i-fgsm(steps={steps},step_size=0.1eps)+light(order=listed)"
     found = (craft(attack, NETS, threat=Exact("4/255")) - X) * 255
     torch.testing.assert_close(found.flatten(), torch.tensor(delta).double(), rtol=0, atol=1e-5)
 
@@ -212,7 +212,7 @@ def test_l7_tiny_gradients_move_as_far_as_others(dtype, size):
     goal = Goal(torch.zeros(5, dtype=torch.int64))
     length = 0.1 * 0.5
     for technique in ("", "+full"):
-        moved = craft(f"i-fgsm(steps=1,step_size=0.1){technique}", nets, x=x, goal=goal, norm="l2") - x
+        moved = craft(f"i-fgsm(steps=1,step_size=0.1eps){technique}", nets, x=x, goal=goal, norm="l2") - x
         torch.testing.assert_close(moved.flatten(1).norm(dim=1), torch.full((5,), length, dtype=dtype))
 
 

@@ -150,7 +150,7 @@ def test_a_good_attack_passes_and_a_feeble_one_fails() -> None:
     net, x = Small(1), torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     good = binarization(net, net, x, make("pgd", steps=30, loss="margin"), THREAT, rng=rows(8), inner=29)
     assert good.verdict == "pass"
-    feeble = binarization(net, net, x, make("pgd", steps=1, step_size=0.01), THREAT, rng=rows(8), inner=29)
+    feeble = binarization(net, net, x, make("pgd", steps=1, step_size="0.01eps"), THREAT, rng=rows(8), inner=29)
     assert feeble.verdict == "fail"
     assert feeble.rate < 0.5
     again = binarization(net, net, x, make("pgd", steps=30, loss="margin"), THREAT, rng=rows(8), inner=29)

@@ -15,6 +15,7 @@ import robustkit
 from robustkit import registry
 from robustkit.errors import UsageError
 from robustkit.registry import texts
+from robustkit.step_size import StepSize
 
 ATTACKS = sorted(name for name, entry in registry.catalog("attack").items() if not entry.info.family)
 
@@ -100,9 +101,9 @@ def test_a_family_wants_a_member():
     [
         ({"steps": "7"}, {"steps": 7}),
         ({"steps": 7.0}, {"steps": 7}),
-        ({"step_size": "8/255"}, {"step_size": 8 / 255}),
-        ({"step_size": "1e-2"}, {"step_size": 0.01}),
-        ({"step_size": 1}, {"step_size": 1.0}),
+        ({"step_size": "8/255px"}, {"step_size": StepSize(8 / 255, "px")}),
+        ({"step_size": "1e-1"}, {"step_size": StepSize(0.1)}),
+        ({"step_size": 1}, {"step_size": StepSize(1.0)}),
         ({"random_start": "false"}, {"random_start": False}),
         ({"random_start": "True"}, {"random_start": True}),
         ({"loss": "dlr"}, {"loss": "dlr"}),
@@ -153,12 +154,12 @@ def test_specs_make_the_same_attack_again(name):
     made = registry.make(name, **({"steps": "3"} if name == "foolbox:LinfPGD" else {}))
     record = json.loads(json.dumps(registry.spec(made)))
     assert record["name"] == name
-    assert registry.make(**record) == made
+    assert registry.make_again("attack", record) == made
 
 
 def test_changed_fields_survive_the_round_trip():
-    made = registry.make("pgd", steps=3, step_size="1/7", random_start="false", loss="dlr", restarts=2)
-    assert registry.make(**json.loads(json.dumps(registry.spec(made)))) == made
+    made = registry.make("pgd", steps=3, step_size="1/7eps", random_start="false", loss="dlr", restarts=2)
+    assert registry.make_again("attack", json.loads(json.dumps(registry.spec(made)))) == made
     assert registry.spec(made)["step_size"] == 1 / 7
 
 

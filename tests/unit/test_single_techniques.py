@@ -299,7 +299,7 @@ def test_vmi_without_neighbourhood_is_the_rule_itself(rule):
 
 def test_vmi_is_the_papers_recursion():
     surrogates, rows = problem()
-    technique, rule = VMI(copies=3), make("mi-fgsm", steps=4)
+    technique, rule = VMI(copies=3), make("mi-fgsm", steps=4, step_size="0.1eps")
     found = ascend(rule, surrogates, rows.x, rows.goal, LINF, rows.rng, [technique])
     x, momentum, variance = rows.x, torch.zeros_like(rows.x), torch.zeros_like(rows.x)
     for step in range(4):
@@ -377,7 +377,6 @@ def test_ni_without_momentum_is_i():
 def test_svre_without_inner_steps_is_the_ensemble():
     surrogates, rows = problem(members=3)
     plain = attacked(surrogates, rows)
-    assert torch.equal(attacked(surrogates, rows, SVRE(rounds=0)), plain)
     # Steps of no length leave the ensemble's gradient at every one.
     torch.testing.assert_close(attacked(surrogates, rows, SVRE(step_size=0.0)), plain)
 
@@ -397,7 +396,7 @@ def test_svre_with_one_member_is_an_inner_run_of_the_rule():
 def test_adaea_without_weighing_and_filter_is_the_ensemble(combine):
     surrogates, rows = problem(members=3)
     surrogates = replace(surrogates, combine=combine)
-    found = gradient(AdaEA(beta=0.0, threshold=-2.0), surrogates, rows)
+    found = gradient(AdaEA(beta=0.0, threshold=-1.0), surrogates, rows)
     torch.testing.assert_close(found, surrogates.gradient(rows.x, rows.goal, "ce", rows.rng))
     alone = surrogates.select([1])
     assert torch.equal(gradient(AdaEA(), alone, rows), alone.gradient(rows.x, rows.goal, "ce", rows.rng))
@@ -427,7 +426,7 @@ def test_adaea_prefers_the_member_whose_steps_transfer(targeted):
 def test_triage_without_stakes_and_with_hope_is_the_ensemble(combine):
     surrogates, rows = problem(members=3)
     surrogates = replace(surrogates, combine=combine, weights=(1, 2, 3))
-    found = gradient(Triage(stake=1.0, hope=-math.inf), surrogates, rows)
+    found = gradient(Triage(stake=1.0, hope=-1e9), surrogates, rows)
     torch.testing.assert_close(found, surrogates.gradient(rows.x, rows.goal, "ce", rows.rng))
     alone = surrogates.select([1])
     assert torch.equal(gradient(Triage(), alone, rows), alone.gradient(rows.x, rows.goal, "ce", rows.rng))
@@ -555,12 +554,12 @@ def test_costs(text, gradients):
     ("text", "message"),
     [
         ("mi-fgsm+dj", "Did you mean 'di'"),
-        ("mi-fgsm+di(p=2)", "p=2 is a probability"),
-        ("mi-fgsm+di(ratio=0)", "ratio=0 is a share"),
+        ("mi-fgsm+di(p=2)", "di: p=2 must be from 0 to 1"),
+        ("mi-fgsm+di(ratio=0)", "di: ratio=0 must be above 0 and at most 1"),
         ("mi-fgsm+ti(kernel=4)", "write an odd number"),
         ("mi-fgsm+vmi(copies=0)", "must be at least 1"),
-        ("mi-fgsm+triage(stake=0)", "write more than 0"),
-        ("mi-fgsm+triage(after=2)", "write 0 to 1"),
+        ("mi-fgsm+triage(stake=0)", "stake=0 must be above 0"),
+        ("mi-fgsm+triage(after=2)", "after=2 must be from 0 to 1"),
         ("mi-fgsm+svre(rounds=0)", "must be at least 1"),
         ("square+di", "takes no techniques"),
     ],

@@ -117,9 +117,9 @@ def test_a_row_has_the_same_result_in_any_company(name):
 def test_of_restarts_the_last_counts_that_reaches_the_goal(goal):
     """As in section A.3 of the posterior attack: the surrogates say which, and without any the first stays."""
     threat = ThreatModel.parse("linf:1/4")
-    attack = compose([make("pgd", steps=3, restarts=4)])
+    attack = compose([make("pgd", steps=3, restarts=4, step_size="0.1eps")])
     assert attack.gradients == 12
-    once = compose([make("pgd", steps=3)])
+    once = compose([make("pgd", steps=3, step_size="0.1eps")])
     tries = [once(Net(), X, goal, threat, rng=RNG.at(restart=restart)) for restart in range(4)]
     reached = torch.stack([goal.reached(Net()(found)) for found in tries])
     net = Net()
@@ -277,7 +277,7 @@ def test_a_composition_says_what_it_is():
     ("text", "expected"),
     [
         ("mi-fgsm", {"name": "mi-fgsm", "steps": 10}),
-        (" mi-fgsm( steps = 4 , step_size=1/5 ) ", {"steps": 4, "step_size": 0.2}),
+        (" mi-fgsm( steps = 4 , step_size=1/2 ) ", {"steps": 4, "step_size": 0.5}),
         ("apgd(steps=3)", {"name": "apgd", "steps": 3}),
         ("adam-cwa", {"name": "cwa", "update": "adam"}),
         ("foolbox:LinfPGD(steps=3)", {"name": "foolbox:LinfPGD", "steps": 3}),
@@ -298,7 +298,7 @@ def test_attack_strings(text, expected):
         ("mi-fgsm+nothinglikeit", "no technique 'nothinglikeit'."),
         ("mi-fgsm(stesp=3)", "no field of mi-fgsm 'stesp'. Did you mean 'steps'?"),
         ("mi-fgsm(steps=0)", "mi-fgsm: steps=0 must be at least 1."),
-        ("mi-fgsm(steps=ten)", "mi-fgsm: steps='ten' must be a whole number."),
+        ("mi-fgsm(steps=ten)", "mi-fgsm: steps='ten' must be a whole number from 1 to 1000000."),
         ("adam-cwa(steps=3)", "recipe 'adam-cwa' takes no fields; write what it stands for: 'cwa(update=adam)'."),
         ("autoattack", "no attack or recipe 'autoattack'."),
         *((text, f"attack {text!r}: write NAME") for text in ("", " ", "mi-fgsm+", "+mi-fgsm", "mi-fgsm++cwa")),
@@ -321,11 +321,14 @@ def test_a_technique_alone_is_told_where_it_stands(text):
 
 @pytest.mark.parametrize(
     "text",
-    ["mi-fgsm(step_size=-0.1)", "cwa(beta=-1)", "cwa(reverse=-1/15)", "mi-fgsm(momentum=-1)", "pgn(radius=-1)"],
+    [
+        *("mi-fgsm(step_size=-0.1)", "mi-fgsm(step_size=-2/255px)", "cwa(beta=-1)", "cwa(reverse=-1/15)"),
+        *("mi-fgsm(momentum=-1)", "pgn(radius=-1)", "rap(step_size=-1eps)"),
+    ],
 )
 def test_nothing_goes_backwards(text):
     whole = text if text.startswith(("mi", "cwa")) else f"mi-fgsm+{text}"
-    with pytest.raises(UsageError, match="must not be negative"):
+    with pytest.raises(UsageError, match=r"must (not be negative|be (at least|from) 0)"):
         parse_attack(whole, "linf")
 
 

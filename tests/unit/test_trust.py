@@ -57,7 +57,7 @@ def test_the_strongest_is_the_longest_that_can_be_asked() -> None:
 
 def test_a_feeble_attack_is_not_alive_on_an_honest_net() -> None:
     good, feeble = (
-        signs.alive(probe(Small(1), suite)) for suite in ("pgd(steps=30)", "pgd(steps=1,step_size=0.01)")
+        signs.alive(probe(Small(1), suite)) for suite in ("pgd(steps=30)", "pgd(steps=1,step_size=0.01eps)")
     )
     assert (good.level, good.value) == ("ok", 8)
     assert feeble.level == "warning"

@@ -1,0 +1,80 @@
+"""Numbers that a person writes: read exactly, and refused by their text alone where they are out of any range."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import re
+from fractions import Fraction
+
+# Longer texts, and exponents and fractions of more digits, are refused: no field needs them, and the exact
+# fraction of 1e999999999 fills the memory. A fraction within the limits can be written out and read again.
+LONGEST = 150
+DIGITS = 60
+
+_DECIMAL = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE]([+-]?\d+))?", re.ASCII)
+
+
+def shown(value: object) -> str:
+    """Return how a message shows a value, however long it is."""
+    text = repr(value) if _short(value) else f"a whole number of more than {DIGITS} digits"
+    return text if len(text) <= LONGEST else f"{text[:DIGITS]}…{text[-1]}"
+
+
+def _short(value: object) -> bool:
+    """Return whether a value can be written out: Python itself refuses whole numbers of thousands of digits."""
+    return not isinstance(value, int) or abs(value) < 10**DIGITS
+
+
+def exact(value: object) -> Fraction:
+    """Return a number as an exact fraction: `8/255`, `0.3/255`, `1e-2`, or one of Python's or numpy's.
+
+    A float stands for its shortest decimal.
+
+    Raises:
+        ValueError: saying what is wrong with it, as the end of a sentence.
+    """
+    if isinstance(value, Fraction):
+        return value
+    if isinstance(value, bool) or not isinstance(value, (str, numbers.Real)):
+        raise ValueError("is not a number")
+    if isinstance(value, str):
+        number = _written(value.strip())
+    elif isinstance(value, numbers.Rational):
+        number = Fraction(value)
+    elif math.isfinite(value):
+        number = Fraction(repr(float(value)))
+    else:
+        raise ValueError("is not a finite number")
+    if max(abs(number.numerator), number.denominator) > 10**DIGITS:
+        raise ValueError(f"has more than {DIGITS} digits")
+    return number
+
+
+def _written(text: str) -> Fraction:
+    if len(text) > LONGEST:
+        raise ValueError(f"has more than {LONGEST} characters")
+    parts = [_DECIMAL.fullmatch(part.strip()) for part in text.split("/")]
+    if len(parts) > 2 or not all(parts):
+        raise ValueError("is not a number")
+    for part in parts:
+        if part and abs(int(part[1] or 0)) > DIGITS:
+            raise ValueError(f"has an exponent beyond {DIGITS}")
+    upper, *lower = (Fraction(part[0]) for part in parts if part)
+    if lower == [0]:
+        raise ValueError("divides by zero")
+    return upper / lower[0] if lower else upper
+
+
+def whole(value: object) -> int:
+    """Return a whole number: `7`, 7, 7.0, or one of numpy's; `7.0` and `1e3` in a text are refused.
+
+    Raises:
+        ValueError: saying what is wrong with it, as the end of a sentence.
+    """
+    if isinstance(value, str) and not re.fullmatch(r"[+-]?\d+", value.strip(), re.ASCII):
+        raise ValueError("is not a whole number")
+    number = exact(value)
+    if number.denominator != 1:
+        raise ValueError("is not a whole number")
+    return int(number)

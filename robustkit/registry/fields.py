@@ -1,0 +1,131 @@
+"""Fields of registered things: brought to their types and held to their ranges whenever one is made.
+
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+
+from robustkit.errors import UsageError
+from robustkit.numbers import exact, shown, whole
+from robustkit.registry.ranges import Limits
+from robustkit.step_size import StepSize, check_bare
+
+WORDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a word",
+    StepSize: "a number with a unit, such as 0.25eps or 2/255px,",
+}
+
+
+def checked(thing: Any, name: str) -> None:
+    """Let a frozen dataclass convert and check the fields that it is given, by their annotated types.
+
+    Args:
+        thing: the class; its fields may be given as text, too.
+        name: what messages call it.
+    """
+    made: Callable[..., None] = thing.__init__
+    names = [field.name for field in dataclasses.fields(thing) if field.init]
+
+    @functools.wraps(made)
+    def __init__(self: Any, *args: Any, **more: Any) -> None:
+        given = dict(zip(names, args, strict=False)) | more
+        hints = field_types(thing)
+        values = {
+            key: convert(name, key, value, hints[key]) if key in hints else value for key, value in given.items()
+        }
+        _check_step(thing, name, given, values)
+        made(self, *args[len(names) :], **values)
+
+    thing.__init__ = __init__
+
+
+@functools.cache
+def field_types(thing: Any) -> Mapping[str, Any]:
+    """Return the annotated types of a dataclass's fields, ranges included."""
+    hints = get_type_hints(thing, include_extras=True)
+    return {field.name: hints[field.name] for field in dataclasses.fields(thing)}
+
+
+def range_of(wanted: Any) -> Limits | None:
+    """Return the range that an annotated type has, if any."""
+    kinds = get_args(wanted) if get_origin(wanted) in (Union, UnionType) else (wanted,)
+    found = [note for kind in kinds for note in getattr(kind, "__metadata__", ()) if isinstance(note, Limits)]
+    return found[0] if found else None
+
+
+def takes(thing: Any, field: str) -> str:
+    """Return in words what a field of a registered dataclass takes."""
+    return described(field_types(thing)[field]).rstrip(",")
+
+
+def described(wanted: Any) -> str:
+    """Return in words what a field of this type takes."""
+    kinds, limits = plain_types(wanted), range_of(wanted)
+    words = " or ".join(WORDS[kind] for kind in kinds if kind is not type(None))
+    return words + (f" {limits}" if limits else "") + (" or none" if type(None) in kinds else "")
+
+
+def convert(name: str, field: str, value: Any, wanted: Any) -> Any:
+    """Bring a field's value to its annotated type.
+
+    Raises:
+        UsageError: if it is of another type or outside the type's range.
+    """
+    kinds, limits = plain_types(wanted), range_of(wanted)
+    if type(None) in kinds and (value is None or (isinstance(value, str) and value.lower() in ("none", "null"))):
+        return None
+    for kind in kinds:
+        try:
+            found = _READ[kind](value) if kind in _READ else _instance(kind, value)
+        except (ValueError, OverflowError) as error:
+            if isinstance(error, UsageError):
+                raise UsageError(f"{name}: {error}") from None
+            continue
+        if limits and found not in limits:
+            text = value.strip() if isinstance(value, str) else shown(value)
+            raise UsageError(f"{name}: {field}={text} must be {limits.needed(found)}.")
+        return found
+    raise UsageError(f"{name}: {field}={shown(value)} must be {described(wanted)}.")
+
+
+def plain_types(wanted: Any) -> tuple[Any, ...]:
+    """Return the types of a union, or the one type, without ranges."""
+    kinds = get_args(wanted) if get_origin(wanted) in (Union, UnionType) else (wanted,)
+    return tuple(get_args(kind)[0] if get_origin(kind) is Annotated else kind for kind in kinds)
+
+
+def _flag(value: Any) -> bool:
+    if str(value).lower() not in ("true", "false"):
+        raise ValueError("is neither true nor false")
+    return str(value).lower() == "true"
+
+
+def _instance(kind: Any, value: Any) -> Any:
+    if not isinstance(value, get_origin(kind) or kind):
+        raise ValueError("is of another type")
+    return value
+
+
+_READ: dict[Any, Callable[[Any], Any]] = {
+    int: whole,
+    float: lambda value: float(exact(value)),
+    bool: _flag,
+    StepSize: StepSize.read,
+}
+
+
+def _check_step(thing: Any, name: str, given: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+    """Refuse a bare step size that was more likely meant in pixel units."""
+    if values.get("step_size") is None or StepSize not in plain_types(field_types(thing)["step_size"]):
+        return
+    defaults = {field.name: field.default for field in dataclasses.fields(thing)}
+    check_bare(name, given["step_size"], values.get("steps", defaults.get("steps")))
