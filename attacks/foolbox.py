@@ -40,7 +40,7 @@ class Foolbox:
     def member(cls, tail: str, **fields: Any) -> Foolbox:
         """Return the attack `foolbox:tail`; UsageError for an unknown name or field, or a number out of range."""
         for field, number in fields.items():
-            least = 1 if "steps" in field else 0
+            least = 1 if field.endswith("steps") else 0
             if isinstance(number, (int, float)) and not least <= number < math.inf:
                 raise UsageError(f"foolbox:{tail}: {field}={number} must be at least {least}.")
         value = cls(f"foolbox:{tail}", tuple(sorted(fields.items())))

@@ -43,6 +43,7 @@ def named(error: BaseException) -> str:
 def did_you_mean(kind: str, name: str, known: Iterable[str], more: Iterable[str] = ()) -> UsageError:
     """Return the error for an unknown name, with the nearest one, of `more` names too, which are not listed."""
     names = sorted(known)
-    near = difflib.get_close_matches(name, [*names, *more], n=1, cutoff=0.5)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
+    spelled = {other.lower(): other for other in (*names, *more)}
+    near = difflib.get_close_matches(name.lower(), spelled, n=1, cutoff=0.5)
+    hint = f" Did you mean {spelled[near[0]]!r}?" if near else ""
     return UsageError(f"no {kind} {name!r}.{hint} Known: {', '.join(names)}.")

@@ -38,6 +38,11 @@ class Flag:
         """Whether it is a reason to look twice."""
         return self.level in LEVELS
 
+    @property
+    def warns(self) -> bool:
+        """Whether it puts the run's number in doubt."""
+        return self.level in ("warning", "error")
+
 
 def passed(code: str, value: int | float | None, meaning: str) -> Flag:
     """Return what a check measured that found nothing."""

@@ -333,3 +333,16 @@ def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monke
             ran += 1
     assert ran
     assert names["report"].n == 8
+
+
+def test_every_flags_code_is_known() -> None:
+    """`--fail-on-flag CODE` refuses codes that no run raises; so the list has to have all."""
+    from robustkit.flag_codes import CODES
+
+    found = set()
+    for file in (ROOT / "robustkit").rglob("*.py"):
+        text = file.read_text()
+        found |= set(re.findall(r'\b(?:Flag|passed|unmeasured)\(\s*"([a-z0-9-]+)"', text))
+        found |= set(re.findall(r'^\s+code(?:, \w+)* = "([a-z0-9-]+)"', text, re.MULTILINE))
+        found |= set(re.findall(r'^AUDIT_BROKE = "([a-z-]+)"', text, re.MULTILINE))
+    assert found <= set(CODES), "add these to robustkit/flag_codes.py"

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from robustkit.cli.command import Command
+from robustkit.cli.gates import GatedCommand
 from robustkit.cli.methods import methods
 from robustkit.registry import DEFAULT_SUITE
 
@@ -66,7 +67,7 @@ def _root(
         raise typer.Exit
 
 
-@verb()
+@verb(cls=GatedCommand)
 def evaluate(
     model: Annotated[
         str | None,
@@ -124,6 +125,13 @@ def evaluate(
         float | None, typer.Option(metavar="SHARE", help="Exit with 1 if robust accuracy is below, e.g. 0.45.")
     ] = None,
     trust_code: TrustCode = False,
+    confident: Annotated[
+        bool, typer.Option("--confident", help="Let --fail-under compare the lower end of the 95 % interval.")
+    ] = False,
+    fail_on_flag: Annotated[
+        list[str] | None,
+        typer.Option(metavar="[CODE]", help="Exit with 1 if a flag warns, or if this one is raised."),
+    ] = None,
     debug: Debug = False,
 ) -> int:
     """Attack a model; print and store how much of its accuracy stands. The same command resumes.
@@ -162,6 +170,8 @@ def evaluate(
         with_page=not no_html,
         as_json=json,
         fail_under=fail_under,
+        confident=confident,
+        fail_on_flag=fail_on_flag or (),
     )
 
 

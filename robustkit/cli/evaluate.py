@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
+from robustkit.cli.gates import Gate
 from robustkit.cli.output import result_console
 from robustkit.cli.progress import Display
 from robustkit.cli.report import write_page
@@ -49,10 +51,11 @@ def evaluate(
     with_page: bool,
     as_json: bool,
     fail_under: float | None,
+    confident: bool,
+    fail_on_flag: Sequence[str],
 ) -> int:
-    """Run the verb; return 1 if the robust accuracy is below `fail_under`, else 0."""
-    if fail_under is not None and not 0 <= fail_under <= 1:
-        raise UsageError(f"--fail-under {fail_under:g}: write a share from 0 to 1, e.g. 0.45 for 45 %.")
+    """Run the verb; return 1 if the result does not pass `fail_under` or `fail_on_flag`, else 0."""
+    gate = Gate.read(fail_under, confident, fail_on_flag)
     norm, _, eps = (threat or "").partition(":")
     if eps == "curve" and (usual := usual_of_norm(norm, data)):
         threat, curve = usual, True
@@ -76,7 +79,7 @@ def evaluate(
             ray=ray,
         )
 
-    ends = Ends(with_page, as_json, fail_under)
+    ends = Ends(with_page, as_json, gate)
     if models is None:
         return _one(plan(model or BUILT_IN), out, overwrite, ends)
     if model is not None:
@@ -103,13 +106,14 @@ def _one(plan: Evaluation, out: Path | None, overwrite: bool, ends: Ends) -> int
     report = plan.run(folder, Display(), overwrite=overwrite)
     if ends.with_page:
         write_page(folder, report)
+    results = [("", report.robust_accuracy, report.flags)]
     if ends.as_json:
-        print_result(json.dumps(report.to_json(), indent=2))
+        print_result(json.dumps(report.to_json() | ends.gate.record(results), indent=2))
     else:
         page = folder / PAGE
         trust = f" {FLAG}" if plan.model.trust_code or names_code(plan.model.string) else ""
         show(report, result_console(), f"robustkit verify {folder}{trust}", page if page.exists() else None)
-    return ends.judge([("", report.robust_accuracy.value)])
+    return ends.gate.judge(results)
 
 
 def _seconds(text: str | None) -> float | None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from robustkit.cli import DONE, FAILED, USAGE
+from robustkit.cli.gates import Gate
 from robustkit.cli.output import save, save_page, wide_console
 from robustkit.cli.progress import Board
 from robustkit.cli.report import write_page
@@ -17,7 +17,6 @@ from robustkit.engine.sweep import Entry, Sweep
 from robustkit.errors import RobustkitError, RunError
 from robustkit.report.leaderboard import Leaderboard, show
 from robustkit.report.standings import page
-from robustkit.report.table import percent
 from robustkit.report.transfer import short_names
 
 RECORD, PAGE = "leaderboard.json", "leaderboard.html"
@@ -25,20 +24,11 @@ RECORD, PAGE = "leaderboard.json", "leaderboard.html"
 
 @dataclass(frozen=True)
 class Ends:
-    """What becomes of the result: a page, JSON instead of the table, an exit code by the least share allowed."""
+    """What becomes of the result: a page, JSON instead of the table, an exit code by what the gate asks for."""
 
     with_page: bool
     as_json: bool
-    fail_under: float | None
-
-    def judge(self, rates: Sequence[tuple[str, float]]) -> int:
-        """Return 1, and say so, if one of the named robust accuracies is below `fail_under`, else 0."""
-        below = [(name, rate) for name, rate in rates if self.fail_under is not None and rate < self.fail_under]
-        for name, rate in below:
-            whose = f"{name}: " if name else ""
-            least = percent(self.fail_under or 0.0)
-            print(f"{whose}robust accuracy {percent(rate)} is below --fail-under {least}", file=sys.stderr)
-        return int(bool(below))
+    gate: Gate
 
 
 def shortened(entries: Sequence[Entry]) -> list[Entry]:
@@ -70,11 +60,12 @@ def sweep(plan: Sweep, id: str, folder: Path, overwrite: bool, ends: Ends) -> in
     shown = None
     if ends.with_page:
         shown = save_page(folder / PAGE, page(board).encode())
+    results = [(row.name, row.robust_accuracy, row.flags) for row in board.rows]
     if ends.as_json:
-        print_result(json.dumps(board.to_json(), indent=2))
+        print_result(json.dumps(board.to_json() | ends.gate.record(results), indent=2))
     else:
         runs = [folder / row.folder for row in board.rows[:2]]
         following = f"compare {runs[0]} {runs[1]}" if len(runs) > 1 else f"verify {runs[0]}"
         show(board, wide_console(), shown, f"robustkit {following}")
-    below = ends.judge([(row.name, row.robust_accuracy.value) for row in board.rows])
-    return code or below
+    passed = ends.gate.judge(results)
+    return code or passed

@@ -28,6 +28,9 @@ DRAWN = (
 )
 VIEWS = (*DRAWN, "members", "stack", "calm", "frozen", "smooth", *(f"averaged-{view}" for view in DRAWN))
 
+# What AutoAttack's own package calls its versions, and our suites of their attacks.
+VERSIONS = {"standard": "autoattack", "plus": "autoattack-plus", "rand": "autoattack-rand"}
+
 
 @dataclass(frozen=True)
 class Rung:
@@ -80,6 +83,10 @@ def _rung(text: str) -> Rung:
     """Return the rung of `NAME(field=value,...)@VIEW?`."""
     call, *views = _cut(text.removesuffix("?"), "@")
     name, fields = parse_call(call, whole=text)
+    if name in VERSIONS:
+        raise UsageError(
+            f"no suite or attack {name!r}: AutoAttack's version of that name is {VERSIONS[name]!r} here; write it."
+        )
     if name not in catalog("attack") and ":" not in name:
         raise did_you_mean("suite or attack", name, [*catalog("suite"), *catalog("attack")])
     if views and (len(views) > 1 or views[0] not in VIEWS):

@@ -15,6 +15,12 @@ from robustkit.record import FORMAT, Flag, Rate, Report, dumps
 from robustkit.report.compare import compare
 from robustkit.report.table import interval, percent
 
+# The title of the models whose numbers are in doubt.
+APART = "ranked apart: flags put these numbers in doubt"
+# The one rule for two neighbours, wherever their order is spoken of.
+LEVEL = 0.05
+RULE = f"where p is {LEVEL} or more, these images do not tell which of the two is more robust"
+
 
 @dataclass(frozen=True)
 class Behind:
@@ -33,8 +39,14 @@ class Behind:
 
 @dataclass(frozen=True)
 class Row:
-    """One model: `behind` is None for the first, and where the two were not given the same images."""
+    """One model.
 
+    Attributes:
+        rank: from 1, among the models with flags or among those without; the same for equal robust accuracies.
+        behind: None for the first of either, and where the two were not given the same images.
+    """
+
+    rank: int
     name: str
     model: str
     folder: str
@@ -49,8 +61,8 @@ class Row:
 
     @property
     def doubts(self) -> list[str]:
-        """The codes of its warnings and errors."""
-        return [flag.code for flag in self.flags if flag.level in ("warning", "error")]
+        """The codes of its warnings and errors; with any, it is ranked apart."""
+        return doubts(self.flags)
 
 
 @dataclass(frozen=True)
@@ -82,44 +94,73 @@ class Leaderboard:
     ) -> Leaderboard:
         """Return the board of name, folder and report of each finished run, one at least.
 
-        Ties stand in the order of their clean accuracy. `failed` are name, model string and reason.
+        Models whose flags put their numbers in doubt come after all others, with ranks of their own. Ties share a
+        rank and stand in the order of their clean accuracy. `failed` are name, model string and reason.
         """
         order = sorted(
             found,
-            key=lambda one: (-one[2].robust_accuracy.value, -one[2].clean_accuracy.value, one[0]),
+            key=lambda one: (
+                bool(doubts(one[2].flags)),
+                -one[2].robust_accuracy.value,
+                -one[2].clean_accuracy.value,
+                one[0],
+            ),
         )
-        above: list[Report | None] = [None, *(report for _, _, report in order)]
         first = order[0][2]
+        parts = [[one for one in order if bool(doubts(one[2].flags)) == doubted] for doubted in (False, True)]
         return cls(
             id=id,
             data=first.spec.data,
             threat=first.spec.threat,
             suite=first.spec.suite,
             seed=first.spec.seed,
-            rows=[
-                Row(
-                    name=name,
-                    model=report.spec.model["string"],
-                    folder=folder,
-                    run_id=report.run_id,
-                    n=report.n,
-                    clean_accuracy=report.clean_accuracy,
-                    robust_accuracy=report.robust_accuracy,
-                    behind=_behind(before, report) if before else None,
-                    gradients_per_image=report.cost.backwards / report.n,
-                    forwards_per_image=report.cost.forwards / report.n,
-                    flags=report.flags,
-                )
-                for before, (name, folder, report) in zip(above, order, strict=False)
-            ],
+            rows=[row for part in parts for row in _ranked(part)],
             failed=[Failure(*one) for one in failed],
             environment=first.environment,
         )
+
+    @property
+    def sections(self) -> list[tuple[str, list[Row]]]:
+        """The ranked models, and those ranked apart under a title; without empty ones."""
+        parts = [("", [row for row in self.rows if not row.doubts])]
+        parts += [(APART, [row for row in self.rows if row.doubts])]
+        return [(title, rows) for title, rows in parts if rows]
 
     def to_json(self) -> dict[str, Any]:
         """Return the record as leaderboard.json holds it, `format` first."""
         body = json.loads(dumps(self))
         return {"format": body.pop("format"), **body}
+
+
+def doubts(flags: Sequence[Flag]) -> list[str]:
+    """Return the codes of the flags that put a robust accuracy in doubt: warnings and errors."""
+    return [flag.code for flag in flags if flag.warns]
+
+
+def _ranked(found: Sequence[tuple[str, str, Report]]) -> list[Row]:
+    """Return the rows of models in their order."""
+    rows: list[Row] = []
+    above: Report | None = None
+    for place, (name, folder, report) in enumerate(found, 1):
+        tied = above is not None and above.robust_accuracy.value == report.robust_accuracy.value
+        rows.append(
+            Row(
+                rank=rows[-1].rank if tied else place,
+                name=name,
+                model=report.spec.model["string"],
+                folder=folder,
+                run_id=report.run_id,
+                n=report.n,
+                clean_accuracy=report.clean_accuracy,
+                robust_accuracy=report.robust_accuracy,
+                behind=_behind(above, report) if above else None,
+                gradients_per_image=report.cost.backwards / report.n,
+                forwards_per_image=report.cost.forwards / report.n,
+                flags=report.flags,
+            )
+        )
+        above = report
+    return rows
 
 
 def _behind(above: Report, report: Report) -> Behind | None:
@@ -147,19 +188,23 @@ def show(board: Leaderboard, console: Console, page: object = None, next_command
     table.add_column("model", no_wrap=True)
     for column in ("clean acc", "robust acc", "95% interval", "behind", "95% interval", "p", "grads/img", "flags"):
         table.add_column(column, justify="right", no_wrap=True)
-    for place, row in enumerate(board.rows, 1):
-        table.add_row(
-            str(place),
-            row.name,
-            percent(row.clean_accuracy.value),
-            percent(row.robust_accuracy.value),
-            interval(row.robust_accuracy),
-            *behind(row.behind),
-            f"{row.gradients_per_image:,.0f}",
-            str(len(row.doubts) or "–"),
-        )
+    for title, rows in board.sections:
+        if title:
+            table.add_row("", title)
+        for row in rows:
+            table.add_row(
+                str(row.rank),
+                row.name,
+                percent(row.clean_accuracy.value),
+                percent(row.robust_accuracy.value),
+                interval(row.robust_accuracy),
+                *behind(row.behind),
+                f"{row.gradients_per_image:,.0f}",
+                str(len(row.doubts) or "–"),
+            )
     console.print(table, highlight=False)
     line("behind: the model above, in points, on the same images (paired; p: McNemar's, of this pair alone)")
+    line(RULE)
     for row in board.rows:
         if row.doubts:
             line(f"flags    {row.name}: {', '.join(row.doubts)}")

@@ -7,7 +7,7 @@ from typing import Any
 
 from robustkit.report.classes import ClassRow
 from robustkit.report.command import suite
-from robustkit.report.leaderboard import Leaderboard, behind
+from robustkit.report.leaderboard import LEVEL, RULE, Leaderboard, Row, behind
 from robustkit.report.render import render
 from robustkit.report.table import interval, percent
 from robustkit.report.words import counted
@@ -18,26 +18,41 @@ def page(board: Leaderboard) -> str:
     return render("leaderboard.html", _facts(board))
 
 
+def _row(row: Row) -> dict[str, Any]:
+    gap, ends, p = behind(row.behind)
+    return {
+        "rank": row.rank,
+        "name": row.name,
+        "page": f"{row.folder}/report.html",
+        "clean": percent(row.clean_accuracy.value),
+        "robust": percent(row.robust_accuracy.value),
+        "ends": interval(row.robust_accuracy),
+        "chart": ClassRow(row.name, row.clean_accuracy, row.robust_accuracy).chart,
+        "behind": gap,
+        "behind_ends": ends,
+        "p": p,
+        "gradients": f"{row.gradients_per_image:,.0f}",
+        "doubts": row.doubts,
+    }
+
+
+def _headline(board: Leaderboard) -> str:
+    """Return who is first, and with what, by the rule that the table is under."""
+    title, rows = board.sections[0]
+    where = f"of {counted(board.data['n'])} of {str(board.data['string']).rpartition('/')[2]} at {board.threat}"
+    if title:
+        return f"No model without a flag: every number {where} is in doubt"
+    first = [row for row in rows if row.rank == 1]
+    names, share = " and ".join(row.name for row in first), percent(first[0].robust_accuracy.value)
+    if len(first) > 1:
+        return f"{names} are level: {share} robust accuracy {where}"
+    lead = rows[1].behind if len(rows) > 1 else None
+    close = f", not clearly ahead of {rows[1].name} (p = {lead.p:.2g})" if lead and lead.p >= LEVEL else ""
+    return f"{names}: {share} robust accuracy {where}{close}"
+
+
 def _facts(board: Leaderboard) -> dict[str, Any]:
-    versions, rows = board.environment.get("versions", {}), []
-    for place, row in enumerate(board.rows, 1):
-        gap, ends, p = behind(row.behind)
-        rows.append(
-            {
-                "place": place,
-                "name": row.name,
-                "page": f"{row.folder}/report.html",
-                "clean": percent(row.clean_accuracy.value),
-                "robust": percent(row.robust_accuracy.value),
-                "ends": interval(row.robust_accuracy),
-                "chart": ClassRow(row.name, row.clean_accuracy, row.robust_accuracy).chart,
-                "behind": gap,
-                "behind_ends": ends,
-                "p": p,
-                "gradients": f"{row.gradients_per_image:,.0f}",
-                "doubts": row.doubts,
-            }
-        )
+    versions = board.environment.get("versions", {})
     facts = {
         "data": board.data["string"],
         "device": board.environment.get("device_name") or board.environment.get("device"),
@@ -46,10 +61,9 @@ def _facts(board: Leaderboard) -> dict[str, Any]:
     }
     return {
         "board": board,
-        "rows": rows,
-        "best": rows[0],
-        "images": counted(board.data["n"]),
-        "data": str(board.data["string"]).rpartition("/")[2],
+        "sections": [(title, [_row(row) for row in rows]) for title, rows in board.sections],
+        "headline": _headline(board),
+        "rule": RULE,
         "models": [f"{row.name}={row.model}" for row in board.rows],
         "command": f"robustkit evaluate --models models.txt --data {shlex.quote(str(board.data['string']))} \\\n"
         f"    --limit {board.data['n']} --threat {board.threat} --seed {board.seed} \\\n"

@@ -25,7 +25,8 @@ def command(zoo: Path, *more: str) -> list[str]:
 def test_a_list_again_and_longer(zoo: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(command(zoo)) == 0
     out, told = capsys.readouterr()
-    assert out.index("coarse") < out.index("digits-cnn ")
+    # The coarse one hides its gradient: whatever its number, it is ranked apart.
+    assert out.index("digits-cnn ") < out.index("ranked apart") < out.index("coarse")
     assert "next     robustkit compare" in out
     with zoo.open("a") as file:
         file.write("gone = robustkit:digits-cnn@gone.safetensors\n")
@@ -34,14 +35,18 @@ def test_a_list_again_and_longer(zoo: Path, capsys: pytest.CaptureFixture[str]) 
     assert told.count("was finished before") == 2
     assert "digits-cnn: robust accuracy" in told
     body = json.loads(out)
-    assert [row["name"] for row in body["rows"]] == ["coarse", "digits-cnn"]
+    assert [row["name"] for row in body["rows"]] == ["digits-cnn", "coarse"]
     assert "there is no weights file" in body["failed"][0]["reason"]
     folder = zoo.parent / "runs"
+    gate = body.pop("gate")
     assert json.loads((folder / "leaderboard.json").read_text()) == body
+    assert not gate["passed"]
+    assert gate["reasons"][0].startswith("digits-cnn: robust accuracy")
     for page in ("leaderboard.html", *(f"{row['folder']}/report.html" for row in body["rows"])):
         assert "</html>" in (folder / page).read_text()
     zoo.write_text("robustkit:digits-cnn\n")
     assert run(command(zoo, "--fail-under", "0.99")) == 1
+    assert run(command(zoo, "--fail-on-flag", "zero-gradient")) == 0
 
 
 @pytest.mark.parametrize(

@@ -244,6 +244,15 @@ def test_fail_under(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert run([*command, "--fail-under", "1"]) == 1
     assert "is below --fail-under 100.0 %" in capsys.readouterr().err
     assert run([*command, "--fail-under", "45"]) == 2
+    assert run([*command, "--confident", "--fail-under", "0.1"]) in (0, 1)
+    coarse = [*command, "robustkit:digits-cnn?defense=bit-depth:3", "--fail-under", "0.1", "--out", "coarse"]
+    capsys.readouterr()
+    assert run(coarse) == 0
+    assert "but flags put it in doubt: " in capsys.readouterr().err
+    assert run([*coarse, "--fail-on-flag", "--json"]) == 1
+    printed = capsys.readouterr()
+    assert not json.loads(printed.out)["gate"]["passed"]
+    assert "is raised, and --fail-on-flag was given" in printed.err
 
 
 def test_a_gradient_without_numbers_halts_nobody() -> None:

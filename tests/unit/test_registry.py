@@ -77,6 +77,24 @@ def test_unknown_attacks(name):
     assert sentence(error).startswith(f"no attack {name!r}.")
 
 
+@pytest.mark.parametrize(
+    ("version", "suite"),
+    [("standard", "autoattack"), ("plus", "autoattack-plus"), ("rand", "autoattack-rand")],
+)
+def test_autoattacks_own_names_point_to_its_suites(version, suite):
+    for text in (version, f"fgsm,{version}"):
+        with pytest.raises(UsageError) as error:
+            registry.parse_suite(text, "linf")
+        assert sentence(error).endswith(f"is {suite!r} here; write it.")
+    assert registry.parse_suite(suite, "linf")
+
+
+@pytest.mark.parametrize(("name", "meant"), [("PGD", "pgd"), ("pgd-20", "pgd"), ("AutoAttack", "autoattack")])
+def test_other_peoples_spellings_find_the_name(name, meant):
+    with pytest.raises(UsageError, match=f"Did you mean '{meant}'"):
+        registry.parse_suite(name, "linf")
+
+
 def test_unknown_fields_name_the_nearest():
     with pytest.raises(UsageError) as error:
         registry.make("pgd", stpes=3)

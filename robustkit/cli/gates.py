@@ -1,0 +1,140 @@
+"""What makes `robustkit evaluate` exit with 1: too low a robust accuracy, or flags that were raised."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from robustkit.cli.command import Command
+from robustkit.errors import UsageError, did_you_mean
+from robustkit.flag_codes import CODES
+
+if TYPE_CHECKING:
+    from robustkit.record import Flag, Rate
+
+ON_FLAG = "--fail-on-flag"
+ANY = "any"
+
+
+class GatedCommand(Command):
+    """A command whose `--fail-on-flag` may stand alone, before whatever word comes next."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Give each bare `--fail-on-flag` its value: the code behind it, or any."""
+        words, given = [], list(args)
+        while given:
+            word = given.pop(0)
+            if word == ON_FLAG:
+                word += f"={given.pop(0) if given and _is_code(given[0]) else ANY}"
+            words.append(word)
+        return super().parse_args(ctx, words)
+
+
+def _is_code(word: str) -> bool:
+    """Return whether a word is meant as codes, and not as the model: those have other signs, or are folders."""
+    return bool(re.fullmatch(r"[a-z][a-z0-9,-]*", word)) and not Path(word).exists()
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What a robust accuracy has to pass.
+
+    Attributes:
+        fail_under: the least robust accuracy, a share; None for no such limit.
+        confident: compare the lower end of its 95 % interval instead of its value.
+        fail_on: codes of flags, or `any` for every flag of level warning or error.
+    """
+
+    fail_under: float | None = None
+    confident: bool = False
+    fail_on: tuple[str, ...] = ()
+
+    @classmethod
+    def read(cls, fail_under: float | None, confident: bool, fail_on: Sequence[str]) -> Gate:
+        """Return the gate of the command's options.
+
+        Raises:
+            UsageError: for a share outside [0, 1], an unknown code, or `--confident` with nothing to compare.
+        """
+        if fail_under is not None and not 0 <= fail_under <= 1:
+            raise UsageError(f"--fail-under {fail_under:g}: write a share from 0 to 1, e.g. 0.45 for 45 %.")
+        if confident and fail_under is None:
+            raise UsageError(
+                "--confident says how --fail-under compares; write e.g. --fail-under 0.45 --confident."
+            )
+        codes = [code.strip() for text in fail_on for code in text.split(",")]
+        for code in codes:
+            if code not in (ANY, *CODES):
+                raise did_you_mean("flag", code, CODES, (ANY,))
+        return cls(fail_under, confident, tuple(codes))
+
+    @property
+    def closed(self) -> bool:
+        """Whether anything is asked for."""
+        return self.fail_under is not None or bool(self.fail_on)
+
+    def reasons(self, rate: Rate, flags: Sequence[Flag]) -> list[str]:
+        """Return why a robust accuracy does not pass, a sentence each; none if it does."""
+        raised, found = _raised(flags), []
+        if self.fail_under is not None and self._compared(rate) < self.fail_under:
+            what = "the 95 % interval of robust accuracy begins at" if self.confident else "robust accuracy"
+            doubts = f"; flags raised: {', '.join(raised)}" if raised else ""
+            share, least = _apart(self._compared(rate), self.fail_under)
+            middle = ", which is below" if self.confident else " is below"
+            found.append(f"{what} {share}{middle} --fail-under {least}{doubts}")
+        codes = {flag.code for flag in flags if flag.raised}
+        hits = raised if ANY in self.fail_on else [code for code in self.fail_on if code in codes]
+        found += [f"flag {code} is raised, and {ON_FLAG} was given" for code in dict.fromkeys(hits)]
+        return found
+
+    def doubt(self, rate: Rate, flags: Sequence[Flag]) -> str:
+        """Return what to say of a robust accuracy that passes although flags warn; empty if none does."""
+        raised = _raised(flags)
+        if self.fail_under is None or not raised:
+            return ""
+        share, least = 100 * rate.value, 100 * self.fail_under
+        return (
+            f"robust accuracy {share:.1f} % passes --fail-under {least:.1f} %, but flags put it in doubt: "
+            f"{', '.join(raised)}; add {ON_FLAG} to fail on them"
+        )
+
+    def judge(self, found: Sequence[tuple[str, Rate, Sequence[Flag]]]) -> int:
+        """Say on stderr which of these results do not pass, or are in doubt; return 1 if any does not pass."""
+        code = 0
+        for name, rate, flags in found:
+            reasons = self.reasons(rate, flags)
+            for text in reasons or filter(None, [self.doubt(rate, flags)]):
+                print(f"{name}: {text}" if name else text, file=sys.stderr)
+            code = code or int(bool(reasons))
+        return code
+
+    def record(self, found: Sequence[tuple[str, Rate, Sequence[Flag]]]) -> dict[str, Any]:
+        """Return the outcome as `--json` prints it under `gate`; nothing if nothing is asked for."""
+        if not self.closed:
+            return {}
+        reasons = [
+            f"{name}: {text}" if name else text
+            for name, rate, flags in found
+            for text in self.reasons(rate, flags)
+        ]
+        return {"gate": {"passed": not reasons, "reasons": reasons}}
+
+    def _compared(self, rate: Rate) -> float:
+        return rate.low if self.confident else rate.value
+
+
+def _raised(flags: Sequence[Flag]) -> list[str]:
+    return [flag.code for flag in flags if flag.warns]
+
+
+def _apart(share: float, least: float) -> tuple[str, str]:
+    """Return two different shares in percent, with as many digits as tell them apart."""
+    for digits in range(1, 6):
+        texts = f"{100 * share:.{digits}f} %", f"{100 * least:.{digits}f} %"
+        if texts[0] != texts[1]:
+            break
+    return texts
