@@ -33,7 +33,7 @@ from robustkit.transfer import compose
 
 THREATS = {"linf": ThreatModel.parse("linf:8/255"), "l2": ThreatModel.parse("l2:0.5")}
 norms = pytest.mark.parametrize("norm", THREATS)
-RULES = ("i-fgsm(steps=4)", "mi-fgsm(steps=4)", "pgd(steps=4)", "cwa(steps=3)")
+RULES = ("i-fgsm(steps=4,step_size=0.1eps)", "mi-fgsm(steps=4,step_size=0.1eps)", "pgd(steps=4)", "cwa(steps=3)")
 rules = pytest.mark.parametrize("rule", RULES)
 
 
@@ -83,11 +83,32 @@ def written_out(steps, momentum=None, nets=NETS, tiny=0.0):
 
 
 GOLDEN = {
-    "i-fgsm(steps=1)": (0.02896197, -0.02304934, -0.00179389, -0.00202522, -0.0334836, 0.00120869),
-    "i-fgsm(steps=2)": (0.01868473, -0.02616273, 0.03762015, 0.0225797, -0.01845807, 0.00101199),
-    "i-fgsm(steps=3)": (0.0127136, -0.0197856, 0.02521325, -0.00785653, 0.01765934, -0.00519155),
-    "i-fgsm(steps=6)": (0.02677088, -0.03806226, 0.05171649, -0.01741519, 0.03331104, -0.01258233),
-    "mi-fgsm(steps=3,momentum=0.9)": (0.05639763, -0.06678033, 0.06287701, 0.00691171, -0.02033451, -0.00501626),
+    "i-fgsm(steps=1,step_size=0.1eps)": (
+        0.02896197,
+        -0.02304934,
+        -0.00179389,
+        -0.00202522,
+        -0.0334836,
+        0.00120869,
+    ),
+    "i-fgsm(steps=2,step_size=0.1eps)": (0.01868473, -0.02616273, 0.03762015, 0.0225797, -0.01845807, 0.00101199),
+    "i-fgsm(steps=3,step_size=0.1eps)": (0.0127136, -0.0197856, 0.02521325, -0.00785653, 0.01765934, -0.00519155),
+    "i-fgsm(steps=6,step_size=0.1eps)": (
+        0.02677088,
+        -0.03806226,
+        0.05171649,
+        -0.01741519,
+        0.03331104,
+        -0.01258233,
+    ),
+    "mi-fgsm(steps=3,step_size=0.1eps,momentum=0.9)": (
+        0.05639763,
+        -0.06678033,
+        0.06287701,
+        0.00691171,
+        -0.02033451,
+        -0.00501626,
+    ),
 }
 FULL = (0.081326, -0.03967162, -0.04266317, -0.05619257, -0.08228096, 0.0218763)
 
@@ -104,7 +125,7 @@ def test_golden_l2(attack):
 
 
 def test_golden_full():
-    found = (craft("i-fgsm(steps=3)+full", NETS, norm="l2", combine="logits") - X).flatten()
+    found = (craft("i-fgsm(steps=3,step_size=0.1eps)+full", NETS, norm="l2", combine="logits") - X).flatten()
     torch.testing.assert_close(found, torch.tensor(FULL).double(), rtol=0, atol=1e-7)
     torch.testing.assert_close(found, written_out(3, nets=[averaged(NETS)]), rtol=0, atol=1e-12)
 
@@ -169,11 +190,13 @@ def test_l3_every_sample_is_asked_equally_often(rule):
 @pytest.mark.parametrize("combine", ["logits", "probabilities", "loss", "gradients"])
 def test_l4_as_many_as_there_are_is_full(norm, combine):
     nets, x, goal = some_nets(3), some_images(), some_goal()
-    full = craft("mi-fgsm(steps=3)+full", nets, x=x, goal=goal, norm=norm, combine=combine)
-    members = craft("mi-fgsm(steps=3)", *nets, x=x, goal=goal, norm=norm, combine=combine)
+    full = craft("mi-fgsm(steps=3,step_size=0.1eps)+full", nets, x=x, goal=goal, norm=norm, combine=combine)
+    members = craft("mi-fgsm(steps=3,step_size=0.1eps)", *nets, x=x, goal=goal, norm=norm, combine=combine)
     torch.testing.assert_close(full, members)
     for technique in ("light(samples=3)", "light(samples=3,order=listed)", "light(samples=99)"):
-        found = craft(f"mi-fgsm(steps=3)+{technique}", nets, x=x, goal=goal, norm=norm, combine=combine)
+        found = craft(
+            f"mi-fgsm(steps=3,step_size=0.1eps)+{technique}", nets, x=x, goal=goal, norm=norm, combine=combine
+        )
         torch.testing.assert_close(found, full)
 
 
@@ -228,8 +251,10 @@ def test_l7_no_gradient_no_move(norm, rule):
 @norms
 def test_l8_momentum_zero_is_i_fgsm(norm):
     nets, x, goal = some_nets(3), some_images(), some_goal()
-    plain = craft("i-fgsm(steps=5)", nets, x=x, goal=goal, norm=norm)
-    torch.testing.assert_close(craft("mi-fgsm(steps=5,momentum=0)", nets, x=x, goal=goal, norm=norm), plain)
+    plain = craft("i-fgsm(steps=5,step_size=0.1eps)", nets, x=x, goal=goal, norm=norm)
+    torch.testing.assert_close(
+        craft("mi-fgsm(steps=5,step_size=0.1eps,momentum=0)", nets, x=x, goal=goal, norm=norm), plain
+    )
 
 
 @norms
@@ -242,7 +267,7 @@ def test_l8_what_gradients_are_divided_by_is_a_constant_factor(norm):
         (gradient,) = torch.autograd.grad(goal.loss(net(at)).sum(), at)
         velocity = velocity + gradient / gradient.abs().mean((1, 2, 3), keepdim=True)
         point = threat.project(point + 0.1 * float(threat.eps) * threat.ascent(velocity), x)
-    found = craft("mi-fgsm(steps=5)", net, x=x, goal=goal, norm=norm)
+    found = craft("mi-fgsm(steps=5,step_size=0.1eps)", net, x=x, goal=goal, norm=norm)
     torch.testing.assert_close(found, point, rtol=0, atol=1e-12)
 
 
@@ -258,9 +283,9 @@ def test_l10_the_order_is_the_seeds():
 
     def order(seed):
         posterior = Posterior(nets)
-        craft("i-fgsm(steps=7)", posterior, x=x, goal=goal, seed=seed)
+        craft("i-fgsm(steps=7,step_size=0.1eps)", posterior, x=x, goal=goal, seed=seed)
         posterior(x)  # clean evaluation between batches
-        craft("i-fgsm(steps=7)", posterior, x=x[:2], goal=goal.select(torch.arange(2)), seed=seed)
+        craft("i-fgsm(steps=7,step_size=0.1eps)", posterior, x=x[:2], goal=goal.select(torch.arange(2)), seed=seed)
         assert posterior.asked[:7] == posterior.asked[7:]
         return posterior.asked[:7]
 
@@ -273,7 +298,7 @@ def test_l10_the_order_is_the_seeds():
 
 def test_l10_architectures_are_shuffled_apart():
     groups = [Posterior(some_nets(9)) for _ in range(2)]
-    craft("i-fgsm(steps=9)", *groups, x=some_images(), goal=some_goal())
+    craft("i-fgsm(steps=9,step_size=0.1eps)", *groups, x=some_images(), goal=some_goal())
     assert groups[0].asked != groups[1].asked
 
 
@@ -323,6 +348,12 @@ def test_cwa_over_single_samples_is_cwa(norm):
 def test_other_techniques_over_samples(technique):
     x, goal = some_images(), some_goal()
     for light in ("", "+light(samples=2)", "+full"):
-        found = craft(f"mi-fgsm(steps=2)+{technique}{light}", some_nets(3), some_nets(2, seed=4), x=x, goal=goal)
+        found = craft(
+            f"mi-fgsm(steps=2,step_size=0.1eps)+{technique}{light}",
+            some_nets(3),
+            some_nets(2, seed=4),
+            x=x,
+            goal=goal,
+        )
         assert THREATS["linf"].contains(found, x).all()
         assert not torch.equal(found, x)
