@@ -44,5 +44,5 @@ class PGD(RowWise):
         x, gradient = state["x"], answer.gradient
         blocked = ((x <= 0) & (gradient < 0)) | ((x >= 1) & (gradient > 0))
         direction = rows.threat.ascent(torch.where(blocked, 0, gradient), density=self.density)
-        size = self.step_size or StepSize(2.5 / self.steps)
-        return {"x": rows.threat.project(x + size.length(float(rows.threat.eps)) * direction, rows.x)}
+        step = (self.step_size or StepSize(2.5 / self.steps)).length(float(rows.threat.eps))
+        return {"x": rows.threat.project(x + step * direction, rows.x)}

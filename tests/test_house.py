@@ -21,7 +21,7 @@ PACKAGE = ROOT / "robustkit"
 VOCABULARY = {
     *("errors", "shapes", "threat", "losses", "goal", "rng", "rows", "record", "registry"),
     *("residual", "surrogates", "populations", "transfer", "method", "sampling", "features", "inner"),
-    *("aggregation", "noise", "multiresolution", "stem", "probes", "selfensemble"),
+    *("aggregation", "noise", "multiresolution", "stem", "probes", "selfensemble", "step_size"),
 }
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
@@ -30,7 +30,10 @@ ALLOWED: dict[str, set[str]] = {
     "version": set(),
     "preprocess": set(),
     "devices": {"errors"},
-    "threat": {"errors", "shapes"},
+    "numbers": set(),
+    "step_size": {"errors", "numbers"},
+    "flag_codes": set(),
+    "threat": {"errors", "numbers", "shapes"},
     "losses": {"errors", "shapes"},
     "goal": {"losses", "shapes"},
     "rows": {"goal", "losses", "rng", "shapes", "threat"},
@@ -43,7 +46,7 @@ ALLOWED: dict[str, set[str]] = {
     "trained": {"errors", "record"},
     "diverse": {"errors", "record"},
     "planned": {"errors", "record"},
-    "registry": {"errors", "record"},
+    "registry": {"errors", "numbers", "record", "step_size"},
     "residual": {"errors"},
     "aggregation": {"errors", "shapes"},
     "factsheet": {"aggregation", "errors"},
@@ -82,7 +85,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "cli": {
         *("api", "devices", "engine", "report", "models", "data", "registry", "errors", "threat", "record"),
-        *("crafted", "training", "trained", "factsheet", "planned", "writing", "version"),
+        *("crafted", "training", "trained", "factsheet", "flag_codes", "planned", "writing", "version"),
     },
 }
 # Only these may name the packages that are slow to import or belong to one adapter.
