@@ -13,6 +13,8 @@ _FORMS = (
     "robustkit:NAME, timm:NAME, torchvision:NAME, ensemble:[A;B], ./FILE.py:FACTORY, MODULE:FACTORY or the folder "
     "of a training run"
 )
+# What people write in front of a name on Hugging Face's or torch's hub.
+_HUBS = ("hf", "hf-hub", "hf_hub", "hub", "huggingface", "torch.hub", "torchhub")
 
 
 def no_such_kind(spec: ModelString) -> UsageError:
@@ -30,7 +32,9 @@ def _near(spec: ModelString) -> str | None:
     for kind in difflib.get_close_matches(spec.source, (ZOO, TIMM, TORCHVISION), n=1):
         if kind != ZOO or spec.name in CATALOG:
             return f"{kind}:{spec.name}"
-    # A hub's OWNER/NET.TAG, whose net may be spelt in another way.
+    if spec.source not in _HUBS:
+        return None
+    # OWNER/NET.TAG, whose net may be spelt in another way. To list timm's takes seconds.
     net = _letters(spec.name.rpartition("/")[2].partition(".")[0])
     for kind, names in ((ZOO, list(CATALOG)), (TIMM, from_timm.names())):
         for name in names:

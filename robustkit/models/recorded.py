@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import parse_qsl
 
 from robustkit.errors import UsageError
 from robustkit.models.strings import ENSEMBLE, FILE, FOLDER, MODULE, ModelString
@@ -60,8 +61,12 @@ def recorded_data(string: str, where: object) -> str:
     Raises:
         UsageError: it names what is not on this machine's disks, or a whole disk or home folder.
     """
-    name, _, rest = string.partition(":")
-    path = rest if name in ("folder", "webdataset") else string
+    head, _, query = string.partition("?")
+    for _, value in parse_qsl(query):
+        if any(sign in value for sign in ("/", "\\")):
+            _check_path(value, where, "--data")
+    name, _, rest = head.partition(":")
+    path = rest if name in ("folder", "webdataset") else head
     # Data with a name of its own, such as cifar10:test, has neither.
     if path == rest or any(sign in path for sign in ("/", "\\", ".npz")):
         _check_path(path, where, "--data")
@@ -89,7 +94,7 @@ def _check_path(path: str, where: object, flag: str) -> None:
     """Refuse what is not an absolute path on a disk, which every path in a record that robustkit wrote is."""
     place = Path(path)
     devices = len(place.parts) > 1 and place.parts[0] == os.sep and place.parts[1] in _DEVICES
-    if _ELSEWHERE.match(path) or devices or not place.is_absolute():
+    if "\0" in path or _ELSEWHERE.match(path) or devices or not place.is_absolute():
         raise UsageError(
             f"{where} names {path!r}, which is not the absolute path of a file on a disk of this machine: give "
             f"{flag} with where it is here."

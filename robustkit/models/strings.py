@@ -53,6 +53,8 @@ class ModelString:
         text = text.strip()
         if len(text) > MOST_SIGNS:
             raise UsageError(f"a model string of {len(text):,} signs is too long: write at most {MOST_SIGNS:,}.")
+        if "\0" in text:
+            raise UsageError(f"model {text[:60]!r} has a NUL character, which no name or path has: leave it out.")
         if text.startswith(f"{ENSEMBLE}:"):
             return cls._joined(text)
         marks = list(_QUERY.finditer(text))

@@ -270,7 +270,17 @@ def test_paths_of_a_record(string: str) -> None:
 
 @pytest.mark.parametrize(
     "string",
-    ["folder://host/share", "folder:/", "folder:~", "webdataset:pipe:ls", "/dev/x.npz", "../x.npz", "folder:"],
+    [
+        "folder://host/share",
+        "folder:/",
+        "folder:~",
+        "webdataset:pipe:ls",
+        "/dev/x.npz",
+        "../x.npz",
+        "folder:",
+        "folder:/d/a?classes=//host/names.txt",
+        "folder:/d/a\0",
+    ],
 )
 def test_data_of_a_record(string: str) -> None:
     with pytest.raises(UsageError, match="give --data"):
@@ -286,7 +296,13 @@ def test_what_an_honest_record_names() -> None:
     ):
         assert recorded_model(string, RECORD, False) == string
     assert recorded_model("./net.py:build", RECORD, True)
-    for string in ("digits:test", "cifar10:test", "folder:/data/val", "webdataset:/d/{000..049}.tar", "/d/x.npz"):
+    for string in (
+        "digits:test",
+        "cifar10:test",
+        "folder:/data/val",
+        "webdataset:/d/{000..049}.tar",
+        "/d/x.npz?layout=NCHW",
+    ):
         assert recorded_data(string, RECORD) == string
 
 
