@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import torch
 
-from robustkit.checks import lints
+from robustkit.checks import lints, slopes
 from robustkit.checks.outputs import probabilities
 from robustkit.checks.probe import Probe, agree
 from robustkit.checks.randomness import SEEDERS
 from robustkit.goal import Goal
 from robustkit.record import Flag, passed, unmeasured
+from robustkit.rng import RowRng
 from robustkit.rows import Answer, query
-from robustkit.shapes import Images, PerRow
+from robustkit.shapes import Images, Logits, PerRow
 
 VANISHING = 1e-7
 MOST = 0.75
-STEPS = (1e-3, 3e-3, 1e-2)
+# At how many points at least a gradient is compared with finite differences.
+POINTS = 8
+# How many roundings of the largest logit a net's own arithmetic amounts to.
+ROUNDING = 4
 
 
 def broken(probe: Probe) -> Flag | None:
@@ -67,47 +71,55 @@ def vanishing(probe: Probe) -> Flag | None:
 
 
 def disagrees(probe: Probe) -> Flag:
-    """A gradient that does not predict what the function does along it.
+    """A gradient that is not that of the function, by finite differences at points close to the images.
 
-    Compares the slope along the gradient's sign with central differences at three step sizes; the nearest counts,
-    and half of the images must be off by more than half: kinks of honest nets stay far below. A random model is
-    asked with the same seeds each time. Not for probabilities, whose slope tells of no step where one is sure, nor
-    for models whose draws no seed repeats: those are other diagnoses.
+    Two kinds of direction are compared (see `slopes`): the gradient's signs, along which attacks climb and where
+    float rounding is smallest, and random signs, which also show a part of the gradient that is missing. Few
+    images are taken several times, at other points, so that one image has as much to say as many. Random models
+    are called with the same seeds each time. Not for probabilities, whose slope is 0 where the model is certain,
+    nor for models whose draws no seed repeats: those have flags of their own.
     """
     code, rows = "wrong-gradient", probe.few[_sizes(probe, "margin") > 0]
     if not len(rows) or probabilities(probe):
         return unmeasured(
             code, "there is no slope to compare: zero gradients, or probabilities", "see their flags"
         )
-    # Far enough inside the box that no step leaves it: outside a model need not have an answer.
-    x, goal = probe.x[rows].clamp(max(STEPS), 1 - max(STEPS)), Goal(probe.labels[rows])
-    gradient = _seeded(probe, x, goal).gradient
-    direction = gradient.sign()
-    promised = gradient.abs().flatten(1).sum(1).clamp(min=1e-30)
-    errors = []
-    for step in STEPS:
-        ahead, behind = (
-            _seeded(probe, x + sign * step * direction, goal, with_gradient=False).loss for sign in (1, -1)
-        )
-        errors.append(((ahead - behind) / (2 * step) / promised - 1).abs())
-    error = torch.stack(errors).amin(0)
-    typical = float(error.median())
+    rows = rows.repeat(-(-POINTS // len(rows)))
+    copies = torch.arange(len(rows), device=rows.device)
+    rng, goal = RowRng(probe.seed, "slopes", copies), Goal(probe.labels[rows])
+    x = slopes.nearby(probe.x[rows], rng.at(step=1))
+    there = _seeded(probe, x, goal)
+    rounding = ROUNDING * _precision(there.logits) * float(there.logits.abs().amax(1).median())
+
+    def loss(images: Images) -> PerRow:
+        return _seeded(probe, images, goal, with_gradient=False).loss
+
+    flat = there.gradient.flatten(1)
+    kinds = ((there.gradient.sign(), flat.abs().sum(1)), (slopes.signs(x, rng.at(step=2)), flat.norm(dim=1)))
+    found = [slopes.compare(loss, x, there.gradient, direction, size, rounding) for direction, size in kinds]
+    worst = round(max(one.error for one in found), 4)
     what = "is the median relative error of the gradient against finite differences"
-    if typical <= 0.5:
-        return passed(code, round(typical, 4), what)
-    one, other = (_seeded(probe, x, goal, with_gradient=False).logits for _ in range(2))
-    if not agree(one, other):
-        return unmeasured(
-            code, "no seed repeats the model's draws, so there is nothing to compare", "see its draws"
+    if any(one.state == "wrong" for one in found):
+        one, other = (_seeded(probe, x, goal, with_gradient=False).logits for _ in range(2))
+        if not agree(one, other):
+            return unmeasured(
+                code, "no seed repeats the model's draws, so there is nothing to compare", "see its draws"
+            )
+        return Flag(
+            code,
+            "warning",
+            worst,
+            f"{what}, which should be near 0: it is "
+            "not that of the function (quantisation, a straight-through estimate, shattered gradients)",
+            "attack a smooth version of the model and judge on this one; look at what score-based attacks find",
         )
-    return Flag(
-        code,
-        "warning",
-        round(typical, 4),
-        f"{what}, which should be near 0: it is "
-        "not that of the function (quantisation, a straight-through estimate, shattered gradients)",
-        "attack a smooth version of the model and judge on this one; look at what score-based attacks find",
-    )
+    if not any(one.state == "right" for one in found):
+        return unmeasured(
+            code,
+            "finite differences at several step sizes do not agree with each other, by float rounding or kinks",
+            "see what score-based attacks find",
+        )
+    return passed(code, worst, what)
 
 
 def unlike(probe: Probe) -> Flag | None:
@@ -134,6 +146,14 @@ def _seeded(probe: Probe, x: Images, goal: Goal, *, with_gradient: bool = True) 
     for seed in SEEDERS.values():
         seed(0)
     return query(probe.model, x, goal, "margin", with_gradient)
+
+
+def _precision(logits: Logits) -> float:
+    """Return the relative rounding of the type that logits were computed in, as their digits show."""
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        if bool((logits == logits.to(dtype)).all()):
+            return torch.finfo(dtype).eps
+    return torch.finfo(logits.dtype).eps
 
 
 def _sizes(probe: Probe, loss: str) -> PerRow:

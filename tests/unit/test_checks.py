@@ -13,13 +13,15 @@ import torch
 from nets import FAULTS, Small, Wrapped, labelled
 
 from robustkit import evaluate, load_data
+from robustkit.checks import gradients
+from robustkit.checks.probe import Probe
 from robustkit.cli import run
 from robustkit.data import from_arrays
 from robustkit.data.samples import Samples
 from robustkit.engine.doctor import Diagnosis, examine
 from robustkit.errors import RunError, UsageError
 from robustkit.models import as_classifier
-from robustkit.record import Rate, Stage
+from robustkit.record import Flag, Rate, Stage
 from robustkit.threat import ThreatModel
 
 NETS = str(Path(__file__).parents[1] / "nets.py")
@@ -263,3 +265,91 @@ def test_a_gradient_without_numbers_halts_nobody() -> None:
     )
     assert bare.robust_accuracy.value < bare.clean_accuracy.value - 0.1
     assert abs(broken.robust_accuracy.value - bare.robust_accuracy.value) < 0.15
+
+
+def pooled(channels: int) -> tuple[torch.nn.Module, torch.Tensor]:
+    """A net with max pooling and an image of flat areas, where many units are exactly at a kink."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(6)
+        layers: list[torch.nn.Module] = []
+        for inside, outside in ((channels, 6), (6, 8)):
+            convolution = torch.nn.Conv2d(inside, outside, 3, padding=1)
+            layers += [convolution, torch.nn.Tanh(), torch.nn.MaxPool2d(2)]
+        net = torch.nn.Sequential(*layers, torch.nn.Flatten(), torch.nn.Linear(96, 5))
+    x = torch.zeros(1, channels, 12, 16)
+    x[:, :, 4:7, 5:9] = 0.8
+    return net.eval(), x
+
+
+def gradient_flag(net: torch.nn.Module, x: torch.Tensor) -> Flag:
+    with torch.no_grad():
+        labels = net(x).argmax(1)
+    probe = Probe(as_classifier(net), x, labels, ThreatModel.parse("linf:0.1"))
+    return gradients.disagrees(probe)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_gradient_of_a_net_at_its_kinks_is_not_wrong(channels: int) -> None:
+    flag = gradient_flag(*pooled(channels))
+    assert not flag.raised
+    assert flag.value is not None
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e-3, 1e6])
+def test_the_scale_of_the_logits_makes_no_gradient_wrong(scale: float) -> None:
+    net, x = pooled(3)
+    assert not gradient_flag(torch.nn.Sequential(net, Times(scale)).eval(), x).raised
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_the_precision_of_a_net_makes_no_gradient_wrong(dtype: torch.dtype) -> None:
+    net, x = pooled(3)
+    assert not gradient_flag(torch.nn.Sequential(Cast(dtype), net.to(dtype)).eval(), x).raised
+
+
+@pytest.mark.parametrize("fault", ["detached", "twice", "short", "rounded", "negated"])
+def test_one_image_shows_a_wrong_gradient(fault: str) -> None:
+    net, x = pooled(3)
+    flag = gradient_flag(Misleading(net, fault).eval(), x)
+    assert (flag.code, flag.raised) == ("wrong-gradient", True)
+
+
+class Times(torch.nn.Module):
+    """A factor."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.factor * x
+
+
+class Cast(torch.nn.Module):
+    """Another precision."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.to(self.dtype)
+
+
+class Misleading(torch.nn.Module):
+    """A net whose input has a gradient that is not the function's."""
+
+    def __init__(self, net: torch.nn.Module, fault: str) -> None:
+        super().__init__()
+        self.net, self.fault = net, fault
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        still = x.detach()
+        if self.fault == "detached":
+            x = torch.cat([x[:, :, :6], still[:, :, 6:]], 2)
+        elif self.fault == "rounded":
+            x = x + (8 * still).round() / 8 - still
+        else:
+            factor = {"twice": 2.0, "short": 0.5, "negated": -1.0}[self.fault]
+            x = factor * x + (1 - factor) * still
+        return self.net(x)

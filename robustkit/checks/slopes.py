@@ -1,0 +1,96 @@
+"""Compare a gradient with finite differences, and measure how far the finite differences can be trusted.
+
+At a kink (equal pixels under max pooling, a ReLU at exactly 0, two classes with equal logits) a correct gradient
+is one of several one-sided slopes, and central differences return another. Flat image areas put many units at a
+kink at once, so the comparison is made at random points close to the images, where kinks have probability 0.
+Curvature spoils large steps and float rounding small ones, so several step sizes are tried where the first
+disagrees, and a disagreement counts only where it is larger than what these two can explain.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from robustkit.rng import RowRng
+from robustkit.shapes import Images, PerRow
+
+# Step sizes in pixel units, the one that suits most nets first.
+STEPS = (1e-3, 1e-4, 1e-2, 1e-5)
+# How far the points are from the images at most, per pixel.
+JITTER = 1e-3
+# Relative error up to which a gradient is that of the function: a quarter is far above what curvature leaves.
+TOLERANCE = 0.25
+# A disagreement must be so many times that of the finite differences among themselves.
+CONFIDENT = 3
+# At the smallest step, which no curvature spoils, a change of so many roundings is the function's own.
+RESOLVED = 30
+
+Loss = Callable[[Images], PerRow]
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """The `state` of a gradient is `right`, `wrong`, or `unknown` where finite differences cannot tell.
+
+    `error` is its median relative error at the step size that decided, or at the best one.
+    """
+
+    state: str
+    error: float
+
+
+def compare(
+    loss: Loss, x: Images, gradient: Images, direction: Images, size: PerRow, rounding: float
+) -> Agreement:
+    """Compare slopes along a direction.
+
+    Args:
+        loss: the function, (B C H W) to (B).
+        x: points (B C H W).
+        gradient: its gradient there, to be tested.
+        direction: (B C H W), entries of -1, 0 and 1.
+        size: a typical slope along such directions (B), to which errors are relative; 0 counts as 1e-30.
+        rounding: the change of the loss that float rounding alone makes.
+    """
+    promised = (gradient * direction).flatten(1).sum(1).double()
+    size = size.double().clamp(min=1e-30)
+    slopes: dict[float, Tensor] = {}
+    errors: dict[float, float] = {}
+    for step in STEPS:
+        change = loss(x + step * direction).double() - loss(x - step * direction).double()
+        slopes[step] = change / (2 * step)
+        errors[step] = _relative(slopes[step], promised, size)
+        if errors[step] <= TOLERANCE:
+            return Agreement("right", errors[step])
+    ordered = sorted(STEPS)
+    change = torch.maximum(slopes[ordered[0]].abs(), promised.abs()) * 2 * ordered[0]
+    if float(change.median()) > RESOLVED * rounding:
+        return Agreement("wrong", errors[ordered[0]])
+    for one, other in itertools.pairwise(ordered):
+        spread = _relative(slopes[one], slopes[other], size)
+        noise = rounding / (2 * one) / float(size.median())
+        error = min(errors[one], errors[other])
+        if CONFIDENT * max(spread, noise) < error:
+            return Agreement("wrong", error)
+    return Agreement("unknown", min(errors.values()))
+
+
+def _relative(one: PerRow, other: PerRow, size: PerRow) -> float:
+    """Return the median of the differences, relative to the largest of the three, of which `size` is above 0."""
+    return float(((one - other).abs() / torch.stack([one.abs(), other.abs(), size]).amax(0)).median())
+
+
+def nearby(x: Images, rng: RowRng) -> Images:
+    """Return random points close to the images, so far inside the box that no step leaves it."""
+    inside = max(STEPS) + JITTER
+    return x.clamp(inside, 1 - inside) + (JITTER * (2 * rng.uniform(*x.shape[1:]) - 1)).to(x)
+
+
+def signs(x: Images, rng: RowRng) -> Images:
+    """Return random directions of entries 1 and -1."""
+    return torch.where(rng.uniform(*x.shape[1:]) < 0.5, -1.0, 1.0).to(x)
