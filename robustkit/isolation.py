@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import numpy as np
@@ -31,6 +31,35 @@ def own_randomness(*key: object) -> Iterator[None]:
         finally:
             np.random.set_state(before_numpy)
             random.setstate(before_random)
+
+
+def generators() -> dict[str, torch.Tensor]:
+    """Return the states of all global generators (torch, numpy, random, CUDA devices) as tensors by name."""
+    _, words, place, has, value = np.random.get_state()
+    version, numbers, spare = random.getstate()
+    states = {
+        "torch": torch.get_rng_state(),
+        "numpy": torch.from_numpy(np.array([*words, place, has], np.int64)),
+        "numpy-normal": torch.tensor([value], dtype=torch.float64),
+        "random": torch.tensor([version, *numbers]),
+        "random-normal": torch.tensor([] if spare is None else [spare], dtype=torch.float64),
+    }
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        states |= {f"cuda-{number}": state for number, state in enumerate(torch.cuda.get_rng_state_all())}
+    return states
+
+
+def set_generators(states: Mapping[str, torch.Tensor]) -> None:
+    """Put all global generators into these states."""
+    torch.set_rng_state(states["torch"])
+    *words, place, has = states["numpy"].tolist()
+    np.random.set_state(("MT19937", np.array(words, np.uint32), place, has, float(states["numpy-normal"])))
+    version, *numbers = states["random"].tolist()
+    random.setstate((version, tuple(numbers), next(iter(states["random-normal"].tolist()), None)))
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        for name, state in states.items():
+            if name.startswith("cuda-") and int(name[5:]) < torch.cuda.device_count():
+                torch.cuda.set_rng_state(state, int(name[5:]))
 
 
 @contextmanager

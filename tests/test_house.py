@@ -66,17 +66,18 @@ ALLOWED: dict[str, set[str]] = {
     "defenses": VOCABULARY | {"attacks"},
     "models": {
         *("aggregation", "devices", "errors", "isolation", "noise", "shapes", "posterior", "preprocess"),
-        *("registry", "selfensemble"),
+        *("registry", "resuming", "selfensemble"),
     },
     "writing": {"errors"},
     "posterior": {"errors", "writing"},
     "data": {"errors", "shapes", "preprocess", "writing"},
     "ledger": {"errors", "record", "writing"},
     "isolation": {"errors"},
-    "checks": VOCABULARY,
+    "resuming": {"isolation", "writing"},
+    "checks": VOCABULARY | {"resuming"},
     "engine": VOCABULARY
     | {"models", "data", "ledger", "checks", "isolation", "intervals", "crafted", "trained"}
-    | {"diverse", "planned", "posterior", "writing", "version"},
+    | {"diverse", "planned", "posterior", "resuming", "writing", "version"},
     "training": VOCABULARY | {"models", "data", "engine", "posterior", "trained", "writing"},
     "report": {"errors", "record", "crafted", "trained", "diverse", "planned"},
     "api": {

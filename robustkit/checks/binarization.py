@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from robustkit.checks.indicators import trail
 from robustkit.errors import UsageError
 from robustkit.goal import Goal
+from robustkit.resuming import live
 from robustkit.rng import RowRng
 from robustkit.rows import Model, RowWise
 from robustkit.shapes import Images, Logits, Mask
@@ -210,7 +212,7 @@ def heads(model: Model, net: nn.Module, image: Images) -> list[nn.Linear]:
     linear = [part for part in net.modules() if isinstance(part, nn.Linear)]
     handles = [part.register_forward_pre_hook(lambda module, args: ran.append(module)) for part in linear]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), live():
             classes = model(image).shape[1]
     finally:
         for handle in handles:
@@ -227,6 +229,11 @@ def features(model: Model, ends: Sequence[nn.Module], x: Images) -> Tensor:
     Raises:
         UsageError: if a head does not see each image once.
     """
+    looking = getattr(model, "looking", None)
+    return looking(partial(_seen, ends), x) if looking else _seen(ends, model, x)
+
+
+def _seen(ends: Sequence[nn.Module], model: Model, x: Images) -> Tensor:
     seen: list[list[Tensor]] = [[] for _ in ends]
     handles = [
         head.register_forward_pre_hook(lambda module, args, part=part: part.append(args[0]))

@@ -12,6 +12,7 @@ import torch
 
 from robustkit.checks.probe import Probe
 from robustkit.record import Flag, passed, unmeasured
+from robustkit.resuming import live
 from robustkit.shapes import Logits
 
 NOISE = 1e-4
@@ -51,7 +52,7 @@ def randomised(probe: Probe) -> Flag:
 
 def optimises_at_test_time(probe: Probe) -> Flag:
     """Gradient computations inside the forward pass."""
-    with _counted() as calls, torch.no_grad():
+    with _counted() as calls, torch.no_grad(), live():
         probe.model(probe.x[:2])
     if not calls:
         return passed("test-time-optimisation", 0, "gradient calls are made inside one forward pass")

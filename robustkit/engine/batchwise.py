@@ -28,6 +28,7 @@ from robustkit.isolation import own_randomness
 from robustkit.ledger import Chunk, Verdict
 from robustkit.record import Flag
 from robustkit.registry import Rung
+from robustkit.resuming import Store, recording
 from robustkit.rng import RowRng
 from robustkit.shapes import Images, Labels
 from robustkit.threat import ThreatModel
@@ -44,7 +45,8 @@ Work = Callable[[Images, np.ndarray], tuple[list[Verdict], list[Flag]]]
 class BatchWise:
     """Does one run's chunks, as far as they are batches.
 
-    Work past the `deadline` (by `time.perf_counter`) ends in `TimeUp`.
+    Work past the `deadline` (by `time.perf_counter`) ends in `TimeUp`. The `store` keeps unfinished work, from
+    which a killed run continues.
     """
 
     samples: Samples
@@ -57,6 +59,7 @@ class BatchWise:
     meter: Meter
     progress: Progress
     deadline: float = field(default=math.inf, kw_only=True)
+    store: Store = field(default=Store(None), kw_only=True)
 
     def __post_init__(self) -> None:
         """Have somebody who writes."""
@@ -146,14 +149,18 @@ class BatchWise:
         name = self.tally.names[stage]
         x = x.to(self.meter.device)
         while True:
-            forwards, backwards, begun = self.meter.forwards, self.meter.backwards, time.perf_counter()
+            forwards, backwards = self.meter.forwards, self.meter.backwards
             try:
-                with own_randomness(self.seed, stage, number):
+                with (
+                    own_randomness(self.seed, stage, number),
+                    recording(self.store, f"chunk-{stage}-{number}") as answers,
+                ):
                     verdicts, flags = work(x, positions)
                 break
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise self._failure(name, positions, error) from error
+                answers.restart()
                 self._halve(len(x))
                 self.meter.forwards, self.meter.backwards = forwards, backwards
             except RobustkitError:
@@ -165,11 +172,12 @@ class BatchWise:
             number,
             self.meter.forwards - forwards,
             self.meter.backwards - backwards,
-            time.perf_counter() - begun,
+            answers.seconds,
             verdicts,
             flags,
         )
         self.scribe.write(chunk)
+        answers.restart()
 
     def _clean_verdicts(self, x: Images, positions: np.ndarray) -> tuple[list[Verdict], list[Flag]]:
         logits = self.meter.exact(x)
@@ -184,7 +192,8 @@ class BatchWise:
     def _check(self, x: Images, positions: np.ndarray) -> tuple[list[Verdict], list[Flag]]:
         labels = torch.from_numpy(self.samples.labels[positions]).to(x.device)
         plain = Meter(self.meter.model, self.meter.device)
-        plain.piece, plain.backward_error = self.meter.piece, self.meter.backward_error
+        for name in ("piece", "quick", "differentiable", "backward_error"):
+            setattr(plain, name, getattr(self.meter, name))
         attacks = [rung.attack for rung in self.rungs if not rung.view]
         flags = diagnose(Probe(plain, x, labels, self.threat, attacks, self.seed, plain.model))
         self.meter.forwards += plain.forwards
@@ -194,7 +203,7 @@ class BatchWise:
     def _attack_verdicts(
         self, rung: Rung, stream: str, x: Images, positions: np.ndarray
     ) -> tuple[list[Verdict], list[Flag]]:
-        self._check_images(positions, image_hashes(x))
+        self.check_images(positions, image_hashes(x))
         labels = torch.from_numpy(self.samples.labels[positions]).to(x.device)
         self.meter.detached = False
         found = rung.attack(
@@ -202,7 +211,7 @@ class BatchWise:
             x.clone(),
             Goal(labels),
             self.threat,
-            rng=RowRng(self.seed, stream, self._ids(positions)),
+            rng=RowRng(self.seed, stream, self.ids(positions)),
         )
         judged = judge(self.meter, x, labels, found, self.threat)
         flags = noticed(int(judged.refused.sum()), int(judged.broken.sum()), self.meter)
@@ -212,11 +221,12 @@ class BatchWise:
         name = self.tally.names[stage]
         return f"{name}/{self.tally.names[1:stage].count(name)}"
 
-    def _ids(self, positions: np.ndarray) -> Labels:
+    def ids(self, positions: np.ndarray) -> Labels:
         """Return the numbers by which these images draw: an image's own, so that its place does not matter."""
         return sample_ids([self.tally.images[position] for position in positions]).to(self.meter.device)
 
-    def _check_images(self, positions: np.ndarray, hashes: list[str]) -> None:
+    def check_images(self, positions: np.ndarray, hashes: list[str]) -> None:
+        """Raise RunError if an image's sha256 is not that of the clean pass."""
         for position, digest in zip(positions, hashes, strict=True):
             if digest != self.tally.images[position]:
                 raise RunError(

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +26,7 @@ from robustkit.errors import RunError
 from robustkit.goal import Goal
 from robustkit.isolation import evaluation_mode, own_randomness, threads
 from robustkit.record import Cost, Curve, Flag, Report
+from robustkit.resuming import once
 from robustkit.rng import RowRng
 from robustkit.rows import RowWise
 from robustkit.shapes import Images, Labels, PerRow
@@ -64,7 +67,7 @@ class CurveSearch:
         grid = radii(self.threat, tuple(image.shape[1:]))
         right = np.array([verdict.index for verdict in report.verdicts if verdict.attack != "clean"], np.int64)
         standing = sum(verdict.robust for verdict in report.verdicts)
-        distance, inside = np.zeros(report.n), 0
+        distance, inside, forwards, backwards = np.zeros(report.n), 0, 0, 0
         self.progress.stage("curve", len(right), standing, report.n)
         with evaluation_mode(self.meter.model), own_randomness(report.spec.seed, "curve"):
             self.meter.size_up(image.to(self.meter.device), BATCH_SIZE)
@@ -72,21 +75,28 @@ class CurveSearch:
                 for begin in range(0, len(right), BATCH_SIZE):
                     part = right[begin : begin + BATCH_SIZE]
                     known = adversarial[np.isin(index, part)]
-                    found = self._batch(part, np.isin(part, index), known, grid, report.spec.seed)
-                    distance[part] = found.distance.cpu().numpy()
-                    inside += int(found.inside.sum())
+                    found = once(
+                        f"from {begin}",
+                        partial(self._batch, part, np.isin(part, index), known, grid, report.spec.seed),
+                    )
+                    distance[part] = found["distance"].numpy()
+                    inside += int(found["inside"].sum())
+                    forwards, backwards = forwards + found["forwards"], backwards + found["backwards"]
                     self.progress.advance(begin + len(part), standing)
         curve = Curve.of(
             [float(rung.eps) for rung in grid],
             [value if np.isfinite(value) else None for value in distance.tolist()],
-            Cost(self.meter.forwards, self.meter.backwards, time.perf_counter() - begun),
+            Cost(forwards, backwards, time.perf_counter() - begun),
         )
         return report.with_curve(curve, [_weak(inside)] if inside else [])
 
     def _batch(
         self, positions: np.ndarray, fooled: np.ndarray, known: np.ndarray, grid: list[ThreatModel], seed: int
-    ) -> Brackets:
-        """Search for these positions. Out of memory halves the piece and begins the batch again."""
+    ) -> dict[str, Any]:
+        """Search for these positions; return distances, what was inside, and what it cost.
+
+        Out of memory halves the piece and begins the batch again.
+        """
         device = self.meter.device
         x, hit = self.samples.images(positions).to(device), torch.from_numpy(fooled).to(device)
         x_adv = x.clone()
@@ -99,7 +109,9 @@ class CurveSearch:
                 brackets = Brackets(self.meter, grid, seed, ids, x, labels, x_adv.clone(), hit)
                 brackets.close()
                 brackets.tighten()
-                return brackets
+                spent = self.meter.forwards - before[0], self.meter.backwards - before[1]
+                found = {"distance": brackets.distance.cpu(), "inside": brackets.inside.cpu()}
+                return {**found, "forwards": spent[0], "backwards": spent[1]}
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise RunError(f"the curve failed with {described(error)}.") from error

@@ -13,10 +13,11 @@ from robustkit.checks.strength import masked, scores_beat_gradients, unattacked
 from robustkit.data.samples import Samples
 from robustkit.engine.failures import is_out_of_memory
 from robustkit.engine.lookout import Outlook, look
-from robustkit.engine.meter import TRIAL, Meter
+from robustkit.engine.meter import Meter
 from robustkit.engine.tally import Tally
 from robustkit.record import Flag
 from robustkit.registry import Rung
+from robustkit.resuming import Store, recording
 
 
 @dataclass
@@ -27,13 +28,15 @@ class Doubts:
     meter: Meter
     tally: Tally
     rungs: Sequence[Rung]
+    store: Store
 
     @cached_property
     def outlook(self) -> Outlook:
         """What the model offers to climb on beside its own gradients; the meter knows of it from then on."""
-        x = self.samples.images(range(min(TRIAL, len(self.samples)))).to(self.meter.device)
+        x = self.samples.images(range(min(self.meter.trial, len(self.samples)))).to(self.meter.device)
         try:
-            found = look(self.meter.model, x, self.meter.random)
+            with recording(self.store, "outlook"):
+                found = look(self.meter.model, x, self.meter.random)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise

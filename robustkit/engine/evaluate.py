@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -33,6 +34,7 @@ from robustkit.isolation import evaluation_mode, threads, training_count
 from robustkit.ledger import Ledger
 from robustkit.models.classifier import Classifier
 from robustkit.record import Audit, Cost, Flag, Report, RunSpec, Stop
+from robustkit.resuming import Store, recording
 from robustkit.rows import RowWise
 from robustkit.threat import ThreatModel
 
@@ -151,24 +153,29 @@ class Evaluation:
         progress = progress or Progress()
         opened = open_for_writing(out, self.spec, overwrite=overwrite, say=progress.say) if out else None
         with opened or nullcontext(True) as writable:
+            store = Store(out / folder.UNFINISHED if out and writable else None)
             try:
-                report = self._at_eps(out, writable, progress, agency)
+                report = self._at_eps(out, writable, progress, agency, store)
                 if self.curve and report.curve is None:
                     require_writable(out, writable, "a curve")
-                    report = self._with_curve(report, out, progress)
+                    report = self._with_curve(report, out, progress, store)
                 if self.audit > len(report.audit.audited if report.audit else ()):
                     require_writable(out, writable, "an audit")
                     report = self._with_audit(report, out, progress, agency)
+                if report.stopped is None:
+                    store.clear()
                 return report
             finally:
                 progress.close()
 
-    def _at_eps(self, out: Path | None, writable: bool, progress: Progress, agency: Agency | None) -> Report:
+    def _at_eps(
+        self, out: Path | None, writable: bool, progress: Progress, agency: Agency | None, store: Store
+    ) -> Report:
         if out and (out / folder.REPORT).exists():
             if folder.read_report(out).stopped is None or not writable:
                 return self._stored(out, progress)
         with Ledger.open(out and out / folder.LEDGER, self.spec.run_id) as ledger:
-            return self._finish(ledger, *self._work(ledger, progress, agency), out)
+            return self._finish(ledger, *self._work(ledger, progress, agency, store), out)
 
     def _stored(self, out: Path, progress: Progress) -> Report:
         report = folder.read_report(out)
@@ -178,11 +185,12 @@ class Evaluation:
         progress.say(f"run {report.run_id} was finished before; {news}")
         return report
 
-    def _with_curve(self, report: Report, out: Path | None, progress: Progress) -> Report:
+    def _with_curve(self, report: Report, out: Path | None, progress: Progress, store: Store) -> Report:
         found = folder.read_adversarial(out) if out else report.adversarial or {}
         meter = Meter(self.model, self.device, self._precision)
         search = CurveSearch(meter, self.samples, self.threat, progress)
-        report = search.add(report, found["index"], found["x"])
+        with recording(store, "curve"):
+            report = search.add(report, found["index"], found["x"])
         if out:
             # The page was made without the curve.
             (out / folder.PAGE).unlink(missing_ok=True)
@@ -196,8 +204,9 @@ class Evaluation:
         found = None
         if len(chosen):
             subset = self.samples.pick(chosen)
+            place = out and out / folder.AUDIT
             found = replace(self, samples=subset, suite=AUDITOR, curve=False, audit=0, limits=Limits()).run(
-                None, progress, agency
+                place, progress, agency
             )
         broke = [int(chosen[v.index]) for v in found.verdicts if not v.robust] if found else []
         cost = found.cost if found else Cost(0, 0, 0.0)
@@ -205,16 +214,21 @@ class Evaluation:
         if out:
             (out / folder.PAGE).unlink(missing_ok=True)
             folder.write_report(out, report)
+            shutil.rmtree(out / folder.AUDIT, ignore_errors=True)
         return report
 
-    def _work(self, ledger: Ledger, progress: Progress, agency: Agency | None) -> tuple[Worker, list[Flag]]:
+    def _work(
+        self, ledger: Ledger, progress: Progress, agency: Agency | None, store: Store
+    ) -> tuple[Worker, list[Flag]]:
         tally = Tally.of(len(self.samples), self.spec.suite)
         noted(ledger)
         for chunk in ledger.chunks():
             tally.add(chunk)
         if tally.chunks:
-            images = "" if tally.robust == tally.n else f", {tally.n - tally.robust} images settled"
-            progress.say(f"resuming {self.spec.run_id}: {len(tally.chunks)} chunks done{images}")
+            progress.say(
+                f"resuming {self.spec.run_id}: {len(tally.chunks)} chunks done, "
+                f"{tally.settled} of {tally.n} images settled"
+            )
         with evaluation_mode(self.model) as was_training:
             meter = Meter(self.model, self.device, self._precision)
             parts = (
@@ -232,7 +246,10 @@ class Evaluation:
                 MOST_SLOTS if self.batch_size is None and self.device.type == "cuda" else self.slots,
             )
             alone = agency is None and self.ray is None and self.workers in (None, 1)
-            worker = Worker(*parts) if alone else Foreman(*parts, suite=self.suite, precision=self._precision)
+            if alone:
+                worker = Worker(*parts, store=store)
+            else:
+                worker = Foreman(*parts, suite=self.suite, precision=self._precision, store=store)
             worker.prepare()
             with self._helped(worker, agency), threads(meter.threads):
                 self._through(worker)

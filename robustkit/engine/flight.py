@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -148,6 +148,18 @@ class Flight:
         """Take over samples that another flight of the same attacks gave away: lanes by number, and their rows."""
         for number, table in aboard:
             self.lanes[number].join(table)
+
+    def state(self) -> list[dict[str, Any]]:
+        """Return a record of each lane's rows, and of those parked, between two steps."""
+        rows = [(lane.number, *pair) for lane in self.lanes for pair in enumerate((lane.table, lane.parked))]
+        return [{"lane": number, "parked": parked, **of.record()} for number, parked, of in rows if of is not None]
+
+    def resume(self, lane: int, parked: int, table: Table) -> None:
+        """Take over rows of a lane, or rows that are parked there."""
+        if parked:
+            self.lanes[lane].parked = table
+        else:
+            self.lanes[lane].join(table)
 
     def give(self) -> list[tuple[int, Table]]:
         """Give away every other sample aboard, in the middle of what it is at; not those that are many rows."""

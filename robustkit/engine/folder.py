@@ -22,6 +22,8 @@ from robustkit.writing import replacing, write
 
 SPEC, LEDGER, REPORT, ADVERSARIAL = "spec.json", "ledger.sqlite", "report.json", "adversarial.npz"
 TRANSFER, MATRIX, DIVERSITY = "transfer.json", "matrix.json", "diversity.json"
+# Folders inside a run's, removed when it is done: of unfinished work, and of the run that audits its survivors.
+UNFINISHED, AUDIT = ".unfinished", ".audit"
 EXAMPLES, PAGE = "examples.npz", "report.html"
 EXAMPLE_ARRAYS = ("index", "distance", "prediction", "shown", "hard", "clean", "adversarial", "shape", "classes")
 # The file by which a run of each verb is known; that of an evaluation is its report.

@@ -141,7 +141,7 @@ class Hand(Worker):
                 )
             aboard = [(lane, table.to(self.meter.device)) for lane, table in order.aboard]
             self.asked = False
-            self.through(order.first, order.count, self._board, examples, aboard)
+            self.through(order.first, order.count, lambda taken: self._board, examples, aboard)
         elif isinstance(order, wire.Block):
             self._receive(order.parcel)
             positions = order.parcel.positions

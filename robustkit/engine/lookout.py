@@ -14,6 +14,7 @@ from robustkit.models.classifier import Classifier
 from robustkit.models.ladder import ensemble
 from robustkit.models.views import Mended, Smooth, draws, views
 from robustkit.registry import DRAWN, VIEWS
+from robustkit.resuming import once
 from robustkit.shapes import Images
 
 # Views that say nothing against a model's own gradients.
@@ -46,7 +47,11 @@ def look(model: Classifier, x: Images, random: bool) -> Outlook:
     if part is not None:
         sorted_in["stack"] = [Stacked(model, part)]
     if random:
-        means = {name: [_averaged(view, x) for view in sorted_in[name]] for name in DRAWN if name in sorted_in}
+        means = {
+            name: [_averaged(f"{name} {at}", view, x) for at, view in enumerate(sorted_in[name])]
+            for name in DRAWN
+            if name in sorted_in
+        }
         drawn = {name: parts for name, parts in means.items() if any(isinstance(part, Smooth) for part in parts)}
         # The model itself is known to draw, though it may have answered alike for once.
         drawn["mended"] = [Smooth(view, sigma=0.0) for view in sorted_in.get("mended", [Mended(model)])]
@@ -55,10 +60,10 @@ def look(model: Classifier, x: Images, random: bool) -> Outlook:
     return Outlook(sorted_in, sorted(places))
 
 
-def _averaged(view: Callable[[Images], Tensor], x: Images) -> Callable[[Images], Tensor]:
+def _averaged(name: str, view: Callable[[Images], Tensor], x: Images) -> Callable[[Images], Tensor]:
     """Return the mean of a view over draws; the view where it draws nothing."""
     with own_randomness("averaged"):
-        return Smooth(view, sigma=0.0) if draws(view, x) else view
+        return Smooth(view, sigma=0.0) if once(f"draws of {name}", lambda: draws(view, x)) else view
 
 
 def offered(view: str, views: Collection[str], suite: Collection[str]) -> bool:

@@ -22,6 +22,7 @@ from robustkit.errors import ModelError, UsageError
 from robustkit.models.classifier import Classifier
 from robustkit.models.mixture import Mixture
 from robustkit.models.views import Smooth
+from robustkit.resuming import current, once
 from robustkit.shapes import Images, Logits
 
 TINY = 1 << 20
@@ -31,6 +32,9 @@ TRIAL = 16
 WORTH = 0.9
 # A way that takes so many times the plain one's time for two images, and so many seconds, is not tried on more.
 GIVE_UP, GIVE_UP_SECONDS = 3, 0.05
+# A net is slow if the forward pass of a full batch may take so many seconds; then batches are cut into parts that
+# take about so many seconds each.
+SLOW, GROWING = 10.0, 1.0
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -59,7 +63,8 @@ class Meter:
     differentiably, or the model's backward pass fails with `backward_error`, the gradient is zero rather than an
     error, and `detached` says so. `piece` is the most
     images that the net sees at once: larger batches are cut, and their activations recomputed in the backward
-    pass, so that the numbers drawn by an attack never depend on the memory at hand.
+    pass, so that the numbers drawn by an attack never depend on the memory at hand. `quick` is the most
+    images that a slow net is given at once, so that an answer is recorded every few seconds; None for other nets.
     """
 
     def __init__(self, model: Classifier, device: torch.device, precision: str = "fp32") -> None:
@@ -70,7 +75,8 @@ class Meter:
         self.views: Mapping[str, Sequence[Callable[[Images], Tensor]]] = {}
         self.num_classes: int | None = model.num_classes
         self.piece: int | None = None
-        self.saved, self.differentiable = 0, True
+        self.quick: int | None = None
+        self.saved, self.differentiable, self.seconds = 0, True, 0.0
         self.backward_error = ""
         self.threads = torch.get_num_threads()
         self.forwards = 0
@@ -89,6 +95,10 @@ class Meter:
         A view may be several, of which one is meant.
         """
         return partial(self._counted, net=self.views[view][number]) if view else self
+
+    def looking(self, look: Callable[[Callable[[Images], Logits], Images], Tensor], x: Images) -> Tensor:
+        """Return what `look` sees in the model's parts while it answers to x (B C H W); counted like an answer."""
+        return self._counted(x, partial(look, self._net))
 
     def mean(self, x: Images) -> Logits:
         """Return the mean of several answers to x, of which a random model draws each anew."""
@@ -167,17 +177,35 @@ class Meter:
         # Of several nets one: their mixture keeps no graph, or as many as they are.
         net = self.model.net
         model = self.model.with_net(net.at(0)) if isinstance(net, Mixture) else self.model
-        image = image.detach().requires_grad_()
+        image, begun = image.detach().requires_grad_(), time.perf_counter()
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor), torch.enable_grad():
             try:
                 logits = model(image)
             except ModelError as error:
                 raise UsageError(str(error)) from error
+        self.seconds = time.perf_counter() - begun
         self.num_classes, self.differentiable = logits.shape[1], self._has_gradient(logits, image)
         self.saved = saved
         self.piece = min(most, max(1, free_memory(self.device) // 2 // max(saved, 1)))
         if 0 < saved < TINY:
             self.threads = 1
+        if self.seconds * most > SLOW:
+            # The first pass of a process takes longer than others.
+            with torch.no_grad():
+                self.seconds = self._seconds(model, image)
+            self.quick = max(int(GROWING / self.seconds), 1) if self.seconds * most > SLOW else None
+
+    def _seconds(self, model: Classifier, x: Images) -> float:
+        begun = time.perf_counter()
+        model(x)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter() - begun
+
+    @property
+    def trial(self) -> int:
+        """How many images the ways to run the model are tried on: fewer of a slow net."""
+        return TRIAL if self.quick is None else max(1, min(TRIAL, int(SLOW / (6 * self.seconds))))
 
     def _has_gradient(self, logits: Logits, image: Images) -> bool:
         """Return whether the model's backward pass works and leads to the image."""
@@ -207,7 +235,7 @@ class Meter:
         It is what is fastest on x, forward and backward. What the model refuses, or what shifts its logits by more
         than a tenth of their spread, is out. None of it is counted.
         """
-        plain = self._trial(x, self.way)
+        plain = self._tried(x, self.way)
         if plain is None:
             return
         seconds, exact, of_two = plain
@@ -216,7 +244,7 @@ class Meter:
         dtypes = [self.way.dtype, torch.bfloat16] if precision else [self.way.dtype]
         for dtype, layout in itertools.product(dtypes, LAYOUTS):
             way = Way(net, dtype, layout)
-            tried = None if way == self.way else self._trial(x, way, max(GIVE_UP * of_two, GIVE_UP_SECONDS))
+            tried = None if way == self.way else self._tried(x, way, max(GIVE_UP * of_two, GIVE_UP_SECONDS))
             if tried is None or not tried[1].isfinite().all():
                 continue
             near = (tried[1] - exact).abs().amax() <= 0.1 * (exact.amax(1) - exact.amin(1)).mean()
@@ -237,6 +265,11 @@ class Meter:
             best, slots = slots / seconds, 2 * slots
         return max(slots // 2, 1)
 
+    def _tried(self, x: Images, way: Way, limit: float = math.inf) -> tuple[float, Logits, float] | None:
+        """Return what `_trial` does, once for a run."""
+        name = f"{self.device.type} {way.dtype} {way.layout} {way.net is self.model}"
+        return once(name, lambda: self._trial(x, way, limit))
+
     def _trial(self, x: Images, way: Way, limit: float = math.inf) -> tuple[float, Logits, float] | None:
         """Return seconds and logits of one forward and backward pass in this way, and the seconds of two images.
 
@@ -248,8 +281,8 @@ class Meter:
                 of_two, _ = self._timed(x[:2])
                 if of_two > limit:
                     return None
-                trials = [self._timed(x) for _ in range(3)]
-            return min(seconds for seconds, _ in trials[1:]), trials[-1][1], of_two
+                trials = [self._timed(x) for _ in range(3 if self.quick is None else 1)]
+            return min(seconds for seconds, _ in trials[len(trials) // 2 :]), trials[-1][1].cpu(), of_two
         except Exception:  # whatever a stranger's code may raise where it is not run as it expects
             return None
 
@@ -267,15 +300,47 @@ class Meter:
         self, x: Images, differentiable: bool, net: Callable[[Images], Tensor], passes: int = 1
     ) -> Tensor:
         # Several passes of an answer keep a graph each.
-        piece = None if self.piece is None else max(self.piece // passes, 1)
-        if piece is None or len(x) <= piece:
-            return net(x)
-        pieces = torch.split(x, piece)
-        if differentiable:
-            # It would stop early by an error that it raises inside the net.
-            with set_checkpoint_early_stop(False):
-                return torch.cat([checkpoint(net, piece, use_reentrant=False) for piece in pieces])
-        return torch.cat([net(piece) for piece in pieces])
+        most = len(x) if self.piece is None else max(self.piece // passes, 1)
+        fits, parts, at = len(x) <= most, list[Tensor](), 0
+        while at < len(x) or not parts:
+            part = x[at : at + self._at_once(most, passes)]
+            parts.append(self._answer(part, differentiable, net, fits))
+            at += len(part)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _at_once(self, most: int, passes: int) -> int:
+        """Return how many images are answered next: as many as were when this answer was recorded, if it was."""
+        answers = current()
+        recorded = None if answers is None else answers.rows
+        if recorded is not None or self.quick is None:
+            return recorded or most
+        return max(min(most, self.quick // passes), 1)
+
+    def _answer(self, x: Images, differentiable: bool, net: Callable[[Images], Tensor], fits: bool) -> Tensor:
+        answers, way, begun = current(), self.way, time.perf_counter()
+        if answers is None or answers.off:
+            if differentiable and not fits:
+                # It would stop early by an error that it raises inside the net.
+                with set_checkpoint_early_stop(False):
+                    return checkpoint(net, x, use_reentrant=False)
+            return self._paced(net(x), len(x), begun)
+
+        def now(images: Images) -> Tensor:
+            # A gradient may be asked for when the search has another way.
+            with self.searching(way):
+                return net(images)
+
+        leads = differentiable and (self.differentiable or net != self._net)
+        return self._paced(answers.ask(now, x, differentiable=leads, keep=fits), len(x), begun)
+
+    def _paced(self, answer: Tensor, images: int, begun: float) -> Tensor:
+        """Give a slow net more images at once, if it has answered as many as it may have within a second."""
+        if self.quick is not None and images >= self.quick:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            if time.perf_counter() - begun < GROWING / 2:
+                self.quick *= 2
+        return answer
 
     def _net(self, x: Images) -> Logits:
         way = self.way

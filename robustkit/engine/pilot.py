@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -137,14 +137,14 @@ class Scout(Worker):
         self,
         first: int,
         count: int,
-        board: Callable[[int], Boarding],
+        gate: Callable[[Sequence[int]], Callable[[int], Boarding]],
         examples: np.ndarray,
         aboard: object = (),
     ) -> None:
         """Take those who board through `count` attacks from stage `first` on."""
         self.reached = max(self.reached, first + count - 1)
         self.boarded = {}
-        super().through(first, count, board, examples)
+        super().through(first, count, gate, examples)
 
     def _gate(self, waiting: np.ndarray) -> Callable[[int], Boarding]:
         board = super()._gate(waiting)

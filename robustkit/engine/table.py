@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,8 @@ from torch import Tensor
 from robustkit.rows import State
 
 STATE = "state."
+# What is known of a row from its image, and the image that it claims, which is none between two steps.
+TOLD = {"ids", "x", "labels", "claim"}
 
 
 @dataclass
@@ -62,6 +64,20 @@ class Table:
         broken = [self.device["broken"][torch.from_numpy(self.host["position"] == at)].any() for at in samples]
         rows.device["broken"] = torch.stack(broken)
         return rows
+
+    def record(self) -> dict[str, dict[str, Tensor]]:
+        """Return what is to be written down of rows that claim nothing: no more than the data do not tell."""
+        device = {name: tensor.cpu() for name, tensor in self.device.items() if name not in TOLD}
+        if torch.equal(device["anchor"], device["best"]):
+            del device["anchor"]
+        return {"host": {name: torch.from_numpy(array) for name, array in self.host.items()}, "device": device}
+
+    @classmethod
+    def of(cls, record: Mapping[str, Mapping[str, Tensor]], ids: Tensor, x: Tensor, labels: Tensor) -> Table:
+        """Return the rows of a record, with what the data tell of each."""
+        kept = {name: tensor.to(x.device) for name, tensor in record["device"].items()}
+        device = {"anchor": kept["best"], **kept, "ids": ids, "x": x, "labels": labels, "claim": x}
+        return cls({name: tensor.numpy() for name, tensor in record["host"].items()}, device)
 
     @property
     def state(self) -> State:

@@ -115,6 +115,12 @@ class Tally:
         return int((self.fell[self.scope] == STANDS).sum())
 
     @property
+    def settled(self) -> int:
+        """How many samples have their verdict: fooled ones, and those that withstood every stage of all runs."""
+        last = max(stage for stage in range(len(self.names)) if stage not in self.spare)
+        return int(((self.fell != STANDS) | (self.judged >= last)).sum())
+
+    @property
     def seen(self) -> np.ndarray:
         """The positions of the samples that have been looked at at all, in scope or not yet."""
         return np.flatnonzero(self.judged >= 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,13 +19,15 @@ from robustkit.engine.doubts import Doubts
 from robustkit.engine.failures import NO_MEMORY, described, is_out_of_memory
 from robustkit.engine.flight import Flight
 from robustkit.engine.judge import image_hashes
-from robustkit.engine.meter import TRIAL, Way
+from robustkit.engine.meter import Way
 from robustkit.engine.passengers import Boarding, Landed
 from robustkit.engine.redraw import is_random
 from robustkit.engine.sanity import refuse_endless
+from robustkit.engine.saved import Clock, Saved
 from robustkit.engine.table import Table
 from robustkit.errors import RobustkitError, RunError, UsageError
 from robustkit.isolation import own_randomness
+from robustkit.resuming import Answers, asked, recording
 
 # How many steps a GPU goes before the host looks at it, and how long verdicts wait to be written (seconds).
 PACE = 4
@@ -54,7 +57,7 @@ class Worker(BatchWise):
     def __post_init__(self) -> None:
         """Begin with nothing flown."""
         super().__post_init__()
-        self.doubts = Doubts(self.samples, self.meter, self.tally, self.rungs)
+        self.doubts = Doubts(self.samples, self.meter, self.tally, self.rungs, self.store)
         self.flown: dict[str, Any] = {}
         self.way: Way | None = None
 
@@ -67,7 +70,8 @@ class Worker(BatchWise):
             with own_randomness(self.seed, "prepare"):
                 self.meter.size_up(image.to(self.meter.device), max(self.batch, self.slots, self.most))
                 few = self.samples.images(range(min(FEW, len(self.samples)))).to(self.meter.device)
-                self.meter.random = is_random(self.meter.model, few)
+                with recording(self.store, "prepare"):
+                    self.meter.random = is_random(partial(asked, self.meter.model), few)
         except RobustkitError:
             raise
         except Exception as error:
@@ -79,8 +83,12 @@ class Worker(BatchWise):
         """Take what still stands of these through `count` attacks from stage `first` on, all row-wise, at once."""
         waiting = self.tally.waiting(first, among)
         self.progress.stage(self._title(first, count), len(waiting), self.tally.robust, self.tally.n)
+
+        def gate(taken: Sequence[int]) -> Callable[[int], Boarding]:
+            return self._gate(waiting[~np.isin(waiting, taken)])
+
         if len(waiting):
-            self.through(first, count, self._gate(waiting), waiting)
+            self.through(first, count, gate, waiting)
 
     def _title(self, first: int, count: int) -> str:
         names = self.tally.names[first : first + count]
@@ -90,29 +98,43 @@ class Worker(BatchWise):
         self,
         first: int,
         count: int,
-        board: Callable[[int], Boarding],
+        gate: Callable[[Sequence[int]], Callable[[int], Boarding]],
         examples: np.ndarray,
         aboard: Sequence[tuple[int, Table]] = (),
     ) -> None:
         """Take those who board, and those `aboard` already, through `count` attacks from stage `first` on.
 
-        `examples` are positions of images to choose the way to search by.
+        `gate` says who boards of those that are not taken already, `examples` are positions of images to choose
+        the way to search by. What a killed run had under way goes on.
         """
         self.flown = {"claims_refused": 0, "searched_again": 0, **self.flown}
         with own_randomness(self.seed, "flight", first, *self.lot):
             try:
                 self._tune(examples)
-                with self.meter.searching(self.way):
-                    near = self._fly(first, count, board, {}, aboard)
-                if near:
-                    self.flown["searched_again"] += len(near)
-                    with self.meter.searching(replace(self.way or self.meter.way, dtype=None)):
-                        self._fly(first, count, self._gate(np.array(sorted(near))), near)
+                with recording(self.store, self._flight(first)) as answers:
+                    saved = Saved.of(answers.first(), self, first)
+                    near: Mapping[int, np.ndarray] = saved.near
+                    if not saved.again:
+                        board = gate([*saved.positions, *near])
+                        with self.meter.searching(self.way):
+                            near = self._fly(first, count, board, saved.begin(aboard), answers)
+                        saved = Saved(again=bool(near), near=near)
+                        answers.restart(saved.record([]))
+                    if saved.again:
+                        self.flown["searched_again"] += len(near)
+                        board = self._gate(np.array(sorted(near.keys() - set(saved.positions)), np.int64))
+                        with self.meter.searching(replace(self.way or self.meter.way, dtype=None)):
+                            self._fly(first, count, board, saved, answers)
+                    answers.restart()
             except (RobustkitError, TimeUp):
                 raise
             except Exception as error:
                 title = self._title(first, count)
                 raise RunError(f"{title} failed with {described(error)}.") from error
+
+    def _flight(self, first: int) -> str:
+        """Return the name by which what is under way is kept."""
+        return f"flight-{first}"
 
     def _mend(self, error: Exception) -> None:
         """Halve the pieces if memory was short; else raise the error again."""
@@ -121,19 +143,15 @@ class Worker(BatchWise):
         self._halve(self.slots)
 
     def _fly(
-        self,
-        first: int,
-        count: int,
-        board: Callable[[int], Boarding],
-        spent: Mapping[int, np.ndarray],
-        aboard: Sequence[tuple[int, Table]] = (),
+        self, first: int, count: int, board: Callable[[int], Boarding], saved: Saved, answers: Answers
     ) -> dict[int, np.ndarray]:
         """Take samples through, and write them down but for those that rounding may have saved.
 
-        `spent` is what samples cost before, by position; returned is what those left out have cost. They are the
-        robust ones that a search in low precision brought within `NEAR` of the way to the boundary; last resorts
-        are left to the search after it, in float32.
+        Returned is what those left out have cost, by position. They are the robust ones that a search in low
+        precision brought within `NEAR` of the way to the boundary; last resorts are left to the search after it,
+        which is in float32.
         """
+        spent: Mapping[int, np.ndarray] = saved.near if saved.again else {}
         flight = Flight(
             meter=self.meter,
             threat=self.threat,
@@ -148,27 +166,33 @@ class Worker(BatchWise):
             suite=[rung.view for rung in self.rungs],
             steady=not (self.meter.random or UNSTEADY & self.tally.flags.keys()),
         )
-        flight.take(aboard)
+        saved.put_aboard(flight)
         number = self.tally.next_chunk(first)
-        begun, landed, done = time.perf_counter(), list[Landed](), 0
-        near: dict[int, np.ndarray] = {}
-        self.meter.detached = False
+        begun, landed, done = time.perf_counter() - saved.seconds, list[Landed](), 0
+        near = {} if saved.again else dict(saved.near)
+        self.meter.detached = saved.detached
+        clock = Clock()
         for group in flight.run():
             for part in group:
                 for at, position in enumerate(part.position.tolist()):
                     part.spent[at] += spent.get(position, 0)
-                saved = np.zeros(len(part.position), bool)
+                doubted = np.zeros(len(part.position), bool)
                 if self.meter.rounding:
                     least = NEAR * self.tally.clean_margins[part.position]
-                    saved = ~part.judged.fooled.cpu().numpy() & (part.judged.margin.cpu().numpy() < least)
-                near |= dict(zip(part.position[saved].tolist(), part.spent[saved], strict=True))
-                landed.append(part.select(~saved))
+                    doubted = ~part.judged.fooled.cpu().numpy() & (part.judged.margin.cpu().numpy() < least)
+                near |= dict(zip(part.position[doubted].tolist(), part.spent[doubted], strict=True))
+                landed.append(part.select(~doubted))
                 done += len(part.position)
             self.progress.advance(done + flight.under_way, self.tally.robust)
             now = time.perf_counter()
-            if landed and (now - begun > self.write_every or not flight.aboard or now > self.deadline):
+            due = clock.due(now)
+            if landed and (due or now - begun > self.write_every or not flight.aboard or now > self.deadline):
                 self._write_landed(first, count, number, landed, now - begun)
                 number, begun, landed = number + 1, now, []
+            if due and self.store.keeps and flight.aboard:
+                state = Saved(saved.again, spent or near, now - begun, flight.refused, self.meter.detached)
+                answers.restart(state.record(flight.state()), on=clock.slow or self.meter.random)
+                clock.saved(now)
             self._on_time()
             self._share(flight)
         self.flown["claims_refused"] += flight.refused
@@ -189,11 +213,12 @@ class Worker(BatchWise):
         """Find the fastest way to search, once; other packages' attacks get the model as it is."""
         if self.way is None:
             meter = self.meter
-            x = self.samples.images(waiting[: min(self.slots, TRIAL)]).to(meter.device)
+            x = self.samples.images(waiting[: min(self.slots, meter.trial)]).to(meter.device)
             with meter.searching(meter.way), own_randomness(self.seed, "tune"):
-                meter.tune(x, precision=self.free)
+                with recording(self.store, "tune"):
+                    meter.tune(x, precision=self.free)
                 self.way = meter.way
-                if self.most > self.slots:
+                if self.most > self.slots and meter.quick is None:
                     self.slots = meter.widest(x, self.slots, self.most)
 
     def _gate(self, waiting: np.ndarray) -> Callable[[int], Boarding]:
@@ -206,7 +231,7 @@ class Worker(BatchWise):
             nonlocal block, images
             while len(block) < free and (following := next(blocks, None)) is not None:
                 more, read = following
-                self._check_images(more, image_hashes(read))
+                self.check_images(more, image_hashes(read))
                 images = torch.cat([images, read]) if len(block) else read
                 block = np.concatenate([block, more])
             now, block = block[:free], block[free:]
@@ -215,7 +240,7 @@ class Worker(BatchWise):
             clean = torch.from_numpy(-self.tally.clean_margins[now])
             if device.type == "cuda":
                 x = x.pin_memory()
-            ids = self._ids(now)
+            ids = self.ids(now)
             return Boarding(now, ids, x.to(device, non_blocking=True), labels.to(device), clean.to(device))
 
         return board

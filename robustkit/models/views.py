@@ -15,6 +15,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,7 @@ from robustkit.models.ladder import Rung, alone, combined, ensemble, mean_logit,
 from robustkit.models.mending import Mending
 from robustkit.models.mends import Mend
 from robustkit.models.through import through
+from robustkit.resuming import once
 from robustkit.shapes import Images, Logits
 
 View = Callable[[Images], Logits]
@@ -55,15 +57,15 @@ def views(model: Classifier, x: Images, *, random: bool = False) -> Views:
     x = x[:FEW].detach()
     with own_randomness("views"), _still(model):
         found = Views()
-        deployed = _plain(model, x)
-        random = random or draws(model, x, looks=1)
+        deployed = once("model", lambda: _plain(model, x).cpu()).to(x.device)
+        random = random or once("draws", lambda: draws(model, x, looks=1))
         labels = deployed.argmax(1)
-        own = _slopes(model, x, labels)
+        own = once("slopes", lambda: _slopes(model, x, labels))
         kept = [] if own is None else [own]
         look = _look(model, x)
         bends = () if look is None else tuple(look.bends)
         for name, view in _candidates(model, x, bends, random or (look is not None and look.drew)):
-            slopes = _slopes(view, x, labels)
+            slopes = once(name, partial(_slopes, view, x, labels))
             if slopes is None or any(_parallel(slopes, other) for other in kept):
                 continue
             found[name] = view
@@ -275,7 +277,7 @@ def _slopes(view: View, x: Images, labels: Tensor) -> list[Tensor] | None:
             own = logits.gather(1, labels[:, None])[:, 0]
             best = logits.scatter(1, labels[:, None], -torch.inf).amax(1)
             losses = (F.cross_entropy(logits, labels, reduction="sum"), (best - own).sum())
-            slopes = [torch.autograd.grad(loss, images, retain_graph=True)[0].flatten(1) for loss in losses]
+            slopes = [torch.autograd.grad(loss, images, retain_graph=True)[0].flatten(1).cpu() for loss in losses]
     except Exception:
         return None
     if not all(slope.isfinite().all() for slope in slopes) or not any(slope.any() for slope in slopes):

@@ -1,0 +1,166 @@
+"""A run that is killed often ends with the result of an unbroken one, however few answers come between kills."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from nets import Small, labelled
+from torch import Tensor
+
+from robustkit import evaluate
+from robustkit.engine import batchwise, meter, saved
+from robustkit.errors import UsageError
+from robustkit.record import Report
+from robustkit.resuming import Store, answers, recording
+from robustkit.resuming.store import encoded
+
+SHAPE = (3, 7, 5)
+
+
+class Dies(torch.nn.Module):
+    """A net that is interrupted after so many images; `noise` makes it random."""
+
+    def __init__(self, noise: float = 0.0) -> None:
+        super().__init__()
+        self.net, self.noise = Small().eval(), noise
+        self.left: float = float("inf")
+        self.most = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.left -= len(x)
+        self.most = max(self.most, len(x))
+        if self.left < 0:
+            raise KeyboardInterrupt
+        out: Tensor = self.net(x + self.noise * torch.randn_like(x))
+        return out
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every net counts as slow, and everything is written at once."""
+    monkeypatch.setattr(meter, "SLOW", 0.0)
+    monkeypatch.setattr(meter, "GROWING", 0.0)
+    monkeypatch.setattr(answers, "WRITE_EVERY", 0.0)
+    monkeypatch.setattr(answers, "WORTH", float("inf"))
+    monkeypatch.setattr(saved, "LONG", 0.0)
+    # The way to run a net is chosen by the clock, and another memory layout draws other noise.
+    monkeypatch.setattr(meter.Meter, "tune", lambda self, x, precision: None)
+
+
+def until_it_ends(net: Dies, run: Callable[[], Report], images: int) -> tuple[Report, int]:
+    """Run again and again, each time for so many images; return the report and how many runs were interrupted."""
+    for interrupted in range(500):
+        net.left = images
+        try:
+            return run(), interrupted
+        except KeyboardInterrupt:
+            pass
+    raise AssertionError("the run does not end")
+
+
+def told(report: Report) -> list[Any]:
+    return [
+        [(v.index, v.robust, v.attack, v.clean_prediction, v.margin) for v in report.verdicts],
+        [(stage.attack, stage.fooled, stage.forwards, stage.backwards) for stage in report.stages],
+        [(flag.code, flag.value) for flag in (*report.flags, *report.passed)],
+        None if report.curve is None else (report.curve.distances, report.curve.cost.forwards),
+        None if report.audit is None else (report.audit.audited, report.audit.broke),
+    ]
+
+
+CASES = [
+    ("pgd(steps=2),square(queries=6)", 0.0, {}),
+    ("autoattack:apgd-ce(steps=4),autoattack:square(queries=6)", 0.0, {}),
+    ("foolbox:LinfPGD(steps=4)", 0.0, {}),
+    pytest.param("pgd(steps=2)", 0.02, {}, marks=pytest.mark.slow),
+    pytest.param("pgd(steps=1)", 0.0, {"curve": True}, marks=pytest.mark.slow),
+    pytest.param("pgd(steps=1)", 0.0, {"audit": 1}, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.usefixtures("slow")
+@pytest.mark.parametrize("checked", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("suite", "noise", "more"), CASES)
+def test_few_answers_between_two_kills_are_enough(
+    suite: str, noise: float, more: dict[str, Any], checked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not checked:
+        monkeypatch.setattr(batchwise.BatchWise, "_check", lambda self, x, positions: ([], []))
+    net = Dies(noise)
+    x, y = labelled(net.net, 3, SHAPE)
+
+    def run(folder: str) -> Report:
+        return evaluate(net, x, y, "linf:0.03", suite=suite, precision="fp32", out=tmp_path / folder, **more)
+
+    whole = run("whole")
+    assert net.most == 1
+    pieces, interrupted = until_it_ends(net, lambda: run("pieces"), 60 if checked else 15 + 15 * bool(noise))
+    assert interrupted > 1
+    assert told(pieces) == told(whole)
+    assert not list((tmp_path / "pieces").glob(".unfinished*"))
+
+
+def test_a_damaged_record_ends_what_is_known(tmp_path: Path) -> None:
+    store = Store(tmp_path / "work")
+    with recording(store, "work") as record:
+        for value in (1.0, 2.0, 3.0):
+            record.ask(lambda x: 2 * x, torch.full((1, 2), value), differentiable=False, keep=True)
+        record.write()
+    file = tmp_path / "work" / "work"
+    body = bytearray(file.read_bytes())
+    body[len(body) // 2] ^= 1
+    file.write_bytes(body)
+    calls: list[int] = []
+
+    def net(x: Tensor) -> Tensor:
+        calls.append(1)
+        return 2 * x
+
+    with recording(store, "work") as record:
+        for value in (1.0, 2.0, 3.0):
+            assert record.ask(net, torch.full((1, 2), value), differentiable=False, keep=True)[0, 0] == 2 * value
+    assert len(calls) == 2
+
+
+def test_a_record_of_another_query_is_not_taken(tmp_path: Path) -> None:
+    store = Store(tmp_path / "work")
+    with recording(store, "work") as record:
+        record.ask(lambda x: x, torch.zeros(1, 2), differentiable=False, keep=True)
+        record.write()
+    with recording(store, "work") as record:
+        assert bool((record.ask(lambda x: x + 1, torch.ones(1, 2), differentiable=False, keep=True) == 2).all())
+
+
+def test_a_link_in_the_place_of_a_record_is_not_followed(tmp_path: Path) -> None:
+    store, precious = Store(tmp_path / "work"), tmp_path / "precious"
+    precious.write_text("mine")
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "flight").symlink_to(precious)
+    with pytest.raises(UsageError, match="is a link"):
+        store.append("flight", encoded({"kind": "begin"}))
+    store.replace("flight", encoded({"kind": "begin"}))
+    assert precious.read_text() == "mine"
+
+
+def test_generators_continue_where_they_were(tmp_path: Path) -> None:
+    store = Store(tmp_path / "work")
+
+    def noisy(x: Tensor) -> Tensor:
+        return x + torch.randn(1) + np.random.randn()
+
+    def draw() -> float:
+        with recording(store, "work") as record:
+            torch.manual_seed(0)
+            np.random.seed(0)
+            record.ask(
+                lambda x: x + torch.randn(1) + np.random.randn(), torch.ones(1), differentiable=False, keep=True
+            )
+            record.write()
+            return float(torch.randn(1)) + np.random.randn()
+
+    assert draw() == draw()
