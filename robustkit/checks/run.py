@@ -75,11 +75,11 @@ def diagnose(probe: Probe) -> list[Flag]:
     """Return the flags that a model raises, and what the checks that raised none measured, in a fixed order.
 
     Costs, per image of the batch, 1 forward and 4 for randomness (9 if it is random); for the few rows
-    2 forwards and 3 backwards for gradients, 4 forwards for finite differences (16 where they disagree; at 8 points
-    or more, several of an image where there are fewer images), and at most 100 propagations each way for short PGD
-    runs, which end at the first success. For 8 rows 13 forwards nearby, 31 to plant points, and at most the length
-    of the run's longest plain attack both ways, with as many forwards at random points, to find them; it ends where
-    all have been found.
+    2 forwards and 3 backwards for gradients, 4 forwards for finite differences (16 where they disagree; of fewer
+    than 8 images at several points each), and at most 100 propagations each way for short PGD runs, which end at
+    the first success. For 8 rows 13 forwards nearby, 31 to plant points, and at most the length of the run's
+    longest plain attack both ways, with as many forwards at random points, to find them; it ends where all have
+    been found.
     """
     found = (check(probe) for check in BEFORE)
     return [_sound(flag) for flag in found if flag is not None]

@@ -153,7 +153,7 @@ class Evaluation:
         progress = progress or Progress()
         opened = open_for_writing(out, self.spec, overwrite=overwrite, say=progress.say) if out else None
         with opened or nullcontext(True) as writable:
-            store = Store(out / folder.UNFINISHED if out and writable else None)
+            store = Store(out / folder.UNFINISHED if out and writable else None, self.spec.run_id)
             try:
                 report = self._at_eps(out, writable, progress, agency, store)
                 if self.curve and report.curve is None:

@@ -47,6 +47,7 @@ OWN = frozenset(
     }
 )
 OWN_FOLDERS = {
+    folder.UNFINISHED: re.compile(r"[0-9a-f]{8}\..*"),
     SAMPLES: re.compile(r"\d{4,}\.safetensors"),
     KEPT: re.compile(r"(?!)"),
     CURVES: re.compile(r"events\.out\.tfevents\..*"),
@@ -117,7 +118,7 @@ def clear(path: Path) -> None:
             )
         return
     for file in path.iterdir():
-        if RUN.fullmatch(file.name) and not file.is_symlink() and _is_spec(file):
+        if (RUN.fullmatch(file.name) or file.name == folder.AUDIT) and not file.is_symlink() and _is_spec(file):
             lock = _lock(file)
             try:
                 clear(file)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -40,9 +39,9 @@ def decoded(body: bytes) -> dict[str, Any]:
 class Store:
     """Records by the name of the work that they belong to; without a folder nothing is kept."""
 
-    def __init__(self, folder: Path | None) -> None:
-        """Keep them in this folder, which is made when the first comes."""
-        self.folder = folder
+    def __init__(self, folder: Path | None, run_id: str = "") -> None:
+        """Keep those of this run in this folder, which is made when the first comes."""
+        self.folder, self.run_id = folder, run_id
 
     @property
     def keeps(self) -> bool:
@@ -53,13 +52,15 @@ class Store:
         """Return the names of work with records that begin so."""
         if self.folder is None or not self.folder.is_dir():
             return []
-        return sorted(file.name for file in self.folder.iterdir() if file.name.startswith(prefix))
+        own = f"{self.run_id}."
+        names = (file.name.removeprefix(own) for file in self.folder.iterdir() if file.name.startswith(own))
+        return sorted(name for name in names if name.startswith(prefix))
 
     def read(self, name: str) -> Iterator[bytes]:
         """Yield the records of a piece of work, up to the first that is damaged."""
         if self.folder is None:
             return
-        place = self.folder / _safe(name)
+        place = self._place(name)
         if not place.is_file() or place.is_symlink():
             return
         with place.open("rb") as file:
@@ -74,7 +75,7 @@ class Store:
         if self.folder is None or not bodies:
             return
         subfolder(self.folder.parent, self.folder.name)
-        place = self.folder / _safe(name)
+        place = self._place(name)
         refuse_link(place)
         try:
             with place.open("ab") as file:
@@ -87,7 +88,7 @@ class Store:
         """Have these records of a piece of work and no others; without any it is forgotten."""
         if self.folder is None:
             return
-        place = self.folder / _safe(name)
+        place = self._place(name)
         if not bodies:
             place.unlink(missing_ok=True)
             return
@@ -95,6 +96,10 @@ class Store:
         with replacing(place) as file:
             for body in bodies:
                 file.write(_framed(body))
+
+    def _place(self, name: str) -> Path:
+        assert self.folder is not None  # noqa: S101
+        return self.folder / f"{self.run_id}.{name}"
 
     def room(self) -> float:
         """Return how many bytes a piece of work may have."""
@@ -110,7 +115,3 @@ class Store:
 
 def _framed(body: bytes) -> bytes:
     return len(body).to_bytes(8, "little") + hashlib.sha256(body).digest() + body
-
-
-def _safe(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9.+-]", "_", name)

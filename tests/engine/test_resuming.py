@@ -106,12 +106,12 @@ def test_few_answers_between_two_kills_are_enough(
 
 
 def test_a_damaged_record_ends_what_is_known(tmp_path: Path) -> None:
-    store = Store(tmp_path / "work")
+    store = Store(tmp_path / "work", "abcd1234")
     with recording(store, "work") as record:
         for value in (1.0, 2.0, 3.0):
             record.ask(lambda x: 2 * x, torch.full((1, 2), value), differentiable=False, keep=True)
         record.write()
-    file = tmp_path / "work" / "work"
+    file = tmp_path / "work" / "abcd1234.work"
     body = bytearray(file.read_bytes())
     body[len(body) // 2] ^= 1
     file.write_bytes(body)
@@ -128,7 +128,7 @@ def test_a_damaged_record_ends_what_is_known(tmp_path: Path) -> None:
 
 
 def test_a_record_of_another_query_is_not_taken(tmp_path: Path) -> None:
-    store = Store(tmp_path / "work")
+    store = Store(tmp_path / "work", "abcd1234")
     with recording(store, "work") as record:
         record.ask(lambda x: x, torch.zeros(1, 2), differentiable=False, keep=True)
         record.write()
@@ -137,10 +137,10 @@ def test_a_record_of_another_query_is_not_taken(tmp_path: Path) -> None:
 
 
 def test_a_link_in_the_place_of_a_record_is_not_followed(tmp_path: Path) -> None:
-    store, precious = Store(tmp_path / "work"), tmp_path / "precious"
+    store, precious = Store(tmp_path / "work", "abcd1234"), tmp_path / "precious"
     precious.write_text("mine")
     (tmp_path / "work").mkdir()
-    (tmp_path / "work" / "flight").symlink_to(precious)
+    (tmp_path / "work" / "abcd1234.flight").symlink_to(precious)
     with pytest.raises(UsageError, match="is a link"):
         store.append("flight", encoded({"kind": "begin"}))
     store.replace("flight", encoded({"kind": "begin"}))
@@ -148,7 +148,7 @@ def test_a_link_in_the_place_of_a_record_is_not_followed(tmp_path: Path) -> None
 
 
 def test_generators_continue_where_they_were(tmp_path: Path) -> None:
-    store = Store(tmp_path / "work")
+    store = Store(tmp_path / "work", "abcd1234")
 
     def noisy(x: Tensor) -> Tensor:
         return x + torch.randn(1) + np.random.randn()
