@@ -11,7 +11,8 @@ class Preprocess:
 
     Attributes:
         size: Height and width of the centre crop, in pixels.
-        resize: Length of the shorter side before the crop, in pixels; None leaves the image as it is.
+        resize: Length of the shorter side before the crop, in pixels, or more where the crop would not fit into
+            the image; None leaves the image as it is.
         interpolation: Name of the resampling filter: nearest, bilinear or bicubic.
     """
 

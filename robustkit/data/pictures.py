@@ -61,6 +61,18 @@ class Pictures(ABC):
         raw = torch.from_numpy(np.stack(pixels))
         return (raw.to(torch.float32) / 255).permute(0, 3, 1, 2).contiguous()
 
+    def enlargement(self, row: int) -> float:
+        """Return how many times as long the sides of an image become when it is read; of it only the header is."""
+        if self.preprocess is None:
+            return 1.0
+        try:
+            with Image.open(self.encoded(row)) as image:
+                width, height = int(image.width), int(image.height)
+        except _DAMAGE as error:
+            raise unreadable(self.title(row), error) from error
+        tall, _ = _resized(height, width, self.preprocess)
+        return tall / height
+
     @cached_property
     def _size(self) -> tuple[int, int]:
         """(height, width) of every image; without preprocessing that of the first."""
@@ -118,11 +130,23 @@ def check_interpolation(preprocess: Preprocess | None) -> None:
 
 
 def _fit(image: Image.Image, preprocess: Preprocess) -> Image.Image:
-    """Resize the shorter side and crop the centre, to the pixel as torchvision does."""
+    """Resize and crop the centre, to the pixel as torchvision does where the crop is a square."""
     from torchvision.transforms import functional
 
-    if preprocess.resize is not None:
+    sides = _resized(image.height, image.width, preprocess)
+    if sides != (image.height, image.width):
         mode = functional.InterpolationMode(preprocess.interpolation)
-        image = functional.resize(image, preprocess.resize, interpolation=mode)
+        image = functional.resize(image, list(sides), interpolation=mode)
     cropped: Image.Image = functional.center_crop(image, list(preprocess.size))
     return cropped
+
+
+def _resized(height: int, width: int, preprocess: Preprocess) -> tuple[int, int]:
+    """Return height and width of an image after resizing: as torchvision has it, but never less than the crop."""
+    if preprocess.resize is None:
+        return height, width
+    tall, wide = preprocess.size
+    short = max(preprocess.resize, -(-tall * min(height, width) // height), -(-wide * min(height, width) // width))
+    if height <= width:
+        return short, max(short * width // height, wide)
+    return max(short * height // width, tall), short

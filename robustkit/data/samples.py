@@ -79,6 +79,17 @@ class Samples:
         self._refuse_outside_box(x, wanted)
         return x
 
+    def enlargements(self, most: int) -> list[float]:
+        """Return how many times as long the sides of image files become when read, of at most so many files.
+
+        They are spread evenly over the samples; arrays have none.
+        """
+        enlargement = getattr(self.source, "enlargement", None)
+        if enlargement is None:
+            return []
+        places = np.unique(np.linspace(0, len(self) - 1, min(most, len(self))).astype(np.int64))
+        return [enlargement(int(row)) for row in self.rows[places]]
+
     def head(self, n: int | None) -> Samples:
         """Return the first n samples, all of them for None.
 

@@ -13,6 +13,7 @@ from robustkit.checks.probe import Probe
 from robustkit.checks.run import diagnose, training_mode
 from robustkit.data.samples import Samples
 from robustkit.engine.meter import Meter
+from robustkit.engine.pixels import enlarged_images, pixel_space
 from robustkit.engine.sanity import refuse_answers, refuse_endless
 from robustkit.isolation import evaluation_mode, own_randomness, threads, training_count
 from robustkit.models.classifier import Classifier
@@ -56,6 +57,7 @@ def examine(
         with threads(meter.threads):
             flags = [flag for flag in diagnose(probe) if flag.raised]
         flags += training_mode(was_training, training_count(model))
+        flags += enlarged_images(pixel_space(model, samples))
     return Diagnosis(
         model=model.string,
         data=samples.name,

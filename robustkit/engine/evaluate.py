@@ -26,6 +26,7 @@ from robustkit.engine.lookout import offered
 from robustkit.engine.meter import DTYPES, Meter
 from robustkit.engine.opening import open_for_writing, require_writable
 from robustkit.engine.parts import noted
+from robustkit.engine.pixels import enlarged_images, pixel_space
 from robustkit.engine.progress import Progress
 from robustkit.engine.tally import Tally
 from robustkit.engine.worker import Worker
@@ -300,7 +301,8 @@ class Evaluation:
 
     def _finish(self, ledger: Ledger, worker: Worker, mode: list[Flag], out: Path | None) -> Report:
         tally, meter = worker.tally, worker.meter
-        flags = [*worker.doubts.afterthoughts(), *mode]
+        space = pixel_space(self.model, self.samples)
+        flags = [*worker.doubts.afterthoughts(), *mode, *enlarged_images(space)]
         fooled = np.fromiter(ledger.fooled(), np.dtype((np.int64, 3)))
         counts = np.isin(fooled[:, 0], tally.scope)
         index, labels, predictions = fooled[counts].T
@@ -308,6 +310,7 @@ class Evaluation:
         rows = folder.Adversarials(index, labels, shape, lambda: itertools.compress(ledger.adversarials(), counts))
         surroundings = environment(self.device, meter.precision, meter.piece, meter.threads) | worker.flown
         surroundings["parts"] = noted(ledger)
+        surroundings |= {"pixels": space, "model_notes": list(self.model.notes)}
         if out is None:
             return replace(tally.report(self.spec, flags, surroundings, {}), adversarial=rows.arrays())
         folder.write_adversarial(out, rows)

@@ -16,7 +16,7 @@ from robustkit.models.built import Built, seeded
 from robustkit.models.catalog import ZOO as CATALOG
 from robustkit.models.classifier import Classifier
 from robustkit.models.kinds import no_such_kind
-from robustkit.models.options import Options, read_mean, read_std
+from robustkit.models.options import Options, read_mean, read_size, read_std
 from robustkit.models.strings import ENSEMBLE, FILE, FOLDER, MODULE, TIMM, TORCHVISION, UNKNOWN, ZOO, ModelString
 from robustkit.models.weight_files import WeightsFile, read_weights
 from robustkit.models.weights import Loaded, put_weights
@@ -38,9 +38,9 @@ def load_model(
 
     The string is `ARCH[@WEIGHTS][?mean=r,g,b&std=r,g,b&size=N&num_classes=K&defense=NAME:VALUE+...]`, or a folder
     that a training run wrote, `runs/x/`, with `#2` for its third member or posterior sample, or several strings as
-    one, `ensemble:[A;B;C]`; a model of several nets takes `?combine=` for how they are joined. Normalisation is
-    taken from the query, else from the metadata of the weights file or the folder, else from timm's or
-    torchvision's own record, else left out.
+    one, `ensemble:[A;B;C]`; a model of several nets takes `?combine=` for how they are joined. Size and
+    normalisation are taken from the query, else from the metadata of the weights file or the folder, else from
+    timm's or torchvision's own record, else left out; image files are read at that size.
 
     A string that names Python code, `module:factory` or `./net.py:factory`, runs it: give no string here that you
     have read from a file of somebody else's. What a folder's own record names is run only with `trust_code`.
@@ -73,7 +73,8 @@ def load_model(
     if weights is not None:
         loaded = put_weights(built.net, weights, spec.arch, choice=options.weights, convert=built.convert)
     _check_finite(built.net, spec)
-    mean, std = _normalisation(options, weights, loaded, built)
+    options = _with_metadata(options, weights, loaded)
+    mean, std = options.mean or built.mean, options.std or built.std
     _check_channels(built, mean, std)
     said = spec.options if options.noise is None else {**spec.options, "noise": options.noise}
     path = str(weights.path) if weights and spec.weights else None
@@ -88,7 +89,7 @@ def load_model(
         num_classes=built.num_classes,
         in_channels=built.in_channels,
         defenses=options.defenses,
-        preprocess=built.preprocess or _preprocess(options.size),
+        preprocess=_preprocess(options.size, built.preprocess),
         output=options.output,
         binary=options.binary,
         trust_code=trust_code,
@@ -108,14 +109,15 @@ def _weights(spec: ModelString, options: Options) -> WeightsFile | None:
     return from_zoo.own_weights(spec) if spec.kind == ZOO and options.pretrained else None
 
 
-def _normalisation(
-    options: Options, weights: WeightsFile | None, loaded: Loaded | None, built: Built
-) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
-    metadata = weights.metadata if weights else {}
-    where = f"the metadata of '{weights.path}'" if weights else ""
-    mean = read_mean(metadata["mean"], where) if "mean" in metadata else (loaded and loaded.mean)
-    std = read_std(metadata["std"], where) if "std" in metadata else (loaded and loaded.std)
-    return options.mean or mean or built.mean, options.std or std or built.std
+def _with_metadata(options: Options, weights: WeightsFile | None, loaded: Loaded | None) -> Options:
+    """Return the options, and what the weights file says where they say nothing."""
+    if weights is None or loaded is None:
+        return options
+    said, where = weights.metadata, f"the metadata of '{weights.path}'"
+    mean = read_mean(said["mean"], where) if "mean" in said else loaded.mean
+    std = read_std(said["std"], where) if "std" in said else loaded.std
+    size = read_size(said["size"], where) if "size" in said else None
+    return replace(options, mean=options.mean or mean, std=options.std or std, size=options.size or size)
 
 
 def _check_channels(built: Built, *normalisation: tuple[float, ...] | None) -> None:
@@ -136,8 +138,11 @@ def _check_finite(net: object, spec: ModelString) -> None:
             )
 
 
-def _preprocess(size: tuple[int, int] | None) -> Preprocess | None:
-    return None if size is None else Preprocess(size, resize=min(size))
+def _preprocess(size: tuple[int, int] | None, source: Preprocess | None) -> Preprocess | None:
+    """Return how image files are read: as the source has it, but for a size that was asked for."""
+    if size is None or (source is not None and source.size == size):
+        return source
+    return Preprocess(size, min(size), source.interpolation if source else Preprocess.interpolation)
 
 
 def _no_model(spec: ModelString) -> UsageError:

@@ -81,7 +81,7 @@ class Options:
         return cls(
             mean=read_mean(taken["mean"], str(spec)) if "mean" in taken else None,
             std=read_std(taken["std"], str(spec)) if "std" in taken else None,
-            size=_size(taken["size"]) if "size" in taken else None,
+            size=read_size(taken["size"], str(spec)) if "size" in taken else None,
             num_classes=_count("num_classes", taken, 1 if "binary" in taken else 2, MOST_CLASSES),
             in_channels=_count("in_channels", taken, 1, MOST_CHANNELS),
             output=_named("output", taken),
@@ -157,11 +157,16 @@ def _defenses(text: str) -> tuple[Any, ...]:
     return parse_defenses(text)
 
 
-def _size(text: str) -> tuple[int, int]:
+def read_size(text: str, where: str) -> tuple[int, int]:
+    """Return an image size as height and width in pixels.
+
+    Raises:
+        UsageError: It is not one or two whole numbers; `where` tells the reader where it stands.
+    """
     sides = [whole_number(part, 1, MOST_PIXELS) for part in text.split(",")]
     if len(sides) > 2 or sides[0] is None or sides[-1] is None:
         raise UsageError(
-            f"size={text[:30]} is no image size: write pixels as size=N, or size=HEIGHT,WIDTH, from 1 to "
+            f"{where}: size={text[:30]} is no image size: write pixels as size=N, or size=HEIGHT,WIDTH, from 1 to "
             f"{MOST_PIXELS:,}."
         )
     return sides[0], sides[-1]

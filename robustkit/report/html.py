@@ -12,6 +12,7 @@ from robustkit.record import LEVELS, Rate, Report, dumps
 from robustkit.report import classes, costs, curve, histogram, trust, words
 from robustkit.report.cascade import cascade
 from robustkit.report.command import command
+from robustkit.report.inputs import size
 from robustkit.report.made import made_in_parts
 from robustkit.report.names import stage_names
 from robustkit.report.render import render
@@ -46,6 +47,7 @@ def _facts_and_charts(report: Report, examples: Mapping[str, np.ndarray] | None)
         "model": words.model_name(report),
         "data": words.data_name(report),
         "images": words.images(report),
+        "pixels": size(report),
         "threat": words.threat(report),
         "attacks": stage_names(report)[1:],
         "verdict": words.verdict(report),

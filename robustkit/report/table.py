@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from robustkit.record import Curve, Flag, Rate, Report
+from robustkit.report.inputs import remarks, size
 from robustkit.report.made import made_in_parts
 from robustkit.report.names import stage_names
 
@@ -20,7 +21,8 @@ def show(report: Report, console: Console, next_command: str | None = None, page
     """Print run, stages, result, flags, where the page is, and the next command."""
     data = str(report.spec.data["string"]).rpartition("/")[2]
     console.print(
-        f"run {report.run_id}   {report.n} image{'s' * (report.n != 1)} of {data}   {report.spec.threat}   "
+        f"run {report.run_id}   {report.n} image{'s' * (report.n != 1)} of {data}   "
+        f"{size(report)}{'   ' * bool(size(report))}{report.spec.threat}   "
         f"seed {report.spec.seed}   {report.environment['device_name']}\n",
         highlight=False,
     )
@@ -68,8 +70,8 @@ def show(report: Report, console: Console, next_command: str | None = None, page
 
 
 def notes(report: Report) -> list[str]:
-    """Return in words why the run stopped early, what draws and its audit say, where there is something to say."""
-    lines = []
+    """Return remarks on images and model, why the run stopped early, what draws and its audit say, if anything."""
+    lines = [f"\n{remark}" for remark in remarks(report)]
     if made := made_in_parts(report.environment):
         lines += [f"\n{made}"]
     if report.stopped:

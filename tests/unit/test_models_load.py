@@ -567,7 +567,7 @@ def test_torchvision():
     with torch.no_grad():
         assert model(IMAGES).shape == (5, 7)
     assert model.num_classes == 7
-    assert model.preprocess == Preprocess((224, 224), 256, "bilinear")
+    assert model.preprocess == Preprocess((40, 40), 40, "bilinear")
     with pytest.raises(UsageError, match="did you mean 'torchvision:resnet18'"):
         load_model("torchvision:resnet188")
     with pytest.raises(UsageError, match="have 1000 classes, not 7"):
