@@ -7,6 +7,7 @@ CODES = (
     "broken-gradient",
     "claims-refused",
     "dim-images",
+    "enlarged-images",
     "dlr-flat",
     "few-classes",
     "float16-overflow",
