@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from robustkit.arguments import verb
 from robustkit.crafted import Craft
 from robustkit.data import from_arrays, load_data
 from robustkit.data.samples import Samples
@@ -38,11 +39,12 @@ from robustkit.training.usual import sibling
 Model = str | Callable[[torch.Tensor], Any]
 
 
+@verb
 def evaluate(
     model: Callable[[torch.Tensor], Any],
     images: Any,
     labels: Any,
-    threat: ThreatModel | str,
+    threat: ThreatModel | str | float | tuple[str, float],
     *,
     suite: str = DEFAULT_SUITE,
     seed: int = 0,
@@ -67,7 +69,8 @@ def evaluate(
             is put into eval mode for the run and back after.
         images: (N C H W) floats in [0, 1], or uint8.
         labels: (N) whole numbers from 0 to K - 1.
-        threat: what the attacker may do, as a `ThreatModel` or its string, e.g. `linf:8/255`.
+        threat: what the attacker may do, as a `ThreatModel` or its string, e.g. `linf:8/255`; a pair
+            `("l2", 0.5)`; or a number alone, which is an eps in linf.
         suite: the attacks, e.g. `autoattack` or `pgd(steps=100),autoattack:square`.
         seed: of every random number.
         device: `auto` is where the model's parameters are; another moves the model there.
@@ -89,7 +92,7 @@ def evaluate(
         UsageError: for a request that cannot be carried out.
         RunError: when it fails on the way.
     """
-    threat = ThreatModel.parse(threat) if isinstance(threat, str) else threat
+    threat = ThreatModel.of(threat)
     classifier = as_classifier(model)
     place = model_device(classifier) if str(device) == "auto" else pick_device(str(device))
     plan = Evaluation(
@@ -110,11 +113,12 @@ def evaluate(
     return plan.run(Path(out) if out is not None else None, progress, overwrite=overwrite)
 
 
+@verb
 def plan(
     model: Callable[[torch.Tensor], Any],
     images: Any,
     labels: Any,
-    threat: ThreatModel | str,
+    threat: ThreatModel | str | float | tuple[str, float],
     *,
     suite: str = DEFAULT_SUITE,
     seed: int = 0,
@@ -134,7 +138,7 @@ def plan(
         model: as in `evaluate`.
         images: (N C H W) floats in [0, 1], or uint8; all that are to be evaluated.
         labels: (N) whole numbers from 0 to K - 1.
-        threat: what the attacker may do, as a `ThreatModel` or its string, e.g. `linf:8/255`.
+        threat: what the attacker may do, as in `evaluate`, e.g. `linf:8/255`.
         suite: the attacks, e.g. `autoattack` or `pgd(steps=100),autoattack:square`.
         seed: of every random number.
         device: `auto` is where the model's parameters are; another moves the model there.
@@ -154,7 +158,7 @@ def plan(
     pilot = Pilot(
         model=classifier.to(place),
         samples=images if isinstance(images, Samples) else from_arrays(images, labels),
-        threat=ThreatModel.parse(threat) if isinstance(threat, str) else threat,
+        threat=ThreatModel.of(threat),
         suite=suite,
         seed=seed,
         device=place,
@@ -165,11 +169,12 @@ def plan(
     return measure(pilot, devices, price, progress)
 
 
+@verb
 def craft(
     surrogates: Model | Sequence[Model],
     images: Any,
     labels: Any,
-    threat: ThreatModel | str,
+    threat: ThreatModel | str | float | tuple[str, float],
     *,
     attack: str = DEFAULT_ATTACK,
     combine: str = DEFAULT_COMBINE,
@@ -196,7 +201,7 @@ def craft(
         surrogates: models to craft on, as strings or callables as in `evaluate`; one, or several in a list.
         images: (N C H W) floats in [0, 1], or uint8.
         labels: (N) whole numbers from 0 to K - 1.
-        threat: what the attacker may do, as a `ThreatModel` or its string, e.g. `linf:8/255`.
+        threat: what the attacker may do, as in `evaluate`, e.g. `linf:8/255`.
         attack: an attack with techniques, e.g. `mi-fgsm(steps=20)`.
         combine: what is averaged over the surrogates: `logits`, `probabilities`, `loss`,
             `gradients` or `consensus` (see `Surrogates`).
@@ -232,7 +237,7 @@ def craft(
     plan = Crafting(
         nets=nets,
         samples=samples,
-        threat=ThreatModel.parse(threat) if isinstance(threat, str) else threat,
+        threat=ThreatModel.of(threat),
         attack=attack,
         combine=combine,
         weights=weights,
@@ -262,11 +267,12 @@ def _listed(models: Model | Sequence[Model]) -> Sequence[Model]:
     return [models] if isinstance(models, str) or callable(models) else models
 
 
+@verb
 def diversity(
     model: str | Callable[[torch.Tensor], Any],
     images: Any,
     labels: Any,
-    threat: ThreatModel | str,
+    threat: ThreatModel | str | float | tuple[str, float],
     *,
     steps: int = 50,
     restarts: int = 5,
@@ -284,7 +290,7 @@ def diversity(
         model: an ensemble: the string of its run folder, or what `load_model` makes of it.
         images: (N C H W) floats in [0, 1], or uint8.
         labels: (N) whole numbers from 0 to K - 1.
-        threat: what the attacker may do, as a `ThreatModel` or its string, e.g. `linf:8/255`.
+        threat: what the attacker may do, as in `evaluate`, e.g. `linf:8/255`.
         steps: of PGD on each member, each a fifth of eps.
         restarts: random starts; an image counts as fooled if one of them fools.
         only: positions of the images to look at, to compare ensembles on the same; None for all. Those that a
@@ -307,7 +313,7 @@ def diversity(
             else as_classifier(model).to(place)
         ),
         samples=images if isinstance(images, Samples) else from_arrays(images, labels),
-        threat=ThreatModel.parse(threat) if isinstance(threat, str) else threat,
+        threat=ThreatModel.of(threat),
         steps=steps,
         restarts=restarts,
         seed=seed,
@@ -317,6 +323,7 @@ def diversity(
     return comparison.run(Path(out) if out is not None else None, progress, overwrite)
 
 
+@verb
 def train(
     method: str | Method,
     data: str | Samples | Any = "digits:train",
@@ -400,6 +407,7 @@ def train(
     return plan.run(folder, progress, overwrite)
 
 
+@verb
 def verify(
     folder: str | Path,
     model: Callable[[torch.Tensor], Any] | None = None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import torch
@@ -60,6 +60,18 @@ def set_generators(states: Mapping[str, torch.Tensor]) -> None:
         for name, state in states.items():
             if name.startswith("cuda-") and int(name[5:]) < torch.cuda.device_count():
                 torch.cuda.set_rng_state(state, int(name[5:]))
+
+
+@contextmanager
+def usual_torch() -> Iterator[None]:
+    """Have autograd on, inference mode and autocast off inside, whatever the caller has switched."""
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for device in devices:
+            stack.enter_context(torch.autocast(device, enabled=False))
+        yield
 
 
 @contextmanager

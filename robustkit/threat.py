@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from robustkit.numbers import exact, shown
 from robustkit.shapes import Images, Mask, PerRow
 
 LARGEST = 1e9
+# Of a fraction that a float is taken for.
+LARGEST_DENOMINATOR = 1000
 
 # Takes shifts (B, D), float64, into ball and box: (shift, low, high, radius (B, 1)), where low <= 0 <= high.
 Clip = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -81,6 +84,30 @@ class ThreatModel(ABC):
                 f"e.g. {kind.norm}:8/255."
             ) from None
         return kind(eps)
+
+    @staticmethod
+    def of(threat: ThreatModel | str | float | tuple[str, float]) -> ThreatModel:
+        """Return a threat given as such, as the string NORM:EPS, as a pair (norm, eps), or as an eps in linf.
+
+        A float that is a fraction of a small denominator, such as 8/255, is taken for that fraction.
+
+        Raises:
+            UsageError: for anything else.
+        """
+        if isinstance(threat, ThreatModel):
+            return threat
+        if isinstance(threat, str):
+            return ThreatModel.parse(threat)
+        pair: Any = threat if isinstance(threat, (tuple, list)) else ("linf", threat)
+        if len(pair) != 2 or type(pair[1]) is bool or not isinstance(pair[1], numbers.Real):
+            raise UsageError(
+                f"threat {threat!r}: write NORM:EPS, e.g. 'linf:8/255', or a pair such as ('l2', 0.5)."
+            )
+        norm, eps = pair
+        if math.isfinite(eps):
+            near = Fraction(float(eps)).limit_denominator(LARGEST_DENOMINATOR)
+            eps = near if float(near) == float(eps) else eps
+        return ThreatModel.parse(f"{norm}:{eps}")
 
     def __str__(self) -> str:
         decimal = f"{float(self.eps):.6g}"

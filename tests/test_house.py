@@ -80,8 +80,9 @@ ALLOWED: dict[str, set[str]] = {
     | {"diverse", "planned", "posterior", "resuming", "writing", "version"},
     "training": VOCABULARY | {"models", "data", "engine", "posterior", "trained", "writing"},
     "report": {"errors", "record", "crafted", "trained", "diverse", "planned"},
+    "arguments": {"errors", "isolation"},
     "api": {
-        *("devices", "engine", "models", "data", "errors", "record", "crafted", "registry", "threat"),
+        *("arguments", "devices", "engine", "models", "data", "errors", "record", "crafted", "registry", "threat"),
         *("training", "trained", "method", "diverse", "planned"),
     },
     "cli": {

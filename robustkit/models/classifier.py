@@ -13,6 +13,7 @@ from torch import nn
 
 from robustkit.errors import ModelError, RobustkitError, UsageError
 from robustkit.isolation import no_exit, switch_mode
+from robustkit.models.bare import bare, with_numbers
 from robustkit.models.failures import described, is_out_of_memory
 from robustkit.models.fingerprint import (
     callable_identity,
@@ -244,6 +245,8 @@ def as_classifier(model: object, *, output: str | int | None = None, binary: str
         raise UsageError(
             f"a {type(model).__name__} is no model: give a torch.nn.Module or a function from images to logits."
         )
+    model = bare(model)
+    model = with_numbers(model, f"python:{qualified_name(model)}")
     num_classes = getattr(model, "num_classes", None)
     return Classifier(
         model,

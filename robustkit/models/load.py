@@ -10,8 +10,9 @@ from torch import nn
 
 from robustkit.devices import pick_device
 from robustkit.errors import UsageError
-from robustkit.isolation import switch_mode
+from robustkit.isolation import switch_mode, usual_torch
 from robustkit.models import from_code, from_run, from_several, from_timm, from_torchvision, from_zoo
+from robustkit.models.bare import bare, with_numbers
 from robustkit.models.built import Built, seeded
 from robustkit.models.catalog import ZOO as CATALOG
 from robustkit.models.classifier import Classifier
@@ -31,6 +32,7 @@ _BUILD = {
 }
 
 
+@usual_torch()
 def load_model(
     string: str, *, device: str | torch.device = "cpu", seed: int = 0, trust_code: bool = False
 ) -> Classifier:
@@ -69,9 +71,11 @@ def load_model(
             built = from_several.build(spec, options, partial(_member, trust_code=trust_code), seed)
         else:
             built = _BUILD[spec.kind](spec, options, weights)
+    built = replace(built, net=bare(built.net))
     loaded = None
     if weights is not None:
         loaded = put_weights(built.net, weights, spec.arch, choice=options.weights, convert=built.convert)
+    built = replace(built, net=with_numbers(built.net, str(spec)))
     _check_finite(built.net, spec)
     options = _with_metadata(options, weights, loaded)
     mean, std = options.mean or built.mean, options.std or built.std

@@ -31,7 +31,7 @@ DTYPES = (None, torch.float16, torch.bfloat16, torch.float64)
 TENSOR, DETACHED, ON_CPU, NUMPY = "tensor", "detached", "detached-cpu", "numpy"
 # Batch sizes that a net may have been made for, tried in this order as long as there is time and memory for it.
 SIZES = (1, *range(2, 129), 256, 512, 1024, 200, 250, 500, 1000, 150, 300, 400, 2048)
-MOST_SECONDS, MOST_BYTES = 3.0, 1 << 26
+MOST_SECONDS, MOST_BYTES = 1.5, 1 << 26
 LARGEST_SIZE = 4096
 # How many batch sizes are remembered.
 MOST_SIZES = 64
@@ -54,10 +54,6 @@ class Form:
 
     def call(self, net: Net, images: Images, layout: torch.memory_format, check: Check) -> Logits:
         """Return the logits of images, in batches of the net's own size, filled up where there are too few."""
-        if not len(images):
-            # What reshapes its input by the number of images cannot do so with none.
-            some = torch.cat([images, images.new_zeros(1, *images.shape[1:])])
-            return self.call(net, some, layout, check)[:0]
         size = self.batch or len(images)
         if len(images) == size:
             return self._once(net, images, layout, check)
@@ -90,6 +86,10 @@ class NetCall:
 
     def __call__(self, net: Net, images: Images, layout: torch.memory_format, check: Check) -> Logits:
         """Return the logits of images (B C H W); what the net raises is raised where no form works."""
+        if not len(images):
+            # What reshapes its input by the number of images cannot do so with none.
+            some = torch.cat([images, images.new_zeros(1, *images.shape[1:])])
+            return self(net, some, layout, check)[:0]
         taken = self.taken[torch.is_grad_enabled() and images.requires_grad]
         try:
             logits = self.form.call(net, images, layout, check)
@@ -144,7 +144,7 @@ class NetCall:
                 yield replace(self.form, batch=size)
             return
         kinds = (TENSOR, DETACHED, *([] if images.device.type == "cpu" else [ON_CPU]), NUMPY)
-        forms = [Form(dtype, kind) for kind, dtype in itertools.product(kinds, DTYPES)]
+        forms = [Form(dtype, kind) for dtype, kind in itertools.product(DTYPES, kinds)]
         yield from forms[1:]
         told = [int(number) for number in re.findall(r"\d{1,4}", words)]
         most = min(LARGEST_SIZE, MOST_BYTES // max(images[0].nbytes, 1))

@@ -1,0 +1,57 @@
+"""The arguments of the verbs, as people write them in Python."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import numbers
+import operator
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+from robustkit.errors import UsageError
+from robustkit.isolation import usual_torch
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+# What an annotation asks for, in words.
+WORDS = {"bool": "True or False", "int": "a whole number", "float": "a number", "str": "a string"}
+# A net in the place of its string is refused with advice of its own.
+APART = ("arch",)
+
+
+def verb(function: Callable[P, T]) -> Callable[P, T]:
+    """Check a verb's plain arguments by their annotations, and run it under torch's usual switches."""
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        bound = signature.bind(*args, **kwargs)
+        for name, value in bound.arguments.items():
+            kind = str(signature.parameters[name].annotation).removesuffix(" | None")
+            if value is not None and name not in APART:
+                bound.arguments[name] = plain(name, value, kind)
+        with usual_torch():
+            return function(*bound.args, **bound.kwargs)
+
+    return call
+
+
+def plain(name: str, value: Any, kind: str) -> Any:
+    """Return an argument as a plain int, float or str where that is what its annotation asks for.
+
+    Raises:
+        UsageError: if it is something else, such as the string `'64'` for a whole number.
+    """
+    if kind not in WORDS or type(value).__name__ == kind:
+        return value
+    if not isinstance(value, bool):
+        if kind == "int" and hasattr(value, "__index__"):
+            return operator.index(value)
+        if kind == "float" and isinstance(value, numbers.Real):
+            return float(value)
+        if kind == "str" and isinstance(value, str):
+            return str(value)
+    given = repr(value) if isinstance(value, (str, bool, numbers.Number)) else f"a {type(value).__name__}"
+    raise UsageError(f"{name} must be {WORDS[kind]}, got {given}.")
