@@ -107,7 +107,7 @@ def test_a_surrogate_without_a_backward_pass_is_refused() -> None:
     with pytest.raises(UsageError, match="has no gradient"):
         craft(lambda x: viewing()(NoBackward.apply(x)), x, [0] * 6, 0.1)
     made = craft(viewing(), x, [0] * 6, 0.1, attack="fgsm", targets=[on_arrays])
-    assert [target.model["string"] for target in made.targets] == ["python:on_arrays"]
+    assert [target.model for target in made.targets] == ["python:on_arrays"]
 
 
 def test_the_caller_may_be_in_inference_mode(tmp_path: Path) -> None:
