@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Annotated, Any
 
-from robustkit.errors import UsageError
 from robustkit.intervals import unseen
-from robustkit.record import FORMAT, Flag, Rate, Spec, dumps
+from robustkit.record import FORMAT, Data, Environment, Flag, Format, Model, Named, Rate, Spec, check_format, dumps
+from robustkit.schema import Amount, Count, Keys, Limits, OneOf, Positive, Share, build
 
 # How the class that an image is to be taken for is chosen.
 CHOICES = ("next", "random", "least-likely")
+Choice = Annotated[str, OneOf(*CHOICES)]
+Attack = Annotated[Mapping[str, Any], Keys(name=str, string=str, techniques=Sequence[Named] | None)]
+# A class as a model names it; -1 where its logits were not finite.
+Prediction = Annotated[int, Limits(-1)]
 
 
 @dataclass(frozen=True)
@@ -24,16 +28,16 @@ class CraftSpec(Spec):
     is not in it.
     """
 
-    surrogates: Sequence[Mapping[str, Any]]
+    surrogates: Sequence[Model]
     combine: str
-    weights: Sequence[float] | None
-    attack: Mapping[str, Any]
-    targeted: str | None
-    data: Mapping[str, Any]
+    weights: Sequence[Amount] | None
+    attack: Attack
+    targeted: Choice | None
+    data: Data
     threat: str
-    seed: int
-    verb: str = "craft"
-    format: int = FORMAT
+    seed: Count
+    verb: Annotated[str, OneOf("craft")] = "craft"
+    format: Format = FORMAT
 
     @property
     def attack_name(self) -> str:
@@ -53,20 +57,22 @@ class Judgement:
 
     model: str
     fingerprint: str
-    clean_accuracy: float
-    clean_accuracy_low: float
-    clean_accuracy_high: float
-    success: float | None
-    success_low: float | None
-    success_high: float | None
-    n: int
-    noise: float | None
-    noise_low: float | None
-    noise_high: float | None
-    transplant: float | None
-    transplant_low: float | None
-    transplant_high: float | None
-    predictions: Mapping[str, Sequence[int]]
+    clean_accuracy: Share
+    clean_accuracy_low: Share
+    clean_accuracy_high: Share
+    success: Share | None
+    success_low: Share | None
+    success_high: Share | None
+    n: Count
+    noise: Share | None
+    noise_low: Share | None
+    noise_high: Share | None
+    transplant: Share | None
+    transplant_low: Share | None
+    transplant_high: Share | None
+    predictions: Annotated[
+        Mapping[str, Sequence[Prediction]], Keys(clean=Sequence[Prediction], adversarial=Sequence[Prediction])
+    ]
 
     @classmethod
     def of(
@@ -146,10 +152,10 @@ class Point:
     `steps` is None where one step alone costs more than the budget.
     """
 
-    budget: int
-    steps: int | None
-    step_size: float | None
-    gradients_per_image: float | None
+    budget: Count
+    steps: Count | None
+    step_size: Amount | None
+    gradients_per_image: Amount | None
     success: Sequence[Rate | None] = ()
 
 
@@ -162,12 +168,12 @@ class Forecast:
     left-out surrogates that it fooled, None where all were wrong before.
     """
 
-    expected: float | None
-    low: float
-    high: float
+    expected: Share | None
+    low: Share
+    high: Share
     left_out: Sequence[Rate | None]
-    images: Sequence[float | None]
-    gradients_per_image: float
+    images: Sequence[Share | None]
+    gradients_per_image: Amount
 
     @classmethod
     def of(cls, fooled: Sequence[Sequence[bool | None]], gradients_per_image: float) -> Forecast:
@@ -191,7 +197,7 @@ class Saved:
     """The images as 8-bit files: where, the largest change in grey levels, the success of the files as re-read."""
 
     folder: str
-    largest_change: int
+    largest_change: Count
     success: Sequence[Rate | None]
 
 
@@ -205,22 +211,22 @@ class Craft:
 
     run_id: str
     spec: CraftSpec
-    n: int
-    gradients_per_image: float
-    forwards_per_image: float
-    seconds: float
-    labels: Sequence[int]
-    goals: Sequence[int] | None
-    not_finite: int
+    n: Positive
+    gradients_per_image: Amount
+    forwards_per_image: Amount
+    seconds: Amount
+    labels: Sequence[Count]
+    goals: Sequence[Count] | None
+    not_finite: Count
     surrogates: Sequence[Judgement]
     targets: Sequence[Judgement]
-    environment: Mapping[str, Any]
+    environment: Environment
     files: Mapping[str, str] = field(default_factory=dict)
     budgets: Sequence[Point] | None = None
     forecast: Forecast | None = None
     png: Saved | None = None
     flags: Sequence[Flag] = ()
-    format: int = FORMAT
+    format: Format = FORMAT
     adversarial: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
 
     def to_json(self) -> dict[str, Any]:
@@ -230,27 +236,27 @@ class Craft:
         return {"format": self.format, **json.loads(dumps({name: getattr(self, name) for name in kept}))}
 
     @classmethod
-    def from_json(cls, body: Any) -> Craft:
-        """Return the record of a parsed transfer.json; UsageError if it is none or of another format."""
-        _check_format(body)
-        try:
-            record = cls(
-                **{
-                    **body,
-                    "spec": CraftSpec(**body["spec"]),
-                    "surrogates": [Judgement(**one) for one in body["surrogates"]],
-                    "targets": [Judgement(**one) for one in body["targets"]],
-                    "budgets": _each(body.get("budgets"), lambda one: _with_rates(Point, one, "success")),
-                    "forecast": body.get("forecast") and _with_rates(Forecast, body["forecast"], "left_out"),
-                    "png": body.get("png") and _with_rates(Saved, body["png"], "success"),
-                    "flags": [Flag(**one) for one in body.get("flags", ())],
-                }
-            )
-        except (KeyError, TypeError, AttributeError) as error:
-            raise UsageError(f"this record is damaged: {type(error).__name__} {error}.") from error
-        if len(record.labels) != record.n:
-            raise UsageError(f"this record is damaged: it has {len(record.labels)} labels of {record.n} images.")
-        return record
+    def from_json(cls, body: Any, name: str = "this record") -> Craft:
+        """Return the record of a parsed transfer.json; UsageError if it is none, or says what cannot be."""
+        check_format(body, name)
+        return build(cls, body, name)
+
+    def faults(self) -> Iterator[str]:
+        """Yield what does not fit together."""
+        rows: dict[str, Sequence[object] | None] = {"labels": self.labels, "goals": self.goals}
+        rows["forecasts"] = self.forecast.images if self.forecast else None
+        for judged in (*self.surrogates, *self.targets):
+            rows |= {f"{what} predictions of {judged.model}": row for what, row in judged.predictions.items()}
+        for what, row in rows.items():
+            if row is not None and len(row) != self.n:
+                yield f"has {len(row)} {what} of {self.n} images"
+        for judged in (*self.surrogates, *self.targets):
+            hits = [hit for hit in judged.fooled(self.labels, self.goals) if hit is not None]
+            told = judged.rate.is_of(sum(hits), len(hits)) if judged.rate else not hits
+            if judged.n != len(hits) or not told:
+                yield f"says of {judged.model} what its predictions do not: {sum(hits)} of {len(hits)} fooled it"
+        if any(point.steps is not None and len(point.success) > len(self.targets) for point in self.budgets or ()):
+            yield f"has budgets of more than its {len(self.targets)} targets"
 
     def judged(self, more: Sequence[Judgement]) -> Craft:
         """Return the record with more targets behind those that it has."""
@@ -268,20 +274,20 @@ class Matrix:
     run_id: str
     models: Sequence[str]
     targets: Sequence[str]
-    attack: Mapping[str, Any]
-    targeted: str | None
-    data: Mapping[str, Any]
+    attack: Attack
+    targeted: Choice | None
+    data: Data
     threat: str
-    seed: int
-    n: int
-    gradients_per_image: Sequence[float]
-    clean_accuracy: Sequence[float]
-    noise: Sequence[float | None]
+    seed: Count
+    n: Positive
+    gradients_per_image: Sequence[Amount]
+    clean_accuracy: Sequence[Share]
+    noise: Sequence[Share | None]
     success: Sequence[Sequence[Rate | None]]
     worst: Sequence[Rate | None]
     folders: Sequence[str]
-    environment: Mapping[str, Any]
-    format: int = FORMAT
+    environment: Environment
+    format: Format = FORMAT
 
     def to_json(self) -> dict[str, Any]:
         """Return the record as matrix.json holds it, `format` first."""
@@ -289,29 +295,15 @@ class Matrix:
         return {"format": self.format, **json.loads(dumps({name: getattr(self, name) for name in kept}))}
 
     @classmethod
-    def from_json(cls, body: Any) -> Matrix:
-        """Return the record of a parsed matrix.json; UsageError if it is none or of another format."""
-        _check_format(body)
-        try:
-            rows = [_rates(row) for row in body["success"]]
-            return cls(**{**body, "success": rows, "worst": _rates(body["worst"])})
-        except (KeyError, TypeError, AttributeError) as error:
-            raise UsageError(f"this record is damaged: {type(error).__name__} {error}.") from error
+    def from_json(cls, body: Any, name: str = "this record") -> Matrix:
+        """Return the record of a parsed matrix.json; UsageError if it is none, or says what cannot be."""
+        check_format(body, name)
+        return build(cls, body, name)
 
-
-def _each(items: Any, build: Any) -> Any:
-    return None if items is None else [build(item) for item in items]
-
-
-def _with_rates(kind: Any, body: Mapping[str, Any], name: str) -> Any:
-    return kind(**{**body, name: _rates(body[name])})
-
-
-def _rates(bodies: Sequence[Mapping[str, Any] | None]) -> list[Rate | None]:
-    return [Rate(**body) if body else None for body in bodies]
-
-
-def _check_format(body: Any) -> None:
-    if not isinstance(body, Mapping) or body.get("format") != FORMAT:
-        found = body.get("format") if isinstance(body, Mapping) else type(body).__name__
-        raise UsageError(f"this record has format {found!r}; this version of robustkit reads {FORMAT}.")
+    def faults(self) -> Iterator[str]:
+        """Yield what does not fit together."""
+        rows, columns = len(self.models), len(self.models) + len(self.targets)
+        if {len(self.success), len(self.gradients_per_image), len(self.folders)} != {rows}:
+            yield f"has rows that are not of its {rows} models"
+        if {len(self.clean_accuracy), len(self.noise), len(self.worst), *map(len, self.success)} != {columns}:
+            yield f"has columns that are not of its {columns} models and targets"

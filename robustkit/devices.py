@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import torch
 from torch import nn
 
@@ -12,12 +14,14 @@ def pick_device(device: str | torch.device) -> torch.device:
     """Return the device of that name; `auto` is CUDA where there is one. UsageError if it cannot be used."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
+    # What torch raises for a device that it knows but has not depends on the device.
+    with suppress(Exception):
         place = torch.device(device)
-        torch.zeros(1, device=place, dtype=torch.float64)  # distances are float64, which mps has not
-    except (RuntimeError, AssertionError, NotImplementedError, TypeError):
-        raise UsageError(f"device {str(device)!r} cannot be used here; write auto, cpu, cuda or cuda:1.") from None
-    return place
+        # `meta` gives no number back; mps has no float64, which distances are in.
+        torch.ones(1, device=place, dtype=torch.float64).item()
+        if place.type != "cpu" or not place.index:  # torch takes cpu:99 for the CPU
+            return place
+    raise UsageError(f"device {str(device)!r} cannot be used here; write auto, cpu, cuda or cuda:1.")
 
 
 def model_device(model: nn.Module) -> torch.device:

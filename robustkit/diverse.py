@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Annotated, Any
 
-from robustkit.errors import UsageError
-from robustkit.record import FORMAT, Cost, Rate, Spec, dumps
+from robustkit.record import FORMAT, Cost, Data, Environment, Format, Model, Rate, Spec, check_format, dumps
+from robustkit.schema import Count, OneOf, Positive, build
 
 
 @dataclass(frozen=True)
 class DiversitySpec(Spec):
     """Everything that determines the numbers. `images` are the positions looked at; None for all of the data."""
 
-    model: Mapping[str, Any]
-    data: Mapping[str, Any]
+    model: Model
+    data: Data
     threat: str
-    steps: int
-    restarts: int
-    seed: int
-    images: Sequence[int] | None = None
-    verb: str = "diversity"
-    format: int = FORMAT
+    steps: Positive
+    restarts: Positive
+    seed: Count
+    images: Sequence[Count] | None = None
+    verb: Annotated[str, OneOf("diversity")] = "diversity"
+    format: Format = FORMAT
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,9 @@ class Diversity:
 
     run_id: str
     spec: DiversitySpec
-    members: int
-    n: int
-    index: Sequence[int]
+    members: Positive
+    n: Positive
+    index: Sequence[Count]
     accuracy: Sequence[Rate]
     clean: Bounds
     transfer: Sequence[Sequence[Rate]]
@@ -80,8 +80,8 @@ class Diversity:
     cosine: Sequence[Sequence[float]]
     distillation: Mapping[str, Any]
     cost: Cost
-    environment: Mapping[str, Any] = field(default_factory=dict)
-    format: int = FORMAT
+    environment: Environment = field(default_factory=dict)
+    format: Format = FORMAT
 
     @property
     def between(self) -> float:
@@ -104,36 +104,25 @@ class Diversity:
         return {"format": self.format, **json.loads(dumps({name: getattr(self, name) for name in kept}))}
 
     @classmethod
-    def from_json(cls, body: Any) -> Diversity:
-        """Return the record of a parsed diversity.json; UsageError if it is none or of another format."""
-        if not isinstance(body, Mapping) or body.get("format") != FORMAT:
-            found = body.get("format") if isinstance(body, Mapping) else type(body).__name__
-            raise UsageError(f"this record has format {found!r}; this version of robustkit reads {FORMAT}.")
-        try:
-            return cls(
-                **{
-                    **body,
-                    "spec": DiversitySpec(**body["spec"]),
-                    "accuracy": _rates(body["accuracy"]),
-                    "clean": _bounds(body["clean"]),
-                    "transfer": [_rates(row) for row in body["transfer"]],
-                    "worst": _rates(body["worst"]),
-                    "attacked": [_bounds(one) for one in body["attacked"]],
-                    "cost": Cost(**body["cost"]),
-                }
-            )
-        except (KeyError, TypeError, AttributeError) as error:
-            raise UsageError(f"this record is damaged: {type(error).__name__} {error}.") from error
+    def from_json(cls, body: Any, name: str = "this record") -> Diversity:
+        """Return the record of a parsed diversity.json; UsageError if it is none, or says what cannot be."""
+        check_format(body, name)
+        return build(cls, body, name)
+
+    def faults(self) -> Iterator[str]:
+        """Yield what does not fit together."""
+        n = self.members
+        square = (self.confusion, self.diversity, self.cosine)
+        rows = {
+            len(self.transfer),
+            len(self.attacked),
+            *map(len, square),
+            *(len(row) for of in square for row in of),
+        }
+        if rows != {n} or {len(self.accuracy), len(self.worst), *map(len, self.transfer)} != {n + 1}:
+            yield f"has tables that are not of its {n} members"
 
 
 def _off_diagonal(table: Sequence[Sequence[float]]) -> float:
     cells = [value for row, values in enumerate(table) for column, value in enumerate(values) if row != column]
     return sum(cells) / len(cells)
-
-
-def _rates(bodies: Sequence[Mapping[str, Any]]) -> list[Rate]:
-    return [Rate(**body) for body in bodies]
-
-
-def _bounds(body: Mapping[str, Any]) -> Bounds:
-    return Bounds(**{name: Rate(**rate) for name, rate in body.items()})

@@ -53,6 +53,10 @@ class FactSheet:
     taken_by: int | None
 
 
+# Of all predictors for one image; a few thousand images are drawn.
+MOST_SCORES = 20_000
+
+
 def fact_sheet(aggregator: str, predictors: int, classes: int, seed: int = 0) -> FactSheet:
     """Return the facts of an aggregator by its name; the same seed gives the same sheet.
 
@@ -62,6 +66,10 @@ def fact_sheet(aggregator: str, predictors: int, classes: int, seed: int = 0) ->
     if predictors < 2 or classes < 2:
         raise UsageError(
             f"{predictors} predictors and {classes} classes: an aggregator needs two of each; write 2 or more."
+        )
+    if predictors * classes > MOST_SCORES:
+        raise UsageError(
+            f"{predictors} predictors of {classes} classes: write numbers with a product up to {MOST_SCORES}."
         )
     combine = parse_aggregator(aggregator)
     generator = torch.Generator().manual_seed(seed)

@@ -7,7 +7,6 @@ a sha256 over its own row and its verdicts' rows: a changed byte is found when t
 from __future__ import annotations
 
 import hashlib
-import json
 import sqlite3
 from array import array
 from collections.abc import Iterator, Sequence
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from robustkit.errors import RunError, UsageError
 from robustkit.record import Flag, dumps
+from robustkit.schema import checked, parse
 from robustkit.writing import refuse_link
 
 SCHEMA = """
@@ -38,6 +38,18 @@ CREATE INDEX rows_of_chunk ON verdicts (stage, chunk);
 # The endings of the files that SQLite has for one ledger, its own and those of a transaction.
 FILES = ("", "-wal", "-shm", "-journal")
 COLUMNS = 'position, label, prediction, margin, fooled, image, adversarial, "right", once, struck'
+
+# What no run writes, in the rows of each table: values of another type, or out of range.
+IMPOSSIBLE = {
+    "chunks": "typeof(stage) || typeof(chunk) || typeof(forwards) || typeof(backwards) <> "
+    "'integerintegerintegerinteger' OR stage NOT BETWEEN 0 AND :stages OR min(forwards, backwards) < 0 "
+    "OR typeof(seconds) <> 'real' OR seconds < 0",
+    "verdicts": "typeof(position) || typeof(label) || typeof(prediction) <> 'integerintegerinteger' "
+    "OR position NOT BETWEEN 0 AND :last OR label < 0 OR prediction < -1 OR typeof(margin) <> 'real' "
+    "OR fooled NOT IN (0, 1) OR length(image) NOT IN (0, 64) OR image GLOB '*[^0-9a-f]*' "
+    "OR adversarial IS NOT NULL AND (typeof(adversarial) <> 'blob' OR length(adversarial) <> :size) "
+    'OR "right" NOT BETWEEN 0 AND 1 OR once NOT IN (0, 1) OR struck NOT IN (0, 1)',
+}
 
 
 @dataclass(frozen=True)
@@ -142,6 +154,24 @@ class Ledger:
             ledger._check(run_id)
         return ledger
 
+    def require(self, images: int, size: int, stages: int) -> None:
+        """Refuse rows that are of no run of so many images.
+
+        Args:
+            images: how many the run has.
+            size: of each adversarial, in bytes.
+            stages: the highest number of a stage.
+
+        Raises:
+            UsageError: a row is of another stage or image, or holds what no run writes.
+        """
+        limits = {"last": images - 1, "size": size, "stages": stages}
+        with _explained(self._name):
+            for table, condition in IMPOSSIBLE.items():
+                row = self._db.execute(f"SELECT rowid FROM {table} WHERE {condition} LIMIT 1", limits).fetchone()
+                if row is not None:
+                    raise _damaged(self._name, f"row {row[0]} of its {table} is of no run of {images} images")
+
     def __enter__(self) -> Ledger:
         return self
 
@@ -208,7 +238,7 @@ class Ledger:
                     backwards,
                     seconds,
                     verdicts,
-                    [Flag(**flag) for flag in json.loads(flags)],
+                    checked(Sequence[Flag], parse(flags, self._name), self._name),
                 )
                 if chunk.digest != digest:
                     raise _damaged(self._name, f"chunk {number} of stage {stage} does not match its sha256")
@@ -338,5 +368,5 @@ def _explained(name: str) -> Iterator[None]:
         if "readonly" in str(error) or "unable to open" in str(error):
             raise UsageError(f"cannot write {name}: {error}; choose another --out folder.") from error
         raise _damaged(name, str(error)) from error
-    except (sqlite3.DatabaseError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (sqlite3.DatabaseError, TypeError, UnicodeDecodeError) as error:
         raise _damaged(name, str(error)) from error

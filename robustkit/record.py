@@ -8,15 +8,35 @@ import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any
+from typing import Annotated, Any
 
 from robustkit.errors import UsageError
 from robustkit.intervals import sequence, two_phase
+from robustkit.schema import Amount, Count, Keys, Limits, OneOf, Positive, Share, build
 
 FORMAT = 1
 LEVELS = ("info", "warning", "error")
 OK, UNMEASURED = "ok", "not measured"
 AUDIT_BROKE = "audit-broke"
+# Rates are compared with what they are of up to the rounding of a double.
+ROUNDING = 1e-9
+
+Format = Annotated[int, OneOf(FORMAT)]
+# A model, data, an attack or a method by what it is called and what it consists of.
+Model = Annotated[Mapping[str, Any], Keys(string=str, fingerprint=str)]
+Data = Annotated[Mapping[str, Any], Keys(string=str, n=Positive, fingerprint=str)]
+Named = Annotated[Mapping[str, Any], Keys(name=str)]
+Environment = Annotated[
+    Mapping[str, Any],
+    Keys(
+        versions=Mapping[str, str | None] | None,
+        device_name=str | None,
+        commit=str | None,
+        precision=str | None,
+        claims_refused=Count | None,
+        training_flops=Sequence[Count | None] | None,
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -28,8 +48,8 @@ class Flag:
     """
 
     code: str
-    level: str
-    value: int | float | None
+    level: Annotated[str, OneOf(*LEVELS, OK, UNMEASURED)]
+    value: float | None
     meaning: str
     remedy: str
 
@@ -84,24 +104,29 @@ class RunSpec(Spec):
     of name and fields per attack; `batch_size` is given only where random numbers depend on it.
     """
 
-    model: Mapping[str, Any]
-    data: Mapping[str, Any]
+    model: Model
+    data: Data
     threat: str
-    suite: Sequence[Mapping[str, Any]]
-    seed: int
-    batch_size: int | None = None
-    verb: str = "evaluate"
-    format: int = FORMAT
+    suite: Sequence[Named]
+    seed: Count
+    batch_size: Positive | None = None
+    verb: Annotated[str, OneOf("evaluate")] = "evaluate"
+    format: Format = FORMAT
 
 
 @dataclass(frozen=True)
 class Rate:
     """A share of n images with its 95 % Wilson interval."""
 
-    value: float
-    low: float
-    high: float
-    n: int
+    value: Share
+    low: Share
+    high: Share
+    n: Count
+
+    def is_of(self, hits: int, n: int) -> bool:
+        """Return whether it is the share of so many hits, inside its interval."""
+        inside = self.low - ROUNDING <= self.value <= self.high + ROUNDING
+        return inside and self.n == n and abs(self.value * n - hits) < ROUNDING * max(n, 1)
 
     @classmethod
     def of(cls, hits: int, n: int) -> Rate:
@@ -124,9 +149,9 @@ class Rate:
 class Cost:
     """Sample-propagations through the model, verification included, and seconds."""
 
-    forwards: int
-    backwards: int
-    seconds: float
+    forwards: Count
+    backwards: Count
+    seconds: Amount
 
 
 @dataclass(frozen=True)
@@ -135,10 +160,10 @@ class Stage:
 
     attack: str
     robust_accuracy: Rate
-    fooled: int
-    forwards: int
-    backwards: int
-    seconds: float
+    fooled: Count
+    forwards: Count
+    backwards: Count
+    seconds: Amount
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,9 +175,9 @@ class Outcome:
     that counted or, where it stood, the lowest that was judged.
     """
 
-    index: int
-    label: int
-    clean_prediction: int
+    index: Count
+    label: Count
+    clean_prediction: Annotated[int, Limits(-1)]
     robust: bool
     attack: str | None
     margin: float
@@ -166,10 +191,15 @@ class Curve:
     the largest radius fooled the model. `cost` is that of the search, which the run's cost leaves out.
     """
 
-    radii: Sequence[float]
+    radii: Sequence[Amount]
     robust_accuracy: Sequence[Rate]
-    distances: Sequence[float | None]
+    distances: Sequence[Amount | None]
     cost: Cost
+
+    def faults(self) -> Iterator[str]:
+        """Yield what cannot be."""
+        if len(self.radii) != len(self.robust_accuracy):
+            yield f"has {len(self.robust_accuracy)} accuracies at {len(self.radii)} radii"
 
     @classmethod
     def of(cls, radii: Sequence[float], distances: Sequence[float | None], cost: Cost) -> Curve:
@@ -192,8 +222,8 @@ class Stop:
     The verdicts are then of images drawn at random, and the intervals hold whenever it was stopped.
     """
 
-    reason: str
-    images: int
+    reason: Annotated[str, OneOf("time-limit", "width")]
+    images: Count
 
 
 @dataclass(frozen=True)
@@ -206,7 +236,7 @@ class Draws:
     """
 
     one: Rate
-    mean: float
+    mean: Share
     majority: Rate
     gap: float
 
@@ -219,8 +249,8 @@ class Audit:
     over both draws (`intervals.two_phase`). `cost` is its own, which the run's leaves out.
     """
 
-    audited: Sequence[int]
-    broke: Sequence[int]
+    audited: Sequence[Count]
+    broke: Sequence[Count]
     robust_accuracy: Rate
     cost: Cost
 
@@ -244,21 +274,21 @@ class Report:
 
     run_id: str
     spec: RunSpec
-    n: int
+    n: Positive
     clean_accuracy: Rate
     robust_accuracy: Rate
     stages: Sequence[Stage]
     cost: Cost
     flags: Sequence[Flag]
     verdicts: Sequence[Outcome]
-    environment: Mapping[str, Any]
+    environment: Environment
     files: Mapping[str, str] = field(default_factory=dict)
     passed: Sequence[Flag] = field(default_factory=list)
     curve: Curve | None = None
     audit: Audit | None = None
     draws: Draws | None = None
     stopped: Stop | None = None
-    format: int = FORMAT
+    format: Format = FORMAT
     adversarial: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
 
     def to_json(self) -> dict[str, Any]:
@@ -304,65 +334,41 @@ class Report:
         return replace(self, audit=audit, flags=flags)
 
     @classmethod
-    def from_json(cls, body: Any) -> Report:
-        """Return the report of a parsed report.json; UsageError if it is none or of another format."""
-        if not isinstance(body, Mapping) or body.get("format") != FORMAT:
-            found = body.get("format") if isinstance(body, Mapping) else type(body).__name__
-            raise UsageError(f"this report has format {found!r}; this version of robustkit reads {FORMAT}.")
-        try:
-            report = cls(
-                run_id=body["run_id"],
-                spec=RunSpec(**body["spec"]),
-                n=body["n"],
-                clean_accuracy=Rate(**body["clean_accuracy"]),
-                robust_accuracy=Rate(**body["robust_accuracy"]),
-                stages=[
-                    Stage(**{**stage, "robust_accuracy": Rate(**stage["robust_accuracy"])})
-                    for stage in body["stages"]
-                ],
-                cost=Cost(**body["cost"]),
-                flags=[Flag(**flag) for flag in body["flags"]],
-                verdicts=[Outcome(**verdict) for verdict in body["verdicts"]],
-                environment=body["environment"],
-                files=body.get("files", {}),
-                passed=[Flag(**flag) for flag in body.get("passed", [])],
-                curve=_curve(body.get("curve")),
-                audit=_audit(body.get("audit")),
-                draws=_draws(body.get("draws")),
-                stopped=Stop(**body["stopped"]) if body.get("stopped") else None,
-            )
-        except (KeyError, TypeError, AttributeError) as error:
-            raise UsageError(f"this report is damaged: {type(error).__name__} {error}.") from error
-        if len(report.verdicts) != report.n:
-            raise UsageError(
-                f"this report is damaged: it has {len(report.verdicts)} verdicts of {report.n} images."
-            )
-        if report.curve and len(report.curve.distances) != report.n:
-            raise UsageError(
-                f"this report is damaged: its curve has {len(report.curve.distances)} distances for "
-                f"{report.n} images."
-            )
-        return report
+    def from_json(cls, body: Any, name: str = "this report") -> Report:
+        """Return the report of a parsed report.json, which errors call `name`.
+
+        Raises:
+            UsageError: it is none, is of another format, or says what cannot be.
+        """
+        check_format(body, name)
+        return build(cls, body, name)
+
+    def faults(self) -> Iterator[str]:
+        """Yield what does not fit together."""
+        if len(self.verdicts) != self.n:
+            yield f"has {len(self.verdicts)} verdicts of {self.n} images"
+        if self.curve and len(self.curve.distances) != self.n:
+            yield f"has {len(self.curve.distances)} distances in its curve for {self.n} images"
+
+    def contradictions(self) -> Iterator[str]:
+        """Yield what the verdicts say otherwise than the rest."""
+        right = sum(verdict.attack != "clean" for verdict in self.verdicts)
+        robust = sum(verdict.robust for verdict in self.verdicts)
+        for what, rate, hits in (("clean", self.clean_accuracy, right), ("robust", self.robust_accuracy, robust)):
+            if not rate.is_of(hits, self.n):
+                yield f"a {what} accuracy {rate.value} ({rate.low} – {rate.high}) but {hits} of {self.n} verdicts"
+        indices = [verdict.index for verdict in self.verdicts]
+        if indices != sorted(set(indices)) or indices[-1] >= self.spec.data["n"]:
+            yield f"verdicts that are not of {self.spec.data['n']} images in order"
+        if any(verdict.robust != (verdict.attack is None) for verdict in self.verdicts):
+            yield "a verdict that does not fit its attack"
 
 
-def _curve(body: Mapping[str, Any] | None) -> Curve | None:
-    """Return the curve of a parsed report.json, which may have none."""
-    if body is None:
-        return None
-    rates = [Rate(**rate) for rate in body["robust_accuracy"]]
-    return Curve(body["radii"], rates, body["distances"], Cost(**body["cost"]))
-
-
-def _draws(body: Mapping[str, Any] | None) -> Draws | None:
-    if body is None:
-        return None
-    return Draws(Rate(**body["one"]), body["mean"], Rate(**body["majority"]), body["gap"])
-
-
-def _audit(body: Mapping[str, Any] | None) -> Audit | None:
-    if body is None:
-        return None
-    return Audit(body["audited"], body["broke"], Rate(**body["robust_accuracy"]), Cost(**body["cost"]))
+def check_format(body: Any, name: str) -> None:
+    """Refuse a record of another format, or none."""
+    if not isinstance(body, Mapping) or body.get("format") != FORMAT:
+        found = body.get("format") if isinstance(body, Mapping) else type(body).__name__
+        raise UsageError(f"{name} has format {found!r}; this version of robustkit reads {FORMAT}.")
 
 
 def stage_name(record: Mapping[str, Any]) -> str:

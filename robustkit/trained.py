@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any
 
-from robustkit.errors import UsageError
-from robustkit.record import FORMAT, Spec
+from robustkit.record import FORMAT, Data, Environment, Format, Model, Named, Spec, check_format
+from robustkit.schema import Amount, As, Count, Keys, OneOf, Positive, Share, build
 
 # A run's record, by which it is finished, a line for each epoch, and the weights of a run without a posterior.
 RECORD, METRICS, WEIGHTS = "model.json", "metrics.jsonl", "model.safetensors"
@@ -15,6 +15,39 @@ RECORD, METRICS, WEIGHTS = "model.json", "metrics.jsonl", "model.safetensors"
 CHECKPOINTS = ("checkpoint.pt", "checkpoint.previous.pt")
 # Folders in a run's: states that wait for the method that makes its samples of them, curves for TensorBoard.
 KEPT, CURVES = "kept", "tensorboard"
+
+# Facts of an epoch, of a posterior sample, and of an accuracy (see `Trained`).
+Epoch = Annotated[
+    Mapping[str, Any],
+    Keys(
+        epoch=Positive,
+        step=Count,
+        loss=float,
+        rate=Amount,
+        images_per_second=Amount,
+        seconds=Amount,
+        test_accuracy=Share | None,
+        test_loss=float | None,
+        best_member=Share | None,
+        any_right=Share | None,
+        all_right=Share | None,
+        transfer=Share | None,
+        white_box=Share | None,
+        cosine=float | None,
+    ),
+]
+Sample = Annotated[
+    Mapping[str, Any],
+    Keys(
+        step=Count | None,
+        epoch=Positive | None,
+        cycle=Positive | None,
+        rate=Amount | None,
+        accuracy=Share | None,
+        loss=float | None,
+    ),
+]
+Accuracy = Annotated[Mapping[str, Any], Keys(value=Share, low=Share, high=Share, n=Positive)]
 
 
 @dataclass(frozen=True)
@@ -26,20 +59,20 @@ class TrainSpec(Spec):
     net is judged, or None.
     """
 
-    method: Mapping[str, Any]
-    arch: Mapping[str, Any]
-    data: Mapping[str, Any]
-    test: Mapping[str, Any] | None
-    epochs: int
-    batch_size: int
-    lr: float
-    members: int
-    ema: float
+    method: Named
+    arch: Model
+    data: Data
+    test: Data | None
+    epochs: Positive
+    batch_size: Positive
+    lr: Amount
+    members: Positive
+    ema: Share
     augment: str
     precision: str
-    seed: int
-    verb: str = "train"
-    format: int = FORMAT
+    seed: Count
+    verb: Annotated[str, OneOf("train")] = "train"
+    format: Format = FORMAT
 
 
 @dataclass(frozen=True)
@@ -75,20 +108,20 @@ class Trained:
     arch: str
     mean: Sequence[float] | None
     std: Sequence[float] | None
-    classes: int
-    method: Mapping[str, Any]
+    classes: Positive
+    method: Named
     data: str
-    spec: Mapping[str, Any]
-    members: int
-    history: Sequence[Mapping[str, Any]]
-    cost: Mapping[str, Any]
+    spec: Annotated[Mapping[str, Any], As(TrainSpec)]
+    members: Positive
+    history: Sequence[Epoch]
+    cost: Annotated[Mapping[str, Any], Keys(forwards=Count, backwards=Count, flops=Count, seconds=Amount)]
     hashes: Mapping[str, str]
-    samples: Sequence[Mapping[str, Any]] = ()
-    accuracy: Mapping[str, Any] | None = None
-    member_accuracy: Sequence[float] = ()
-    input: Sequence[int] | None = None
-    environment: Mapping[str, Any] = field(default_factory=dict)
-    format: int = FORMAT
+    samples: Sequence[Sample] = ()
+    accuracy: Accuracy | None = None
+    member_accuracy: Sequence[Share] = ()
+    input: Sequence[Positive] | None = None
+    environment: Environment = field(default_factory=dict)
+    format: Format = FORMAT
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields of model.json, `format` first."""
@@ -96,17 +129,7 @@ class Trained:
         return {"format": body.pop("format"), **body}
 
     @classmethod
-    def from_json(cls, body: Any) -> Trained:
-        """Return the record of a parsed model.json.
-
-        Raises:
-            UsageError: if it is of another format, or lacks something.
-        """
-        if not isinstance(body, dict) or body.get("format") != FORMAT:
-            found = body.get("format") if isinstance(body, dict) else None
-            raise UsageError(f"model.json has format {found!r}; this version reads {FORMAT}.")
-        known = {one.name for one in fields(cls)}
-        try:
-            return cls(**{key: value for key, value in body.items() if key in known})
-        except TypeError as error:
-            raise UsageError(f"model.json lacks what it should hold: {error}.") from error
+    def from_json(cls, body: Any, name: str = "this record") -> Trained:
+        """Return the record of a parsed model.json; UsageError if it is none, or says what cannot be."""
+        check_format(body, name)
+        return build(cls, body, name)

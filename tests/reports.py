@@ -32,12 +32,14 @@ def make_report(
     """The first `wrong` images are wrong as they are, the next `fooled` fall to the attacks in turn."""
     rng = np.random.default_rng(seed)
     margins = rng.normal(2, 1, n).__abs__() + 0.01
-    verdicts = []
+    verdicts, falls = [], [0] * (len(attacks) + 1)
     for index in range(n):
         label = index % classes
         if index < wrong:
+            falls[0] += 1
             verdicts.append(Outcome(index, label, label + 1, False, "clean", -margins[index]))
         elif index < wrong + fooled:
+            falls[1 + index % len(attacks)] += 1
             verdicts.append(
                 Outcome(index, label, label, False, attacks[index % len(attacks)], -margins[index] / 9)
             )
@@ -45,7 +47,7 @@ def make_report(
             verdicts.append(Outcome(index, label, label, True, None, margins[index]))
     stages, left = [], n
     for number, attack in enumerate(("clean", *attacks)):
-        gone = sum(verdict.attack == attack for verdict in verdicts)
+        gone = falls[number]
         spent = left * (1 if number == 0 else 40)
         left -= gone
         stages.append(Stage(attack, Rate.of(left, n), gone, spent, spent if number else 0, 0.25 + number))

@@ -34,6 +34,7 @@ DEFAULT_MODEL = "robustkit:digits-cnn"
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, metavar="N", help="Of every random number.")]
 DataRoot = Annotated[
     Path | None, typer.Option(help="Where downloaded data sets are [default: ~/.cache/robustkit/data].")
 ]
@@ -44,7 +45,8 @@ TrustCode = Annotated[
 ]
 
 Workers = Annotated[
-    int | None, typer.Option(metavar="N", min=1, help="Processes that share the work; same results. [default: 1]")
+    int | None,
+    typer.Option(metavar="N", min=1, max=1024, help="Processes that share the work; same results. [default: 1]"),
 ]
 Ray = Annotated[
     str | None,
@@ -95,7 +97,7 @@ def evaluate(
         str,
         typer.Option(help="Attacks: a suite's name, or a list such as 'pgd(steps=50),autoattack:square'."),
     ] = DEFAULT_SUITE,
-    seed: Annotated[int, typer.Option(min=0, help="Of every random number.")] = 0,
+    seed: Seed = 0,
     device: Device = "auto",
     precision: Annotated[str, typer.Option(help="Of the search: auto, fp32, bf16, fp16.")] = "auto",
     batch_size: Annotated[
@@ -192,7 +194,7 @@ def plan(
         str,
         typer.Option(help="Attacks: a suite's name, or a list such as 'pgd(steps=50),autoattack:square'."),
     ] = DEFAULT_SUITE,
-    seed: Annotated[int, typer.Option(min=0, help="Of every random number.")] = 0,
+    seed: Seed = 0,
     device: Device = "auto",
     precision: Annotated[str, typer.Option(help="Of the search: auto, fp32, bf16, fp16.")] = "auto",
     batch_size: Annotated[
@@ -279,7 +281,7 @@ def craft(
     threat: Annotated[
         str | None, typer.Option(help="NORM:EPS, e.g. linf:8/255 [default: the data's usual one]")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of every random number.")] = 0,
+    seed: Seed = 0,
     device: Device = "auto",
     batch_size: Annotated[str, typer.Option(help="Images crafted at once.")] = "auto",
     streaming: Annotated[
@@ -395,7 +397,7 @@ def matrix(
     threat: Annotated[
         str | None, typer.Option(help="NORM:EPS, e.g. linf:8/255 [default: the data's usual one]")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of every random number.")] = 0,
+    seed: Seed = 0,
     device: Device = "auto",
     batch_size: Annotated[str, typer.Option(help="Images crafted at once.")] = "auto",
     workers: Workers = None,
@@ -453,7 +455,7 @@ def diversity(
         list[Path] | None,
         typer.Option(metavar="DIR", help="Only the images that another comparison was on; give several."),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of every random number.")] = 0,
+    seed: Seed = 0,
     device: Device = "auto",
     out: Annotated[Path | None, typer.Option(help="Folder [default: runs/diversity-ID].")] = None,
     overwrite: Overwrite = False,
@@ -518,10 +520,10 @@ def _train(
         float, typer.Option(metavar="DECAY", help="Write a moving average of the weights, e.g. 0.999.")
     ] = 0.0,
     augment: Annotated[str | None, typer.Option(help="none, crop or crop-flip [default: by the data].")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of every random number.")] = 0,
+    seed: Seed = 0,
     precision: Annotated[str, typer.Option(help="auto, fp32 or bf16.")] = "auto",
     device: Device = "auto",
-    devices: Annotated[int, typer.Option(min=1, help="How many, with a process each.")] = 1,
+    devices: Annotated[int, typer.Option(min=1, max=1024, help="How many, with a process each.")] = 1,
     parallel: Annotated[str, typer.Option(help="What processes share: data (each batch) or members.")] = "data",
     out: Annotated[Path | None, typer.Option(help="Run folder [default: runs/METHOD-ID].")] = None,
     overwrite: Overwrite = False,

@@ -5,11 +5,12 @@ from __future__ import annotations
 import io
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from typing import Any, TextIO, cast
 
-from robustkit.errors import RunError
+from robustkit.errors import RunError, one_line
 
 # How the signs in our own texts are written where the stream's encoding lacks them.
 SUBSTITUTES = str.maketrans({"–": "-", "−": "-", "…": "...", "→": "->", "━": "-", "╸": "-", "╺": "-"})
@@ -103,8 +104,9 @@ def own_process() -> Iterator[None]:
     """Prepare the streams of a process that is ours alone.
 
     Closed ones are opened, so that no file of a run gets their numbers; stdout is kept where no library written in
-    C prints to it.
+    C prints to it; a library's warning is one line.
     """
+    warnings.formatwarning = _warning
     for number in range(3):
         try:
             os.fstat(number)
@@ -123,3 +125,10 @@ def own_process() -> Iterator[None]:
             with suppress(OSError):
                 getattr(sys, name).close()
             setattr(sys, name, open(os.devnull, "w"))
+
+
+def _warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    said = str(message).strip().partition("\n")[0]
+    return one_line(f"warning: {category.__name__}: {said} ({filename}:{lineno})") + "\n"

@@ -16,8 +16,18 @@ LOCAL = "local"
 PATIENCE = 10.0
 
 
+# More processes than any machine has cores for.
+MOST = 1024
+
+
 def hire(workers: int | None, ray: str | None) -> Hiring:
-    """Return where so many workers come from: this machine, or the cluster at the address `ray`."""
+    """Return where so many workers come from: this machine, or the cluster at the address `ray`.
+
+    Raises:
+        UsageError: there are more of them than a machine starts processes, or none, or no cluster is there.
+    """
+    if workers is not None and not 1 <= workers <= MOST:
+        raise UsageError(f"workers {workers}: write how many processes shall share the work, from 1 to {MOST}.")
     return Local(workers or 1) if ray is None else Cluster(ray, workers)
 
 

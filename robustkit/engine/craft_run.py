@@ -27,6 +27,7 @@ from robustkit.engine.workshop import IMAGES, WITHOUT, Workshop
 from robustkit.errors import RunError, UsageError
 from robustkit.ledger import Ledger
 from robustkit.record import Rate
+from robustkit.schema import LARGEST
 
 # How many images are made PNG files at once.
 PACKED = 256
@@ -102,6 +103,7 @@ class _Job:
                 Ledger.open(self.out and self.out / folder.LEDGER, self.plan.spec.run_id) as ledger,
                 closing(self._workshop(ledger)) as self.shop,
             ):
+                ledger.require(self.n, self.samples.images([0]).nbytes, LARGEST)
                 ledger.check_chunks()
                 self.parts = noted(ledger)
                 if record is None:

@@ -222,6 +222,7 @@ class Evaluation:
         self, ledger: Ledger, progress: Progress, agency: Agency | None, store: Store
     ) -> tuple[Worker, list[Flag]]:
         tally = Tally.of(len(self.samples), self.spec.suite)
+        ledger.require(len(self.samples), self.samples.images([0]).nbytes, len(self.spec.suite))
         noted(ledger)
         for chunk in ledger.chunks():
             tally.add(chunk)

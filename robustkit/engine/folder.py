@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,8 +15,9 @@ from robustkit.crafted import Craft, CraftSpec, Matrix
 from robustkit.data.archive import DAMAGE, member
 from robustkit.diverse import Diversity, DiversitySpec
 from robustkit.errors import UsageError
-from robustkit.record import Report, RunSpec, dumps
-from robustkit.trained import METRICS, RECORD, Trained, TrainSpec
+from robustkit.record import Report, RunSpec, check_format, dumps
+from robustkit.schema import build, checked, parse
+from robustkit.trained import METRICS, RECORD, Epoch, Trained, TrainSpec
 from robustkit.writing import replacing, write
 
 SPEC, LEDGER, REPORT, ADVERSARIAL = "spec.json", "ledger.sqlite", "report.json", "adversarial.npz"
@@ -52,12 +52,10 @@ class Adversarials:
 
 def read_spec(path: Path) -> Spec:
     """Return the spec of a run folder; UsageError if it is none."""
-    body = _read_json(path / SPEC)
-    try:
-        spec: Spec = SPECS.get(body.get("verb"), RunSpec)(**body)
-        return spec
-    except (TypeError, AttributeError) as error:
-        raise UsageError(f"{path / SPEC} cannot be read: {error}.") from error
+    body, name = _read_json(path / SPEC), str(path / SPEC)
+    check_format(body, name)
+    spec: Spec = build(SPECS.get(str(body.get("verb")), RunSpec), body, name)
+    return spec
 
 
 def is_craft(path: Path) -> bool:
@@ -74,8 +72,12 @@ def kind(path: Path) -> str:
     return "train" if isinstance(body, Mapping) and body.get("verb") == "train" else "evaluate"
 
 
-def read_report(path: Path) -> Report:
-    """Return the report of a finished run; UsageError if the folder holds none."""
+def read_report(path: Path, *, forged: bool = False) -> Report:
+    """Return the report of a finished run, one that contradicts itself only if it may be `forged`.
+
+    Raises:
+        UsageError: the folder holds none, or it is damaged.
+    """
     if not path.is_dir():
         raise UsageError(f"{path} is no run folder: it does not exist.")
     _refuse_others(path)
@@ -83,7 +85,10 @@ def read_report(path: Path) -> Report:
         raise UsageError(f"{path} holds crafted images, not an evaluation; see: robustkit report {path}")
     if not (path / REPORT).exists() and (path / SPEC).exists():
         raise UsageError(f"the run in {path} is not finished; run its command again to resume it.")
-    return Report.from_json(_read_json(path / REPORT))
+    report = Report.from_json(_read_json(path / REPORT), str(path / REPORT))
+    if not forged and (fault := next(report.contradictions(), None)):
+        raise UsageError(f"{path / REPORT} is damaged: it has {fault}; see: robustkit verify {path}")
+    return report
 
 
 def read_craft(path: Path) -> Craft:
@@ -95,7 +100,7 @@ def read_craft(path: Path) -> Craft:
         raise UsageError(f"{path} holds an evaluation, not crafted images; see: robustkit report {path}")
     if not is_craft(path) and (path / SPEC).exists():
         raise UsageError(f"the run in {path} is not finished; run its command again to resume it.")
-    return Craft.from_json(_read_json(path / TRANSFER))
+    return Craft.from_json(_read_json(path / TRANSFER), str(path / TRANSFER))
 
 
 def broken_seals(path: Path, report: Report | Craft) -> list[str]:
@@ -131,19 +136,19 @@ def write_report(path: Path, report: Report) -> None:
 
 def read_diversity(path: Path) -> Diversity:
     """Return the record of a finished comparison of members; UsageError if the folder holds none."""
-    return Diversity.from_json(_read_json(path / DIVERSITY))
+    return Diversity.from_json(_read_json(path / DIVERSITY), str(path / DIVERSITY))
 
 
 def read_matrix(path: Path) -> Matrix:
     """Return the record of a finished transfer matrix; UsageError if the folder holds none."""
-    return Matrix.from_json(_read_json(path / MATRIX))
+    return Matrix.from_json(_read_json(path / MATRIX), str(path / MATRIX))
 
 
 def read_trained(path: Path) -> Trained:
     """Return the record of a finished training; UsageError if the folder holds none."""
     if path.is_dir() and not (path / RECORD).is_file():
         raise UsageError(f"{path} holds no finished training: it has no {RECORD}.")
-    return Trained.from_json(_read_json(path / RECORD))
+    return Trained.from_json(_read_json(path / RECORD), str(path / RECORD))
 
 
 def read_training(path: Path) -> tuple[TrainSpec, list[dict[str, Any]], Trained | None]:
@@ -158,9 +163,10 @@ def read_training(path: Path) -> tuple[TrainSpec, list[dict[str, Any]], Trained 
         return spec, [], None
     try:
         lines = (path / METRICS).read_text(encoding="utf-8").splitlines()
-        return spec, [json.loads(line) for line in lines], None
-    except (OSError, ValueError) as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path / METRICS} cannot be read: {error}.") from error
+    names = [f"{path / METRICS}, line {number}," for number in range(1, len(lines) + 1)]
+    return spec, [checked(Epoch, parse(line, name), name) for line, name in zip(lines, names, strict=True)], None
 
 
 def write_record(path: Path, record: Craft | Matrix | Diversity) -> None:
@@ -243,8 +249,9 @@ def _read_json(path: Path) -> Any:
     if path.exists() and not path.is_file():
         raise UsageError(f"{path} cannot be read: it is not a regular file.")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UsageError(f"{path.parent} is no run folder: it has no {path.name}.") from None
     except (OSError, ValueError) as error:
         raise UsageError(f"{path} cannot be read: {error}.") from error
+    return parse(text, str(path))

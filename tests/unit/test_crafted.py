@@ -67,9 +67,9 @@ def test_nothing_right_is_nothing_said() -> None:
 
 
 def test_the_record_goes_there_and_back() -> None:
-    forecast = Forecast.of([[True, False, None], [True, True, None]], 30.0)
+    forecast = Forecast.of([[True, False, None, None], [True, True, None, None]], 30.0)
     assert forecast.expected == 0.75
-    assert forecast.images == [1.0, 0.5, None]
+    assert forecast.images == [1.0, 0.5, None, None]
     record = craft(
         forecast=forecast,
         budgets=[Point(1, None, None, None), Point(10, 5, 0.2, 10.0, [Rate.of(1, 3)])],
