@@ -67,7 +67,7 @@ ALLOWED: dict[str, set[str]] = {
     "defenses": VOCABULARY | {"attacks"},
     "models": {
         *("aggregation", "devices", "errors", "isolation", "noise", "shapes", "posterior", "preprocess"),
-        *("registry", "resuming", "selfensemble"),
+        *("numbers", "registry", "resuming", "selfensemble"),
     },
     "writing": {"errors"},
     "posterior": {"errors", "writing"},

@@ -8,6 +8,7 @@ from typing import Any
 
 from robustkit.errors import UsageError, did_you_mean
 from robustkit.models.strings import ENSEMBLE, FOLDER, TIMM, TORCHVISION, ZOO, ModelString
+from robustkit.numbers import whole
 from robustkit.registry import parse_defenses
 
 LOGIT, PROBABILITY = "logit", "probability"
@@ -174,8 +175,10 @@ def read_size(text: str, where: str) -> tuple[int, int]:
 
 def whole_number(text: str, least: int, most: int) -> int | None:
     """Return the whole number that a text says, None if it says none or one outside of these limits."""
-    # The length first: Python refuses to read a number of thousands of digits.
-    number = int(text) if text.isdecimal() and len(text) <= len(str(most)) else -1
+    try:
+        number = whole(text)
+    except ValueError:
+        return None
     return number if least <= number <= most else None
 
 

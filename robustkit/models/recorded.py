@@ -7,7 +7,6 @@ that it names. A string that is read from a file runs none, unless the user says
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +18,7 @@ from robustkit.models.strings import ENSEMBLE, FILE, FOLDER, MODULE, ModelString
 FLAG = "--trust-code"
 # Where a path names no file of a disk: another machine, another program.
 _ELSEWHERE = re.compile(r"[\\/]{2}|\w{2,}:")
-_DEVICES = ("dev", "proc", "sys")
+_DEVICES = (("dev",), ("proc",), ("sys",))
 
 
 def refuse_code(string: str, where: object) -> None:
@@ -93,7 +92,8 @@ def _parts(string: str) -> Iterator[ModelString]:
 def _check_path(path: str, where: object, flag: str) -> None:
     """Refuse what is not an absolute path on a disk, which every path in a record that robustkit wrote is."""
     place = Path(path)
-    devices = len(place.parts) > 1 and place.parts[0] == os.sep and place.parts[1] in _DEVICES
+    # Of devices, /dev/shm is a disk in memory.
+    devices = place.parts[1:2] in _DEVICES and place.parts[1:3] != ("dev", "shm")
     if "\0" in path or _ELSEWHERE.match(path) or devices or not place.is_absolute():
         raise UsageError(
             f"{where} names {path!r}, which is not the absolute path of a file on a disk of this machine: give "

@@ -302,6 +302,7 @@ def test_what_an_honest_record_names() -> None:
         "folder:/data/val",
         "webdataset:/d/{000..049}.tar",
         "/d/x.npz?layout=NCHW",
+        "folder:/dev/shm/val",
     ):
         assert recorded_data(string, RECORD) == string
 
