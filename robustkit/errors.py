@@ -12,6 +12,10 @@ LONGEST_WORD = 300
 class RobustkitError(ValueError):
     """Base of every error that robustkit raises on purpose."""
 
+    def __str__(self) -> str:
+        """Return the message, which may name what others have named, without control characters."""
+        return printable(super().__str__(), keep="\n")
+
 
 class UsageError(RobustkitError):
     """The request cannot be carried out as written; nothing has run. Exit code 2."""
@@ -25,13 +29,28 @@ class ModelError(RunError):
     """The model's own code failed. Exit code 3; 2 where it fails on the first image already."""
 
 
+def printable(text: str, keep: str = "") -> str:
+    """Return a text in which all that a terminal or page would not print as it stands is written as an escape.
+
+    That is control characters (escape sequences begin with one), line breaks, signs that turn the direction of
+    writing, surrogates, and spaces that look like others.
+
+    Args:
+        text: any text, of a file's or model's name for instance.
+        keep: such characters to leave as they are, for example line breaks of our own.
+    """
+    if text.isprintable():
+        return text
+    return "".join(sign if sign.isprintable() or sign in keep else repr(sign)[1:-1] for sign in text)
+
+
 def one_line(text: str) -> str:
     """Return a message as one line that a terminal prints as it stands, its long words shortened.
 
     A file's name or a model's error may hold line breaks, control characters or thousands of digits.
     """
     words = (word if len(word) <= LONGEST_WORD else f"{word[:60]}…{word[-20:]}" for word in text.split())
-    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in " ".join(words))
+    return printable(" ".join(words))
 
 
 def named(error: BaseException) -> str:

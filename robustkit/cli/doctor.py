@@ -51,7 +51,8 @@ def doctor(
     def line(text: str) -> None:
         console.print(text, highlight=False, soft_wrap=True)
 
-    line(f"{found.model}\n{found.parameters:,} parameters, {found.classes} classes")
+    line(found.model)
+    line(f"{found.parameters:,} parameters, {found.classes} classes")
     line(f"clean accuracy {percent(found.correct / found.n)} on {counted(found.n)} of {found.data}")
     if found.correct * found.classes <= found.n:
         line(

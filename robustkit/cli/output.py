@@ -5,19 +5,18 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from rich.console import Console
-
 from robustkit.cli.streams import results
-from robustkit.errors import RunError, UsageError
+from robustkit.cli.terminal import Terminal
+from robustkit.errors import RunError, UsageError, one_line
 from robustkit.writing import is_read_only, reason, write
 
 
-def result_console(width: int | None = None) -> Console:
+def result_console(width: int | None = None) -> Terminal:
     """Return the console that a verb's result is printed on."""
-    return Console(file=results(), width=width, markup=False)
+    return Terminal(file=results(), width=width)
 
 
-def wide_console() -> Console:
+def wide_console() -> Terminal:
     """Return the same for a table of many models, which is not cut in pipes and files."""
     terminal = result_console()
     return terminal if terminal.is_terminal else result_console(width=240)
@@ -30,7 +29,7 @@ def save_page(path: Path, content: bytes) -> Path | None:
     except RunError as error:
         if not is_read_only(error.__cause__):
             raise
-        print(f"{error}", file=sys.stderr)
+        print(one_line(str(error)), file=sys.stderr)
     return path if path.is_file() else None
 
 

@@ -6,10 +6,10 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from robustkit.cli.terminal import Terminal
 from robustkit.engine.progress import Progress
 from robustkit.report.table import duration, percent
 from robustkit.training.progress import TrainProgress
@@ -21,7 +21,7 @@ class Display(Progress):
     """Shows, per attack: images settled, robust accuracy so far, time left."""
 
     def __init__(self) -> None:
-        self.console = Console(stderr=True, markup=False)
+        self.console = Terminal(stderr=True)
         self.bar: Bar | None = None
         self.spoke = time.monotonic()
 
@@ -47,9 +47,9 @@ class Display(Progress):
             return None, TaskID(0)
         if self.bar is None:
             self.bar = Bar(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=24),
-                TextColumn("{task.fields[state]}"),
+                TextColumn("{task.fields[state]}", markup=False),
                 TimeRemainingColumn(compact=True),
                 console=self.console,
                 transient=True,
@@ -158,17 +158,17 @@ class TrainDisplay(TrainProgress):
         self.last = ""
 
     def say(self, text: str) -> None:  # noqa: D102
-        Console(stderr=True, markup=False).print(text, highlight=False, soft_wrap=True)
+        Terminal(stderr=True).print(text, highlight=False, soft_wrap=True)
 
     def begin(self, epochs: int, steps: int, images: int) -> None:  # noqa: D102
         self.epochs, self.steps, self.images = epochs, steps, images
         self.first, self.begun, self.spoke = -1, time.monotonic(), time.monotonic()
-        console = Console(stderr=True, markup=False)
+        console = Terminal(stderr=True)
         if console.is_terminal:
             self.bar = Bar(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=24),
-                TextColumn("{task.fields[state]}"),
+                TextColumn("{task.fields[state]}", markup=False),
                 TimeRemainingColumn(compact=True),
                 console=console,
                 transient=True,

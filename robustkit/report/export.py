@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from robustkit.errors import printable
 from robustkit.record import Report
 
 COLUMNS = (
@@ -22,6 +23,8 @@ COLUMNS = (
     "distance",
 )
 SMALLEST = "smallest_distance"
+# What a spreadsheet begins a formula with, or skips in front of one.
+FORMULAS = ("=", "+", "-", "@", "\t", "\r", "\n")
 
 
 def rows(report: Report, examples: Mapping[str, np.ndarray] | None) -> list[dict[str, Any]]:
@@ -60,13 +63,25 @@ def rows(report: Report, examples: Mapping[str, np.ndarray] | None) -> list[dict
 
 
 def to_csv(table: list[dict[str, Any]]) -> bytes:
-    """Return the rows as CSV: true and false for booleans, nothing for None, numbers in full."""
+    """Return the rows as CSV: true and false for booleans, nothing for None, numbers in full.
+
+    A text that a spreadsheet would take for a formula gets an apostrophe in front; control characters are escaped.
+    """
     file = io.StringIO(newline="")
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(table[0])
     for row in table:
-        writer.writerow([str(value).lower() if isinstance(value, bool) else value for value in row.values()])
+        writer.writerow([_cell(value) for value in row.values()])
     return file.getvalue().encode()
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if not isinstance(value, str):
+        return value
+    # A carriage return would end the row: csv quotes only what ends rows of its own.
+    return "'" * value.startswith(FORMULAS) + printable(value)
 
 
 def to_parquet(table: list[dict[str, Any]]) -> bytes:

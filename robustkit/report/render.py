@@ -10,6 +10,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from robustkit.errors import printable
 
 
 def render(
@@ -23,6 +26,12 @@ def render(
         lstrip_blocks=True,
         undefined=StrictUndefined,
         keep_trailing_newline=True,
+        finalize=_printable,
     )
     environment.filters.update(filters or {})
     return environment.get_template(template).render(facts)
+
+
+def _printable(value: Any) -> Any:
+    """Return a text without signs that would show another text than it is; our own drawings as they are."""
+    return printable(value, keep="\n") if isinstance(value, str) and not isinstance(value, Markup) else value

@@ -7,12 +7,14 @@ from collections.abc import Iterable, Sequence
 
 from markupsafe import Markup, escape
 
+from robustkit.errors import printable
+
 
 def drawing(parts: Iterable[str], height: float, title: str) -> Markup:
     """Return an inline SVG as wide as its place, with a title that is read aloud."""
     body = "".join(parts)
     size = f'width="100%" height="{_n(height)}"'
-    return Markup(f'<svg class="chart" role="img" {size} aria-label="{escape(title)}">{body}</svg>')
+    return Markup(f'<svg class="chart" role="img" {size} aria-label="{escape(printable(title))}">{body}</svg>')
 
 
 def bar(x: float, y: float, width: float, height: float, kind: str) -> str:
@@ -56,7 +58,7 @@ def text(x: float, y: float, content: str, *, anchor: str = "start", kind: str =
     """Return a line of text at a share of the width and y pixels down, moved right by dx pixels."""
     shift = f' dx="{_n(dx)}"' if dx else ""
     place = f'x="{_n(100 * x)}%" y="{_n(y)}"{shift} text-anchor="{anchor}"'
-    return f'<text {place} class="{kind}">{escape(content)}</text>'
+    return f'<text {place} class="{kind}">{escape(printable(content))}</text>'
 
 
 def whisker(low: float, high: float, y: float) -> str:

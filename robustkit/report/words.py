@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from robustkit.errors import printable
 from robustkit.record import Report
 from robustkit.report.table import percent
 
@@ -100,4 +101,4 @@ def class_name(classes: list[str], label: int) -> str:
 
 
 def _without_folders(text: str) -> str:
-    return re.sub(r"(^|[@:])[^@:?]*/(?=[^/#])", r"\1", text)
+    return printable(re.sub(r"(^|[@:])[^@:?]*/(?=[^/#])", r"\1", text))
