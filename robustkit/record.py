@@ -140,9 +140,14 @@ class Rate:
         return cls(share, low, high, n)
 
     @classmethod
-    def anytime(cls, hits: int, n: int) -> Rate:
-        """Return hits / n with an interval that holds however n came about (`intervals.sequence`)."""
-        return cls(hits / n, *sequence(hits, n), n)
+    def anytime(cls, hits: int, n: int, unknown: int = 0) -> Rate:
+        """Return hits / n with an interval that holds however n came about (`intervals.sequence`).
+
+        Of `unknown` more of the sample it is not known whether they are hits: the interval reaches from where none
+        of them is to where all are.
+        """
+        low, high = (sequence(most, n + unknown) for most in (hits, hits + unknown))
+        return cls(hits / n, low[0], high[1], n)
 
 
 @dataclass(frozen=True)
@@ -219,11 +224,14 @@ class Curve:
 class Stop:
     """Why a run ended before it had all `images` of its data: its `reason` is `time-limit` or `width`.
 
-    The verdicts are then of images drawn at random, and the intervals hold whenever it was stopped.
+    The verdicts are then of images drawn at random, and the intervals hold whenever it was stopped. If time was up
+    in the first block, they are of those of its images that are finished, and the intervals allow for `unfinished`
+    ones.
     """
 
     reason: Annotated[str, OneOf("time-limit", "width")]
     images: Count
+    unfinished: Count = 0
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from robustkit.cli.command import Command
-from robustkit.errors import UsageError, did_you_mean
+from robustkit.errors import UsageError, did_you_mean, one_line
 from robustkit.flag_codes import CODES
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ class Gate:
         for name, rate, flags in found:
             reasons = self.reasons(rate, flags)
             for text in reasons or filter(None, [self.doubt(rate, flags)]):
-                print(f"{name}: {text}" if name else text, file=sys.stderr)
+                print(one_line(f"{name}: {text}" if name else text), file=sys.stderr)
             code = code or int(bool(reasons))
         return code
 

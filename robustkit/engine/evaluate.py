@@ -34,7 +34,7 @@ from robustkit.errors import RunError, UsageError
 from robustkit.isolation import evaluation_mode, threads, training_count
 from robustkit.ledger import Ledger
 from robustkit.models.classifier import Classifier
-from robustkit.record import Audit, Cost, Flag, Report, RunSpec, Stop
+from robustkit.record import Audit, Cost, Flag, Rate, Report, RunSpec, Stop
 from robustkit.resuming import Store, recording
 from robustkit.rows import RowWise
 from robustkit.threat import ThreatModel
@@ -270,17 +270,31 @@ class Evaluation:
             return self._block(worker, tally.scope)
         if self.limits.seconds is not None:
             worker.deadline = time.perf_counter() + self.limits.seconds
+        block = tally.scope[:0]
         try:
             for block in self.limits.blocks(tally, self.seed):
                 self._block(worker, block)
         except TimeUp:
-            tally.stopped = Stop("time-limit", tally.n)
-        if not len(tally.scope):
-            raise RunError(
-                f"no block of images was done within {self.limits.seconds:g} seconds; "
-                "run the same command again to go on, or give it more time."
-            )
+            tally.stopped = Stop("time-limit", tally.n) if len(tally.scope) else self._part(worker, block)
         return None
+
+    def _part(self, worker: Worker, block: np.ndarray) -> Stop:
+        """Have only the finished images of the first block count, which time did not suffice for."""
+        tally, spared = worker.tally, [number for number, rung in enumerate(self.rungs, 1) if not rung.spare]
+        advice = "run the same command again to go on, or give it more time."
+        if (tally.judged[block] < 0).any():
+            raise RunError(
+                f"the clean images were not all classified within {self.limits.seconds:g} seconds; {advice}"
+            )
+        last = len(self.rungs) if worker.doubts.doubtful else max(spared, default=0)
+        tally.scope = tally.finished(block, last)
+        if not len(tally.scope):
+            right = Rate.of(int((tally.fell[block] > 0).sum()), len(block))
+            raise RunError(
+                f"no image met all attacks within {self.limits.seconds:g} seconds; clean accuracy is "
+                f"{100 * right.value:.1f} % of {right.n} images, robust accuracy is not known; {advice}"
+            )
+        return Stop("time-limit", tally.n, len(block) - len(tally.scope))
 
     def _block(self, worker: Worker, among: np.ndarray) -> None:
         worker.clean(among)

@@ -109,6 +109,11 @@ class Tally:
         """Return the number of the stage's next chunk."""
         return 1 + max((chunk for of, chunk in self.chunks if of == stage), default=-1)
 
+    def finished(self, among: np.ndarray, last: int) -> np.ndarray:
+        """Return which of these positions are fooled, or have met all attacks up to the stage `last`."""
+        done: np.ndarray = among[(self.fell[among] < STANDS) | (self.judged[among] >= last)]
+        return done
+
     @property
     def robust(self) -> int:
         """How many samples in scope nothing has fooled yet."""
@@ -125,8 +130,14 @@ class Tally:
         """The positions of the samples that have been looked at at all, in scope or not yet."""
         return np.flatnonzero(self.judged >= 0)
 
-    def _rate(self, hits: int, n: int) -> Rate:
-        return Rate.anytime(hits, n) if self.stopped else Rate.of(hits, n)
+    def _rate(self, hits: int, n: int, stage: int | None = None) -> Rate:
+        if self.stopped is None:
+            return Rate.of(hits, n)
+        unknown = self.stopped.unfinished
+        if stage == 0:
+            # Whoever is wrong as it is is finished: the others are right.
+            return Rate.anytime(hits + unknown, n + unknown)
+        return Rate.anytime(hits, n, unknown)
 
     @property
     def told(self) -> list[int]:
@@ -139,7 +150,7 @@ class Tally:
         return [
             Stage(
                 name,
-                self._rate(int((fell > number).sum()), len(among)),
+                self._rate(int((fell > number).sum()), len(among), number),
                 int((fell == number).sum()),
                 self.costs[number].forwards,
                 self.costs[number].backwards,

@@ -15,6 +15,7 @@ from robustkit.engine.anytime import shuffled
 from robustkit.errors import RunError, UsageError
 from robustkit.intervals import sequence
 from robustkit.record import Report
+from robustkit.report.table import notes
 
 SHAPE = (3, 6, 8)
 SUITE = "pgd(steps=4),race(targets=3,probe=2,steps=4),square(queries=20)"
@@ -114,6 +115,47 @@ def test_time_up_reports_whole_blocks_alone(monkeypatch: pytest.MonkeyPatch, tmp
     more = run(tmp_path / "run", time_limit=1000)
     assert more.stopped is None
     assert same(more, run())
+
+
+def test_time_up_in_the_first_block_counts_its_finished_images(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    now = [0.0]
+
+    def clock() -> float:
+        now[0] += 0.01
+        return now[0]
+
+    net = Small().eval()
+    x, y = labelled(net, 60, SHAPE)
+    first = shuffled(60, 0)[:8]
+    y[first[3]] = (y[first[3]] + 1) % int(y.max() + 1)  # one of the first block is wrong as it is
+    monkeypatch.setattr("time.perf_counter", clock)
+    seen, codes = [], []
+    for limit in (0.02, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8):
+        try:
+            part = evaluate(
+                net, x, y, THREAT, suite=SUITE, precision="fp32", out=tmp_path / f"{limit}", time_limit=limit
+            )
+        except RunError as error:
+            codes.append(str(error))
+            continue
+        assert part.stopped is not None
+        seen.append(part)
+        assert not verify(tmp_path / f"{limit}", net, x, y).bad
+    assert "clean images were not all classified" in codes[0]
+    early = [part for part in seen if part.stopped and part.stopped.unfinished]
+    assert early
+    for part in early:
+        assert part.stopped is not None
+        left = part.stopped.unfinished
+        assert part.n + left == 8
+        assert part.clean_accuracy.value == pytest.approx(7 / 8)
+        stood, rate = sum(verdict.robust for verdict in part.verdicts), part.robust_accuracy
+        assert (rate.value, rate.n) == (stood / part.n, part.n)
+        assert (rate.low, rate.high) == (sequence(stood, 8)[0], sequence(stood + left, 8)[1])
+        assert Report.from_json(part.to_json()) == replace(part, adversarial=None)
+        assert any("had not met all attacks" in line for line in notes(part))
 
 
 def test_orders_are_orders() -> None:
