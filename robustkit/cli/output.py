@@ -27,9 +27,10 @@ def save_page(path: Path, content: bytes) -> Path | None:
     try:
         write(path, content)
     except RunError as error:
-        if not is_read_only(error.__cause__):
+        if not is_read_only(why := error.__cause__) or not isinstance(why, OSError):
             raise
-        print(one_line(str(error)), file=sys.stderr)
+        advice = f"write the page elsewhere: robustkit report {path.parent} --html FILE"
+        print(one_line(f"cannot write {path}: {reason(why)}; {advice}"), file=sys.stderr)
     return path if path.is_file() else None
 
 

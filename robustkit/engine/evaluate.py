@@ -38,6 +38,7 @@ from robustkit.record import Audit, Cost, Flag, Rate, Report, RunSpec, Stop
 from robustkit.resuming import Store, recording
 from robustkit.rows import RowWise
 from robustkit.threat import ThreatModel
+from robustkit.writing import subfolder
 
 BATCH_SIZE = 256
 SLOTS_CPU, SLOTS_GPU = 128, 512
@@ -205,7 +206,7 @@ class Evaluation:
         found = None
         if len(chosen):
             subset = self.samples.pick(chosen)
-            place = out and out / folder.AUDIT
+            place = out and subfolder(out, folder.AUDIT)
             found = replace(self, samples=subset, suite=AUDITOR, curve=False, audit=0, limits=Limits()).run(
                 place, progress, agency
             )

@@ -16,7 +16,7 @@ from robustkit.errors import RunError
 from robustkit.models.from_run import PARTS
 from robustkit.models.strings import ENSEMBLE, FOLDER, ModelString, joined
 from robustkit.models.weight_files import INDEX, files_of_weights
-from robustkit.writing import write
+from robustkit.writing import subfolder, unlink_link, write
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def _fetched(path: str, ask: Ask) -> Path:
     sha256 = ask(path, False).sha256
     place = cache() / f"{sha256}{Path(path).suffix}"
     place.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{place}.lock"):
+    with _lock(place):
         if not place.exists():
             content = ask(path, True).content or b""
             if hashlib.sha256(content).hexdigest() != sha256:
@@ -101,13 +101,19 @@ def _linked(paths: list[str], ask: Ask) -> Path:
     """Return a folder on this machine with these files of the driver's under their names."""
     found = {Path(path).name: _fetched(path, ask) for path in paths}
     content = "".join(f"{name} {place.name}\n" for name, place in sorted(found.items()))
-    run = cache() / f"run-{hashlib.sha256(content.encode()).hexdigest()}"
-    with FileLock(f"{run}.lock"):
-        run.mkdir(exist_ok=True)
+    name = f"run-{hashlib.sha256(content.encode()).hexdigest()}"
+    with _lock(cache() / name):
+        run = subfolder(cache(), name)
         for name, place in found.items():
             if not (run / name).exists():
                 (run / name).symlink_to(place.absolute())
     return run
+
+
+def _lock(place: Path) -> FileLock:
+    lock = place.with_name(f"{place.name}.lock")
+    unlink_link(lock)
+    return FileLock(lock)
 
 
 def _missing(path: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,9 +11,9 @@ import pytest
 import torch
 from reports import make_examples, make_report, write_run
 
-from robustkit.cli import run
+from robustkit.cli import output, run
 from robustkit.engine.opening import OWN
-from robustkit.errors import UsageError
+from robustkit.errors import RunError, UsageError
 from robustkit.ledger import Ledger
 from robustkit.posterior import Draft
 from robustkit.training.metrics import Metrics
@@ -113,3 +114,21 @@ def test_a_linked_out_folder_is_the_users_own_choice() -> None:
     Path("r").symlink_to(Path("elsewhere").absolute())
     assert run(EVALUATE) == 0
     assert Path("elsewhere/report.json").is_file()
+
+
+def test_a_page_that_cannot_be_written_is_no_failure(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(path: Path, content: bytes) -> None:
+        error = PermissionError(errno.EROFS, os.strerror(errno.EROFS))
+        raise RunError("cannot write") from error
+
+    report = make_report()
+    write_run(Path("r"), report, make_examples(report))
+    monkeypatch.setattr(output, "write", refuse)
+    assert run(["report", "r"]) == 0
+    out, err = capsys.readouterr()
+    assert "worst case" in out
+    assert "report   " not in out
+    assert err.startswith("cannot write r/report.html: Read-only file system; ")
+    assert err.endswith("robustkit report r --html FILE\n")
