@@ -39,9 +39,9 @@ def enlarged_images(space: dict[str, Any]) -> list[Flag]:
             "enlarged-images",
             "warning",
             round(space["times"], 3),
-            f"times the image files were enlarged to be attacked at {height} x {width} pixels (median; "
-            f"{space['enlarged']} of {space['files']} looked at were), so the threat is in pixels that the files "
-            "do not have",
+            f"times longer sides than in the image files (median; {space['enlarged']} of {space['files']} looked "
+            f"at were enlarged to {height} x {width} pixels before the attack), so the threat is in pixels that "
+            "the files do not have",
             "write ?size=N with the files' own size, or give the images as an .npz file, which is attacked as it "
             "is and enlarged inside the model",
         )

@@ -13,6 +13,7 @@ from robustkit.errors import UsageError, did_you_mean
 from robustkit.models.weight_files import Tensors, WeightsFile
 
 _COUNTER = "num_batches_tracked"
+_STATISTICS = ("running_mean", "running_var")
 # What wrappers put into names, at any place: DataParallel and torch.compile.
 _WRAPPERS = frozenset({"module", "_orig_mod"})
 _AVERAGE = re.compile(r"(^|[._])(w?ema|shadow|averaged?|swa|avg)([._]|$)", re.IGNORECASE)
@@ -82,6 +83,8 @@ def chosen(
     fits, unfit = _all(file.sets, own)
     if not fits and convert is not None:
         fits, _ = _all({name: _converted(tensors, convert) for name, tensors in file.sets.items()}, own)
+    if fits:
+        fits += _all(_with_statistics(file.sets, fits), own)[0]
     if choice is not None:
         picked = _picked([fit.name for fit in fits], choice)
         if not picked:
@@ -215,6 +218,17 @@ def _is_same(one: Fit, other: Fit) -> bool:
 
 def _shapes_fit(fit: Fit, own: Mapping[str, torch.Size]) -> bool:
     return all(tensor.shape == own[name] for name, tensor in fit.state.items())
+
+
+def _with_statistics(sets: Mapping[str, Tensors], fits: list[Fit]) -> dict[str, Tensors]:
+    """Return the averages of parameters alone, with the statistics of the net's batch norms."""
+    net = next((fit for fit in fits if not fit.is_average), fits[0])
+    statistics = {name: tensor for name, tensor in net.state.items() if name.endswith(_STATISTICS)}
+    return {
+        entry: {**statistics, **tensors}
+        for entry, tensors in sets.items()
+        if statistics and _AVERAGE.search(entry) and not any(name.endswith(_STATISTICS) for name in tensors)
+    }
 
 
 def _picked(names: list[str], choice: str) -> list[str]:

@@ -9,9 +9,9 @@ from robustkit.record import Report
 
 
 def size(report: Report) -> str:
-    """Return the size at which images were attacked, as `32 x 32 pixels`; empty where a record does not say."""
+    """Return the size at which images were attacked, as `32x32`; empty where a record does not say."""
     space = _pixels(report)
-    return f"{_times(space['attacked'])} pixels" if space else ""
+    return _sides(space["attacked"], "x") if space else ""
 
 
 def remarks(report: Report) -> list[str]:
@@ -19,15 +19,15 @@ def remarks(report: Report) -> list[str]:
     space, said = _pixels(report), []
     if space.get("enlarged"):
         said.append(
-            f"image files were enlarged to {_times(space['attacked'])} pixels before the attack: "
+            f"image files were enlarged to {_sides(space['attacked'])} pixels before the attack: "
             f"{space['enlarged']} of {space['files']} looked at, by a median of {space['times']:.3g} times"
         )
     if space and space["net"] != space["attacked"]:
         more = space["net"][0] * space["net"][1] > space["attacked"][0] * space["attacked"][1]
         verb = "enlarged" if more else "reduced"
         said.append(
-            f"images were attacked at {_times(space['attacked'])} pixels and {verb} to "
-            f"{_times(space['net'])} inside the model"
+            f"images were attacked at {_sides(space['attacked'])} pixels and {verb} to "
+            f"{_sides(space['net'])} inside the model"
         )
     notes = report.environment.get("model_notes")
     return said + [note for note in notes if isinstance(note, str)] if isinstance(notes, list) else said
@@ -46,5 +46,5 @@ def _is_size(value: object) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(isinstance(side, int) for side in value)
 
 
-def _times(sides: Sequence[int]) -> str:
-    return " x ".join(map(str, sides))
+def _sides(sides: Sequence[int], between: str = " x ") -> str:
+    return between.join(map(str, sides))

@@ -21,8 +21,8 @@ def show(report: Report, console: Console, next_command: str | None = None, page
     """Print run, stages, result, flags, where the page is, and the next command."""
     data = str(report.spec.data["string"]).rpartition("/")[2]
     console.print(
-        f"run {report.run_id}   {report.n} image{'s' * (report.n != 1)} of {data}   "
-        f"{size(report)}{'   ' * bool(size(report))}{report.spec.threat}   "
+        f"run {report.run_id}   {report.n} image{'s' * (report.n != 1)} of {data}"
+        f"{size(report) and f' ({size(report)})'}   {report.spec.threat}   "
         f"seed {report.spec.seed}   {report.environment['device_name']}\n",
         highlight=False,
     )

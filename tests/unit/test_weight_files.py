@@ -166,6 +166,15 @@ def test_a_moving_average_is_told_of_and_chosen(tmp_path, state, other, print_of
         assert load_model(average.string).fingerprint == average.fingerprint
 
 
+def test_an_average_of_parameters_alone_takes_the_statistics_of_the_net(tmp_path):
+    net = load_model("robustkit:cifar-resnet20").net
+    average = {name: 2 * parameter for name, parameter in net.named_parameters()}
+    torch.save({"model": net.state_dict(), "ema": {"decay": 0.9, "shadow": average}}, tmp_path / "w.pt")
+    found = load_model(f"robustkit:cifar-resnet20@{tmp_path}/w.pt?weights=ema").net.state_dict()
+    for name, tensor in net.state_dict().items():
+        torch.testing.assert_close(found[name], average.get(name, tensor))
+
+
 def test_of_several_that_fit_one_is_chosen(tmp_path, state, other, print_of):
     string = save({"generator": state, "classifier": other}, tmp_path / "w.pt")
     with pytest.raises(UsageError, match=r"several sets of tensors that fit \(classifier, generator\).*weights="):
