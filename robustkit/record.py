@@ -160,6 +160,19 @@ class Cost:
 
 
 @dataclass(frozen=True)
+class Passes:
+    """Sample-propagations through the model, without the time that they took."""
+
+    forwards: Count
+    backwards: Count
+
+    @property
+    def total(self) -> int:
+        """Both together."""
+        return self.forwards + self.backwards
+
+
+@dataclass(frozen=True)
 class Stage:
     """One attack of the run: the accuracy left after it, how many images it fooled, what it cost."""
 
@@ -274,7 +287,8 @@ class Audit:
 class Report:
     """The record of a finished run; the fields are those of report.json.
 
-    `flags` were raised, `passed` is what the other checks measured, or why they could not. `curve` and `audit`
+    `flags` were raised, `passed` is what the other checks measured, or why they could not. `checks` is what they
+    cost, which is counted in the clean stage, the first of `stages`. `curve` and `audit`
     are there if they were asked for, `draws` for a random model, `stopped` if the run ended early. `files` holds
     the sha256 of what lies beside the report. `adversarial` (not in the file) are the fooling images as a mapping
     of `index` (M), `x` (M C H W) and `y` (M) when the run was asked for from Python.
@@ -295,6 +309,7 @@ class Report:
     curve: Curve | None = None
     audit: Audit | None = None
     draws: Draws | None = None
+    checks: Passes | None = None
     stopped: Stop | None = None
     format: Format = FORMAT
     adversarial: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
@@ -318,7 +333,8 @@ class Report:
         yield "\n}\n"
 
     def _body(self) -> dict[str, Any]:
-        asked_for = {name for name in ("curve", "audit", "draws", "stopped") if getattr(self, name) is None}
+        names = ("curve", "audit", "draws", "checks", "stopped")
+        asked_for = {name for name in names if getattr(self, name) is None}
         left_out = {"adversarial", "format"} | asked_for
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
 

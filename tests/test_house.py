@@ -33,6 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     "numbers": set(),
     "step_size": {"errors", "numbers"},
     "flag_codes": set(),
+    "invocation": set(),
     "threat": {"errors", "numbers", "shapes"},
     "losses": {"errors", "shapes"},
     "goal": {"losses", "shapes"},
@@ -79,7 +80,7 @@ ALLOWED: dict[str, set[str]] = {
     "engine": VOCABULARY
     | {"schema"}
     | {"models", "data", "ledger", "checks", "isolation", "intervals", "crafted", "trained"}
-    | {"diverse", "planned", "posterior", "resuming", "writing", "version"},
+    | {"diverse", "planned", "posterior", "resuming", "writing", "version", "invocation"},
     "training": VOCABULARY | {"models", "data", "engine", "posterior", "trained", "writing"},
     "report": {"errors", "record", "crafted", "trained", "diverse", "planned"},
     "arguments": {"errors", "isolation"},
@@ -89,7 +90,17 @@ ALLOWED: dict[str, set[str]] = {
     },
     "cli": {
         *("api", "devices", "engine", "report", "models", "data", "registry", "errors", "threat", "record"),
-        *("crafted", "training", "trained", "factsheet", "flag_codes", "planned", "writing", "version"),
+        *(
+            "crafted",
+            "training",
+            "trained",
+            "factsheet",
+            "flag_codes",
+            "invocation",
+            "planned",
+            "writing",
+            "version",
+        ),
     },
 }
 # Only these may name the packages that are slow to import or belong to one adapter.

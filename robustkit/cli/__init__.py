@@ -44,11 +44,13 @@ def _invoke(arguments: list[str]) -> int:
 
     from robustkit.cli.app import app
     from robustkit.cli.command import check_words
+    from robustkit.invocation import asked_for_by
 
     check_words(arguments)
     try:
         with typer.main.get_command(app).make_context("robustkit", list(arguments)) as context:
-            return int(context.command.invoke(context) or DONE)
+            with asked_for_by(arguments):
+                return int(context.command.invoke(context) or DONE)
     except typer.Exit as end:
         return end.exit_code
     except Exception as error:

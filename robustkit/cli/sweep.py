@@ -15,6 +15,7 @@ from robustkit.cli.report import write_page
 from robustkit.cli.streams import print_result
 from robustkit.engine.sweep import Entry, Sweep
 from robustkit.errors import RobustkitError, RunError
+from robustkit.invocation import command
 from robustkit.report.leaderboard import Leaderboard, show
 from robustkit.report.standings import page
 from robustkit.report.transfer import short_names
@@ -56,6 +57,8 @@ def sweep(plan: Sweep, id: str, folder: Path, overwrite: bool, ends: Ends) -> in
     if not found:
         return code
     board = Leaderboard.of(id, found, failed)
+    # A run that was finished before has the command of that time.
+    board = replace(board, environment={**board.environment, "command": command()})
     save(folder / RECORD, (json.dumps(board.to_json(), indent=2) + "\n").encode())
     shown = None
     if ends.with_page:

@@ -21,7 +21,7 @@ from robustkit.engine.meter import Meter
 from robustkit.engine.progress import Progress
 from robustkit.engine.sanity import refuse_answers
 from robustkit.engine.scribe import Scribe, Sink, noticed
-from robustkit.engine.tally import Tally
+from robustkit.engine.tally import CHECKING, Tally
 from robustkit.errors import RobustkitError, RunError
 from robustkit.goal import Goal
 from robustkit.isolation import own_randomness
@@ -35,8 +35,6 @@ from robustkit.threat import ThreatModel
 
 # The most images that the checks look at.
 CHECKED = 64
-# The number of the chunk that holds what they found.
-CHECKING = -1
 
 Work = Callable[[Images, np.ndarray], tuple[list[Verdict], list[Flag]]]
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from robustkit.invocation import command
 from robustkit.version import __version__
 
 PACKAGES = ("torch", "torchvision", "pyautoattack", "foolbox", "timm", "numpy")
@@ -18,7 +19,7 @@ PACKAGES = ("torch", "torchvision", "pyautoattack", "foolbox", "timm", "numpy")
 def environment(
     device: torch.device, precision: str, piece: int | None, threads: int | None = None
 ) -> dict[str, Any]:
-    """Return versions, device name, threads, git commit of a checkout or None, precision, images at once."""
+    """Return versions, device name, threads, git commit or None, precision, images at once and the command."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
     return {
         "versions": versions(),
@@ -29,6 +30,7 @@ def environment(
         "commit": _commit(),
         "precision": precision,
         "images_at_once": piece,
+        **({"command": asked} if (asked := command()) else {}),
     }
 
 
@@ -52,8 +54,8 @@ def _commit() -> str | None:
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return None
-    command = ["git", "-C", str(root), "rev-parse", "HEAD"]
+    words = ["git", "-C", str(root), "rev-parse", "HEAD"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None

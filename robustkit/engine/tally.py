@@ -12,6 +12,8 @@ from robustkit.ledger import Chunk
 from robustkit.record import Cost, Draws, Flag, Outcome, Rate, Report, RunSpec, Stage, Stop, stage_name
 
 STANDS = np.iinfo(np.int64).max
+# The number of the clean stage's chunk that holds what the checks found.
+CHECKING = -1
 
 
 class Hashes:
@@ -56,6 +58,7 @@ class Tally:
         self.struck = np.zeros(self.n, bool)
         self.images = Hashes(self.n)
         self.costs = [Cost(0, 0, 0.0) for _ in self.names]
+        self.checks = Cost(0, 0, 0.0)
         self.flags: dict[str, Flag] = {}
         self.passed: dict[str, Flag] = {}
         self.scope = np.arange(self.n)
@@ -69,12 +72,10 @@ class Tally:
     def add(self, chunk: Chunk) -> None:
         """Take a chunk in. Any order gives the same sum."""
         self.chunks.add((chunk.stage, chunk.chunk))
-        cost = self.costs[chunk.stage]
-        self.costs[chunk.stage] = Cost(
-            cost.forwards + chunk.forwards,
-            cost.backwards + chunk.backwards,
-            cost.seconds + chunk.seconds,
-        )
+        spent = Cost(chunk.forwards, chunk.backwards, chunk.seconds)
+        self.costs[chunk.stage] = self.costs[chunk.stage].plus(spent)
+        if (chunk.stage, chunk.chunk) == (0, CHECKING):
+            self.checks = spent
         for verdict in chunk.verdicts:
             at = verdict.position
             if chunk.stage == 0:
@@ -194,6 +195,7 @@ class Tally:
             files=files,
             passed=[flag for flag in found if not flag.raised],
             draws=self._draws(),
+            checks=self.checks,
             stopped=self.stopped,
         )
 

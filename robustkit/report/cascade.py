@@ -29,7 +29,8 @@ def cascade(report: Report) -> Markup:
         if rate.value > 0:
             parts.append(svg.bar(0, top + 22, rate.value, 16, "stood"))
         if before > rate.value:
-            parts.append(svg.bar(rate.value, top + 22, before - rate.value, 16, "fell"))
+            kind = "fell" if number else "clean"  # nothing has attacked the first row's images yet
+            parts.append(svg.bar(rate.value, top + 22, before - rate.value, 16, kind))
         parts.append(svg.whisker(rate.low, rate.high, top + 30))
         before = rate.value
     spoken = "; ".join(

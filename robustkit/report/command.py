@@ -39,12 +39,23 @@ def command(report: Report) -> str:
     return shlex.join(words)
 
 
+def commands(environment: Mapping[str, Any], expanded: str) -> dict[str, str]:
+    """Return what a page shows: the command as it was given and the expanded one to unfold, or that alone."""
+    try:
+        words = shlex.split(str(environment.get("command") or ""))
+    except ValueError:
+        words = []
+    # A record may be somebody else's: what a person may paste into a shell is one command of robustkit's, quoted.
+    given = shlex.join(words) if words[:1] == ["robustkit"] else ""
+    return {"command": given or expanded, "expanded": expanded if given else ""}
+
+
 def suite(records: Sequence[Mapping[str, Any]]) -> str:
     """Return a spec's attacks with all their fields, as `--suite` reads them."""
     return ",".join(_call(record) for record in records)
 
 
-def _field(record: Mapping[str, Any], name: str) -> str:
+def field(record: Mapping[str, Any], name: str) -> str:
     """Return a field's value; a small step size with its unit, without which it is refused."""
     value = record[name]
     short = name == "step_size" and isinstance(value, float) and value * record.get("steps", 1) < 1
@@ -52,6 +63,6 @@ def _field(record: Mapping[str, Any], name: str) -> str:
 
 
 def _call(record: Mapping[str, Any]) -> str:
-    fields = [f"{k}={_field(record, k)}" for k in record if k not in ("name", "view", "spare")]
+    fields = [f"{k}={field(record, k)}" for k in record if k not in ("name", "view", "spare")]
     call = f"{record['name']}({','.join(fields)})" if fields else str(record["name"])
     return call + (f"@{record['view']}" if record.get("view") else "") + "?" * bool(record.get("spare"))

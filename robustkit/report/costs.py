@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from robustkit.record import Report
+from robustkit.record import Rate, Report
 from robustkit.report.names import stage_names
 
 
 @dataclass(frozen=True)
 class CostRow:
-    """One stage; `share_*` are of the whole run, `kills` are images fooled per 1000 propagations."""
+    """One stage, or the checks, which settle no image.
+
+    `settled` is what it did to the images that entered: those fooled, of the clean stage those that are wrong as
+    they are. `share_*` are of the whole run, `kills` are images fooled per 1000 propagations.
+    """
 
     attack: str
+    rate: Rate | None
     entering: int
-    fooled: int
+    settled: str
     propagations: int
     share_propagations: float
     seconds: float
@@ -23,23 +28,33 @@ class CostRow:
 
 
 def rows(report: Report) -> list[CostRow]:
-    """Return a row per stage, in the order run."""
+    """Return a row per stage in the order run, the checks after the clean one, whose cost holds theirs."""
     total = (report.cost.forwards + report.cost.backwards) or 1
-    seconds = report.cost.seconds or 1.0
-    found, entering = [], report.n
+    seconds, checks = report.cost.seconds or 1.0, report.checks
+    found: list[CostRow] = []
+
+    def add(
+        name: str, rate: Rate | None, settled: str, spent: int, time: float, kills: float | None = None
+    ) -> None:
+        row = CostRow(name, rate, entering, settled, spent, spent / total, time, time / seconds, kills)
+        found.append(row)
+
+    entering = report.n
     for number, (name, stage) in enumerate(zip(stage_names(report), report.stages, strict=True)):
-        spent = stage.forwards + stage.backwards
-        found.append(
-            CostRow(
-                name,
-                entering,
-                stage.fooled,
-                spent,
-                spent / total,
-                stage.seconds,
-                stage.seconds / seconds,
-                1000 * stage.fooled / spent if spent and number else None,
-            )
-        )
+        spent, time, rate = stage.forwards + stage.backwards, stage.seconds, stage.robust_accuracy
+        if number:
+            kills = 1000 * stage.fooled / spent if spent else None
+            add(name, rate, f"{stage.fooled:,}", spent, time, kills)
+        elif checks is None:
+            add(name, rate, f"{stage.fooled:,} wrong", spent, time)
+        else:
+            own = checks.forwards + checks.backwards
+            add(name, rate, f"{stage.fooled:,} wrong", spent - own, time - checks.seconds)
+            add("checks", None, "–", own, checks.seconds)
         entering -= stage.fooled
     return found
+
+
+def fooled(report: Report) -> int:
+    """Return how many images an attack fooled; those that are wrong as they are not counted."""
+    return sum(stage.fooled for stage in report.stages[1:])

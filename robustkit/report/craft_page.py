@@ -15,6 +15,7 @@ from robustkit.crafted import Craft, Forecast, Judgement
 from robustkit.record import Rate, dumps
 from robustkit.report import svg
 from robustkit.report.cascade import shortened
+from robustkit.report.command import commands
 from robustkit.report.lines import Chart, Series, powers
 from robustkit.report.made import made_in_parts
 from robustkit.report.render import render
@@ -76,7 +77,7 @@ def _facts(record: Craft, examples: Mapping[str, np.ndarray] | None) -> dict[str
         "png": ", ".join(f"{name} {_text(rate)}" for name, rate in zip(others, record.png.success, strict=False))
         if record.png
         else "",
-        "command": command(record),
+        **commands(record.environment, command(record)),
         "facts": [*zip(names, models, strict=True), *_surroundings(record, own)],
         "spec": dumps(spec, indent=2),
         "version": record.environment.get("versions", {}).get("robustkit") or "",
@@ -109,13 +110,14 @@ def _verdict(record: Craft, names: Sequence[str]) -> str:
     rates = [(one.rate, name) for one, name in zip(record.targets, names, strict=True) if one.rate]
     if not rates:
         return "No target has judged these images yet: robustkit transfer DIR --target MODEL."
+    what = "reach the class aimed at on" if record.spec.targeted else "fool"
     if len(rates) == 1:
         rate, name = rates[0]
-        return f"{name} falls to {percent(rate.value)} of the images that it classified correctly."
+        return f"{percent(rate.value)} of the images that {name} classified correctly {what} it."
     worst, best = (of(rates, key=lambda pair: pair[0].value) for of in (min, max))
     return (
-        f"Of the images that it classified correctly, {best[1]} falls to {percent(best[0].value)}, the most of "
-        f"{len(rates)} targets, and {worst[1]} to {percent(worst[0].value)}, the least."
+        f"Of the images that a target classified correctly, {percent(best[0].value)} {what} {best[1]}, the most "
+        f"of {len(rates)} targets, and {percent(worst[0].value)} {what} {worst[1]}, the least."
     )
 
 
@@ -205,18 +207,19 @@ def _strip(
         Shown(
             pictures=pictures,
             index=at,
-            label=class_name(classes, record.labels[at]),
-            said="; ".join(f"{name} says {_said(judged, at, classes)}" for name, judged in models),
+            label=class_name(classes, label),
+            said="; ".join(f"{name} says {_said(judged, at, label, classes)}" for name, judged in models),
             distance=f"{float(examples['distance'][at]):.4g}",
         )
-        for at, pictures in shown(examples)
+        for (at, pictures), label in ((one, record.labels[one[0]]) for one in shown(examples))
     ]
 
 
-def _said(judged: Judgement, at: int, classes: list[str]) -> str:
+def _said(judged: Judgement, at: int, label: int, classes: list[str]) -> str:
     before, after = (judged.predictions[of][at] for of in ("clean", "adversarial"))
     words = [class_name(classes, said) if said >= 0 else "nothing finite" for said in (before, after)]
-    return words[0] if before == after else f"{words[0]} → {words[1]}"
+    said = words[0] if before == after else f"{words[0]} → {words[1]}"
+    return said if before == label else f"{said} (wrong as it is)"
 
 
 def _surroundings(record: Craft, surrogates: Sequence[str]) -> list[tuple[str, str]]:

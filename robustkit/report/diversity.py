@@ -10,6 +10,7 @@ from rich.table import Table
 
 from robustkit.diverse import Bounds, Diversity
 from robustkit.record import Rate
+from robustkit.report.command import commands
 from robustkit.report.render import render
 from robustkit.report.table import duration
 from robustkit.report.transfer import short_names
@@ -104,8 +105,11 @@ def _facts(record: Diversity) -> dict[str, Any]:
             for number, (apart, alike) in enumerate(zip(record.diversity, record.cosine, strict=True))
         ],
         "following": f"robustkit evaluate {model} --data {data} --threat {threat}",
-        "command": f"robustkit diversity {model} --data {data} --limit {spec.data['n']} \\\n"
-        f"    --threat {threat} --steps {spec.steps} --restarts {spec.restarts} --seed {spec.seed}",
+        **commands(
+            record.environment,
+            f"robustkit diversity {model} --data {data} --limit {spec.data['n']} \\\n"
+            f"    --threat {threat} --steps {spec.steps} --restarts {spec.restarts} --seed {spec.seed}",
+        ),
         "facts": [(name, str(value)) for name, value in facts.items() if value not in (None, "")],
         "version": versions.get("robustkit") or "",
     }

@@ -6,6 +6,7 @@ from typing import Any
 
 from robustkit.crafted import Matrix
 from robustkit.record import Rate, dumps
+from robustkit.report.command import commands
 from robustkit.report.render import render
 from robustkit.report.transfer import attack_words, short_names
 
@@ -57,7 +58,7 @@ def _facts(record: Matrix) -> dict[str, Any]:
         "attack": attack_words(record.attack),
         "facts": [(name, str(value)) for name, value in facts.items() if value not in (None, "")],
         "strings": list(zip(names, [*record.models, *record.targets], strict=True)),
-        "command": _command(record),
+        **commands(record.environment, _command(record)),
         "version": versions.get("robustkit") or "",
     }
 

@@ -11,7 +11,7 @@ from markupsafe import Markup
 from robustkit.record import LEVELS, Rate, Report, dumps
 from robustkit.report import classes, costs, curve, histogram, trust, words
 from robustkit.report.cascade import cascade
-from robustkit.report.command import command
+from robustkit.report.command import command, commands
 from robustkit.report.inputs import size
 from robustkit.report.made import made_in_parts
 from robustkit.report.names import stage_names
@@ -66,14 +66,13 @@ def _facts_and_charts(report: Report, examples: Mapping[str, np.ndarray] | None)
         "beyond": beyond,
         "distance_chart": _distances(examples, eps, f"eps {eps_text}", words.distance_unit(report)),
         "unit": words.distance_unit(report),
-        "fooled": sum(stage.fooled for stage in report.stages[1:]),
-        "fallen": sum(stage.fooled for stage in report.stages),
+        "fooled": costs.fooled(report),
         "eps_text": eps_text if "/" not in eps_text else f"{eps_text} = {eps:.4g}",
         "strip": [] if examples is None else strip(report, examples),
         "scaled": examples is not None and scaled(examples),
         "costs": costs.rows(report),
-        "command": written,
-        "from_python": not written.startswith("robustkit "),
+        **(asked := commands(report.environment, written)),
+        "from_python": not asked["command"].startswith("robustkit "),
         "facts": _surroundings(report),
         "spec": dumps(report.spec, indent=2),
         "version": report.environment.get("versions", {}).get("robustkit") or "",

@@ -65,6 +65,8 @@ def _cascade(report: Report, figure: Figure) -> None:
         lost = 100 * (before[number] - rate.value)
         if lost > 0:
             look: dict[str, Any] = {"color": FELL_GROUND, "edgecolor": FELL, "hatch": "////"}
+            if number == 0:  # nothing has attacked these images yet
+                look = {"color": RULE, "edgecolor": SOFT, "hatch": "...."}
             axes.barh(row, lost, left=100 * rate.value, height=0.4, **look)
         ends = [[100 * (rate.value - rate.low)], [100 * (rate.high - rate.value)]]
         axes.errorbar([100 * rate.value], [row], xerr=ends, color=INK, capsize=4, linewidth=1.6)
@@ -82,4 +84,5 @@ def _cascade(report: Report, figure: Figure) -> None:
     axes.spines[:].set_visible(False)
     hidden = len(stages) - len(shown)
     about = f"; {hidden} earlier attack{'s' * (hidden > 1)} not drawn" if hidden else ""
-    axes.set_xlabel(f"hatched: lost in this stage; line: 95 % interval{about}", size=12, color=SOFT)
+    signs = "hatched: fooled; dotted: wrong before; 95 % intervals"
+    axes.set_xlabel(f"{signs}{about}", size=11, color=SOFT)

@@ -6,7 +6,7 @@ import shlex
 from typing import Any
 
 from robustkit.report.classes import ClassRow
-from robustkit.report.command import suite
+from robustkit.report.command import commands, suite
 from robustkit.report.leaderboard import LEVEL, RULE, Leaderboard, Row, behind
 from robustkit.report.render import render
 from robustkit.report.table import interval, percent
@@ -65,9 +65,12 @@ def _facts(board: Leaderboard) -> dict[str, Any]:
         "headline": _headline(board),
         "rule": RULE,
         "models": [f"{row.name}={row.model}" for row in board.rows],
-        "command": f"robustkit evaluate --models models.txt --data {shlex.quote(str(board.data['string']))} \\\n"
-        f"    --limit {board.data['n']} --threat {board.threat} --seed {board.seed} \\\n"
-        f"    --suite {shlex.quote(suite(board.suite))}",
+        **commands(
+            board.environment,
+            f"robustkit evaluate --models models.txt --data {shlex.quote(str(board.data['string']))} \\\n"
+            f"    --limit {board.data['n']} --threat {board.threat} --seed {board.seed} \\\n"
+            f"    --suite {shlex.quote(suite(board.suite))}",
+        ),
         "facts": [(name, str(value)) for name, value in facts.items() if value not in (None, "")],
         "version": versions.get("robustkit") or "",
     }

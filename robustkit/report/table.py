@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.table import Table
 
 from robustkit.record import Curve, Flag, Rate, Report
+from robustkit.report import costs
 from robustkit.report.inputs import remarks, size
 from robustkit.report.made import made_in_parts
-from robustkit.report.names import stage_names
 
 # The quarters, the whole and the multiples of eps that a terminal has room for, by their place in a curve.
 SHOWN = (1, 3, 7, 11, 15)
@@ -30,24 +30,21 @@ def show(report: Report, console: Console, next_command: str | None = None, page
     table.add_column("attack", no_wrap=True)
     for name in ("robust acc", "95% interval", "fooled", "props/img", "time"):
         table.add_column(name, justify="right", no_wrap=True)
-    entering = report.n
-    for name, stage in zip(stage_names(report), report.stages, strict=True):
-        props = (stage.forwards + stage.backwards) / entering if entering else 0
+    for row in costs.rows(report):
         table.add_row(
-            name,
-            percent(stage.robust_accuracy.value),
-            interval(stage.robust_accuracy),
-            str(stage.fooled),
-            f"{props:,.0f}" if entering else "–",
-            duration(stage.seconds),
+            row.attack,
+            percent(row.rate.value) if row.rate else "–",
+            interval(row.rate) if row.rate else "–",
+            row.settled,
+            f"{row.propagations / row.entering:,.0f}" if row.entering else "–",
+            duration(row.seconds),
         )
-        entering -= stage.fooled
     cost = report.cost
     table.add_row(
         "worst case",
         percent(report.robust_accuracy.value),
         interval(report.robust_accuracy),
-        str(sum(stage.fooled for stage in report.stages)),
+        f"{costs.fooled(report):,}",
         f"{(cost.forwards + cost.backwards) / report.n:,.0f}",
         duration(cost.seconds),
         style="bold",

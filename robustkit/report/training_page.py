@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from robustkit.record import Rate
+from robustkit.report.command import commands, field
 from robustkit.report.lines import Chart, Series, counted
 from robustkit.report.made import made_in_parts
-from robustkit.report.names import written
 from robustkit.report.render import render
 from robustkit.report.table import duration, interval, percent
 from robustkit.report.training import flops_words, method_words
@@ -55,7 +55,7 @@ def _facts(spec: TrainSpec, history: History, record: Trained | None) -> dict[st
         "others": _others(spec, history),
         "samples": [_sample(number, facts) for number, facts in enumerate(samples)],
         "following": _following(spec),
-        "command": command(spec),
+        **commands(record.environment if record else {}, command(spec)),
         "facts": _surroundings(spec, record),
         "version": (record.environment.get("versions", {}).get("robustkit") or "") if record else "",
     }
@@ -64,9 +64,9 @@ def _facts(spec: TrainSpec, history: History, record: Trained | None) -> dict[st
 def command(spec: TrainSpec) -> str:
     """Return the shell command of a run."""
     words = ["robustkit", "train", str(spec.method["name"])]
-    for name, value in spec.method.items():
+    for name in spec.method:
         if name != "name":
-            words += [f"--{name.replace('_', '-')}", written(value)]
+            words += [f"--{name.replace('_', '-')}", field(spec.method, name)]
     words += ["--arch", str(spec.arch["string"]), "--data", str(spec.data["string"])]
     words += ["--limit", str(spec.data["n"])]
     words += ["--test", str(spec.test["string"])] if spec.test else []
