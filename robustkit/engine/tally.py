@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from robustkit.ledger import Chunk
-from robustkit.record import Cost, Draws, Flag, Outcome, Rate, Report, RunSpec, Stage, Stop, stage_name
+from robustkit.record import Cost, Draws, Flag, Outcome, Passes, Rate, Report, RunSpec, Stage, Stop, stage_name
 
 STANDS = np.iinfo(np.int64).max
 # The number of the clean stage's chunk that holds what the checks found.
@@ -58,7 +58,7 @@ class Tally:
         self.struck = np.zeros(self.n, bool)
         self.images = Hashes(self.n)
         self.costs = [Cost(0, 0, 0.0) for _ in self.names]
-        self.checks = Cost(0, 0, 0.0)
+        self.checks = Passes(0, 0)
         self.flags: dict[str, Flag] = {}
         self.passed: dict[str, Flag] = {}
         self.scope = np.arange(self.n)
@@ -72,10 +72,14 @@ class Tally:
     def add(self, chunk: Chunk) -> None:
         """Take a chunk in. Any order gives the same sum."""
         self.chunks.add((chunk.stage, chunk.chunk))
-        spent = Cost(chunk.forwards, chunk.backwards, chunk.seconds)
-        self.costs[chunk.stage] = self.costs[chunk.stage].plus(spent)
+        cost = self.costs[chunk.stage]
+        self.costs[chunk.stage] = Cost(
+            cost.forwards + chunk.forwards,
+            cost.backwards + chunk.backwards,
+            cost.seconds + chunk.seconds,
+        )
         if (chunk.stage, chunk.chunk) == (0, CHECKING):
-            self.checks = spent
+            self.checks = Passes(chunk.forwards, chunk.backwards)
         for verdict in chunk.verdicts:
             at = verdict.position
             if chunk.stage == 0:

@@ -28,7 +28,10 @@ class CostRow:
 
 
 def rows(report: Report) -> list[CostRow]:
-    """Return a row per stage in the order run, the checks after the clean one, whose cost holds theirs."""
+    """Return a row per stage in the order run, the checks after the clean one, whose cost holds theirs.
+
+    Those two share the time of the clean stage by their passes.
+    """
     total = (report.cost.forwards + report.cost.backwards) or 1
     seconds, checks = report.cost.seconds or 1.0, report.checks
     found: list[CostRow] = []
@@ -48,9 +51,9 @@ def rows(report: Report) -> list[CostRow]:
         elif checks is None:
             add(name, rate, f"{stage.fooled:,} wrong", spent, time)
         else:
-            own = checks.forwards + checks.backwards
-            add(name, rate, f"{stage.fooled:,} wrong", spent - own, time - checks.seconds)
-            add("checks", None, "–", own, checks.seconds)
+            late = time * checks.total / spent if spent else 0.0
+            add(name, rate, f"{stage.fooled:,} wrong", spent - checks.total, time - late)
+            add("checks", None, "–", checks.total, late)
         entering -= stage.fooled
     return found
 

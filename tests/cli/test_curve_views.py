@@ -71,7 +71,7 @@ def test_the_usual_eps_of_a_norm(norm: str, threat: str) -> None:
 @pytest.mark.parametrize(
     ("threat", "sentence"),
     [
-        ("linf:curv", "eps 'curv' is no number; write a fraction or a decimal, e.g. linf:8/255."),
+        ("linf:curv", "eps 'curv' is not a number; write a fraction or a decimal, e.g. linf:8/255."),
         ("l3:curve", "write NORM:EPS with a norm of linf, l2 or l1, e.g. linf:8/255 or l2:0.5."),
     ],
 )
