@@ -29,7 +29,8 @@ class Member:
     """A worker that has come; `held` are the positions it has, `done` how far it says it is with its order.
 
     `at` is the run it is at, `knows` the one whose model it has loaded or is loading; `stint` counts its models.
-    It is `ordered` until it has said that its order is done, and `idle` when it could be given one.
+    It is `ordered` until it has said that its order is done, and `idle` when it could be given one. By `flight` it
+    saves what it has under way.
     """
 
     number: int
@@ -40,6 +41,7 @@ class Member:
     idle: bool = False
     ordered: bool = False
     asked: bool = False
+    flight: str = ""
     held: set[int] = field(default_factory=set)
     landed: int = 0
     done: float = 0.0

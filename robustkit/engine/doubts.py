@@ -22,20 +22,24 @@ from robustkit.resuming import Store, recording
 
 @dataclass
 class Doubts:
-    """The doubts about one run, as far as it has come; they decide on its spare attacks."""
+    """The doubts about one run, as far as it has come; they decide on its spare attacks.
+
+    The `store` keeps by this `name` what was found out about views.
+    """
 
     samples: Samples
     meter: Meter
     tally: Tally
     rungs: Sequence[Rung]
     store: Store
+    name: str
 
     @cached_property
     def outlook(self) -> Outlook:
         """What the model offers to climb on beside its own gradients; the meter knows of it from then on."""
         x = self.samples.images(range(min(self.meter.trial, len(self.samples)))).to(self.meter.device)
         try:
-            with recording(self.store, "outlook"):
+            with recording(self.store, self.name):
                 found = look(self.meter.model, x, self.meter.random)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):

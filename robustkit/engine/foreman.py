@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,7 +21,9 @@ from robustkit.engine.company import Member
 from robustkit.engine.crew import Agency
 from robustkit.engine.hiring import Hiring
 from robustkit.engine.meter import TRIAL
+from robustkit.engine.saved import Saved
 from robustkit.engine.shipping import Parcelled
+from robustkit.engine.table import Table
 from robustkit.engine.wire import Brief, Gone, Parcel
 from robustkit.engine.worker import Worker
 from robustkit.ledger import Chunk
@@ -81,6 +83,7 @@ class Foreman(Worker):
                 data=self.samples.name,
                 labels=self.samples.labels,
                 images=images,
+                store=self.store,
             )
 
         return brief
@@ -97,11 +100,14 @@ class Foreman(Worker):
         """Have what still stands of these taken through `count` attacks by whoever has slots free."""
         waiting = self.tally.waiting(first, among)
         self.progress.stage(self._title(first, count), len(waiting), self.tally.robust, self.tally.n)
-        queue = deque(waiting.tolist())
+        saved = deque(self._saved(first, waiting.tolist()))
+        queue = deque(sorted(set(waiting.tolist()).difference(*(positions for _, positions in saved))))
         split = 0.0
-        for member, message in self._talk(first, count, lambda: bool(queue) or self._splittable):
+        for member, message in self._talk(first, count, lambda: bool(queue or saved) or self._splittable):
             if isinstance(message, Gone):
-                queue.extendleft(member.held)
+                again = list(self._saved(first, member.held, member.flight))
+                saved.extend(again)
+                queue.extendleft(member.held.difference(*(positions for _, positions in again)))
             elif isinstance(message, wire.Want):
                 most = max(1, len(queue) // (SHARES * self.crew.count))
                 positions = [queue.popleft() for _ in range(min(message.free, most, len(queue)))]
@@ -116,12 +122,39 @@ class Foreman(Worker):
                 elif message.positions:
                     taker.held.update(message.positions)
                     parcel = self._parcel(message.positions, with_images=False)
-                    taker.begin(wire.Fly(first, count, self.tally.flags, parcel, message.aboard))
-            for idle in self.crew.idle if queue else ():
-                idle.begin(wire.Fly(first, count, self.tally.flags))
+                    self._begin(taker, first, count, parcel=parcel, aboard=message.aboard)
+            for idle in self.crew.idle:
+                if saved:
+                    name, positions = saved.popleft()
+                    idle.held.update(positions)
+                    self._begin(idle, first, count, name, self._parcel(positions))
+                elif queue:
+                    self._begin(idle, first, count)
             if not queue and self.crew.idle and time.perf_counter() - split > SPLIT_EVERY:
                 split = time.perf_counter()
                 self._split()
+
+    def _begin(
+        self,
+        member: Member,
+        first: int,
+        count: int,
+        name: str = "",
+        parcel: Parcel | None = None,
+        aboard: Sequence[tuple[int, Table]] = (),
+    ) -> None:
+        """Order a flight, which saves what it has under way by this name or a new one."""
+        member.flight = name or f"{self.flight(first)}-{time.time_ns()}"
+        member.begin(wire.Fly(first, count, self.tally.flags, member.flight, parcel, aboard))
+
+    def _saved(self, first: int, waiting: Collection[int], name: str = "") -> Iterator[tuple[str, list[int]]]:
+        """Yield names of flights that were saved and those of these samples that each has, none of them twice."""
+        left, own = set(waiting), self.flight(first)
+        for saved in [name] if name else self.store.names(own):
+            state = self.store.state(saved) if saved == own or saved.startswith(f"{own}-") else None
+            if state is not None and (positions := Saved.positions_in(state) & left):
+                left -= positions
+                yield saved, sorted(positions)
 
     @property
     def _splittable(self) -> bool:

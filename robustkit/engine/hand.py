@@ -26,6 +26,8 @@ from robustkit.threat import ThreatModel
 
 # Seconds between two words to the driver, which are also how long a worker outlives it.
 WORD_EVERY = 0.3
+# Seconds that a step of a slow net may take, a pass forward and back of each sample aboard.
+STEP = 20.0
 
 
 def work(brief: wire.Brief, link: Link) -> object:
@@ -53,6 +55,7 @@ def work(brief: wire.Brief, link: Link) -> object:
             brief.free,
             brief.most,
             lot=(brief.number,),
+            store=brief.store.here(),
         )
         hand.link, hand.source = link, source
         hand.begin(brief.random)
@@ -119,16 +122,29 @@ class Hand(Worker):
     link: Link
     source: Lent
     asked = False
+    order: wire.Fly
     write_every = WORD_EVERY
 
     def begin(self, random: bool) -> None:
         """Size up the model; whether it is random the driver has found out."""
         self.prepare()
         self.meter.random = random
+        if self.meter.quick is not None:
+            # What is under way is saved after a step.
+            self.slots = min(self.slots, max(1, int(STEP / (3 * self.meter.seconds))))
+
+    def flight(self, first: int) -> str:
+        """Return the name that the driver has given."""
+        return self.order.name
+
+    def still(self, first: int) -> np.ndarray:
+        """Return the positions that the driver has given."""
+        return np.zeros(0, np.int64) if self.order.parcel is None else self.order.parcel.positions
 
     def obey(self, order: object) -> None:
         """Do what the driver orders."""
         if isinstance(order, wire.Fly):
+            self.order = order
             self.tally.flags = dict(order.flags)
             if any(rung.view for rung in self.rungs[order.first - 1 : order.first - 1 + order.count]):
                 self.doubts.outlook  # noqa: B018  (seen before the first attack on a view)

@@ -61,7 +61,7 @@ class Saved:
         """Return what was saved, but for samples that have got their verdict since."""
         if record is None:
             return cls()
-        waiting = worker.tally.waiting(first, np.arange(worker.tally.n))
+        waiting = worker.still(first)
         left = set(waiting.tolist())
         near = zip(record["near"].tolist(), record["spent"].numpy(), strict=True)
         aboard = []
@@ -78,6 +78,12 @@ class Saved:
             record["detached"],
             aboard,
         )
+
+    @staticmethod
+    def positions_in(record: Mapping[str, Any]) -> set[int]:
+        """Return the positions of all samples of a record."""
+        rows = [part["host"]["position"] for part in record["tables"]]
+        return {at for some in (record["near"], *rows) for at in some.tolist()}
 
     def begin(self, aboard: Sequence[tuple[int, Table]]) -> Saved:
         """Return it with others aboard, from another flight."""

@@ -19,6 +19,7 @@ from robustkit.engine.shipping import Parcelled
 from robustkit.engine.table import Table
 from robustkit.ledger import Chunk
 from robustkit.record import Flag
+from robustkit.resuming import Store
 
 
 class Gone(BaseException):
@@ -42,7 +43,7 @@ class Parcel:
 class Brief:
     """All that a worker has to know before its first order.
 
-    `images` (16 at most) are to try the model on.
+    `images` (16 at most) are to try the model on; the `store` is used where its folder can be reached.
     """
 
     number: int
@@ -61,6 +62,7 @@ class Brief:
     data: str
     labels: np.ndarray
     images: np.ndarray
+    store: Store
 
 
 @dataclass(frozen=True)
@@ -108,11 +110,15 @@ class Make:
 
 @dataclass(frozen=True)
 class Fly:
-    """An order: take what boards, and those aboard another's flight before, through `count` stages."""
+    """An order: take what boards, and those aboard another's flight before, through `count` stages.
+
+    What is under way is saved by this name. What was saved by it before goes on, as far as it is in the parcel.
+    """
 
     first: int
     count: int
     flags: Mapping[str, Flag]
+    name: str
     parcel: Parcel | None = None
     aboard: Sequence[tuple[int, Table]] = ()
 

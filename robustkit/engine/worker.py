@@ -57,7 +57,7 @@ class Worker(BatchWise):
     def __post_init__(self) -> None:
         """Begin with nothing flown."""
         super().__post_init__()
-        self.doubts = Doubts(self.samples, self.meter, self.tally, self.rungs, self.store)
+        self.doubts = Doubts(self.samples, self.meter, self.tally, self.rungs, self.store, self.named("outlook"))
         self.flown: dict[str, Any] = {}
         self.way: Way | None = None
 
@@ -70,7 +70,7 @@ class Worker(BatchWise):
             with own_randomness(self.seed, "prepare"):
                 self.meter.size_up(image.to(self.meter.device), max(self.batch, self.slots, self.most))
                 few = self.samples.images(range(min(FEW, len(self.samples)))).to(self.meter.device)
-                with recording(self.store, "prepare"):
+                with recording(self.store, self.named("prepare")):
                     self.meter.random = is_random(partial(asked, self.meter.model), few)
         except RobustkitError:
             raise
@@ -111,7 +111,7 @@ class Worker(BatchWise):
         with own_randomness(self.seed, "flight", first, *self.lot):
             try:
                 self._tune(examples)
-                with recording(self.store, self._flight(first)) as answers:
+                with recording(self.store, self.flight(first)) as answers:
                     saved = Saved.of(answers.first(), self, first)
                     near: Mapping[int, np.ndarray] = saved.near
                     if not saved.again:
@@ -132,9 +132,17 @@ class Worker(BatchWise):
                 title = self._title(first, count)
                 raise RunError(f"{title} failed with {described(error)}.") from error
 
-    def _flight(self, first: int) -> str:
-        """Return the name by which what is under way is kept."""
+    def flight(self, first: int) -> str:
+        """Return the name by which what is under way is saved."""
         return f"flight-{first}"
+
+    def named(self, work: str) -> str:
+        """Return the name by which work is saved that each of several workers does."""
+        return "-".join([work, *map(str, self.lot)])
+
+    def still(self, first: int) -> np.ndarray:
+        """Return the positions that have no verdict from this stage on."""
+        return self.tally.waiting(first, np.arange(self.tally.n))
 
     def _mend(self, error: Exception) -> None:
         """Halve the pieces if memory was short; else raise the error again."""
@@ -215,7 +223,7 @@ class Worker(BatchWise):
             meter = self.meter
             x = self.samples.images(waiting[: min(self.slots, meter.trial)]).to(meter.device)
             with meter.searching(meter.way), own_randomness(self.seed, "tune"):
-                with recording(self.store, "tune"):
+                with recording(self.store, self.named("tune")):
                     meter.tune(x, precision=self.free)
                 self.way = meter.way
                 if self.most > self.slots and meter.quick is None:

@@ -29,7 +29,7 @@ Net = Callable[[Tensor], Tensor]
 Graph = tuple[Tensor, Tensor]
 
 # Seconds between two writes, and bytes that may wait for one.
-WRITE_EVERY, MOST_WAITING = 10.0, 256 << 20
+WRITE_EVERY, MOST_WAITING = 2.0, 256 << 20
 # Recording is given up if it takes more than this share of the models' own time over so many answers: such work is
 # dominated by the attack's own arithmetic, which following the records would repeat as well.
 WORTH, TRIED = 0.1, 32

@@ -48,6 +48,19 @@ class Store:
         """Whether anything is kept."""
         return self.folder is not None
 
+    def here(self) -> Store:
+        """Return it as another process has it: one that keeps nothing where its folder cannot be reached."""
+        reached = self.folder is not None and self.folder.parent.is_dir()
+        return self if reached else Store(None, self.run_id)
+
+    def state(self, name: str) -> Record | None:
+        """Return the state that a piece of work was last begun from; None if there is none."""
+        for body in self.read(name):
+            record = decoded(body)
+            state: Record | None = record["state"] if record["kind"] == "begin" else None
+            return state
+        return None
+
     def names(self, prefix: str) -> list[str]:
         """Return the names of work with records that begin so."""
         if self.folder is None or not self.folder.is_dir():
