@@ -20,6 +20,7 @@ from robustkit.errors import RunError
 from robustkit.goal import Goal
 from robustkit.isolation import own_randomness
 from robustkit.ledger import Chunk, Verdict
+from robustkit.resuming import Store, recording
 from robustkit.rng import RowRng
 from robustkit.shapes import Images
 from robustkit.surrogates import Surrogates
@@ -34,9 +35,9 @@ Goals = Sequence[int] | Mapping[int, int] | None
 class Bench:
     """Surrogates and images; the batch shrinks when memory runs out."""
 
-    def __init__(self, plan: Crafting, progress: Progress) -> None:
-        """Set up; the surrogates are loaded when first asked for."""
-        self.plan, self.progress = plan, progress
+    def __init__(self, plan: Crafting, progress: Progress, store: Store) -> None:
+        """Set up; the surrogates are loaded when first asked for, and the store keeps unfinished batches."""
+        self.plan, self.progress, self.store = plan, progress, store
         self.samples, self.threat = plan.samples, plan.threat
         self.n = len(plan.samples)
         self.batch = min(plan.batch_size or (BATCH_CPU if plan.device.type == "cpu" else BATCH_GPU), self.n)
@@ -55,7 +56,7 @@ class Bench:
             self._ensemble = Ensemble(plan.nets, plan.device, storage, plan.combine, plan.weights)
             x = self.samples.images(np.arange(self.batch)).to(plan.device)
             # In eval mode: trials of a net in training would move its running statistics.
-            with self._ensemble.at_rest():
+            with self._ensemble.at_rest(), recording(self.store, "tune"):
                 self._ensemble.tune(x, self.note, hooked=self._hooked())
         return self._ensemble
 
@@ -91,18 +92,21 @@ class Bench:
             while waiting:
                 for at, x in read_ahead(self.samples, waiting):
                     try:
-                        chunk = self._chunk(stage, attack, surrogates, goals, at, x)
+                        with recording(self.store, f"craft-{stage}-{at[0]}") as answers:
+                            chunk = self._chunk(stage, attack, surrogates, goals, at, x)
                     except (RuntimeError, MemoryError) as error:
                         if not is_out_of_memory(error):
                             raise RunError(f"crafting failed with {described(error)}.") from error
                         if len(at) == 1:
                             raise RunError(NO_MEMORY) from error
+                        answers.restart()
                         self.batch = len(at) // 2
                         self.progress.say(f"out of memory: going on with {self.batch} images at a time")
                         waiting = self._cut(waiting)
                         break
                     waiting = waiting[1:]
-                    yield chunk
+                    yield replace(chunk, seconds=answers.seconds)
+                    answers.restart()
 
     def _cut(self, parts: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Return the parts, those that are longer than a batch in pieces."""

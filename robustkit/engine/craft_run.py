@@ -27,6 +27,7 @@ from robustkit.engine.workshop import IMAGES, WITHOUT, Workshop
 from robustkit.errors import RunError, UsageError
 from robustkit.ledger import Ledger
 from robustkit.record import Rate
+from robustkit.resuming import Store
 from robustkit.schema import LARGEST
 
 # How many images are made PNG files at once.
@@ -94,6 +95,7 @@ class _Job:
         self.agency = agency
         self.plan, self.out, self.targets, self.progress = plan, out, targets, progress
         self.samples, self.n = plan.samples, len(plan.samples)
+        self.store = Store(out / folder.UNFINISHED if out and writable else None, plan.spec.run_id)
 
     def run(self, forecast: bool, curve: list[int], png: Path | None) -> Craft:
         record = self._stored()
@@ -115,6 +117,7 @@ class _Job:
                 if wanted := sorted({*known, *curve}):
                     record = self._curve(record, wanted)
                 ledger.seal()
+                self.store.clear()
         else:
             self.progress.say(f"run {record.run_id} was finished before; this is its stored result")
         if png is not None:
@@ -124,8 +127,8 @@ class _Job:
 
     def _workshop(self, ledger: Ledger) -> Workshop:
         if self.agency is None:
-            return Workshop(self.plan, ledger, self.progress)
-        return Workforce(self.plan, ledger, self.progress, self.agency)
+            return Workshop(self.plan, ledger, self.progress, self.store)
+        return Workforce(self.plan, ledger, self.progress, self.store, self.agency)
 
     def _stored(self) -> Craft | None:
         if self.out is None or not folder.is_craft(self.out):
@@ -202,7 +205,7 @@ class _Job:
     # --- judging
 
     def _jury(self, goals: Sequence[int] | None) -> Jury:
-        return Jury(self.samples, self.plan.threat, goals, self.plan.seed, self.plan.device)
+        return Jury(self.samples, self.plan.threat, goals, self.plan.seed, self.plan.device, store=self.store)
 
     def _judge(self, record: Craft) -> Craft:
         jury = self._jury(record.goals)

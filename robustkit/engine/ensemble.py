@@ -74,7 +74,7 @@ class Ensemble:
     def _member(self, net: Net, shelf: Shelf | None) -> Meter | Streamed | Sampled:
         if net.count > 1:
             return Sampled(net, self.device, shelf)
-        return Meter(net.load(self.device), self.device) if shelf is None else Streamed(net, shelf)
+        return net.metered(net.load(self.device), self.device) if shelf is None else Streamed(net, shelf)
 
     @property
     def counts(self) -> tuple[int, int]:
@@ -117,7 +117,8 @@ class Ensemble:
             return
         if len(x):
             for member in members:
-                member.tune(x, precision=False)
+                few = member.trial if isinstance(member, Meter) and member.quick is not None else len(x)
+                member.tune(x[:few], precision=False)
         plain = {"members": [self._way_of(member, hooked) for member in members], "together": False}
         self._take(members, plain, x)
         if not hooked and self.storage.held and len(members) > 1 and len({net.alike for net in self.nets}) == 1:

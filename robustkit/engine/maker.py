@@ -42,7 +42,7 @@ def work(brief: wire.CraftBrief, link: Link) -> object:
         batch_size=brief.batch,
     )
     storage = Storage(loaded=brief.loaded, held=brief.held)
-    bench = Bench(plan, Voice(link))
+    bench = Bench(plan, Voice(link), brief.store.here())
     bench.keep(Ensemble(nets, device, storage, brief.combine, brief.weights), brief.ways)
     link.send(wire.Ready(time.perf_counter() - begun))
     while not isinstance(order := link.receive(), wire.Briefing):

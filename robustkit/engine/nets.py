@@ -19,6 +19,8 @@ from robustkit.models.classifier import Classifier
 from robustkit.models.from_run import training_flops
 from robustkit.models.mixture import Mixture
 
+# The batch by which it is judged whether a net is slow.
+BATCH = 64
 # Data whose files are read at the size that a model asks for.
 READ_TO_SIZE = ("folder:", "imagenet")
 
@@ -30,7 +32,8 @@ class Net:
     `parameters` are the bytes of its tensors, `graph` those that autograd saves for one image; `threads` is
     what it is worth on a CPU, `alike` what two models share that may run as one (None: nothing may). `count`
     is how many nets it is made of: a posterior's samples, an ensemble's members; `parameters` and `graph` are then
-    those in memory while one is asked. `training` are the floating-point operations of the run that trained it, of
+    those in memory while one is asked. `quick` and `seconds` are what a `Meter` has
+    found. `training` are the floating-point operations of the run that trained it, of
     a run's folder. `trust_code` is whether loading it may run Python code that a run folder names.
     """
 
@@ -44,7 +47,15 @@ class Net:
     model: Classifier | None
     count: int = 1
     training: int | None = None
+    quick: int | None = None
+    seconds: float = 0.0
     trust_code: bool = False
+
+    def metered(self, model: Classifier, device: torch.device) -> Meter:
+        """Return a model of this net as attacks see it, given few images at once where it is slow."""
+        meter = Meter(model, device)
+        meter.quick, meter.seconds = self.quick, self.seconds
+        return meter
 
     def load(self, device: torch.device) -> Classifier:
         """Return the model on this device, outside of autograd if it is newly loaded."""
@@ -157,7 +168,7 @@ def _tried(classifier: Classifier, samples: Samples, device: torch.device, what:
     meter = Meter(classifier.expect(samples.num_classes), device)
     try:
         with own_randomness("nets"), evaluation_mode(classifier):
-            meter.size_up(image, 1)
+            meter.size_up(image, BATCH)
             logits = meter.exact(image)
     except RobustkitError:
         raise
@@ -194,6 +205,8 @@ def _tried(classifier: Classifier, samples: Samples, device: torch.device, what:
         model=classifier,
         count=len(classifier.net) if isinstance(classifier.net, Mixture) else 1,
         training=training_flops(classifier.string),
+        quick=meter.quick,
+        seconds=meter.seconds,
         trust_code=classifier.trust_code,
     )
 

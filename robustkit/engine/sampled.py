@@ -43,7 +43,7 @@ class Sampled:
         """Return the logits of all nets together."""
         with self._loaded() as whole:
             self._forwards += len(self) * len(x)
-            return Meter(whole, self.device)(x)
+            return self.net.metered(whole, self.device)(x)
 
     def sample(self, number: int) -> Sample:
         """Return one of the nets as a member of its own."""
@@ -59,7 +59,7 @@ class Sampled:
         with self._loaded() as whole:
             net = mixture_of(whole).at(number)
             if id(net) not in self._meters:
-                self._meters[id(net)] = Meter(whole.with_net(net), self.device)
+                self._meters[id(net)] = self.net.metered(whole.with_net(net), self.device)
             meter = self._meters[id(net)]
             meter.way = Way(meter.model, None, self.layout)
             yield meter

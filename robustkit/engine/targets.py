@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,6 +15,7 @@ from robustkit.data.samples import Samples
 from robustkit.engine.meter import Meter
 from robustkit.engine.nets import Net
 from robustkit.isolation import evaluation_mode, own_randomness, threads
+from robustkit.resuming import Store, recording
 from robustkit.rng import RowRng
 from robustkit.shapes import Images
 from robustkit.threat import ThreatModel, per_row
@@ -31,7 +32,10 @@ class Stack(Protocol):
 
 @dataclass(frozen=True)
 class Jury:
-    """Asks models about images of these samples; `goals` are the classes wanted, None if any other will do."""
+    """Asks models about images of these samples; `goals` are the classes wanted, None if any other will do.
+
+    The `store` keeps the answers of unfinished judgements.
+    """
 
     samples: Samples
     threat: ThreatModel
@@ -39,6 +43,7 @@ class Jury:
     seed: int
     device: torch.device
     batch: int = BATCH_SIZE
+    store: Store = field(default_factory=lambda: Store(None))
 
     def judge(self, net: Net, adversarial: Stack, *, floors: bool) -> Judgement:
         """Return what a net makes of all images (N C H W), with the floors if asked to."""
@@ -74,7 +79,8 @@ class Jury:
         model = net.load(self.device)
         meter = Meter(model, self.device)
         said: dict[str, list[int]] = {name: [] for name in asked}
-        with evaluation_mode(model), threads(net.threads):
+        work = f"judge-{net.fingerprint[:12]}-{'-'.join(asked)}"
+        with evaluation_mode(model), threads(net.threads), recording(self.store, work) as answers:
             meter.size_up(self.samples.images([0]).to(self.device), self.batch)
             every = np.arange(len(self.samples))
             for at, images in read_ahead(self.samples, np.split(every, every[self.batch :: self.batch])):
@@ -84,6 +90,7 @@ class Jury:
                         logits = meter.exact(make(at, x))
                     finite = logits.isfinite().all(1)
                     said[name] += torch.where(finite, logits.argmax(1), -1).tolist()
+            answers.restart()
         return said
 
     def _there(self, images: np.ndarray) -> Images:

@@ -71,7 +71,7 @@ class CraftBrief:
 
     `nets` are the surrogates without their models, which are in `models`; `loaded` is whether all of them are
     in memory at once, `held` whether their graphs are, too. `ways` is how they are run, as the driver chose it;
-    `pool` are the images that others may be mixed with.
+    `pool` are the images that others may be mixed with; the `store` is used where its folder can be reached.
     """
 
     number: int
@@ -91,6 +91,7 @@ class CraftBrief:
     data: str
     labels: np.ndarray
     pool: np.ndarray
+    store: Store
 
 
 Briefing = Brief | CraftBrief

@@ -21,6 +21,7 @@ from robustkit.engine.progress import Progress
 from robustkit.engine.shipping import Parcelled
 from robustkit.engine.workshop import Workshop
 from robustkit.ledger import Chunk, Ledger
+from robustkit.resuming import Store
 
 
 class Workforce(Workshop):
@@ -29,9 +30,9 @@ class Workforce(Workshop):
     A random model's draws are each worker's own.
     """
 
-    def __init__(self, plan: Crafting, ledger: Ledger, progress: Progress, agency: Agency) -> None:
+    def __init__(self, plan: Crafting, ledger: Ledger, progress: Progress, store: Store, agency: Agency) -> None:
         """Hire nobody yet."""
-        super().__init__(plan, ledger, progress)
+        super().__init__(plan, ledger, progress, store)
         self.agency = agency
         self._hired = ExitStack()
         self._crew: Crew | None = None
@@ -71,6 +72,7 @@ class Workforce(Workshop):
                 data=self.samples.name,
                 labels=self.samples.labels,
                 pool=pool,
+                store=self.store,
             )
 
         return brief

@@ -14,6 +14,7 @@ from robustkit.engine.crafting import Crafting
 from robustkit.engine.progress import Progress
 from robustkit.isolation import own_randomness
 from robustkit.ledger import Chunk, Ledger, Verdict
+from robustkit.resuming import Store
 from robustkit.rng import RowRng
 
 # Stages of the ledger: the goals, the images, and from the third on those without one surrogate each.
@@ -23,9 +24,9 @@ GOALS, IMAGES, WITHOUT = 0, 1, 2
 class Workshop(Bench):
     """A bench with a ledger that what is made goes into."""
 
-    def __init__(self, plan: Crafting, ledger: Ledger, progress: Progress) -> None:
+    def __init__(self, plan: Crafting, ledger: Ledger, progress: Progress, store: Store) -> None:
         """Set up."""
-        super().__init__(plan, progress)
+        super().__init__(plan, progress, store)
         self.ledger = ledger
 
     def note(self, ways: str) -> str:

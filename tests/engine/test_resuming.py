@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -12,22 +12,24 @@ import torch
 from nets import Small, labelled
 from torch import Tensor
 
-from robustkit import evaluate
+from robustkit import craft, evaluate
+from robustkit.crafted import Craft
 from robustkit.engine import batchwise, meter, saved
 from robustkit.errors import UsageError
 from robustkit.record import Report
 from robustkit.resuming import Store, answers, recording
 from robustkit.resuming.store import encoded
 
+T = TypeVar("T")
 SHAPE = (3, 7, 5)
 
 
 class Dies(torch.nn.Module):
     """A net that is interrupted after so many images; `noise` makes it random."""
 
-    def __init__(self, noise: float = 0.0) -> None:
+    def __init__(self, noise: float = 0.0, seed: int = 0) -> None:
         super().__init__()
-        self.net, self.noise = Small().eval(), noise
+        self.net, self.noise = Small(seed=seed).eval(), noise
         self.left: float = float("inf")
         self.most = 0
 
@@ -52,10 +54,11 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(meter.Meter, "tune", lambda self, x, precision: None)
 
 
-def until_it_ends(net: Dies, run: Callable[[], Report], images: int) -> tuple[Report, int]:
+def until_it_ends(nets: Sequence[Dies], run: Callable[[], T], images: int) -> tuple[T, int]:
     """Run again and again, each time for so many images; return the report and how many runs were interrupted."""
     for interrupted in range(500):
-        net.left = images
+        for net in nets:
+            net.left = images
         try:
             return run(), interrupted
         except KeyboardInterrupt:
@@ -99,9 +102,29 @@ def test_few_answers_between_two_kills_are_enough(
 
     whole = run("whole")
     assert net.most == 1
-    pieces, interrupted = until_it_ends(net, lambda: run("pieces"), 60 if checked else 15 + 15 * bool(noise))
+    pieces, interrupted = until_it_ends([net], lambda: run("pieces"), 60 if checked else 15 + 15 * bool(noise))
     assert interrupted > 1
     assert told(pieces) == told(whole)
+    assert not list((tmp_path / "pieces").glob(".unfinished*"))
+
+
+@pytest.mark.usefixtures("slow")
+def test_so_are_few_answers_of_surrogates_and_targets(tmp_path: Path) -> None:
+    nets = [Dies(), Dies(seed=1), Dies(seed=2)]
+    x, y = labelled(nets[0].net, 3, SHAPE)
+
+    def run(folder: str) -> Craft:
+        return craft(
+            nets[:2], x, y, "linf:0.05", attack="mi-fgsm(steps=3)+di", targets=nets[2], out=tmp_path / folder
+        )
+
+    whole = run("whole")
+    assert max(net.most for net in nets) == 1
+    pieces, interrupted = until_it_ends(nets, lambda: run("pieces"), 9)
+    assert interrupted > 1
+    assert np.array_equal(pieces.adversarial["x"], whole.adversarial["x"])
+    assert pieces.gradients_per_image == whole.gradients_per_image
+    assert [one.predictions for one in pieces.targets] == [one.predictions for one in whole.targets]
     assert not list((tmp_path / "pieces").glob(".unfinished*"))
 
 
