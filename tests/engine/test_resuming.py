@@ -108,6 +108,7 @@ def test_few_answers_between_two_kills_are_enough(
     assert not list((tmp_path / "pieces").glob(".unfinished*"))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("slow")
 def test_so_are_few_answers_of_surrogates_and_targets(tmp_path: Path) -> None:
     nets = [Dies(), Dies(seed=1), Dies(seed=2)]
