@@ -193,7 +193,9 @@ class BatchWise:
         for name in ("piece", "quick", "differentiable", "backward_error"):
             setattr(plain, name, getattr(self.meter, name))
         attacks = [rung.attack for rung in self.rungs if not rung.view]
-        flags = diagnose(Probe(plain, x, labels, self.threat, attacks, self.seed, plain.model))
+        # Points can be planted only where gradients can be had.
+        net = None if plain.backward_error else plain.model
+        flags = diagnose(Probe(plain, x, labels, self.threat, attacks, self.seed, net))
         self.meter.forwards += plain.forwards
         self.meter.backwards += plain.backwards
         return [], flags

@@ -12,9 +12,12 @@ import torch
 from robustkit.checks.probe import Probe
 from robustkit.checks.run import diagnose, training_mode
 from robustkit.data.samples import Samples
+from robustkit.engine.failures import NO_MEMORY, described, is_out_of_memory
 from robustkit.engine.meter import Meter
 from robustkit.engine.pixels import enlarged_images, pixel_space
 from robustkit.engine.sanity import refuse_answers, refuse_endless
+from robustkit.engine.scribe import noticed
+from robustkit.errors import RunError
 from robustkit.isolation import evaluation_mode, own_randomness, threads, training_count
 from robustkit.models.classifier import Classifier
 from robustkit.record import Cost, Flag
@@ -51,11 +54,16 @@ def examine(
     meter = Meter(model.expect(samples.num_classes), device)
     begun = time.perf_counter()
     with evaluation_mode(model) as was_training, own_randomness(seed, "doctor"):
-        meter.size_up(x[:1], len(x))
-        probe = Probe(meter, x, labels, threat, attacks, seed, model)
+        try:
+            meter.size_up(x[:1], len(x))
+        except (RuntimeError, MemoryError) as error:
+            raise RunError(NO_MEMORY if is_out_of_memory(error) else described(error)) from error
+        # Points can be planted only where gradients can be had.
+        probe = Probe(meter, x, labels, threat, attacks, seed, None if meter.backward_error else model)
         refuse_answers(probe.logits, samples.labels, np.arange(len(samples)))
         with threads(meter.threads):
             flags = [flag for flag in diagnose(probe) if flag.raised]
+        flags += noticed(0, 0, meter) if meter.backward_error else []
         flags += training_mode(was_training, training_count(model))
         flags += enlarged_images(pixel_space(model, samples))
     return Diagnosis(

@@ -110,6 +110,15 @@ def test_a_surrogate_without_a_backward_pass_is_refused() -> None:
     assert [target.model for target in made.targets] == ["python:on_arrays"]
 
 
+def test_the_doctor_says_why_there_is_no_gradient(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = ["--data", archive(1), "--threat", "linf:0.1"]
+    assert run(["doctor", f"{FILE}:shaped?how=no-backward", *data, "--json"]) == 0
+    assert "backward pass fails with NotImplementedError" in capsys.readouterr().out
+
+
 def test_the_caller_may_be_in_inference_mode(tmp_path: Path) -> None:
     with torch.inference_mode():
         x = images(1)

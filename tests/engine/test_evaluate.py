@@ -72,7 +72,7 @@ def test_counts_are_those_of_an_independent_counter() -> None:
     report = evaluate(
         net, x, y, "linf:0.05", suite="autoattack:apgd-ce(steps=5),autoattack:fab(steps=3,restarts=2)"
     )
-    assert report.cost.backwards == seen["backward"] > 0
+    assert report.cost.backwards == seen["backward"] - 1 > 0
     # The image that sizes the batch, and four looks at each of four for dice, are no part of the run.
     assert report.cost.forwards == seen["forward"] - 1 - 4 * 4
     assert report.cost.forwards == sum(stage.forwards for stage in report.stages)
