@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 # A path may be long, a number of thousands of digits says no more than its ends.
 LONGEST_WORD = 300
@@ -57,6 +58,14 @@ def named(error: BaseException) -> str:
     """Return an error's type and the first line of what it says."""
     said = str(error).strip().partition("\n")[0].rstrip(".")
     return f"{type(error).__name__}: {said}" if said else type(error).__name__
+
+
+def possible(path: Path) -> Path:
+    """Return a path as it is; UsageError if a part of it is NUL or longer than 255 bytes, which no file has."""
+    for part in path.parts:
+        if "\0" in part or len(part.encode(errors="surrogatepass")) > 255:
+            raise UsageError(f"the name {part!r} is none that a file can have; write a shorter one, without NUL.")
+    return path
 
 
 def did_you_mean(kind: str, name: str, known: Iterable[str], more: Iterable[str] = ()) -> UsageError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 import traceback
 
@@ -72,4 +73,6 @@ def _explained(error: BaseException, arguments: list[str]) -> tuple[int, str]:
         if "unexpected extra argument" in words and arguments[0] in SEVERAL:
             words += ": write a flag before each model, as in --target A --target B."
         return USAGE, f"error: {words}"
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return USAGE, f"error: the name {error.filename!r} is longer than a file's can be; write a shorter one."
     return FAILED, f"error: unexpected {named(error)}; run again with --debug for the traceback."

@@ -514,7 +514,7 @@ def _train(
     batch_size: Annotated[str, typer.Option(help="Images in a step; auto is the method's.")] = "auto",
     lr: Annotated[float | None, typer.Option(help="Largest learning rate [default: the method's].")] = None,
     members: Annotated[
-        int | None, typer.Option(min=1, help="Nets trained side by side [default: the method's].")
+        int | None, typer.Option(min=1, max=1024, help="Nets trained side by side [default: the method's].")
     ] = None,
     ema: Annotated[
         float, typer.Option(metavar="DECAY", help="Write a moving average of the weights, e.g. 0.999.")

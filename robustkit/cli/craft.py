@@ -138,5 +138,5 @@ def _weights(text: str | None) -> list[float] | None:
         return None
     try:
         return [float(Fraction(part)) for part in text.split(",")]
-    except (ValueError, ZeroDivisionError):
+    except (ValueError, ZeroDivisionError, OverflowError):
         raise UsageError(f"weights {text!r}: write one number above 0 for each surrogate, e.g. 1,1,2.") from None

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from robustkit.data.catalog import CATALOG
 from robustkit.data.samples import Samples
-from robustkit.errors import UsageError, did_you_mean
+from robustkit.errors import UsageError, did_you_mean, possible
 from robustkit.preprocess import Preprocess
 
 
@@ -106,4 +106,4 @@ def _unknown(string: str, name: str) -> UsageError:
 
 def _absolute(path: str | Path) -> Path:
     """Return the path with ~ and .. resolved, without asking the disk."""
-    return Path(os.path.abspath(os.path.expanduser(path)))
+    return possible(Path(os.path.abspath(os.path.expanduser(path))))

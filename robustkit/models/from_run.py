@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from robustkit import posterior
 from robustkit.aggregation import parse_aggregator
-from robustkit.errors import UsageError
+from robustkit.errors import UsageError, possible
 from robustkit.models.built import Built
 from robustkit.models.mixture import Members, Samples, joined_by, way
 from robustkit.models.options import MOST_CHANNELS, MOST_CLASSES, MOST_PIXELS, Options
@@ -230,7 +230,7 @@ class Run:
 def folder_of(spec: ModelString) -> Path:
     """Return the folder that a string names, with or without numbers."""
     path, sign, text = spec.arch.rpartition("#")
-    return Path(path if sign else text).expanduser()
+    return possible(Path(path if sign else text).expanduser())
 
 
 def is_run(spec: ModelString) -> bool:

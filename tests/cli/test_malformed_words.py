@@ -1,0 +1,72 @@
+"""Words that no option can mean: one sentence, exit code 2, before anything has run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from robustkit.cli import run
+from robustkit.devices import pick_device
+from robustkit.errors import UsageError
+
+SMALL = ("evaluate", "--limit", "4", "--suite", "fgsm")
+TRAIN = ("train", "standard", "--limit", "64")
+LONG, DIGITS = "x" * 300, "9" * 5000
+CASES: list[tuple[tuple[str, ...], str]] = [
+    (("evaluate", ""), "an argument is ''"),
+    (("evaluate", "a\0b"), "NUL character"),
+    ((*SMALL, "--threat", " "), "--threat is ' '"),
+    ((*SMALL, "--threat="), "--threat is ''"),
+    ((*SMALL, "--out", ""), "--out is ''"),
+    ((*SMALL, "--out", LONG), "--out is 'xxx"),
+    ((*SMALL, "--out=~nobody-of-this-name/x"), "there is no such user"),
+    ((*SMALL, "--out", "file.txt"), "file.txt"),
+    (("evaluate", "--limit", DIGITS), "is not a valid integer"),
+    ((*SMALL, "--seed", str(2**64)), "--seed"),
+    ((*SMALL, "--workers", "0"), "--workers"),
+    ((*SMALL, "--workers", str(10**9)), "--workers"),
+    ((*SMALL, "--fail-under", "nan"), "--fail-under is nan; write a finite number"),
+    ((*SMALL, "--stop-at-width", "inf"), "--stop-at-width is inf"),
+    ((*SMALL, "--time-limit", "nan"), "time"),
+    ((*SMALL, "--batch-size", DIGITS), "batch size"),
+    ((*TRAIN, "--lr", "nan"), "--lr is nan"),
+    ((*TRAIN, "--ema", "2"), "ema"),
+    ((*TRAIN, "--warmup", "99"), "warmup"),
+    ((*TRAIN, "--members", str(10**8)), "--members"),
+    (("plan", "--seconds", "1e999"), "--seconds is inf"),
+    (("craft", "--limit", "4", "--weights", "1e999"), "weights"),
+    (("doctor", "--aggregator", "vote", "--predictors", str(10**9)), "predictors"),
+    (("report", "a\0b"), "NUL character"),
+    (("report", LONG), "File name too long"),
+    (("list", DIGITS), "no list or name"),
+    (("evaluate", f"robustkit:digits-cnn@{LONG}", "--data", "digits:test"), "longer than a file's can be"),
+    (("evaluate", f"{LONG}/", "--data", "digits:test"), "none that a file can have"),
+    (("evaluate", "--data", f"{LONG}.npz", "--threat", "linf:0.1"), "none that a file can have"),
+    (("evaluate", "--data", f"folder:{LONG}", "--threat", "linf:0.1"), "none that a file can have"),
+]
+
+
+@pytest.mark.parametrize(("command", "words"), CASES, ids=lambda value: " ".join(value)[:40].replace("\0", "NUL"))
+def test_words_that_mean_nothing(
+    command: tuple[str, ...],
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file.txt").write_text("text")
+    code = run(list(command))
+    out, err = capfd.readouterr()
+    assert (code, out, len(err.splitlines())) == (2, "", 1), err
+    assert err.startswith("error: ")
+    assert words in err
+    assert len(err) < 1000
+    assert sorted(path.name for path in Path().iterdir()) == ["file.txt"]
+
+
+@pytest.mark.parametrize("name", ["meta", "hpu", "cpu:99", "mps", "cuda:77", "xla", "", "gpu", "cpu:-1", LONG])
+def test_devices_that_compute_nothing_here(name: str) -> None:
+    with pytest.raises(UsageError, match="cannot be used here; write auto, cpu, cuda or cuda:1"):
+        pick_device(name)
