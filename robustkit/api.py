@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader, Dataset
 
 from robustkit.arguments import verb
 from robustkit.crafted import Craft
 from robustkit.data import from_arrays, load_data
+from robustkit.data.classes import matched
+from robustkit.data.loaders import from_dataset, is_dataset
 from robustkit.data.samples import Samples
 from robustkit.devices import model_device, pick_device
 from robustkit.diverse import Diversity
@@ -19,11 +22,13 @@ from robustkit.engine.craft_run import run_craft
 from robustkit.engine.crafting import DEFAULT_ATTACK, DEFAULT_COMBINE, Crafting
 from robustkit.engine.diversity import Comparison
 from robustkit.engine.evaluate import Evaluation
+from robustkit.engine.matching import matched_to
 from robustkit.engine.nets import gather_both
 from robustkit.engine.pilot import Pilot
 from robustkit.engine.plan import plan as measure
 from robustkit.engine.progress import Progress
 from robustkit.engine.verify import Verification, verify_run
+from robustkit.errors import UsageError
 from robustkit.method import Method
 from robustkit.models import as_classifier, load_model
 from robustkit.planned import DEVICES, Plan
@@ -33,7 +38,7 @@ from robustkit.threat import ThreatModel
 from robustkit.trained import Trained
 from robustkit.training.progress import TrainProgress
 from robustkit.training.train import Training
-from robustkit.training.usual import sibling
+from robustkit.training.usual import judged_by, sibling
 
 # A model string, or logits of images.
 Model = str | Callable[[torch.Tensor], Any]
@@ -43,8 +48,8 @@ Model = str | Callable[[torch.Tensor], Any]
 def evaluate(
     model: Callable[[torch.Tensor], Any],
     images: Any,
-    labels: Any,
-    threat: ThreatModel | str | float | tuple[str, float],
+    labels: Any = None,
+    threat: ThreatModel | str | float | tuple[str, float] | None = None,
     *,
     suite: str = DEFAULT_SUITE,
     seed: int = 0,
@@ -67,8 +72,10 @@ def evaluate(
         model: any callable from images (B C H W) on [0, 1] to logits (B K); tuples and dicts that hold the
             logits are understood, and `as_classifier` says which entry they are where that is not clear. A module
             is put into eval mode for the run and back after.
-        images: (N C H W) floats in [0, 1], or uint8.
-        labels: (N) whole numbers from 0 to K - 1.
+        images: (N C H W) floats in [0, 1], or uint8; or a `DataLoader`, a dataset of (image, label) pairs or what
+            `load_data` returns, without `labels`: `evaluate(model, loader, threat="linf:8/255")`.
+        labels: (N) whole numbers from 0 to K - 1 of any type, one-hot rows (N K), or names of classes, which are
+            numbered as they sort.
         threat: what the attacker may do, as a `ThreatModel` or its string, e.g. `linf:8/255`; a pair
             `("l2", 0.5)`; or a number alone, which is an eps in linf.
         suite: the attacks, e.g. `autoattack` or `pgd(steps=100),autoattack:square`.
@@ -92,13 +99,13 @@ def evaluate(
         UsageError: for a request that cannot be carried out.
         RunError: when it fails on the way.
     """
-    threat = ThreatModel.of(threat)
+    samples, rules = _given(images, labels, threat)
     classifier = as_classifier(model)
     place = model_device(classifier) if str(device) == "auto" else pick_device(str(device))
     plan = Evaluation(
         model=classifier.to(place),
-        samples=images if isinstance(images, Samples) else from_arrays(images, labels),
-        threat=threat,
+        samples=matched_to(samples, classifier),
+        threat=rules,
         suite=suite,
         seed=seed,
         device=place,
@@ -117,8 +124,8 @@ def evaluate(
 def plan(
     model: Callable[[torch.Tensor], Any],
     images: Any,
-    labels: Any,
-    threat: ThreatModel | str | float | tuple[str, float],
+    labels: Any = None,
+    threat: ThreatModel | str | float | tuple[str, float] | None = None,
     *,
     suite: str = DEFAULT_SUITE,
     seed: int = 0,
@@ -136,8 +143,8 @@ def plan(
 
     Args:
         model: as in `evaluate`.
-        images: (N C H W) floats in [0, 1], or uint8; all that are to be evaluated.
-        labels: (N) whole numbers from 0 to K - 1.
+        images: as in `evaluate`; all that are to be evaluated.
+        labels: as in `evaluate`.
         threat: what the attacker may do, as in `evaluate`, e.g. `linf:8/255`.
         suite: the attacks, e.g. `autoattack` or `pgd(steps=100),autoattack:square`.
         seed: of every random number.
@@ -153,12 +160,13 @@ def plan(
         UsageError: for a request that cannot be carried out.
         RunError: when it fails on the way.
     """
+    samples, rules = _given(images, labels, threat)
     classifier = as_classifier(model)
     place = model_device(classifier) if str(device) == "auto" else pick_device(str(device))
     pilot = Pilot(
         model=classifier.to(place),
-        samples=images if isinstance(images, Samples) else from_arrays(images, labels),
-        threat=ThreatModel.of(threat),
+        samples=matched_to(samples, classifier),
+        threat=rules,
         suite=suite,
         seed=seed,
         device=place,
@@ -173,8 +181,8 @@ def plan(
 def craft(
     surrogates: Model | Sequence[Model],
     images: Any,
-    labels: Any,
-    threat: ThreatModel | str | float | tuple[str, float],
+    labels: Any = None,
+    threat: ThreatModel | str | float | tuple[str, float] | None = None,
     *,
     attack: str = DEFAULT_ATTACK,
     combine: str = DEFAULT_COMBINE,
@@ -199,8 +207,8 @@ def craft(
 
     Args:
         surrogates: models to craft on, as strings or callables as in `evaluate`; one, or several in a list.
-        images: (N C H W) floats in [0, 1], or uint8.
-        labels: (N) whole numbers from 0 to K - 1.
+        images: as in `evaluate`.
+        labels: as in `evaluate`.
         threat: what the attacker may do, as in `evaluate`, e.g. `linf:8/255`.
         attack: an attack with techniques, e.g. `mi-fgsm(steps=20)`.
         combine: what is averaged over the surrogates: `logits`, `probabilities`, `loss`,
@@ -230,14 +238,14 @@ def craft(
         RunError: when it fails on the way.
     """
     place = pick_device(device)
-    samples = images if isinstance(images, Samples) else from_arrays(images, labels)
+    samples, rules = _given(images, labels, threat)
     nets, judges = gather_both(
         _listed(surrogates), _listed(targets), samples, place, streaming, trust_code=trust_code
     )
     plan = Crafting(
         nets=nets,
-        samples=samples,
-        threat=ThreatModel.of(threat),
+        samples=matched(samples, nets[0].classes, nets[0].class_names) if nets else samples,
+        threat=rules,
         attack=attack,
         combine=combine,
         weights=weights,
@@ -271,8 +279,8 @@ def _listed(models: Model | Sequence[Model]) -> Sequence[Model]:
 def diversity(
     model: str | Callable[[torch.Tensor], Any],
     images: Any,
-    labels: Any,
-    threat: ThreatModel | str | float | tuple[str, float],
+    labels: Any = None,
+    threat: ThreatModel | str | float | tuple[str, float] | None = None,
     *,
     steps: int = 50,
     restarts: int = 5,
@@ -288,8 +296,8 @@ def diversity(
 
     Args:
         model: an ensemble: the string of its run folder, or what `load_model` makes of it.
-        images: (N C H W) floats in [0, 1], or uint8.
-        labels: (N) whole numbers from 0 to K - 1.
+        images: as in `evaluate`.
+        labels: as in `evaluate`.
         threat: what the attacker may do, as in `evaluate`, e.g. `linf:8/255`.
         steps: of PGD on each member, each a fifth of eps.
         restarts: random starts; an image counts as fooled if one of them fools.
@@ -306,14 +314,16 @@ def diversity(
         UsageError: for a model without members, or too few images that all of them classify correctly.
     """
     place = pick_device(device)
+    samples, rules = _given(images, labels, threat)
+    classifier = (
+        load_model(model, device=place, trust_code=trust_code)
+        if isinstance(model, str)
+        else as_classifier(model).to(place)
+    )
     comparison = Comparison(
-        model=(
-            load_model(model, device=place, trust_code=trust_code)
-            if isinstance(model, str)
-            else as_classifier(model).to(place)
-        ),
-        samples=images if isinstance(images, Samples) else from_arrays(images, labels),
-        threat=ThreatModel.of(threat),
+        model=classifier,
+        samples=matched_to(samples, classifier),
+        threat=rules,
         steps=steps,
         restarts=restarts,
         seed=seed,
@@ -355,7 +365,7 @@ def train(
     Args:
         method: one of `robustkit list methods`, with its fields, e.g. `csgld(cycles=3)`.
         data: a data string, or images (N C H W) with `labels`.
-        labels: (N) whole numbers from 0 to K - 1, for images.
+        labels: as in `evaluate`, for images.
         test: data to judge the result on; by default the test split beside a named training split.
         arch: a model string; initial weights are the seed's, unless it names a file or a run's folder.
         limit: only the first N images.
@@ -384,11 +394,12 @@ def train(
         judging = test or sibling(data)
         samples = load_data(data)
     else:
-        judging, samples = test, data if isinstance(data, Samples) else from_arrays(data, labels)
+        judging, samples = test, _samples(data, labels)
+    held_out = load_data(judging) if isinstance(judging, str) else judging
     plan = Training(
         method=value,
         samples=samples.head(limit),
-        test=load_data(judging) if isinstance(judging, str) else judging,
+        test=None if held_out is None else judged_by(held_out, samples),
         arch=arch,
         epochs=epochs,
         batch_size=batch_size,
@@ -434,10 +445,38 @@ def verify(
         UsageError: if the folder holds no finished run, or model or data cannot be loaded, or the spec names code
             that is not trusted.
     """
+    classifier = None if model is None else as_classifier(model)
+    samples = None if images is None else _samples(images, labels)
     return verify_run(
         Path(folder),
-        model=None if model is None else as_classifier(model),
-        samples=None if images is None else from_arrays(images, labels),
+        model=classifier,
+        samples=samples if samples is None or classifier is None else matched_to(samples, classifier),
         device=None if device == "auto" else pick_device(device),
         trust_code=trust_code,
     )
+
+
+def _given(
+    images: Any, labels: Any, threat: ThreatModel | str | float | tuple[str, float] | None
+) -> tuple[Samples, ThreatModel]:
+    """Return what a call is about; data that holds its labels may be followed by the threat at once."""
+    if threat is None and isinstance(labels, str | float | ThreatModel):
+        labels, threat = None, labels
+    if threat is None:
+        raise UsageError("no threat is given; pass threat='linf:8/255' or such.")
+    return _samples(images, labels), ThreatModel.of(threat)
+
+
+def _samples(images: Any, labels: Any) -> Samples:
+    """Return the samples of arrays with their labels, or of data that holds them itself."""
+    if isinstance(images, Samples):
+        return images
+    if labels is not None and isinstance(images, DataLoader | Dataset):
+        raise UsageError(f"a {type(images).__name__} holds its labels itself; leave the labels out.")
+    if labels is None and isinstance(images, str):
+        raise UsageError(f"the images are the string {images!r}; pass robustkit.load_data({images!r}).")
+    if labels is None and is_dataset(images):
+        return from_dataset(images)
+    if labels is None:
+        raise UsageError("the images have no labels; pass images and labels, a DataLoader, or a dataset of pairs.")
+    return from_arrays(images, labels)

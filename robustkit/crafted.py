@@ -206,7 +206,8 @@ class Craft:
     """The record of a craft run; the fields are those of transfer.json.
 
     `labels`, and `goals` of a targeted attack, are by position in the data. `surrogates` and `targets` are
-    judgements; `adversarial` (not in the file) are the images as a mapping of `index`, `x` and `y`, all of them.
+    judgements; `flags` are reasons to doubt them; `adversarial` (not in the file) are the images as a mapping of
+    `index`, `x` and `y`, all of them.
     """
 
     run_id: str
@@ -287,6 +288,7 @@ class Matrix:
     worst: Sequence[Rate | None]
     folders: Sequence[str]
     environment: Environment
+    flags: Sequence[Flag] = ()
     format: Format = FORMAT
 
     def to_json(self) -> dict[str, Any]:

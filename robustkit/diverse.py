@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Any
 
-from robustkit.record import FORMAT, Cost, Data, Environment, Format, Model, Rate, Spec, check_format, dumps
+from robustkit.record import FORMAT, Cost, Data, Environment, Flag, Format, Model, Rate, Spec, check_format, dumps
 from robustkit.schema import Count, OneOf, Positive, build
 
 
@@ -63,6 +63,7 @@ class Diversity:
         distillation: how the images of `confusion` were made, and the layers drawn.
         cost: of the attacks, the gradients and all verdicts; passes of the distillation end at their layers.
         environment: versions, device, commit.
+        flags: reasons to doubt all this.
     """
 
     run_id: str
@@ -81,6 +82,7 @@ class Diversity:
     distillation: Mapping[str, Any]
     cost: Cost
     environment: Environment = field(default_factory=dict)
+    flags: Sequence[Flag] = ()
     format: Format = FORMAT
 
     @property

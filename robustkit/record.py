@@ -18,6 +18,7 @@ FORMAT = 1
 LEVELS = ("info", "warning", "error")
 OK, UNMEASURED = "ok", "not measured"
 AUDIT_BROKE = "audit-broke"
+CHANCE = "chance-accuracy"
 # Rates are compared with what they are of up to the rounding of a double.
 ROUNDING = 1e-9
 

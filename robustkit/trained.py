@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
-from robustkit.record import FORMAT, Data, Environment, Format, Model, Named, Spec, check_format
+from robustkit.record import FORMAT, Data, Environment, Flag, Format, Model, Named, Spec, check_format
 from robustkit.schema import Amount, As, Count, Keys, OneOf, Positive, Share, build
 
 # A run's record, by which it is finished, a line for each epoch, and the weights of a run without a posterior.
@@ -102,6 +102,8 @@ class Trained:
         cost: `forwards` and `backwards`, sample-propagations; `flops`; `seconds`.
         hashes: sha256 of each file of weights.
         environment: versions, device, commit.
+        class_names: what the training data calls the classes, in the order of the outputs; None without names.
+        flags: reasons to doubt the accuracy.
     """
 
     run_id: str
@@ -121,6 +123,8 @@ class Trained:
     member_accuracy: Sequence[Share] = ()
     input: Sequence[Positive] | None = None
     environment: Environment = field(default_factory=dict)
+    class_names: Sequence[str] | None = None
+    flags: Sequence[Flag] = ()
     format: Format = FORMAT
 
     def to_json(self) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def jpeg(x: Tensor, quality: int = 50) -> Tensor:
         file = io.BytesIO()
         array = (image.clamp(0, 1) * 255).byte().permute(1, 2, 0).squeeze(2).cpu().numpy()
         Image.fromarray(array).save(file, "JPEG", quality=quality)
-        again = np.array(Image.open(file)).reshape(*array.shape[:2], -1)
+        again = np.array(Image.open(file, formats=("JPEG",))).reshape(*array.shape[:2], -1)
         out.append(torch.from_numpy(again).permute(2, 0, 1).float() / 255)
     return torch.stack(out).to(x)
 

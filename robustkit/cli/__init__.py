@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import sys
 import traceback
+import warnings
 
 from robustkit.cli import streams
 from robustkit.cli.signals import Interrupted, ended_by_signals
@@ -18,6 +19,8 @@ SEVERAL = ("craft", "transfer", "matrix")
 
 def main() -> None:
     """Run the command line and exit with the contract's code."""
+    # Pillow warns of large pictures, which are then refused in a sentence.
+    warnings.filterwarnings("ignore", message=".*decompression bomb")
     with streams.own_process():
         code = run(sys.argv[1:])
     sys.exit(code)

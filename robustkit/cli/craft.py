@@ -13,14 +13,17 @@ from robustkit.cli.progress import CraftDisplay
 from robustkit.cli.report import craft_view
 from robustkit.cli.several import refuse_lists
 from robustkit.cli.streams import print_result
-from robustkit.cli.subject import BUILT_IN, BUILT_IN_DATA, BUILT_IN_LIMIT, usual_threat
+from robustkit.cli.subject import BUILT_IN, BUILT_IN_DATA, BUILT_IN_LIMIT, announce, usual_threat
 from robustkit.data import load_data
+from robustkit.data.classes import matched
 from robustkit.data.samples import Samples
+from robustkit.data.strings import DataString
 from robustkit.devices import pick_device
 from robustkit.engine import budgets as gradient_budgets
 from robustkit.engine.craft_run import run_craft
 from robustkit.engine.crafting import Crafting
 from robustkit.engine.folder import PAGE
+from robustkit.engine.matching import matched_to
 from robustkit.engine.nets import Net, gather_both
 from robustkit.errors import UsageError
 from robustkit.models import load_model
@@ -67,6 +70,7 @@ def craft(
     samples = read_data(surrogates, data, limit, data_root, download, trust_code)
     rules = ThreatModel.parse(threat) if threat else usual_threat(data or BUILT_IN_DATA)
     nets, judges = gather_both(surrogates, targets, samples, place, streaming, trust_code=trust_code)
+    samples = matched(samples, nets[0].classes, nets[0].class_names)
     plan = Crafting(
         nets=nets,
         samples=samples,
@@ -126,11 +130,15 @@ def read_data(
                 f"no data for {models[0]}; write --data, e.g. --data cifar10:test or --data test.npz."
             )
         data, limit = BUILT_IN_DATA, limit or BUILT_IN_LIMIT
-    preprocess = None
-    if data.startswith(("folder:", "imagenet")):
+    model = None
+    if DataString.parse(data).is_pictures:
         first = models[0] if record is None else recorded_model(models[0], record, trust_code)
-        preprocess = load_model(first, trust_code=trust_code).preprocess
-    return load_data(data, root=data_root, download=download, preprocess=preprocess).head(limit)
+        model = load_model(first, trust_code=trust_code)
+    preprocess = model.preprocess if model else None
+    samples = load_data(data, root=data_root, download=download, preprocess=preprocess)
+    samples = matched_to(samples, model) if model else samples
+    announce(samples)
+    return samples.head(limit)
 
 
 def _weights(text: str | None) -> list[float] | None:

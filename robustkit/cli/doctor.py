@@ -15,7 +15,7 @@ from robustkit.engine.doctor import examine
 from robustkit.engine.environment import environment
 from robustkit.engine.selftest import closed_form, speeds
 from robustkit.errors import UsageError
-from robustkit.record import dumps
+from robustkit.record import CHANCE, dumps
 from robustkit.report.table import duration, flag_lines, percent
 from robustkit.report.words import counted
 
@@ -54,11 +54,8 @@ def doctor(
     line(found.model)
     line(f"{found.parameters:,} parameters, {found.classes} classes")
     line(f"clean accuracy {percent(found.correct / found.n)} on {counted(found.n)} of {found.data}")
-    if found.correct * found.classes <= found.n:
-        line(
-            "no better than chance: check normalisation (?mean=…&std=…) and the order of classes; "
-            f"checks of gradients saw only the {counted(found.correct)} that the model gets right"
-        )
+    if any(flag.code == CHANCE for flag in found.flags):
+        line(f"checks of gradients saw only the {counted(found.correct)} that the model gets right")
     for text in flag_lines(found.flags):
         line(text)
     if not found.flags:

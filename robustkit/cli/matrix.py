@@ -13,6 +13,7 @@ from robustkit.cli.progress import CraftBoard, CraftDisplay
 from robustkit.cli.several import refuse_lists, split_models
 from robustkit.cli.streams import print_result
 from robustkit.cli.subject import BUILT_IN_DATA, usual_threat
+from robustkit.data.classes import matched
 from robustkit.devices import pick_device
 from robustkit.engine.matrix import Grid
 from robustkit.engine.nets import gather_both
@@ -52,6 +53,7 @@ def matrix(
     samples = read_data(names, data, limit, data_root, download, trust_code)
     rules = ThreatModel.parse(threat) if threat else usual_threat(data or BUILT_IN_DATA)
     nets, others = gather_both(names, targets, samples, place, None, "model", trust_code)
+    samples = matched(samples, nets[0].classes, nets[0].class_names)
     grid = Grid(
         nets=nets,
         targets=others,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,9 @@ import torch
 from robustkit.data import load_data
 from robustkit.data.catalog import CATALOG
 from robustkit.data.samples import Samples
+from robustkit.data.strings import DataString
 from robustkit.devices import pick_device
+from robustkit.engine.matching import matched_to
 from robustkit.errors import UsageError
 from robustkit.models import load_model
 from robustkit.models.classifier import Classifier
@@ -65,21 +68,32 @@ class Subject:
         place = pick_device(device)
         classifier = load_model(model, device=place, trust_code=trust_code)
         samples = load_data(data, root=data_root, download=download, preprocess=classifier.preprocess)
+        samples = matched_to(samples, classifier)
+        announce(samples)
         if limit is None and most is not None:
             limit = min(most, len(samples))
         return cls(classifier, samples.head(limit), rules or usual_threat(data), place)
 
 
+def announce(samples: Samples) -> None:
+    """Say on stderr, before hours are spent, what was left out of the data and what makes its labels doubtful."""
+    for note in samples.notes:
+        print(f"note: {note}.", file=sys.stderr)
+    for flag in samples.label_flags:
+        value = "" if flag.value is None else f"{flag.value:g} "
+        print(f"warning: {value}{flag.meaning}; {flag.remedy}.", file=sys.stderr)
+
+
 def usual_of_norm(norm: str, data: str | None) -> str | None:
     """Return the usual threat of this norm, the data's own if it is of it; None if there is no such norm."""
-    entry = CATALOG.get((data or BUILT_IN_DATA).partition(":")[0])
+    entry = CATALOG.get(DataString.parse(data or BUILT_IN_DATA).name)
     own = entry.threat if entry is not None else None
     return own if own and own.partition(":")[0] == norm else USUAL.get(norm)
 
 
 def usual_threat(data: str) -> ThreatModel:
     """Return the threat that papers use on this data; UsageError if none is known."""
-    entry = CATALOG.get(data.partition(":")[0])
+    entry = CATALOG.get(DataString.parse(data).name)
     if entry is None or entry.threat is None:
         raise UsageError(f"{data} has no usual threat; write --threat NORM:EPS, e.g. --threat linf:8/255.")
     return ThreatModel.parse(entry.threat)

@@ -10,6 +10,7 @@ from robustkit.cli.evaluate import read_batch_size
 from robustkit.cli.output import save_page, wide_console
 from robustkit.cli.progress import TrainDisplay
 from robustkit.cli.streams import print_result
+from robustkit.cli.subject import announce
 from robustkit.data import load_data
 from robustkit.devices import pick_device
 from robustkit.engine.folder import PAGE
@@ -19,7 +20,7 @@ from robustkit.report.training import show
 from robustkit.report.training_page import page
 from robustkit.training import processes
 from robustkit.training.train import Training
-from robustkit.training.usual import sibling
+from robustkit.training.usual import judged_by, sibling
 
 
 def train(
@@ -51,10 +52,13 @@ def train(
     """Run the verb."""
     values = make_method(method, **fields)
     judging = test or sibling(data)
+    samples = load_data(data, root=data_root, download=download)
+    announce(samples)
+    held_out = load_data(judging, root=data_root, download=download) if judging else None
     plan = Training(
         method=values,
-        samples=load_data(data, root=data_root, download=download).head(limit),
-        test=load_data(judging, root=data_root, download=download) if judging else None,
+        samples=samples.head(limit),
+        test=None if held_out is None else judged_by(held_out, samples),
         arch=arch,
         epochs=epochs,
         batch_size=read_batch_size(batch_size),

@@ -11,6 +11,7 @@ from robustkit.cli.output import wide_console
 from robustkit.cli.progress import CraftDisplay
 from robustkit.cli.several import refuse_lists
 from robustkit.cli.streams import print_result
+from robustkit.data.classes import matched
 from robustkit.devices import pick_device
 from robustkit.engine import folder as run_folder
 from robustkit.engine.nets import gather
@@ -40,6 +41,9 @@ def transfer(
         images = data or recorded_data(spec.data["string"], source)
         crafted_on = [net["string"] for net in spec.surrogates]
         samples = read_data(crafted_on, images, None, data_root, False, trust_code, source)
+        # Labels are numbered as for the first surrogate.
+        known = record.environment
+        samples = matched(samples, known.get("classes"), known.get("class_names"))
         samples = samples.head(min(spec.data["n"], len(samples)))
         if samples.fingerprint != spec.data["fingerprint"]:
             now, then = samples.fingerprint[:12], str(spec.data["fingerprint"])[:12]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -10,11 +10,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from robustkit.data.labels import class_numbers
+from robustkit.data.layout import channels_last
 from robustkit.data.samples import Samples
 from robustkit.errors import UsageError
+from robustkit.record import Flag
 
-# Channel counts that are taken at their word, however small the image.
-_USUAL_CHANNELS = 4
 _CHUNK = 256
 
 
@@ -47,19 +48,30 @@ class ArraySource:
         for start in range(0, len(rows), _CHUNK):
             yield self.array[rows[start : start + _CHUNK]].tobytes()
 
+    def flags(self, rows: npt.NDArray[np.int64]) -> tuple[Flag, ...]:
+        """Return nothing: arrays have no files."""
+        return ()
+
 
 def from_arrays(
     images: torch.Tensor | npt.NDArray[Any],
-    labels: torch.Tensor | npt.NDArray[Any] | Sequence[int],
+    labels: Any,
     name: str = "python:arrays",
+    *,
+    layout: str | None = None,
+    classes: tuple[str, ...] | None = None,
+    by_name: bool = False,
 ) -> Samples:
     """Return samples that read from arrays already in memory, without copying them.
 
     Args:
         images: floats (N, C, H, W) in [0, 1], or uint8. A uint8 tensor is (N, C, H, W); a uint8 numpy array
             is (N, H, W, C) when its last axis is 1, 3 or 4 long, otherwise (N, C, H, W).
-        labels: integers (N,), not negative.
+        labels: see `class_numbers`: whole numbers (N,), one-hot rows (N, K), or names of classes.
         name: what errors and records call these samples.
+        layout: `NCHW` or `NHWC`, where the above is not what is meant.
+        classes: the names of the classes, in the order of their numbers.
+        by_name: whether the numbers are places in the sorted names, as those of class folders are.
 
     Raises:
         UsageError: the arrays do not fit this description. Values outside [0, 1] are found when read.
@@ -68,78 +80,50 @@ def from_arrays(
         tensor = images.detach().cpu()
         # numpy has no bfloat16
         array = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
-        channels_last = False
+        usual = False
     else:
         array = np.asarray(images)
-        channels_last = array.dtype == np.uint8 and array.ndim == 4 and array.shape[3] in (1, 3, 4)
-    numbers = labels.detach().cpu().numpy() if isinstance(labels, torch.Tensor) else np.asarray(labels)
-    return array_samples(array, numbers, name, channels_last=channels_last)
+        usual = array.dtype == np.uint8 and array.ndim == 4 and array.shape[3] in (1, 3, 4)
+    check_form(array.shape, array.dtype, name)
+    what = f"{name}: the {array.dtype} images x"
+    last = channels_last(array.shape, layout, usual, what, "robustkit.data.from_arrays(x, y, layout='{}')")
+    return array_samples(array, labels, name, channels_last=last, classes=classes, by_name=by_name)
 
 
 def array_samples(
     images: npt.NDArray[Any],
-    labels: npt.NDArray[Any],
+    labels: Any,
     name: str,
     *,
     channels_last: bool,
     classes: tuple[str, ...] | None = None,
+    by_name: bool = False,
 ) -> Samples:
-    """Check the form of images and labels, without reading the images, and return them as samples.
+    """Check labels and return them with the images, none of which is read, as samples.
 
     Raises:
-        UsageError: wrong type, shape or length, or a label that is no class.
+        UsageError: wrong type, shape or number of labels, or one that is no class.
     """
-    _check_images(images, name, channels_last)
-    _check_labels(labels, name, len(images))
-    numbers = labels.astype(np.int64)
-    _check_classes(numbers, name, classes)
-    return Samples(
-        name, numbers, classes, ArraySource(images, channels_last), np.arange(len(images), dtype=np.int64)
-    )
+    numbers, names = class_numbers(labels, name, len(images), classes)
+    # Names without an order are numbered as they sort.
+    by_name = by_name or (names is not None and classes is None)
+    rows = np.arange(len(images), dtype=np.int64)
+    return Samples(name, numbers, names, ArraySource(images, channels_last), rows, by_name=by_name)
 
 
-def _check_images(images: npt.NDArray[Any], name: str, channels_last: bool) -> None:
-    shape = images.shape
-    if images.dtype != np.uint8 and images.dtype.kind != "f":
-        raise UsageError(f"{name}: the images x are {images.dtype}; write uint8 in [0, 255], or floats in [0, 1].")
-    if images.ndim != 4:
-        hint = "; a channel axis is missing" if images.ndim == 3 else ""
+def check_form(shape: tuple[int, ...], dtype: np.dtype[Any], name: str) -> None:
+    """Refuse images of another type or other axes, by what the header of their array says.
+
+    Raises:
+        UsageError: they are no numbers, have not four axes, or hold no pixel.
+    """
+    if dtype != np.uint8 and dtype.kind != "f":
+        raise UsageError(f"{name}: the images x are {dtype}; write uint8 in [0, 255], or floats in [0, 1].")
+    if len(shape) != 4:
+        hint = "; a channel axis is missing" if len(shape) == 3 else ""
         raise UsageError(
             f"{name}: the images x have shape {shape}{hint}; "
             "write four axes, (N, H, W, C) for uint8 or (N, C, H, W) for floats."
         )
     if 0 in shape:
         raise UsageError(f"{name}: the images x have shape {shape}, which holds no pixel; write at least one.")
-    channels, height, width = (shape[3], *shape[1:3]) if channels_last else shape[1:]
-    if channels > _USUAL_CHANNELS and channels > min(height, width):
-        order, axes = ("(N, H, W, C)", (0, 2, 3, 1)) if channels_last else ("(N, C, H, W)", (0, 3, 1, 2))
-        raise UsageError(
-            f"{name}: the {images.dtype} images x have shape {shape}, "
-            f"which read as {order} means {channels} channels of {height} x {width} pixels; "
-            f"write x.transpose{axes} if the channels stand elsewhere."
-        )
-
-
-def _check_labels(labels: npt.NDArray[Any], name: str, count: int) -> None:
-    if labels.dtype.kind not in "iu":
-        raise UsageError(f"{name}: the labels y are {labels.dtype}; write integers, as y.astype('int64').")
-    if labels.ndim != 1:
-        raise UsageError(
-            f"{name}: the labels y have shape {labels.shape}; write one integer per image, shape ({count},)."
-        )
-    if len(labels) != count:
-        raise UsageError(f"{name}: {count} images x but {len(labels)} labels y; write one label per image.")
-
-
-def _check_classes(labels: npt.NDArray[np.int64], name: str, classes: tuple[str, ...] | None) -> None:
-    if labels.min() < 0:
-        position = int(labels.argmin())
-        raise UsageError(
-            f"{name}: the label at position {position} is {labels[position]}; write classes from 0 up."
-        )
-    if classes is not None and labels.max() >= len(classes):
-        position = int(labels.argmax())
-        raise UsageError(
-            f"{name}: the label at position {position} is {labels[position]}, but there are {len(classes)} "
-            f"class names; write labels from 0 to {len(classes) - 1}, or more names."
-        )

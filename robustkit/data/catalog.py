@@ -79,8 +79,16 @@ CATALOG: dict[str, Entry] = {
             None,
             splits=("val", "train"),
         ),
-        Entry("folder", "your images, one folder per class", "folder:PATH"),
+        Entry(
+            "folder",
+            "your images, one folder per class; ?classes=FILE for the model's order of them",
+            "folder:PATH",
+        ),
         Entry("webdataset", "your images in tar shards, each KEY.jpg or such with its KEY.cls", "webdataset:PATH"),
-        Entry("npz", "your arrays: x (images), y (labels), optionally classes (names)", "PATH.npz"),
+        Entry(
+            "npz",
+            "your arrays: x (images), y (labels), optionally classes (names); ?layout=NCHW or NHWC",
+            "PATH.npz",
+        ),
     )
 }

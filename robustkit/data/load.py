@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from robustkit.data.catalog import CATALOG
+from robustkit.data.classes import absolute, fixed, read_order
 from robustkit.data.samples import Samples
+from robustkit.data.strings import DataString
 from robustkit.errors import UsageError, did_you_mean, possible
 from robustkit.preprocess import Preprocess
+
+# Kinds of data whose rest is a path, however it ends.
+PATHS = ("folder", "webdataset")
 
 
 def load_data(
@@ -20,7 +26,9 @@ def load_data(
     `webdataset:SHARDS`, whose own order is, or may be, by class.
 
     Args:
-        string: `NAME[:SPLIT]`, `folder:PATH`, `webdataset:SHARDS`, or a path that ends in `.npz`.
+        string: `NAME[:SPLIT]`, `folder:PATH`, `webdataset:SHARDS`, or a path that ends in `.npz`; with
+            `?classes=` the names of the model's classes in its order (see `read_order`), and for arrays with
+            `?layout=` NCHW or NHWC.
         root: where downloaded sets are; the default is $ROBUSTKIT_DATA, else ~/.cache/robustkit/data.
         download: fetch a set that is not there, where torchvision can.
         preprocess: how the model wants image files brought to one size; arrays are taken as they are.
@@ -28,18 +36,33 @@ def load_data(
     Raises:
         UsageError: an unknown name or split, or files that are absent or not what they say.
     """
-    name, _, rest = string.partition(":")
+    spec = DataString.parse(string)
+    if "classes" in spec.options:
+        spec = replace(spec, options=spec.options | {"classes": absolute(spec.options["classes"])})
+    is_npz = spec.head.lower().endswith(".npz") and spec.name not in PATHS
+    if "layout" in spec.options and not is_npz:
+        raise UsageError(f"data {string!r} has a layout=, which only .npz arrays need; leave it out.")
+    samples = _loaded(spec, is_npz, root, download, preprocess)
+    if "classes" in spec.options:
+        samples = fixed(samples, read_order(spec.options["classes"]))
+    return replace(samples, name=f"{samples.name}{spec.query}")
+
+
+def _loaded(
+    spec: DataString, is_npz: bool, root: Path | None, download: bool, preprocess: Preprocess | None
+) -> Samples:
+    name = spec.name
     if name == "folder":
-        return _folder(rest, preprocess)
+        return _folder(spec.rest, preprocess, nested="classes" in spec.options)
     if name == "webdataset":
-        return _webdataset(rest, root, preprocess)
-    if string.lower().endswith(".npz"):
+        return _webdataset(spec.rest, root, preprocess)
+    if is_npz:
         from robustkit.data.npz import npz
 
-        return npz(_absolute(string))
+        return npz(_absolute(spec.head), spec.options.get("layout"))
     if name not in CATALOG or name == "npz":
-        raise _unknown(string, name)
-    return _named(name, rest if ":" in string else None, root, download, preprocess)
+        raise _unknown(spec.head, name)
+    return _named(name, spec.rest, root, download, preprocess)
 
 
 def data_root() -> Path:
@@ -66,16 +89,16 @@ def _named(
     return vision.small_set(name, split, place, download)
 
 
-def _folder(path: str, preprocess: Preprocess | None) -> Samples:
+def _folder(path: str | None, preprocess: Preprocess | None, nested: bool) -> Samples:
     from robustkit.data.files import image_folder
 
     if not path:
         raise UsageError("'folder:' names no folder; write folder:PATH with one folder of images per class.")
     place = _absolute(path)
-    return image_folder(place, f"folder:{place}", preprocess)
+    return image_folder(place, f"folder:{place}", preprocess, nested=nested)
 
 
-def _webdataset(path: str, root: Path | None, preprocess: Preprocess | None) -> Samples:
+def _webdataset(path: str | None, root: Path | None, preprocess: Preprocess | None) -> Samples:
     from robustkit.data.shards import webdataset
 
     if not path:

@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import os
-import struct
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from pathlib import Path
-from typing import BinaryIO, ClassVar
+from typing import BinaryIO, ClassVar, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image, UnidentifiedImageError
 
+from robustkit.data.listing import FORMATS
 from robustkit.errors import UsageError, did_you_mean
 from robustkit.preprocess import Preprocess
+from robustkit.record import Flag
 
-# What Pillow's decoders raise on a damaged or hostile file.
-_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
-# The most threads that decode a block.
+T = TypeVar("T")
+# Pillow's own limit, 89,478,485: 256 MiB as RGB. A file that is larger than this in bytes is no sensible picture.
+MAX_PIXELS = 1024**3 // 4 // 3
+MAX_BYTES = 256 << 20
+# The most threads that read and decode a block, and how many pictures a fingerprint reads at once.
 _THREADS = 8
+_CHUNK = 256
+_ORIENTATION = 274
+# Pillow turns TIFF pictures by itself when it reads them.
+_TURNED = ("TIFF",)
 
 
 class Pictures(ABC):
@@ -36,16 +44,40 @@ class Pictures(ABC):
     slow: ClassVar[bool] = True
 
     @abstractmethod
-    def encoded(self, row: int) -> Path | BinaryIO:
-        """Return where the bytes of that image are."""
+    def encoded(self, row: int) -> bytes:
+        """Return the image's file, undecoded; OSError or UsageError if it cannot be read."""
 
     @abstractmethod
     def title(self, row: int) -> str:
         """Return what errors call that image."""
 
-    @abstractmethod
     def content(self, rows: npt.NDArray[np.int64]) -> Iterator[bytes]:
-        """Yield whatever determines those images, for the fingerprint; none is decoded for it."""
+        """Yield the preprocessing and the hash of each image's file; none is decoded for it."""
+        yield repr(self.preprocess).encode()
+        for start in range(0, len(rows), _CHUNK):
+            yield from self._each(self._digest, rows[start : start + _CHUNK])
+
+    def flags(self, rows: npt.NDArray[np.int64]) -> tuple[Flag, ...]:
+        """Return a flag if EXIF says that some of those images are to be turned, which is not done."""
+        turned = np.concatenate(
+            [
+                np.asarray(list(self._each(self._is_turned, rows[start : start + _CHUNK])), dtype=bool)
+                for start in range(0, len(rows), _CHUNK)
+            ]
+        )
+        if not turned.any():
+            return ()
+        first = self.title(int(rows[turned.argmax()]))
+        return (
+            Flag(
+                "exif-rotation",
+                "warning",
+                int(turned.sum()),
+                f"of {len(rows)} pictures carry an EXIF rotation, the first is {first}: it is not applied, as in "
+                "the transforms of torchvision and timm",
+                "turn the files themselves if the model is to see them upright",
+            ),
+        )
 
     def read(self, rows: npt.NDArray[np.int64]) -> torch.Tensor:
         """Return those images, float32 (B, 3, H, W), contiguous, newly allocated.
@@ -53,9 +85,7 @@ class Pictures(ABC):
         Raises:
             UsageError: a file is not a readable 8-bit image, or has another size than the rest.
         """
-        # Pillow decodes and resizes outside Python's lock.
-        with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
-            pixels = list(pool.map(self._pixels, rows.tolist()))
+        pixels = list(self._each(self._pixels, rows))
         if not pixels:
             return torch.empty(0, 3, *self._size)
         raw = torch.from_numpy(np.stack(pixels))
@@ -65,13 +95,49 @@ class Pictures(ABC):
         """Return how many times as long the sides of an image become when it is read; of it only the header is."""
         if self.preprocess is None:
             return 1.0
-        try:
-            with Image.open(self.encoded(row)) as image:
-                width, height = int(image.width), int(image.height)
-        except _DAMAGE as error:
-            raise unreadable(self.title(row), error) from error
+        with self._opened(row) as image:
+            width, height = int(image.width), int(image.height)
         tall, _ = _resized(height, width, self.preprocess)
         return tall / height
+
+    def _each(self, work: Callable[[int], T], rows: npt.NDArray[np.int64]) -> Iterator[T]:
+        """Yield what a function returns for each row; reading, hashing and decoding leave Python's lock."""
+        with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
+            yield from pool.map(work, rows.tolist())
+
+    def _bytes(self, row: int) -> bytes:
+        try:
+            return self.encoded(row)
+        except OSError as error:
+            raise unreadable(self.title(row), error.strerror or error) from error
+
+    def _digest(self, row: int) -> bytes:
+        return hashlib.sha256(self._bytes(row)).digest()
+
+    def _is_turned(self, row: int) -> bool:
+        try:
+            with self._opened(row) as image:
+                if image.format in _TURNED or "exif" not in image.info:
+                    return False
+                return image.getexif().get(_ORIENTATION, 1) not in (0, 1)
+        # A damaged picture is refused where it is decoded.
+        except Exception:
+            return False
+
+    def _opened(self, row: int) -> Image.Image:
+        """Open an image of a documented format, by its header alone."""
+        try:
+            image = Image.open(io.BytesIO(self._bytes(row)), formats=FORMATS)
+        except UnidentifiedImageError as error:
+            raise unreadable(self.title(row), f"it is none of {', '.join(FORMATS)}") from error
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            raise self._too_large(row) from error
+        if image.width * image.height > MAX_PIXELS:
+            raise self._too_large(row)
+        return image
+
+    def _too_large(self, row: int) -> UsageError:
+        return UsageError(f"{self.title(row)} has more than {MAX_PIXELS:,} pixels; make it smaller or remove it.")
 
     @cached_property
     def _size(self) -> tuple[int, int]:
@@ -98,21 +164,29 @@ class Pictures(ABC):
     def _decode(self, row: int) -> Image.Image:
         """Read an image of any colour mode as RGB."""
         try:
-            with Image.open(self.encoded(row)) as image:
+            with self._opened(row) as image:
                 mode = image.mode
                 # Pillow warns when transparency of a palette goes straight to RGB.
                 rgb: Image.Image = (image.convert("RGBA") if "transparency" in image.info else image).convert(
                     "RGB"
                 )
-        except UnidentifiedImageError as error:
-            raise unreadable(self.title(row), "its format is unknown") from error
-        except _DAMAGE as error:
+        except UsageError:
+            raise
+        # What Pillow raises on a damaged or hostile file is not a closed list.
+        except Exception as error:
             raise unreadable(self.title(row), error) from error
         if mode.startswith(("I", "F")):
             raise UsageError(
                 f"{self.title(row)} has more than 8 bits per pixel (mode {mode}); write it as an 8-bit image."
             )
         return rgb
+
+
+def read_limited(file: BinaryIO, size: int) -> bytes:
+    """Return that many bytes of a file; OSError if they are more than a picture has."""
+    if size > MAX_BYTES:
+        raise OSError(None, f"it has {size:,} bytes, more than the {MAX_BYTES:,} that are read")
+    return file.read(size)
 
 
 def unreadable(title: str, reason: object) -> UsageError:

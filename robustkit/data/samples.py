@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 
 from robustkit.errors import UsageError
+from robustkit.record import Flag
 from robustkit.shapes import Images
 
 
@@ -33,6 +34,10 @@ class Source(Protocol):
         """Yield whatever determines those images, for the fingerprint."""
         ...
 
+    def flags(self, rows: npt.NDArray[np.int64]) -> tuple[Flag, ...]:
+        """Return what to know about those images before a number about them is believed."""
+        ...
+
 
 @dataclass(frozen=True, eq=False)
 class Samples:
@@ -44,6 +49,10 @@ class Samples:
         classes: the names of the classes, if known.
         source: where the images are read from.
         rows: int64 (N,), the row of the source behind each position.
+        by_name: whether labels are places in the sorted names of the classes, and not numbers that somebody gave.
+        fixed: whether `?classes=` has said which class is which.
+        notes: what was left out or changed, each as a sentence without its full stop.
+        label_flags: doubts about the labels.
     """
 
     name: str
@@ -51,6 +60,10 @@ class Samples:
     classes: tuple[str, ...] | None
     source: Source
     rows: npt.NDArray[np.int64]
+    by_name: bool = False
+    fixed: bool = False
+    notes: tuple[str, ...] = ()
+    label_flags: tuple[Flag, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -114,6 +127,11 @@ class Samples:
             digest.update(part)
         return digest.hexdigest()
 
+    @cached_property
+    def flags(self) -> tuple[Flag, ...]:
+        """Reasons to doubt a number about these samples: of their labels, and of their images' files."""
+        return (*self.label_flags, *self.source.flags(self.rows))
+
     def _refuse_outside_box(self, x: torch.Tensor, positions: npt.NDArray[np.int64]) -> None:
         if x.numel() == 0:
             return
@@ -127,5 +145,6 @@ class Samples:
         else:
             found = f"has values from {float(image.min()):.6g} to {float(image.max()):.6g}"
         raise UsageError(
-            f"{self.name}: the image at position {positions[bad]} {found}; write values in [0, 1], or uint8."
+            f"{self.name}: the image at position {positions[bad]} {found}; "
+            "write values in [0, 1], without normalisation, which belongs into the model, or uint8."
         )

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import itertools
+import math
+import os
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,17 @@ import numpy as np
 import numpy.typing as npt
 
 from robustkit.data import tar_index
-from robustkit.data.pictures import Pictures, check_interpolation
+from robustkit.data.listing import is_hidden
+from robustkit.data.pictures import Pictures, check_interpolation, read_limited
+from robustkit.data.regular import open_regular
 from robustkit.data.samples import Samples
 from robustkit.errors import UsageError
 from robustkit.preprocess import Preprocess
 
-_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_RANGE = re.compile(r"\{([0-9]+)\.\.([0-9]+)\}")
+# The most shards of one data set, and digits of a shard's number.
+MAX_SHARDS = 100_000
+_MAX_DIGITS = 12
 
 
 def webdataset(path: Path, name: str, preprocess: Preprocess | None, cache: Path) -> Samples:
@@ -59,17 +64,17 @@ class ShardSource(Pictures):
     entries: npt.NDArray[Any]
     preprocess: Preprocess | None
 
-    def encoded(self, row: int) -> io.BytesIO:
+    def encoded(self, row: int) -> bytes:
         """Return the image's bytes."""
         entry = self.entries[row]
         shard = self.shards[entry["shard"]]
         try:
-            with shard.open("rb", buffering=0) as file:
-                file.seek(entry["offset"])
-                found = file.read(entry["size"])
+            file = open_regular(shard)
         except OSError as error:
             raise tar_index.unreadable(shard, error.strerror or error) from error
-        return io.BytesIO(found)
+        with file:
+            file.seek(entry["offset"])
+            return read_limited(file, int(entry["size"]))
 
     def title(self, row: int) -> str:
         """Return the shard's path and the image's name in it."""
@@ -77,27 +82,33 @@ class ShardSource(Pictures):
         shard = self.shards[entry["shard"]]
         return f"{shard}: {tar_index.name_of(shard, int(entry['offset']))}"
 
-    def content(self, rows: npt.NDArray[np.int64]) -> Iterator[bytes]:
-        """Yield hashes of those images' names and sizes, and the preprocessing."""
-        yield repr(self.preprocess).encode()
-        yield self.entries["mark"][rows].tobytes()
-
 
 def _expanded(path: Path) -> list[Path]:
     """Return the shards that a path stands for; all of them must be there."""
-    if path.is_dir():
-        shards = sorted(path.glob("*.tar"))
+    if os.path.isdir(path):
+        shards = sorted(file for file in path.glob("*.tar") if not is_hidden(file.name))
         if not shards:
             raise UsageError(f"{path} holds no .tar file; write webdataset:PATH with the shards' folder.")
         return shards
     parts = _RANGE.split(str(path))
-    texts, ranges = parts[::3], zip(parts[1::3], parts[2::3], strict=True)
-    choices = [_numbers(first, last) for first, last in ranges]
+    texts, ranges = parts[::3], [*zip(parts[1::3], parts[2::3], strict=True)]
+    # Nothing is expanded before it is known to how much.
+    if any(len(end) > _MAX_DIGITS for ends in ranges for end in ends):
+        raise _too_many(path)
+    choices = [range(int(first), int(last) + 1) for first, last in ranges]
+    if math.prod(map(len, choices)) > MAX_SHARDS:
+        raise _too_many(path)
+    for (first, last), numbers in zip(ranges, choices, strict=True):
+        if not numbers:
+            raise UsageError(f"the range {{{first}..{last}}} is empty; write its smaller number first.")
     shards = [
-        Path("".join(itertools.chain(*zip(texts, [*numbers, ""], strict=True))))
+        Path("".join(itertools.chain(*zip(texts, [*map(_padded, ranges, numbers), ""], strict=True))))
         for numbers in itertools.product(*choices)
     ]
-    missing = [shard for shard in shards if not shard.is_file()]
+    # Unlike Path.is_file, os.path's says no to a name that no file can have.
+    missing = [shard for shard in shards if not os.path.isfile(shard)]
+    if missing and os.path.exists(missing[0]):
+        raise UsageError(f"{missing[0]} is no ordinary file; write webdataset:PATH with a shard or its folder.")
     if missing:
         others = f", nor {len(missing) - 1} others of {len(shards)}" if len(missing) > 1 else ""
         raise UsageError(
@@ -107,8 +118,12 @@ def _expanded(path: Path) -> list[Path]:
     return shards
 
 
-def _numbers(first: str, last: str) -> list[str]:
-    """Return the numbers of a range, as wide as its ends where one of them begins with 0, as in a shell."""
-    padded = any(len(end) > 1 and end[0] == "0" for end in (first, last))
-    width = max(len(first), len(last)) if padded else 0
-    return [str(number).zfill(width) for number in range(int(first), int(last) + 1)]
+def _padded(ends: tuple[str, str], number: int) -> str:
+    """Return a number of a range, as wide as its ends where one of them begins with 0, as in a shell."""
+    padded = any(len(end) > 1 and end[0] == "0" for end in ends)
+    return str(number).zfill(max(map(len, ends)) if padded else 0)
+
+
+def _too_many(path: Path) -> UsageError:
+    text = str(path) if len(str(path)) < 200 else f"{str(path)[:200]}..."
+    return UsageError(f"{text} stands for more than {MAX_SHARDS:,} shards; write smaller ranges.")

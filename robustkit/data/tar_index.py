@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import tarfile
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,16 +17,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from robustkit.data.listing import KINDS, is_hidden
+from robustkit.data.regular import open_regular
+from robustkit.data.tar_headers import TarError, headers
 from robustkit.errors import RunError, UsageError
 from robustkit.writing import replacing
 
-KINDS = ("jpg", "jpeg", "png", "webp", "ppm", "bmp", "tif", "tiff", "gif")
 LABEL = "cls"
-# An image in 36 bytes: which shard, where in it and how many bytes, the class, a hash of name and size.
-ENTRY = np.dtype([("shard", "<i4"), ("offset", "<i8"), ("size", "<i8"), ("label", "<i8"), ("mark", "<u8")])
+# An image in 28 bytes: which shard, where in it and how many bytes, the class.
+ENTRY = np.dtype([("shard", "<i4"), ("offset", "<i8"), ("size", "<i8"), ("label", "<i8")])
 # Changes with what an index holds; older ones are then not found.
-_FORMAT = 1
-_END = bytes(512)
+_FORMAT = 2
 _LONGEST_LABEL = 32
 _MOST_CLASSES = 2**31
 
@@ -93,7 +94,7 @@ def _keep(place: Path, found: npt.NDArray[Any]) -> None:
         return
 
 
-def _entries(shards: Sequence[Path]) -> Iterator[tuple[int, int, int, int, int]]:
+def _entries(shards: Sequence[Path]) -> Iterator[tuple[int, int, int, int]]:
     for number, shard in enumerate(shards):
         for key, group in itertools.groupby(_members(shard), lambda member: member.key):
             files = list(group)
@@ -108,15 +109,13 @@ def _entries(shards: Sequence[Path]) -> Iterator[tuple[int, int, int, int, int]]
                 found = f"{len(labels)} labels" if labels else "no label"
                 raise UsageError(f"{shard}: sample {key!r} has {found}; write its class as a number in {key}.cls.")
             (image,) = images
-            mark = hashlib.sha256(f"{key}.{image.kind}\0{image.size}".encode()).digest()[:8]
-            label = _label(shard, labels[0])
-            yield number, image.offset, image.size, label, int.from_bytes(mark, "little")
+            yield number, image.offset, image.size, _label(shard, labels[0])
 
 
 def _label(shard: Path, file: Member) -> int:
     try:
         label = int(file.text)
-        if not 0 <= label < _MOST_CLASSES:
+        if not 0 <= label < _MOST_CLASSES or file.size > _LONGEST_LABEL:
             raise ValueError
         return label
     except ValueError:
@@ -127,26 +126,22 @@ def _label(shard: Path, file: Member) -> int:
 
 
 def _members(shard: Path) -> Iterator[Member]:
-    """Yield the files of a shard that have a kind."""
+    """Yield the files of a shard that have a kind; hidden ones, as some systems add, are none of the data's."""
     try:
-        with tarfile.open(shard, "r:") as archive:
-            while (file := archive.next()) is not None:
-                # The archive remembers all it has seen.
-                archive.members.clear()  # type: ignore[attr-defined]
+        with open_regular(shard) as content:
+            for file in headers(content, os.fstat(content.fileno()).st_size):
                 folder, slash, name = file.name.rpartition("/")
                 stem, dot, kind = name.partition(".")
                 kind = kind.lower()
-                if not (file.isreg() and stem and dot):
+                hidden = any(is_hidden(part) for part in file.name.split("/") if part not in (".", ".."))
+                if not (stem and dot) or hidden:
                     continue
                 text = b""
-                if kind == LABEL and (content := archive.extractfile(file)) is not None:
-                    text = content.read(_LONGEST_LABEL)
-                yield Member(f"{folder}{slash}{stem}", kind, file.offset_data, file.size, text)
-            end = archive.offset
-        # Also where a header is damaged the archive seems to end.
-        with shard.open("rb") as content:
-            content.seek(end)
-            if content.read(len(_END)) != _END:
-                raise unreadable(shard, "it is cut off or damaged")
-    except (tarfile.TarError, OSError, EOFError) as error:
+                if kind == LABEL:
+                    content.seek(file.offset)
+                    text = content.read(min(file.size, _LONGEST_LABEL))
+                yield Member(f"{folder}{slash}{stem}", kind, file.offset, file.size, text)
+    except TarError as error:
         raise unreadable(shard, error) from error
+    except OSError as error:
+        raise unreadable(shard, error.strerror or error) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -51,7 +52,7 @@ def imagenet(split: str, root: Path, preprocess: Preprocess | None) -> Samples:
         UsageError: there is no such folder, or it does not hold the 1,000 classes.
     """
     places = (root / "imagenet" / split, root / split)
-    folder = next((place for place in places if place.is_dir()), None)
+    folder = next((place for place in places if os.path.isdir(place)), None)
     if folder is None:
         raise UsageError(
             f"imagenet:{split} is neither in {places[0]} nor in {places[1]}, and it cannot be downloaded; "

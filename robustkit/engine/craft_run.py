@@ -21,7 +21,7 @@ from robustkit.engine.nets import Net, gather, same_classes
 from robustkit.engine.opening import open_for_writing, require_writable
 from robustkit.engine.parts import noted
 from robustkit.engine.progress import Progress
-from robustkit.engine.targets import Jury, Stack
+from robustkit.engine.targets import Jury, Stack, chances_of
 from robustkit.engine.workforce import Workforce
 from robustkit.engine.workshop import IMAGES, WITHOUT, Workshop
 from robustkit.errors import RunError, UsageError
@@ -182,6 +182,7 @@ class _Job:
             "loaded": shop.ensemble.storage.loaded,
             "held": shop.ensemble.storage.held,
             "classes": plan.nets[0].classes,
+            "class_names": plan.nets[0].class_names,
             "training_flops": [net.training for net in plan.nets],
             "ways": shop.ensemble.ways,
         }
@@ -294,6 +295,10 @@ class _Job:
 
     def _keep(self, record: Craft) -> Craft:
         """Write transfer.json as it is now: its presence means that the images are done, not all judgements."""
+        classes = self.plan.nets[0].classes
+        chances = chances_of([*record.surrogates, *record.targets], record.labels, classes)
+        # A surrogate may be a target, too.
+        record = replace(record, flags=list(dict.fromkeys([*record.flags, *self.samples.flags, *chances])))
         if self.out is None:
             return record
         if self.parts:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from robustkit import inner
+from robustkit.checks.chance import chance_accuracy
 from robustkit.data.samples import Samples
 from robustkit.diverse import Bounds, Diversity, DiversitySpec
 from robustkit.engine import folder
@@ -30,7 +31,7 @@ from robustkit.errors import UsageError
 from robustkit.features import depth, distil
 from robustkit.isolation import evaluation_mode, own_randomness, threads
 from robustkit.models.classifier import Classifier
-from robustkit.record import Cost, Rate
+from robustkit.record import Cost, Flag, Rate
 from robustkit.rng import RowRng
 from robustkit.shapes import Images, Labels, Mask
 from robustkit.threat import ThreatModel
@@ -140,7 +141,7 @@ class Comparison:
         if len(index) < 2:
             raise UsageError(
                 f"{len(index)} of {len(places)} images are classified correctly by every member, and two is the "
-                "least to compare on; look at more with --limit, or train the members longer."
+                "least to compare on; look at more with --limit, or check labels, normalisation and pixel range."
             )
         fooled, lost = [], []
         for number in range(panel.count):
@@ -184,7 +185,17 @@ class Comparison:
             distillation={**DISTILLATION, "layers": layers},
             cost=Cost(forwards, backwards, time.perf_counter() - begun),
             environment=environment(self.device, "fp32", panel.whole.piece, panel.whole.threads),
+            flags=self._flags(~clean, places),
         )
+
+    def _flags(self, right: Mask, places: np.ndarray) -> list[Flag]:
+        """Return the flags of the data, and of members (rows of `right`, the ensemble last) at chance."""
+        labels, classes = self.samples.labels[places].tolist(), self.model.num_classes or 2
+        names = [*(f"member {number}" for number in range(len(right) - 1)), "the ensemble"]
+        flags = [
+            chance_accuracy(int(row.sum()), labels, classes, name) for name, row in zip(names, right, strict=True)
+        ]
+        return [*self.samples.flags, *(flag for flag in flags if flag is not None)]
 
     def _confusion(self, panel: Panel, index: np.ndarray, most: int) -> tuple[Tensor, list[int]]:
         """Return L (N, N) and the layer of each group of pairs.

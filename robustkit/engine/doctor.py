@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from robustkit.checks.chance import chance_accuracy
 from robustkit.checks.probe import Probe
 from robustkit.checks.run import diagnose, training_mode
 from robustkit.data.samples import Samples
@@ -66,12 +67,16 @@ def examine(
         flags += noticed(0, 0, meter) if meter.backward_error else []
         flags += training_mode(was_training, training_count(model))
         flags += enlarged_images(pixel_space(model, samples))
+        correct = int((probe.logits.argmax(1) == labels).sum())
+        if chance := chance_accuracy(correct, samples.labels.tolist(), probe.logits.shape[1]):
+            flags.append(chance)
+        flags += samples.flags
     return Diagnosis(
         model=model.string,
         data=samples.name,
         threat=str(threat),
         n=len(samples),
-        correct=int((probe.logits.argmax(1) == labels).sum()),
+        correct=correct,
         classes=probe.logits.shape[1],
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         flags=flags,

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from robustkit import registry
+from robustkit.checks.chance import chance_accuracy
 from robustkit.checks.run import training_mode
 from robustkit.data.samples import Samples
 from robustkit.engine import examples, folder
@@ -318,7 +319,8 @@ class Evaluation:
     def _finish(self, ledger: Ledger, worker: Worker, mode: list[Flag], out: Path | None) -> Report:
         tally, meter = worker.tally, worker.meter
         space = pixel_space(self.model, self.samples)
-        flags = [*worker.doubts.afterthoughts(), *mode, *enlarged_images(space)]
+        doubts = [*self._data_doubts(tally, meter), *enlarged_images(space)]
+        flags = [*doubts, *worker.doubts.afterthoughts(), *mode]
         fooled = np.fromiter(ledger.fooled(), np.dtype((np.int64, 3)))
         counts = np.isin(fooled[:, 0], tally.scope)
         index, labels, predictions = fooled[counts].T
@@ -337,6 +339,13 @@ class Evaluation:
         report = tally.report(self.spec, flags, surroundings, seals)
         folder.write_report(out, report)
         return report
+
+    def _data_doubts(self, tally: Tally, meter: Meter) -> list[Flag]:
+        """Return the flags of the data, and one if the model is no better than chance on it."""
+        labels = self.samples.labels[tally.scope].tolist()
+        correct = int((tally.fell[tally.scope] > 0).sum())
+        chance = chance_accuracy(correct, labels, meter.num_classes or 2)
+        return [*self.samples.pick(tally.scope).flags, *([chance] if chance else [])]
 
 
 def _kind(rung: registry.Rung) -> tuple[bool, bool, bool]:

@@ -21,6 +21,7 @@ from robustkit.engine.wire import Link
 from robustkit.engine.worker import Worker
 from robustkit.isolation import evaluation_mode, threads
 from robustkit.ledger import Chunk
+from robustkit.record import Flag
 from robustkit.registry import parse_suite
 from robustkit.threat import ThreatModel
 
@@ -83,6 +84,10 @@ class Lent:
     def content(self, rows: npt.NDArray[np.int64]) -> Iterator[bytes]:
         """Yield the images' bytes."""
         yield from (image.numpy().tobytes() for image in self.read(rows))
+
+    def flags(self, rows: npt.NDArray[np.int64]) -> tuple[Flag, ...]:
+        """Return nothing: the driver looks at the files."""
+        return ()
 
 
 class Outbox:

@@ -155,6 +155,6 @@ def _name(index: int) -> str:
 
 def _read(file: Path) -> np.ndarray:
     """Return a file's pixels, uint8 (C H W)."""
-    with Image.open(file) as image:
+    with Image.open(file, formats=("PNG",)) as image:
         pixels = np.asarray(image)
     return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)

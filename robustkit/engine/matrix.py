@@ -20,6 +20,7 @@ from robustkit.engine.crafting import Crafting
 from robustkit.engine.nets import Net, same_classes
 from robustkit.engine.opening import clear
 from robustkit.engine.progress import Progress
+from robustkit.engine.targets import chances_of
 from robustkit.errors import RobustkitError, UsageError
 from robustkit.threat import ThreatModel
 from robustkit.writing import subfolder
@@ -115,6 +116,7 @@ class Grid:
                 rows.append(row)
         first = rows[0]
         judged = [{one.fingerprint: one for one in row.targets} for row in rows]
+        clean = [judged[0][net.fingerprint] for net in columns]
         record = Matrix(
             run_id=self.run_id,
             models=[net.string for net in self.nets],
@@ -126,8 +128,8 @@ class Grid:
             seed=self.seed,
             n=first.n,
             gradients_per_image=[row.gradients_per_image for row in rows],
-            clean_accuracy=[judged[0][net.fingerprint].clean_accuracy for net in columns],
-            noise=[judged[0][net.fingerprint].noise for net in columns],
+            clean_accuracy=[one.clean_accuracy for one in clean],
+            noise=[one.noise for one in clean],
             success=[[row[net.fingerprint].rate for net in columns] for row in judged],
             worst=[
                 worst(
@@ -141,6 +143,7 @@ class Grid:
             ],
             folders=folders,
             environment=first.environment,
+            flags=[*self.samples.flags, *chances_of(clean, first.labels, self.nets[0].classes)],
         )
         folder.write_record(out, record)
         return record

@@ -22,7 +22,7 @@ from robustkit.models.mixture import Mixture
 # The batch by which it is judged whether a net is slow.
 BATCH = 64
 # Data whose files are read at the size that a model asks for.
-READ_TO_SIZE = ("folder:", "imagenet")
+READ_TO_SIZE = ("folder:", "webdataset:", "imagenet")
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ class Net:
     is how many nets it is made of: a posterior's samples, an ensemble's members; `parameters` and `graph` are then
     those in memory while one is asked. `quick` and `seconds` are what a `Meter` has
     found. `training` are the floating-point operations of the run that trained it, of
-    a run's folder. `trust_code` is whether loading it may run Python code that a run folder names.
+    a run's folder. `trust_code` is whether loading it may run Python code that a run folder names. `class_names`
+    are what its classes are called, where known.
     """
 
     string: str
@@ -50,6 +51,7 @@ class Net:
     quick: int | None = None
     seconds: float = 0.0
     trust_code: bool = False
+    class_names: tuple[str, ...] | None = None
 
     def metered(self, model: Classifier, device: torch.device) -> Meter:
         """Return a model of this net as attacks see it, given few images at once where it is slow."""
@@ -208,6 +210,7 @@ def _tried(classifier: Classifier, samples: Samples, device: torch.device, what:
         quick=meter.quick,
         seconds=meter.seconds,
         trust_code=classifier.trust_code,
+        class_names=classifier.class_names,
     )
 
 

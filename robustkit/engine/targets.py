@@ -9,12 +9,14 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from robustkit.checks.chance import chance_accuracy
 from robustkit.crafted import Judgement
 from robustkit.data.ahead import read_ahead
 from robustkit.data.samples import Samples
 from robustkit.engine.meter import Meter
 from robustkit.engine.nets import Net
 from robustkit.isolation import evaluation_mode, own_randomness, threads
+from robustkit.record import Flag
 from robustkit.resuming import Store, recording
 from robustkit.rng import RowRng
 from robustkit.shapes import Images
@@ -95,3 +97,9 @@ class Jury:
 
     def _there(self, images: np.ndarray) -> Images:
         return torch.from_numpy(np.ascontiguousarray(images)).to(self.device)
+
+
+def chances_of(judgements: Sequence[Judgement], labels: Sequence[int], classes: int) -> list[Flag]:
+    """Return the flags of those of several models that are no better than chance."""
+    flags = (chance_accuracy(one.n, labels, classes, one.model) for one in judgements)
+    return [flag for flag in flags if flag is not None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from robustkit.engine import folder
 from robustkit.engine.nets import Net
 from robustkit.engine.opening import open_for_writing, require_writable
 from robustkit.engine.progress import Progress
-from robustkit.engine.targets import Jury
+from robustkit.engine.targets import Jury, chances_of
 from robustkit.errors import UsageError
 from robustkit.threat import ThreatModel
 
@@ -44,7 +45,8 @@ def judge_more(
         progress.stage("targets", record.n * max(len(missing), 1), record.n, record.n)
         try:
             for number, net in enumerate(missing):
-                record = record.judged([jury.judge(net, images, floors=True)])
+                record = record.judged([judged := jury.judge(net, images, floors=True)])
+                record = replace(record, flags=[*record.flags, *chances_of([judged], record.labels, net.classes)])
                 folder.write_record(path, record)
                 progress.advance(record.n * (number + 1), record.n)
         finally:

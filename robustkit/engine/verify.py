@@ -14,6 +14,7 @@ from robustkit.data import load_data
 from robustkit.data.samples import Samples
 from robustkit.engine import folder
 from robustkit.engine.judge import image_hashes, margins
+from robustkit.engine.matching import matched_to
 from robustkit.engine.meter import Meter
 from robustkit.engine.tally import Tally
 from robustkit.errors import UsageError
@@ -82,7 +83,8 @@ def verify_run(
     model = _loaded(model, path, report, trust_code)
     if not isinstance(samples, Samples):
         string = samples or recorded_data(_named(report, "data"), path / folder.REPORT)
-        samples = load_data(string, root=data_root, preprocess=model.preprocess).head(report.spec.data["n"])
+        samples = load_data(string, root=data_root, preprocess=model.preprocess)
+        samples = matched_to(samples, model).head(report.spec.data["n"])
     if device is not None:
         model = model.to(device)
     if model.fingerprint != report.spec.model["fingerprint"]:

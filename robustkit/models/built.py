@@ -26,6 +26,7 @@ class Built:
         in_channels: Channels of its images, where the source knows.
         preprocess: How it wants image files read, where the source knows.
         convert: What turns the names of other libraries' checkpoints into the net's, where the source has it.
+        class_names: What its classes are called, in its order, where the source knows.
     """
 
     net: Callable[[torch.Tensor], object]
@@ -37,6 +38,7 @@ class Built:
     in_channels: int | None = None
     preprocess: Preprocess | None = None
     convert: Convert | None = None
+    class_names: tuple[str, ...] | None = None
 
 
 @contextmanager

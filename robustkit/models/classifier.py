@@ -65,6 +65,7 @@ class Classifier(nn.Module):
         in_channels: int | None = None,
         defenses: Sequence[Callable[[Callable[[Images], Logits], Images], Logits]] = (),
         preprocess: Preprocess | None = None,
+        class_names: tuple[str, ...] | None = None,
         output: str | None = None,
         binary: str | None = None,
         trust_code: bool = False,
@@ -83,6 +84,7 @@ class Classifier(nn.Module):
             in_channels: Number of channels of its images, where known.
             defenses: Registered defenses, outermost first.
             preprocess: How the net wants image files read, where known.
+            class_names: What its classes are called, in its order, where known.
             output: Where the logits are in what the net returns; None where that is clear.
             binary: How one number per image is read: `logit` or `probability` (see `LogitsReader`).
             trust_code: Whether it was loaded with the leave to run code that a run folder names.
@@ -97,6 +99,7 @@ class Classifier(nn.Module):
         self.defenses = tuple(defenses)
         self.preprocess = preprocess
         self.notes = tuple(notes)
+        self.class_names = class_names
         self.reader = LogitsReader(string, output, binary, self.num_classes)
         self.trust_code = trust_code
         self.layout = torch.contiguous_format
@@ -137,6 +140,7 @@ class Classifier(nn.Module):
             preprocess=self.preprocess,
             trust_code=self.trust_code,
             notes=self.notes,
+            class_names=self.class_names,
         )
         twin.reader = replace(self.reader)
         twin.net_call, twin.layout = self.net_call, self.layout

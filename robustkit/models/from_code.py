@@ -9,7 +9,7 @@ import hashlib
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -18,16 +18,20 @@ from types import ModuleType
 from robustkit.errors import RobustkitError, UsageError, did_you_mean
 from robustkit.models.built import Built
 from robustkit.models.factory import is_factory
+from robustkit.models.imports import own_imports, own_imports_of_module
 from robustkit.models.kinds import no_such_kind
 from robustkit.models.options import Options
 from robustkit.models.strings import FILE, ModelString
 from robustkit.models.weight_files import WeightsFile
 
+# Modules that models' files have imported from their own folders.
+_helpers: set[str] = set()
+
 
 def build(spec: ModelString, options: Options, weights: WeightsFile | None) -> Built:
     """Return what the factory returns when called with the query's other fields.
 
-    The code is identified by the text of its own file, not of those that it imports.
+    The code is identified by the text of its own file and of those that it imports from its folder or package.
 
     Raises:
         UsageError: The code cannot be imported, has no such factory, or the factory is none of nets, fails or
@@ -37,19 +41,23 @@ def build(spec: ModelString, options: Options, weights: WeightsFile | None) -> B
     if spec.kind == FILE:
         path = Path(spec.source).expanduser().absolute()
         source = _read(path)
-        with _importable(path.parent):
+        imported = own_imports(path, path.parent)
+        with _importable(path.parent, imported):
             net = _call(spec, getattr(_run(path, source), spec.name, None), keywords)
-        arch, identity = f"{path}:{spec.name}", {"factory": spec.name}
+        arch, identity = f"{path}:{spec.name}", dict[str, object](factory=spec.name)
     else:
         module = _import(spec)
         source = _text(module)
+        imported = own_imports_of_module(spec.source, Path(module.__file__)) if module.__file__ else {}
         net = _call(spec, getattr(module, spec.name, None), keywords)
-        arch, identity = spec.arch, {"factory": spec.arch}
+        arch, identity = spec.arch, dict[str, object](factory=spec.arch)
+    if imported:
+        identity["imports"] = {name: _sha256(file.read_bytes()) for name, file in imported.items()}
     num_classes = keywords.get("num_classes", getattr(net, "num_classes", None))
     return Built(
         net=net,
         arch=arch,
-        identity={**identity, **keywords, "code": hashlib.sha256(source.encode()).hexdigest()},
+        identity={**identity, **keywords, "code": _sha256(source.encode())},
         num_classes=num_classes if isinstance(num_classes, int) else None,
     )
 
@@ -153,13 +161,30 @@ def _text(module: ModuleType) -> str:
 
 
 @contextmanager
-def _importable(folder: Path) -> Iterator[None]:
-    """Let a file import those beside it, as it could when run as a script."""
+def _importable(folder: Path, imported: Mapping[str, Path]) -> Iterator[None]:
+    """Let a file import those beside it afresh, as it could when run as a script.
+
+    A module that an earlier model imported under the same name may be another one, or one that has changed.
+    """
+    for name in _helpers & imported.keys():
+        sys.modules.pop(name, None)
+    importlib.invalidate_caches()
+    before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
     sys.path.insert(0, str(folder))
     try:
         yield
     finally:
         sys.path.remove(str(folder))
+        sys.dont_write_bytecode = before
+        _helpers.update(name for name, file in imported.items() if _is_from(sys.modules.get(name), file))
+
+
+def _is_from(module: ModuleType | None, file: Path) -> bool:
+    return getattr(module, "__file__", None) == str(file)
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _named(error: BaseException) -> str:

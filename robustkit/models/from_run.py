@@ -128,7 +128,16 @@ class Run:
             None if self.facts[of] is None else tuple(map(float, self.facts[of])) for of in ("mean", "std")
         )
         whole, noise = self._drawing(whole, options.noise)
-        return replace(whole, arch=self.arch, mean=mean, std=std), replace(options, noise=noise)
+        whole = replace(whole, arch=self.arch, mean=mean, std=std, class_names=self._class_names)
+        return whole, replace(options, noise=noise)
+
+    @property
+    def _class_names(self) -> tuple[str, ...] | None:
+        """What the classes of the training data were called, if they had names."""
+        names = self.facts.get("class_names")
+        if not isinstance(names, list) or len(names) != self.facts["classes"]:
+            return None
+        return tuple(map(str, names))
 
     @property
     def _is_sampled(self) -> bool:

@@ -51,6 +51,7 @@ def build(spec: ModelString, options: Options, weights: WeightsFile | None) -> B
         num_classes=net.num_classes,
         preprocess=_preprocess(data),
         convert=_convert(net),
+        class_names=_class_names(net),
     )
 
 
@@ -74,6 +75,12 @@ def _convert(net: Any) -> Convert | None:
     """Return timm's own translation of the checkpoints that a net's authors published."""
     function = getattr(sys.modules[type(net).__module__], "checkpoint_filter_fn", None)
     return None if function is None else lambda state: function(state, net)
+
+
+def _class_names(net: Any) -> tuple[str, ...] | None:
+    """Return the names of the classes where timm's record of the weights has one for each."""
+    names = (getattr(net, "pretrained_cfg", None) or {}).get("label_names") or ()
+    return tuple(map(str, names)) if len(names) == net.num_classes else None
 
 
 def _check_name(spec: ModelString, pretrained: bool) -> None:

@@ -54,6 +54,7 @@ def build(spec: ModelString, options: Options, weights: WeightsFile | None) -> B
         std=tuple(transforms.std),
         num_classes=num_classes,
         preprocess=_preprocess(transforms),
+        class_names=tuple(record.meta["categories"]) if pretrained else None,
     )
 
 

@@ -94,6 +94,7 @@ def load_model(
         in_channels=built.in_channels,
         defenses=options.defenses,
         preprocess=_preprocess(options.size, built.preprocess),
+        class_names=built.class_names,
         output=options.output,
         binary=options.binary,
         trust_code=trust_code,

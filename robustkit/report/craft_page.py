@@ -18,6 +18,7 @@ from robustkit.report.cascade import shortened
 from robustkit.report.command import commands
 from robustkit.report.lines import Chart, Series, powers
 from robustkit.report.made import made_in_parts
+from robustkit.report.names import data_name
 from robustkit.report.render import render
 from robustkit.report.strip import Pictures, scaled, shown
 from robustkit.report.table import duration, interval, percent
@@ -56,7 +57,7 @@ def _facts(record: Craft, examples: Mapping[str, np.ndarray] | None) -> dict[str
     return {
         "record": record,
         "attack": attack_words(spec.attack),
-        "data": str(spec.data["string"]).rpartition("/")[2],
+        "data": data_name(spec.data["string"]),
         "verdict": _verdict(record, others),
         "surrogates": ", ".join(own),
         "gradients": f"{record.gradients_per_image:,.0f}",

@@ -11,8 +11,9 @@ from rich.table import Table
 from robustkit.diverse import Bounds, Diversity
 from robustkit.record import Rate
 from robustkit.report.command import commands
+from robustkit.report.names import data_name
 from robustkit.report.render import render
-from robustkit.report.table import duration
+from robustkit.report.table import duration, flag_lines
 from robustkit.report.transfer import short_names
 
 # The page in a run folder.
@@ -27,7 +28,7 @@ def show(record: Diversity, console: Console, page: object = None, next_command:
         console.print(text, highlight=False, soft_wrap=True)
 
     spec, heads = record.spec, _heads(record)
-    data = str(spec.data["string"]).rpartition("/")[2]
+    data = data_name(spec.data["string"])
     line(f"diversity {record.run_id}   {record.n} images of {data}   {spec.threat}   seed {spec.seed}")
     line(
         f"PGD on each member, {spec.steps} steps, {spec.restarts} restarts; in %, of the {len(record.index)} "
@@ -50,6 +51,8 @@ def show(record: Diversity, console: Console, page: object = None, next_command:
         f"diversity d {record.apartness:.2f}   gradient cosine {record.alignment:.2f}   "
         f"{duration(record.cost.seconds)}"
     )
+    for text in flag_lines(record.flags):
+        line(text)
     if page:
         line(f"\nreport   {page}")
     if next_command:
@@ -84,7 +87,7 @@ def _facts(record: Diversity) -> dict[str, Any]:
     return {
         "record": record,
         "name": short_names([str(spec.model["string"])])[0],
-        "data": str(spec.data["string"]).rpartition("/")[2],
+        "data": data_name(spec.data["string"]),
         "verdict": verdict(record),
         "heads": heads,
         "transfer": [

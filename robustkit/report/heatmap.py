@@ -7,6 +7,7 @@ from typing import Any
 from robustkit.crafted import Matrix
 from robustkit.record import Rate, dumps
 from robustkit.report.command import commands
+from robustkit.report.names import data_name
 from robustkit.report.render import render
 from robustkit.report.transfer import attack_words, short_names
 
@@ -54,7 +55,7 @@ def _facts(record: Matrix) -> dict[str, Any]:
         ],
         "clean": [_number(share) for share in record.clean_accuracy],
         "noise": [_number(share) for share in record.noise],
-        "data": str(record.data["string"]).rpartition("/")[2],
+        "data": data_name(record.data["string"]),
         "attack": attack_words(record.attack),
         "facts": [(name, str(value)) for name, value in facts.items() if value not in (None, "")],
         "strings": list(zip(names, [*record.models, *record.targets], strict=True)),

@@ -13,6 +13,7 @@ from rich.table import Table
 from robustkit.errors import UsageError
 from robustkit.record import FORMAT, Flag, Rate, Report, dumps
 from robustkit.report.compare import compare
+from robustkit.report.names import data_name
 from robustkit.report.table import interval, percent
 
 # The title of the models whose numbers are in doubt.
@@ -179,7 +180,7 @@ def show(board: Leaderboard, console: Console, page: object = None, next_command
     def line(text: str) -> None:
         console.print(text, highlight=False, soft_wrap=True)
 
-    data = str(board.data["string"]).rpartition("/")[2]
+    data = data_name(board.data["string"])
     count = f"{len(board.rows)} model{'s' * (len(board.rows) != 1)}"
     images = f"{board.data['n']} image{'s' * (board.data['n'] != 1)}"
     line(f"leaderboard {board.id}   {count}   {images} of {data}   {board.threat}   seed {board.seed}\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,11 @@ from robustkit.record import Report, stage_name
 
 # The fields that say most of an attack, the best first. A record's own order is lost in its file.
 TELLING = ("loss", "steps", "queries", "targets")
+
+
+def data_name(string: object) -> str:
+    """Return what to call data in a table: its file, folder or set, without the folders above and the query."""
+    return re.split(r"\?(?=[A-Za-z_]\w*=)", str(string))[0].rpartition("/")[2]
 
 
 def stage_names(report: Report) -> list[str]:

@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from robustkit.planned import Estimate, Plan, Scale
+from robustkit.report.names import data_name
 from robustkit.report.table import duration, percent
 
 # What the time goes to that is not the attacks, by the keys of `Scale.shares`.
@@ -27,7 +28,7 @@ def show(plan: Plan, console: Console, next_command: str) -> None:
     def line(text: str) -> None:
         console.print(text, highlight=False, soft_wrap=True)
 
-    data = plan.data.rpartition("/")[2]
+    data = data_name(plan.data)
     device = plan.environment["device_name"]
     line(
         f"plan   {plan.n:,} image{'s' * (plan.n != 1)} of {data}   {plan.threat}   {plan.suite}   seed {plan.seed}"

@@ -12,6 +12,7 @@ from robustkit.record import Curve, Flag, Rate, Report
 from robustkit.report import costs
 from robustkit.report.inputs import remarks, size
 from robustkit.report.made import made_in_parts
+from robustkit.report.names import data_name
 
 # The quarters, the whole and the multiples of eps that a terminal has room for, by their place in a curve.
 SHOWN = (1, 3, 7, 11, 15)
@@ -19,7 +20,7 @@ SHOWN = (1, 3, 7, 11, 15)
 
 def show(report: Report, console: Console, next_command: str | None = None, page: object | None = None) -> None:
     """Print run, stages, result, flags, where the page is, and the next command."""
-    data = str(report.spec.data["string"]).rpartition("/")[2]
+    data = data_name(report.spec.data["string"])
     console.print(
         f"run {report.run_id}   {report.n} image{'s' * (report.n != 1)} of {data}"
         f"{size(report) and f' ({size(report)})'}   {report.spec.threat}   "

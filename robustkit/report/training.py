@@ -10,7 +10,8 @@ from rich.table import Table
 
 from robustkit.record import Rate
 from robustkit.report.made import made_in_parts
-from robustkit.report.table import duration, interval, percent
+from robustkit.report.names import data_name
+from robustkit.report.table import duration, flag_lines, interval, percent
 from robustkit.trained import Trained, TrainSpec
 
 # Rows of a long run's table; the rest is in metrics.jsonl.
@@ -33,7 +34,7 @@ def show(record: Trained, console: Console, next_command: str | None = None, pag
     def line(text: str) -> None:
         console.print(text, highlight=False, soft_wrap=True)
 
-    data = str(record.data).rpartition("/")[2]
+    data = data_name(record.data)
     alike = record.members > 1 and not record.arch.startswith("ensemble:")
     nets = f"{record.members} x " if alike else ""
     line(
@@ -48,7 +49,7 @@ def show(record: Trained, console: Console, next_command: str | None = None, pag
     line("")
     if record.accuracy:
         rate = Rate(**record.accuracy)
-        of = str(spec["test"]["string"]).rpartition("/")[2]
+        of = data_name(spec["test"]["string"])
         what = (
             f"mean of {len(record.samples)} samples" if record.samples else "mean of nets" if nets else "accuracy"
         )
@@ -59,6 +60,8 @@ def show(record: Trained, console: Console, next_command: str | None = None, pag
     line(f"cost       {flops_words(cost['flops'])}   {duration(cost['seconds'])}")
     if made := made_in_parts(record.environment):
         line(made)
+    for text in flag_lines(record.flags):
+        line(text)
     if page:
         line(f"report     {page}")
     if next_command:

@@ -16,6 +16,7 @@ from robustkit.errors import UsageError
 from robustkit.record import Rate
 from robustkit.report.compare import mcnemar, newcombe
 from robustkit.report.made import made_in_parts
+from robustkit.report.names import data_name
 from robustkit.report.table import duration, flag_lines, interval, percent
 from robustkit.report.training import flops_words
 
@@ -61,7 +62,7 @@ def show(record: Craft, console: Console, next_command: str | None = None, page:
     def line(text: str) -> None:
         console.print(text, highlight=False, soft_wrap=True)
 
-    data = str(spec.data["string"]).rpartition("/")[2]
+    data = data_name(spec.data["string"])
     line(f"run {record.run_id}   {record.n} images of {data}   {spec.threat}   seed {spec.seed}")
     attack = attack_words(spec.attack)
     goal = f"   targeted: {spec.targeted}" if spec.targeted else ""
@@ -157,7 +158,7 @@ def show_matrix(record: Matrix, console: Console, page: object = None, next_comm
     def line(text: str) -> None:
         console.print(text, highlight=False, soft_wrap=True)
 
-    data = str(record.data["string"]).rpartition("/")[2]
+    data = data_name(record.data["string"])
     names = short_names([*record.models, *record.targets])
     line(f"matrix {record.run_id}   {record.n} images of {data}   {record.threat}   seed {record.seed}")
     line(f"{attack_words(record.attack)}   success in % over the images that the column classifies correctly\n")
@@ -174,6 +175,8 @@ def show_matrix(record: Matrix, console: Console, page: object = None, next_comm
     console.print(table, highlight=False)
     line("* crafted on this very model; any of them: images that any row but a model's own fools it with")
     line("grads: gradients per image")
+    for text in flag_lines(record.flags):
+        line(text)
     if page:
         line(f"\nreport   {page}")
     if next_command:

@@ -21,7 +21,7 @@ def model_name(report: Report) -> str:
 
 def data_name(report: Report) -> str:
     """Return the data string without its folders."""
-    return _without_folders(str(report.spec.data["string"]))
+    return _without_folders(str(report.spec.data["string"]).partition("?")[0])
 
 
 def images(report: Report) -> str:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from robustkit.data.strings import DataString
 from robustkit.errors import did_you_mean
 
 CROP, FLIP = "crop", "flip"
@@ -18,7 +19,7 @@ def usual(data: str, channels: int, height: int) -> str:
     """Return what is usual for these images: crop and flip for photographs, nothing for drawings of digits."""
     if channels == 1 or height < 24:
         return "none"
-    return "crop" if data.partition(":")[0] in UNMIRRORED else "crop-flip"
+    return "crop" if DataString.parse(data).name in UNMIRRORED else "crop-flip"
 
 
 def parts(name: str) -> tuple[str, ...]:

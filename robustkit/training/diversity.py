@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from robustkit import inner
 from robustkit.data.catalog import CATALOG
+from robustkit.data.strings import DataString
 from robustkit.rng import RowRng
 from robustkit.shapes import Images, Labels
 from robustkit.threat import ThreatModel
@@ -25,7 +26,7 @@ USUAL = "linf:8/255"
 
 def usual_threat(data: str) -> ThreatModel:
     """Return the threat of the look: the data's own, if it has one."""
-    entry = CATALOG.get(data.partition(":")[0])
+    entry = CATALOG.get(DataString.parse(data).name)
     return ThreatModel.parse(USUAL if entry is None or entry.threat is None else entry.threat)
 
 

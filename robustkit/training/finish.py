@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from robustkit.checks.chance import chance_accuracy
 from robustkit.engine.environment import environment
 from robustkit.engine.folder import sha256
 from robustkit.errors import RunError
@@ -50,10 +51,11 @@ def finish(
             if test is not None:
                 scores = [score.log_probabilities(member.classifier, test) for member in members]
     own = [score.accuracy_and_loss(one, test.labels)[0] for one in scores] if test is not None else []
-    accuracy = None
+    accuracy = chance = None
     if test is not None:
         hits = int((score.mixed(scores).argmax(1) == test.labels).sum())
         accuracy = json.loads(dumps(Rate.of(hits, len(test))))
+        chance = chance_accuracy(hits, test.labels.tolist(), job.plan.classes)
     classifier = members[0].classifier
     mean, std = (None if of is None else of.flatten().tolist() for of in (classifier.mean, classifier.std))
     classifiers = [member.classifier for member in members]
@@ -86,6 +88,8 @@ def finish(
         },
         hashes={file: sha256(job.folder / file)},
         environment=environment(train.pixels.device, job.spec.precision, None) | {"parts": course.parts},
+        class_names=job.class_names,
+        flags=[*job.flags, *([chance] if chance else [])],
     )
     write(job.folder / RECORD, (dumps(record.to_json(), indent=2) + "\n").encode())
     shutil.rmtree(job.folder / KEPT, ignore_errors=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from robustkit.method import Method, Plan
 from robustkit.models.strings import ModelString
+from robustkit.record import Flag
 from robustkit.trained import TrainSpec
 from robustkit.training.images import ImageSet
 from robustkit.training.progress import TrainProgress
@@ -27,6 +28,8 @@ class Job:
         parallel: how processes share the run, one of `robustkit.training.shares.CHOICES`.
         folder: of the run.
         progress: who to tell.
+        class_names: what the training data calls the classes.
+        flags: reasons to doubt the data.
     """
 
     spec: TrainSpec
@@ -39,3 +42,5 @@ class Job:
     parallel: str
     folder: Path
     progress: TrainProgress
+    class_names: tuple[str, ...] | None = None
+    flags: tuple[Flag, ...] = ()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from robustkit.data.strings import DataString
 from robustkit.errors import UsageError
 from robustkit.features import Reached
 from robustkit.method import Method
@@ -123,7 +124,7 @@ def reseed(text: str, device: torch.device) -> None:
 
 def usual_arch(data: str) -> str:
     """Return the net that is trained on this data if none is named; UsageError if none is usual."""
-    name = data.partition(":")[0]
+    name = DataString.parse(data).name
     if name not in USUAL:
         raise UsageError(f"no usual net for {data}; write --arch, e.g. --arch robustkit:cifar-resnet20.")
     return USUAL[name]

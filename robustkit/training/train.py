@@ -225,6 +225,8 @@ class Training:
                 parallel=self.parallel,
                 folder=folder,
                 progress=progress,
+                class_names=self.samples.classes,
+                flags=(*self.samples.flags, *(() if self.test is None else self.test.flags)),
             )
             text = processes.launch(self.device, self.devices, spec.precision, partial(work, job=job))
         return Trained.from_json(json.loads(text))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -143,15 +146,22 @@ def test_fingerprint_moves_with_the_folder_and_changes_with_it(tree: Path, tmp_p
     shutil.copytree(tree, copy)
     assert load_data(f"folder:{copy}").fingerprint == original
     assert load_data(f"folder:{copy}", preprocess=Preprocess((5, 4), 6)).fingerprint != original
-    with (copy / "ape" / "3.png").open("ab") as file:
-        file.write(b"\0")
-    assert load_data(f"folder:{copy}").fingerprint != original
-    shutil.copy(tree / "ape" / "3.png", copy / "ape" / "3.png")
     opened = load_data(f"folder:{copy}")
     (copy / "ape").rename(copy / "ant")
     with pytest.raises(UsageError, match=r"cannot be read as an image .*No such file"):
         _ = opened.fingerprint
-    assert load_data(f"folder:{copy}").fingerprint != original
+    # Same pictures, same labels: what they are called does not count.
+    assert load_data(f"folder:{copy}").fingerprint == original
+
+
+def test_another_picture_of_the_same_size_and_time_is_another_fingerprint(tree: Path) -> None:
+    file = tree / "ape" / "3.png"
+    content, state = bytearray(file.read_bytes()), file.stat()
+    original = load_data(f"folder:{tree}").fingerprint
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert load_data(f"folder:{tree}").fingerprint != original
 
 
 def test_folders_that_hold_no_classes(tmp_path: Path) -> None:
@@ -165,11 +175,107 @@ def test_folders_that_hold_no_classes(tmp_path: Path) -> None:
     flat = tmp_path / "flat"
     flat.mkdir()
     picture(0).save(flat / "0.png")
-    with pytest.raises(UsageError, match=f"^{flat} is not one folder of images per class: Couldn't find any"):
+    with pytest.raises(UsageError, match="per class: it holds 1 pictures but no folder; put the"):
         load_data(f"folder:{flat}")
     (flat / "empty").mkdir()
-    with pytest.raises(UsageError, match=r"no valid file for the classes empty\.$"):
+    with pytest.raises(UsageError, match="per class: 'empty' holds no picture; remove that folder"):
         load_data(f"folder:{flat}")
+
+
+def test_hidden_folders_and_files_are_left_out_with_a_line(tree: Path) -> None:
+    (tree / ".ipynb_checkpoints").mkdir()
+    (tree / "__MACOSX").mkdir()
+    for place in (".ipynb_checkpoints/0.png", "__MACOSX/0.png", "bee/._0.png", "loose.png"):
+        picture(0).save(tree / place)
+    (tree / ".DS_Store").touch()
+    samples = load_data(f"folder:{tree}")
+    assert (len(samples), samples.classes) == (30, ("ape", "bee", "cat"))
+    assert samples.notes == (
+        "left out 3 hidden folders and files: .ipynb_checkpoints, __MACOSX, bee/._0.png",
+        "left out 1 pictures beside the class folders: loose.png",
+    )
+
+
+@pytest.mark.parametrize(
+    ("parts", "named"),
+    [
+        (("train", "val"), "val"),
+        (("Test_set", "Training"), "Test_set"),
+        (("train2017", "val2017"), "val2017"),
+        (("pictures",), "pictures"),
+        (("x", "y"), "x"),
+    ],
+)
+def test_a_folder_above_the_class_folders_is_refused(parts: tuple[str, ...], named: str, tmp_path: Path) -> None:
+    for part in parts:
+        for name in ("ape", "bee"):
+            (tmp_path / part / name).mkdir(parents=True)
+            picture(0).save(tmp_path / part / name / "0.png")
+    with pytest.raises(UsageError, match=f"class folders are inside these; write folder:{tmp_path}/{named}, or"):
+        load_data(f"folder:{tmp_path}")
+    assert load_data(f"folder:{tmp_path}?classes={','.join(('z', *parts))}").labels.min() == 1
+
+
+def test_classes_may_have_folders_inside(tmp_path: Path) -> None:
+    for place in ("ape/images", "bee/images", "cat/here", "cat/there"):
+        (tmp_path / place).mkdir(parents=True)
+        picture(0).save(tmp_path / place / "0.png")
+    assert load_data(f"folder:{tmp_path}").labels.tolist().count(2) == 2
+
+
+def test_what_is_no_ordinary_file_is_never_opened(tree: Path) -> None:
+    samples = load_data(f"folder:{tree}")
+    (tree / "bee" / "4.png").unlink()
+    os.mkfifo(tree / "bee" / "4.png")
+    with pytest.raises(UsageError, match=r"bee/4\.png cannot be read as an image \(it is a named pipe"):
+        samples.images(range(30))
+    with pytest.raises(UsageError, match=r"bee/4\.png is a pipe, a socket or a device, not a picture; remove it"):
+        load_data(f"folder:{tree}")
+    (tree / "bee" / "4.png").unlink()
+    (tree / "bee" / "loop").symlink_to(tree)
+    assert len(load_data(f"folder:{tree}")) < 100
+
+
+def header_of(width: int, height: int) -> bytes:
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    size = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + size + chunk(b"IDAT", zlib.compress(bytes(99))) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is none of JPEG, PNG, WEBP, PPM, BMP, TIFF, GIF"),
+        (b"8BPS" + bytes(40), "is none of JPEG"),
+        (header_of(40_000, 40_000), "has more than 89,478,485 pixels; make it smaller or remove it"),
+        (header_of(10_000, 10_000), "has more than 89,478,485 pixels"),
+        (header_of(2**31 - 1, 2**31 - 1), "has more than 89,478,485 pixels"),
+        (header_of(0, 4), "cannot be read as an image"),
+    ],
+)
+def test_only_documented_formats_of_a_sensible_size_are_decoded(
+    content: bytes, sentence: str, tmp_path: Path
+) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "0.png").write_bytes(content)
+    with pytest.raises(UsageError, match=f"0.png .*{sentence}"):
+        load_data(f"folder:{tmp_path}").images([0])
+
+
+def test_a_rotation_by_exif_is_said_and_not_applied(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    exif = Image.Exif()
+    exif[274] = 6
+    for name in ("0.jpg", "1.webp", "2.png"):
+        picture(0).save(tmp_path / "a" / name, exif=exif)
+    picture(0).save(tmp_path / "a" / "3.jpg")
+    samples = load_data(f"folder:{tmp_path}")
+    (flag,) = samples.flags
+    assert (flag.code, flag.value) == ("exif-rotation", 3)
+    assert "it is not applied, as in the transforms of torchvision and timm" in flag.meaning
+    assert samples.images(range(4)).shape == (4, 3, H, W)
 
 
 @pytest.fixture(scope="module")

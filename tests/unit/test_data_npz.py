@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import pickle
 import tempfile
 import zipfile
@@ -135,7 +136,7 @@ def test_values_are_judged_when_read(tmp_path: Path) -> None:
         (
             {"x": X.transpose(0, 3, 1, 2), "y": Y},
             r"the uint8 images x have shape \(5, 3, 7, 9\), which read as \(N, H, W, C\) means 9 channels "
-            r"of 3 x 7 pixels; write x\.transpose\(0, 2, 3, 1\)",
+            r"of 3 x 7 pixels; write set\.npz\?layout=NCHW, or set\.npz\?layout=NHWC if",
         ),
         (
             {"x": F.transpose(0, 2, 3, 1), "y": Y},
@@ -143,9 +144,9 @@ def test_values_are_judged_when_read(tmp_path: Path) -> None:
         ),
         ({"x": X, "y": Y[1:]}, "5 images x but 4 labels y"),
         ({"x": X[:0], "y": Y[:0]}, "holds no pixel"),
-        ({"x": X, "y": Y / 2}, "the labels y are float64; write integers"),
-        ({"x": X, "y": Y > 0}, "the labels y are bool; write integers"),
-        ({"x": X, "y": np.eye(5, dtype=int)}, r"the labels y have shape \(5, 5\)"),
+        ({"x": X, "y": Y / 4}, r"the label at position 1 is 0\.5; write whole numbers from 0 up"),
+        ({"x": X, "y": Y.astype("M8[s]")}, r"the labels y are datetime64\[s\]; write integers"),
+        ({"x": X, "y": np.eye(5) / 2}, r"the labels y have shape \(5, 5\), but row 0 is not one-hot"),
         ({"x": X, "y": Y - 1}, "the label at position 0 is -1"),
     ],
 )
@@ -248,3 +249,65 @@ def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(module.zipfile, "ZipFile", refuse)
     with pytest.raises(UsageError, match=r"cannot be read \(Permission denied\); check"):
         load_data(str(path))
+
+
+def bomb(path: Path, labels: int, method: int = zipfile.ZIP_DEFLATED) -> Path:
+    """An archive of a few kB whose images take 12 MB."""
+    with zipfile.ZipFile(path, "w", method) as archive:
+        with archive.open("x.npy", "w") as file:
+            head = {"descr": "|u1", "fortran_order": False, "shape": (1000, 64, 64, 3)}
+            np.lib.format.write_array_header_1_0(file, head)
+            file.write(bytes(1000 * 64 * 64 * 3))
+        with archive.open("y.npy", "w") as file:
+            np.lib.format.write_array(file, np.zeros(labels, np.int64))
+    return path
+
+
+def test_nothing_is_unpacked_before_the_headers_agree_and_it_fits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert len(load_data(str(bomb(tmp_path / "ok.npz", 1000)))) == 1000
+    monkeypatch.setattr(module, "free_memory", lambda: 20 << 20)
+    with pytest.raises(UsageError, match=r"'x' takes 0\.0 GiB unpacked, more than half of the free memory"):
+        load_data(str(tmp_path / "ok.npz"))
+    with pytest.raises(UsageError, match="1000 images x but 4 labels y"):
+        load_data(str(bomb(tmp_path / "bomb.npz", 4)))
+    with pytest.raises(UsageError, match="'x' is packed by method 12; write it with numpy"):
+        load_data(str(bomb(tmp_path / "bz2.npz", 1000, zipfile.ZIP_BZIP2)))
+    monkeypatch.undo()
+    written(tmp_path / "names.npz", np.savez_compressed, x=X, y=Y, classes=np.full(3, "a" * 2_000_000))
+    with pytest.raises(UsageError, match="'classes' takes 24,000,000 bytes, more than the 16,777,216 that"):
+        load_data(str(tmp_path / "names.npz"))
+
+
+def test_what_is_no_ordinary_file_is_never_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.npz")
+    (tmp_path / "zero.npz").symlink_to("/dev/zero")
+    for name, what in (("pipe", "a named pipe"), ("zero", "a device")):
+        with pytest.raises(UsageError, match=rf"{name}\.npz cannot be read \(it is {what}, not an ordinary"):
+            load_data(str(tmp_path / f"{name}.npz"))
+
+
+def test_labels_may_be_one_hot_whole_floats_or_names(tmp_path: Path) -> None:
+    for y in (np.eye(3)[Y], Y.astype(float), Y[:, None], Y.astype(np.uint8)):
+        assert load_data(str(written(tmp_path / "set.npz", x=X, y=y))).labels.tolist() == Y.tolist()
+    names = np.array(["cow", "ape", "bee"])
+    samples = load_data(str(written(tmp_path / "set.npz", x=X, y=names[Y])))
+    assert samples.labels.tolist() == [2, 1, 0, 1, 2]
+    samples = load_data(str(written(tmp_path / "set.npz", x=X, y=names[Y], classes=names)))
+    assert samples.labels.tolist() == Y.tolist()
+
+
+def test_the_layout_may_be_said(tmp_path: Path) -> None:
+    x = np.random.RandomState(0).randint(0, 256, (B, 13, 8, 8)).astype(np.uint8)
+    path = written(tmp_path / "bands.npz", x=x, y=Y)
+    with pytest.raises(UsageError, match=r"8 channels of 13 x 8 pixels; write bands\.npz\?layout=NCHW, or bands"):
+        load_data(str(path))
+    samples = load_data(f"{path}?layout=NCHW")
+    assert samples.name == f"{path}?layout=NCHW"
+    assert np.array_equal(samples.images([3])[0].numpy(), x[3].astype(np.float32) / np.float32(255))
+    assert load_data(f"{path}?layout=NHWC").images([0]).shape == (1, 8, 13, 8)
+    with pytest.raises(UsageError, match=r"no layout 'NWHC'\. Did you mean 'NHWC'\?"):
+        load_data(f"{path}?layout=NWHC")
+    with pytest.raises(UsageError, match=r"has a layout=, which only \.npz arrays need"):
+        load_data("digits:test?layout=NCHW")

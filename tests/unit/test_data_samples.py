@@ -138,14 +138,80 @@ def test_fingerprint_is_of_the_selected_content() -> None:
             floats().transpose(0, 2, 3, 1),
             LABELS,
             r"the float32 images x have shape \(5, 7, 9, 3\), which read as \(N, C, H, W\) means 7 channels "
-            r"of 9 x 3 pixels; write x\.transpose\(0, 3, 1, 2\)",
+            r"of 9 x 3 pixels; write robustkit\.data\.from_arrays\(x, y, layout='NHWC'\), or .*'NCHW'\) if that",
         ),
         (floats(), LABELS[:4], "5 images x but 4 labels y; write one label per image"),
-        (floats(), LABELS.astype(float), "the labels y are float64; write integers"),
-        (floats(), LABELS[:, None], r"the labels y have shape \(5, 1\); write one integer per image"),
+        (floats(), LABELS + 0.5, r"the label at position 0 is 0\.5; write whole numbers from 0 up"),
+        (floats(), [0.0, np.nan, 0, 0, 0], "the label at position 1 is nan; write whole numbers"),
+        (floats(), [0, 2**40, 0, 0, 0], r"the label at position 1 is 1\.09951e\+12; write classes below"),
+        (
+            floats(),
+            np.array([0, 2**63, 0, 0, 0], np.uint64),
+            "the label at position 1 is 9.*; write classes below",
+        ),
+        (floats(), [0, None, 0, 0, 0], "the labels y are object; write integers"),
+        (floats(), [[0], [1, 2], [0], [0], [0]], "the labels y are rows of unequal lengths"),
+        (floats(), np.zeros((B, 4)), r"have shape \(5, 4\), but row 0 is not one-hot; write one integer"),
+        (floats(), np.zeros((B, 2, 2)), r"have shape \(5, 2, 2\)"),
+        (floats(), 3, r"the labels y have shape \(\); write one integer per image, shape \(5,\)"),
         (floats(), LABELS - 1, "the label at position 0 is -1; write classes from 0 up"),
     ],
 )
 def test_wrong_arrays_say_what_to_write(images: Any, labels: Any, sentence: str) -> None:
     with pytest.raises(UsageError, match=f"^mine: .*{sentence}"):
         from_arrays(images, labels, name="mine")
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        LABELS.tolist(),
+        [torch.tensor(int(label)) for label in LABELS],
+        LABELS.astype(np.uint8),
+        LABELS.astype(object),
+        LABELS.astype(float),
+        LABELS[:, None],
+        np.eye(3)[LABELS],
+        torch.nn.functional.one_hot(torch.from_numpy(LABELS)),
+        torch.from_numpy(LABELS).to(torch.bfloat16),
+        torch.from_numpy(LABELS).int()[:, None],
+    ],
+)
+def test_labels_come_in_many_forms(labels: Any) -> None:
+    found = from_arrays(floats(), labels)
+    assert found.labels.dtype == np.int64
+    assert found.labels.tolist() == LABELS.tolist()
+    assert found.classes is None
+
+
+def test_names_are_numbered_as_they_sort_or_as_classes_says() -> None:
+    names = ["ape", "cow", "bee", "cow", "ape"]
+    found = from_arrays(floats(), names)
+    assert (found.labels.tolist(), found.classes) == (LABELS.tolist(), ("ape", "bee", "cow"))
+    assert from_arrays(floats(), np.array(names), classes=("cow", "ape", "bee")).labels.tolist() == [1, 0, 2, 0, 1]
+    with pytest.raises(UsageError, match="the label at position 1 is 'cow', which is none of the 2 class names"):
+        from_arrays(floats(), names, classes=("ape", "bee"))
+
+
+@pytest.mark.parametrize(
+    ("shape", "kind", "layout", "channels"),
+    [
+        ((2, 13, 8, 8), np.float32, None, 13),
+        ((2, 200, 9, 9), np.float32, None, 200),
+        ((2, 8, 8, 13), np.uint8, "NHWC", 13),
+        ((2, 13, 8, 8), np.uint8, None, 13),
+        ((2, 9, 9, 200), np.float32, "nhwc", 200),
+        ((2, 13, 8, 9), np.float32, "NCHW", 13),
+        ((2, 5, 7, 9), np.float32, None, 5),
+    ],
+)
+def test_images_of_many_bands(shape: tuple[int, ...], kind: type, layout: str | None, channels: int) -> None:
+    assert from_arrays(np.zeros(shape, kind), [0, 1], layout=layout).images([0]).shape[1] == channels
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 8, 13), (2, 8, 8, 8), (2, 13, 8, 9), (2, 32, 32, 3)])
+def test_bands_that_may_stand_either_way_are_asked_for(shape: tuple[int, ...]) -> None:
+    with pytest.raises(UsageError, match=r"layout='NHWC'\), or .*layout='NCHW'\) if that is meant"):
+        from_arrays(np.zeros(shape, np.float32), [0, 1])
+    with pytest.raises(UsageError, match="no layout 'CHWN'"):
+        from_arrays(np.zeros(shape, np.float32), [0, 1], layout="CHWN")

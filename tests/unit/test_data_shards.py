@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import tarfile
 import threading
 import time
@@ -18,8 +19,10 @@ from PIL import Image
 from robustkit.data import from_arrays, load_data, tar_index
 from robustkit.data.ahead import read_ahead
 from robustkit.data.samples import Samples
+from robustkit.data.tar_headers import headers
 from robustkit.errors import UsageError
 from robustkit.preprocess import Preprocess
+from robustkit.record import Flag
 
 H, W = 9, 7
 LONG = (
@@ -119,12 +122,16 @@ def test_where_the_index_cannot_be_kept_it_is_made_each_time(shards: Path) -> No
     assert len(load(shards)) == len(load(shards)) == 15
 
 
-def test_fingerprint_is_of_names_sizes_and_labels(shards: Path, tmp_path: Path) -> None:
+def test_fingerprint_is_of_images_and_labels(shards: Path, tmp_path: Path) -> None:
     original = load(shards).fingerprint
     assert load(shards, preprocess=Preprocess((4, 5), 6)).fingerprint != original
     shards.rename(tmp_path / "moved")
     assert load(tmp_path / "moved").fingerprint == original
-    write(tmp_path / "moved" / "000.tar", [file for k in range(5) for file in sample(k, f"{k + 1:04d}")])
+    shard = tmp_path / "moved" / "000.tar"
+    content, state = bytearray(shard.read_bytes()), shard.stat()
+    content[content.index(png(0)) + 60] ^= 1
+    shard.write_bytes(content)
+    os.utime(shard, ns=(state.st_atime_ns, state.st_mtime_ns))
     assert load(tmp_path / "moved").fingerprint != original
 
 
@@ -166,6 +173,60 @@ def test_a_shard_with_a_damaged_header_in_the_middle_is_named(tmp_path: Path) ->
         load(shard)
 
 
+def header(name: bytes, size: int, kind: bytes = b"0") -> bytes:
+    """The header of a member of any length, as GNU tar writes those that octal digits cannot say."""
+    large = (b"\xff" if size < 0 else b"\x80") + (size % 2**88).to_bytes(11, "big")
+    block = bytearray(name.ljust(100, b"\0") + b"0000644\0" + bytes(16) + large + bytes(12) + b" " * 8 + kind)
+    block += bytes(100) + b"ustar\x0000" + bytes(247)
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+def extended(key: bytes, value: bytes) -> bytes:
+    record = b" " + key + b"=" + value + b"\n"
+    record = b"%d" % (len(record) + 2) + record
+    return header(b"pax", len(record), b"x") + record.ljust(512, b"\0")
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (header(b"a.png", -512), "a member has a length of -512 bytes"),
+        (header(b"a.png", -1024, b"L"), "a member has a length of -1024 bytes"),
+        (header(b"a.png", 2**60), "it is cut off or damaged"),
+        (header(b"a", 2**31, b"L"), "a header has 2,147,483,648 bytes, more than 1,048,576"),
+        (extended(b"size", b"-512") + header(b"a.png", 0), "a length is '-512', which is no whole number"),
+        (extended(b"GNU.sparse.major", b"1") + header(b"a.png", 0), "a.png is a sparse file, which is not read"),
+        (header(b"a.png", 512, b"S") + bytes(512), "a.png is a sparse file, which is not read"),
+    ],
+)
+def test_lengths_that_lead_nowhere_are_refused(content: bytes, sentence: str, tmp_path: Path) -> None:
+    (tmp_path / "0.tar").write_bytes(content + bytes(1024))
+    with pytest.raises(UsageError, match=rf"^{tmp_path}/0.tar cannot be read as a tar file \({sentence}"):
+        load(tmp_path / "0.tar")
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_headers_are_those_that_tarfile_reads(form: int, tmp_path: Path) -> None:
+    names = ["a.png", "ü/ß.cls", "f" * 90 + "/" + "g" * 95 + ".x"]
+    names += [] if form == tarfile.USTAR_FORMAT else ["h" * 300 + "/i.jpg"]
+    write(tmp_path / "0.tar", [(name, bytes(number * 700)) for number, name in enumerate(names)], form)
+    with tarfile.open(tmp_path / "0.tar", "a", format=form) as shard:
+        for kind in (tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE):
+            member = tarfile.TarInfo("other.png")
+            member.type, member.linkname = kind, "a.png"
+            shard.addfile(member)
+    with tarfile.open(tmp_path / "0.tar") as shard:
+        expected = [(file.name, file.offset_data, file.size) for file in shard if file.isreg()]
+    with (tmp_path / "0.tar").open("rb") as file:
+        assert [tuple(found) for found in headers(file, (tmp_path / "0.tar").stat().st_size)] == expected
+
+
+def test_hidden_files_in_a_shard_are_left_out(tmp_path: Path) -> None:
+    hidden = [(f"{folder}{name}", b"") for folder in ("__MACOSX/", ".x/", "") for name in ("._0.png", "._0.cls")]
+    assert len(load(write(tmp_path / "0.tar", [*hidden, *sample(0, "./a/0000")]))) == 1
+
+
 def test_compressed_shards_are_refused(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "0.tar", "w:gz") as shard:
         shard.addfile(tarfile.TarInfo("0.png"))
@@ -176,7 +237,9 @@ def test_compressed_shards_are_refused(tmp_path: Path) -> None:
 def test_an_unreadable_image_is_named(tmp_path: Path) -> None:
     shard = write(tmp_path / "0.tar", [*sample(0), ("odd.cls", b"1"), ("odd.png", b"no image")])
     samples = load(shard)
-    sentence = rf"^{shard}: odd\.png cannot be read as an image \(its format is unknown\); replace it or remove it"
+    sentence = (
+        rf"^{shard}: odd\.png cannot be read as an image \(it is none of JPEG, .*, GIF\); replace it or remove it"
+    )
     with pytest.raises(UsageError, match=sentence):
         samples.images([0, 1])
     shard.unlink()
@@ -191,6 +254,14 @@ def test_an_unreadable_image_is_named(tmp_path: Path) -> None:
         ("webdataset:0.tar", r"there is no file .*/0\.tar; write webdataset:PATH"),
         ("webdataset:{00..12}.tar", r"there is no file .*/00\.tar, nor 12 others of 13; write"),
         ("webdataset:.", r".* holds no \.tar file; write webdataset:PATH"),
+        ("webdataset:{0..99999999999}.tar", r".* stands for more than 100,000 shards; write smaller ranges"),
+        ("webdataset:{0..9}{0..99}{0..999}.tar", r".* stands for more than 100,000 shards; write smaller ranges"),
+        ("webdataset:{0..{0..999999}}.tar", r".* stands for more than 100,000 shards"),
+        (f"webdataset:{{0..{'9' * 5000}}}.tar", r".* stands for more than 100,000 shards"),
+        ("webdataset:{9..1}.tar", r"the range \{9\.\.1\} is empty; write its smaller number first"),
+        (f"webdataset:{'a' * 5000}.tar", "there is no file"),
+        ("webdataset:a\0.tar", "there is no file"),
+        ("webdataset:/dev/zero", "/dev/zero is no ordinary file; write webdataset:PATH"),
         ("0.tar", r"'0\.tar' is a tar file by its name; write webdataset:0\.tar"),
     ],
 )
@@ -220,6 +291,9 @@ class Watched:
 
     def content(self, rows: npt.NDArray[np.int64]) -> Iterable[bytes]:
         return [rows.tobytes()]
+
+    def flags(self, rows: npt.NDArray[np.int64]) -> tuple[Flag, ...]:
+        return ()
 
 
 def blocks(count: int) -> list[npt.NDArray[np.int64]]:

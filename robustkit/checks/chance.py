@@ -1,0 +1,43 @@
+"""Whether a model does better than guessing: if not, labels, normalisation or pixel range are wrong. No torch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from robustkit.record import CHANCE, Flag, Rate
+
+
+def chance_accuracy(correct: int, labels: Sequence[int], classes: int, model: str = "") -> Flag | None:
+    """Return a flag if a clean accuracy is not significantly above chance, or every image is misclassified.
+
+    Chance is one class in K, or the share of the most frequent label where that is significantly larger.
+
+    Args:
+        correct: images that the model classifies correctly.
+        labels: of all images (N).
+        classes: K.
+        model: what to call the model where there are several.
+    """
+    n = len(labels)
+    if n == 0 or correct == n:
+        return None
+    rate = Rate.of(correct, n)
+    most = max(Counter(labels).values())
+    chance = max(1 / classes, Rate.of(most, n).low)
+    if correct and rate.low > chance:
+        return None
+    whose = f" of {model}" if model else ""
+    found = (
+        f"not significantly above chance ({classes} classes, the most frequent label on {most} images)"
+        if correct
+        else "every image is misclassified"
+    )
+    return Flag(
+        CHANCE,
+        "warning",
+        round(rate.value, 4),
+        f"is the clean accuracy{whose} on {n} images: {found}",
+        "check that the labels are the model's class numbers (order of class folders, ?classes=FILE behind the "
+        "data), the normalisation (?mean=R,G,B&std=R,G,B behind the model) and that pixels are on [0, 1]",
+    )
