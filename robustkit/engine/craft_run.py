@@ -199,7 +199,7 @@ class _Job:
             surrogates=[],
             targets=[],
             environment=surroundings,
-            flags=[flag for flag in (budgets.falls_short(plan.composed, float(plan.threat.eps)),) if flag],
+            flags=[short] if (short := budgets.falls_short(plan.composed, float(plan.threat.eps))) else (),
             adversarial=rows.arrays() if self.out is None else folder.read_adversarial(self.out),
         )
 
