@@ -58,7 +58,7 @@ def test_every_flag_reaches_the_record(
     flags = ["--combine", "loss", "--weights", "1,1/2", "--seed", "7", "--batch-size", "5", "--device", "cpu"]
     more = ["--targeted", "random", "--streaming", "--budgets", "4,8", "--forecast", "--png", "png", "--json"]
     command = ["craft", "--surrogate", ONE, "--surrogate", TWO, "--target", THREE, *flags, *more, *DATA]
-    assert run([*command, "--attack", "mi-fgsm(steps=3,momentum=0.5)", "--out", "r"]) == 0
+    assert run([*command, "--attack", "mi-fgsm(steps=3,step_size=0.1eps,momentum=0.5)", "--out", "r"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads(Path("r/transfer.json").read_text())
     spec = json.loads(Path("r/spec.json").read_text())
@@ -67,10 +67,10 @@ def test_every_flag_reaches_the_record(
     assert (spec["combine"], spec["weights"], spec["seed"], spec["verb"]) == ("loss", [1.0, 0.5], 7, "craft")
     assert (spec["threat"], spec["targeted"], spec["data"]["n"]) == ("linf:0.1", "random", 12)
     assert spec["attack"] == {
-        "string": "mi-fgsm(steps=3,momentum=0.5)",
+        "string": "mi-fgsm(steps=3,step_size=0.1eps,momentum=0.5)",
         "name": "mi-fgsm",
         "steps": 3,
-        "step_size": None,
+        "step_size": 0.1,
         "momentum": 0.5,
         "loss": "ce",
         "techniques": [],
@@ -91,7 +91,7 @@ def test_every_flag_reaches_the_record(
     assert run(["transfer", "r", "--target", FOUR]) == 0
     assert rates("r") == [1, 1]
     command = [word for word in command if word not in ("--json", "--forecast")]
-    assert run([*command, "--target", FOUR, "--attack", "mi-fgsm(steps=3,momentum=0.5)", "--out", "r"]) == 0
+    assert run([*command, "--target", FOUR, "--attack", "mi-fgsm(steps=3,step_size=0.1eps,momentum=0.5)", "--out", "r"]) == 0
     assert "forecast for unseen models" in capsys.readouterr().out
     assert rates("r") == [2, 2]
 
