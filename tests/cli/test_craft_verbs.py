@@ -91,7 +91,20 @@ def test_every_flag_reaches_the_record(
     assert run(["transfer", "r", "--target", FOUR]) == 0
     assert rates("r") == [1, 1]
     command = [word for word in command if word not in ("--json", "--forecast")]
-    assert run([*command, "--target", FOUR, "--attack", "mi-fgsm(steps=3,step_size=0.1eps,momentum=0.5)", "--out", "r"]) == 0
+    assert (
+        run(
+            [
+                *command,
+                "--target",
+                FOUR,
+                "--attack",
+                "mi-fgsm(steps=3,step_size=0.1eps,momentum=0.5)",
+                "--out",
+                "r",
+            ]
+        )
+        == 0
+    )
     assert "forecast for unseen models" in capsys.readouterr().out
     assert rates("r") == [2, 2]
 
