@@ -47,7 +47,7 @@ def specs(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
     found: list[dict[str, Any]] = []
 
-    def instead(plan: Training, folder: Path, progress: object) -> None:
+    def instead(plan: Training, folder: Path, progress: object, overwrite: bool) -> None:
         shared = (plan.devices, plan.parallel)
         found.append({**json.loads(dumps(plan.spec)), "folder": str(folder), "shared": shared})
         raise UsageError("asked for")
@@ -141,6 +141,7 @@ def test_every_field_of_a_method_is_a_flag(
     value = make_method(name)
     shared = {"data", "test", "arch", "limit", "epochs", "batch_size", "lr", "members", "ema", "augment", "seed"}
     shared |= {"precision", "device", "devices", "parallel", "out", "data_root", "download", "json", "debug"}
+    shared |= {"overwrite", "trust_code"}
     for field in registry.catalog("method")[name].fields:
         assert field.name not in shared
         flag = f"--{field.name.replace('_', '-')}"
