@@ -315,7 +315,7 @@ def test_running_statistics_do_not_depend_on_the_order_of_the_data(tmp_path: Pat
     ("more", "sentence"),
     [
         ({"epochs": 0}, "--epochs 0 must be above 0"),
-        ({"epochs": 2.5}, "--epochs 2.5 must be a whole number"),
+        ({"epochs": 2.5}, "epochs must be a whole number, got 2.5"),
         ({"lr": -1.0}, "--lr -1 must be above 0"),
         ({"lr": float("inf")}, "--lr inf must be finite"),
         ({"arch": torch.nn.Flatten()}, "arch is a Flatten, and must be a model string"),
