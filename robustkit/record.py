@@ -379,9 +379,14 @@ class Report:
         """Yield what the verdicts say otherwise than the rest."""
         right = sum(verdict.attack != "clean" for verdict in self.verdicts)
         robust = sum(verdict.robust for verdict in self.verdicts)
-        for what, rate, hits in (("clean", self.clean_accuracy, right), ("robust", self.robust_accuracy, robust)):
-            if not rate.is_of(hits, self.n):
-                yield f"a {what} accuracy {rate.value} ({rate.low} – {rate.high}) but {hits} of {self.n} verdicts"
+        # Images that are not finished have no verdict, and are right as they are.
+        more = self.stopped.unfinished if self.stopped else 0
+        for what, rate, hits, n in (
+            ("clean", self.clean_accuracy, right + more, self.n + more),
+            ("robust", self.robust_accuracy, robust, self.n),
+        ):
+            if not rate.is_of(hits, n):
+                yield f"a {what} accuracy {rate.value} ({rate.low} – {rate.high}) but {hits} of {n} verdicts"
         indices = [verdict.index for verdict in self.verdicts]
         if indices != sorted(set(indices)) or indices[-1] >= self.spec.data["n"]:
             yield f"verdicts that are not of {self.spec.data['n']} images in order"
