@@ -7,9 +7,9 @@ ledger after each kill, and at the end compares report.json (times aside) and ad
 with a run that nobody disturbed. Fails if a chunk that was in the ledger changes or is done again. About 4
 minutes for 20 kills on 2 cores.
 
-    python scripts/kill_and_resume.py --every 12 --sleep 0.1 --out /tmp/slow
+    python scripts/kill_and_resume.py --every 40 --sleep 0.2 --out /tmp/slow
 
-kills a net that takes so many seconds for each image, every so many seconds until the run ends; about 10 minutes.
+kills a net that takes so many seconds for each image, every so many seconds until the run ends; about 5 minutes.
 """
 
 from __future__ import annotations
