@@ -3,11 +3,15 @@
 Whatever else a file names is neither imported nor called: a stand-in takes its place, which takes any arguments,
 state and items and does nothing with them. So a checkpoint opens whose tensors lie beside numpy scalars, argument
 namespaces, configurations or anything else of the code that wrote it.
+
+What is called is a part of what `torch.load(weights_only=True)` calls. It is narrower than that, which makes
+`bytearray(10**12)` where a file says so, and hashes a tuple of 2^40 leaves where one is a key.
 """
 
 from __future__ import annotations
 
 import pickle
+import struct
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections import OrderedDict
 from typing import IO, Any, ClassVar
@@ -20,6 +24,10 @@ _HARMFUL = frozenset(
     {"os", "posix", "nt", "sys", "subprocess", "shutil", "socket", "pty", "ctypes", "runpy", "importlib", "io"}
 )
 _HARMFUL_BUILTINS = frozenset({"eval", "exec", "compile", "__import__", "open", "input", "breakpoint"})
+# More names than this, or longer ones, no program has.
+_MOST_NAMES, _LONGEST_NAME = 10_000, 1_000
+# What a key may be: whatever is hashed at once. Tuples of these may be one, too.
+_KEYS = (str, bytes, int, float, complex, type(None), torch.dtype, torch.Size)
 
 
 class Harmful(pickle.UnpicklingError):
@@ -36,8 +44,6 @@ class StandIn:
     """
 
     name = ""
-    # What torch's loader asks of a class that is a module.
-    dump_patches = False
     state: object = None
     entries: dict[object, object]
 
@@ -67,15 +73,27 @@ class StandIn:
 
 def _without_type(rebuild: Any, kind: object, arguments: Any, state: object) -> Any:
     """Return the tensor that a subclass of Tensor holds: stands for `torch._tensor._rebuild_from_type_v2`."""
-    if rebuild not in _REAL.values() and not _is_stand_in(rebuild):
-        raise pickle.UnpicklingError("a tensor is rebuilt by no function of torch's")
-    return rebuild(*arguments)
+    return _made(rebuild, arguments)
 
 
-# What is built as it is. torch's loader itself puts in the types of storages.
+def _ordered(items: Any = ()) -> OrderedDict[object, object]:
+    """Return what Python 2 pickled as a list of pairs, and Python 3 without its items."""
+    if not isinstance(items, (list, tuple)):
+        raise pickle.UnpicklingError(f"an OrderedDict of a {type(items).__name__}")
+    return OrderedDict((_key(key), value) for key, value in items)
+
+
+def _size(items: Any) -> torch.Size:
+    """Return a torch.Size; of a tensor, which may claim any length, none."""
+    if not isinstance(items, (list, tuple)):
+        raise pickle.UnpicklingError(f"a Size of a {type(items).__name__}")
+    return torch.Size(items)
+
+
+# What is built, by what. torch's loader itself puts in the types of storages.
 _REAL: dict[str, Any] = {
-    "collections.OrderedDict": OrderedDict,
-    "torch.Size": torch.Size,
+    "collections.OrderedDict": _ordered,
+    "torch.Size": _size,
     "torch.storage.UntypedStorage": torch.UntypedStorage,
     "torch._tensor._rebuild_from_type_v2": _without_type,
     **{
@@ -84,12 +102,28 @@ _REAL: dict[str, Any] = {
     },
     **{f"torch.{name}": value for name, value in vars(torch).items() if isinstance(value, torch.dtype)},
 }
-_CALLABLE = [value for value in _REAL.values() if callable(value)]
+# A storage's type is named beside the storage, and makes none.
+_CALLABLE = [value for value in _REAL.values() if callable(value) and value is not torch.UntypedStorage]
 
 
 def _is_stand_in(value: object) -> bool:
     """Return whether this is a stand-in, or the class of some."""
     return isinstance(value, StandIn) or (isinstance(value, type) and issubclass(value, StandIn))
+
+
+def _made(function: Any, arguments: Any) -> Any:
+    """Return what a function makes, which is a real one only if it is known."""
+    if not (_is_stand_in(function) or any(function is known for known in _CALLABLE)):
+        raise pickle.UnpicklingError(f"a {type(function).__name__} is called")
+    return function(*arguments)
+
+
+def _key(value: Any) -> Any:
+    """Return a key of a dict or an item of a set if hashing it takes no time."""
+    for part in value if type(value) is tuple else (value,):
+        if not (isinstance(part, _KEYS) or _is_stand_in(part)):
+            raise pickle.UnpicklingError(f"a {type(part).__name__} is a key")
+    return value
 
 
 def _is_harmful(module: str, name: str) -> bool:
@@ -115,26 +149,24 @@ class _Unpickler(_Python):  # type: ignore[misc]
             raise Harmful(full)
         if full in _REAL:
             return _REAL[full]
-        return self.left_out.setdefault(full, type("StandIn", (StandIn,), {"name": full}))
-
-    def _made(self, function: Any, arguments: Any) -> Any:
-        """Return what a function makes, which is a real one only if it is known."""
-        if not (_is_stand_in(function) or any(function is known for known in _CALLABLE)):
-            raise pickle.UnpicklingError(f"a {type(function).__name__} is called")
-        return function(*arguments)
+        if full not in self.left_out:
+            if len(full) > _LONGEST_NAME or len(self.left_out) == _MOST_NAMES:
+                raise pickle.UnpicklingError("too many or too long names")
+            self.left_out[full] = type("StandIn", (StandIn,), {"name": full})
+        return self.left_out[full]
 
     def _instantiate(self, function: Any, arguments: Any) -> None:
-        self.append(self._made(function, arguments))
+        self.append(_made(function, arguments))
 
     def load_reduce(self) -> None:
         """Call a function."""
         arguments = self.stack.pop()
-        self.stack[-1] = self._made(self.stack[-1], arguments)
+        self.stack[-1] = _made(self.stack[-1], arguments)
 
     def load_newobj(self) -> None:
         """Make an object of a class."""
         arguments = self.stack.pop()
-        self.append(self._made(self.stack.pop(), arguments))
+        self.append(_made(self.stack.pop(), arguments))
 
     def load_newobj_ex(self) -> None:
         """Make an object of a class; its arguments by name matter to no real one."""
@@ -147,6 +179,69 @@ class _Unpickler(_Python):  # type: ignore[misc]
         if isinstance(self.stack[-1], StandIn):
             self.stack[-1].state = state
 
+    def load_setitem(self) -> None:
+        """Put an item into a dict."""
+        value = self.stack.pop()
+        self._fill([self.stack.pop(), value])
+
+    def load_setitems(self) -> None:
+        """Put items into a dict."""
+        self._fill(self.pop_mark())
+
+    def _fill(self, items: list[Any]) -> None:
+        target = self._target(dict)
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            target[_key(key)] = value
+
+    def load_append(self) -> None:
+        """Put an item into a list."""
+        item = self.stack.pop()
+        self._target(list).append(item)
+
+    def load_appends(self) -> None:
+        """Put items into a list."""
+        items = self.pop_mark()
+        target = self._target(list)
+        for item in items:
+            target.append(item)
+
+    def load_additems(self) -> None:
+        """Put items into a set."""
+        items = self.pop_mark()
+        target = self._target(set)
+        for item in items:
+            target.add(_key(item))
+
+    def load_frozenset(self) -> None:
+        """Make a frozen set."""
+        self.append(frozenset(map(_key, self.pop_mark())))
+
+    def load_dict(self) -> None:
+        """Make a dict, as protocol 0 does."""
+        items = self.pop_mark()
+        self.append({})
+        self._fill(items)
+
+    def load_bytearray8(self) -> None:
+        """Read bytes, as many as there are: Python's own makes room for as many as are claimed."""
+        (size,) = struct.unpack("<Q", self.read(8))
+        self.append(bytearray(self.read(size)))
+
+    def load_binpersid(self) -> None:
+        """Have torch's loader make a storage; the class of a module is its name alone."""
+        saved: Any = self.stack.pop()
+        if isinstance(saved, tuple) and saved[0] == "module":
+            self.append(saved[1])
+        else:
+            self.append(self.persistent_load(saved))
+
+    def _target(self, kind: type) -> Any:
+        """Return what items are put into, a stand-in or a value of this type."""
+        target = self.stack[-1]
+        if not isinstance(target, (kind, StandIn)):
+            raise pickle.UnpicklingError(f"items are put into a {type(target).__name__}")
+        return target
+
     def get_extension(self, code: int) -> None:
         """Refuse a class by its number."""
         raise pickle.UnpicklingError(f"extension code {code}")
@@ -156,6 +251,15 @@ class _Unpickler(_Python):  # type: ignore[misc]
         (pickle.NEWOBJ, load_newobj),
         (pickle.NEWOBJ_EX, load_newobj_ex),
         (pickle.BUILD, load_build),
+        (pickle.SETITEM, load_setitem),
+        (pickle.SETITEMS, load_setitems),
+        (pickle.APPEND, load_append),
+        (pickle.APPENDS, load_appends),
+        (pickle.ADDITEMS, load_additems),
+        (pickle.FROZENSET, load_frozenset),
+        (pickle.DICT, load_dict),
+        (pickle.BYTEARRAY8, load_bytearray8),
+        (pickle.BINPERSID, load_binpersid),
     ):
         dispatch[_opcode[0]] = _name
 

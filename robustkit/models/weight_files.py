@@ -7,15 +7,19 @@ files are one by their index, `*.index.json`, as Hugging Face shards large model
 from __future__ import annotations
 
 import json
+import pickle
 import re
+import tarfile
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import safetensors
 import torch
+from torch.serialization import skip_data
 
 from robustkit.errors import UsageError
 from robustkit.models.inert_pickle import Harmful, InertPickle, StandIn
@@ -130,13 +134,11 @@ def _read_safetensors(path: Path) -> WeightsFile:
 def _read_torch(path: Path) -> WeightsFile:
     inert = InertPickle()
     try:
-        _refuse_torchscript(path)
+        _check_container(path)
         # An open file, since torch goes by the names of others.
         with path.open("rb") as stream, warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            # Not `weights_only=True`, which refuses files for what lies beside their tensors. `inert` imports and
-            # calls nothing of what a file names either.
-            content = torch.load(stream, map_location="cpu", pickle_module=inert, weights_only=False)
+            content = _loaded(stream, inert)
     except Harmful as error:
         raise UsageError(
             f"weights file '{path}' holds the Python object {error.args[0]} beside tensors, which is not loaded "
@@ -149,11 +151,29 @@ def _read_torch(path: Path) -> WeightsFile:
         raise damaged(path) from error
     sets: dict[str, Tensors] = {}
     modules: dict[str, str] = {}
-    _search(content, "", sets, modules, set())
+    _search(content, (), sets, modules, set())
     if any(map(_is_swollen, (tensor for tensors in sets.values() for tensor in tensors.values()))):
         raise damaged(path)
     names = sorted(name for name in inert.left_out if name.partition(".")[0] not in _COMMON)
     return WeightsFile(path, sets, left_out=tuple(names), modules=modules, content=_described(content))
+
+
+def _loaded(stream: BinaryIO, inert: InertPickle) -> object:
+    """Return what a file holds, read by `weights_only=True` unless that refuses what lies beside the tensors."""
+
+    def inertly() -> object:
+        stream.seek(0)
+        return torch.load(stream, map_location="cpu", pickle_module=inert, weights_only=False)
+
+    # First without the tensors' numbers, for the names in it.
+    with skip_data():
+        inertly()
+    if not inert.left_out:
+        stream.seek(0)
+        # Files of other protocols than torch's own are refused as well.
+        with suppress(pickle.UnpicklingError):
+            return torch.load(stream, map_location="cpu", weights_only=True)
+    return inertly()
 
 
 def _described(content: object) -> str:
@@ -161,25 +181,45 @@ def _described(content: object) -> str:
         return f"an object of class {content.name}"
     if not isinstance(content, Mapping):
         return f"a {type(content).__name__}"
-    return f"the entries {some(list(map(str, content)))}" if content else "an empty dict"
+    names = [name for name in content if isinstance(name, str)]
+    return f"the entries {some(names)}" if names else f"a dict of {len(content)} entries without names"
 
 
-def _refuse_torchscript(path: Path) -> None:
-    """Refuse what `torch.load` would hand to the loader of TorchScript, found as it finds it."""
+def _check_container(path: Path) -> None:
+    """Refuse what `torch.load` would hand to other loaders than that of pickles, and what it would unpack."""
     with path.open("rb") as stream:
         is_archive = stream.read(len(_ZIP)) == _ZIP
-    if is_archive and "constants.pkl" in torch._C.PyTorchFileReader(str(path)).get_all_records():
+    if not is_archive:
+        # Its loader unpacks links and devices.
+        if tarfile.is_tarfile(path):
+            raise UsageError(
+                f"weights file '{path}' is a tar archive, as torch.save wrote them before 2017, which is not "
+                "read: load and save it by a newer torch first."
+            )
+        return
+    reader = torch._C.PyTorchFileReader(str(path))
+    records = reader.get_all_records()
+    if "constants.pkl" in records:
         raise UsageError(
             f"weights file '{path}' is TorchScript, which is code and is not run: save the net's "
             "state_dict() instead."
         )
+    packed, unpacked = path.stat().st_size, sum(map(reader.get_record_size, records))
+    if unpacked > packed:
+        raise UsageError(
+            f"weights file '{path}' has {packed:,} bytes and unpacks to {unpacked:,}, which torch.save never "
+            "writes: save the net's state_dict() again."
+        )
 
 
-def _search(value: object, name: str, sets: dict[str, Tensors], modules: dict[str, str], seen: set[int]) -> None:
+def _search(
+    value: object, place: tuple[str, ...], sets: dict[str, Tensors], modules: dict[str, str], seen: set[int]
+) -> None:
     """Gather the sets of tensors and the whole modules below an entry of a checkpoint."""
-    if id(value) in seen or name.count(".") >= _DEPTH:
+    if id(value) in seen or len(place) > _DEPTH:
         return
     seen.add(id(value))
+    name = ".".join(place)
     if isinstance(value, StandIn):
         if isinstance(value.state, Mapping) and "_parameters" in value.state:
             modules[name] = value.name
@@ -195,7 +235,7 @@ def _search(value: object, name: str, sets: dict[str, Tensors], modules: dict[st
     if any(tensor.ndim for tensor in tensors.values()):
         sets[name] = tensors
     for key, inner in entries.items():
-        _search(inner, f"{name}.{key}" if name else key, sets, modules, seen)
+        _search(inner, (*place, key), sets, modules, seen)
 
 
 def _is_swollen(tensor: torch.Tensor) -> bool:

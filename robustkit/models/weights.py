@@ -43,8 +43,8 @@ def put_weights(
         convert: What turns another library's names into the net's.
 
     Raises:
-        UsageError: The net takes no weights, the file holds no tensors or NaN, or the names or shapes of its
-            tensors are not those of the net.
+        UsageError: The net takes no weights, the file holds no tensors, NaN or whole numbers, or the names or
+            shapes of its tensors are not those of the net.
     """
     if not isinstance(net, nn.Module):
         raise UsageError(
@@ -58,7 +58,14 @@ def put_weights(
     if isinstance(fit, Unfit):
         raise _unfit(fit, own, file, arch)
     _check_shapes(own, fit.state, file, arch)
+    floats = {name for name, tensor in net.state_dict().items() if tensor.is_floating_point()}
     for name, tensor in fit.state.items():
+        if name in floats and not tensor.is_floating_point():
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise UsageError(
+                f"weights file '{file.path}' has {name!r} in {kind}, where {arch} has floating-point numbers: "
+                "save the net in float32, not quantised."
+            )
         if tensor.is_floating_point() and not tensor.float().isfinite().all():
             raise UsageError(f"weights file '{file.path}' has NaN or infinite values in {name!r}: save it again.")
     try:
@@ -101,7 +108,8 @@ def _no_tensors(file: WeightsFile) -> UsageError:
             f"{start} a whole module of class {kind}{where}, and loading it would run code: in the program that "
             "wrote it, load it and save its tensors by torch.save(net.state_dict(), FILE)."
         )
-    return UsageError(f"{start} {file.content} but no tensors: save the net's state_dict() in it.")
+    rest = f" (what is made by {some(list(file.left_out))} is not loaded)" if file.left_out else ""
+    return UsageError(f"{start} {file.content} but no tensors{rest}: save the net's state_dict() in it.")
 
 
 def _unfit(fit: Unfit, own: Mapping[str, torch.Size], file: WeightsFile, arch: str) -> UsageError:
