@@ -35,6 +35,7 @@ CODES = (
     "test-time-optimisation",
     "training-mode",
     "underflow",
+    "unfinished-images",
     "unlike-gradients",
     "unstable-loss",
     "vanishing-gradient",

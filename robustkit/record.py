@@ -144,11 +144,9 @@ class Rate:
     def anytime(cls, hits: int, n: int, unknown: int = 0) -> Rate:
         """Return hits / n with an interval that holds however n came about (`intervals.sequence`).
 
-        Of `unknown` more of the sample it is not known whether they are hits: the interval reaches from where none
-        of them is to where all are.
+        `unknown` of the hits may turn out to be none: the interval begins where none of them is one.
         """
-        low, high = (sequence(most, n + unknown) for most in (hits, hits + unknown))
-        return cls(hits / n, low[0], high[1], n)
+        return cls(hits / n, sequence(max(hits - unknown, 0), n)[0], sequence(hits, n)[1], n)
 
 
 @dataclass(frozen=True)
@@ -239,8 +237,8 @@ class Stop:
     """Why a run ended before it had all `images` of its data: its `reason` is `time-limit` or `width`.
 
     The verdicts are then of images drawn at random, and the intervals hold whenever it was stopped. If time was up
-    in the first block, they are of those of its images that are finished, and the intervals allow for `unfinished`
-    ones.
+    in the first block, `unfinished` of its images have not met all attacks: they count as robust, and in the lower
+    ends of the intervals as fooled.
     """
 
     reason: Annotated[str, OneOf("time-limit", "width")]
@@ -379,14 +377,9 @@ class Report:
         """Yield what the verdicts say otherwise than the rest."""
         right = sum(verdict.attack != "clean" for verdict in self.verdicts)
         robust = sum(verdict.robust for verdict in self.verdicts)
-        # Images that are not finished have no verdict, and are right as they are.
-        more = self.stopped.unfinished if self.stopped else 0
-        for what, rate, hits, n in (
-            ("clean", self.clean_accuracy, right + more, self.n + more),
-            ("robust", self.robust_accuracy, robust, self.n),
-        ):
-            if not rate.is_of(hits, n):
-                yield f"a {what} accuracy {rate.value} ({rate.low} – {rate.high}) but {hits} of {n} verdicts"
+        for what, rate, hits in (("clean", self.clean_accuracy, right), ("robust", self.robust_accuracy, robust)):
+            if not rate.is_of(hits, self.n):
+                yield f"a {what} accuracy {rate.value} ({rate.low} – {rate.high}) but {hits} of {self.n} verdicts"
         indices = [verdict.index for verdict in self.verdicts]
         if indices != sorted(set(indices)) or indices[-1] >= self.spec.data["n"]:
             yield f"verdicts that are not of {self.spec.data['n']} images in order"

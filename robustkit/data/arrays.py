@@ -66,7 +66,8 @@ def from_arrays(
 
     Args:
         images: floats (N, C, H, W) in [0, 1], or uint8. A uint8 tensor is (N, C, H, W); a uint8 numpy array
-            is (N, H, W, C) when its last axis is 1, 3 or 4 long, otherwise (N, C, H, W).
+            is (N, H, W, C) when its last axis is 1, 3 or 4 long, otherwise (N, C, H, W). Any of them may be the
+            other way round where its shape leaves no doubt (`layout.channels_last`).
         labels: see `class_numbers`: whole numbers (N,), one-hot rows (N, K), or names of classes.
         name: what errors and records call these samples.
         layout: `NCHW` or `NHWC`, where the above is not what is meant.

@@ -12,7 +12,7 @@ import numpy as np
 from robustkit.engine.tally import Tally
 from robustkit.errors import UsageError
 from robustkit.intervals import enough, sequence
-from robustkit.record import Stop
+from robustkit.record import Flag, Stop
 
 FIRST = 32
 
@@ -43,8 +43,8 @@ class Limits:
         """Yield blocks of positions until a limit is reached; then `tally.stopped` says which.
 
         The order is drawn from the seed, so any number of blocks is a random sample of the data. Only whole
-        blocks count: of an unfinished one the images that fall easily would be known first. `tally.scope` are the
-        images of whole blocks; the caller raises `TimeUp` in the middle of one.
+        blocks count: of an unfinished one the images that are easily fooled would be known first. `tally.scope`
+        are the images of whole blocks; the caller raises `TimeUp` in the middle of one.
         """
         order, begun, before = shuffled(tally.n, seed), time.perf_counter(), -1
         tally.scope = order[:0]
@@ -68,6 +68,22 @@ class Limits:
             block = order[taken : taken + size]
             yield block
             tally.scope = order[: taken + len(block)]
+
+
+def unfinished_images(tally: Tally) -> list[Flag]:
+    """Return a flag if images count as robust that not all attacks were tried on, since time was up before."""
+    if not (tally.stopped and tally.stopped.unfinished):
+        return []
+    return [
+        Flag(
+            "unfinished-images",
+            "warning",
+            tally.stopped.unfinished,
+            f"of {len(tally.scope)} images had not met all attacks when time was up: they count as robust in the "
+            "accuracy, which is an upper bound, and as fooled at the lower end of its interval",
+            "run the same command again to go on, or give it more time",
+        )
+    ]
 
 
 def shuffled(n: int, seed: int) -> np.ndarray:

@@ -18,7 +18,7 @@ from robustkit.checks.chance import chance_accuracy
 from robustkit.checks.run import training_mode
 from robustkit.data.samples import Samples
 from robustkit.engine import examples, folder
-from robustkit.engine.anytime import Limits, TimeUp, shuffled
+from robustkit.engine.anytime import Limits, TimeUp, shuffled, unfinished_images
 from robustkit.engine.crew import Agency, Alone
 from robustkit.engine.curve import CurveSearch
 from robustkit.engine.environment import environment
@@ -35,7 +35,7 @@ from robustkit.errors import RunError, UsageError
 from robustkit.isolation import evaluation_mode, threads, training_count
 from robustkit.ledger import Ledger
 from robustkit.models.classifier import Classifier
-from robustkit.record import Audit, Cost, Flag, Rate, Report, RunSpec, Stop
+from robustkit.record import Audit, Cost, Flag, Report, RunSpec, Stop
 from robustkit.resuming import Store, recording
 from robustkit.rows import RowWise
 from robustkit.threat import ThreatModel
@@ -281,22 +281,16 @@ class Evaluation:
         return None
 
     def _part(self, worker: Worker, block: np.ndarray) -> Stop:
-        """Have only the finished images of the first block count, which time did not suffice for."""
+        """Have those images of the first block count that were classified before time was up."""
         tally, spared = worker.tally, [number for number, rung in enumerate(self.rungs, 1) if not rung.spare]
-        advice = "run the same command again to go on, or give it more time."
-        if (tally.judged[block] < 0).any():
+        tally.scope = block[tally.judged[block] >= 0]
+        if not len(tally.scope):
             raise RunError(
-                f"the clean images were not all classified within {self.limits.seconds:g} seconds; {advice}"
+                f"no image was classified within {self.limits.seconds:g} seconds; run the same command again to "
+                "go on, or give it more time."
             )
         last = len(self.rungs) if worker.doubts.doubtful else max(spared, default=0)
-        tally.scope = tally.finished(block, last)
-        if not len(tally.scope):
-            right = Rate.of(int((tally.fell[block] > 0).sum()), len(block))
-            raise RunError(
-                f"no image met all attacks within {self.limits.seconds:g} seconds; clean accuracy is "
-                f"{100 * right.value:.1f} % of {right.n} images, robust accuracy is not known; {advice}"
-            )
-        return Stop("time-limit", tally.n, len(block) - len(tally.scope))
+        return Stop("time-limit", tally.n, tally.unfinished(tally.scope, last))
 
     def _block(self, worker: Worker, among: np.ndarray) -> None:
         worker.clean(among)
@@ -320,7 +314,7 @@ class Evaluation:
         tally, meter = worker.tally, worker.meter
         space = pixel_space(self.model, self.samples)
         doubts = [*self._data_doubts(tally, meter), *enlarged_images(space)]
-        flags = [*doubts, *worker.doubts.afterthoughts(), *mode]
+        flags = [*doubts, *worker.doubts.afterthoughts(), *mode, *unfinished_images(tally)]
         fooled = np.fromiter(ledger.fooled(), np.dtype((np.int64, 3)))
         counts = np.isin(fooled[:, 0], tally.scope)
         index, labels, predictions = fooled[counts].T

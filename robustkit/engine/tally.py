@@ -114,10 +114,9 @@ class Tally:
         """Return the number of the stage's next chunk."""
         return 1 + max((chunk for of, chunk in self.chunks if of == stage), default=-1)
 
-    def finished(self, among: np.ndarray, last: int) -> np.ndarray:
-        """Return which of these positions are fooled, or have met all attacks up to the stage `last`."""
-        done: np.ndarray = among[(self.fell[among] < STANDS) | (self.judged[among] >= last)]
-        return done
+    def unfinished(self, among: np.ndarray, last: int) -> int:
+        """Return how many of these positions are not fooled and have not met all attacks up to stage `last`."""
+        return int(((self.fell[among] == STANDS) & (self.judged[among] < last)).sum())
 
     @property
     def robust(self) -> int:
@@ -135,14 +134,11 @@ class Tally:
         """The positions of the samples that have been looked at at all, in scope or not yet."""
         return np.flatnonzero(self.judged >= 0)
 
-    def _rate(self, hits: int, n: int, stage: int | None = None) -> Rate:
+    def _rate(self, hits: int, n: int, stage: int) -> Rate:
         if self.stopped is None:
             return Rate.of(hits, n)
-        unknown = self.stopped.unfinished
-        if stage == 0:
-            # Whoever is wrong as it is is finished: the others are right.
-            return Rate.anytime(hits + unknown, n + unknown)
-        return Rate.anytime(hits, n, unknown)
+        # What the clean pass says is known of all.
+        return Rate.anytime(hits, n, self.stopped.unfinished if stage else 0)
 
     @property
     def told(self) -> list[int]:
@@ -210,8 +206,8 @@ class Tally:
             return None
         inside = (self.fell[self.scope] > 0) & ~self.struck[self.scope]
         return Draws(
-            one=self._rate(int(self.once[self.scope].sum()), len(self.scope)),
+            one=self._rate(int(self.once[self.scope].sum()), len(self.scope), len(self.names) - 1),
             mean=float(right.mean()),
-            majority=self._rate(self.robust, len(self.scope)),
+            majority=self._rate(self.robust, len(self.scope), len(self.names) - 1),
             gap=float(right.mean() - inside.mean()),
         )

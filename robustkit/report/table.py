@@ -78,11 +78,6 @@ def notes(report: Report) -> list[str]:
             f"\nstopped: {why} after {report.n:,} of {report.stopped.images:,} images, drawn at random; the "
             "intervals hold whenever a run is stopped"
         ]
-        if left := report.stopped.unfinished:
-            lines += [
-                f"{left:,} of the {report.n + left:,} images begun had not met all attacks; robust accuracy is "
-                "of the others, its interval reaches from where all of these are fooled to where none is"
-            ]
     if draws := report.draws:
         lines += [
             f"\nrandom model: right more often than not {percent(draws.majority.value)}, as above; by one draw "

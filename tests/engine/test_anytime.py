@@ -16,7 +16,6 @@ from robustkit.engine.anytime import shuffled
 from robustkit.errors import RunError, UsageError
 from robustkit.intervals import sequence
 from robustkit.record import Report
-from robustkit.report.table import notes
 
 SHAPE = (3, 6, 8)
 SUITE = "pgd(steps=4),race(targets=3,probe=2,steps=4),square(queries=20)"
@@ -122,7 +121,7 @@ def test_time_up_reports_whole_blocks_alone(monkeypatch: pytest.MonkeyPatch, tmp
     assert same(more, run())
 
 
-def test_time_up_in_the_first_block_counts_its_finished_images(
+def test_time_up_in_the_first_block_counts_unfinished_images_at_both_ends(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     now = [0.0]
@@ -150,19 +149,22 @@ def test_time_up_in_the_first_block_counts_its_finished_images(
         assert not verify(tmp_path / f"{limit}", net, x, y).bad
         if not part.stopped.unfinished:
             break
-    assert "clean images were not all classified" in codes[0]
+    assert "no image was classified within 0.02 seconds" in codes[0]
     early = [part for part in seen if part.stopped and part.stopped.unfinished]
     assert early
     for part in early:
         assert part.stopped is not None
         left = part.stopped.unfinished
-        assert part.n + left == 8
-        assert part.clean_accuracy.value == pytest.approx(7 / 8)
-        stood, rate = sum(verdict.robust for verdict in part.verdicts), part.robust_accuracy
-        assert (rate.value, rate.n) == (stood / part.n, part.n)
-        assert (rate.low, rate.high) == (sequence(stood, 8)[0], sequence(stood + left, 8)[1])
+        assert part.n == 8
+        assert (part.clean_accuracy.value, part.clean_accuracy.low) == (7 / 8, sequence(7, 8)[0])
+        robust, rate = sum(verdict.robust for verdict in part.verdicts), part.robust_accuracy
+        assert (rate.value, rate.n) == (robust / 8, 8)
+        assert (rate.low, rate.high) == (sequence(robust - left, 8)[0], sequence(robust, 8)[1])
         assert Report.from_json(part.to_json()) == replace(part, adversarial=None)
-        assert any("had not met all attacks" in line for line in notes(part))
+        (flag,) = [flag for flag in part.flags if flag.code == "unfinished-images"]
+        assert (flag.value, flag.level) == (left, "warning")
+    assert any(part.stopped and part.stopped.unfinished == 7 for part in early)  # none is finished
+    assert not [flag for part in seen if part not in early for flag in part.flags if flag.code.startswith("unfin")]
 
 
 def test_orders_are_orders() -> None:

@@ -203,13 +203,25 @@ def test_names_are_numbered_as_they_sort_or_as_classes_says() -> None:
         ((2, 9, 9, 200), np.float32, "nhwc", 200),
         ((2, 13, 8, 9), np.float32, "NCHW", 13),
         ((2, 5, 7, 9), np.float32, None, 5),
+        ((2, 32, 24, 3), np.float32, None, 3),
+        ((2, 28, 28, 1), np.float64, None, 1),
+        ((2, 3, 3, 8), np.float32, None, 3),
     ],
 )
 def test_images_of_many_bands(shape: tuple[int, ...], kind: type, layout: str | None, channels: int) -> None:
     assert from_arrays(np.zeros(shape, kind), [0, 1], layout=layout).images([0]).shape[1] == channels
 
 
-@pytest.mark.parametrize("shape", [(2, 8, 8, 13), (2, 8, 8, 8), (2, 13, 8, 9), (2, 32, 32, 3)])
+@pytest.mark.parametrize("shape", [(2, 9, 12, 3), (2, 8, 8, 1), (2, 3, 9, 12), (2, 1, 8, 8)])
+def test_bytes_of_grey_and_colour_images_stand_as_their_shape_says(shape: tuple[int, ...]) -> None:
+    pixels = (np.arange(np.prod(shape)) % 251).astype(np.uint8).reshape(shape)
+    channels_last = shape[3] < 8
+    right = torch.from_numpy(pixels.transpose(0, 3, 1, 2) if channels_last else pixels) / 255
+    for images in (pixels, torch.from_numpy(pixels)):
+        assert torch.equal(from_arrays(images, [0, 1]).images([0, 1]), right)
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 8, 13), (2, 8, 8, 8), (2, 13, 8, 9), (2, 20, 9, 1)])
 def test_bands_that_may_stand_either_way_are_asked_for(shape: tuple[int, ...]) -> None:
     with pytest.raises(UsageError, match=r"layout='NHWC'\), or .*layout='NCHW'\) if that is meant"):
         from_arrays(np.zeros(shape, np.float32), [0, 1])
