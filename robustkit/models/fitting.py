@@ -14,8 +14,8 @@ from robustkit.models.weight_files import Tensors, WeightsFile
 
 _COUNTER = "num_batches_tracked"
 _STATISTICS = ("running_mean", "running_var")
-# What wrappers put into names, at any place: DataParallel and torch.compile.
-_WRAPPERS = frozenset({"module", "_orig_mod"})
+# What wrappers put into names, at any place: DataParallel, torch.compile, FSDP and activation checkpoints.
+_WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 _AVERAGE = re.compile(r"(^|[._])(w?ema|shadow|averaged?|swa|avg)([._]|$)", re.IGNORECASE)
 _MEANS = ("mean", "new_mean", "image_mean", "pixel_mean", "img_mean", "mu")
 _STDS = ("std", "new_std", "image_std", "pixel_std", "img_std", "sigma")
@@ -80,19 +80,20 @@ def chosen(
     Raises:
         UsageError: Several fit and none is chosen, or the file has no such entry.
     """
-    fits, unfit = _all(file.sets, own)
+    sets = {entry: _listed(tensors, own) for entry, tensors in file.sets.items()}
+    fits, unfit = _all(sets, own)
     if not fits and convert is not None:
-        fits, _ = _all({name: _converted(tensors, convert) for name, tensors in file.sets.items()}, own)
+        fits, _ = _all({name: _converted(tensors, convert) for name, tensors in sets.items()}, own)
     if fits:
-        fits += _all(_with_statistics(file.sets, fits), own)[0]
+        fits += _all(_with_statistics(sets, fits), own)[0]
     if choice is not None:
         picked = _picked([fit.name for fit in fits], choice)
         if not picked:
-            picked = _picked(list(file.sets), choice)
+            picked = _picked(list(sets), choice)
             if not picked:
-                known = sorted({fit.name for fit in fits} | file.sets.keys() - {""})
+                known = sorted({fit.name for fit in fits} | sets.keys() - {""})
                 raise did_you_mean(f"set of tensors in weights file '{file.path}'", choice, known)
-            return _all({name: file.sets[name] for name in picked}, own)[1], []
+            return _all({name: sets[name] for name in picked}, own)[1], []
         fits = [fit for fit in fits if fit.name in picked]
     if not fits:
         return unfit, []
@@ -187,6 +188,16 @@ def _all(sets: Mapping[str, Tensors], own: Mapping[str, torch.Size]) -> tuple[li
             if not any(_is_same(fit, other) for other in fits):
                 fits.append(fit)
     return fits, min(unfit or [Unfit([], [])], key=lambda one: (len(one.missing), len(one.unexpected)))
+
+
+def _listed(tensors: Tensors, own: Mapping[str, torch.Size]) -> Tensors:
+    """Return a list of tensors by the net's names if it holds the net's parameters in their order."""
+    if list(tensors) != [str(number) for number in range(len(tensors))]:
+        return tensors
+    parameters = [name for name in own if not name.endswith((_COUNTER, *_STATISTICS))]
+    if [len(own[name]) for name in parameters] != [tensor.ndim for tensor in tensors.values()]:
+        return tensors
+    return dict(zip(parameters, tensors.values(), strict=True))
 
 
 def _prefixes(tensors: Tensors, plain: Mapping[str, str]) -> list[str]:

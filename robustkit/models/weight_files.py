@@ -11,6 +11,7 @@ import pickle
 import re
 import tarfile
 import warnings
+import zipfile
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -28,6 +29,8 @@ Tensors = dict[str, torch.Tensor]
 
 INDEX = ".index.json"
 _ZIP, _PICKLE, _GZIP = b"PK\x03\x04", b"\x80", b"\x1f\x8b"
+# With this number torch.save began files that are no archives.
+_MAGIC = bytes.fromhex("6cfc9c46f9206aa85019")
 _POINTER = b"version https://git-lfs"
 _SHARD = re.compile(r"(.+)-\d+-of-\d+\.\w+")
 # How deep a checkpoint's entries are searched for tensors.
@@ -45,7 +48,7 @@ class WeightsFile:
     Attributes:
         path: The file, absolute.
         sets: Tensors by name, on the CPU, of every entry that holds some; by the entry's own name, of which the
-            parts are joined by dots, and empty where the file is nothing else.
+            parts are joined by dots, and empty where the file is nothing else. In lists their names are numbers.
         metadata: The texts of a safetensors file's header, such as `mean`, `std` and `size`.
         left_out: Names of Python classes and functions whose objects are not loaded.
         modules: Names of entries that are whole modules, and of their classes.
@@ -72,7 +75,7 @@ def read_weights(file: str | Path) -> WeightsFile:
     start = _first_bytes(path)
     if _is_safetensors(path, start):
         return _read_safetensors(path)
-    if start.startswith((_ZIP, _PICKLE)):
+    if _is_torch(path, start):
         return _read_torch(path)
     raise _of_another_kind(path, start)
 
@@ -107,6 +110,20 @@ def _first_bytes(path: Path) -> bytes:
 def _is_safetensors(path: Path, start: bytes) -> bool:
     """Return whether a file begins with the length of a JSON header that it is long enough for."""
     return start[8:9] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size
+
+
+def _is_torch(path: Path, start: bytes) -> bool:
+    """Return whether torch.save wrote a file, which may be damaged."""
+    if start.startswith(_PICKLE):
+        return True
+    if not start.startswith(_ZIP):
+        return False
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("data.pkl") for name in archive.namelist())
+    # It is looked at again by torch, which says that it is damaged.
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return True
 
 
 def _of_another_kind(path: Path, start: bytes) -> UsageError:
@@ -188,13 +205,18 @@ def _described(content: object) -> str:
 def _check_container(path: Path) -> None:
     """Refuse what `torch.load` would hand to other loaders than that of pickles, and what it would unpack."""
     with path.open("rb") as stream:
-        is_archive = stream.read(len(_ZIP)) == _ZIP
-    if not is_archive:
+        start = stream.read(len(_POINTER))
+    if not start.startswith(_ZIP):
         # Its loader unpacks links and devices.
         if tarfile.is_tarfile(path):
             raise UsageError(
                 f"weights file '{path}' is a tar archive, as torch.save wrote them before 2017, which is not "
                 "read: load and save it by a newer torch first."
+            )
+        if _MAGIC not in start:
+            raise UsageError(
+                f"weights file '{path}' is a pickle that torch.save did not write: load it in your own program, "
+                "and save its tensors by torch.save."
             )
         return
     reader = torch._C.PyTorchFileReader(str(path))
@@ -226,7 +248,7 @@ def _search(
             return
         value = value.entries or value.state
     if isinstance(value, (list, tuple)):
-        value = {str(number): inner for number, inner in enumerate(value) if not isinstance(inner, torch.Tensor)}
+        value = {str(number): inner for number, inner in enumerate(value)}
     if not isinstance(value, Mapping):
         return
     # Optimisers number their entries; names are texts.

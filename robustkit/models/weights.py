@@ -108,6 +108,11 @@ def _no_tensors(file: WeightsFile) -> UsageError:
             f"{start} a whole module of class {kind}{where}, and loading it would run code: in the program that "
             "wrote it, load it and save its tensors by torch.save(net.state_dict(), FILE)."
         )
+    if any(name.endswith(".ndarray") for name in file.left_out):
+        return UsageError(
+            f"{start} arrays of numpy, which are not loaded: load it in your own program, and save them by "
+            "torch.save({name: torch.as_tensor(value) for name, value in state.items()}, FILE)."
+        )
     rest = f" (what is made by {some(list(file.left_out))} is not loaded)" if file.left_out else ""
     return UsageError(f"{start} {file.content} but no tensors{rest}: save the net's state_dict() in it.")
 
@@ -120,6 +125,8 @@ def _unfit(fit: Unfit, own: Mapping[str, torch.Size], file: WeightsFile, arch: s
         faults.append(f"has {len(fit.unexpected)} that it does not know ({some(fit.unexpected)})")
     index = index_of(file.path)
     advice = f"write its index, '{index.name}'" if index else "write the architecture that it was saved from"
+    if not fit.missing:
+        advice += ", or leave these out of the file if they are heads that take no part in the answer"
     return UsageError(f"weights file '{file.path}' does not fit {arch}: it {' and '.join(faults)}; {advice}.")
 
 

@@ -88,6 +88,10 @@ WRAPPINGS = {
     },
     "compiled": lambda s: prefixed("_orig_mod.", s),
     "compiled in parallel": lambda s: {"model": prefixed("_orig_mod.module.", s)},
+    "a sharded part": lambda s: {name.replace(".", "._fsdp_wrapped_module.", 1): x for name, x in s.items()},
+    "a checkpointed part": lambda s: {
+        name.replace(".", "._checkpoint_wrapped_module.", 1): x for name, x in s.items()
+    },
     "a parallel part": lambda s: {name.replace(".", ".module.", 1): tensor for name, tensor in s.items()},
     "any prefix": lambda s: prefixed("backbone.0.", s),
     "averaged": lambda s: {**prefixed("module.", s), "n_averaged": torch.tensor(7)},
@@ -173,6 +177,24 @@ def test_an_average_of_parameters_alone_takes_the_statistics_of_the_net(tmp_path
     found = load_model(f"robustkit:cifar-resnet20@{tmp_path}/w.pt?weights=ema").net.state_dict()
     for name, tensor in net.state_dict().items():
         torch.testing.assert_close(found[name], average.get(name, tensor))
+
+
+def test_an_average_without_names_is_of_the_parameters_in_order(tmp_path):
+    """As torch_ema and diffusers write it."""
+    net = load_model("robustkit:cifar-resnet20?num_classes=7").net
+    shadow = [2 * parameter for parameter in net.parameters()]
+    torch.save({"model": net.state_dict(), "ema": {"shadow_params": shadow}}, tmp_path / "w.pt")
+    model = load_model(f"robustkit:cifar-resnet20@{tmp_path}/w.pt?weights=ema")
+    for (name, found), wanted in zip(model.net.named_parameters(), shadow, strict=True):
+        torch.testing.assert_close(found, wanted, msg=name)
+    torch.save({"model": net.state_dict(), "ema": {"shadow_params": shadow[1:]}}, tmp_path / "w.pt")
+    with pytest.raises(UsageError, match="does not fit robustkit:cifar-resnet20: it lacks"):
+        load_model(f"robustkit:cifar-resnet20@{tmp_path}/w.pt?weights=ema")
+
+
+def test_heads_that_the_net_has_not_are_told(tmp_path, state):
+    with pytest.raises(UsageError, match=r"has 1 that it does not know .*leave these out of the file if they are"):
+        load_model(save({**state, "rotation.weight": torch.ones(4, 3)}, tmp_path / "w.pt"))
 
 
 def test_of_several_that_fit_one_is_chosen(tmp_path, state, other, print_of):
@@ -350,8 +372,20 @@ def test_files_of_other_kinds(tmp_path):
     for content, sentence in (
         (b"\x1f\x8b\x08\x00 and so on and on", "compressed by gzip: unpack it"),
         (b"version https://git-lfs.github.com/spec/v1\n", "pointer of Git LFS: fetch the file"),
+        (pickle.dumps({"w": 1}, 4), "is a pickle that torch.save did not write"),
         (b"<!DOCTYPE html><html>", "neither a safetensors file nor one that torch.save wrote"),
     ):
         path.write_bytes(content)
         with pytest.raises(UsageError, match=sentence):
             load_model(f"{DIGITS}@{path}")
+    np.savez(tmp_path / "w.npz", w=np.ones(3))
+    with pytest.raises(UsageError, match=r"neither a safetensors file nor one that torch\.save wrote"):
+        load_model(f"{DIGITS}@{tmp_path}/w.npz")
+
+
+def test_arrays_of_numpy_are_said_to_be(tmp_path, state):
+    for content in ({"w": state["conv1.weight"].numpy()}, {"net": {k: v.numpy() for k, v in state.items()}}):
+        with pytest.raises(
+            UsageError, match=r"holds arrays of numpy.*save them by torch\.save\(\{name: torch\.as"
+        ):
+            load_model(save(content, tmp_path / "w.pt"))
