@@ -17,6 +17,7 @@ CODES = (
     "few-classes",
     "float16-overflow",
     "incomplete-optimisation",
+    "labels-renumbered",
     "masked-gradient",
     "no-gradient",
     "non-finite",

@@ -11,7 +11,8 @@ from robustkit.record import CHANCE, Flag, Rate
 def chance_accuracy(correct: int, labels: Sequence[int], classes: int, model: str = "") -> Flag | None:
     """Return a flag if a clean accuracy is not significantly above chance, or every image is misclassified.
 
-    Chance is one class in K, or the share of the most frequent label where that is significantly larger.
+    Chance is one class in K, or the share of the most frequent of several labels where that is significantly
+    larger.
 
     Args:
         correct: images that the model classifies correctly.
@@ -24,7 +25,8 @@ def chance_accuracy(correct: int, labels: Sequence[int], classes: int, model: st
         return None
     rate = Rate.of(correct, n)
     most = max(Counter(labels).values())
-    chance = max(1 / classes, Rate.of(most, n).low)
+    # Of images of one class alone, the share of that label says nothing.
+    chance = 1 / classes if most == n else max(1 / classes, Rate.of(most, n).low)
     if correct and rate.low > chance:
         return None
     whose = f" of {model}" if model else ""

@@ -21,7 +21,7 @@ from robustkit.engine.nets import Net, gather, same_classes
 from robustkit.engine.opening import open_for_writing, require_writable
 from robustkit.engine.parts import noted
 from robustkit.engine.progress import Progress
-from robustkit.engine.targets import Jury, Stack, chances_of
+from robustkit.engine.targets import Jury, Stack, doubts_of
 from robustkit.engine.workforce import Workforce
 from robustkit.engine.workshop import IMAGES, WITHOUT, Workshop
 from robustkit.errors import RunError, UsageError
@@ -296,9 +296,9 @@ class _Job:
     def _keep(self, record: Craft) -> Craft:
         """Write transfer.json as it is now: its presence means that the images are done, not all judgements."""
         classes = self.plan.nets[0].classes
-        chances = chances_of([*record.surrogates, *record.targets], record.labels, classes)
+        doubts = doubts_of([*record.surrogates, *record.targets], record.labels, classes)
         # A surrogate may be a target, too.
-        record = replace(record, flags=list(dict.fromkeys([*record.flags, *self.samples.flags, *chances])))
+        record = replace(record, flags=list(dict.fromkeys([*record.flags, *self.samples.flags, *doubts])))
         if self.out is None:
             return record
         if self.parts:

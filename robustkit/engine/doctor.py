@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from robustkit.checks.chance import chance_accuracy
 from robustkit.checks.probe import Probe
+from robustkit.checks.relabelled import clean_doubts
 from robustkit.checks.run import diagnose, training_mode
 from robustkit.data.samples import Samples
 from robustkit.engine.failures import NO_MEMORY, described, is_out_of_memory
@@ -67,9 +67,9 @@ def examine(
         flags += noticed(0, 0, meter) if meter.backward_error else []
         flags += training_mode(was_training, training_count(model))
         flags += enlarged_images(pixel_space(model, samples))
-        correct = int((probe.logits.argmax(1) == labels).sum())
-        if chance := chance_accuracy(correct, samples.labels.tolist(), probe.logits.shape[1]):
-            flags.append(chance)
+        said = probe.logits.argmax(1)
+        correct = int((said == labels).sum())
+        flags += clean_doubts(said.tolist(), samples.labels.tolist(), probe.logits.shape[1])
         flags += samples.flags
     return Diagnosis(
         model=model.string,

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from robustkit import registry
-from robustkit.checks.chance import chance_accuracy
+from robustkit.checks.relabelled import clean_doubts
 from robustkit.checks.run import training_mode
 from robustkit.data.samples import Samples
 from robustkit.engine import examples, folder
@@ -335,11 +335,9 @@ class Evaluation:
         return report
 
     def _data_doubts(self, tally: Tally, meter: Meter) -> list[Flag]:
-        """Return the flags of the data, and one if the model is no better than chance on it."""
-        labels = self.samples.labels[tally.scope].tolist()
-        correct = int((tally.fell[tally.scope] > 0).sum())
-        chance = chance_accuracy(correct, labels, meter.num_classes or 2)
-        return [*self.samples.pick(tally.scope).flags, *([chance] if chance else [])]
+        """Return the flags of the data, and of what the model says of it before any attack."""
+        labels, said = self.samples.labels[tally.scope].tolist(), tally.predictions[tally.scope].tolist()
+        return [*self.samples.pick(tally.scope).flags, *clean_doubts(said, labels, meter.num_classes or 2)]
 
 
 def _kind(rung: registry.Rung) -> tuple[bool, bool, bool]:

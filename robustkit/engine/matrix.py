@@ -20,7 +20,7 @@ from robustkit.engine.crafting import Crafting
 from robustkit.engine.nets import Net, same_classes
 from robustkit.engine.opening import clear
 from robustkit.engine.progress import Progress
-from robustkit.engine.targets import chances_of
+from robustkit.engine.targets import doubts_of
 from robustkit.errors import RobustkitError, UsageError
 from robustkit.threat import ThreatModel
 from robustkit.writing import subfolder
@@ -143,7 +143,7 @@ class Grid:
             ],
             folders=folders,
             environment=first.environment,
-            flags=[*self.samples.flags, *chances_of(clean, first.labels, self.nets[0].classes)],
+            flags=[*self.samples.flags, *doubts_of(clean, first.labels, self.nets[0].classes)],
         )
         folder.write_record(out, record)
         return record

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from robustkit.checks.chance import chance_accuracy
+from robustkit.checks.relabelled import clean_doubts
 from robustkit.crafted import Judgement
 from robustkit.data.ahead import read_ahead
 from robustkit.data.samples import Samples
@@ -99,7 +99,8 @@ class Jury:
         return torch.from_numpy(np.ascontiguousarray(images)).to(self.device)
 
 
-def chances_of(judgements: Sequence[Judgement], labels: Sequence[int], classes: int) -> list[Flag]:
-    """Return the flags of those of several models that are no better than chance."""
-    flags = (chance_accuracy(one.n, labels, classes, one.model) for one in judgements)
-    return [flag for flag in flags if flag is not None]
+def doubts_of(judgements: Sequence[Judgement], labels: Sequence[int], classes: int) -> list[Flag]:
+    """Return the flags of what several models say of the clean images."""
+    return [
+        flag for one in judgements for flag in clean_doubts(one.predictions["clean"], labels, classes, one.model)
+    ]

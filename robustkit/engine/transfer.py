@@ -15,7 +15,7 @@ from robustkit.engine import folder
 from robustkit.engine.nets import Net
 from robustkit.engine.opening import open_for_writing, require_writable
 from robustkit.engine.progress import Progress
-from robustkit.engine.targets import Jury, chances_of
+from robustkit.engine.targets import Jury, doubts_of
 from robustkit.errors import UsageError
 from robustkit.threat import ThreatModel
 
@@ -46,7 +46,7 @@ def judge_more(
         try:
             for number, net in enumerate(missing):
                 record = record.judged([judged := jury.judge(net, images, floors=True)])
-                record = replace(record, flags=[*record.flags, *chances_of([judged], record.labels, net.classes)])
+                record = replace(record, flags=[*record.flags, *doubts_of([judged], record.labels, net.classes)])
                 folder.write_record(path, record)
                 progress.advance(record.n * (number + 1), record.n)
         finally:

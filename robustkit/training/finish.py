@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from robustkit.checks.chance import chance_accuracy
+from robustkit.checks.relabelled import clean_doubts
 from robustkit.engine.environment import environment
 from robustkit.engine.folder import sha256
 from robustkit.errors import RunError
@@ -51,11 +51,12 @@ def finish(
             if test is not None:
                 scores = [score.log_probabilities(member.classifier, test) for member in members]
     own = [score.accuracy_and_loss(one, test.labels)[0] for one in scores] if test is not None else []
-    accuracy = chance = None
+    accuracy, doubts = None, []
     if test is not None:
-        hits = int((score.mixed(scores).argmax(1) == test.labels).sum())
+        said = score.mixed(scores).argmax(1)
+        hits = int((said == test.labels).sum())
         accuracy = json.loads(dumps(Rate.of(hits, len(test))))
-        chance = chance_accuracy(hits, test.labels.tolist(), job.plan.classes)
+        doubts = clean_doubts(said.tolist(), test.labels.tolist(), job.plan.classes)
     classifier = members[0].classifier
     mean, std = (None if of is None else of.flatten().tolist() for of in (classifier.mean, classifier.std))
     classifiers = [member.classifier for member in members]
@@ -89,7 +90,7 @@ def finish(
         hashes={file: sha256(job.folder / file)},
         environment=environment(train.pixels.device, job.spec.precision, None) | {"parts": course.parts},
         class_names=job.class_names,
-        flags=[*job.flags, *([chance] if chance else [])],
+        flags=[*job.flags, *doubts],
     )
     write(job.folder / RECORD, (dumps(record.to_json(), indent=2) + "\n").encode())
     shutil.rmtree(job.folder / KEPT, ignore_errors=True)

@@ -25,6 +25,9 @@ UNEVEN = [0] * 180 + list(range(1, 10)) * 2
         # All right: no sign of a fault, however few.
         (3, [0, 1, 0], 2, False),
         (4, [0, 0, 0, 0], 2, False),
+        # One class alone: guessing gets one in K of it.
+        (90, [3] * 100, 10, False),
+        (10, [3] * 100, 10, True),
         (0, [0, 1, 0], 2, True),
         (5, [0, 0, 0, 1, 2, 3, 4, 5], 10, False),
     ],

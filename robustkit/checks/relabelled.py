@@ -1,0 +1,88 @@
+"""Whether labels and the model's classes are the same classes under other numbers. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from robustkit.checks.chance import chance_accuracy
+from robustkit.record import Flag
+
+# The chance that a model whose classes are the labels is flagged.
+LEVEL = 1e-4
+# An assignment of more classes takes minutes, and so many images of each are seldom there.
+MOST_CLASSES = 2_000
+_NAMED = 3
+
+
+def clean_doubts(predictions: Sequence[int], labels: Sequence[int], classes: int, model: str = "") -> list[Flag]:
+    """Return the flags of what a model says of clean images: that it guesses, or numbers the classes otherwise.
+
+    Args:
+        predictions: the classes that it names (N), -1 where its logits are not finite.
+        labels: of the same images (N).
+        classes: K.
+        model: what to call the model where there are several.
+    """
+    correct = sum(said == label for said, label in zip(predictions, labels, strict=True))
+    found = (chance_accuracy(correct, labels, classes, model), relabelled(predictions, labels, model))
+    return [flag for flag in found if flag is not None]
+
+
+def relabelled(predictions: Sequence[int], labels: Sequence[int], model: str = "") -> Flag | None:
+    """Return a flag if other numbers for the labels make significantly more of the predictions right.
+
+    The numbers are a one-to-one assignment of labels to predicted classes, found on one half of the images and
+    judged on the other, so that it is not right by fitting them.
+
+    Args:
+        predictions: the classes that the model names (N), -1 where its logits are not finite.
+        labels: of the same images (N).
+        model: what to call the model where there are several.
+    """
+    # Takes a while to import.
+    from scipy.special import bdtrc
+
+    said, given = np.asarray(predictions, np.int64), np.asarray(labels, np.int64)
+    said, given = said[said >= 0], given[said >= 0]
+    kinds, places = np.unique(np.concatenate([given, said]), return_inverse=True)
+    if np.array_equal(said, given) or len(kinds) > MOST_CLASSES:
+        return None
+    rows, columns = places[: len(given)], places[len(given) :]
+    # Every other image of each label, in whatever order the labels come.
+    half = np.argsort(np.argsort(rows, kind="stable")) % 2 == 0
+    renamed = np.empty_like(rows)
+    for fitted in (half, ~half):
+        renamed[~fitted] = _assignment(rows[fitted], columns[fitted], len(kinds))[rows[~fitted]]
+    gained = int(((renamed == columns) & (rows != columns)).sum())
+    lost = int(((renamed != columns) & (rows == columns)).sum())
+    # A sign test: were the labels right, more would be lost than gained.
+    if gained <= lost or bdtrc(gained - 1, gained + lost, 0.5) >= LEVEL:
+        return None
+    best = _assignment(rows, columns, len(kinds))
+    moved = [f"{kinds[row]} is {kinds[best[row]]}" for row in np.unique(rows) if best[row] != row]
+    more = f" and {len(moved) - _NAMED} more" if len(moved) > _NAMED else ""
+    whose = f" of {model}" if model else ""
+    return Flag(
+        "labels-renumbered",
+        "warning",
+        round(float((renamed == columns).mean()), 4),
+        f"would be the clean accuracy{whose} if the labels had other numbers (label {', '.join(moved[:_NAMED])}"
+        f"{more}), against {(rows == columns).mean():.4g} with those given",
+        "give the labels the model's own class numbers, with ?classes=FILE behind the data",
+    )
+
+
+def _assignment(rows: npt.NDArray[np.int64], columns: npt.NDArray[np.int64], count: int) -> npt.NDArray[np.int64]:
+    """Return a class for each label, so that most predictions are right; where none is, the label itself."""
+    # Takes a while to import.
+    from scipy.optimize import linear_sum_assignment
+
+    table = np.zeros((count, count))
+    np.add.at(table, (rows, columns), 1)
+    # Of equally good assignments the one that leaves more labels as they are.
+    table[np.diag_indices(count)] += 0.5 / count
+    assigned: npt.NDArray[np.int64] = linear_sum_assignment(table, maximize=True)[1]
+    return assigned
