@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from robustkit.limits import Limits
 from robustkit.registry import technique
-from robustkit.registry.ranges import Limits, NonNegative
+from robustkit.registry.ranges import NonNegative
 from robustkit.rows import Rows
 from robustkit.shapes import Images
 from robustkit.step_size import StepSize

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from robustkit.errors import UsageError
+from robustkit.limits import Limits
 from robustkit.registry import technique
-from robustkit.registry.ranges import Count, Limits, Share
+from robustkit.registry.ranges import Count, Share
 from robustkit.rows import Rows
 from robustkit.shapes import Images
 from robustkit.surrogates import Surrogates

@@ -16,8 +16,9 @@ import torch
 from robustkit import losses
 from robustkit.errors import UsageError
 from robustkit.goal import Goal
+from robustkit.limits import Limits
 from robustkit.registry import attack, suite
-from robustkit.registry.ranges import Count, Limits
+from robustkit.registry.ranges import Count
 from robustkit.rng import RowRng
 from robustkit.rows import Model
 from robustkit.shapes import Images, Labels, Logits, PerRow

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from robustkit.limits import Limits
 from robustkit.registry import technique
-from robustkit.registry.ranges import Count, Limits
+from robustkit.registry.ranges import Count
 from robustkit.rows import Rows
 from robustkit.shapes import Images
 from robustkit.transfer import Oracle, Technique, Transformed, dice

@@ -14,8 +14,9 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
+from robustkit.limits import Limits
 from robustkit.registry import attack
-from robustkit.registry.ranges import Count, Limits, Share
+from robustkit.registry.ranges import Count, Share
 from robustkit.rows import Answer, Rows, RowWise, State
 from robustkit.shapes import Images, Logits, PerRow
 from robustkit.threat import per_row

@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robustkit.attacks.lgv import Collecting
+from robustkit.limits import Limits
 from robustkit.method import Batch, Method, Plan, Size, State
 from robustkit.registry import method
-from robustkit.registry.ranges import Count, Limits, NonNegative, ShareBelowOne
+from robustkit.registry.ranges import Count, NonNegative, ShareBelowOne
 from robustkit.sampling import Moments, spread
 
 # Sets of at most so many images are small.

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from robustkit import losses
 from robustkit.errors import UsageError
+from robustkit.limits import Limits
 from robustkit.registry import attack
-from robustkit.registry.ranges import Count, CountOrZero, Limits
+from robustkit.registry.ranges import Count, CountOrZero
 from robustkit.rows import Answer, Rows, RowWise, State
 from robustkit.shapes import Images
 from robustkit.step_size import StepSize

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from robustkit.attacks.sgld import SGLD
+from robustkit.limits import Limits
 from robustkit.method import Plan, Size
 from robustkit.registry import method
-from robustkit.registry.ranges import Count, Limits, NonNegative, ShareBelowOne
+from robustkit.registry.ranges import Count, NonNegative, ShareBelowOne
 from robustkit.sampling import PreconditionedLangevin
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
+from robustkit.limits import Limits
 from robustkit.registry import recipe, technique
-from robustkit.registry.ranges import Limits
 from robustkit.rows import Rows
 from robustkit.shapes import Images
 from robustkit.transfer import Oracle, Technique, Transformed

@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
+from robustkit.limits import Limits
 from robustkit.registry import defense
-from robustkit.registry.ranges import Limits
 from robustkit.rows import Model
 from robustkit.shapes import Images, Logits
 

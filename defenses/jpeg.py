@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 
 from robustkit.errors import UsageError
+from robustkit.limits import Limits
 from robustkit.registry import defense
-from robustkit.registry.ranges import Limits
 from robustkit.rows import Model
 from robustkit.shapes import Images, Logits
 

@@ -20,11 +20,12 @@ from torch import Tensor, nn
 
 from robustkit import inner
 from robustkit.errors import UsageError, did_you_mean
+from robustkit.limits import Limits
 from robustkit.method import Batch, Method, Plan, Size
 from robustkit.multiresolution import PRESETS, MultiResolution, Range
 from robustkit.probes import usual_layers
 from robustkit.registry import method
-from robustkit.registry.ranges import Count, CountOrZero, Limits, NonNegative
+from robustkit.registry.ranges import Count, CountOrZero, NonNegative
 from robustkit.rng import RowRng
 from robustkit.selfensemble import BACKBONE, PROBES, SelfEnsemble, self_ensemble
 from robustkit.shapes import Images

@@ -11,8 +11,8 @@ from typing import Annotated
 
 import torch
 
+from robustkit.limits import Limits
 from robustkit.registry import defense
-from robustkit.registry.ranges import Limits
 from robustkit.rows import Model
 from robustkit.shapes import Images, Logits
 

@@ -14,8 +14,9 @@ from typing import Annotated
 import torch
 import torch.nn.functional as F
 
+from robustkit.limits import Limits
 from robustkit.registry import defense
-from robustkit.registry.ranges import Limits, NonNegative
+from robustkit.registry.ranges import NonNegative
 from robustkit.rows import Model
 from robustkit.shapes import Images, Logits
 

@@ -6,17 +6,26 @@ import functools
 import inspect
 import numbers
 import operator
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from robustkit.errors import UsageError
+from robustkit.errors import UsageError, possible
 from robustkit.isolation import usual_torch
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 # What an annotation asks for, in words.
-WORDS = {"bool": "True or False", "int": "a whole number", "float": "a number", "str": "a string"}
+PATH = "str | Path"
+WORDS = {
+    "bool": "True or False",
+    "int": "a whole number",
+    "float": "a number",
+    "str": "a string",
+    PATH: "a path, as a string or a Path",
+}
 # A net in the place of its string is refused with advice of its own.
 APART = ("arch",)
 
@@ -27,11 +36,13 @@ def verb(function: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        bound = signature.bind(*args, **kwargs)
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"{function.__name__}() {error}") from None
         for name, value in bound.arguments.items():
-            kind = str(signature.parameters[name].annotation).removesuffix(" | None")
-            if value is not None and name not in APART:
-                bound.arguments[name] = plain(name, value, kind)
+            if name not in APART:
+                bound.arguments[name] = plain(name, value, str(signature.parameters[name].annotation))
         with usual_torch():
             return function(*bound.args, **bound.kwargs)
 
@@ -39,19 +50,24 @@ def verb(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def plain(name: str, value: Any, kind: str) -> Any:
-    """Return an argument as a plain int, float or str where that is what its annotation asks for.
+    """Return an argument as a plain int, float, str or Path where that is what its annotation asks for.
 
     Raises:
         UsageError: if it is something else, such as the string `'64'` for a whole number.
     """
-    if kind not in WORDS or type(value).__name__ == kind:
+    kind, optional, _ = kind.partition(" | None")
+    if kind not in WORDS or type(value).__name__ == kind or (optional and value is None):
         return value
-    if not isinstance(value, bool):
+    if kind == PATH:
+        if isinstance(value, os.PathLike) and isinstance(path := os.fspath(value), str):
+            return possible(Path(path))
+    elif not isinstance(value, bool):
         if kind == "int" and hasattr(value, "__index__"):
             return operator.index(value)
         if kind == "float" and isinstance(value, numbers.Real):
             return float(value)
         if kind == "str" and isinstance(value, str):
             return str(value)
-    given = repr(value) if isinstance(value, (str, bool, numbers.Number)) else f"a {type(value).__name__}"
+    shown = value is None or isinstance(value, (str, bool, numbers.Number))
+    given = repr(value) if shown else f"a {type(value).__name__}"
     raise UsageError(f"{name} must be {WORDS[kind]}, got {given}.")

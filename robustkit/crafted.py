@@ -8,8 +8,9 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Annotated, Any
 
 from robustkit.intervals import unseen
+from robustkit.limits import Limits
 from robustkit.record import FORMAT, Data, Environment, Flag, Format, Model, Named, Rate, Spec, check_format, dumps
-from robustkit.schema import Amount, Count, Keys, Limits, OneOf, Positive, Share, build
+from robustkit.schema import Amount, Count, Keys, OneOf, Positive, Share, build
 
 # How the class that an image is to be taken for is chosen.
 CHOICES = ("next", "random", "least-likely")

@@ -12,7 +12,8 @@ from typing import Annotated, Any
 
 from robustkit.errors import UsageError
 from robustkit.intervals import sequence, two_phase
-from robustkit.schema import Amount, Count, Keys, Limits, OneOf, Positive, Share, build
+from robustkit.limits import Limits
+from robustkit.schema import Amount, Count, Keys, OneOf, Positive, Share, build
 
 FORMAT = 1
 LEVELS = ("info", "warning", "error")

@@ -16,6 +16,7 @@ from functools import cache
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from robustkit.errors import UsageError
+from robustkit.limits import Limits
 
 T = TypeVar("T")
 
@@ -23,20 +24,6 @@ T = TypeVar("T")
 LARGEST, DEEPEST = 2**63 - 1, 32
 REMEDY = "restore it from a copy, or run the command again with another --out folder."
 WORDS = {str: "a text", bool: "true or false", int: "a whole number", float: "a number"}
-
-
-@dataclass(frozen=True)
-class Limits:
-    """The numbers from `low` to `high`."""
-
-    low: float
-    high: float = math.inf
-
-    def fault(self, value: Any) -> str | None:
-        """Return what the value must be if it is not."""
-        if self.low <= value <= self.high:
-            return None
-        return f"at least {self.low}" if self.high == math.inf else f"from {self.low} to {self.high}"
 
 
 @dataclass(frozen=True, init=False, eq=False)
@@ -138,7 +125,7 @@ def checked(kind: Any, value: Any, name: str) -> Any:
         name: what to call it in errors, a file's path.
 
     Raises:
-        UsageError: a field is missing, unknown or not what its type says, or fields do not fit together.
+        UsageError: a field is missing or not what its type says, or fields do not fit together.
     """
     try:
         return _reader(kind)(value)
@@ -263,8 +250,8 @@ def _record(kind: Any) -> Reader:
             raise _Wrong("is missing", f".{min(missing)}")
         found = {}
         for name, one in value.items():
-            if name not in readers:
-                raise _Wrong("is no field that this version of robustkit knows", f".{name}")
+            if name not in readers:  # of a later version, which may add keys to this format
+                continue
             try:
                 found[name] = readers[name](one)
             except _Wrong as error:

@@ -40,9 +40,9 @@ def replacing(path: Path, previous: Path | None = None) -> Iterator[BinaryIO]:
     Raises:
         RunError: if it cannot be written.
     """
-    draft = path.with_name(f".robustkit-{secrets.token_hex(8)}.part")
     try:
         _require_replaceable(path)
+        draft = path.with_name(f".robustkit-{secrets.token_hex(8)}.part")
         try:
             with os.fdopen(os.open(draft, _NEW, 0o666), "wb") as file:
                 yield file

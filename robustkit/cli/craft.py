@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from fractions import Fraction
 from pathlib import Path
 
 from robustkit.cli.evaluate import read_batch_size
@@ -29,6 +28,7 @@ from robustkit.errors import UsageError
 from robustkit.models import load_model
 from robustkit.models.recorded import recorded_model
 from robustkit.models.strings import ModelString
+from robustkit.numbers import exact
 from robustkit.report.transfer import show
 from robustkit.threat import ThreatModel
 
@@ -145,6 +145,6 @@ def _weights(text: str | None) -> list[float] | None:
     if text is None:
         return None
     try:
-        return [float(Fraction(part)) for part in text.split(",")]
-    except (ValueError, ZeroDivisionError, OverflowError):
+        return [float(exact(part)) for part in text.split(",")]
+    except ValueError:
         raise UsageError(f"weights {text!r}: write one number above 0 for each surrogate, e.g. 1,1,2.") from None

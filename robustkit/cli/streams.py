@@ -37,6 +37,9 @@ class Stream:
             self._try(self._stream.write, known)
         return len(text)
 
+    def close(self) -> None:
+        """Stay open: it is not for others' code to say that nothing more is written."""
+
     def flush(self) -> None:
         """Write what is buffered."""
         self._try(self._stream.flush)

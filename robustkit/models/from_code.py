@@ -15,7 +15,7 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 
-from robustkit.errors import RobustkitError, UsageError, did_you_mean
+from robustkit.errors import RobustkitError, UsageError, did_you_mean, named
 from robustkit.models.built import Built
 from robustkit.models.factory import is_factory
 from robustkit.models.imports import own_imports, own_imports_of_module
@@ -85,7 +85,7 @@ def _run(path: Path, source: str) -> ModuleType:
     # A script without a main guard ends in SystemExit.
     except (Exception, SystemExit) as error:
         del sys.modules[name]
-        raise UsageError(f"'{path}' failed with {_named(error)}: correct it first.") from error
+        raise UsageError(f"'{path}' failed with {named(error)}: correct it first.") from error
     return module
 
 
@@ -95,7 +95,7 @@ def _import(spec: ModelString) -> ModuleType:
     except (Exception, SystemExit) as error:
         if isinstance(error, ModuleNotFoundError) and f"{spec.source}.".startswith(f"{error.name}."):
             raise _not_found(spec) from error
-        raise UsageError(f"importing {spec.source!r} failed with {_named(error)}: correct it first.") from error
+        raise UsageError(f"importing {spec.source!r} failed with {named(error)}: correct it first.") from error
 
 
 def _not_found(spec: ModelString) -> UsageError:
@@ -123,7 +123,7 @@ def _call(spec: ModelString, factory: object, keywords: dict[str, object]) -> Ca
     except RobustkitError:
         raise
     except (Exception, SystemExit) as error:
-        raise UsageError(f"factory {spec.arch!r} failed with {_named(error)}: correct it first.") from error
+        raise UsageError(f"factory {spec.arch!r} failed with {named(error)}: correct it first.") from error
     if not callable(net):
         raise UsageError(
             f"factory {spec.arch!r} returned a {type(net).__name__}: return a torch.nn.Module or "
@@ -185,8 +185,3 @@ def _is_from(module: ModuleType | None, file: Path) -> bool:
 
 def _sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
-
-
-def _named(error: BaseException) -> str:
-    first = str(error).partition("\n")[0].rstrip(".")
-    return f"{type(error).__name__}: {first}" if first else type(error).__name__

@@ -7,12 +7,11 @@ one model that predicts with all of them, joined as `?combine=` says (see `robus
 from __future__ import annotations
 
 import hashlib
-import json
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from robustkit import posterior
 from robustkit.aggregation import parse_aggregator
 from robustkit.errors import UsageError, possible
+from robustkit.limits import Limits
 from robustkit.models.built import Built
 from robustkit.models.mixture import Members, Samples, joined_by, way
 from robustkit.models.options import MOST_CHANNELS, MOST_CLASSES, MOST_PIXELS, Options
@@ -30,10 +30,12 @@ from robustkit.models.weight_files import WeightsFile, read_weights
 from robustkit.models.weights import put_weights
 from robustkit.noise import Noise, drawing, set_noise
 from robustkit.posterior import Posterior
+from robustkit.record import check_format
 from robustkit.registry import make_again
+from robustkit.schema import build, parse
 from robustkit.selfensemble import self_ensemble
 
-FACTS, WEIGHTS, FORMAT = "model.json", "model.safetensors", 1
+FACTS, WEIGHTS = "model.json", "model.safetensors"
 # What of a run's folder makes up its nets, as far as it is there.
 PARTS = (FACTS, WEIGHTS, posterior.FILE)
 MOST_NETS = 100_000
@@ -43,6 +45,43 @@ _NUMBERS = re.compile(r"\d{1,5}(-\d{1,5})?(\+\d{1,5}(-\d{1,5})?)*")
 Build = Callable[[ModelString, Options, WeightsFile | None], Built]
 # Builds a member or sample of a run, given its weights and its number.
 Make = Callable[..., Built]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a folder's model.json says of its nets; see `robustkit.trained.Trained`, which says more.
+
+    Sizes are refused that no run has, before a net of them is made or a list of them is gone through.
+    """
+
+    arch: str
+    classes: Annotated[int, Limits(2, MOST_CLASSES)]
+    members: Annotated[int, Limits(1, MOST_MEMBERS)]
+    mean: Sequence[float] | None
+    std: Sequence[float] | None
+    hashes: Mapping[str, str] = field(default_factory=dict)
+    input: Sequence[int] | None = None
+    method: Mapping[str, Any] | None = None
+    cost: Mapping[str, Any] = field(default_factory=dict)
+
+    def faults(self) -> Iterator[str]:
+        """Yield what is no run's."""
+        limits = (Limits(1, MOST_CHANNELS), Limits(1, MOST_PIXELS), Limits(1, MOST_PIXELS))
+        if self.input is not None:
+            fits = len(self.input) == len(limits) and all(
+                side in limit for side, limit in zip(self.input, limits, strict=True)
+            )
+            if not fits or self.method is None:
+                yield (
+                    f"has an input of {list(self.input)!s:.40}, which must be at most {MOST_CHANNELS:,} channels, "
+                    f"a height and a width of at most {MOST_PIXELS:,} pixels, beside a method"
+                )
+        spec = ModelString.parse(self.arch)
+        archs = list(map(ModelString.parse, spec.members)) if spec.kind == ENSEMBLE else [spec]
+        if any(arch.kind in (FOLDER, ENSEMBLE, UNKNOWN) for arch in archs):
+            yield f"names {self.arch!r} as the architecture, which is no net's"
+        elif spec.kind == ENSEMBLE and len(archs) != self.members:
+            yield f"has {self.members} members, but {len(archs)} in its ensemble"
 
 
 @dataclass(frozen=True)
@@ -57,7 +96,7 @@ class Run:
 
     folder: Path
     numbers: list[int] | None
-    facts: Mapping[str, Any]
+    facts: Facts
 
     @classmethod
     def read(cls, spec: ModelString) -> Run:
@@ -90,7 +129,7 @@ class Run:
 
     def arch_of(self, number: int) -> ModelString:
         """Return the architecture of a member or sample."""
-        spec = ModelString.parse(self.facts["arch"])
+        spec = ModelString.parse(self.facts.arch)
         return ModelString.parse(spec.members[number]) if spec.kind == ENSEMBLE else spec
 
     def build(self, options: Options, make: Mapping[str, Build], trust_code: bool) -> tuple[Built, Options]:
@@ -101,7 +140,7 @@ class Run:
                 or its record names Python code that is not trusted.
         """
         if not trust_code:
-            refuse_code(self.facts["arch"], self.folder / FACTS)
+            refuse_code(self.facts.arch, self.folder / FACTS)
 
         def net(state: dict[str, Tensor], number: int = 0) -> Built:
             inner, weights = self.arch_of(number), WeightsFile(self.folder / WEIGHTS, {"": state})
@@ -117,16 +156,14 @@ class Run:
             output=options.output or own.output,
             binary=options.binary or own.binary,
         )
-        reader = LogitsReader(f"a net of {self.arch}", options.output, options.binary, self.facts["classes"])
+        reader = LogitsReader(f"a net of {self.arch}", options.output, options.binary, self.facts.classes)
         make_whole = self._samples if self._is_sampled else self._nets
         # One net that has predictors of its own combines those.
-        alone = self.facts.get("input") is not None and len(self._chosen(*self._count)) == 1
+        alone = self.facts.input is not None and len(self._chosen(*self._count)) == 1
         whole = make_whole(net, None if alone else options.combine, reader)
         if alone and options.combine is not None:
             whole = self._combined(whole, options.combine)
-        mean, std = (
-            None if self.facts[of] is None else tuple(map(float, self.facts[of])) for of in ("mean", "std")
-        )
+        mean, std = (None if of is None else tuple(map(float, of)) for of in (self.facts.mean, self.facts.std))
         whole, noise = self._drawing(whole, options.noise)
         whole = replace(whole, arch=self.arch, mean=mean, std=std, class_names=self._class_names)
         return whole, replace(options, noise=noise)
@@ -142,30 +179,30 @@ class Run:
     @property
     def _is_sampled(self) -> bool:
         """Whether these are posterior samples."""
-        return posterior.FILE in self.facts.get("hashes", {}) or (self.folder / posterior.FILE).is_file()
+        return posterior.FILE in self.facts.hashes or (self.folder / posterior.FILE).is_file()
 
     @property
     def _count(self) -> tuple[int, str]:
         """How many nets there are, and what they are called."""
         if self._is_sampled:
             return len(Posterior.open(self.folder)), "samples"
-        return self.facts["members"], "members"
+        return self.facts.members, "members"
 
     def _own(self, inner: ModelString) -> Options:
         """Return what an architecture's string asks for, its classes being the run's."""
         own = Options.read(inner)
         if inner.kind in (ZOO, TIMM, TORCHVISION) and own.num_classes is None:
-            own = replace(own, num_classes=self.facts["classes"])
+            own = replace(own, num_classes=self.facts.classes)
         return own
 
     def _wrapped(self, built: Built) -> Built:
         """Return the net with what its method put around it; its weights are not in it yet."""
-        if self.facts.get("input") is None:
+        if self.facts.input is None:
             return built
-        method = make_again("method", self.facts["method"])
-        image = torch.zeros(1, *self.facts["input"])
+        method = make_again("method", self.facts.method or {})
+        image = torch.zeros(1, *self.facts.input)
         net = method.around(_module(built), image, None, None).eval()
-        return replace(built, net=net, identity={**built.identity, "method": self.facts["method"]})
+        return replace(built, net=net, identity={**built.identity, "method": self.facts.method})
 
     def _drawing(self, built: Built, asked: str | None) -> tuple[Built, str | None]:
         """Return a net with the policy that was asked for, and the policy in force where a net draws."""
@@ -203,7 +240,7 @@ class Run:
         if path.is_file():
             self._check_hash(WEIGHTS, _sha256(path))
         state = read_weights(path).sets.get("", {})
-        if self.facts["members"] == 1:
+        if self.facts.members == 1:
             return net(state)
         members = [net(_of_member(state, number), number) for number in numbers]
         if len(numbers) == 1:
@@ -229,7 +266,7 @@ class Run:
         return numbers
 
     def _check_hash(self, name: str, found: str) -> None:
-        if self.facts.get("hashes", {}).get(name, found) != found:
+        if self.facts.hashes.get(name, found) != found:
             raise UsageError(
                 f"'{self.folder / name}' is not the file that the training wrote: restore it, or train again in "
                 "another folder."
@@ -252,64 +289,19 @@ def training_flops(string: str) -> int | None:
     spec = ModelString.parse(string) if string else None
     if spec is None or spec.kind != FOLDER or not is_run(spec):
         return None
-    cost = _facts(folder_of(spec)).get("cost")
-    flops = cost.get("flops") if isinstance(cost, dict) else None
+    flops = _facts(folder_of(spec)).cost.get("flops")
     return flops if isinstance(flops, int) else None
 
 
-def _facts(folder: Path) -> dict[str, Any]:
+def _facts(folder: Path) -> Facts:
     path = folder / FACTS
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"'{path}' cannot be read: train again in another folder.") from error
-    if not isinstance(facts, dict) or facts.get("format") != FORMAT:
-        said = facts.get("format") if isinstance(facts, dict) else None
-        raise UsageError(f"'{path}' has format {said!r}, not {FORMAT}: train again with this version.")
-    types: dict[str, Any] = {
-        "arch": str,
-        "classes": int,
-        "members": int,
-        "mean": (list, type(None)),
-        "std": (list, type(None)),
-    }
-    for name, kind in types.items():
-        if not isinstance(facts.get(name), kind) or name not in facts:
-            raise UsageError(f"'{path}' does not say {name!r}: give a folder that 'robustkit train' wrote.")
-    channels = [number for of in ("mean", "std") for number in facts[of] or ()]
-    if not all(isinstance(number, (int, float)) for number in channels):
-        raise UsageError(f"'{path}' has a mean or std that is no list of numbers: write one number per channel.")
-    _check_sizes(path, facts)
-    if not isinstance(facts.get("hashes", {}), dict):
-        raise UsageError(f"'{path}' is damaged: train again in another folder.")
-    spec = ModelString.parse(facts["arch"])
-    archs = list(map(ModelString.parse, spec.members)) if spec.kind == ENSEMBLE else [spec]
-    if any(arch.kind in (FOLDER, ENSEMBLE, UNKNOWN) for arch in archs):
-        raise UsageError(
-            f"'{path}' names {facts['arch']!r} as the architecture, which is no net's: train again in another "
-            "folder."
-        )
-    if spec.kind == ENSEMBLE and len(archs) != facts["members"]:
-        raise UsageError(f"'{path}' is damaged: train again in another folder.")
-    return facts
-
-
-def _check_sizes(path: Path, facts: Mapping[str, Any]) -> None:
-    """Refuse sizes that no run has, before a net of them is made or a list of them is gone through."""
-    shape = facts.get("input")
-    limits = {"members": (1, MOST_MEMBERS), "classes": (2, MOST_CLASSES)}
-    found = {name: facts[name] for name in limits}
-    if shape is not None:
-        whole = shape if isinstance(shape, list) and len(shape) == 3 else (None,) * 3
-        found |= dict(zip(("channels", "height", "width"), whole, strict=True))
-        limits |= {"channels": (1, MOST_CHANNELS), "height": (1, MOST_PIXELS), "width": (1, MOST_PIXELS)}
-    for name, (least, most) in limits.items():
-        number = found.get(name)
-        if not isinstance(number, int) or not least <= number <= most:
-            raise UsageError(
-                f"'{path}' has {number!r:.30} {name}, not a whole number from {least} to {most:,}: give a "
-                "folder that 'robustkit train' wrote."
-            )
+    body, name = parse(text, f"'{path}'"), f"'{path}'"
+    check_format(body, name)
+    return build(Facts, body, name)
 
 
 def _numbers(text: str) -> list[int]:

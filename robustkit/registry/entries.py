@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from robustkit.errors import did_you_mean
+from robustkit.limits import Limits
 from robustkit.registry.marks import Info, registered
-from robustkit.registry.ranges import NAMED, Limits
+from robustkit.registry.ranges import NAMED
 from robustkit.step_size import StepSize
 
 # Where the files of a kind are; a method of training is a surrogate's in `attacks` and a defense's in `defenses`.

@@ -12,8 +12,8 @@ from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 from robustkit.errors import UsageError
+from robustkit.limits import Limits
 from robustkit.numbers import exact, shown, whole
-from robustkit.registry.ranges import Limits
 from robustkit.step_size import StepSize, check_bare
 
 WORDS = {
@@ -90,9 +90,9 @@ def convert(name: str, field: str, value: Any, wanted: Any) -> Any:
             if isinstance(error, UsageError):
                 raise UsageError(f"{name}: {error}") from None
             continue
-        if limits and found not in limits:
+        if limits and (words := limits.fault(found)):
             text = value.strip() if isinstance(value, str) else shown(value)
-            raise UsageError(f"{name}: {field}={text} must be {limits.needed(found)}.")
+            raise UsageError(f"{name}: {field}={text} must be {words}.")
         return found
     raise UsageError(f"{name}: {field}={shown(value)} must be {described(wanted)}.")
 

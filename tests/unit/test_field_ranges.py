@@ -13,8 +13,9 @@ from robustkit import registry
 from robustkit.attacks.pgd import PGD
 from robustkit.defenses.smoothing import Smoothing
 from robustkit.errors import UsageError
+from robustkit.limits import Limits
 from robustkit.registry.fields import described, field_types, plain_types, range_of
-from robustkit.registry.ranges import NAMED, Limits
+from robustkit.registry.ranges import NAMED
 
 THINGS = [
     (kind, name)

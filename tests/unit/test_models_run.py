@@ -138,11 +138,11 @@ def test_a_mixture_is_never_traced(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"format": 2}, "has format 2, not 1"),
-        ({"arch": None}, "does not say 'arch'"),
-        ({"mean": "0.5"}, "does not say 'mean'"),
-        ({"mean": ["a"]}, "no list of numbers"),
-        ({"members": 0}, "has 0 members, not a whole number from 1"),
+        ({"format": 2}, "has format 2; this version of robustkit reads 1"),
+        ({"arch": None}, "arch is null but must be a text"),
+        ({"mean": "0.5"}, 'mean is "0.5" but must be a list'),
+        ({"mean": ["a"]}, r'mean\[0\] is "a" but must be a number'),
+        ({"members": 0}, "members is 0 but must be from 1"),
         ({"hashes": None}, "is damaged"),
         ({"hashes": {"posterior.safetensors": "0"}}, "there is no posterior"),
         ({"arch": "runs/x/"}, "names 'runs/x/' as the architecture"),

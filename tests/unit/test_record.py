@@ -96,17 +96,13 @@ def test_other_formats_are_refused_in_a_sentence(body):
 
 
 @pytest.mark.parametrize("part", ["run_id", "spec", "n", "clean_accuracy", "stages", "verdicts", "cost", "flags"])
-@pytest.mark.parametrize("damage", ["gone", "number", "unknown key"])
+@pytest.mark.parametrize("damage", ["gone", "number"])
 def test_damaged_reports_are_refused_in_a_sentence(part, damage):
     body = make_report().to_json()
     if damage == "gone":
         del body[part]
     elif damage == "number" and part not in ("run_id", "n"):
         body[part] = 3
-    elif isinstance(body[part], dict):
-        body[part]["surprise"] = 1
-    elif isinstance(body[part], list):
-        body[part][0]["surprise"] = 1
     else:
         return
     with pytest.raises(UsageError, match=r"^this report is damaged: "):

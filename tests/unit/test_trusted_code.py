@@ -219,13 +219,13 @@ def test_the_largest_nets_of_the_literature_are_within_the_limits() -> None:
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        ({"members": 10**12}, "not a whole number from 1 to 1,000"),
-        ({"members": 0}, "not a whole number from 1"),
-        ({"classes": 10**12}, "not a whole number from 2 to 100,000"),
-        ({"input": [3, 10**9, 8], "method": {"name": "multires"}}, "height, not a whole number from 1 to 4,096"),
-        ({"input": [10**9, 8, 8]}, "channels, not a whole number"),
-        ({"input": "abc"}, "channels, not a whole number"),
-        ({"input": [3, 8, 8, 10**12]}, "channels, not a whole number"),
+        ({"members": 10**12}, "members is 1000000000000 but must be from 1 to 1000"),
+        ({"members": 0}, "members is 0 but must be from 1"),
+        ({"classes": 10**12}, "classes is 1000000000000 but must be from 2 to 100000"),
+        ({"input": [3, 10**9, 8], "method": {"name": "multires"}}, "height and a width of at most 4,096 pixels"),
+        ({"input": [10**9, 8, 8]}, "must be at most 4,096 channels"),
+        ({"input": "abc"}, 'input is "abc" but must be a list'),
+        ({"input": [3, 8, 8, 10**12]}, "must be at most 4,096 channels"),
         ({"arch": "hf:microsoft/resnet-18"}, "which is no net's"),
     ],
 )
