@@ -49,7 +49,7 @@ def evaluate(
     model: Callable[[torch.Tensor], Any],
     images: Any,
     labels: Any = None,
-    threat: ThreatModel | str | float | tuple[str, float] | None = None,
+    threat: ThreatModel | str | float | tuple[str, float | str] | None = None,
     *,
     suite: str = DEFAULT_SUITE,
     seed: int = 0,
@@ -125,7 +125,7 @@ def plan(
     model: Callable[[torch.Tensor], Any],
     images: Any,
     labels: Any = None,
-    threat: ThreatModel | str | float | tuple[str, float] | None = None,
+    threat: ThreatModel | str | float | tuple[str, float | str] | None = None,
     *,
     suite: str = DEFAULT_SUITE,
     seed: int = 0,
@@ -182,7 +182,7 @@ def craft(
     surrogates: Model | Sequence[Model],
     images: Any,
     labels: Any = None,
-    threat: ThreatModel | str | float | tuple[str, float] | None = None,
+    threat: ThreatModel | str | float | tuple[str, float | str] | None = None,
     *,
     attack: str = DEFAULT_ATTACK,
     combine: str = DEFAULT_COMBINE,
@@ -280,7 +280,7 @@ def diversity(
     model: str | Callable[[torch.Tensor], Any],
     images: Any,
     labels: Any = None,
-    threat: ThreatModel | str | float | tuple[str, float] | None = None,
+    threat: ThreatModel | str | float | tuple[str, float | str] | None = None,
     *,
     steps: int = 50,
     restarts: int = 5,
@@ -457,7 +457,7 @@ def verify(
 
 
 def _given(
-    images: Any, labels: Any, threat: ThreatModel | str | float | tuple[str, float] | None
+    images: Any, labels: Any, threat: ThreatModel | str | float | tuple[str, float | str] | None
 ) -> tuple[Samples, ThreatModel]:
     """Return what a call is about; data that holds its labels may be followed by the threat at once."""
     if threat is None and isinstance(labels, str | float | ThreatModel):

@@ -8,7 +8,6 @@ import numbers
 import operator
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 from robustkit.errors import UsageError, possible
@@ -59,8 +58,8 @@ def plain(name: str, value: Any, kind: str) -> Any:
     if kind not in WORDS or type(value).__name__ == kind or (optional and value is None):
         return value
     if kind == PATH:
-        if isinstance(value, os.PathLike) and isinstance(path := os.fspath(value), str):
-            return possible(Path(path))
+        if isinstance(value, (str, os.PathLike)) and str(value).strip():
+            return possible(value)
     elif not isinstance(value, bool):
         if kind == "int" and hasattr(value, "__index__"):
             return operator.index(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -60,12 +61,19 @@ def named(error: BaseException) -> str:
     return f"{type(error).__name__}: {said}" if said else type(error).__name__
 
 
-def possible(path: Path) -> Path:
-    """Return a path as it is; UsageError if a part of it is NUL or longer than 255 bytes, which no file has."""
-    for part in path.parts:
+def possible(path: str | os.PathLike[str]) -> Path:
+    """Return a path with its ~ replaced.
+
+    Raises:
+        UsageError: if there is no such user, or a part of it holds NUL or is longer than 255 bytes.
+    """
+    text = os.path.expanduser(os.fspath(path))
+    if text.startswith("~"):
+        raise UsageError(f"the path {text!r} begins with ~ and no user's name; write the folder itself.")
+    for part in Path(text).parts:
         if "\0" in part or len(part.encode(errors="surrogatepass")) > 255:
             raise UsageError(f"the name {part!r} is none that a file can have; write a shorter one, without NUL.")
-    return path
+    return Path(text)
 
 
 def did_you_mean(kind: str, name: str, known: Iterable[str], more: Iterable[str] = ()) -> UsageError:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import io
+import os
 import random
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -120,6 +123,23 @@ def evaluation_mode(model: nn.Module) -> Iterator[bool]:
             module.training = mode
         for parameter in learning:
             parameter.requires_grad_(True)
+
+
+@contextmanager
+def same_folder() -> Iterator[None]:
+    """Return to the current folder after: code of others often goes to its own, and our paths are relative."""
+    before = Path.cwd()
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Show nothing of what is written to stderr inside, for trials: a traced net prints why it failed."""
+    with redirect_stderr(io.StringIO()):
+        yield
 
 
 @contextmanager

@@ -86,7 +86,7 @@ class ThreatModel(ABC):
         return kind(eps)
 
     @staticmethod
-    def of(threat: ThreatModel | str | float | tuple[str, float]) -> ThreatModel:
+    def of(threat: ThreatModel | str | float | tuple[str, float | str]) -> ThreatModel:
         """Return a threat given as such, as the string NORM:EPS, as a pair (norm, eps), or as an eps in linf.
 
         A float that is a fraction of a small denominator, such as 8/255, is taken for that fraction.
@@ -99,12 +99,12 @@ class ThreatModel(ABC):
         if isinstance(threat, str):
             return ThreatModel.parse(threat)
         pair: Any = threat if isinstance(threat, (tuple, list)) else ("linf", threat)
-        if len(pair) != 2 or type(pair[1]) is bool or not isinstance(pair[1], numbers.Real):
+        if len(pair) != 2 or type(pair[1]) is bool or not isinstance(pair[1], (numbers.Real, str)):
             raise UsageError(
                 f"threat {threat!r}: write NORM:EPS, e.g. 'linf:8/255', or a pair such as ('l2', 0.5)."
             )
         norm, eps = pair
-        if math.isfinite(eps):
+        if not isinstance(eps, str) and math.isfinite(eps):
             near = Fraction(float(eps)).limit_denominator(LARGEST_DENOMINATOR)
             eps = near if float(near) == float(eps) else eps
         return ThreatModel.parse(f"{norm}:{eps}")

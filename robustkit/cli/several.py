@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
-from robustkit.errors import UsageError
+from robustkit.errors import UsageError, possible
 from robustkit.models.strings import FILE, FOLDER, ModelString
 
 
@@ -29,6 +28,6 @@ def refuse_lists(flag: str, models: Sequence[str]) -> None:
     for text in models:
         spec, parts = ModelString.parse(text), split_models(text)
         file = spec.weights or {FILE: spec.source, FOLDER: spec.arch}.get(spec.kind, "")
-        if len(parts) > 1 and not (file and Path(file).expanduser().exists()):
+        if len(parts) > 1 and not (file and possible(file).exists()):
             each = " ".join(f"{flag} {part}" for part in parts)
             raise UsageError(f"{flag} {text} is a list; write the flag before each model: {each}.")

@@ -13,7 +13,7 @@ import torch
 from robustkit.data.labels import class_numbers
 from robustkit.data.layout import channels_last
 from robustkit.data.samples import Samples
-from robustkit.errors import UsageError
+from robustkit.errors import UsageError, named
 from robustkit.record import Flag
 
 _CHUNK = 256
@@ -77,18 +77,24 @@ def from_arrays(
     Raises:
         UsageError: the arrays do not fit this description. Values outside [0, 1] are found when read.
     """
-    if isinstance(images, torch.Tensor):
-        tensor = images.detach().cpu()
-        # numpy has no bfloat16
-        array = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
-        usual = False
-    else:
-        array = np.asarray(images)
-        usual = array.dtype == np.uint8 and array.ndim == 4 and array.shape[3] in (1, 3, 4)
+    array = _as_array(images, name)
+    of_bytes = not isinstance(images, torch.Tensor) and array.dtype == np.uint8 and array.ndim == 4
+    usual = of_bytes and array.shape[3] in (1, 3, 4)
     check_form(array.shape, array.dtype, name)
     what = f"{name}: the {array.dtype} images x"
     last = channels_last(array.shape, layout, usual, what, "robustkit.data.from_arrays(x, y, layout='{}')")
     return array_samples(array, labels, name, channels_last=last, classes=classes, by_name=by_name)
+
+
+def _as_array(images: Any, name: str) -> npt.NDArray[Any]:
+    try:
+        if not isinstance(images, torch.Tensor):
+            return np.asarray(images)
+        tensor = images.detach().cpu()
+        # numpy has no bfloat16
+        return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UsageError(f"{name}: the images x are no array ({named(error)}); write a tensor or an array.") from error
 
 
 def array_samples(

@@ -129,4 +129,4 @@ def _unknown(string: str, name: str) -> UsageError:
 
 def _absolute(path: str | Path) -> Path:
     """Return the path with ~ and .. resolved, without asking the disk."""
-    return possible(Path(os.path.abspath(os.path.expanduser(path))))
+    return Path(os.path.abspath(possible(path)))

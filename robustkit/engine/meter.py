@@ -19,6 +19,7 @@ from robustkit.data import memory
 from robustkit.engine.failures import described, is_out_of_memory
 from robustkit.engine.folding import folded
 from robustkit.errors import ModelError, UsageError
+from robustkit.isolation import quietly
 from robustkit.models.classifier import Classifier
 from robustkit.models.mixture import Mixture
 from robustkit.models.views import Smooth
@@ -276,7 +277,7 @@ class Meter:
         None if the model refuses it, or if the two take longer than the limit.
         """
         try:
-            with self.searching(way):
+            with quietly(), self.searching(way):
                 self._timed(x[:2])
                 of_two, _ = self._timed(x[:2])
                 if of_two > limit:

@@ -245,10 +245,11 @@ def as_classifier(model: object, *, output: str | int | None = None, binary: str
                 f"{model.string!r} is loaded already: write output= and binary= in the query of its string."
             )
         return model
+    if isinstance(model, type):
+        raise UsageError(f"{model.__name__} is a class: give an instance of it, {model.__name__}(...).")
     if not callable(model):
-        raise UsageError(
-            f"a {type(model).__name__} is no model: give a torch.nn.Module or a function from images to logits."
-        )
+        advice = "load_model(...) of it" if isinstance(model, str) else "a function from images to logits"
+        raise UsageError(f"a model cannot be of type {type(model).__name__}: give a torch.nn.Module or {advice}.")
     model = bare(model)
     model = with_numbers(model, f"python:{qualified_name(model)}")
     num_classes = getattr(model, "num_classes", None)

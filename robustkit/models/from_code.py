@@ -15,7 +15,7 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 
-from robustkit.errors import RobustkitError, UsageError, did_you_mean, named
+from robustkit.errors import RobustkitError, UsageError, did_you_mean, named, possible
 from robustkit.models.built import Built
 from robustkit.models.factory import is_factory
 from robustkit.models.imports import own_imports, own_imports_of_module
@@ -39,7 +39,7 @@ def build(spec: ModelString, options: Options, weights: WeightsFile | None) -> B
     """
     keywords = dict(options.keywords)
     if spec.kind == FILE:
-        path = Path(spec.source).expanduser().absolute()
+        path = possible(spec.source).absolute()
         source = _read(path)
         imported = own_imports(path, path.parent)
         with _importable(path.parent, imported):
@@ -126,7 +126,7 @@ def _call(spec: ModelString, factory: object, keywords: dict[str, object]) -> Ca
         raise UsageError(f"factory {spec.arch!r} failed with {named(error)}: correct it first.") from error
     if not callable(net):
         raise UsageError(
-            f"factory {spec.arch!r} returned a {type(net).__name__}: return a torch.nn.Module or "
+            f"factory {spec.arch!r} returned an object of type {type(net).__name__}: return a torch.nn.Module or "
             "a function on images."
         )
     return net

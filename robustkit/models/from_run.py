@@ -276,7 +276,7 @@ class Run:
 def folder_of(spec: ModelString) -> Path:
     """Return the folder that a string names, with or without numbers."""
     path, sign, text = spec.arch.rpartition("#")
-    return possible(Path(path if sign else text).expanduser())
+    return possible(path if sign else text)
 
 
 def is_run(spec: ModelString) -> bool:

@@ -10,7 +10,7 @@ from torch import nn
 
 from robustkit.devices import pick_device
 from robustkit.errors import UsageError
-from robustkit.isolation import switch_mode, usual_torch
+from robustkit.isolation import same_folder, switch_mode, usual_torch
 from robustkit.models import from_code, from_run, from_several, from_timm, from_torchvision, from_zoo
 from robustkit.models.bare import bare, with_numbers
 from robustkit.models.built import Built, seeded
@@ -64,7 +64,7 @@ def load_model(
     place = pick_device(device)
     options = Options.read(spec)
     weights = _weights(spec, options)
-    with seeded(seed):
+    with seeded(seed), same_folder():
         if spec.kind == FOLDER:
             built, options = from_run.Run.read(spec).build(options, _BUILD, trust_code)
         elif spec.kind == ENSEMBLE:

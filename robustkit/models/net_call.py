@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from robustkit.errors import RobustkitError
+from robustkit.isolation import quietly
 from robustkit.models.failures import is_out_of_memory
 from robustkit.shapes import Images, Logits
 
@@ -65,7 +66,8 @@ class Form:
 
     def _once(self, net: Net, images: Images, layout: torch.memory_format, check: Check) -> Logits:
         given: Any = images.to(self.dtype or images.dtype).clone(memory_format=layout)
-        with _as_written(), nullcontext() if self.kind == TENSOR else torch.no_grad():
+        # The net may switch gradients off; the caller's switch is put back.
+        with _as_written(), torch.set_grad_enabled(self.kind == TENSOR and torch.is_grad_enabled()):
             if self.kind != TENSOR:
                 given = given.detach()
             if self.kind in (ON_CPU, NUMPY):
@@ -128,7 +130,7 @@ class NetCall:
                 return None
             try:
                 # A net that takes tensors of autograd is to be given them.
-                with torch.set_grad_enabled(form.batch is None and torch.is_grad_enabled()):
+                with quietly(), torch.set_grad_enabled(form.batch is None and torch.is_grad_enabled()):
                     form.call(net, images if form.batch is None else images[: form.batch], STANDARD, check)
             except (Exception, SystemExit) as error:
                 if is_out_of_memory(error):

@@ -37,6 +37,7 @@ class LogitsReader:
             (0, z); `probability` for one that returns the probability p of class 1, read as (1 - p, p).
         classes: Number of classes of the net, or of the data where that is unknown.
         place: Where the logits were found in the first pass.
+        width: Number of logits per image in the first pass.
         checked: Whether the first pass has shown that what was called probabilities lies in [0, 1].
     """
 
@@ -45,6 +46,7 @@ class LogitsReader:
     binary: str | None = None
     classes: int | None = None
     place: str | None = None
+    width: int | None = None
     checked: bool = False
 
     def read(self, output: object, rows: int) -> Tensor:
@@ -58,11 +60,20 @@ class LogitsReader:
             UsageError: There is no tensor, it is not clear which one is meant, or it has not the shape of logits.
         """
         found = self._chosen(output, rows)
+        found = found if found.layout == torch.strided else found.to_dense()
+        if found.is_complex():
+            raise UsageError(f"model {self.model!r} returned complex numbers: return logits, as real ones.")
         if self.binary is not None:
             return self._two_classes(found, rows)
         logits = _as_rows(found, rows)
         if logits.ndim != 2 or len(logits) != rows or logits.shape[1] < 2:
             raise self._refused(found, rows)
+        self.width = self.width or logits.shape[1]
+        if logits.shape[1] != self.width:
+            raise UsageError(
+                f"model {self.model!r} returned {logits.shape[1]} logits per image, and {self.width} in another "
+                "pass: return as many for all images."
+            )
         return logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
 
     def _chosen(self, output: object, rows: int) -> Tensor:

@@ -22,7 +22,7 @@ import safetensors
 import torch
 from torch.serialization import skip_data
 
-from robustkit.errors import UsageError
+from robustkit.errors import UsageError, possible
 from robustkit.models.inert_pickle import Harmful, InertPickle, StandIn
 
 Tensors = dict[str, torch.Tensor]
@@ -69,7 +69,7 @@ def read_weights(file: str | Path) -> WeightsFile:
     Raises:
         UsageError: A file is missing, damaged, of another kind, or names code that could do harm.
     """
-    path = Path(file).expanduser().absolute()
+    path = possible(file).absolute()
     if path.name.endswith(INDEX):
         return _sharded(path)
     start = _first_bytes(path)
@@ -82,7 +82,7 @@ def read_weights(file: str | Path) -> WeightsFile:
 
 def files_of_weights(file: str | Path) -> list[Path]:
     """Return all files that belong to the one that a model string names."""
-    path = Path(file).expanduser()
+    path = possible(file)
     return [path, *_shards(path)[0]] if path.name.endswith(INDEX) else [path]
 
 

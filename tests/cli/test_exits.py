@@ -18,12 +18,16 @@ from robustkit.models.classifier import Classifier, as_classifier
 # Fast: it imports no torch.
 LIST = f"{sys.executable} -m robustkit list"
 NET = """
-import sys, torch
+import os, sys, torch
 def net(how):
+    if how == "elsewhere":
+        os.chdir("/")
     if how == "factory":
         sys.exit(0)
     def answer(x):
         print("printed by the model")
+        if how == "close":
+            sys.stdout.close(), sys.stderr.close()
         if how == "exit":
             sys.exit(0)
         return x.flatten(1)[:, :10] * 3
@@ -129,6 +133,17 @@ def test_a_model_that_prints_and_one_that_exits(
     assert "failed with SystemExit: 0" in capsys.readouterr().err
     assert run(["evaluate", "./net.py:net?how=exit", *DATA]) == 3
     assert "called sys.exit(0): remove that call" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("how", ["close", "elsewhere"])
+def test_a_model_that_closes_streams_or_goes_to_another_folder(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("net.py").write_text(NET)
+    assert run(["evaluate", f"net.py:net?how={how}", *DATA, "--out", "run", "--no-html"]) == 0
+    assert capfd.readouterr().out.startswith("run ")
+    assert Path("run/report.json").is_file()
 
 
 def test_from_python_an_exit_is_an_error_too() -> None:

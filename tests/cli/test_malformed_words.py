@@ -13,6 +13,7 @@ from robustkit.errors import UsageError
 SMALL = ("evaluate", "--limit", "4", "--suite", "fgsm")
 TRAIN = ("train", "standard", "--limit", "64")
 LONG, DIGITS = "x" * 300, "9" * 5000
+NO_USER = "begins with ~ and no user's name"
 CASES: list[tuple[tuple[str, ...], str]] = [
     (("evaluate", ""), "an argument is ''"),
     (("evaluate", "a\0b"), "NUL character"),
@@ -35,13 +36,19 @@ CASES: list[tuple[tuple[str, ...], str]] = [
     ((*TRAIN, "--warmup", "99"), "warmup"),
     ((*TRAIN, "--members", str(10**8)), "--members"),
     (("plan", "--seconds", "1e999"), "--seconds is inf"),
-    (("craft", "--limit", "4", "--weights", "1e999"), "weights"),
+    (("craft", "--limit", "4", "--weights", "1e999999999"), "weights"),
     (("doctor", "--aggregator", "vote", "--predictors", str(10**9)), "predictors"),
     (("report", "a\0b"), "NUL character"),
     (("report", LONG), "File name too long"),
     (("list", DIGITS), "no list or name"),
-    (("evaluate", f"robustkit:digits-cnn@{LONG}", "--data", "digits:test"), "longer than a file's can be"),
+    (("evaluate", f"robustkit:digits-cnn@{LONG}", "--data", "digits:test"), "none that a file can have"),
     (("evaluate", f"{LONG}/", "--data", "digits:test"), "none that a file can have"),
+    (("evaluate", "~nobody-of-this-name/x/", "--data", "digits:test"), NO_USER),
+    (("evaluate", "~nobody-of-this-name/net.py:net", "--data", "digits:test"), NO_USER),
+    (
+        ("evaluate", "--data", "~nobody-of-this-name/x.npz", "--threat", "linf:0.1"),
+        "begins with ~ and no user's name",
+    ),
     (("evaluate", "--data", f"{LONG}.npz", "--threat", "linf:0.1"), "none that a file can have"),
     (("evaluate", "--data", f"folder:{LONG}", "--threat", "linf:0.1"), "none that a file can have"),
 ]

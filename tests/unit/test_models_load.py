@@ -185,7 +185,7 @@ def test_as_classifier_leaves_the_mode_and_a_classifier_alone():
     assert as_classifier(model) is model
     assert model.string == "python:Sequential"
     assert model.preprocess is None
-    with pytest.raises(UsageError, match="a int is no model"):
+    with pytest.raises(UsageError, match="a model cannot be of type int"):
         as_classifier(3)
 
 
@@ -486,7 +486,7 @@ def test_functions_from_a_file(code):
         (":number", "has a int, not a function, named 'number'"),
         (":fails", "failed with OSError: no such luck: correct it"),
         (":needs", "missing a required argument: 'depth'"),
-        (":needs?depth=3", "returned a NoneType"),
+        (":needs?depth=3", "returned an object of type NoneType"),
         (":build?scal=2", "Did you mean 'scale'"),
         (":means?scale=2", "takes no fields: leave out scale="),
     ],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch import nn
 
 from robustkit import evaluate
 from robustkit.data import from_arrays
+from robustkit.engine.meter import Meter
 from robustkit.errors import ModelError, RunError, UsageError
 from robustkit.isolation import evaluation_mode
 from robustkit.models import as_classifier
@@ -145,7 +148,12 @@ def test_verbs_run_whatever_the_caller_has_switched(switch: type) -> None:
         ({"suite": 3}, "suite must be a string, got 3"),
         ({"curve": "yes"}, "curve must be True or False, got 'yes'"),
         ({"threat": [1, 2, 3]}, "write NORM:EPS"),
-        ({"threat": float("nan")}, "eps 'nan' is no number"),
+        ({"threat": float("nan")}, "eps 'nan' is not a number"),
+        ({"suite": None}, "suite must be a string, got None"),
+        ({"out": 3}, "out must be a path, as a string or a Path, got 3"),
+        ({"out": " "}, "out must be a path, as a string or a Path, got ' '"),
+        ({"out": "a\0b"}, "is none that a file can have"),
+        ({"out": "~nobody-of-this-name/x"}, "begins with ~ and no user's name"),
     ],
 )
 def test_arguments_of_a_wrong_kind_are_refused(words: dict[str, object], said: str) -> None:
@@ -156,7 +164,51 @@ def test_arguments_of_a_wrong_kind_are_refused(words: dict[str, object], said: s
 def test_a_threat_may_be_a_number_or_a_pair() -> None:
     assert str(ThreatModel.of(8 / 255)) == "linf:8/255"
     assert str(ThreatModel.of(("l2", np.float32(0.5)))) == "l2:0.5"
+    assert ThreatModel.of(("l2", "1/2")) == ThreatModel.parse("l2:1/2")
     assert ThreatModel.of(0.03) == ThreatModel.parse("linf:0.03")
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (lambda logits: logits.to(torch.complex64), "returned complex numbers"),
+        (lambda logits: logits[:, : 10 - 5 * bool(logits.shape[0] > 1)], "returned 5 logits per image, and 10 in"),
+    ],
+)
+def test_answers_that_are_no_logits_are_told(answer: Callable[[torch.Tensor], torch.Tensor], said: str) -> None:
+    model = as_classifier(lambda x: answer(viewing()(x)))
+    with pytest.raises(UsageError, match=said):
+        [model(GREY[:rows]) for rows in (1, 7)]
+
+
+def test_sparse_answers_are_read() -> None:
+    torch.testing.assert_close(as_classifier(lambda x: viewing()(x).to_sparse())(GREY).detach(), truth(GREY))
+
+
+def test_a_net_that_switches_gradients_off_leaves_them_on_elsewhere() -> None:
+    net = viewing()
+
+    def answer(x: torch.Tensor) -> torch.Tensor:
+        torch.set_grad_enabled(False)
+        return net(x)
+
+    assert not as_classifier(answer)(GREY.clone().requires_grad_()).requires_grad
+    assert torch.is_grad_enabled()
+
+
+def test_a_class_of_nets_is_no_model() -> None:
+    with pytest.raises(UsageError, match=r"Viewing is a class: give an instance of it, Viewing\(\.\.\.\)"):
+        as_classifier(Viewing)
+
+
+def test_trials_of_a_traced_net_print_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    class Normed(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self[2](self[1](self[0](x)).view(-1, 4 * 8 * 8))
+
+    net = Normed(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Linear(256, 10)).eval()
+    Meter(as_classifier(net), torch.device("cpu")).tune(GREY, precision=False)
+    assert capfd.readouterr().err == ""
 
 
 def test_hard_labels_are_refused() -> None:

@@ -104,7 +104,9 @@ def test_choices_that_cannot_be():
 def test_the_place_is_that_of_the_first_pass():
     reader = LogitsReader(classes=3)
     reader.read((FEATURES, LOGITS), 5)
-    torch.testing.assert_close(reader.read((LOGITS, FEATURES), 5), FEATURES)
+    torch.testing.assert_close(reader.read((LOGITS, 2 * LOGITS), 5), 2 * LOGITS)
+    with pytest.raises(UsageError, match="returned 12 logits per image, and 3 in another pass"):
+        reader.read((LOGITS, FEATURES), 5)
     torch.testing.assert_close(reader.read(LOGITS, 5), LOGITS)  # nets that return more in training
     with pytest.raises(UsageError, match=r"no '1' for 5 images but 'a' \(5, 3\)"):
         reader.read({"a": LOGITS}, 5)

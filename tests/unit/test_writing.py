@@ -92,6 +92,12 @@ def test_devices_are_not_replaced(path: str) -> None:
         write(Path(path), b"")
 
 
+@pytest.mark.parametrize("path", [".", "..", "/"])
+def test_folders_are_not_replaced(path: str) -> None:
+    with pytest.raises(RunError, match="it is a folder"):
+        write(Path(path), b"new")
+
+
 def test_a_fifo_is_not_replaced_and_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a")
     with pytest.raises(RunError, match="not a regular file"):
