@@ -94,7 +94,9 @@ def _as_array(images: Any, name: str) -> npt.NDArray[Any]:
         # numpy has no bfloat16
         return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
     except (TypeError, ValueError, RuntimeError) as error:
-        raise UsageError(f"{name}: the images x are no array ({named(error)}); write a tensor or an array.") from error
+        raise UsageError(
+            f"{name}: the images x are no array ({named(error)}); write a tensor or an array."
+        ) from error
 
 
 def array_samples(

@@ -48,7 +48,8 @@ def build(spec: ModelString, options: Options, weights: WeightsFile | None) -> B
     else:
         module = _import(spec)
         source = _text(module)
-        imported = own_imports_of_module(spec.source, Path(module.__file__)) if module.__file__ else {}
+        file = getattr(module, "__file__", None)  # absent from modules that are built in
+        imported = own_imports_of_module(spec.source, Path(file)) if file else {}
         net = _call(spec, getattr(module, spec.name, None), keywords)
         arch, identity = spec.arch, dict[str, object](factory=spec.arch)
     if imported:

@@ -62,6 +62,7 @@ class Facts:
     hashes: Mapping[str, str] = field(default_factory=dict)
     input: Sequence[int] | None = None
     method: Mapping[str, Any] | None = None
+    class_names: Sequence[str] | None = None
     cost: Mapping[str, Any] = field(default_factory=dict)
 
     def faults(self) -> Iterator[str]:
@@ -165,16 +166,16 @@ class Run:
             whole = self._combined(whole, options.combine)
         mean, std = (None if of is None else tuple(map(float, of)) for of in (self.facts.mean, self.facts.std))
         whole, noise = self._drawing(whole, options.noise)
-        whole = replace(whole, arch=self.arch, mean=mean, std=std, class_names=self._class_names)
+        names = tuple(self.facts.class_names or ())
+        whole = replace(
+            whole,
+            arch=self.arch,
+            mean=mean,
+            std=std,
+            # A net may have more outputs than its data has classes.
+            class_names=names if len(names) == self.facts.classes else None,
+        )
         return whole, replace(options, noise=noise)
-
-    @property
-    def _class_names(self) -> tuple[str, ...] | None:
-        """What the classes of the training data were called, if they had names."""
-        names = self.facts.get("class_names")
-        if not isinstance(names, list) or len(names) != self.facts["classes"]:
-            return None
-        return tuple(map(str, names))
 
     @property
     def _is_sampled(self) -> bool:

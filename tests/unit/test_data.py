@@ -6,13 +6,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from robustkit.data import Samples, load_data
+from robustkit.data import Samples, from_arrays, load_data
 from robustkit.data.catalog import CATALOG
 from robustkit.data.load import data_root
 from robustkit.errors import UsageError
@@ -128,3 +129,16 @@ def test_the_package_offers_its_three_names_only() -> None:
     assert robustkit.data.Samples is Samples
     with pytest.raises(AttributeError, match="no attribute 'load_dta'"):
         robustkit.data.load_dta  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        [(np.zeros((1, 8, 8)), 1), (np.zeros((1, 8, 8)), 2)],
+        torch.eye(4).to_sparse(),
+        torch.zeros(2, 1, 8, 8).to("meta"),
+    ],
+)
+def test_what_is_no_array_is_told(images: Any) -> None:
+    with pytest.raises(UsageError, match="the images x are no array"):
+        from_arrays(images, [1, 2])

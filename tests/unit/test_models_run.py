@@ -142,6 +142,7 @@ def test_a_mixture_is_never_traced(tmp_path: Path) -> None:
         ({"arch": None}, "arch is null but must be a text"),
         ({"mean": "0.5"}, 'mean is "0.5" but must be a list'),
         ({"mean": ["a"]}, r'mean\[0\] is "a" but must be a number'),
+        ({"class_names": "cat"}, 'class_names is "cat" but must be a list'),
         ({"members": 0}, "members is 0 but must be from 1"),
         ({"hashes": None}, "is damaged"),
         ({"hashes": {"posterior.safetensors": "0"}}, "there is no posterior"),

@@ -142,7 +142,7 @@ def test_what_a_file_brings_from_elsewhere_is_no_factory(code: Path) -> None:
     for name in ("build", "Net", "part", "Net?num_classes=7"):
         assert isinstance(load_model(f"{code}:{name}").net, torch.nn.Module)
     assert isinstance(load_model(f"{code}:resnet18?num_classes=3").net, torch.nn.Module)
-    with pytest.raises(UsageError, match="returned a int"):
+    with pytest.raises(UsageError, match="returned an object of type int"):
         load_model(f"{code}:number")
     assert load_model(LINEAR).num_classes is None
 
