@@ -76,7 +76,7 @@ def read_weights(file: str | Path) -> WeightsFile:
     if _is_safetensors(path, start):
         return _read_safetensors(path)
     if _is_torch(path, start):
-        return _read_torch(path)
+        return _read_torch(path, start)
     raise _of_another_kind(path, start)
 
 
@@ -148,7 +148,7 @@ def _read_safetensors(path: Path) -> WeightsFile:
     return WeightsFile(path, {"": state} if state else {}, metadata, content="an empty header")
 
 
-def _read_torch(path: Path) -> WeightsFile:
+def _read_torch(path: Path, start: bytes) -> WeightsFile:
     inert = InertPickle()
     try:
         _check_container(path)
@@ -165,6 +165,11 @@ def _read_torch(path: Path) -> WeightsFile:
         raise
     # A damaged pickle fails in as many ways as there are bytes: EOFError, KeyError, RuntimeError, ...
     except Exception as error:
+        if start.startswith(_PICKLE) and _MAGIC not in start:
+            raise UsageError(
+                f"weights file '{path}' is a pickle that torch.save did not write: load it in your own program, "
+                "and save its tensors by torch.save."
+            ) from error
         raise damaged(path) from error
     sets: dict[str, Tensors] = {}
     modules: dict[str, str] = {}
@@ -205,18 +210,13 @@ def _described(content: object) -> str:
 def _check_container(path: Path) -> None:
     """Refuse what `torch.load` would hand to other loaders than that of pickles, and what it would unpack."""
     with path.open("rb") as stream:
-        start = stream.read(len(_POINTER))
-    if not start.startswith(_ZIP):
+        is_archive = stream.read(len(_ZIP)) == _ZIP
+    if not is_archive:
         # Its loader unpacks links and devices.
         if tarfile.is_tarfile(path):
             raise UsageError(
                 f"weights file '{path}' is a tar archive, as torch.save wrote them before 2017, which is not "
                 "read: load and save it by a newer torch first."
-            )
-        if _MAGIC not in start:
-            raise UsageError(
-                f"weights file '{path}' is a pickle that torch.save did not write: load it in your own program, "
-                "and save its tensors by torch.save."
             )
         return
     reader = torch._C.PyTorchFileReader(str(path))

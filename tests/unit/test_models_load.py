@@ -414,7 +414,7 @@ def _write(path, kind, state):
         ("w.safetensors", "text", "neither a safetensors file"),
         ("w.pt", "few bytes", "neither a safetensors file"),
         ("w.safetensors", "few bytes", "neither a safetensors file"),
-        ("w.pt", "list", "holds a list but no tensors"),
+        ("w.pt", "list", "lacks 8 of its 8 tensors"),
         ("w.pt", "epoch", "holds the entries epoch but no tensors"),
         ("w.safetensors", "none", "holds an empty header but no tensors"),
         ("w.safetensors", "nan", "NaN or infinite values in 'conv2.bias'"),
