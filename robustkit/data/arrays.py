@@ -13,6 +13,7 @@ import torch
 from robustkit.data.labels import class_numbers
 from robustkit.data.layout import channels_last
 from robustkit.data.samples import Samples
+from robustkit.data.tensors import as_array
 from robustkit.errors import UsageError, named
 from robustkit.record import Flag
 
@@ -87,12 +88,10 @@ def from_arrays(
 
 
 def _as_array(images: Any, name: str) -> npt.NDArray[Any]:
+    if isinstance(images, torch.Tensor):
+        return as_array(images, name)
     try:
-        if not isinstance(images, torch.Tensor):
-            return np.asarray(images)
-        tensor = images.detach().cpu()
-        # numpy has no bfloat16
-        return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+        return np.asarray(images)
     except (TypeError, ValueError, RuntimeError) as error:
         raise UsageError(
             f"{name}: the images x are no array ({named(error)}); write a tensor or an array."

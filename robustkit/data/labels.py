@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from robustkit.data.tensors import as_array
 from robustkit.errors import UsageError
 
 _MOST = 2**31
@@ -75,11 +76,9 @@ def check_count(shape: tuple[int, ...], name: str, count: int) -> None:
 
 def _array(labels: Any, name: str) -> npt.NDArray[Any]:
     if isinstance(labels, torch.Tensor):
-        tensor = labels.detach().cpu()
-        # numpy has no bfloat16
-        return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+        return as_array(labels, name)
     if isinstance(labels, list | tuple) and any(isinstance(one, torch.Tensor) for one in labels):
-        labels = [one.detach().cpu().tolist() if isinstance(one, torch.Tensor) else one for one in labels]
+        labels = [as_array(one, name).tolist() if isinstance(one, torch.Tensor) else one for one in labels]
     try:
         given = np.asarray(labels)
     except ValueError as error:

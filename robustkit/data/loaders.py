@@ -3,51 +3,62 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
 from robustkit.data.arrays import from_arrays
 from robustkit.data.memory import free_memory
 from robustkit.data.samples import Samples
+from robustkit.data.tensors import as_array
 from robustkit.errors import RobustkitError, UsageError
 
 # The names of images and labels where an item is a dict.
 _IMAGES = ("image", "images", "img", "pixel_values", "x", "input", "inputs")
 _LABELS = ("label", "labels", "target", "targets", "y", "fine_label")
+# Pillow's modes of at most 8 bits per channel, grey and in colour.
+_GREY, _COLOUR = ("1", "L", "LA", "La"), ("P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "LAB", "HSV")
 
 
 def is_dataset(data: Any) -> bool:
     """Return whether data given without labels holds them itself, item by item or batch by batch."""
-    if isinstance(data, DataLoader | IterableDataset):
-        return True
-    return not hasattr(data, "dtype") and hasattr(data, "__len__") and hasattr(data, "__getitem__")
+    return not hasattr(data, "dtype") and (isinstance(data, Iterable) or _has_places(data))
+
+
+def _has_places(data: Any) -> bool:
+    return hasattr(data, "__len__") and hasattr(data, "__getitem__")
 
 
 def from_dataset(data: Any) -> Samples:
-    """Return the samples of a data loader or a dataset, in its own order.
+    """Return the samples of a data loader, a dataset or an iterator, in its own order.
 
     All images are read, once: a transform that draws at random is then the same for every attack.
 
     Args:
-        data: a `DataLoader` of batches (images, labels), or a dataset of items (image, label). Images are floats
+        data: gives items (image, label) or batches of them (images, labels), or is one batch. Images are floats
             (C H W) on [0, 1], uint8, or Pillow's; labels as in `class_numbers`. Items may be dicts.
 
     Raises:
         UsageError: an item cannot be read or is no such pair, or the images do not fit half of the free memory.
     """
-    batched = isinstance(data, DataLoader)
     name = f"python:{type(data).__name__}"
     room = free_memory() // 2
     images: list[npt.NDArray[Any]] = []
     labels: list[Any] = []
     for number, item in enumerate(_items(data, name)):
         image, label = _pair(item, name, number)
-        found = _pixels(image)
+        found = _pixels(image, name, number)
+        # A loader that makes no batches itself gives what its dataset does.
+        batched = found.ndim == 4 or (isinstance(data, DataLoader) and data.batch_sampler is not None)
+        if batched and (not hasattr(label, "__len__") or len(label) != len(found)):
+            raise UsageError(
+                f"{name}: batch {number} of {len(found)} images has other than {len(found)} labels; return one "
+                "label per image."
+            )
         images.append(found if batched else found[None])
         labels += list(label) if batched else [label]
         room -= found.nbytes
@@ -74,8 +85,12 @@ def from_dataset(data: Any) -> Samples:
 
 def _items(data: Any, name: str) -> Iterator[Any]:
     """Yield batches or items; what the dataset raises becomes one sentence."""
-    in_turn = isinstance(data, DataLoader | IterableDataset)
-    items = iter(data) if in_turn else (data[number] for number in range(len(data)))
+    if isinstance(data, Mapping) or (isinstance(data, tuple | list) and len(data) == 2 and _is_batch(data[0])):
+        items = iter([data])
+    elif _has_places(data) and not isinstance(data, DataLoader):
+        items = (data[number] for number in range(len(data)))
+    else:
+        items = iter(data)
     for number in itertools.count():
         try:
             item = next(items)
@@ -91,6 +106,10 @@ def _items(data: Any, name: str) -> Iterator[Any]:
         yield item
 
 
+def _is_batch(images: Any) -> bool:
+    return getattr(images, "ndim", None) == 4
+
+
 def _pair(item: Any, name: str, number: int) -> tuple[Any, Any]:
     if isinstance(item, Mapping):
         found = [next((key for key in keys if key in item), None) for keys in (_IMAGES, _LABELS)]
@@ -103,13 +122,16 @@ def _pair(item: Any, name: str, number: int) -> tuple[Any, Any]:
     raise UsageError(f"{name}: item {number} is a {type(item).__name__}; return (image, label).")
 
 
-def _pixels(image: Any) -> npt.NDArray[Any]:
+def _pixels(image: Any, name: str, number: int) -> npt.NDArray[Any]:
     if isinstance(image, torch.Tensor):
-        tensor = image.detach().cpu()
-        # numpy has no bfloat16
-        return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+        return as_array(image, name)
     if hasattr(image, "convert"):
-        grey = image.mode in ("1", "L")
+        if image.mode not in (*_GREY, *_COLOUR):
+            raise UsageError(
+                f"{name}: item {number} has more than 8 bits per pixel (mode {image.mode}); pass its numbers as "
+                "floats in [0, 1]."
+            )
+        grey = image.mode in _GREY
         pixels = np.asarray(image.convert("L" if grey else "RGB"))
         return pixels[..., None] if grey else pixels
     return np.asarray(image)

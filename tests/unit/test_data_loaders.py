@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
-from robustkit.data import loaders
+from robustkit.data import from_arrays, loaders
 from robustkit.data.loaders import from_dataset, is_dataset
 from robustkit.errors import UsageError
 
@@ -49,6 +49,12 @@ class Stream(IterableDataset[Any]):
         [(X[number], int(Y[number])) for number in range(B)],
         Stream(),
         DataLoader(Stream(), batch_size=2),
+        DataLoader(TensorDataset(X, Y), batch_size=None),
+        [(X[:2], Y[:2]), (X[2:], Y[2:])],
+        (X, Y),
+        {"x": X.numpy(), "y": Y.numpy()},
+        iter(DataLoader(TensorDataset(X, Y), batch_size=2)),
+        ((X[number], Y[number]) for number in range(B)),
         Items(lambda number: {"pixel_values": X[number], "label": int(Y[number]), "path": "a"}),
         Items(lambda number: (X[number], torch.nn.functional.one_hot(Y[number], 3), number)),
         Items(lambda number: (X[number].numpy(), ["ape", "bee", "cow"][Y[number]])),
@@ -78,6 +84,34 @@ def test_bytes_may_stand_either_way(make: Any) -> None:
 def test_grey_pictures_have_one_channel() -> None:
     data = Items(lambda number: (Image.fromarray(BYTES[number]).convert("L"), int(Y[number])))
     assert from_dataset(data).images([0]).shape == (1, 1, H, W)
+
+
+@pytest.mark.parametrize(("mode", "channels"), [("LA", 1), ("1", 1), ("RGBA", 3), ("P", 3)])
+def test_pictures_of_at_most_8_bits_are_grey_or_in_colour(mode: str, channels: int) -> None:
+    data = Items(lambda number: (Image.fromarray(BYTES[number]).convert(mode), int(Y[number])))
+    assert from_dataset(data).images([0]).shape == (1, channels, H, W)
+
+
+@pytest.mark.parametrize("mode", ["I", "F", "I;16"])
+def test_pictures_of_more_bits_are_refused(mode: str) -> None:
+    data = Items(lambda number: (Image.fromarray(BYTES[number]).convert("L").convert(mode), int(Y[number])))
+    with pytest.raises(
+        UsageError, match=rf"item 0 has more than 8 bits per pixel \(mode {mode}\); pass its numbers"
+    ):
+        from_dataset(data)
+
+
+@pytest.mark.parametrize("labels", [3, Y[:2], None])
+def test_a_batch_has_as_many_labels_as_images(labels: Any) -> None:
+    with pytest.raises(UsageError, match="batch 0 of 5 images has other than 5 labels"):
+        from_dataset([(X, labels)])
+
+
+@pytest.mark.parametrize("tensor", [X.to_sparse(), X.to("meta")])
+def test_tensors_without_numbers_are_refused(tensor: torch.Tensor) -> None:
+    for data in ((tensor, Y), (X, tensor)):
+        with pytest.raises(UsageError, match="cannot be read; pass a dense one that holds its numbers"):
+            from_dataset(data) if data[0] is tensor else from_arrays(*data)
 
 
 def test_every_item_is_read_once_and_names_come_through_a_subset() -> None:
