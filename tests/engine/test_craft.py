@@ -92,18 +92,22 @@ def test_running_statistics_stay(data: tuple[torch.Tensor, torch.Tensor]) -> Non
 
 def test_gradients_are_those_of_an_independent_counter(data: tuple[torch.Tensor, torch.Tensor]) -> None:
     x, y = data
-    net, seen = Small(seed=1), [0]
-    net.body[0].register_full_backward_hook(lambda m, i, o: seen.__setitem__(0, seen[0] + len(o[0])))
+    net, seen = Small(seed=1), {"": 0}
+
+    def count(module: nn.Module, into: object, out: tuple[torch.Tensor, ...]) -> None:
+        seen[[*seen][-1]] += len(out[0])
+
+    net.body[0].register_full_backward_hook(count)
 
     class Begin(Progress):
+        # What chooses the layout before, and judges behind, is no part of the attack.
         def stage(self, name: str, images: int, robust: int, n: int) -> None:
-            if name == "i-fgsm":  # the trial that chose the layout is no part of the run
-                seen[0] = 0
+            seen[name] = 0
 
     members = [net, Small(seed=2)]
     record = craft(members, x, y, EPS, attack="i-fgsm(steps=3)", batch_size=8, progress=Begin())
-    assert seen[0] == 3 * 21
-    assert record.gradients_per_image * 21 == 2 * seen[0]
+    assert seen["i-fgsm"] == 3 * 21
+    assert record.gradients_per_image * 21 == 2 * seen["i-fgsm"]
 
 
 @pytest.mark.parametrize("attack", ["mi-fgsm(steps=4)", "pgd(steps=3)"])
@@ -205,9 +209,9 @@ def test_steps_that_cannot_reach_eps_are_said(
 ) -> None:
     x, y = data
     record = craft([Double(1)], x[:3], y[:3], EPS, attack=attack)
-    assert [(flag.code, flag.meaning) for flag in record.flags] == ([("steps-fall-short", said)] if said else [])
+    assert [flag.meaning for flag in record.flags if flag.code == "steps-fall-short"] == ([said] if said else [])
     assert Craft.from_json(record.to_json()) == record
-    assert ("flags" in record.to_json()) == bool(said)
+    assert ("flags" in record.to_json()) == bool(record.flags)
     if said:
         change = np.abs(record.adversarial["x"] - x[:3].numpy()).max() / 0.06
         assert change == pytest.approx(0.3, abs=1e-4)
