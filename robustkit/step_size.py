@@ -2,7 +2,8 @@
 
 `0.25eps` is a share of the threat's eps. `2/255px` is a length in pixel units of [0, 1], measured in the threat's
 norm, whatever eps is. A bare number is a share of eps, and refused where it is more likely meant in pixel units:
-written over 255 or 256, or so small that all steps together do not lead from the image to the edge of the ball.
+written over 255 or 256, a float that is a number of grey levels, so small that all steps together do not lead from
+the image to the edge of the ball, or so large that one step crosses the ball.
 """
 
 from __future__ import annotations
@@ -18,6 +19,10 @@ from robustkit.numbers import exact
 UNITS = ("eps", "px")
 # Rounding may leave steps of 1 / N a little short of 1.
 SLACK = 1e-6
+# Steps of a share of eps that lead from one edge of the ball to the other.
+ACROSS = 2
+# Denominators that a number of grey levels over 255 has and a plain share of eps has not (17 / 255 is 1 / 15).
+_LEVELS = (51, 85, 255)
 
 
 @dataclass(frozen=True)
@@ -25,11 +30,11 @@ class StepSize:
     """How far a step goes: `number` times eps, or with the unit `px` that length itself.
 
     Args:
-        number: at least 0.
+        number: above 0.
         unit: `eps`, or `px` for pixel units of [0, 1] in the threat's norm.
 
     Raises:
-        UsageError: for a negative number or another unit.
+        UsageError: for a number of 0 or below, or another unit.
     """
 
     number: float
@@ -37,9 +42,9 @@ class StepSize:
 
     def __post_init__(self) -> None:
         """Refuse lengths that would lead away from the gradient, and unknown units."""
-        if not 0 <= self.number < math.inf or self.unit not in UNITS:
+        if not 0 < self.number < math.inf or self.unit not in UNITS:
             raise UsageError(
-                f"step_size={self.number:g}{self.unit} must not be negative; write it with a unit, "
+                f"step_size={self.number:g}{self.unit} must be above 0; write it with a unit, "
                 "e.g. 0.25eps or 2/255px."
             )
 
@@ -49,7 +54,7 @@ class StepSize:
 
         Raises:
             ValueError: if it is no number.
-            UsageError: if it is negative.
+            UsageError: if it is not above 0.
         """
         if isinstance(value, StepSize):
             return value
@@ -89,14 +94,37 @@ def check_bare(name: str, value: object, steps: int | None) -> None:
     """
     if isinstance(value, StepSize) or _split(value)[1]:
         return
-    share, over = float(exact(value)), isinstance(value, str) and re.search(r"/\s*25[56]$", value.strip())
-    if over or (steps is not None and steps * share < 1 - SLACK):
+    share = float(exact(value))
+    reach = None if steps is None else steps * share
+    if _in_levels(value) or (reach is not None and reach < 1 - SLACK) or share >= ACROSS:
         text = value.strip() if isinstance(value, str) else f"{share:.6g}"
-        reach = "" if steps is None else f", and {steps} steps of it reach {steps * share:.3g} of eps"
+        total = "" if steps is None else f", and {steps} steps of it reach {reach:.3g} of eps"
+        pixels = f"{text}/255px" if share >= ACROSS else f"{text}px"
         raise UsageError(
-            f"{name}: step_size={text} has no unit, so it would be a share of eps{reach}; "
-            f"write step_size={text}px for pixel units of [0, 1], or {text}eps for a share of eps."
+            f"{name}: step_size={text} has no unit, so it would be a share of eps{total}; "
+            f"write step_size={pixels} for pixel units of [0, 1], or {text}eps for a share of eps."
         )
+
+
+def check_pixels(name: str, size: object, norm: str) -> None:
+    """Refuse a step in linf that is longer than all pixel values, as where 8-bit levels are meant.
+
+    Raises:
+        UsageError: with what to write for levels.
+    """
+    if norm == "linf" and isinstance(size, StepSize) and size.unit == "px" and size.number > 1:
+        raise UsageError(
+            f"{name}: step_size={size} is longer than the range of pixel values, [0, 1]; "
+            f"write step_size={size.number:.6g}/255px if 8-bit levels are meant."
+        )
+
+
+def _in_levels(value: object) -> bool:
+    """Return whether a bare number is written over 255 or 256, or is a float that is k / 255 to the last bit."""
+    if isinstance(value, str):
+        return bool(re.search(r"/\s*25[56](\.0*)?$", value.strip()))
+    near = Fraction(float(exact(value))).limit_denominator(max(_LEVELS))
+    return near.denominator in _LEVELS and float(near) == float(exact(value))
 
 
 def _split(value: object) -> tuple[object, str]:

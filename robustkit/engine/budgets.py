@@ -66,10 +66,11 @@ def falls_short(attack: Any, eps: float) -> Flag | None:
 
     None for those that can, for those whose steps follow from their number, and for steps of no fixed length.
     """
-    size = getattr(attack.rule, "step_size", None) if isinstance(attack, Composition) else None
-    if size is None or getattr(attack.rule, "update", None) == "plain":
+    rule = attack.rule if isinstance(attack, Composition) else attack
+    size = getattr(rule, "step_size", None)
+    if size is None or not rule.info.ascent or getattr(rule, "update", None) == "plain":
         return None
-    steps, share = attack.rule.steps, attack.rule.steps * size.share(eps)
+    steps, share = rule.steps, rule.steps * size.share(eps)
     if share > 1 - SLACK:
         return None
     return Flag(

@@ -17,7 +17,7 @@ from robustkit import registry
 from robustkit.checks.relabelled import clean_doubts
 from robustkit.checks.run import training_mode
 from robustkit.data.samples import Samples
-from robustkit.engine import examples, folder
+from robustkit.engine import budgets, examples, folder
 from robustkit.engine.anytime import Limits, TimeUp, shuffled, unfinished_images
 from robustkit.engine.crew import Agency, Alone
 from robustkit.engine.curve import CurveSearch
@@ -313,7 +313,7 @@ class Evaluation:
     def _finish(self, ledger: Ledger, worker: Worker, mode: list[Flag], out: Path | None) -> Report:
         tally, meter = worker.tally, worker.meter
         space = pixel_space(self.model, self.samples)
-        doubts = [*self._data_doubts(tally, meter), *enlarged_images(space)]
+        doubts = [*self._data_doubts(tally, meter), *enlarged_images(space), *self._short_steps()]
         flags = [*doubts, *worker.doubts.afterthoughts(), *mode, *unfinished_images(tally)]
         fooled = np.fromiter(ledger.fooled(), np.dtype((np.int64, 3)))
         counts = np.isin(fooled[:, 0], tally.scope)
@@ -333,6 +333,11 @@ class Evaluation:
         report = tally.report(self.spec, flags, surroundings, seals)
         folder.write_report(out, report)
         return report
+
+    def _short_steps(self) -> list[Flag]:
+        """Return a flag for each attack whose steps cannot reach the edge of the ball, if all attacks are such."""
+        found = [budgets.falls_short(rung.attack, float(self.threat.eps)) for rung in self.rungs]
+        return [flag for flag in found if flag is not None and all(found)]
 
     def _data_doubts(self, tally: Tally, meter: Meter) -> list[Flag]:
         """Return the flags of the data, and of what the model says of it before any attack."""

@@ -137,6 +137,11 @@ class LogitsReader:
             return exact[0]
         if not named and not exact and len(able) == 1 and not single:
             return able[0]
+        if self.binary is not None and not able:
+            raise UsageError(
+                f"model {self.model!r} returned {_listed(found)} for {_images(rows)}, none with one number per "
+                f"image: leave binary={self.binary} out."
+            )
         first = (exact or named or able or list(found))[0]
         if self.model.startswith("python:"):
             advice = f"pass robustkit.as_classifier(model, output={first!r})"

@@ -11,6 +11,7 @@ from robustkit.errors import UsageError, did_you_mean
 from robustkit.record import stage_name
 from robustkit.registry.entries import catalog, find
 from robustkit.registry.making import make, make_method, make_technique, spec
+from robustkit.step_size import check_pixels
 
 DEFAULT_SUITE = "auto"
 # What a model's gradients may be replaced by (`robustkit.models.views`), in the order of what they promise; where
@@ -125,6 +126,7 @@ def _check_norm(value: Any, norm: str) -> None:
     norms = getattr(value, "norms", value.info.norms)
     if norm not in norms:
         raise UsageError(f"{spec(value)['name']} is not defined in {norm}; it works in {', '.join(norms)}.")
+    check_pixels(spec(value)["name"], getattr(value, "step_size", None), norm)
 
 
 def parse_method(text: str) -> Any:

@@ -30,7 +30,7 @@ class ClassRow:
         if self.robust.value > 0:
             parts.append(svg.bar(0, 4, self.robust.value, 12, "stood"))
         parts.append(svg.whisker(self.robust.low, self.robust.high, 10))
-        return svg.drawing(parts, 20, f"{self.name}: {100 * self.robust.value:.1f} % stand")
+        return svg.drawing(parts, 20, f"{self.name}: {100 * self.robust.value:.1f} % robust")
 
 
 def rows(report: Report, names: list[str]) -> tuple[list[ClassRow], int]:

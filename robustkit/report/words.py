@@ -69,7 +69,8 @@ def verdict(report: Report) -> str:
         fell = "is wrong as it is" if image.attack == "clean" else f"falls to {image.attack}"
         return f"The one image {fell}."
     stood = sum(image.robust for image in report.verdicts)
-    return f"{stood:,} of {images(report)} stay correctly classified under every attack of this run."
+    stay = "stays" if stood == 1 else "stay"
+    return f"{stood:,} of {images(report)} {stay} correctly classified under every attack of this run."
 
 
 def interval(low: float, high: float) -> str:

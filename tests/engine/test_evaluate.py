@@ -408,3 +408,22 @@ def test_auto_piece_fits_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(meter, "free_memory", lambda device: 100_000)
     small = evaluate(net, x, y, "linf:0.03", suite="pgd(steps=3)")
     assert small.environment["images_at_once"] < 12
+
+
+@pytest.mark.parametrize(
+    ("suite", "flagged"),
+    [
+        ("pgd(steps=3,step_size=0.1eps)", True),
+        ("pgd(steps=3,step_size=0.001px)", True),
+        ("pgd(steps=3)", False),
+        ("pgd(steps=3,step_size=0.1eps),pgd(steps=3)", False),
+    ],
+)
+def test_attacks_that_cannot_reach_the_edge_of_the_ball_are_flagged(suite: str, flagged: bool) -> None:
+    x, y = torch.rand(3, 1, 5, 7), torch.tensor([0, 1, 0])
+    report = evaluate(
+        torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(35, 2)), x, y, "linf:0.1", suite=suite
+    )
+    assert [flag.code for flag in report.flags if flag.code == "steps-fall-short"] == [
+        "steps-fall-short"
+    ] * flagged

@@ -202,3 +202,8 @@ def test_fields_that_cannot_be(net):
         as_classifier(lambda x: x.mean((1, 2, 3)))(torch.rand(5, 1, 3, 4))
     with pytest.raises(UsageError, match="is loaded already"):
         as_classifier(load_model(net), output=1)
+
+
+def test_binary_for_a_net_without_one_number_per_image_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"none with one number per image: leave binary=logit out\.$"):
+        LogitsReader(binary="logit").read((FEATURES, LOGITS), 5)

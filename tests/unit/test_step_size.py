@@ -85,7 +85,7 @@ def test_pgd_takes_two_and_a_half_times_eps_over_its_steps() -> None:
         assert float(moved.max()) - 0.5 == pytest.approx(0.1 / steps, abs=1e-6)
 
 
-@pytest.mark.parametrize("bare", ["2/255", "0.00784", 2 / 255, "8/255", "0.3/255", "1/256"])
+@pytest.mark.parametrize("bare", ["2/255", "0.00784", 2 / 255, "8/255", "0.3/255", "1/256", "2", 16])
 def test_bare_pixels_are_refused(bare: Any) -> None:
     makers = [lambda: make("pgd", steps=10, step_size=bare), lambda: make_method("pgd-at", step_size=bare)]
     makers += [lambda: PGD(steps=10, step_size=bare), lambda: PGDAT(steps=10, step_size=bare)]
@@ -104,6 +104,26 @@ def test_a_bare_share_that_reaches_the_edge_stays_one() -> None:
         make("mi-fgsm", steps=3, step_size=0.1)
     with pytest.raises(UsageError, match=r"svre: step_size=2/255 has no unit"):
         SVRE(step_size="2/255")
+
+
+@pytest.mark.parametrize("bare", ["2/255", "2/255.0", "2/ 255", 1 / 255, 2 / 255, 3 / 255])
+def test_bare_levels_are_refused_however_many_steps_there_are(bare: Any) -> None:
+    with pytest.raises(UsageError, match=r"write step_size=\S+.*px for pixel units of \[0, 1\]"):
+        PGD(steps=1000, step_size=bare)
+
+
+@pytest.mark.parametrize("share", [1 / 3, 1 / 5, 1 / 15, 1 / 17, 0.01, 0.004, 0.25, 1.5, "1/10"])
+def test_shares_that_are_no_levels_stay_shares(share: Any) -> None:
+    assert PGD(steps=1000, step_size=share).step_size is not None
+
+
+def test_levels_without_their_255_are_refused_where_pixels_go_to_1() -> None:
+    for text in ("pgd(step_size=2px)", "mi-fgsm(step_size=2px)", "multires-prior(step_size=1.5px)"):
+        for read in (parse_suite, parse_attack):
+            with pytest.raises(UsageError, match=r"longer than the range .* write step_size=\S+/255px if 8-bit"):
+                read(text, "linf")
+    assert parse_suite("pgd(step_size=2px)", "l1")
+    assert parse_suite("pgd(step_size=1px)", "linf")
 
 
 @pytest.mark.parametrize(("kind", "name"), STEPPED)
@@ -131,7 +151,7 @@ def test_old_records_hold_shares_of_eps_however_small() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", ["px", "eps", "1pixels", "-1px", "-0.1", "nanpx", "1/0px", "1e999999999eps", True, [1]]
+    "wrong", ["px", "eps", "1pixels", "-1px", "0px", "0eps", "-0.1", "nanpx", "1/0px", "1e999999999eps", True, [1]]
 )
 def test_what_is_no_length_is_one_sentence(wrong: Any) -> None:
     with pytest.raises(UsageError) as error:
