@@ -21,7 +21,8 @@ def pick_device(device: str | torch.device) -> torch.device:
         torch.ones(1, device=place, dtype=torch.float64).item()
         if place.type != "cpu" or not place.index:  # torch takes cpu:99 for the CPU
             return place
-    raise UsageError(f"device {str(device)!r} cannot be used here; write auto, cpu, cuda or cuda:1.")
+    known = "auto, cpu, cuda or cuda:1" if torch.cuda.is_available() else "auto or cpu, as torch finds no GPU"
+    raise UsageError(f"device {str(device)!r} cannot be used here; write {known}.")
 
 
 def model_device(model: nn.Module) -> torch.device:

@@ -75,5 +75,5 @@ def test_words_that_mean_nothing(
 
 @pytest.mark.parametrize("name", ["meta", "hpu", "cpu:99", "mps", "cuda:77", "xla", "", "gpu", "cpu:-1", LONG])
 def test_devices_that_compute_nothing_here(name: str) -> None:
-    with pytest.raises(UsageError, match="cannot be used here; write auto, cpu, cuda or cuda:1"):
+    with pytest.raises(UsageError, match="cannot be used here; write auto"):
         pick_device(name)

