@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from robustkit.engine.failures import is_out_of_memory
 from robustkit.engine.parts import continued
 from robustkit.errors import RunError
 from robustkit.method import Peers, Plan
@@ -41,8 +42,16 @@ def work(fabric: Fabric, job: Job) -> str:
     """Train in one process, from the beginning or the last checkpoint; return the finished run's record."""
     first, record = fabric.global_rank == 0, job.folder / RECORD
     if not fabric.broadcast(first and record.is_file()):
-        with _generators(fabric.device):
-            Sitting(fabric, job).run()
+        try:
+            with _generators(fabric.device):
+                Sitting(fabric, job).run()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise RunError(
+                "out of memory in training; give a smaller --batch-size with another --out, or a device with more "
+                "memory."
+            ) from error
     text: str = fabric.broadcast(record.read_text(encoding="utf-8") if first else "")
     return text
 

@@ -225,6 +225,18 @@ def test_divergence_is_said(tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "model.json").exists()
 
 
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory.")])
+def test_a_lack_of_memory_is_one_sentence(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(sitting: loop.Sitting) -> None:
+        raise error
+
+    monkeypatch.setattr(loop.Sitting, "run", run)
+    with pytest.raises(RunError, match="out of memory in training; give a smaller --batch-size"):
+        train("standard", out=tmp_path / "run", **SHORT)
+
+
 def test_a_net_that_breaks_in_its_last_step_is_not_written(tmp_path: Path) -> None:
     """The loss of that step was finite yet, and nobody looks at test images."""
     short = {**SHORT, "lr": 1e38, "batch_size": 48, "epochs": 1, "test": None}
