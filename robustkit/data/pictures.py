@@ -119,7 +119,7 @@ class Pictures(ABC):
             with self._opened(row) as image:
                 if image.format in _TURNED or "exif" not in image.info:
                     return False
-                return image.getexif().get(_ORIENTATION, 1) not in (0, 1)
+                return image.getexif().get(_ORIENTATION) in range(2, 9)
         # A damaged picture is refused where it is decoded.
         except Exception:
             return False

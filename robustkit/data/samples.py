@@ -16,6 +16,9 @@ from robustkit.errors import UsageError
 from robustkit.record import Flag
 from robustkit.shapes import Images
 
+# Values outside of [0, 1] by less are there by rounding.
+_ROUNDING = 1e-5
+
 
 @runtime_checkable
 class Source(Protocol):
@@ -142,6 +145,11 @@ class Samples:
         image = x[bad]
         if not bool(image.isfinite().all()):
             found = "holds NaN or infinite values"
+        elif low >= -_ROUNDING and high <= 1 + _ROUNDING:
+            raise UsageError(
+                f"{self.name}: the image at position {positions[bad]} has values from {low:.9g} to {high:.9g}, "
+                "outside [0, 1] by rounding; cut them off, as by x.clamp(0, 1)."
+            )
         else:
             found = f"has values from {float(image.min()):.6g} to {float(image.max()):.6g}"
         raise UsageError(

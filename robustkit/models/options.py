@@ -126,15 +126,16 @@ def read_std(text: str, where: str) -> tuple[float, ...]:
     return numbers
 
 
-def read_binary(text: str) -> str:
+def read_binary(text: object) -> str:
     """Return how one number per image is read.
 
     Raises:
         UsageError: It is neither `logit` nor `probability`.
     """
-    if text not in (LOGIT, PROBABILITY):
-        raise did_you_mean("way to read a binary model:", text, (LOGIT, PROBABILITY))
-    return text
+    said = str(text)
+    if said not in (LOGIT, PROBABILITY):
+        raise did_you_mean("way to read a binary model:", said, (LOGIT, PROBABILITY))
+    return said
 
 
 def keyword_value(text: str) -> object:

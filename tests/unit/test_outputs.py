@@ -145,6 +145,12 @@ def net(tmp_path):
     return f"{tmp_path}/net.py:build"
 
 
+@pytest.mark.parametrize("binary", ["sigmoid", True])
+def test_ways_to_read_a_binary_model_are_known_by_name(binary: object) -> None:
+    with pytest.raises(UsageError, match=f"no way to read a binary model: '{binary}'"):
+        as_classifier(torch.nn.Flatten(), binary=binary)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("query", ["what=column&binary=logit", "what=flat&binary=logit", "what=both"])
 def test_verdicts_and_margins_are_those_of_the_same_net_with_two_logits(net, query):
     """The margin of z is |z|; a step of eps on every pixel takes it down by eps times their number."""
