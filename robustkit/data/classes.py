@@ -30,10 +30,14 @@ _WRITTEN = 12
 
 @dataclass(frozen=True)
 class Order:
-    """Which name is which class of the model: `numbers` by name, and a name for each number."""
+    """Which name is which class of the model: `numbers` by name, and a name for each number.
+
+    `listed` is whether the names came as a list, which is the model's only if it is as long.
+    """
 
     numbers: dict[str, int]
     names: tuple[str, ...]
+    listed: bool
 
     @classmethod
     def of(cls, pairs: Sequence[tuple[str, int]], source: str) -> Order:
@@ -55,7 +59,8 @@ class Order:
         if not numbers:
             raise UsageError(f"{source} names no class; write the names of the model's classes in its order.")
         first = {number: name for name, number in reversed(numbers.items())}
-        return cls(numbers, tuple(first.get(number, str(number)) for number in range(max(first) + 1)))
+        listed = [number for _, number in pairs] == list(range(len(pairs)))
+        return cls(numbers, tuple(first.get(number, str(number)) for number in range(max(first) + 1)), listed)
 
 
 def read_order(text: str) -> Order:
@@ -134,7 +139,7 @@ def fixed(samples: Samples, order: Order) -> Samples:
             raise UsageError(
                 f"{samples.name} has the label {top}, but classes= names {len(order.names)}; name them all."
             )
-        return replace(samples, classes=order.names, fixed=True)
+        return replace(samples, classes=order.names, fixed=True, listed=order.listed)
     occurring = [samples.classes[number] for number in np.unique(samples.labels)]
     if missing := [name for name in occurring if name not in order.numbers]:
         raise UsageError(
@@ -142,7 +147,7 @@ def fixed(samples: Samples, order: Order) -> Samples:
             "classes=; add it with its place."
         )
     places = [order.numbers.get(name, -1) for name in samples.classes]
-    return replace(_placed(samples, places, order.names), fixed=True)
+    return replace(_placed(samples, places, order.names), fixed=True, listed=order.listed)
 
 
 def matched(samples: Samples, count: int | None, names: Sequence[str] | None) -> Samples:
@@ -154,8 +159,13 @@ def matched(samples: Samples, count: int | None, names: Sequence[str] | None) ->
         names: what the model calls its classes, in its order, if known.
     """
     classes = samples.classes
-    if classes is None or samples.fixed:
+    if classes is None:
         return samples
+    if samples.fixed:
+        # Where there are numbers, those of some of the model's classes are enough.
+        if count is None or count == len(classes) or (len(classes) < count and not samples.listed):
+            return samples
+        return replace(samples, label_flags=(_other_length(len(classes), count),))
     for order in (names, _imagenet(classes, count)):
         places = _found(classes, order) if order else None
         if order is None or places is None:
@@ -235,9 +245,20 @@ def _doubts(classes: tuple[str, ...], count: int | None, names: Sequence[str] | 
     return found
 
 
+def _other_length(named: int, count: int) -> Flag:
+    return Flag(
+        "class-count",
+        "warning",
+        named,
+        f"classes are named by classes= and {count} in the model: a name's place, or number, there is taken for "
+        "the model's number of that class",
+        "list the names of all classes of the model in its order, or write a file of names and numbers",
+    )
+
+
 def _by_number(name: str) -> list[tuple[int, int | str]]:
-    """Return a key that sorts the numbers in names by their value."""
-    parts = re.split(r"([0-9]{1,18})", name)
+    """Return a key that sorts the numbers in names by their value; a sign counts at the beginning alone."""
+    parts = re.split(r"(^-[0-9]{1,18}|[0-9]{1,18})", name)
     return [(0, int(part)) if place % 2 else (1, part) for place, part in enumerate(parts) if part]
 
 

@@ -17,6 +17,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "PPM", "BMP", "TIFF", "GIF")
 _SPLIT = re.compile(
     r"(val|valid|validation|test|testing|eval|dev|train|training)([ _-]?(set|images|data|split))?\d*"
 )
+# Folders that systems and tools put beside data (those whose names begin with a dot apart).
+_SYSTEM = ("__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information")
 _NAMED = 3
 
 
@@ -47,7 +49,7 @@ class Listing:
 
 def is_hidden(name: str) -> bool:
     """Return whether a file or folder of this name was put there by a system or a tool, not as data."""
-    return name.startswith(".") or name == "__MACOSX"
+    return name.startswith(".") or name in _SYSTEM
 
 
 def list_pictures(root: Path, *, nested: bool = False) -> Listing:

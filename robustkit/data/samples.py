@@ -54,6 +54,7 @@ class Samples:
         rows: int64 (N,), the row of the source behind each position.
         by_name: whether labels are places in the sorted names of the classes, and not numbers that somebody gave.
         fixed: whether `?classes=` has said which class is which.
+        listed: whether it did so by a list of names, whose places are the model's numbers.
         notes: what was left out or changed, each as a sentence without its full stop.
         label_flags: doubts about the labels.
     """
@@ -65,6 +66,7 @@ class Samples:
     rows: npt.NDArray[np.int64]
     by_name: bool = False
     fixed: bool = False
+    listed: bool = False
     notes: tuple[str, ...] = ()
     label_flags: tuple[Flag, ...] = ()
 

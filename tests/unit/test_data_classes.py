@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from robustkit.data import Samples, from_arrays, load_data
-from robustkit.data.classes import matched, read_order
+from robustkit.data.classes import fixed, matched, read_order
 from robustkit.errors import UsageError
 
 
@@ -103,6 +103,7 @@ def test_ids_of_imagenet_are_known_to_models_of_its_classes() -> None:
         (tuple(f"class{number}" for number in range(11)), 11, None, ["class-order"]),
         (tuple(f"class{number:02d}" for number in range(11)), 11, None, []),
         (("1", "10"), 10, None, ["class-count"]),
+        (("-1", "0", "1"), 3, None, []),
     ],
 )
 def test_doubtful_labels_are_flagged(
@@ -116,3 +117,28 @@ def test_doubtful_labels_are_flagged(
 def test_numbers_that_somebody_gave_are_not_doubted() -> None:
     assert not matched(replace(samples("ape", "bee"), by_name=False), 10, None).flags
     assert not matched(replace(samples("10", "9"), fixed=True), 10, None).flags
+
+
+@pytest.mark.parametrize(
+    ("classes", "flagged"),
+    [
+        # Two of ten: their places in the list are not the model's numbers.
+        ("cat,dog", True),
+        ("a,b,c,cat,e,dog,g,h,i,j", False),
+        ('["cat", "dog"]', True),
+        ('{"cat": 3, "dog": 5}', False),
+        ("cat,3\ndog,5", False),
+        # Counted from 1.
+        ('{"cat": 4, "dog": 10}', True),
+        # A comment is no class.
+        ("# of a model\na\nb\nc\ncat\ne\ndog\ng\nh\ni\nj", True),
+    ],
+)
+def test_a_list_of_other_length_than_the_model_has_classes_is_flagged(
+    classes: str, flagged: bool, tmp_path: Path
+) -> None:
+    if "\n" in classes or classes[0] in "[{":
+        (tmp_path / "names").write_text(classes)
+        classes = str(tmp_path / "names")
+    found = matched(fixed(samples("cat", "dog"), read_order(classes)), 10, None)
+    assert [flag.code for flag in found.label_flags] == ["class-count"] * flagged
