@@ -122,6 +122,7 @@ class Ledger:
         with _explained(name):
             db = sqlite3.connect(path or ":memory:", isolation_level=None)
             ledger = cls(db, name)
+            ledger._refuse_other_tables()
             db.execute("PRAGMA journal_mode = WAL")
             db.execute("PRAGMA synchronous = NORMAL")
             if not db.execute("SELECT name FROM sqlite_master").fetchall():
@@ -139,6 +140,7 @@ class Ledger:
             return True
         refuse_link(*(path.with_name(path.name + ending) for ending in FILES))
         with _explained(str(path)), closing(sqlite3.connect(path)) as db:
+            cls(db, str(path))._refuse_other_tables()
             if not db.execute("SELECT name FROM sqlite_master WHERE name = 'chunks'").fetchall():
                 return True
             return not db.execute("SELECT 1 FROM chunks WHERE stage > 0 LIMIT 1").fetchall()
@@ -151,6 +153,7 @@ class Ledger:
         with _explained(str(path)):
             db = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro&immutable=1", uri=True)
             ledger = cls(db, str(path))
+            ledger._refuse_other_tables()
             ledger._check(run_id)
         return ledger
 
@@ -322,6 +325,13 @@ class Ledger:
         with _explained(self._name):
             self._db.execute("PRAGMA journal_mode = DELETE")
 
+    def _refuse_other_tables(self) -> None:
+        """Raise UsageError at what no ledger has: a view, trigger or column of somebody's may compute for ever."""
+        known = {_written(statement) for statement in SCHEMA.split(";")}
+        for name, statement in self._db.execute("SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL"):
+            if _written(statement) not in known:
+                raise _damaged(self._name, f"its {name!r} is not that of a ledger")
+
     def _check(self, run_id: str) -> None:
         (health,) = self._db.execute("PRAGMA integrity_check").fetchone()
         if health != "ok":
@@ -349,6 +359,10 @@ class Ledger:
                 self._db.execute("ROLLBACK")
             raise
         self._db.execute("COMMIT")
+
+
+def _written(statement: str) -> str:
+    return " ".join(statement.split())
 
 
 def _damaged(name: str, how: str) -> UsageError:

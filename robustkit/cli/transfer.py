@@ -15,9 +15,9 @@ from robustkit.data.classes import matched
 from robustkit.devices import pick_device
 from robustkit.engine import folder as run_folder
 from robustkit.engine.nets import gather
+from robustkit.engine.recorded import recorded_data
 from robustkit.engine.transfer import judge_more
 from robustkit.errors import UsageError
-from robustkit.models.recorded import recorded_data
 from robustkit.report.transfer import show
 
 

@@ -7,7 +7,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -25,7 +25,19 @@ TRANSFER, MATRIX, DIVERSITY = "transfer.json", "matrix.json", "diversity.json"
 # Folders inside a run's, removed when it is done: of unfinished work, and of the run that audits its survivors.
 UNFINISHED, AUDIT = ".unfinished", ".audit"
 EXAMPLES, PAGE = "examples.npz", "report.html"
-EXAMPLE_ARRAYS = ("index", "distance", "prediction", "shown", "hard", "clean", "adversarial", "shape", "classes")
+# Their kinds of numbers, and shapes: M rows of fooled images, S of those that are shown.
+EXAMPLE_ARRAYS = {
+    "index": ("i", "M"),
+    "distance": ("f", "M"),
+    "prediction": ("i", "M"),
+    "shown": ("i", "S"),
+    "hard": ("b", "S"),
+    "clean": ("f", "SCHW"),
+    "adversarial": ("f", "SCHW"),
+    "shape": ("i", "3"),
+    "classes": ("U", "K"),
+}
+ADVERSARIAL_ARRAYS = {"index": ("i", "M"), "x": ("f", "MCHW"), "y": ("i", "M")}
 # The file by which a run of each verb is known; that of an evaluation is its report.
 RECORDS = {TRANSFER: "craft", MATRIX: "matrix", DIVERSITY: "diversity", RECORD: "train"}
 SEALED = (SPEC, LEDGER, ADVERSARIAL, EXAMPLES)
@@ -196,14 +208,10 @@ def read_adversarial(path: Path) -> dict[str, np.ndarray]:
 
     A large `x` is memory-mapped, for it may be larger than memory. What is written into it stays out of the file.
     """
-    try:
-        with zipfile.ZipFile(path / ADVERSARIAL) as archive:
-            arrays = {name: member(path / ADVERSARIAL, archive, name, "c") for name in ("index", "x", "y")}
-        return {name: array if array.flags.writeable else array.copy() for name, array in arrays.items()}
-    except FileNotFoundError:
-        raise UsageError(f"{path / ADVERSARIAL} is missing.") from None
-    except (OSError, *DAMAGE) as error:
-        raise UsageError(f"{path / ADVERSARIAL} cannot be read: {error}.") from error
+    if not (path / ADVERSARIAL).is_file():
+        raise UsageError(f"{path / ADVERSARIAL} is missing.")
+    arrays = _read_arrays(path / ADVERSARIAL, ADVERSARIAL_ARRAYS, "c")
+    return {name: array if array.flags.writeable else array.copy() for name, array in arrays.items()}
 
 
 def write_examples(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
@@ -222,11 +230,39 @@ def read_examples(path: Path, report: Report | Craft) -> dict[str, np.ndarray] |
     expected = report.files.get(EXAMPLES)
     if expected is not None and sha256(file) != expected:
         raise UsageError(f"{file} has changed since the run; restore it, or delete it to go on without it.")
+    return _read_arrays(file, EXAMPLE_ARRAYS)
+
+
+def _read_arrays(
+    file: Path, forms: Mapping[str, tuple[str, str]], mode: Literal["r", "c"] = "r"
+) -> dict[str, np.ndarray]:
+    """Return arrays of a run's file, which is no larger in memory than on the disk.
+
+    Args:
+        file: the file.
+        forms: of each array the kind of its numbers, and its axes: a digit is a length, and those of the same
+            letter are equally long.
+        mode: that of `numpy.memmap`, for large arrays.
+
+    Raises:
+        UsageError: the file is damaged, or of no run.
+    """
     try:
-        with file.open("rb") as content, np.load(content, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in EXAMPLE_ARRAYS}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise UsageError(f"{file} cannot be read: {error}.") from error
+        with zipfile.ZipFile(file) as archive:
+            if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
+                raise ValueError("it is compressed, which no run's is")
+            arrays = {name: member(file, archive, name, mode) for name in forms}
+        lengths: dict[str, int] = {}
+        for name, (kind, axes) in forms.items():
+            shape, dtype = arrays[name].shape, arrays[name].dtype
+            fits = dtype.kind == kind and len(axes) == len(shape)
+            for axis, length in zip(axes, shape, strict=False):
+                fits &= length == (int(axis) if axis.isdigit() else lengths.setdefault(axis, length))
+            if not fits:
+                raise ValueError(f"its {name!r} is {dtype} of shape {shape}")
+    except (OSError, *DAMAGE) as error:
+        raise UsageError(f"{file} cannot be read: {error}; restore it from a copy, or run again.") from error
+    return arrays
 
 
 def sha256(path: Path) -> str:

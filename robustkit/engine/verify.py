@@ -16,13 +16,14 @@ from robustkit.engine import folder
 from robustkit.engine.judge import image_hashes, margins
 from robustkit.engine.matching import matched_to
 from robustkit.engine.meter import Meter
+from robustkit.engine.recorded import recorded_data
 from robustkit.engine.tally import Tally
 from robustkit.errors import UsageError
 from robustkit.isolation import evaluation_mode, own_randomness
 from robustkit.ledger import Ledger
 from robustkit.models import load_model
 from robustkit.models.classifier import Classifier
-from robustkit.models.recorded import recorded_data, recorded_model
+from robustkit.models.recorded import recorded_model
 from robustkit.record import Curve, Report
 from robustkit.threat import ThreatModel
 

@@ -29,7 +29,7 @@ def no_such_kind(spec: ModelString) -> UsageError:
 
 def _near(spec: ModelString) -> str | None:
     """Return the model string that was probably meant: its kind spelt right, or the kind that has the net."""
-    for kind in difflib.get_close_matches(spec.source, (ZOO, TIMM, TORCHVISION), n=1):
+    for kind in difflib.get_close_matches(spec.source.lower(), (ZOO, TIMM, TORCHVISION), n=1):
         if kind != ZOO or spec.name in CATALOG:
             return f"{kind}:{spec.name}"
     if spec.source not in _HUBS:

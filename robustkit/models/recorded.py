@@ -7,10 +7,10 @@ that it names. A string that is read from a file runs none, unless the user says
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import parse_qsl
 
 from robustkit.errors import UsageError
 from robustkit.models.strings import ENSEMBLE, FILE, FOLDER, MODULE, ModelString
@@ -50,27 +50,7 @@ def recorded_model(string: str, where: object, trust_code: bool) -> str:
     for spec in _parts(string):
         path = spec.arch.partition("#")[0] if spec.kind == FOLDER else spec.weights
         if path is not None:
-            _check_path(path, where, "--model")
-    return string
-
-
-def recorded_data(string: str, where: object) -> str:
-    """Return the data string of a run's record if it may be read.
-
-    Raises:
-        UsageError: it names what is not on this machine's disks, or a whole disk or home folder.
-    """
-    head, _, query = string.partition("?")
-    for _, value in parse_qsl(query):
-        if any(sign in value for sign in ("/", "\\")):
-            _check_path(value, where, "--data")
-    name, _, rest = head.partition(":")
-    path = rest if name in ("folder", "webdataset") else head
-    # Data with a name of its own, such as cifar10:test, has neither.
-    if path == rest or any(sign in path for sign in ("/", "\\", ".npz")):
-        _check_path(path, where, "--data")
-        if Path(path) in (Path(Path(path).anchor), Path.home()):
-            raise UsageError(f"{where} names the folder {path!r} as data, which is no data set: give --data.")
+            check_path(path, where, "--model")
     return string
 
 
@@ -89,9 +69,9 @@ def _parts(string: str) -> Iterator[ModelString]:
         yield spec
 
 
-def _check_path(path: str, where: object, flag: str) -> None:
-    """Refuse what is not an absolute path on a disk, which every path in a record that robustkit wrote is."""
-    place = Path(path)
+def check_path(path: str, where: object, flag: str) -> None:
+    """Raise UsageError for what is no absolute path on a disk, as all paths in records of robustkit are."""
+    place = Path(os.path.normpath(path))
     # Of devices, /dev/shm is a disk in memory.
     devices = place.parts[1:2] in _DEVICES and place.parts[1:3] != ("dev", "shm")
     if "\0" in path or _ELSEWHERE.match(path) or devices or not place.is_absolute():

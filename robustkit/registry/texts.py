@@ -14,6 +14,8 @@ from robustkit.registry.making import make, make_method, make_technique, spec
 from robustkit.step_size import check_pixels
 
 DEFAULT_SUITE = "auto"
+# A suite of more attacks is a slip: each is run on every image.
+MOST_ATTACKS = 1_000
 # What a model's gradients may be replaced by (`robustkit.models.views`), in the order of what they promise; where
 # the model is random, also by means over draws.
 DRAWN = (
@@ -63,11 +65,14 @@ def parse_suite(text: str, norm: str) -> list[Rung]:
     none of that name is spared it. `ATTACK?` and `ATTACK@VIEW?` are for runs whose number is in doubt.
 
     Raises:
-        UsageError: for an unknown name or field, a bad value, an empty list, or an attack that is not
-            defined in this norm.
+        UsageError: for an unknown name or field, a bad value, a list that is empty or too long, or an attack that
+            is not defined in this norm.
     """
+    parts = split(text)
+    if len(parts) > MOST_ATTACKS:
+        raise UsageError(f"a suite of {len(parts):,} attacks is too long: write at most {MOST_ATTACKS:,}.")
     rungs: list[Rung] = []
-    for part in split(text):
+    for part in parts:
         name, fields = parse_call(part.rstrip("?").partition("@")[0], whole=part)
         if name not in catalog("suite"):
             rungs.append(_rung(part))

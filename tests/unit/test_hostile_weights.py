@@ -22,7 +22,7 @@ from robustkit.models.weight_files import read_weights
 
 START = b"\x80\x02"
 # An empty tuple, twice itself forty times over: 2^40 leaves to hash in 200 bytes.
-LEAVES = b")" + 40 * b"q\x000h\x00h\x00\x86"
+LEAVES = b")" + 40 * b"q\x00h\x00\x86"
 SYSTEM = b"X\x05\x00\x00\x00touch\x85R"
 
 

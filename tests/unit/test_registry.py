@@ -324,3 +324,8 @@ def test_a_stranger_adds_one_file(tmp_path):
     assert summary == "Best of a few random starts."
     assert spec == {"name": "loud-noise", "tries": 5, "scale": 0.25}
     assert "Did you mean 'loud-noise'?" in done.stderr
+
+
+def test_a_suite_has_an_end():
+    with pytest.raises(UsageError, match=r"a suite of 100,000 attacks is too long: write at most 1,000"):
+        registry.parse_suite(",".join(["pgd"] * 100_000), "linf")

@@ -13,9 +13,10 @@ from runs import facts, net, write_members, write_single
 
 from robustkit import load_model
 from robustkit.engine import folder
+from robustkit.engine.recorded import recorded_data
 from robustkit.engine.shipping import Parcelled
 from robustkit.errors import UsageError
-from robustkit.models.recorded import recorded_data, recorded_model
+from robustkit.models.recorded import recorded_model
 from robustkit.models.strings import ModelString
 from robustkit.noise import Noise
 
@@ -153,6 +154,7 @@ def test_what_a_file_brings_from_elsewhere_is_no_factory(code: Path) -> None:
         ("hf:microsoft/resnet-18", "timm:resnet18"),
         ("hf-hub:timm/resnet50.a1_in1k", "timm:resnet50"),
         ("tim:resnet18", "timm:resnet18"),
+        ("TIMM:resnet18", "timm:resnet18"),
         ("robstkit:wrn-28-10", "robustkit:wrn-28-10"),
         ("onnx:net.onnx", None),
         ("clip_not_here:RN50", None),
@@ -280,6 +282,12 @@ def test_paths_of_a_record(string: str) -> None:
         "folder:",
         "folder:/d/a?classes=//host/names.txt",
         "folder:/d/a\0",
+        "folder:/tmp/../proc",
+        "folder:/tmp/..",
+        "folder:/tmp/a?/../../proc",
+        "/tmp/../dev/zero.npz",
+        "digits:test?classes=names.txt",
+        "digits:test?classes=~/.netrc",
     ],
 )
 def test_data_of_a_record(string: str) -> None:
@@ -303,6 +311,8 @@ def test_what_an_honest_record_names() -> None:
         "webdataset:/d/{000..049}.tar",
         "/d/x.npz?layout=NCHW",
         "folder:/dev/shm/val",
+        "folder:/d/val?classes=/d/names.txt",
+        "digits:test?classes=zero,one,two",
     ):
         assert recorded_data(string, RECORD) == string
 
