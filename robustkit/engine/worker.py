@@ -223,8 +223,10 @@ class Worker(BatchWise):
             meter = self.meter
             x = self.samples.images(waiting[: min(self.slots, meter.trial)]).to(meter.device)
             with meter.searching(meter.way), own_randomness(self.seed, "tune"):
-                with recording(self.store, self.named("tune")):
+                with recording(self.store, self.named("tune")) as answers:
                     meter.tune(x, precision=self.free)
+                    # A resumed run, on a machine that may be busier, searches in the same way.
+                    answers.write()
                 self.way = meter.way
                 if self.most > self.slots and meter.quick is None:
                     self.slots = meter.widest(x, self.slots, self.most)

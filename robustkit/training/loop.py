@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 # Seconds after which a checkpoint is written within an epoch.
-SAVE_EVERY = 60.0
+SAVE_EVERY = 20.0
 # A run looks at its test data so many times at most.
 LOOKS = 20
 

@@ -188,3 +188,28 @@ def test_generators_continue_where_they_were(tmp_path: Path) -> None:
             return float(torch.randn(1)) + np.random.randn()
 
     assert draw() == draw()
+
+
+def test_the_way_to_search_is_chosen_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busier machine would choose another precision or layout, and so other margins."""
+    net, tried, left = Dies(), [], [5, float("inf")]
+    x, y = labelled(net, 6, SHAPE)
+    trial, tune = meter.Meter._trial, meter.Meter.tune
+
+    def counted(self: meter.Meter, *of: Any) -> Any:
+        tried.append(of[1])
+        return trial(self, *of)
+
+    def tuned(self: meter.Meter, x: Tensor, *, precision: bool) -> None:
+        tune(self, x, precision=precision)
+        net.left = left.pop(0)
+
+    monkeypatch.setattr(meter.Meter, "_trial", counted)
+    monkeypatch.setattr(meter.Meter, "tune", tuned)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(net, x, y, "linf:0.02", suite="pgd(steps=4)", out=tmp_path / "run")
+    before = len(tried)
+    net.left = float("inf")
+    evaluate(net, x, y, "linf:0.02", suite="pgd(steps=4)", out=tmp_path / "run")
+    assert before > 1
+    assert len(tried) == before
