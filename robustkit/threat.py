@@ -58,7 +58,7 @@ class ThreatModel(ABC):
                 f"e.g. {self.norm}:8/255."
             ) from None
         if self.eps < 0:
-            raise UsageError(f"threat '{self}': eps must not be negative.")
+            raise UsageError(f"threat '{self}': eps must not be negative; write e.g. {self.norm}:{-self.eps}.")
         if self.eps > LARGEST:
             raise UsageError(f"threat of norm {self.norm}: eps is above {LARGEST:g}, larger than any image.")
 
@@ -110,8 +110,12 @@ class ThreatModel(ABC):
         return ThreatModel.parse(f"{norm}:{eps}")
 
     def __str__(self) -> str:
-        decimal = f"{float(self.eps):.6g}"
-        return f"{self.norm}:{decimal if Fraction(decimal) == self.eps else self.eps}"
+        decimal, levels = f"{float(self.eps):.6g}", f"{float(255 * self.eps):.6g}"
+        if Fraction(decimal) == self.eps:
+            return f"{self.norm}:{decimal}"
+        # Part of an 8-bit level, such as 0.3/255, is better known so than as 1/850.
+        over = "." in levels and self.eps.denominator % 17 == 0 and Fraction(levels) == 255 * self.eps
+        return f"{self.norm}:{f'{levels}/255' if over else self.eps}"
 
     def distance(self, x_adv: Images, x: Images) -> PerRow:
         """Return each row's distance, float64."""

@@ -89,9 +89,9 @@ def _rung(text: str) -> Rung:
     """Return the rung of `NAME(field=value,...)@VIEW?`."""
     call, *views = _cut(text.removesuffix("?"), "@")
     name, fields = parse_call(call, whole=text)
-    if name in VERSIONS:
+    if suite := VERSIONS.get(name.lower().removeprefix("autoattack-")):
         raise UsageError(
-            f"no suite or attack {name!r}: AutoAttack's version of that name is {VERSIONS[name]!r} here; write it."
+            f"no suite or attack {name!r}: AutoAttack's version of that name is {suite!r} here; write it."
         )
     if name not in catalog("attack") and ":" not in name:
         raise did_you_mean("suite or attack", name, [*catalog("suite"), *catalog("attack")])

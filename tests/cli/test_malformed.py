@@ -355,7 +355,7 @@ CRAFT_CASES: dict[str, tuple[Callable[[], list[str]], tuple[str, ...]]] = {
         args("craft", "--limit", "4", "--attack", "fgsm", "--target", ONE, "--budgets", "10"),
         ("fgsm has no number of steps",),
     ),
-    "backwards": (args("craft", "--limit", "4", "--attack", "mi-fgsm(step_size=-1)"), ("must not be negative",)),
+    "backwards": (args("craft", "--limit", "4", "--attack", "mi-fgsm(step_size=-1)"), ("must be above 0",)),
 }
 
 

@@ -82,7 +82,7 @@ def test_unknown_attacks(name):
     [("standard", "autoattack"), ("plus", "autoattack-plus"), ("rand", "autoattack-rand")],
 )
 def test_autoattacks_own_names_point_to_its_suites(version, suite):
-    for text in (version, f"fgsm,{version}"):
+    for text in (version, version.upper(), f"fgsm,{version}", f"fgsm,AutoAttack-{version.title()}"):
         with pytest.raises(UsageError) as error:
             registry.parse_suite(text, "linf")
         assert sentence(error).endswith(f"is {suite!r} here; write it.")

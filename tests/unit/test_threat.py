@@ -479,3 +479,19 @@ def test_random_start_fills_the_ball_evenly(norm):
     spread = flat.T @ flat / count
     second = {"linf": 1 / 3, "l2": 1 / (size + 2), "l1": 2 / ((size + 1) * (size + 2))}[norm] * eps**2
     torch.testing.assert_close(spread, second * torch.eye(size).double(), rtol=0, atol=0.15 * second)
+
+
+@pytest.mark.parametrize(
+    ("text", "written"),
+    [
+        ("linf:0.3/255", "linf:0.3/255"),
+        ("l2:1/850", "l2:0.3/255"),
+        ("linf:2.5/255", "linf:2.5/255"),
+        ("linf:8/255", "linf:8/255"),
+        ("l2:1/6", "l2:1/6"),
+        ("linf:17/255", "linf:1/15"),
+    ],
+)
+def test_parts_of_a_level_are_written_over_255(text: str, written: str) -> None:
+    assert str(ThreatModel.parse(text)) == written
+    assert ThreatModel.parse(written) == ThreatModel.parse(text)
