@@ -72,8 +72,9 @@ def evaluate(
         model: any callable from images (B C H W) on [0, 1] to logits (B K); tuples and dicts that hold the
             logits are understood, and `as_classifier` says which entry they are where that is not clear. A module
             is put into eval mode for the run and back after.
-        images: (N C H W) floats in [0, 1], or uint8; or a `DataLoader`, a dataset of (image, label) pairs or what
-            `load_data` returns, without `labels`: `evaluate(model, loader, threat="linf:8/255")`.
+        images: (N C H W) floats in [0, 1], or uint8; or a `DataLoader`, a dataset or iterator of (image, label)
+            pairs or batches, or what `load_data` returns, without `labels`: `evaluate(model, loader,
+            threat="linf:8/255")`.
         labels: (N) whole numbers from 0 to K - 1 of any type, one-hot rows (N K), or names of classes, which are
             numbered as they sort.
         threat: what the attacker may do, as a `ThreatModel` or its string, e.g. `linf:8/255`; a pair
