@@ -36,7 +36,7 @@ class GatedCommand(Command):
 
 def _is_code(word: str) -> bool:
     """Return whether a word is meant as codes, and not as the model: those have other signs, or are folders."""
-    return bool(re.fullmatch(r"[a-z][a-z0-9,-]*", word)) and not Path(word).exists()
+    return bool(re.fullmatch(r"[A-Za-z][A-Za-z0-9,_-]*", word)) and not Path(word).exists()
 
 
 @dataclass(frozen=True)

@@ -106,6 +106,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         ("robustkit:digits-cnn --fail-on-flag", ["any"], "robustkit:digits-cnn"),
         ("robustkit:digits-cnn --fail-on-flag zero-gradient", ["zero-gradient"], "robustkit:digits-cnn"),
         ("--fail-on-flag zero-gradient robustkit:digits-cnn", ["zero-gradient"], "robustkit:digits-cnn"),
+        ("--fail-on-flag zero_gradient robustkit:digits-cnn", ["zero_gradient"], "robustkit:digits-cnn"),
         ("--fail-on-flag=no-gradient --fail-on-flag a,b", ["no-gradient", "a,b"], None),
         ("--fail-on-flag --limit 3", ["any"], None),
         ("--confident --fail-on-flag runs/net/", ["any"], "runs/net/"),
