@@ -177,7 +177,7 @@ def test_the_record_goes_out_and_in() -> None:
     assert Report.from_json(replace(report, curve=None).to_json()).curve is None
     body = report.to_json()
     body["curve"]["distances"].pop()
-    with pytest.raises(UsageError, match="its curve has 39 distances for 40 images"):
+    with pytest.raises(UsageError, match="it has 39 distances in its curve for 40 images"):
         Report.from_json(body)
     del body["curve"]["radii"]
     with pytest.raises(UsageError, match="damaged"):
@@ -206,6 +206,10 @@ def test_verify_reads_the_curve(fault: str, tmp_path: Path) -> None:
     else:
         curve["robust_accuracy"].pop()
     file.write_text(json.dumps(body))
+    if fault == "too few":
+        with pytest.raises(UsageError, match="curve has 15 accuracies at 16 radii"):
+            verify(tmp_path / "r", net, x, y)
+        return
     assert any("curve" in sentence for sentence in verify(tmp_path / "r", net, x, y).bad)
 
 
