@@ -33,7 +33,7 @@ def archive(channels: int) -> str:
 
 def evaluated(model: object, suite: str = SUITE) -> Report:
     x = images(1)
-    return evaluate(model, x, viewing(1)(x).argmax(1), 0.2, suite=suite)  # type: ignore[arg-type]
+    return evaluate(model, x, viewing(1)(x).argmax(1), 0.06, suite=suite)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
