@@ -28,12 +28,14 @@ from robustkit.threat import ThreatModel
 class PGDAT(Method):
     """Cross-entropy on PGD's images alone: of the ensemble, or, without `joint`, of each member by itself.
 
-    A step of PGD is `step_size`: `0.25eps`, or `2/255px` in pixel units.
+    A step of PGD is `step_size`: `0.25eps`, or `2/255px` in pixel units. It starts at a random point of the ball or,
+    without `random_start`, at the image.
     """
 
     threat: str = "linf:8/255"
     steps: Count = 10
     step_size: StepSize = StepSize(0.25)
+    random_start: bool = True
     joint: bool = True
     statistics: str = "frozen"
     momentum: ShareBelowOne = 0.9
@@ -81,6 +83,6 @@ class PGDAT(Method):
             mean = inner.mixed(torch.stack([net(x) for net in nets]))
             return F.nll_loss(mean, batch.y, reduction="none")
 
-        start = inner.random_start(batch.x, threat, batch.rng)
+        start = inner.random_start(batch.x, threat, batch.rng) if self.random_start else batch.x
         size = self.step_size.share(float(threat.eps))
         return inner.ascend(loss, start, batch.x, threat, steps=self.steps, step_size=size)

@@ -8,7 +8,7 @@ method registers itself by `@method(...)` in `attacks/` or `defenses/`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -103,6 +103,7 @@ class Batch:
         partner_labels: (B), theirs.
         memory: (B members C H W) int8, of a method that `remembers` only: -1, 0 or 1 for each pixel, 0 where
             nothing is known. `backward` writes into it what the image is to come with the next time.
+        carried: what `backward` hands on to its next call on the same batch, of a method with `replays`.
         peers: the other processes.
     """
 
@@ -113,6 +114,7 @@ class Batch:
     partners: Images | None = None
     partner_labels: Labels | None = None
     memory: Tensor | None = None
+    carried: dict[str, Tensor] = field(default_factory=dict)
     peers: Peers = Peers()
 
 
@@ -157,6 +159,10 @@ class Method:
     def remembers(self) -> bool:
         """Return whether each image has a sign for each pixel and member from one epoch to the next."""
         return False
+
+    def replays(self) -> int:
+        """Return how many times in a row a step calls `backward` and `update` on the same batch."""
+        return 1
 
     def divides(self) -> bool:
         """Return whether members may be in different processes: `backward` is then given some of them.

@@ -172,15 +172,18 @@ class Sitting:
             batch = replace(batch, memory=memory.read(epoch, rows))
         own = [self.members[number] for number in share.own]
         optimizers = [self.parts.optimizers[number] for number in share.own]
-        for member, optimizer in zip(own, optimizers, strict=True):
+        for member in own:
             member.begin(step)
-            optimizer.zero_grad(set_to_none=True)
-        loss = method.backward(own, batch, plan)
-        course.loss += share.settle([member.net for member in own], loss)
+        replays = method.replays()
+        for _ in range(replays):
+            for optimizer in optimizers:
+                optimizer.zero_grad(set_to_none=True)
+            loss = method.backward(own, batch, plan)
+            course.loss += share.settle([member.net for member in own], loss) / replays
+            for optimizer in optimizers:
+                method.update(optimizer, step, plan)
         if memory is not None and batch.memory is not None:
             memory.write(epoch, *share.remembered(rows, batch.memory))
-        for optimizer in optimizers:
-            method.update(optimizer, step, plan)
         if self.parts.averages:
             for number in share.own:
                 averages.advance(self.parts.averages[number], self.parts.nets[number], self.job.spec.ema)

@@ -43,6 +43,9 @@ FIELDS: dict[str, dict[str, Any]] = {
     "dverge+at": {"steps": 2, "adversarial_steps": 2, "clean": 0.5, "baseline": 0.0},
     "fasten": {"baseline": 0.0},
     "pgd-at": {"steps": 2},
+    "free-at": {"repeats": 3},
+    "mart": {"steps": 2, "threat": "linf:0.01"},
+    "ibp": {"threat": "linf:0.001"},
     "trades": {"steps": 2, "threat": "linf:0.01"},
     "trs": {"steps": 2, "scale": 0.1},
     "adp": {"volume": 0.2, "entropy": 0.2},
@@ -143,13 +146,15 @@ def outcome(method: Method, plan: Plan = PLAN) -> list[dict[str, Tensor]]:
         rows = torch.arange(plan.batch_size) + step % plan.steps_per_epoch * plan.batch_size
         other = (rows * 5 + step) % IMAGES
         rng = RowRng(plan.seed, "method", rows, step=step)
-        for optimizer in optimizers:
-            optimizer.zero_grad()
         known = memory[rows]
-        method.backward(nets, Batch(x[rows], y[rows], rng, step, x[other], y[other], known), plan)
+        batch = Batch(x[rows], y[rows], rng, step, x[other], y[other], known)
+        for _ in range(method.replays()):
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            method.backward(nets, batch, plan)
+            for optimizer in optimizers:
+                method.update(optimizer, step, plan)
         memory[rows] = known
-        for optimizer in optimizers:
-            method.update(optimizer, step, plan)
         if method.keeps(step, plan):
             kept.append({name: tensor.clone() for name, tensor in net.state_dict().items()})
     return [net.state_dict(), *(method.samples(iter(kept), plan) if method.posterior else [])]
