@@ -27,7 +27,7 @@ from robustkit.threat import ThreatModel
 class MART(Method):
     """Boosted cross-entropy on adversarial images, and `beta` times a divergence weighed by 1 - p(label | image).
 
-    PGD starts from normal noise of deviation `start`; a step is `step_size`: `0.25eps`, or `2/255px` in pixel units.
+    PGD starts from normal noise of deviation `start`; a step is `step_size`: `0.25eps`, or `2/255px` in pixels.
     """
 
     beta: NonNegative = 5.0

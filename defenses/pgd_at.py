@@ -28,8 +28,8 @@ from robustkit.threat import ThreatModel
 class PGDAT(Method):
     """Cross-entropy on PGD's images alone: of the ensemble, or, without `joint`, of each member by itself.
 
-    A step of PGD is `step_size`: `0.25eps`, or `2/255px` in pixel units. It starts at a random point of the ball or,
-    without `random_start`, at the image.
+    A step of PGD is `step_size`: `0.25eps`, or `2/255px` in pixel units. It starts at a random point of the
+    ball or, without `random_start`, at the image.
     """
 
     threat: str = "linf:8/255"
