@@ -42,7 +42,7 @@ def test_json_is_the_record(capsys: pytest.CaptureFixture[str]) -> None:
         (["--devices", "two"], "devices 'two': write whole numbers from 1 to 1,024, e.g. 1,8,64."),
         (["--price", "-3"], "price -3: write what a device costs for an hour, e.g. 2.5."),
         (["--seconds", "0"], "seconds 0: write how long to measure, a positive number such as 10."),
-        (["--seconds", "nan"], "seconds nan: write how long to measure, a positive number such as 10."),
+        (["--seconds", "nan"], "--seconds is nan; write a finite number."),
     ],
 )
 def test_one_clear_sentence(flags: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,6 +19,7 @@ from robustkit import registry
 from robustkit.cli import run
 from robustkit.registry import make_method
 from robustkit.report.training_page import command
+from robustkit.step_size import StepSize
 from robustkit.trained import TrainSpec
 
 SHORT = ["--limit", "48", "--epochs", "3", "--batch-size", "16", "--lr", "0.1"]
@@ -149,9 +150,14 @@ def test_every_field_of_a_method_is_a_flag(
         default = getattr(value, field.name)
         if isinstance(default, str):
             continue  # words are checked by the method; what follows shows that numbers arrive
-        changed = (not default) if isinstance(default, bool) else default * 0.5 if default else 0.25
-        if isinstance(default, int) and not isinstance(default, bool):
+        if isinstance(default, StepSize):
+            changed: Any = "0.01px"
+        elif isinstance(default, bool):
+            changed = not default
+        elif isinstance(default, int):
             changed = max(default - 1, 1)
+        else:
+            changed = default * 0.5 if default else 0.25
         run(["train", name, flag, str(changed), "--limit", "48", "--epochs", "60", "--batch-size", "16"])
         err = capsys.readouterr().err
         if specs:

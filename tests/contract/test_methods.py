@@ -19,8 +19,9 @@ from robustkit.data.samples import Samples
 from robustkit.errors import UsageError
 from robustkit.method import Batch, Method, Plan
 from robustkit.posterior import Posterior
-from robustkit.registry import make_method
+from robustkit.registry import make_again, make_method
 from robustkit.rng import RowRng
+from robustkit.step_size import StepSize
 from robustkit.trained import Trained
 from robustkit.training import loop
 from robustkit.training.progress import TrainProgress
@@ -185,7 +186,7 @@ def test_a_run_leaves_what_the_contract_says(name: str, runs: dict[str, tuple[Pa
     method = small(name)
     stored = json.loads((folder / "model.json").read_text())
     assert stored == json.loads(json.dumps(record.to_json()))
-    assert make_method(**stored["method"]) == method
+    assert make_again("method", stored["method"]) == method
     assert len(record.history) == PLAN.epochs
     assert record.history[0]["loss"] > record.history[-1]["loss"]
     assert [one["rate"] for one in record.history] == [
@@ -322,12 +323,14 @@ def test_every_field_counts(name: str) -> None:
             continue
         if isinstance(value, str):
             other: Any = WORDS[field.name]
+        elif isinstance(value, StepSize):
+            other = f"{2 * value.number}eps"
         elif isinstance(value, bool):
             other = not value
         elif isinstance(value, int):
             other = value + 1
         else:
-            other = (value + 1) / 2 if value < 1 else value + 1
+            other = (value + 1) / 2 if value < 1 else value / 2
         changed = small(name, **{field.name: other})
         changed.check(dataclasses.replace(PLAN, members=max(method.fewest, 1)))
         assert not same(outcome(changed, plan), plain), f"{name}: {field.name}={other} is the same as {value}"
