@@ -353,7 +353,9 @@ def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.chdir(tmp_path)
     data = load_data("digits:test").head(8)
-    names = {"model": load_model("robustkit:digits-cnn"), "images": data.images(range(8)), "labels": data.labels}
+    images, labels = data.images(range(8)), data.labels
+    names = {"model": load_model("robustkit:digits-cnn"), "images": images, "labels": labels}
+    names["loader"] = [(images[:5], labels[:5]), (images[5:], labels[5:])]
     ran = 0
     for block in blocks("python"):
         if "import evaluate" in block:
