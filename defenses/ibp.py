@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from robustkit import inner
 from robustkit.errors import UsageError
+from robustkit.interval_bounds import bounds
 from robustkit.method import Batch, Method, Plan, Size
-from robustkit.models.interval_bounds import bounds
 from robustkit.registry import method
 from robustkit.registry.ranges import NonNegative, Share
 from robustkit.shapes import Images

@@ -22,6 +22,7 @@ VOCABULARY = {
     *("errors", "shapes", "threat", "losses", "goal", "rng", "rows", "record", "registry"),
     *("residual", "surrogates", "populations", "transfer", "method", "sampling", "features", "inner"),
     *("aggregation", "noise", "multiresolution", "stem", "probes", "selfensemble", "step_size", "limits"),
+    "interval_bounds",
 }
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
@@ -50,6 +51,7 @@ ALLOWED: dict[str, set[str]] = {
     "diverse": {"errors", "record", "schema"},
     "planned": {"errors", "record"},
     "registry": {"errors", "limits", "numbers", "record", "step_size"},
+    "interval_bounds": {"errors"},
     "residual": {"errors"},
     "aggregation": {"errors", "shapes"},
     "factsheet": {"aggregation", "errors"},

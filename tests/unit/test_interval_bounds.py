@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from robustkit import load_model
 from robustkit.errors import UsageError
-from robustkit.models.interval_bounds import bounds
+from robustkit.interval_bounds import bounds
 
 
 class Block(nn.Module):
