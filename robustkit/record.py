@@ -37,6 +37,7 @@ Environment = Annotated[
         precision=str | None,
         claims_refused=Count | None,
         training_flops=Sequence[Count | None] | None,
+        parts=Sequence[Mapping[str, str | None]] | None,
     ),
 ]
 

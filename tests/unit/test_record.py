@@ -190,3 +190,11 @@ def test_the_record_imports_no_torch():
 
     code = "import sys, robustkit.record; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
+
+
+@pytest.mark.parametrize("parts", [True, [1], [{"from": 3}]])
+def test_the_parts_of_a_resumed_run_are_a_list_of_versions(parts):
+    body = make_report().to_json()
+    body["environment"] = {**body["environment"], "parts": parts}
+    with pytest.raises(UsageError, match=r"environment\.parts"):
+        Report.from_json(body)
