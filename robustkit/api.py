@@ -273,7 +273,14 @@ def craft(
 def _listed(models: Model | Sequence[Model]) -> Sequence[Model]:
     if isinstance(models, torch.nn.ModuleList):  # which is callable by its base alone
         return list(models)
-    return [models] if isinstance(models, str) or callable(models) else models
+    if isinstance(models, str) or callable(models):
+        return [models]
+    if not isinstance(models, Sequence):
+        raise UsageError(
+            "models must be model strings, torch.nn.Modules or functions from images to logits, or a list of them, "
+            f"got {type(models).__name__}."
+        )
+    return models
 
 
 @verb

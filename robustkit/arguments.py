@@ -7,7 +7,7 @@ import inspect
 import numbers
 import operator
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, ParamSpec, TypeVar
 
 from robustkit.errors import UsageError, possible
@@ -17,13 +17,14 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 # What an annotation asks for, in words.
-PATH = "str | Path"
+PATH, NUMBERS = "str | Path", "Sequence[float]"
 WORDS = {
     "bool": "True or False",
     "int": "a whole number",
     "float": "a number",
     "str": "a string",
     PATH: "a path, as a string or a Path",
+    NUMBERS: "a list of numbers",
 }
 # A net in the place of its string is refused with advice of its own.
 APART = ("arch",)
@@ -60,6 +61,9 @@ def plain(name: str, value: Any, kind: str) -> Any:
     if kind == PATH:
         if isinstance(value, (str, os.PathLike)) and str(value).strip():
             return possible(value)
+    elif kind == NUMBERS:
+        if isinstance(value, Iterable) and all(isinstance(number, numbers.Real) for number in value):
+            return value
     elif not isinstance(value, bool):
         if kind == "int" and hasattr(value, "__index__"):
             return operator.index(value)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from robustkit import evaluate
+from robustkit import craft, evaluate
 from robustkit.data import from_arrays
 from robustkit.engine.meter import Meter
 from robustkit.errors import ModelError, RunError, UsageError
@@ -159,6 +159,18 @@ def test_verbs_run_whatever_the_caller_has_switched(switch: type) -> None:
 def test_arguments_of_a_wrong_kind_are_refused(words: dict[str, object], said: str) -> None:
     with pytest.raises(UsageError, match=said.replace("(", r"\(")):
         evaluate(viewing(), GREY, [0] * 7, **{"threat": 0.1, **words})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ({"weights": "1"}, "weights must be a list of numbers, got '1'"),
+        ({"targets": 3}, "models must be model strings, torch.nn.Modules or functions .* got int"),
+    ],
+)
+def test_arguments_of_craft_of_a_wrong_kind_are_refused(words: dict[str, object], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        craft(viewing(), GREY, [0] * 7, 0.1, **words)  # type: ignore[arg-type]
 
 
 def test_a_threat_may_be_a_number_or_a_pair() -> None:
