@@ -277,8 +277,8 @@ def _listed(models: Model | Sequence[Model]) -> Sequence[Model]:
         return [models]
     if not isinstance(models, Sequence):
         raise UsageError(
-            "models must be model strings, torch.nn.Modules or functions from images to logits, or a list of them, "
-            f"got {type(models).__name__}."
+            "models must be model strings, torch.nn.Modules or functions from images to logits, or a list of "
+            f"them, got {type(models).__name__}."
         )
     return models
 
