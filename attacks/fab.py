@@ -62,13 +62,13 @@ class _FAB(RowWise):
     def objective(self, rows: Rows, state: State, logits: Logits) -> Tensor:
         """Return the other classes' logits less the label's (B K-1), or of a target's alone (B 1).
 
-        Where the goal itself has a target, passing the label is not enough: it is the target's logit less the
-        largest other one, which is zero where the target becomes the prediction.
+        Where the goal itself has a target, passing the label is not enough: then it is the target's log-odds,
+        in whose gradient all classes that must be passed have a part.
         """
         labels = rows.aim.labels[:, None]
         if rows.goal.targets is not None:
             target = rows.goal.targets[:, None]
-            return logits.gather(1, target) - logits.scatter(1, target, -torch.inf).amax(1, keepdim=True)
+            return logits.gather(1, target) - logits.scatter(1, target, -torch.inf).logsumexp(1, keepdim=True)
         if rows.aim.targets is not None:
             others = rows.aim.targets[:, None]
         else:

@@ -103,8 +103,8 @@ class Batch:
         partner_labels: (B), theirs.
         memory: (B members C H W) int8, of a method that `remembers` only: -1, 0 or 1 for each pixel, 0 where
             nothing is known. `backward` writes into it what the image is to come with the next time.
-        carried: what `backward` hands on to its next call on the same batch, of a method with `replays`.
         peers: the other processes.
+        carried: what `backward` hands on to its next call on the same batch, of a method with `replays`.
     """
 
     x: Images
@@ -114,8 +114,8 @@ class Batch:
     partners: Images | None = None
     partner_labels: Labels | None = None
     memory: Tensor | None = None
-    carried: dict[str, Tensor] = field(default_factory=dict)
     peers: Peers = Peers()
+    carried: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Method:

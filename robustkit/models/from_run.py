@@ -194,6 +194,9 @@ class Run:
         own = Options.read(inner)
         if inner.kind in (ZOO, TIMM, TORCHVISION) and own.num_classes is None:
             own = replace(own, num_classes=self.facts.classes)
+        if inner.kind == ZOO and self.facts.input is not None and own.in_channels is None:
+            # What is around the net may change its first layer: its weights do not tell what images have.
+            own = replace(own, in_channels=self.facts.input[0])
         return own
 
     def _wrapped(self, built: Built) -> Built:

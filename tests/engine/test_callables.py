@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from callables import NoBackward, as_function, of_torch, on_arrays, shaped, viewing
 
 from robustkit import craft, evaluate, train
 from robustkit.cli import run
 from robustkit.errors import UsageError
 from robustkit.models import as_classifier
 from robustkit.record import Report
-from tests.callables import NoBackward, as_function, of_torch, on_arrays, shaped, viewing
 
 FILE = str(Path(__file__).parents[1] / "callables.py")
 SUITE = "pgd(steps=4),square(queries=20)"

@@ -388,7 +388,7 @@ def test_an_attack_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     net = Small()
     x, y = labelled(net, 5, SHAPE)
     monkeypatch.setattr("robustkit.attacks.fgsm.ascend", lambda *a: 1 / 0)
-    with pytest.raises(RunError, match="fgsm failed on images 0 to 4: ZeroDivisionError: division by zero"):
+    with pytest.raises(RunError, match="fgsm failed on images 0 to 4 with ZeroDivisionError: division by zero"):
         evaluate(net, x, y, "linf:0.1", suite="fgsm")
 
 

@@ -51,7 +51,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def ensemble(
     strings: list[str], *, loaded: bool = True, held: bool = True, combine: str = "gradients"
 ) -> Ensemble:
-    return Ensemble(gather(strings, DATA, CPU, keep=lambda total: loaded), CPU, Storage(loaded, held), combine)
+    return Ensemble(
+        gather(strings, DATA, CPU, keep=lambda total: loaded, trust_code=True), CPU, Storage(loaded, held), combine
+    )
 
 
 def expected(groups: list[list[str]], attack: str, combine: str = "gradients", seed: int = 0) -> torch.Tensor:

@@ -142,7 +142,7 @@ class Watched:
 
 # Golden numbers: the change in 255ths.
 
-STEP = {"step_size": 0.2}
+STEP = {"step_size": "0.2eps"}
 OFFICIAL = {"compat": "official", **STEP}
 SMALL = {"beta_raw": 0.05}
 GOLDEN = [
@@ -161,7 +161,7 @@ GOLDEN = [
     ("cwa", 10, {**OFFICIAL, **SMALL}, (16, -16, 16, -16, 12.8, -16)),
     ("mi-cse", 10, {**OFFICIAL, "beta_raw": 50}, (16, -16, 16, -16, 16, -16)),
     ("mi-sam", 10, OFFICIAL, (16, -16, -16, -16, -16, 16)),
-    ("mi-fgsm", 3, {}, (4.8, -4.8, -4.8, -4.8, -4.8, 1.6)),
+    ("mi-fgsm", 3, {"step_size": "0.1eps"}, (4.8, -4.8, -4.8, -4.8, -4.8, 1.6)),
 ]
 
 

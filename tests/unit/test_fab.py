@@ -7,10 +7,6 @@ import torch
 from scipy import optimize
 
 from robustkit.attacks.fab import DUAL, ORDER, to_plane
-from robustkit.goal import Goal
-from robustkit.registry import make
-from robustkit.rng import RowRng
-from robustkit.threat import ThreatModel
 
 NORMS = ("linf", "l2", "l1")
 
@@ -115,25 +111,3 @@ def test_float32_of_an_images_size(norm):
         rtol=1e-4,
         atol=0,
     )
-
-
-@pytest.mark.parametrize("targeted", [False, True], ids=["untargeted", "targeted"])
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("name", ["fab", "fab-t"])
-def test_distances_on_a_linear_net_are_those_of_its_boundary(name, norm, targeted):
-    """Of two opposed classes and a third that is never near, ten steps end within 1.05 times the distance."""
-    draw = torch.Generator().manual_seed(0)
-    x = (0.55 + 0.01 * torch.randn(4, 3, 5, 7, generator=draw)).clamp(0, 1)
-    size = x[0].numel()
-
-    def model(images):
-        score = images.flatten(1).mean(1, keepdim=True) - 0.5
-        return torch.cat([-score, score, torch.full_like(score, -1)], 1)
-
-    lengths = {"linf": 1.0, "l2": size**0.5, "l1": float(size)}
-    farthest = (x.flatten(1).mean(1) - 0.5).max().item() * lengths[norm]
-    threat = ThreatModel.parse(f"{norm}:{1.05 * farthest:.6f}")
-    goal = Goal(torch.ones(4, dtype=torch.long), torch.zeros(4, dtype=torch.long) if targeted else None)
-    found = make(name, steps=10)(model, x, goal, threat, rng=RowRng(0, "fab", torch.arange(4)))
-    assert goal.reached(model(found)).all()
-    assert threat.contains(found, x).all()

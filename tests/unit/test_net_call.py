@@ -7,6 +7,15 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from callables import (
+    BLIND,
+    HABITS,
+    Breaking,
+    Viewing,
+    of_torch,
+    shaped,
+    viewing,
+)
 from torch import nn
 
 from robustkit import craft, evaluate
@@ -16,15 +25,6 @@ from robustkit.errors import ModelError, RunError, UsageError
 from robustkit.isolation import evaluation_mode
 from robustkit.models import as_classifier
 from robustkit.threat import ThreatModel
-from tests.callables import (
-    BLIND,
-    HABITS,
-    Breaking,
-    Viewing,
-    of_torch,
-    shaped,
-    viewing,
-)
 
 GREY = torch.rand(7, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 

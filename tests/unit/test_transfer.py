@@ -328,7 +328,7 @@ def test_a_technique_alone_is_told_where_it_stands(text):
 )
 def test_nothing_goes_backwards(text):
     whole = text if text.startswith(("mi", "cwa")) else f"mi-fgsm+{text}"
-    with pytest.raises(UsageError, match=r"must (not be negative|be (at least|from) 0)"):
+    with pytest.raises(UsageError, match=r"must (not be negative|be (at least|from|above) 0)"):
         parse_attack(whole, "linf")
 
 
