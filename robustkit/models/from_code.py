@@ -49,8 +49,9 @@ def build(spec: ModelString, options: Options, weights: WeightsFile | None) -> B
         module = _import(spec)
         source = _text(module)
         file = getattr(module, "__file__", None)  # absent from modules that are built in
-        imported = own_imports_of_module(spec.source, Path(file)) if file else {}
+        # Called first: what is refused needs no look at a package's hundreds of files.
         net = _call(spec, getattr(module, spec.name, None), keywords)
+        imported = own_imports_of_module(spec.source, Path(file)) if file else {}
         arch, identity = spec.arch, dict[str, object](factory=spec.arch)
     if imported:
         identity["imports"] = {name: _sha256(file.read_bytes()) for name, file in imported.items()}
