@@ -4,7 +4,7 @@
         --cifar-test cifar10_test.npz --out zoo [--only REGEX] [--list]
 
 Each net is a run folder of `robustkit train`: `zoo/NAME/`, itself a model string. The first 2,000 MNIST images and
-the CIFAR-10 test set are for testing; the other MNIST images and the first 10,000 CIFAR-10 training images are for
+the CIFAR-10 test set are for testing; the other MNIST images and the first 5,000 CIFAR-10 training images are for
 training. The same command goes on where it was stopped. The weights are not kept with the project.
 
 Half of the zoo is held out: the nets of each data set are ordered by the SHA-256 of their names, and every second
@@ -30,7 +30,7 @@ from robustkit.data import load_data
 from robustkit.data.samples import Samples
 
 NETS = Path(__file__).with_name("zoo_nets.py")
-MNIST_TEST, CIFAR_TRAIN = 2000, 10_000
+MNIST_TEST, CIFAR_TRAIN = 2000, 5000
 
 
 @dataclass(frozen=True)
