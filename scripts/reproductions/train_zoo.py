@@ -4,8 +4,8 @@
         --cifar-test cifar10_test.npz --out zoo [--only REGEX] [--list]
 
 Each net is a run folder of `robustkit train`: `zoo/NAME/`, itself a model string. The first 2,000 MNIST images and
-the CIFAR-10 test set are for testing; the other MNIST images and the first 5,000 CIFAR-10 training images are for
-training. The same command goes on where it was stopped. The weights are not kept with the project.
+the CIFAR-10 test set are for testing; the next 4,000 MNIST images and the first 3,000 CIFAR-10 training images are
+for training. The same command goes on where it was stopped. The weights are not kept with the project.
 
 Half of the zoo is held out: the nets of each data set are ordered by the SHA-256 of their names, and every second
 one, from the first on, may not be evaluated by anybody while a suite is composed. `--list` prints both halves.
@@ -30,7 +30,7 @@ from robustkit.data import load_data
 from robustkit.data.samples import Samples
 
 NETS = Path(__file__).with_name("zoo_nets.py")
-MNIST_TEST, CIFAR_TRAIN = 2000, 5000
+MNIST_TEST, MNIST_TRAIN, CIFAR_TRAIN = 2000, 4000, 3000
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def _sets(arguments: argparse.Namespace) -> dict[str, tuple[Samples, Samples]]:
     sets = {"digits": (load_data("digits:train"), load_data("digits:test"))}
     if arguments.mnist:
         mnist = load_data(str(arguments.mnist))
-        sets["mnist"] = mnist.pick(np.arange(MNIST_TEST, len(mnist))), mnist.head(MNIST_TEST)
+        sets["mnist"] = mnist.pick(np.arange(MNIST_TEST, MNIST_TEST + MNIST_TRAIN)), mnist.head(MNIST_TEST)
     if arguments.cifar_train and arguments.cifar_test:
         sets["cifar"] = (
             load_data(str(arguments.cifar_train)).head(CIFAR_TRAIN),
