@@ -14,7 +14,7 @@ from robustkit.rows import Answer, Rows, RowWise, State
 from robustkit.threat import per_row
 
 
-@attack("ddn", paper="arXiv:1811.09600", norms=("l2",), access="gradient")
+@attack("ddn", paper="arXiv:1811.09600", norms=("l2",), access="gradient", minimal=True)
 @dataclass(frozen=True, slots=True)
 class DDN(RowWise):
     """Gradient steps on a sphere that shrinks from adversarial points and grows from others; ends within eps.
@@ -45,7 +45,7 @@ class DDN(RowWise):
         x = rows.x
         if self.restarts > 1:
             later = torch.as_tensor(rows.rng.restart, device=x.device).expand(len(x)) > 0
-            x = torch.where(per_row(later, x), rows.threat.random_start(x, rows.rng), x)
+            x = torch.where(per_row(later, x), rows.random_start(), x)
         return {"x": x, "radius": first, "clock": torch.zeros_like(first, dtype=torch.int64)}
 
     def step(self, rows: Rows, state: State, answer: Answer) -> State:

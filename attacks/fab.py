@@ -126,7 +126,7 @@ class _FAB(RowWise):
         return moved.view_as(x)
 
 
-@attack("fab", paper="arXiv:1907.02044", norms=("linf", "l2", "l1"), access="gradient")
+@attack("fab", paper="arXiv:1907.02044", norms=("linf", "l2", "l1"), access="gradient", minimal=True)
 @dataclass(frozen=True, slots=True)
 class FAB(_FAB):
     """Minimum-norm walk along the nearest of all linearised boundaries; K - 1 backward passes a step.
@@ -143,7 +143,7 @@ class FAB(_FAB):
         return True
 
 
-@attack("fab-t", paper="arXiv:1907.02044", norms=("linf", "l2", "l1"), access="gradient")
+@attack("fab-t", paper="arXiv:1907.02044", norms=("linf", "l2", "l1"), access="gradient", minimal=True)
 @dataclass(frozen=True, slots=True)
 class FABT(_FAB):
     """FAB towards each of the likeliest other classes in turn; one backward pass a step.
@@ -195,4 +195,4 @@ def _start(rows: Rows) -> Images:
     x, norm = rows.x, rows.threat.norm
     draws = 2 * rows.rng.uniform(*x.shape[1:]) - 1 if norm == "linf" else rows.rng.normal(*x.shape[1:])
     length = torch.linalg.vector_norm(draws.flatten(1), ORDER[norm], dim=1).clamp(min=TINY)
-    return (x + (0.5 * rows.threat.radius * draws / per_row(length, draws)).to(x.dtype)).clamp(0, 1)
+    return (x + (0.5 * rows.reach * draws / per_row(length, draws)).to(x.dtype)).clamp(0, 1)

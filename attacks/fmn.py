@@ -17,7 +17,7 @@ from robustkit.threat import per_row
 DUAL = {"linf": 1.0, "l2": 2.0, "l1": math.inf}
 
 
-@attack("fmn", paper="arXiv:2102.12827", norms=("linf", "l2", "l1"), access="gradient")
+@attack("fmn", paper="arXiv:2102.12827", norms=("linf", "l2", "l1"), access="gradient", minimal=True)
 @dataclass(frozen=True, slots=True)
 class FMN(RowWise):
     """Gradient steps in a ball whose radius follows the distance of the decision boundary; ends within eps.
@@ -58,7 +58,7 @@ class FMN(RowWise):
         x = rows.x
         if self.restarts > 1:
             later = torch.as_tensor(rows.rng.restart, device=x.device).expand(len(x)) > 0
-            x = torch.where(per_row(later, x), rows.threat.random_start(x, rows.rng), x)
+            x = torch.where(per_row(later, x), rows.random_start(), x)
         return {"x": x, "radius": far, "nearest": far, "clock": torch.zeros_like(far, dtype=torch.int64)}
 
     def step(self, rows: Rows, state: State, answer: Answer) -> State:

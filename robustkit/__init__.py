@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from robustkit.api import craft, diversity, evaluate, plan, train, verify
+    from robustkit.api import craft, diversity, evaluate, minimum_norm, plan, train, verify
     from robustkit.data import load_data
     from robustkit.errors import RobustkitError, RunError, UsageError
+    from robustkit.minimum import MinimumNorm
     from robustkit.models import as_classifier, load_model
     from robustkit.record import Flag, Report
     from robustkit.threat import ThreatModel
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Flag",
+    "MinimumNorm",
     "Report",
     "RobustkitError",
     "RunError",
@@ -36,6 +38,7 @@ __all__ = [
     "evaluate",
     "load_data",
     "load_model",
+    "minimum_norm",
     "plan",
     "train",
     "verify",
@@ -44,6 +47,7 @@ __all__ = [
 _HOME = {
     "__version__": "version",
     "Flag": "record",
+    "MinimumNorm": "minimum",
     "Report": "record",
     "RobustkitError": "errors",
     "RunError": "errors",
@@ -55,6 +59,7 @@ _HOME = {
     "evaluate": "api",
     "load_data": "data",
     "load_model": "models",
+    "minimum_norm": "api",
     "plan": "api",
     "train": "api",
     "verify": "api",

@@ -23,6 +23,7 @@ from robustkit.engine.crafting import DEFAULT_ATTACK, DEFAULT_COMBINE, Crafting
 from robustkit.engine.diversity import Comparison
 from robustkit.engine.evaluate import Evaluation
 from robustkit.engine.matching import matched_to
+from robustkit.engine.nearest import nearest_points
 from robustkit.engine.nets import gather_both
 from robustkit.engine.pilot import Pilot
 from robustkit.engine.plan import plan as measure
@@ -30,6 +31,7 @@ from robustkit.engine.progress import Progress
 from robustkit.engine.verify import Verification, verify_run
 from robustkit.errors import UsageError
 from robustkit.method import Method
+from robustkit.minimum import MinimumNorm
 from robustkit.models import as_classifier, load_model
 from robustkit.planned import DEVICES, Plan
 from robustkit.record import Report
@@ -119,6 +121,52 @@ def evaluate(
         ray=ray,
     )
     return plan.run(Path(out) if out is not None else None, progress, overwrite=overwrite)
+
+
+@verb
+def minimum_norm(
+    model: Model,
+    x: Any,
+    y: Any = None,
+    norm: str = "l2",
+    *,
+    attack: str = DEFAULT_SUITE,
+    seed: int = 0,
+    device: str | torch.device = "auto",
+    batch_size: int = 256,
+    trust_code: bool = False,
+) -> MinimumNorm:
+    """Return the nearest adversarial image of each image, and how far it is.
+
+    Args:
+        model: a model string, or any callable from images (B C H W) on [0, 1] to logits, as in `evaluate`.
+        x: images (B C H W) on [0, 1], or what else `evaluate` takes for images.
+        y: their labels (B), as in `evaluate`.
+        norm: `linf`, `l2` or `l1`.
+        attack: `auto`, which takes the best of several; or attacks that find minimum norms, such as
+            `fmn(steps=200),ddn`.
+        seed: of every random number.
+        device: `auto` is where the model's parameters are; another moves the model there.
+        batch_size: images that are attacked at once.
+        trust_code: run Python code that the record of a run folder names, too.
+
+    Raises:
+        UsageError: for a request that cannot be carried out.
+        RunError: when it fails on the way.
+    """
+    if batch_size < 1:
+        raise UsageError(f"batch_size must be at least 1, got {batch_size}.")
+    classifier = load_model(model, trust_code=trust_code) if isinstance(model, str) else as_classifier(model)
+    place = model_device(classifier) if str(device) == "auto" else pick_device(str(device))
+    return nearest_points(
+        classifier.to(place),
+        matched_to(_samples(x, y), classifier),
+        ThreatModel.parse(f"{norm}:min"),
+        suite=attack,
+        seed=seed,
+        device=place,
+        batch_size=batch_size,
+    )
 
 
 @verb

@@ -37,7 +37,8 @@ class Rows:
 
     `aim` is the goal as the attack's loss sees it: with a target of the attack's own where it tries several.
     `past` (B 2) are the margin of the clean image and the highest margin that earlier attacks of the same run
-    came to, `nearest` (B C H W) is the point of the latter; None where nobody knows.
+    came to, `nearest` (B C H W) is the point of the latter; None where nobody knows. Where the threat is minimal
+    `nearest` are the nearest points so far that reach the goal, the clean image where there is none.
     """
 
     x: Images
@@ -59,6 +60,22 @@ class Rows:
             None if self.past is None else self.past[index],
             None if self.nearest is None else self.nearest[index],
         )
+
+    @property
+    def reach(self) -> float | Tensor:
+        """The threat's radius; where it is minimal, each row's distance of the nearest so far (B 1 1 1), or 0."""
+        if not self.threat.minimal:
+            return self.threat.radius
+        nearest = self.x if self.nearest is None else self.nearest
+        return per_row(self.threat.distance(nearest, self.x), self.x).to(self.x.dtype)
+
+    def random_start(self) -> Images:
+        """Return random points of the threat; where it is minimal, at half of each row's reach."""
+        if not self.threat.minimal:
+            return self.threat.random_start(self.x, self.rng)
+        noise = self.rng.normal(*self.x.shape[1:]).to(self.x.dtype)
+        length = per_row(self.threat.distance(noise, torch.zeros_like(noise)).to(noise.dtype), noise)
+        return (self.x + 0.5 * self.reach * noise / length.clamp(min=1e-12)).clamp(0, 1)
 
     def near(self, share: float) -> Mask | None:
         """Return which rows have at most this share of their way so far left to the boundary; None: unknown."""
@@ -161,9 +178,18 @@ class RowWise(ABC):
     def step(self, rows: Rows, state: State, answer: Answer) -> State:
         """Return the state after the answer to the query at state["x"]."""
 
-    def __call__(self, model: Model, x: Images, goal: Goal, threat: ThreatModel, *, rng: RowRng) -> Images:
-        """Return for each row its first success, else its point of highest margin in the threat."""
-        return iterate(self, model, x, goal, threat, rng)
+    def __call__(
+        self,
+        model: Model,
+        x: Images,
+        goal: Goal,
+        threat: ThreatModel,
+        *,
+        rng: RowRng,
+        known: Images | None = None,
+    ) -> Images:
+        """Return for each row its first success, else its point of highest margin in the threat; see `iterate`."""
+        return iterate(self, model, x, goal, threat, rng, known)
 
     def budget(self, num_classes: int, norm: str) -> int:
         """Return the most forwards that one image costs."""
@@ -172,14 +198,27 @@ class RowWise(ABC):
         return (targets > 0) + jobs * (self.length(norm) + 1) * self.draws
 
 
-def iterate(attack: RowWise, model: Model, x: Images, goal: Goal, threat: ThreatModel, rng: RowRng) -> Images:
+def iterate(
+    attack: RowWise,
+    model: Model,
+    x: Images,
+    goal: Goal,
+    threat: ThreatModel,
+    rng: RowRng,
+    known: Images | None = None,
+) -> Images:
     """Run an iterative attack; return for each row its first success, else its point of highest margin.
 
-    The points are inside the threat, the clean image where no query was. A row that succeeds leaves at once.
+    The points are inside the threat, the clean image where no query was. A row that succeeds leaves at once, but
+    where the threat is minimal it goes on to the last step, and its nearest success is returned. `known` are then
+    the nearest that there are already, the clean image where there is none.
     Costs at most `attack.budget` forwards per row, and a backward for all but one of an attempt's.
     """
     x = x.detach()
     found = _Found(x.clone(), torch.full((len(x),), -torch.inf, dtype=torch.float64, device=x.device))
+    if known is not None:
+        there = (known != x).flatten(1).any(1)
+        found.offer(torch.arange(len(x), device=x.device)[there], known[there], threat.worth(known, x)[there])
     targets, restarts = attack.attempts(threat.norm)
     ranked = None
     open_rows = torch.arange(len(x), device=x.device)
@@ -193,8 +232,9 @@ def iterate(attack: RowWise, model: Model, x: Images, goal: Goal, threat: Threat
     for job in range(restarts * (1 if ranked is None else ranked.shape[1])):
         if not len(open_rows):
             break
-        aim = goal if ranked is None else Goal(goal.labels, ranked[:, job // restarts])
-        rows = Rows(x, goal, threat, rng.at(restart=job), aim).select(open_rows)
+        aim = goal if ranked is None else replace(goal, targets=ranked[:, job // restarts])
+        nearest = torch.where(per_row(found.margin > 0, x), found.x, x) if threat.minimal else None
+        rows = Rows(x, goal, threat, rng.at(restart=job), aim, nearest=nearest).select(open_rows)
         _attempt(attack, model, rows, open_rows, found)
         open_rows = open_rows[found.margin[open_rows] < torch.inf]
     return found.x
@@ -202,7 +242,7 @@ def iterate(attack: RowWise, model: Model, x: Images, goal: Goal, threat: Threat
 
 @dataclass
 class _Found:
-    """The best point of each sample so far, and its margin: infinite for a success."""
+    """The best point of each sample so far, and its margin; of a success what that is worth, which is above 0."""
 
     x: Images
     margin: Tensor
@@ -224,7 +264,8 @@ def _attempt(attack: RowWise, model: Model, rows: Rows, at: Tensor, found: _Foun
         answer = ask(attack, model, rows, state, step < length)
         reached = rows.goal.reached(answer.logits)
         short = rows.goal.loss(answer.logits, "margin").double().clamp(max=LARGEST)
-        now = torch.where(reached, torch.inf, short)
+        short = torch.full_like(short, -torch.inf) if rows.threat.minimal else short
+        now = torch.where(reached, rows.threat.worth(state["x"], rows.x), short)
         if attack.strays:
             now = torch.where(rows.threat.contains(state["x"], rows.x), now, -torch.inf)
         better = now > margin

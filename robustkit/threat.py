@@ -6,7 +6,7 @@ import math
 import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -18,6 +18,9 @@ from robustkit.numbers import exact, shown
 from robustkit.shapes import Images, Mask, PerRow
 
 LARGEST = 1e9
+# What stands in the place of eps where the nearest point of all is looked for.
+MINIMAL = "min"
+EXAMPLES = {"linf": "8/255", "l2": "0.5", "l1": "12"}
 # Of a fraction that a float is taken for.
 LARGEST_DENOMINATOR = 1000
 
@@ -43,9 +46,13 @@ class ThreatModel(ABC):
     `eps` is an exact fraction in pixel units of [0, 1]. Membership is exact too: distances are computed in
     float64 from the stored numbers and compared with `eps` without tolerance, and `project` returns points
     that pass.
+
+    Where the threat is `minimal` the attacker looks for the nearest point of all; then eps only bounds the search,
+    which every image is within.
     """
 
     eps: Fraction
+    minimal: bool = field(default=False, kw_only=True)
     norm: ClassVar[str]
 
     def __post_init__(self) -> None:
@@ -64,7 +71,7 @@ class ThreatModel(ABC):
 
     @staticmethod
     def parse(text: str) -> ThreatModel:
-        """Return the threat written as NORM:EPS, e.g. `linf:8/255`, `l2:0.5`, `l1:12`.
+        """Return the threat written as NORM:EPS, e.g. `linf:8/255`, `l2:0.5`, `l1:12`; or as NORM:min.
 
         Raises:
             UsageError: for another form, norm or number.
@@ -76,6 +83,8 @@ class ThreatModel(ABC):
             raise UsageError(
                 f"threat {shown(text)}: write NORM:EPS with a norm of linf, l2 or l1, e.g. linf:8/255 or l2:0.5."
             )
+        if number.strip().lower() == MINIMAL:
+            return kind(Fraction(1 if kind is Linf else int(LARGEST)), minimal=True)
         try:
             eps = exact(number)
         except ValueError as error:
@@ -87,7 +96,7 @@ class ThreatModel(ABC):
 
     @staticmethod
     def of(threat: ThreatModel | str | float | tuple[str, float | str]) -> ThreatModel:
-        """Return a threat given as such, as the string NORM:EPS, as a pair (norm, eps), or as an eps in linf.
+        """Return a threat given as such, as its string (see `parse`), as a pair (norm, eps), or as an eps in linf.
 
         A float that is a fraction of a small denominator, such as 8/255, is taken for that fraction.
 
@@ -110,12 +119,29 @@ class ThreatModel(ABC):
         return ThreatModel.parse(f"{norm}:{eps}")
 
     def __str__(self) -> str:
+        if self.minimal:
+            return f"{self.norm}:{MINIMAL}"
         decimal, levels = f"{float(self.eps):.6g}", f"{float(255 * self.eps):.6g}"
         if Fraction(decimal) == self.eps:
             return f"{self.norm}:{decimal}"
         # Part of an 8-bit level, such as 0.3/255, is better known so than as 1/850.
         over = "." in levels and self.eps.denominator % 17 == 0 and Fraction(levels) == 255 * self.eps
         return f"{self.norm}:{f'{levels}/255' if over else self.eps}"
+
+    def bounded(self) -> ThreatModel:
+        """Return the threat itself; raise UsageError if it is minimal and has no eps of its own."""
+        if self.minimal:
+            raise UsageError(
+                f"threat '{self}' asks for minimum norms, which evaluate, plan and verify find; an eps is needed "
+                f"here, e.g. {self.norm}:{EXAMPLES[self.norm]}."
+            )
+        return self
+
+    def worth(self, x_adv: Images, x: Images) -> PerRow:
+        """Return what points that reach the goal are worth: infinity; where it is minimal 1 / distance."""
+        if self.minimal:
+            return 1 / self.distance(x_adv, x)
+        return torch.full((len(x),), math.inf, dtype=torch.float64, device=x.device)
 
     def distance(self, x_adv: Images, x: Images) -> PerRow:
         """Return each row's distance, float64."""

@@ -87,6 +87,7 @@ class Evaluation:
             raise UsageError(f"workers {self.workers}: write how many processes shall share the work, e.g. 2.")
         if self.audit < 0:
             raise UsageError(f"audit {self.audit}: write how many survivors AutoAttack shall try, e.g. 50.")
+        self.threat.bounded()
         self.model.expect(self.samples.num_classes)
         if self.limits and any(rung.attack.info.coupled for rung in self.rungs):
             raise UsageError(
@@ -101,7 +102,7 @@ class Evaluation:
     @cached_property
     def rungs(self) -> list[registry.Rung]:
         """The suite's attacks, in order."""
-        return registry.parse_suite(self.suite, self.threat.norm)
+        return registry.parse_suite(self.suite, self.threat.norm, minimal=self.threat.minimal)
 
     @cached_property
     def spec(self) -> RunSpec:

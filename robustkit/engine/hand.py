@@ -40,7 +40,7 @@ def work(brief: wire.Brief, link: Link) -> object:
     source = Lent(brief.images)
     samples = Samples(brief.data, brief.labels, None, source, np.arange(len(brief.labels)))
     threat = ThreatModel.parse(brief.threat)
-    rungs = parse_suite(brief.suite, threat.norm)
+    rungs = parse_suite(brief.suite, threat.norm, minimal=threat.minimal)
     with evaluation_mode(model):
         hand = Hand(
             samples,

@@ -17,7 +17,8 @@ class Info:
 
     `coupled` marks an attack whose random numbers depend on the batch it is run in. `family` marks a class
     that answers to every name `NAME:ANYTHING`, by its class method `member(tail, **fields)`. `ascent` marks an
-    attack that reads nothing but gradients, so that techniques can change them (`robustkit.transfer`).
+    attack that reads nothing but gradients, so that techniques can change them (`robustkit.transfer`). `minimal`
+    marks an attack that can look for the nearest point of all, with no eps.
     """
 
     kind: str
@@ -28,6 +29,7 @@ class Info:
     coupled: bool = False
     family: bool = False
     ascent: bool = False
+    minimal: bool = False
 
 
 _registered: dict[tuple[str, str], Any] = {}
@@ -42,6 +44,7 @@ def attack(
     coupled: bool = False,
     family: bool = False,
     ascent: bool = False,
+    minimal: bool = False,
 ) -> Callable[[type[T]], type[T]]:
     """Register a frozen dataclass as an attack. All arguments must be literals.
 
@@ -53,8 +56,9 @@ def attack(
         coupled: see `Info`.
         family: see `Info`.
         ascent: see `Info`.
+        minimal: see `Info`.
     """
-    return _register(Info("attack", name, paper, norms, access, coupled, family, ascent))
+    return _register(Info("attack", name, paper, norms, access, coupled, family, ascent, minimal))
 
 
 def technique(name: str, *, paper: str = "") -> Callable[[type[T]], type[T]]:

@@ -14,6 +14,8 @@ from robustkit.registry.making import make, make_method, make_technique, spec
 from robustkit.step_size import check_pixels
 
 DEFAULT_SUITE = "auto"
+# What that is where a threat asks for minimum norms.
+MINIMAL_SUITE = "minimum-norm"
 # A suite of more attacks is a slip: each is run on every image.
 MOST_ATTACKS = 1_000
 # What a model's gradients may be replaced by (`robustkit.models.views`), in the order of what they promise; where
@@ -58,15 +60,16 @@ class Rung:
         return stage_name(self.spec)
 
 
-def parse_suite(text: str, norm: str) -> list[Rung]:
+def parse_suite(text: str, norm: str, *, minimal: bool = False) -> list[Rung]:
     """Return the attacks of a comma-separated list of suites and attacks, in order.
 
     `ATTACK@VIEW` climbs the gradients of a view of the model (see `robustkit.models.views`); a model that has
-    none of that name is spared it. `ATTACK?` and `ATTACK@VIEW?` are for runs whose number is in doubt.
+    none of that name is spared it. `ATTACK?` and `ATTACK@VIEW?` are for runs whose number is in doubt. Where the
+    threat is `minimal` only attacks that find minimum norms are meant, and `auto` is a suite of them.
 
     Raises:
         UsageError: for an unknown name or field, a bad value, a list that is empty or too long, or an attack that
-            is not defined in this norm.
+            is not defined in this norm, or finds no minimum norm where one is asked for.
     """
     parts = split(text)
     if len(parts) > MOST_ATTACKS:
@@ -79,10 +82,27 @@ def parse_suite(text: str, norm: str) -> list[Rung]:
         elif fields or "@" in part or "?" in part:
             raise UsageError(f"suite {name!r} takes no fields and no view; list its attacks to change them.")
         else:
+            name = MINIMAL_SUITE if minimal and name == DEFAULT_SUITE else name
             rungs += map(_rung, find("suite", name)(norm))
     for rung in rungs:
         _check_norm(rung.attack, norm)
+        if minimal:
+            _check_minimal(rung, norm)
     return rungs
+
+
+def _check_minimal(rung: Rung, norm: str) -> None:
+    if not rung.attack.info.minimal:
+        known = [name for name, e in catalog("attack").items() if e.info.minimal and norm in e.info.norms]
+        raise UsageError(
+            f"{rung.name} searches within an eps, which threat '{norm}:min' does not have; write "
+            f"{', '.join(known)} or {DEFAULT_SUITE}."
+        )
+    if rung.view or rung.spare:
+        raise UsageError(
+            f"{rung.name}: threat '{norm}:min' takes no views and no spare attacks; leave out what is behind "
+            f"{rung.attack.info.name}."
+        )
 
 
 def _rung(text: str) -> Rung:
