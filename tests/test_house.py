@@ -50,6 +50,7 @@ ALLOWED: dict[str, set[str]] = {
     "trained": {"errors", "record", "schema"},
     "diverse": {"errors", "record", "schema"},
     "planned": {"errors", "record"},
+    "minimum": {"shapes"},
     "registry": {"errors", "limits", "numbers", "record", "step_size"},
     "interval_bounds": {"errors"},
     "residual": {"errors"},
@@ -83,13 +84,13 @@ ALLOWED: dict[str, set[str]] = {
     "engine": VOCABULARY
     | {"schema"}
     | {"models", "data", "ledger", "checks", "isolation", "intervals", "crafted", "trained"}
-    | {"diverse", "planned", "posterior", "resuming", "writing", "version", "invocation"},
+    | {"diverse", "minimum", "planned", "posterior", "resuming", "writing", "version", "invocation"},
     "training": VOCABULARY | {"models", "data", "engine", "posterior", "trained", "writing", "checks"},
     "report": {"errors", "record", "crafted", "trained", "diverse", "planned"},
     "arguments": {"errors", "isolation"},
     "api": {
         *("arguments", "devices", "engine", "models", "data", "errors", "record", "crafted", "registry", "threat"),
-        *("training", "trained", "method", "diverse", "planned"),
+        *("training", "trained", "method", "diverse", "minimum", "planned"),
     },
     "cli": {
         *("api", "devices", "engine", "report", "models", "data", "registry", "errors", "threat", "record"),
