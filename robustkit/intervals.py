@@ -36,6 +36,18 @@ def exact(hits: int, n: int, level: float = 0.95) -> tuple[float, float]:
     return low, high
 
 
+def middle(n: int, level: float = 0.95) -> tuple[int, int]:
+    """Return the indices of the two of n sorted numbers between which the median lies with this confidence.
+
+    These are order statistics: the binomial distribution gives their confidence, whatever the numbers' own
+    distribution is. (-1, n) if n is too small.
+    """
+    from scipy.stats import binom
+
+    low = int(binom.ppf((1 - level) / 2, n, 0.5)) - 1
+    return low, n - 1 - low
+
+
 def two_phase(robust: int, n: int, broken: int, audited: int, level: float = 0.95) -> tuple[float, float]:
     """Return an interval for the share that a second attack would leave too, tried on some survivors of a first.
 

@@ -35,6 +35,12 @@ CREATE TABLE verdicts (
 );
 CREATE INDEX rows_of_chunk ON verdicts (stage, chunk);
 """
+# Only a run that looks for minimum norms has this table.
+DISTANCES = """
+CREATE TABLE distances (
+    stage INTEGER NOT NULL, position INTEGER NOT NULL, distance REAL NOT NULL, PRIMARY KEY (stage, position)
+)
+"""
 # The endings of the files that SQLite has for one ledger, its own and those of a transaction.
 FILES = ("", "-wal", "-shm", "-journal")
 COLUMNS = 'position, label, prediction, margin, fooled, image, adversarial, "right", once, struck'
@@ -49,6 +55,8 @@ IMPOSSIBLE = {
     "OR fooled NOT IN (0, 1) OR length(image) NOT IN (0, 64) OR image GLOB '*[^0-9a-f]*' "
     "OR adversarial IS NOT NULL AND (typeof(adversarial) <> 'blob' OR length(adversarial) <> :size) "
     'OR "right" NOT BETWEEN 0 AND 1 OR once NOT IN (0, 1) OR struck NOT IN (0, 1)',
+    "distances": "typeof(position) <> 'integer' OR position NOT BETWEEN 0 AND :last "
+    "OR typeof(distance) <> 'real' OR distance < 0",
 }
 
 
@@ -59,7 +67,8 @@ class Verdict:
     `image` is the sha256 of the clean image's float32 bytes; `adversarial` the float32 bytes of the fooling
     one. `margin` is the label's logit minus the best other. Of a random model they are means, and three more are
     told: the share of fresh draws that were `right`, whether the first was (`once`), and whether any single draw
-    on the attack's way was wrong (`struck`).
+    on the attack's way was wrong (`struck`). In runs for minimum norms `distance` is
+    that of the fooling image.
     """
 
     position: int
@@ -72,6 +81,7 @@ class Verdict:
     right: float | None = None
     once: int | None = None
     struck: int | None = None
+    distance: float | None = None
 
 
 _NAMES = [field.name for field in fields(Verdict)]
@@ -96,6 +106,8 @@ class Chunk:
         total = hashlib.sha256(head.encode())
         for verdict in self.verdicts:
             row = {name: getattr(verdict, name) for name in _NAMES}
+            if verdict.distance is None:
+                del row["distance"]
             total.update(dumps({**row, "adversarial": None}).encode())
             total.update(verdict.adversarial or b"-")
         return total.hexdigest()
@@ -171,6 +183,8 @@ class Ledger:
         limits = {"last": images - 1, "size": size, "stages": stages}
         with _explained(self._name):
             for table, condition in IMPOSSIBLE.items():
+                if table == "distances" and not self._measured:
+                    continue
                 row = self._db.execute(f"SELECT rowid FROM {table} WHERE {condition} LIMIT 1", limits).fetchone()
                 if row is not None:
                     raise _damaged(self._name, f"row {row[0]} of its {table} is of no run of {images} images")
@@ -220,17 +234,30 @@ class Ledger:
                 for v in chunk.verdicts
             ),
         )
+        distances = [(chunk.stage, v.position, v.distance) for v in chunk.verdicts if v.distance is not None]
+        if distances:
+            if not self._measured:
+                self._db.execute(DISTANCES)
+            self._db.executemany("INSERT INTO distances VALUES (?, ?, ?)", distances)
+
+    @property
+    def _measured(self) -> bool:
+        """Whether distances are in it."""
+        return bool(self._db.execute("SELECT 1 FROM sqlite_master WHERE name = 'distances'").fetchall())
 
     def chunks(self) -> Iterator[Chunk]:
         """Yield every chunk in the order of stages, with its verdicts; UsageError at a damaged one."""
         with _explained(self._name):
+            columns, tables = COLUMNS, "verdicts"
+            if self._measured:
+                columns, tables = f"{COLUMNS}, distance", "verdicts LEFT JOIN distances USING (stage, position)"
             heads = self._db.execute(
                 "SELECT stage, chunk, forwards, backwards, seconds, flags, digest FROM chunks "
                 "ORDER BY stage, chunk"
             ).fetchall()
             for stage, number, forwards, backwards, seconds, flags, digest in heads:
                 rows = self._db.execute(
-                    f"SELECT {COLUMNS} FROM verdicts WHERE stage = ? AND chunk = ? ORDER BY rowid",
+                    f"SELECT {columns} FROM {tables} WHERE stage = ? AND chunk = ? ORDER BY verdicts.rowid",
                     [stage, number],
                 )
                 verdicts = [replace(Verdict(*row), fooled=bool(row[4])) for row in rows]
@@ -327,7 +354,7 @@ class Ledger:
 
     def _refuse_other_tables(self) -> None:
         """Raise UsageError at what no ledger has: a view, trigger or column of somebody's may compute for ever."""
-        known = {_written(statement) for statement in SCHEMA.split(";")}
+        known = {_written(statement) for statement in [*SCHEMA.split(";"), DISTANCES]}
         for name, statement in self._db.execute("SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL"):
             if _written(statement) not in known:
                 raise _damaged(self._name, f"its {name!r} is not that of a ledger")

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Annotated, Any
 
+from robustkit.distances import Minimum
 from robustkit.errors import UsageError
 from robustkit.intervals import sequence, two_phase
 from robustkit.limits import Limits
@@ -115,6 +116,11 @@ class RunSpec(Spec):
     batch_size: Positive | None = None
     verb: Annotated[str, OneOf("evaluate")] = "evaluate"
     format: Format = FORMAT
+
+    @property
+    def minimal(self) -> bool:
+        """Whether the run looks for minimum norms, under a threat such as `l2:min`."""
+        return self.threat.endswith(":min")
 
 
 @dataclass(frozen=True)
@@ -289,10 +295,10 @@ class Report:
     """The record of a finished run; the fields are those of report.json.
 
     `flags` were raised, `passed` is what the other checks measured, or why they could not. `checks` is what they
-    cost, which is counted in the clean stage, the first of `stages`. `curve` and `audit`
-    are there if they were asked for, `draws` for a random model, `stopped` if the run ended early. `files` holds
-    the sha256 of what lies beside the report. `adversarial` (not in the file) are the fooling images as a mapping
-    of `index` (M), `x` (M C H W) and `y` (M) when the run was asked for from Python.
+    cost, which is counted in the clean stage, the first of `stages`. `curve` and `audit` are there if they were
+    asked for, `draws` for a random model, `stopped` if the run ended early, `minimum` if its threat asks for
+    minimum norms. `files` holds the sha256 of what lies beside the report. `adversarial` (not in the file) are the
+    fooling images as a mapping of `index` (M), `x` (M C H W) and `y` (M) when the run was asked for from Python.
     """
 
     run_id: str
@@ -312,6 +318,7 @@ class Report:
     draws: Draws | None = None
     checks: Passes | None = None
     stopped: Stop | None = None
+    minimum: Minimum | None = None
     format: Format = FORMAT
     adversarial: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
 
@@ -334,7 +341,7 @@ class Report:
         yield "\n}\n"
 
     def _body(self) -> dict[str, Any]:
-        names = ("curve", "audit", "draws", "checks", "stopped")
+        names = ("curve", "audit", "draws", "checks", "stopped", "minimum")
         asked_for = {name for name in names if getattr(self, name) is None}
         left_out = {"adversarial", "format"} | asked_for
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
@@ -374,6 +381,10 @@ class Report:
             yield f"has {len(self.verdicts)} verdicts of {self.n} images"
         if self.curve and len(self.curve.distances) != self.n:
             yield f"has {len(self.curve.distances)} distances in its curve for {self.n} images"
+        if (self.minimum is not None) != self.spec.minimal:
+            yield f"has threat {self.spec.threat} and {'no ' * (self.minimum is None)}minimum norms"
+        if self.minimum and len(self.minimum.distances) != self.n:
+            yield f"has {len(self.minimum.distances)} minimum norms for {self.n} images"
 
     def contradictions(self) -> Iterator[str]:
         """Yield what the verdicts say otherwise than the rest."""

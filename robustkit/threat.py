@@ -137,6 +137,10 @@ class ThreatModel(ABC):
             )
         return self
 
+    def typical(self) -> ThreatModel:
+        """Return a threat of the same norm with an eps that papers use, for what needs some eps."""
+        return type(self)(exact(EXAMPLES[self.norm]))
+
     def worth(self, x_adv: Images, x: Images) -> PerRow:
         """Return what points that reach the goal are worth: infinity; where it is minimal 1 / distance."""
         if self.minimal:

@@ -45,12 +45,13 @@ ALLOWED: dict[str, set[str]] = {
     "intervals": set(),
     "equivalents": set(),
     "schema": {"errors", "limits"},
-    "record": {"errors", "intervals", "limits", "schema"},
+    "record": {"distances", "errors", "intervals", "limits", "schema"},
     "crafted": {"errors", "intervals", "limits", "record", "schema"},
     "trained": {"errors", "record", "schema"},
     "diverse": {"errors", "record", "schema"},
     "planned": {"errors", "record"},
     "minimum": {"shapes"},
+    "distances": {"intervals", "schema"},
     "registry": {"errors", "limits", "numbers", "record", "step_size"},
     "interval_bounds": {"errors"},
     "residual": {"errors"},
@@ -84,9 +85,9 @@ ALLOWED: dict[str, set[str]] = {
     "engine": VOCABULARY
     | {"schema"}
     | {"models", "data", "ledger", "checks", "isolation", "intervals", "crafted", "trained"}
-    | {"diverse", "minimum", "planned", "posterior", "resuming", "writing", "version", "invocation"},
+    | {"distances", "diverse", "minimum", "planned", "posterior", "resuming", "writing", "version", "invocation"},
     "training": VOCABULARY | {"models", "data", "engine", "posterior", "trained", "writing", "checks"},
-    "report": {"errors", "record", "crafted", "trained", "diverse", "planned"},
+    "report": {"distances", "errors", "intervals", "record", "crafted", "trained", "diverse", "planned"},
     "arguments": {"errors", "isolation"},
     "api": {
         *("arguments", "devices", "engine", "models", "data", "errors", "record", "crafted", "registry", "threat"),

@@ -7,6 +7,7 @@ from pathlib import Path
 from robustkit.cli.output import result_console
 from robustkit.devices import pick_device
 from robustkit.engine.verify import verify_run
+from robustkit.report.minimum import length
 from robustkit.report.table import percent
 
 
@@ -34,8 +35,10 @@ def verify(
     word = f"{len(found.bad)} bad" if found.bad else "all good"
     line(f"run {report.run_id}: {found.checked} adversarials checked, {word}, {len(found.borderline)} borderline")
     if not found.bad:
+        number = f"robust accuracy {percent(report.robust_accuracy.value)}"
+        if report.minimum:
+            number = f"median distance {length(report.minimum.median.value)}"
         line(
-            f"robust accuracy {percent(report.robust_accuracy.value)} of {report.n} images under "
-            f"{report.spec.threat} is an upper bound that these records prove"
+            f"{number} of {report.n} images under {report.spec.threat} is an upper bound that these records prove"
         )
     return 1 if found.bad else 0

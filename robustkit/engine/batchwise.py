@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +20,7 @@ from robustkit.engine.anytime import TimeUp
 from robustkit.engine.failures import NO_MEMORY, described, is_out_of_memory
 from robustkit.engine.judge import image_hashes, judge, sample_ids
 from robustkit.engine.meter import Meter
+from robustkit.engine.nearest import Nearest, search
 from robustkit.engine.progress import Progress
 from robustkit.engine.sanity import refuse_answers
 from robustkit.engine.scribe import Scribe, Sink, noticed
@@ -36,6 +39,7 @@ from robustkit.threat import ThreatModel
 # The most images that the checks look at.
 CHECKED = 64
 
+T = TypeVar("T")
 Work = Callable[[Images, np.ndarray], tuple[list[Verdict], list[Flag]]]
 
 
@@ -86,10 +90,13 @@ class BatchWise:
         self.progress.stage(self.tally.names[stage], images, self.tally.robust, self.tally.n)
 
     def block(self, stage: int, number: int, positions: np.ndarray, x: Images, done: int = 0) -> None:
-        """Run one attack on these images as the chunk of that number, `done` images after the stage's first."""
+        """Run one attack on these images as the chunk of that number, `done` images after the stage's first.
+
+        Where the threat is minimal all attacks run, since each begins from the points that those before it found.
+        """
         rung = self.rungs[stage - 1]
-        budget = getattr(rung.attack, "budget", None)
-        expected = budget(self.meter.num_classes, self.threat.norm) if budget else None
+        budgets = [getattr(one.attack, "budget", None) for one in (self.rungs if self.threat.minimal else [rung])]
+        expected = sum(budget(self.meter.num_classes, self.threat.norm) if budget else 0 for budget in budgets)
         stream, begun, images = self._stream(stage), self.meter.forwards, len(positions)
 
         def verdicts(x: Images, positions: np.ndarray) -> tuple[list[Verdict], list[Flag]]:
@@ -100,8 +107,41 @@ class BatchWise:
             self.progress.advance(done + min(share, 0.99) * images, self.tally.robust)
 
         self.meter.on_forward = tick
-        self._do(stage, number, positions, x, verdicts)
+        if self.threat.minimal:
+            self._search(number, positions, x)
+        else:
+            self._do(stage, number, positions, x, verdicts)
         self.meter.on_forward = lambda forwards: None
+
+    def _search(self, number: int, positions: np.ndarray, x: Images) -> None:
+        """Look for the nearest points by all attacks; write one chunk of this number for each attack."""
+        labels = torch.from_numpy(self.samples.labels[positions]).to(self.meter.device)
+
+        def work(x: Images, positions: np.ndarray) -> Nearest:
+            self.check_images(positions, image_hashes(x))
+            self.meter.detached = False
+            ids = self.ids(positions)
+            return search(self.meter, self.rungs, x, labels, self.threat, seed=self.seed, ids=ids)
+
+        with self._done(1, number, positions, x, work) as (found, seconds):
+            rows = self.scribe.verdicts(found.judged, positions, self.samples.labels[positions])
+            far, by = found.distance.tolist(), (found.attack % len(self.rungs)).cpu().numpy()
+            rows = [replace(row, distance=d) if row.fooled else row for row, d in zip(rows, far, strict=True)]
+            flags = noticed(0, int(found.judged.broken.sum()), self.meter)
+            total = max(sum(map(sum, found.spent)), 1)
+            self.scribe.write(
+                *(
+                    Chunk(
+                        stage,
+                        number,
+                        *spent,
+                        seconds * sum(spent) / total,
+                        [rows[at] for at in np.flatnonzero(by == stage - 1)],
+                        flags if stage == 1 else [],
+                    )
+                    for stage, spent in enumerate(found.spent, 1)
+                )
+            )
 
     def _parts(self, stage: int, among: np.ndarray) -> list[tuple[int, np.ndarray]]:
         """Return number and positions of the chunks that a stage has still to do.
@@ -143,7 +183,20 @@ class BatchWise:
         x: Images,
         work: Work,
     ) -> None:
-        """Do one chunk and write it down. Out of memory halves the piece and does the chunk again."""
+        """Do one chunk and write it down."""
+        forwards, backwards = self.meter.forwards, self.meter.backwards
+        with self._done(stage, number, positions, x, work) as ((verdicts, flags), seconds):
+            spent = self.meter.forwards - forwards, self.meter.backwards - backwards
+            self.scribe.write(Chunk(stage, number, *spent, seconds, verdicts, flags))
+
+    @contextmanager
+    def _done(
+        self, stage: int, number: int, positions: np.ndarray, x: Images, work: Callable[[Images, np.ndarray], T]
+    ) -> Iterator[tuple[T, float]]:
+        """Do the work of a chunk, which is written down inside, and then forget how it went.
+
+        Out of memory halves the piece and does the work again.
+        """
         name = self.tally.names[stage]
         x = x.to(self.meter.device)
         while True:
@@ -153,7 +206,7 @@ class BatchWise:
                     own_randomness(self.seed, stage, number),
                     recording(self.store, f"chunk-{stage}-{number}") as answers,
                 ):
-                    verdicts, flags = work(x, positions)
+                    found = work(x, positions)
                 break
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
@@ -165,16 +218,7 @@ class BatchWise:
                 raise
             except Exception as error:
                 raise self._failure(name, positions, error) from error
-        chunk = Chunk(
-            stage,
-            number,
-            self.meter.forwards - forwards,
-            self.meter.backwards - backwards,
-            answers.seconds,
-            verdicts,
-            flags,
-        )
-        self.scribe.write(chunk)
+        yield found, answers.seconds
         answers.restart()
 
     def _clean_verdicts(self, x: Images, positions: np.ndarray) -> tuple[list[Verdict], list[Flag]]:
@@ -189,13 +233,14 @@ class BatchWise:
 
     def _check(self, x: Images, positions: np.ndarray) -> tuple[list[Verdict], list[Flag]]:
         labels = torch.from_numpy(self.samples.labels[positions]).to(x.device)
+        threat = self.threat.typical() if self.threat.minimal else self.threat
         plain = Meter(self.meter.model, self.meter.device)
         for name in ("piece", "quick", "differentiable", "backward_error"):
             setattr(plain, name, getattr(self.meter, name))
         attacks = [rung.attack for rung in self.rungs if not rung.view]
         # Points can be planted only where gradients can be had.
         net = None if plain.backward_error else plain.model
-        flags = diagnose(Probe(plain, x, labels, self.threat, attacks, self.seed, net))
+        flags = diagnose(Probe(plain, x, labels, threat, attacks, self.seed, net))
         self.meter.forwards += plain.forwards
         self.meter.backwards += plain.backwards
         return [], flags

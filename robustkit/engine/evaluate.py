@@ -29,6 +29,7 @@ from robustkit.engine.opening import open_for_writing, require_writable
 from robustkit.engine.parts import noted
 from robustkit.engine.pixels import enlarged_images, pixel_space
 from robustkit.engine.progress import Progress
+from robustkit.engine.sanity import refuse_randomness
 from robustkit.engine.tally import Tally
 from robustkit.engine.worker import Worker
 from robustkit.errors import RunError, UsageError
@@ -41,7 +42,7 @@ from robustkit.rows import RowWise
 from robustkit.threat import ThreatModel
 from robustkit.writing import subfolder
 
-BATCH_SIZE = 256
+BATCH_SIZE, MINIMAL_BATCH_SIZE = 256, 32
 SLOTS_CPU, SLOTS_GPU = 128, 512
 # How far a GPU's slots may grow where larger batches are faster.
 MOST_SLOTS = 4096
@@ -87,8 +88,9 @@ class Evaluation:
             raise UsageError(f"workers {self.workers}: write how many processes shall share the work, e.g. 2.")
         if self.audit < 0:
             raise UsageError(f"audit {self.audit}: write how many survivors AutoAttack shall try, e.g. 50.")
-        self.threat.bounded()
         self.model.expect(self.samples.num_classes)
+        if self.threat.minimal:
+            self._refuse_eps()
         if self.limits and any(rung.attack.info.coupled for rung in self.rungs):
             raise UsageError(
                 "a run that may stop early needs attacks whose random numbers do not depend on the batch; "
@@ -98,6 +100,18 @@ class Evaluation:
             raise UsageError("a curve is of all images; leave out --curve, or --time-limit and --stop-at-width.")
         if self.curve and not self.threat.eps:
             raise UsageError(f"threat '{self.threat}' has no curve; write an eps above 0, or leave --curve out.")
+
+    def _refuse_eps(self) -> None:
+        """Refuse what has no meaning where the threat has no eps."""
+        asked = {
+            "curve": (self.curve, "gives robust accuracy at every eps already"),
+            "audit": (self.audit, "has no eps that AutoAttack could keep to"),
+            "stop at width": (self.limits.width is not None, "gives distances, and no share to stop at"),
+            f"precision {self.precision}": (self._precision != "fp32", "is searched in float32"),
+        }
+        for name, (given, why) in asked.items():
+            if given:
+                raise UsageError(f"threat '{self.threat}' {why}; leave out {name}.")
 
     @cached_property
     def rungs(self) -> list[registry.Rung]:
@@ -124,7 +138,9 @@ class Evaluation:
     @property
     def batch(self) -> int:
         """How many images an attack gets at once."""
-        return min(self.batch_size or BATCH_SIZE, len(self.samples))
+        # Kept small where no image leaves a batch early: what a kill may lose, and workers share, is a batch.
+        usual = MINIMAL_BATCH_SIZE if self.threat.minimal and self.device.type == "cpu" else BATCH_SIZE
+        return min(self.batch_size or usual, len(self.samples))
 
     @property
     def slots(self) -> int:
@@ -256,6 +272,7 @@ class Evaluation:
             else:
                 worker = Foreman(*parts, suite=self.suite, precision=self._precision, store=store)
             worker.prepare()
+            refuse_randomness(self.threat, random=meter.random)
             with self._helped(worker, agency), threads(meter.threads):
                 self._through(worker)
             return worker, training_mode(was_training, training_count(self.model))
@@ -295,6 +312,8 @@ class Evaluation:
 
     def _block(self, worker: Worker, among: np.ndarray) -> None:
         worker.clean(among)
+        if self.threat.minimal:
+            return worker.attack(1, among)
         stage = 1
         for (spare, flies, scores), group in itertools.groupby(self.rungs, _kind):
             rungs = list(group)
@@ -327,13 +346,19 @@ class Evaluation:
         if out is None:
             return replace(tally.report(self.spec, flags, surroundings, {}), adversarial=rows.arrays())
         folder.write_adversarial(out, rows)
-        chosen = examples.choose(rows.index, tally.fell, tally.margins)
+        chosen = examples.choose(rows.index, *self._hardness(tally))
         folder.write_examples(out, examples.arrays(rows, predictions, chosen, self.samples, self.threat))
         ledger.seal()
         seals = {name: folder.sha256(out / name) for name in folder.SEALED}
         report = tally.report(self.spec, flags, surroundings, seals)
         folder.write_report(out, report)
         return report
+
+    def _hardness(self, tally: Tally) -> tuple[np.ndarray, np.ndarray]:
+        """Return by what fooled images are ranked: stage, then margin; or their distance alone."""
+        if self.threat.minimal:
+            return tally.distances, np.zeros(tally.n)
+        return tally.fell, tally.margins
 
     def _short_steps(self) -> list[Flag]:
         """Return a flag for each attack whose steps cannot reach the edge of the ball, if all attacks are such."""

@@ -230,7 +230,8 @@ class Foreman(Worker):
         return len(positions)
 
     def _flies(self, stage: int) -> bool:
-        return stage > 0 and isinstance(self.rungs[stage - 1].attack, RowWise)
+        row_wise = stage > 0 and isinstance(self.rungs[stage - 1].attack, RowWise)
+        return row_wise and not self.threat.minimal
 
     def _write(self, first: int, count: int, seconds: float) -> None:
         """Write down what has landed in so many seconds, which the stages share by their passes."""

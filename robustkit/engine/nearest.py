@@ -1,69 +1,86 @@
-"""The nearest adversarial points of a batch: attacks in turn, each from where those before it have come."""
+"""The nearest adversarial points of images: attacks in turn, each told of the nearest points found before it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 
 from robustkit.data.samples import Samples
-from robustkit.engine.judge import image_hashes, judge, sample_ids
+from robustkit.engine.judge import Judged, image_hashes, judge, sample_ids
 from robustkit.engine.meter import Meter
-from robustkit.engine.sanity import refuse_answers
+from robustkit.engine.redraw import is_random
+from robustkit.engine.sanity import refuse_answers, refuse_randomness
 from robustkit.goal import Goal
 from robustkit.isolation import evaluation_mode, own_randomness, threads
 from robustkit.minimum import MinimumNorm
 from robustkit.models.classifier import Classifier
-from robustkit.registry import parse_suite
+from robustkit.registry import Rung, parse_suite
+from robustkit.resuming import once
 from robustkit.rng import RowRng
-from robustkit.shapes import Images, Labels, Mask
-from robustkit.threat import ThreatModel, per_row
+from robustkit.shapes import Images, Labels, PerRow
+from robustkit.threat import ThreatModel
 
-# By how much the model must be wrong, as a share of its largest logit: twice what `verify` takes for rounding.
+# The margin that an adversarial point must have, as a share of the largest logit: twice what `verify` takes for
+# rounding.
 CLEAR = 2e-5
 
 
-class Nearer(NamedTuple):
-    """What one attack found: the nearest points by now (B C H W), and where they are this attack's (B)."""
+@dataclass(frozen=True)
+class Nearest:
+    """The nearest adversarial points of a batch.
 
-    x: Images
-    found: Mask
+    Attributes:
+        judged: the points with the model's answers; the clean image where none was found.
+        distance: of each from the clean image (B), float64; infinite where none was found.
+        attack: the number of the attack that found it (B); -1 where none was found.
+        spent: forwards and backwards of each attack, over all images.
+    """
+
+    judged: Judged
+    distance: PerRow
+    attack: Labels
+    spent: Sequence[tuple[int, int]]
 
 
 def search(
-    meter: Meter,
-    attacks: Sequence[Any],
-    streams: Sequence[str],
-    x: Images,
-    labels: Labels,
-    threat: ThreatModel,
-    *,
-    seed: int,
-    ids: Labels,
-) -> Iterator[Nearer]:
-    """Yield after each attack the nearest points so far, the clean image where there is none.
+    meter: Meter, rungs: Sequence[Rung], x: Images, labels: Labels, threat: ThreatModel, *, seed: int, ids: Labels
+) -> Nearest:
+    """Run attacks in turn and keep the nearest adversarial point of each image.
 
     Args:
         meter: the model.
-        attacks: that can look for the nearest point.
-        streams: the name of each one's random numbers.
-        x: images (B C H W) that the model gets right.
+        rungs: attacks that find minimum norms.
+        x: images (B C H W) that the model classifies correctly.
         labels: of these (B).
         threat: a minimal one.
         seed: of the run.
-        ids: the images' own numbers (B).
+        ids: the images' own numbers (B), by which they draw.
     """
-    nearest, goal = x, Goal(labels, clear=CLEAR)
-    for attack, stream in zip(attacks, streams, strict=True):
-        point = attack(meter, x, goal, threat, rng=RowRng(seed, stream, ids), known=nearest)
-        point = judge(meter, x, labels, point, threat)
-        far = torch.where(point.fooled, threat.distance(point.x, x), torch.inf)
-        before = threat.distance(nearest, x)
-        found = far < torch.where(before > 0, before, torch.inf)
-        nearest = torch.where(per_row(found, x), point.x, nearest)
-        yield Nearer(nearest, found)
+    goal, spent = Goal(labels, clear=CLEAR), list[tuple[int, int]]()
+    best = judge(meter, x, labels, x, threat)
+    distance = torch.full((len(x),), torch.inf, dtype=torch.float64, device=x.device)
+    by = torch.full_like(labels, -1)
+    for number, (rung, stream) in enumerate(zip(rungs, _streams(rungs), strict=True)):
+        before = meter.forwards, meter.backwards
+        rng = RowRng(seed, stream, ids)
+        found = once(stream, partial(rung.attack, meter, x, goal, threat, rng=rng, known=best.x))
+        judged = judge(meter, x, labels, found, threat)
+        far = torch.where(judged.fooled, threat.distance(judged.x, x), torch.inf)
+        nearer = (far < distance).nonzero()[:, 0]
+        best = best.replaced(nearer, judged.select((far < distance).cpu().numpy()))
+        distance, by = torch.minimum(far, distance), by.index_fill(0, nearer, number)
+        spent.append((meter.forwards - before[0], meter.backwards - before[1]))
+    return Nearest(best, distance, by, spent)
+
+
+def _streams(rungs: Sequence[Rung]) -> list[str]:
+    """Return the name of each attack's random numbers: its own, and how often it occurred before."""
+    names = [rung.name for rung in rungs]
+    return [f"{name}/{names[:number].count(name)}" for number, name in enumerate(names)]
 
 
 def nearest_points(
@@ -78,36 +95,28 @@ def nearest_points(
 ) -> MinimumNorm:
     """Return the nearest adversarial point of each sample; see `robustkit.minimum_norm`."""
     rungs = parse_suite(suite, threat.norm, minimal=True)
-    attacks, names = [rung.attack for rung in rungs], [rung.name for rung in rungs]
     meter = Meter(model.expect(samples.num_classes), device)
-    points, distances, by = [], [], list[str | None]()
+    points, distances, names = [], [], list[str | None]()
     with evaluation_mode(model), own_randomness(seed, "minimum-norm"):
-        meter.size_up(samples.images([0]).to(device), batch_size)
+        image = samples.images([0]).to(device)
+        meter.size_up(image, batch_size)
+        refuse_randomness(threat, random=is_random(meter.model, image))
+        meter.forwards = meter.backwards = 0
         with threads(meter.threads):
             for begin in range(0, len(samples), batch_size):
                 part = np.arange(begin, min(begin + batch_size, len(samples)))
                 x, labels = samples.images(part).to(device), samples.labels[part]
-                y = torch.from_numpy(labels).to(device)
                 logits = meter.exact(x)
                 refuse_answers(logits, labels, part)
+                y = torch.from_numpy(labels).to(device)
                 right = (logits.argmax(1) == y).nonzero()[:, 0]
-                ids = sample_ids(image_hashes(x)).to(device)[right]
-                number = torch.full_like(right, -1)
-                point = x[right]
-                for stage, step in enumerate(
-                    search(meter, attacks, streams(names), x[right], y[right], threat, seed=seed, ids=ids)
-                ):
-                    point, number = step.x, torch.where(step.found, stage, number)
-                far = torch.where(number < 0, torch.inf, threat.distance(point, x[right]))
-                points.append(x.index_copy(0, right, point))
-                distances.append(torch.zeros(len(x), dtype=torch.float64, device=device).index_copy(0, right, far))
+                ids = sample_ids(image_hashes(x)).to(device)
+                found = search(meter, rungs, x[right], y[right], threat, seed=seed, ids=ids[right])
+                far = torch.zeros(len(x), dtype=torch.float64, device=device)
+                points.append(x.index_copy(0, right, found.judged.x))
+                distances.append(far.index_copy(0, right, found.distance))
                 told: list[str | None] = ["clean"] * len(x)
-                for at, stage in zip(right.tolist(), number.tolist(), strict=True):
-                    told[at] = names[stage] if stage >= 0 else None
-                by += told
-    return MinimumNorm(torch.cat(points), torch.cat(distances), by, meter.forwards, meter.backwards)
-
-
-def streams(names: Sequence[str]) -> list[str]:
-    """Return the name of each attack's random numbers: its own, and how often it was there before."""
-    return [f"{name}/{names[:number].count(name)}" for number, name in enumerate(names)]
+                for at, number in zip(right.tolist(), found.attack.tolist(), strict=True):
+                    told[at] = rungs[number].name if number >= 0 else None
+                names += told
+    return MinimumNorm(torch.cat(points), torch.cat(distances), names, meter.forwards, meter.backwards)

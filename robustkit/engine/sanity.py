@@ -6,7 +6,7 @@ import numpy as np
 
 from robustkit.errors import RunError, UsageError
 from robustkit.shapes import Logits
-from robustkit.threat import ThreatModel
+from robustkit.threat import EXAMPLES, ThreatModel
 
 
 def refuse_answers(logits: Logits, labels: np.ndarray, positions: np.ndarray) -> None:
@@ -37,8 +37,17 @@ def refuse_answers(logits: Logits, labels: np.ndarray, positions: np.ndarray) ->
 
 def refuse_endless(threat: ThreatModel, shape: tuple[int, ...]) -> None:
     """Raise UsageError if a threat reaches every image of this shape (C, H, W) from every other."""
-    if float(threat.eps) > threat.diameter(shape):
+    if not threat.minimal and float(threat.eps) > threat.diameter(shape):
         raise UsageError(
             f"threat '{threat}' reaches every image of {'x'.join(map(str, shape))} "
             f"(their largest distance is {threat.diameter(shape):.4g}); write a smaller eps."
+        )
+
+
+def refuse_randomness(threat: ThreatModel, *, random: bool) -> None:
+    """Raise UsageError for a minimum norm of a random model: the answer at a nearest point is one draw's."""
+    if threat.minimal and random:
+        raise UsageError(
+            f"threat '{threat}' needs a model that answers an image in the same way each time, and this model is "
+            f"random; give an eps, e.g. {threat.norm}:{EXAMPLES[threat.norm]}."
         )

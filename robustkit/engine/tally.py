@@ -8,8 +8,21 @@ from typing import Any
 
 import numpy as np
 
+from robustkit.distances import Minimum
 from robustkit.ledger import Chunk
-from robustkit.record import Cost, Draws, Flag, Outcome, Passes, Rate, Report, RunSpec, Stage, Stop, stage_name
+from robustkit.record import (
+    Cost,
+    Draws,
+    Flag,
+    Outcome,
+    Passes,
+    Rate,
+    Report,
+    RunSpec,
+    Stage,
+    Stop,
+    stage_name,
+)
 
 STANDS = np.iinfo(np.int64).max
 # The number of the clean stage's chunk that holds what the checks found.
@@ -56,6 +69,7 @@ class Tally:
         self.right = np.full(self.n, np.nan)
         self.once = np.zeros(self.n, bool)
         self.struck = np.zeros(self.n, bool)
+        self.distances = np.full(self.n, np.inf)
         self.images = Hashes(self.n)
         self.costs = [Cost(0, 0, 0.0) for _ in self.names]
         self.checks = Passes(0, 0)
@@ -87,6 +101,7 @@ class Tally:
                 self.images[at], self.clean_margins[at] = verdict.image, verdict.margin
             if verdict.fooled:
                 self.fell[at] = chunk.stage
+                self.distances[at] = 0.0 if verdict.distance is None else verdict.distance
             self.margins[at] = min(self.margins[at], verdict.margin)
             self.judged[at] = max(self.judged[at], chunk.stage)
             if verdict.right is not None and not verdict.right >= self.right[at]:
@@ -167,6 +182,9 @@ class Tally:
         """Return the finished run's record; `flags` come after those of the chunks."""
         found = [*self.flags.values(), *self.passed.values(), *flags]
         stages = self.stages(self.scope)
+        if spec.minimal:
+            # What an attack leaves is told by the nearest images of all.
+            stages[1:] = [replace(stage, robust_accuracy=stages[-1].robust_accuracy) for stage in stages[1:]]
         return Report(
             run_id=spec.run_id,
             spec=spec,
@@ -197,7 +215,13 @@ class Tally:
             draws=self._draws(),
             checks=self.checks,
             stopped=self.stopped,
+            minimum=self._minimum() if spec.minimal else None,
         )
+
+    def _minimum(self) -> Minimum:
+        """Return how far the nearest fooling image of each image is; 0 where the clean pass settled it."""
+        far = np.where(self.fell == 0, 0.0, self.distances)[np.sort(self.scope)]
+        return Minimum.of([value if np.isfinite(value) else None for value in far.tolist()])
 
     def _draws(self) -> Draws | None:
         """Return what a random model's draws say; None of another."""

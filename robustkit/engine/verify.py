@@ -24,7 +24,7 @@ from robustkit.ledger import Ledger
 from robustkit.models import load_model
 from robustkit.models.classifier import Classifier
 from robustkit.models.recorded import recorded_model
-from robustkit.record import Curve, Report
+from robustkit.record import ROUNDING, Curve, Report
 from robustkit.threat import ThreatModel
 
 BATCH_SIZE = 256
@@ -137,6 +137,7 @@ def _check_batch(
     margin = margins(logits, y)
     noise = float(NOISE) * logits.abs().amax(1).clamp(min=1)
     close = (margin.abs() <= noise).tolist()
+    stated = _stated(found.report)
     random = not all(fooled) and _is_random(meter, x_adv, logits)
     for row, position in enumerate(positions.tolist()):
         found.checked += 1
@@ -147,6 +148,10 @@ def _check_batch(
                 f"record {position}: outside the threat {threat}: distance {distance[row]:.8g}, "
                 f"values {x_adv[row].min():.6g} to {x_adv[row].max():.6g}."
             )
+        if position in stated and distance[row] > stated[position] * (1 + ROUNDING):
+            found.bad.append(
+                f"record {position}: its distance is {distance[row]:.8g}, the report says {stated[position]:.8g}."
+            )
         if close[row]:
             found.borderline.append(f"record {position}: margin {margin[row]:.2e} is within float noise.")
         elif not fooled[row] and random:
@@ -155,6 +160,14 @@ def _check_batch(
             )
         elif not fooled[row]:
             found.bad.append(f"record {position}: does not fool the model, margin {margin[row]:.4g}.")
+
+
+def _stated(report: Report) -> dict[int, float]:
+    """Return the distance that the report gives for each position, in a run for minimum norms."""
+    if report.minimum is None:
+        return {}
+    pairs = zip(report.verdicts, report.minimum.distances, strict=True)
+    return {verdict.index: far for verdict, far in pairs if far is not None}
 
 
 def _is_random(meter: Meter, x: torch.Tensor, logits: torch.Tensor) -> bool:
@@ -187,6 +200,8 @@ def _ledger_faults(path: Path, report: Report, samples: Samples) -> Iterator[str
         again.cost,
     ):
         yield "report.json: its accuracies, stages or costs are not those of the ledger."
+    if report.minimum != again.minimum:
+        yield "report.json: its minimum norms are not those of the ledger."
     for begin in range(0, report.n, BATCH_SIZE):
         positions = tally.scope[begin : begin + BATCH_SIZE]
         for position, digest in zip(positions, image_hashes(samples.images(positions)), strict=True):

@@ -9,11 +9,12 @@ import numpy as np
 from markupsafe import Markup
 
 from robustkit.record import LEVELS, Rate, Report, dumps
-from robustkit.report import classes, costs, curve, histogram, trust, words
+from robustkit.report import classes, costs, curve, histogram, staircase, trust, words
 from robustkit.report.cascade import cascade
 from robustkit.report.command import command, commands
 from robustkit.report.inputs import size
 from robustkit.report.made import made_in_parts
+from robustkit.report.minimum import columns, sentence
 from robustkit.report.names import stage_names
 from robustkit.report.render import render
 from robustkit.report.strip import scaled, strip
@@ -39,7 +40,10 @@ def _facts_and_charts(report: Report, examples: Mapping[str, np.ndarray] | None)
     names = [] if examples is None else examples["classes"].tolist()
     rows, class_count = classes.rows(report, names)
     margin_chart, beyond = histogram.margins(report)
-    eps, eps_text = words.eps(report), report.spec.threat.partition(":")[2]
+    eps_text = report.spec.threat.partition(":")[2]
+    eps, mark = words.eps(report), f"eps {eps_text}"
+    if report.minimum:
+        eps, mark = report.minimum.median.value or 0.0, "median"
     written = command(report)
     levels = [flag.level for flag in report.flags]
     return {
@@ -58,13 +62,16 @@ def _facts_and_charts(report: Report, examples: Mapping[str, np.ndarray] | None)
         "checks": trust.rows(report),
         "cascade": cascade(report),
         "curve_chart": curve.chart(report, report.curve) if report.curve else None,
+        "minimum_chart": staircase.chart(report, report.minimum) if report.minimum else None,
+        "quantiles": columns(report.minimum) if report.minimum else [],
+        "median_of": sentence(report.minimum) if report.minimum else "",
         "notes": [line.strip() for line in notes(report)],
         "curve_median": median(report.curve) if report.curve else "",
         "classes": rows,
         "class_count": class_count,
         "margin_chart": margin_chart,
         "beyond": beyond,
-        "distance_chart": _distances(examples, eps, f"eps {eps_text}", words.distance_unit(report)),
+        "distance_chart": _distances(examples, eps, mark, words.distance_unit(report)),
         "unit": words.distance_unit(report),
         "fooled": costs.fooled(report),
         "eps_text": eps_text if "/" not in eps_text else f"{eps_text} = {eps:.4g}",

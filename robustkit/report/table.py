@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
+from robustkit.distances import Minimum
 from robustkit.record import Curve, Flag, Rate, Report
-from robustkit.report import costs
+from robustkit.report import costs, minimum
 from robustkit.report.inputs import remarks, size
 from robustkit.report.made import made_in_parts
 from robustkit.report.names import data_name
@@ -27,6 +28,28 @@ def show(report: Report, console: Console, next_command: str | None = None, page
         f"seed {report.spec.seed}   {report.environment['device_name']}\n",
         highlight=False,
     )
+    if report.minimum:
+        _show_minimum(report, report.minimum, console)
+    else:
+        console.print(_stages(report), highlight=False)
+    if report.curve:
+        spent = report.curve.cost
+        price = f"{(spent.forwards + spent.backwards) / report.n:,.0f} props/img   {duration(spent.seconds)}"
+        console.print()
+        console.print(_curve(report.curve), highlight=False)
+        console.print(f"median smallest fooling eps {median(report.curve)}   {price}", highlight=False)
+    for line in [*notes(report), *flag_lines(report.flags)]:
+        console.print(line, highlight=False, soft_wrap=True)
+    if page or next_command:
+        console.print()
+    if page:
+        console.print(f"report   {page}", highlight=False, soft_wrap=True)
+    if next_command:
+        console.print(f"next     {next_command}", highlight=False, soft_wrap=True)
+
+
+def _stages(report: Report) -> Table:
+    """Return a row per stage with the robust accuracy after it, and the result."""
     table = Table(box=None, pad_edge=False, header_style="", padding=(0, 3, 0, 0))
     table.add_column("attack", no_wrap=True)
     for name in ("robust acc", "95% interval", "fooled", "props/img", "time"):
@@ -50,21 +73,29 @@ def show(report: Report, console: Console, next_command: str | None = None, page
         duration(cost.seconds),
         style="bold",
     )
-    console.print(table, highlight=False)
-    if report.curve:
-        spent = report.curve.cost
-        price = f"{(spent.forwards + spent.backwards) / report.n:,.0f} props/img   {duration(spent.seconds)}"
-        console.print()
-        console.print(_curve(report.curve), highlight=False)
-        console.print(f"median smallest fooling eps {median(report.curve)}   {price}", highlight=False)
-    for line in [*notes(report), *flag_lines(report.flags)]:
-        console.print(line, highlight=False, soft_wrap=True)
-    if page or next_command:
-        console.print()
-    if page:
-        console.print(f"report   {page}", highlight=False, soft_wrap=True)
-    if next_command:
-        console.print(f"next     {next_command}", highlight=False, soft_wrap=True)
+    return table
+
+
+def _show_minimum(report: Report, found: Minimum, console: Console) -> None:
+    """Print what each attack found nearest, and the distances' quantiles."""
+    stages, quantiles = (Table(box=None, pad_edge=False, header_style="", padding=(0, 3, 0, 0)) for _ in range(2))
+    stages.add_column("attack", no_wrap=True)
+    for name in ("nearest", "props/img", "time"):
+        stages.add_column(name, justify="right", no_wrap=True)
+    for row in costs.rows(report):
+        price = f"{row.propagations / row.entering:,.0f}" if row.entering else "–"
+        stages.add_row(row.attack, row.settled, price, duration(row.seconds))
+    cost = report.cost
+    price = f"{(cost.forwards + cost.backwards) / report.n:,.0f}"
+    stages.add_row("all", f"{costs.fooled(report):,}", price, duration(cost.seconds), style="bold")
+    quantiles.add_column("quantile", no_wrap=True)
+    for name, _ in (columns := minimum.columns(found)):
+        quantiles.add_column(name, justify="right", no_wrap=True)
+    quantiles.add_row("minimum norm", *(text for _, text in columns), style="bold")
+    console.print(stages, highlight=False)
+    console.print()
+    console.print(quantiles, highlight=False)
+    console.print(minimum.sentence(found), highlight=False, soft_wrap=True)
 
 
 def notes(report: Report) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from robustkit.errors import printable
@@ -37,6 +38,8 @@ def counted(n: int) -> str:
 def threat(report: Report) -> str:
     """Return what the attacker may do, as the second half of a sentence."""
     norm, _, eps = report.spec.threat.partition(":")
+    if report.spec.minimal:
+        return f"the image moves as little as it can ({distance_unit(report)})"
     return {
         "linf": f"no pixel value moves by more than {eps} (largest absolute change)",
         "l2": f"the image moves by at most {eps} in Euclidean length",
@@ -45,7 +48,9 @@ def threat(report: Report) -> str:
 
 
 def eps(report: Report) -> float:
-    """Return the threat's size as a number."""
+    """Return the threat's size as a number; infinite where it has none."""
+    if report.spec.minimal:
+        return math.inf
     numerator, _, denominator = report.spec.threat.partition(":")[2].partition("/")
     return float(numerator) / float(denominator or 1)
 
@@ -62,6 +67,12 @@ def distance_unit(report: Report) -> str:
 
 def verdict(report: Report) -> str:
     """Return the sentence that the number stands in, without the number."""
+    if report.minimum:
+        right = report.minimum.right
+        found = sum(math.isfinite(far) for far in right)
+        return (
+            f"An adversarial image was found for {found:,} of {counted(len(right))} that are classified correctly."
+        )
     if report.n == 1:
         image = report.verdicts[0]
         if image.robust:

@@ -1,0 +1,53 @@
+"""Robust accuracy against eps where every image has a distance of its own: a staircase, as a chart."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from markupsafe import Markup
+
+from robustkit.distances import Minimum
+from robustkit.record import Report
+from robustkit.report import minimum, svg, words
+
+HEIGHT, TOP = 190.0, 12.0
+FLOOR = TOP + HEIGHT
+# The chart reaches to the distance that this share of the images is within: a few may be far out.
+SHOWN = 0.99
+
+
+def chart(report: Report, found: Minimum) -> Markup | None:
+    """Return the chart: robust accuracy at each eps; None if no adversarial image was found."""
+    steps = list(found.curve())
+    finite = [far for far, _ in steps]
+    if not finite or not finite[-1]:
+        return None
+    widest = finite[math.ceil(SHOWN * len(finite)) - 1] or finite[-1]
+    parts = []
+    for share in (0, 0.25, 0.5, 0.75, 1):
+        parts.append(svg.line(0, _down(share), 1, _down(share), "grid"))
+        parts.append(svg.text(0, _down(share) + 4, f"{100 * share:.0f} %", anchor="end", kind="tick", dx=-6))
+    for tick in svg.ticks(0, widest):
+        at = tick / widest
+        parts.append(svg.line(at, FLOOR, at, FLOOR + 4, "axis"))
+        parts.append(svg.text(at, FLOOR + 17, f"{tick:g}", anchor="end" if at > 0.98 else "middle", kind="tick"))
+    parts += [svg.path(_staircase(steps, widest), "curve"), svg.line(0, FLOOR, 1, FLOOR, "axis")]
+    parts.append(svg.text(1, FLOOR + 34, f"eps: {words.distance_unit(report)}", anchor="end", kind="tick"))
+    spoken = "; ".join(f"{name} {text}" for name, text in minimum.columns(found))
+    return svg.drawing(parts, FLOOR + 38, f"Robust accuracy against eps; quantiles of the distances: {spoken}")
+
+
+def _staircase(steps: Sequence[tuple[float, float]], widest: float) -> list[tuple[float, float]]:
+    """Return the corners of the curve as far as the axis reaches."""
+    points, before = [(0.0, _down(1.0))], 1.0
+    for far, share in steps:
+        if far > widest:
+            break
+        points += [(far / widest, _down(before)), (far / widest, _down(share))]
+        before = share
+    return [*points, (1.0, _down(before))]
+
+
+def _down(share: float) -> float:
+    return FLOOR - share * HEIGHT
