@@ -66,12 +66,13 @@ CIFAR_VIT = "small_vit?side=32&patch=4&in_channels=3"
 CIFAR_CNN = "small_cnn?in_channels=3&width=24"
 CIFAR_NORM = "small_cnn?in_channels=3&width=24&norm=true"
 CIFAR_GELU = "gelu_cnn?in_channels=3"
-RESNET, WRN, MNIST_CNN = "robustkit:cifar-resnet20", "robustkit:wrn-10-2", "robustkit:mnist-cnn"
+RESNET, WRN = "robustkit:cifar-resnet20", "robustkit:wrn-10-2"
+MNIST_CNN = "small_cnn?width=24&pool=mean"
 FGSM = "random_start=false,step_size=1.0"
 
 ZOO = [
     # MNIST
-    Entry("mnist-plain-cnn", MNIST_CNN, "standard", "linf:0.1", 5),
+    Entry("mnist-plain-cnn", "robustkit:mnist-cnn", "standard", "linf:0.1", 5),
     Entry("mnist-plain-vit", MNIST_VIT, "standard", "l2:1.5", 12, 0.03),
     Entry("mnist-pgd-cnn", MNIST_CNN, "pgd-at(threat=linf:0.3,steps=10)", "linf:0.3", 12, 0.02),
     Entry(
@@ -105,21 +106,21 @@ ZOO = [
     # CIFAR-10
     Entry("cifar-plain-resnet", RESNET, "standard", "linf:2/255", 15),
     Entry("cifar-plain-vit", CIFAR_VIT, "standard", "linf:2/255", 15, 0.03),
-    Entry("cifar-pgd-resnet", RESNET, "pgd-at(threat=linf:8/255,steps=3,step_size=0.5)", "linf:8/255", 12, 0.1),
-    Entry("cifar-trades-wrn", WRN, "trades(threat=linf:8/255,steps=3,step_size=0.5)", "linf:8/255", 10, 0.1),
-    Entry("cifar-fast-resnet", RESNET, "fgsm-at(threat=linf:8/255)", "linf:8/255", 15, 0.1),
+    Entry("cifar-pgd-resnet", RESNET, "pgd-at(threat=linf:8/255,steps=3,step_size=0.5)", "linf:8/255", 9, 0.1),
+    Entry("cifar-trades-wrn", WRN, "trades(threat=linf:8/255,steps=3,step_size=0.5)", "linf:8/255", 6, 0.1),
+    Entry("cifar-fast-resnet", RESNET, "fgsm-at(threat=linf:8/255)", "linf:8/255", 10, 0.1),
     Entry(
-        "cifar-fgsm-resnet", RESNET, f"fgsm-at(threat=linf:12/255,{FGSM})", "linf:8/255", 25, 0.2, collapsed=True
+        "cifar-fgsm-resnet", RESNET, f"fgsm-at(threat=linf:12/255,{FGSM})", "linf:8/255", 16, 0.2, collapsed=True
     ),
     Entry(
         "cifar-fgsm-bn", CIFAR_NORM, f"fgsm-at(threat=linf:16/255,{FGSM})", "linf:8/255", 30, 0.1, collapsed=True
     ),
-    Entry("cifar-fgsm-wrn", WRN, f"fgsm-at(threat=linf:16/255,{FGSM})", "linf:4/255", 20, 0.2, collapsed=True),
+    Entry("cifar-fgsm-wrn", WRN, f"fgsm-at(threat=linf:16/255,{FGSM})", "linf:4/255", 12, 0.2, collapsed=True),
     Entry("cifar-free-wrn", WRN, "free-at(threat=linf:4/255,repeats=4)", "linf:4/255", 5, 0.1),
     Entry("cifar-mart-cnn", CIFAR_CNN, "mart(threat=linf:4/255,steps=4)", "linf:4/255", 15, 0.03),
     Entry("cifar-gradreg-gelu", CIFAR_GELU, "grad-reg(weight=30.0)", "linf:2/255", 15, 0.03),
     Entry("cifar-pgd-vit", CIFAR_VIT, "pgd-at(threat=linf:2/255,steps=3,step_size=0.5)", "linf:2/255", 15, 0.03),
-    Entry("cifar-pgd-l2", RESNET, "pgd-at(threat=l2:0.5,steps=3,step_size=0.5)", "l2:0.5", 12, 0.1),
+    Entry("cifar-pgd-l2", CIFAR_NORM, "pgd-at(threat=l2:0.5,steps=3,step_size=0.5)", "l2:0.5", 12, 0.1),
     Entry("cifar-pgd-l1", CIFAR_NORM, "pgd-at(threat=l1:12,steps=5,step_size=0.3)", "l1:12", 15, 0.1),
     Entry("cifar-ibp-cnn", CIFAR_CNN, "ibp(threat=linf:2/255)", "linf:2/255", 30),
     Entry(
