@@ -13,12 +13,14 @@ EASY = [
     "pgd(steps=1,step_size=1,loss=margin,random_start=false)",
     "pgd(steps=5,step_size=0.5,loss=margin,random_start=false)",
 ]
-# For the few that stand right at the boundary.
-LAST_RESORTS = [
-    "apgd(loss=dlr,steps=100,restarts=6,doubt=0.02)",
-    "apgd-t(loss=dlr,steps=100,targets=3,restarts=1,doubt=0.02)",
+# For images on which they are likely to succeed: AutoAttack's four, and restarts for those right at the boundary.
+ARMS = [
+    "apgd(loss=ce,steps=100)*",
+    "apgd(loss=dlr,steps=100,restarts=6)*",
+    "apgd-t*",
+    "fab-t*",
+    "square(queries=5000,patience=100,rivalry=0.6)*",
 ]
-SECOND_OPINION = "square(queries=5000,patience=100,rivalry=0.6)"
 
 
 @suite("rapid")
@@ -31,7 +33,7 @@ def rapid(norm: str) -> list[str]:
             "race(targets=9,probe=4,finalists=2,steps=40,restarts=3,doubt=0.3)",
             "apgd(loss=ce,steps=30,restarts=1)",
         ]
-    return [*EASY, *hard, *LAST_RESORTS, SECOND_OPINION]
+    return [*EASY, *hard, *ARMS]
 
 
 @suite("rapid+autoattack")

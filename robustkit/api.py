@@ -28,6 +28,7 @@ from robustkit.engine.nets import gather_both
 from robustkit.engine.pilot import Pilot
 from robustkit.engine.plan import plan as measure
 from robustkit.engine.progress import Progress
+from robustkit.engine.rounds import read_strictness
 from robustkit.engine.verify import Verification, verify_run
 from robustkit.errors import UsageError
 from robustkit.method import Method
@@ -60,6 +61,7 @@ def evaluate(
     batch_size: int | None = None,
     curve: bool = False,
     audit: int = 0,
+    strictness: str | float | None = None,
     time_limit: float | None = None,
     stop_at_width: float | None = None,
     workers: int | None = None,
@@ -89,6 +91,9 @@ def evaluate(
         batch_size: images that an attack gets at once; None lets the engine choose.
         curve: search for each image's smallest fooling eps as well: `report.curve`.
         audit: on how many of the survivors, drawn at random, to run full AutoAttack as well: `report.audit`.
+        strictness: go on until at most this share of the images, e.g. `0.0005` or `"0.05 %"`, could still fall to
+            AutoAttack, by a 95 % bound: `report.strictness`. None is 0.2 %, or one image of a small set; 0 gives
+            every image every attack. For suites with arms, such as `auto` and `rapid`.
         time_limit: seconds after which to stop and report on the images done, taken in random order.
         stop_at_width: stop as soon as the 95 % interval of the robust accuracy is no wider, e.g. 0.02.
         workers: processes that share the attacks, one per GPU or per share of the cores; None is 1, or with `ray`
@@ -116,6 +121,7 @@ def evaluate(
         batch_size=batch_size,
         curve=curve,
         audit=audit,
+        strictness=read_strictness(strictness),
         limits=Limits(time_limit, stop_at_width),
         workers=workers,
         ray=ray,

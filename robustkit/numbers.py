@@ -78,3 +78,16 @@ def whole(value: object) -> int:
     if number.denominator != 1:
         raise ValueError("is not a whole number")
     return int(number)
+
+
+def share(value: object) -> float:
+    """Return a share from 0 to 1: `0.002`, `1/500`, `0.2 %`, or one of Python's or numpy's numbers.
+
+    Raises:
+        ValueError: saying what is wrong with it, as the end of a sentence.
+    """
+    percent = isinstance(value, str) and value.strip().endswith("%")
+    number = exact(str(value).strip()[:-1]) / 100 if percent else exact(value)
+    if not 0 <= number <= 1:
+        raise ValueError("is not a share from 0 to 1")
+    return float(number)

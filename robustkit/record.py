@@ -105,7 +105,8 @@ class RunSpec(Spec):
     """Everything that determines the numbers of a run, and nothing else but where to find model and data.
 
     `model` has `string` and `fingerprint`; `data` has `string`, `n` and `fingerprint`; `suite` is one record
-    of name and fields per attack; `batch_size` is given only where random numbers depend on it.
+    of name and fields per attack; `batch_size` is given only where random numbers depend on it, `strictness` only
+    where a bound other than the usual one was asked for.
     """
 
     model: Model
@@ -114,6 +115,7 @@ class RunSpec(Spec):
     suite: Sequence[Named]
     seed: Count
     batch_size: Positive | None = None
+    strictness: Share | None = None
     verb: Annotated[str, OneOf("evaluate")] = "evaluate"
     format: Format = FORMAT
 
@@ -121,6 +123,12 @@ class RunSpec(Spec):
     def minimal(self) -> bool:
         """Whether the run looks for minimum norms, under a threat such as `l2:min`."""
         return self.threat.endswith(":min")
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What is hashed; a strictness only where one was asked for, so that older runs keep their ids."""
+        every = super().identity
+        return {name: value for name, value in every.items() if name != "strictness" or value is not None}
 
 
 @dataclass(frozen=True)
@@ -291,14 +299,31 @@ class Audit:
 
 
 @dataclass(frozen=True)
+class Strictness:
+    """What is left of doubt where a suite chose for each image which of its arms to give it.
+
+    At most so many `images`, a share `bound` of the run's, would still fall to an arm that they have not met, with
+    a probability of 95 %; AutoAttack's attacks are among the arms of `auto`. `allowed` is the share that was asked
+    for. Of the `standing` images `in_full` have met every arm; where all have, the bound is 0.
+    """
+
+    images: Count
+    bound: Share
+    allowed: Share
+    standing: Count
+    in_full: Count
+
+
+@dataclass(frozen=True)
 class Report:
     """The record of a finished run; the fields are those of report.json.
 
     `flags` were raised, `passed` is what the other checks measured, or why they could not. `checks` is what they
     cost, which is counted in the clean stage, the first of `stages`. `curve` and `audit` are there if they were
-    asked for, `draws` for a random model, `stopped` if the run ended early, `minimum` if its threat asks for
-    minimum norms. `files` holds the sha256 of what lies beside the report. `adversarial` (not in the file) are the
-    fooling images as a mapping of `index` (M), `x` (M C H W) and `y` (M) when the run was asked for from Python.
+    asked for, `draws` for a random model, `stopped` if the run ended early, `strictness` if the suite has arms,
+    `minimum` if its threat asks for minimum norms. `files` holds the sha256 of what lies beside the report.
+    `adversarial` (not in the file) are the fooling images as a mapping of `index` (M), `x` (M C H W) and `y` (M) when
+    the run was asked for from Python.
     """
 
     run_id: str
@@ -319,6 +344,7 @@ class Report:
     checks: Passes | None = None
     stopped: Stop | None = None
     minimum: Minimum | None = None
+    strictness: Strictness | None = None
     format: Format = FORMAT
     adversarial: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
 
@@ -341,7 +367,7 @@ class Report:
         yield "\n}\n"
 
     def _body(self) -> dict[str, Any]:
-        names = ("curve", "audit", "draws", "checks", "stopped", "minimum")
+        names = ("curve", "audit", "draws", "checks", "stopped", "strictness", "minimum")
         asked_for = {name for name in names if getattr(self, name) is None}
         left_out = {"adversarial", "format"} | asked_for
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}

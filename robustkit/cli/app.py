@@ -109,6 +109,14 @@ def evaluate(
     audit: Annotated[
         int, typer.Option(metavar="N", min=0, help="Run full AutoAttack on N random survivors as well.")
     ] = 0,
+    strictness: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SHARE",
+            help="Go on until at most this share of the images, e.g. '0.05 %', could still fall to AutoAttack, "
+            "by a 95 % bound; 0 gives every image every attack [default: 0.2 %, or one image]",
+        ),
+    ] = None,
     time_limit: Annotated[
         str | None, typer.Option(metavar="TIME", help="Stop after e.g. 90s, 10m, 2h: images in random order.")
     ] = None,
@@ -160,6 +168,7 @@ def evaluate(
         batch_size=batch_size,
         curve=curve,
         audit=audit,
+        strictness=strictness,
         time_limit=time_limit,
         stop_at_width=stop_at_width,
         workers=workers,

@@ -16,6 +16,7 @@ from robustkit.cli.sweep import Ends, shortened, sweep
 from robustkit.engine.anytime import Limits
 from robustkit.engine.evaluate import Evaluation
 from robustkit.engine.folder import PAGE
+from robustkit.engine.rounds import read_strictness
 from robustkit.engine.sweep import Entry, Sweep, read_models, sweep_id
 from robustkit.errors import UsageError
 from robustkit.models.recorded import FLAG, names_code, refuse_code
@@ -39,6 +40,7 @@ def evaluate(
     batch_size: str,
     curve: bool,
     audit: int,
+    strictness: str | None,
     time_limit: str | None,
     stop_at_width: float | None,
     workers: int | None,
@@ -60,6 +62,7 @@ def evaluate(
     if eps == "curve" and (usual := usual_of_norm(norm, data)):
         threat, curve = usual, True
     images, limits = read_batch_size(batch_size), Limits(_seconds(time_limit), stop_at_width)
+    share = read_strictness(strictness)
 
     def plan(string: str, rules: str | None = threat) -> Evaluation:
         subject = Subject.load(string, data, limit, rules, device, data_root, download, trust_code=trust_code)
@@ -74,6 +77,7 @@ def evaluate(
             batch_size=images,
             curve=curve,
             audit=audit,
+            strictness=share,
             limits=limits,
             workers=workers,
             ray=ray,
@@ -88,7 +92,8 @@ def evaluate(
         raise UsageError("no data for the list of models; write --data, e.g. --data cifar10:test.")
     entries, usual = shortened(read_models(models)), threat or str(usual_threat(data))
     parse_suite(suite, usual.partition(":")[0])
-    id = sweep_id(data=data, limit=limit, threat=usual, suite=suite, seed=seed)
+    more = {} if share is None else {"strictness": share}
+    id = sweep_id(data=data, limit=limit, threat=usual, suite=suite, seed=seed, **more)
 
     def listed(entry: Entry) -> Evaluation:
         # A list may be somebody else's: its lines are not typed on this command line.

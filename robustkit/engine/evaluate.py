@@ -18,6 +18,7 @@ from robustkit.checks.relabelled import clean_doubts
 from robustkit.checks.run import training_mode
 from robustkit.data.samples import Samples
 from robustkit.engine import budgets, examples, folder
+from robustkit.engine.allocation import spread
 from robustkit.engine.anytime import Limits, TimeUp, shuffled, unfinished_images
 from robustkit.engine.crew import Agency, Alone
 from robustkit.engine.curve import CurveSearch
@@ -29,6 +30,7 @@ from robustkit.engine.opening import open_for_writing, require_writable
 from robustkit.engine.parts import noted
 from robustkit.engine.pixels import enlarged_images, pixel_space
 from robustkit.engine.progress import Progress
+from robustkit.engine.rounds import STRICTNESS, Rounds
 from robustkit.engine.sanity import refuse_randomness
 from robustkit.engine.tally import Tally
 from robustkit.engine.worker import Worker
@@ -57,7 +59,8 @@ class Evaluation:
     attack's random numbers depend on it (AutoAttack's and foolbox's do, ours do not). `curve` asks for robust
     accuracy at other eps as well, `audit` for full AutoAttack on so many survivors; `limits` may end the run
     early; `workers` is how many processes share the attacks, by themselves or on the cluster at the address `ray`.
-    None of these changes a verdict or is part of the identity.
+    None of these changes a verdict or is part of the identity. `strictness` is: the share of the images that a
+    suite with arms may leave in doubt, by its upper bound.
     """
 
     model: Classifier
@@ -70,6 +73,7 @@ class Evaluation:
     batch_size: int | None = None
     curve: bool = False
     audit: int = 0
+    strictness: float | None = None
     limits: Limits = field(default_factory=Limits)
     workers: int | None = None
     ray: str | None = None
@@ -88,6 +92,11 @@ class Evaluation:
             raise UsageError(f"workers {self.workers}: write how many processes shall share the work, e.g. 2.")
         if self.audit < 0:
             raise UsageError(f"audit {self.audit}: write how many survivors AutoAttack shall try, e.g. 50.")
+        if self.strictness is not None and not any(rung.arm for rung in self.rungs):
+            raise UsageError(
+                f"suite {self.suite!r} gives every image the same attacks, so it has no strictness to set; write "
+                "--suite auto, or leave --strictness out."
+            )
         self.model.expect(self.samples.num_classes)
         if self.threat.minimal:
             self._refuse_eps()
@@ -133,6 +142,7 @@ class Evaluation:
             suite=[rung.spec for rung in self.rungs],
             seed=self.seed,
             batch_size=self.batch if coupled else None,
+            strictness=self.strictness,
         )
 
     @property
@@ -219,8 +229,8 @@ class Evaluation:
 
     def _with_audit(self, report: Report, out: Path | None, progress: Progress, agency: Agency | None) -> Report:
         standing = np.array([verdict.index for verdict in report.verdicts if verdict.robust], np.int64)
-        order = shuffled(len(standing), self.seed)[: self.audit]
-        chosen = np.sort(standing[order])
+        margins = np.array([verdict.margin for verdict in report.verdicts if verdict.robust])
+        chosen = standing[spread(margins, shuffled(len(standing), self.seed), self.audit)]
         found = None
         if len(chosen):
             subset = self.samples.pick(chosen)
@@ -300,7 +310,8 @@ class Evaluation:
 
     def _part(self, worker: Worker, block: np.ndarray) -> Stop:
         """Have those images of the first block count that were classified before time was up."""
-        tally, spared = worker.tally, [number for number, rung in enumerate(self.rungs, 1) if not rung.spare]
+        tally = worker.tally
+        spared = [number for number, rung in enumerate(self.rungs, 1) if not (rung.spare or rung.arm)]
         tally.scope = block[tally.judged[block] >= 0]
         if not len(tally.scope):
             raise RunError(
@@ -315,12 +326,14 @@ class Evaluation:
         if self.threat.minimal:
             return worker.attack(1, among)
         stage = 1
-        for (spare, flies, scores), group in itertools.groupby(self.rungs, _kind):
+        for (arm, spare, flies, scores), group in itertools.groupby(self.rungs, _kind):
             rungs = list(group)
             count = len(rungs)
             if any(rung.view for rung in rungs):
                 worker.doubts.outlook  # noqa: B018  (seen before the first attack on a view)
-            if spare and not (worker.doubts.suspect if scores else worker.doubts.doubtful):
+            if arm:
+                self._rounds(worker).run(among)
+            elif spare and not (worker.doubts.suspect if scores else worker.doubts.doubtful):
                 pass
             elif flies:
                 worker.fly(stage, count, among)
@@ -329,6 +342,9 @@ class Evaluation:
                     if offered(rung.view, worker.meter.views, [rung.view for rung in self.rungs]):
                         worker.attack(number, among)
             stage += count
+
+    def _rounds(self, worker: Worker) -> Rounds:
+        return Rounds(worker, STRICTNESS if self.strictness is None else self.strictness)
 
     def _finish(self, ledger: Ledger, worker: Worker, mode: list[Flag], out: Path | None) -> Report:
         tally, meter = worker.tally, worker.meter
@@ -343,14 +359,15 @@ class Evaluation:
         surroundings = environment(self.device, meter.precision, meter.piece, meter.threads) | worker.flown
         surroundings["parts"] = noted(ledger)
         surroundings |= {"pixels": space, "model_notes": list(self.model.notes)}
+        strictness = self._rounds(worker).doubt(tally.scope)
         if out is None:
-            return replace(tally.report(self.spec, flags, surroundings, {}), adversarial=rows.arrays())
+            return tally.report(self.spec, flags, surroundings, {}, strictness, rows.arrays())
         folder.write_adversarial(out, rows)
         chosen = examples.choose(rows.index, *self._hardness(tally))
         folder.write_examples(out, examples.arrays(rows, predictions, chosen, self.samples, self.threat))
         ledger.seal()
         seals = {name: folder.sha256(out / name) for name in folder.SEALED}
-        report = tally.report(self.spec, flags, surroundings, seals)
+        report = tally.report(self.spec, flags, surroundings, seals, strictness)
         folder.write_report(out, report)
         return report
 
@@ -371,8 +388,8 @@ class Evaluation:
         return [*self.samples.pick(tally.scope).flags, *clean_doubts(said, labels, meter.num_classes or 2)]
 
 
-def _kind(rung: registry.Rung) -> tuple[bool, bool, bool]:
-    """Return whether a rung is spare, is flown, and is a spare search by scores that begins anew."""
+def _kind(rung: registry.Rung) -> tuple[bool, bool, bool, bool]:
+    """Return whether a rung is an arm, is spare, is flown, and is a spare search by scores that begins anew."""
     refines = getattr(rung.attack, "refine", False)
     scores = rung.spare and rung.attack.info.access == "score" and not refines
-    return rung.spare, isinstance(rung.attack, RowWise), scores
+    return rung.arm, rung.spare, isinstance(rung.attack, RowWise), scores

@@ -114,18 +114,18 @@ class Flight:
 
     def _fill(self) -> None:
         while self.more and (free := self.slots - self.aboard) > 0:
-            position, ids, x, labels, clean, later = self.board(free)
+            position, ids, x, labels, clean, nearest, later = self.board(free)
             self.more = later or len(position) == free
             if not len(position):
                 return
-            clean = clean.double()
+            clean, nearest = clean.double(), nearest.double()
             low = torch.full_like(clean, -torch.inf)
             most = max(lane.targets for lane in self.lanes)
             tensors = {
                 "ids": ids,
                 "x": x,
                 "labels": labels,
-                "past": torch.stack([clean, clean], 1),
+                "past": torch.stack([clean, nearest], 1),
                 "nearest": clean,
                 "best": x,
                 "anchor": x,
@@ -182,7 +182,8 @@ class Flight:
         if absent or luck or (lane.attack.last_resort and self.meter.rounding):
             return self._enter(number + 1, table)
         self._weigh(table)
-        table.device["past"] = torch.stack([table.device["past"][:, 0], table.device["nearest"]], 1)
+        clean, past = table.device["past"].unbind(1)
+        table.device["past"] = torch.stack([clean, torch.maximum(past, table.device["nearest"])], 1)
         table.host["job"] = np.zeros(len(table), np.int64)
         willing = lane.attack.enters(self._rows(lane, table.with_state({})))
         if willing is not None:

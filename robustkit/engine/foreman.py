@@ -250,7 +250,8 @@ class Foreman(Worker):
         images = self.samples.images(index).numpy() if with_images else None
         known = self.tally.judged[index] >= 0
         hashes = [self.tally.images[at] for at in positions] if known.all() else []
-        return Parcel(index, images, hashes, self.tally.clean_margins[index])
+        margins = np.stack([self.tally.clean_margins[index], self.tally.margins[index]], 1)
+        return Parcel(index, images, hashes, margins)
 
 
 def _sum(stage: int, number: int, chunks: Sequence[Chunk]) -> Chunk:

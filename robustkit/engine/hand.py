@@ -182,7 +182,7 @@ class Hand(Worker):
         for at, position in enumerate(parcel.positions.tolist()):
             if parcel.hashes:
                 self.tally.images[position] = parcel.hashes[at]
-                self.tally.clean_margins[position] = parcel.margins[at]
+                self.tally.clean_margins[position], self.tally.margins[position] = parcel.margins[at]
             if parcel.images is not None:
                 self.source.lent[position] = parcel.images[at]
 

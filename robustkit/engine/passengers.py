@@ -12,9 +12,11 @@ from robustkit.shapes import Images, Labels, PerRow
 
 
 class Boarding(NamedTuple):
-    """Samples that come aboard: positions in the data, ids for their dice, images, labels, clean margins.
+    """Samples that come aboard: positions in the data, ids for their dice, images, labels.
 
-    `later` is whether others may come although there were fewer than asked for.
+    `clean` is how far the clean image is beyond the boundary, `nearest` how far earlier flights of the run came;
+    both are negative where the model is right. `later` is whether others may come although there were fewer than
+    asked for.
     """
 
     position: np.ndarray
@@ -22,6 +24,7 @@ class Boarding(NamedTuple):
     x: Images
     labels: Labels
     clean: PerRow
+    nearest: PerRow
     later: bool = False
 
 

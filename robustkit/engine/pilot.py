@@ -142,7 +142,8 @@ class Scout(Worker):
         aboard: object = (),
     ) -> None:
         """Take those who board through `count` attacks from stage `first` on."""
-        self.reached = max(self.reached, first + count - 1)
+        if not self.rungs[first - 1].arm:
+            self.reached = max(self.reached, first + count - 1)
         self.boarded = {}
         super().through(first, count, gate, examples)
 
@@ -259,7 +260,7 @@ class Pilot(Evaluation):
         self, scout: Scout, start: float, speed: Speed, seconds: float, read: float, memory: Memory
     ) -> Findings:
         tally, positions = scout.tally, scout.tally.scope
-        sure = [number for number, rung in enumerate(self.rungs, 1) if not rung.spare]
+        sure = [number for number, rung in enumerate(self.rungs, 1) if not (rung.spare or rung.arm)]
         last = max([*sure, scout.reached])
         stood = tally.fell[positions] == STANDS
         through = ~stood | (tally.judged[positions] >= last)

@@ -21,6 +21,7 @@ from robustkit.record import (
     RunSpec,
     Stage,
     Stop,
+    Strictness,
     stage_name,
 )
 
@@ -48,13 +49,16 @@ class Tally:
     """Counts over `n` samples. Stage 0 is the clean pass; a sample's `fell` is the stage that settled it.
 
     `judged` is the last stage that a sample has a verdict from. `spare` are stages that are told of only where
-    they were needed. `scope` are the positions that count: all, but
-    for a run that may stop early, which says in `stopped` that it has.
+    they were needed; `arms` are stages that are for some of the samples only. `scope` are the positions that
+    count: all, but for a run that may stop early, which says in `stopped` that it has. `before` is the lowest
+    margin of a sample in the stages before the arms, `reached` (A n) the lowest in each arm's own attack, and NaN
+    where it has not met that arm.
     """
 
     n: int
     names: list[str]
     spare: frozenset[int] = frozenset()
+    arms: Sequence[int] = ()
     chunks: set[tuple[int, int]] = field(default_factory=set)
     stopped: Stop | None = None
 
@@ -65,6 +69,8 @@ class Tally:
         self.predictions = np.zeros(self.n, np.int64)
         self.margins = np.full(self.n, np.inf)
         self.clean_margins = np.full(self.n, np.inf)
+        self.before = np.full(self.n, np.inf)
+        self.reached = np.full((len(self.arms), self.n), np.nan)
         self.judged = np.full(self.n, -1)
         self.right = np.full(self.n, np.nan)
         self.once = np.zeros(self.n, bool)
@@ -81,7 +87,8 @@ class Tally:
     def of(cls, n: int, suite: Sequence[Mapping[str, Any]]) -> Tally:
         """Return a new one of a run with this suite in its spec."""
         spare = frozenset(number for number, record in enumerate(suite, 1) if record.get("spare"))
-        return cls(n, ["clean", *map(stage_name, suite)], spare)
+        arms = [number for number, record in enumerate(suite, 1) if record.get("arm")]
+        return cls(n, ["clean", *map(stage_name, suite)], spare, arms)
 
     def add(self, chunk: Chunk) -> None:
         """Take a chunk in. Any order gives the same sum."""
@@ -103,6 +110,10 @@ class Tally:
                 self.fell[at] = chunk.stage
                 self.distances[at] = 0.0 if verdict.distance is None else verdict.distance
             self.margins[at] = min(self.margins[at], verdict.margin)
+            if chunk.stage in self.arms:
+                self.reached[self.arms.index(chunk.stage), at] = verdict.margin
+            elif not self.arms or chunk.stage < self.arms[0]:
+                self.before[at] = min(self.before[at], verdict.margin)
             self.judged[at] = max(self.judged[at], chunk.stage)
             if verdict.right is not None and not verdict.right >= self.right[at]:
                 self.right[at], self.once[at] = verdict.right, bool(verdict.once)
@@ -121,8 +132,15 @@ class Tally:
         self.flags[flag.code] = flag
 
     def waiting(self, stage: int, among: np.ndarray) -> np.ndarray:
-        """Return which of these positions no earlier stage settled and have no verdict from this one on."""
-        left: np.ndarray = among[(self.fell[among] >= stage) & (self.judged[among] < stage)]
+        """Return which of these positions no earlier stage settled and have no verdict from this one on.
+
+        Of an arm: which still stand and have not met it.
+        """
+        if stage in self.arms:
+            mask = (self.fell[among] == STANDS) & np.isnan(self.reached[self.arms.index(stage), among])
+        else:
+            mask = (self.fell[among] >= stage) & (self.judged[among] < stage)
+        left: np.ndarray = among[mask]
         return left
 
     def next_chunk(self, stage: int) -> int:
@@ -141,7 +159,7 @@ class Tally:
     @property
     def settled(self) -> int:
         """How many samples have their verdict: fooled ones, and those that withstood every stage of all runs."""
-        last = max(stage for stage in range(len(self.names)) if stage not in self.spare)
+        last = max(stage for stage in range(len(self.names)) if stage not in {*self.spare, *self.arms})
         return int(((self.fell != STANDS) | (self.judged >= last)).sum())
 
     @property
@@ -177,7 +195,13 @@ class Tally:
         ]
 
     def report(
-        self, spec: RunSpec, flags: list[Flag], environment: Mapping[str, Any], files: Mapping[str, str]
+        self,
+        spec: RunSpec,
+        flags: list[Flag],
+        environment: Mapping[str, Any],
+        files: Mapping[str, str],
+        strictness: Strictness | None = None,
+        adversarial: Mapping[str, Any] | None = None,
     ) -> Report:
         """Return the finished run's record; `flags` come after those of the chunks."""
         found = [*self.flags.values(), *self.passed.values(), *flags]
@@ -216,6 +240,8 @@ class Tally:
             checks=self.checks,
             stopped=self.stopped,
             minimum=self._minimum() if spec.minimal else None,
+            strictness=strictness,
+            adversarial=adversarial,
         )
 
     def _minimum(self) -> Minimum:

@@ -28,9 +28,10 @@ class Gone(BaseException):
 
 @dataclass(frozen=True)
 class Parcel:
-    """Samples for a worker: positions, images (B C H W; None where it has them), their hashes, clean margins.
+    """Samples for a worker: positions, images (B C H W; None where it has them), their hashes.
 
-    Before the clean pass there are no hashes.
+    `margins` (B 2) are those of the clean images, and the lowest so far. Before the clean pass there are no
+    hashes.
     """
 
     positions: np.ndarray

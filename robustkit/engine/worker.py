@@ -105,25 +105,27 @@ class Worker(BatchWise):
         """Take those who board, and those `aboard` already, through `count` attacks from stage `first` on.
 
         `gate` says who boards of those that are not taken already, `examples` are positions of images to choose
-        the way to search by. What a killed run had under way goes on.
+        the way to search by. Arms search in float32. What a killed run had under way goes on.
         """
         self.flown = {"claims_refused": 0, "searched_again": 0, **self.flown}
         with own_randomness(self.seed, "flight", first, *self.lot):
             try:
                 self._tune(examples)
+                exact = replace(self.way or self.meter.way, dtype=None)
+                arms = self.rungs[first - 1].arm
                 with recording(self.store, self.flight(first)) as answers:
                     saved = Saved.of(answers.first(), self, first)
                     near: Mapping[int, np.ndarray] = saved.near
                     if not saved.again:
                         board = gate([*saved.positions, *near])
-                        with self.meter.searching(self.way):
+                        with self.meter.searching(exact if arms else self.way):
                             near = self._fly(first, count, board, saved.begin(aboard), answers)
                         saved = Saved(again=bool(near), near=near)
                         answers.restart(saved.record([]))
                     if saved.again:
                         self.flown["searched_again"] += len(near)
                         board = self._gate(np.array(sorted(near.keys() - set(saved.positions)), np.int64))
-                        with self.meter.searching(replace(self.way or self.meter.way, dtype=None)):
+                        with self.meter.searching(exact):
                             self._fly(first, count, board, saved, answers)
                     answers.restart()
             except (RobustkitError, TimeUp):
@@ -170,7 +172,7 @@ class Worker(BatchWise):
             board=board,
             mend=self._mend,
             pace=PACE if self.meter.device.type == "cuda" else 1,
-            wide=bool(spent),
+            wide=bool(spent) or self.rungs[first - 1].arm,
             suite=[rung.view for rung in self.rungs],
             steady=not (self.meter.random or UNSTEADY & self.tally.flags.keys()),
         )
@@ -204,7 +206,7 @@ class Worker(BatchWise):
             self._on_time()
             self._share(flight)
         self.flown["claims_refused"] += flight.refused
-        if not spent:
+        if not (spent or self.rungs[first - 1].arm):
             self.flown |= {
                 "precision": self.meter.precision,
                 "layout": self.meter.layout,
@@ -248,10 +250,12 @@ class Worker(BatchWise):
             x, images = images[:free], images[free:]
             labels = torch.from_numpy(self.samples.labels[now])
             clean = torch.from_numpy(-self.tally.clean_margins[now])
+            nearest = torch.from_numpy(-self.tally.margins[now])
             if device.type == "cuda":
                 x = x.pin_memory()
             ids = self.ids(now)
-            return Boarding(now, ids, x.to(device, non_blocking=True), labels.to(device), clean.to(device))
+            x, labels = x.to(device, non_blocking=True), labels.to(device)
+            return Boarding(now, ids, x, labels, clean.to(device), nearest.to(device))
 
         return board
 

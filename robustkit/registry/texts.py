@@ -41,17 +41,19 @@ VERSIONS = {"standard": "autoattack", "plus": "autoattack-plus", "rand": "autoat
 class Rung:
     """An attack of a suite and the view of the model whose gradients it climbs; without one, the model's own.
 
-    Whatever the view, what counts is the model as it is. A `spare` one is run only where the number is in doubt.
+    Whatever the view, what counts is the model as it is. A `spare` one is run only where the number is in doubt;
+    an `arm` only on the images on which it is likely to succeed, judged by what the arms did in this run so far.
     """
 
     attack: Any
     view: str = ""
     spare: bool = False
+    arm: bool = False
 
     @property
     def spec(self) -> dict[str, Any]:
         """The attack's record, with what else is said of it."""
-        more = {"view": self.view, "spare": self.spare}
+        more = {"view": self.view, "spare": self.spare, "arm": self.arm}
         return spec(self.attack) | {name: value for name, value in more.items() if value}
 
     @property
@@ -64,7 +66,8 @@ def parse_suite(text: str, norm: str, *, minimal: bool = False) -> list[Rung]:
     """Return the attacks of a comma-separated list of suites and attacks, in order.
 
     `ATTACK@VIEW` climbs the gradients of a view of the model (see `robustkit.models.views`); a model that has
-    none of that name is spared it. `ATTACK?` and `ATTACK@VIEW?` are for runs whose number is in doubt. Where the
+    none of that name is spared it. `ATTACK?` and `ATTACK@VIEW?` are for runs whose number is in doubt. `ATTACK*`
+    is an arm: given to the images on which it is likely to succeed (`robustkit.engine.allocation`). Where the
     threat is `minimal` only attacks that find minimum norms are meant, and `auto` is a suite of them.
 
     Raises:
@@ -76,10 +79,10 @@ def parse_suite(text: str, norm: str, *, minimal: bool = False) -> list[Rung]:
         raise UsageError(f"a suite of {len(parts):,} attacks is too long: write at most {MOST_ATTACKS:,}.")
     rungs: list[Rung] = []
     for part in parts:
-        name, fields = parse_call(part.rstrip("?").partition("@")[0], whole=part)
+        name, fields = parse_call(part.rstrip("?*").partition("@")[0], whole=part)
         if name not in catalog("suite"):
             rungs.append(_rung(part))
-        elif fields or "@" in part or "?" in part:
+        elif fields or "@" in part or part.endswith(("?", "*")):
             raise UsageError(f"suite {name!r} takes no fields and no view; list its attacks to change them.")
         else:
             name = MINIMAL_SUITE if minimal and name == DEFAULT_SUITE else name
@@ -88,6 +91,7 @@ def parse_suite(text: str, norm: str, *, minimal: bool = False) -> list[Rung]:
         _check_norm(rung.attack, norm)
         if minimal:
             _check_minimal(rung, norm)
+    _check_arms(rungs)
     return rungs
 
 
@@ -98,16 +102,29 @@ def _check_minimal(rung: Rung, norm: str) -> None:
             f"{rung.name} searches within an eps, which threat '{norm}:min' does not have; write "
             f"{', '.join(known)} or {DEFAULT_SUITE}."
         )
-    if rung.view or rung.spare:
+    if rung.view or rung.spare or rung.arm:
         raise UsageError(
             f"{rung.name}: threat '{norm}:min' takes no views and no spare attacks; leave out what is behind "
             f"{rung.attack.info.name}."
         )
 
 
+def _check_arms(rungs: list[Rung]) -> None:
+    """Refuse arms that are not one group: they share what they learn of a net."""
+    arms = [number for number, rung in enumerate(rungs) if rung.arm]
+    if arms and arms[-1] - arms[0] >= len(arms):
+        raise UsageError("the attacks marked with * must follow one another; write other attacks before or after.")
+    for number in arms:
+        if rungs[number].attack.info.coupled or rungs[number].view:
+            raise UsageError(
+                f"{rungs[number].name}* cannot be given to single images; mark with * only attacks of robustkit's "
+                "own, without a view."
+            )
+
+
 def _rung(text: str) -> Rung:
-    """Return the rung of `NAME(field=value,...)@VIEW?`."""
-    call, *views = _cut(text.removesuffix("?"), "@")
+    """Return the rung of `NAME(field=value,...)@VIEW?`, or with `*` in the place of `?`."""
+    call, *views = _cut(text[:-1] if text.endswith(("?", "*")) else text, "@")
     name, fields = parse_call(call, whole=text)
     if suite := VERSIONS.get(name.lower().removeprefix("autoattack-")):
         raise UsageError(
@@ -117,7 +134,7 @@ def _rung(text: str) -> Rung:
         raise did_you_mean("suite or attack", name, [*catalog("suite"), *catalog("attack")])
     if views and (len(views) > 1 or views[0] not in VIEWS):
         raise did_you_mean("view", "@".join(views), VIEWS)
-    return Rung(make(name, **fields), "".join(views), text.endswith("?"))
+    return Rung(make(name, **fields), "".join(views), text.endswith("?"), text.endswith("*"))
 
 
 def parse_attack(text: str, norm: str) -> list[Any]:

@@ -19,6 +19,7 @@ def command(report: Report) -> str:
         words = [f'evaluate(model, images, labels, "{spec.threat}"', f'suite="{attacks}"', f"seed={spec.seed}"]
         words += [f"batch_size={spec.batch_size}"] * (spec.batch_size is not None)
         words += [f'precision="{precision}"']
+        words += [f"strictness={spec.strictness!r}"] * (spec.strictness is not None)
         words += ["curve=True"] * (report.curve is not None)
         return ", ".join(words) + ")"
     words = [
@@ -35,6 +36,7 @@ def command(report: Report) -> str:
     words += ["--suite", attacks, "--seed", str(spec.seed)]
     words += ["--batch-size", str(spec.batch_size)] * (spec.batch_size is not None)
     words += ["--precision", precision]
+    words += ["--strictness", repr(spec.strictness)] * (spec.strictness is not None)
     words += ["--curve"] * (report.curve is not None)
     return shlex.join(words)
 
@@ -63,6 +65,7 @@ def field(record: Mapping[str, Any], name: str) -> str:
 
 
 def _call(record: Mapping[str, Any]) -> str:
-    fields = [f"{k}={field(record, k)}" for k in record if k not in ("name", "view", "spare")]
+    fields = [f"{k}={field(record, k)}" for k in record if k not in ("name", "view", "spare", "arm")]
     call = f"{record['name']}({','.join(fields)})" if fields else str(record["name"])
-    return call + (f"@{record['view']}" if record.get("view") else "") + "?" * bool(record.get("spare"))
+    mark = "?" if record.get("spare") else "*" if record.get("arm") else ""
+    return call + (f"@{record['view']}" if record.get("view") else "") + mark

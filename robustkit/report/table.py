@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from robustkit.distances import Minimum
-from robustkit.record import Curve, Flag, Rate, Report
+from robustkit.record import Curve, Flag, Rate, Report, Strictness
 from robustkit.report import costs, minimum
 from robustkit.report.inputs import remarks, size
 from robustkit.report.made import made_in_parts
@@ -73,6 +73,8 @@ def _stages(report: Report) -> Table:
         duration(cost.seconds),
         style="bold",
     )
+    if doubt := report.strictness:
+        table.add_row("left in doubt", f"≤ {fine(doubt.bound)}", "with 95 %", f"≤ {doubt.images:,}", "", "")
     return table
 
 
@@ -99,7 +101,7 @@ def _show_minimum(report: Report, found: Minimum, console: Console) -> None:
 
 
 def notes(report: Report) -> list[str]:
-    """Return remarks on images and model, why the run stopped early, what draws and its audit say, if anything."""
+    """Return remarks on images and model, why the run stopped early, what draws, bound and audit say, if any."""
     lines = [f"\n{remark}" for remark in remarks(report)]
     if made := made_in_parts(report.environment):
         lines += [f"\n{made}"]
@@ -115,6 +117,8 @@ def notes(report: Report) -> list[str]:
             f"{percent(draws.one.value)} ({interval(draws.one)}), on average over draws {percent(draws.mean)}; "
             f"counting one wrong draw on the way as a success would say {percent(draws.mean - draws.gap)}"
         ]
+    if doubt := report.strictness:
+        lines += [f"\n{in_doubt(doubt)}"]
     if audit := report.audit:
         spent = (audit.cost.forwards + audit.cost.backwards) / max(len(audit.audited), 1)
         lines += [
@@ -123,6 +127,17 @@ def notes(report: Report) -> list[str]:
             f"({interval(audit.robust_accuracy)})   {spent:,.0f} props/img   {duration(audit.cost.seconds)}"
         ]
     return lines
+
+
+def in_doubt(doubt: Strictness) -> str:
+    """Return what the bound says, as a sentence."""
+    met = f"{doubt.in_full:,} of {doubt.standing:,} robust images met all attacks in full length"
+    if doubt.in_full == doubt.standing:
+        return f"left in doubt: nothing; {met}"
+    return (
+        f"left in doubt: with a probability of 95 % at most {doubt.images:,} images ({fine(doubt.bound)}) would "
+        f"still fall to AutoAttack's attacks, judged by what these gained on this model; {met}"
+    )
 
 
 def _curve(curve: Curve) -> Table:
@@ -156,6 +171,11 @@ def flag_lines(flags: Sequence[Flag]) -> list[str]:
 def percent(share: float) -> str:
     """Return 0.2695 as `27.0 %`."""
     return f"{100 * share:.1f} %"
+
+
+def fine(share: float) -> str:
+    """Return 0.0005 as `0.05 %`, 0 as `0 %`."""
+    return f"{100 * share:.2g} %"
 
 
 def interval(rate: Rate) -> str:

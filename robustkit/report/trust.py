@@ -64,6 +64,9 @@ def _of_the_run(report: Report) -> Sequence[Flag]:
         claims = unmeasured(
             "not-transferred", "every success is judged on the model, but claims were not counted", ""
         )
+    if audit is None and (doubt := report.strictness):
+        at_most = "images at most would still fall to AutoAttack's attacks, with a probability of 95 %"
+        return [claims, passed(AUDIT_BROKE, doubt.images, at_most)]
     if audit is None:
         return [claims, unmeasured(AUDIT_BROKE, "no survivor was given to AutoAttack", "add --audit 50")]
     return [claims, passed(AUDIT_BROKE, len(audit.broke), f"of {len(audit.audited)} survivors fell to AutoAttack")]

@@ -100,7 +100,7 @@ def test_all_jobs_at_once_fool_whom_they_fool_one_by_one(slots: int) -> None:
         def board(free: int) -> Boarding:
             nonlocal waiting
             part, waiting = waiting[:free], waiting[free:]
-            return Boarding(part, torch.from_numpy(part), x[part], y[part], -clean[part])
+            return Boarding(part, torch.from_numpy(part), x[part], y[part], -clean[part], -clean[part])
 
         meter = Meter(as_classifier(net), torch.device("cpu"))
         meter.size_up(x[:1], 64)
@@ -180,9 +180,10 @@ class Dice(RowWise):
 
 def once(x: Tensor, ids: Tensor, margin: float) -> Callable[[int], Boarding]:
     """Board these images of class 0 at the first call, none at later ones."""
-    whole = Boarding(ids.numpy(), ids, x, torch.zeros(len(x), dtype=torch.int64), torch.full((len(x),), -margin))
+    far = torch.full((len(x),), -margin)
+    whole = Boarding(ids.numpy(), ids, x, torch.zeros(len(x), dtype=torch.int64), far, far)
     calls = iter([whole])
-    return lambda free: next(calls, Boarding(*(part[:0] for part in whole[:5])))
+    return lambda free: next(calls, Boarding(*(part[:0] for part in whole[:6])))
 
 
 def mend(error: Exception) -> None:

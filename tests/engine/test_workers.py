@@ -161,7 +161,7 @@ def test_samples_go_from_flight_to_flight_in_the_middle(after: int) -> None:
         def board(free: int) -> Boarding:
             nonlocal waiting
             part, waiting = waiting[:free], waiting[free:]
-            return Boarding(part, torch.from_numpy(part), x[part], y[part], -clean[part])
+            return Boarding(part, torch.from_numpy(part), x[part], y[part], -clean[part], -clean[part])
 
         names = [rung.attack.info.name for rung in rungs]
         return Flight(meter, ThreatModel.parse("linf:0.02"), rungs, names, 0, 64, board, mend=pytest.fail)

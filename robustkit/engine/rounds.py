@@ -1,0 +1,122 @@
+"""The rounds of a run whose suite has arms: decided by the verdicts so far, written down before they begin."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import numpy as np
+
+from robustkit.engine.allocation import Evidence, following
+from robustkit.engine.evidence import PRIORS
+from robustkit.engine.judge import sample_ids
+from robustkit.engine.tally import STANDS
+from robustkit.engine.worker import Worker
+from robustkit.errors import UsageError
+from robustkit.numbers import share, shown
+from robustkit.record import Strictness
+
+# The share of the images that the arms may still break, by the upper bound, where nobody says how many.
+STRICTNESS = 0.002
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """Gives the arms of a suite to images, until the bound on what they would still break is low enough.
+
+    `strictness` is that bound as a share of the images; unless it is 0, one image of a small set may stay in
+    doubt. A killed run reads its decisions back from the ledger.
+    """
+
+    worker: Worker
+    strictness: float
+
+    def run(self, among: np.ndarray) -> None:
+        """Take these positions through as many rounds as are needed."""
+        left, stages = self._left(among), self._stages
+        block = hashlib.sha256(np.sort(among).tobytes()).hexdigest()[:16]
+        drawn: set[int] = set()
+        number = 0
+        while len(left) and stages:
+            key = f"round {block} {number}"
+            noted = self.worker.ledger.read_note(key)
+            if noted is None:
+                chosen = following(self._evidence(left, len(among), drawn))
+                record = chosen and {
+                    "stage": stages[chosen.arm],
+                    "positions": left[chosen.images].tolist(),
+                    "test": chosen.test,
+                }
+                noted = self.worker.ledger.note(key, json.dumps(record))
+            decision = json.loads(noted)
+            if decision is None:
+                return
+            drawn.update(decision["positions"] if decision["test"] else ())
+            self.worker.fly(decision["stage"], 1, np.array(decision["positions"], np.int64))
+            number += 1
+
+    def doubt(self, among: np.ndarray) -> Strictness | None:
+        """Return what is left of doubt in these positions; None of a random model, for which AutoAttack is not."""
+        left = self._left(among)
+        if self.worker.meter.random or not self._stages:
+            return None
+        evidence = self._evidence(left, len(among))
+        in_full = evidence.standing & ~evidence.open.any(0)
+        return Strictness(
+            images=evidence.bound,
+            bound=evidence.bound / len(among),
+            allowed=self.strictness,
+            standing=int(evidence.standing.sum()),
+            in_full=int(in_full.sum()),
+        )
+
+    @property
+    def _stages(self) -> list[int]:
+        """The stages of the arms; scores of a random model are luck."""
+        rungs, random = self.worker.rungs, self.worker.meter.random
+        return [
+            stage for stage in self.worker.tally.arms if not (random and rungs[stage - 1].attack.second_opinion)
+        ]
+
+    def _left(self, among: np.ndarray) -> np.ndarray:
+        """Return the positions that the stages before the arms left of these."""
+        tally = self.worker.tally
+        return among[(tally.judged[among] >= 0) & (tally.fell[among] >= min(tally.arms, default=0))]
+
+    def _evidence(self, left: np.ndarray, n: int, drawn: Collection[int] = ()) -> Evidence:
+        """Return what is known of these positions of n."""
+        tally, meter, stages = self.worker.tally, self.worker.meter, self._stages
+        attacks = [self.worker.rungs[stage - 1].attack for stage in stages]
+        norm, classes = self.worker.threat.norm, meter.num_classes or 2
+        clean = tally.clean_margins[left]
+        reached = tally.reached[[tally.arms.index(stage) for stage in stages]][:, left]
+        broken = tally.fell[left] == np.array(stages)[:, None]
+        return Evidence(
+            left=tally.before[left] / clean,
+            now=tally.margins[left] / clean,
+            gains=np.where(broken, np.inf, (tally.before[left] - reached) / clean),
+            standing=tally.fell[left] == STANDS,
+            keys=sample_ids([tally.images[at] for at in left]).numpy(),
+            drawn=np.isin(left, list(drawn)),
+            costs=np.array([attack.budget(classes, norm) * (1 if attack.blind else 2) for attack in attacks]),
+            priors=[PRIORS[attack.info.access] for attack in attacks],
+            allowed=max(int(self.strictness * n), 1 if self.strictness else 0),
+        )
+
+
+def read_strictness(value: str | float | None) -> float | None:
+    """Return the share of the images that may be left in doubt; None, the usual one, where it is not given.
+
+    Raises:
+        UsageError: it is no share from 0 to 1.
+    """
+    if value is None:
+        return None
+    try:
+        return share(value)
+    except ValueError as error:
+        raise UsageError(
+            f"strictness {shown(value)} {error}; write a share of the images, such as '0.05 %' or 0.0005."
+        ) from error
