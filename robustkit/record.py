@@ -322,8 +322,8 @@ class Report:
     cost, which is counted in the clean stage, the first of `stages`. `curve` and `audit` are there if they were
     asked for, `draws` for a random model, `stopped` if the run ended early, `strictness` if the suite has arms,
     `minimum` if its threat asks for minimum norms. `files` holds the sha256 of what lies beside the report.
-    `adversarial` (not in the file) are the fooling images as a mapping of `index` (M), `x` (M C H W) and `y` (M) when
-    the run was asked for from Python.
+    `adversarial` (not in the file) are the fooling images as a mapping of `index` (M), `x` (M C H W) and `y` (M)
+    when the run was asked for from Python.
     """
 
     run_id: str
