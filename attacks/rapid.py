@@ -1,8 +1,8 @@
 """The everyday suite: at least as strict as AutoAttack's `standard` at a small part of its cost.
 
-Cheapest killers first; what each stage is worth was measured, see docs/rapid.md. Every stage after the first two
-is for images that withstood gradients so far, and each spends its steps where the margin says they may pay. Square
-is there to find out whether gradients told the truth: where it soon rivals them it goes on to the end.
+Cheapest killers first; what each stage is worth was measured, see docs/rapid.md. The attacks marked with * are arms:
+which image gets which is decided by what they did on this net so far (`robustkit.engine.allocation`). Square is
+there to find out whether gradients told the truth: where it soon rivals them it goes on to the end.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ EASY = [
     "pgd(steps=1,step_size=1,loss=margin,random_start=false)",
     "pgd(steps=5,step_size=0.5,loss=margin,random_start=false)",
 ]
-# For images on which they are likely to succeed: AutoAttack's four, and restarts for those right at the boundary.
+# For images on which they are likely to succeed: AutoAttack's four, and two losses more with restarts.
 ARMS = [
     "apgd(loss=ce,steps=100)*",
-    "apgd(loss=dlr,steps=100,restarts=6)*",
+    "apgd(loss=margin,steps=100,restarts=3)*",
+    "apgd(loss=dlr,steps=100,restarts=3)*",
     "apgd-t*",
     "fab-t*",
     "square(queries=5000,patience=100,rivalry=0.6)*",

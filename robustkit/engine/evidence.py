@@ -17,8 +17,8 @@ from scipy.special import betaincinv, gammaincc
 
 # Draws from the posterior, by which all chances are averaged.
 DRAWS = 256
-SCALES = np.geomspace(1e-5, 1.0, 51)
-SHAPES = np.array([2.0, 3.0, 5.0, 8.0, 16.0])
+GAINS = np.geomspace(1e-5, 1.0, 51)[:, None]
+SHAPES = np.array([2.0, 3.0, 5.0, 8.0, 16.0])[None, :]
 
 
 @dataclass(frozen=True)
@@ -28,38 +28,36 @@ class Prior:
     Attributes:
         gained: pseudo-count of images on which it gained something.
         idle: pseudo-count of images on which it did not.
-        scale: median of the scale of its gains, as a share of the clean margin.
-        spread: standard deviation of the scale's natural logarithm.
+        typical: median of the typical gain, as a share of the clean margin.
+        spread: standard deviation of its natural logarithm.
     """
 
     gained: float
     idle: float
-    scale: float
+    typical: float
     spread: float
 
     @cached_property
     def grid(self) -> np.ndarray:
-        """The logarithm of the prior density at each scale and shape (S, P), up to a constant."""
-        distance = (np.log(SCALES) - np.log(self.scale)) / self.spread
-        return np.repeat(-0.5 * distance[:, None] ** 2, len(SHAPES), 1)
+        """The logarithm of the prior density at each typical gain and shape (G, S), up to a constant."""
+        return -0.5 * ((np.log(GAINS) - np.log(self.typical)) / self.spread) ** 2 + 0 * SHAPES
 
 
 # By what an attack needs of the model.
-PRIORS = {"gradient": Prior(1.0, 8.0, 0.01, 1.5), "score": Prior(0.05, 8.0, 0.01, 1.5)}
+PRIORS = {"gradient": Prior(1.0, 2.0, 0.012, 1.2), "score": Prior(0.05, 2.0, 0.012, 1.2)}
 
 
 @dataclass(frozen=True)
 class Belief:
-    """Draws (D) from the posterior of one attack on one net: chance of any gain, scale and shape of the tail."""
+    """Draws (D 1) from the posterior of one attack on one net: chance of any gain, typical gain, shape."""
 
     some: np.ndarray
-    scale: np.ndarray
+    typical: np.ndarray
     shape: np.ndarray
 
     def chance(self, left: np.ndarray) -> np.ndarray:
         """Return the chance (D, n) that the attack breaks images with these shares of the margin left (n)."""
-        tail = (1 + left[None, :] / self.scale[:, None]) ** -self.shape[:, None]
-        return self.some[:, None] * tail
+        return self.some * (1 + left / (self.shape * self.typical)) ** -self.shape
 
 
 def learn(prior: Prior, gains: np.ndarray, left: np.ndarray, stream: int = 0) -> Belief:
@@ -74,21 +72,17 @@ def learn(prior: Prior, gains: np.ndarray, left: np.ndarray, stream: int = 0) ->
     broke = np.isinf(gains)
     inside = (gains > 0) & ~broke
     some = float(broke.sum() + inside.sum())
-    shape = SHAPES[None, :]
-    # Of a broken image only a lower end of the gain is known.
     logs = prior.grid.copy()
     for gain in gains[inside]:
-        logs += np.log(shape / SCALES[:, None]) - (shape + 1) * np.log1p(gain / SCALES[:, None])
+        logs -= np.log(GAINS) + (SHAPES + 1) * np.log1p(gain / (SHAPES * GAINS))
+    # Of a broken image only a lower end of the gain is known.
     for share in left[broke]:
-        logs -= shape * np.log1p(share / SCALES[:, None])
-    weights = np.exp(logs - logs.max()).ravel()
-    order = np.random.default_rng(stream)
-    levels = (np.arange(DRAWS) + 0.5) / DRAWS
-    cell = np.searchsorted(np.cumsum(weights) / weights.sum(), order.permutation(levels)).clip(
-        max=len(weights) - 1
-    )
+        logs -= SHAPES * np.log1p(share / (SHAPES * GAINS))
+    total = np.cumsum(np.exp(logs - logs.max()))
+    order, levels = np.random.default_rng(stream), (np.arange(DRAWS) + 0.5) / DRAWS
+    row, column = np.divmod(np.searchsorted(total, total[-1] * order.permutation(levels)), SHAPES.size)
     chance = betaincinv(prior.gained + some, prior.idle + len(gains) - some, order.permutation(levels))
-    return Belief(chance, SCALES[cell // len(SHAPES)], SHAPES[cell % len(SHAPES)])
+    return Belief(chance[:, None], GAINS[row], SHAPES.T[column])
 
 
 def most(expected: np.ndarray, level: float = 0.95) -> int:
