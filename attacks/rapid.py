@@ -1,6 +1,6 @@
 """The everyday suite: at least as strict as AutoAttack's `standard` at a small part of its cost.
 
-Cheapest killers first; what each stage is worth was measured, see docs/rapid.md. The attacks marked with * are arms:
+Cheapest attacks first; what each stage is worth was measured, see docs/rapid.md. Those marked with * are arms:
 which image gets which is decided by what they did on this net so far (`robustkit.engine.allocation`). Square is
 there to find out whether gradients told the truth: where it soon rivals them it goes on to the end.
 """
