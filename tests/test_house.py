@@ -83,7 +83,7 @@ ALLOWED: dict[str, set[str]] = {
     "resuming": {"isolation", "writing"},
     "checks": VOCABULARY | {"resuming"},
     "engine": VOCABULARY
-    | {"schema"}
+    | {"numbers", "schema"}
     | {"models", "data", "ledger", "checks", "isolation", "intervals", "crafted", "trained"}
     | {"distances", "diverse", "minimum", "planned", "posterior", "resuming", "writing", "version", "invocation"},
     "training": VOCABULARY | {"models", "data", "engine", "posterior", "trained", "writing", "checks"},
