@@ -188,7 +188,7 @@ def main() -> None:
         record = train(
             entry.method,
             images,
-            test=test.head(1000),
+            test=test.head(min(1000, len(test))),
             arch=arch,
             epochs=entry.epochs,
             lr=entry.lr,
