@@ -3,11 +3,11 @@
     python scripts/benchmarks/strictness.py --zoo zoo --mnist mnist.npz --cifar cifar10_test.npz --images 500 \
         [--half open|held-out] [--only REGEX] [--runs DIR]
 
-The zoo is made by scripts/reproductions/train_zoo.py. AutoAttack is the authors' package (pyautoattack) as it is.
-Both get the same first test images. Each evaluation is a run folder in DIR, so the same command goes on where it
-was stopped, and a second one prints the table of what is there. A row says: robust accuracy by each, images that only
-one of them broke, passes (forward and backward) an image of each and their ratio, and the bound that `auto`
-printed: how many images AutoAttack would still break at the most.
+The zoo is made by scripts/reproductions/train_zoo.py. AutoAttack is the authors' package (pyautoattack) as it
+is. Both get the same first test images. Each evaluation is a run folder in DIR, so the same command goes on
+where it was stopped, and a second one prints the table of what is there. A row says: robust accuracy by each,
+images that only one of them broke, passes (forward and backward) an image of each and their ratio, and the
+bound that `auto` printed: how many images AutoAttack would still break at the most.
 
 Hardware: CPU; about five minutes a net for 100 images on one core.
 """
