@@ -20,6 +20,8 @@ from robustkit.record import Strictness
 
 # The share of the images that the arms may still break, by the upper bound, where nobody says how many.
 STRICTNESS = 0.002
+# AutoAttack's `standard` by its own package.
+AUTOATTACK = {f"autoattack:{name}" for name in ("apgd-ce", "apgd-t", "fab-t", "square")}
 
 
 @dataclass(frozen=True)
@@ -63,10 +65,13 @@ class Rounds:
         if self.worker.meter.random or not self._stages:
             return None
         evidence = self._evidence(left, len(among))
-        in_full = evidence.standing & ~evidence.open.any(0)
+        # After AutoAttack itself there is no doubt about it.
+        sure = {rung.name for rung in self.worker.rungs} >= AUTOATTACK
+        in_full = evidence.standing & (sure | ~evidence.open.any(0))
+        images = 0 if sure else evidence.bound
         return Strictness(
-            images=evidence.bound,
-            bound=evidence.bound / len(among),
+            images=images,
+            bound=images / len(among),
             allowed=self.strictness,
             standing=int(evidence.standing.sum()),
             in_full=int(in_full.sum()),
@@ -90,12 +95,13 @@ class Rounds:
         tally, meter, stages = self.worker.tally, self.worker.meter, self._stages
         attacks = [self.worker.rungs[stage - 1].attack for stage in stages]
         norm, classes = self.worker.threat.norm, meter.num_classes or 2
-        clean = tally.clean_margins[left]
+        # A tie in the clean image's logits is a margin of 0; the mean of a random model's may be below it.
+        clean = np.maximum(tally.clean_margins[left], np.finfo(np.float32).tiny)
         reached = tally.reached[[tally.arms.index(stage) for stage in stages]][:, left]
         broken = tally.fell[left] == np.array(stages)[:, None]
         return Evidence(
-            left=tally.before[left] / clean,
-            now=tally.margins[left] / clean,
+            left=np.clip(tally.before[left] / clean, 0, 1),
+            now=np.clip(tally.margins[left] / clean, 0, 1),
             gains=np.where(broken, np.inf, (tally.before[left] - reached) / clean),
             standing=tally.fell[left] == STANDS,
             keys=sample_ids([tally.images[at] for at in left]).numpy(),
