@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -344,7 +345,9 @@ class Evaluation:
             stage += count
 
     def _rounds(self, worker: Worker) -> Rounds:
-        return Rounds(worker, STRICTNESS if self.strictness is None else self.strictness)
+        # The driver's worker writes to the ledger itself.
+        ledger = cast("Ledger", worker.ledger)
+        return Rounds(worker, ledger, STRICTNESS if self.strictness is None else self.strictness)
 
     def _finish(self, ledger: Ledger, worker: Worker, mode: list[Flag], out: Path | None) -> Report:
         tally, meter = worker.tally, worker.meter

@@ -3,25 +3,37 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Collection
+import itertools
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from robustkit.engine.allocation import Evidence, following
 from robustkit.engine.evidence import PRIORS
+from robustkit.engine.folder import LEDGER
 from robustkit.engine.judge import sample_ids
 from robustkit.engine.tally import STANDS
 from robustkit.engine.worker import Worker
 from robustkit.errors import UsageError
+from robustkit.ledger import Ledger
 from robustkit.numbers import share, shown
-from robustkit.record import Strictness
+from robustkit.record import Strictness, dumps
+from robustkit.schema import Count, checked, parse
 
 # The share of the images that the arms may still break, by the upper bound, where nobody says how many.
 STRICTNESS = 0.002
 # AutoAttack's `standard` by its own package.
 AUTOATTACK = {f"autoattack:{name}" for name in ("apgd-ce", "apgd-t", "fab-t", "square")}
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The arm of one round, by its stage, and the positions it is given to; `test` is whether these were drawn."""
+
+    stage: Count
+    positions: Sequence[Count]
+    test: bool
 
 
 @dataclass(frozen=True)
@@ -33,31 +45,33 @@ class Rounds:
     """
 
     worker: Worker
+    ledger: Ledger
     strictness: float
 
     def run(self, among: np.ndarray) -> None:
         """Take these positions through as many rounds as are needed."""
-        left, stages = self._left(among), self._stages
+        left = self._left(among)
         block = hashlib.sha256(np.sort(among).tobytes()).hexdigest()[:16]
         drawn: set[int] = set()
-        number = 0
-        while len(left) and stages:
-            key = f"round {block} {number}"
-            noted = self.worker.ledger.read_note(key)
-            if noted is None:
-                chosen = following(self._evidence(left, len(among), drawn))
-                record = chosen and {
-                    "stage": stages[chosen.arm],
-                    "positions": left[chosen.images].tolist(),
-                    "test": chosen.test,
-                }
-                noted = self.worker.ledger.note(key, json.dumps(record))
-            decision = json.loads(noted)
+        for number in itertools.count():
+            decision = self._decision(f"round {block} {number}", left, len(among), drawn)
             if decision is None:
                 return
-            drawn.update(decision["positions"] if decision["test"] else ())
-            self.worker.fly(decision["stage"], 1, np.array(decision["positions"], np.int64))
-            number += 1
+            drawn.update(decision.positions if decision.test else ())
+            self.worker.fly(decision.stage, 1, np.array(decision.positions, np.int64))
+
+    def _decision(self, key: str, left: np.ndarray, n: int, drawn: Collection[int]) -> Decision | None:
+        """Return what was decided for a round before, else decide it; None where no more is needed."""
+        ledger, stages = self.ledger, self._stages
+        noted = ledger.read_note(key)
+        if noted is None:
+            chosen = following(self._evidence(left, n, drawn)) if len(left) and stages else None
+            decision = chosen and Decision(stages[chosen.arm], left[chosen.images].tolist(), chosen.test)
+            noted = ledger.note(key, dumps(decision))
+        written = checked(Decision | None, parse(noted, LEDGER), LEDGER)
+        if written is not None and not (written.stage in stages and set(written.positions) <= set(left.tolist())):
+            raise UsageError(f"{LEDGER} is damaged: its {key} is of another run; begin anew with --overwrite.")
+        return written
 
     def doubt(self, among: np.ndarray) -> Strictness | None:
         """Return what is left of doubt in these positions; None of a random model, for which AutoAttack is not."""
