@@ -8,4 +8,11 @@ from robustkit.registry import suite
 @suite("minimum-norm")
 def minimum_norm(norm: str) -> list[str]:
     """The nearest adversarial point of each image: searches in turn, each from where those before it came."""
-    return ["fmn(steps=200)", "fab-t(steps=50,targets=3)", *(["ddn(steps=200)"] if norm == "l2" else [])]
+    untargeted = ["fmn(steps=100)", *(["ddn(steps=100)"] if norm == "l2" else [])]
+    return [
+        *untargeted,
+        "shrinking-pgd-t(steps=50,targets=9)",
+        "shrinking-pgd-t(steps=50,targets=3,start=random)",
+        "fab-t(steps=20,targets=1)",
+        "shrinking-pgd(steps=100,start=nearest,first_step=0.5)",
+    ]

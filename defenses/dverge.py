@@ -67,7 +67,7 @@ class DVERGE(Method):
         for field, known in (("draw", inner.DRAWS), ("statistics", inner.STATISTICS)):
             if getattr(self, field) not in known:
                 raise did_you_mean(field, getattr(self, field), known)
-        ThreatModel.parse(self.threat)
+        ThreatModel.parse(self.threat).bounded()
 
     def size(self, samples: int) -> Size:
         """Return the paper's size, the baseline's 200 epochs included; less on a small set."""

@@ -39,7 +39,7 @@ class FreeAT(Method):
 
     def __post_init__(self) -> None:
         """Refuse an unknown threat."""
-        ThreatModel.parse(self.threat)
+        ThreatModel.parse(self.threat).bounded()
 
     def size(self, samples: int) -> Size:
         """Return the paper's size on CIFAR-10; less on a small set. Each epoch costs `repeats` plain ones."""

@@ -42,7 +42,7 @@ class IBP(Method):
 
     def __post_init__(self) -> None:
         """Refuse a threat that is not linf."""
-        if ThreatModel.parse(self.threat).norm != "linf":
+        if ThreatModel.parse(self.threat).bounded().norm != "linf":
             raise UsageError(f"ibp: threat={self.threat} must be linf, whose balls are boxes, e.g. linf:8/255.")
 
     def size(self, samples: int) -> Size:

@@ -42,7 +42,7 @@ class MART(Method):
 
     def __post_init__(self) -> None:
         """Refuse an unknown threat."""
-        ThreatModel.parse(self.threat)
+        ThreatModel.parse(self.threat).bounded()
 
     def size(self, samples: int) -> Size:
         """Return the paper's size on CIFAR-10; less on a small set."""

@@ -71,7 +71,7 @@ class MultiRes(Method):
         for field, known in (("preset", tuple(PRESETS)), ("stem", STEMS), ("attack", ATTACKS)):
             if getattr(self, field) not in known:
                 raise did_you_mean(field, getattr(self, field), known)
-        ThreatModel.parse(self.threat)
+        ThreatModel.parse(self.threat).bounded()
         self.stack(32)
 
     def size(self, samples: int) -> Size:

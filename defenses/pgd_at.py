@@ -47,7 +47,7 @@ class PGDAT(Method):
         """Refuse an unknown word or threat."""
         if self.statistics not in inner.STATISTICS:
             raise did_you_mean("statistics", self.statistics, inner.STATISTICS)
-        ThreatModel.parse(self.threat)
+        ThreatModel.parse(self.threat).bounded()
 
     def size(self, samples: int) -> Size:
         """Return a usual size on CIFAR-10; less on a small set."""

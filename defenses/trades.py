@@ -43,7 +43,7 @@ class TRADES(Method):
 
     def __post_init__(self) -> None:
         """Refuse an unknown threat."""
-        ThreatModel.parse(self.threat)
+        ThreatModel.parse(self.threat).bounded()
 
     def size(self, samples: int) -> Size:
         """Return the paper's size on CIFAR-10, with the whole course of rates; less on a small set."""

@@ -89,8 +89,8 @@ def evaluate(
     threat: Annotated[
         str | None,
         typer.Option(
-            help="NORM:EPS, e.g. linf:8/255, l2:0.5; NORM:curve is its usual eps with --curve "
-            "[default: the data's usual one]"
+            help="NORM:EPS, e.g. linf:8/255, l2:0.5; NORM:curve is its usual eps with --curve; NORM:min looks for "
+            "each image's smallest distance [default: the data's usual one]"
         ),
     ] = None,
     suite: Annotated[
@@ -197,7 +197,8 @@ def plan(
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first N images.")] = None,
     threat: Annotated[
-        str | None, typer.Option(help="NORM:EPS, e.g. linf:8/255, l2:0.5 [default: the data's usual one]")
+        str | None,
+        typer.Option(help="NORM:EPS or NORM:min, e.g. linf:8/255, l2:0.5 [default: the data's usual one]"),
     ] = None,
     suite: Annotated[
         str,

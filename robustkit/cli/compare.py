@@ -13,9 +13,11 @@ from robustkit.cli.streams import print_result
 from robustkit.engine import folder as run_folder
 from robustkit.errors import UsageError
 from robustkit.record import FORMAT, Report
-from robustkit.report import words
+from robustkit.report import distances, words
 from robustkit.report.compare import Comparison
 from robustkit.report.compare import compare as pair
+from robustkit.report.distances import compare_distances
+from robustkit.report.minimum import ends, length
 from robustkit.report.table import interval, percent
 from robustkit.report.transfer import differences, short_names
 
@@ -33,6 +35,8 @@ def compare(a: Path, b: Path, *, as_json: bool) -> int:
             f"{a} and {b} are runs over different data ({words.images(first)} of {words.data_name(first)} and "
             f"{words.images(second)} of {words.data_name(second)}); compare runs over the same images."
         )
+    if first.minimum or second.minimum:
+        return _minimums((a, first), (b, second), as_json)
     found = pair(first, second)
     warnings = _warnings(first, second)
     if as_json:
@@ -58,6 +62,37 @@ def compare(a: Path, b: Path, *, as_json: bool) -> int:
     line(f"McNemar      exact two-sided p = {found.p:.3g}")
     line(f"only A loses {_listed(found.only_a)}")
     line(f"only B loses {_listed(found.only_b)}")
+    return 0
+
+
+def _minimums(a: tuple[Path, Report], b: tuple[Path, Report], as_json: bool) -> int:
+    """Compare two runs for minimum norms."""
+    found = compare_distances(a[1], b[1])
+    warnings = _warnings(a[1], b[1])
+    if as_json:
+        body = {"n": found.n, "difference": {**asdict(found.difference), "method": distances.METHOD}}
+        body |= {"a_farther": found.farther_a, "b_farther": found.farther_b, "equal": found.equal}
+        sides = {"a": _side(*a), "b": _side(*b)}
+        document = {"format": FORMAT, **sides, **body, "sign_test_p": found.p, "warnings": warnings}
+        print_result(json.dumps(document, indent=2))
+        return 0
+    console = result_console()
+
+    def line(text: str) -> None:
+        console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+    for name, (folder, report) in (("A", a), ("B", b)):
+        if report.minimum:
+            middle = report.minimum.median
+            number = f"median {length(middle.value)}  ({ends(middle)})"
+            line(f"{name}  {number}   {words.model_name(report)}   {folder}")
+    line(f"\nthe same {found.n:,} image{'s' * (found.n != 1)}, {a[1].spec.threat}")
+    for warning in warnings:
+        line(f"warning      {warning}")
+    line(f"difference   A − B = {length(found.difference.value)}, 95 % interval {ends(found.difference)}")
+    line(f"             {distances.METHOD}")
+    line(f"sign test    exact two-sided p = {found.p:.3g}")
+    line(f"farther in A {found.farther_a:,}; farther in B {found.farther_b:,}; equal {found.equal:,}")
     return 0
 
 
@@ -130,22 +165,22 @@ def _listed(indices: list[int]) -> str:
     return f"{len(indices):,} image{'s' * (len(indices) > 1)}: {named}{more}"
 
 
+def _side(folder: Path, report: Report) -> dict[str, object]:
+    return {
+        "folder": str(folder),
+        "run_id": report.run_id,
+        "model": report.spec.model["string"],
+        "threat": report.spec.threat,
+    } | ({"median": asdict(report.minimum.median)} if report.minimum else {})
+
+
 def _document(
     a: tuple[Path, Report], b: tuple[Path, Report], found: Comparison, warnings: list[str]
 ) -> dict[str, object]:
-    def side(folder: Path, report: Report) -> dict[str, object]:
-        return {
-            "folder": str(folder),
-            "run_id": report.run_id,
-            "model": report.spec.model["string"],
-            "threat": report.spec.threat,
-            "robust_accuracy": vars(report.robust_accuracy),
-        }
-
     return {
         "format": FORMAT,
-        "a": side(*a),
-        "b": side(*b),
+        "a": _side(*a) | {"robust_accuracy": vars(a[1].robust_accuracy)},
+        "b": _side(*b) | {"robust_accuracy": vars(b[1].robust_accuracy)},
         "n": found.n,
         "difference": {"value": found.difference, "low": found.low, "high": found.high, "method": METHOD},
         "mcnemar_p": found.p,

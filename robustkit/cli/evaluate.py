@@ -22,6 +22,7 @@ from robustkit.errors import UsageError
 from robustkit.models.recorded import FLAG, names_code, refuse_code
 from robustkit.registry import parse_suite
 from robustkit.report.table import show
+from robustkit.threat import MINIMAL
 
 UNITS = {"s": 1, "m": 60, "h": 3600}
 
@@ -61,6 +62,9 @@ def evaluate(
     norm, _, eps = (threat or "").partition(":")
     if eps == "curve" and (usual := usual_of_norm(norm, data)):
         threat, curve = usual, True
+    if eps.strip().lower() == MINIMAL and (fail_under is not None or models is not None):
+        what = "--models ranks by robust accuracy" if models else "--fail-under compares robust accuracy"
+        raise UsageError(f"{what} within an eps, which threat '{threat}' does not have; leave it out.")
     images, limits = read_batch_size(batch_size), Limits(_seconds(time_limit), stop_at_width)
     share = read_strictness(strictness)
 

@@ -64,6 +64,8 @@ def _evaluation(folder: Path) -> View:
     def card() -> bytes:
         from robustkit.report.png import card
 
+        if record.minimum:
+            raise UsageError(f"{folder} holds minimum norms, and a card shows robust accuracy; use --html FILE.")
         return card(record)
 
     return View(lambda: show(record, result_console()), lambda: page(record, examples), card=card)

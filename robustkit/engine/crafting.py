@@ -47,6 +47,7 @@ class Crafting:
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot be meant."""
+        self.threat.bounded()
         if not self.nets:
             raise UsageError("no surrogate to craft on; give at least one with --surrogate.")
         if self.combine not in COMBINATIONS:

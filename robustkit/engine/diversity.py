@@ -72,7 +72,7 @@ class Comparison:
             if number < 1:
                 raise UsageError(f"--{name} {number}: write at least 1.")
         self.model.expect(self.samples.num_classes)
-        refuse_endless(self.threat, tuple(self.samples.images([0]).shape[1:]))
+        refuse_endless(self.threat.bounded(), tuple(self.samples.images([0]).shape[1:]))
 
     @cached_property
     def spec(self) -> DiversitySpec:

@@ -50,7 +50,7 @@ def examine(
     """
     x = samples.images(range(len(samples))).to(device)
     labels = torch.from_numpy(samples.labels).to(device)
-    refuse_endless(threat, tuple(x.shape[1:]))
+    refuse_endless(threat.bounded(), tuple(x.shape[1:]))
     attacks = [rung.attack for rung in parse_suite(DEFAULT_SUITE, threat.norm) if not rung.view]
     meter = Meter(model.expect(samples.num_classes), device)
     begun = time.perf_counter()

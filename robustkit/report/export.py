@@ -30,8 +30,8 @@ FORMULAS = ("=", "+", "-", "@", "\t", "\r", "\n")
 def rows(report: Report, examples: Mapping[str, np.ndarray] | None) -> list[dict[str, Any]]:
     """Return a row per image; prediction and distance are None but for fooled images of a run with examples.
 
-    A run with a curve has a column more, SMALLEST: the smallest distance that fooled the model, which may lie
-    beyond eps; 0 for images that are wrong as they are.
+    A run with a curve or for minimum norms has a column more, SMALLEST: the smallest distance that fooled the
+    model, which may lie beyond eps; 0 for images that are wrong as they are, None where nothing fooled it.
     """
     found: dict[int, tuple[int, float]] = {}
     if examples is not None:
@@ -56,8 +56,8 @@ def rows(report: Report, examples: Mapping[str, np.ndarray] | None) -> list[dict
         )
         for verdict in report.verdicts
     ]
-    if report.curve:
-        for row, smallest in zip(table, report.curve.distances, strict=True):
+    if found_by := report.curve or report.minimum:
+        for row, smallest in zip(table, found_by.distances, strict=True):
             row[SMALLEST] = smallest
     return table
 

@@ -8,8 +8,8 @@ from robustkit.distances import Middle, Minimum
 
 
 def length(value: float | None) -> str:
-    """Return a distance with four digits; a dash where there is none."""
-    return "–" if value is None else f"{value:.4g}"
+    """Return a distance, or a difference of two, with four digits; a dash where there is none."""
+    return "–" if value is None else f"{value:.4g}".replace("-", "−")
 
 
 def ends(middle: Middle) -> str:
