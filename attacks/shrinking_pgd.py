@@ -97,7 +97,7 @@ class _ShrinkingPGD(RowWise):
 def _move(rows: Rows, point: Images, gradient: Images, size: PerRow) -> Images:
     """Return a step whose length is `size` (B) in the threat's norm.
 
-    In l1 it is along the gradient, as in l2, since the projection makes it sparse. Its l1 length is then about that
+    In l1 it is along the gradient, as in l2, since the projection makes it sparse. Its l1 length is about that
     of a change as sparse as the present one.
     """
     if rows.threat.norm == "linf":
