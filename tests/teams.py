@@ -56,7 +56,7 @@ def as_threads(monkeypatch: pytest.MonkeyPatch) -> None:
         return locked
 
     # What seeds the global generators shares them with other threads, as it does not with processes.
-    for name in ("prepare", "_do"):
+    for name in ("prepare", "_do", "_search"):
         monkeypatch.setattr(Worker, name, in_turn(getattr(Worker, name)))
     monkeypatch.setattr(shipping, "load_model", in_turn(shipping.load_model))
     monkeypatch.setattr(cluster, "Local", Threads)

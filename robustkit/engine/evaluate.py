@@ -93,14 +93,14 @@ class Evaluation:
             raise UsageError(f"workers {self.workers}: write how many processes shall share the work, e.g. 2.")
         if self.audit < 0:
             raise UsageError(f"audit {self.audit}: write how many survivors AutoAttack shall try, e.g. 50.")
+        if self.threat.minimal:
+            self._refuse_eps()
         if self.strictness is not None and not any(rung.arm for rung in self.rungs):
             raise UsageError(
                 f"suite {self.suite!r} gives every image the same attacks, so it has no strictness to set; write "
                 "--suite auto, or leave --strictness out."
             )
         self.model.expect(self.samples.num_classes)
-        if self.threat.minimal:
-            self._refuse_eps()
         if self.limits and any(rung.attack.info.coupled for rung in self.rungs):
             raise UsageError(
                 "a run that may stop early needs attacks whose random numbers do not depend on the batch; "
@@ -116,6 +116,7 @@ class Evaluation:
         asked = {
             "curve": (self.curve, "gives robust accuracy at every eps already"),
             "audit": (self.audit, "has no eps that AutoAttack could keep to"),
+            "strictness": (self.strictness is not None, "has no eps that AutoAttack could keep to"),
             "stop at width": (self.limits.width is not None, "gives distances, and no share to stop at"),
             f"precision {self.precision}": (self._precision != "fp32", "is searched in float32"),
         }

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,14 +68,27 @@ def search(
     for number, (rung, stream) in enumerate(zip(rungs, _streams(rungs), strict=True)):
         before = meter.forwards, meter.backwards
         rng = RowRng(seed, stream, ids)
-        found = once(stream, partial(rung.attack, meter, x, goal, threat, rng=rng, known=best.x))
-        judged = judge(meter, x, labels, found, threat)
+        attack = partial(rung.attack, meter, x, goal, threat, rng=rng, known=best.x)
+        found = once(stream, partial(_counted, meter, attack))
+        # What a killed run had done already counts as well.
+        meter.forwards, meter.backwards = before[0] + found["forwards"], before[1] + found["backwards"]
+        judged = judge(meter, x, labels, found["x"], threat)
         far = torch.where(judged.fooled, threat.distance(judged.x, x), torch.inf)
         nearer = (far < distance).nonzero()[:, 0]
         best = best.replaced(nearer, judged.select((far < distance).cpu().numpy()))
         distance, by = torch.minimum(far, distance), by.index_fill(0, nearer, number)
         spent.append((meter.forwards - before[0], meter.backwards - before[1]))
     return Nearest(best, distance, by, spent)
+
+
+def _counted(meter: Meter, attack: Callable[[], Images]) -> dict[str, Any]:
+    """Run an attack; return its points and its passes."""
+    before = meter.forwards, meter.backwards
+    return {
+        "x": attack(),
+        "forwards": meter.forwards - before[0],
+        "backwards": meter.backwards - before[1],
+    }
 
 
 def _streams(rungs: Sequence[Rung]) -> list[str]:

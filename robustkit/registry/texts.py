@@ -104,7 +104,7 @@ def _check_minimal(rung: Rung, norm: str) -> None:
         )
     if rung.view or rung.spare or rung.arm:
         raise UsageError(
-            f"{rung.name}: threat '{norm}:min' takes no views and no spare attacks; leave out what is behind "
+            f"{rung.name}: threat '{norm}:min' takes no views and no marks; leave out what is behind "
             f"{rung.attack.info.name}."
         )
 
