@@ -24,7 +24,7 @@ from robustkit.engine.evidence import DRAWS, Belief, Prior, learn, most
 # have met every arm.
 STRATA, DRAWN = (1 / 8, 1 / 4, 1 / 2, 1.0), 1
 # A round takes the pairs whose chance per pass is at least this share of the highest, and as many images at least.
-WORTH, FEWEST = 0.25, 16
+WORTH, FEWEST = 0.25, 8
 # How many images' chances are held at once.
 AT_ONCE = 2048
 
@@ -43,9 +43,10 @@ class Evidence:
     """What is known of the images that the cheap attacks left.
 
     Attributes:
-        left: the share of each image's clean margin that the cheap attacks left (n), above 0.
-        now: the share left after the arms that each has met (n).
-        gains: what each arm took off the share (A n): infinite where it broke the image, NaN where they have not
+        left: the share of each image's clean margin that the cheap attacks, and the arms before each arm in the
+            suite, left (A n), from 0 to 1.
+        now: the share left after all arms that each has met (n).
+        gains: what each arm took off that share (A n): infinite where it broke the image, NaN where they have not
             met.
         standing: which images nothing has broken (n).
         keys: of each image, by which the test's images are drawn (n).
@@ -79,8 +80,10 @@ class Evidence:
     def beliefs(self) -> list[Belief]:
         """What to believe of each arm."""
         return [
-            learn(prior, gains[met], self.left[met], stream)
-            for stream, (prior, gains, met) in enumerate(zip(self.priors, self.gains, self.met, strict=True))
+            learn(prior, gains[met], left[met], stream)
+            for stream, (prior, gains, left, met) in enumerate(
+                zip(self.priors, self.gains, self.left, self.met, strict=True)
+            )
         ]
 
     @cached_property
@@ -106,8 +109,8 @@ class Evidence:
 
     @cached_property
     def strata(self) -> np.ndarray:
-        """The number of each image's stratum, by the share left (n)."""
-        order = np.lexsort((self.keys, self.left))
+        """The number of each image's stratum, by the share that the cheap attacks left (n)."""
+        order = np.lexsort((self.keys, self.left[0]))
         place = np.empty(len(order))
         place[order] = (np.arange(len(order)) + 0.5) / max(len(order), 1)
         return np.searchsorted(STRATA, place)

@@ -1,10 +1,11 @@
 """How likely an attack is to break an image, learned from what it gained on other images of the same net.
 
-A gain is how much lower an attack brings the margin than the cheap attacks before it did, as a share of the clean
-margin: the unit is the image's own, so no constant is in logits or pixels. An image with the share `left` breaks
-where the gain is at least `left`. The model of gains: with some chance an attack gains anything at all; if so, the
-gain has a Lomax (shifted Pareto) distribution. Chance, scale and shape of the tail are unknown, and have a prior
-that was fitted on the open half of the nets of scripts/reproductions/train_zoo.py (docs/rapid.md).
+A gain is how much lower an attack brings the margin than the cheap attacks, and the attacks listed before it, did, as a
+share of the clean margin: the unit is the image's own, so no constant is in logits or pixels. An image breaks where the
+gain is at least the share that is left. The model of gains: with some chance an attack gains anything at all; if so,
+the gain exceeds g with the probability (1 + g / (shape * typical)) ** -shape, a Lomax distribution, which is close to
+an exponential one where the shape is large. Chance, typical gain and shape are unknown, and have a prior that was
+chosen on open nets of scripts/reproductions/train_zoo.py (docs/rapid.md).
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Prior:
 
 
 # By what an attack needs of the model.
-PRIORS = {"gradient": Prior(1.0, 2.0, 0.012, 1.2), "score": Prior(0.05, 2.0, 0.012, 1.2)}
+PRIORS = {"gradient": Prior(0.5, 2.5, 0.014, 0.8), "score": Prior(0.05, 2.0, 0.014, 0.8)}
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def learn(prior: Prior, gains: np.ndarray, left: np.ndarray, stream: int = 0) ->
     Args:
         prior: the belief before.
         gains: what it gained on each image, a share of the clean margin (n); infinite where it broke the image.
-        left: what the cheap attacks had left of each image's margin (n).
+        left: what had been left of each image's margin before (n).
         stream: sets the draws of several attacks apart.
     """
     broke = np.isinf(gains)

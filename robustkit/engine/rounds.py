@@ -112,11 +112,12 @@ class Rounds:
         # A tie in the clean image's logits is a margin of 0; the mean of a random model's may be below it.
         clean = np.maximum(tally.clean_margins[left], np.finfo(np.float32).tiny)
         reached = tally.reached[[tally.arms.index(stage) for stage in stages]][:, left]
+        lowest = np.fmin.accumulate(np.concatenate([tally.before[None, left], reached[:-1]]))
         broken = tally.fell[left] == np.array(stages)[:, None]
         return Evidence(
-            left=np.clip(tally.before[left] / clean, 0, 1),
+            left=np.clip(lowest / clean, 0, 1),
             now=np.clip(tally.margins[left] / clean, 0, 1),
-            gains=np.where(broken, np.inf, (tally.before[left] - reached) / clean),
+            gains=np.where(broken, np.inf, (lowest - reached) / clean),
             standing=tally.fell[left] == STANDS,
             keys=sample_ids([tally.images[at] for at in left]).numpy(),
             drawn=np.isin(left, list(drawn)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -46,10 +47,11 @@ def _records(report: Report) -> list[Mapping[str, Any]]:
 def _marks(records: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return for each of these attacks of one name what is put behind it."""
     telling = [field for field in TELLING if field in records[0]]
-    for field in [*telling, *sorted(records[0].keys() - set(telling))]:
-        values = [written(record.get(field)) for record in records]
-        if len(set(values)) == len(values):
-            return [f"({field}={value})" for value in values]
+    singles = [(field,) for field in [*telling, *sorted(records[0].keys() - set(telling))]]
+    for names in [*singles, *itertools.combinations(telling, 2)]:
+        marks = [",".join(f"{name}={written(record.get(name))}" for name in names) for record in records]
+        if len(set(marks)) == len(marks):
+            return [f"({mark})" for mark in marks]
     return [f" #{number}" for number in range(1, len(records) + 1)]
 
 

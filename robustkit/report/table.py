@@ -135,7 +135,7 @@ def in_doubt(doubt: Strictness) -> str:
     if doubt.in_full == doubt.standing:
         return f"left in doubt: nothing; {met}"
     return (
-        f"left in doubt: with a probability of 95 % at most {doubt.images:,} images ({fine(doubt.bound)}) would "
+        f"left in doubt: with a probability of 95 % at most {doubt.images:,} image{'s' * (doubt.images != 1)} ({fine(doubt.bound)}) would "
         f"still fall to AutoAttack's attacks, judged by what these gained on this model; {met}"
     )
 
