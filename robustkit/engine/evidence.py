@@ -1,11 +1,12 @@
 """How likely an attack is to break an image, learned from what it gained on other images of the same net.
 
-A gain is how much lower an attack brings the margin than the cheap attacks, and the attacks listed before it, did, as a
-share of the clean margin: the unit is the image's own, so no constant is in logits or pixels. An image breaks where the
-gain is at least the share that is left. The model of gains: with some chance an attack gains anything at all; if so,
-the gain exceeds g with the probability (1 + g / (shape * typical)) ** -shape, a Lomax distribution, which is close to
-an exponential one where the shape is large. Chance, typical gain and shape are unknown, and have a prior that was
-chosen on open nets of scripts/reproductions/train_zoo.py (docs/rapid.md).
+A gain is how much lower an attack brings the margin than the cheap attacks, and the attacks listed before it,
+did, as a share of the clean margin: the unit is the image's own, so no constant is in logits or pixels. An
+image breaks where the gain is at least the share that is left. The model of gains: with some chance an attack
+gains anything at all; if so, the gain exceeds g with the probability (1 + g / (shape * typical)) ** -shape, a
+Lomax distribution, which is close to an exponential one where the shape is large. Chance, typical gain and
+shape are unknown, and have a prior that was chosen on open nets of scripts/reproductions/train_zoo.py
+(docs/rapid.md).
 """
 
 from __future__ import annotations
