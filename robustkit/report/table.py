@@ -136,7 +136,8 @@ def in_doubt(doubt: Strictness) -> str:
         return f"left in doubt: nothing; {met}"
     return (
         f"left in doubt: with a probability of 95 % at most {doubt.images:,} image{'s' * (doubt.images != 1)} "
-        f"({fine(doubt.bound)}) would still fall to AutoAttack's attacks, judged by what these gained on this model; {met}"
+        f"({fine(doubt.bound)}) would still fall to AutoAttack's attacks, judged by what these gained on this "
+        f"model; {met}"
     )
 
 
