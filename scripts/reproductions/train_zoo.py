@@ -74,7 +74,7 @@ ZOO = [
     # MNIST
     Entry("mnist-plain-cnn", "robustkit:mnist-cnn", "standard", "linf:0.1", 5),
     Entry("mnist-plain-vit", MNIST_VIT, "standard", "l2:1.5", 12, 0.03),
-    Entry("mnist-pgd-cnn", MNIST_CNN, "pgd-at(threat=linf:0.3,steps=10)", "linf:0.3", 12, 0.02),
+    Entry("mnist-pgd-cnn", MNIST_CNN, "pgd-at(threat=linf:0.2,steps=7)", "linf:0.2", 12, 0.02),
     Entry(
         "mnist-trades-cnn",
         MNIST_CNN,
