@@ -74,17 +74,20 @@ def learn(prior: Prior, gains: np.ndarray, left: np.ndarray, stream: int = 0) ->
     broke = np.isinf(gains)
     inside = (gains > 0) & ~broke
     some = float(broke.sum() + inside.sum())
-    logs = prior.grid.copy()
-    for gain in gains[inside]:
-        logs -= np.log(GAINS) + (SHAPES + 1) * np.log1p(gain / (SHAPES * GAINS))
+    logs = prior.grid - inside.sum() * np.log(GAINS) - (SHAPES + 1) * _logs(gains[inside])
     # Of a broken image only a lower end of the gain is known.
-    for share in left[broke]:
-        logs -= SHAPES * np.log1p(share / (SHAPES * GAINS))
+    logs = logs - SHAPES * _logs(left[broke])
     total = np.cumsum(np.exp(logs - logs.max()))
     order, levels = np.random.default_rng(stream), (np.arange(DRAWS) + 0.5) / DRAWS
     row, column = np.divmod(np.searchsorted(total, total[-1] * order.permutation(levels)), SHAPES.size)
     chance = betaincinv(prior.gained + some, prior.idle + len(gains) - some, order.permutation(levels))
     return Belief(chance[:, None], GAINS[row], SHAPES.T[column])
+
+
+def _logs(gains: np.ndarray) -> np.ndarray:
+    """Return the sum of log(1 + gain / (shape * typical)) over the gains (n), for each typical gain and shape."""
+    total: np.ndarray = np.log1p(gains[:, None, None] / (SHAPES * GAINS)).sum(0)
+    return total
 
 
 def most(expected: np.ndarray, level: float = 0.95) -> int:
