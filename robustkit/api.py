@@ -187,6 +187,7 @@ def plan(
     device: str | torch.device = "auto",
     precision: str = "auto",
     batch_size: int | None = None,
+    strictness: str | float | None = None,
     seconds: float = 10.0,
     devices: Sequence[int] = DEVICES,
     price: float | None = None,
@@ -206,6 +207,7 @@ def plan(
         device: `auto` is where the model's parameters are; another moves the model there.
         precision: of the search for adversarials: `fp32`, `bf16` or `fp16`, or `auto`.
         batch_size: images that an attack gets at once; None lets the engine choose.
+        strictness: the share of the images that may be left in doubt, as in `evaluate`.
         seconds: how long to attack; more makes the intervals narrower.
         devices: how many devices, like the one measured, to tell of.
         price: of a device for an hour.
@@ -227,6 +229,7 @@ def plan(
         device=place,
         precision=precision,
         batch_size=batch_size,
+        strictness=read_strictness(strictness),
         budget=seconds,
     )
     return measure(pilot, devices, price, progress)

@@ -22,6 +22,10 @@ class Estimate:
     low: float
     high: float
 
+    def plus(self, other: Estimate) -> Estimate:
+        """Return the sum with another, ends with ends."""
+        return Estimate(self.value + other.value, self.low + other.low, self.high + other.high)
+
     def times(self, factor: float) -> Estimate:
         """Return so many times it."""
         return Estimate(self.value * factor, self.low * factor, self.high * factor)
@@ -91,6 +95,7 @@ class Plan:
         trial: see `Trial`.
         speed: see `Speed`.
         propagations: for each image, forward and backward counted apart, checks and clean pass left out.
+        arms: what of them goes to the arms of the suite; None of one without.
         most: propagations of an image that withstands all attacks for as long as they may last; None: not known.
         memory: see `Memory`.
         price: of a device for an hour, in whatever money.
@@ -107,6 +112,7 @@ class Plan:
     trial: Trial
     speed: Speed
     propagations: Estimate
+    arms: Estimate | None
     most: int | None
     memory: Memory
     price: float | None

@@ -34,6 +34,14 @@ DEFAULT_MODEL = "robustkit:digits-cnn"
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")]
+Strictness = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SHARE",
+        help="Go on until at most this share of the images, e.g. '0.05 %', could still fall to AutoAttack, "
+        "by a 95 % bound; 0 gives every image every attack [default: 0.2 %, or one image]",
+    ),
+]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, metavar="N", help="Of every random number.")]
 DataRoot = Annotated[
     Path | None, typer.Option(help="Where downloaded data sets are [default: ~/.cache/robustkit/data].")
@@ -109,14 +117,7 @@ def evaluate(
     audit: Annotated[
         int, typer.Option(metavar="N", min=0, help="Run full AutoAttack on N random survivors as well.")
     ] = 0,
-    strictness: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SHARE",
-            help="Go on until at most this share of the images, e.g. '0.05 %', could still fall to AutoAttack, "
-            "by a 95 % bound; 0 gives every image every attack [default: 0.2 %, or one image]",
-        ),
-    ] = None,
+    strictness: Strictness = None,
     time_limit: Annotated[
         str | None, typer.Option(metavar="TIME", help="Stop after e.g. 90s, 10m, 2h: images in random order.")
     ] = None,
@@ -210,6 +211,7 @@ def plan(
     batch_size: Annotated[
         str, typer.Option(help="Images that an attack gets at once; memory cuts further by itself.")
     ] = "auto",
+    strictness: Strictness = None,
     seconds: Annotated[float, typer.Option(help="How long to attack; more makes the interval narrower.")] = 10.0,
     devices: Annotated[str, typer.Option(metavar="N,N,…", help="How many devices like this one.")] = "1,8,64",
     price: Annotated[
@@ -233,6 +235,7 @@ def plan(
 
     given: dict[str, object] = {"data": data, "limit": limit, "threat": threat, "suite": suite, "seed": seed}
     given |= {"device": device, "precision": precision, "batch_size": batch_size, "data_root": data_root}
+    given |= {"strictness": strictness}
     flags = [] if model == DEFAULT_MODEL else [model]
     for name, value in given.items():
         source = context.get_parameter_source(name)
@@ -250,6 +253,7 @@ def plan(
         device=device,
         precision=precision,
         batch_size=batch_size,
+        strictness=strictness,
         seconds=seconds,
         devices=devices,
         price=price,

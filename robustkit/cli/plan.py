@@ -13,6 +13,7 @@ from robustkit.cli.streams import print_result
 from robustkit.cli.subject import Subject
 from robustkit.engine.pilot import Pilot
 from robustkit.engine.plan import plan as measure
+from robustkit.engine.rounds import read_strictness
 from robustkit.planned import read_devices
 from robustkit.report.plan import show
 
@@ -28,6 +29,7 @@ def plan(
     device: str,
     precision: str,
     batch_size: str,
+    strictness: str | None,
     seconds: float,
     devices: str,
     price: float | None,
@@ -49,6 +51,7 @@ def plan(
         device=subject.device,
         precision=precision,
         batch_size=read_batch_size(batch_size),
+        strictness=read_strictness(strictness),
         budget=seconds,
     )
     record = measure(pilot, counts, price, Display())

@@ -25,8 +25,8 @@ from robustkit.engine.evidence import DRAWS, Belief, Prior, learn, most
 STRATA, DRAWN = (1 / 8, 1 / 4, 1 / 2, 1.0), 1
 # A round takes the pairs whose chance per pass is at least this share of the highest, and as many images at least.
 WORTH, FEWEST = 0.25, 8
-# How many images' chances are held at once.
-AT_ONCE = 2048
+# How many images' chances are held at once; more do not stay in a core's cache.
+AT_ONCE = 32
 
 
 @dataclass(frozen=True)
@@ -124,9 +124,17 @@ class Evidence:
         return np.concatenate(found)
 
 
+def allowed(strictness: float, n: int) -> int:
+    """Return how many of n images may be left in doubt: one of a small set, unless none may be."""
+    return max(int(strictness * n), 1 if strictness else 0)
+
+
 def following(evidence: Evidence) -> Round | None:
-    """Return what to do next; None when the bound is low enough."""
+    """Return what to do next; None when the bound is low enough, or all is done where nothing may be left."""
     sample, cheapest = evidence.sample(), np.argsort(evidence.costs, kind="stable")
+    if not evidence.allowed:
+        rest = (Round(int(arm), np.flatnonzero(evidence.open[arm])) for arm in cheapest)
+        return next((part for part in rest if len(part.images)), None)
     for arm in cheapest:
         images = sample[evidence.open[arm, sample]]
         if len(images):

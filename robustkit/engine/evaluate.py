@@ -148,6 +148,11 @@ class Evaluation:
         )
 
     @property
+    def share(self) -> float:
+        """The share of the images that the arms may leave in doubt."""
+        return STRICTNESS if self.strictness is None else self.strictness
+
+    @property
     def batch(self) -> int:
         """How many images an attack gets at once."""
         # Kept small where no image leaves a batch early: what a kill may lose, and workers share, is a batch.
@@ -334,7 +339,7 @@ class Evaluation:
             if any(rung.view for rung in rungs):
                 worker.doubts.outlook  # noqa: B018  (seen before the first attack on a view)
             if arm:
-                self._rounds(worker).run(among)
+                self._allocate(worker, among)
             elif spare and not (worker.doubts.suspect if scores else worker.doubts.doubtful):
                 pass
             elif flies:
@@ -345,10 +350,14 @@ class Evaluation:
                         worker.attack(number, among)
             stage += count
 
+    def _allocate(self, worker: Worker, among: np.ndarray) -> None:
+        """Give the arms to these images."""
+        self._rounds(worker).run(among)
+
     def _rounds(self, worker: Worker) -> Rounds:
         # The driver's worker writes to the ledger itself.
         ledger = cast("Ledger", worker.ledger)
-        return Rounds(worker, ledger, STRICTNESS if self.strictness is None else self.strictness)
+        return Rounds(worker, ledger, self.share)
 
     def _finish(self, ledger: Ledger, worker: Worker, mode: list[Flag], out: Path | None) -> Report:
         tally, meter = worker.tally, worker.meter

@@ -19,6 +19,8 @@ from scipy.special import betaincinv, gammaincc
 
 # Draws from the posterior, by which all chances are averaged.
 DRAWS = 256
+# How many gains are held at the whole grid at once.
+AT_ONCE = 1024
 GAINS = np.geomspace(1e-5, 1.0, 51)[:, None]
 SHAPES = np.array([2.0, 3.0, 5.0, 8.0, 16.0])[None, :]
 
@@ -86,7 +88,10 @@ def learn(prior: Prior, gains: np.ndarray, left: np.ndarray, stream: int = 0) ->
 
 def _logs(gains: np.ndarray) -> np.ndarray:
     """Return the sum of log(1 + gain / (shape * typical)) over the gains (n), for each typical gain and shape."""
-    total: np.ndarray = np.log1p(gains[:, None, None] / (SHAPES * GAINS)).sum(0)
+    total = np.zeros((len(GAINS), SHAPES.size))
+    for begin in range(0, len(gains), AT_ONCE):
+        part = gains[begin : begin + AT_ONCE, None, None]
+        total += np.log1p(part / (SHAPES * GAINS)).sum(0)
     return total
 
 

@@ -16,6 +16,7 @@ from robustkit.engine.anytime import shuffled
 from robustkit.engine.batchwise import Work
 from robustkit.engine.evaluate import MOST_SLOTS, Evaluation
 from robustkit.engine.flight import WEIGHED
+from robustkit.engine.forecast import Observed
 from robustkit.engine.gauges import Counting, Memory, Over, Speed, Watch
 from robustkit.engine.lookout import offered
 from robustkit.engine.meter import TRIAL, Meter
@@ -37,6 +38,8 @@ TYPICAL = 100
 FEWEST, FIRST = 2, 64
 # A batch that takes more than this share of the time is the largest that is timed.
 LONGEST = 0.1
+# Where a suite has arms, images get this share of the time for the other attacks, and then meet the arms.
+BEFORE_ARMS = 0.5
 # Attacks that ask for a backward pass for each class.
 JACOBIANS = ("autoattack:fab",)
 
@@ -47,14 +50,15 @@ class Findings:
 
     Attributes:
         positions: drawn at random, in the order taken.
-        forwards: of each image's attacks, 0 for those that the model gets wrong as they are.
+        forwards: of each image's attacks but the arms, 0 for those that the model gets wrong as they are.
         backwards: likewise.
         passes: of each, from boarding to its verdict; they follow one another.
         through: which have their verdict; of the others the costs are not known.
         robust: how many of these withstood everything.
         stray: forwards and backwards of those that are not through.
-        most: forwards, backwards and passes of an image that withstands everything for as long as the attacks
-            may last; None where one of them does not say.
+        most: forwards, backwards and passes of an image that withstands everything but the arms for as long as the
+            attacks may last; None where one of them does not say.
+        arms: what was seen of the arms; None of a suite without.
         speed: of the model, as the attacks search.
         seconds: of the attacks.
         overhead: seconds that a pass takes whatever is in it, and all that goes on around it.
@@ -78,6 +82,7 @@ class Findings:
     robust: int
     stray: tuple[int, int]
     most: tuple[int, int, int] | None
+    arms: Observed | None
     speed: Speed
     seconds: float
     overhead: float
@@ -107,6 +112,7 @@ class Scout(Worker):
         self.forwards, self.backwards, self.passes = (np.zeros(n, np.int64) for _ in range(3))
         self.boarded: dict[int, int] = {}
         self.reached = 0
+        self.ended = False
         self.cleaning = self.checking = 0.0
         self.aside = np.zeros(3, np.int64)
 
@@ -141,11 +147,16 @@ class Scout(Worker):
         examples: np.ndarray,
         aboard: object = (),
     ) -> None:
-        """Take those who board through `count` attacks from stage `first` on."""
+        """Take those who board through `count` attacks from stage `first` on.
+
+        Verdicts of an arm are held until all are there: the first to land are those that it breaks.
+        """
         if not self.rungs[first - 1].arm:
             self.reached = max(self.reached, first + count - 1)
-        self.boarded = {}
+        self.boarded, self.held = {}, []
         super().through(first, count, gate, examples)
+        for landed in self.held:
+            super()._write_landed(*landed)
 
     def _gate(self, waiting: np.ndarray) -> Callable[[int], Boarding]:
         board = super()._gate(waiting)
@@ -159,6 +170,9 @@ class Scout(Worker):
         return noted
 
     def _write_landed(self, first: int, count: int, number: int, landed: list[Landed], seconds: float) -> None:
+        if self.rungs[first - 1].arm:
+            self.held.append((first, count, number, landed, seconds))
+            return
         super()._write_landed(first, count, number, landed, seconds)
         for part in landed:
             forwards, backwards = part.spent.sum(1).T
@@ -179,7 +193,7 @@ class Scout(Worker):
 
 @dataclass(frozen=True)
 class Pilot(Evaluation):
-    """An evaluation of which only the beginning is done: attacks for about so many `seconds`."""
+    """An evaluation of which only the beginning is done: attacks for about `budget` seconds."""
 
     budget: float = 10.0
     clock: Callable[[], float] = time.perf_counter
@@ -239,21 +253,33 @@ class Pilot(Evaluation):
         return self._found(scout, start, speed, seconds, read, memory)
 
     def _go(self, scout: Scout, order: np.ndarray, speed: Speed) -> None:
-        """Take block after block through the suite until the time is over."""
+        """Take block after block through the suite, and then all of them through the arms, until time is over."""
+        try:
+            self._ordinary(scout, order, speed)
+            if scout.tally.arms:
+                self._rounds(scout).run(scout.tally.scope)
+                scout.ended = True
+                # What the arms brought up may call for spare attacks.
+                self._block(scout, scout.tally.scope)
+        except Over:
+            return
+
+    def _allocate(self, worker: Worker, among: np.ndarray) -> None:
+        """Leave the arms for later."""
+
+    def _ordinary(self, scout: Scout, order: np.ndarray, speed: Speed) -> None:
         tally, begun, taken = scout.tally, self.clock(), 0
-        size = int(0.25 * self.budget / max(TYPICAL * speed.both, 1e-9))
+        budget = self.budget * (BEFORE_ARMS if tally.arms else 1)
+        size = int(0.25 * budget / max(TYPICAL * speed.both, 1e-9))
         size = min(max(size, FEWEST), FIRST)
         tally.scope = order[:0]
         while size and taken < len(order):
             block = order[taken : taken + size]
             taken += len(block)
             tally.scope = order[:taken]
-            try:
-                self._block(scout, block)
-            except Over:
-                return
+            self._block(scout, block)
             spent = self.clock() - begun - scout.cleaning
-            left = self.budget - spent
+            left = budget - spent
             size = min(taken, int(0.8 * left * taken / max(spent, 1e-9))) if left > 0 else 0
 
     def _found(
@@ -267,7 +293,11 @@ class Pilot(Evaluation):
         costs = [counts[positions] for counts in (scout.forwards, scout.backwards, scout.passes)]
         forwards, backwards, passes = (np.where(through, cost, 0) for cost in costs)
         spent, (overhead, drag) = scout.counts, scout.progress.fit(speed, seconds)
-        meant = [rung for number, rung in enumerate(self.rungs, 1) if not rung.spare or number <= scout.reached]
+        meant = [
+            rung
+            for number, rung in enumerate(self.rungs, 1)
+            if not rung.arm and (not rung.spare or number <= scout.reached)
+        ]
         return Findings(
             positions=positions,
             forwards=forwards,
@@ -277,6 +307,7 @@ class Pilot(Evaluation):
             robust=int((stood & through).sum()),
             stray=(int(max(spent[0] - forwards.sum(), 0)), int(max(spent[1] - backwards.sum(), 0))),
             most=most_of(meant, scout.meter, self.threat.norm),
+            arms=self._seen(scout, positions[through]),
             speed=speed,
             seconds=seconds,
             overhead=overhead,
@@ -290,6 +321,32 @@ class Pilot(Evaluation):
             held=memory.held,
             peak=memory.peak,
             meter=scout.meter,
+        )
+
+    def _seen(self, scout: Scout, positions: np.ndarray) -> Observed | None:
+        """Return what these images, which are through all else, say of the arms."""
+        rounds = self._rounds(scout)
+        evidence = rounds.known(positions)
+        if evidence is None:
+            return None
+        arms = [self.rungs[stage - 1] for stage in rounds.stages]
+        most = np.array([most_of([arm], scout.meter, self.threat.norm) for arm in arms], float)
+        patience = [getattr(arm.attack, "patience", None) for arm in arms]
+        costs = [scout.tally.costs[stage] for stage in rounds.stages]
+        met = evidence.met.sum(1)[:, None]
+        spent = np.array([(cost.forwards, cost.backwards) for cost in costs], float) / np.maximum(met, 1)
+        return Observed(
+            evidence=evidence,
+            images=len(positions),
+            ended=scout.ended,
+            spent=np.where(met > 0, spent, np.nan),
+            least=np.array(
+                [
+                    1.0 if some is None else min(1.0, some / all_)
+                    for some, all_ in zip(patience, most[:, 0], strict=True)
+                ]
+            ),
+            most=most,
         )
 
 
@@ -310,7 +367,7 @@ def most_of(rungs: list[Rung], meter: Meter, norm: str) -> tuple[int, int, int] 
         seen = len(passes) * looks(rung.view, random=meter.random)
         forwards, backwards = answers * (sum(passes) + seen), answers * sum(passes) * columns
         blind = getattr(attack, "blind", False) or attack.info.access == "score"
-        wide = attack.length(norm) + 1 if getattr(attack, "last_resort", False) else answers
+        wide = attack.length(norm) + 1 if rung.arm or getattr(attack, "last_resort", False) else answers
         # More for a verdict; of a random model twice, and to compare its nearest points.
         verdict = 2 * (MOST + WEIGHED) if meter.random else 1
         total += [forwards + verdict, 0 if blind else backwards, wide * (sum(passes) + seen) + verdict]

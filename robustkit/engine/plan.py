@@ -6,11 +6,16 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
+from statistics import fmean
+
+import numpy as np
 
 from robustkit.engine.environment import environment
+from robustkit.engine.forecast import Play, forecast
 from robustkit.engine.pilot import Findings, Pilot
 from robustkit.engine.progress import Progress
-from robustkit.engine.scaling import Course, Job, Site, extended
+from robustkit.engine.scaling import Course, Job, Site, extended, joined
 from robustkit.errors import UsageError
 from robustkit.intervals import mean_of_all
 from robustkit.planned import DEVICES, Estimate, Memory, Plan, Scale, Speed, Trial, refuse_devices
@@ -49,11 +54,15 @@ def plan(
     progress = progress or Progress()
     progress.say(f"measuring: the checks, then {pilot.budget:g} s of attacks")
     found = pilot.look(progress)
-    costs = Costs.of(found, n)
-    alone = _courses(costs, found, pilot, 1)
+    costs, plays = Costs.of(found, n), list[Play]()
+    if found.arms is not None:
+        progress.say(f"playing the rounds of {n:,} images")
+        plays = forecast(found.arms, n, pilot.share, pilot.seed)
+    arms = _each(plays, n)
+    alone = _courses(costs, plays, found, pilot, 1)
     scales = []
     for count in devices:
-        courses = alone if count == 1 else _courses(costs, found, pilot, count)
+        courses = alone if count == 1 else _courses(costs, plays, found, pilot, count)
         value, low, high = (course.seconds for course in courses)
         seconds = Estimate(value, min(low, value), max(high, value))
         hours = seconds.times(count / 3600)
@@ -69,6 +78,9 @@ def plan(
             )
         )
     meter, speed = found.meter, found.speed
+    most = costs.most
+    if most is not None and found.arms is not None:
+        most += int(found.arms.most[:, :2].sum())
     return Plan(
         model=pilot.model.string,
         data=pilot.samples.name,
@@ -78,8 +90,9 @@ def plan(
         seed=pilot.seed,
         trial=Trial(len(found.through), int(found.through.sum()), found.robust, found.seconds),
         speed=Speed(speed.forward, speed.both, speed.fixed, speed.at_once, meter.precision),
-        propagations=costs.mean,
-        most=costs.most,
+        propagations=costs.mean if arms is None else costs.mean.plus(arms),
+        arms=arms,
+        most=most,
         memory=Memory(found.held, found.peak),
         price=price,
         scales=scales,
@@ -175,9 +188,43 @@ def site(found: Findings, pilot: Pilot, devices: int) -> Site:
     )
 
 
-def _courses(costs: Costs, found: Findings, pilot: Pilot, devices: int) -> list[Course]:
-    """Return how the run goes as expected, and with images at the low and the high end of the interval."""
-    place, n = site(found, pilot, devices), len(pilot.samples)
+def _each(plays: Sequence[Play], n: int) -> Estimate | None:
+    """Return what the arms take for each of n images; None of a suite without."""
+    if not plays:
+        return None
+    costs = [play.cost / n for play in plays]
+    return Estimate(fmean(costs), costs[0], costs[-1])
+
+
+def _courses(costs: Costs, plays: Sequence[Play], found: Findings, pilot: Pilot, devices: int) -> list[Course]:
+    """Return how the run goes as expected, and with images and arms at both ends of their intervals."""
+    place = site(found, pilot, devices)
+    courses = _ordinary(costs, found, pilot, place)
+    if found.arms is None or not plays:
+        return courses
+    passes = found.arms.most[:, 2].astype(int)
+    ends = (plays[len(plays) // 2], plays[0], plays[-1])
+    return [
+        joined([course, *_rounds(play, passes, found, place)]) for course, play in zip(courses, ends, strict=True)
+    ]
+
+
+def _rounds(play: Play, passes: np.ndarray, found: Findings, place: Site) -> list[Course]:
+    """Return how the rounds of a play go, each after the one before."""
+    place = replace(place, startup=0.0, opening=0.0, clean=0.0, reading=0.0)
+    most = min(MOST_SIMULATED, ROUNDS * place.devices * place.slots)
+
+    @cache
+    def course(arm: int, count: int) -> Course:
+        job = Job(_work(found, *play.spent[arm]), int(passes[arm]))
+        return extended([job] * min(count, most), place, count)
+
+    return [course(arm, count) for arm, count in play.rounds]
+
+
+def _ordinary(costs: Costs, found: Findings, pilot: Pilot, place: Site) -> list[Course]:
+    """Return how the run goes but for the arms, as expected and at both ends."""
+    devices, n = place.devices, len(pilot.samples)
     count = min(n, max(MOST_SIMULATED, ROUNDS * devices * place.slots))
     # What the model gets wrong as it is goes no further than the clean pass.
     lists = [[job for job in jobs if job.passes] for jobs in costs.sample(count, pilot.seed)]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from robustkit.engine.allocation import Evidence, following
+from robustkit.engine.allocation import Evidence, allowed, following
 from robustkit.engine.evidence import PRIORS
 from robustkit.engine.folder import LEDGER
 from robustkit.engine.judge import sample_ids
@@ -62,7 +62,7 @@ class Rounds:
 
     def _decision(self, key: str, left: np.ndarray, n: int, drawn: Collection[int]) -> Decision | None:
         """Return what was decided for a round before, else decide it; None where no more is needed."""
-        ledger, stages = self.ledger, self._stages
+        ledger, stages = self.ledger, self.stages
         noted = ledger.read_note(key)
         if noted is None:
             chosen = following(self._evidence(left, n, drawn)) if len(left) and stages else None
@@ -73,12 +73,15 @@ class Rounds:
             raise UsageError(f"{LEDGER} is damaged: its {key} is of another run; begin anew with --overwrite.")
         return written
 
+    def known(self, among: np.ndarray) -> Evidence | None:
+        """Return what is known of these positions as far as they came to the arms; None without any."""
+        return self._evidence(self._left(among), len(among)) if self.stages else None
+
     def doubt(self, among: np.ndarray) -> Strictness | None:
         """Return what is left of doubt in these positions; None of a random model, for which AutoAttack is not."""
-        left = self._left(among)
-        if self.worker.meter.random or not self._stages:
+        evidence = self.known(among)
+        if self.worker.meter.random or evidence is None:
             return None
-        evidence = self._evidence(left, len(among))
         # After AutoAttack itself there is no doubt about it.
         sure = {rung.name for rung in self.worker.rungs} >= AUTOATTACK
         in_full = evidence.standing & (sure | ~evidence.open.any(0))
@@ -92,7 +95,7 @@ class Rounds:
         )
 
     @property
-    def _stages(self) -> list[int]:
+    def stages(self) -> list[int]:
         """The stages of the arms; scores of a random model are luck."""
         rungs, random = self.worker.rungs, self.worker.meter.random
         return [
@@ -106,7 +109,7 @@ class Rounds:
 
     def _evidence(self, left: np.ndarray, n: int, drawn: Collection[int] = ()) -> Evidence:
         """Return what is known of these positions of n."""
-        tally, meter, stages = self.worker.tally, self.worker.meter, self._stages
+        tally, meter, stages = self.worker.tally, self.worker.meter, self.stages
         attacks = [self.worker.rungs[stage - 1].attack for stage in stages]
         norm, classes = self.worker.threat.norm, meter.num_classes or 2
         # A tie in the clean image's logits is a margin of 0; the mean of a random model's may be below it.
@@ -123,7 +126,7 @@ class Rounds:
             drawn=np.isin(left, list(drawn)),
             costs=np.array([attack.budget(classes, norm) * (1 if attack.blind else 2) for attack in attacks]),
             priors=[PRIORS[attack.info.access] for attack in attacks],
-            allowed=max(int(self.strictness * n), 1 if self.strictness else 0),
+            allowed=allowed(self.strictness, n),
         )
 
 

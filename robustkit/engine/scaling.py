@@ -12,7 +12,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from robustkit.engine.foreman import SHARES, SPLIT_EVERY, WORTH_SPLITTING
@@ -225,6 +225,13 @@ def simulate(jobs: Iterable[Job], site: Site) -> Course:
         spent["driver"] = len(jobs) * (site.handout + site.verdict)
     shares = {name: value / whole for name, value in spent.items()}
     return Course(seconds, {**shares, "tail": max(0.0, 1 - sum(shares.values()))})
+
+
+def joined(courses: Sequence[Course]) -> Course:
+    """Return how a run goes that is these, each begun when the one before is over."""
+    seconds = sum(course.seconds for course in courses)
+    shares = {name: sum(course.seconds * course.shares[name] for course in courses) for name in PARTS}
+    return Course(seconds, {name: value / seconds if seconds else 0.0 for name, value in shares.items()})
 
 
 def extended(jobs: list[Job], site: Site, n: int) -> Course:

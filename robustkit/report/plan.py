@@ -54,11 +54,13 @@ def measured(plan: Plan) -> list[str]:
     """Return in words what was measured."""
     trial, speed, props = plan.trial, plan.speed, plan.propagations
     done = "" if trial.through == trial.images else f", {trial.images - trial.through} not done in time"
+    met = "all attacks" if plan.arms is None else "what they met"
+    arms = "" if plan.arms is None else f"; {number(plan.arms.value)} ({interval(plan.arms)}) of them for the arms"
     most = "" if plan.most is None else f", at most {plan.most:,}"
     return [
         f"tried    {trial.images:,} images drawn at random in {duration(trial.seconds)}: "
-        f"{trial.robust:,} withstood all attacks{done}",
-        f"cost     {number(props.value)} props/img ({number(props.low)} – {number(props.high)}){most}",
+        f"{trial.robust:,} withstood {met}{done}",
+        f"cost     {number(props.value)} props/img ({number(props.low)} – {number(props.high)}){most}{arms}",
         f"speed    {milliseconds(speed.forward)} forward, {milliseconds(speed.both)} with backward an image, "
         f"{speed.at_once} at once, {speed.precision}",
         f"memory   {size(plan.memory.peak)} a device, {size(plan.memory.held)} before the attacks",
