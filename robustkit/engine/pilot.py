@@ -277,10 +277,13 @@ class Pilot(Evaluation):
             block = order[taken : taken + size]
             taken += len(block)
             tally.scope = order[:taken]
+            before = self.clock() - begun - scout.cleaning
             self._block(scout, block)
             spent = self.clock() - begun - scout.cleaning
             left = budget - spent
-            size = min(taken, int(0.8 * left * taken / max(spent, 1e-9))) if left > 0 else 0
+            # Few images take as long as more, since the steps of each follow one another: that time is the arms'.
+            least = spent - before if tally.arms else 0.0
+            size = min(taken, int(0.8 * left * taken / max(spent, 1e-9))) if left > least else 0
 
     def _found(
         self, scout: Scout, start: float, speed: Speed, seconds: float, read: float, memory: Memory

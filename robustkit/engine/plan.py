@@ -203,6 +203,12 @@ def _courses(costs: Costs, plays: Sequence[Play], found: Findings, pilot: Pilot,
     if found.arms is None or not plays:
         return courses
     passes = found.arms.most[:, 2].astype(int)
+
+    def seconds(play: Play) -> float:
+        laps = sum(math.ceil(count / place.slots) * passes[arm] for arm, count in play.rounds)
+        return found.overhead * laps + sum(count * _work(found, *play.spent[arm]) for arm, count in play.rounds)
+
+    plays = sorted(plays, key=seconds)
     ends = (plays[len(plays) // 2], plays[0], plays[-1])
     return [
         joined([course, *_rounds(play, passes, found, place)]) for course, play in zip(courses, ends, strict=True)
