@@ -10,7 +10,7 @@ from __future__ import annotations
 from robustkit.attacks import ensemble
 from robustkit.registry import DRAWN, find, suite
 
-MASKED = ("mended", "loosened", "inner-logits", "calm", "frozen")
+MASKED = ("mended", "loosened", "inner-logits", "fitted", "calm", "frozen")
 
 
 @suite("adaptive", paper="arXiv:1802.00420")

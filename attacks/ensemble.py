@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from robustkit.registry import find, suite
 
+# The share of the way to the boundary that may be left for a second, longer attack.
+CLOSE = 0.1
 AGGREGATORS = ("mean-logit", "mean-log-probability", "top-k", "straight-through")
 
 
@@ -27,8 +29,11 @@ def rungs(norm: str) -> list[str]:
 
 
 def climb(norm: str, view: str) -> list[str]:
-    """Return the attacks on one view."""
+    """Return the attacks on one view: on all images, then on those close to the boundary."""
     if norm == "l1":
         few = "steps=50,restarts=1,large_start=false"
-        return [f"apgd(loss=margin,{few})@{view}", f"apgd-t(loss=margin,targets=9,{few})@{view}"]
-    return [f"race(targets=9,probe=4,finalists=2,steps=40,restarts=1,doubt=0.3)@{view}"]
+        first = [f"apgd(loss=margin,{few})@{view}", f"apgd-t(loss=margin,targets=9,{few})@{view}"]
+    else:
+        first = [f"race(targets=9,probe=4,finalists=2,steps=40,restarts=1,doubt=0.3)@{view}"]
+    # Another loss and step rule, from other starts: what the first attack misses is mostly this close.
+    return [*first, f"apgd(loss=dlr,steps=100,restarts=2,large_start=false,doubt={CLOSE})@{view}"]

@@ -263,26 +263,38 @@ class Estimated(torch.autograd.Function):
 class Digits(nn.Module):
     """Three layers; `skip` is the chance that the third takes part."""
 
-    def __init__(self, train: Callable[[], nn.Module] = nn.ReLU, seed: int = 0) -> None:
+    def __init__(
+        self, train: Callable[[], nn.Module] = nn.ReLU, seed: int = 0, channels: int = 1, classes: int = 10
+    ) -> None:
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.one, self.two = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 16, 3, stride=2, padding=1)
+            self.one = nn.Conv2d(channels, 8, 3, padding=1)
+            self.two = nn.Conv2d(8, 16, 3, stride=2, padding=1)
             self.three, self.skip = nn.Conv2d(16, 16, 3, padding=1), 1.0
-            self.head = nn.Linear(256, 10)
+            self.head = nn.Linear(256, classes)
             self.act1, self.act2, self.act3 = train(), train(), train()
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x))
+
+    def features(self, x: Tensor) -> Tensor:
         h = self.act1(self.one(4 * (x - 0.5)))
         h = self.act2(self.two(h))
         branch = self.act3(self.three(h))
         if self.skip < 1:
             branch = branch * (torch.rand(len(x), 1, 1, 1, device=x.device) < self.skip) / self.skip
-        return self.head((h + branch).flatten(1))
+        return (h + branch).flatten(1)
 
 
 def trained(
-    net: nn.Module, x: Tensor, y: Tensor, epochs: int = 20, attack: float = 0.0, seed: int = 0
+    net: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    epochs: int = 20,
+    attack: float = 0.0,
+    seed: int = 0,
+    loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
 ) -> nn.Module:
     """Return the net after Adam on images, or on those of PGD-5 in an l-infinity ball of this size."""
     with torch.random.fork_rng(devices=[]):
@@ -298,7 +310,7 @@ def trained(
                     (slope,) = torch.autograd.grad(F.cross_entropy(net(at), labels), at)
                     at = (at + attack / 3 * slope.sign()).clamp(images - attack, images + attack).clamp(0, 1)
                 optimiser.zero_grad()
-                F.cross_entropy(net(at.detach()), labels).backward()
+                loss(net(at.detach()), labels).backward()
                 optimiser.step()
     return net.eval().requires_grad_(False)
 

@@ -25,8 +25,9 @@ from torch.utils._pytree import tree_map
 from robustkit.models.abroad import LEAVING, Abroad
 from robustkit.models.bends import bent, mended
 from robustkit.models.calls import Calls
+from robustkit.models.choices import CHOOSING
 from robustkit.models.draws import DRAWS
-from robustkit.models.heads import Heads
+from robustkit.models.heads import Heads, tensors
 from robustkit.models.mends import Mend, Mends
 from robustkit.models.stand_ins import StandIns
 from robustkit.models.written import Recent, foreign, forward_of, rewritten
@@ -46,6 +47,7 @@ class Mending(TorchFunctionMode):
         calm: bool = False,
         loose: bool = False,
         bends: Sequence[nn.Module] = (),
+        sources: list[Tensor] | None = None,
     ) -> None:
         """Take the model that will be run inside.
 
@@ -56,9 +58,10 @@ class Mending(TorchFunctionMode):
             calm: Replace the random draws of torch by their means.
             loose: Give values up as well, in rows where what stands in for them is near.
             bends: Modules to be mended as wholes; told, they are looked for instead.
+            sources: A list that is given what leaves torch, and what indices are chosen from.
         """
         super().__init__()
-        self.model, self.heads, self.told = model, heads, told
+        self.model, self.heads, self.told, self.sources = model, heads, told, sources
         self.calm, self.loose = calm, loose
         self.drew = False
         self.bends = list(bends)
@@ -142,6 +145,8 @@ class Mending(TorchFunctionMode):
             return func(*args, **kwargs) if back is None else back
         if name in ("get", "detach", "alias_copy"):
             return self._kept(first, func, args, kwargs)
+        if self.sources is not None and (raw in LEAVING or name in CHOOSING):
+            self.sources += [x for x in tensors(self._stand_ins.swapped(first)) if x.requires_grad]
         if raw in LEAVING and isinstance(first, Tensor):
             return self._abroad.leave(raw, func, first, args, kwargs)
         if name in ("requires_grad", "set") and isinstance(first, Tensor):

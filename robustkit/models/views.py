@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from robustkit.isolation import own_randomness
 from robustkit.models.classifier import Classifier
+from robustkit.models.fitted import fit, side_by_side
 from robustkit.models.heads import Heads
 from robustkit.models.ladder import Rung, alone, combined, ensemble, mean_logit, rungs
 from robustkit.models.mending import Mending
@@ -64,7 +65,8 @@ def views(model: Classifier, x: Images, *, random: bool = False) -> Views:
         kept = [] if own is None else [own]
         look = _look(model, x)
         bends = () if look is None else tuple(look.bends)
-        for name, view in _candidates(model, x, bends, random or (look is not None and look.drew)):
+        random = random or (look is not None and look.drew)
+        for name, view in _candidates(model, x, bends, random, own is None):
             slopes = once(name, partial(_slopes, view, x, labels))
             if slopes is None or any(_parallel(slopes, other) for other in kept):
                 continue
@@ -91,6 +93,17 @@ class Mended:
     part: nn.Module | None = None
     rung: Rung = mean_logit
     straight: bool = False
+
+    def sources(self, x: Images) -> Tensor:
+        """Return what of x (B C H W) leaves torch and what indices are chosen from, side by side (B D)."""
+        found: list[Tensor] = []
+        # A single image could be taken for a batch of its channels.
+        images = x.repeat(2, 1, 1, 1) if len(x) == 1 else x
+        with torch.enable_grad():
+            images = images if images.requires_grad else images.detach().requires_grad_()
+            with Mending(self.model, calm=self.calm, bends=self.bends, sources=found):
+                self.model(images)
+        return side_by_side(found, len(images))[: len(x)]
 
     def __call__(self, x: Images, heads: Heads | None = None) -> Logits:
         """Return the logits of x, and show what is computed to who looks for heads."""
@@ -136,6 +149,19 @@ class Inner:
 
 
 @dataclass(frozen=True)
+class Fitted:
+    """A linear fit of a model's decisions to what it makes them of; see `robustkit.models.fitted`."""
+
+    mended: Mended
+    weights: Tensor
+
+    def __call__(self, x: Images) -> Logits:
+        """Return the logits of x."""
+        logits = self.mended.sources(x) @ self.weights.to(x.device)
+        return logits if torch.is_grad_enabled() and x.requires_grad else logits.detach()
+
+
+@dataclass(frozen=True)
 class Frozen:
     """A view whose dice fall alike in every pass."""
 
@@ -173,9 +199,9 @@ class Smooth:
 
 
 def _candidates(
-    model: Classifier, x: Images, bends: tuple[nn.Module, ...], random: bool
+    model: Classifier, x: Images, bends: tuple[nn.Module, ...], random: bool, hidden: bool
 ) -> Iterator[tuple[str, View]]:
-    """Yield views that may be worth something."""
+    """Yield views that may be worth something; of a model whose gradient is `hidden` also a fitted one."""
     exported = getattr(model.net, "views", None)
     if callable(exported):
         for name, call in exported().items():
@@ -196,6 +222,9 @@ def _candidates(
         yield "calm", replace(mended, calm=True)
         yield "frozen", Frozen(mended)
     yield from _inner(mended, x)
+    if hidden:
+        with suppress(RuntimeError):
+            yield "fitted", Fitted(mended, once("fitted", lambda: fit(mended.sources, model, x).cpu()))
     if random:
         yield from ((f"calm-{name}", view) for name, view in _inner(replace(mended, calm=True), x))
 

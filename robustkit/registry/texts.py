@@ -25,6 +25,7 @@ DRAWN = (
     "mended",
     "loosened",
     "inner-logits",
+    "fitted",
     "mean-logit",
     "mean-log-probability",
     "top-k",

@@ -1,0 +1,79 @@
+"""Precision and recall of the flags that question a robust accuracy, from rows that scripts/gauntlet.py recorded.
+
+    python scripts/benchmarks/flags.py ROWS.jsonl ...
+
+A mask misleads AutoAttack where AutoAttack's number exceeds the truth by more than 2 points and more than 1 image.
+A miss is such a mask without a flag; recall is the share of them with one, precision the share of flagged rows that
+are no honest net. `too high` is where `auto` itself exceeds the truth by as much, without a flag.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def exceeds(row: Row, suite: str) -> bool:
+    """Return whether a suite leaves more images than the truth does, by more than 2 points and more than 1 image."""
+    more = (row[suite] or 0) - row["truth"]
+    return more > max(1, 0.02 * row["images"])
+
+
+def honest(row: Row) -> bool:
+    """Return whether a row is of a net without a mask."""
+    return row["name"].startswith("honest")
+
+
+def share(rows: Sequence[Row], has: Callable[[Row], bool]) -> str:
+    """Return how many of the rows have something, as text."""
+    return f"{sum(map(has, rows))} of {len(rows)}"
+
+
+def table(rows: Sequence[Row]) -> list[str]:
+    """Return precision and recall in lines of Markdown, for all masks and for the halves of the known ones."""
+    nets = [row for row in rows if honest(row)]
+    lines = [
+        "| masks | mislead AutoAttack, flagged | other masks, flagged | `auto` too high, no flag |",
+        "|---|---|---|---|",
+    ]
+    parts = {"of the first gauntlet": "", "later, open half": "open", "later, kept aside": "aside"}
+    for title, half in parts.items():
+        these = [row for row in rows if not honest(row) and row["half"] == half]
+        misled = [row for row in these if exceeds(row, "autoattack")]
+        others = [row for row in these if row not in misled]
+        high = share(these, lambda row: exceeds(row, "auto") and not row["flags"])
+        lines.append(
+            f"| {title} | {share(misled, lambda row: bool(row['flags']))} "
+            f"| {share(others, lambda row: bool(row['flags']))} | {high} |"
+        )
+    flagged = [row for row in rows if row["flags"]]
+    misled = [row for row in rows if not honest(row) and exceeds(row, "autoattack")]
+    lines += [
+        "",
+        f"honest nets flagged: {share(nets, lambda row: bool(row['flags']))}",
+        f"precision: {share(flagged, lambda row: not honest(row))} flagged rows are masks",
+        f"recall: {share(misled, lambda row: bool(row['flags']))} masks that mislead AutoAttack are flagged",
+    ]
+    missed = [row for row in misled if not row["flags"]]
+    alarms = [row for row in nets if row["flags"]]
+    lines += [f"missed: {row['name']} around {row['net']}" for row in missed]
+    lines += [f"false alarm: {row['name']}: {', '.join(row['flags'])}" for row in alarms]
+    return lines
+
+
+def main() -> None:
+    """Read the rows and print the table; of a row recorded twice the later one counts."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", type=Path, nargs="+")
+    given = parser.parse_args()
+    read = [json.loads(line) for file in given.rows for line in file.read_text().splitlines()]
+    print("\n".join(table(list({(row["name"], row["net"], row["threat"]): row for row in read}.values()))))
+
+
+if __name__ == "__main__":
+    main()
