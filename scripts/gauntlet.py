@@ -4,19 +4,20 @@
     python scripts/gauntlet.py --model MODEL --data FILE.npz --threat linf:8/255    masks that go around any model
     python scripts/gauntlet.py --model MODEL --data FILE.npz --threat ... --honest  the model as it is
 
-The defenses are those of tests/gauntlet.py and tests/known_masks.py, on digits at linf 0.15, and honest nets. A row
-is what stands of the images, each cell a robust accuracy in percent:
+The defenses are those of tests/gauntlet.py and tests/known_masks.py, on digits at linf 0.15, and honest nets.
+Robust accuracies are in percent:
 
-    beneath     the net that a mask is put around, alone (suite `rapid`); a mask that changes what the net sees may be
-                truly a little better or worse
-    truth       the defense after the strongest attacks that are known for it: long ascent on the gradients of
-                stand-ins made by somebody who knows the mask, or an attack of its own (ARC), and whatever `auto` found
-    AutoAttack  the `standard` suite by the authors' package; left out with --fast
-    auto        the default suite
+    beneath     the net that a mask is put around, alone (suite `rapid`); a mask that changes what the net sees
+                may be truly a little better or worse
+    truth       the defense after the strongest attacks known for it: long ascent on the gradients of stand-ins
+                made by somebody who knows the mask, or an attack of its own (ARC), and what the others found
+    AutoAttack  the `standard` suite by the authors' package; with --fast its two APGDs alone
+    auto        the default suite; with --fast all of `adaptive` without arms and Square
     flags       the warnings of `auto` that question such a number
 
-Masks of tests/known_masks.py whose names have an even SHA-256 had no part in composing checks and views (`--half`).
-With --record each row is added to a file for scripts/benchmarks/flags.py. A minute or two for a mask on one core.
+Masks of tests/known_masks.py whose names have an even SHA-256 had no part in composing checks and views
+(`--half aside`). With --record each row is added to a file for scripts/benchmarks/flags.py. A minute or two for a
+mask on one core.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "tests")]
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import gauntlet
 import known_masks
@@ -42,6 +44,7 @@ from robustkit import ThreatModel, evaluate, load_model
 from robustkit.checks.run import DOUBTS
 from robustkit.data import load_data
 from robustkit.record import Report
+from robustkit.registry import find
 
 # Warnings that say of a robust accuracy that it may be too high.
 QUESTIONS = DOUBTS | {"masked-gradient", "score-beats-gradient"}
@@ -109,25 +112,46 @@ def known_attacks(norm: str) -> str:
     return ",".join(f"{text}@{view}" for view in ("averaged-own", "own") for text in long)
 
 
-def judged(masked: Masked, beneath: nn.Module | None, x: Tensor, y: Tensor, threat: str, fast: bool) -> dict[str, Any]:
+def suites(norm: str, fast: bool) -> dict[str, str]:
+    """Return the suites of the columns; the fast ones are without what costs most: arms, FAB and Square."""
+    if not fast:
+        return {"beneath": "rapid", "autoattack": "autoattack", "auto": "auto"}
+
+    def cheap(name: str) -> str:
+        return ",".join(text for text in find("suite", name)(norm) if "*" not in text and "square" not in text)
+
+    apgds = "autoattack:apgd-ce,autoattack:apgd-t"
+    return {"beneath": cheap("rapid"), "autoattack": apgds, "auto": cheap("adaptive")}
+
+
+def judged(
+    masked: Masked, beneath: nn.Module | None, x: Tensor, y: Tensor, threat: str, fast: bool
+) -> dict[str, Any]:
     """Return a row: how many images stand each time, and which warnings `auto` raises."""
 
-    def standing(model: nn.Module, suite: str) -> tuple[Tensor, Report]:
-        report = evaluate(model, x, y, threat, suite=suite)
-        return torch.tensor([verdict.robust for verdict in report.verdicts]), report
+    def standing(model: nn.Module, suite: str, among: Tensor | None = None) -> tuple[Tensor, Report]:
+        index = torch.arange(len(x)) if among is None else among.nonzero()[:, 0]
+        report = evaluate(model, x[index], y[index], threat, suite=suite)
+        stands = torch.zeros(len(x), dtype=torch.bool)
+        stands[index] = torch.tensor([verdict.robust for verdict in report.verdicts])
+        return stands, report
 
-    auto, found = standing(masked.defense, "auto")
-    truth = auto
-    if masked.stand_ins:
-        truth = auto & standing(Exporting(masked).eval(), known_attacks(threat.partition(":")[0]))[0]
+    norm = threat.partition(":")[0]
+    columns = suites(norm, fast)
+    auto, found = standing(masked.defense, columns["auto"])
+    published, _ = standing(masked.defense, columns["autoattack"])
+    truth = auto & published
+    if masked.stand_ins and truth.any():
+        truth = standing(Exporting(masked).eval(), known_attacks(norm), truth)[0]
     if masked.own_attack is not None:
         truth &= masked.own_attack(x, y, float(ThreatModel.parse(threat).eps))
     return {
         "images": len(x),
         "threat": threat,
-        "beneath": None if beneath is None else int(standing(beneath, "rapid")[0].sum()),
+        "fast": fast,
+        "beneath": None if beneath is None else int(standing(beneath, columns["beneath"])[0].sum()),
         "truth": int(truth.sum()),
-        "autoattack": None if fast else int(standing(masked.defense, "autoattack")[0].sum()),
+        "autoattack": int(published.sum()),
         "auto": int(auto.sum()),
         "flags": sorted(flag.code for flag in found.flags if flag.raised and flag.code in QUESTIONS),
     }
@@ -144,7 +168,7 @@ def main() -> None:
     parser.add_argument("--threat", default="linf:0.15")
     parser.add_argument("--trust-code", action="store_true", help="run the Python code that a model string names")
     parser.add_argument("--honest", action="store_true", help="evaluate the model itself")
-    parser.add_argument("--fast", action="store_true", help="leave AutoAttack out")
+    parser.add_argument("--fast", action="store_true", help="leave out what costs most")
     parser.add_argument("--record", type=Path, help="a file that each row is added to, a line of JSON")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -165,12 +189,13 @@ def main() -> None:
         begun = time.perf_counter()
         row = judged(*make(), x, y, given.threat, given.fast)
         row = {"name": name, "net": given.model or "digits", "half": half if name in known else ""} | row
-        cells = ["-" if row[key] is None else f"{100 * row[key] / len(x):.1f}" for key in ("beneath", "truth")]
-        cells += ["-" if row[key] is None else f"{100 * row[key] / len(x):.1f}" for key in ("autoattack", "auto")]
-        widths = zip(cells, (9, 9, 12, 9), strict=True)
+        columns = {"beneath": 9, "truth": 9, "autoattack": 12, "auto": 9}
+        cells = (
+            f"{'-' if row[key] is None else f'{100 * row[key] / len(x):.1f}':>{width}}"
+            for key, width in columns.items()
+        )
         spent = time.perf_counter() - begun
-        print(f"{name:32}{''.join(f'{cell:>{width}}' for cell, width in widths)}  {spent:7.0f}  {', '.join(row['flags'])}")
-        sys.stdout.flush()
+        print(f"{name:32}{''.join(cells)}  {spent:7.0f}  {', '.join(row['flags'])}", flush=True)
         if given.record:
             with given.record.open("a") as file:
                 file.write(json.dumps(row) + "\n")

@@ -22,7 +22,7 @@ Call = Callable[[nn.Module, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Masked:
-    """A defense, differentiable stand-ins written by somebody who knows it, and an attack of its own, if it has one.
+    """A defense, differentiable stand-ins written by somebody who knows it, and an attack of its own, if any.
 
     `own_attack` takes images, labels and eps, and returns which images stand.
     """
@@ -198,7 +198,7 @@ def discretised(x: Tensor, y: Tensor) -> Masked:
 
 
 def dropped(z: Tensor) -> Tensor:
-    """Rectified neurons of which the larger ones are dropped more often (Dhillon et al. 2018, arXiv:1803.01442)."""
+    """Rectified neurons, the larger ones dropped more often (Dhillon et al. 2018, arXiv:1803.01442)."""
     z = torch.relu(z)
     rate = 0.5 * z / z.flatten(1).amax(1).view(-1, *[1] * (z.dim() - 1)).clamp(min=1e-9)
     return z * (torch.rand_like(z) >= rate) / (1 - rate)
@@ -290,7 +290,7 @@ def arc(nets: list[nn.Module], chances: list[float], x: Tensor, y: Tensor, eps: 
     rows = torch.arange(len(x))
     for _ in range(steps):
         here, fooled = torch.zeros_like(x), torch.zeros(len(x))
-        for chance, net in ordered:
+        for _, net in ordered:
             point = (at + here).detach().requires_grad_()
             logits = net(point)
             gaps, slopes = [], []

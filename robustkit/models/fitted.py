@@ -1,8 +1,8 @@
 """A linear stand-in for the part of a model that has no gradient, fitted to the model's own decisions.
 
-Nearest neighbours in numpy, votes and tables end in numbers that no smooth rule leads through. What they are made of
-still has a gradient: the tensors that leave torch or that indices are chosen from. A ridge regression of the model's
-decisions on those, at a few images and mixes of them, says which way the decision lies.
+Nearest neighbours in numpy, votes and tables have no gradient, and no smooth rule replaces all of them. What they
+are computed from has one: the tensors that leave torch, and those that indices are chosen from. The view is a
+ridge regression of the model's decisions on these tensors, at a few images and at mixes of them.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     python scripts/benchmarks/flags.py ROWS.jsonl ...
 
 A mask misleads AutoAttack where AutoAttack's number exceeds the truth by more than 2 points and more than 1 image.
-A miss is such a mask without a flag; recall is the share of them with one, precision the share of flagged rows that
-are no honest net. `too high` is where `auto` itself exceeds the truth by as much, without a flag.
+A miss is such a mask without a flag. Recall is the share of these masks that have one, precision the share of the
+flagged rows that are masks. The last column counts masks where `auto` itself exceeds the truth without a flag.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ Row = dict[str, Any]
 
 
 def exceeds(row: Row, suite: str) -> bool:
-    """Return whether a suite leaves more images than the truth does, by more than 2 points and more than 1 image."""
-    more = (row[suite] or 0) - row["truth"]
+    """Return whether a suite leaves more images than the truth, by more than 2 points and more than 1 image."""
+    more = row[suite] - row["truth"]
     return more > max(1, 0.02 * row["images"])
 
 

@@ -42,7 +42,9 @@ def test_arc_finds_the_distance_at_which_half_of_the_draws_are_wrong() -> None:
             net[1].weight[1, row] = 1.0
         nets.append(net)
     x, y = torch.zeros(2, 1, 2, 3), torch.zeros(2, dtype=torch.int64)
-    standing = [known_masks.arc(nets, [0.4, 0.35, 0.25], x, y, eps).all().item() for eps in (0.15, 0.19, 0.21, 0.35)]
+    standing = [
+        known_masks.arc(nets, [0.4, 0.35, 0.25], x, y, eps).all().item() for eps in (0.15, 0.19, 0.21, 0.35)
+    ]
     assert standing == [True, True, False, False]
 
 

@@ -221,3 +221,30 @@ def test_what_a_net_exports_is_taken(net: Classifier, images: tuple[torch.Tensor
     found = views(as_classifier(Exporting().eval()), images[0])
     assert "tilted" in found
     assert not {"broken", "own"} & found.keys()
+
+
+@pytest.mark.parametrize("how", ["numpy", "torch"])
+def test_nearest_neighbours_have_a_fitted_view(
+    how: str, net: Classifier, images: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    """Their vote has no gradient, and what is made of the features is of another shape."""
+    data = load_data("digits:train").head(200)
+    labels = torch.as_tensor(data.labels)
+    with torch.no_grad():
+        bank = F.normalize(net(data.images(range(200))))
+
+    def vote(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        like = F.normalize(net(x)) @ bank.T
+        if how == "torch":
+            near = like.topk(5).indices
+        else:
+            near = torch.from_numpy(np.argsort(-like.detach().numpy(), 1)[:, :5].copy())
+        return F.one_hot(F.one_hot(labels[near], 10).sum(1).argmax(1), 10).float()
+
+    x, true = images[0][:12], images[1][:12]
+    model = as_classifier(Behind(net, vote).eval())
+    found = views(model, x)
+    fitted = found["fitted"]
+    assert torch.equal(fitted(x).argmax(1), model(x).argmax(1))
+    assert torch.allclose(fitted(x[:1]), fitted(x)[:1], atol=1e-4)
+    assert F.cosine_similarity(slope(fitted, x, true), slope(net, x, true)).mean() > 0.3
