@@ -25,13 +25,14 @@ from robustkit.engine.crew import Agency, Alone
 from robustkit.engine.curve import CurveSearch
 from robustkit.engine.environment import environment
 from robustkit.engine.foreman import Foreman
+from robustkit.engine.indoubt import STRICTNESS
 from robustkit.engine.lookout import offered
 from robustkit.engine.meter import DTYPES, Meter
 from robustkit.engine.opening import open_for_writing, require_writable
 from robustkit.engine.parts import noted
 from robustkit.engine.pixels import enlarged_images, pixel_space
 from robustkit.engine.progress import Progress
-from robustkit.engine.rounds import STRICTNESS, Rounds
+from robustkit.engine.rounds import Rounds
 from robustkit.engine.sanity import refuse_randomness
 from robustkit.engine.tally import Tally
 from robustkit.engine.worker import Worker

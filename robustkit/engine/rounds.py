@@ -10,21 +10,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from robustkit.engine.allocation import Evidence, allowed, following
-from robustkit.engine.evidence import PRIORS
 from robustkit.engine.folder import LEDGER
-from robustkit.engine.judge import sample_ids
-from robustkit.engine.tally import STANDS
+from robustkit.engine.indoubt import evidence_on, in_doubt, left_for_arms
 from robustkit.engine.worker import Worker
 from robustkit.errors import UsageError
 from robustkit.ledger import Ledger
 from robustkit.numbers import share, shown
 from robustkit.record import Strictness, dumps
 from robustkit.schema import Count, checked, parse
-
-# The share of the images that the arms may still break, by the upper bound, where nobody says how many.
-STRICTNESS = 0.002
-# AutoAttack's `standard` by its own package.
-AUTOATTACK = {f"autoattack:{name}" for name in ("apgd-ce", "apgd-t", "fab-t", "square")}
 
 
 @dataclass(frozen=True)
@@ -50,7 +43,7 @@ class Rounds:
 
     def run(self, among: np.ndarray) -> None:
         """Take these positions through as many rounds as are needed."""
-        left = self._left(among)
+        left = left_for_arms(self.worker.tally, among)
         block = hashlib.sha256(np.sort(among).tobytes()).hexdigest()[:16]
         drawn: set[int] = set()
         for number in itertools.count():
@@ -75,24 +68,15 @@ class Rounds:
 
     def known(self, among: np.ndarray) -> Evidence | None:
         """Return what is known of these positions as far as they came to the arms; None without any."""
-        return self._evidence(self._left(among), len(among)) if self.stages else None
+        return self._evidence(left_for_arms(self.worker.tally, among), len(among)) if self.stages else None
 
     def doubt(self, among: np.ndarray) -> Strictness | None:
         """Return what is left of doubt in these positions; None of a random model, for which AutoAttack is not."""
-        evidence = self.known(among)
-        if self.worker.meter.random or evidence is None:
+        if self.worker.meter.random:
             return None
-        # After AutoAttack itself there is no doubt about it.
-        sure = {rung.name for rung in self.worker.rungs} >= AUTOATTACK
-        in_full = evidence.standing & (sure | ~evidence.open.any(0))
-        images = 0 if sure else evidence.bound
-        return Strictness(
-            images=images,
-            bound=images / len(among),
-            allowed=self.strictness,
-            standing=int(evidence.standing.sum()),
-            in_full=int(in_full.sum()),
-        )
+        rungs, tally = self.worker.rungs, self.worker.tally
+        access = [rungs[stage - 1].attack.info.access for stage in tally.arms]
+        return in_doubt(tally, among, access, self.strictness)
 
     @property
     def stages(self) -> list[int]:
@@ -102,32 +86,14 @@ class Rounds:
             stage for stage in self.worker.tally.arms if not (random and rungs[stage - 1].attack.second_opinion)
         ]
 
-    def _left(self, among: np.ndarray) -> np.ndarray:
-        """Return the positions that the stages before the arms left of these."""
-        tally = self.worker.tally
-        return among[(tally.judged[among] >= 0) & (tally.fell[among] >= min(tally.arms, default=0))]
-
     def _evidence(self, left: np.ndarray, n: int, drawn: Collection[int] = ()) -> Evidence:
         """Return what is known of these positions of n."""
-        tally, meter, stages = self.worker.tally, self.worker.meter, self.stages
-        attacks = [self.worker.rungs[stage - 1].attack for stage in stages]
-        norm, classes = self.worker.threat.norm, meter.num_classes or 2
-        # A tie in the clean image's logits is a margin of 0; the mean of a random model's may be below it.
-        clean = np.maximum(tally.clean_margins[left], np.finfo(np.float32).tiny)
-        reached = tally.reached[[tally.arms.index(stage) for stage in stages]][:, left]
-        lowest = np.fmin.accumulate(np.concatenate([tally.before[None, left], reached[:-1]]))
-        broken = tally.fell[left] == np.array(stages)[:, None]
-        return Evidence(
-            left=np.clip(lowest / clean, 0, 1),
-            now=np.clip(tally.margins[left] / clean, 0, 1),
-            gains=np.where(broken, np.inf, (lowest - reached) / clean),
-            standing=tally.fell[left] == STANDS,
-            keys=sample_ids([tally.images[at] for at in left]).numpy(),
-            drawn=np.isin(left, list(drawn)),
-            costs=np.array([attack.budget(classes, norm) * (1 if attack.blind else 2) for attack in attacks]),
-            priors=[PRIORS[attack.info.access] for attack in attacks],
-            allowed=allowed(self.strictness, n),
-        )
+        classes, norm = self.worker.meter.num_classes or 2, self.worker.threat.norm
+        attacks = [self.worker.rungs[stage - 1].attack for stage in self.stages]
+        costs = np.array([attack.budget(classes, norm) * (1 if attack.blind else 2) for attack in attacks])
+        access = [attack.info.access for attack in attacks]
+        may = allowed(self.strictness, n)
+        return evidence_on(self.worker.tally, left, self.stages, access, costs, may, drawn)
 
 
 def read_strictness(value: str | float | None) -> float | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import torch
 from robustkit.data import load_data
 from robustkit.data.samples import Samples
 from robustkit.engine import folder
+from robustkit.engine.indoubt import STRICTNESS, in_doubt
 from robustkit.engine.judge import image_hashes, margins
 from robustkit.engine.matching import matched_to
 from robustkit.engine.meter import Meter
@@ -24,8 +25,10 @@ from robustkit.ledger import Ledger
 from robustkit.models import load_model
 from robustkit.models.classifier import Classifier
 from robustkit.models.recorded import recorded_model
-from robustkit.record import ROUNDING, Curve, Report
+from robustkit.record import ROUNDING, Curve, Report, Strictness
+from robustkit.registry import catalog
 from robustkit.threat import ThreatModel
+from robustkit.version import __version__
 
 BATCH_SIZE = 256
 NOISE = Fraction(1, 10**5)
@@ -202,6 +205,7 @@ def _ledger_faults(path: Path, report: Report, samples: Samples) -> Iterator[str
         yield "report.json: its accuracies, stages or costs are not those of the ledger."
     if report.minimum != again.minimum:
         yield "report.json: its minimum norms are not those of the ledger."
+    yield from _doubt_faults(report, tally)
     for begin in range(0, report.n, BATCH_SIZE):
         positions = tally.scope[begin : begin + BATCH_SIZE]
         for position, digest in zip(positions, image_hashes(samples.images(positions)), strict=True):
@@ -209,6 +213,35 @@ def _ledger_faults(path: Path, report: Report, samples: Samples) -> Iterator[str
                 yield f"record {position}: the image in {samples.name} has changed since the run."
             elif samples.labels[position] != tally.labels[position]:
                 yield f"record {position}: its label in {samples.name} has changed since the run."
+
+
+def _doubt_faults(report: Report, tally: Tally) -> Iterator[str]:
+    """Yield what the report says is left in doubt, if the ledger says something else.
+
+    Of a random model nothing is said, and nothing is known of arms that are not registered here.
+    """
+    known, told = catalog("attack"), report.strictness
+    arms = [str(report.spec.suite[stage - 1].get("name")) for stage in tally.arms]
+    if report.draws or not all(name in known for name in arms):
+        return
+    usual = told.allowed if told else STRICTNESS
+    strictness = usual if report.spec.strictness is None else report.spec.strictness
+    again = in_doubt(tally, tally.scope, [known[name].info.access for name in arms], strictness)
+    versions = report.environment.get("versions") or {}
+    if told and again and versions.get("robustkit") != __version__:
+        # Another version may have believed something else before the run; what it counted is the same.
+        again = replace(again, images=told.images, bound=told.images / report.n)
+    if told != again:
+        yield f"report.json: it says that {_said(told)}, by the ledger {_said(again)}."
+
+
+def _said(doubt: Strictness | None) -> str:
+    if doubt is None:
+        return "nothing is told of doubt"
+    return (
+        f"{doubt.images} images ({doubt.bound:.6g}, allowed {doubt.allowed:.6g}) are left in doubt and "
+        f"{doubt.in_full} of {doubt.standing} met all attacks"
+    )
 
 
 def _curve_faults(report: Report) -> Iterator[str]:

@@ -1,0 +1,161 @@
+"""Runs whose suite has arms: the same however they are cut, and with a record of what is left in doubt."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from nets import Small, labelled
+
+from robustkit import UsageError, evaluate, verify
+from robustkit.cli import run
+from robustkit.engine import folder
+from robustkit.engine.worker import Worker
+from robustkit.record import Report, RunSpec
+from robustkit.report.command import command
+
+SHAPE = (1, 7, 9)
+N = 40
+SUITE = "pgd(steps=2),apgd(steps=4)*,square(queries=8)*"
+THREAT = "linf:0.02"
+
+
+@pytest.fixture(autouse=True)
+def _unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Worker, "_check", lambda *_: ([], []))  # which take most of so small a run
+
+
+@cache
+def subject() -> tuple[Small, torch.Tensor, torch.Tensor]:
+    net = Small(SHAPE[0]).eval()
+    return net, *labelled(net, N, SHAPE)
+
+
+def ran(order: np.ndarray | None = None, **words: Any) -> Report:
+    net, x, y = subject()
+    order = np.arange(N) if order is None else order
+    return evaluate(net, x[order], y[order], THREAT, **{"suite": SUITE, "precision": "fp32"} | words)
+
+
+@cache
+def whole() -> Report:
+    return ran()
+
+
+def facts(report: Report, order: np.ndarray | None = None) -> list[tuple[Any, ...]]:
+    """What each image of the data met with, in the data's own order."""
+    rows = [(v.label, v.robust, v.attack, pytest.approx(v.margin, abs=1e-4)) for v in report.verdicts]
+    return rows if order is None else [rows[at] for at in np.argsort(order)]
+
+
+def test_some_images_met_an_arm_and_others_did_not() -> None:
+    doubt = whole().strictness
+    assert doubt is not None
+    assert 0 < doubt.in_full < doubt.standing == sum(v.robust for v in whole().verdicts)
+    assert doubt.images <= 1
+    assert (doubt.bound, doubt.allowed) == (doubt.images / N, 0.002)
+
+
+def test_verdicts_do_not_depend_on_batches_or_order() -> None:
+    order = np.random.default_rng(4).permutation(N)
+    for report, by in ((ran(batch_size=7), None), (ran(order), order)):
+        assert facts(report, by) == facts(whole())
+        assert report.strictness == whole().strictness
+
+
+@pytest.mark.slow
+def test_two_workers_give_the_same() -> None:
+    report = ran(workers=2)
+    assert (facts(report), report.strictness) == (facts(whole()), whole().strictness)
+
+
+@pytest.mark.parametrize(("at", "after"), [(0, True), (1, False), (2, True), (3, False)])
+def test_killed_in_any_round_and_resumed_it_is_as_if_never_killed(
+    at: int, after: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fly: Callable[..., None] = Worker.fly
+    calls: list[int] = []
+
+    def killed(self: Worker, first: int, count: int, among: np.ndarray) -> None:
+        calls.append(first)
+        if len(calls) == at + 1 and not after:
+            raise KeyboardInterrupt
+        fly(self, first, count, among)
+        if len(calls) == at + 1:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Worker, "fly", killed)
+        with pytest.raises(KeyboardInterrupt):
+            ran(out=tmp_path / "r")
+    again = ran(out=tmp_path / "r")
+    assert (facts(again), again.strictness) == (facts(whole()), whole().strictness)
+    spent = [(stage.forwards, stage.backwards) for stage in again.stages[1:]]
+    assert spent == [(stage.forwards, stage.backwards) for stage in whole().stages[1:]]
+
+
+def test_where_nothing_may_be_left_every_robust_image_met_every_arm() -> None:
+    report = ran(strictness=0)
+    doubt = report.strictness
+    assert doubt is not None
+    assert (doubt.images, doubt.allowed) == (0, 0.0)
+    assert doubt.in_full == doubt.standing > 0
+
+
+def test_what_is_asked_for_is_of_the_identity_and_repeated_by_the_command() -> None:
+    strict, usual = ran(strictness="5 %"), whole()
+    assert strict.spec.strictness == 0.05
+    assert strict.run_id != usual.run_id
+    assert "strictness=0.05" in command(strict)
+    assert "strictness" not in command(usual)
+    assert "strictness" not in usual.spec.identity
+    assert RunSpec(**usual.spec.identity).run_id == usual.run_id
+
+
+def test_the_folder_keeps_it_and_verify_recomputes_it(tmp_path: Path) -> None:
+    net, x, y = subject()
+    report = ran(out=tmp_path / "r")
+    file = tmp_path / "r" / folder.REPORT
+    assert verify(tmp_path / "r", net, x, y).bad == []
+    body = json.loads(file.read_text())
+    told = body["strictness"]
+    assert report.strictness is not None
+    assert told == vars(report.strictness)
+    for changed in (told | {"in_full": told["in_full"] + 1}, told | {"images": 0, "bound": 0.0}, None):
+        if changed != told:
+            file.write_text(json.dumps(body | {"strictness": changed}))
+            (fault,) = verify(tmp_path / "r", net, x, y).bad
+            assert fault.startswith("report.json: it says that ")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--strictness", "3"], "strictness '3' is not a share from 0 to 1; write a share"),
+        (["--strictness", "-1"], "strictness '-1' is not a share from 0 to 1"),
+        (["--strictness", "nan"], "strictness 'nan' is not a number"),
+        (["--strictness", "x %"], "strictness 'x %' is not a number"),
+        (["--strictness", "0.1", "--suite", "pgd"], "suite 'pgd' gives every image the same attacks"),
+        (["--strictness", "0.1", "--threat", "l2:min"], "leave out strictness"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["evaluate", "plan"])
+def test_a_strictness_that_cannot_be_meant(
+    verb: str, words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run([verb, "--limit", "2", *words]) == 2
+    error = capsys.readouterr().err
+    assert said in " ".join(error.split())
+    assert "Traceback" not in error
+
+
+def test_python_refuses_the_same() -> None:
+    for value in (3, -1.0, float("nan"), "x %"):
+        with pytest.raises(UsageError, match=r"strictness .* write a share of the images"):
+            ran(strictness=value)
