@@ -22,6 +22,8 @@ from robustkit.shapes import Images, Logits, PerRow
 from robustkit.threat import per_row
 
 TINY = 1e-12
+# Of the softmax over the classes that a target must pass, as a share of the lead that it lacks.
+TEMPERATURE = 0.3
 ORDER = {"linf": math.inf, "l2": 2.0, "l1": 1.0}
 DUAL = {"linf": 1.0, "l2": 2.0, "l1": math.inf}
 
@@ -62,13 +64,13 @@ class _FAB(RowWise):
     def objective(self, rows: Rows, state: State, logits: Logits) -> Tensor:
         """Return the other classes' logits less the label's (B K-1), or of a target's alone (B 1).
 
-        Where the goal itself has a target, passing the label is not enough: then it is the target's log-odds,
-        in whose gradient all classes that must be passed have a part.
+        Where the goal itself has a target, passing the label is not enough: then it is the target's logit less the
+        largest other one. Its gradient is that to a mean of the classes in the way, since past one of two equal
+        classes the target may be farther behind the other.
         """
         labels = rows.aim.labels[:, None]
         if rows.goal.targets is not None:
-            target = rows.goal.targets[:, None]
-            return logits.gather(1, target) - logits.scatter(1, target, -torch.inf).logsumexp(1, keepdim=True)
+            return _lead(logits, rows.goal.targets[:, None])
         if rows.aim.targets is not None:
             others = rows.aim.targets[:, None]
         else:
@@ -156,6 +158,17 @@ class FABT(_FAB):
     def attempts(self, norm: str) -> tuple[int, int]:
         """Return the number of targets and of restarts for each."""
         return self.targets, self.restarts
+
+
+def _lead(logits: Logits, target: Tensor) -> Tensor:
+    """Return the lead (B 1) of a class's logit over the largest other one; its gradient is over their softmax."""
+    others = logits.scatter(1, target, -torch.inf).detach()
+    largest = others.amax(1, keepdim=True)
+    lead = logits.gather(1, target)
+    value = lead.detach() - largest
+    temperature = (TEMPERATURE * value.abs()).clamp(min=TINY)
+    smooth = lead - (((others - largest) / temperature).softmax(1) * logits).sum(1, keepdim=True)
+    return smooth + (value - smooth).detach()
 
 
 def to_plane(points: Tensor, weight: Tensor, value: PerRow, norm: str) -> Tensor:

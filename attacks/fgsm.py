@@ -40,5 +40,5 @@ class FGSM:
 
     def step(self, rows: Rows, state: State, answer: Answer) -> State:
         """Return x moved by eps, projected onto ball and box."""
-        moved = rows.x + float(rows.threat.eps) * rows.threat.ascent(answer.gradient)
+        moved = rows.threat.step(rows.x, answer.gradient, float(rows.threat.eps))
         return {"x": rows.threat.project(moved, rows.x)}

@@ -20,8 +20,9 @@ class PGD(RowWise):
 
     On surrogates (`robustkit craft`) it goes on, and of `restarts` the last that fools them counts, or the first.
     `step_size` is `0.25eps` or `2/255px` (none: 2.5 eps / steps). `density` matters in l1 alone: the
-    share of coordinates that one step changes (SLIDE, arXiv:1904.13000). Gradients that point out of the [0, 1]
-    box are left out of a step, which the paper does not do; in linf it changes nothing.
+    share of coordinates that one step changes (SLIDE, arXiv:1904.13000), more where the [0, 1] box stops them.
+    Gradients that point out of the box are left out of a step, which the paper does not do; in linf it changes
+    nothing.
     """
 
     steps: Count = 40
@@ -43,6 +44,6 @@ class PGD(RowWise):
         """Return the projected next points."""
         x, gradient = state["x"], answer.gradient
         blocked = ((x <= 0) & (gradient < 0)) | ((x >= 1) & (gradient > 0))
-        direction = rows.threat.ascent(torch.where(blocked, 0, gradient), density=self.density)
-        step = (self.step_size or StepSize(2.5 / self.steps)).length(float(rows.threat.eps))
-        return {"x": rows.threat.project(x + step * direction, rows.x)}
+        length = (self.step_size or StepSize(2.5 / self.steps)).length(float(rows.threat.eps))
+        moved = rows.threat.step(x, torch.where(blocked, 0, gradient), length, density=self.density)
+        return {"x": rows.threat.project(moved, rows.x)}

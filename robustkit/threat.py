@@ -203,6 +203,14 @@ class ThreatModel(ABC):
                 largest gradients first, over which the step is spread evenly (SLIDE, arXiv:1904.13000).
         """
 
+    def step(self, x: Images, gradient: Images, length: float, *, density: float = 0.0) -> Images:
+        """Return the images moved by the length along `ascent`, for `project` to take into ball and box.
+
+        In l1 no coordinate moves farther than the box reaches; those with the next largest gradients take the
+        rest of the length. So the step is the steepest in the box, too.
+        """
+        return x + length * self.ascent(gradient, density=density)
+
     @abstractmethod
     def random_start(self, x: Images, rng: Draws) -> Images:
         """Return points drawn uniformly from the ball, then projected onto ball and box."""
@@ -333,11 +341,22 @@ class L1(ThreatModel):
     norm: ClassVar[str] = "l1"
 
     def ascent(self, gradient: Images, *, density: float = 0.0) -> Images:  # noqa: D102
-        size = gradient.flatten(1).abs()
-        count = min(max(1, round(density * size.shape[1])), size.shape[1])
-        top = size.topk(count, dim=1).indices
-        flat = torch.zeros_like(size).scatter(1, top, gradient.flatten(1).sign().gather(1, top))
-        return (flat / flat.abs().sum(1, keepdim=True).clamp(min=1)).view_as(gradient)
+        return self._spread(gradient, torch.full_like(gradient, math.inf), density)
+
+    def step(self, x: Images, gradient: Images, length: float, *, density: float = 0.0) -> Images:  # noqa: D102
+        room = torch.where(gradient > 0, 1 - x, x).clamp(min=0) / max(length, 1e-300)
+        return x + length * self._spread(gradient, room, density)
+
+    def _spread(self, gradient: Images, room: Images, density: float) -> Images:
+        """Return the steepest direction of length 1 or, where there is no more room (B C H W), of less."""
+        size, order = gradient.flatten(1).abs().sort(dim=1, descending=True, stable=True)
+        most = min(max(1, round(density * size.shape[1])), size.shape[1])
+        count = (size > 0).sum(1, keepdim=True).clamp(1, most)
+        # In shares of 1 / count, so that whole shares add up without rounding.
+        part = (room.flatten(1).gather(1, order).double() * count).clamp(max=1) * (size > 0)
+        part = torch.minimum(part, (count - part.cumsum(1) + part).clamp(min=0)) / count
+        sizes = torch.zeros_like(size).scatter(1, order, part.to(size.dtype))
+        return sizes.view_as(gradient) * gradient.sign()
 
     def random_start(self, x: Images, rng: Draws) -> Images:  # noqa: D102
         # Normalised exponentials, one more than there are coordinates, fill the simplex evenly.

@@ -43,5 +43,5 @@ def deeper(
             at = point.detach().requires_grad_()
             slope = torch.autograd.grad(losses.ce(answer(at), labels).sum(), at)[0]
         size = LARGEST_STEP * threat.radius * 0.5 * (1 + math.cos(math.pi * step / STEPS))
-        point = threat.retract(point + size * threat.ascent(losses.finite(slope), density=DENSITY), x)
+        point = threat.retract(threat.step(point, losses.finite(slope), size, density=DENSITY), x)
     return point
