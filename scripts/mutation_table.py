@@ -66,7 +66,7 @@ FAULTS = [
     Fault(
         "the last step leaves the ball",
         "attacks/pgd.py",
-        (("rows.threat.project(x + step * direction, rows.x)", "x + step * direction"),),
+        (("rows.threat.project(moved, rows.x)", "moved"),),
         CONTRACT,
         "pgd",
     ),
