@@ -2,7 +2,7 @@
 
 Cheapest attacks first; what each stage is worth was measured, see docs/rapid.md. Those marked with * are arms:
 which image gets which is decided by what they did on this net so far (`robustkit.engine.allocation`). Square is
-there to find out whether gradients told the truth: where it soon rivals them it goes on to the end.
+one of them: it finds out whether gradients tell the truth.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ARMS = [
     "apgd(loss=dlr,steps=100,restarts=3)*",
     "apgd-t*",
     "fab-t*",
-    "square(queries=5000,patience=100,rivalry=0.6)*",
+    "square(queries=5000)*",
 ]
 
 

@@ -3,9 +3,9 @@
 The attacks are the arms of a suite, a portfolio of different losses, starts and step rules. Every decision is a
 function of the verdicts so far, so a run that was killed goes on with the same ones. In this order:
 
-1. Test: of the images that the cheap attacks left, in strata by the share of the margin left, some are drawn by
-   the hash of the image, and meet every arm in its full length.
-2. An arm that breaks a drawn image is given to its whole stratum, and others are drawn there.
+1. An arm that broke an image of the test is given to the image's whole stratum.
+2. Test: of the images that the cheap attacks left, in strata by the share of the margin left, some are drawn by
+   the hash of the image, and meet every arm in its full length. Others are drawn for those that broke.
 3. While the upper bound on the images that arms would still break is too high, the pairs of arm and image with the
    highest chance of a break per pass come next.
 """
@@ -132,18 +132,15 @@ def allowed(strictness: float, n: int) -> int:
 def following(evidence: Evidence) -> Round | None:
     """Return what to do next; None when the bound is low enough, or all is done where nothing may be left."""
     sample, cheapest = evidence.sample(), np.argsort(evidence.costs, kind="stable")
-    if not evidence.allowed:
-        rest = (Round(int(arm), np.flatnonzero(evidence.open[arm])) for arm in cheapest)
-        return next((part for part in rest if len(part.images)), None)
-    for arm in cheapest:
-        images = sample[evidence.open[arm, sample]]
-        if len(images):
-            return Round(int(arm), images, test=True)
     for arm in cheapest:
         hit = np.unique(evidence.strata[evidence.drawn & np.isinf(evidence.gains[arm])])
         images = np.flatnonzero(np.isin(evidence.strata, hit) & evidence.open[arm])
         if len(images):
             return Round(int(arm), images)
+    for arm in cheapest:
+        images = sample[evidence.open[arm, sample]]
+        if len(images):
+            return Round(int(arm), images, test=True)
     return None if evidence.bound <= evidence.allowed else _likeliest(evidence)
 
 

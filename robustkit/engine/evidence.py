@@ -48,7 +48,7 @@ class Prior:
 
 
 # By what an attack needs of the model.
-PRIORS = {"gradient": Prior(0.5, 2.5, 0.014, 0.8), "score": Prior(0.05, 2.0, 0.014, 0.8)}
+PRIORS = {"gradient": Prior(0.1, 0.4, 0.014, 0.8), "score": Prior(0.1, 0.4, 0.014, 0.8)}
 
 
 @dataclass(frozen=True)
