@@ -12,13 +12,12 @@ function of the verdicts so far, so a run that was killed goes on with the same 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
-from robustkit.engine.evidence import DRAWS, Belief, Prior, learn, most
+from robustkit.engine.evidence import DRAWS, Belief, learn, most
 
 # Where strata end, as shares of the images in the order of the share left; how many standing images of each must
 # have met every arm.
@@ -52,8 +51,7 @@ class Evidence:
         keys: of each image, by which the test's images are drawn (n).
         drawn: which images were in a round of the test (n).
         costs: passes that each arm takes of an image (A).
-        priors: what is believed of each arm beforehand (A).
-        allowed: how many images the arms may still break, by the upper bound.
+        allowed: how many images the arms may still break, by the upper bound; 0 gives every image every arm.
     """
 
     left: np.ndarray
@@ -63,7 +61,6 @@ class Evidence:
     keys: np.ndarray
     drawn: np.ndarray
     costs: np.ndarray
-    priors: Sequence[Prior]
     allowed: int
 
     @cached_property
@@ -80,10 +77,8 @@ class Evidence:
     def beliefs(self) -> list[Belief]:
         """What to believe of each arm."""
         return [
-            learn(prior, gains[met], left[met], stream)
-            for stream, (prior, gains, left, met) in enumerate(
-                zip(self.priors, self.gains, self.left, self.met, strict=True)
-            )
+            learn(gains[met], left[met], stream)
+            for stream, (gains, left, met) in enumerate(zip(self.gains, self.left, self.met, strict=True))
         ]
 
     @cached_property
@@ -141,7 +136,9 @@ def following(evidence: Evidence) -> Round | None:
         images = sample[evidence.open[arm, sample]]
         if len(images):
             return Round(int(arm), images, test=True)
-    return None if evidence.bound <= evidence.allowed else _likeliest(evidence)
+    if evidence.allowed and evidence.bound <= evidence.allowed:
+        return None
+    return _likeliest(evidence) if evidence.open.any() else None
 
 
 def _likeliest(evidence: Evidence) -> Round:

@@ -7,7 +7,6 @@ from collections.abc import Collection, Sequence
 import numpy as np
 
 from robustkit.engine.allocation import Evidence, allowed
-from robustkit.engine.evidence import PRIORS
 from robustkit.engine.judge import sample_ids
 from robustkit.engine.tally import STANDS, Tally
 from robustkit.record import Strictness
@@ -27,7 +26,6 @@ def evidence_on(
     tally: Tally,
     left: np.ndarray,
     arms: Sequence[int],
-    access: Sequence[str],
     costs: np.ndarray,
     may: int,
     drawn: Collection[int] = (),
@@ -38,7 +36,6 @@ def evidence_on(
         tally: of the ledger.
         left: positions that the stages before the arms left (n).
         arms: the stages that count as arms (A).
-        access: what each needs of the model (A).
         costs: passes that each takes of an image (A).
         may: how many images they may still break, by the upper bound.
         drawn: positions that were in a round of the test.
@@ -56,24 +53,22 @@ def evidence_on(
         keys=sample_ids([tally.images[at] for at in left]).numpy(),
         drawn=np.isin(left, list(drawn)),
         costs=costs,
-        priors=[PRIORS[kind] for kind in access],
         allowed=may,
     )
 
 
-def in_doubt(tally: Tally, among: np.ndarray, access: Sequence[str], strictness: float) -> Strictness | None:
+def in_doubt(tally: Tally, among: np.ndarray, strictness: float) -> Strictness | None:
     """Return what is left of doubt in these positions; None where the suite has no arms.
 
     Args:
         tally: of the ledger.
         among: the positions that count (n).
-        access: what each arm needs of the model (A).
         strictness: the share of the images that may be left in doubt.
     """
     if not tally.arms:
         return None
     left, may = left_for_arms(tally, among), allowed(strictness, len(among))
-    evidence = evidence_on(tally, left, tally.arms, access, np.ones(len(access)), may)
+    evidence = evidence_on(tally, left, tally.arms, np.ones(len(tally.arms)), may)
     # After AutoAttack itself there is no doubt about it.
     sure = set(tally.names) >= AUTOATTACK
     images = 0 if sure else evidence.bound

@@ -74,26 +74,21 @@ class Rounds:
         """Return what is left of doubt in these positions; None of a random model, for which AutoAttack is not."""
         if self.worker.meter.random:
             return None
-        rungs, tally = self.worker.rungs, self.worker.tally
-        access = [rungs[stage - 1].attack.info.access for stage in tally.arms]
-        return in_doubt(tally, among, access, self.strictness)
+        return in_doubt(self.worker.tally, among, self.strictness)
 
     @property
     def stages(self) -> list[int]:
         """The stages of the arms; scores of a random model are luck."""
         rungs, random = self.worker.rungs, self.worker.meter.random
-        return [
-            stage for stage in self.worker.tally.arms if not (random and rungs[stage - 1].attack.second_opinion)
-        ]
+        arms = self.worker.tally.arms
+        return [stage for stage in arms if not (random and rungs[stage - 1].attack.info.access == "score")]
 
     def _evidence(self, left: np.ndarray, n: int, drawn: Collection[int] = ()) -> Evidence:
         """Return what is known of these positions of n."""
         classes, norm = self.worker.meter.num_classes or 2, self.worker.threat.norm
         attacks = [self.worker.rungs[stage - 1].attack for stage in self.stages]
         costs = np.array([attack.budget(classes, norm) * (1 if attack.blind else 2) for attack in attacks])
-        access = [attack.info.access for attack in attacks]
-        may = allowed(self.strictness, n)
-        return evidence_on(self.worker.tally, left, self.stages, access, costs, may, drawn)
+        return evidence_on(self.worker.tally, left, self.stages, costs, allowed(self.strictness, n), drawn)
 
 
 def read_strictness(value: str | float | None) -> float | None:

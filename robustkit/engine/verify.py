@@ -26,7 +26,6 @@ from robustkit.models import load_model
 from robustkit.models.classifier import Classifier
 from robustkit.models.recorded import recorded_model
 from robustkit.record import ROUNDING, Curve, Report, Strictness
-from robustkit.registry import catalog
 from robustkit.threat import ThreatModel
 from robustkit.version import __version__
 
@@ -218,15 +217,14 @@ def _ledger_faults(path: Path, report: Report, samples: Samples) -> Iterator[str
 def _doubt_faults(report: Report, tally: Tally) -> Iterator[str]:
     """Yield what the report says is left in doubt, if the ledger says something else.
 
-    Of a random model nothing is said, and nothing is known of arms that are not registered here.
+    Of a random model nothing is said.
     """
-    known, told = catalog("attack"), report.strictness
-    arms = [str(report.spec.suite[stage - 1].get("name")) for stage in tally.arms]
-    if report.draws or not all(name in known for name in arms):
+    if report.draws:
         return
+    told = report.strictness
     usual = told.allowed if told else STRICTNESS
     strictness = usual if report.spec.strictness is None else report.spec.strictness
-    again = in_doubt(tally, tally.scope, [known[name].info.access for name in arms], strictness)
+    again = in_doubt(tally, tally.scope, strictness)
     versions = report.environment.get("versions") or {}
     if told and again and versions.get("robustkit") != __version__:
         # Another version may have believed something else before the run; what it counted is the same.

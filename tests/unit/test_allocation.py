@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from robustkit.engine.allocation import STRATA, Evidence, Round, allowed, following, spread
-from robustkit.engine.evidence import PRIORS
 
 COSTS = np.array([200.0, 600.0, 1800.0])
 
@@ -27,7 +26,6 @@ def evidence(n: int, may: int = 1, seed: int = 0) -> Evidence:
         keys=rng.permutation(n),
         drawn=np.zeros(n, bool),
         costs=COSTS,
-        priors=[PRIORS["gradient"]] * len(COSTS),
         allowed=may,
     )
 

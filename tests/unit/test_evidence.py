@@ -6,15 +6,14 @@ import numpy as np
 import pytest
 from scipy.stats import poisson
 
-from robustkit.engine.evidence import PRIORS, Belief, learn, most
+from robustkit.engine.evidence import Belief, learn, most
 
-PRIOR = PRIORS["gradient"]
 LEFT = np.linspace(0.01, 0.9, 12)
 
 
 def idle(n: int) -> Belief:
     """What is believed after n images on which nothing was gained."""
-    return learn(PRIOR, np.zeros(n), np.full(n, 0.5))
+    return learn(np.zeros(n), np.full(n, 0.5))
 
 
 def test_more_idle_images_lower_every_chance() -> None:
@@ -25,17 +24,17 @@ def test_more_idle_images_lower_every_chance() -> None:
 def test_a_break_raises_every_chance_and_more_so_of_an_image_far_from_the_boundary() -> None:
     left = np.full(8, 0.5)
     gains = np.zeros(8)
-    before = learn(PRIOR, gains, left).chance(LEFT).mean(0)
+    before = learn(gains, left).chance(LEFT).mean(0)
     found = []
     for share in (0.02, 0.5):
         gains[0], left[0] = np.inf, share
-        found.append(learn(PRIOR, gains, left).chance(LEFT).mean(0))
+        found.append(learn(gains, left).chance(LEFT).mean(0))
         assert (found[-1] > before).all()
     assert (found[1] > found[0]).all()
 
 
 def test_the_chance_falls_with_what_is_left() -> None:
-    belief = learn(PRIOR, np.array([0.01, 0.02, 0.0, np.inf]), np.full(4, 0.05))
+    belief = learn(np.array([0.01, 0.02, 0.0, np.inf]), np.full(4, 0.05))
     chance = belief.chance(LEFT)
     assert chance.shape == (len(belief.some), len(LEFT))
     assert (np.diff(chance, axis=1) <= 0).all()
@@ -51,16 +50,10 @@ def test_beliefs_cover_the_truth_of_known_gains(some: float, typical: float, sha
         left = rng.uniform(0.02, 0.5, 40)
         tail = typical * shape * (rng.random(40) ** (-1 / shape) - 1)
         gains = np.where(rng.random(40) < some, tail, -0.001)
-        belief = learn(PRIOR, np.where(gains >= left, np.inf, gains), left)
+        belief = learn(np.where(gains >= left, np.inf, gains), left)
         low, high = np.quantile(belief.chance(np.array([0.05])), [0.025, 0.975])
         held += low <= some * (1 + 0.05 / (shape * typical)) ** -shape <= high
     assert held >= 35
-
-
-def test_an_attack_by_scores_is_believed_less_than_one_by_gradients() -> None:
-    nothing = np.zeros(0)
-    by_scores, by_gradients = (learn(PRIORS[kind], nothing, nothing) for kind in ("score", "gradient"))
-    assert (by_scores.chance(LEFT).mean(0) < by_gradients.chance(LEFT).mean(0)).all()
 
 
 @pytest.mark.parametrize("expected", [0.0, 0.01, 0.05, 0.06, 0.7, 3.0, 40.0])

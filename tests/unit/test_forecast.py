@@ -9,7 +9,6 @@ import pytest
 
 from robustkit.engine import forecast as forecasting
 from robustkit.engine.allocation import Evidence
-from robustkit.engine.evidence import PRIORS
 from robustkit.engine.forecast import Observed, forecast
 
 MOST = np.array([[100.0, 100.0, 101.0], [300.0, 300.0, 101.0], [500.0, 0.0, 500.0]])
@@ -34,7 +33,6 @@ def seen(met: int, left: int = 10, images: int = 20, ended: bool = False) -> Obs
         keys=np.arange(left),
         drawn=np.zeros(left, bool),
         costs=MOST[:, :2].sum(1),
-        priors=[PRIORS["gradient"], PRIORS["gradient"], PRIORS["score"]],
         allowed=1,
     )
     spent = np.where(met, [[100.0, 99.0], [300.0, 297.0], [60.0, 0.0]], np.nan)
