@@ -63,11 +63,17 @@ class Rows:
 
     @property
     def reach(self) -> float | Tensor:
-        """The threat's radius; where it is minimal, each row's distance of the nearest so far (B 1 1 1), or 0."""
+        """The threat's radius; where it is minimal, each row's distance of the nearest point so far (B 1 1 1).
+
+        Where there is none it is the distance of the farthest image.
+        """
         if not self.threat.minimal:
             return self.threat.radius
-        nearest = self.x if self.nearest is None else self.nearest
-        return per_row(self.threat.distance(nearest, self.x), self.x).to(self.x.dtype)
+        farthest = self.threat.distance((self.x < 0.5).to(self.x.dtype), self.x)
+        if self.nearest is not None:
+            distance = self.threat.distance(self.nearest, self.x)
+            farthest = torch.where(distance > 0, distance, farthest)
+        return per_row(farthest, self.x).to(self.x.dtype)
 
     def random_start(self) -> Images:
         """Return random points of the threat; where it is minimal, at half of each row's reach."""

@@ -87,7 +87,8 @@ class BatchWise:
 
     def _announce(self, stage: int, among: np.ndarray) -> None:
         images = len(self.tally.waiting(stage, among))
-        self.progress.stage(self.tally.names[stage], images, self.tally.robust, self.tally.n)
+        name = "minimum norms" if self.threat.minimal else self.tally.names[stage]
+        self.progress.stage(name, images, self.tally.robust, self.tally.n)
 
     def block(self, stage: int, number: int, positions: np.ndarray, x: Images, done: int = 0) -> None:
         """Run one attack on these images as the chunk of that number, `done` images after the stage's first.
