@@ -334,7 +334,8 @@ class Pilot(Evaluation):
             return None
         arms = [self.rungs[stage - 1] for stage in rounds.stages]
         most = np.array([most_of([arm], scout.meter, self.threat.norm) for arm in arms], float)
-        patience = [getattr(arm.attack, "patience", None) for arm in arms]
+        # What gives up where it does not come far may take as little as its patience.
+        patience = np.array([getattr(arm.attack, "patience", None) or np.inf for arm in arms])
         costs = [scout.tally.costs[stage] for stage in rounds.stages]
         met = evidence.met.sum(1)[:, None]
         spent = np.array([(cost.forwards, cost.backwards) for cost in costs], float) / np.maximum(met, 1)
@@ -343,12 +344,7 @@ class Pilot(Evaluation):
             images=len(positions),
             ended=scout.ended,
             spent=np.where(met > 0, spent, np.nan),
-            least=np.array(
-                [
-                    1.0 if some is None else min(1.0, some / all_)
-                    for some, all_ in zip(patience, most[:, 0], strict=True)
-                ]
-            ),
+            least=np.minimum(patience / most[:, 0].clip(1), 1),
             most=most,
         )
 
