@@ -91,7 +91,7 @@ def test_version() -> None:
 def test_list_knows_everything() -> None:
     listed = json.loads(shell("list", "--json").stdout)
     assert {"fgsm", "pgd", "foolbox:NAME", "autoattack:apgd-ce"} <= {row["name"] for row in listed["attacks"]}
-    suites = {"auto", "adaptive", "ensemble", "rapid", "rapid+autoattack"}
+    suites = {"auto", "adaptive", "ensemble", "minimum-norm", "rapid", "rapid+autoattack"}
     assert suites | {"autoattack", "autoattack-plus", "autoattack-rand"} == {
         row["name"] for row in listed["suites"]
     }
