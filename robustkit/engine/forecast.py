@@ -89,7 +89,7 @@ def _play(seen: Observed, n: int, may: int, rng: np.random.Generator) -> Play:
             left=left,
             now=np.fmin(left[-1], reached[-1]),
             gains=np.where(broken, np.inf, left - reached),
-            standing=~broken.any(0),
+            standing=~np.logical_or.reduce(broken),
             keys=keys,
             drawn=drawn.copy(),
             allowed=may,
