@@ -2,7 +2,8 @@
 
 Departures from the authors' code: a row stops at its first point within eps; gradients are taken with respect
 to the input alone; a point that was asked for once is not asked again when the next step begins there; success
-is looked for at every point asked for; random starts are drawn for each row of its own.
+is looked for at every point asked for; random starts are drawn for each row of its own; a goal may have a target,
+which the authors' attack does not take.
 """
 
 from __future__ import annotations

@@ -7,6 +7,9 @@ import torch
 from scipy import optimize
 
 from robustkit.attacks.fab import DUAL, ORDER, to_plane
+from robustkit.goal import Goal
+from robustkit.registry import make
+from robustkit.rows import Rows
 
 NORMS = ("linf", "l2", "l1")
 
@@ -111,3 +114,23 @@ def test_float32_of_an_images_size(norm):
         rtol=1e-4,
         atol=0,
     )
+
+
+def test_a_target_s_lead_is_exact_and_its_gradient_counts_the_classes_in_the_way():
+    logits = torch.tensor(
+        [[4.0, 4.0, 1.0, -9.0], [4.0, 0.0, 1.0, -9.0], [0.0, 2.5, 3.0, -9.0]], requires_grad=True
+    )
+    rows = Goal(torch.tensor([0, 0, 0]), torch.tensor([2, 2, 2]))
+    lead = make("fab-t").objective(Rows(None, rows, None, None, rows), {}, logits)
+    assert lead[:, 0].tolist() == [-3.0, -3.0, 0.5]
+    (slope,) = torch.autograd.grad(lead.sum(), logits)
+    expected = torch.tensor([[-0.5, -0.5, 1.0, 0.0], [-1.0, 0.0, 1.0, 0.0], [0.0, -1.0, 1.0, 0.0]])
+    torch.testing.assert_close(slope, expected, rtol=0, atol=0.02)
+
+
+def test_a_tie_of_the_target_has_a_finite_gradient():
+    logits = torch.tensor([[2.0, 2.0, 2.0]], requires_grad=True)
+    goal = Goal(torch.tensor([0]), torch.tensor([1]))
+    lead = make("fab").objective(Rows(None, goal, None, None, goal), {}, logits)
+    assert lead.item() == 0
+    assert torch.autograd.grad(lead.sum(), logits)[0].tolist() == [[-0.5, 1.0, -0.5]]

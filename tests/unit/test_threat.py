@@ -438,6 +438,29 @@ def test_l1_ascent_spreads_over_the_density():
         assert torch.equal(direction[moved].sign(), gradient.flatten()[moved].sign())
 
 
+@settings(max_examples=25)
+@given(st.floats(0.01, 20), st.sampled_from((0.0, 0.1, 1.0)), st.integers(0, 2**31))
+def test_l1_steps_are_the_steepest_in_the_box(length, density, seed):
+    draw = torch.Generator().manual_seed(seed)
+    x = torch.rand(2, 1, 3, 5, generator=draw, dtype=torch.float64)
+    gradient = torch.randn(x.shape, generator=draw, dtype=torch.float64)
+    gradient[1] = gradient[1].sign() * (torch.rand(x.shape[1:], generator=draw) < 0.7)
+    moved = L1(Fraction(1)).step(x, gradient, length, density=density) - x
+    assert (moved * gradient >= 0).all()
+    room = torch.where(gradient > 0, 1 - x, x) * (gradient != 0)
+    for row in range(2):
+        most = min(max(1, round(density * 15)), int((gradient[row] != 0).sum()))
+        highest = room[row].clamp(max=length / most).flatten().tolist()
+        rise = optimize.linprog(
+            -gradient[row].abs().flatten().numpy(),
+            np.ones((1, 15)),
+            [length],
+            bounds=[(0, high) for high in highest],
+        )
+        assert (moved[row] * gradient[row]).sum().item() == pytest.approx(-rise.fun, rel=1e-9)
+        assert moved[row].abs().sum().item() <= length * (1 + 1e-12)
+
+
 def test_l1_ascent_leaves_zero_gradients_alone():
     gradient = torch.zeros(1, 1, 2, 5)
     gradient[0, 0, 0, 3] = -2
