@@ -42,8 +42,8 @@ FIELDS = {
 }
 FACTORS = {
     # Random search in squares of one bump each: the even change that is best here is none of theirs.
-    ("square", "l2"): 4,
-    ("square", "l1"): 2,
+    ("square", "l2"): 5,
+    ("square", "l1"): 3,
     ("autoattack:square", "linf"): 2,
     ("autoattack:square", "l2"): 6,
     ("autoattack:square", "l1"): 3,
