@@ -37,7 +37,7 @@ from robustkit.models import as_classifier, load_model
 from robustkit.planned import DEVICES, Plan
 from robustkit.record import Report
 from robustkit.registry import DEFAULT_SUITE, parse_method
-from robustkit.threat import ThreatModel
+from robustkit.threat import EXAMPLES, ThreatModel
 from robustkit.trained import Trained
 from robustkit.training.progress import TrainProgress
 from robustkit.training.train import Training
@@ -162,6 +162,8 @@ def minimum_norm(
     """
     if batch_size < 1:
         raise UsageError(f"batch_size must be at least 1, got {batch_size}.")
+    if norm.strip().lower() not in EXAMPLES:
+        raise UsageError(f"norm must be linf, l2 or l1, got {norm!r}.")
     classifier = load_model(model, trust_code=trust_code) if isinstance(model, str) else as_classifier(model)
     place = model_device(classifier) if str(device) == "auto" else pick_device(str(device))
     return nearest_points(

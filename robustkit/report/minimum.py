@@ -14,6 +14,8 @@ def length(value: float | None) -> str:
 
 def ends(middle: Middle) -> str:
     """Return the interval of a median."""
+    if middle.low is None and middle.high is None:
+        return "not known"
     return f"{length(middle.low)} – {length(middle.high)}"
 
 

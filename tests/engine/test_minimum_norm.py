@@ -123,6 +123,13 @@ def test_images_that_are_wrong_are_at_no_distance_and_others_may_have_none():
     assert torch.equal(constant.x, x)
 
 
+@pytest.mark.parametrize("norm", ["l3", "l2:0.5"])
+def test_other_norms_are_one_sentence(norm):
+    model, x, y = problem((2, 1, 3, 4), 3, seed=1)
+    with pytest.raises(UsageError, match=rf"^norm must be linf, l2 or l1, got '{norm}'\.$"):
+        robustkit.minimum_norm(model, x, y, norm)
+
+
 @pytest.mark.parametrize("attack", ["pgd", "fmn@mean-logit", "fmn?", "fnm"])
 def test_attacks_that_find_no_minimum_are_one_sentence(attack):
     model, x, y = problem((2, 1, 3, 4), 3, seed=1)
