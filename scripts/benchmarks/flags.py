@@ -1,6 +1,8 @@
-"""Precision and recall of the flags that question a robust accuracy, from rows that scripts/gauntlet.py recorded.
+"""Precision and recall of the warnings that `auto` raises, from rows that scripts/gauntlet.py recorded.
 
-    python scripts/benchmarks/flags.py ROWS.jsonl ...
+    python scripts/benchmarks/flags.py ROWS.jsonl ... [RUN ...]
+
+RUN is the folder of an evaluation of an honest net, as scripts/benchmarks/strictness.py leaves them.
 
 A mask misleads AutoAttack where AutoAttack's number exceeds the truth by more than 2 points and more than 1 image.
 A miss is such a mask without a flag. Recall is the share of these masks that have one, precision the share of the
@@ -16,17 +18,28 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
+WARNS = ("warning", "error")
+
+
+def read(place: Path) -> list[Row]:
+    """Return the rows in a file of the gauntlet, or the one of an honest net's run folder."""
+    if not place.is_dir():
+        return [json.loads(line) for line in place.read_text().splitlines()]
+    report = json.loads((place / "report.json").read_text())
+    flags = sorted(flag["code"] for flag in report["flags"] if flag["level"] in WARNS)
+    return [{"name": f"honest: {place.name}", "net": "", "threat": report["spec"]["threat"], "flags": flags}]
 
 
 def exceeds(row: Row, suite: str) -> bool:
     """Return whether a suite leaves more images than the truth, by more than 2 points and more than 1 image."""
-    more = row[suite] - row["truth"]
+    more: int = row[suite] - row["truth"]
     return more > max(1, 0.02 * row["images"])
 
 
 def honest(row: Row) -> bool:
     """Return whether a row is of a net without a mask."""
-    return row["name"].startswith("honest")
+    name: str = row["name"]
+    return name.startswith("honest")
 
 
 def share(rows: Sequence[Row], has: Callable[[Row], bool]) -> str:
@@ -71,8 +84,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", type=Path, nargs="+")
     given = parser.parse_args()
-    read = [json.loads(line) for file in given.rows for line in file.read_text().splitlines()]
-    print("\n".join(table(list({(row["name"], row["net"], row["threat"]): row for row in read}.values()))))
+    rows = [row for place in given.rows for row in read(place)]
+    print("\n".join(table(list({(row["name"], row["net"], str(row["threat"])): row for row in rows}.values()))))
 
 
 if __name__ == "__main__":
