@@ -157,7 +157,8 @@ class Fitted:
 
     def __call__(self, x: Images) -> Logits:
         """Return the logits of x."""
-        logits = self.mended.sources(x) @ self.weights.to(x.device)
+        features = self.mended.sources(x)
+        logits = features @ self.weights.to(features)
         return logits if torch.is_grad_enabled() and x.requires_grad else logits.detach()
 
 
