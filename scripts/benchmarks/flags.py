@@ -57,6 +57,8 @@ def table(rows: Sequence[Row]) -> list[str]:
     parts = {"of the first gauntlet": "", "later, open half": "open", "later, kept aside": "aside"}
     for title, half in parts.items():
         these = [row for row in rows if not honest(row) and row["half"] == half]
+        if not these:
+            continue
         misled = [row for row in these if exceeds(row, "autoattack")]
         others = [row for row in these if row not in misled]
         high = share(these, lambda row: exceeds(row, "auto") and not row["flags"])

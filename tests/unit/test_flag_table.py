@@ -34,6 +34,7 @@ def test_misses_and_false_alarms_are_counted_and_named():
     assert "| of the first gauntlet | 1 of 1 | 0 of 0 | 0 of 1 |" in lines
     assert "| later, open half | 0 of 1 | 0 of 0 | 1 of 1 |" in lines
     assert "| later, kept aside | 0 of 0 | 1 of 1 | 0 of 1 |" in lines
+    assert not any("kept aside" in line for line in table(rows[:2]))
     assert "honest nets flagged: 1 of 2" in lines
     assert "precision: 2 of 3 flagged rows are masks" in lines
     assert "recall: 1 of 2 masks that mislead AutoAttack are flagged" in lines
