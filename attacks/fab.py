@@ -3,7 +3,7 @@
 Departures from the authors' code: a row stops at its first point within eps; gradients are taken with respect
 to the input alone; a point that was asked for once is not asked again when the next step begins there; success
 is looked for at every point asked for; random starts are drawn for each row of its own; a goal may have a target,
-which the authors' attack does not take.
+which the authors' attack does not take; a step overshoots by eta within the box, too.
 """
 
 from __future__ import annotations
@@ -119,13 +119,15 @@ class _FAB(RowWise):
         weight = gradients.gather(1, nearest[:, :, None].expand(-1, -1, gradients.shape[2]))[:, 0]
         value = answer.loss.gather(1, nearest)[:, 0].to(x.dtype)
         here = x.flatten(1)
-        points, values = torch.cat([here, clean]), torch.cat([value, value + (weight * (clean - here)).sum(1)])
-        shifts = to_plane(points, weight.repeat(2, 1), values, norm)
+        # The value overshoots, not the shift: the box would cut a longer shift off, in l1 nearly all of it.
+        values = torch.cat([self.eta * value, value + (weight * (clean - here)).sum(1)])
+        shifts = to_plane(torch.cat([here, clean]), weight.repeat(2, 1), values, norm)
         lengths = torch.linalg.vector_norm(shifts, ORDER[norm], dim=1).clamp(min=1e-8)
         own, other = lengths.chunk(2)
-        share = (own / (own + other)).clamp(max=self.alpha_max)[:, None]
-        own_end, other_end = (points + self.eta * shifts).chunk(2)
-        moved: Images = ((1 - share) * own_end + share * other_end).clamp(0, 1)
+        share = (own / (own + self.eta * other)).clamp(max=self.alpha_max)[:, None]
+        own_shift, other_shift = shifts.chunk(2)
+        moved: Images = (1 - share) * (here + own_shift) + share * (clean + self.eta * other_shift)
+        moved = moved.clamp(0, 1)
         return moved.view_as(x)
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from robustkit import registry
+from robustkit import minimum_norm, registry
 from robustkit.goal import Goal
 from robustkit.registry import make, make_technique, spec
 from robustkit.rng import RowRng
@@ -163,6 +163,14 @@ def test_minimum_norm_attacks_end_at_the_distance(name, norm, targeted, case):
     assert goal.reached(model(found)).all()
     ratio = threat.distance(found, x) / distance
     assert (ratio <= MINIMUM).all(), ratio.tolist()
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+def test_fab_goes_beyond_the_boundary_by_more_than_rounding(norm):
+    """Successes are verified in another batch; one right at the boundary is lost there."""
+    model, x, goal, distance = problem((10, (3, 32, 32), 0.55, 0.01, 3), norm, False)
+    found = minimum_norm(model, x, goal.labels, norm, attack="fab(steps=10,restarts=1)")
+    assert (torch.as_tensor(found.distance) <= MINIMUM * distance).all()
 
 
 @pytest.mark.parametrize("targeted", [False, True], ids=["untargeted", "targeted"])
