@@ -30,6 +30,7 @@ from collections.abc import Callable
 from functools import partial
 from importlib import import_module
 from importlib.metadata import version
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -69,15 +70,13 @@ def rival(name: str, norm: str) -> Callable[..., Tensor]:
     """Return an attack of another library with AttackBench's settings, those of the norm where there are any."""
     library, _, attack = name.partition(":")
     configs, prefix = import_module(f"attackbench.attacks.{library}.configs"), PREFIX[library]
-    own = getattr(configs, f"{prefix}_{attack}_{norm}", getattr(configs, f"{prefix}_{attack}", None))
-    settings = {key: value for key, value in own().items() if key not in ("name", "source")}
-    settings["threat_model"] = norm
+    common = getattr(configs, f"{prefix}_{attack}", None)
+    settings = {**getattr(configs, f"{prefix}_{attack}_{norm}", common)(), "threat_model": norm}
     if library == "adv_lib" and norm == "l1" and "use_large_reps" in settings:
         # As the settings' own comment says.
         settings["use_large_reps"] = True
     make = getattr(configs, f"get_{prefix}_{attack}")
-    known = make.__code__.co_varnames[: make.__code__.co_argcount]
-    made = make(**{key: value for key, value in settings.items() if key in known})
+    made = make(**{key: settings[key] for key in signature(make).parameters if key in settings})
     return partial(configs._wrapper, attack=made)
 
 
@@ -138,25 +137,21 @@ def main() -> None:
     parser.add_argument("data", help="a data string")
     parser.add_argument("--images", type=int, default=32, help="how many of the first that the net gets right")
     parser.add_argument("--norms", default=",".join(NORMS))
-    parser.add_argument(
-        "--keep", type=Path, help="a folder where other libraries' results are kept and found again"
-    )
+    parser.add_argument("--keep", type=Path, help="a folder where the libraries' results are kept and found again")
     parser.add_argument("--trust-code", action="store_true", help="run the code that a net's folder names")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     packages = ("torch", "attackbenchlib", "adv-lib", "foolbox", "torchattacks")
     print("  ".join(f"{package} {version(package)}" for package in packages))
-    print(
-        f"{torch.get_num_threads()} thread, {arguments.images} images a net, 2,000 passes an image\n", flush=True
-    )
     net = load_model(arguments.net, trust_code=arguments.trust_code).eval().requires_grad_(False)
     samples = load_data(arguments.data)
     samples = samples.head(min(LOOKED_AT, len(samples)))
     images, labels = samples.images(range(len(samples))), torch.from_numpy(samples.labels)
-    # Those that the net gets right alone: the others' distance is 0 for every attack.
+    # Only those that the net gets right: the distance of the others is 0 for every attack.
     right = net(images).argmax(1) == labels
     data = TensorDataset(images[right][: arguments.images], labels[right][: arguments.images])
-    print(f"{Path(arguments.net).name}  clean accuracy {right.float().mean():.1%}  {len(data)} images", end="\n\n")
+    print(f"{Path(arguments.net).name}  clean accuracy {right.float().mean():.1%}  ", end="")
+    print(f"{len(data)} images  {torch.get_num_threads()} thread  2,000 passes an image\n", flush=True)
     for norm in arguments.norms.split(","):
         records = {}
         for attack in RIVALS[norm]:
