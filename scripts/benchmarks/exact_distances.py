@@ -143,6 +143,9 @@ class Ball:
         sizes = self.program.add(np.zeros(count), np.ones(count))
         self.cost = [(sizes, np.ones((1, count)))]
         if self.norm == "l2":
+            for share in (0.05, 0.15, 0.3, 0.5):
+                self.refine(np.full(len(x), share * reach))
+                self.refine(np.full(len(x), -share * reach))
             return
         each = reach * (np.ones((len(x), 1)) if self.norm == "linf" else np.eye(len(x)))
         self.program.rows += [
@@ -196,23 +199,19 @@ def nearest(layers: Layers, x: Array, label: int, norm: str, witness: Array) -> 
         if target == label:
             continue
         wins = Row([(last, (weight[target] - weight[label])[None])], bias[label] - bias[target], np.inf)
-        # Tangents are found by linear programs first, which take a hundredth of the time.
-        relaxed, before = norm == "l2", 0.0
         for _ in range(ROUNDS):
             nearer = Row(ball.cost, -np.inf, ball.within(best.distance))
-            result = program.minimise(ball.cost, [wins, nearer], relaxed=relaxed)
+            result = program.minimise(ball.cost, [wins, nearer])
             if result.status == INFEASIBLE:
                 break
             if result.status != OPTIMAL:
                 raise RuntimeError(f"HiGHS: {result.message}")
             point, below = result.x[ball.point].clip(0, 1), ball.distance(result.fun)
-            if not relaxed:
-                best = min(best, checked(layers, x, label, norm, point), key=lambda each: each.distance)
-                if below >= (1 - GAP) * best.distance:
-                    bound = min(bound, below)
-                    break
+            best = min(best, checked(layers, x, label, norm, point), key=lambda each: each.distance)
+            if below >= (1 - GAP) * best.distance:
+                bound = min(bound, below)
+                break
             ball.refine(point - x)
-            relaxed, before = relaxed and below > (1 + 5 * GAP) * before, below
         else:
             raise RuntimeError(
                 f"bound {below:.6g} and solution {best.distance:.6g} must agree in {ROUNDS} rounds."
