@@ -40,11 +40,12 @@ def fit(features: Callable[[Images], Tensor], model: Callable[[Images], Logits],
     """
     first, second = torch.triu_indices(len(x), len(x), 1, device=x.device)
     mixes = [share * x[first] + (1 - share) * x[second] for share in SHARES]
-    at = torch.cat([x, *mixes]).split(len(x))
+    at = torch.split(torch.cat([x, *mixes]), len(x))
     with torch.no_grad():
         answers = torch.cat([model(part) for part in at])
         z = torch.cat([features(part).detach() for part in at])
     wanted = F.one_hot(answers.argmax(1), answers.shape[1]).to(z)
     gram = z @ z.T
     ridge = RIDGE * gram.diagonal().mean() * torch.eye(len(gram), device=z.device, dtype=z.dtype)
-    return z.T @ torch.linalg.solve(gram + ridge, wanted - wanted.mean(0))
+    weights: Tensor = z.T @ torch.linalg.solve(gram + ridge, wanted - wanted.mean(0))
+    return weights
