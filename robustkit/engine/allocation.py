@@ -66,12 +66,14 @@ class Evidence:
     @cached_property
     def met(self) -> np.ndarray:
         """Which arm each image has met (A n)."""
-        return ~np.isnan(self.gains)
+        met: np.ndarray = ~np.isnan(self.gains)
+        return met
 
     @cached_property
     def open(self) -> np.ndarray:
         """The arms that each standing image has not met (A n)."""
-        return ~self.met & self.standing
+        unmet: np.ndarray = ~self.met & self.standing
+        return unmet
 
     @cached_property
     def beliefs(self) -> list[Belief]:

@@ -43,7 +43,8 @@ class Prior:
     @property
     def grid(self) -> np.ndarray:
         """The logarithm of the prior density at each typical gain and shape (G, S), up to a constant."""
-        return -0.5 * ((np.log(GAINS) - np.log(self.typical)) / self.spread) ** 2 + 0 * SHAPES
+        density: np.ndarray = -0.5 * ((np.log(GAINS) - np.log(self.typical)) / self.spread) ** 2 + 0 * SHAPES
+        return density
 
 
 # Little weight on either side: on most nets an arm gains nothing at all, on the others often.
@@ -60,7 +61,8 @@ class Belief:
 
     def chance(self, left: np.ndarray) -> np.ndarray:
         """Return the chance (D, n) that the attack breaks images with these shares of the margin left (n)."""
-        return self.some * (1 + left / (self.shape * self.typical)) ** -self.shape
+        chance: np.ndarray = self.some * (1 + left / (self.shape * self.typical)) ** -self.shape
+        return chance
 
 
 def learn(gains: np.ndarray, left: np.ndarray, stream: int = 0, prior: Prior = PRIOR) -> Belief:

@@ -19,7 +19,8 @@ AUTOATTACK = {f"autoattack:{name}" for name in ("apgd-ce", "apgd-t", "fab-t", "s
 
 def left_for_arms(tally: Tally, among: np.ndarray) -> np.ndarray:
     """Return the positions of these that the stages before the arms left."""
-    return among[(tally.judged[among] >= 0) & (tally.fell[among] >= min(tally.arms, default=0))]
+    left: np.ndarray = among[(tally.judged[among] >= 0) & (tally.fell[among] >= min(tally.arms, default=0))]
+    return left
 
 
 def evidence_on(

@@ -153,7 +153,8 @@ class Scout(Worker):
         """
         if not self.rungs[first - 1].arm:
             self.reached = max(self.reached, first + count - 1)
-        self.boarded, self.held = {}, []
+        self.boarded = {}
+        self.held: list[tuple[int, int, int, list[Landed], float]] = []
         super().through(first, count, gate, examples)
         for landed in self.held:
             super()._write_landed(*landed)

@@ -206,7 +206,8 @@ def _courses(costs: Costs, plays: Sequence[Play], found: Findings, pilot: Pilot,
 
     def seconds(play: Play) -> float:
         laps = sum(math.ceil(count / place.slots) * passes[arm] for arm, count in play.rounds)
-        return found.overhead * laps + sum(count * _work(found, *play.spent[arm]) for arm, count in play.rounds)
+        work = sum(count * _work(found, *play.spent[arm]) for arm, count in play.rounds)
+        return float(found.overhead * laps + work)
 
     plays = sorted(plays, key=seconds)
     ends = (plays[len(plays) // 2], plays[0], plays[-1])

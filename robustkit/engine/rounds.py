@@ -61,7 +61,7 @@ class Rounds:
             chosen = following(self._evidence(left, n, drawn)) if len(left) and stages else None
             decision = chosen and Decision(stages[chosen.arm], left[chosen.images].tolist(), chosen.test)
             noted = ledger.note(key, dumps(decision))
-        written = checked(Decision | None, parse(noted, LEDGER), LEDGER)
+        written: Decision | None = checked(Decision | None, parse(noted, LEDGER), LEDGER)
         if written is not None and not (written.stage in stages and set(written.positions) <= set(left.tolist())):
             raise UsageError(f"{LEDGER} is damaged: its {key} is of another run; begin anew with --overwrite.")
         return written
