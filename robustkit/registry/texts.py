@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from robustkit.errors import UsageError, did_you_mean
-from robustkit.record import stage_name
 from robustkit.registry.entries import catalog, find
 from robustkit.registry.making import make, make_method, make_technique, spec
 from robustkit.step_size import check_pixels
@@ -60,6 +59,9 @@ class Rung:
     @property
     def name(self) -> str:
         """How a suite writes it, without fields."""
+        # The records take a tenth of a second that `robustkit list` does not have.
+        from robustkit.record import stage_name
+
         return stage_name(self.spec)
 
 
