@@ -57,13 +57,14 @@ def unconverged(probe: Probe) -> Flag:
 def scores_beat_gradients(stages: Sequence[Stage], access: Sequence[str]) -> Flag:
     """Return whether a score-based stage fooled images that every gradient stage before it had left.
 
-    `access` says of each stage what its attack needs. AutoAttack's threshold: .2 points of accuracy.
+    `access` says of each stage what its attack needs. AutoAttack's threshold, .2 points of accuracy, and more than
+    one image: one at the boundary may as well fall to an attack of any kind.
     """
     code, asked = "score-beats-gradient", []
     for number, stage in enumerate(stages):
         if access[number] == "score" and "gradient" in access[:number] and stage.forwards:
             asked.append(stage)
-            if stage.fooled / stage.robust_accuracy.n > SQUARE_GAIN:
+            if stage.fooled > max(1, SQUARE_GAIN * stage.robust_accuracy.n):
                 return Flag(
                     code,
                     "warning",

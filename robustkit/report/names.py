@@ -49,9 +49,13 @@ def _marks(records: Sequence[Mapping[str, Any]]) -> list[str]:
     telling = [field for field in TELLING if field in records[0]]
     singles = [(field,) for field in [*telling, *sorted(records[0].keys() - set(telling))]]
     for names in [*singles, *itertools.combinations(telling, 2)]:
-        marks = [",".join(f"{name}={written(record.get(name))}" for name in names) for record in records]
-        if len(set(marks)) == len(marks):
-            return [f"({mark})" for mark in marks]
+        values = [[written(record.get(name)) for name in names] for record in records]
+        if len(set(map(tuple, values))) == len(values):
+            firsts = [value[0] for value in values]
+            # Where the first field is enough the second is left out.
+            shown = [names if firsts.count(value[0]) > 1 else names[:1] for value in values]
+            pairs = [zip(some, value, strict=False) for some, value in zip(shown, values, strict=True)]
+            return [f"({','.join(f'{name}={text}' for name, text in pair)})" for pair in pairs]
     return [f" #{number}" for number in range(1, len(records) + 1)]
 
 

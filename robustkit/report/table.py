@@ -50,7 +50,7 @@ def show(report: Report, console: Console, next_command: str | None = None, page
 
 def _stages(report: Report) -> Table:
     """Return a row per stage with the robust accuracy after it, and the result."""
-    table = Table(box=None, pad_edge=False, header_style="", padding=(0, 3, 0, 0))
+    table = Table(box=None, pad_edge=False, header_style="", padding=(0, 2, 0, 0))
     table.add_column("attack", no_wrap=True)
     for name in ("robust acc", "95% interval", "fooled", "props/img", "time"):
         table.add_column(name, justify="right", no_wrap=True)
