@@ -6,11 +6,7 @@ the ensembles of Gubri et al. (2022, arXiv:2011.05074); the members see the data
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-
-import torch
-from torch import nn
 
 from robustkit.method import Method, Plan, Size
 from robustkit.registry import method
@@ -33,10 +29,6 @@ class DeepEnsemble(Method):
         if samples > 5000:
             return Size(epochs=100, batch_size=128, lr=0.1, members=5)
         return Size(epochs=30, batch_size=64, lr=0.05, members=5)
-
-    def optimizer(self, parameters: Iterable[nn.Parameter], plan: Plan) -> torch.optim.Optimizer:
-        """Return SGD with momentum."""
-        return torch.optim.SGD(parameters, lr=plan.lr, momentum=self.momentum, weight_decay=self.weight_decay)
 
     def rate(self, step: int, plan: Plan) -> float:
         """Return half a cosine from `lr` towards 0."""

@@ -7,11 +7,7 @@ a cosine from `lr`. With no more epochs than those the run starts at the weights
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable
 from dataclasses import dataclass
-
-import torch
-from torch import nn
 
 from robustkit.errors import UsageError
 from robustkit.method import Method, Plan, Size
@@ -40,10 +36,6 @@ class Collecting(Method):
                 f"{name}: collect_epochs={self.collect_epochs} are the last of the run's {plan.epochs} epochs; "
                 "write more --epochs."
             )
-
-    def optimizer(self, parameters: Iterable[nn.Parameter], plan: Plan) -> torch.optim.Optimizer:
-        """Return SGD with momentum."""
-        return torch.optim.SGD(parameters, lr=plan.lr, momentum=self.momentum, weight_decay=self.weight_decay)
 
     def rate(self, step: int, plan: Plan) -> float:
         """Return a cosine from `lr` towards 0, and a constant share of `lr` in the last epochs."""

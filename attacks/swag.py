@@ -9,9 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-import torch
-from torch import nn
-
 from robustkit.method import Method, Plan, Size, State
 from robustkit.registry import method
 from robustkit.registry.ranges import Count, CountOrZero, NonNegative, ShareBelowOne
@@ -44,10 +41,6 @@ class SWAG(Method):
         if samples > 5000:
             return Size(epochs=300, batch_size=128, lr=0.1)
         return Size(epochs=60, batch_size=64, lr=0.05)
-
-    def optimizer(self, parameters: Iterable[nn.Parameter], plan: Plan) -> torch.optim.Optimizer:
-        """Return SGD with momentum."""
-        return torch.optim.SGD(parameters, lr=plan.lr, momentum=self.momentum, weight_decay=self.weight_decay)
 
     def rate(self, step: int, plan: Plan) -> float:
         """Return `lr`, then linearly less, from nine tenths of the way to the first snapshot on its lowest."""

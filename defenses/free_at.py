@@ -9,7 +9,7 @@ of the previous batch's, which belongs to other images; the learning rate change
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,10 +52,6 @@ class FreeAT(Method):
     def divides(self) -> bool:
         """Return that members have nothing to do with each other."""
         return True
-
-    def optimizer(self, parameters: Iterable[nn.Parameter], plan: Plan) -> torch.optim.Optimizer:
-        """Return SGD with momentum."""
-        return torch.optim.SGD(parameters, lr=plan.lr, momentum=self.momentum, weight_decay=self.weight_decay)
 
     def rate(self, step: int, plan: Plan) -> float:
         """Return `lr`, a tenth of it from a half and a hundredth from three quarters of the run."""

@@ -6,7 +6,7 @@ take the mean over its images, so that `weight` does not depend on the batch siz
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,10 +40,6 @@ class GradReg(Method):
     def divides(self) -> bool:
         """Return that members have nothing to do with each other."""
         return True
-
-    def optimizer(self, parameters: Iterable[nn.Parameter], plan: Plan) -> torch.optim.Optimizer:
-        """Return SGD with momentum."""
-        return torch.optim.SGD(parameters, lr=plan.lr, momentum=self.momentum, weight_decay=self.weight_decay)
 
     def rate(self, step: int, plan: Plan) -> float:
         """Return `lr`, a tenth of it from a half and a hundredth from three quarters of the run."""

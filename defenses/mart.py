@@ -6,7 +6,7 @@ member is trained on images of its own.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -51,10 +51,6 @@ class MART(Method):
     def divides(self) -> bool:
         """Return that members have nothing to do with each other."""
         return True
-
-    def optimizer(self, parameters: Iterable[nn.Parameter], plan: Plan) -> torch.optim.Optimizer:
-        """Return SGD with momentum."""
-        return torch.optim.SGD(parameters, lr=plan.lr, momentum=self.momentum, weight_decay=self.weight_decay)
 
     def rate(self, step: int, plan: Plan) -> float:
         """Return `lr`, a tenth of it from epoch 75 of 120 and a hundredth from epoch 100, as the paper does."""

@@ -6,7 +6,7 @@ Batch norms make adversarial images with their running statistics, where Madry's
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -56,10 +56,6 @@ class PGDAT(Method):
     def divides(self) -> bool:
         """Return whether every member has images of its own."""
         return not self.joint
-
-    def optimizer(self, parameters: Iterable[nn.Parameter], plan: Plan) -> torch.optim.Optimizer:
-        """Return SGD with momentum."""
-        return torch.optim.SGD(parameters, lr=plan.lr, momentum=self.momentum, weight_decay=self.weight_decay)
 
     def rate(self, step: int, plan: Plan) -> float:
         """Return `lr`, a tenth of it from a half and a hundredth from three quarters of the run."""

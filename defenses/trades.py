@@ -6,7 +6,7 @@ images move its mean probabilities, and every member is to answer alike around i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,10 +48,6 @@ class TRADES(Method):
     def size(self, samples: int) -> Size:
         """Return the paper's size on CIFAR-10, with the whole course of rates; less on a small set."""
         return inner.sgd_size(samples, 100)
-
-    def optimizer(self, parameters: Iterable[nn.Parameter], plan: Plan) -> torch.optim.Optimizer:
-        """Return SGD with momentum."""
-        return torch.optim.SGD(parameters, lr=plan.lr, momentum=self.momentum, weight_decay=self.weight_decay)
 
     def rate(self, step: int, plan: Plan) -> float:
         """Return `lr`, a tenth of it from three quarters and a hundredth from nine tenths of the run."""

@@ -137,6 +137,16 @@ class Method:
     # What becomes of running statistics in a posterior sample: `keep` those at its step, or `re-estimate` them.
     batch_norm: str = "keep"
 
+    @property
+    def momentum(self) -> float:
+        """Of SGD, from 0 on and below 1."""
+        return 0.0
+
+    @property
+    def weight_decay(self) -> float:
+        """The weight of the squared weights in the loss, from 0 on."""
+        return 0.0
+
     def size(self, samples: int) -> Size:
         """Return the epochs, batch size and learning rate of the paper, sized to a set of so many images."""
         raise UsageError(f"{self.info.name} has no usual size; write --epochs, --batch-size and --lr.")
@@ -192,8 +202,8 @@ class Method:
         return net
 
     def optimizer(self, parameters: Iterable[nn.Parameter], plan: Plan) -> torch.optim.Optimizer:
-        """Return what moves one member's weights; the plan's seed is the member's."""
-        return torch.optim.SGD(parameters, lr=plan.lr)
+        """Return what moves one member's weights, here SGD; the plan's seed is the member's."""
+        return torch.optim.SGD(parameters, lr=plan.lr, momentum=self.momentum, weight_decay=self.weight_decay)
 
     def rate(self, step: int, plan: Plan) -> float:
         """Return the learning rate of a step."""

@@ -303,8 +303,9 @@ class Strictness:
     """What is left of doubt where a suite chose for each image which of its arms to give it.
 
     At most so many `images`, a share `bound` of the run's, would still fall to an arm that they have not met, with
-    a probability of 95 %; AutoAttack's attacks are among the arms of `auto`. `allowed` is the share that was asked
-    for. Of the `standing` images `in_full` have met every arm; where all have, the bound is 0.
+    a probability of 95 % by a model of what arms gain (docs/rapid.md); AutoAttack's attacks are among the arms of
+    `auto`. `allowed` is the share that was asked for. Of the `standing` images `in_full` have met every arm; where
+    all have, the bound is 0.
     """
 
     images: Count

@@ -22,22 +22,13 @@ def chart(report: Report, curve: Curve) -> Markup:
     points = list(zip(across, [_down(rate.value) for rate in rates], strict=True))
     high = zip(across, [_down(rate.high) for rate in rates], strict=True)
     low = zip(across, [_down(rate.low) for rate in rates], strict=True)
-    parts = []
-    for share in (0, 0.25, 0.5, 0.75, 1):
-        parts.append(svg.line(0, _down(share), 1, _down(share), "grid"))
-        parts.append(svg.text(0, _down(share) + 4, f"{100 * share:.0f} %", anchor="end", kind="tick", dx=-6))
-    for tick in svg.ticks(0, widest):
-        at = tick / widest
-        anchor = "end" if at > 0.98 else "middle"
-        parts.append(svg.line(at, FLOOR, at, FLOOR + 4, "axis"))
-        parts.append(svg.text(at, FLOOR + 17, f"{tick:g}", anchor=anchor, kind="tick"))
+    parts = svg.shares_against(widest, FLOOR, HEIGHT, f"eps: {words.distance_unit(report)}")
     parts.append(svg.area(high, low, "band"))
     parts += [svg.line(*left, *right, "curve") for left, right in pairwise(points)]
     parts += [svg.dot(*point, "stood") for point in points]
     at, name = words.eps(report) / widest, f"eps {report.spec.threat.partition(':')[2]}"
     parts += [svg.line(0, FLOOR, 1, FLOOR, "axis"), svg.line(at, TOP - 12, at, FLOOR, "mark")]
     parts.append(svg.text(at, TOP - 16, name, anchor="end" if at > 0.8 else "middle", kind="name"))
-    parts.append(svg.text(1, FLOOR + 34, f"eps: {words.distance_unit(report)}", anchor="end", kind="tick"))
     spoken = "; ".join(
         f"{radius:.4g} {percent(rate.value)}"
         for radius, rate in zip(curve.radii, curve.robust_accuracy, strict=True)

@@ -24,16 +24,8 @@ def chart(report: Report, found: Minimum) -> Markup | None:
     if not finite or not finite[-1]:
         return None
     widest = finite[math.ceil(SHOWN * len(finite)) - 1] or finite[-1]
-    parts = []
-    for share in (0, 0.25, 0.5, 0.75, 1):
-        parts.append(svg.line(0, _down(share), 1, _down(share), "grid"))
-        parts.append(svg.text(0, _down(share) + 4, f"{100 * share:.0f} %", anchor="end", kind="tick", dx=-6))
-    for tick in svg.ticks(0, widest):
-        at = tick / widest
-        parts.append(svg.line(at, FLOOR, at, FLOOR + 4, "axis"))
-        parts.append(svg.text(at, FLOOR + 17, f"{tick:g}", anchor="end" if at > 0.98 else "middle", kind="tick"))
+    parts = svg.shares_against(widest, FLOOR, HEIGHT, f"eps: {words.distance_unit(report)}")
     parts += [svg.path(_staircase(steps, widest), "curve"), svg.line(0, FLOOR, 1, FLOOR, "axis")]
-    parts.append(svg.text(1, FLOOR + 34, f"eps: {words.distance_unit(report)}", anchor="end", kind="tick"))
     spoken = "; ".join(f"{name} {text}" for name, text in minimum.columns(found))
     return svg.drawing(parts, FLOOR + 38, f"Robust accuracy against eps; quantiles of the distances: {spoken}")
 

@@ -77,6 +77,29 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
     return [round(number * step, 12) for number in range(first, last + 1)]
 
 
+def shares_against(widest: float, floor: float, height: float, unit: str) -> list[str]:
+    """Return the axes of a chart of shares against a length.
+
+    Args:
+        widest: the length at the right edge; the left one is 0.
+        floor: pixels from the top down to share 0.
+        height: pixels from share 0 up to share 1.
+        unit: what the length is, written below the axis.
+    """
+    parts = [text(1, floor + 34, unit, anchor="end", kind="tick")]
+    for share in (0, 0.25, 0.5, 0.75, 1):
+        y = floor - share * height
+        parts += [
+            line(0, y, 1, y, "grid"),
+            text(0, y + 4, f"{100 * share:.0f} %", anchor="end", kind="tick", dx=-6),
+        ]
+    for tick in ticks(0, widest):
+        x = tick / widest
+        parts.append(line(x, floor, x, floor + 4, "axis"))
+        parts.append(text(x, floor + 17, f"{tick:g}", anchor="end" if x > 0.98 else "middle", kind="tick"))
+    return parts
+
+
 def _stretched(points: Sequence[tuple[float, float]], end: str, about: str) -> str:
     path = "L".join(f"{_n(1000 * x)} {_n(y)}" for x, y in points)
     height = _n(max(y for _, y in points))

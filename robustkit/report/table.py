@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from robustkit.distances import Minimum
-from robustkit.record import Curve, Flag, Rate, Report, Strictness
+from robustkit.record import Curve, Flag, Rate, Report, RunSpec, Strictness
 from robustkit.report import costs, minimum
 from robustkit.report.inputs import remarks, size
 from robustkit.report.made import made_in_parts
@@ -118,7 +118,7 @@ def notes(report: Report) -> list[str]:
             f"counting one wrong draw on the way as a success would say {percent(draws.mean - draws.gap)}"
         ]
     if doubt := report.strictness:
-        lines += [f"\n{in_doubt(doubt)}"]
+        lines += [f"\n{in_doubt(doubt, report.spec)}"]
     if audit := report.audit:
         spent = (audit.cost.forwards + audit.cost.backwards) / max(len(audit.audited), 1)
         lines += [
@@ -129,15 +129,22 @@ def notes(report: Report) -> list[str]:
     return lines
 
 
-def in_doubt(doubt: Strictness) -> str:
+def has_autoattack(spec: RunSpec) -> bool:
+    """Return whether AutoAttack's four attacks are among the arms of a run's suite."""
+    arms = [record for record in spec.suite if record.get("arm")]
+    ce = any(record["name"] == "apgd" and record.get("loss") == "ce" for record in arms)
+    return ce and {"apgd-t", "fab-t", "square"} <= {record["name"] for record in arms}
+
+
+def in_doubt(doubt: Strictness, spec: RunSpec) -> str:
     """Return what the bound says, as a sentence."""
+    attacks = "AutoAttack's attacks" if has_autoattack(spec) else "the attacks marked * that they have not met"
     met = f"{doubt.in_full:,} of {doubt.standing:,} robust images met all attacks in full length"
     if doubt.in_full == doubt.standing:
         return f"left in doubt: nothing; {met}"
     return (
         f"left in doubt: with a probability of 95 % at most {doubt.images:,} image{'s' * (doubt.images != 1)} "
-        f"({fine(doubt.bound)}) would still fall to AutoAttack's attacks, judged by what these gained on this "
-        f"model; {met}"
+        f"({fine(doubt.bound)}) would still fall to {attacks}, judged by what these gained on this model; {met}"
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from robustkit.record import AUDIT_BROKE, LEVELS, OK, Flag, Report, passed, unmeasured
-from robustkit.report.table import percent
+from robustkit.report.table import has_autoattack, percent
 
 # What each check vouches for where it raises nothing, in the page's order. I1 to I6 are Pintor's indicators.
 CLAIMS = {
@@ -64,7 +64,7 @@ def _of_the_run(report: Report) -> Sequence[Flag]:
         claims = unmeasured(
             "not-transferred", "every success is judged on the model, but claims were not counted", ""
         )
-    if audit is None and (doubt := report.strictness):
+    if audit is None and (doubt := report.strictness) and has_autoattack(report.spec):
         at_most = "images at most would still fall to AutoAttack's attacks, with a probability of 95 %"
         return [claims, passed(AUDIT_BROKE, doubt.images, at_most)]
     if audit is None:
