@@ -142,9 +142,10 @@ def in_doubt(doubt: Strictness, spec: RunSpec) -> str:
     met = f"{doubt.in_full:,} of {doubt.standing:,} robust images met all attacks in full length"
     if doubt.in_full == doubt.standing:
         return f"left in doubt: nothing; {met}"
+    images = f"at most {doubt.images:,} image{'s' * (doubt.images != 1)} ({fine(doubt.bound)})"
     return (
-        f"left in doubt: with a probability of 95 % at most {doubt.images:,} image{'s' * (doubt.images != 1)} "
-        f"({fine(doubt.bound)}) would still fall to {attacks}, judged by what these gained on this model; {met}"
+        f"left in doubt: with a probability of 95 % {images if doubt.images else 'no image'} would still fall to "
+        f"{attacks}, judged by what these gained on this model; {met}"
     )
 
 
