@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from robustkit.api import craft, diversity, evaluate, minimum_norm, plan, train, verify
+    from robustkit.core.errors import RobustkitError, RunError, UsageError
+    from robustkit.core.flags import Flag
+    from robustkit.core.threat import ThreatModel
     from robustkit.data import load_data
-    from robustkit.errors import RobustkitError, RunError, UsageError
-    from robustkit.minimum import MinimumNorm
+    from robustkit.engine.evaluation.nearest_points import MinimumNorm
     from robustkit.models import as_classifier, load_model
-    from robustkit.record import Flag, Report
-    from robustkit.threat import ThreatModel
+    from robustkit.runs.evaluation_record import Report
     from robustkit.version import __version__
 
 __all__ = [
@@ -46,13 +47,13 @@ __all__ = [
 
 _HOME = {
     "__version__": "version",
-    "Flag": "record",
-    "MinimumNorm": "minimum",
-    "Report": "record",
-    "RobustkitError": "errors",
-    "RunError": "errors",
-    "ThreatModel": "threat",
-    "UsageError": "errors",
+    "Flag": "core.flags",
+    "MinimumNorm": "engine.evaluation.nearest_points",
+    "Report": "runs.evaluation_record",
+    "RobustkitError": "core.errors",
+    "RunError": "core.errors",
+    "ThreatModel": "core.threat",
+    "UsageError": "core.errors",
     "as_classifier": "models",
     "craft": "api",
     "diversity": "api",

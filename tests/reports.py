@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from robustkit.engine import folder
-from robustkit.record import Cost, Flag, Outcome, Rate, Report, RunSpec, Stage, dumps
+from robustkit.core.flags import Flag
+from robustkit.runs import run_folder
+from robustkit.runs.evaluation_record import Cost, Outcome, Rate, Report, RunSpec, Stage, dumps
 
 FLAG = Flag(
     "zero-gradient", "warning", 7, "the gradient is zero for some images", "run an attack without gradients"
@@ -107,8 +108,8 @@ def make_examples(
 def write_run(path: Path, report: Report, examples: dict[str, Any] | None = None) -> Path:
     """Write the part of a run folder that views read."""
     path.mkdir()
-    (path / folder.SPEC).write_text(dumps(report.spec))
+    (path / run_folder.SPEC).write_text(dumps(report.spec))
     if examples is not None:
-        folder.write_examples(path, examples)
-    (path / folder.REPORT).write_text(dumps(report.to_json(), indent=2))
+        run_folder.write_examples(path, examples)
+    (path / run_folder.REPORT).write_text(dumps(report.to_json(), indent=2))
     return path

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from robustkit.engine import bureau, cluster, company, foreman, service, shipping
-from robustkit.engine.hiring import Door
+from robustkit.distributed import company, model_files, ray_pool, service, shared_pool
+from robustkit.distributed.process_pool import Door
+from robustkit.engine.evaluation import scheduler
+from robustkit.engine.evaluation.block_runner import Worker
 from robustkit.engine.progress import Progress
-from robustkit.engine.worker import Worker
 
 
 class Threads:
@@ -58,12 +59,12 @@ def as_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     # What seeds the global generators shares them with other threads, as it does not with processes.
     for name in ("prepare", "_do", "_search"):
         monkeypatch.setattr(Worker, name, in_turn(getattr(Worker, name)))
-    monkeypatch.setattr(shipping, "load_model", in_turn(shipping.load_model))
-    monkeypatch.setattr(cluster, "Local", Threads)
-    monkeypatch.setattr(foreman, "SPLIT_EVERY", 0.0)
-    monkeypatch.setattr(foreman, "WORTH_SPLITTING", 2)
+    monkeypatch.setattr(model_files, "load_model", in_turn(model_files.load_model))
+    monkeypatch.setattr(ray_pool, "Local", Threads)
+    monkeypatch.setattr(scheduler, "SPLIT_EVERY", 0.0)
+    monkeypatch.setattr(scheduler, "WORTH_SPLITTING", 2)
     monkeypatch.setattr(company, "LOOK_EVERY", 0.05)
-    monkeypatch.setattr(bureau, "LOOK_EVERY", 0.05)
+    monkeypatch.setattr(shared_pool, "LOOK_EVERY", 0.05)
 
 
 class Watch(Progress):

@@ -23,14 +23,14 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from robustkit.attack_api.row_wise import Model, RowWise
 from robustkit.checks.indicators import trail
-from robustkit.errors import UsageError
-from robustkit.goal import Goal
-from robustkit.resuming import live
-from robustkit.rng import RowRng
-from robustkit.rows import Model, RowWise
-from robustkit.shapes import Images, Logits, Mask
-from robustkit.threat import ThreatModel
+from robustkit.core.criteria import Goal
+from robustkit.core.errors import UsageError
+from robustkit.core.rng import RowRng
+from robustkit.core.shapes import Images, Logits, Mask
+from robustkit.core.threat import ThreatModel
+from robustkit.runs.recorded_answers import live
 
 PASSES, TOO_EASY = 0.95, 0.5
 GAP = Fraction(1, 20)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from robustkit.record import CHANCE, Flag, Rate
+from robustkit.core.flags import Flag
+from robustkit.runs.evaluation_record import CHANCE, Rate
 
 
 def chance_accuracy(correct: int, labels: Sequence[int], classes: int, model: str = "") -> Flag | None:

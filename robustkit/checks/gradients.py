@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import torch
 
+from robustkit.attack_api.row_wise import Answer, query
 from robustkit.checks import lints, slopes
 from robustkit.checks.outputs import probabilities
 from robustkit.checks.probe import Probe, agree
 from robustkit.checks.randomness import SEEDERS
-from robustkit.goal import Goal
-from robustkit.record import Flag, passed, unmeasured
-from robustkit.rng import RowRng
-from robustkit.rows import Answer, query
-from robustkit.shapes import Images, Logits, PerRow
+from robustkit.core.criteria import Goal
+from robustkit.core.flags import Flag, passed, unmeasured
+from robustkit.core.rng import RowRng
+from robustkit.core.shapes import Images, Logits, PerRow
 
 VANISHING = 1e-7
 MOST = 0.75

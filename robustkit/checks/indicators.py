@@ -14,11 +14,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from robustkit.goal import Goal
-from robustkit.rng import RowRng
-from robustkit.rows import Model, Rows, RowWise, ask
-from robustkit.shapes import Images, Labels, Mask, PerRow
-from robustkit.threat import ThreatModel
+from robustkit.attack_api.row_wise import Model, Rows, RowWise, ask
+from robustkit.core.criteria import Goal
+from robustkit.core.rng import RowRng
+from robustkit.core.shapes import Images, Labels, Mask, PerRow
+from robustkit.core.threat import ThreatModel
 
 # Width of the noise of I2, in [0, 1] pixel units, and its draws.
 RHO, DRAWS = 8 / 255, 100

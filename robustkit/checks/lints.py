@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from robustkit.shapes import Images, Labels, Logits
+from robustkit.core.shapes import Images, Labels, Logits
 
 SURE = 1e-6
 FLAT = 1e-6

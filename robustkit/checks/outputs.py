@@ -6,7 +6,7 @@ import torch
 
 from robustkit.checks import lints
 from robustkit.checks.probe import NOISE, Probe
-from robustkit.record import Flag, passed, unmeasured
+from robustkit.core.flags import Flag, passed, unmeasured
 
 ROUNDING = 1e-5
 MOST = 0.75  # ordinary overfitted nets saturate on up to half of the images

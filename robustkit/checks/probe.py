@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from robustkit.attack_api.row_wise import Model, RowWise
 from robustkit.checks.indicators import Trail, trail
-from robustkit.goal import Goal
-from robustkit.losses import finite
+from robustkit.core.criteria import Goal
+from robustkit.core.losses import finite
+from robustkit.core.rng import RowRng
+from robustkit.core.shapes import Images, Labels, Logits
+from robustkit.core.step_size import StepSize
+from robustkit.core.threat import ThreatModel
 from robustkit.registry import make
-from robustkit.rng import RowRng
-from robustkit.rows import Model, RowWise
-from robustkit.shapes import Images, Labels, Logits
-from robustkit.step_size import StepSize
-from robustkit.threat import ThreatModel
 
 # How many rows the dear diagnoses look at, and the dearest.
 FEW, FEWEST = 32, 8

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from robustkit.checks.probe import Probe
-from robustkit.record import Flag, passed, unmeasured
-from robustkit.resuming import live
-from robustkit.shapes import Logits
+from robustkit.core.flags import Flag, passed, unmeasured
+from robustkit.core.shapes import Logits
+from robustkit.runs.recorded_answers import live
 
 NOISE = 1e-4
 CALLS = 5

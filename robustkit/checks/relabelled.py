@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from robustkit.checks.chance import chance_accuracy
-from robustkit.record import Flag
+from robustkit.core.flags import Flag
 
 # The chance that a model whose classes are the labels is flagged.
 LEVEL = 1e-4

@@ -6,7 +6,7 @@ import math
 
 from robustkit.checks import gradients, outputs, randomness, signs, strength
 from robustkit.checks.probe import Probe
-from robustkit.record import Flag
+from robustkit.core.flags import Flag
 
 BEFORE = (
     outputs.probabilities,

@@ -12,11 +12,11 @@ import torch
 from robustkit.checks import indicators
 from robustkit.checks.binarization import binarization
 from robustkit.checks.probe import Probe
-from robustkit.errors import UsageError
-from robustkit.goal import Goal
-from robustkit.record import Flag, passed, unmeasured
-from robustkit.rng import RowRng
-from robustkit.shapes import Images, PerRow
+from robustkit.core.criteria import Goal
+from robustkit.core.errors import UsageError
+from robustkit.core.flags import Flag, passed, unmeasured
+from robustkit.core.rng import RowRng
+from robustkit.core.shapes import Images, PerRow
 
 # Mean relative change of the margin that is too much, over so many draws: honest nets stay below a quarter.
 UNSTABLE, DRAWS = 0.5, 12

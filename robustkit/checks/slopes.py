@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from robustkit.rng import RowRng
-from robustkit.shapes import Images, PerRow
+from robustkit.core.rng import RowRng
+from robustkit.core.shapes import Images, PerRow
 
 # Step sizes in pixel units, the one that suits most nets first.
 STEPS = (1e-3, 1e-4, 1e-2, 1e-5)

@@ -7,8 +7,9 @@ from dataclasses import replace
 from fractions import Fraction
 
 from robustkit.checks.probe import Probe
-from robustkit.record import Flag, Stage, passed, unmeasured
-from robustkit.threat import ThreatModel
+from robustkit.core.flags import Flag, passed, unmeasured
+from robustkit.core.threat import ThreatModel
+from robustkit.runs.evaluation_record import Stage
 
 SQUARE_GAIN = 0.002
 # Where views of a model fool so many more of the images, its own gradients are no good guide.

@@ -9,7 +9,7 @@ import warnings
 
 from robustkit.cli import streams
 from robustkit.cli.signals import Interrupted, ended_by_signals
-from robustkit.errors import RobustkitError, RunError, named, one_line
+from robustkit.core.errors import RobustkitError, RunError, named, one_line
 
 DONE, NEGATIVE, USAGE, FAILED = 0, 1, 2, 3
 
@@ -48,7 +48,7 @@ def _invoke(arguments: list[str]) -> int:
 
     from robustkit.cli.app import app
     from robustkit.cli.command import check_words
-    from robustkit.invocation import asked_for_by
+    from robustkit.runs.invocation import asked_for_by
 
     check_words(arguments)
     try:

@@ -10,7 +10,7 @@ import typer
 
 from robustkit.cli.command import Command
 from robustkit.cli.gates import GatedCommand
-from robustkit.cli.methods import methods
+from robustkit.cli.verbs.train_methods import methods
 from robustkit.registry import DEFAULT_SUITE
 
 app = typer.Typer(
@@ -154,7 +154,7 @@ def evaluate(
 
     Without a model: the built-in one on the first images of scikit-learn's digits.
     """
-    from robustkit.cli.evaluate import evaluate as work
+    from robustkit.cli.verbs.evaluate import evaluate as work
 
     return work(
         model=model,
@@ -231,7 +231,7 @@ def plan(
 
     The first options are those of `robustkit evaluate`.
     """
-    from robustkit.cli.plan import plan as work
+    from robustkit.cli.verbs.plan import plan as work
 
     given: dict[str, object] = {"data": data, "limit": limit, "threat": threat, "suite": suite, "seed": seed}
     given |= {"device": device, "precision": precision, "batch_size": batch_size, "data_root": data_root}
@@ -330,7 +330,7 @@ def craft(
 
     Success is over the images that a model classifies correctly. Without a surrogate: the built-in net.
     """
-    from robustkit.cli.craft import craft as work
+    from robustkit.cli.verbs.craft import craft as work
 
     return work(
         surrogates=surrogate or [DEFAULT_MODEL],
@@ -378,7 +378,7 @@ def transfer(
     \b
     robustkit transfer runs/craft-3f9c21ab --target timm:vit_base_patch16_224
     """
-    from robustkit.cli.transfer import transfer as work
+    from robustkit.cli.verbs.transfer import transfer as work
 
     return work(
         folder,
@@ -429,7 +429,7 @@ def matrix(
     \b
     robustkit matrix --models timm:resnet50,timm:vgg16 --data folder:val --limit 200 --threat linf:8/255
     """
-    from robustkit.cli.matrix import matrix as work
+    from robustkit.cli.verbs.matrix import matrix as work
 
     return work(
         models=models or [],
@@ -486,7 +486,7 @@ def diversity(
 
     On images that every member classifies correctly. To compare two ensembles on the same ones: --images-of.
     """
-    from robustkit.cli.diversity import diversity as work
+    from robustkit.cli.verbs.diversity import diversity as work
 
     return work(
         model,
@@ -547,7 +547,7 @@ def _train(
     trust_code: TrustCode = False,
     debug: Debug = False,
 ) -> int:
-    from robustkit.cli.train import train as work
+    from robustkit.cli.verbs.train import train as work
 
     return work(
         method,
@@ -615,7 +615,7 @@ def verify(
     \b
     robustkit verify runs/evaluate-3f9c21ab
     """
-    from robustkit.cli.verify import verify as work
+    from robustkit.cli.verbs.verify import verify as work
 
     return work(folder, model=model, data=data, device=device, data_root=data_root, trust_code=trust_code)
 
@@ -636,7 +636,7 @@ def report(
     robustkit report runs/evaluate-3f9c21ab
     robustkit report runs/evaluate-3f9c21ab --html page.html --png card.png
     """
-    from robustkit.cli.report import report as work
+    from robustkit.cli.verbs.report import report as work
 
     return work(folder, html=html, png=png)
 
@@ -655,7 +655,7 @@ def compare(
     \b
     robustkit compare runs/evaluate-3f9c21ab runs/evaluate-77d0e4b2
     """
-    from robustkit.cli.compare import compare as work
+    from robustkit.cli.verbs.compare import compare as work
 
     return work(a, b, as_json=json)
 
@@ -674,7 +674,7 @@ def export(
     \b
     robustkit export runs/evaluate-3f9c21ab --csv verdicts.csv
     """
-    from robustkit.cli.export import export as work
+    from robustkit.cli.verbs.export import export as work
 
     return work(folder, csv=csv, parquet=parquet)
 
@@ -710,12 +710,12 @@ def doctor(
     robustkit doctor ./my_net.py:build@w.pt --data test.npz --threat linf:8/255
     """
     if aggregator is not None:
-        from robustkit.cli.factsheet import show
+        from robustkit.cli.verbs.factsheet import show
 
         given = {"MODEL": model, "--data": data, "--limit": limit, "--threat": threat}
         return show(aggregator, predictors, classes, json, [name for name, value in given.items() if value])
 
-    from robustkit.cli.doctor import doctor as work
+    from robustkit.cli.verbs.doctor import doctor as work
 
     return work(
         model,
@@ -747,6 +747,6 @@ def list_(
     robustkit list techniques
     robustkit list cwa
     """
-    from robustkit.cli.listing import show
+    from robustkit.cli.verbs.listing import show
 
     return show(what, json)

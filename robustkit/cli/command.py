@@ -11,7 +11,7 @@ from typing import Any
 from typer.core import TyperCommand
 
 from robustkit.cli.streams import results_apart
-from robustkit.errors import UsageError
+from robustkit.core.errors import UsageError
 
 
 class Command(TyperCommand):

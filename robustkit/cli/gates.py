@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from robustkit.checks.flag_codes import CODES
 from robustkit.cli.command import Command
-from robustkit.errors import UsageError, did_you_mean, one_line
-from robustkit.flag_codes import CODES
+from robustkit.core.errors import UsageError, did_you_mean, one_line
 
 if TYPE_CHECKING:
-    from robustkit.record import Flag, Rate
+    from robustkit.core.flags import Flag
+    from robustkit.runs.evaluation_record import Rate
 
 ON_FLAG = "--fail-on-flag"
 ANY = "any"

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from robustkit.cli.streams import results
 from robustkit.cli.terminal import Terminal
-from robustkit.errors import RunError, UsageError, one_line
-from robustkit.writing import is_read_only, reason, write
+from robustkit.core.errors import RunError, UsageError, one_line
+from robustkit.core.writing import is_read_only, reason, write
 
 
 def result_console(width: int | None = None) -> Terminal:

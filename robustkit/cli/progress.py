@@ -11,7 +11,7 @@ from rich.progress import Progress as Bar
 
 from robustkit.cli.terminal import Terminal
 from robustkit.engine.progress import Progress
-from robustkit.report.table import duration, percent
+from robustkit.reporting.terminal.evaluation import duration, percent
 from robustkit.training.progress import TrainProgress
 
 SILENCE = 30.0

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from typing import Any, TextIO, cast
 
-from robustkit.errors import RunError, one_line, printable
+from robustkit.core.errors import RunError, one_line, printable
 
 # How the signs in our own texts are written where the stream's encoding lacks them.
 SUBSTITUTES = str.maketrans({"–": "-", "−": "-", "…": "...", "→": "->", "━": "-", "╸": "-", "╺": "-"})

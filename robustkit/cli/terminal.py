@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.segment import Segment
 from rich.text import Text
 
-from robustkit.errors import printable
+from robustkit.core.errors import printable
 
 
 class Terminal(Console):

@@ -6,13 +6,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from robustkit.data.arrays import from_arrays
     from robustkit.data.load import load_data
     from robustkit.data.samples import Samples
+    from robustkit.data.sources.arrays import from_arrays
 
 __all__ = ["Samples", "from_arrays", "load_data"]
 
-_HOME = {"Samples": "samples", "from_arrays": "arrays", "load_data": "load"}
+_HOME = {"Samples": "samples", "from_arrays": "sources.arrays", "load_data": "load"}
 
 
 def __getattr__(name: str) -> object:

@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from robustkit.data.regular import open_regular
+from robustkit.core.errors import UsageError
+from robustkit.core.flags import Flag
+from robustkit.data.regular_files import open_regular
 from robustkit.data.samples import Samples
-from robustkit.errors import UsageError
-from robustkit.record import Flag
 
 WNID = re.compile(r"n\d{8}")
 _MAX_BYTES = 16 << 20

@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from robustkit.data.tensors import as_array
-from robustkit.errors import UsageError
+from robustkit.core.errors import UsageError
+from robustkit.data.sources.tensors import as_array
 
 _MOST = 2**31
 

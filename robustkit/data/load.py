@@ -6,12 +6,12 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+from robustkit.core.errors import UsageError, did_you_mean, possible
+from robustkit.core.preprocess import Preprocess
 from robustkit.data.catalog import CATALOG
 from robustkit.data.classes import absolute, fixed, read_order
 from robustkit.data.samples import Samples
 from robustkit.data.strings import DataString
-from robustkit.errors import UsageError, did_you_mean, possible
-from robustkit.preprocess import Preprocess
 
 # Kinds of data whose rest is a path, however it ends.
 PATHS = ("folder", "webdataset")
@@ -57,7 +57,7 @@ def _loaded(
     if name == "webdataset":
         return _webdataset(spec.rest, root, preprocess)
     if is_npz:
-        from robustkit.data.npz import npz
+        from robustkit.data.sources.npz import npz
 
         return npz(_absolute(spec.head), spec.options.get("layout"))
     if name not in CATALOG or name == "npz":
@@ -78,19 +78,19 @@ def _named(
     if split not in entry.splits:
         raise did_you_mean(f"split of {name}", str(split), entry.splits)
     if not entry.needs_root:
-        from robustkit.data.digits import digits
+        from robustkit.data.sources.digits import digits
 
         return digits(split)
-    from robustkit.data import vision
+    from robustkit.data.sources import torchvision_sets
 
     place = data_root() if root is None else _absolute(root)
     if name == "imagenet":
-        return vision.imagenet(split, place, preprocess)
-    return vision.small_set(name, split, place, download)
+        return torchvision_sets.imagenet(split, place, preprocess)
+    return torchvision_sets.small_set(name, split, place, download)
 
 
 def _folder(path: str | None, preprocess: Preprocess | None, nested: bool) -> Samples:
-    from robustkit.data.files import image_folder
+    from robustkit.data.sources.image_files import image_folder
 
     if not path:
         raise UsageError("'folder:' names no folder; write folder:PATH with one folder of images per class.")
@@ -99,7 +99,7 @@ def _folder(path: str | None, preprocess: Preprocess | None, nested: bool) -> Sa
 
 
 def _webdataset(path: str | None, root: Path | None, preprocess: Preprocess | None) -> Samples:
-    from robustkit.data.shards import webdataset
+    from robustkit.data.sources.shards import webdataset
 
     if not path:
         raise UsageError(

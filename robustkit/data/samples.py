@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from robustkit.errors import UsageError
-from robustkit.record import Flag
-from robustkit.shapes import Images
+from robustkit.core.errors import UsageError
+from robustkit.core.flags import Flag
+from robustkit.core.shapes import Images
 
 # Values outside of [0, 1] by less are there by rounding.
 _ROUNDING = 1e-5
@@ -24,7 +24,7 @@ _ROUNDING = 1e-5
 class Source(Protocol):
     """Where the images of a set come from; rows are counted in the source's own order.
 
-    `slow` is whether reading takes so long that it is worth doing ahead (`robustkit.data.ahead`).
+    `slow` is whether reading takes so long that it is worth doing ahead (`robustkit.data.prefetch`).
     """
 
     slow: ClassVar[bool]

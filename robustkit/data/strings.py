@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 from urllib.parse import parse_qsl, quote
 
-from robustkit.errors import UsageError, did_you_mean
+from robustkit.core.errors import UsageError, did_you_mean
 
 FIELDS = ("classes", "layout")
 # Kinds of data that are picture files, read at the size that a model asks for.

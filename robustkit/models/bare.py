@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
-from robustkit.errors import UsageError
+from robustkit.core.errors import UsageError
 
 Net = Callable[..., object]
 

@@ -11,9 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from robustkit.errors import ModelError, RobustkitError, UsageError
-from robustkit.isolation import no_exit, switch_mode
+from robustkit.core.errors import ModelError, RobustkitError, UsageError
+from robustkit.core.isolation import no_exit, switch_mode
+from robustkit.core.preprocess import Preprocess
+from robustkit.core.shapes import Images, Logits
 from robustkit.models.bare import bare, with_numbers
+from robustkit.models.ensembles.mixture import Mixture
 from robustkit.models.failures import described, is_out_of_memory
 from robustkit.models.fingerprint import (
     callable_identity,
@@ -21,14 +24,11 @@ from robustkit.models.fingerprint import (
     qualified_name,
     state_sha256,
 )
-from robustkit.models.mixture import Mixture
 from robustkit.models.net_call import NetCall
 from robustkit.models.options import read_binary
 from robustkit.models.outputs import LogitsReader
 from robustkit.models.shape_search import taken_instead
-from robustkit.preprocess import Preprocess
 from robustkit.registry import spec
-from robustkit.shapes import Images, Logits
 
 
 class Classifier(nn.Module):

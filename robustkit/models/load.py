@@ -8,20 +8,21 @@ from functools import partial
 import torch
 from torch import nn
 
-from robustkit.devices import pick_device
-from robustkit.errors import UsageError
-from robustkit.isolation import same_folder, switch_mode, usual_torch
-from robustkit.models import from_code, from_run, from_several, from_timm, from_torchvision, from_zoo
+from robustkit.core.devices import pick_device
+from robustkit.core.errors import UsageError
+from robustkit.core.isolation import same_folder, switch_mode, usual_torch
+from robustkit.core.preprocess import Preprocess
 from robustkit.models.bare import bare, with_numbers
-from robustkit.models.built import Built, seeded
-from robustkit.models.catalog import ZOO as CATALOG
 from robustkit.models.classifier import Classifier
-from robustkit.models.kinds import no_such_kind
+from robustkit.models.ensembles import from_several
 from robustkit.models.options import Options, read_mean, read_size, read_std
+from robustkit.models.sources import from_code, from_run, from_timm, from_torchvision, from_zoo
+from robustkit.models.sources.built import Built, seeded
+from robustkit.models.sources.kinds import no_such_kind
 from robustkit.models.strings import ENSEMBLE, FILE, FOLDER, MODULE, TIMM, TORCHVISION, UNKNOWN, ZOO, ModelString
-from robustkit.models.weight_files import WeightsFile, read_weights
-from robustkit.models.weights import Loaded, put_weights
-from robustkit.preprocess import Preprocess
+from robustkit.models.weights.files import WeightsFile, read_weights
+from robustkit.models.weights.loading import Loaded, put_weights
+from robustkit.models.zoo.catalog import ZOO as CATALOG
 
 _BUILD = {
     ZOO: from_zoo.build,

@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from robustkit.errors import RobustkitError
-from robustkit.isolation import quietly
+from robustkit.core.errors import RobustkitError
+from robustkit.core.isolation import quietly
+from robustkit.core.shapes import Images, Logits
 from robustkit.models.failures import is_out_of_memory
-from robustkit.shapes import Images, Logits
 
 Net = Callable[[Any], object]
 # From what a net returned for so many images to their logits.

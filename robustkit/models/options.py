@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from robustkit.errors import UsageError, did_you_mean
+from robustkit.core.errors import UsageError, did_you_mean
+from robustkit.core.numbers import whole
 from robustkit.models.strings import ENSEMBLE, FOLDER, TIMM, TORCHVISION, ZOO, ModelString
-from robustkit.numbers import whole
 from robustkit.registry import parse_defenses
 
 LOGIT, PROBABILITY = "logit", "probability"
@@ -39,7 +39,7 @@ class Options:
         output: Where the logits are in what the net returns, as a key, attribute or index.
         binary: What a net of one number per image returns: `logit` or `probability`, of class 1.
         defenses: What stands in front of the net, in the order that an image meets it.
-        combine: Name of what joins the answers of several nets (`robustkit.aggregation`).
+        combine: Name of what joins the answers of several nets (`robustkit.models.ensembles.aggregation`).
         noise: The policy of a trained net's own random numbers: `fresh`, `frozen`, `content`, `calm`.
         weights: Which set of tensors of the weights file is meant, where it holds several.
         pretrained: Whether the source's own trained weights are used where the string names no file.

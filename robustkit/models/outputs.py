@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from robustkit.errors import UsageError
+from robustkit.core.errors import UsageError
 from robustkit.models.options import LOGIT
 
 # Names that libraries give the scores of classes; `logits` is preferred to the others.

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from urllib.parse import parse_qsl, quote
 
-from robustkit.errors import UsageError
+from robustkit.core.errors import UsageError
 
 ZOO, TIMM, TORCHVISION = "robustkit", "timm", "torchvision"
 FILE, MODULE, FOLDER, ENSEMBLE = "file", "module", "folder", "ensemble"

@@ -11,11 +11,11 @@ import safetensors
 import torch
 from torch import Tensor
 
-from robustkit.errors import RunError
+from robustkit.core.errors import RunError
+from robustkit.core.writing import refuse_link, subfolder
 from robustkit.posterior.digest import digest
 from robustkit.posterior.store import DELTA, EXACT, FILE, FORMAT, MEAN, SCALE, Posterior, coded, is_coded
 from robustkit.posterior.stream import Entry, write
-from robustkit.writing import refuse_link, subfolder
 
 FOLDER = "samples"
 

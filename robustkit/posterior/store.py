@@ -17,7 +17,7 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
-from robustkit.errors import UsageError
+from robustkit.core.errors import UsageError
 
 FILE = "posterior.safetensors"
 FORMAT = "1"

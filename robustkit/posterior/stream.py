@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from robustkit.writing import replacing
+from robustkit.core.writing import replacing
 
 # Names of types in the header, the widest first: in this order every tensor begins at a multiple of its size.
 NAMES = {

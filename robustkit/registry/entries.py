@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from robustkit.errors import did_you_mean
-from robustkit.limits import Limits
+from robustkit.core.errors import did_you_mean
+from robustkit.core.limits import Limits
+from robustkit.core.step_size import StepSize
 from robustkit.registry.marks import Info, registered
 from robustkit.registry.ranges import NAMED
-from robustkit.step_size import StepSize
 
 # Where the files of a kind are; a method of training is a surrogate's in `attacks` and a defense's in `defenses`.
 FOLDERS: dict[str, tuple[str, ...]] = {
@@ -87,7 +87,7 @@ def catalog(kind: str) -> Mapping[str, Entry]:
     """Return every registered name of a kind (a key of `FOLDERS`) with what its source says."""
     entries: dict[str, Entry] = {}
     files = [(folder, *marked) for folder in FOLDERS[kind] for marked in _marked(folder)]
-    for folder, stem, nodes in files:
+    for folder, module, nodes in files:
         for node in nodes:
             for mark in node.decorator_list:
                 if isinstance(mark, ast.Call) and isinstance(mark.func, ast.Name) and mark.func.id == kind:
@@ -102,19 +102,20 @@ def catalog(kind: str) -> Mapping[str, Entry]:
                         and isinstance(line.target, ast.Name)
                         and "ClassVar" not in ast.unparse(line.annotation)
                     )
-                    entries[name] = Entry(info, f"robustkit.{folder}.{stem}", summary, fields, detail.strip())
+                    entries[name] = Entry(info, f"robustkit.{folder}.{module}", summary, fields, detail.strip())
     return entries
 
 
 @functools.cache
 def _marked(folder: str) -> list[tuple[str, list[ast.ClassDef | ast.FunctionDef]]]:
-    """Return the stem of each file of a folder with its registered classes and functions.
+    """Return the module of each file below a folder with its registered classes and functions.
 
     Of each only the head is parsed, up to its first method: lists and help pages wait for all files.
     """
+    home = Path(__file__).parents[1] / folder
     return [
         (
-            file.stem,
+            ".".join(file.relative_to(home).with_suffix("").parts),
             [
                 node
                 for block in _HEAD.findall(file.read_text(encoding="utf-8"))
@@ -122,7 +123,7 @@ def _marked(folder: str) -> list[tuple[str, list[ast.ClassDef | ast.FunctionDef]
                 if isinstance(node, (ast.ClassDef, ast.FunctionDef))
             ],
         )
-        for file in sorted((Path(__file__).parents[1] / folder).glob("[!_]*.py"))
+        for file in sorted(home.rglob("[!_]*.py"))
     ]
 
 

@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
-from robustkit.errors import UsageError
-from robustkit.limits import Limits
-from robustkit.numbers import exact, shown, whole
-from robustkit.step_size import StepSize, check_bare
+from robustkit.core.errors import UsageError
+from robustkit.core.limits import Limits
+from robustkit.core.numbers import exact, shown, whole
+from robustkit.core.step_size import StepSize, check_bare
 
 WORDS = {
     int: "a whole number",

@@ -8,11 +8,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from robustkit.errors import UsageError, did_you_mean
-from robustkit.numbers import LONGEST, shown
+from robustkit.core.errors import UsageError, did_you_mean
+from robustkit.core.numbers import LONGEST, shown
+from robustkit.core.step_size import StepSize
 from robustkit.registry.entries import catalog, find
 from robustkit.registry.fields import field_types, plain_types
-from robustkit.step_size import StepSize
 
 
 def make(name: str, **fields: Any) -> Any:

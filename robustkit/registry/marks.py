@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, is_dataclass
 from typing import Any, TypeVar
 
@@ -17,7 +17,8 @@ class Info:
 
     `coupled` marks an attack whose random numbers depend on the batch it is run in. `family` marks a class
     that answers to every name `NAME:ANYTHING`, by its class method `member(tail, **fields)`. `ascent` marks an
-    attack that reads nothing but gradients, so that techniques can change them (`robustkit.transfer`). `minimal`
+    attack that reads nothing but gradients, so that techniques can change them
+    (`robustkit.attack_api.composition`). `minimal`
     marks an attack that can look for the nearest point of all, with no eps.
     """
 
@@ -62,7 +63,7 @@ def attack(
 
 
 def technique(name: str, *, paper: str = "") -> Callable[[type[T]], type[T]]:
-    """Register a frozen dataclass, a `robustkit.transfer.Technique`, that changes an attack's gradients."""
+    """Register a frozen dataclass, a `Technique` of attack_api.composition, that changes an attack's gradients."""
     return _register(Info("technique", name, paper))
 
 
@@ -85,7 +86,7 @@ def defense(name: str, *, paper: str) -> Callable[[type[T]], type[T]]:
 
 
 def method(name: str, *, paper: str = "") -> Callable[[type[T]], type[T]]:
-    """Register a frozen dataclass, a `robustkit.method.Method`, as a method of training.
+    """Register a frozen dataclass, a `robustkit.training.method.Method`, as a method of training.
 
     Its fields become flags of `robustkit train NAME`. All arguments must be literals.
     """
@@ -106,3 +107,8 @@ def _register(info: Info) -> Callable[[T], T]:
 def registered(kind: str, name: str) -> Any:
     """Return what its file has registered, once that is imported."""
     return _registered[kind, name]
+
+
+def stage_name(record: Mapping[str, Any]) -> str:
+    """Return what a stage is called by its record in a spec."""
+    return str(record["name"]) + (f"@{record['view']}" if record.get("view") else "")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from robustkit.limits import LARGE, Limits
+from robustkit.core.limits import LARGE, Limits
 
 Count = Annotated[int, Limits(1, LARGE)]
 CountOrZero = Annotated[int, Limits(0, LARGE)]

@@ -7,18 +7,19 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from robustkit.errors import UsageError, did_you_mean
+from robustkit.core.errors import UsageError, did_you_mean
+from robustkit.core.step_size import check_pixels
 from robustkit.registry.entries import catalog, find
 from robustkit.registry.making import make, make_method, make_technique, spec
-from robustkit.step_size import check_pixels
+from robustkit.registry.marks import stage_name
 
 DEFAULT_SUITE = "auto"
 # What that is where a threat asks for minimum norms.
 MINIMAL_SUITE = "minimum-norm"
 # A suite of more attacks is a slip: each is run on every image.
 MOST_ATTACKS = 1_000
-# What a model's gradients may be replaced by (`robustkit.models.views`), in the order of what they promise; where
-# the model is random, also by means over draws.
+# What a model's gradients may be replaced by (`robustkit.gradient_views.views`), in the order of what they
+# promise; where the model is random, also by means over draws.
 DRAWN = (
     "own",
     "mended",
@@ -59,18 +60,16 @@ class Rung:
     @property
     def name(self) -> str:
         """How a suite writes it, without fields."""
-        # The records take a tenth of a second that `robustkit list` does not have.
-        from robustkit.record import stage_name
-
         return stage_name(self.spec)
 
 
 def parse_suite(text: str, norm: str, *, minimal: bool = False) -> list[Rung]:
     """Return the attacks of a comma-separated list of suites and attacks, in order.
 
-    `ATTACK@VIEW` climbs the gradients of a view of the model (see `robustkit.models.views`); a model that has
+    `ATTACK@VIEW` climbs the gradients of a view of the model (see `robustkit.gradient_views.views`); a model
+    that has
     none of that name is spared it. `ATTACK?` and `ATTACK@VIEW?` are for runs whose number is in doubt. `ATTACK*`
-    is an arm: given to the images on which it is likely to succeed (`robustkit.engine.allocation`). Where the
+    is an arm: given to the images on which it is likely to succeed (`robustkit.engine.allocation.arms`). Where the
     threat is `minimal` only attacks that find minimum norms are meant, and `auto` is a suite of them.
 
     Raises:

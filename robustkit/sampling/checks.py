@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from robustkit.errors import UsageError
+from robustkit.core.errors import UsageError
 
 
 def enough(name: str, field: str, count: int, steps: int) -> None:

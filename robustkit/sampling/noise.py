@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from robustkit.rng import RowRng
+from robustkit.core.rng import RowRng
 
 # Weights drawn for at once: the counters are 64-bit, several times the memory of the weights.
 CHUNK = 2**20

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from robustkit.core.errors import did_you_mean
 from robustkit.data.strings import DataString
-from robustkit.errors import did_you_mean
 
 CROP, FLIP = "crop", "flip"
 CHOICES = {"none": (), "crop": (CROP,), "crop-flip": (CROP, FLIP)}

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robustkit.errors import UsageError
-from robustkit.method import Method, Plan
+from robustkit.core.errors import UsageError
+from robustkit.core.writing import replacing
 from robustkit.posterior.digest import digest
-from robustkit.trained import CHECKPOINTS
+from robustkit.runs.training_record import CHECKPOINTS
 from robustkit.training.memory import Memory
+from robustkit.training.method import Method, Plan
 from robustkit.training.nets import Tally
-from robustkit.writing import replacing
 
 FILE, PREVIOUS = CHECKPOINTS
 
@@ -39,7 +39,7 @@ class Course:
         history: facts of each finished epoch.
         tally: propagations.
         counted: those that all processes know of, forwards and backwards.
-        parts: which versions made which steps (`robustkit.engine.parts`).
+        parts: which versions made which steps (`robustkit.runs.versions`).
     """
 
     loss: Tensor

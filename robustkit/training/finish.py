@@ -11,24 +11,24 @@ from typing import Any
 from torch import Tensor
 
 from robustkit.checks.relabelled import clean_doubts
-from robustkit.engine.environment import environment
-from robustkit.engine.folder import sha256
-from robustkit.errors import RunError
-from robustkit.method import Method, State
+from robustkit.core.errors import RunError
+from robustkit.core.writing import write
 from robustkit.models.strings import ENSEMBLE, ModelString
 from robustkit.posterior import FILE as POSTERIOR
 from robustkit.posterior import Draft, Posterior
 from robustkit.posterior.stream import write_tensors
-from robustkit.record import Rate, dumps
-from robustkit.trained import KEPT, RECORD, WEIGHTS, Trained
-from robustkit.training import score
+from robustkit.runs.environment import environment
+from robustkit.runs.evaluation_record import Rate, dumps
+from robustkit.runs.run_folder import sha256
+from robustkit.runs.training_record import KEPT, RECORD, WEIGHTS, Trained
+from robustkit.training import evaluation
 from robustkit.training.averages import swapped
 from robustkit.training.checkpoint import PREVIOUS, Course, Parts
-from robustkit.training.diversity import glance, oracles, usual_threat
 from robustkit.training.images import Epoch, ImageSet
-from robustkit.training.job import Job
+from robustkit.training.method import Method, State
 from robustkit.training.nets import Member, bare, flops
-from robustkit.writing import write
+from robustkit.training.quick_diversity import glance, oracles, usual_threat
+from robustkit.training.session import Job
 
 
 def finish(
@@ -43,17 +43,17 @@ def finish(
         for number, facts in enumerate(samples):
             posterior.put(members[0].net, number)
             if test is not None:
-                scores.append(score.log_probabilities(members[0].classifier, test))
-                facts["accuracy"], facts["loss"] = score.accuracy_and_loss(scores[-1], test.labels)
+                scores.append(evaluation.log_probabilities(members[0].classifier, test))
+                facts["accuracy"], facts["loss"] = evaluation.accuracy_and_loss(scores[-1], test.labels)
     else:
         with swapped(parts.nets, parts.averages):
             _save(job, members)
             if test is not None:
-                scores = [score.log_probabilities(member.classifier, test) for member in members]
-    own = [score.accuracy_and_loss(one, test.labels)[0] for one in scores] if test is not None else []
+                scores = [evaluation.log_probabilities(member.classifier, test) for member in members]
+    own = [evaluation.accuracy_and_loss(one, test.labels)[0] for one in scores] if test is not None else []
     accuracy, doubts = None, []
     if test is not None:
-        said = score.mixed(scores).argmax(1)
+        said = evaluation.mixed(scores).argmax(1)
         hits = int((said == test.labels).sum())
         accuracy = json.loads(dumps(Rate.of(hits, len(test))))
         doubts = clean_doubts(said.tolist(), test.labels.tolist(), job.plan.classes)
@@ -100,8 +100,8 @@ def finish(
 def judge(members: Sequence[Member], parts: Parts, test: ImageSet) -> dict[str, float]:
     """Return accuracy and loss of the nets as they are now: of several that of their mean, and oracles'."""
     with swapped(parts.nets, parts.averages):
-        scores = [score.log_probabilities(member.classifier, test) for member in members]
-    accuracy, loss = score.accuracy_and_loss(score.mixed(scores), test.labels)
+        scores = [evaluation.log_probabilities(member.classifier, test) for member in members]
+    accuracy, loss = evaluation.accuracy_and_loss(evaluation.mixed(scores), test.labels)
     facts = {"test_accuracy": accuracy, "test_loss": loss}
     return facts if len(members) == 1 else {**facts, **oracles(scores, test.labels)}
 
@@ -123,7 +123,7 @@ def _pack(job: Job, member: Member, course: Course, train: ImageSet) -> Posterio
     for state in job.method.samples(_kept(job.folder / KEPT), job.plan):
         if job.method.batch_norm == "re-estimate":
             member.net.load_state_dict(state)
-            score.re_estimate(member, train, min(job.plan.batch_size, len(train)), order)
+            evaluation.re_estimate(member, train, min(job.plan.batch_size, len(train)), order)
             state = member.net.state_dict()
         draft.add(state, count)
         count += 1

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from robustkit.core.errors import UsageError
+from robustkit.core.rng import RowRng
 from robustkit.data.samples import Samples
-from robustkit.errors import UsageError
-from robustkit.method import Batch, Plan
-from robustkit.rng import RowRng
 from robustkit.training import augment
+from robustkit.training.method import Batch, Plan
 
 # Signs in a byte (`robustkit.training.memory`).
 PER_BYTE = 4

@@ -11,23 +11,23 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from robustkit.core.errors import RunError
+from robustkit.core.writing import subfolder
 from robustkit.engine.failures import is_out_of_memory
-from robustkit.engine.parts import continued
-from robustkit.errors import RunError
-from robustkit.method import Peers, Plan
 from robustkit.posterior import Draft
-from robustkit.trained import KEPT, RECORD
-from robustkit.training import augment, averages, checkpoint, diversity
+from robustkit.runs.training_record import KEPT, RECORD
+from robustkit.runs.versions import continued
+from robustkit.training import augment, averages, checkpoint, quick_diversity
 from robustkit.training.checkpoint import Course, Parts
 from robustkit.training.finish import compare, finish, judge
 from robustkit.training.images import Epoch
-from robustkit.training.job import Job
 from robustkit.training.memory import Memory
+from robustkit.training.method import Peers, Plan
 from robustkit.training.metrics import MISSING, Metrics
 from robustkit.training.nets import Member, build, laid_out
+from robustkit.training.parallel.data_parallel import Share
 from robustkit.training.progress import TrainProgress
-from robustkit.training.shares import Share
-from robustkit.writing import subfolder
+from robustkit.training.session import Job
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -156,7 +156,11 @@ class Sitting:
         if self.first:
             if self.test is not None and _looks(number + 1, plan.epochs):
                 facts |= judge(self.members, self.parts, self.test)
-            if self.test is not None and plan.members > 1 and _looks(number + 1, plan.epochs, diversity.LOOKS):
+            if (
+                self.test is not None
+                and plan.members > 1
+                and _looks(number + 1, plan.epochs, quick_diversity.LOOKS)
+            ):
                 facts |= compare(self.job, self.members, self.parts, self.test)
             course.history.append(facts)
             checkpoint.save(self.job.folder, course, self.parts)

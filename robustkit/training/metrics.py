@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from robustkit.record import dumps
-from robustkit.trained import CURVES, METRICS
-from robustkit.writing import refuse_link, subfolder, write
+from robustkit.core.writing import refuse_link, subfolder, write
+from robustkit.runs.evaluation_record import dumps
+from robustkit.runs.training_record import CURVES, METRICS
 
 MISSING = "no curves for TensorBoard: pip install tensorboard writes them"
 

@@ -12,20 +12,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from robustkit.core.errors import UsageError
+from robustkit.core.shapes import Images, Logits
 from robustkit.data.strings import DataString
-from robustkit.errors import UsageError
-from robustkit.features import Reached
-from robustkit.method import Method
 from robustkit.models import Classifier, load_model
-from robustkit.models.built import seeded
-from robustkit.models.catalog import lookup
-from robustkit.models.from_run import Run, is_run
-from robustkit.models.mixture import Mixture
+from robustkit.models.ensembles.mixture import Mixture
+from robustkit.models.layers.features import Reached
+from robustkit.models.randomness import Noise, drawn
+from robustkit.models.sources.built import seeded
+from robustkit.models.sources.from_run import Run, is_run
 from robustkit.models.strings import ENSEMBLE, FOLDER, TIMM, TORCHVISION, ZOO, ModelString, joined
-from robustkit.noise import Noise, drawn
+from robustkit.models.zoo.catalog import lookup
 from robustkit.registry import spec as record_of
-from robustkit.shapes import Images, Logits
-from robustkit.training.whole import Whole
+from robustkit.training.method import Method
+from robustkit.training.whole_batches import Whole
 
 USUAL = {
     "digits": "robustkit:digits-cnn",

@@ -12,22 +12,23 @@ from typing import Any
 
 import torch
 
+from robustkit.core.errors import UsageError
 from robustkit.data.samples import Samples
-from robustkit.engine.folder import read_trained
-from robustkit.engine.meter import free_memory
-from robustkit.engine.opening import open_for_writing
-from robustkit.errors import UsageError
-from robustkit.method import Method, Plan
+from robustkit.engine.model.instrumented_model import free_memory
 from robustkit.models.classifier import Classifier
 from robustkit.models.fingerprint import combined_sha256
 from robustkit.models.strings import ModelString, joined
 from robustkit.registry import spec as record_of
-from robustkit.trained import RECORD, Trained, TrainSpec
-from robustkit.training import augment, nets, processes, shares
+from robustkit.runs.opening import open_for_writing
+from robustkit.runs.run_folder import read_trained
+from robustkit.runs.training_record import RECORD, Trained, TrainSpec
+from robustkit.training import augment, nets
 from robustkit.training.images import ImageSet, check_room
-from robustkit.training.job import Job
 from robustkit.training.loop import work
+from robustkit.training.method import Method, Plan
+from robustkit.training.parallel import data_parallel, processes
 from robustkit.training.progress import TrainProgress
+from robustkit.training.session import Job
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Training:
         seed: of every random number.
         device: where to train.
         devices: how many of them on each host, each with a process of its own.
-        parallel: what processes share, `data` or `members` (`robustkit.training.shares`).
+        parallel: what processes share, `data` or `members` (`robustkit.training.parallel.data_parallel`).
         trust_code: whether Python code that a run folder names as `arch` is run.
     """
 
@@ -68,7 +69,7 @@ class Training:
     precision: str = "auto"
     seed: int = 0
     devices: int = 1
-    parallel: str = shares.DATA
+    parallel: str = data_parallel.DATA
     trust_code: bool = False
 
     def __post_init__(self) -> None:
@@ -84,7 +85,7 @@ class Training:
             )
         if not 0 <= self.seed < 2**63:
             raise UsageError(f"seed {self.seed}: write a whole number from 0 to 2**63 - 1.")
-        shares.check(self.parallel, processes.count(self.device, self.devices), self.method, self.plan)
+        data_parallel.check(self.parallel, processes.count(self.device, self.devices), self.method, self.plan)
         if not 0 <= self.ema < 1:
             raise UsageError(f"--ema {self.ema:g} must be from 0 to below 1, e.g. 0.999.")
         if self.ema and self.method.posterior:

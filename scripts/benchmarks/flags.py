@@ -1,4 +1,4 @@
-"""Precision and recall of the warnings that `auto` raises, from rows that scripts/gauntlet.py recorded.
+"""Precision and recall of the warnings that `auto` raises, from rows that scripts/benchmarks/gauntlet.py recorded.
 
     python scripts/benchmarks/flags.py ROWS.jsonl ... [RUN ...]
 

@@ -26,7 +26,7 @@ from train_zoo import MNIST_TEST, ZOO, Entry, held_out
 
 from robustkit import evaluate, load_data, load_model
 from robustkit.data.samples import Samples
-from robustkit.record import Report
+from robustkit.runs.evaluation_record import Report
 
 
 @dataclass(frozen=True)

@@ -269,7 +269,7 @@ def test_interrupt_and_resume(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kills", [pytest.param(20, marks=pytest.mark.slow), 2])
 def test_killed_at_random_moments_is_the_same(kills: int, tmp_path: Path) -> None:
     """kill -9, then the same command: same report but for times, and no finished chunk runs twice."""
-    script = Path(__file__).parents[2] / "scripts" / "kill_and_resume.py"
+    script = Path(__file__).parents[2] / "scripts" / "tools" / "kill_and_resume.py"
     done = subprocess.run(
         [sys.executable, str(script), "--kills", str(kills), "--out", str(tmp_path)],
         capture_output=True,

@@ -17,10 +17,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from robustkit import UsageError, crafted
+from robustkit import UsageError
 from robustkit.cli import run
-from robustkit.cli.several import refuse_lists, split_models
-from robustkit.report import craft_page
+from robustkit.cli.model_lists import refuse_lists, split_models
+from robustkit.reporting.html import craft
+from robustkit.runs import craft_record
 
 NETS = str(Path(__file__).parents[1] / "nets.py")
 ONE, TWO, THREE, FOUR = (f"{NETS}:small?channels=1&seed={seed}" for seed in (1, 2, 3, 4))
@@ -83,7 +84,7 @@ def test_every_flag_reaches_the_record(
     with Image.open("png/000003.png") as file, np.load("r/adversarial.npz") as arrays:
         assert np.abs(np.asarray(file) - 255 * arrays["x"][3, 0]).max() < 1
     # The page's command asks for the same run.
-    words = shlex.split(craft_page.command(crafted.Craft.from_json(printed)))[1:]
+    words = shlex.split(craft.command(craft_record.Craft.from_json(printed)))[1:]
     capsys.readouterr()
     assert run([*words, "--device", "cpu", "--batch-size", "5", "--streaming", "--out", "r"]) == 0
     assert "was finished before" in capsys.readouterr().err
@@ -165,8 +166,8 @@ def test_a_matrix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     cell = json.loads((Path("m") / record["folders"][0] / "transfer.json").read_text())["targets"][2]
     assert record["success"][0][2]["value"] == cell["success"]
     rows = [json.loads((Path("m") / name / "transfer.json").read_text()) for name in record["folders"]]
-    sets = [crafted.Craft.from_json(row).targets[2].fooled(row["labels"], None) for row in rows]
-    assert record["worst"][2]["value"] == crafted.worst(sets).value >= record["success"][1][2]["value"]
+    sets = [craft_record.Craft.from_json(row).targets[2].fooled(row["labels"], None) for row in rows]
+    assert record["worst"][2]["value"] == craft_record.worst(sets).value >= record["success"][1][2]["value"]
     assert record["worst"][0] == record["success"][1][0]
     text = Path("m/matrix.html").read_text()
     assert "http" not in text.replace("http-equiv", "")

@@ -13,10 +13,10 @@ import pytest
 from reports import make_examples, make_report
 
 from robustkit.cli import run
-from robustkit.record import Cost, Curve, Report
-from robustkit.report.command import command
-from robustkit.report.export import rows, to_csv, to_parquet
-from robustkit.report.html import page
+from robustkit.reporting.exports.verdicts import rows, to_csv, to_parquet
+from robustkit.reporting.html.command import command
+from robustkit.reporting.html.evaluation import page
+from robustkit.runs.evaluation_record import Cost, Curve, Report
 
 SMALL = ["evaluate", "--limit", "24", "--suite", "pgd(steps=5)"]
 EPS = 8 / 255

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from robustkit.cli import listing, run
+from robustkit.cli import run
+from robustkit.cli.verbs import listing
 from robustkit.models.classifier import Classifier, as_classifier
 
 # Fast: it imports no torch.
@@ -149,7 +150,7 @@ def test_a_model_that_closes_streams_or_goes_to_another_folder(
 def test_from_python_an_exit_is_an_error_too() -> None:
     import torch
 
-    from robustkit.errors import RunError
+    from robustkit.core.errors import RunError
 
     model: Classifier = as_classifier(lambda x: sys.exit("bye"))
     with pytest.raises(RunError, match=r"called sys.exit\('bye'\)"):

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from robustkit.cli import run
-from robustkit.devices import pick_device
-from robustkit.errors import UsageError
+from robustkit.core.devices import pick_device
+from robustkit.core.errors import UsageError
 
 SMALL = ("evaluate", "--limit", "4", "--suite", "fgsm")
 TRAIN = ("train", "standard", "--limit", "64")

@@ -15,9 +15,9 @@ from reports import FLAG, make_examples, make_report, write_run
 from robustkit.cli import run
 from robustkit.cli.progress import Board, Display, TrainDisplay
 from robustkit.cli.terminal import Terminal
-from robustkit.errors import RunError, UsageError, printable
-from robustkit.record import Flag
-from robustkit.report.export import to_csv
+from robustkit.core.errors import RunError, UsageError, printable
+from robustkit.core.flags import Flag
+from robustkit.reporting.exports.verdicts import to_csv
 
 EVIL = "\x1b[2J\x1b]0;owned\x07\x9b31m\u202egnp\u2066\rrobust 99 %\nworst case 100.0 %"
 FORBIDDEN = "\x1b\x07\x9b\u202e\u2066\r\x08\x00"

@@ -12,10 +12,10 @@ import torch
 from reports import make_examples, make_report, write_run
 
 from robustkit.cli import output, run
-from robustkit.engine.opening import OWN
-from robustkit.errors import RunError, UsageError
-from robustkit.ledger import Ledger
+from robustkit.core.errors import RunError, UsageError
 from robustkit.posterior import Draft
+from robustkit.runs.ledger import Ledger
+from robustkit.runs.opening import OWN
 from robustkit.training.metrics import Metrics
 
 EVALUATE = ["evaluate", "--limit", "8", "--suite", "fgsm", "--threat", "linf:0.2", "--out", "r"]

@@ -17,10 +17,10 @@ import pytest
 
 from robustkit import registry
 from robustkit.cli import run
+from robustkit.core.step_size import StepSize
 from robustkit.registry import make_method
-from robustkit.report.training_page import command
-from robustkit.step_size import StepSize
-from robustkit.trained import TrainSpec
+from robustkit.reporting.html.training import command
+from robustkit.runs.training_record import TrainSpec
 
 SHORT = ["--limit", "48", "--epochs", "3", "--batch-size", "16", "--lr", "0.1"]
 FLAGS = {
@@ -42,8 +42,8 @@ FLAGS = {
 @pytest.fixture
 def specs(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """What would be run, in place of running it."""
-    from robustkit.errors import UsageError
-    from robustkit.record import dumps
+    from robustkit.core.errors import UsageError
+    from robustkit.runs.evaluation_record import dumps
     from robustkit.training.train import Training
 
     found: list[dict[str, Any]] = []

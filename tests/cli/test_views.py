@@ -15,8 +15,8 @@ import pytest
 from reports import FLAG, make_examples, make_report, write_run
 
 from robustkit.cli import run
-from robustkit.engine import folder
-from robustkit.record import Report
+from robustkit.runs import run_folder
+from robustkit.runs.evaluation_record import Report
 
 SMALL = ["evaluate", "--limit", "24", "--threat", "linf:0.2", "--suite", "pgd(steps=5)", "--out", "r"]
 
@@ -57,10 +57,10 @@ def test_evaluate_writes_the_page_once(capsys: pytest.CaptureFixture[str]) -> No
 
 def test_the_examples_of_a_run() -> None:
     assert run([*SMALL, "--no-html"]) == 0
-    report = folder.read_report(Path("r"))
-    examples = folder.read_examples(Path("r"), report)
+    report = run_folder.read_report(Path("r"))
+    examples = run_folder.read_examples(Path("r"), report)
     assert examples is not None
-    adversarial = folder.read_adversarial(Path("r"))
+    adversarial = run_folder.read_adversarial(Path("r"))
     assert (examples["index"] == adversarial["index"]).all()
     assert examples["distance"].dtype == np.float64
     assert 0 < examples["distance"].max() <= 0.2
@@ -78,19 +78,19 @@ def test_the_examples_of_a_run() -> None:
     assert hard == sorted(hard)
     assert easy == sorted(easy, reverse=True)
     assert max(hard) <= min(easy)
-    assert report.files["examples.npz"] == folder.sha256(Path("r/examples.npz"))
+    assert report.files["examples.npz"] == run_folder.sha256(Path("r/examples.npz"))
 
 
 def test_the_page_of_a_run_names_the_command_that_repeats_it(capsys: pytest.CaptureFixture[str]) -> None:
     import shlex
 
-    from robustkit.report.command import command
+    from robustkit.reporting.html.command import command
 
     assert run([*SMALL, "--no-html"]) == 0
-    report = folder.read_report(Path("r"))
+    report = run_folder.read_report(Path("r"))
     assert run([*shlex.split(command(report))[1:], "--out", "again"]) == 0
-    assert folder.read_report(Path("again")).verdicts == report.verdicts
-    assert folder.read_report(Path("again")).run_id == report.run_id
+    assert run_folder.read_report(Path("again")).verdicts == report.verdicts
+    assert run_folder.read_report(Path("again")).run_id == report.run_id
     assert Path("again/examples.npz").read_bytes() == Path("r/examples.npz").read_bytes()
 
 

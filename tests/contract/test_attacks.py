@@ -15,11 +15,11 @@ import torch
 from torch import nn
 
 from robustkit import registry
-from robustkit.goal import Goal
+from robustkit.attack_api.row_wise import Rows, RowWise, query
+from robustkit.core.criteria import Goal
+from robustkit.core.rng import RowRng
+from robustkit.core.threat import ThreatModel
 from robustkit.registry import make, spec
-from robustkit.rng import RowRng
-from robustkit.rows import Rows, RowWise, query
-from robustkit.threat import ThreatModel
 
 SHAPE = (5, 3, 7, 9)
 SIZE = 189

@@ -15,12 +15,12 @@ import torch
 from torch import nn
 
 from robustkit import minimum_norm, registry
-from robustkit.goal import Goal
+from robustkit.attack_api.composition import compose
+from robustkit.attack_api.surrogates import Surrogates
+from robustkit.core.criteria import Goal
+from robustkit.core.rng import RowRng
+from robustkit.core.threat import ThreatModel
 from robustkit.registry import make, make_technique, spec
-from robustkit.rng import RowRng
-from robustkit.surrogates import Surrogates
-from robustkit.threat import ThreatModel
-from robustkit.transfer import compose
 
 # Batch size, image shape, mean and spread of the pixels, classes.
 CASES = ((3, (1, 4, 6), 0.75, 0.03, 4), (8, (5, 7, 7), 0.55, 0.01, 3))

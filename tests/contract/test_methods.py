@@ -14,16 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from robustkit import load_model, registry, train
+from robustkit.core.errors import UsageError
+from robustkit.core.rng import RowRng
+from robustkit.core.step_size import StepSize
 from robustkit.data import from_arrays
 from robustkit.data.samples import Samples
-from robustkit.errors import UsageError
-from robustkit.method import Batch, Method, Plan
 from robustkit.posterior import Posterior
 from robustkit.registry import make_again, make_method
-from robustkit.rng import RowRng
-from robustkit.step_size import StepSize
-from robustkit.trained import Trained
+from robustkit.runs.training_record import Trained
 from robustkit.training import loop
+from robustkit.training.method import Batch, Method, Plan
 from robustkit.training.progress import TrainProgress
 
 SHAPE = (3, 7, 9)

@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 from robustkit import registry
-from robustkit.errors import UsageError
-from robustkit.goal import Goal
+from robustkit.attack_api.composition import Around, Composition, ascend, compose, dice
+from robustkit.attack_api.surrogates import Surrogates
+from robustkit.core.criteria import Goal
+from robustkit.core.errors import UsageError
+from robustkit.core.rng import RowRng
+from robustkit.core.threat import ThreatModel
 from robustkit.registry import make, make_technique, spec
-from robustkit.rng import RowRng
-from robustkit.surrogates import Surrogates
-from robustkit.threat import ThreatModel
-from robustkit.transfer import Around, Composition, ascend, compose, dice
 
 SHAPE = (5, 3, 7, 9)
 CLASSES = 4

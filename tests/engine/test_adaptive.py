@@ -11,17 +11,17 @@ from nets import Small
 from torch import nn
 
 from robustkit import evaluate
-from robustkit.aggregation import parse_aggregator
-from robustkit.engine.judge import judge
-from robustkit.engine.lookout import look
-from robustkit.engine.meter import Meter
-from robustkit.engine.redraw import LEAST, MOST, redraw
-from robustkit.goal import Goal
+from robustkit.core.criteria import Goal
+from robustkit.core.rng import RowRng
+from robustkit.core.threat import ThreatModel
+from robustkit.engine.evaluation.verdicts import judge
+from robustkit.engine.model.instrumented_model import Meter
+from robustkit.engine.model.random_verdicts import LEAST, MOST, redraw
+from robustkit.gradient_views.discovery import look
+from robustkit.gradient_views.views import DRAWS
 from robustkit.models import as_classifier
-from robustkit.models.views import DRAWS
+from robustkit.models.ensembles.aggregation import parse_aggregator
 from robustkit.registry import make
-from robustkit.rng import RowRng
-from robustkit.threat import ThreatModel
 
 SHAPE, EPS = (3, 6, 8), "linf:0.03"
 QUICK = "pgd(steps=8,restarts=1)"

@@ -11,9 +11,9 @@ from callables import NoBackward, as_function, of_torch, on_arrays, shaped, view
 
 from robustkit import craft, evaluate, train
 from robustkit.cli import run
-from robustkit.errors import UsageError
+from robustkit.core.errors import UsageError
 from robustkit.models import as_classifier
-from robustkit.record import Report
+from robustkit.runs.evaluation_record import Report
 
 FILE = str(Path(__file__).parents[1] / "callables.py")
 SUITE = "pgd(steps=4),square(queries=20)"

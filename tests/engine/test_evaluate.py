@@ -13,10 +13,10 @@ from nets import Faulty, Flat, Small, labelled
 from pyautoattack import AutoAttack
 
 from robustkit import RunError, UsageError, evaluate
-from robustkit.engine import meter
+from robustkit.engine.model import instrumented_model
 from robustkit.engine.progress import Progress
-from robustkit.ledger import Ledger
-from robustkit.record import Report
+from robustkit.runs.evaluation_record import Report
+from robustkit.runs.ledger import Ledger
 
 SHAPE = (3, 6, 8)
 QUICK = {
@@ -387,7 +387,7 @@ def test_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_an_attack_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     net = Small()
     x, y = labelled(net, 5, SHAPE)
-    monkeypatch.setattr("robustkit.attacks.fgsm.ascend", lambda *a: 1 / 0)
+    monkeypatch.setattr("robustkit.attacks.gradient.fgsm.ascend", lambda *a: 1 / 0)
     with pytest.raises(RunError, match="fgsm failed on images 0 to 4 with ZeroDivisionError: division by zero"):
         evaluate(net, x, y, "linf:0.1", suite="fgsm")
 
@@ -405,7 +405,7 @@ def test_bf16_search_float32_verdict() -> None:
 def test_auto_piece_fits_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     net = Small()
     x, y = labelled(net, 12, SHAPE)
-    monkeypatch.setattr(meter, "free_memory", lambda device: 100_000)
+    monkeypatch.setattr(instrumented_model, "free_memory", lambda device: 100_000)
     small = evaluate(net, x, y, "linf:0.03", suite="pgd(steps=3)")
     assert small.environment["images_at_once"] < 12
 

@@ -10,7 +10,7 @@ from gauntlet import AROUND, Activation, Behind, Digits, KWinners, Several, cros
 from torch import Tensor, nn
 
 from robustkit import evaluate, load_data
-from robustkit.record import Report
+from robustkit.runs.evaluation_record import Report
 
 pytestmark = pytest.mark.slow
 

@@ -14,11 +14,12 @@ from teams import as_threads
 from torch import nn
 
 import robustkit
-from robustkit.engine import batchwise, folder, meter
-from robustkit.errors import UsageError
-from robustkit.ledger import Ledger
-from robustkit.resuming import answers
-from robustkit.threat import ThreatModel
+from robustkit.core.errors import UsageError
+from robustkit.core.threat import ThreatModel
+from robustkit.engine.evaluation import batch_runner
+from robustkit.engine.model import instrumented_model
+from robustkit.runs import recorded_answers, run_folder
+from robustkit.runs.ledger import Ledger
 
 NORMS = ("linf", "l2", "l1")
 
@@ -163,7 +164,7 @@ def test_a_run_says_how_far_every_image_is(whole):
     assert far[3] == 0
     assert report.verdicts[3].attack == "clean"
     assert not any(verdict.robust for verdict in report.verdicts)
-    stored = folder.read_adversarial(out)
+    stored = run_folder.read_adversarial(out)
     x, _ = labelled(Small().eval(), 10, (3, 6, 8))
     clean = x[torch.from_numpy(stored["index"])]
     measured = ThreatModel.parse("l2:min").distance(torch.from_numpy(stored["x"]), clean)
@@ -172,7 +173,7 @@ def test_a_run_says_how_far_every_image_is(whole):
     in_order = sorted(far[:3] + far[4:])
     assert report.minimum.median.value == pytest.approx(in_order[4])
     assert (report.minimum.median.low, report.minimum.median.high) == (in_order[1], in_order[7])
-    with Ledger.read(out / folder.LEDGER, report.run_id) as ledger:
+    with Ledger.read(out / run_folder.LEDGER, report.run_id) as ledger:
         kept = {v.position: v.distance for chunk in ledger.chunks() for v in chunk.verdicts if chunk.stage}
     assert kept == {index: value for index, value in enumerate(far) if value}
 
@@ -206,10 +207,10 @@ class Dies(nn.Module):
 
 def test_a_killed_run_goes_on(tmp_path, monkeypatch):
     for name, value in (("SLOW", 0.0), ("GROWING", 0.0)):
-        monkeypatch.setattr(meter, name, value)
-    monkeypatch.setattr(answers, "WRITE_EVERY", 0.0)
-    monkeypatch.setattr(answers, "WORTH", float("inf"))
-    monkeypatch.setattr(batchwise.BatchWise, "_check", lambda self, x, positions: ([], []))
+        monkeypatch.setattr(instrumented_model, name, value)
+    monkeypatch.setattr(recorded_answers, "WRITE_EVERY", 0.0)
+    monkeypatch.setattr(recorded_answers, "WORTH", float("inf"))
+    monkeypatch.setattr(batch_runner.BatchWise, "_check", lambda self, x, positions: ([], []))
     net, broken = Dies(), 0
     expected = run(n=4, net=net, out=tmp_path / "whole")
     for _ in range(100):
@@ -242,7 +243,7 @@ def test_verify_finds_a_stated_distance_that_is_too_small(part, whole, tmp_path)
         false = replace(report.minimum, median=replace(report.minimum.median, value=0.001))
     for file in out.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    folder.write_report(tmp_path, replace(folder.read_report(out), minimum=false))
+    run_folder.write_report(tmp_path, replace(run_folder.read_report(out), minimum=false))
     bad = robustkit.verify(tmp_path, Small().eval(), x, y).bad
     assert any("minimum norms" in sentence for sentence in bad)
     assert (part == "median") or sum("its distance is" in sentence for sentence in bad) == 9

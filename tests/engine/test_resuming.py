@@ -13,12 +13,15 @@ from nets import Small, labelled
 from torch import Tensor
 
 from robustkit import craft, evaluate
-from robustkit.crafted import Craft
-from robustkit.engine import batchwise, meter, saved
-from robustkit.errors import UsageError
-from robustkit.record import Report
-from robustkit.resuming import Store, answers, recording
-from robustkit.resuming.store import encoded
+from robustkit.core.errors import UsageError
+from robustkit.engine.batching import saved_rows
+from robustkit.engine.evaluation import batch_runner
+from robustkit.engine.model import instrumented_model
+from robustkit.runs import recorded_answers
+from robustkit.runs.craft_record import Craft
+from robustkit.runs.evaluation_record import Report
+from robustkit.runs.recorded_answers import recording
+from robustkit.runs.unfinished_work import Store, encoded
 
 T = TypeVar("T")
 SHAPE = (3, 7, 5)
@@ -45,13 +48,13 @@ class Dies(torch.nn.Module):
 @pytest.fixture
 def slow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every net counts as slow, and everything is written at once."""
-    monkeypatch.setattr(meter, "SLOW", 0.0)
-    monkeypatch.setattr(meter, "GROWING", 0.0)
-    monkeypatch.setattr(answers, "WRITE_EVERY", 0.0)
-    monkeypatch.setattr(answers, "WORTH", float("inf"))
-    monkeypatch.setattr(saved, "LONG", 0.0)
+    monkeypatch.setattr(instrumented_model, "SLOW", 0.0)
+    monkeypatch.setattr(instrumented_model, "GROWING", 0.0)
+    monkeypatch.setattr(recorded_answers, "WRITE_EVERY", 0.0)
+    monkeypatch.setattr(recorded_answers, "WORTH", float("inf"))
+    monkeypatch.setattr(saved_rows, "LONG", 0.0)
     # The way to run a net is chosen by the clock, and another memory layout draws other noise.
-    monkeypatch.setattr(meter.Meter, "tune", lambda self, x, precision: None)
+    monkeypatch.setattr(instrumented_model.Meter, "tune", lambda self, x, precision: None)
 
 
 def until_it_ends(nets: Sequence[Dies], run: Callable[[], T], images: int) -> tuple[T, int]:
@@ -93,7 +96,7 @@ def test_few_answers_between_two_kills_are_enough(
     suite: str, noise: float, more: dict[str, Any], checked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not checked:
-        monkeypatch.setattr(batchwise.BatchWise, "_check", lambda self, x, positions: ([], []))
+        monkeypatch.setattr(batch_runner.BatchWise, "_check", lambda self, x, positions: ([], []))
     net = Dies(noise)
     x, y = labelled(net.net, 3, SHAPE)
 
@@ -194,18 +197,18 @@ def test_the_way_to_search_is_chosen_once(tmp_path: Path, monkeypatch: pytest.Mo
     """A busier machine would choose another precision or layout, and so other margins."""
     net, tried, left = Dies(), [], [5, float("inf")]
     x, y = labelled(net, 6, SHAPE)
-    trial, tune = meter.Meter._trial, meter.Meter.tune
+    trial, tune = instrumented_model.Meter._trial, instrumented_model.Meter.tune
 
-    def counted(self: meter.Meter, *of: Any) -> Any:
+    def counted(self: instrumented_model.Meter, *of: Any) -> Any:
         tried.append(of[1])
         return trial(self, *of)
 
-    def tuned(self: meter.Meter, x: Tensor, *, precision: bool) -> None:
+    def tuned(self: instrumented_model.Meter, x: Tensor, *, precision: bool) -> None:
         tune(self, x, precision=precision)
         net.left = left.pop(0)
 
-    monkeypatch.setattr(meter.Meter, "_trial", counted)
-    monkeypatch.setattr(meter.Meter, "tune", tuned)
+    monkeypatch.setattr(instrumented_model.Meter, "_trial", counted)
+    monkeypatch.setattr(instrumented_model.Meter, "tune", tuned)
     with pytest.raises(KeyboardInterrupt):
         evaluate(net, x, y, "linf:0.02", suite="pgd(steps=4)", out=tmp_path / "run")
     before = len(tried)

@@ -15,10 +15,10 @@ from nets import Small, labelled
 
 from robustkit import UsageError, evaluate, verify
 from robustkit.cli import run
-from robustkit.engine import folder
-from robustkit.engine.worker import Worker
-from robustkit.record import Report, RunSpec
-from robustkit.report.command import command
+from robustkit.engine.evaluation.block_runner import Worker
+from robustkit.reporting.html.command import command
+from robustkit.runs import run_folder
+from robustkit.runs.evaluation_record import Report, RunSpec
 
 SHAPE = (1, 7, 9)
 N = 40
@@ -121,7 +121,7 @@ def test_what_is_asked_for_is_of_the_identity_and_repeated_by_the_command() -> N
 def test_the_folder_keeps_it_and_verify_recomputes_it(tmp_path: Path) -> None:
     net, x, y = subject()
     report = ran(out=tmp_path / "r")
-    file = tmp_path / "r" / folder.REPORT
+    file = tmp_path / "r" / run_folder.REPORT
     assert verify(tmp_path / "r", net, x, y).bad == []
     body = json.loads(file.read_text())
     told = body["strictness"]

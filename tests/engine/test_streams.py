@@ -12,18 +12,20 @@ import torch
 from nets import Small
 from PIL import Image
 
-from robustkit.data import archive, from_arrays, load_data
+from robustkit.core.threat import ThreatModel
+from robustkit.crafting.run import run_craft
+from robustkit.crafting.spec import Crafting
+from robustkit.data import from_arrays, load_data
 from robustkit.data.samples import Samples
-from robustkit.engine import folder, hand
-from robustkit.engine.craft_run import run_craft
-from robustkit.engine.crafting import Crafting
-from robustkit.engine.evaluate import Evaluation
-from robustkit.engine.nets import gather
-from robustkit.engine.tally import Hashes
-from robustkit.engine.verify import verify_run
-from robustkit.ledger import Chunk, Ledger, Verdict
+from robustkit.data.sources import archive
+from robustkit.engine.evaluation import evaluate_worker
+from robustkit.engine.evaluation.results import Hashes
+from robustkit.engine.evaluation.run import Evaluation
+from robustkit.engine.evaluation.verify_run import verify_run
+from robustkit.engine.model.loaded_models import gather
 from robustkit.models import as_classifier
-from robustkit.threat import ThreatModel
+from robustkit.runs import run_folder
+from robustkit.runs.ledger import Chunk, Ledger, Verdict
 from robustkit.training.images import ImageSet
 
 COUNT = 21
@@ -97,19 +99,19 @@ def test_a_large_x_is_mapped_and_what_is_written_into_it_stays_out_of_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x = np.random.RandomState(0).rand(3, 1, 2, 2).astype(np.float32)
-    rows = folder.Adversarials(
+    rows = run_folder.Adversarials(
         np.arange(3), np.zeros(3, np.int64), (1, 2, 2), lambda: (row.tobytes() for row in x)
     )
-    folder.write_adversarial(tmp_path, rows)
-    small = folder.read_adversarial(tmp_path)["x"]
+    run_folder.write_adversarial(tmp_path, rows)
+    small = run_folder.read_adversarial(tmp_path)["x"]
     monkeypatch.setattr(archive, "_MAP_FROM", 1)
-    large = folder.read_adversarial(tmp_path)["x"]
+    large = run_folder.read_adversarial(tmp_path)["x"]
     assert not isinstance(small, np.memmap)
     assert isinstance(large, np.memmap)
     for found in (small, large):
         assert (found == x).all()
         found[:] = 0
-    assert (folder.read_adversarial(tmp_path)["x"] == x).all()
+    assert (run_folder.read_adversarial(tmp_path)["x"] == x).all()
 
 
 def test_hashes_are_what_was_put_in() -> None:
@@ -137,7 +139,7 @@ def test_a_worker_keeps_no_image_that_has_its_verdict() -> None:
         def send(self, message: object) -> None:
             pass
 
-    source = hand.Lent(np.zeros((1, 1, 2, 2), np.float32))
+    source = evaluate_worker.Lent(np.zeros((1, 1, 2, 2), np.float32))
     source.lent |= {3: source.first[0], 4: source.first[0]}
-    hand.Outbox(Silent(), source).write(Chunk(1, 0, 1, 1, 0.1, [Verdict(3, 0, 0, 0.5, False, "")]))  # type: ignore[arg-type]
+    evaluate_worker.Outbox(Silent(), source).write(Chunk(1, 0, 1, 1, 0.1, [Verdict(3, 0, 0, 0.5, False, "")]))  # type: ignore[arg-type]
     assert list(source.lent) == [4]

@@ -14,8 +14,8 @@ from nets import Small, labelled
 
 from robustkit import RunError, UsageError, evaluate, load_model, verify
 from robustkit.cli import run
-from robustkit.engine import folder
-from robustkit.record import Report
+from robustkit.runs import run_folder
+from robustkit.runs.evaluation_record import Report
 
 SHAPE = (3, 6, 8)
 
@@ -117,7 +117,7 @@ def rewritten(path: Path, change: object) -> Path:
     change(arrays)  # type: ignore[operator]
     np.savez(path / "adversarial.npz", **arrays)
     body = json.loads((path / "report.json").read_text())
-    body["files"]["adversarial.npz"] = folder.sha256(path / "adversarial.npz")
+    body["files"]["adversarial.npz"] = run_folder.sha256(path / "adversarial.npz")
     (path / "report.json").write_text(json.dumps(body))
     return path
 
@@ -238,5 +238,5 @@ def test_changed_data_stops_a_resumed_run(tmp_path: Path) -> None:
 
 
 def test_report_reads_back(finished: Path) -> None:
-    report = folder.read_report(finished / "r")
+    report = run_folder.read_report(finished / "r")
     assert Report.from_json(report.to_json()) == report

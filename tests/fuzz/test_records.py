@@ -16,12 +16,12 @@ from outcome import fuzzed, outcome
 
 import robustkit
 from robustkit.cli import run
-from robustkit.crafted import Craft, Matrix
-from robustkit.diverse import Diversity
-from robustkit.errors import UsageError
-from robustkit.record import Report
-from robustkit.schema import parse
-from robustkit.trained import Trained
+from robustkit.core.errors import UsageError
+from robustkit.core.schema import parse
+from robustkit.runs.craft_record import Craft, Matrix
+from robustkit.runs.diversity_record import Diversity
+from robustkit.runs.evaluation_record import Report
+from robustkit.runs.training_record import Trained
 
 pytestmark = pytest.mark.slow
 

@@ -12,10 +12,10 @@ from outcome import fuzzed, in_time
 from words import strings
 
 from robustkit import load_data, load_model
-from robustkit.errors import UsageError
+from robustkit.core.errors import UsageError
+from robustkit.core.threat import ThreatModel
 from robustkit.models.strings import ModelString
 from robustkit.registry import parse_attack, parse_suite
-from robustkit.threat import ThreatModel
 
 pytestmark = pytest.mark.slow
 

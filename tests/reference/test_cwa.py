@@ -15,14 +15,14 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from robustkit.errors import UsageError
-from robustkit.goal import Goal
+from robustkit.attack_api.composition import Composition, Direct, compose
+from robustkit.attack_api.row_wise import Answer, Rows
+from robustkit.attack_api.surrogates import Surrogates
+from robustkit.core.criteria import Goal
+from robustkit.core.errors import UsageError
+from robustkit.core.rng import RowRng
+from robustkit.core.threat import Linf, ThreatModel, unit
 from robustkit.registry import catalog, find, make, parse_attack, texts
-from robustkit.rng import RowRng
-from robustkit.rows import Answer, Rows
-from robustkit.surrogates import Surrogates
-from robustkit.threat import Linf, ThreatModel, unit
-from robustkit.transfer import Composition, Direct, compose
 
 FAMILY = ("cwa", "mi-cse", "mi-sam")
 FORMS = ("paper", "official")

@@ -11,13 +11,13 @@ import math
 import pytest
 import torch
 
-from robustkit.errors import UsageError
-from robustkit.goal import Goal
+from robustkit.attack_api.composition import compose
+from robustkit.attack_api.surrogates import Surrogates
+from robustkit.core.criteria import Goal
+from robustkit.core.errors import UsageError
+from robustkit.core.rng import RowRng
+from robustkit.core.threat import Linf
 from robustkit.registry import find, parse_attack
-from robustkit.rng import RowRng
-from robustkit.surrogates import Surrogates
-from robustkit.threat import Linf
-from robustkit.transfer import compose
 
 EPS, STEPS, BETA, SIZE = 16 / 255, 4, 0.05, (2, 3, 4)
 

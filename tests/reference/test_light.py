@@ -23,13 +23,13 @@ from test_cwa import (
     some_nets,
 )
 
-from robustkit.crafted import Judgement
-from robustkit.goal import Goal
+from robustkit.attack_api.composition import compose
+from robustkit.attack_api.surrogates import Surrogates
+from robustkit.core.criteria import Goal
+from robustkit.core.rng import RowRng
+from robustkit.core.threat import ThreatModel
 from robustkit.registry import parse_attack
-from robustkit.rng import RowRng
-from robustkit.surrogates import Surrogates
-from robustkit.threat import ThreatModel
-from robustkit.transfer import compose
+from robustkit.runs.craft_record import Judgement
 
 THREATS = {"linf": ThreatModel.parse("linf:8/255"), "l2": ThreatModel.parse("l2:0.5")}
 norms = pytest.mark.parametrize("norm", THREATS)

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from robustkit.goal import Goal
+from robustkit.attack_api.row_wise import Rows, query
+from robustkit.core.criteria import Goal
+from robustkit.core.rng import RowRng
+from robustkit.core.threat import ThreatModel
 from robustkit.registry import make
-from robustkit.rng import RowRng
-from robustkit.rows import Rows, query
-from robustkit.threat import ThreatModel
 
 OFFICIAL = {"linf": "Linf", "l2": "L2", "l1": "L1"}
 EPS = {"linf": 1 / 32, "l2": 1 / 4, "l1": 4.0}
@@ -106,7 +106,7 @@ def test_apgd_makes_the_authors_iterates(norm, loss, steps, in_float64, monkeypa
 
 
 def test_apgds_step_sizes_are_reviewed_where_the_paper_says():
-    from robustkit.attacks.apgd import _plan
+    from robustkit.attacks.gradient.apgd import _plan
 
     plan = _plan(100, "linf", None)
     reviews = [(place, window) for place, (_, _, window, _) in enumerate(plan) if window]
@@ -149,7 +149,7 @@ def test_fab_comes_as_near_as_the_authors(norm, targeted):
 
 
 def ask(attack, model, rows, state):
-    from robustkit.rows import ask
+    from robustkit.attack_api.row_wise import ask
 
     return ask(attack, model, rows, state, True)
 

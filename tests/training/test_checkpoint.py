@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from robustkit import RunError, UsageError, load_data, train
-from robustkit.engine import parts as made
-from robustkit.engine.parts import continued, noted
-from robustkit.ledger import Ledger
-from robustkit.method import Method, Plan
 from robustkit.posterior import Draft
 from robustkit.posterior.digest import digest
-from robustkit.report.made import made_in_parts
+from robustkit.reporting.versions import made_in_parts
+from robustkit.runs import versions as made
+from robustkit.runs.ledger import Ledger
+from robustkit.runs.versions import continued, noted
 from robustkit.training import checkpoint
+from robustkit.training.method import Method, Plan
 from robustkit.training.progress import TrainProgress
 
 SHORT: dict[str, Any] = {

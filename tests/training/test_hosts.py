@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from robustkit import UsageError, train
-from robustkit.training import processes
-from robustkit.training.hosts import first_host, launched
+from robustkit.training.parallel import processes
+from robustkit.training.parallel.hosts import first_host, launched
 
 TORCHRUN = {
     "RANK": "5",

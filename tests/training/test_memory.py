@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
+from robustkit.core.errors import UsageError
 from robustkit.data import from_arrays
-from robustkit.errors import UsageError
-from robustkit.method import Plan
 from robustkit.registry import make_method
 from robustkit.training import train as training
 from robustkit.training.augment import parts
 from robustkit.training.images import Epoch, ImageSet
 from robustkit.training.memory import Memory, packed, unpacked
+from robustkit.training.method import Plan
 from robustkit.training.train import Training
 
 DRAW = torch.Generator().manual_seed(0)

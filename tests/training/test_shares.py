@@ -17,14 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robustkit.errors import UsageError
-from robustkit.method import Batch, Peers, Plan
+from robustkit.core.errors import UsageError
+from robustkit.core.rng import RowRng
 from robustkit.registry import make_method
-from robustkit.rng import RowRng
-from robustkit.training import shares
 from robustkit.training.checkpoint import Course, Parts
-from robustkit.training.shares import Share
-from robustkit.training.whole import Whole
+from robustkit.training.method import Batch, Peers, Plan
+from robustkit.training.parallel import data_parallel
+from robustkit.training.parallel.data_parallel import Share
+from robustkit.training.whole_batches import Whole
 
 PLAN = Plan(samples=64, classes=4, batch_size=12, epochs=4, lr=0.05, members=3)
 
@@ -146,10 +146,10 @@ def gradients(members: list[Net]) -> list[Tensor]:
 
 @pytest.mark.parametrize(("members", "processes"), [(2, 2), (3, 2), (5, 3), (8, 8), (7, 1)])
 def test_every_member_has_one_process(members: int, processes: int) -> None:
-    own = [shares.owned(members, rank, processes) for rank in range(processes)]
+    own = [data_parallel.owned(members, rank, processes) for rank in range(processes)]
     assert [member for one in own for member in one] == list(range(members))
     assert max(map(len, own)) - min(map(len, own)) <= 1
-    assert [rank for rank, one in enumerate(own) for _ in one] == shares.owners(members, processes)
+    assert [rank for rank, one in enumerate(own) for _ in one] == data_parallel.owners(members, processes)
 
 
 @pytest.mark.parametrize(
@@ -164,13 +164,13 @@ def test_every_member_has_one_process(members: int, processes: int) -> None:
 )
 def test_what_cannot_be_shared_is_refused(name: str, processes: int, method: str, sentence: str) -> None:
     with pytest.raises(UsageError, match=sentence):
-        shares.check(name, processes, make_method(method), PLAN)
+        data_parallel.check(name, processes, make_method(method), PLAN)
 
 
 def test_methods_that_divide() -> None:
     for name in ("dverge", "dverge+at", "fasten", "standard", "deep-ensemble", "multires"):
-        shares.check("members", 2, make_method(name), PLAN)
-    shares.check("members", 2, make_method("pgd-at", joint=False), PLAN)
+        data_parallel.check("members", 2, make_method(name), PLAN)
+    data_parallel.check("members", 2, make_method("pgd-at", joint=False), PLAN)
 
 
 def test_images_go_round_in_the_order_of_members(world: World) -> None:

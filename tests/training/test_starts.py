@@ -12,10 +12,10 @@ from runs import ARCH, net, write_members, write_posterior
 from safetensors.torch import load_file, save_file
 
 from robustkit import load_model, train
+from robustkit.core.errors import UsageError
 from robustkit.data import from_arrays
 from robustkit.data.samples import Samples
-from robustkit.errors import UsageError
-from robustkit.trained import Trained
+from robustkit.runs.training_record import Trained
 
 NORM = {"mean": [0.4], "std": [0.2]}
 NETS = [net(seed) for seed in range(3)]

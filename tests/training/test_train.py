@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from robustkit import RunError, UsageError, load_data, load_model, train
-from robustkit.method import Batch, Method, Plan
 from robustkit.registry import Info
-from robustkit.trained import Trained
+from robustkit.runs.training_record import Trained
 from robustkit.training import loop
+from robustkit.training.method import Batch, Method, Plan
 from robustkit.training.progress import TrainProgress
 
 SHORT: dict[str, Any] = {

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from robustkit import load_data
+from robustkit.core.errors import UsageError
 from robustkit.data import from_arrays
-from robustkit.errors import UsageError
-from robustkit.method import Plan
-from robustkit.training import augment, averages, score
+from robustkit.training import augment, averages, evaluation
 from robustkit.training.images import Epoch, ImageSet, check_room
+from robustkit.training.method import Plan
 
 N, C, H, W = 10, 3, 8, 16
 
@@ -151,13 +151,13 @@ def test_the_average_is_the_geometric_sum() -> None:
 
 def test_scores() -> None:
     first, second = torch.tensor([[0.9, 0.1], [0.2, 0.8]]), torch.tensor([[0.5, 0.5], [0.7, 0.3]])
-    together = score.mixed(probabilities.log() for probabilities in (first, second))
+    together = evaluation.mixed(probabilities.log() for probabilities in (first, second))
     torch.testing.assert_close(together.exp(), (first + second) / 2)
-    accuracy, loss = score.accuracy_and_loss(together, torch.tensor([0, 0]))
+    accuracy, loss = evaluation.accuracy_and_loss(together, torch.tensor([0, 0]))
     assert accuracy == 0.5
     assert loss == pytest.approx(-(math.log(0.7) + math.log(0.45)) / 2, rel=1e-6)
     certain = torch.tensor([[0.0, -torch.inf]])
-    torch.testing.assert_close(score.mixed([certain, certain]), certain)
+    torch.testing.assert_close(evaluation.mixed([certain, certain]), certain)
 
 
 def test_re_estimated_statistics_are_those_of_the_images() -> None:
@@ -165,7 +165,7 @@ def test_re_estimated_statistics_are_those_of_the_images() -> None:
     net = nn.Sequential(nn.BatchNorm2d(C), nn.Flatten(), nn.Linear(C * H * W, 4)).eval()
     net[0].running_mean.fill_(9)
     momentum = net[0].momentum
-    score.re_estimate(net, images, 5)
+    evaluation.re_estimate(net, images, 5)
     torch.testing.assert_close(net[0].running_mean, images.at(slice(0, N)).mean((0, 2, 3)))
     assert net[0].momentum == momentum
     assert not net.training

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from robustkit import load_model, train
-from robustkit.threat import ThreatModel
-from robustkit.training import diversity
+from robustkit.core.threat import ThreatModel
+from robustkit.training import quick_diversity
 from robustkit.training.images import ImageSet
 from robustkit.training.train import read_trained
 
@@ -46,16 +46,16 @@ def test_twins_fall_together_and_modes_stay() -> None:
     with torch.no_grad():
         labels = net(images.permute(0, 3, 1, 2)).argmax(1)
     threat = ThreatModel.parse("linf:0.5")
-    found = diversity.glance(twins, ImageSet(images, labels), 1000, threat)
+    found = quick_diversity.glance(twins, ImageSet(images, labels), 1000, threat)
     assert found["cosine"] == pytest.approx(1, abs=1e-5)
     assert found["transfer"] == found["white_box"] == 1
     assert [one.training for one in twins] == [True, False]
     assert all(weight.grad is None for one in twins for weight in one.parameters())
-    nowhere = diversity.glance(twins, ImageSet(images, labels), 1000, ThreatModel.parse("linf:0"))
+    nowhere = quick_diversity.glance(twins, ImageSet(images, labels), 1000, ThreatModel.parse("linf:0"))
     assert nowhere["transfer"] == nowhere["white_box"] == 0
 
 
 def test_oracles() -> None:
     scores = [torch.eye(3), torch.eye(3)[[0, 2, 1]]]
-    found = diversity.oracles(scores, torch.tensor([0, 2, 2]))
+    found = quick_diversity.oracles(scores, torch.tensor([0, 2, 2]))
     assert found == pytest.approx({"best_member": 2 / 3, "any_right": 1, "all_right": 1 / 3})

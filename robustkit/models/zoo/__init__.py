@@ -1,1 +1,1 @@
-"""The zoo's nets, one family a file; `robustkit.models.catalog` names them."""
+"""The zoo's nets, one family a file; `robustkit.models.zoo.catalog` names them."""

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from robustkit.shapes import Images, Logits
+from robustkit.core.shapes import Images, Logits
 
 # Output channels, blocks and first stride of each group.
 GROUPS = ((24, 2, 1), (32, 2, 2), (64, 3, 2))

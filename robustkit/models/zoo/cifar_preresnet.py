@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from robustkit.shapes import Images, Logits
+from robustkit.core.shapes import Images, Logits
 
 
 class PreActBasic(nn.Module):

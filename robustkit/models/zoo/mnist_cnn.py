@@ -11,7 +11,7 @@ from collections import OrderedDict
 import torch
 from torch import nn
 
-from robustkit.shapes import Images, Logits
+from robustkit.core.shapes import Images, Logits
 
 
 class MnistCNN(nn.Module):

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from robustkit.shapes import Images, Logits
+from robustkit.core.shapes import Images, Logits
 
 
 class PreActBlock(nn.Module):

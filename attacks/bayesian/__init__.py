@@ -1,0 +1,1 @@
+"""Surrogates drawn from posteriors (Gubri et al.), and attacks that use them."""

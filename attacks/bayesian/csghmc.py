@@ -1,0 +1,35 @@
+"""Cyclical stochastic-gradient Hamiltonian Monte Carlo (Zhang et al. 2020, arXiv:1902.03932).
+
+With the settings that Gubri et al. (2022, arXiv:2011.05074) train their ImageNet surrogates by. The gradients'
+momentum goes on from one cycle into the next, as in both papers' code; the noise's does not, where theirs throws
+the net at the restart (see `robustkit.sampling.Langevin`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from robustkit.attacks.bayesian.csgld import CSGLD
+from robustkit.registry import method
+from robustkit.registry.ranges import Count, CountOrZero, NonNegative, ShareBelowOne
+from robustkit.training.method import Size
+
+
+@method("csghmc", paper="arXiv:1902.03932")
+@dataclass(frozen=True, slots=True)
+class CSGHMC(CSGLD):
+    """`csgld` with momentum: noise of friction 1 - momentum, the same posterior."""
+
+    cycles: Count = 5
+    samples_per_cycle: Count = 3
+    noise_epochs: CountOrZero = 3
+    temperature: NonNegative = 0.05
+    momentum: ShareBelowOne = 0.9
+    weight_decay: NonNegative = 1e-4
+    batch_norm: str = "keep"
+
+    def size(self, samples: int) -> Size:
+        """Return the size of Gubri et al. on ImageNet with a ResNet-50; less on a small set."""
+        if samples > 5000:
+            return Size(epochs=45 * self.cycles, batch_size=256, lr=0.1)
+        return Size(epochs=16 * self.cycles, batch_size=64, lr=0.05)

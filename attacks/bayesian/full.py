@@ -1,0 +1,24 @@
+"""All samples of a posterior for every gradient (Gubri et al., UAI 2022, arXiv:2011.05074); see `light`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from robustkit.attack_api.composition import Oracle, Technique
+from robustkit.attack_api.posterior_surrogates import spread
+from robustkit.attack_api.surrogates import Surrogates
+from robustkit.registry import technique
+
+
+@technique("full", paper="arXiv:2011.05074")
+@dataclass(frozen=True, slots=True)
+class Full(Technique):
+    """Makes every sample of a posterior a member of the ensemble. Costs as many gradients as there are samples."""
+
+    def prepare(self, surrogates: Surrogates) -> Surrogates:
+        """Return the surrogates with a member for each sample."""
+        return spread(surrogates, None)
+
+    def begin(self, inner: Oracle) -> Oracle:
+        """Return the oracle as it is."""
+        return inner

@@ -1,0 +1,88 @@
+"""Large geometric vicinity (Gubri et al. 2022, arXiv:2207.13129): snapshots of descent at a constant high rate.
+
+The paper starts from a net that others trained; here the epochs before the last `collect_epochs` train it, along
+a cosine from `lr`. With no more epochs than those the run starts at the weights of `--arch MODEL@WEIGHTS`.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+
+from robustkit.core.errors import UsageError
+from robustkit.registry import method
+from robustkit.registry.ranges import Count, NonNegative, ShareBelowOne
+from robustkit.sampling import cosine, enough, spread
+from robustkit.training.method import Method, Plan, Size
+
+
+class Collecting(Method):
+    """An ordinary training, then descent at a constant rate whose weights are kept; base of `lgv` and `mba`."""
+
+    __slots__ = ()
+
+    collect_epochs: Count
+    momentum: ShareBelowOne
+    weight_decay: NonNegative
+
+    posterior = True
+
+    def check(self, plan: Plan) -> None:
+        """Refuse a run shorter than what is collected."""
+        Method.check(self, plan)
+        name = self.info.name
+        if self.collect_epochs > plan.epochs:
+            raise UsageError(
+                f"{name}: collect_epochs={self.collect_epochs} are the last of the run's {plan.epochs} epochs; "
+                "write more --epochs."
+            )
+
+    def rate(self, step: int, plan: Plan) -> float:
+        """Return a cosine from `lr` towards 0, and a constant share of `lr` in the last epochs."""
+        first = self.first(plan)
+        return cosine(step, first, plan.lr) if step < first else plan.lr * self.share(plan)
+
+    @abstractmethod
+    def share(self, plan: Plan) -> float:
+        """Return the rate of the last epochs as a share of `lr`."""
+
+    def first(self, plan: Plan) -> int:
+        """Return the first step of the last epochs."""
+        return (plan.epochs - self.collect_epochs) * plan.steps_per_epoch
+
+
+@method("lgv", paper="arXiv:2207.13129")
+@dataclass(frozen=True, slots=True)
+class LGV(Collecting):
+    """An ordinary training, then SGD at a high rate, kept `snapshots_per_epoch` times in each epoch.
+
+    That rate is `lr` times `collect_rate`.
+    """
+
+    collect_epochs: Count = 10
+    snapshots_per_epoch: Count = 4
+    collect_rate: NonNegative = 0.5
+    momentum: ShareBelowOne = 0.9
+    weight_decay: NonNegative = 1e-4
+    batch_norm: str = "keep"
+
+    def size(self, samples: int) -> Size:
+        """Return a usual training with the paper's epochs after it, less on a small set."""
+        if samples > 5000:
+            return Size(epochs=100 + self.collect_epochs, batch_size=256, lr=0.1)
+        batch_size = max(min(64, samples // max(self.snapshots_per_epoch, 1)), 1)
+        return Size(epochs=40 + self.collect_epochs, batch_size=batch_size, lr=0.05)
+
+    def check(self, plan: Plan) -> None:
+        """Refuse a run shorter than what is collected, or epochs with fewer steps than snapshots."""
+        Collecting.check(self, plan)
+        enough(self.info.name, "snapshots_per_epoch", self.snapshots_per_epoch, plan.steps_per_epoch)
+
+    def share(self, plan: Plan) -> float:
+        """Return the field."""
+        return self.collect_rate
+
+    def keeps(self, step: int, plan: Plan) -> bool:
+        """Return whether a step is one of those at equal distances in the last epochs."""
+        first = self.first(plan)
+        return spread(step - first, plan.steps - first, self.collect_epochs * self.snapshots_per_epoch)

@@ -1,0 +1,52 @@
+"""Preconditioned SGLD (Li et al. 2016, arXiv:1512.07666); see `robustkit.sampling.PreconditionedLangevin`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from torch import nn
+
+from robustkit.attacks.bayesian.sgld import SGLD
+from robustkit.core.limits import Limits
+from robustkit.registry import method
+from robustkit.registry.ranges import Count, NonNegative, ShareBelowOne
+from robustkit.sampling import PreconditionedLangevin
+from robustkit.training.method import Plan, Size
+
+
+@method("psgld", paper="arXiv:1512.07666")
+@dataclass(frozen=True, slots=True)
+class PSGLD(SGLD):
+    """`sgld` with each weight's step and noise divided by the root mean square of its gradients.
+
+    `decay` is what the mean square keeps per step, `damping` is added to its root.
+    """
+
+    snapshots: Count = 15
+    burn_in: ShareBelowOne = 0.7
+    power: NonNegative = 0.55
+    temperature: NonNegative = 0.08
+    weight_decay: NonNegative = 3e-4
+    decay: ShareBelowOne = 0.99
+    damping: Annotated[float, Limits(1e-12)] = 1e-5
+    batch_norm: str = "keep"
+
+    def size(self, samples: int) -> Size:
+        """Return the epochs of `csgld` on CIFAR-10, less on a small set, at the rate of the paper's order."""
+        return Size(epochs=250 if samples > 5000 else 80, batch_size=64, lr=0.001)
+
+    def optimizer(self, parameters: Iterable[nn.Parameter], plan: Plan) -> torch.optim.Optimizer:
+        """Return preconditioned descent with Langevin noise."""
+        return PreconditionedLangevin(
+            parameters,
+            plan.lr,
+            samples=plan.samples,
+            temperature=self.temperature,
+            decay=self.decay,
+            damping=self.damping,
+            weight_decay=self.weight_decay,
+            seed=plan.seed,
+        )

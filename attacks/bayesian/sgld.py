@@ -1,0 +1,70 @@
+"""Stochastic-gradient Langevin dynamics, one long chain (Welling & Teh, ICML 2011).
+
+`temperature` scales the posterior aimed at: 1 is Bayes' own (see `robustkit.sampling`). The paper's step sizes
+a (b + t)^-power count steps; here time is in epochs and b is 1, so that `lr` is the first rate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from robustkit.registry import method
+from robustkit.registry.ranges import Count, NonNegative, ShareBelowOne
+from robustkit.sampling import Langevin, enough, polynomial, spread
+from robustkit.training.method import Method, Plan, Size
+
+
+@method("sgld", paper="Welling & Teh, ICML 2011")
+@dataclass(frozen=True, slots=True)
+class SGLD(Method):
+    """Noise in every step, a rate that falls as a power; `snapshots` are kept evenly after the burn-in."""
+
+    snapshots: Count = 15
+    burn_in: ShareBelowOne = 0.7
+    power: NonNegative = 0.55
+    temperature: NonNegative = 0.08
+    weight_decay: NonNegative = 3e-4
+    batch_norm: str = "keep"
+
+    posterior = True
+
+    def size(self, samples: int) -> Size:
+        """Return the size of `csgld` on CIFAR-10, less on a small set."""
+        return Size(epochs=250 if samples > 5000 else 80, batch_size=64, lr=0.5)
+
+    def check(self, plan: Plan) -> None:
+        """Refuse fields that make no chain, and more snapshots than steps."""
+        Method.check(self, plan)
+        name = self.info.name
+        enough(name, "snapshots", self.snapshots, plan.steps - self._burnt(plan))
+
+    def optimizer(self, parameters: Iterable[nn.Parameter], plan: Plan) -> torch.optim.Optimizer:
+        """Return SGD with Langevin noise."""
+        return Langevin(
+            parameters,
+            plan.lr,
+            samples=plan.samples,
+            temperature=self.temperature,
+            weight_decay=self.weight_decay,
+            seed=plan.seed,
+        )
+
+    def rate(self, step: int, plan: Plan) -> float:
+        """Return the power law of the time in epochs."""
+        return polynomial(step / plan.steps_per_epoch, plan.lr, self.power)
+
+    def noisy(self, step: int, plan: Plan) -> bool:
+        """Return that every step is."""
+        return True
+
+    def keeps(self, step: int, plan: Plan) -> bool:
+        """Return whether a step is one of `snapshots` at equal distances after the burn-in."""
+        burnt = self._burnt(plan)
+        return spread(step - burnt, plan.steps - burnt, self.snapshots)
+
+    def _burnt(self, plan: Plan) -> int:
+        return int(self.burn_in * plan.steps)

@@ -1,0 +1,64 @@
+"""Stochastic weight averaging - Gaussian (Maddox et al. 2019, arXiv:1902.02476).
+
+A normal of diagonal and low rank is fitted to the weights along the end of an ordinary training; samples are drawn
+from it and get running statistics of their own. See `robustkit.sampling.Moments`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from robustkit.registry import method
+from robustkit.registry.ranges import Count, CountOrZero, NonNegative, ShareBelowOne
+from robustkit.sampling import Moments, linear
+from robustkit.training.method import Method, Plan, Size, State
+
+
+@method("swag", paper="arXiv:1902.02476")
+@dataclass(frozen=True, slots=True)
+class SWAG(Method):
+    """SGD whose rate levels out; the weights after each late epoch fit a normal, `draws` of it are stored.
+
+    `start` is the share of the epochs that are over before the first whose weights count; there the rate is `lr`
+    times `collect_rate`. The normal has the last `rank` deviations from the mean; at rank 0 it is diagonal. Its
+    standard deviations are multiplied by `scale`: 1 is the paper's formula, which the authors' code calls 0.5.
+    """
+
+    draws: Count = 20
+    rank: CountOrZero = 20
+    scale: NonNegative = 1.0
+    start: ShareBelowOne = 0.53
+    collect_rate: NonNegative = 0.1
+    momentum: ShareBelowOne = 0.9
+    weight_decay: NonNegative = 3e-4
+    batch_norm: str = "re-estimate"
+
+    posterior = True
+
+    def size(self, samples: int) -> Size:
+        """Return the paper's size for a PreResNet on CIFAR-10, less on a small set."""
+        if samples > 5000:
+            return Size(epochs=300, batch_size=128, lr=0.1)
+        return Size(epochs=60, batch_size=64, lr=0.05)
+
+    def rate(self, step: int, plan: Plan) -> float:
+        """Return `lr`, then linearly less, from nine tenths of the way to the first snapshot on its lowest."""
+        first = self._first(plan)
+        lowest = plan.lr * self.collect_rate
+        return linear(step // plan.steps_per_epoch, first, plan.lr, lowest) if first else lowest
+
+    def keeps(self, step: int, plan: Plan) -> bool:
+        """Return whether a step ends an epoch after the start."""
+        epoch, left = divmod(step + 1, plan.steps_per_epoch)
+        return left == 0 and epoch > self._first(plan)
+
+    def samples(self, kept: Iterable[State], plan: Plan) -> Iterator[State]:
+        """Return draws from the normal that the kept weights fit."""
+        moments = Moments(kept, self.rank)
+        for number in range(self.draws):
+            yield moments.draw(number, self.scale, plan.seed)
+
+    def _first(self, plan: Plan) -> int:
+        """Return how many epochs are over before the first is collected."""
+        return min(round(self.start * plan.epochs), plan.epochs - 1)

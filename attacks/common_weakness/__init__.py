@@ -1,0 +1,1 @@
+"""The Common Weakness Attack and its parts (Chen et al., arXiv:2303.09105)."""

@@ -1,0 +1,1 @@
+"""Attacks that use the gradient of the model."""

@@ -1,0 +1,250 @@
+"""Auto-PGD (Croce & Hein 2020, arXiv:2003.01690), and in l1 the version of Croce & Hein 2021, arXiv:2103.01208.
+
+The iterates are those of the authors' code, given the same start; of that also the first oscillation check,
+which there looks back past the start at an empty entry: the first step counts as a rise where its loss is
+above zero. Departures from the code: a row stops at its first success; with several draws of a random model,
+step size and best point go by the mean loss, not the last draw's, and success by the mean logits; in l1 a
+coordinate counts as changed only where it differs from the clean one (theirs counts rounding errors too), and
+points of the larger balls count where they lie within eps. A setting of None is AutoAttack's own in the
+`standard` suite of the norm.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from robustkit.attack_api.row_wise import Answer, Rows, RowWise, State
+from robustkit.core import losses
+from robustkit.core.shapes import Images, Mask, PerRow
+from robustkit.core.threat import per_row
+from robustkit.registry import attack
+from robustkit.registry.ranges import Count, NonNegative, PositiveShare
+
+
+@dataclass(frozen=True, slots=True)
+class _APGD(RowWise):
+    steps: Count = 100
+    restarts: Count | None = None
+    loss: str = "ce"
+    eot_iter: Count = 1
+    rho: PositiveShare = 0.75
+    large_start: bool | None = None
+    doubt: NonNegative | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse an unknown loss before anything runs."""
+        losses.loss(self.loss)
+
+    @property
+    def draws(self) -> int:
+        """How often each point is asked for."""
+        return self.eot_iter
+
+    @property
+    def strays(self) -> bool:
+        """Whether queries may lie outside the threat: those in larger balls do."""
+        return self.large_start is not False
+
+    @property
+    def last_resort(self) -> bool:
+        """Whether it is for images right at the boundary alone."""
+        return self.doubt is not None
+
+    def enters(self, rows: Rows) -> Mask | None:
+        """Return which rows earlier attacks brought near enough to the boundary."""
+        return None if self.doubt is None else rows.near(self.doubt)
+
+    def length(self, norm: str) -> int:
+        """Return the steps of all stages, and one from each stage to the next."""
+        return self.steps + len(_stages(self.steps, norm, self.large_start)) - 1
+
+    def init(self, rows: Rows) -> State:
+        """Return the starting points; what else they set is set when their answers are there."""
+        factor, _ = _stages(self.steps, rows.threat.norm, self.large_start)[0]
+        zero = torch.zeros(len(rows.x), dtype=torch.float64, device=rows.x.device)
+        return {
+            "x": _start(rows, factor * rows.threat.radius),
+            "clock": zero.long(),
+            "before": rows.x,
+            "best": rows.x,
+            "best_gradient": torch.zeros_like(rows.x),
+            "best_loss": zero,
+            "last_loss": zero,
+            "reviewed_loss": zero,
+            "rises": zero,
+            "halved": zero.bool(),
+            "size": zero,
+            "changed": torch.full_like(zero, rows.x[0].numel()),
+            "density": torch.full_like(zero, 0.2),
+        }
+
+    def step(self, rows: Rows, state: State, answer: Answer) -> State:
+        """Return the next points, best points and step sizes."""
+        norm, eps = rows.threat.norm, rows.threat.radius
+        plan = torch.tensor(_plan(self.steps, norm, self.large_start), dtype=torch.float64, device=rows.x.device)
+        factor, first, window, following = plan[state["clock"]].unbind(1)
+        state = _record(state, answer, first > 0, factor * eps * (1 if norm == "l1" else 2))
+        if norm == "l1":
+            due = window > 0
+            renew = due | (first > 0) if self.length(norm) > self.steps else due
+            return _step_l1(rows, state, answer, due, renew, factor * eps, following * eps)
+        return _step(rows, state, answer, first > 0, window, self.rho)
+
+
+@attack("apgd", paper="arXiv:2003.01690", norms=("linf", "l2", "l1"), access="gradient")
+@dataclass(frozen=True, slots=True)
+class APGD(_APGD):
+    """Projected gradient with momentum and a step size that adapts itself, on `loss` (ce, dlr, margin).
+
+    `restarts` is by default 1, in l1 5; `rho` is the share of rises that keeps a step size; `large_start`
+    (l1 only, there the default) begins in balls of 3 and 2 times eps; `eot_iter` averages over so many draws. With
+    `doubt` images are left out whose margin would have to go on by more than this share of the way that earlier
+    attacks of the run brought it.
+    """
+
+
+@attack("apgd-t", paper="arXiv:2003.01690", norms=("linf", "l2", "l1"), access="gradient")
+@dataclass(frozen=True, slots=True)
+class APGDT(_APGD):
+    """Auto-PGD towards each of the likeliest other classes in turn, on the targeted `loss`.
+
+    `targets` is by default 9, in l1 5, and at most K - 1; a goal with targets of its own is the only one then. For
+    the other fields see `apgd`.
+    """
+
+    restarts: Count | None = 1
+    loss: str = "dlr"
+    targets: Count | None = None
+
+    def attempts(self, norm: str) -> tuple[int, int]:
+        """Return the number of targets and of restarts for each."""
+        return self.targets or (5 if norm == "l1" else 9), self.restarts or 1
+
+
+def _stages(steps: int, norm: str, large_start: bool | None) -> list[tuple[int, int]]:
+    """Return (radius in eps, steps) of each stage of an attempt."""
+    most = math.ceil(0.3 * steps)
+    if norm == "l1" and large_start is not False and steps > 2 * most:
+        return [(3, most), (2, most), (1, steps - 2 * most)]
+    return [(1, steps)]
+
+
+@functools.cache
+def _plan(steps: int, norm: str, large_start: bool | None) -> tuple[tuple[int, bool, int, int], ...]:
+    """Return what to do with each answer: (radius in eps, begins its stage, window, next stage's radius).
+
+    The window is the number of steps since the last review of the step size where one is due, else 0; the
+    next radius is 0 but at the end of a stage that another follows.
+    """
+    plan = []
+    stages = _stages(steps, norm, large_start)
+    for number, (factor, count) in enumerate(stages):
+        window = max(int((0.04 if norm == "l1" else 0.22) * count), 1)
+        least = window if norm == "l1" else max(int(0.06 * count), 1)
+        shrink = max(int(0.03 * count), 1)
+        following = stages[number + 1][0] if number + 1 < len(stages) else 0
+        since = 0
+        for place in range(count + 1):
+            since += place > 0
+            due = since == window
+            plan.append((factor, place == 0, window * due, following * (place == count)))
+            if due:
+                since, window = 0, max(window - shrink, least)
+    return tuple(plan)
+
+
+def _start(rows: Rows, radius: float) -> Images:
+    """Return random points: scaled to the ball's surface in linf and l2, noise projected onto it in l1."""
+    x, shape = rows.x, rows.x.shape[1:]
+    if rows.threat.norm == "linf":
+        noise = 2 * rows.rng.uniform(*shape) - 1
+        length = noise.flatten(1).abs().amax(1)
+    else:
+        noise = rows.rng.normal(*shape)
+        length = noise.flatten(1).norm(dim=1)
+    if rows.threat.norm == "l1":
+        return rows.threat.project(x + noise.to(x.dtype), x, torch.full_like(length, radius, dtype=torch.float64))
+    shift = radius * noise / per_row(length.clamp(min=1e-12), noise)
+    return rows.threat.retract(x + shift.to(x.dtype), x)
+
+
+def _record(state: State, answer: Answer, first: Mask, size: PerRow) -> State:
+    """Take down an answer: the best point so far and the count of rises; begin anew where a stage does."""
+    loss = answer.loss.double()
+    better = first | (loss > state["best_loss"])
+    return {
+        **state,
+        "best": _pick(better, state["x"], state["best"]),
+        "best_gradient": _pick(better, answer.gradient, state["best_gradient"]),
+        "best_loss": torch.where(better, loss, state["best_loss"]),
+        "last_loss": torch.where(first, 0, loss),
+        "reviewed_loss": torch.where(first, loss, state["reviewed_loss"]),
+        "rises": torch.where(first, 0, state["rises"] + (loss > state["last_loss"])),
+        "halved": state["halved"] | first,
+        "size": torch.where(first, size, state["size"]),
+    }
+
+
+def _step(rows: Rows, state: State, answer: Answer, first: Mask, window: PerRow, rho: float) -> State:
+    """Halve step sizes that do not earn their keep, going back to the best point; then step with momentum."""
+    x, threat, due = rows.x, rows.threat, window > 0
+    stuck = ~state["halved"] & (state["reviewed_loss"] >= state["best_loss"])
+    halve = due & (stuck | (state["rises"] <= rho * window))
+    size = torch.where(halve, state["size"] / 2, state["size"])
+    point = _pick(halve, state["best"], state["x"])
+    gradient = _pick(halve, state["best_gradient"], answer.gradient)
+    stepped = threat.retract(point + per_row(size.to(x.dtype), x) * threat.ascent(gradient), x)
+    new = per_row(torch.where(first, 1, 0.75).to(x.dtype), x)
+    moved = point + new * (stepped - point) + (1 - new) * (point - state["before"])
+    return {
+        **state,
+        "x": threat.retract(moved, x),
+        "before": point,
+        "clock": state["clock"] + 1,
+        "size": size,
+        "halved": torch.where(due, halve, state["halved"]),
+        "reviewed_loss": torch.where(due, state["best_loss"], state["reviewed_loss"]),
+        "rises": torch.where(due, 0, state["rises"]),
+    }
+
+
+def _step_l1(
+    rows: Rows, state: State, answer: Answer, due: Mask, renew: Mask, radius: PerRow, following: PerRow
+) -> State:
+    """Step along the largest gradients, as many as the best point's sparsity tells, or go to the next stage.
+
+    Where the best point has become sparser the step size is reset and the search goes back to it, else the
+    step size shrinks.
+    """
+    x, total = rows.x, rows.x[0].numel()
+    changed = (state["best"] != x).flatten(1).sum(1).double()
+    sparser = due & (changed < 0.95 * state["changed"])
+    shrunk = (state["size"] / 1.5).clamp(min=radius / 10)
+    size = torch.where(sparser, radius, torch.where(due, shrunk, state["size"]))
+    density = torch.where(renew, changed / total / 1.5, state["density"])
+    gradient = _pick(sparser, state["best_gradient"], answer.gradient).flatten(1)
+    strength = gradient.abs()
+    place = ((1 - density) * total).clamp(0, total - 1).long()
+    threshold = strength.sort(dim=1).values.gather(1, place[:, None])
+    direction = torch.where(strength >= threshold, gradient.sign(), 0)
+    step = size[:, None].to(x.dtype) * direction / (direction.abs().sum(1, keepdim=True) + 1e-10)
+    moved = _pick(sparser, state["best"], state["x"]) + step.view_as(x)
+    turn = following > 0
+    return {
+        **state,
+        "x": rows.threat.project(_pick(turn, state["best"], moved), x, torch.where(turn, following, radius)),
+        "clock": state["clock"] + 1,
+        "size": size,
+        "changed": torch.where(renew, changed, state["changed"]),
+        "density": density,
+    }
+
+
+def _pick(rows: Mask, there: Tensor, elsewhere: Tensor) -> Tensor:
+    """Return `there` in these rows and `elsewhere` in the others."""
+    return torch.where(per_row(rows, there), there, elsewhere)

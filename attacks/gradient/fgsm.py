@@ -1,0 +1,44 @@
+"""Fast gradient sign (Goodfellow et al. 2015, arXiv:1412.6572)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from robustkit.attack_api.composition import ascend
+from robustkit.attack_api.row_wise import Answer, Model, Rows, State
+from robustkit.core import losses
+from robustkit.core.criteria import Goal
+from robustkit.core.rng import RowRng
+from robustkit.core.shapes import Images
+from robustkit.core.threat import ThreatModel
+from robustkit.registry import attack
+
+
+@attack("fgsm", paper="arXiv:1412.6572", norms=("linf", "l2", "l1"), access="gradient", ascent=True)
+@dataclass(frozen=True, slots=True)
+class FGSM:
+    """One full-length step along the gradient, in the norm's own steepest direction."""
+
+    loss: str = "ce"
+
+    def __post_init__(self) -> None:
+        """Refuse an unknown loss before anything runs."""
+        losses.loss(self.loss)
+
+    @property
+    def steps(self) -> int:
+        """One."""
+        return 1
+
+    def __call__(self, model: Model, x: Images, goal: Goal, threat: ThreatModel, *, rng: RowRng) -> Images:
+        """Return x moved by eps, projected onto ball and box."""
+        return ascend(self, model, x, goal, threat, rng)
+
+    def init(self, rows: Rows) -> State:
+        """Return the clean images."""
+        return {"x": rows.x}
+
+    def step(self, rows: Rows, state: State, answer: Answer) -> State:
+        """Return x moved by eps, projected onto ball and box."""
+        moved = rows.threat.step(rows.x, answer.gradient, float(rows.threat.eps))
+        return {"x": rows.threat.project(moved, rows.x)}

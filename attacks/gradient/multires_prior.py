@@ -1,0 +1,87 @@
+"""The multi-resolution prior (Fort & Lakshminarayanan 2024, arXiv:2408.05446): smooth changes, coarse and fine.
+
+The change is a sum of tensors of several resolutions, each enlarged to the image. The authors draw images with it
+and let each tensor follow its own gradient through bicubic enlarging and a tanh; here a tensor follows the mean of
+the image's gradient over the pixels that it covers, and the sum is brought into the threat by projection.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from robustkit.attack_api.row_wise import Answer, Rows, RowWise, State
+from robustkit.core import losses
+from robustkit.core.errors import UsageError
+from robustkit.core.limits import Limits
+from robustkit.core.shapes import Images
+from robustkit.core.step_size import StepSize
+from robustkit.core.threat import per_row
+from robustkit.registry import attack
+from robustkit.registry.ranges import Count, CountOrZero
+
+# How far a sum may grow, in linf and in times eps, before it is scaled back: what is beyond eps is cut off.
+REACH = 3.0
+
+
+@attack("multires-prior", paper="arXiv:2408.05446", norms=("linf", "l2"), access="gradient", ascent=True)
+@dataclass(frozen=True, slots=True)
+class MultiResPrior(RowWise):
+    """Steps of tensors at `scales` resolutions, each half the one before, from the clean image.
+
+    The first `skip` of them, the finest, are left out: what then remains is coarse. `step_size` is a fraction of
+    eps: the mean change of a pixel in linf, the length of the change in l2.
+    """
+
+    steps: Count = 40
+    step_size: StepSize = StepSize(0.1)
+    scales: Annotated[int, Limits(1, 16)] = 4
+    skip: CountOrZero = 0
+    loss: str = "ce"
+
+    def __post_init__(self) -> None:
+        """Refuse an unknown loss, or resolutions of which none is left."""
+        losses.loss(self.loss)
+        if not 0 <= self.skip < self.scales:
+            raise UsageError(
+                f"multires-prior: skip={self.skip} of scales={self.scales} leaves nothing; write from 0 to "
+                f"{self.scales - 1}."
+            )
+
+    def init(self, rows: Rows) -> State:
+        """Return the clean images, and sums of nothing."""
+        return {"x": rows.x, "sum": rows.x.new_zeros(rows.x.shape)}
+
+    def step(self, rows: Rows, state: State, answer: Answer) -> State:
+        """Return the next points, and the sums that they are projections of."""
+        eps = float(rows.threat.eps)
+        # Scaled first, so that tiny gradients do not underflow when squared.
+        largest = answer.gradient.abs().flatten(1).amax(1)
+        unit = answer.gradient / per_row(largest.where(largest > 0, 1), answer.gradient)
+        way = sum((coarse(unit, 2**scale) for scale in range(self.skip, self.scales)), start=unit.new_zeros(()))
+        whole = state["sum"] + self.step_size.length(eps) * way / _size(way, rows.threat.norm)
+        if rows.threat.norm == "linf":
+            length = whole.abs().flatten(1).amax(1) / REACH
+        else:
+            length = whole.flatten(1).norm(dim=1)
+        whole = whole * per_row((eps / length.clamp(min=1e-30)).clamp(max=1), whole)
+        return {"x": rows.threat.project(rows.x + whole, rows.x), "sum": whole}
+
+
+def coarse(images: Images, factor: int) -> Images:
+    """Return images as a resolution so many times smaller shows them, at their own size."""
+    if factor == 1:
+        return images
+    height, width = (max(length // factor, 1) for length in images.shape[2:])
+    small = F.adaptive_avg_pool2d(images, (height, width))
+    return F.interpolate(small, images.shape[2:], mode="bicubic", align_corners=False)
+
+
+def _size(way: Tensor, norm: str) -> Tensor:
+    """Return the mean size of each row's coordinates, in l2 its length; 1 where it is zero."""
+    flat = way.flatten(1)
+    size = flat.abs().mean(1) if norm == "linf" else flat.norm(dim=1)
+    return per_row(size.where(size > 0, 1), way)

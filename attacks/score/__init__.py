@@ -1,0 +1,1 @@
+"""Attacks that use only the scores of the model."""

@@ -1,0 +1,233 @@
+"""Square attack (Andriushchenko et al. 2020, arXiv:1912.00049), and in l1 as AutoAttack has it.
+
+Departures from the authors' code: windows, signs and orientations are each row's own (theirs shares them in a
+batch); a window may lie at the last row and column too; the first l2 and l1 pattern covers oblong and small
+images; `queries` counts the start. The window's size follows the query count as in AutoAttack, whatever
+`queries` is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from torch import Tensor
+
+from robustkit.attack_api.row_wise import Answer, Rows, RowWise, State
+from robustkit.core.limits import Limits
+from robustkit.core.shapes import Images
+from robustkit.core.threat import per_row
+from robustkit.registry import attack
+from robustkit.registry.ranges import Count, NonNegative, PositiveShare
+
+# The share of pixels in a window is halved after each of these proposals.
+HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
+TINY = 1e-12
+
+
+@attack("square", paper="arXiv:1912.00049", norms=("linf", "l2", "l1"), access="score")
+@dataclass(frozen=True, slots=True)
+class Square(RowWise):
+    """Random search by scores alone: square patches of change, kept where they raise the margin.
+
+    `p_init` is the share of pixels in the first patches. With `patience` a sample is left after so many queries
+    unless the margin has then come `rivalry` times as far as earlier attacks of the run brought it, and after ten
+    times as many unless it has come as far: where gradients can be trusted they are well ahead of so few queries.
+    With `refine` it begins at the point to which earlier attacks came nearest, if there is one.
+    """
+
+    queries: Annotated[int, Limits(1, 100_000_000)] = 5000
+    restarts: Count = 1
+    p_init: PositiveShare = 0.8
+    patience: Count | None = None
+    rivalry: NonNegative = 0.5
+    refine: bool = False
+
+    @property
+    def loss(self) -> str:
+        """What is to rise."""
+        return "margin"
+
+    @property
+    def blind(self) -> bool:
+        """No gradient is needed."""
+        return True
+
+    @property
+    def second_opinion(self) -> bool:
+        """With a limit to its patience it checks on others."""
+        return self.patience is not None or self.refine
+
+    @property
+    def steps(self) -> int:
+        """The number of proposals after the start."""
+        return self.queries - 1
+
+    def init(self, rows: Rows) -> State:
+        """Return stripes in linf, a grid of small patterns in l2 and l1; no score yet."""
+        low = torch.full((len(rows.x),), -torch.inf, dtype=torch.float64, device=rows.x.device)
+        if self.refine and rows.nearest is not None:
+            x = rows.nearest
+        else:
+            x = _stripes(rows) if rows.threat.norm == "linf" else _tiles(rows)
+        clock = torch.zeros_like(low, dtype=torch.int64)
+        return {
+            "x": x,
+            "best": rows.x,
+            "score": low,
+            "clock": clock,
+            "last": torch.zeros_like(low, dtype=torch.bool),
+        }
+
+    def step(self, rows: Rows, state: State, answer: Answer) -> State:
+        """Keep the point asked for if it is better, and propose the best with a patch changed."""
+        x, score = rows.x, answer.loss.double()
+        better = score > state["score"]
+        best = torch.where(per_row(better, x), state["x"], state["best"])
+        side = window_side(state["clock"], self.p_init, x.shape[2:], rows.threat.norm)
+        clock, score = state["clock"] + 1, torch.where(better, score, state["score"])
+        last = torch.zeros_like(better)
+        if self.patience is not None and rows.past is not None:
+            clean, nearest = rows.past.unbind(1)
+            due = torch.where(clock == self.patience - 1, self.rivalry, 0.0)
+            due = torch.where(clock == 10 * self.patience - 1, 1.0, due)
+            last = (due > 0) & (nearest > clean) & (score - clean < due * (nearest - clean))
+        propose = _propose_linf if rows.threat.norm == "linf" else _propose
+        return {
+            "x": propose(rows, best, side),
+            "best": best,
+            "score": score,
+            "clock": clock,
+            "last": last,
+        }
+
+
+def window_side(proposal: Tensor, p_init: float, size: tuple[int, ...], norm: str) -> Tensor:
+    """Return the side of the window in pixels, at each row's proposal number (from 0)."""
+    height, width = size
+    halvings = torch.bucketize(proposal, torch.tensor(HALVINGS, device=proposal.device))
+    side = (p_init * height * width / 2.0**halvings).sqrt().round().long()
+    if norm != "linf":
+        side = side.clamp(min=3)
+        side = side + (side % 2 == 0)
+    return side.clamp(min=1, max=min(height, width))
+
+
+def pattern(down: Tensor, across: Tensor, side: Tensor, norm: str) -> Tensor:
+    """Return a peak above a trough, of length 1, at pixels counted from a window's corner; zero outside it.
+
+    Both are sums of nested rectangles whose heights fall with their number squared (l2) or to the fourth (l1).
+    All arguments broadcast to (B, H, W).
+    """
+    inside = _inside(down, across, side)
+    above = down < side // 2
+    part = torch.where(above, side // 2, side - side // 2)
+    ring = torch.maximum((down - torch.where(above, 0, side // 2) - part // 2).abs(), (across - side // 2).abs())
+    most = max(*down.shape[-2:], *across.shape[-2:]) + 2
+    numbers = torch.arange(1, most, dtype=torch.float64, device=down.device)
+    sums = torch.nn.functional.pad((1 / numbers ** (2 if norm == "l2" else 4)).cumsum(0), (1, 0))
+    value = torch.where(inside, sums[side // 2 + 1] - sums[ring.clamp(max=len(sums) - 1)], 0)
+    peak, trough = torch.where(above, value, 0), torch.where(above, 0, value)
+    value = peak / (TINY + _length(peak, norm)) - trough / (TINY + _length(trough, norm))
+    return value / (TINY + _length(value, norm))
+
+
+def _stripes(rows: Rows) -> Images:
+    """Return vertical stripes of plus and minus eps."""
+    _, channels, _, width = rows.x.shape
+    signs = _signs(rows.rng.uniform(channels, 1, width)).to(rows.x.dtype)
+    return rows.threat.project(rows.x + rows.threat.radius * signs, rows.x)
+
+
+def _tiles(rows: Rows) -> Images:
+    """Return a grid of patterns, about five a side, each with its own sign in every channel and orientation."""
+    x, norm = rows.x, rows.threat.norm
+    channels, height, width = x.shape[1:]
+    side = max(min(height, width) // 5, 1)
+    down, tile_down, count_down = _grid(height, side, x)
+    across, tile_across, count_across = _grid(width, side, x)
+    tile = tile_down[:, None] * count_across + tile_across[None, :]
+    inside = (tile_down[:, None] >= 0) & (tile_across[None, :] >= 0)
+    ticks = torch.arange(side, device=x.device)
+    upright = pattern(ticks[:, None], ticks[None, :], torch.tensor(side, device=x.device), norm)
+    draws = rows.rng.uniform(channels + 1, count_down * count_across)[:, :, tile.clamp(min=0)]
+    lying = draws[:, :1] < 0.5
+    shape = torch.where(lying, upright.T[down][:, across], upright[down][:, across])
+    return _into_ball(rows, _signs(draws[:, 1:]) * shape * inside)
+
+
+def _grid(size: int, side: int, like: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Return each pixel's place in its tile, its tile's number (-1: none), and how many tiles there are."""
+    count = size // side
+    pixel = torch.arange(size, device=like.device) - (size - count * side) // 2
+    number = pixel.div(side, rounding_mode="floor")
+    return pixel % side, torch.where(number < count, number, -1).clamp(min=-1), count
+
+
+def _propose_linf(rows: Rows, best: Images, side: Tensor) -> Images:
+    """Return the best points with one window shifted by twice eps up or down, each channel as a whole."""
+    draws = rows.rng.uniform(2 + best.shape[1])
+    down, across = _window(draws[:, :2], side, best)
+    side = per_row(side, down)
+    inside = _inside(down, across, side)
+    shift = 2 * rows.threat.radius * _signs(draws[:, 2:, None, None]).to(best.dtype)
+    return rows.threat.project(best + inside[:, None] * shift, rows.x)
+
+
+def _propose(rows: Rows, best: Images, side: Tensor) -> Images:
+    """Return the best points with the change of one window moved to another one, under a new pattern."""
+    norm, channels = rows.threat.norm, best.shape[1]
+    draws = rows.rng.uniform(5 + channels)
+    change = best - rows.x
+    down, across = _window(draws[:, :2], side, best)
+    other_down, other_across = _window(draws[:, 2:4], side, best)
+    side = per_row(side, down)
+    here, there = _inside(down, across, side)[:, None], _inside(other_down, other_across, side)[:, None]
+    lying = draws[:, 4, None, None] < 0.5
+    upright = pattern(down, across, side, norm)
+    shape = torch.where(lying, pattern(across, down, side, norm), upright)[:, None].to(best.dtype)
+    old = change * here
+    new = _signs(draws[:, 5:, None, None]).to(best.dtype) * shape + old / (TINY + _length(old, norm))
+    free = _length(change * (here | there), norm)
+    total, eps = per_row(rows.threat.distance(best, rows.x), best), rows.threat.radius
+    if norm == "l2":
+        room = ((eps**2 - total**2).clamp(min=0) / channels + free**2).sqrt()
+    else:
+        room = ((eps - total).clamp(min=0) / channels + free) * channels
+    new = new * (room / (TINY + _length(new, norm))).to(best.dtype)
+    return _into_ball(rows, torch.where(here, new, torch.where(there, 0, change)))
+
+
+def _into_ball(rows: Rows, change: Tensor) -> Images:
+    """Return the clean images with this change: brought to length eps in l2, projected onto the ball in l1."""
+    x, threat = rows.x, rows.threat
+    if threat.norm == "l2":
+        change = change * threat.radius / (TINY + per_row(change.flatten(1).norm(dim=1), change))
+    return threat.retract(x + change.to(x.dtype), x)
+
+
+def _window(draws: Tensor, side: Tensor, like: Images) -> tuple[Tensor, Tensor]:
+    """Return the pixels' rows (B, H, 1) and columns (B, 1, W) from the corner of a window drawn evenly."""
+    height, width = like.shape[2:]
+    room = torch.tensor([height, width], device=like.device) - side[:, None]
+    corner = (draws.double() * (room + 1)).long()
+    rows = torch.arange(height, device=like.device)[None, :] - corner[:, :1]
+    columns = torch.arange(width, device=like.device)[None, :] - corner[:, 1:]
+    return rows[:, :, None], columns[:, None, :]
+
+
+def _inside(down: Tensor, across: Tensor, side: Tensor) -> Tensor:
+    """Return which pixels, counted from a window's corner, lie in it."""
+    return (down >= 0) & (down < side) & (across >= 0) & (across < side)
+
+
+def _length(values: Tensor, norm: str) -> Tensor:
+    """Return the length over the last two axes, which are kept."""
+    length: Tensor = torch.linalg.vector_norm(values, 2.0 if norm == "l2" else 1.0, dim=(-2, -1), keepdim=True)
+    return length
+
+
+def _signs(draws: Tensor) -> Tensor:
+    """Return -1 or 1 for draws from [0, 1)."""
+    return torch.where(draws < 0.5, -1.0, 1.0)

@@ -1,0 +1,1 @@
+"""Suites: sequences of attacks."""

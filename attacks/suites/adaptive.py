@@ -1,0 +1,37 @@
+"""The suite that sees through masked gradients: attacks on views of the model, judged on the model itself.
+
+Views are made where the model hides its gradient, draws numbers, or is an ensemble
+(`robustkit.gradient_views.views`);
+one that has none is spared the attacks on them. Averaged gradients are those of Athalye et al. 2018
+(arXiv:1802.00420).
+"""
+
+from __future__ import annotations
+
+from robustkit.attacks.suites import ensemble
+from robustkit.registry import DRAWN, find, suite
+
+MASKED = ("mended", "loosened", "inner-logits", "fitted", "calm", "frozen")
+
+
+@suite("adaptive", paper="arXiv:1802.00420")
+def adaptive(norm: str) -> list[str]:
+    """`rapid`, then every view that the model has, then scores, from the nearest point and anew."""
+    return [*find("suite", "rapid")(norm), *rungs(norm)]
+
+
+def rungs(norm: str) -> list[str]:
+    """Return the attacks that come after `rapid`."""
+    own = "apgd(loss=margin,steps=30,restarts=1,large_start=false)@own"
+    soft = "apgd(loss=margin,steps=20,restarts=1,large_start=false)@soft-top-k"
+    masked = [attack for view in MASKED for attack in ensemble.climb(norm, view)]
+    return [
+        *(f"apgd(loss=ce,steps=40,restarts=1)@averaged-{view}" for view in DRAWN),
+        own,
+        *masked,
+        *ensemble.rungs(norm),
+        soft,
+        *ensemble.climb(norm, "smooth"),
+        "square(queries=1000,p_init=0.05,refine=true)",
+        "square(queries=5000,patience=500,rivalry=0.5)",
+    ]

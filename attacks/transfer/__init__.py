@@ -1,0 +1,1 @@
+"""Attacks whose images are to fool models that they never saw."""

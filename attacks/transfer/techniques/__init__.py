@@ -1,0 +1,1 @@
+"""Techniques that change the gradient which a transfer attack is given."""

@@ -1,0 +1,90 @@
+"""Adaptive ensemble attack (Chen et al. 2023, arXiv:2308.02897): members weighed by how they transfer.
+
+Weights are of each image, where the authors take them of the batch; and the filter looks at all pairs of members,
+where their code leaves out the last member's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from robustkit.attack_api.composition import Around, Oracle, Technique, dice
+from robustkit.attack_api.row_wise import Rows
+from robustkit.attack_api.surrogates import Weights
+from robustkit.core.limits import Limits
+from robustkit.core.shapes import Images
+from robustkit.core.step_size import StepSize
+from robustkit.registry import technique
+from robustkit.registry.ranges import NonNegative
+
+TINY = 1e-6
+MOST = 10.0
+
+
+@technique("adaea", paper="arXiv:2308.02897")
+@dataclass(frozen=True, slots=True)
+class AdaEA(Technique):
+    """Weighs members by the loss that a step along their gradient causes in the others.
+
+    The weights are a softmax of `beta` times the sum of those losses, each over what the other's own step causes;
+    a step is `step_size`. Pixels where the members' gradients have a mean cosine below `threshold` are
+    left out. Costs 2 gradients and n * n forward passes of n members. Asked for single members, it stands aside.
+    """
+
+    beta: NonNegative = 10.0
+    threshold: Annotated[float, Limits(-1, 1)] = -0.3
+    step_size: StepSize = StepSize(0.1)
+
+    @property
+    def cost(self) -> int:
+        """The members by themselves, and the weighted ensemble."""
+        return 2
+
+    def begin(self, inner: Oracle) -> Oracle:
+        """Return an oracle that weighs the members."""
+        return _Adaptive(inner, self)
+
+
+class _Adaptive(Around):
+    def __init__(self, inner: Oracle, technique: AdaEA) -> None:
+        super().__init__(inner)
+        self.technique = technique
+
+    def gradient(
+        self, rows: Rows, x: Images, members: Sequence[int] | None = None, weights: Weights = None
+    ) -> Images:
+        count = len(self.surrogates)
+        if members is not None or weights is not None or count == 1:
+            return self.inner.gradient(rows, x, members, weights)
+        own = [self.inner.gradient(dice(rows, "adaea", member), x, [member]) for member in range(count)]
+        gradient = self.inner.gradient(rows, x, None, self._weights(rows, x, own))
+        return gradient * (agreement(torch.stack(own)) >= self.technique.threshold)[:, None]
+
+    def _weights(self, rows: Rows, x: Images, own: Sequence[Images]) -> Tensor:
+        """Return the weights of the members, (n B), which sum to 1."""
+        threat, size = rows.threat, self.technique.step_size.length(float(rows.threat.eps))
+        losses = []
+        for gradient in own:
+            moved = threat.project(x + size * threat.ascent(gradient), rows.x)
+            losses.append(torch.stack([rows.aim.loss(of, "ce") for of in self.surrogates.logits(moved)]))
+        caused = torch.stack(losses).abs() + TINY
+        alone = caused.diagonal().T[None]
+        # Towards a target a loss is better the nearer it is to zero.
+        ratio = (caused / alone if rows.aim.targets is None else alone / caused).clamp(max=MOST)
+        others = 1 - torch.eye(len(own), dtype=ratio.dtype, device=ratio.device)[:, :, None]
+        return (self.technique.beta * (others * ratio).sum(1)).softmax(0)
+
+
+def agreement(gradients: Tensor) -> Tensor:
+    """Return the mean cosine of the colours of different members' gradients (n B C H W) at each pixel, (B H W)."""
+    unit = F.normalize(gradients, dim=2, eps=torch.finfo(gradients.dtype).tiny)
+    count = len(unit)
+    # The cosines of all pairs, each with itself among them, are the squared length of the sum.
+    pairs = unit.sum(0).square().sum(1) - unit.square().sum((0, 2))
+    return pairs / (count * (count - 1))

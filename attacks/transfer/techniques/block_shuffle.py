@@ -1,0 +1,95 @@
+"""Block shuffle and rotation (Wang et al. 2024, arXiv:2308.10299): the mean gradient over rearranged images.
+
+As in the paper each block is turned about its own middle; the authors' code turns whole strips before it cuts them
+again. On a GPU the sums of the backward pass come in no fixed order.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from robustkit.attack_api.composition import Oracle, Technique, Transformed, dice
+from robustkit.attack_api.row_wise import Rows
+from robustkit.core.limits import Limits
+from robustkit.core.shapes import Images
+from robustkit.registry import technique
+from robustkit.registry.ranges import Count
+
+
+@technique("block-shuffle", paper="arXiv:2308.10299")
+@dataclass(frozen=True, slots=True)
+class BlockShuffle(Technique):
+    """Cuts into `blocks` strips, each into `blocks` blocks, and shuffles and turns them; costs `copies` gradients.
+
+    Blocks are of random sizes, turned by up to `degrees`; what a turned block leaves bare is zero.
+    """
+
+    copies: Count = 20
+    blocks: Annotated[int, Limits(1, 64)] = 2
+    degrees: Annotated[float, Limits(0, 180)] = 24.0
+
+    @property
+    def cost(self) -> int:
+        """One gradient a copy."""
+        return self.copies
+
+    def begin(self, inner: Oracle) -> Oracle:
+        """Return an oracle that asks at each arrangement."""
+        return Transformed(inner, "block-shuffle", self.copies, self._transform)
+
+    def _transform(self, rows: Rows, x: Images, number: int) -> Images:
+        (height, width), n = x.shape[2:], self.blocks
+        draws = dice(rows, "block-shuffle", number).rng.uniform(n * (2 + 3 * n)).to(x)
+        across, down, turns = torch.split(draws, [2 * n, 2 * n * n, n * n], 1)
+        strip, column = _cut(width, across.view(-1, 2, n))
+        block, row = _cut(height, down.reshape(-1, 2, n))
+        # Of each pixel (B H W): its strip, then what its strip's own cut says.
+        strip = strip[:, None, :].expand(-1, height, -1)
+        block, *row = (part.view(-1, n, height).transpose(1, 2).gather(2, strip) for part in (block, *row))
+        column = [part[:, None, :].expand(-1, height, -1) for part in column]
+        angle = (2 * turns - 1).gather(1, (strip * n + block).flatten(1)).view_as(row[0]) * math.radians(
+            self.degrees
+        )
+        down_by, right_by = row[0], column[0]
+        source_down = angle.cos() * down_by - angle.sin() * right_by
+        source_right = angle.sin() * down_by + angle.cos() * right_by
+        bare = (source_down.abs() > row[2] / 2) | (source_right.abs() > column[2] / 2)
+        at = [
+            # Inside the block, so that its neighbours in the image do not show at its edge.
+            middle + offset.clamp(min=-(size - 1) / 2, max=(size - 1) / 2)
+            for offset, (_, middle, size) in ((source_right, column), (source_down, row))
+        ]
+        grid = [2 * place / max(length - 1, 1) - 1 for place, length in zip(at, (width, height), strict=True)]
+        moved = F.grid_sample(x, torch.stack(grid, 3), padding_mode="border", align_corners=True)
+        return torch.where(bare[:, None], 0, moved)
+
+
+def _cut(length: int, draws: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Cut lines of pixels at random and shuffle the pieces.
+
+    Args:
+        length: of the lines.
+        draws: from [0, 1), (R, 2, n): for the sizes of the pieces and for their order.
+
+    Returns:
+        For each pixel of the new lines, (R L): which piece it is of; its distance from the piece's middle, that
+        middle in the old line, and the piece's size.
+    """
+    sizes, order = draws[:, 0], draws[:, 1].argsort(1)
+    ends = (length * sizes.cumsum(1) / sizes.sum(1, keepdim=True).clamp(min=1e-6)).round()
+    ends[:, -1] = length
+    size = ends.diff(dim=1, prepend=torch.zeros_like(ends[:, :1]))
+    middle = ends - (size + 1) / 2
+    new_ends = size.gather(1, order).cumsum(1)
+    pixel = torch.arange(length, dtype=draws.dtype, device=draws.device)
+    place = (pixel[None, :, None] >= new_ends[:, None, :]).sum(2)
+    piece = order.gather(1, place)
+    mine = size.gather(1, piece)
+    local = pixel - (new_ends.gather(1, place) - mine)
+    return piece, [local - (mine - 1) / 2, middle.gather(1, piece), mine]

@@ -1,0 +1,37 @@
+"""Ghost networks by skip connection erosion (Li et al. 2020, arXiv:1812.03413): another net at every gradient.
+
+Every skip of every residual block is multiplied by one number, drawn for each image in each forward pass.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from robustkit.attack_api.composition import Oracle, Technique
+from robustkit.attack_api.surrogates import Surrogates
+from robustkit.core.rng import RowRng
+from robustkit.models.layers import residual
+from robustkit.registry import technique
+from robustkit.registry.ranges import Share
+
+
+@technique("ghost", paper="arXiv:1812.03413")
+@dataclass(frozen=True, slots=True)
+class Ghost(Technique):
+    """Multiplies skips by numbers from [1 - `erosion`, 1 + `erosion`]; costs nothing."""
+
+    erosion: Share = 0.22
+
+    def prepare(self, surrogates: Surrogates) -> Surrogates:
+        """Return the surrogates with eroded skips."""
+        return replace(surrogates, around=(*surrogates.around, self._around))
+
+    def begin(self, inner: Oracle) -> Oracle:
+        """Return the oracle as it is."""
+        return inner
+
+    def _around(self, model: Any, rng: RowRng) -> AbstractContextManager[object]:
+        draws = replace(rng, stream=f"{rng.stream}/ghost").uniform(residual.skips(model))
+        return residual.eroded(model, 1 + self.erosion * (2 * draws - 1))

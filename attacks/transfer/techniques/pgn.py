@@ -1,0 +1,63 @@
+"""Penalised gradient norm (Ge et al. 2023, arXiv:2306.05225): flat maxima, by gradients at neighbours.
+
+As in the authors' code the step below a neighbour is along its gradient of mean size 1 a pixel; by the paper's
+formula, with a sum of 1, it would hardly move.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from robustkit.attack_api.composition import Around, Oracle, Technique, dice, neighbour, per_pixel
+from robustkit.attack_api.row_wise import Rows
+from robustkit.attack_api.surrogates import Weights, scaled
+from robustkit.core.shapes import Images
+from robustkit.core.step_size import StepSize
+from robustkit.registry import technique
+from robustkit.registry.ranges import Count, NonNegative, Share
+
+
+@technique("pgn", paper="arXiv:2306.05225")
+@dataclass(frozen=True, slots=True)
+class PGN(Technique):
+    """Averages over `copies` neighbours the gradients there and a step downhill; costs 2 * copies gradients.
+
+    Neighbours are drawn evenly from within `radius` times eps; the step is `step_size`, and the gradient
+    after it has a weight of `balance`.
+    """
+
+    copies: Count = 20
+    radius: NonNegative = 3.0
+    step_size: StepSize = StepSize(0.1)
+    balance: Share = 0.5
+
+    @property
+    def cost(self) -> int:
+        """Two gradients a neighbour."""
+        return 2 * self.copies
+
+    def begin(self, inner: Oracle) -> Oracle:
+        """Return an oracle that asks around a point."""
+        return _Flat(inner, self)
+
+
+class _Flat(Around):
+    def __init__(self, inner: Oracle, technique: PGN) -> None:
+        super().__init__(inner)
+        self.technique = technique
+
+    def gradient(
+        self, rows: Rows, x: Images, members: Sequence[int] | None = None, weights: Weights = None
+    ) -> Images:
+        my, total = self.technique, torch.zeros_like(x)
+        step = my.step_size.length(per_pixel(rows.threat, x))
+        for number in range(my.copies):
+            here, there = dice(rows, "pgn", 2 * number), dice(rows, "pgn", 2 * number + 1)
+            near = neighbour(here, x, my.radius)
+            first = self.inner.gradient(here, near, members, weights)
+            second = self.inner.gradient(there, near - step * scaled(first), members, weights)
+            total = total + (1 - my.balance) * first + my.balance * second
+        return total / my.copies

@@ -1,0 +1,90 @@
+"""Stochastic mini-batches of members, reweighed (Tang et al., CVPR 2024): members one by one, weights learned.
+
+The paper is "Ensemble diversity facilitates adversarial transferability".
+
+The order of the members is drawn for all images alike; the weights are of each image, where the authors' code has
+one set for all that it ever attacks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from robustkit.attack_api.composition import Around, Oracle, Technique, dice, shared
+from robustkit.attack_api.row_wise import Rows
+from robustkit.attack_api.surrogates import Weights, scaled
+from robustkit.core.shapes import Images
+from robustkit.core.step_size import StepSize
+from robustkit.registry import technique
+from robustkit.registry.ranges import Count, NonNegative, Share
+
+TINY = 1e-12
+
+
+@technique("smer", paper="CVPR 2024 (Tang et al.)")
+@dataclass(frozen=True, slots=True)
+class SMER(Technique):
+    """Answers with the momentum of an inner run that asks each of n members once in each of `rounds` rounds.
+
+    A step is `step_size`; `momentum` is the share of the sum that each keeps. A member's logits are
+    multiplied by its weight, which begins at 1 and moves after every step to raise the logarithm of the weighted
+    ensemble's loss: at `rate`, with `decay`. Costs `rounds` gradients and rounds * n forward passes of n members.
+    Asked for single members, it stands aside.
+    """
+
+    rounds: Count = 4
+    step_size: StepSize = StepSize(0.1)
+    momentum: Share = 1.0
+    rate: NonNegative = 0.02
+    decay: NonNegative = 0.002
+
+    @property
+    def cost(self) -> int:
+        """Every member once a round."""
+        return self.rounds
+
+    def begin(self, inner: Oracle) -> Oracle:
+        """Return an oracle that makes an inner run."""
+        return _Stochastic(inner, self)
+
+
+class _Stochastic(Around):
+    def __init__(self, inner: Oracle, technique: SMER) -> None:
+        super().__init__(inner)
+        self.technique = technique
+        self.weights: Tensor | None = None
+
+    def gradient(
+        self, rows: Rows, x: Images, members: Sequence[int] | None = None, weights: Weights = None
+    ) -> Images:
+        if members is not None or weights is not None:
+            return self.inner.gradient(rows, x, members, weights)
+        my, threat, count = self.technique, rows.threat, len(self.surrogates)
+        weight = (
+            torch.ones(count, len(x), dtype=x.dtype, device=x.device) if self.weights is None else self.weights
+        )
+        order = shared(rows, "smer").uniform(my.rounds, count)[0].argsort(1).flatten().tolist()
+        point, velocity, size = x, torch.zeros_like(x), my.step_size.length(float(threat.eps))
+        for number, member in enumerate(order):
+            mine = dice(rows, "smer", number)
+            gradient = self.inner.gradient(mine, point, [member], weight[member : member + 1])
+            if my.rate:
+                weight = self._reweighed(rows, point, weight)
+            velocity = my.momentum * velocity + scaled(gradient)
+            point = threat.project(point + size * threat.ascent(velocity), rows.x)
+        self.weights = weight
+        return velocity
+
+    def _reweighed(self, rows: Rows, x: Images, weight: Tensor) -> Tensor:
+        logits = self.surrogates.logits(x)
+        with torch.enable_grad():
+            at = weight.detach().requires_grad_()
+            loss = rows.aim.loss((at[:, :, None] * logits).mean(0), "ce")
+            (slope,) = torch.autograd.grad(loss.sum(), at)
+        slope = slope / loss.detach().abs().clamp(min=TINY)
+        my = self.technique
+        return (weight + my.rate * (slope - my.decay * weight)).clamp(min=TINY)

@@ -1,0 +1,68 @@
+"""Stochastic variance reduced ensemble (Xiong et al. 2022, arXiv:2111.10752): an inner run over members.
+
+Which member is asked when is drawn for all images alike, so that one forward pass serves them all. The members'
+gradients at the outer point are taken once, where the authors' code takes them anew in every inner step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from robustkit.attack_api.composition import Around, Oracle, Technique, dice, shared
+from robustkit.attack_api.row_wise import Rows
+from robustkit.attack_api.surrogates import Weights, scaled
+from robustkit.core.shapes import Images
+from robustkit.core.step_size import StepSize
+from robustkit.registry import technique
+from robustkit.registry.ranges import Count, Share
+
+
+@technique("svre", paper="arXiv:2111.10752")
+@dataclass(frozen=True, slots=True)
+class SVRE(Technique):
+    """Answers with the momentum of `rounds` times n inner steps with a random one of n members each.
+
+    A step is `step_size` along the member's gradient, less its own and plus the ensemble's at the outer
+    point; `momentum` is the share of the sum that each step keeps. Costs rounds + 2 gradients, the members' among
+    them. Asked for single members, it stands aside.
+    """
+
+    rounds: Count = 4
+    step_size: StepSize = StepSize(0.1)
+    momentum: Share = 1.0
+
+    @property
+    def cost(self) -> int:
+        """The ensemble, its members, and the inner run."""
+        return self.rounds + 2
+
+    def begin(self, inner: Oracle) -> Oracle:
+        """Return an oracle that makes an inner run."""
+        return _Reduced(inner, self)
+
+
+class _Reduced(Around):
+    def __init__(self, inner: Oracle, technique: SVRE) -> None:
+        super().__init__(inner)
+        self.technique = technique
+
+    def gradient(
+        self, rows: Rows, x: Images, members: Sequence[int] | None = None, weights: Weights = None
+    ) -> Images:
+        my, threat, count = self.technique, rows.threat, len(self.surrogates)
+        whole = self.inner.gradient(rows, x, members, weights)
+        steps = 0 if members is not None or weights is not None else my.rounds * count
+        if not steps:
+            return whole
+        own: dict[int, Images] = {}
+        point, velocity, size = x, torch.zeros_like(x), my.step_size.length(float(threat.eps))
+        for number, member in enumerate(shared(rows, "svre").integers(count, steps)[0].tolist()):
+            if member not in own:
+                own[member] = self.inner.gradient(rows, x, [member])
+            gradient = self.inner.gradient(dice(rows, "svre", number), point, [member])
+            velocity = my.momentum * velocity + scaled(gradient - own[member] + whole)
+            point = threat.project(point + size * threat.ascent(velocity), rows.x)
+        return velocity

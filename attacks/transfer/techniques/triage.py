@@ -1,0 +1,69 @@
+"""Members weighed by what is at stake at them: those nearly won count most, those out of reach no more.
+
+Ours. Where surrogates differ in kind, as adversarially trained ones do from others, one direction for all of them
+buys little at the hard ones on images where they cannot be had, and costs the easy ones there. So each image looks
+at each member's margin, in units of the spread of its logits: below `safe` the member counts `stake` times; and
+from half of the steps on, a member that is not near `hope` any more is given up for the rest of the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from robustkit.attack_api.composition import Around, Oracle, Technique
+from robustkit.attack_api.row_wise import Rows
+from robustkit.attack_api.surrogates import Weights, spread
+from robustkit.core.shapes import Images
+from robustkit.registry import technique
+from robustkit.registry.ranges import Positive, Share
+
+
+@technique("triage", paper="docs/transfer.md")
+@dataclass(frozen=True, slots=True)
+class Triage(Technique):
+    """Counts members that are not yet won `stake` times, and gives up those out of reach.
+
+    Margins are of each image's logits over their standard deviation, above 0 where the goal is reached: `safe` is
+    the margin of a member that is won, `hope` the least one of a member that is kept after `after` of the steps.
+    Where no member is left all are kept. Costs nothing. Asked for single members, it stands aside.
+    """
+
+    stake: Positive = 4.0
+    safe: float = 1.0
+    hope: float = -0.25
+    after: Share = 0.5
+
+    def begin(self, inner: Oracle) -> Oracle:
+        """Return an oracle that weighs the members."""
+        return _Triage(inner, self)
+
+
+class _Triage(Around):
+    def __init__(self, inner: Oracle, technique: Triage) -> None:
+        super().__init__(inner)
+        self.technique = technique
+        self.kept: Tensor | None = None
+
+    def gradient(
+        self, rows: Rows, x: Images, members: Sequence[int] | None = None, weights: Weights = None
+    ) -> Images:
+        if members is not None or weights is not None or len(self.surrogates) == 1:
+            return self.inner.gradient(rows, x, members, weights)
+        return self.inner.gradient(rows, x, None, lambda logits: self._weights(rows, logits))
+
+    def _weights(self, rows: Rows, logits: Tensor) -> Tensor:
+        """Return the weights of the members, (n B), which sum to 1."""
+        my = self.technique
+        margins = torch.stack([rows.aim.loss(member, "margin") for member in logits])
+        margins = margins / spread(logits)
+        own = self.surrogates.shares(range(len(logits)), None, logits[0])
+        worth = own * torch.where(margins < my.safe, my.stake, 1.0)
+        if rows.rng.step > my.after * self.steps:
+            near = margins > my.hope
+            self.kept = near if self.kept is None else self.kept & near
+            worth = worth * (self.kept | ~self.kept.any(0))
+        return worth / worth.sum(0)

@@ -1,0 +1,131 @@
+"""Variance tuning (Wang and He 2021, arXiv:2103.15571): gradients corrected by how the last one varied.
+
+`vmi-mean` is what the code of the common weakness attack (arXiv:2303.09105, huanranchen/AdversarialAttacks at
+38b33dc) has by this name: the mean over neighbours, without the point itself and without a memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from robustkit.attack_api.composition import Around, Oracle, Technique, dice, neighbour
+from robustkit.attack_api.row_wise import Rows
+from robustkit.attack_api.surrogates import Weights
+from robustkit.core.errors import did_you_mean
+from robustkit.core.shapes import Images
+from robustkit.registry import recipe, technique
+from robustkit.registry.ranges import Count, NonNegative
+
+
+@recipe("vmi-fgsm", paper="arXiv:2103.15571")
+def vmi_fgsm() -> str:
+    """Momentum with variance tuning."""
+    return "mi-fgsm+vmi"
+
+
+@technique("vmi", paper="arXiv:2103.15571")
+@dataclass(frozen=True, slots=True)
+class VMI(Technique):
+    """Adds what the mean gradient of `copies` neighbours had over the gradient one step before.
+
+    Neighbours are drawn evenly from within `beta` times eps. Costs copies + 1 gradients a step, but 1 in the last,
+    whose neighbours nobody asks for. Asked for single members, it keeps a memory for each.
+    """
+
+    copies: Count = 20
+    beta: NonNegative = 1.5
+
+    @property
+    def cost(self) -> int:
+        """The point and its neighbours."""
+        return self.copies + 1
+
+    def begin(self, inner: Oracle) -> Oracle:
+        """Return an oracle that remembers its last step."""
+        return _Tuned(inner, self)
+
+
+class _Tuned(Around):
+    def __init__(self, inner: Oracle, technique: VMI) -> None:
+        super().__init__(inner)
+        self.technique = technique
+        self.last: dict[tuple[int, ...] | None, tuple[Rows, Images, Weights, Images]] = {}
+
+    def gradient(
+        self, rows: Rows, x: Images, members: Sequence[int] | None = None, weights: Weights = None
+    ) -> Images:
+        chosen = None if members is None else tuple(members)
+        gradient = self.inner.gradient(dice(rows, "vmi"), x, members, weights)
+        before = self.last.get(chosen)
+        self.last[chosen] = rows, x, weights, gradient
+        return gradient if before is None else gradient + self._variance(members, *before)
+
+    def _variance(
+        self, members: Sequence[int] | None, rows: Rows, x: Images, weights: Weights, gradient: Images
+    ) -> Images:
+        total = torch.zeros_like(x)
+        for number in range(1, self.technique.copies + 1):
+            mine = dice(rows, "vmi", number)
+            total = total + self.inner.gradient(mine, neighbour(mine, x, self.technique.beta), members, weights)
+        return total / self.technique.copies - gradient
+
+
+# Which gradients `vmi-mean` takes the mean of.
+OF = ("gradient", "member", "step")
+
+
+@technique("vmi-mean", paper="arXiv:2303.09105")
+@dataclass(frozen=True, slots=True)
+class VMIMean(Technique):
+    """The mean gradient at `copies` neighbours, drawn evenly from within `beta` times eps.
+
+    `of=member` is only for gradients of single members; `of=step` for what a whole step gains, taken from each
+    neighbour with a memory of its own (VMI_Inner_CommonWeakness and VMI_Outer_CommonWeakness in that code).
+    """
+
+    copies: Count = 20
+    beta: NonNegative = 1.5
+    of: str = "gradient"
+
+    def __post_init__(self) -> None:
+        """Refuse an unknown word before anything runs."""
+        if self.of not in OF:
+            raise did_you_mean("of", self.of, OF)
+
+    @property
+    def cost(self) -> int:
+        """One gradient a neighbour."""
+        return self.copies
+
+    @property
+    def outside(self) -> bool:
+        """Whether it stands around the rule."""
+        return self.of == "step"
+
+    def begin(self, inner: Oracle) -> Oracle:
+        """Return an oracle that asks at each neighbour."""
+        return _Mean([inner] * self.copies, self)
+
+    def surround(self, make: Callable[[], Oracle]) -> Oracle:
+        """Return an oracle that has one of its own for each neighbour."""
+        return _Mean([make() for _ in range(self.copies)], self)
+
+
+class _Mean(Around):
+    def __init__(self, inner: Sequence[Oracle], technique: VMIMean) -> None:
+        super().__init__(inner[0])
+        self.each, self.technique = inner, technique
+
+    def gradient(
+        self, rows: Rows, x: Images, members: Sequence[int] | None = None, weights: Weights = None
+    ) -> Images:
+        if self.technique.of == "member" and (members is None or len(members) > 1):
+            return self.inner.gradient(rows, x, members, weights)
+        total = torch.zeros_like(x)
+        for number, oracle in enumerate(self.each):
+            mine = dice(rows, "vmi-mean", number)
+            total = total + oracle.gradient(mine, neighbour(mine, x, self.technique.beta), members, weights)
+        return total / len(self.each)

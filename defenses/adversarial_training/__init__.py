@@ -1,0 +1,1 @@
+"""Training on adversarial images, and other training of one robust net."""

@@ -1,0 +1,1 @@
+"""Ensembles trained to share few weaknesses."""

@@ -1,0 +1,80 @@
+"""Adaptive diversity promoting (Pang et al. 2019, arXiv:1901.08846): members that differ in what they call second.
+
+The logarithms are of log-probabilities, where the authors' code adds 1e-20 to probabilities. Adversarial training
+beside it is left to `pgd-at`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from robustkit.core.errors import UsageError
+from robustkit.core.shapes import Labels
+from robustkit.registry import method
+from robustkit.registry.ranges import NonNegative
+from robustkit.training import ensemble_utils
+from robustkit.training.method import Batch, Method, Plan, Size
+
+JITTER = 1e-6
+
+
+@method("adp", paper="arXiv:1901.08846")
+@dataclass(frozen=True, slots=True)
+class ADP(Method):
+    """Cross-entropy less `entropy` times the ensemble's entropy and `volume` times what wrong classes span."""
+
+    entropy: NonNegative = 2.0
+    volume: NonNegative = 0.5
+    weight_decay: NonNegative = 1e-4
+
+    ensembles = True
+    fewest = 2
+
+    def size(self, samples: int) -> Size:
+        """Return the size of DVERGE's comparison; less on a small set."""
+        return ensemble_utils.adam_size(samples)
+
+    def check(self, plan: Plan) -> None:
+        """Refuse negative weights, and more members than wrong classes, which span nothing."""
+        Method.check(self, plan)
+        if plan.members >= plan.classes:
+            raise UsageError(
+                f"adp: --members {plan.members} are more than the {plan.classes - 1} wrong classes in which "
+                "they can differ; write fewer."
+            )
+
+    def optimizer(self, parameters: Iterable[nn.Parameter], plan: Plan) -> torch.optim.Optimizer:
+        """Return Adam."""
+        return ensemble_utils.adam(parameters, plan.lr, self.weight_decay)
+
+    def rate(self, step: int, plan: Plan) -> float:
+        """Return `lr`, a tenth of it from a half and a hundredth from three quarters of the run."""
+        return ensemble_utils.tenfold(step, plan.steps, plan.lr)
+
+    def backward(self, nets: Sequence[nn.Module], batch: Batch, plan: Plan) -> Tensor:
+        """Add the gradient of the sum."""
+        logits = torch.stack([net(batch.x) for net in nets])
+        loss = torch.stack([F.cross_entropy(one, batch.y) for one in logits]).sum()
+        loss = loss - self.entropy * entropy(logits) - self.volume * volume(logits, batch.y)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach() / len(nets)
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Return the entropy of the mean probabilities of members' logits (n B K), averaged over the batch."""
+    mean = ensemble_utils.mixed(logits)
+    return -(mean.exp() * mean).sum(1).mean()
+
+
+def volume(logits: Tensor, labels: Labels) -> Tensor:
+    """Return the mean logarithm of the squared volume that the members' wrong classes span, each of length 1."""
+    right = F.one_hot(labels, logits.shape[2]).bool()
+    wrong = logits.float().masked_fill(right, -torch.inf).softmax(2)  # a length of 1 makes the sum immaterial
+    unit = F.normalize(wrong, dim=2).transpose(0, 1)
+    gram = unit @ unit.transpose(1, 2)
+    return torch.logdet(gram + JITTER * torch.eye(len(logits), device=gram.device)).mean()

@@ -1,0 +1,185 @@
+"""DVERGE: an ensemble whose members do not share weaknesses (Yang et al. 2020, arXiv:2009.14720).
+
+A source image is moved until a layer of one member takes it for a target image; all other members learn that it
+still is what it was. Alone it protects from transferred attacks, hardly from white-box ones: evaluate both.
+
+The paper's 200 epochs start from nets trained for 200; here both are one run, which is plain for the share
+`baseline` of it. Pairs are of two images of one epoch in independent orders, as in the authors' code.
+Running statistics and optimisers go on from one part to the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from robustkit.core.errors import UsageError, did_you_mean
+from robustkit.core.shapes import Images
+from robustkit.core.step_size import StepSize
+from robustkit.core.threat import ThreatModel
+from robustkit.models.layers.features import distil
+from robustkit.registry import method
+from robustkit.registry.ranges import Count, NonNegative, Share, ShareBelowOne
+from robustkit.training import ensemble_utils
+from robustkit.training.method import Batch, Method, Plan, Size
+
+
+@method("dverge", paper="arXiv:2009.14720")
+@dataclass(frozen=True, slots=True)
+class DVERGE(Method):
+    """Members learn from each other's distilled images; `--adversarial 1` adds adversarial training (DVERGE+AT).
+
+    Distillation: `steps` of `step_size` (a share of `eps`, or `2/255px`) with `inertia`, from the image or from a
+    `random_start`.
+    `layer` is a number, a module's name, or `random`, drawn for each `epoch`, `batch` or `member` (`draw`).
+    `statistics` are what batch norms do meanwhile: `train`, `frozen` or `separate`. `clean` weighs the loss on
+    plain images; with `distinct`, pairs of one class are left out. The share `baseline` of the epochs, the first
+    ones, is plain training. Adversarial images are each member's own: PGD in `adversarial_steps` of a quarter of
+    the `threat`'s eps.
+    """
+
+    eps: Share = 0.07
+    step_size: StepSize = StepSize(0.1)
+    steps: Count = 10
+    inertia: Share = 1.0
+    random_start: bool = False
+    layer: str = "random"
+    draw: str = "epoch"
+    statistics: str = "train"
+    clean: NonNegative = 0.0
+    distinct: bool = False
+    baseline: ShareBelowOne = 0.5
+    adversarial: NonNegative = 0.0
+    threat: str = "linf:8/255"
+    adversarial_steps: Count = 10
+    weight_decay: NonNegative = 1e-4
+
+    ensembles = True
+    fewest = 2
+    pairs = True
+
+    def __post_init__(self) -> None:
+        """Refuse unknown words."""
+        for field, known in (("draw", ensemble_utils.DRAWS), ("statistics", ensemble_utils.STATISTICS)):
+            if getattr(self, field) not in known:
+                raise did_you_mean(field, getattr(self, field), known)
+        ThreatModel.parse(self.threat).bounded()
+
+    def size(self, samples: int) -> Size:
+        """Return the paper's size, the baseline's 200 epochs included; less on a small set."""
+        return ensemble_utils.diverse_size(samples, few=24 if self.adversarial else 40)
+
+    def fits(self, nets: Sequence[nn.Module], image: Images) -> None:
+        """Refuse a layer that a net has not."""
+        if self.layer != "random":
+            ensemble_utils.fixed_layer(nets, image, self.layer)
+
+    def divides(self) -> bool:
+        """Return that members learn from images, which processes can exchange."""
+        return True
+
+    def optimizer(self, parameters: Iterable[nn.Parameter], plan: Plan) -> torch.optim.Optimizer:
+        """Return SGD with momentum."""
+        return torch.optim.SGD(parameters, lr=plan.lr, momentum=0.9, weight_decay=self.weight_decay)
+
+    def rate(self, step: int, plan: Plan) -> float:
+        """Return `lr`, a tenth of it from a half and a hundredth from three quarters of each part of the run."""
+        return ensemble_utils.twofold(step, ensemble_utils.plain_steps(self.baseline, plan), plan)
+
+    def backward(self, nets: Sequence[nn.Module], batch: Batch, plan: Plan) -> Tensor:
+        """Add the gradient of every member's loss on the others' distilled images."""
+        if batch.step < ensemble_utils.plain_steps(self.baseline, plan):
+            return Method.backward(self, nets, batch, plan)
+        with ensemble_utils.statistics(nets, self.statistics):
+            distilled = batch.peers.exchanged(self.distilled(nets, batch, plan))
+            attacked = [self._attacked(net, batch) for net in nets] if self.adversarial else []
+        weight = self._weight(batch)
+        total = batch.x.new_zeros(())
+        for place, net in enumerate(nets):
+            others = [x for other, x in enumerate(distilled) if other != batch.peers.first + place]
+            loss = sum((_mean(net(x), batch.y, weight) for x in others), start=batch.x.new_zeros(()))
+            if self.clean:
+                loss = loss + self.clean * F.cross_entropy(net(batch.x), batch.y)
+            if attacked:
+                loss = loss + self.adversarial * F.cross_entropy(net(attacked[place]), batch.y)
+            loss.backward()  # type: ignore[no-untyped-call]
+            total = total + loss.detach()
+        return total / len(nets)
+
+    def distilled(self, nets: Sequence[nn.Module], batch: Batch, plan: Plan) -> list[Images]:
+        """Return each of these nets' distilled images (B C H W), made with the weights as they are."""
+        if batch.partners is None:
+            raise UsageError(f"{self.info.name} needs pairs of images; give its batches partners.")
+        return [
+            distil(
+                net,
+                batch.x,
+                batch.partners,
+                layer,
+                eps=self.eps,
+                step_size=self.step_size.share(self.eps),
+                steps=self.steps,
+                inertia=self.inertia,
+                start=ensemble_utils.in_ball(batch, f"start{number}") if self.random_start else None,
+            )
+            for number, (net, layer) in enumerate(
+                zip(nets, self.layers(nets, batch, plan), strict=True), batch.peers.first
+            )
+        ]
+
+    def layers(self, nets: Sequence[nn.Module], batch: Batch, plan: Plan) -> list[int | str]:
+        """Return the layer of each member at a step."""
+        return ensemble_utils.layers(nets, batch, plan, self.layer, self.draw, f"{self.info.name}/layer")
+
+    def _attacked(self, net: nn.Module, batch: Batch) -> Images:
+        threat = ThreatModel.parse(self.threat)
+        return ensemble_utils.ascend(
+            lambda x: F.cross_entropy(net(x), batch.y, reduction="none"),
+            ensemble_utils.random_start(batch.x, threat, batch.rng),
+            batch.x,
+            threat,
+            steps=self.adversarial_steps,
+            step_size=0.25,
+        )
+
+    def _weight(self, batch: Batch) -> Tensor:
+        """Return the weight of each pair (B): 0 for those that are left out; on average 1 over the whole batch."""
+        if not self.distinct or batch.partner_labels is None:
+            return torch.ones_like(batch.y, dtype=torch.float32)
+        apart = (batch.y != batch.partner_labels).float()
+        (share,) = batch.peers.mean([apart.mean()])
+        return apart / torch.where(share > 0, share, 1)
+
+
+@method("dverge+at", paper="arXiv:2009.14720")
+@dataclass(frozen=True, slots=True)
+class DVERGEAT(DVERGE):
+    """DVERGE with adversarial training of each member: `dverge --adversarial 1` under the paper's name for it.
+
+    For the fields see `dverge`.
+    """
+
+    eps: Share = 0.07
+    step_size: StepSize = StepSize(0.1)
+    steps: Count = 10
+    inertia: Share = 1.0
+    random_start: bool = False
+    layer: str = "random"
+    draw: str = "epoch"
+    statistics: str = "train"
+    clean: NonNegative = 0.0
+    distinct: bool = False
+    baseline: ShareBelowOne = 0.5
+    adversarial: NonNegative = 1.0
+    threat: str = "linf:8/255"
+    adversarial_steps: Count = 10
+    weight_decay: NonNegative = 1e-4
+
+
+def _mean(logits: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
+    """Return the weighted mean of the cross-entropy."""
+    return (weight * F.cross_entropy(logits, labels, reduction="none")).mean()

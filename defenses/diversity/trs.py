@@ -1,0 +1,90 @@
+"""Transferability reduced smooth ensembles (Yang et al. 2021, arXiv:2104.00671): gradients apart, and small.
+
+Gradients are made small where they are largest: on the first half of a batch as it is, on the second at the end of
+an ascent of their size. Constants and twice the squared length are those of the authors' code, where the paper has
+the length; as there, gradients are those of a batch's mean loss. The code adds the gradients of all steps of the
+ascent up, and has three members.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+from torch import Tensor, nn
+
+from robustkit.core.shapes import Images
+from robustkit.core.threat import Linf
+from robustkit.registry import method
+from robustkit.registry.ranges import Count, NonNegative, Share
+from robustkit.training import ensemble_utils
+from robustkit.training.method import Batch, Method, Plan, Size
+
+
+@method("trs", paper="arXiv:2104.00671")
+@dataclass(frozen=True, slots=True)
+class TRS(Method):
+    """Cross-entropy and `scale` * (`similarity` * mean |cosine| + `smoothness` * 2 * mean squared length).
+
+    Cosines and lengths are those of members' input gradients.
+
+    The ascent's linf radius goes from `eps_start` to `eps_end` along the run, in `steps` of a third of it.
+    """
+
+    scale: NonNegative = 5.0
+    similarity: NonNegative = 2.0
+    smoothness: NonNegative = 2.0
+    eps_start: Share = 0.1
+    eps_end: Share = 0.2
+    steps: Count = 6
+    weight_decay: NonNegative = 1e-4
+
+    ensembles = True
+    fewest = 2
+
+    def size(self, samples: int) -> Size:
+        """Return the authors' size on CIFAR-10; less on a small set, since a step has eight double passes."""
+        return ensemble_utils.adam_size(samples, 120) if samples > 5000 else Size(10, 32, 0.01, members=3)
+
+    def optimizer(self, parameters: Iterable[nn.Parameter], plan: Plan) -> torch.optim.Optimizer:
+        """Return Adam."""
+        return ensemble_utils.adam(parameters, plan.lr, self.weight_decay)
+
+    def rate(self, step: int, plan: Plan) -> float:
+        """Return `lr`, a tenth of it after each third of the run."""
+        return float(plan.lr * 0.1 ** (3 * step // plan.steps))
+
+    def backward(self, nets: Sequence[nn.Module], batch: Batch, plan: Plan) -> Tensor:
+        """Add the gradient of the sum, through gradients."""
+        losses, slopes = ensemble_utils.sloped(nets, batch.x, batch.y)
+        _, steep = ensemble_utils.sloped(nets, self._steepest(nets, batch, plan), batch.y)
+        apart = ensemble_utils.cosines(slopes).abs().mean()
+        # Gradients are of a mean over images, of which a part of the batch has so many times fewer.
+        length = _squares(steep).mean() / batch.peers.parts**2
+        loss = losses.sum() + self.scale * (self.similarity * apart + self.smoothness * 2 * length)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach() / len(nets)
+
+    def _steepest(self, nets: Sequence[nn.Module], batch: Batch, plan: Plan) -> Images:
+        peers = batch.peers
+        # How many of these images are in the first half of the whole batch.
+        half = len(range(peers.part, len(batch.x) * peers.parts // 2, peers.parts))
+        epoch = batch.step // plan.steps_per_epoch
+        eps = self.eps_start + (self.eps_end - self.eps_start) * epoch / plan.epochs
+        threat = Linf(Fraction(eps))
+        x, y = batch.x[half:], batch.y[half:]
+
+        def size(at: Images) -> Tensor:
+            return _squares(ensemble_utils.sloped(nets, at, y)[1]).mean(0)
+
+        start = ensemble_utils.random_start(x, threat, batch.rng.select(torch.arange(half, len(batch.x))))
+        return torch.cat(
+            [batch.x[:half], ensemble_utils.ascend(size, start, x, threat, steps=self.steps, step_size=1 / 3)]
+        )
+
+
+def _squares(slopes: Tensor) -> Tensor:
+    """Return the squared lengths (n B) of gradients (n B D)."""
+    return slopes.square().sum(2)

@@ -1,0 +1,1 @@
+"""Transforms of the images in front of a model."""

@@ -1,0 +1,52 @@
+"""JPEG compression before the net (Dziugaite et al. 2016, arXiv:1608.00853; quality 75 as in arXiv:1711.00117).
+
+The codec is Pillow's, with its usual halved chroma, on images rounded to 8 bits, on the CPU wherever the net is.
+It has no gradient, and none is made up: gradient attacks see zero, and the checks say so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Annotated
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from robustkit.attack_api.row_wise import Model
+from robustkit.core.errors import UsageError
+from robustkit.core.limits import Limits
+from robustkit.core.shapes import Images, Logits
+from robustkit.registry import defense
+
+
+@defense("jpeg", paper="arXiv:1608.00853")
+@dataclass(frozen=True, slots=True)
+class Jpeg:
+    """Each image is compressed and decompressed, at a quality from 1 to 100."""
+
+    quality: Annotated[int, Limits(1, 100)] = 75
+
+    def __call__(self, model: Model, x: Images) -> Logits:
+        """Return the model's logits of the compressed images."""
+        return model(_compressed(x, self.quality))
+
+
+def _compressed(x: Images, quality: int) -> Images:
+    if x.shape[1] not in (1, 3):
+        raise UsageError(f"jpeg: images have {x.shape[1]} channels; it compresses 1 (gray) or 3 (RGB).")
+    levels = (x.detach().float().clamp(0, 1) * 255).round().to("cpu", torch.uint8)
+    files = levels.permute(0, 2, 3, 1).contiguous().numpy()
+    # A JPEG file holds one image, so the codec is called for each.
+    back = np.stack([_decoded(file, quality) for file in files]) if len(files) else files
+    return torch.from_numpy(back).permute(0, 3, 1, 2).contiguous().to(x) / 255
+
+
+def _decoded(levels: NDArray[np.uint8], quality: int) -> NDArray[np.uint8]:
+    """Return one image (H W C) as it comes back from a file of this quality."""
+    from PIL import Image
+
+    file = BytesIO()
+    Image.fromarray(levels if levels.shape[2] == 3 else levels[:, :, 0]).save(file, "JPEG", quality=quality)
+    return np.asarray(Image.open(file, formats=("JPEG",))).reshape(levels.shape)

@@ -1,0 +1,1 @@
+"""What attacks are written against: iterative attacks row by row, compositions, surrogates."""

@@ -1,0 +1,97 @@
+"""`robustkit doctor`: the checks on a model, or a look at the machine and a test of it against closed forms."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from rich.table import Table
+
+from robustkit.cli.inputs import Subject
+from robustkit.cli.output import result_console
+from robustkit.cli.streams import print_result
+from robustkit.core.devices import pick_device
+from robustkit.core.errors import UsageError
+from robustkit.diagnostics.device_selftest import closed_form, speeds
+from robustkit.diagnostics.doctor import examine
+from robustkit.reporting.sentences import counted
+from robustkit.reporting.terminal.evaluation import duration, flag_lines, percent
+from robustkit.runs.environment import environment
+from robustkit.runs.evaluation_record import CHANCE, dumps
+
+IMAGES = 64
+
+
+def doctor(
+    model: str | None,
+    *,
+    data: str | None,
+    limit: int | None,
+    threat: str | None,
+    device: str,
+    data_root: Path | None,
+    trust_code: bool,
+    as_json: bool,
+) -> int:
+    """Run the verb; return 0, or 1 if the machine gives false verdicts."""
+    if model is None:
+        given = {"--data": data, "--limit": limit, "--threat": threat}
+        if named := [flag for flag, value in given.items() if value is not None]:
+            raise UsageError(
+                f"{named[0]} without a model; write robustkit doctor MODEL …, or leave it out to test the machine."
+            )
+        return _machine(device, as_json)
+    subject = Subject.load(model, data, limit, threat, device, data_root, most=IMAGES, trust_code=trust_code)
+    found = examine(subject.model, subject.samples, subject.threat, subject.device)
+    if as_json:
+        print_result(json.dumps(json.loads(dumps(found)), indent=2))
+        return 0
+    console = result_console()
+
+    def line(text: str) -> None:
+        console.print(text, highlight=False, soft_wrap=True)
+
+    line(found.model)
+    line(f"{found.parameters:,} parameters, {found.classes} classes")
+    line(f"clean accuracy {percent(found.correct / found.n)} on {counted(found.n)} of {found.data}")
+    if any(flag.code == CHANCE for flag in found.flags):
+        line(f"checks of gradients saw only the {counted(found.correct)} that the model gets right")
+    for text in flag_lines(found.flags):
+        line(text)
+    if not found.flags:
+        line("no flag raised: nothing here says that an evaluation would mislead")
+    spent = found.cost.forwards + found.cost.backwards
+    line(f"\n{spent:,} propagations, {duration(found.cost.seconds)}")
+    return 0
+
+
+def _machine(device: str, as_json: bool) -> int:
+    place = pick_device(device)
+    surroundings = environment(place, "fp32", None)
+    trials, rates = closed_form(place), speeds(place)
+    false = sum(trial.false for trial in trials)
+    if as_json:
+        body = {"environment": surroundings, "closed_form": trials, "speeds": rates}
+        print_result(json.dumps(json.loads(dumps(body)), indent=2))
+        return int(false > 0)
+    console = result_console()
+    for name, version in surroundings["versions"].items():
+        console.print(f"{name:<14}{version or 'not installed'}", highlight=False)
+    console.print(f"{'device':<14}{place}   {surroundings['device_name']}", highlight=False)
+    console.print(f"{'threads':<14}{surroundings['threads']}\n", highlight=False)
+    table = Table(box=None, pad_edge=False, header_style="", padding=(0, 3, 0, 0))
+    table.add_column("verdicts against closed form", no_wrap=True)
+    for name in ("images", "should stand", "stood", "false", "time"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for trial in trials:
+        numbers = (trial.images, trial.expected, trial.found, trial.false)
+        table.add_row(f"linear net, {trial.threat}", *map(str, numbers), duration(trial.seconds))
+    console.print(table, highlight=False)
+    for rate in rates:
+        console.print(
+            f"forward and input gradient, {rate.precision}: {rate.images_per_second:,.0f} images/s "
+            "of the built-in net",
+            highlight=False,
+        )
+    console.print("\nall verdicts true" if not false else f"\n{false} false verdicts: do not trust this machine")
+    return int(false > 0)

@@ -1,0 +1,43 @@
+"""`robustkit doctor --aggregator`: what a way to combine predictors does, by numbers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from robustkit.cli.streams import print_result
+from robustkit.core.errors import UsageError
+from robustkit.models.ensembles.aggregator_factsheet import FactSheet, fact_sheet
+from robustkit.reporting.terminal.evaluation import percent
+
+
+def show(aggregator: str, predictors: int, classes: int, as_json: bool, given: Sequence[str]) -> int:
+    """Print the fact sheet; return the exit code. `given` are words that have nothing to do with one."""
+    if given:
+        raise UsageError(f"{given[0]} with --aggregator: a fact sheet is of no model; leave one of them out.")
+    sheet = fact_sheet(aggregator, predictors, classes)
+    print_result(json.dumps(asdict(sheet), indent=2) if as_json else "\n".join(lines(sheet)))
+    return 0
+
+
+def lines(sheet: FactSheet) -> list[str]:
+    """Return the sheet as text."""
+    rows = {
+        "answers that stay": ", ".join(name for name, stays in sheet.invariances.items() if stays) or "none",
+        "answers that change": ", ".join(name for name, stays in sheet.invariances.items() if not stays) or "none",
+        "no gradient": f"{percent(sheet.plateau)} of the winning classes' scores",
+        "ties": f"{percent(sheet.ties)} of the draws; the lower class number wins",
+        "named by nobody": f"{percent(sheet.unvoted)} of the winning classes",
+        "gradient": f"at most {sheet.partials} of {sheet.predictors * sheet.classes} logits",
+        "level with": _count(sheet.tied_by, sheet.predictors),
+        "ahead with": _count(sheet.taken_by, sheet.predictors),
+    }
+    sizes = f"{sheet.predictors} predictors, {sheet.classes} classes; {sheet.draws:,} random logits"
+    head = f"{sheet.aggregator} of {sizes}"
+    return [head, "", *(f"{name:<21}{said}" for name, said in rows.items())]
+
+
+def _count(number: int | None, predictors: int) -> str:
+    """Return how many predictors an attacker needs, in words."""
+    return "all predictors taken over" if number is None else f"{number} of {predictors} predictors taken over"

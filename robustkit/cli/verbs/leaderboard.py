@@ -1,0 +1,74 @@
+"""`robustkit evaluate --models`: a list of models, a run of each, and a leaderboard."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from robustkit.cli import DONE, FAILED, USAGE
+from robustkit.cli.gates import Gate
+from robustkit.cli.output import save, save_page, wide_console
+from robustkit.cli.progress import Board
+from robustkit.cli.streams import print_result
+from robustkit.cli.verbs.report import write_page
+from robustkit.core.errors import RobustkitError, RunError
+from robustkit.engine.evaluation.leaderboard import Entry, Sweep
+from robustkit.reporting.html.leaderboard import page
+from robustkit.reporting.leaderboard import Leaderboard, show
+from robustkit.reporting.terminal.transfer import short_names
+from robustkit.runs.invocation import command
+
+RECORD, PAGE = "leaderboard.json", "leaderboard.html"
+
+
+@dataclass(frozen=True)
+class Ends:
+    """What becomes of the result: a page, JSON instead of the table, an exit code by what the gate asks for."""
+
+    with_page: bool
+    as_json: bool
+    gate: Gate
+
+
+def shortened(entries: Sequence[Entry]) -> list[Entry]:
+    """Return the entries with names that fit a table where the list gives none."""
+    given = {entry.name for entry in entries if entry.name != entry.string}
+    strings = [entry.string for entry in entries if entry.name == entry.string]
+    short = {string: name for string, name in zip(strings, short_names(strings), strict=True) if name not in given}
+    return [replace(entry, name=short.get(entry.name, entry.name)) for entry in entries]
+
+
+def sweep(plan: Sweep, id: str, folder: Path, overwrite: bool, ends: Ends) -> int:
+    """Run the verb; return 3 or 2 if a model failed, running or before, else what `ends` says."""
+    panel = Board()
+    found, failed = [], []
+    code = DONE
+    for entry, outcome in zip(plan.entries, plan.run(folder, panel, panel.of, overwrite), strict=True):
+        if isinstance(outcome, RobustkitError):
+            failed.append((entry.name, entry.string, str(outcome)))
+            code = max(code, FAILED if isinstance(outcome, RunError) else USAGE)
+            continue
+        place, report = outcome
+        found.append((entry.name, place.name, report))
+        if ends.with_page:
+            write_page(place, report)
+    if not found:
+        return code
+    board = Leaderboard.of(id, found, failed)
+    # A run that was finished before has the command of that time.
+    board = replace(board, environment={**board.environment, "command": command()})
+    save(folder / RECORD, (json.dumps(board.to_json(), indent=2) + "\n").encode())
+    shown = None
+    if ends.with_page:
+        shown = save_page(folder / PAGE, page(board).encode())
+    results = [(row.name, row.robust_accuracy, row.flags) for row in board.rows]
+    if ends.as_json:
+        print_result(json.dumps(board.to_json() | ends.gate.record(results), indent=2))
+    else:
+        runs = [folder / row.folder for row in board.rows[:2]]
+        following = f"compare {runs[0]} {runs[1]}" if len(runs) > 1 else f"verify {runs[0]}"
+        show(board, wide_console(), shown, f"robustkit {following}")
+    passed = ends.gate.judge(results)
+    return code or passed

@@ -1,0 +1,127 @@
+"""`robustkit list`: everything that can be named, read from source text and catalogs. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import textwrap
+from collections.abc import Callable
+
+from robustkit import registry
+from robustkit.cli.streams import print_result, results
+from robustkit.cli.verbs import about
+from robustkit.core.errors import did_you_mean
+from robustkit.data.catalog import CATALOG
+from robustkit.models.zoo.catalog import ZOO
+
+Rows = list[dict[str, str]]
+
+WIDTH = 160
+
+
+def show(what: str | None, as_json: bool) -> int:
+    """Print one list, or all, or what one of their names is; return the exit code."""
+    if what is not None and what not in LISTS:
+        if about.kinds_of(what):
+            return about.show(what, as_json)
+        raise did_you_mean("list or name", what, LISTS, about.names())
+    chosen = {name: make() for name, make in LISTS.items() if what in (None, name)}
+    if as_json:
+        print_result(json.dumps(chosen, indent=2))
+        return 0
+    # Plain text: rich takes longer to import than all of this to do.
+    width = shutil.get_terminal_size().columns if results().isatty() else WIDTH
+    for name, rows in chosen.items():
+        if what is None:
+            print_result(f"\n{name}")
+        print_result("\n".join(_lines(rows, width)) if rows else "none yet")
+    return 0
+
+
+def _lines(rows: Rows, width: int) -> list[str]:
+    """Return rows under their columns' names; what the last column has too much for the width goes on below."""
+    table = [list(rows[0]), *(list(row.values()) for row in rows)]
+    *sizes, _ = (max(map(len, column)) + 2 for column in zip(*table, strict=True))
+    found = []
+    for cells in table:
+        begun = "".join(cell.ljust(size) for cell, size in zip(cells, sizes, strict=False))
+        parts = textwrap.wrap(cells[-1], max(width - len(begun), 20)) or [""]
+        found += [begun + parts[0], *(" " * len(begun) + part for part in parts[1:])]
+    return [line.rstrip() for line in found]
+
+
+def _attacks() -> Rows:
+    return [
+        {
+            "name": f"{name}:NAME" if entry.info.family else name,
+            "norms": " ".join(entry.info.norms),
+            "access": entry.info.access,
+            "paper": entry.info.paper,
+            "what": entry.summary,
+        }
+        for name, entry in registry.catalog("attack").items()
+    ]
+
+
+def _named(kind: str) -> Callable[[], Rows]:
+    return lambda: [
+        {"name": name, "paper": entry.info.paper, "what": entry.summary}
+        for name, entry in registry.catalog(kind).items()
+    ]
+
+
+def _defenses() -> Rows:
+    return [
+        {"name": entry.form, "paper": entry.info.paper, "what": entry.summary}
+        for entry in registry.catalog("defense").values()
+    ]
+
+
+def _methods() -> Rows:
+    return [
+        {
+            "name": name,
+            "paper": entry.info.paper,
+            "fields": " ".join(field.name for field in entry.fields),
+            "what": entry.summary,
+        }
+        for name, entry in sorted(registry.catalog("method").items())
+    ]
+
+
+def _models() -> Rows:
+    rows = [
+        {"name": f"robustkit:{name}", "input": "x".join(map(str, entry.input)), "what": entry.description}
+        for name, entry in ZOO.items()
+    ]
+    others = {
+        "timm:NAME": "any timm model, pretrained unless @WEIGHTS or ?pretrained=false",
+        "torchvision:NAME": "any torchvision classifier, likewise",
+        "MODULE:FACTORY": "what an importable function returns",
+        "FILE.py:FACTORY": "what a function in a file returns",
+    }
+    return rows + [{"name": name, "input": "", "what": what} for name, what in others.items()]
+
+
+def _data() -> Rows:
+    return [
+        {
+            "name": entry.example,
+            "splits": " ".join(entry.splits),
+            "usual threat": entry.threat or "",
+            "what": entry.description,
+        }
+        for entry in CATALOG.values()
+    ]
+
+
+LISTS: dict[str, Callable[[], Rows]] = {
+    "attacks": _attacks,
+    "techniques": _named("technique"),
+    "recipes": _named("recipe"),
+    "methods": _methods,
+    "defenses": _defenses,
+    "suites": _named("suite"),
+    "models": _models,
+    "data": _data,
+}

@@ -1,0 +1,44 @@
+"""`robustkit verify`: what was checked, what is bad, what is borderline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from robustkit.cli.output import result_console
+from robustkit.core.devices import pick_device
+from robustkit.engine.evaluation.verify_run import verify_run
+from robustkit.reporting.quantiles import length
+from robustkit.reporting.terminal.evaluation import percent
+
+
+def verify(
+    folder: Path, *, model: str | None, data: str | None, device: str, data_root: Path | None, trust_code: bool
+) -> int:
+    """Run the verb; return 1 if a record is bad, else 0."""
+    place = pick_device(device)
+    found = verify_run(folder, model=model, samples=data, device=place, data_root=data_root, trust_code=trust_code)
+    report = found.report
+    console = result_console()
+
+    def line(text: str) -> None:
+        console.print(text, highlight=False, soft_wrap=True)
+
+    for sentence in found.bad:
+        line(f"bad         {sentence}")
+    for sentence in found.borderline:
+        line(f"borderline  {sentence}")
+    if found.stopped:
+        line(
+            "stopped     nothing that this record names was loaded; to check its images all the same, give both "
+            "--model and --data"
+        )
+    word = f"{len(found.bad)} bad" if found.bad else "all good"
+    line(f"run {report.run_id}: {found.checked} adversarials checked, {word}, {len(found.borderline)} borderline")
+    if not found.bad:
+        number = f"robust accuracy {percent(report.robust_accuracy.value)}"
+        if report.minimum:
+            number = f"median distance {length(report.minimum.median.value)}"
+        line(
+            f"{number} of {report.n} images under {report.spec.threat} is an upper bound that these records prove"
+        )
+    return 1 if found.bad else 0

@@ -1,0 +1,44 @@
+"""What the attacker wants of each image: to leave its label, or to reach a target."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from robustkit.core import losses
+from robustkit.core.shapes import Labels, Logits, Mask, PerRow
+
+
+@dataclass(frozen=True)
+class Goal:
+    """True labels (B) and, for a targeted attack, the targets (B).
+
+    `clear` is by how much the goal must be reached, as a share of the largest logit or of 1 where all are smaller:
+    the nearest points of all lie at the boundary, where another machine may see them on the other side.
+    """
+
+    labels: Labels
+    targets: Labels | None = None
+    clear: float = 0.0
+
+    def reached(self, logits: Logits) -> Mask:
+        """Return which rows are where the attacker wants them; a row with NaN is not."""
+        prediction = logits.argmax(1)
+        hit = prediction != self.labels if self.targets is None else prediction == self.targets
+        if self.clear:
+            one = self.labels if self.targets is None else self.targets
+            own = logits.gather(1, one[:, None])[:, 0]
+            gap = (logits.scatter(1, one[:, None], -torch.inf).amax(1) - own).abs()
+            hit = hit & (gap > self.clear * logits.abs().amax(1).clamp(min=1))
+        return hit & ~logits.isnan().any(1)
+
+    def loss(self, logits: Logits, name: str = "ce") -> PerRow:
+        """Return the named loss (`robustkit.core.losses`); it always rises towards success."""
+        return losses.loss(name)(logits, self.labels, self.targets)
+
+    def select(self, index: Tensor) -> Goal:
+        """Return the goal of these rows, by position or mask."""
+        targets = None if self.targets is None else self.targets[index]
+        return replace(self, labels=self.labels[index], targets=targets)

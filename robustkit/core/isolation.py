@@ -1,0 +1,160 @@
+"""Leave the process as it was found: generators, training mode and gradient switches are put back."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, redirect_stderr
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from robustkit.core.errors import RunError
+
+
+@contextmanager
+def own_randomness(*key: object) -> Iterator[None]:
+    """Seed all global generators (torch, numpy, random) from `key` inside, and restore them after.
+
+    For attacks of other packages and for models that draw numbers; ours draw from `robustkit.core.rng`.
+    """
+    seed = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:4], "little")
+    before_numpy, before_random = np.random.get_state(), random.getstate()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        random.seed(seed)
+        try:
+            yield
+        finally:
+            np.random.set_state(before_numpy)
+            random.setstate(before_random)
+
+
+def generators() -> dict[str, torch.Tensor]:
+    """Return the states of all global generators (torch, numpy, random, CUDA devices) as tensors by name."""
+    _, words, place, has, value = np.random.get_state()
+    version, numbers, spare = random.getstate()
+    states = {
+        "torch": torch.get_rng_state(),
+        "numpy": torch.from_numpy(np.array([*words, place, has], np.int64)),
+        "numpy-normal": torch.tensor([value], dtype=torch.float64),
+        "random": torch.tensor([version, *numbers]),
+        "random-normal": torch.tensor([] if spare is None else [spare], dtype=torch.float64),
+    }
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        states |= {f"cuda-{number}": state for number, state in enumerate(torch.cuda.get_rng_state_all())}
+    return states
+
+
+def set_generators(states: Mapping[str, torch.Tensor]) -> None:
+    """Put all global generators into these states."""
+    torch.set_rng_state(states["torch"])
+    *words, place, has = states["numpy"].tolist()
+    np.random.set_state(("MT19937", np.array(words, np.uint32), place, has, float(states["numpy-normal"])))
+    version, *numbers = states["random"].tolist()
+    random.setstate((version, tuple(numbers), next(iter(states["random-normal"].tolist()), None)))
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        for name, state in states.items():
+            if name.startswith("cuda-") and int(name[5:]) < torch.cuda.device_count():
+                torch.cuda.set_rng_state(state, int(name[5:]))
+
+
+@contextmanager
+def usual_torch() -> Iterator[None]:
+    """Have autograd on, inference mode and autocast off inside, whatever the caller has switched."""
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for device in devices:
+            stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Let torch use this many CPU threads inside."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def switch_mode(module: nn.Module, training: bool) -> set[nn.Module]:
+    """Put a module into train or eval mode; return its parts that have no mode, such as an exported program."""
+    try:
+        module.train(training)
+    except NotImplementedError:
+        module.training = training
+        if "train" in vars(module) or type(module).train is not nn.Module.train:
+            for part in module.modules():
+                part.training = training
+            return set(module.modules())
+        return set[nn.Module]().union(*(switch_mode(child, training) for child in module.children()))
+    return set()
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[bool]:
+    """Put every module into eval mode inside, parameters out of autograd; yield whether any was training.
+
+    Attacks need gradients of inputs alone: without this, one that calls `.backward()` would compute every
+    parameter's too and leave it in `.grad`.
+    """
+    # A frozen script module has no mode.
+    training = {module: module.training for module in model.modules() if hasattr(module, "training")}
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    without_mode = switch_mode(model, False)
+    for parameter in learning:
+        parameter.requires_grad_(False)
+    inner = training.keys() - without_mode - {model}
+    try:
+        yield any(training[module] for module in inner) or (training[model] and not without_mode)
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+        for parameter in learning:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def same_folder() -> Iterator[None]:
+    """Return to the current folder after: code of others often goes to its own, and our paths are relative."""
+    before = Path.cwd()
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Show nothing of what is written to stderr inside, for trials: a traced net prints why it failed."""
+    with redirect_stderr(io.StringIO()):
+        yield
+
+
+@contextmanager
+def no_exit(what: str) -> Iterator[None]:
+    """Make sys.exit an error inside: the code of others must not end the process with an exit code of its own.
+
+    Raises:
+        RunError: `what` called sys.exit.
+    """
+    try:
+        yield
+    except SystemExit as error:
+        raise RunError(f"{what} called sys.exit({error.code!r}): remove that call from its code.") from error
+
+
+def training_count(model: nn.Module) -> int:
+    """Return how many of a model's modules are in training mode."""
+    return sum(getattr(module, "training", False) for module in model.modules())

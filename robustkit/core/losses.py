@@ -1,0 +1,64 @@
+"""Losses that an attack ascends. Each rises towards success and is defined for every class count K >= 2.
+
+All take logits (B K), the true `labels` (B) and, for a targeted goal, `targets` (B); all return (B).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from robustkit.core.errors import did_you_mean
+from robustkit.core.shapes import Labels, Logits, PerRow
+
+Loss = Callable[[Logits, Labels, "Labels | None"], PerRow]
+
+TINY = 1e-12
+
+
+def finite(gradient: Tensor) -> Tensor:
+    """Return a gradient with 0 where it is infinite or no number, lest one pixel spoil an image's step."""
+    return gradient.nan_to_num(0.0, 0.0, 0.0)
+
+
+def ce(logits: Logits, labels: Labels, targets: Labels | None = None) -> PerRow:
+    """Cross-entropy of the label, or minus that of the target."""
+    if targets is None:
+        return F.cross_entropy(logits, labels, reduction="none")
+    return -F.cross_entropy(logits, targets, reduction="none")
+
+
+def margin(logits: Logits, labels: Labels, targets: Labels | None = None) -> PerRow:
+    """Logit of the best other class, or of the target, minus that of the label; above 0 the label has lost."""
+    own = logits.gather(1, labels[:, None])[:, 0]
+    if targets is not None:
+        return logits.gather(1, targets[:, None])[:, 0] - own
+    return logits.scatter(1, labels[:, None], -torch.inf).amax(1) - own
+
+
+def dlr(logits: Logits, labels: Labels, targets: Labels | None = None) -> PerRow:
+    """Difference of logits ratio (Croce & Hein 2020, arXiv:2003.01690): the margin over a gap of logits.
+
+    The gap is first minus third largest, or first minus the mean of third and fourth for a target.
+    With fewer classes than that: first minus the mean of the other two (K = 3, targeted; over first minus
+    third the loss would stand still at -1 for the last class), no division (K = 2). The reference stops
+    with an IndexError there.
+    """
+    if logits.shape[1] == 2:
+        return margin(logits, labels, targets)
+    top = logits.topk(min(4, logits.shape[1]), dim=1).values
+    low = top[:, 2] if targets is None else top[:, -2:].mean(1)
+    return margin(logits, labels, targets) / (top[:, 0] - low + TINY)
+
+
+LOSSES: dict[str, Loss] = {"ce": ce, "margin": margin, "dlr": dlr}
+
+
+def loss(name: str) -> Loss:
+    """Return the loss of that name; UsageError with the nearest name if there is none."""
+    if name not in LOSSES:
+        raise did_you_mean("loss", name, LOSSES)
+    return LOSSES[name]

@@ -1,0 +1,409 @@
+"""Threat models: what an attacker may do to an image. A norm ball around it, inside the [0, 1] box."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from robustkit.core.errors import UsageError
+from robustkit.core.numbers import exact, shown
+from robustkit.core.shapes import Images, Mask, PerRow
+
+LARGEST = 1e9
+# What stands in the place of eps where the nearest point of all is looked for.
+MINIMAL = "min"
+EXAMPLES = {"linf": "8/255", "l2": "0.5", "l1": "12"}
+# Of a fraction that a float is taken for.
+LARGEST_DENOMINATOR = 1000
+
+# Takes shifts (B, D), float64, into ball and box: (shift, low, high, radius (B, 1)), where low <= 0 <= high.
+Clip = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+@runtime_checkable
+class Draws(Protocol):
+    """The random numbers a start needs: one independent block per row (see `robustkit.core.rng`)."""
+
+    def uniform(self, *shape: int) -> Tensor:
+        """Return draws from [0, 1), shape (B, *shape)."""
+
+    def normal(self, *shape: int) -> Tensor:
+        """Return standard normal draws, shape (B, *shape)."""
+
+
+@dataclass(frozen=True)
+class ThreatModel(ABC):
+    """All images within `eps` of the clean one in some norm, and inside [0, 1].
+
+    `eps` is an exact fraction in pixel units of [0, 1]. Membership is exact too: distances are computed in
+    float64 from the stored numbers and compared with `eps` without tolerance, and `project` returns points
+    that pass.
+
+    Where the threat is `minimal` the attacker looks for the nearest point of all; then eps only bounds the search,
+    which every image is within.
+    """
+
+    eps: Fraction
+    minimal: bool = field(default=False, kw_only=True)
+    norm: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        """Store eps as a fraction, a float by its shortest decimal; raise UsageError if it is no radius."""
+        try:
+            object.__setattr__(self, "eps", exact(self.eps))
+        except ValueError as error:
+            raise UsageError(
+                f"threat of norm {self.norm}: eps {shown(self.eps)} {error}; write a fraction or a decimal, "
+                f"e.g. {self.norm}:8/255."
+            ) from None
+        if self.eps < 0:
+            raise UsageError(f"threat '{self}': eps must not be negative; write e.g. {self.norm}:{-self.eps}.")
+        if self.eps > LARGEST:
+            raise UsageError(f"threat of norm {self.norm}: eps is above {LARGEST:g}, larger than any image.")
+
+    @staticmethod
+    def parse(text: str) -> ThreatModel:
+        """Return the threat written as NORM:EPS, e.g. `linf:8/255`, `l2:0.5`, `l1:12`; or as NORM:min.
+
+        Raises:
+            UsageError: for another form, norm or number.
+        """
+        norm, colon, number = text.strip().partition(":")
+        kinds: dict[str, type[ThreatModel]] = {"linf": Linf, "l2": L2, "l1": L1}
+        kind = kinds.get(norm.strip().lower())
+        if kind is None or not colon:
+            raise UsageError(
+                f"threat {shown(text)}: write NORM:EPS with a norm of linf, l2 or l1, e.g. linf:8/255 or l2:0.5."
+            )
+        if number.strip().lower() == MINIMAL:
+            return kind(Fraction(1 if kind is Linf else int(LARGEST)), minimal=True)
+        try:
+            eps = exact(number)
+        except ValueError as error:
+            raise UsageError(
+                f"threat {shown(text)}: eps {shown(number)} {error}; write a fraction or a decimal, "
+                f"e.g. {kind.norm}:8/255."
+            ) from None
+        return kind(eps)
+
+    @staticmethod
+    def of(threat: ThreatModel | str | float | tuple[str, float | str]) -> ThreatModel:
+        """Return a threat given as such, as its string (see `parse`), as a pair (norm, eps), or as an eps in linf.
+
+        A float that is a fraction of a small denominator, such as 8/255, is taken for that fraction.
+
+        Raises:
+            UsageError: for anything else.
+        """
+        if isinstance(threat, ThreatModel):
+            return threat
+        if isinstance(threat, str):
+            return ThreatModel.parse(threat)
+        pair: Any = threat if isinstance(threat, (tuple, list)) else ("linf", threat)
+        if len(pair) != 2 or type(pair[1]) is bool or not isinstance(pair[1], (numbers.Real, str)):
+            raise UsageError(
+                f"threat {threat!r}: write NORM:EPS, e.g. 'linf:8/255', or a pair such as ('l2', 0.5)."
+            )
+        norm, eps = pair
+        if not isinstance(eps, str) and math.isfinite(eps):
+            near = Fraction(float(eps)).limit_denominator(LARGEST_DENOMINATOR)
+            eps = near if float(near) == float(eps) else eps
+        return ThreatModel.parse(f"{norm}:{eps}")
+
+    def __str__(self) -> str:
+        if self.minimal:
+            return f"{self.norm}:{MINIMAL}"
+        decimal, levels = f"{float(self.eps):.6g}", f"{float(255 * self.eps):.6g}"
+        if Fraction(decimal) == self.eps:
+            return f"{self.norm}:{decimal}"
+        # Part of an 8-bit level, such as 0.3/255, is better known so than as 1/850.
+        over = "." in levels and self.eps.denominator % 17 == 0 and Fraction(levels) == 255 * self.eps
+        return f"{self.norm}:{f'{levels}/255' if over else self.eps}"
+
+    def bounded(self) -> ThreatModel:
+        """Return the threat itself; raise UsageError if it is minimal and has no eps of its own."""
+        if self.minimal:
+            raise UsageError(
+                f"threat '{self}' asks for minimum norms, which evaluate, plan and verify find; an eps is needed "
+                f"here, e.g. {self.norm}:{EXAMPLES[self.norm]}."
+            )
+        return self
+
+    def typical(self) -> ThreatModel:
+        """Return a threat of the same norm with an eps that papers use, for what needs some eps."""
+        return type(self)(exact(EXAMPLES[self.norm]))
+
+    def worth(self, x_adv: Images, x: Images) -> PerRow:
+        """Return what points that reach the goal are worth: infinity; where it is minimal 1 / distance."""
+        if self.minimal:
+            return 1 / self.distance(x_adv, x)
+        return torch.full((len(x),), math.inf, dtype=torch.float64, device=x.device)
+
+    def distance(self, x_adv: Images, x: Images) -> PerRow:
+        """Return each row's distance, float64."""
+        return self._length((x_adv.double() - x.double()).flatten(1))
+
+    def contains(self, x_adv: Images, x: Images, radius: PerRow | None = None) -> Mask:
+        """Return which rows are inside ball and box, exactly. NaN is outside.
+
+        Args:
+            x_adv: the points.
+            x: the clean images.
+            radius: one for each row, if not eps.
+        """
+        inside_box = ((x_adv >= 0) & (x_adv <= 1)).flatten(1).all(1)
+        return inside_box & (self.distance(x_adv, x) <= self._radii(x, radius))
+
+    @abstractmethod
+    def project(self, x_adv: Images, x: Images, radius: PerRow | None = None) -> Images:
+        """Return the nearest points (Euclidean) in the intersection of ball and box.
+
+        Rows already inside come back bit for bit. Others end inside for certain: whatever rounding to the
+        image's dtype would add to a coordinate is taken off again.
+
+        Args:
+            x_adv: the points.
+            x: the clean images.
+            radius: one for each row, if not eps.
+        """
+
+    def retract(self, x_adv: Images, x: Images, radius: PerRow | None = None) -> Images:
+        """Return points in the intersection as `project` does, though in l2 not the nearest.
+
+        In l2 the change is scaled to the radius and then clipped to the box, which takes no sorting.
+        """
+        return self.project(x_adv, x, radius)
+
+    def _into(self, x_adv: Images, x: Images, radius: PerRow | None, clip: Clip) -> Images:
+        x_adv = x_adv.to(x.dtype)
+        shift = x_adv.double() - x.double()
+        low, high = -x.double(), 1 - x.double()
+        radii = self._radii(x, radius)
+        moved = clip(shift.flatten(1), low.flatten(1), high.flatten(1), radii[:, None]).view_as(shift)
+        nearest = (x.double() + moved).to(x.dtype)
+        grown = (nearest.double() - x.double()).abs() > moved.abs()
+        nearest = torch.where(grown, torch.nextafter(nearest, x), nearest).clamp(0, 1)
+        return torch.where(per_row(self.contains(x_adv, x, radius), x), x_adv, nearest)
+
+    @abstractmethod
+    def ascent(self, gradient: Images, *, density: float = 0.0) -> Images:
+        """Return the direction of unit length that raises a linear loss most; zero where the gradient is.
+
+        Args:
+            gradient: of the loss with respect to the image.
+            density: for l1 only, whose steepest direction is a single coordinate: the share of coordinates,
+                largest gradients first, over which the step is spread evenly (SLIDE, arXiv:1904.13000).
+        """
+
+    def step(self, x: Images, gradient: Images, length: float, *, density: float = 0.0) -> Images:
+        """Return the images moved by the length along `ascent`, for `project` to take into ball and box.
+
+        In l1 no coordinate moves farther than the box reaches; those with the next largest gradients take the
+        rest of the length. So the step is the steepest in the box, too.
+        """
+        return x + length * self.ascent(gradient, density=density)
+
+    @abstractmethod
+    def random_start(self, x: Images, rng: Draws) -> Images:
+        """Return points drawn uniformly from the ball, then projected onto ball and box."""
+
+    @abstractmethod
+    def diameter(self, shape: tuple[int, ...]) -> float:
+        """Return the largest distance between two images of this shape (C, H, W)."""
+
+    @abstractmethod
+    def _length(self, flat: Tensor) -> Tensor: ...
+
+    def _radii(self, x: Tensor, radius: PerRow | None) -> PerRow:
+        """Return the rows' radii, float64."""
+        if radius is None:
+            return torch.full((len(x),), self.radius, dtype=torch.float64, device=x.device)
+        return radius.double()
+
+    @property
+    def radius(self) -> float:
+        """Eps as a number that float32 holds, rounded down.
+
+        Then a distance that somebody computes in float32 cannot come out above eps either.
+        """
+        near = torch.tensor(float(self.eps), dtype=torch.float32)
+        return float(near if float(near) <= self.eps else near.nextafter(torch.zeros_like(near)))
+
+    def _shrink(self, shift: Tensor, radius: Tensor) -> Tensor:
+        """Scale shifts (B, D) down to the radius (B, 1) where they are above it, if only by rounding.
+
+        The margin is for whoever sums in another order: other hardware, another batch size.
+        """
+        length = self._length(shift)[:, None].clamp(min=1e-300)
+        return shift * (radius * (1 - 1e-12) / length).clamp(max=1)
+
+
+@dataclass(frozen=True)
+class Linf(ThreatModel):
+    """Every coordinate may change by eps."""
+
+    norm: ClassVar[str] = "linf"
+
+    def __post_init__(self) -> None:
+        """Refuse eps above 1, which covers every image and is most often a forgotten /255."""
+        super().__post_init__()
+        if self.eps > 1:
+            raise UsageError(
+                f"threat '{self}': eps is in pixel units of [0, 1], so above 1 it allows every image; "
+                f"did you mean linf:{self.eps}/255?"
+            )
+
+    def ascent(self, gradient: Images, *, density: float = 0.0) -> Images:  # noqa: D102
+        return gradient.sign()
+
+    def random_start(self, x: Images, rng: Draws) -> Images:  # noqa: D102
+        shift = (2 * rng.uniform(*x.shape[1:]) - 1) * float(self.eps)
+        return self.project(x + shift.to(x.dtype), x)
+
+    def diameter(self, shape: tuple[int, ...]) -> float:  # noqa: D102
+        return 1.0
+
+    def _length(self, flat: Tensor) -> Tensor:
+        return flat.abs().amax(1)
+
+    def project(self, x_adv: Images, x: Images, radius: PerRow | None = None) -> Images:  # noqa: D102
+        # Each coordinate has its own interval, whose ends the image's dtype holds: no distance is needed.
+        exact, radii = x.double(), per_row(self._radii(x, radius), x)
+        low = (exact - radii).clamp(min=0).to(x.dtype)
+        high = (exact + radii).clamp(max=1).to(x.dtype)
+        low = torch.where(exact - low.double() > radii, torch.nextafter(low, x), low)
+        high = torch.where(high.double() - exact > radii, torch.nextafter(high, x), high)
+        return x_adv.to(x.dtype).clamp(low, high)
+
+
+@dataclass(frozen=True)
+class L2(ThreatModel):
+    """The Euclidean length of the change is at most eps."""
+
+    norm: ClassVar[str] = "l2"
+
+    def ascent(self, gradient: Images, *, density: float = 0.0) -> Images:  # noqa: D102
+        return unit(gradient)
+
+    def random_start(self, x: Images, rng: Draws) -> Images:  # noqa: D102
+        # A point drawn evenly from the sphere, less two of its coordinates, is even in the ball.
+        size = math.prod(x.shape[1:])
+        draws = rng.normal(size + 2)
+        shift = float(self.eps) * draws[:, :size] / draws.norm(dim=1, keepdim=True).clamp(min=1e-12)
+        return self.project(x + shift.view(x.shape).to(x.dtype), x)
+
+    def diameter(self, shape: tuple[int, ...]) -> float:  # noqa: D102
+        return math.sqrt(math.prod(shape))
+
+    def _length(self, flat: Tensor) -> Tensor:
+        return flat.square().sum(1).sqrt()
+
+    def project(self, x_adv: Images, x: Images, radius: PerRow | None = None) -> Images:  # noqa: D102
+        return self._into(x_adv, x, radius, self._clip)
+
+    def retract(self, x_adv: Images, x: Images, radius: PerRow | None = None) -> Images:  # noqa: D102
+        def clip(shift: Tensor, low: Tensor, high: Tensor, radius: Tensor) -> Tensor:
+            return torch.clamp(self._shrink(shift, radius), low, high)
+
+        return self._into(x_adv, x, radius, clip)
+
+    def _clip(self, shift: Tensor, low: Tensor, high: Tensor, radius: Tensor) -> Tensor:
+        # The nearest point is clip(s * shift, low, high) with the scale 0 < s <= 1 that gives length eps.
+        # The squared length is piecewise quadratic in s; its pieces end where a coordinate meets its bound.
+        bound = torch.where(shift > 0, high, low)
+        meets = torch.where(shift == 0, math.inf, bound / torch.where(shift == 0, 1.0, shift))
+        order = meets.argsort(dim=1)
+        ends = meets.gather(1, order)
+        held = bound.square().gather(1, order).cumsum(1)
+        free = shift.square().gather(1, order).flip(1).cumsum(1).flip(1)
+        held = torch.cat([torch.zeros_like(held[:, :1]), held[:, :-1]], 1)
+        # Piece k has the first k coordinates held and scales up to ends[k].
+        scale = ((radius**2 - held).clamp(min=0) / free.clamp(min=1e-300)).sqrt()
+        piece = (scale <= ends).to(torch.uint8).argmax(1, keepdim=True)
+        outside = torch.clamp(shift, low, high).norm(dim=1, keepdim=True) > radius
+        best = torch.where(outside, scale.gather(1, piece).clamp(max=1.0), 1.0)
+        clipped = torch.clamp(best * shift, low, high)
+        return self._shrink(clipped, radius)
+
+
+@dataclass(frozen=True)
+class L1(ThreatModel):
+    """The absolute changes sum to at most eps."""
+
+    norm: ClassVar[str] = "l1"
+
+    def ascent(self, gradient: Images, *, density: float = 0.0) -> Images:  # noqa: D102
+        return self._spread(gradient, torch.full_like(gradient, math.inf), density)
+
+    def step(self, x: Images, gradient: Images, length: float, *, density: float = 0.0) -> Images:  # noqa: D102
+        room = torch.where(gradient > 0, 1 - x, x).clamp(min=0) / max(length, 1e-300)
+        return x + length * self._spread(gradient, room, density)
+
+    def _spread(self, gradient: Images, room: Images, density: float) -> Images:
+        """Return the steepest direction of length 1 or, where there is no more room (B C H W), of less."""
+        size, order = gradient.flatten(1).abs().sort(dim=1, descending=True, stable=True)
+        most = min(max(1, round(density * size.shape[1])), size.shape[1])
+        count = (size > 0).sum(1, keepdim=True).clamp(1, most)
+        # In shares of 1 / count, so that whole shares add up without rounding.
+        part = (room.flatten(1).gather(1, order).double() * count).clamp(max=1) * (size > 0)
+        part = torch.minimum(part, (count - part.cumsum(1) + part).clamp(min=0)) / count
+        sizes = torch.zeros_like(size).scatter(1, order, part.to(size.dtype))
+        return sizes.view_as(gradient) * gradient.sign()
+
+    def random_start(self, x: Images, rng: Draws) -> Images:  # noqa: D102
+        # Normalised exponentials, one more than there are coordinates, fill the simplex evenly.
+        size = math.prod(x.shape[1:])
+        draws = rng.uniform(2 * size + 1)
+        weight = -torch.log1p(-draws[:, : size + 1])
+        sign = torch.where(draws[:, size + 1 :] < 0.5, -1.0, 1.0)
+        shift = float(self.eps) * sign * weight[:, :size] / weight.sum(1, keepdim=True).clamp(min=1e-30)
+        return self.project(x + shift.view(x.shape).to(x.dtype), x)
+
+    def diameter(self, shape: tuple[int, ...]) -> float:  # noqa: D102
+        return float(math.prod(shape))
+
+    def _length(self, flat: Tensor) -> Tensor:
+        return flat.abs().sum(1)
+
+    def project(self, x_adv: Images, x: Images, radius: PerRow | None = None) -> Images:  # noqa: D102
+        return self._into(x_adv, x, radius, self._clip)
+
+    def _clip(self, shift: Tensor, low: Tensor, high: Tensor, radius: Tensor) -> Tensor:
+        # The nearest point has sizes min(max(|shift| - t, 0), room) with the threshold t >= 0 that makes
+        # them sum to eps. The sum falls piecewise linearly in t: a coordinate begins to shrink at
+        # |shift| - room and is gone at |shift|.
+        size = shift.abs()
+        room = torch.where(shift > 0, high, -low)
+        begins = (size - room).clamp(min=0)
+        knots, order = torch.cat([begins, size], 1).sort(dim=1)
+        change = torch.cat([-torch.ones_like(size), torch.ones_like(size)], 1).gather(1, order)
+        slope = change.cumsum(1)[:, :-1]
+        total = torch.minimum(size, room).sum(1, keepdim=True)
+        sums = torch.cat([total, total + (slope * knots.diff(dim=1)).cumsum(1)], 1)
+        piece = ((sums > radius).sum(1, keepdim=True) - 1).clamp(min=0, max=slope.shape[1] - 1)
+        fall = slope.gather(1, piece)
+        step = (radius - sums.gather(1, piece)) / torch.where(fall == 0, -1.0, fall)
+        threshold = torch.where(total > radius, knots.gather(1, piece) + step, 0.0)
+        sizes = torch.minimum((size - threshold).clamp(min=0), room)
+        return self._shrink(sizes * shift.sign(), radius)
+
+
+def per_row(value: Tensor, like: Tensor) -> Tensor:
+    """Shape a (B,) tensor so that it works on the rows of `like`, whatever the other sizes are."""
+    return value.view(-1, *[1] * (like.dim() - 1))
+
+
+def unit(gradient: Images) -> Images:
+    """Return each row divided by its Euclidean length; zero where the row is."""
+    # Scaled first, so that tiny gradients do not underflow when squared; the largest is then 1.
+    largest = gradient.flatten(1).abs().amax(1)
+    scaled = gradient / per_row(torch.where(largest == 0, 1.0, largest), gradient)
+    return scaled / per_row(scaled.flatten(1).norm(dim=1).clamp(min=1), gradient)

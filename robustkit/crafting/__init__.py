@@ -1,0 +1,1 @@
+"""Craft runs: transferable adversarial images, judged on other models."""

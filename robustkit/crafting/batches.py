@@ -1,0 +1,154 @@
+"""Where images are made: on a craft run's surrogates, batch by batch."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from robustkit.attack_api.surrogates import Surrogates
+from robustkit.core.criteria import Goal
+from robustkit.core.errors import RunError
+from robustkit.core.isolation import own_randomness
+from robustkit.core.rng import RowRng
+from robustkit.core.shapes import Images
+from robustkit.crafting.ensemble import Ensemble, Storage
+from robustkit.crafting.spec import Crafting
+from robustkit.data.prefetch import read_ahead
+from robustkit.engine.failures import NO_MEMORY, described, is_out_of_memory
+from robustkit.engine.progress import Progress
+from robustkit.runs.ledger import Chunk, Verdict
+from robustkit.runs.recorded_answers import recording
+from robustkit.runs.unfinished_work import Store
+
+BATCH_CPU, BATCH_GPU = 64, 256
+# How many of the run's images the others may be mixed with.
+POOL = 256
+# The classes wanted by position; None for any other than the label.
+Goals = Sequence[int] | Mapping[int, int] | None
+
+
+class Bench:
+    """Surrogates and images; the batch shrinks when memory runs out."""
+
+    def __init__(self, plan: Crafting, progress: Progress, store: Store) -> None:
+        """Set up; the surrogates are loaded when first asked for, and the store keeps unfinished batches."""
+        self.plan, self.progress, self.store = plan, progress, store
+        self.samples, self.threat = plan.samples, plan.threat
+        self.n = len(plan.samples)
+        self.batch = min(plan.batch_size or (BATCH_CPU if plan.device.type == "cpu" else BATCH_GPU), self.n)
+        self._ensemble: Ensemble | None = None
+
+    def note(self, ways: str) -> str:
+        """Return which way to run the surrogates counts, if this is the one chosen now."""
+        return ways
+
+    @property
+    def ensemble(self) -> Ensemble:
+        """The surrogates, loaded and tuned when first asked for."""
+        if self._ensemble is None:
+            plan = self.plan
+            storage = Storage.of(plan.nets, self.batch, plan.device, plan.streaming)
+            self._ensemble = Ensemble(plan.nets, plan.device, storage, plan.combine, plan.weights)
+            x = self.samples.images(np.arange(self.batch)).to(plan.device)
+            # In eval mode: trials of a net in training would move its running statistics.
+            with self._ensemble.at_rest(), recording(self.store, "tune"):
+                self._ensemble.tune(x, self.note, hooked=self._hooked())
+        return self._ensemble
+
+    def keep(self, ensemble: Ensemble, ways: Mapping[str, Any]) -> None:
+        """Have these surrogates, run as it was chosen elsewhere."""
+        self._ensemble = ensemble
+        with ensemble.at_rest():
+            ensemble.follow(dict(ways), self.samples.images(np.arange(min(POOL, self.n))).to(self.plan.device))
+
+    def surrogates(self, members: Sequence[int] | None = None) -> Surrogates:
+        """Return the surrogates, or some, with the run's first images for techniques that mix others in."""
+        pool = self.samples.images(np.arange(min(POOL, self.n))).to(self.plan.device)
+        return replace(self.ensemble.surrogates(members), pool=pool)
+
+    def _hooked(self) -> bool:
+        bare = Surrogates([lambda x: x] * len(self.plan.nets), pool=torch.zeros(1, 1, 1, 1))
+        for technique in self.plan.parts[1:]:
+            bare = technique.prepare(bare)
+        return bool(bare.around)
+
+    def make(
+        self,
+        stage: int,
+        attack: Any,
+        members: Sequence[int] | None,
+        goals: Goals,
+        parts: Sequence[np.ndarray],
+    ) -> Iterator[Chunk]:
+        """Yield these parts of a stage as chunks; out of memory cuts them further."""
+        surrogates = self.surrogates(members)
+        with self.ensemble.at_rest(), own_randomness(self.plan.seed, "craft", stage):
+            waiting = self._cut(parts)
+            while waiting:
+                for at, x in read_ahead(self.samples, waiting):
+                    try:
+                        with recording(self.store, f"craft-{stage}-{at[0]}") as answers:
+                            chunk = self._chunk(stage, attack, surrogates, goals, at, x)
+                    except (RuntimeError, MemoryError) as error:
+                        if not is_out_of_memory(error):
+                            raise RunError(f"crafting failed with {described(error)}.") from error
+                        if len(at) == 1:
+                            raise RunError(NO_MEMORY) from error
+                        answers.restart()
+                        self.batch = len(at) // 2
+                        self.progress.say(f"out of memory: going on with {self.batch} images at a time")
+                        waiting = self._cut(waiting)
+                        break
+                    waiting = waiting[1:]
+                    yield replace(chunk, seconds=answers.seconds)
+                    answers.restart()
+
+    def _cut(self, parts: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Return the parts, those that are longer than a batch in pieces."""
+        return [part[begin : begin + self.batch] for part in parts for begin in range(0, len(part), self.batch)]
+
+    def _chunk(
+        self, stage: int, attack: Any, surrogates: Surrogates, goals: Goals, at: np.ndarray, x: Images
+    ) -> Chunk:
+        device = self.plan.device
+        begun, before = time.perf_counter(), self.ensemble.counts
+        x = x.to(device)
+        labels = torch.from_numpy(self.samples.labels[at].astype(np.int64)).to(device)
+        wanted = None if goals is None else torch.tensor([goals[place] for place in at], device=device)
+        goal = Goal(labels, wanted)
+        rng = RowRng(self.plan.seed, "craft", torch.from_numpy(at).to(device))
+        found = attack(surrogates, x, goal, self.threat, rng=rng)
+        x_adv, finite = self._inside(found.detach().to(x), x)
+        forwards, backwards = (now - then for now, then in zip(self.ensemble.counts, before, strict=True))
+        with torch.no_grad():
+            logits = surrogates(x_adv)
+        hit = goal.reached(logits).tolist()
+        said, clean = logits.argmax(1).tolist(), x.float().cpu().numpy()
+        rows = [
+            Verdict(
+                int(place),
+                int(self.samples.labels[place]),
+                said[row] if finite[row] else -1,
+                0.0,
+                bool(hit[row]),
+                hashlib.sha256(clean[row].tobytes()).hexdigest(),
+                image.tobytes(),
+            )
+            for row, (place, image) in enumerate(zip(at, x_adv.float().cpu().numpy(), strict=True))
+        ]
+        return Chunk(stage, int(at[0]), forwards, backwards, time.perf_counter() - begun, rows)
+
+    def _inside(self, found: Images, x: Images) -> tuple[Images, list[bool]]:
+        """Return the images inside ball and box, whatever an attack returned; the clean one for NaN."""
+        finite = found.flatten(1).isfinite().all(1)
+        whole = torch.where(finite.view(-1, *[1] * (x.dim() - 1)), found, x)
+        point = self.threat.project(whole, x)
+        if not bool(self.threat.contains(point, x).all()):
+            raise RunError(f"an image could not be brought inside {self.threat}; this is a fault of robustkit.")
+        return point, finite.tolist()

@@ -1,0 +1,159 @@
+"""The matrix: images crafted on each of several models alone, judged on all of them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from robustkit.core.errors import RobustkitError, UsageError
+from robustkit.core.threat import ThreatModel
+from robustkit.core.writing import subfolder
+from robustkit.crafting.judging import doubts_of
+from robustkit.crafting.run import run_craft
+from robustkit.crafting.spec import Crafting
+from robustkit.data.samples import Samples
+from robustkit.distributed.ray_pool import hire
+from robustkit.distributed.shared_pool import Bureau, Desk, Watched
+from robustkit.engine.model.loaded_models import Net, same_classes
+from robustkit.engine.progress import Progress
+from robustkit.runs import run_folder
+from robustkit.runs.craft_record import Craft, Matrix, worst
+from robustkit.runs.opening import clear
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What to craft on each of `nets` and judge on each of them and of `targets`.
+
+    `workers` and `ray`, as in `Evaluation`, craft all rows at the same time.
+    """
+
+    nets: Sequence[Net]
+    targets: Sequence[Net]
+    samples: Samples
+    threat: ThreatModel
+    attack: str
+    targeted: str | None
+    seed: int
+    device: torch.device
+    batch_size: int | None
+    workers: int | None = None
+    ray: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what is no matrix."""
+        if len(self.nets) < 2:
+            raise UsageError("a matrix needs at least two models; write --models A,B.")
+        same_classes(self.nets, self.targets)
+
+    @property
+    def runs(self) -> list[Crafting]:
+        """The craft run behind each row."""
+        return [
+            Crafting(
+                nets=[net],
+                samples=self.samples,
+                threat=self.threat,
+                attack=self.attack,
+                targeted=self.targeted,
+                seed=self.seed,
+                device=self.device,
+                batch_size=self.batch_size,
+            )
+            for net in self.nets
+        ]
+
+    @property
+    def run_id(self) -> str:
+        """Eight hexadecimal digits of the hash of the runs' and the other targets' identities."""
+        parts = [*(run.spec.run_id for run in self.runs), *(net.fingerprint for net in self.targets)]
+        return hashlib.sha256("/".join(parts).encode()).hexdigest()[:8]
+
+    def run(
+        self, out: Path, progress: Progress, lane: Callable[[str], Progress], overwrite: bool = False
+    ) -> Matrix:
+        """Craft and judge row by row, each in a folder of its own; the same call resumes there.
+
+        Args:
+            out: the folder of the rows' folders.
+            progress: who to tell of the rows if there are no workers, else of these.
+            lane: who to tell of the row of a model's string if several are done at the same time.
+            overwrite: remove the matrix or run that `out` holds, and begin anew.
+        """
+        if overwrite and out.is_dir():
+            clear(out)
+        else:
+            self._check_folder(out)
+        columns = [*self.nets, *self.targets]
+        runs = self.runs
+        folders = [f"craft-{run.spec.run_id}" for run in runs]
+        if self.workers in (None, 1) and self.ray is None:
+            rows: list[Craft] = []
+            for number, (run, place) in enumerate(zip(runs, folders, strict=True)):
+                progress.say(f"row {number + 1} of {len(runs)}: crafting on {run.nets[0].string}")
+                rows.append(run_craft(run, subfolder(out, place), columns, progress=progress))
+        else:
+
+            def work(desk: Desk[Craft], number: int) -> Craft:
+                told = Watched(lane(self.nets[number].string), desk.turn)
+                place = subfolder(out, folders[number])
+                return run_craft(runs[number], place, columns, progress=told, agency=desk)
+
+            works = [partial(work, number=number) for number in range(len(runs))]
+            rows = []
+            try:
+                found = Bureau(works, hire(self.workers, self.ray), progress).run()
+            finally:
+                progress.close()
+            for row in found:
+                if isinstance(row, RobustkitError):
+                    raise row
+                rows.append(row)
+        first = rows[0]
+        judged = [{one.fingerprint: one for one in row.targets} for row in rows]
+        clean = [judged[0][net.fingerprint] for net in columns]
+        record = Matrix(
+            run_id=self.run_id,
+            models=[net.string for net in self.nets],
+            targets=[net.string for net in self.targets],
+            attack=first.spec.attack,
+            targeted=self.targeted,
+            data=first.spec.data,
+            threat=first.spec.threat,
+            seed=self.seed,
+            n=first.n,
+            gradients_per_image=[row.gradients_per_image for row in rows],
+            clean_accuracy=[one.clean_accuracy for one in clean],
+            noise=[one.noise for one in clean],
+            success=[[row[net.fingerprint].rate for net in columns] for row in judged],
+            worst=[
+                worst(
+                    [
+                        one[net.fingerprint].fooled(row.labels, row.goals)
+                        for place, (row, one) in enumerate(zip(rows, judged, strict=True))
+                        if place != column
+                    ]
+                )
+                for column, net in enumerate(columns)
+            ],
+            folders=folders,
+            environment=first.environment,
+            flags=[*self.samples.flags, *doubts_of(clean, first.labels, self.nets[0].classes)],
+        )
+        run_folder.write_record(out, record)
+        return record
+
+    def _check_folder(self, out: Path) -> None:
+        """Refuse a folder with anything in it but this matrix."""
+        own = {run_folder.MATRIX, "matrix.html", *(f"craft-{run.spec.run_id}" for run in self.runs)}
+        others = [file.name for file in out.iterdir() if file.name not in own] if out.is_dir() else []
+        if others or (out.exists() and not out.is_dir()):
+            what = f"holds {sorted(others)[0]!r}, which is not of this matrix" if others else "is no folder"
+            raise UsageError(
+                f"{out} {what}; give an empty or new folder with --out, or --overwrite what robustkit wrote there."
+            )

@@ -1,0 +1,101 @@
+"""What a craft run is: the surrogates, the images, the attack and how members are made one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from robustkit import registry
+from robustkit.attack_api.composition import Composition, compose
+from robustkit.attack_api.surrogates import COMBINATIONS, Surrogates
+from robustkit.core.errors import UsageError, did_you_mean
+from robustkit.core.threat import ThreatModel
+from robustkit.data.samples import Samples
+from robustkit.engine.evaluation.sanity import refuse_endless
+from robustkit.engine.model.loaded_models import Net
+from robustkit.runs.craft_record import CHOICES, CraftSpec
+
+DEFAULT_ATTACK, DEFAULT_COMBINE = "auto", "consensus"
+
+
+@dataclass(frozen=True)
+class Crafting:
+    """What to craft and how; `spec` is its identity, before anything has run (see `craft_run.run_craft`).
+
+    `streaming` has one net in memory at a time, or all with False; None decides by the memory there is. Neither it
+    nor `batch_size` changes what is crafted, up to float rounding; `workers` and `ray` (as in `Evaluation`) do not
+    at all. None of these is part of the identity.
+    """
+
+    nets: Sequence[Net]
+    samples: Samples
+    threat: ThreatModel
+    attack: str = DEFAULT_ATTACK
+    combine: str = DEFAULT_COMBINE
+    weights: Sequence[float] | None = None
+    targeted: str | None = None
+    seed: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    batch_size: int | None = None
+    streaming: bool | None = None
+    workers: int | None = None
+    ray: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse settings that cannot be meant."""
+        self.threat.bounded()
+        if not self.nets:
+            raise UsageError("no surrogate to craft on; give at least one with --surrogate.")
+        if self.combine not in COMBINATIONS:
+            raise did_you_mean("combination", self.combine, COMBINATIONS)
+        if self.targeted is not None and self.targeted not in CHOICES:
+            raise did_you_mean("choice of target classes", self.targeted, CHOICES)
+        if self.batch_size is not None and self.batch_size < 1:
+            raise UsageError(f"batch size {self.batch_size}: write at least 1, or auto.")
+        if self.workers is not None and self.workers < 1:
+            raise UsageError(f"workers {self.workers}: write how many processes shall share the work, e.g. 2.")
+        if not len(self.samples):
+            raise UsageError(f"{self.samples.name} holds no images.")
+        if not 0 <= self.seed < 2**63:
+            raise UsageError(f"seed {self.seed}: write a whole number from 0 to 2**63 - 1.")
+        if self.parts[0].info.coupled:
+            raise UsageError(
+                f"attack {self.attack!r} draws its random numbers by the batch, so a resumed run would differ; "
+                "craft with one of our own, such as mi-fgsm."
+            )
+        Surrogates([lambda x: x] * len(self.nets), self.combine, self.weights)
+        refuse_endless(self.threat, tuple(self.samples.images([0]).shape[1:]))
+
+    @cached_property
+    def parts(self) -> list[Any]:
+        """The attack and its techniques."""
+        return registry.parse_attack(self.attack, self.threat.norm)
+
+    @cached_property
+    def composed(self) -> Any:
+        """The attack as it is called."""
+        return compose(self.parts)
+
+    @cached_property
+    def spec(self) -> CraftSpec:
+        """Everything that determines the images."""
+        one = isinstance(self.composed, Composition)
+        body = self.composed.spec() if one else {**registry.spec(self.composed), "techniques": []}
+        return CraftSpec(
+            surrogates=[net.identity for net in self.nets],
+            combine=self.combine,
+            weights=None if self.weights is None else [float(weight) for weight in self.weights],
+            attack={"string": self.attack, **body},
+            targeted=self.targeted,
+            data={
+                "string": self.samples.name,
+                "n": len(self.samples),
+                "fingerprint": self.samples.fingerprint,
+            },
+            threat=str(self.threat),
+            seed=self.seed,
+        )

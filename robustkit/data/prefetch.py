@@ -1,0 +1,34 @@
+"""Images read before they are asked for, so that decoding them takes no time from the attack."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import numpy.typing as npt
+
+from robustkit.core.shapes import Images
+from robustkit.data.samples import Samples
+
+
+def read_ahead(
+    samples: Samples, blocks: Iterable[npt.NDArray[np.int64]]
+) -> Iterator[tuple[npt.NDArray[np.int64], Images]]:
+    """Yield the positions and the images of each block, in order.
+
+    While one is used the next is decoded in another thread: no more than three are ever in memory. Arrays, which
+    take no time to read, are read when their turn comes.
+    """
+    if not samples.source.slow:
+        yield from ((block, samples.images(block)) for block in blocks)
+        return
+    waiting: tuple[npt.NDArray[np.int64], Future[Images]] | None = None
+    with ThreadPoolExecutor(1, "read-ahead") as thread:
+        for block in blocks:
+            following = block, thread.submit(samples.images, block)
+            if waiting is not None:
+                yield waiting[0], waiting[1].result()
+            waiting = following
+        if waiting is not None:
+            yield waiting[0], waiting[1].result()

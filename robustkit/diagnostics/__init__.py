@@ -1,0 +1,1 @@
+"""Looks at a model, a machine or an ensemble, without an evaluation."""

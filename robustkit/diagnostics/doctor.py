@@ -1,0 +1,85 @@
+"""The checks alone: a look at a model that costs seconds, before an evaluation that costs hours."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from robustkit.checks.probe import Probe
+from robustkit.checks.relabelled import clean_doubts
+from robustkit.checks.run import diagnose, training_mode
+from robustkit.core.errors import RunError
+from robustkit.core.flags import Flag
+from robustkit.core.isolation import evaluation_mode, own_randomness, threads, training_count
+from robustkit.core.threat import ThreatModel
+from robustkit.data.samples import Samples
+from robustkit.engine.evaluation.ledger_writer import noticed
+from robustkit.engine.evaluation.sanity import refuse_answers, refuse_endless
+from robustkit.engine.failures import NO_MEMORY, described, is_out_of_memory
+from robustkit.engine.model.image_size import enlarged_images, pixel_space
+from robustkit.engine.model.instrumented_model import Meter
+from robustkit.models.classifier import Classifier
+from robustkit.registry import DEFAULT_SUITE, parse_suite
+from robustkit.runs.evaluation_record import Cost
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What the checks found on `n` images of which the model gets `correct` right."""
+
+    model: str
+    data: str
+    threat: str
+    n: int
+    correct: int
+    classes: int
+    parameters: int
+    flags: Sequence[Flag]
+    cost: Cost
+
+
+def examine(
+    model: Classifier, samples: Samples, threat: ThreatModel, device: torch.device, seed: int = 0
+) -> Diagnosis:
+    """Return the flags that a model raises on these images; leaves model and generators as they were.
+
+    It goes by the default suite where a check asks what attacks are to come. Raises as an evaluation would.
+    """
+    x = samples.images(range(len(samples))).to(device)
+    labels = torch.from_numpy(samples.labels).to(device)
+    refuse_endless(threat.bounded(), tuple(x.shape[1:]))
+    attacks = [rung.attack for rung in parse_suite(DEFAULT_SUITE, threat.norm) if not rung.view]
+    meter = Meter(model.expect(samples.num_classes), device)
+    begun = time.perf_counter()
+    with evaluation_mode(model) as was_training, own_randomness(seed, "doctor"):
+        try:
+            meter.size_up(x[:1], len(x))
+        except (RuntimeError, MemoryError) as error:
+            raise RunError(NO_MEMORY if is_out_of_memory(error) else described(error)) from error
+        # Points can be planted only where gradients can be had.
+        probe = Probe(meter, x, labels, threat, attacks, seed, None if meter.backward_error else model)
+        refuse_answers(probe.logits, samples.labels, np.arange(len(samples)))
+        with threads(meter.threads):
+            flags = [flag for flag in diagnose(probe) if flag.raised]
+        flags += noticed(0, 0, meter) if meter.backward_error else []
+        flags += training_mode(was_training, training_count(model))
+        flags += enlarged_images(pixel_space(model, samples))
+        said = probe.logits.argmax(1)
+        correct = int((said == labels).sum())
+        flags += clean_doubts(said.tolist(), samples.labels.tolist(), probe.logits.shape[1])
+        flags += samples.flags
+    return Diagnosis(
+        model=model.string,
+        data=samples.name,
+        threat=str(threat),
+        n=len(samples),
+        correct=correct,
+        classes=probe.logits.shape[1],
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        flags=flags,
+        cost=Cost(meter.forwards, meter.backwards, time.perf_counter() - begun),
+    )

@@ -1,0 +1,263 @@
+"""The members of an ensemble against each other: who is fooled by whose adversarial images, and who sees alike.
+
+The protocol is that of DVERGE's evaluation (Yang et al. 2020, arXiv:2009.14720), with the bounds of an oracle
+beside it. The attack is `robustkit.diagnostics.ensemble_members`'s.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from robustkit.checks.chance import chance_accuracy
+from robustkit.core.errors import UsageError
+from robustkit.core.flags import Flag
+from robustkit.core.isolation import evaluation_mode, own_randomness, threads
+from robustkit.core.rng import RowRng
+from robustkit.core.shapes import Images, Labels, Mask
+from robustkit.core.threat import ThreatModel
+from robustkit.data.samples import Samples
+from robustkit.diagnostics.ensemble_members import Panel, attack, by_others, each_loss, loss
+from robustkit.engine.evaluation.sanity import refuse_endless
+from robustkit.engine.progress import Progress
+from robustkit.models.classifier import Classifier
+from robustkit.models.layers.features import depth, distil
+from robustkit.runs import run_folder
+from robustkit.runs.diversity_record import Bounds, Diversity, DiversitySpec
+from robustkit.runs.environment import environment
+from robustkit.runs.evaluation_record import Cost, Rate
+from robustkit.runs.opening import open_for_writing
+from robustkit.training import ensemble_utils
+
+# Of the published protocol: pairs that share one draw of the layer; its distillation.
+PAIRS = 10
+DISTILLATION: dict[str, Any] = {"eps": 0.07, "step_size": 0.1, "steps": 10, "inertia": 1.0}
+BATCH_CPU, BATCH_GPU = 250, 1000
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What to compare, and how hard to attack.
+
+    Attributes:
+        model: an ensemble.
+        samples: images to look at.
+        threat: what the attacker may do.
+        steps: of each attack, each a fifth of eps.
+        restarts: random starts for each image.
+        seed: of every random number.
+        images: positions to look at, to compare ensembles on the same; None for all.
+        device: where to compute.
+    """
+
+    model: Classifier
+    samples: Samples
+    threat: ThreatModel
+    steps: int = 50
+    restarts: int = 5
+    seed: int = 0
+    images: Sequence[int] | None = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be meant."""
+        for name, number in (("steps", self.steps), ("restarts", self.restarts)):
+            if number < 1:
+                raise UsageError(f"--{name} {number}: write at least 1.")
+        self.model.expect(self.samples.num_classes)
+        refuse_endless(self.threat.bounded(), tuple(self.samples.images([0]).shape[1:]))
+
+    @cached_property
+    def spec(self) -> DiversitySpec:
+        """Everything that determines the numbers."""
+        samples = self.samples
+        return DiversitySpec(
+            model={"string": self.model.string, "fingerprint": self.model.fingerprint},
+            data={"string": samples.name, "n": len(samples), "fingerprint": samples.fingerprint},
+            threat=str(self.threat),
+            steps=self.steps,
+            restarts=self.restarts,
+            seed=self.seed,
+            images=None if self.images is None else sorted({int(place) for place in self.images}),
+        )
+
+    def run(self, out: Path | None = None, progress: Progress | None = None, overwrite: bool = False) -> Diversity:
+        """Attack, distil, compare; or return what a folder holds of the same.
+
+        Args:
+            out: the folder; without one nothing is written.
+            progress: who to tell on the way.
+            overwrite: remove the run that `out` holds, and begin anew.
+
+        Raises:
+            UsageError: for a request that cannot be carried out, or a folder of another run.
+        """
+        progress = progress or Progress()
+        if out is None:
+            return self._run(progress)
+        with open_for_writing(out, self.spec, overwrite=overwrite, say=progress.say):
+            if (out / run_folder.DIVERSITY).is_file():
+                progress.say(f"run {self.spec.run_id} was finished before; this is its stored result")
+                return run_folder.read_diversity(out)
+            record = self._run(progress)
+            run_folder.write_record(out, record)
+        return record
+
+    def _run(self, progress: Progress) -> Diversity:
+        begun = time.perf_counter()
+        places = np.arange(len(self.samples)) if self.images is None else np.array(self.spec.images, np.int64)
+        if not len(places):
+            raise UsageError("no image is left to compare on; look at more with --limit.")
+        with evaluation_mode(self.model), own_randomness(self.seed, "diversity"):
+            panel = Panel(self.model, self.device)
+            most = BATCH_CPU if self.device.type == "cpu" else BATCH_GPU
+            panel.size_up(self._images(places[:1]), most)
+            self._check_labels(panel.whole.num_classes or 0)
+            with threads(panel.whole.threads):
+                try:
+                    return self._compare(panel, places, panel.whole.piece or most, progress, begun)
+                finally:
+                    progress.close()
+
+    def _check_labels(self, classes: int) -> None:
+        if len(outside := np.flatnonzero(self.samples.labels >= classes)):
+            raise UsageError(
+                f"{self.model.string} has {classes} classes but {self.samples.name} has the label "
+                f"{self.samples.labels[outside[0]]} at position {outside[0]}; give the data it was made for."
+            )
+
+    def _compare(self, panel: Panel, places: np.ndarray, most: int, progress: Progress, begun: float) -> Diversity:
+        clean = torch.cat(
+            [panel.said(self._images(at)) != self._labels(at) for at in _batches(places, most)], 1
+        ).cpu()
+        index = places[~clean[:-1].any(0).numpy()]
+        if len(index) < 2:
+            raise UsageError(
+                f"{len(index)} of {len(places)} images are classified correctly by every member, and two is the "
+                "least to compare on; look at more with --limit, or check labels, normalisation and pixel range."
+            )
+        fooled, lost = [], []
+        for number in range(panel.count):
+            progress.stage(f"on member {number}", len(index), len(index), len(index))
+            rows = []
+            for at in _batches(index, most):
+                rows.append(
+                    attack(
+                        panel,
+                        number,
+                        self._images(at),
+                        self._labels(at),
+                        self.threat,
+                        self._rng(at),
+                        steps=self.steps,
+                        restarts=self.restarts,
+                    )
+                )
+                progress.advance(sum(len(row[1]) for row in rows), len(index))
+            fooled.append(torch.cat([row[0] for row in rows], 1).cpu())
+            lost.append(torch.cat([row[1] for row in rows]).cpu())
+        progress.stage("distillation", 1, 1, 1)
+        confusion, layers = self._confusion(panel, index, most)
+        cosine = self._cosine(panel, index, most)
+        forwards, backwards = panel.counts
+        table = torch.stack(fooled)
+        return Diversity(
+            run_id=self.spec.run_id,
+            spec=self.spec,
+            members=panel.count,
+            n=len(places),
+            index=[int(place) for place in index],
+            accuracy=[_share(~row) for row in clean],
+            clean=_bounds(clean, clean[:-1].all(0)),
+            transfer=[[_share(cell) for cell in row] for row in table],
+            worst=[_share(column) for column in by_others(table)],
+            attacked=[_bounds(row, none) for row, none in zip(table, lost, strict=True)],
+            confusion=confusion.tolist(),
+            diversity=((confusion + confusion.T) / 2).tolist(),
+            cosine=cosine.tolist(),
+            distillation={**DISTILLATION, "layers": layers},
+            cost=Cost(forwards, backwards, time.perf_counter() - begun),
+            environment=environment(self.device, "fp32", panel.whole.piece, panel.whole.threads),
+            flags=self._flags(~clean, places),
+        )
+
+    def _flags(self, right: Mask, places: np.ndarray) -> list[Flag]:
+        """Return the flags of the data, and of members (rows of `right`, the ensemble last) at chance."""
+        labels, classes = self.samples.labels[places].tolist(), self.model.num_classes or 2
+        names = [*(f"member {number}" for number in range(len(right) - 1)), "the ensemble"]
+        flags = [
+            chance_accuracy(int(row.sum()), labels, classes, name) for name, row in zip(names, right, strict=True)
+        ]
+        return [*self.samples.flags, *(flag for flag in flags if flag is not None)]
+
+    def _confusion(self, panel: Panel, index: np.ndarray, most: int) -> tuple[Tensor, list[int]]:
+        """Return L (N, N) and the layer of each group of pairs.
+
+        Each image is paired with the next one in an order drawn at random. In eval mode a sample does not know
+        its batch, so groups with the same layer go through it together.
+        """
+        rng = self._rng(index, "partners")
+        order = rng.integers(2**31, 1)[:, 0].argsort(stable=True).cpu().numpy()
+        source, target = index[order], index[np.roll(order, -1)]
+        groups = -(-len(index) // PAIRS)
+        with torch.no_grad():
+            depths = [depth(panel.member(number).model, self._images(index[:1])) for number in range(panel.count)]
+        draw = RowRng(self.seed, "diversity/layer", torch.arange(groups)).uniform(1)[:, 0].numpy()
+        total = torch.zeros(panel.count, panel.count, dtype=torch.float64)
+        for number, layers in enumerate(depths):
+            of_pair = np.repeat(1 + (draw * layers).astype(np.int64), PAIRS)[: len(index)]
+            for layer in np.unique(of_pair):
+                for at in _batches(np.flatnonzero(of_pair == layer), most):
+                    x, t = self._images(source[at]), self._images(target[at])
+                    made = distil(panel.member(number).model, x, t, int(layer), **DISTILLATION)
+                    total[number] += each_loss(panel, made, self._labels(target[at]))
+        return total / len(index), [1 + int(word * depths[0]) for word in draw]
+
+    def _cosine(self, panel: Panel, index: np.ndarray, most: int) -> Tensor:
+        total = torch.zeros(panel.count * (panel.count - 1) // 2, dtype=torch.float64)
+        for at in _batches(index, most):
+            x, labels = self._images(at), self._labels(at)
+            slopes = torch.stack([_slope(panel.member(number), x, labels) for number in range(panel.count)])
+            total += ensemble_utils.cosines(slopes).double().sum(1).cpu()
+        table = torch.eye(panel.count, dtype=torch.float64)
+        one, other = torch.triu_indices(panel.count, panel.count, 1)
+        table[one, other] = table[other, one] = total / len(index)
+        return table
+
+    def _images(self, places: np.ndarray) -> Images:
+        return self.samples.images(places).to(self.device)
+
+    def _labels(self, places: np.ndarray) -> Labels:
+        return torch.from_numpy(self.samples.labels[places].astype(np.int64)).to(self.device)
+
+    def _rng(self, places: np.ndarray, stream: str = "attack") -> RowRng:
+        return RowRng(self.seed, f"diversity/{stream}", torch.from_numpy(places).to(self.device))
+
+
+def _slope(model: Callable[[Images], Tensor], x: Images, labels: Labels) -> Tensor:
+    with torch.enable_grad():
+        at = x.detach().requires_grad_()
+        return torch.autograd.grad(loss(model, labels, at).sum(), at)[0].flatten(1)
+
+
+def _batches(places: np.ndarray, most: int) -> list[np.ndarray]:
+    return [places[begin : begin + most] for begin in range(0, len(places), most)]
+
+
+def _share(hits: Mask) -> Rate:
+    return Rate.of(int(hits.sum()), len(hits))
+
+
+def _bounds(wrong: Mask, none: Mask) -> Bounds:
+    """Return the bounds of who is wrong (N + 1, n) and where no member is right (n)."""
+    right = ~wrong[:-1]
+    best: Any = max((_share(row) for row in right), key=lambda rate: rate.value)
+    return Bounds(ensemble=_share(~wrong[-1]), best=best, any=_share(~none), all=_share(right.all(0)))

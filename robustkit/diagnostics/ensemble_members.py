@@ -1,0 +1,116 @@
+"""An ensemble as its members, asked one by one, and an attack on one of them judged by all.
+
+The attack runs to its last step whether or not it has fooled the member it is made on, since images that only just
+fool that one fool few others. Images leave when no restart could change a number any more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from robustkit.core.errors import UsageError
+from robustkit.core.rng import RowRng
+from robustkit.core.shapes import Images, Labels, Mask
+from robustkit.core.threat import ThreatModel
+from robustkit.engine.model.instrumented_model import Meter
+from robustkit.models.classifier import Classifier
+from robustkit.models.ensembles.mixture import Mixture
+from robustkit.training import ensemble_utils
+
+# A step as a share of eps, as in DVERGE's evaluation.
+STEP_SIZE = 0.2
+
+
+class Panel:
+    """The members of an ensemble one by one, and the ensemble behind them, counted."""
+
+    def __init__(self, model: Classifier, device: torch.device) -> None:
+        """Take an ensemble; UsageError if the model has no members."""
+        if not isinstance(model.net, Mixture) or len(model.net) < 2:
+            raise UsageError(
+                f"{model.string} has no members to compare; give the run folder of an ensemble, as "
+                "robustkit train deep-ensemble writes it."
+            )
+        if model.defenses:
+            raise UsageError(f"{model.string} has a defense in front of its members; leave the defense out.")
+        self.model, self.mixture, self.device = model, model.net, device
+        self.count = len(self.mixture)
+        self.meters = [Meter(model.with_net(self.mixture.place(number)), device) for number in range(self.count)]
+        self.whole = Meter(model, device)
+
+    def size_up(self, image: Images, most: int) -> None:
+        """Learn from one image how many fit into memory."""
+        self.whole.size_up(image, most)
+        for meter in self.meters:
+            meter.piece = self.whole.piece
+
+    def member(self, number: int) -> Meter:
+        """Return a member, good until another is asked for."""
+        self.mixture.at(number)
+        return self.meters[number]
+
+    def said(self, x: Images) -> Tensor:
+        """Return the classes that the members, and last the ensemble, name (N + 1, B); -1 for NaN."""
+        logits = [self.member(number).exact(x) for number in range(self.count)] + [self.whole.exact(x)]
+        return torch.stack([torch.where(one.isfinite().all(1), one.argmax(1), -1) for one in logits])
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Sample-propagations through members so far, forwards and backwards."""
+        forwards = sum(meter.forwards for meter in self.meters) + self.count * self.whole.forwards
+        return forwards, sum(meter.backwards for meter in self.meters)
+
+
+def attack(
+    panel: Panel,
+    number: int,
+    x: Images,
+    labels: Labels,
+    threat: ThreatModel,
+    rng: RowRng,
+    *,
+    steps: int,
+    restarts: int,
+) -> tuple[Mask, Mask]:
+    """Return whom images made on a member fooled in any restart (N + 1, B), and where all members at once (B)."""
+    fooled = torch.zeros(panel.count + 1, len(x), dtype=torch.bool, device=x.device)
+    lost = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    for restart in range(restarts):
+        at = (~(fooled.all(0) & lost)).nonzero()[:, 0]
+        if not len(at):
+            break
+        own = rng.select(at).at(restart=restart)
+        model = panel.member(number)
+        value = partial(loss, model, labels[at])
+        start = ensemble_utils.random_start(x[at], threat, own)
+        found = ensemble_utils.ascend(value, start, x[at], threat, steps=steps, step_size=STEP_SIZE)
+        said = panel.said(found)
+        wrong = (said != labels[at]) & (said >= 0)
+        fooled[:, at] |= wrong
+        lost[at] |= wrong[:-1].all(0)
+    return fooled, lost
+
+
+def by_others(fooled: Mask) -> Mask:
+    """Return who is fooled by images made on any other member (N + 1, n), of tables (N, N + 1, n)."""
+    others = fooled.clone()
+    members = torch.arange(len(fooled))
+    others[members, members] = False
+    return others.any(0)
+
+
+@torch.no_grad()
+def each_loss(panel: Panel, x: Images, labels: Labels) -> Tensor:
+    """Return the sum of each member's cross-entropies (N), float64."""
+    said = [panel.member(number).exact(x) for number in range(panel.count)]
+    return torch.stack([F.cross_entropy(one.double(), labels, reduction="sum") for one in said]).cpu()
+
+
+def loss(model: Callable[[Images], Tensor], labels: Labels, x: Images) -> Tensor:
+    """Return each image's cross-entropy (B)."""
+    return F.cross_entropy(model(x), labels, reduction="none")

@@ -1,0 +1,83 @@
+"""What a ledger says of the arms of a suite: what they gained where, and what is left in doubt."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import numpy as np
+
+from robustkit.engine.allocation.arms import Evidence, allowed
+from robustkit.engine.evaluation.results import STANDS, Tally
+from robustkit.engine.evaluation.verdicts import sample_ids
+from robustkit.runs.evaluation_record import Strictness
+
+# The share of the images that the arms may still break, by the upper bound, where nobody says how many.
+STRICTNESS = 0.002
+# AutoAttack's `standard` by its own package.
+AUTOATTACK = {f"autoattack:{name}" for name in ("apgd-ce", "apgd-t", "fab-t", "square")}
+
+
+def left_for_arms(tally: Tally, among: np.ndarray) -> np.ndarray:
+    """Return the positions of these that the stages before the arms left."""
+    left: np.ndarray = among[(tally.judged[among] >= 0) & (tally.fell[among] >= min(tally.arms, default=0))]
+    return left
+
+
+def evidence_on(
+    tally: Tally,
+    left: np.ndarray,
+    arms: Sequence[int],
+    costs: np.ndarray,
+    may: int,
+    drawn: Collection[int] = (),
+) -> Evidence:
+    """Return what is known of these positions.
+
+    Args:
+        tally: of the ledger.
+        left: positions that the stages before the arms left (n).
+        arms: the stages that count as arms (A).
+        costs: passes that each takes of an image (A).
+        may: how many images they may still break, by the upper bound.
+        drawn: positions that were in a round of the test.
+    """
+    # A tie in the clean image's logits is a margin of 0; the mean of a random model's may be below it.
+    clean = np.maximum(tally.clean_margins[left], np.finfo(np.float32).tiny)
+    reached = tally.reached[[tally.arms.index(stage) for stage in arms]][:, left]
+    lowest = np.fmin.accumulate(np.concatenate([tally.before[None, left], reached[:-1]]))
+    broken = tally.fell[left] == np.array(arms)[:, None]
+    return Evidence(
+        left=np.clip(lowest / clean, 0, 1),
+        now=np.clip(tally.margins[left] / clean, 0, 1),
+        gains=np.where(broken, np.inf, (lowest - reached) / clean),
+        standing=tally.fell[left] == STANDS,
+        keys=sample_ids([tally.images[at] for at in left]).numpy(),
+        drawn=np.isin(left, list(drawn)),
+        costs=costs,
+        allowed=may,
+    )
+
+
+def in_doubt(tally: Tally, among: np.ndarray, strictness: float) -> Strictness | None:
+    """Return what is left of doubt in these positions; None where the suite has no arms.
+
+    Args:
+        tally: of the ledger.
+        among: the positions that count (n).
+        strictness: the share of the images that may be left in doubt.
+    """
+    if not tally.arms:
+        return None
+    left, may = left_for_arms(tally, among), allowed(strictness, len(among))
+    evidence = evidence_on(tally, left, tally.arms, np.ones(len(tally.arms)), may)
+    # After AutoAttack itself there is no doubt about it.
+    sure = set(tally.names) >= AUTOATTACK
+    images = 0 if sure else evidence.bound
+    in_full = evidence.standing & (sure | ~evidence.open.any(0))
+    return Strictness(
+        images=images,
+        bound=images / len(among),
+        allowed=strictness,
+        standing=int(evidence.standing.sum()),
+        in_full=int(in_full.sum()),
+    )

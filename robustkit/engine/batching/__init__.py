@@ -1,0 +1,1 @@
+"""Continuous batching: samples go through a sequence of attacks, each at its own pace."""

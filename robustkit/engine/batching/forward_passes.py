@@ -1,0 +1,139 @@
+"""What the attacks of a flight ask in one step, answered in as few passes of the model as can be shared."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from robustkit.attack_api.row_wise import Answer, Rows, State, ask
+from robustkit.core.losses import finite
+from robustkit.core.shapes import Logits
+from robustkit.engine.batching.attack_queue import Lane
+from robustkit.engine.model.instrumented_model import Meter
+from robustkit.gradient_views.views import DRAWS
+
+# The view that is a random model itself, seen several times at once.
+AVERAGED = "averaged-mended"
+
+
+@dataclass(frozen=True)
+class Query:
+    """What one lane asks in a step; `blind` rows (B, on the host) want no gradient, `exact` ones float32."""
+
+    lane: Lane
+    rows: Rows
+    state: State
+    blind: Tensor
+    exact: Tensor
+
+    @classmethod
+    def of(cls, lane: Lane, rows: Rows, *, steady: bool) -> Query:
+        """Return the next of the lane's rows; on a `steady` model the last of an attempt is exact."""
+        table, state = lane.aboard, lane.aboard.state
+        closing = torch.from_numpy(table.host["age"] == lane.length)
+        blind = closing
+        if lane.attack.blind:
+            blind = torch.ones_like(blind)
+        elif "blind" in state:
+            blind = blind | state["blind"].cpu()
+        if lane.solo:
+            return cls(lane, rows, state, blind, torch.zeros_like(blind))
+        if "last" in state:
+            closing = closing | state["last"].cpu()
+        exact = closing & blind if steady and not lane.attack.blind else torch.zeros_like(blind)
+        return cls(lane, rows, state, blind, exact)
+
+    def rows_with(self, gradient: bool, exact: bool) -> Tensor:
+        """Return the positions of the rows that want a gradient, or none and an exact answer or not."""
+        mask = ~self.blind if gradient else self.blind & (self.exact == exact)
+        return mask.nonzero()[:, 0].to(self.rows.x.device)
+
+    def objective(self, index: Tensor, logits: Tensor) -> Tensor:
+        """Return the attack's objective for these rows."""
+        rows, state = self.rows, self.state
+        if len(index) < len(rows.x):
+            rows, state = rows.select(index), {name: part[index] for name, part in state.items()}
+        return self.lane.attack.objective(rows, state, logits)
+
+
+def answers(queries: Sequence[Query], meter: Meter) -> list[tuple[Query, Answer, Logits]]:
+    """Return each query with an answer for every row, and the model's own logits."""
+    alone = [(query, *_alone(query, meter)) for query in queries if query.lane.solo]
+    together = _together([query for query in queries if not query.lane.solo], meter)
+    return alone + [(query, answer, answer.logits) for query, answer in together]
+
+
+def _alone(query: Query, meter: Meter) -> tuple[Answer, Logits]:
+    """Return the answers to one lane's rows and the model's own logits, of another pass if it is on a view."""
+    lane, rows = query.lane, query.rows
+    state = {**query.state, "blind": query.blind.to(rows.x.device)}
+    if not lane.view:
+        answer = ask(lane.attack, meter, rows, state, True)
+        return answer, answer.logits
+    number = torch.as_tensor(rows.rng.restart) // lane.attempts(meter)
+    parts = []
+    for at in torch.unique(number).tolist():
+        index = (number == at).nonzero()[:, 0]
+        part = {name: of_rows[index] for name, of_rows in state.items()}
+        parts.append((index, ask(lane.attack, meter.through(lane.view, at), rows.select(index), part, True)))
+    answer = _merged(parts)
+    count = looks(lane.view, random=meter.random)
+    if not count:
+        return answer, answer.logits
+    with torch.no_grad():
+        deployed = torch.stack([meter(state["x"]) for _ in range(count)]).mean(0)
+    # The members' logits side by side are for the gradient alone.
+    return (answer if answer.logits.dim() == 2 else answer._replace(logits=deployed)), deployed
+
+
+def looks(view: str, *, random: bool) -> int:
+    """Return how often the model itself is asked about each point that an attack on a view of it comes to."""
+    if view in ("", AVERAGED):
+        return 0
+    return DRAWS if random else 1
+
+
+def _together(queries: list[Query], meter: Meter) -> list[tuple[Query, Answer]]:
+    """Answer rows of several attacks by one pass for those that want a gradient, one or two for the others."""
+    parts: list[list[tuple[Tensor, Answer]]] = [[] for _ in queries]
+    for with_gradient, exact in ((True, False), (False, False), (False, True)):
+        members = [
+            (found, query, query.rows_with(with_gradient, exact))
+            for found, query in zip(parts, queries, strict=True)
+        ]
+        members = [member for member in members if len(member[2])]
+        if not members:
+            continue
+        x = torch.cat([query.state["x"][index] for _, query, index in members])
+        cuts = [len(index) for *_, index in members]
+        with torch.set_grad_enabled(with_gradient):
+            x = x.detach().requires_grad_(with_gradient)
+            logits = meter.exact(x) if exact else meter(x)
+            values = [
+                query.objective(index, part)
+                for (_, query, index), part in zip(members, _cut(logits, cuts), strict=True)
+            ]
+            gradient = x.new_zeros(()).expand_as(x)
+            if with_gradient:
+                total = torch.cat([v.flatten() for v in values]).sum()
+                gradient = finite(torch.autograd.grad(total, x)[0])
+        shares = zip(members, values, _cut(logits.detach(), cuts), _cut(gradient, cuts), strict=True)
+        for (found, _, index), value, own, slope in shares:
+            answer = Answer(own, value.detach(), slope if value.dim() == 1 else slope[:, None])
+            found.append((index, answer))
+    return [(query, _merged(found)) for query, found in zip(queries, parts, strict=True)]
+
+
+def _cut(rows: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
+    return tuple(torch.split(rows, sizes))
+
+
+def _merged(parts: list[tuple[Tensor, Answer]]) -> Answer:
+    """Return the answers of seeing and unseeing rows in the order of the rows."""
+    if len(parts) == 1:
+        return parts[0][1]
+    order = torch.cat([index for index, _ in parts]).argsort()
+    return Answer(*(torch.cat(fields)[order] for fields in zip(*(answer for _, answer in parts), strict=True)))

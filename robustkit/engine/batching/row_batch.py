@@ -1,0 +1,90 @@
+"""Rows on board of a flight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from robustkit.attack_api.row_wise import State
+
+STATE = "state."
+# What is known of a row from its image, and the image that it claims, which is none between two steps.
+TOLD = {"ids", "x", "labels", "claim"}
+
+
+@dataclass
+class Table:
+    """Rows on board: arrays that the host steers by, and tensors on the device."""
+
+    host: dict[str, np.ndarray]
+    device: dict[str, Tensor]
+
+    def __len__(self) -> int:
+        return len(self.host["position"])
+
+    def select(self, index: np.ndarray) -> Table:
+        """Return these rows."""
+        there = torch.from_numpy(index).to(self.device["x"].device)
+        return Table(
+            {name: array[index] for name, array in self.host.items()},
+            {name: tensor[there] for name, tensor in self.device.items()},
+        )
+
+    def to(self, device: torch.device) -> Table:
+        """Return the rows on another device."""
+        return Table(self.host, {name: tensor.to(device) for name, tensor in self.device.items()})
+
+    @staticmethod
+    def join(tables: Sequence[Table]) -> Table:
+        """Return the rows of all."""
+        if len(tables) == 1:
+            return tables[0]
+        return Table(
+            {name: np.concatenate([t.host[name] for t in tables]) for name in tables[0].host},
+            {name: torch.cat([t.device[name] for t in tables]) for name in tables[0].device},
+        )
+
+    def spread(self, jobs: int) -> Table:
+        """Return each row once for every job, side by side; only the first keeps what was spent before."""
+        rows = self.select(np.repeat(np.arange(len(self)), jobs))
+        rows.host["job"] = np.tile(np.arange(jobs), len(self))
+        rows.host["spent"][rows.host["job"] > 0] = 0
+        return rows
+
+    def folded(self) -> Table:
+        """Return one row for each sample: the one that came nearest, with what all of them spent."""
+        order = np.lexsort((-self.device["nearest"].cpu().numpy(), self.host["position"]))
+        samples, first = np.unique(self.host["position"][order], return_index=True)
+        rows = self.select(order[first])
+        rows.host["spent"] = np.stack([self.host["spent"][self.host["position"] == at].sum(0) for at in samples])
+        broken = [self.device["broken"][torch.from_numpy(self.host["position"] == at)].any() for at in samples]
+        rows.device["broken"] = torch.stack(broken)
+        return rows
+
+    def record(self) -> dict[str, dict[str, Tensor]]:
+        """Return what is to be written down of rows that claim nothing: no more than the data do not tell."""
+        device = {name: tensor.cpu() for name, tensor in self.device.items() if name not in TOLD}
+        if torch.equal(device["anchor"], device["best"]):
+            del device["anchor"]
+        return {"host": {name: torch.from_numpy(array) for name, array in self.host.items()}, "device": device}
+
+    @classmethod
+    def of(cls, record: Mapping[str, Mapping[str, Tensor]], ids: Tensor, x: Tensor, labels: Tensor) -> Table:
+        """Return the rows of a record, with what the data tell of each."""
+        kept = {name: tensor.to(x.device) for name, tensor in record["device"].items()}
+        device = {"anchor": kept["best"], **kept, "ids": ids, "x": x, "labels": labels, "claim": x}
+        return cls({name: tensor.numpy() for name, tensor in record["host"].items()}, device)
+
+    @property
+    def state(self) -> State:
+        """The attack's own part."""
+        return {name[len(STATE) :]: t for name, t in self.device.items() if name.startswith(STATE)}
+
+    def with_state(self, state: State) -> Table:
+        """Return the rows with another state of the attack."""
+        rest = {name: t for name, t in self.device.items() if not name.startswith(STATE)}
+        return Table(self.host, {**rest, **{STATE + name: t for name, t in state.items()}})

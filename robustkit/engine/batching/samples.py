@@ -1,0 +1,44 @@
+"""Samples that come aboard a flight, and those that leave it with their verdict."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from robustkit.core.shapes import Images, Labels, PerRow
+from robustkit.engine.evaluation.verdicts import Judged
+
+
+class Boarding(NamedTuple):
+    """Samples that come aboard: positions in the data, ids for their dice, images, labels.
+
+    `clean` is how far the clean image is beyond the boundary, `nearest` how far earlier flights of the run came;
+    both are negative where the model is right. `later` is whether others may come although there were fewer than
+    asked for.
+    """
+
+    position: np.ndarray
+    ids: Labels
+    x: Images
+    labels: Labels
+    clean: PerRow
+    nearest: PerRow
+    later: bool = False
+
+
+@dataclass(frozen=True)
+class Landed:
+    """Samples whose verdict is there; `stage` (B) is the attack that each fell to, or the last."""
+
+    position: np.ndarray
+    labels: np.ndarray
+    stage: np.ndarray
+    spent: np.ndarray
+    judged: Judged
+
+    def select(self, mask: np.ndarray) -> Landed:
+        """Return these samples."""
+        judged = self.judged.select(mask)
+        return Landed(self.position[mask], self.labels[mask], self.stage[mask], self.spent[mask], judged)

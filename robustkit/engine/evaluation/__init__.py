@@ -1,0 +1,1 @@
+"""One evaluation, from its spec to its report."""

@@ -1,0 +1,93 @@
+"""Runs that may end early: images in a random order, block by block, and a bound that allows to stop after any."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from robustkit.core.errors import UsageError
+from robustkit.core.flags import Flag
+from robustkit.core.intervals import enough, sequence
+from robustkit.engine.evaluation.results import Tally
+from robustkit.runs.evaluation_record import Stop
+
+FIRST = 32
+
+
+class TimeUp(Exception):
+    """The time limit is over in the middle of a block."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When to stop: after so many `seconds`, or once robust accuracy has a 95 % interval at most `width` wide."""
+
+    seconds: float | None = None
+    width: float | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be meant."""
+        if self.seconds is not None and not 0 < self.seconds < float("inf"):
+            raise UsageError(f"time limit {self.seconds}: write a positive number of seconds, such as 90 or 10m.")
+        if self.width is not None and not 0 < self.width < 1:
+            raise UsageError(f"stop at width {self.width}: write a share between 0 and 1, such as 0.02.")
+
+    def __bool__(self) -> bool:
+        """Whether there is any."""
+        return self.seconds is not None or self.width is not None
+
+    def blocks(self, tally: Tally, seed: int) -> Iterator[np.ndarray]:
+        """Yield blocks of positions until a limit is reached; then `tally.stopped` says which.
+
+        The order is drawn from the seed, so any number of blocks is a random sample of the data. Only whole
+        blocks count: of an unfinished one the images that are easily fooled would be known first. `tally.scope`
+        are the images of whole blocks; the caller raises `TimeUp` in the middle of one.
+        """
+        order, begun, before = shuffled(tally.n, seed), time.perf_counter(), -1
+        tally.scope = order[:0]
+        while len(tally.scope) < tally.n:
+            taken = len(tally.scope)
+            size = min(max(FIRST, taken), tally.n - taken)
+            if self.width is not None and taken:
+                low, high = sequence(tally.robust, taken)
+                if high - low <= self.width:
+                    tally.stopped = Stop("width", tally.n)
+                    return
+                size = min(size, max(FIRST // 2, enough(tally.robust / taken, self.width) - taken))
+            if self.seconds is not None:
+                spent = time.perf_counter() - begun
+                if taken and spent >= self.seconds:
+                    tally.stopped = Stop("time-limit", tally.n)
+                    return
+                if before >= 0 and taken > before:
+                    size = min(size, max(1, int(0.8 * (self.seconds - spent) * (taken - before) / spent)))
+            before = taken if before < 0 else before
+            block = order[taken : taken + size]
+            yield block
+            tally.scope = order[: taken + len(block)]
+
+
+def unfinished_images(tally: Tally) -> list[Flag]:
+    """Return a flag if images count as robust that not all attacks were tried on, since time was up before."""
+    if not (tally.stopped and tally.stopped.unfinished):
+        return []
+    return [
+        Flag(
+            "unfinished-images",
+            "warning",
+            tally.stopped.unfinished,
+            f"of {len(tally.scope)} images had not met all attacks when time was up: they count as robust in the "
+            "accuracy, which is an upper bound, and as fooled at the lower end of its interval",
+            "run the same command again to go on, or give it more time",
+        )
+    ]
+
+
+def shuffled(n: int, seed: int) -> np.ndarray:
+    """Return the positions 0 to n - 1 in an order that only n and the seed decide."""
+    keys = [hashlib.sha256(f"{seed}/{n}/{at}".encode()).digest() for at in range(n)]
+    return np.array(sorted(range(n), key=keys.__getitem__), np.int64)

@@ -1,0 +1,232 @@
+"""Robust accuracy against eps: how near each image's nearest fooling image is, by a search that reuses finds.
+
+Each image has a bracket on a grid of eighths of eps: the largest radius that it withstood, and the smallest one
+that holds a verified fooling image. The radius halfway is tried next: the fooling image at hand, projected onto
+that ball, and only if that fails a short attack. Either answer settles every radius on one side of it.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from robustkit import registry
+from robustkit.attack_api.row_wise import RowWise
+from robustkit.core.criteria import Goal
+from robustkit.core.errors import RunError
+from robustkit.core.flags import Flag
+from robustkit.core.isolation import evaluation_mode, own_randomness, threads
+from robustkit.core.rng import RowRng
+from robustkit.core.shapes import Images, Labels, PerRow
+from robustkit.core.threat import ThreatModel, per_row
+from robustkit.data.samples import Samples
+from robustkit.engine.evaluation.verdicts import Judged, image_hashes, judge, sample_ids
+from robustkit.engine.failures import NO_MEMORY, described, is_out_of_memory
+from robustkit.engine.model.instrumented_model import Meter
+from robustkit.engine.progress import Progress
+from robustkit.runs.evaluation_record import Cost, Curve, Report
+from robustkit.runs.recorded_answers import once
+
+PARTS, WIDEST = 8, 16
+BATCH_SIZE = 256
+HALVINGS = 8
+# The attack that decides a radius, and the one whose way from the clean image is nearly straight: where that
+# crosses the boundary is near the nearest point of it.
+ATTACK = registry.make("apgd-t", steps=20, targets=3)
+STRAIGHT = registry.make("pgd", steps=20, step_size="0.1eps", loss="margin", random_start=False)
+
+
+def radii(threat: ThreatModel, shape: tuple[int, ...]) -> list[ThreatModel]:
+    """Return the grid: every eighth of eps up to twice eps, as far as images of this shape (C H W) reach."""
+    grid = [threat.eps * k / PARTS for k in range(1, WIDEST + 1)]
+    return [type(threat)(eps) for eps in grid if float(eps) <= threat.diameter(shape)]
+
+
+@dataclass(frozen=True)
+class CurveSearch:
+    """The search over a finished run's images. `meter` is new, so that it counts this search alone."""
+
+    meter: Meter
+    samples: Samples
+    threat: ThreatModel
+    progress: Progress
+
+    def add(self, report: Report, index: np.ndarray, adversarial: np.ndarray) -> Report:
+        """Return the report with its curve, from the run's fooling images `adversarial` (M C H W) of `index` (M).
+
+        Raises:
+            RunError: when out of memory even with one image at a time.
+        """
+        begun = time.perf_counter()
+        image = self.samples.images([0])
+        grid = radii(self.threat, tuple(image.shape[1:]))
+        right = np.array([verdict.index for verdict in report.verdicts if verdict.attack != "clean"], np.int64)
+        standing = sum(verdict.robust for verdict in report.verdicts)
+        distance, inside, forwards, backwards = np.zeros(report.n), 0, 0, 0
+        self.progress.stage("curve", len(right), standing, report.n)
+        with evaluation_mode(self.meter.model), own_randomness(report.spec.seed, "curve"):
+            self.meter.size_up(image.to(self.meter.device), BATCH_SIZE)
+            with threads(self.meter.threads):
+                for begin in range(0, len(right), BATCH_SIZE):
+                    part = right[begin : begin + BATCH_SIZE]
+                    known = adversarial[np.isin(index, part)]
+                    found = once(
+                        f"from {begin}",
+                        partial(self._batch, part, np.isin(part, index), known, grid, report.spec.seed),
+                    )
+                    distance[part] = found["distance"].numpy()
+                    inside += int(found["inside"].sum())
+                    forwards, backwards = forwards + found["forwards"], backwards + found["backwards"]
+                    self.progress.advance(begin + len(part), standing)
+        curve = Curve.of(
+            [float(rung.eps) for rung in grid],
+            [value if np.isfinite(value) else None for value in distance.tolist()],
+            Cost(forwards, backwards, time.perf_counter() - begun),
+        )
+        return report.with_curve(curve, [_weak(inside)] if inside else [])
+
+    def _batch(
+        self, positions: np.ndarray, fooled: np.ndarray, known: np.ndarray, grid: list[ThreatModel], seed: int
+    ) -> dict[str, Any]:
+        """Search for these positions; return distances, what was inside, and what it cost.
+
+        Out of memory halves the piece and begins the batch again.
+        """
+        device = self.meter.device
+        x, hit = self.samples.images(positions).to(device), torch.from_numpy(fooled).to(device)
+        x_adv = x.clone()
+        x_adv[hit] = torch.from_numpy(known).to(device)
+        ids = sample_ids(image_hashes(x)).to(device)
+        labels = torch.from_numpy(self.samples.labels[positions]).to(device)
+        while True:
+            before = self.meter.forwards, self.meter.backwards
+            try:
+                brackets = Brackets(self.meter, grid, seed, ids, x, labels, x_adv.clone(), hit)
+                brackets.close()
+                brackets.tighten()
+                spent = self.meter.forwards - before[0], self.meter.backwards - before[1]
+                found = {"distance": brackets.distance.cpu(), "inside": brackets.inside.cpu()}
+                return {**found, "forwards": spent[0], "backwards": spent[1]}
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise RunError(f"the curve failed with {described(error)}.") from error
+                piece = min(self.meter.piece or len(x), len(x))
+                if piece == 1:
+                    raise RunError(NO_MEMORY) from error
+                self.meter.piece = piece // 2
+                self.meter.forwards, self.meter.backwards = before
+                self.progress.say(f"out of memory: going on with {piece // 2} images at a time, same numbers")
+
+
+class Brackets:
+    """The brackets of one batch, on the ladder that the grid makes with 0 at its foot.
+
+    `distance` (B) is that of the nearest verified fooling image so far, `x_adv` that image, `low` the rung
+    withstood. What the suite left standing begins at the rung of eps, which it withstood: a fooling image that
+    turns up inside eps after all counts as just outside, and `inside` (B) marks it.
+    """
+
+    def __init__(
+        self,
+        meter: Meter,
+        grid: list[ThreatModel],
+        seed: int,
+        ids: Tensor,
+        x: Images,
+        labels: Labels,
+        x_adv: Images,
+        fooled: Tensor,
+    ) -> None:
+        self.meter, self.grid, self.seed = meter, grid, seed
+        self.ids, self.x, self.labels, self.x_adv = ids, x, labels, x_adv
+        rungs = [0.0, *(float(rung.eps) for rung in grid)]
+        self.ladder = torch.tensor(rungs, dtype=torch.float64, device=x.device)
+        self.base = torch.where(fooled, 0, PARTS)
+        self.low = self.base
+        self.distance = torch.where(fooled, grid[-1].distance(x_adv, x), torch.inf)
+        self.inside = torch.zeros_like(fooled)
+
+    def close(self) -> None:
+        """Try radii until no bracket holds another rung."""
+        while True:
+            high = torch.searchsorted(self.ladder, self.distance)
+            middle = torch.where(high - self.low > 1, (self.low + high) // 2, 0)
+            if not middle.any():
+                return
+            for rung in sorted(set(middle.tolist()) - {0}):
+                self._try(rung, (middle == rung).nonzero()[:, 0])
+
+    def tighten(self) -> None:
+        """Go back along the segments to the fooling image at hand and to the one that lies straight ahead."""
+        rows = self.distance.isfinite().nonzero()[:, 0]
+        self._back(rows, self.x_adv[rows])
+        # What the search found may lie far to the side of the shortest way.
+        high = torch.searchsorted(self.ladder, self.distance[rows])
+        for rung in sorted(set(high.tolist())):
+            group = rows[high == rung]
+            judged = self._attack(STRAIGHT, rung, group)
+            self._back(group[judged.fooled], judged.x[judged.fooled])
+
+    def _back(self, rows: Tensor, points: Images) -> None:
+        """Halve the brackets of these rows along the segment from the clean image to a fooling point."""
+        if not len(rows):
+            return
+        x, length = self.x[rows], self.grid[-1].distance(points, self.x[rows])
+        low, high = self.ladder[self.low[rows]], length
+        for _ in range(HALVINGS):
+            middle = (low + high) / 2
+            share = (middle / length).clamp(max=1).to(x)
+            judged = judge(self.meter, x, self.labels[rows], x + per_row(share, x) * (points - x), self.grid[-1])
+            self._take(rows, judged)
+            low, high = torch.where(judged.fooled, low, middle), torch.where(judged.fooled, middle, high)
+
+    def _try(self, rung: int, rows: Tensor) -> None:
+        """Look for fooling images of these rows within the rung's radius."""
+        threat = self.grid[rung - 1]
+        near = rows[self.distance[rows].isfinite()]
+        if len(near):
+            point = threat.project(self.x_adv[near], self.x[near])
+            self._take(near, judge(self.meter, self.x[near], self.labels[near], point, threat))
+        rows = rows[self.distance[rows] > self.ladder[rung]]
+        if not len(rows):
+            return
+        stood = rows[~self._attack(ATTACK, rung, rows).fooled]
+        self.low = self.low.index_fill(0, stood, rung)
+
+    def _attack(self, attack: RowWise, rung: int, rows: Tensor) -> Judged:
+        """Attack these rows within the rung's radius."""
+        x, labels, threat = self.x[rows], self.labels[rows], self.grid[rung - 1]
+        rng = RowRng(self.seed, f"curve/{rung}", self.ids[rows])
+        found = attack(self.meter, x, Goal(labels), threat, rng=rng)
+        judged = judge(self.meter, x, labels, found, threat)
+        self._take(rows, judged)
+        return judged
+
+    def _take(self, rows: Tensor, judged: Judged) -> None:
+        """Keep the points of these rows that fool the model from nearer than before."""
+        found: PerRow = self.grid[-1].distance(judged.x, self.x[rows])
+        closer = judged.fooled & (found < self.distance[rows])
+        rows, found = rows[closer], found[closer]
+        floor = self.ladder[self.base[rows]]
+        self.inside = self.inside.index_fill(0, rows[(found <= floor) & (self.base[rows] > 0)], True)
+        self.x_adv = self.x_adv.index_copy(0, rows, judged.x[closer])
+        self.distance = self.distance.index_copy(0, rows, found.maximum(floor.nextafter(floor + 1)))
+        # What lies inside a radius that seemed withstood opens the bracket again.
+        disproved = rows[self.distance[rows] <= self.ladder[self.low[rows]]]
+        self.low = self.low.index_copy(0, disproved, self.base[disproved])
+
+
+def _weak(images: int) -> Flag:
+    return Flag(
+        "suite-too-weak",
+        "warning",
+        images,
+        "images that the suite left standing fell within eps while the curve was searched; they count as standing",
+        "run a stronger suite, such as rapid",
+    )

@@ -1,0 +1,151 @@
+"""Several models, each evaluated in a run of its own: one after another, or all at once by workers."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from robustkit.core.errors import RobustkitError, RunError, UsageError, named
+from robustkit.core.writing import subfolder
+from robustkit.distributed.ray_pool import hire
+from robustkit.distributed.shared_pool import Bureau, Desk, Watched
+from robustkit.engine.evaluation.run import Evaluation
+from robustkit.engine.progress import Progress
+from robustkit.runs.evaluation_record import Report, dumps
+from robustkit.runs.opening import clear
+
+# A name in front of a model string has none of the signs that model strings are made of.
+_NAMED = re.compile(r"([^:/?@#=\[\];]+?)\s*=\s*(.*)")
+_COMMENT = re.compile(r"(^|\s)#.*")
+FIRST = "leaderboard."
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A model of a list: what it is called there, and its string."""
+
+    name: str
+    string: str
+
+
+def read_models(path: Path) -> list[Entry]:
+    """Return the models of a text file: a model string on each line, or NAME=STRING; comments begin with #.
+
+    A # within a word begins none: `runs/x/#2` is a model string. Relative paths are those of the command.
+
+    Raises:
+        UsageError: the file cannot be read, has no model, or one that is not named, or named twice.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UsageError(
+            f"cannot read the list of models {path}: {error.strerror or error}; write a text file with a model "
+            "string on each line."
+        ) from error
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"{path} is no text file; write one with a model string on each line, as robustkit:digits-cnn."
+        ) from error
+    found: dict[str, Entry] = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        said = _COMMENT.sub("", line).strip()
+        if not said:
+            continue
+        named = _NAMED.fullmatch(said)
+        name, string = named.groups() if named else (said, said)
+        if not string:
+            raise UsageError(f"{path}, line {number}: {said!r} names no model; write NAME=MODEL, or MODEL alone.")
+        if name in found or any(string == entry.string for entry in found.values()):
+            raise UsageError(f"{path}, line {number}: {name!r} is in the list already; write each model once.")
+        found[name] = Entry(name, string)
+    if not found:
+        raise UsageError(f"{path} lists no model; write a model string on each line, as robustkit:digits-cnn.")
+    return list(found.values())
+
+
+def sweep_id(**settings: object) -> str:
+    """Return eight hexadecimal digits of the hash of all that models are compared under, whichever they are."""
+    return hashlib.sha256(dumps(settings).encode()).hexdigest()[:8]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What to evaluate: `plan` loads a model of the list and says how; `workers` and `ray` as in `Evaluation`."""
+
+    entries: Sequence[Entry]
+    plan: Callable[[Entry], Evaluation]
+    workers: int | None = None
+    ray: str | None = None
+
+    def run(
+        self, out: Path, progress: Progress, lane: Callable[[str], Progress], overwrite: bool = False
+    ) -> list[tuple[Path, Report] | RobustkitError]:
+        """Run, or resume, or take the stored results: of each model its folder within `out` and its report.
+
+        Args:
+            out: the folder of the runs' folders.
+            progress: who to tell of workers and of models that are done.
+            lane: who to tell of the model of a name.
+            overwrite: remove the runs that `out` holds, and begin anew.
+
+        Returns:
+            In the order of the list; of a model that cannot be loaded or evaluated the reason. It stops no other.
+        """
+        if overwrite and out.is_dir():
+            clear(out)
+        else:
+            _check_folder(out)
+        taken: dict[str, str] = {}
+
+        def work(entry: Entry, desk: Desk[tuple[Path, Report]] | None = None) -> tuple[Path, Report]:
+            told = lane(entry.name) if desk is None else Watched(lane(entry.name), desk.turn)
+            try:
+                plan = self.plan(entry)
+                if plan.spec.run_id in taken:
+                    raise UsageError(f"it is the model {taken[plan.spec.run_id]!r} once more; list it once.")
+                taken[plan.spec.run_id] = entry.name
+                place = subfolder(out, f"evaluate-{plan.spec.run_id}")
+                report = plan.run(place, told, desk)
+            except RobustkitError as error:
+                progress.say(f"{entry.name}: {error}")
+                raise
+            except Exception as error:
+                # Whatever a model's own code does, it stops no other.
+                progress.say(f"{entry.name}: {named(error)}")
+                raise RunError(named(error)) from error
+            finally:
+                told.close()
+            rate = report.robust_accuracy
+            progress.say(f"{entry.name}: {100 * rate.value:.1f} % robust accuracy ({report.run_id})")
+            return place, report
+
+        try:
+            if self.workers in (None, 1) and self.ray is None:
+                return [_tried(work, entry) for entry in self.entries]
+            works = [partial(work, entry) for entry in self.entries]
+            return Bureau(works, hire(self.workers, self.ray), progress).run()
+        finally:
+            progress.close()
+
+
+def _tried(work: Callable[[Entry], tuple[Path, Report]], entry: Entry) -> tuple[Path, Report] | RobustkitError:
+    try:
+        return work(entry)
+    except RobustkitError as error:
+        return error
+
+
+def _check_folder(out: Path) -> None:
+    """Refuse a folder with anything in it but runs and their leaderboard."""
+    known = ("evaluate-", FIRST, ".")
+    others = [file.name for file in out.iterdir() if not file.name.startswith(known)] if out.is_dir() else []
+    if others or (out.exists() and not out.is_dir()):
+        what = f"holds {min(others)!r}, which is no run of a list of models" if others else "is no folder"
+        raise UsageError(
+            f"{out} {what}; give an empty or new folder with --out, or --overwrite what robustkit wrote there."
+        )

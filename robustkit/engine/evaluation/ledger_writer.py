@@ -1,0 +1,132 @@
+"""Writes down what was judged, for ledger and tally: verdicts in chunks, and what was noticed beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from robustkit.core.flags import Flag
+from robustkit.engine.batching.samples import Landed
+from robustkit.engine.evaluation.results import Tally
+from robustkit.engine.evaluation.verdicts import Judged
+from robustkit.engine.model.instrumented_model import Meter
+from robustkit.runs.ledger import Chunk, Verdict
+
+
+class Sink(Protocol):
+    """Where chunks go: the ledger, or the driver that has it."""
+
+    def write(self, *chunks: Chunk) -> None:
+        """Take chunks, all of them or none."""
+
+
+@dataclass(frozen=True)
+class Scribe:
+    """Writes for one run."""
+
+    ledger: Sink
+    tally: Tally
+    meter: Meter
+
+    def write(self, *chunks: Chunk) -> None:
+        """Write chunks down, all of them or none, and count them."""
+        self.ledger.write(*chunks)
+        for chunk in chunks:
+            self.tally.add(chunk)
+
+    def verdicts(self, judged: Judged, positions: np.ndarray, labels: np.ndarray) -> list[Verdict]:
+        """Return the verdicts on the images at these positions."""
+        points = judged.x.float().cpu().numpy()
+        fooled = judged.fooled.tolist()
+        rows = zip(
+            positions.tolist(),
+            labels.tolist(),
+            judged.prediction.tolist(),
+            judged.margin.tolist(),
+            fooled,
+            [self.tally.images[position] for position in positions],
+            [points[i].tobytes() if hit else None for i, hit in enumerate(fooled)],
+            *self._draws(judged),
+            strict=True,
+        )
+        return [Verdict(*row) for row in rows]
+
+    def _draws(self, judged: Judged) -> Iterator[Sequence[float | int | None]]:
+        """Yield what is told of a random model's draws; nothing of others."""
+        if self.meter.random:
+            yield judged.right.tolist()
+            yield judged.once.int().tolist()
+            yield (judged.refused | judged.fooled).int().tolist()
+
+    def land(self, first: int, count: int, number: int, landed: Sequence[Landed], seconds: float) -> None:
+        """Write down samples that went through a flight: each verdict with the stage that gave it.
+
+        The chunks of its `count` stages have the same number; they share the seconds by their passes.
+        """
+        spent = np.concatenate([part.spent for part in landed]).sum(0)
+        units = spent.sum(1) / max(spent.sum(), 1)
+        verdicts: list[list[Verdict]] = [[] for _ in range(count)]
+        refused = broken = 0
+        for part in landed:
+            rows = self.verdicts(part.judged, part.position, part.labels)
+            for stage, verdict in zip(part.stage, rows, strict=True):
+                verdicts[stage].append(verdict)
+            # A random model's lucky draws are its own, not the attack's fault.
+            refused += 0 if self.meter.random else int(part.judged.refused.sum())
+            broken += int(part.judged.broken.sum())
+        flags = noticed(refused, broken, self.meter)
+        chunks = [
+            Chunk(
+                first + stage,
+                number,
+                int(spent[stage, 0]),
+                int(spent[stage, 1]),
+                seconds * float(units[stage]),
+                verdicts[stage],
+                flags if stage == 0 else [],
+            )
+            for stage in range(count)
+        ]
+        self.write(*chunks)
+
+
+def noticed(refused: int, broken: int, meter: Meter) -> list[Flag]:
+    """Return what was noticed while a chunk was judged: counts of images, and a missing gradient."""
+    flags = []
+    if refused:
+        flags.append(
+            Flag(
+                "claims-refused",
+                "info",
+                refused,
+                "points fooled the model only outside the ball or the [0, 1] box; they do not count",
+                "nothing to do, unless there are many: then the attack does not keep to the threat",
+            )
+        )
+    if broken:
+        flags.append(
+            Flag(
+                "non-finite",
+                "warning",
+                broken,
+                "attacked images gave NaN or infinite logits; they do not count as fooled",
+                "find out why the model breaks there: an attacker could use it",
+            )
+        )
+    if meter.detached:
+        why = f"backward pass fails with {meter.backward_error}"
+        if not meter.backward_error:
+            why = "output does not depend on its input differentiably"
+        flags.append(
+            Flag(
+                "no-gradient",
+                "warning",
+                None,
+                f"the model's {why}: gradient attacks see zero",
+                "judge by score-based attacks, or give a differentiable version of the model",
+            )
+        )
+    return flags

@@ -1,0 +1,136 @@
+"""The nearest adversarial points of images: attacks in turn, each told of the nearest points found before it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from robustkit.core.criteria import Goal
+from robustkit.core.isolation import evaluation_mode, own_randomness, threads
+from robustkit.core.rng import RowRng
+from robustkit.core.shapes import Images, Labels, PerRow
+from robustkit.core.threat import ThreatModel
+from robustkit.data.samples import Samples
+from robustkit.engine.evaluation.nearest_points import MinimumNorm
+from robustkit.engine.evaluation.sanity import refuse_answers, refuse_randomness
+from robustkit.engine.evaluation.verdicts import Judged, image_hashes, judge, sample_ids
+from robustkit.engine.model.instrumented_model import Meter
+from robustkit.engine.model.random_verdicts import is_random
+from robustkit.models.classifier import Classifier
+from robustkit.registry import Rung, parse_suite
+from robustkit.runs.recorded_answers import once
+
+# The margin that an adversarial point must have, as a share of the largest logit: twice what `verify` takes for
+# rounding.
+CLEAR = 2e-5
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """The nearest adversarial points of a batch.
+
+    Attributes:
+        judged: the points with the model's answers; the clean image where none was found.
+        distance: of each from the clean image (B), float64; infinite where none was found.
+        attack: the number of the attack that found it (B); -1 where none was found.
+        spent: forwards and backwards of each attack, over all images.
+    """
+
+    judged: Judged
+    distance: PerRow
+    attack: Labels
+    spent: Sequence[tuple[int, int]]
+
+
+def search(
+    meter: Meter, rungs: Sequence[Rung], x: Images, labels: Labels, threat: ThreatModel, *, seed: int, ids: Labels
+) -> Nearest:
+    """Run attacks in turn and keep the nearest adversarial point of each image.
+
+    Args:
+        meter: the model.
+        rungs: attacks that find minimum norms.
+        x: images (B C H W) that the model classifies correctly.
+        labels: of these (B).
+        threat: a minimal one.
+        seed: of the run.
+        ids: the images' own numbers (B), by which they draw.
+    """
+    goal, spent = Goal(labels, clear=CLEAR), list[tuple[int, int]]()
+    best = judge(meter, x, labels, x, threat)
+    distance = torch.full((len(x),), torch.inf, dtype=torch.float64, device=x.device)
+    by = torch.full_like(labels, -1)
+    for number, (rung, stream) in enumerate(zip(rungs, _streams(rungs), strict=True)):
+        before = meter.forwards, meter.backwards
+        rng = RowRng(seed, stream, ids)
+        attack = partial(rung.attack, meter, x, goal, threat, rng=rng, known=best.x)
+        found = once(stream, partial(_counted, meter, attack))
+        # What a killed run had done already counts as well.
+        meter.forwards, meter.backwards = before[0] + found["forwards"], before[1] + found["backwards"]
+        judged = judge(meter, x, labels, found["x"], threat)
+        far = torch.where(judged.fooled, threat.distance(judged.x, x), torch.inf)
+        nearer = (far < distance).nonzero()[:, 0]
+        best = best.replaced(nearer, judged.select((far < distance).cpu().numpy()))
+        distance, by = torch.minimum(far, distance), by.index_fill(0, nearer, number)
+        spent.append((meter.forwards - before[0], meter.backwards - before[1]))
+    return Nearest(best, distance, by, spent)
+
+
+def _counted(meter: Meter, attack: Callable[[], Images]) -> dict[str, Any]:
+    """Run an attack; return its points and its passes."""
+    before = meter.forwards, meter.backwards
+    return {
+        "x": attack(),
+        "forwards": meter.forwards - before[0],
+        "backwards": meter.backwards - before[1],
+    }
+
+
+def _streams(rungs: Sequence[Rung]) -> list[str]:
+    """Return the name of each attack's random numbers: its own, and how often it occurred before."""
+    names = [rung.name for rung in rungs]
+    return [f"{name}/{names[:number].count(name)}" for number, name in enumerate(names)]
+
+
+def nearest_points(
+    model: Classifier,
+    samples: Samples,
+    threat: ThreatModel,
+    *,
+    suite: str,
+    seed: int,
+    device: torch.device,
+    batch_size: int,
+) -> MinimumNorm:
+    """Return the nearest adversarial point of each sample; see `robustkit.minimum_norm`."""
+    rungs = parse_suite(suite, threat.norm, minimal=True)
+    meter = Meter(model.expect(samples.num_classes), device)
+    points, distances, names = [], [], list[str | None]()
+    with evaluation_mode(model), own_randomness(seed, "minimum-norm"):
+        image = samples.images([0]).to(device)
+        meter.size_up(image, batch_size)
+        refuse_randomness(threat, random=is_random(meter.model, image))
+        meter.forwards = meter.backwards = 0
+        with threads(meter.threads):
+            for begin in range(0, len(samples), batch_size):
+                part = np.arange(begin, min(begin + batch_size, len(samples)))
+                x, labels = samples.images(part).to(device), samples.labels[part]
+                logits = meter.exact(x)
+                refuse_answers(logits, labels, part)
+                y = torch.from_numpy(labels).to(device)
+                right = (logits.argmax(1) == y).nonzero()[:, 0]
+                ids = sample_ids(image_hashes(x)).to(device)
+                found = search(meter, rungs, x[right], y[right], threat, seed=seed, ids=ids[right])
+                far = torch.zeros(len(x), dtype=torch.float64, device=device)
+                points.append(x.index_copy(0, right, found.judged.x))
+                distances.append(far.index_copy(0, right, found.distance))
+                told: list[str | None] = ["clean"] * len(x)
+                for at, number in zip(right.tolist(), found.attack.tolist(), strict=True):
+                    told[at] = rungs[number].name if number >= 0 else None
+                names += told
+    return MinimumNorm(torch.cat(points), torch.cat(distances), names, meter.forwards, meter.backwards)

@@ -1,0 +1,84 @@
+"""What speaks against a run's number: flags, rivals that see less and find more, views with other gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from robustkit.checks.run import DOUBTS
+from robustkit.checks.strength import masked, scores_beat_gradients, unattacked
+from robustkit.core.flags import Flag
+from robustkit.data.samples import Samples
+from robustkit.engine.evaluation.results import Tally
+from robustkit.engine.failures import is_out_of_memory
+from robustkit.engine.model.instrumented_model import Meter
+from robustkit.gradient_views.discovery import Outlook, look
+from robustkit.registry import Rung
+from robustkit.runs.recorded_answers import recording
+from robustkit.runs.unfinished_work import Store
+
+
+@dataclass
+class Doubts:
+    """The doubts about one run, as far as it has come; they decide on its spare attacks.
+
+    The `store` keeps by this `name` what was found out about views.
+    """
+
+    samples: Samples
+    meter: Meter
+    tally: Tally
+    rungs: Sequence[Rung]
+    store: Store
+    name: str
+
+    @cached_property
+    def outlook(self) -> Outlook:
+        """What the model offers to climb on beside its own gradients; the meter knows of it from then on."""
+        x = self.samples.images(range(min(self.meter.trial, len(self.samples)))).to(self.meter.device)
+        try:
+            with recording(self.store, self.name):
+                found = look(self.meter.model, x, self.meter.random)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            found = look(self.meter.model, x[:1], self.meter.random)
+        self.meter.views = found.views
+        return found
+
+    @property
+    def doubtful(self) -> bool:
+        """Whether spare attacks are called for: by a view that is not the model's own gradient, or by a flag."""
+        return self.outlook.doubtful or self.suspect
+
+    @property
+    def suspect(self) -> bool:
+        """Whether something speaks against gradients; that a model is an ensemble does not."""
+        flags = {code for code, flag in self.tally.flags.items() if flag.raised}
+        seen = self.tally.seen
+        return bool(DOUBTS & flags) or self._rivalry(seen).raised or self._masked(seen).raised
+
+    def afterthoughts(self) -> list[Flag]:
+        """Return what the suite's stages and the model's views say against the number, or for it."""
+        views = [rung.view for rung in self.rungs]
+        idle = unattacked(views, self.outlook.views, self.tally.robust) if all(views) else None
+        return [self._rivalry(self.tally.scope), self._masked(self.tally.scope), *([idle] if idle else [])]
+
+    @property
+    def _access(self) -> list[str]:
+        """What the attack of each stage that is told of needs of the model."""
+        access = ["", *(rung.attack.info.access for rung in self.rungs)]
+        return [access[number] for number in self.tally.told]
+
+    def _rivalry(self, among: np.ndarray) -> Flag:
+        return scores_beat_gradients(self.tally.stages(among), self._access)
+
+    def _masked(self, among: np.ndarray) -> Flag:
+        views = ["", *(rung.view for rung in self.rungs)]
+        told = [views[number] for number in self.tally.told]
+        places = self.outlook.places if any(told) else []
+        plain = any(views) and not self.outlook.doubtful
+        return masked(self.tally.stages(among), self._access, told, places, plain)

@@ -1,0 +1,53 @@
+"""What makes verdicts meaningless: answers that are no numbers, labels without a class, an eps without limits."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from robustkit.core.errors import RunError, UsageError
+from robustkit.core.shapes import Logits
+from robustkit.core.threat import EXAMPLES, ThreatModel
+
+
+def refuse_answers(logits: Logits, labels: np.ndarray, positions: np.ndarray) -> None:
+    """Refuse a model's answers (B K) to clean images that no verdict can rest on.
+
+    Args:
+        logits: the answers.
+        labels: the images' labels (B).
+        positions: where the images stand in the data (B).
+
+    Raises:
+        RunError: if logits are NaN or infinite.
+        UsageError: if a label is outside the classes.
+    """
+    broken = (~logits.isfinite().all(1)).nonzero()[:, 0].tolist()
+    if broken:
+        raise RunError(
+            f"the model gives NaN or infinite logits for {len(broken)} of {len(logits)} clean images, "
+            f"the first at index {positions[broken[0]]}; no verdict can rest on them."
+        )
+    over = np.flatnonzero((labels < 0) | (labels >= logits.shape[1]))
+    if len(over):
+        raise UsageError(
+            f"label {labels[over[0]]} at index {positions[over[0]]} is outside the model's "
+            f"{logits.shape[1]} classes; check that data and model belong together."
+        )
+
+
+def refuse_endless(threat: ThreatModel, shape: tuple[int, ...]) -> None:
+    """Raise UsageError if a threat reaches every image of this shape (C, H, W) from every other."""
+    if not threat.minimal and float(threat.eps) > threat.diameter(shape):
+        raise UsageError(
+            f"threat '{threat}' reaches every image of {'x'.join(map(str, shape))} "
+            f"(their largest distance is {threat.diameter(shape):.4g}); write a smaller eps."
+        )
+
+
+def refuse_randomness(threat: ThreatModel, *, random: bool) -> None:
+    """Raise UsageError for a minimum norm of a random model: the answer at a nearest point is one draw's."""
+    if threat.minimal and random:
+        raise UsageError(
+            f"threat '{threat}' needs a model that answers an image in the same way each time, and this model is "
+            f"random; give an eps, e.g. {threat.norm}:{EXAMPLES[threat.norm]}."
+        )

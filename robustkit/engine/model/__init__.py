@@ -1,0 +1,1 @@
+"""The model as attacks see it: counted, cast, folded, stacked, drawn."""

@@ -1,0 +1,47 @@
+"""Of a random model: on from a point where it is wrong more often than not to one where it is wrong more often.
+
+A search for the majority ends at the first such point, whose mean share of right draws may be just below one half.
+The gradient is that of the mean over draws (expectation over transformation, arXiv:1802.00420).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection
+
+import torch
+from torch import Tensor
+
+from robustkit.core import losses
+from robustkit.core.shapes import Images, Labels
+from robustkit.core.threat import ThreatModel
+
+STEPS = 20
+# Of eps: the first step's size; the others fall along a cosine.
+LARGEST_STEP = 0.25
+# In l1, the share of coordinates that a step is spread over.
+DENSITY = 0.02
+# Of views: means over draws, the likeliest to lead on first.
+AVERAGED = ("averaged-mean-logit", "averaged-mended")
+
+
+def way(view: str, views: Collection[str]) -> str:
+    """Return the view to go on by from where an attack on a view has come; without one, the model itself."""
+    wanted = (view if view.startswith("averaged-") else "", *AVERAGED)
+    return next((name for name in wanted if name in views), "")
+
+
+def deeper(
+    answer: Callable[[Images], Tensor], x: Images, labels: Labels, point: Images, threat: ThreatModel
+) -> Images:
+    """Return points (B C H W) in the threat around x, on from these by the gradient of the cross-entropy.
+
+    `answer` gives logits (B K): the mean of several draws.
+    """
+    for step in range(STEPS):
+        with torch.enable_grad():
+            at = point.detach().requires_grad_()
+            slope = torch.autograd.grad(losses.ce(answer(at), labels).sum(), at)[0]
+        size = LARGEST_STEP * threat.radius * 0.5 * (1 + math.cos(math.pi * step / STEPS))
+        point = threat.retract(threat.step(point, losses.finite(slope), size, density=DENSITY), x)
+    return point

@@ -1,0 +1,273 @@
+"""From a pilot to what the whole evaluation takes, on one device and on several."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from statistics import fmean
+
+import numpy as np
+
+from robustkit.core.errors import UsageError
+from robustkit.core.intervals import mean_of_all
+from robustkit.engine.planning.arm_costs import Play, forecast
+from robustkit.engine.planning.pilot import Findings, Pilot
+from robustkit.engine.planning.simulation import Course, Job, Site, extended, joined
+from robustkit.engine.progress import Progress
+from robustkit.runs.environment import environment
+from robustkit.runs.forecast_record import (
+    DEVICES,
+    Estimate,
+    Memory,
+    Plan,
+    Scale,
+    Speed,
+    Trial,
+    refuse_devices,
+)
+
+# Images beyond so many a slot, and so many in all, add nothing that a simulation could show.
+ROUNDS, MOST_SIMULATED = 4, 20_000
+# Seconds until a worker process has what it needs to load the model (docs/scale.md: 5.9 to 8.6 with it).
+SPAWN = 5.0
+# Seconds that the driver takes for a message, for an image handed out and for a verdict written down, and of the
+# last two for each byte of the image: scripts/benchmarks/simulate_scale.py --measure, of one core of an AMD EPYC.
+MESSAGE, HANDOUT, HANDOUT_BYTE, VERDICT, VERDICT_BYTE = 2e-4, 1e-5, 1e-9, 9e-5, 5e-9
+
+
+def plan(
+    pilot: Pilot,
+    devices: Sequence[int] = DEVICES,
+    price: float | None = None,
+    progress: Progress | None = None,
+) -> Plan:
+    """Measure, and return what the evaluation takes on each of these numbers of devices.
+
+    Args:
+        pilot: the evaluation, and how long to measure.
+        devices: how many to look at.
+        price: of a device for an hour.
+        progress: who to tell on the way.
+
+    Raises:
+        UsageError: for a request that cannot be carried out.
+        RunError: when the pilot fails on the way.
+    """
+    refuse_devices(devices, ",".join(map(str, devices)))
+    if price is not None and not 0 <= price < float("inf"):
+        raise UsageError(f"price {price:g}: write what a device costs for an hour, e.g. 2.5.")
+    n = len(pilot.samples)
+    progress = progress or Progress()
+    progress.say(f"measuring: the checks, then {pilot.budget:g} s of attacks")
+    found = pilot.look(progress)
+    costs, plays = Costs.of(found, n), list[Play]()
+    if found.arms is not None:
+        progress.say(f"playing the rounds of {n:,} images")
+        plays = forecast(found.arms, n, pilot.share, pilot.seed)
+    arms = _each(plays, n)
+    alone = _courses(costs, plays, found, pilot, 1)
+    scales = []
+    for count in devices:
+        courses = alone if count == 1 else _courses(costs, plays, found, pilot, count)
+        value, low, high = (course.seconds for course in courses)
+        seconds = Estimate(value, min(low, value), max(high, value))
+        hours = seconds.times(count / 3600)
+        scales.append(
+            Scale(
+                devices=count,
+                seconds=seconds,
+                device_hours=hours,
+                money=None if price is None else hours.times(price),
+                efficiency=alone[0].seconds / (count * value),
+                shares=courses[0].shares,
+                bound=courses[0].bound,
+            )
+        )
+    meter, speed = found.meter, found.speed
+    most = costs.most
+    if most is not None and found.arms is not None:
+        most += int(found.arms.most[:, :2].sum())
+    return Plan(
+        model=pilot.model.string,
+        data=pilot.samples.name,
+        n=n,
+        threat=str(pilot.threat),
+        suite=pilot.suite,
+        seed=pilot.seed,
+        trial=Trial(len(found.through), int(found.through.sum()), found.robust, found.seconds),
+        speed=Speed(speed.forward, speed.both, speed.fixed, speed.at_once, meter.precision),
+        propagations=costs.mean if arms is None else costs.mean.plus(arms),
+        arms=arms,
+        most=most,
+        memory=Memory(found.held, found.peak),
+        price=price,
+        scales=scales,
+        environment=environment(pilot.device, meter.precision, meter.piece, meter.threads),
+    )
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What images take: a job for each of the pilot, the dearest there may be, and propagations on average.
+
+    An image that the pilot left unfinished has taken at least what it has spent, and at most what the attacks may
+    spend; it is taken to be halfway on a logarithmic scale.
+    """
+
+    jobs: list[Job]
+    worst: Job | None
+    mean: Estimate
+    most: int | None
+
+    @classmethod
+    def of(cls, found: Findings, n: int) -> Costs:
+        """Return what a pilot on some of n images says.
+
+        Raises:
+            UsageError: if it says nothing.
+        """
+        units = (found.forwards + found.backwards).astype(float)
+        open_ones = int((~found.through).sum())
+        spent = max(sum(found.stray) / max(open_ones, 1), 1.0)
+        if found.most is None and open_ones:
+            raise UsageError(
+                f"{open_ones} of {len(units)} images were not done in time, and not all of these attacks say how "
+                "long they may last; measure longer with --seconds."
+            )
+        worst, most = None, None
+        jobs = [
+            Job(_work(found, *counts), int(passes))
+            for *counts, passes in zip(found.forwards, found.backwards, found.passes, strict=True)
+        ]
+        lows, highs, values = units.copy(), units.copy(), units.copy()
+        if found.most is not None:
+            most = found.most[0] + found.most[1]
+            worst = Job(_work(found, *found.most[:2]), found.most[2])
+            spent = min(spent, most)
+            middle = math.sqrt(spent * most)
+            lows[~found.through], highs[~found.through], values[~found.through] = spent, most, middle
+            halfway = Job(worst.work * middle / most, math.ceil(worst.passes * middle / most))
+            jobs = [job if done else halfway for job, done in zip(jobs, found.through, strict=True)]
+        low, high = mean_of_all(lows.tolist(), highs.tolist(), n, float(most or highs.max()))
+        value = float(values.mean())
+        return cls(jobs, worst, Estimate(value, min(low, value), max(high, value)), most)
+
+    def sample(self, count: int, seed: int) -> tuple[list[Job], list[Job], list[Job]]:
+        """Return so many images: like the pilot's, and at both ends of the interval for their mean.
+
+        At its low end some of them cost nothing, at its high end some cost the most there may be.
+        """
+        rng = random.Random(seed)
+        like = [self.jobs[at % len(self.jobs)] for at in range(count)]
+        rng.shuffle(like)
+        value, low, high = self.mean.value, self.mean.low, self.mean.high
+        free = 1 - low / value if value else 0.0
+        if self.most is None or self.worst is None:
+            more = high / value if value else 1.0
+            return like, _mixed(like, Job(0.0, 0), free, rng), [Job(more * job.work, job.passes) for job in like]
+        dear = (high - value) / (self.most - value) if self.most > value else 0.0
+        return like, _mixed(like, Job(0.0, 0), free, rng), _mixed(like, self.worst, dear, rng)
+
+
+def site(found: Findings, pilot: Pilot, devices: int) -> Site:
+    """Return where so many devices like the one measured do the whole evaluation."""
+    n, slots = len(pilot.samples), found.slots
+    if devices == 1:
+        return Site(1, slots, found.overhead, found.start, found.checks + found.clean * n)
+    entered = int((found.through & (found.forwards > 0)).sum())
+    fooled = 1 - found.robust / max(entered, 1)
+    handout = found.read + HANDOUT + found.image_bytes * HANDOUT_BYTE
+    # Workers share the clean pass where each has more than a batch of it; it stores no images.
+    shared = math.ceil(n / pilot.batch) > devices
+    clean, reading = (found.clean * n, n * (handout + VERDICT)) if shared else (0.0, 0.0)
+    return Site(
+        devices=devices,
+        slots=slots,
+        overhead=found.overhead,
+        startup=SPAWN + found.start,
+        opening=found.checks + found.clean * n * (not shared),
+        clean=clean,
+        reading=reading,
+        handout=handout,
+        verdict=VERDICT + fooled * found.image_bytes * VERDICT_BYTE,
+        message=MESSAGE,
+    )
+
+
+def _each(plays: Sequence[Play], n: int) -> Estimate | None:
+    """Return what the arms take for each of n images; None of a suite without."""
+    if not plays:
+        return None
+    costs = [play.cost / n for play in plays]
+    return Estimate(fmean(costs), costs[0], costs[-1])
+
+
+def _courses(costs: Costs, plays: Sequence[Play], found: Findings, pilot: Pilot, devices: int) -> list[Course]:
+    """Return how the run goes as expected, and with images and arms at both ends of their intervals."""
+    place = site(found, pilot, devices)
+    courses = _ordinary(costs, found, pilot, place)
+    if found.arms is None or not plays:
+        return courses
+    passes = found.arms.most[:, 2].astype(int)
+
+    def seconds(play: Play) -> float:
+        laps = sum(math.ceil(count / place.slots) * passes[arm] for arm, count in play.rounds)
+        work = sum(count * _work(found, *play.spent[arm]) for arm, count in play.rounds)
+        return float(found.overhead * laps + work)
+
+    plays = sorted(plays, key=seconds)
+    ends = (plays[len(plays) // 2], plays[0], plays[-1])
+    return [
+        joined([course, *_rounds(play, passes, found, place)]) for course, play in zip(courses, ends, strict=True)
+    ]
+
+
+def _rounds(play: Play, passes: np.ndarray, found: Findings, place: Site) -> list[Course]:
+    """Return how the rounds of a play go, each after the one before."""
+    place = replace(place, startup=0.0, opening=0.0, clean=0.0, reading=0.0)
+    most = min(MOST_SIMULATED, ROUNDS * place.devices * place.slots)
+
+    @cache
+    def course(arm: int, count: int) -> Course:
+        job = Job(_work(found, *play.spent[arm]), int(passes[arm]))
+        return extended([job] * min(count, most), place, count)
+
+    return [course(arm, count) for arm, count in play.rounds]
+
+
+def _ordinary(costs: Costs, found: Findings, pilot: Pilot, place: Site) -> list[Course]:
+    """Return how the run goes but for the arms, as expected and at both ends."""
+    devices, n = place.devices, len(pilot.samples)
+    count = min(n, max(MOST_SIMULATED, ROUNDS * devices * place.slots))
+    # What the model gets wrong as it is goes no further than the clean pass.
+    lists = [[job for job in jobs if job.passes] for jobs in costs.sample(count, pilot.seed)]
+    totals = [round(n * len(jobs) / count) for jobs in lists]
+    if not any(rung.attack.info.coupled for rung in pilot.rungs if not rung.spare):
+        return [extended(jobs, place, total) for jobs, total in zip(lists, totals, strict=True)]
+    # Attacks whose random numbers depend on the batch are handed out batch by batch.
+    batch = pilot.batch
+    whole = replace(place, slots=1, handout=place.handout * batch, verdict=place.verdict * batch)
+    return [
+        extended(_batches(jobs, batch), whole, math.ceil(total / batch))
+        for jobs, total in zip(lists, totals, strict=True)
+    ]
+
+
+def _batches(jobs: list[Job], size: int) -> list[Job]:
+    parts = [jobs[at : at + size] for at in range(0, len(jobs), size)]
+    return [Job(sum(job.work for job in part), max(job.passes for job in part)) for part in parts]
+
+
+def _mixed(jobs: list[Job], other: Job, share: float, rng: random.Random) -> list[Job]:
+    """Return the jobs with this share of them, drawn at random, replaced by another."""
+    changed = set(rng.sample(range(len(jobs)), min(len(jobs), round(share * len(jobs)))))
+    return [other if at in changed else job for at, job in enumerate(jobs)]
+
+
+def _work(found: Findings, forwards: float, backwards: float) -> float:
+    """Return the seconds of so many propagations in full passes."""
+    forward, backward = found.speed.marginal
+    return float(forwards * forward + backwards * backward) * found.drag

@@ -1,0 +1,195 @@
+"""What a pilot reads off: the speed of the model, the memory in use, what its steps take, and when to stop."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from robustkit.core.errors import RobustkitError
+from robustkit.core.shapes import Images
+from robustkit.engine.model.instrumented_model import Meter
+from robustkit.engine.progress import Progress
+
+# No less than this share of the model's own time is believed of an image's propagations.
+LEAST_DRAG = 0.5
+
+
+class Over(RobustkitError):
+    """The time for the pilot is up, in the middle of an attack."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Seconds that an image takes where `at_once` are in a pass, and of them what any pass takes (`fixed`)."""
+
+    forward: float
+    both: float
+    fixed: float
+    at_once: int
+
+    @property
+    def marginal(self) -> tuple[float, float]:
+        """Seconds of one more image in a pass, forward and backward."""
+        each = max(self.both - self.fixed / self.at_once, 0.0)
+        share = min(self.forward / self.both, 1.0) if self.both else 0.0
+        return each * share, each * (1 - share)
+
+
+class Counting(Meter):
+    """A meter that counts passes as well: `calls`."""
+
+    calls = 0
+
+    @property
+    def counts(self) -> np.ndarray:
+        """Forwards, backwards and passes so far."""
+        return np.array([self.forwards, self.backwards, self.calls])
+
+    def _in_pieces(
+        self, x: Images, differentiable: bool, net: Callable[[Images], torch.Tensor], passes: int = 1
+    ) -> torch.Tensor:
+        self.calls += passes * (1 if self.piece is None else math.ceil(len(x) / max(self.piece // passes, 1)))
+        return super()._in_pieces(x, differentiable, net, passes)
+
+    def speed(self, x: Images, most: int, limit: float) -> Speed:
+        """Return the model's speed, by batches of x that double up to `most` while half of `limit` is enough.
+
+        None of it is counted.
+        """
+        found: list[tuple[int, float, float]] = []
+        size, calls = 1, self.calls
+        self._both(x[:1])
+        while True:
+            batch = x.repeat(-(-size // len(x)), 1, 1, 1)[:size]
+            try:
+                times = [(self._forward(batch), self._both(batch)) for _ in range(1 if found else 3)]
+            except (RuntimeError, MemoryError):
+                if not found:
+                    raise
+                break
+            forward, both = (min(column) for column in zip(*times, strict=True))
+            found.append((size, forward, both))
+            if size == most or 2 * both > limit:
+                break
+            size = min(2 * size, most)
+        self.calls = calls
+        (_, _, alone), (size, forward, both) = found[0], found[-1]
+        fixed = max(0.0, (size * alone - both) / (size - 1)) if size > 1 else 0.0
+        return Speed(forward / size, both / size, min(fixed, both), size)
+
+    def _forward(self, x: Images) -> float:
+        begun = time.perf_counter()
+        with torch.no_grad():
+            self._in_pieces(x, False, self._net)
+        return self._since(begun)
+
+    def _both(self, x: Images) -> float:
+        begun = time.perf_counter()
+        images = x.detach().requires_grad_()
+        logits = self._in_pieces(images, True, self._net)
+        if logits.requires_grad:
+            torch.autograd.grad(logits.sum(), images)
+        return self._since(begun)
+
+    def _since(self, begun: float) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter() - begun
+
+
+class Memory:
+    """How much memory is in use, and was at the most: of the device, or of the process on a CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Begin to watch."""
+        self.device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        self.before = _most_resident()
+        self.held = self.seen = self.now()
+
+    def now(self) -> int:
+        """Return the bytes in use."""
+        if self.device.type == "cuda":
+            return torch.cuda.memory_allocated(self.device)
+        try:
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+        except (OSError, IndexError, ValueError):
+            return _most_resident()
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
+    def look(self) -> None:
+        """Take note of what is in use."""
+        self.seen = max(self.seen, self.now())
+
+    @property
+    def peak(self) -> int:
+        """The most bytes in use at once."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        # The process's own high-water mark tells of the pilot only where the pilot has raised it.
+        after = _most_resident()
+        return max(self.seen, after if after > self.before else 0)
+
+
+def _most_resident() -> int:
+    """Return the most bytes that the process has had in memory; 0 where the system does not say."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+class Watch(Progress):
+    """Ends the attacks when their time is over; notes seconds, passes and propagations, and memory, on the way."""
+
+    def __init__(self, memory: Memory, clock: Callable[[], float], meter: Counting, listener: Progress) -> None:
+        """Begin with attacks without an end; `listener` hears the news."""
+        self.memory, self.clock, self.meter, self.end = memory, clock, meter, math.inf
+        self.listener = listener
+        self.steps: list[np.ndarray] = []
+        self.rest()
+
+    def say(self, text: str) -> None:  # noqa: D102
+        self.listener.say(text)
+
+    def rest(self) -> None:
+        """Leave out what has been since the last look."""
+        self.last: np.ndarray = np.array([self.clock(), *self.meter.counts])
+
+    def advance(self, done: float, robust: int) -> None:  # noqa: D102
+        self.memory.look()
+        now = np.array([self.clock(), *self.meter.counts])
+        if self.end < math.inf:
+            self.steps.append(now - self.last)
+        self.last = now
+        if now[0] > self.end:
+            raise Over("the pilot's time is over.")
+
+    def fit(self, speed: Speed, seconds: float) -> tuple[float, float]:
+        """Return what passes take besides their images, and images in terms of the model's own seconds.
+
+        By least squares over the steps, neither negative and the images not below half of what the model alone
+        took; scaled so that they add up to all the `seconds`.
+        """
+        steps = np.array(self.steps).reshape(-1, 4)
+        took, calls = steps[:, 0], steps[:, 3]
+        forward, backward = speed.marginal
+        work = steps[:, 1] * forward + steps[:, 2] * backward
+        across = calls @ work
+        det = (calls @ calls) * (work @ work) - across**2
+        drag = ((calls @ calls) * (work @ took) - across * (calls @ took)) / det if det > 0 else 1.0
+        drag = max(drag, LEAST_DRAG)
+        overhead = max((took.sum() - drag * work.sum()) / calls.sum(), 0.0) if calls.sum() else 0.0
+        whole = overhead * calls.sum() + drag * work.sum()
+        scale = seconds / whole if whole else 1.0
+        return float(overhead * scale), float(drag * scale)

@@ -1,0 +1,1 @@
+"""Differentiable substitutes of a model, to search adversarial images on."""

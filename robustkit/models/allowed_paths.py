@@ -1,0 +1,81 @@
+"""What a file may name. The words of a report, a run folder or a list of models are those of whoever made it.
+
+A model string that the user typed on the command line, or passed in Python, is the user's own and runs the code
+that it names. A string that is read from a file runs none, unless the user says so with `--trust-code`, or
+`trust_code=True` in Python. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from robustkit.core.errors import UsageError
+from robustkit.models.strings import ENSEMBLE, FILE, FOLDER, MODULE, ModelString
+
+FLAG = "--trust-code"
+# Where a path names no file of a disk: another machine, another program.
+_ELSEWHERE = re.compile(r"[\\/]{2}|\w{2,}:")
+_DEVICES = (("dev",), ("proc",), ("sys",))
+
+
+def refuse_code(string: str, where: object) -> None:
+    """Refuse a model string of a file that names Python code.
+
+    Args:
+        string: the model string.
+        where: what it stands in, for the sentence.
+
+    Raises:
+        UsageError: it names code, in a member of an ensemble too.
+    """
+    for spec in _parts(string):
+        if spec.kind in (FILE, MODULE):
+            raise UsageError(
+                f"{where} names Python code, {spec.arch!r}, which is not run because a file named it: give {FLAG} "
+                "(trust_code=True in Python) if you trust whoever made that file."
+            )
+
+
+def recorded_model(string: str, where: object, trust_code: bool) -> str:
+    """Return the model string of a run's record if it may be loaded.
+
+    Raises:
+        UsageError: it names code that is not trusted, or files that are not on this machine's disks.
+    """
+    if not trust_code:
+        refuse_code(string, where)
+    for spec in _parts(string):
+        path = spec.arch.partition("#")[0] if spec.kind == FOLDER else spec.weights
+        if path is not None:
+            check_path(path, where, "--model")
+    return string
+
+
+def names_code(string: str) -> bool:
+    """Return whether a model string names Python code itself."""
+    return any(spec.kind in (FILE, MODULE) for spec in _parts(string))
+
+
+def _parts(string: str) -> Iterator[ModelString]:
+    """Yield the strings of single models that a string is made of."""
+    spec = ModelString.parse(string)
+    if spec.kind == ENSEMBLE:
+        for member in spec.members:
+            yield from _parts(member)
+    else:
+        yield spec
+
+
+def check_path(path: str, where: object, flag: str) -> None:
+    """Raise UsageError for what is no absolute path on a disk, as all paths in records of robustkit are."""
+    place = Path(os.path.normpath(path))
+    # Of devices, /dev/shm is a disk in memory.
+    devices = place.parts[1:2] in _DEVICES and place.parts[1:3] != ("dev", "shm")
+    if "\0" in path or _ELSEWHERE.match(path) or devices or not place.is_absolute():
+        raise UsageError(
+            f"{where} names {path!r}, which is not the absolute path of a file on a disk of this machine: give "
+            f"{flag} with where it is here."
+        )

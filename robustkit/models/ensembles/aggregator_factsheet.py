@@ -1,0 +1,145 @@
+"""What an aggregator does, found by numbers: no data, no model, a few thousand random logits.
+
+Logits are standard normal, independent. What is found of them says how an aggregator behaves, not how well a
+model with it does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from robustkit.core.errors import UsageError
+from robustkit.models.ensembles.aggregation import Aggregator, parse_aggregator
+
+DRAWS, CASES = 4000, 200
+# The logits of predictors that were taken over, and how far honest ones are ahead in their class.
+FORCE, LEAD = 1e6, 10.0
+
+
+@dataclass(frozen=True)
+class FactSheet:
+    """The facts of an aggregator of so many predictors and classes.
+
+    Attributes:
+        aggregator: its name.
+        predictors: N.
+        classes: K.
+        draws: random logits (N K) that shares are of.
+        invariances: what may be done to the logits, and whether the differences between classes stay; classes
+            that are renamed or raised take their answer along, and so does a common factor.
+        plateau: share of draws in which the score of the winning class has no gradient at all.
+        ties: share of draws in which two classes or more share the highest score; the lower number then wins.
+        unvoted: share of draws won by a class that no predictor names.
+        partials: the most logits that the winning class's score depends on, of N * K.
+        tied_by: the fewest predictors that, taken over, bring their class level with that of all others; None if
+            no number does, short of all.
+        taken_by: the fewest that bring it ahead.
+    """
+
+    aggregator: str
+    predictors: int
+    classes: int
+    draws: int
+    invariances: Mapping[str, bool]
+    plateau: float
+    ties: float
+    unvoted: float
+    partials: int
+    tied_by: int | None
+    taken_by: int | None
+
+
+# Of all predictors for one image; a few thousand images are drawn.
+MOST_SCORES = 20_000
+
+
+def fact_sheet(aggregator: str, predictors: int, classes: int, seed: int = 0) -> FactSheet:
+    """Return the facts of an aggregator by its name; the same seed gives the same sheet.
+
+    Raises:
+        UsageError: for an unknown name, fewer than two predictors or classes, or a k above the predictors.
+    """
+    if predictors < 2 or classes < 2:
+        raise UsageError(
+            f"{predictors} predictors and {classes} classes: an aggregator needs two of each; write 2 or more."
+        )
+    if predictors * classes > MOST_SCORES:
+        raise UsageError(
+            f"{predictors} predictors of {classes} classes: write numbers with a product up to {MOST_SCORES}."
+        )
+    combine = parse_aggregator(aggregator)
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    stack = draw(DRAWS, predictors, classes).requires_grad_()
+    answer = combine(stack)
+    best, winner = answer.detach().max(1)
+    (slope,) = torch.autograd.grad(answer.gather(1, winner[:, None]).sum(), stack, materialize_grads=True)
+    touched = (slope != 0).flatten(1).sum(1)
+    named = stack.detach().argmax(2)
+    tied_by, taken_by = _breakdown(combine, draw(CASES, predictors, classes))
+    return FactSheet(
+        aggregator=aggregator,
+        predictors=predictors,
+        classes=classes,
+        draws=DRAWS,
+        invariances=_invariances(combine, stack.detach()[:CASES], draw, generator),
+        plateau=_share(touched == 0),
+        ties=_share((answer.detach() == best[:, None]).sum(1) > 1),
+        unvoted=_share(~(named == winner[:, None]).any(1)),
+        partials=int(touched.max()),
+        tied_by=tied_by,
+        taken_by=taken_by,
+    )
+
+
+def _invariances(
+    combine: Aggregator, stack: Tensor, draw: Callable[..., Tensor], generator: torch.Generator
+) -> dict[str, bool]:
+    _, predictors, classes = stack.shape
+    plain = combine(stack)
+    first = torch.zeros(predictors, 1, dtype=stack.dtype)
+    first[0] = 1
+    order = torch.randperm(predictors, generator=generator)
+    # Reversed, no class but a middle one keeps its number.
+    names = torch.arange(classes).flip(0)
+    raised = draw(1, 1, classes)
+    return {
+        "constant on one predictor": _alike(combine(stack + 3 * first), plain),
+        "factor on one predictor": _alike(combine(stack * (1 + 2 * first)), plain),
+        "factor on all predictors": _alike(combine(3 * stack), 3 * plain),
+        "constant on one class": _alike(combine(stack + raised), plain + raised[0]),
+        "order of predictors": _alike(combine(stack[:, order]), plain),
+        "names of classes": _alike(combine(stack[:, :, names]), plain[:, names]),
+    }
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    """Return whether the classes of both are as far apart."""
+    return torch.allclose(one - one.amax(1, keepdim=True), other - other.amax(1, keepdim=True), atol=1e-9)
+
+
+def _breakdown(combine: Aggregator, stack: Tensor) -> tuple[int | None, int | None]:
+    """Return how many predictors, told to say class 1, tie with and beat the others that all say class 0."""
+    predictors = stack.shape[1]
+    honest = stack.clone()
+    honest[:, :, 0] = honest.amax(2) + LEAD
+    forced = torch.full_like(honest, -FORCE)
+    forced[:, :, 1] = FORCE
+    tied = taken = None
+    for count in range(predictors - 1, 0, -1):
+        answer = combine(torch.cat([forced[:, :count], honest[:, count:]], 1))
+        ahead = answer[:, 1] - answer[:, 0]
+        tied = count if bool((ahead >= 0).any()) else tied
+        taken = count if bool((ahead > 0).any()) else taken
+    return tied, taken
+
+
+def _share(of: Tensor) -> float:
+    return float(of.double().mean())

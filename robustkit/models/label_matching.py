@@ -1,0 +1,31 @@
+"""Labels brought to the numbers that a loaded model has for the classes."""
+
+from __future__ import annotations
+
+import torch
+
+from robustkit.core.isolation import evaluation_mode, own_randomness
+from robustkit.data.classes import WNID, matched
+from robustkit.data.samples import Samples
+from robustkit.models.classifier import Classifier
+
+
+def matched_to(samples: Samples, model: Classifier) -> Samples:
+    """Return the samples with the model's own labels, as far as the names of classes tell (see `matched`)."""
+    if samples.classes is None or samples.fixed:
+        return samples
+    count = model.num_classes
+    if count is None and (samples.by_name or WNID.fullmatch(samples.classes[0])):
+        count = _count(model, samples)
+    return matched(samples, count, model.class_names)
+
+
+def _count(model: Classifier, samples: Samples) -> int | None:
+    """Return how many logits the model gives for the first image; None if it fails, which the run then reports."""
+    try:
+        image = samples.images([0])
+        place = next((of.device for of in (*model.parameters(), *model.buffers())), image.device)
+        with torch.no_grad(), own_randomness("classes"), evaluation_mode(model):
+            return int(model(image.to(place)).shape[1])
+    except Exception:
+        return None

@@ -1,0 +1,1 @@
+"""Features and residual blocks of any architecture."""

@@ -1,0 +1,1 @@
+"""Sources of models: one file for each kind of model string."""

@@ -1,0 +1,52 @@
+"""What a source of nets (the zoo, timm, torchvision, Python code) hands to the loader."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+from robustkit.core.preprocess import Preprocess
+from robustkit.models.weights.fitting import Convert
+
+
+@dataclass(frozen=True)
+class Built:
+    """A net before the weights file is put into it.
+
+    Attributes:
+        net: Maps normalised images to its output.
+        arch: How to write the architecture so that it is found from any folder.
+        identity: What determines the net beside its tensors: its name, keyword arguments, hash of its code.
+        mean: Channel means that the source's own record says it was trained with.
+        std: Channel deviations, likewise.
+        num_classes: Classes of its last layer, where the source knows.
+        in_channels: Channels of its images, where the source knows.
+        preprocess: How it wants image files read, where the source knows.
+        convert: What turns the names of other libraries' checkpoints into the net's, where the source has it.
+        class_names: What its classes are called, in its order, where the source knows.
+    """
+
+    net: Callable[[torch.Tensor], object]
+    arch: str
+    identity: Mapping[str, object] = field(default_factory=dict)
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    num_classes: int | None = None
+    in_channels: int | None = None
+    preprocess: Preprocess | None = None
+    convert: Convert | None = None
+    class_names: tuple[str, ...] | None = None
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Let torch draw the same initial weights every time, and leave the caller's generator as it was."""
+    before = torch.get_rng_state()
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(before)

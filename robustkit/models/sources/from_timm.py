@@ -1,0 +1,120 @@
+"""Nets of timm: `timm:NAME`."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from robustkit.core.errors import UsageError, did_you_mean
+from robustkit.core.preprocess import Preprocess
+from robustkit.models.options import Options
+from robustkit.models.sources.built import Built
+from robustkit.models.sources.network import quiet, reachable
+from robustkit.models.strings import ModelString
+from robustkit.models.weights.files import WeightsFile
+from robustkit.models.weights.fitting import Convert, sizes_in
+
+
+def build(spec: ModelString, options: Options, weights: WeightsFile | None) -> Built:
+    """Return a net of timm, with its weights unless others are named or `pretrained=false` is said.
+
+    Raises:
+        UsageError: timm has no such net, no weights for it, or they could not be downloaded.
+    """
+    with quiet():
+        from timm.data import resolve_data_config
+
+        pretrained = options.pretrained and weights is None
+        _check_name(spec, pretrained)
+        try:
+            with _offline_if_unreachable():
+                net = _create(spec, pretrained, options.num_classes)
+        except OSError as error:
+            raise UsageError(
+                f"timm's weights for {spec.name!r} could not be downloaded: give a file as "
+                f"{spec.arch}@FILE.safetensors, or write {spec.arch}?pretrained=false for an untrained net."
+            ) from error
+        if weights is not None and options.num_classes is None:
+            classes, _ = sizes_in(weights, net, options.weights, _convert(net))
+            net = net if classes is None else _create(spec, False, classes)
+        data = resolve_data_config({}, model=net)
+    return Built(
+        net=net,
+        arch=spec.arch,
+        identity={"arch": spec.arch, "num_classes": net.num_classes},
+        mean=tuple(data["mean"]),
+        std=tuple(data["std"]),
+        num_classes=net.num_classes,
+        preprocess=_preprocess(data),
+        convert=_convert(net),
+        class_names=_class_names(net),
+    )
+
+
+def names() -> list[str]:
+    """Return the names of timm's nets, without their tags."""
+    with quiet():
+        import timm
+
+        found: list[str] = timm.list_models()
+    return found
+
+
+def _create(spec: ModelString, pretrained: bool, num_classes: int | None) -> Any:
+    import timm
+
+    kwargs = {} if num_classes is None else {"num_classes": num_classes}
+    return timm.create_model(spec.name, pretrained=pretrained, **kwargs)
+
+
+def _convert(net: Any) -> Convert | None:
+    """Return timm's own translation of the checkpoints that a net's authors published."""
+    function = getattr(sys.modules[type(net).__module__], "checkpoint_filter_fn", None)
+    return None if function is None else lambda state: function(state, net)
+
+
+def _class_names(net: Any) -> tuple[str, ...] | None:
+    """Return the names of the classes where timm's record of the weights has one for each."""
+    names = (getattr(net, "pretrained_cfg", None) or {}).get("label_names") or ()
+    return tuple(map(str, names)) if len(names) == net.num_classes else None
+
+
+def _check_name(spec: ModelString, pretrained: bool) -> None:
+    import timm
+
+    arch = spec.name.partition(".")[0]
+    if not timm.is_model(arch):
+        near = difflib.get_close_matches(arch, names(), n=1)
+        hint = f"did you mean 'timm:{near[0]}'?" if near else "timm.list_models() names them all."
+        raise UsageError(f"timm has no model {spec.name!r}: {hint}")
+    tagged = [name for name in timm.list_pretrained(f"{arch}*") if name.partition(".")[0] == arch]
+    if spec.name != arch and spec.name not in tagged:
+        raise did_you_mean("timm model", spec.name, [arch, *tagged])
+    if pretrained and not tagged:
+        raise UsageError(
+            f"timm has no weights for {spec.name!r}: give a file as {spec.arch}@FILE.safetensors, or write "
+            f"{spec.arch}?pretrained=false for an untrained net."
+        )
+
+
+@contextmanager
+def _offline_if_unreachable() -> Iterator[None]:
+    """Let the hub look into its cache at once instead of retrying for most of a minute."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or not reachable(constants.ENDPOINT)
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def _preprocess(data: dict[str, Any]) -> Preprocess:
+    _, height, width = data["input_size"]
+    resize = math.floor(min(height, width) / data["crop_pct"])
+    return Preprocess((height, width), resize, data["interpolation"])

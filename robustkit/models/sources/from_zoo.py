@@ -1,0 +1,53 @@
+"""Nets of our own: `robustkit:NAME`."""
+
+from __future__ import annotations
+
+from functools import partial
+from importlib import import_module, resources
+from pathlib import Path
+
+import torch
+
+from robustkit.core.preprocess import Preprocess
+from robustkit.models.options import Options
+from robustkit.models.sources.built import Built
+from robustkit.models.strings import ModelString
+from robustkit.models.weights.files import WeightsFile, read_weights
+from robustkit.models.weights.fitting import sizes_in
+from robustkit.models.zoo.catalog import lookup
+
+
+def own_weights(spec: ModelString) -> WeightsFile | None:
+    """Return the trained weights that the package brings for a net of the zoo; None where it brings none."""
+    entry = lookup(spec.name)
+    if entry.weights is None:
+        return None
+    with resources.as_file(resources.files("robustkit") / "weights" / entry.weights) as path:
+        return read_weights(Path(path))
+
+
+def build(spec: ModelString, options: Options, weights: WeightsFile | None) -> Built:
+    """Return a net of the zoo with the classes and channels of the query, else of the weights, else its own.
+
+    Raises:
+        UsageError: The zoo has no such net.
+    """
+    entry = lookup(spec.name)
+    channels, height, width = entry.input
+    module, _, factory = entry.factory.partition(":")
+    make = partial(getattr(import_module(module), factory), **entry.kwargs)
+    num_classes, in_channels = options.num_classes, options.in_channels
+    if weights is not None:
+        with torch.device("meta"):
+            usual = make(num_classes=entry.num_classes, in_channels=channels)
+        found = sizes_in(weights, usual, options.weights)
+        num_classes, in_channels = num_classes or found[0], in_channels or found[1]
+    sizes = {"num_classes": num_classes or entry.num_classes, "in_channels": in_channels or channels}
+    return Built(
+        net=make(**sizes),
+        arch=spec.arch,
+        identity={"arch": spec.arch, **entry.kwargs, **sizes},
+        num_classes=sizes["num_classes"],
+        in_channels=sizes["in_channels"],
+        preprocess=Preprocess((height, width), resize=min(height, width)),
+    )

@@ -1,0 +1,148 @@
+"""The zoo as data: what `robustkit:NAME` can be. Imports no torch, so that listing it takes milliseconds."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from robustkit.core.errors import UsageError, did_you_mean
+
+_HOME = "robustkit.models.zoo"
+_WRN = re.compile(r"wrn-0*(\d+)-0*(\d+)", re.ASCII)
+# More layers take minutes to make, more parameters 4 GB; the largest in the literature is wrn-94-16.
+MOST_LAYERS, MOST_PARAMETERS = 1_000, 10**9
+
+
+@dataclass(frozen=True)
+class ZooEntry:
+    """One net of the zoo.
+
+    Attributes:
+        factory: Where it is built, as `module:attribute`; called with `kwargs`, `num_classes`, `in_channels`.
+        input: Channels, height and width of the images it was designed for.
+        num_classes: Classes unless the query or the weights say otherwise.
+        description: One line for people.
+        source: The paper.
+        kwargs: What makes this member of its family.
+        weights: File of trained weights inside the package; None where the net comes untrained.
+    """
+
+    factory: str
+    input: tuple[int, int, int]
+    num_classes: int
+    description: str
+    source: str
+    kwargs: Mapping[str, int] = field(default_factory=dict)
+    weights: str | None = None
+
+
+def _cifar_resnet(depth: int) -> ZooEntry:
+    return ZooEntry(
+        factory=f"{_HOME}.cifar_resnet:CifarResNet",
+        input=(3, 32, 32),
+        num_classes=10,
+        description=f"ResNet-{depth} for CIFAR, parameter-free shortcuts",
+        source="arXiv:1512.03385",
+        kwargs={"depth": depth},
+    )
+
+
+def _cifar_preresnet(depth: int) -> ZooEntry:
+    return ZooEntry(
+        factory=f"{_HOME}.cifar_preresnet:CifarPreResNet",
+        input=(3, 32, 32),
+        num_classes=10,
+        description=f"pre-activation ResNet-{depth} for CIFAR, parameter-free shortcuts",
+        source="arXiv:1603.05027",
+        kwargs={"depth": depth},
+    )
+
+
+def _wide_resnet(depth: int, width: int) -> ZooEntry:
+    return ZooEntry(
+        factory=f"{_HOME}.wide_resnet:WideResNet",
+        input=(3, 32, 32),
+        num_classes=10,
+        description=f"Wide ResNet, {depth} layers, {width} times as wide; any wrn-DEPTH-WIDTH is known",
+        source="arXiv:1605.07146",
+        kwargs={"depth": depth, "width": width},
+    )
+
+
+ZOO: Mapping[str, ZooEntry] = {
+    "digits-cnn": ZooEntry(
+        factory=f"{_HOME}.digits_cnn:DigitsCNN",
+        input=(1, 8, 8),
+        num_classes=10,
+        description="three convolutions for scikit-learn's digits, adversarially trained; the default model",
+        source="scripts/reproductions/train_digits.py",
+        weights="digits-cnn.safetensors",
+    ),
+    "mnist-cnn": ZooEntry(
+        factory=f"{_HOME}.mnist_cnn:MnistCNN",
+        input=(1, 28, 28),
+        num_classes=10,
+        description="four convolutions and three linear layers for MNIST, as in TRADES",
+        source="arXiv:1901.08573",
+    ),
+    **{f"cifar-resnet{depth}": _cifar_resnet(depth) for depth in (20, 32, 44, 56)},
+    **{f"cifar-preresnet{depth}": _cifar_preresnet(depth) for depth in (20, 110)},
+    "cifar-vgg": ZooEntry(
+        factory=f"{_HOME}.cifar_vgg:CifarVGG",
+        input=(3, 32, 32),
+        num_classes=10,
+        description="six convolutions of the VGG kind with batch norm, no shortcuts",
+        source="arXiv:1409.1556",
+    ),
+    "cifar-mobilenet": ZooEntry(
+        factory=f"{_HOME}.cifar_mobilenet:CifarMobileNet",
+        input=(3, 32, 32),
+        num_classes=10,
+        description="seven inverted residual blocks of the MobileNet kind",
+        source="arXiv:1801.04381",
+    ),
+    "preact-resnet18": ZooEntry(
+        factory=f"{_HOME}.preact_resnet:PreActResNet18",
+        input=(3, 32, 32),
+        num_classes=10,
+        description="pre-activation ResNet-18 for CIFAR, as the robustness literature trains it",
+        source="arXiv:1603.05027",
+    ),
+    **{
+        f"wrn-{depth}-{width}": _wide_resnet(depth, width)
+        for depth, width in ((28, 10), (34, 10), (34, 20), (70, 16))
+    },
+}
+
+
+def lookup(name: str) -> ZooEntry:
+    """Return the zoo's entry of a name; any `wrn-DEPTH-WIDTH` counts as one.
+
+    Raises:
+        UsageError: The zoo has no such net.
+    """
+    if name in ZOO:
+        return ZOO[name]
+    wide = _WRN.fullmatch(name)
+    if not wide:
+        raise did_you_mean("robustkit model", name, ZOO)
+    # By its digits first: Python refuses to read a number of thousands of them.
+    digits = max(map(len, wide.groups()))
+    depth, width = map(int, wide.groups()) if digits < 5 else (MOST_LAYERS + 1, 1)
+    if depth > MOST_LAYERS or _wide_parameters(depth, width) > MOST_PARAMETERS:
+        raise UsageError(
+            f"wide ResNet {name[:30]!r} is too large: write at most {MOST_LAYERS:,} layers and "
+            f"{MOST_PARAMETERS:,} parameters, as in wrn-70-16."
+        )
+    if depth < 10 or (depth - 4) % 6 or width < 1:
+        raise UsageError(
+            f"no wide ResNet {name!r}: DEPTH must be 10, 16, 22, 28 … (4 more than a multiple of 6) "
+            "and WIDTH at least 1, as in wrn-28-10."
+        )
+    return _wide_resnet(depth, width)
+
+
+def _wide_parameters(depth: int, width: int) -> int:
+    """Return about how many parameters: two 3x3 convolutions in each block of three groups."""
+    return (depth - 4) // 6 * 18 * sum((channels * width) ** 2 for channels in (16, 32, 64))

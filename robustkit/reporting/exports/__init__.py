@@ -1,0 +1,1 @@
+"""Records in formats of other programs."""

@@ -1,0 +1,206 @@
+"""The result as a table for the terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from robustkit.core.flags import Flag
+from robustkit.reporting import quantiles as minimum
+from robustkit.reporting.html import costs
+from robustkit.reporting.html.inputs import remarks, size
+from robustkit.reporting.names import data_name
+from robustkit.reporting.versions import made_in_parts
+from robustkit.runs.distances import Minimum
+from robustkit.runs.evaluation_record import Curve, Rate, Report, RunSpec, Strictness
+
+# The quarters, the whole and the multiples of eps that a terminal has room for, by their place in a curve.
+SHOWN = (1, 3, 7, 11, 15)
+
+
+def show(report: Report, console: Console, next_command: str | None = None, page: object | None = None) -> None:
+    """Print run, stages, result, flags, where the page is, and the next command."""
+    data = data_name(report.spec.data["string"])
+    console.print(
+        f"run {report.run_id}   {report.n} image{'s' * (report.n != 1)} of {data}"
+        f"{size(report) and f' ({size(report)})'}   {report.spec.threat}   "
+        f"seed {report.spec.seed}   {report.environment['device_name']}\n",
+        highlight=False,
+    )
+    if report.minimum:
+        _show_minimum(report, report.minimum, console)
+    else:
+        console.print(_stages(report), highlight=False)
+    if report.curve:
+        spent = report.curve.cost
+        price = f"{(spent.forwards + spent.backwards) / report.n:,.0f} props/img   {duration(spent.seconds)}"
+        console.print()
+        console.print(_curve(report.curve), highlight=False)
+        console.print(f"median smallest fooling eps {median(report.curve)}   {price}", highlight=False)
+    for line in [*notes(report), *flag_lines(report.flags)]:
+        console.print(line, highlight=False, soft_wrap=True)
+    if page or next_command:
+        console.print()
+    if page:
+        console.print(f"report   {page}", highlight=False, soft_wrap=True)
+    if next_command:
+        console.print(f"next     {next_command}", highlight=False, soft_wrap=True)
+
+
+def _stages(report: Report) -> Table:
+    """Return a row per stage with the robust accuracy after it, and the result."""
+    table = Table(box=None, pad_edge=False, header_style="", padding=(0, 2, 0, 0))
+    table.add_column("attack", no_wrap=True)
+    for name in ("robust acc", "95% interval", "fooled", "props/img", "time"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in costs.rows(report):
+        table.add_row(
+            row.attack,
+            percent(row.rate.value) if row.rate else "–",
+            interval(row.rate) if row.rate else "–",
+            row.settled,
+            f"{row.propagations / row.entering:,.0f}" if row.entering else "–",
+            duration(row.seconds),
+        )
+    cost = report.cost
+    table.add_row(
+        "worst case",
+        percent(report.robust_accuracy.value),
+        interval(report.robust_accuracy),
+        f"{costs.fooled(report):,}",
+        f"{(cost.forwards + cost.backwards) / report.n:,.0f}",
+        duration(cost.seconds),
+        style="bold",
+    )
+    if doubt := report.strictness:
+        table.add_row("left in doubt", f"≤ {fine(doubt.bound)}", "with 95 %", f"≤ {doubt.images:,}", "", "")
+    return table
+
+
+def _show_minimum(report: Report, found: Minimum, console: Console) -> None:
+    """Print what each attack found nearest, and the distances' quantiles."""
+    stages, quantiles = (Table(box=None, pad_edge=False, header_style="", padding=(0, 3, 0, 0)) for _ in range(2))
+    stages.add_column("attack", no_wrap=True)
+    for name in ("nearest", "props/img", "time"):
+        stages.add_column(name, justify="right", no_wrap=True)
+    for row in costs.rows(report):
+        price = f"{row.propagations / row.entering:,.0f}" if row.entering else "–"
+        stages.add_row(row.attack, row.settled, price, duration(row.seconds))
+    cost = report.cost
+    price = f"{(cost.forwards + cost.backwards) / report.n:,.0f}"
+    stages.add_row("all", f"{costs.fooled(report):,}", price, duration(cost.seconds), style="bold")
+    quantiles.add_column("quantile", no_wrap=True)
+    for name, _ in (columns := minimum.columns(found)):
+        quantiles.add_column(name, justify="right", no_wrap=True)
+    quantiles.add_row("minimum norm", *(text for _, text in columns), style="bold")
+    console.print(stages, highlight=False)
+    console.print()
+    console.print(quantiles, highlight=False)
+    console.print(minimum.sentence(found), highlight=False, soft_wrap=True)
+
+
+def notes(report: Report) -> list[str]:
+    """Return remarks on images and model, why the run stopped early, what draws, bound and audit say, if any."""
+    lines = [f"\n{remark}" for remark in remarks(report)]
+    if made := made_in_parts(report.environment):
+        lines += [f"\n{made}"]
+    if report.stopped:
+        why = {"width": "interval narrow enough", "time-limit": "time limit reached"}[report.stopped.reason]
+        lines += [
+            f"\nstopped: {why} after {report.n:,} of {report.stopped.images:,} images, drawn at random; the "
+            "intervals hold whenever a run is stopped"
+        ]
+    if draws := report.draws:
+        lines += [
+            f"\nrandom model: right more often than not {percent(draws.majority.value)}, as above; by one draw "
+            f"{percent(draws.one.value)} ({interval(draws.one)}), on average over draws {percent(draws.mean)}; "
+            f"counting one wrong draw on the way as a success would say {percent(draws.mean - draws.gap)}"
+        ]
+    if doubt := report.strictness:
+        lines += [f"\n{in_doubt(doubt, report.spec)}"]
+    if audit := report.audit:
+        spent = (audit.cost.forwards + audit.cost.backwards) / max(len(audit.audited), 1)
+        lines += [
+            f"\naudit: AutoAttack broke {len(audit.broke)} of {len(audit.audited)} survivors drawn at random; "
+            f"with it on all, robust accuracy would be {percent(audit.robust_accuracy.value)} "
+            f"({interval(audit.robust_accuracy)})   {spent:,.0f} props/img   {duration(audit.cost.seconds)}"
+        ]
+    return lines
+
+
+def has_autoattack(spec: RunSpec) -> bool:
+    """Return whether AutoAttack's four attacks are among the arms of a run's suite."""
+    arms = [record for record in spec.suite if record.get("arm")]
+    ce = any(record["name"] == "apgd" and record.get("loss") == "ce" for record in arms)
+    return ce and {"apgd-t", "fab-t", "square"} <= {record["name"] for record in arms}
+
+
+def in_doubt(doubt: Strictness, spec: RunSpec) -> str:
+    """Return what the bound says, as a sentence."""
+    attacks = "AutoAttack's attacks" if has_autoattack(spec) else "the attacks marked * that they have not met"
+    met = f"{doubt.in_full:,} of {doubt.standing:,} robust images met all attacks in full length"
+    if doubt.in_full == doubt.standing:
+        return f"left in doubt: nothing; {met}"
+    images = f"at most {doubt.images:,} image{'s' * (doubt.images != 1)} ({fine(doubt.bound)})"
+    return (
+        f"left in doubt: with a probability of 95 % {images if doubt.images else 'no image'} would still fall to "
+        f"{attacks}, judged by what these gained on this model; {met}"
+    )
+
+
+def _curve(curve: Curve) -> Table:
+    """Return the curve as a table of a few of its radii."""
+    table = Table(box=None, pad_edge=False, header_style="", padding=(0, 3, 0, 0))
+    shown = [place for place in SHOWN if place < len(curve.radii)]
+    table.add_column("eps", no_wrap=True)
+    for place in shown:
+        table.add_column(f"{curve.radii[place]:.4g}", justify="right", no_wrap=True)
+    table.add_row("robust acc", *(percent(curve.robust_accuracy[place].value) for place in shown))
+    return table
+
+
+def median(curve: Curve) -> str:
+    """Return the median smallest fooling eps of the images that are right as they are, in words."""
+    middle = curve.median
+    if middle is None:
+        return "–"
+    return f"{middle:.4g}" if math.isfinite(middle) else f"above {curve.radii[-1]:.4g}"
+
+
+def flag_lines(flags: Sequence[Flag]) -> list[str]:
+    """Return what to print of flags: how many, then of each its code, what was measured, and what to do."""
+    lines = [f"\n{len(flags)} flag{'s' * (len(flags) > 1)}"] if flags else []
+    for flag in flags:
+        value = "" if flag.value is None else f"{flag.value:g} "
+        lines += [f"  {flag.code}: {value}{flag.meaning}.", f"    → {flag.remedy}."]
+    return lines
+
+
+def percent(share: float) -> str:
+    """Return 0.2695 as `27.0 %`."""
+    return f"{100 * share:.1f} %"
+
+
+def fine(share: float) -> str:
+    """Return 0.0005 as `0.05 %`, 0 as `0 %`."""
+    return f"{100 * share:.2g} %"
+
+
+def interval(rate: Rate) -> str:
+    """Return the ends of a rate's interval in percent."""
+    return f"{100 * rate.low:.1f} – {100 * rate.high:.1f}"
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as `0.4 s`, `12 s`, `1m40` or `2h05`."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}"

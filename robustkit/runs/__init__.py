@@ -1,0 +1,1 @@
+"""What a run is on disk: its records, its ledger, its folder. The records import no torch."""

@@ -1,0 +1,402 @@
+"""What a run is and what it found: RunSpec, Outcome, Flag, Report. JSON in and out; imports no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Annotated, Any
+
+from robustkit.core.flags import Flag
+from robustkit.core.intervals import sequence, two_phase
+from robustkit.core.limits import Limits
+from robustkit.core.schema import FORMAT, Amount, Count, Keys, OneOf, Positive, Share, build, check_format
+from robustkit.runs.distances import Minimum
+
+AUDIT_BROKE = "audit-broke"
+CHANCE = "chance-accuracy"
+# Rates are compared with what they are of up to the rounding of a double.
+ROUNDING = 1e-9
+
+Format = Annotated[int, OneOf(FORMAT)]
+# A model, data, an attack or a method by what it is called and what it consists of.
+Model = Annotated[Mapping[str, Any], Keys(string=str, fingerprint=str)]
+Data = Annotated[Mapping[str, Any], Keys(string=str, n=Positive, fingerprint=str)]
+Named = Annotated[Mapping[str, Any], Keys(name=str)]
+Environment = Annotated[
+    Mapping[str, Any],
+    Keys(
+        versions=Mapping[str, str | None] | None,
+        device_name=str | None,
+        commit=str | None,
+        precision=str | None,
+        claims_refused=Count | None,
+        training_flops=Sequence[Count | None] | None,
+        parts=Sequence[Mapping[str, str | None]] | None,
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What determines a run, to be subclassed; of what a field describes, `string` only says where it is found."""
+
+    @property
+    def run_id(self) -> str:
+        """Eight hexadecimal digits of the hash of all that determines the run: strings and paths do not."""
+        return hashlib.sha256(dumps(self.identity).encode()).hexdigest()[:8]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What is hashed."""
+        return {name: _content(value) for name, value in asdict(self).items()}
+
+
+def _content(part: Any) -> Any:
+    """Return a part of a spec without where it is found."""
+    if isinstance(part, Mapping):
+        return {key: value for key, value in part.items() if key != "string"}
+    return [_content(one) for one in part] if isinstance(part, list | tuple) else part
+
+
+@dataclass(frozen=True)
+class RunSpec(Spec):
+    """Everything that determines the numbers of a run, and nothing else but where to find model and data.
+
+    `model` has `string` and `fingerprint`; `data` has `string`, `n` and `fingerprint`; `suite` is one record
+    of name and fields per attack; `batch_size` is given only where random numbers depend on it, `strictness` only
+    where a bound other than the usual one was asked for.
+    """
+
+    model: Model
+    data: Data
+    threat: str
+    suite: Sequence[Named]
+    seed: Count
+    batch_size: Positive | None = None
+    strictness: Share | None = None
+    verb: Annotated[str, OneOf("evaluate")] = "evaluate"
+    format: Format = FORMAT
+
+    @property
+    def minimal(self) -> bool:
+        """Whether the run looks for minimum norms, under a threat such as `l2:min`."""
+        return self.threat.endswith(":min")
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What is hashed; a strictness only where one was asked for, so that older runs keep their ids."""
+        every = super().identity
+        return {name: value for name, value in every.items() if name != "strictness" or value is not None}
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A share of n images with its 95 % Wilson interval."""
+
+    value: Share
+    low: Share
+    high: Share
+    n: Count
+
+    def is_of(self, hits: int, n: int) -> bool:
+        """Return whether it is the share of so many hits, inside its interval."""
+        inside = self.low - ROUNDING <= self.value <= self.high + ROUNDING
+        return inside and self.n == n and abs(self.value * n - hits) < ROUNDING * max(n, 1)
+
+    @classmethod
+    def of(cls, hits: int, n: int) -> Rate:
+        """Return hits / n with the Wilson score interval; it never leaves [0, 1] and n must be positive."""
+        z = 1.959963984540054
+        share = hits / n
+        centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+        half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+        low = 0.0 if hits == 0 else max(0.0, centre - half)
+        high = 1.0 if hits == n else min(1.0, centre + half)
+        return cls(share, low, high, n)
+
+    @classmethod
+    def anytime(cls, hits: int, n: int, unknown: int = 0) -> Rate:
+        """Return hits / n with an interval that holds however n came about (`intervals.sequence`).
+
+        `unknown` of the hits may turn out to be none: the interval begins where none of them is one.
+        """
+        return cls(hits / n, sequence(max(hits - unknown, 0), n)[0], sequence(hits, n)[1], n)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Sample-propagations through the model, verification included, and seconds."""
+
+    forwards: Count
+    backwards: Count
+    seconds: Amount
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Sample-propagations through the model, without the time that they took."""
+
+    forwards: Count
+    backwards: Count
+
+    @property
+    def total(self) -> int:
+        """Both together."""
+        return self.forwards + self.backwards
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One attack of the run: the accuracy left after it, how many images it fooled, what it cost."""
+
+    attack: str
+    robust_accuracy: Rate
+    fooled: Count
+    forwards: Count
+    backwards: Count
+    seconds: Amount
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """The verdict on one image.
+
+    `index` is its position in the data. `attack` is what settled it: `clean` where the clean image is wrong
+    already, None where it stood. `margin` is the label's logit minus the best other one, at the adversarial
+    that counted or, where it stood, the lowest that was judged.
+    """
+
+    index: Count
+    label: Count
+    clean_prediction: Annotated[int, Limits(-1)]
+    robust: bool
+    attack: str | None
+    margin: float
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Robust accuracy at each of the `radii`, in order, by the smallest distance that fooled each image.
+
+    `distances` has one entry per verdict: 0 where the clean image is wrong already, None where nothing within
+    the largest radius fooled the model. `cost` is that of the search, which the run's cost leaves out.
+    """
+
+    radii: Sequence[Amount]
+    robust_accuracy: Sequence[Rate]
+    distances: Sequence[Amount | None]
+    cost: Cost
+
+    def faults(self) -> Iterator[str]:
+        """Yield what cannot be."""
+        if len(self.radii) != len(self.robust_accuracy):
+            yield f"has {len(self.robust_accuracy)} accuracies at {len(self.radii)} radii"
+
+    @classmethod
+    def of(cls, radii: Sequence[float], distances: Sequence[float | None], cost: Cost) -> Curve:
+        """Return the curve of these distances: an image stands at every radius below its own."""
+        n = len(distances)
+        rates = [Rate.of(sum(far is None or far > radius for far in distances), n) for radius in radii]
+        return cls(radii, rates, distances, cost)
+
+    @property
+    def median(self) -> float | None:
+        """The median distance over the images that are right as they are; infinite beyond the largest radius."""
+        right = [math.inf if far is None else far for far in self.distances if far != 0]
+        return statistics.median(right) if right else None
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Why a run ended before it had all `images` of its data: its `reason` is `time-limit` or `width`.
+
+    The verdicts are then of images drawn at random, and the intervals hold whenever it was stopped. If time was up
+    in the first block, `unfinished` of its images have not met all attacks: they count as robust, and in the lower
+    ends of the intervals as fooled.
+    """
+
+    reason: Annotated[str, OneOf("time-limit", "width")]
+    images: Count
+    unfinished: Count = 0
+
+
+@dataclass(frozen=True)
+class Draws:
+    """A random model's robust accuracy three ways, each by fresh draws at the points that the attacks found.
+
+    `one` is by a single draw, `mean` the mean share of draws that are right, `majority` counts the images that
+    are right more often than not: the run's own. `gap` is how much higher the mean is than what an attack is
+    told that takes one wrong draw for a success.
+    """
+
+    one: Rate
+    mean: Share
+    majority: Rate
+    gap: float
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What full AutoAttack made of some survivors, drawn at random: the positions it `broke` of `audited`.
+
+    `robust_accuracy` is what it would leave of all the run's images: survivors of both, with a 95 % interval
+    over both draws (`intervals.two_phase`). `cost` is its own, which the run's leaves out.
+    """
+
+    audited: Sequence[Count]
+    broke: Sequence[Count]
+    robust_accuracy: Rate
+    cost: Cost
+
+    @classmethod
+    def of(cls, audited: Sequence[int], broke: Sequence[int], robust: int, n: int, cost: Cost) -> Audit:
+        """Return the audit of a run that left `robust` of `n` images standing."""
+        value = robust / n * (1 - len(broke) / len(audited)) if audited else 0.0
+        low, high = two_phase(robust, n, len(broke), len(audited))
+        return cls(audited, broke, Rate(value, low, high, n), cost)
+
+
+@dataclass(frozen=True)
+class Strictness:
+    """What is left of doubt where a suite chose for each image which of its arms to give it.
+
+    At most so many `images`, a share `bound` of the run's, would still fall to an arm that they have not met, with
+    a probability of 95 % by a model of what arms gain (docs/rapid.md); AutoAttack's attacks are among the arms of
+    `auto`. `allowed` is the share that was asked for. Of the `standing` images `in_full` have met every arm; where
+    all have, the bound is 0.
+    """
+
+    images: Count
+    bound: Share
+    allowed: Share
+    standing: Count
+    in_full: Count
+
+
+@dataclass(frozen=True)
+class Report:
+    """The record of a finished run; the fields are those of report.json.
+
+    `flags` were raised, `passed` is what the other checks measured, or why they could not. `checks` is what they
+    cost, which is counted in the clean stage, the first of `stages`. `curve` and `audit` are there if they were
+    asked for, `draws` for a random model, `stopped` if the run ended early, `strictness` if the suite has arms,
+    `minimum` if its threat asks for minimum norms. `files` holds the sha256 of what lies beside the report.
+    `adversarial` (not in the file) are the fooling images as a mapping of `index` (M), `x` (M C H W) and `y` (M)
+    when the run was asked for from Python.
+    """
+
+    run_id: str
+    spec: RunSpec
+    n: Positive
+    clean_accuracy: Rate
+    robust_accuracy: Rate
+    stages: Sequence[Stage]
+    cost: Cost
+    flags: Sequence[Flag]
+    verdicts: Sequence[Outcome]
+    environment: Environment
+    files: Mapping[str, str] = field(default_factory=dict)
+    passed: Sequence[Flag] = field(default_factory=list)
+    curve: Curve | None = None
+    audit: Audit | None = None
+    draws: Draws | None = None
+    checks: Passes | None = None
+    stopped: Stop | None = None
+    minimum: Minimum | None = None
+    strictness: Strictness | None = None
+    format: Format = FORMAT
+    adversarial: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the record as report.json holds it, `format` first."""
+        return {"format": self.format, **json.loads(dumps(self._body()))}
+
+    def text(self) -> Iterator[str]:
+        """Yield the same as text, in pieces: the whole takes much memory where there are many images."""
+        yield f'{{\n  "format": {self.format}'
+        for name, value in sorted(self._body().items()):
+            yield f',\n  "{name}": '
+            if name == "verdicts":
+                yield "["
+                for number, verdict in enumerate(value):
+                    yield f"{',' if number else ''}\n    {dumps(verdict)}"
+                yield "\n  ]"
+            else:
+                yield dumps(json.loads(dumps(value)), indent=2).replace("\n", "\n  ")
+        yield "\n}\n"
+
+    def _body(self) -> dict[str, Any]:
+        names = ("curve", "audit", "draws", "checks", "stopped", "strictness", "minimum")
+        asked_for = {name for name in names if getattr(self, name) is None}
+        left_out = {"adversarial", "format"} | asked_for
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
+
+    def with_curve(self, curve: Curve, flags: Sequence[Flag]) -> Report:
+        """Return the same run with its curve, and what its search noticed."""
+        return replace(self, curve=curve, flags=[*self.flags, *flags])
+
+    def with_audit(self, audit: Audit) -> Report:
+        """Return the same run with an audit in the place of any earlier one, and a flag if it broke an image."""
+        flags = [flag for flag in self.flags if flag.code != AUDIT_BROKE]
+        if audit.broke:
+            flags.append(
+                Flag(
+                    AUDIT_BROKE,
+                    "warning",
+                    len(audit.broke),
+                    f"AutoAttack broke this many of {len(audit.audited)} images that the suite had left standing",
+                    "run --suite rapid+autoattack, and quote its number",
+                )
+            )
+        return replace(self, audit=audit, flags=flags)
+
+    @classmethod
+    def from_json(cls, body: Any, name: str = "this report") -> Report:
+        """Return the report of a parsed report.json, which errors call `name`.
+
+        Raises:
+            UsageError: it is none, is of another format, or says what cannot be.
+        """
+        check_format(body, name)
+        return build(cls, body, name)
+
+    def faults(self) -> Iterator[str]:
+        """Yield what does not fit together."""
+        if len(self.verdicts) != self.n:
+            yield f"has {len(self.verdicts)} verdicts of {self.n} images"
+        if self.curve and len(self.curve.distances) != self.n:
+            yield f"has {len(self.curve.distances)} distances in its curve for {self.n} images"
+        if (self.minimum is not None) != self.spec.minimal:
+            yield f"has threat {self.spec.threat} and {'no ' * (self.minimum is None)}minimum norms"
+        if self.minimum and len(self.minimum.distances) != self.n:
+            yield f"has {len(self.minimum.distances)} minimum norms for {self.n} images"
+
+    def contradictions(self) -> Iterator[str]:
+        """Yield what the verdicts say otherwise than the rest."""
+        right = sum(verdict.attack != "clean" for verdict in self.verdicts)
+        robust = sum(verdict.robust for verdict in self.verdicts)
+        for what, rate, hits in (("clean", self.clean_accuracy, right), ("robust", self.robust_accuracy, robust)):
+            if not rate.is_of(hits, self.n):
+                yield f"a {what} accuracy {rate.value} ({rate.low} – {rate.high}) but {hits} of {self.n} verdicts"
+        indices = [verdict.index for verdict in self.verdicts]
+        if indices != sorted(set(indices)) or indices[-1] >= self.spec.data["n"]:
+            yield f"verdicts that are not of {self.spec.data['n']} images in order"
+        if any(verdict.robust != (verdict.attack is None) for verdict in self.verdicts):
+            yield "a verdict that does not fit its attack"
+
+
+def dumps(value: Any, *, indent: int | None = None) -> str:
+    """Return canonical JSON: sorted keys at the inside, no NaN, dataclasses as objects, nothing else bent."""
+    return json.dumps(value, default=_encoded, sort_keys=indent is None, allow_nan=False, indent=indent)
+
+
+def _encoded(thing: Any) -> Any:
+    if hasattr(thing, "__dataclass_fields__"):
+        return {f.name: getattr(thing, f.name) for f in fields(thing)}
+    if isinstance(thing, Mapping):
+        return dict(thing)
+    raise TypeError(f"{type(thing).__name__} is no JSON value")

@@ -1,0 +1,35 @@
+"""Which versions made which part of a run that was resumed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from robustkit.runs.environment import versions
+from robustkit.runs.ledger import Ledger
+
+MAKERS = ("robustkit", "torch")
+NOTE = "parts"
+
+
+def continued(parts: Sequence[Mapping[str, Any]], place: str) -> list[dict[str, Any]]:
+    """Return the parts of a run that this process goes on with.
+
+    Args:
+        parts: of those who made it so far: the place that each began `from`, and its versions.
+        place: where this one begins, such as `step 30`.
+    """
+    here = versions()
+    own = {name: here[name] for name in MAKERS}
+    known = [dict(part) for part in parts]
+    if known and all(known[-1].get(name) == number for name, number in own.items()):
+        return known
+    return [*known, {"from": place, **own}]
+
+
+def noted(ledger: Ledger) -> list[dict[str, Any]]:
+    """Return the same for a run with a ledger, which keeps it."""
+    parts = continued(json.loads(ledger.read_note(NOTE) or "[]"), f"chunk {ledger.count()}")
+    ledger.write_note(NOTE, json.dumps(parts))
+    return parts

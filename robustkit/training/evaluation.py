@@ -1,0 +1,77 @@
+"""How well nets do on held-out images, and batch norms set right for given weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from robustkit.core.errors import RunError
+from robustkit.models.randomness import Noise, drawn
+from robustkit.training.images import ImageSet
+
+_CHUNK = 500
+
+
+@torch.no_grad()
+def log_probabilities(net: nn.Module, images: ImageSet) -> Tensor:
+    """Return the log-probabilities (N K) of a net in eval mode; its mode is restored.
+
+    A net that draws by a policy does so by the images' content meanwhile, so that the numbers can be had again.
+    """
+    before = net.training
+    net.eval()
+    with drawn(net, Noise("content")):
+        found = [net(images.at(slice(at, at + _CHUNK))).log_softmax(1) for at in range(0, len(images), _CHUNK)]
+    net.train(before)
+    return torch.cat(found)
+
+
+def accuracy_and_loss(scores: Tensor, labels: Tensor) -> tuple[float, float]:
+    """Return the share of labels that log-probabilities (N K) name, and their mean negative logarithm.
+
+    Raises:
+        RunError: if that is not finite, as no log-probabilities of a sound net are.
+    """
+    loss = float(F.nll_loss(scores, labels))
+    if not math.isfinite(loss):
+        raise RunError(
+            f"the loss on the test images is {loss}: the training has diverged; give a smaller --lr in another "
+            "folder."
+        )
+    return float((scores.argmax(1) == labels).float().mean()), loss
+
+
+def mixed(scores: Iterable[Tensor]) -> Tensor:
+    """Return the log of the mean of probabilities, given their logarithms (N K) one after another."""
+    total, count = None, 0
+    for one in scores:
+        total, count = one if total is None else torch.logaddexp(total, one), count + 1
+    if total is None:
+        raise ValueError("there is nothing to mix")
+    return total - torch.tensor(count).log()
+
+
+@torch.no_grad()
+def re_estimate(net: nn.Module, images: ImageSet, batch_size: int, order: Tensor | None = None) -> None:
+    """Set every batch norm's running statistics to the mean over whole batches of the images, in place.
+
+    `order` (N) mixes the images: in a set sorted by class each batch would be of one class, and its variance not
+    that of the batches which the weights were trained on.
+    """
+    norms = [part for part in net.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain mean over batches
+    before = net.training
+    net.train()
+    for start in range(0, len(images) - batch_size + 1, batch_size):
+        rows = slice(start, start + batch_size)
+        net(images.at(rows if order is None else order[rows]))
+    net.train(before)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum

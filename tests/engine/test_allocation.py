@@ -1,0 +1,142 @@
+"""Who meets which arm next, on portfolios whose gains are planted."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from robustkit.engine.allocation.arms import STRATA, Evidence, Round, allowed, following, spread
+
+COSTS = np.array([200.0, 600.0, 1800.0])
+
+
+def evidence(n: int, may: int = 1, seed: int = 0) -> Evidence:
+    """Images that have met no arm."""
+    rng = np.random.default_rng(seed)
+    left = rng.uniform(0.02, 0.9, n)
+    return Evidence(
+        left=np.tile(left, (len(COSTS), 1)),
+        now=left,
+        gains=np.full((len(COSTS), n), np.nan),
+        standing=np.ones(n, bool),
+        keys=rng.permutation(n),
+        drawn=np.zeros(n, bool),
+        costs=COSTS,
+        allowed=may,
+    )
+
+
+def after(known: Evidence, chosen: Round, gains: np.ndarray) -> Evidence:
+    """What is known once a round is over, of arms that gain this much (A n)."""
+    met, now, drawn = known.gains.copy(), known.now.copy(), known.drawn.copy()
+    found = gains[chosen.arm, chosen.images]
+    met[chosen.arm, chosen.images] = found
+    now[chosen.images] = np.minimum(now[chosen.images], known.left[0, chosen.images] - np.minimum(found, 9))
+    drawn[chosen.images] |= chosen.test
+    return replace(known, gains=met, now=now, drawn=drawn, standing=~np.isposinf(met).any(0))
+
+
+def rounds(known: Evidence, gains: np.ndarray) -> Iterator[tuple[Evidence, Round]]:
+    """Go on to the end; yield what was known before each round, and the round."""
+    while (chosen := following(known)) is not None:
+        yield known, chosen
+        known = after(known, chosen, gains)
+
+
+def met(known: Evidence, gains: np.ndarray) -> Counter[tuple[int, int]]:
+    """How often each pair of arm and image came up."""
+    return Counter((chosen.arm, int(at)) for _, chosen in rounds(known, gains) for at in chosen.images)
+
+
+def test_the_test_takes_an_image_of_each_stratum_through_every_arm() -> None:
+    known = evidence(40)
+    tested = [chosen for _, chosen in rounds(known, np.zeros((3, 40))) if chosen.test]
+    assert [chosen.arm for chosen in tested] == [0, 1, 2]
+    for chosen in tested:
+        assert sorted(known.strata[chosen.images]) == list(range(len(STRATA)))
+
+
+@pytest.mark.parametrize("arm", [0, 1, 2])
+def test_an_arm_that_breaks_an_image_drawn_is_given_to_its_whole_stratum(arm: int) -> None:
+    known = evidence(64)
+    gains = np.zeros((3, 64))
+    at = known.sample()[2]
+    gains[arm, at] = np.inf
+    pairs = met(known, gains)
+    for image in np.flatnonzero(known.strata == known.strata[at]):
+        # The image itself has left: it meets no other arm.
+        assert pairs[arm, int(image)] == 1
+    assert all(pairs[other, int(at)] <= (other < arm) for other in range(3) if other != arm)
+
+
+def test_no_pair_comes_twice_and_nothing_broken_comes_again() -> None:
+    rng = np.random.default_rng(3)
+    gains = np.where(rng.random((3, 50)) < 0.2, np.inf, rng.exponential(0.02, (3, 50)))
+    known = evidence(50)
+    for before, chosen in rounds(known, gains):
+        assert len(chosen.images)
+        assert before.standing[chosen.images].all()
+        assert not before.met[chosen.arm, chosen.images].any()
+    assert max(met(known, gains).values()) == 1
+
+
+def test_it_ends_with_the_bound_no_higher_than_allowed() -> None:
+    known = evidence(200, may=2)
+    for before, chosen in rounds(known, np.zeros((3, 200))):
+        assert chosen.test or before.bound > 2
+        known = after(before, chosen, np.zeros((3, 200)))
+    assert known.bound <= 2
+    assert known.open.any()
+
+
+def test_what_has_met_all_arms_is_in_no_doubt() -> None:
+    known = replace(evidence(9), gains=np.zeros((3, 9)))
+    assert (known.bound, following(known)) == (0, None)
+    broken = replace(evidence(9), standing=np.zeros(9, bool))
+    assert (broken.bound, following(broken)) == (0, None)
+
+
+@pytest.mark.parametrize("n", [1, 2, 30])
+def test_where_nothing_may_be_left_every_standing_image_meets_every_arm(n: int) -> None:
+    gains = np.zeros((3, n))
+    gains[1, 0] = np.inf
+    pairs = met(evidence(n, may=0), gains)
+    assert pairs == Counter({(arm, at): 1 for arm in range(3) for at in range(n) if (arm, at) != (2, 0)})
+
+
+def test_sets_without_an_image_and_with_one() -> None:
+    assert following(evidence(0)) is None
+    assert following(evidence(0, may=0)) is None
+    assert all(chosen.images.tolist() == [0] for _, chosen in rounds(evidence(1), np.zeros((3, 1))))
+
+
+def test_decisions_do_not_depend_on_the_order_of_the_images() -> None:
+    n, rng = 60, np.random.default_rng(5)
+    gains = np.where(rng.random((3, n)) < 0.1, np.inf, rng.exponential(0.02, (3, n)))
+    known, order = evidence(n), rng.permutation(n)
+    shuffled = replace(known, left=known.left[:, order], now=known.now[order], keys=known.keys[order])
+    there = [(chosen.arm, sorted(chosen.images.tolist())) for _, chosen in rounds(known, gains)]
+    here = [(chosen.arm, sorted(order[chosen.images].tolist())) for _, chosen in rounds(shuffled, gains[:, order])]
+    assert here == there
+
+
+def test_so_many_of_a_set_may_be_left() -> None:
+    assert [allowed(0.002, n) for n in (1, 499, 1000, 10_000)] == [1, 1, 2, 20]
+    assert [allowed(share, 300) for share in (0.0, 1e-9, 1.0)] == [0, 1, 300]
+
+
+@pytest.mark.parametrize("count", [1, 5, 16, 40])
+def test_an_audit_is_spread_over_nearness(count: int) -> None:
+    rng = np.random.default_rng(2)
+    left, keys = rng.uniform(0, 1, 16), rng.permutation(16)
+    chosen = spread(left, keys, count)
+    assert len(set(chosen.tolist())) == len(chosen) == min(count, 16)
+    # One of each stratum of equal size.
+    ranks = np.sort(left.argsort().argsort()[chosen])
+    ends = np.cumsum([0, *map(len, np.array_split(np.arange(16), max(len(chosen), 1)))])
+    assert all(begin <= rank < end for begin, rank, end in zip(ends, ranks, ends[1:], strict=False))
+    assert np.array_equal(chosen, np.sort(chosen))

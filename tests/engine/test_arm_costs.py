@@ -1,0 +1,74 @@
+"""What arms will cost of larger sets, played from what a pilot saw."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from robustkit.engine.allocation.arms import Evidence
+from robustkit.engine.planning import arm_costs as forecasting
+from robustkit.engine.planning.arm_costs import Observed, forecast
+
+MOST = np.array([[100.0, 100.0, 101.0], [300.0, 300.0, 101.0], [500.0, 0.0, 500.0]])
+
+
+@pytest.fixture(autouse=True)
+def _few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forecasting, "PLAYS", 3)
+    monkeypatch.setattr(forecasting, "MOST_PLAYED", 60)
+
+
+def seen(met: int, left: int = 10, images: int = 20, ended: bool = False) -> Observed:
+    """A pilot on so many images, of which some are left; the first `met` of them have met all arms in vain."""
+    gains = np.full((3, left), np.nan)
+    gains[:, :met] = 0.0
+    shares = np.linspace(0.1, 0.9, left)
+    evidence = Evidence(
+        left=np.tile(shares, (3, 1)),
+        now=shares,
+        gains=gains,
+        standing=np.ones(left, bool),
+        keys=np.arange(left),
+        drawn=np.zeros(left, bool),
+        costs=MOST[:, :2].sum(1),
+        allowed=1,
+    )
+    spent = np.where(met, [[100.0, 99.0], [300.0, 297.0], [60.0, 0.0]], np.nan)
+    return Observed(evidence, images, ended, spent, MOST, np.array([1.0, 1.0, 0.1]))
+
+
+def test_a_pilot_of_all_images_leaves_nothing_to_play() -> None:
+    (play,) = forecast(seen(4, ended=True), 20, 0.002)
+    assert play.rounds == [(0, 4), (1, 4), (2, 4)]
+    assert play.cost == 4 * (199 + 597 + 60)
+
+
+def test_where_nothing_may_be_left_each_image_left_meets_all_arms() -> None:
+    for play in forecast(seen(6, left=20), 2000, strictness=0.0):
+        given = [sum(count for arm, count in play.rounds if arm == number) for number in range(3)]
+        # But for those that an arm before it is played to break.
+        assert given == sorted(given, reverse=True)
+        assert 1600 < given[2] <= given[0] <= 2000
+
+
+def test_an_image_of_a_large_set_costs_less_than_one_of_a_small_set() -> None:
+    costs = [np.mean([play.cost for play in forecast(seen(8), n, 0.002)]) / n for n in (30, 300, 30_000)]
+    assert costs[0] > 2 * costs[1] > 0
+    assert costs[0] > 2 * costs[2] > 0
+
+
+def test_no_arm_costs_more_than_all_images_would_take_in_full() -> None:
+    plays = forecast(seen(0), 50, 0.002)
+    assert [play.cost for play in plays] == sorted(play.cost for play in plays)
+    for play in plays:
+        assert 0 < play.cost <= 50 * MOST[:, :2].sum()
+        assert 50 <= play.spent[2, 0] <= 500
+        assert (play.spent[:2] == MOST[:2, :2]).all()
+
+
+def test_where_all_fell_before_the_arms_few_are_feared_to_stand() -> None:
+    observed = seen(0, left=0, images=40)
+    assert all(sum(count for _, count in play.rounds) < 400 * 3 for play in forecast(observed, 400, 0.002))
+    assert forecast(replace(observed, ended=True), 40, 0.002)[0].cost == 0

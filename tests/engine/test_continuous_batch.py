@@ -1,0 +1,458 @@
+"""Continuous batching: the verdicts of each attack alone, whoever else is on board; refused claims go on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from nets import Faulty, Small, labelled
+from torch import Tensor
+
+from robustkit import evaluate
+from robustkit.attack_api.row_wise import Answer, Rows, RowWise, State
+from robustkit.core import losses
+from robustkit.core.criteria import Goal
+from robustkit.core.rng import RowRng
+from robustkit.core.threat import ThreatModel
+from robustkit.engine.batching.continuous_batch import Flight
+from robustkit.engine.batching.samples import Boarding
+from robustkit.engine.evaluation import block_runner
+from robustkit.engine.evaluation.verdicts import image_hashes, sample_ids
+from robustkit.engine.model.instrumented_model import Meter
+from robustkit.gradient_views.views import Smooth
+from robustkit.models import as_classifier
+from robustkit.registry import Rung, parse_suite
+from robustkit.runs.evaluation_record import Report
+
+SHAPE = (3, 6, 8)
+MIXED = (
+    "pgd(steps=6,restarts=2),apgd(steps=12),apgd-t(steps=6,targets=4),fab-t(steps=6,targets=3),"
+    "fab(steps=4,restarts=2),race(targets=5,probe=2,steps=5,restarts=2),apgd(steps=4,eot_iter=2),"
+    "apgd(steps=5,restarts=3,doubt=9),apgd-t(steps=4,targets=3,restarts=2,doubt=9),square(queries=30)"
+)
+EPS = {"linf": "linf:0.02", "l2": "l2:0.2", "l1": "l1:1.2"}
+
+
+def told(report: Report) -> list[tuple[bool, str | None]]:
+    return [(verdict.robust, verdict.attack) for verdict in report.verdicts]
+
+
+@pytest.mark.parametrize("norm", EPS)
+def test_same_verdicts_whatever_the_batch(norm: str) -> None:
+    net = Small().eval()
+    x, y = labelled(net, 24, SHAPE)
+    suite = MIXED if norm != "l1" else ",".join(a for a in MIXED.replace(",race", ";race").split(";")[:1])
+    reports = [
+        evaluate(net, x, y, EPS[norm], suite=suite, batch_size=size, precision="fp32") for size in (1, 5, 64)
+    ]
+    assert 0 < sum(robust for robust, _ in told(reports[0])) < len(x)
+    for other in reports[1:]:
+        assert told(other) == told(reports[0])
+        margins = [[v.margin for v in report.verdicts] for report in (reports[0], other)]
+        assert np.allclose(*margins, atol=1e-4)
+        # A success may come a step sooner or later where rounding decides.
+        costs = [[s.forwards + s.backwards for s in report.stages[1:]] for report in (reports[0], other)]
+        assert np.allclose(*costs, rtol=0.05)
+
+
+@pytest.mark.parametrize("norm", EPS)
+def test_same_verdicts_whatever_the_order_and_in_parts(norm: str) -> None:
+    net = Small().eval()
+    x, y = labelled(net, 24, SHAPE)
+    suite = MIXED if norm != "l1" else "pgd(steps=4,restarts=2),apgd-t(steps=4,targets=3),square(queries=30)"
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(3))
+    parts = (torch.arange(len(x)), order, order[:11], order[11:])
+    whole, mixed, first, second = (
+        evaluate(net, x[i], y[i], EPS[norm], suite=suite, precision="fp32") for i in parts
+    )
+    assert [told(whole)[i] for i in order.tolist()] == told(mixed) == told(first) + told(second)
+    shifted = [[whole.verdicts[i].margin for i in order.tolist()], [v.margin for v in mixed.verdicts]]
+    assert np.allclose(*shifted, atol=1e-4)
+
+
+def test_each_attack_does_what_it_does_alone() -> None:
+    net = Small().eval()
+    x, y = labelled(net, 24, SHAPE)
+    threat = ThreatModel.parse(EPS["linf"])
+    for text in ("pgd(steps=6,restarts=2)", "apgd-t(steps=8,targets=4)", "fab(steps=4)", "square(queries=40)"):
+        (attack,) = (rung.attack for rung in parse_suite(text, "linf"))
+        ids = sample_ids(image_hashes(x))
+        found = attack(net, x, Goal(y), threat, rng=RowRng(0, f"{text.partition('(')[0]}/0", ids))
+        with torch.no_grad():
+            alone = (net(found).argmax(1) == y).tolist()
+        report = evaluate(net, x, y, threat, suite=text, precision="fp32", batch_size=7)
+        assert [verdict.robust for verdict in report.verdicts] == alone
+
+
+@pytest.mark.parametrize("slots", [1, 7, 64])
+def test_all_jobs_at_once_fool_whom_they_fool_one_by_one(slots: int) -> None:
+    net = Small().eval()
+    x, y = labelled(net, 24, SHAPE)
+    attacks = parse_suite("pgd(steps=3,restarts=4),apgd-t(steps=5,targets=4,restarts=2)", "linf")
+    clean = -losses.margin(net(x), y).detach()
+    told = []
+    for wide in (False, True):
+        waiting = np.arange(len(x))
+
+        def board(free: int) -> Boarding:
+            nonlocal waiting
+            part, waiting = waiting[:free], waiting[free:]
+            return Boarding(part, torch.from_numpy(part), x[part], y[part], -clean[part], -clean[part])
+
+        meter = Meter(as_classifier(net), torch.device("cpu"))
+        meter.size_up(x[:1], 64)
+        threat = ThreatModel.parse(EPS["linf"])
+        flight = Flight(meter, threat, attacks, ["a", "b"], 0, slots, board, mend=pytest.fail, wide=wide)
+        landed = [part for group in flight.run() for part in group]
+        position = np.concatenate([part.position for part in landed])
+        assert sorted(position) == list(range(len(x)))
+        stage = np.concatenate([part.stage for part in landed])[position.argsort()]
+        fooled = torch.cat([part.judged.fooled for part in landed]).numpy()[position.argsort()]
+        told.append((fooled.tolist(), stage.tolist()))
+        spent = np.concatenate([part.spent for part in landed]).sum((0, 1))
+        assert spent.tolist() == [meter.forwards, meter.backwards]
+    assert told[0] == told[1]
+    assert 0 < sum(told[0][0]) < len(x)
+    assert {0, 1} == set(told[0][1])
+
+
+def test_counts_are_those_of_an_independent_counter() -> None:
+    net = Small()
+    x, y = labelled(net, 12, SHAPE)
+    seen = {"forward": 0, "backward": 0}
+    net.body[0].register_forward_hook(lambda m, i, o: seen.update(forward=seen["forward"] + len(o)))
+    net.body[0].register_full_backward_hook(lambda m, i, o: seen.update(backward=seen["backward"] + len(o[0])))
+    # With room for all jobs at once, since activations that did not fit would be computed again, uncounted.
+    report = evaluate(net, x, y, EPS["linf"], suite=MIXED, precision="fp32", batch_size=100)
+    # Not counted: the image that sizes the batch, both ways, four looks at each of four for dice, and in each of
+    # two memory layouts two of two and three of all.
+    trials, looks = 2 * (2 * 2 + 3 * 12), 4 * 4
+    assert report.cost.backwards == seen["backward"] - 1 - trials
+    assert report.cost.forwards == seen["forward"] - 1 - looks - trials
+
+
+@dataclass(frozen=True, slots=True)
+class Liar(RowWise):
+    """Claims first what only the rounded model sees, then finds the truth."""
+
+    steps: int = 3
+
+    def init(self, rows: Rows) -> State:
+        return {"x": rows.x, "clock": torch.zeros(len(rows.x), dtype=torch.int64)}
+
+    def step(self, rows: Rows, state: State, answer: Answer) -> State:
+        shift = torch.where(state["clock"] >= 1, 0.2, 0.1).view(-1, 1, 1, 1)
+        return {"x": rows.x + shift, "clock": state["clock"] + 1}
+
+
+class Rounded(torch.nn.Module):
+    """Two classes that part at 0.15 above the clean image, but at 0.05 in the search's precision."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.exact = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        bound = 0.65 if self.exact else 0.55
+        score = x.flatten(1).mean(1) - bound
+        return torch.stack([-score, score], 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Dice(RowWise):
+    """Asks where its dice fall, in each of two restarts."""
+
+    steps: int = 2
+
+    @property
+    def restarts(self) -> int:
+        return 2
+
+    def init(self, rows: Rows) -> State:
+        return {"x": rows.threat.random_start(rows.x, rows.rng)}
+
+    def step(self, rows: Rows, state: State, answer: Answer) -> State:
+        return {"x": rows.threat.random_start(rows.x, rows.rng)}
+
+
+def once(x: Tensor, ids: Tensor, margin: float) -> Callable[[int], Boarding]:
+    """Board these images of class 0 at the first call, none at later ones."""
+    far = torch.full((len(x),), -margin)
+    whole = Boarding(ids.numpy(), ids, x, torch.zeros(len(x), dtype=torch.int64), far, far)
+    calls = iter([whole])
+    return lambda free: next(calls, Boarding(*(part[:0] for part in whole[:6])))
+
+
+def mend(error: Exception) -> None:
+    raise error
+
+
+def test_every_job_and_step_has_its_own_dice() -> None:
+    asked: list[Tensor] = []
+
+    class Listening(Meter):
+        def __call__(self, x: Tensor) -> Tensor:
+            asked.append(x.detach().clone())
+            return torch.stack([x.flatten(1).sum(1) * 0 + 1, x.flatten(1).sum(1) * 0], 1)
+
+        def exact(self, x: Tensor) -> Tensor:
+            return torch.tensor([[1.0, 0.0]]).expand(len(x), 2)
+
+    meter = Listening(as_classifier(torch.nn.Flatten()), torch.device("cpu"))
+    x = torch.full((1, 1, 4, 5), 0.5)
+    threat, ids = ThreatModel.parse("linf:0.3"), torch.tensor([7])
+    for _ in Flight(meter, threat, [Rung(Dice())], ["dice"], 5, 8, once(x, ids, margin=1.0), mend).run():
+        pass
+    rng = RowRng(5, "dice", ids)
+    expected = [threat.random_start(x, rng.at(restart=job, step=step)) for job in (0, 1) for step in (0, 1, 2)]
+    assert len(asked) == len(expected)
+    assert all(torch.equal(a, b) for a, b in zip(asked, expected, strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Shifted(RowWise):
+    """Asks again and again at one distance from the image."""
+
+    by: float
+    steps: int = 20
+
+    def init(self, rows: Rows) -> State:
+        return {"x": rows.x + self.by}
+
+    def step(self, rows: Rows, state: State, answer: Answer) -> State:
+        return state
+
+
+class Luck(torch.nn.Module):
+    """Sure of the first class: more so in brighter images, but there the dice may speak against it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        moved = x.flatten(1).mean(1) - 0.5
+        margin = 1 + torch.where(moved > 0, moved, 4 * moved) + 8 * moved.clamp(min=0) * torch.randn(len(x))
+        return torch.stack([margin, torch.zeros_like(margin)], 1)
+
+
+@pytest.mark.parametrize("view", ["", "averaged-mended", "loosened"])
+@pytest.mark.parametrize("order", [(0.2, -0.2), (-0.2, 0.2)])
+def test_the_nearest_point_of_a_random_model_is_not_the_luckiest(order: tuple[float, ...], view: str) -> None:
+    """Single draws at the brighter point are wrong at times, but the darker one is nearer on average."""
+    model = as_classifier(Luck())
+    meter = Meter(model, torch.device("cpu"))
+    meter.random = True
+    meter.views = {"averaged-mended": [Smooth(model, sigma=0)], "loosened": [Smooth(model, draws=3), model]}
+    x = torch.full((6, 1, 4, 5), 0.5)
+    attacks = [Rung(Shifted(order[0])), Rung(Shifted(order[1]), view)]
+    torch.manual_seed(0)
+    flight = Flight(
+        meter, ThreatModel.parse("linf:0.2"), attacks, ["a", "b"], 0, 8, once(x, torch.arange(6), 1.0), mend
+    )
+    (landed,) = (part for group in flight.run() for part in group)
+    assert not landed.judged.fooled.any()
+    torch.testing.assert_close(landed.judged.x, x - 0.2)
+    torch.testing.assert_close(landed.judged.margin, torch.full((6,), 0.2).double())
+    # Means over draws are not so often wrong.
+    assert view or landed.judged.refused.all()
+    assert landed.spent.sum((0, 1)).tolist() == [meter.forwards, meter.backwards]
+
+
+def test_a_point_that_stays_is_not_weighed_again() -> None:
+    """Nor are attacks billed that were not run."""
+    meter = Meter(as_classifier(Luck()), torch.device("cpu"))
+    meter.random = True
+    x = torch.full((4, 1, 4, 5), 0.5)
+    attacks = [Rung(Shifted(0.0, steps=3)), *[Rung(Shifted(0.0), "calm")] * 9]
+    flight = Flight(
+        meter, ThreatModel.parse("linf:0.2"), attacks, ["a", *"b" * 9], 0, 8, once(x, torch.arange(4), 1.0), mend
+    )
+    (landed,) = (part for group in flight.run() for part in group)
+    queries, verdict = 4, 8
+    assert landed.spent[:, 0, 0].tolist() == [queries + verdict] * 4
+    assert not landed.spent[:, 1:].any()
+
+
+class Faded(torch.nn.Module):
+    """The less sure of the first class the brighter the image, and never quite sure of anything."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        margin = 2 - 8 * (x.flatten(1).mean(1) - 0.5) + torch.randn(len(x))
+        return torch.stack([margin, torch.zeros_like(margin)], 1)
+
+
+@pytest.mark.parametrize("view", ["", "averaged-mended"])
+def test_who_wins_against_a_random_model_goes_on(view: str) -> None:
+    """The point that won is right in four of ten draws, the one that is told of in one of ten."""
+    model = as_classifier(Faded())
+    meter = Meter(model, torch.device("cpu"))
+    meter.random, meter.views = True, {"averaged-mended": [Smooth(model, draws=5, sigma=0)]}
+    x = torch.full((16, 1, 4, 5), 0.5)
+    torch.manual_seed(0)
+    boarding = once(x, torch.arange(16), 2.0)
+    attacks = [Rung(Shifted(0.28, steps=60), view)]
+    flight = Flight(meter, ThreatModel.parse("linf:0.4"), attacks, ["a"], 0, 16, boarding, mend)
+    landed = [part for group in flight.run() for part in group]
+    fooled = torch.cat([part.judged.fooled for part in landed])
+    assert fooled.sum() > 8
+    # But for one that chance let win by all of eight draws.
+    came = (torch.cat([part.judged.x for part in landed])[fooled] - 0.5).flatten(1).amin(1)
+    assert (came > 0.37).double().mean() > 0.7
+    assert torch.cat([part.judged.right for part in landed])[fooled].mean() < 0.2
+    spent = np.concatenate([part.spent for part in landed]).sum((0, 1))
+    assert spent.tolist() == [meter.forwards, meter.backwards]
+
+
+def test_a_refused_claim_goes_on() -> None:
+    net = Rounded()
+    model = as_classifier(net)
+
+    class Two(Meter):
+        def exact(self, x: Tensor) -> Tensor:
+            net.exact = True
+            try:
+                return super().exact(x)
+            finally:
+                net.exact = False
+
+    net.exact = False
+    meter = Two(model, torch.device("cpu"))
+    meter.num_classes = 2
+    x = torch.full((3, 1, 4, 5), 0.5)
+    board = once(x, torch.arange(3), margin=0.3)
+    flight = Flight(meter, ThreatModel.parse("linf:0.3"), [Rung(Liar())], ["liar"], 0, 8, board, mend)
+    landed = [part for group in flight.run() for part in group]
+    assert flight.refused == 3
+    assert torch.cat([part.judged.fooled for part in landed]).all()
+
+
+@pytest.mark.parametrize("precision", ["auto", "fp32", "bf16"])
+def test_every_sample_gets_a_verdict_in_every_precision(precision: str) -> None:
+    net = Small().eval()
+    x, y = labelled(net, 40, SHAPE)
+    report = evaluate(net, x, y, "linf:0.012", suite="pgd(steps=6),square(queries=9)", precision=precision)
+    assert all(stage.forwards > 0 for stage in report.stages)
+    assert all(verdict.margin > 0 for verdict in report.verdicts if verdict.robust)
+    if precision == "bf16":
+        assert report.environment["searched_again"] > 0
+    clean = evaluate(net, x, y, "linf:0", suite="pgd(steps=1)", precision=precision)
+    searched = [(a.margin, b.margin) for a, b in zip(report.verdicts, clean.verdicts, strict=True) if a.robust]
+    assert all(after < before for after, before in searched)
+
+
+class Dies(torch.nn.Module):
+    """A net that is interrupted after so many forwards."""
+
+    def __init__(self, net: torch.nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        self.left: float = float("inf")
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.left -= 1
+        if self.left < 0:
+            raise KeyboardInterrupt
+        out: Tensor = self.net(x)
+        return out
+
+
+def test_interrupted_and_resumed_is_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(block_runner.Worker, "write_every", 0.0)
+    net = Dies(Small().eval())
+    x, y = labelled(net, 40, SHAPE)
+    suite = "pgd(steps=4),race(targets=3,probe=2,steps=4,doubt=9),square(queries=20)"
+
+    def run(folder: Path) -> Report:
+        return evaluate(net, x, y, EPS["linf"], suite=suite, precision="fp32", batch_size=6, out=folder)
+
+    whole = run(tmp_path / "whole")
+    interruptions = 0
+    for _ in range(200):
+        net.left = 110
+        try:
+            pieces = run(tmp_path / "pieces")
+            break
+        except KeyboardInterrupt:
+            interruptions += 1
+    assert interruptions > 1
+    assert told(pieces) == told(whole)
+    assert np.allclose(*([v.margin for v in r.verdicts] for r in (pieces, whole)), atol=1e-4)
+    assert [s.fooled for s in pieces.stages] == [s.fooled for s in whole.stages]
+    assert np.allclose(*([s.forwards + s.backwards for s in r.stages] for r in (pieces, whole)), rtol=0.05)
+
+
+def test_out_of_memory_halves_the_pieces_and_changes_nothing() -> None:
+    class Cramped(torch.nn.Module):
+        """Refuses more than so many images at once, once it is under attack."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.most = Small().eval(), 1000
+
+        def forward(self, x: Tensor) -> Tensor:
+            if len(x) > self.most and x.requires_grad:
+                raise torch.OutOfMemoryError("no room")
+            out: Tensor = self.net(x)
+            return out
+
+    net = Cramped()
+    x, y = labelled(net, 20, SHAPE)
+    suite = "race(targets=3,probe=2,steps=4,doubt=9),apgd-t(steps=4,targets=2)"
+    before = evaluate(net, x, y, EPS["linf"], suite=suite, precision="fp32")
+    net.most = 3
+    after = evaluate(net, x, y, EPS["linf"], suite=suite, precision="fp32")
+    assert told(after) == told(before)
+    assert [(s.forwards, s.backwards) for s in after.stages[1:]] == [
+        (s.forwards, s.backwards) for s in before.stages[1:]
+    ]
+    assert after.environment["images_at_once"] <= 3
+
+
+def test_slots_stay_full_while_samples_wait() -> None:
+    net = Small().eval()
+    x, y = labelled(net, 80, SHAPE)
+    report = evaluate(net, x, y, "linf:0.005", suite="pgd(steps=5),race(targets=3,probe=2,steps=4)", batch_size=8)
+    assert report.environment["occupancy"] > 0.95
+
+
+@pytest.mark.parametrize("fault", ["quantised", "zero"])
+def test_nets_without_a_useful_gradient_fall_to_square(fault: str) -> None:
+    net = {"quantised": lambda: Stairs(), "zero": lambda: Stairs(levels=40)}[fault]()
+    x, y = labelled(net, 12, (1, 6, 8))
+    report = evaluate(net, x, y, "linf:0.15", suite="rapid")
+    fallen = {stage.attack: stage.fooled for stage in report.stages}
+    assert fallen["square"] > 0
+    assert {"no-gradient", "zero-gradient", "score-beats-gradient"} & {flag.code for flag in report.flags}
+
+
+class Stairs(torch.nn.Module):
+    """A linear net whose logits come in steps, so that the gradient is zero everywhere."""
+
+    def __init__(self, levels: float = 8) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(4, 48, generator=torch.Generator().manual_seed(0)))
+        self.levels = levels
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.floor((x - 0.5).flatten(1) @ self.weight.T * self.levels) / self.levels
+
+
+def test_a_random_net_is_flagged() -> None:
+    net = Faulty("random")
+    x, y = labelled(Small(1), 8, (1, 6, 8))
+    report = evaluate(net, x, y, "linf:0.01", suite="rapid")
+    assert "randomised" in {flag.code for flag in report.flags}
+
+
+def test_the_last_query_is_its_own_verdict_where_the_model_gives_one_answer() -> None:
+    suite = "pgd(steps=1,step_size=1,loss=margin,random_start=false)"
+    for net, again in ((Small(), False), (Faulty("random", channels=3), True)):
+        x, y = labelled(Small(), 30, SHAPE)
+        report = evaluate(net, x, y, EPS["linf"], suite=suite, precision="fp32")
+        clean, pgd = report.stages
+        right = report.n - clean.fooled
+        assert 0 < pgd.fooled < right
+        # Two queries, and one more for those that stand; a random model's claims are judged by a fresh draw.
+        least = 2 * right + (right - pgd.fooled)
+        assert pgd.forwards >= least + pgd.fooled if again else pgd.forwards == least

@@ -1,0 +1,65 @@
+"""How the meter chooses to run a model, by clocks that the tests set."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from gauntlet import AROUND, Behind
+from nets import Small
+from torch import Tensor
+
+from robustkit.engine.model.instrumented_model import Meter
+from robustkit.models import as_classifier
+
+SHAPE = (5, 3, 7, 9)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "piece", "chosen"),
+    [
+        (lambda n: 1.0, 64, 32),  # a launch costs the same whatever is in it
+        (lambda n: n / 100, 64, 4),
+        (lambda n: max(n, 16) / 100, 64, 16),
+        (lambda n: 1.0, 10, 8),
+        (lambda n: 1.0, 3, 2),
+    ],
+)
+def test_the_batch_doubles_while_that_is_faster(seconds: object, piece: int, chosen: int) -> None:
+    meter = Meter(as_classifier(Small().eval()), torch.device("cpu"))
+    meter.piece = piece
+    meter._timed = lambda x: (seconds(len(x)), x)  # type: ignore[method-assign, operator]
+    assert meter.widest(torch.rand(SHAPE), 4, 32) == chosen
+
+
+def test_a_batch_that_does_not_fit_is_not_chosen() -> None:
+    meter = Meter(as_classifier(Small().eval()), torch.device("cpu"))
+
+    def timed(x: Tensor) -> tuple[float, Tensor]:
+        if len(x) > 8:
+            raise torch.OutOfMemoryError
+        return 1.0, x
+
+    meter._timed = timed  # type: ignore[method-assign]
+    assert meter.widest(torch.rand(SHAPE), 4, 32) == 8
+
+
+def test_a_way_that_is_hopeless_for_two_images_is_not_tried_on_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    meter = Meter(as_classifier(Small().eval()), torch.device("cpu"))
+    seen: list[tuple[torch.dtype | None, int]] = []
+
+    def timed(x: Tensor) -> tuple[float, Tensor]:
+        seen.append((meter.way.dtype, len(x)))
+        return (5.0 if meter.way.dtype else 1.0), meter._net(x.detach().requires_grad_()).detach()
+
+    monkeypatch.setattr(meter, "_timed", timed)
+    meter.tune(torch.rand(SHAPE), precision=True)
+    assert meter.precision == "fp32"
+    assert {n for dtype, n in seen if dtype is torch.bfloat16} == {2}
+    assert {n for dtype, n in seen if dtype is None} == {2, len(torch.rand(SHAPE))}
+
+
+def test_a_precision_that_the_net_cannot_have_is_left_alone() -> None:
+    """Its logits come from numpy, which has no bfloat16."""
+    meter = Meter(as_classifier(Behind(Small(), AROUND["abroad"]).eval()), torch.device("cpu"))
+    meter.tune(torch.rand(SHAPE), precision=True)
+    assert meter.precision == "fp32"

@@ -1,0 +1,193 @@
+"""A list of models gives of each what a command with one gives, whoever does the work and whatever dies."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from nets import Flat, labelled
+from teams import as_threads
+
+from robustkit import RunError, UsageError
+from robustkit.core.threat import ThreatModel
+from robustkit.data import from_arrays
+from robustkit.distributed import model_files
+from robustkit.distributed.model_files import Parcelled
+from robustkit.engine.evaluation import evaluate_worker, tasks
+from robustkit.engine.evaluation.leaderboard import Entry, Sweep, read_models
+from robustkit.engine.evaluation.run import Evaluation
+from robustkit.engine.progress import Progress
+from robustkit.runs.evaluation_record import Report
+from robustkit.runs.ledger import Chunk
+
+# One or the other: workers that are threads share the global generators, which flights set apart.
+ROWS, COUPLED = "pgd(steps=4),square(queries=4),apgd(steps=8)", "autoattack:apgd-ce(steps=4)"
+MODELS = [Entry(f"net{seed}", f"nets:flat?pixels=144&seed={seed}") for seed in range(3)]
+X, Y = labelled(Flat(144), 8, (3, 6, 8))
+BAD = Entry("bad", "nets:absent")
+
+
+@pytest.fixture(autouse=True)
+def _threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    as_threads(monkeypatch)
+
+
+class Watch(Progress):
+    """Keeps what is said; may stop the command after some news of progress, as Ctrl-C would."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+
+def plan(entry: Entry, suite: str = ROWS) -> Evaluation:
+    return Evaluation(
+        model_files.load_model(entry.string),
+        from_arrays(X, Y),
+        ThreatModel.parse("linf:0.02"),
+        suite=suite,
+        precision="fp32",
+        batch_size=3,
+    )
+
+
+def sweep(
+    out: Path, workers: int, entries: list[Entry] = MODELS, watch: Progress | None = None, suite: str = ROWS
+) -> list[Report]:
+    watch = watch or Progress()
+    made = Sweep(entries, lambda entry: plan(entry, suite), workers=workers)
+    found = made.run(out, watch, lambda name: Progress())
+    return [one if isinstance(one, Exception) else one[1] for one in found]
+
+
+def same(one: list[Report], other: list[Report]) -> None:
+    for first, second in zip(one, other, strict=True):
+        assert isinstance(second, Report), second
+        assert first.run_id == second.run_id
+        assert [(v.robust, v.attack) for v in first.verdicts] == [(v.robust, v.attack) for v in second.verdicts]
+        assert np.allclose([v.margin for v in first.verdicts], [v.margin for v in second.verdicts], atol=1e-5)
+        assert [stage.fooled for stage in first.stages] == [stage.fooled for stage in second.stages]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> list[Report]:
+    return sweep(tmp_path_factory.mktemp("alone"), 1)
+
+
+# Fewer workers than models, and more.
+@pytest.mark.parametrize(
+    "workers", [pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow), 5]
+)
+def test_as_many_as_one(workers: int, alone: list[Report], tmp_path: Path) -> None:
+    assert len({report.run_id for report in alone}) == 3
+    watch = Watch()
+    same(alone, sweep(tmp_path, workers, watch=watch))
+    assert sum("robust accuracy" in line for line in watch.said) == 3
+    watch = Watch()
+    same(alone, sweep(tmp_path, workers, watch=watch))
+
+
+@pytest.mark.slow
+def test_attacks_by_the_batch(tmp_path: Path) -> None:
+    same(sweep(tmp_path / "1", 1, suite=COUPLED), sweep(tmp_path / "2", 2, suite=COUPLED))
+
+
+def test_what_a_dead_worker_had_is_done_by_others(
+    alone: list[Report], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, deaths = evaluate_worker.Outbox.write, []
+
+    def dying(box: evaluate_worker.Outbox, *chunks: Chunk) -> None:
+        if len(deaths) < 3:
+            deaths.append(1)
+            raise tasks.Gone
+        write(box, *chunks)
+
+    monkeypatch.setattr(evaluate_worker.Outbox, "write", dying)
+    watch = Watch()
+    same(alone, sweep(tmp_path, 2, watch=watch))
+    assert sum("has died" in line for line in watch.said) == 3
+
+
+def test_interrupted_and_resumed(alone: list[Report], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stop(Watch):
+        def say(self, text: str) -> None:
+            if "robust accuracy" in text:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sweep(tmp_path, 2, watch=Stop())
+    assert list(tmp_path.glob("*/report.json"))
+    same(alone, sweep(tmp_path, 3))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_bad_model_stops_no_other(workers: int, alone: list[Report], tmp_path: Path) -> None:
+    found = sweep(tmp_path, workers, [BAD, MODELS[0], Entry("again", MODELS[0].string)])
+    assert isinstance(found[0], UsageError)
+    same(alone[:1], found[1:2])
+    assert "is the model 'net0' once more" in str(found[2])
+
+
+def test_nor_does_one_whose_code_fails(tmp_path: Path) -> None:
+    found = Sweep([BAD], lambda entry: 1 / 0, workers=2).run(tmp_path, Progress(), lambda name: Progress())
+    assert isinstance(found[0], RunError)
+    assert str(found[0]) == "ZeroDivisionError: division by zero"
+
+
+def test_a_model_that_fails_in_a_worker_stops_no_other(
+    alone: list[Report], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unpack = Parcelled.unpack
+
+    def other(model: Parcelled, *place: object) -> object:
+        return unpack(replace(model, string=model.string.replace("seed=2", "seed=1")), *place)
+
+    monkeypatch.setattr(Parcelled, "unpack", other)
+    found = sweep(tmp_path, 2)
+    assert isinstance(found[2], RunError)
+    assert "found another model than the driver" in str(found[2])
+    same(alone[:2], found[:2])
+
+
+def test_a_list_of_models(tmp_path: Path) -> None:
+    path = tmp_path / "models.txt"
+    path.write_text(
+        "# a zoo\n\nrobustkit:digits-cnn   # built in\nold one = runs/x/#2\ntimm:resnet50?mean=0,0,0\n"
+        "b=./net.py:build@w.pt?size=3\n"
+    )
+    assert read_models(path) == [
+        Entry("robustkit:digits-cnn", "robustkit:digits-cnn"),
+        Entry("old one", "runs/x/#2"),
+        Entry("timm:resnet50?mean=0,0,0", "timm:resnet50?mean=0,0,0"),
+        Entry("b", "./net.py:build@w.pt?size=3"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"# nothing\n\n", "lists no model; write a model string on each line"),
+        (b"timm:a\ntimm:a\n", "line 2: 'timm:a' is in the list already; write each model once"),
+        (b"a=timm:a\na=timm:b\n", "line 2: 'a' is in the list already"),
+        (b"a=timm:a\n b = \n", "line 2: 'b =' names no model; write NAME=MODEL"),
+        (b"\xff\xfe\x00", "is no text file; write one with a model string on each line"),
+        (None, "cannot read the list of models .*: No such file or directory; write"),
+    ],
+)
+def test_a_list_that_is_none(content: bytes | None, sentence: str, tmp_path: Path) -> None:
+    path = tmp_path / "models.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UsageError, match=sentence):
+        read_models(path)
+
+
+def test_a_folder_of_something_else(tmp_path: Path) -> None:
+    (tmp_path / "spec.json").write_text("{}")
+    with pytest.raises(UsageError, match=r"'spec\.json', which is no run of a list of models; give an empty"):
+        sweep(tmp_path, 1)

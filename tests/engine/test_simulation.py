@@ -1,0 +1,96 @@
+"""The simulation of runs on several devices, against what is known in closed form."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from robustkit.engine.planning.simulation import PARTS, Job, Site, extended, simulate
+
+DEVICES = (1, 2, 3, 5, 8, 20, 64)
+
+
+def mixed(count: int, seed: int = 0) -> list[Job]:
+    """Images of which some fall early and some last long."""
+    rng = random.Random(seed)
+    return [Job(0.05, 5) if rng.random() < 0.7 else Job(2.0 * rng.random(), 200) for _ in range(count)]
+
+
+@pytest.mark.parametrize("devices", DEVICES)
+@pytest.mark.parametrize("passes", [1, 7])
+def test_equal_images_one_at_a_time_go_in_rounds(devices: int, passes: int) -> None:
+    course = simulate([Job(3.0, passes)] * 10, Site(devices, slots=1))
+    assert course.seconds == pytest.approx(-(-10 // devices) * 3.0)
+    assert course.shares["work"] == pytest.approx(30 / (devices * course.seconds))
+
+
+def test_a_pass_takes_its_own_time_and_that_of_all_on_board() -> None:
+    # 10 images of 4 passes, 5 on board: twice 4 passes of 0.5 s and 5 x 0.1 s.
+    course = simulate([Job(0.4, 4)] * 10, Site(1, slots=5, overhead=0.5))
+    assert course.seconds == pytest.approx(2 * 4 * (0.5 + 5 * 0.1))
+    assert course.shares["passes"] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("devices", DEVICES)
+def test_one_long_image_bounds_the_time(devices: int) -> None:
+    jobs = [Job(0.01, 2)] * 50 + [Job(9.0, 900)]
+    course = simulate(jobs, Site(devices, slots=8, overhead=0.01))
+    assert course.seconds >= 9.0 + 900 * 0.01 - 1e-9
+    if devices > 2:
+        assert course.seconds < 1.2 * (9.0 + 900 * 0.01)
+    if devices > 3:
+        assert course.bound == "tail"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_more_devices_are_faster_and_no_better_than_their_number(seed: int) -> None:
+    jobs = mixed(400, seed)
+    longest = max(job.work + 0.001 * job.passes for job in jobs)
+    before = None
+    first = simulate(jobs, Site(1, 16, 0.001)).seconds
+    for devices in DEVICES:
+        course = simulate(jobs, Site(devices, 16, 0.001))
+        assert sum(course.shares.values()) == pytest.approx(1)
+        assert tuple(course.shares) == PARTS
+        assert min(course.shares.values()) >= 0
+        assert first / (devices * course.seconds) <= 1 + 1e-9
+        assert course.seconds >= sum(job.work for job in jobs) / devices - 1e-9
+        # Whoever is unlucky with the last image may be late by it.
+        assert before is None or course.seconds <= before + longest
+        before = course.seconds
+
+
+def test_the_last_images_are_shared_out() -> None:
+    # 64 images are on board of the first to ask, unless some are given away.
+    jobs = [Job(1.0, 100)] * 64
+    course = simulate(jobs, Site(4, slots=64, overhead=0.001))
+    assert course.seconds < 1.4 * 64 / 4
+
+
+def test_start_up_and_the_driver_bound_what_devices_can_do() -> None:
+    jobs = [Job(0.1, 1)] * 100
+    late = simulate(jobs, Site(50, slots=4, startup=20.0, opening=5.0))
+    assert late.bound == "start"
+    assert late.seconds == pytest.approx(20 + 0.2)
+    waiting = simulate(jobs, Site(50, slots=4, startup=5.0, opening=20.0))
+    assert waiting.bound == "clean"
+    served = simulate(jobs, Site(50, slots=4, handout=1.0, verdict=0.5))
+    assert served.bound == "driver"
+    assert served.seconds >= 100 * 1.5
+    alone = simulate(jobs, Site(1, slots=4, startup=1.0, opening=2.0, handout=0.01, verdict=0.02))
+    assert alone.seconds == pytest.approx(1 + 2 + 100 * (0.1 + 0.03))
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_images_beyond_those_simulated_go_at_the_steady_pace(devices: int) -> None:
+    site = Site(devices, slots=8, overhead=0.01, startup=2.0)
+    whole = simulate(mixed(8000), site)
+    part = extended(mixed(2000), site, 8000)
+    assert part.seconds == pytest.approx(whole.seconds, rel=0.1)
+    assert sum(part.shares.values()) == pytest.approx(1)
+    assert part.shares["work"] == pytest.approx(whole.shares["work"], abs=0.1)
+
+
+def test_nothing_to_do_takes_no_time() -> None:
+    assert simulate([], Site(2, slots=4)).seconds == 0

@@ -1,0 +1,78 @@
+"""Paired comparison: the interval against the literature and by simulation, the test against scipy."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from reports import make_report
+from scipy import stats
+
+from robustkit.reporting.paired import compare, mcnemar, newcombe
+from robustkit.runs.evaluation_record import Report
+
+
+def with_robust(robust: list[bool]) -> Report:
+    report = make_report(len(robust), 0, wrong=0)
+    return replace(
+        report,
+        verdicts=[replace(image, robust=stood) for image, stood in zip(report.verdicts, robust, strict=True)],
+    )
+
+
+@pytest.mark.parametrize(
+    ("cells", "low", "high"),
+    [  # Newcombe 1998, table II, method 10: e, f, g, h of n = 50
+        ((36, 12, 2, 0), 0.0569, 0.3404),
+        ((54, 0, 0, 0), -0.0664, 0.0664),
+    ],
+)
+def test_interval_is_newcombes(cells: tuple[int, int, int, int], low: float, high: float) -> None:
+    both, first, second, neither = cells
+    found = newcombe(both, first, second, sum((both, first, second, neither)))
+    assert found == pytest.approx((low, high), abs=6e-5)
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 40])
+def test_interval_holds_the_difference_and_mirrors(n: int) -> None:
+    for both in range(n + 1):
+        for first in range(n - both + 1):
+            second = n - both - first
+            low, high = newcombe(both, first, second, n)
+            assert -1 <= low <= (first - second) / n <= high <= 1
+            assert newcombe(both, second, first, n) == pytest.approx((-high, -low))
+
+
+def test_interval_covers_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(0)
+    shares, n = [0.4, 0.15, 0.1, 0.35], 120
+    hits = 0
+    for both, first, second, _ in rng.multinomial(n, shares, 1500):
+        low, high = newcombe(int(both), int(first), int(second), n)
+        hits += low <= shares[1] - shares[2] <= high
+    assert 0.93 < hits / 1500 < 0.98
+
+
+@pytest.mark.parametrize(("one", "other"), [(0, 0), (1, 0), (5, 5), (3, 9), (12, 2), (40, 61), (0, 30)])
+def test_mcnemar_is_the_binomial_test(one: int, other: int) -> None:
+    expected = stats.binomtest(one, one + other, 0.5).pvalue if one + other else 1.0
+    assert mcnemar(one, other) == pytest.approx(expected, rel=1e-12)
+    assert mcnemar(one, other) == mcnemar(other, one)
+
+
+def test_mcnemar_by_hand() -> None:
+    assert mcnemar(0, 6) == 2 / 64
+    assert mcnemar(1, 3) == 2 * (1 + 4) / 16
+    assert mcnemar(4000, 6000) < 1e-80
+
+
+def test_who_loses_what() -> None:
+    a = with_robust([True, True, False, False, True])
+    b = with_robust([True, False, True, False, False])
+    found = compare(a, b)
+    assert (found.only_a, found.only_b, found.n) == ([2], [1, 4], 5)
+    assert found.difference == pytest.approx(0.2)
+    assert found.low < 0.2 < found.high
+    same = compare(a, a)
+    assert (same.difference, same.p, same.only_a, same.only_b) == (0, 1, [], [])
