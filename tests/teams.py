@@ -12,7 +12,7 @@ import torch
 from robustkit.distributed import company, model_files, ray_pool, service, shared_pool
 from robustkit.distributed.process_pool import Door
 from robustkit.engine.evaluation import scheduler
-from robustkit.engine.evaluation.block_runner import Worker
+from robustkit.engine.evaluation.block_runner import BlockRunner
 from robustkit.engine.progress import Progress
 
 
@@ -58,7 +58,7 @@ def as_threads(monkeypatch: pytest.MonkeyPatch) -> None:
 
     # What seeds the global generators shares them with other threads, as it does not with processes.
     for name in ("prepare", "_do", "_search"):
-        monkeypatch.setattr(Worker, name, in_turn(getattr(Worker, name)))
+        monkeypatch.setattr(BlockRunner, name, in_turn(getattr(BlockRunner, name)))
     monkeypatch.setattr(model_files, "load_model", in_turn(model_files.load_model))
     monkeypatch.setattr(ray_pool, "Local", Threads)
     monkeypatch.setattr(scheduler, "SPLIT_EVERY", 0.0)

@@ -14,7 +14,7 @@ from robustkit.core.devices import model_device, pick_device
 from robustkit.core.errors import UsageError
 from robustkit.core.threat import EXAMPLES, ThreatModel
 from robustkit.crafting.run import run_craft
-from robustkit.crafting.spec import DEFAULT_ATTACK, DEFAULT_COMBINE, Crafting
+from robustkit.crafting.spec import DEFAULT_ATTACK, DEFAULT_COMBINE, CraftRequest
 from robustkit.data import from_arrays, load_data
 from robustkit.data.classes import matched
 from robustkit.data.samples import Samples
@@ -28,7 +28,7 @@ from robustkit.engine.evaluation.run import Evaluation
 from robustkit.engine.evaluation.verify_run import Verification, verify_run
 from robustkit.engine.model.loaded_models import gather_both
 from robustkit.engine.planning.forecast import plan as measure
-from robustkit.engine.planning.pilot import Pilot
+from robustkit.engine.planning.pilot import CostProbe
 from robustkit.engine.progress import Progress
 from robustkit.models import as_classifier, load_model
 from robustkit.models.label_matching import matched_to
@@ -222,7 +222,7 @@ def plan(
     samples, rules = _given(images, labels, threat)
     classifier = as_classifier(model)
     place = model_device(classifier) if str(device) == "auto" else pick_device(str(device))
-    pilot = Pilot(
+    pilot = CostProbe(
         model=classifier.to(place),
         samples=matched_to(samples, classifier),
         threat=rules,
@@ -302,7 +302,7 @@ def craft(
     nets, judges = gather_both(
         _listed(surrogates), _listed(targets), samples, place, streaming, trust_code=trust_code
     )
-    plan = Crafting(
+    plan = CraftRequest(
         nets=nets,
         samples=matched(samples, nets[0].classes, nets[0].class_names) if nets else samples,
         threat=rules,

@@ -29,7 +29,7 @@ USUAL = {"linf": "linf:8/255", "l2": "l2:0.5", "l1": "l1:12"}
 
 
 @dataclass(frozen=True)
-class Subject:
+class Inputs:
     """A loaded model on its device, the samples, the rules."""
 
     model: Classifier
@@ -49,7 +49,7 @@ class Subject:
         download: bool = False,
         most: int | None = None,
         trust_code: bool = False,
-    ) -> Subject:
+    ) -> Inputs:
         """Load it; without data the built-in model takes its own. `most` caps the images if no limit is given.
 
         `trust_code` is whether Python code that a run folder names is run.

@@ -18,7 +18,7 @@ from robustkit.core.isolation import own_randomness
 from robustkit.core.rng import RowRng
 from robustkit.core.shapes import Images
 from robustkit.crafting.ensemble import Ensemble, Storage
-from robustkit.crafting.spec import Crafting
+from robustkit.crafting.spec import CraftRequest
 from robustkit.data.prefetch import read_ahead
 from robustkit.engine.failures import NO_MEMORY, described, is_out_of_memory
 from robustkit.engine.progress import Progress
@@ -33,10 +33,10 @@ POOL = 256
 Goals = Sequence[int] | Mapping[int, int] | None
 
 
-class Bench:
+class Crafter:
     """Surrogates and images; the batch shrinks when memory runs out."""
 
-    def __init__(self, plan: Crafting, progress: Progress, store: Store) -> None:
+    def __init__(self, plan: CraftRequest, progress: Progress, store: Store) -> None:
         """Set up; the surrogates are loaded when first asked for, and the store keeps unfinished batches."""
         self.plan, self.progress, self.store = plan, progress, store
         self.samples, self.threat = plan.samples, plan.threat

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from robustkit.core.threat import ThreatModel
-from robustkit.crafting.batches import Bench
+from robustkit.crafting.batches import Crafter
 from robustkit.crafting.ensemble import Ensemble, Storage
-from robustkit.crafting.spec import Crafting
+from robustkit.crafting.spec import CraftRequest
 from robustkit.data.samples import Samples
 from robustkit.engine.evaluation import tasks
 from robustkit.engine.evaluation.evaluate_worker import Lent, Voice
@@ -30,7 +30,7 @@ def work(brief: tasks.CraftBrief, link: Link) -> object:
         stays = brief.loaded or model.itself is not None
         nets.append(replace(net, model=here if stays else None, string=here.string, threads=brief.threads))
     source = Lent(brief.pool)
-    plan = Crafting(
+    plan = CraftRequest(
         nets=nets,
         samples=Samples(brief.data, brief.labels, None, source := Lent(brief.pool), np.arange(len(brief.labels))),
         threat=ThreatModel.parse(brief.threat),
@@ -42,7 +42,7 @@ def work(brief: tasks.CraftBrief, link: Link) -> object:
         batch_size=brief.batch,
     )
     storage = Storage(loaded=brief.loaded, held=brief.held)
-    bench = Bench(plan, Voice(link), brief.store.here())
+    bench = Crafter(plan, Voice(link), brief.store.here())
     bench.keep(Ensemble(nets, device, storage, brief.combine, brief.weights), brief.ways)
     link.send(tasks.Ready(time.perf_counter() - begun))
     while not isinstance(order := link.receive(), tasks.Briefing):

@@ -16,12 +16,12 @@ from robustkit.core.criteria import Goal
 from robustkit.core.isolation import evaluation_mode, threads
 from robustkit.core.rng import RowRng
 from robustkit.core.shapes import Images
-from robustkit.crafting.lazy_models import Shelf, Streamed
-from robustkit.crafting.posterior_members import Sampled
+from robustkit.crafting.lazy_models import LazyModel, ModelSlot
+from robustkit.crafting.posterior_members import PosteriorMembers
 from robustkit.engine.model.batchnorm_folding import folded
-from robustkit.engine.model.instrumented_model import WORTH, Meter, Way, free_memory
+from robustkit.engine.model.instrumented_model import WORTH, ExecutionConfig, InstrumentedModel, free_memory
 from robustkit.engine.model.loaded_models import Net
-from robustkit.engine.model.stacked_models import Together, stacked
+from robustkit.engine.model.stacked_models import StackedModels, stacked
 
 # Images on which nets run as one must answer as they do alone.
 TRIED = 8
@@ -67,14 +67,14 @@ class Ensemble:
 
     def __post_init__(self) -> None:
         """Load what is to be loaded."""
-        shelf = None if self.storage.loaded else Shelf(self.device)
+        shelf = None if self.storage.loaded else ModelSlot(self.device)
         self._members = [self._member(net, shelf) for net in self.nets]
-        self._together: Together | None = None
+        self._together: StackedModels | None = None
 
-    def _member(self, net: Net, shelf: Shelf | None) -> Meter | Streamed | Sampled:
+    def _member(self, net: Net, shelf: ModelSlot | None) -> InstrumentedModel | LazyModel | PosteriorMembers:
         if net.count > 1:
-            return Sampled(net, self.device, shelf)
-        return net.metered(net.load(self.device), self.device) if shelf is None else Streamed(net, shelf)
+            return PosteriorMembers(net, self.device, shelf)
+        return net.metered(net.load(self.device), self.device) if shelf is None else LazyModel(net, shelf)
 
     @property
     def counts(self) -> tuple[int, int]:
@@ -87,7 +87,7 @@ class Ensemble:
         """Have every net in eval mode, its parameters out of autograd, and torch on as many threads as pay off."""
         with ExitStack() as stack:
             for member in self._members:
-                model = member.whole if isinstance(member, Sampled) else getattr(member, "model", None)
+                model = member.whole if isinstance(member, PosteriorMembers) else getattr(member, "model", None)
                 if model is not None:
                     stack.enter_context(evaluation_mode(model))
             stack.enter_context(threads(max(net.threads for net in self.nets)))
@@ -112,12 +112,14 @@ class Ensemble:
             note: is given the choice and returns the one that counts, made when the run began.
             hooked: whether hooks will look for the nets' blocks, which folding and stacking would hide.
         """
-        members = [member for member in self._members if not isinstance(member, Streamed)]
+        members = [member for member in self._members if not isinstance(member, LazyModel)]
         if not self.storage.loaded:
             return
         if len(x):
             for member in members:
-                few = member.trial if isinstance(member, Meter) and member.quick is not None else len(x)
+                few = (
+                    member.trial if isinstance(member, InstrumentedModel) and member.quick is not None else len(x)
+                )
                 member.tune(x[:few], precision=False)
         plain = {"members": [self._way_of(member, hooked) for member in members], "together": False}
         self._take(members, plain, x)
@@ -129,29 +131,31 @@ class Ensemble:
         """Run each net as it was chosen for others like these, x being some images."""
         self.ways = ways
         if ways:
-            members = [member for member in self._members if not isinstance(member, Streamed)]
+            members = [member for member in self._members if not isinstance(member, LazyModel)]
             self._take(members, ways, x)
             self._forget()
 
-    def _way_of(self, member: Meter | Sampled, hooked: bool) -> dict[str, bool]:
-        if isinstance(member, Sampled):
+    def _way_of(self, member: InstrumentedModel | PosteriorMembers, hooked: bool) -> dict[str, bool]:
+        if isinstance(member, PosteriorMembers):
             return {"folded": False, "channels_last": member.layout == torch.channels_last}
         return {
             "folded": member.way.net is not member.model and not hooked,
             "channels_last": member.way.layout == torch.channels_last,
         }
 
-    def _take(self, members: Sequence[Meter | Sampled], ways: dict[str, Any], x: Images) -> None:
+    def _take(
+        self, members: Sequence[InstrumentedModel | PosteriorMembers], ways: dict[str, Any], x: Images
+    ) -> None:
         for member, way in zip(members, ways["members"], strict=True):
-            if isinstance(member, Sampled):
+            if isinstance(member, PosteriorMembers):
                 member.layout = FAST[way["channels_last"]]
                 continue
             net = (folded(member.model, x[:1]) if way["folded"] else None) or member.model
-            member.way = Way(net, None, FAST[way["channels_last"]])
+            member.way = ExecutionConfig(net, None, FAST[way["channels_last"]])
         self._together = stacked(self._meters(), x[:TRIED]) if ways["together"] else None
 
-    def _meters(self) -> list[Meter]:
-        return [member for member in self._members if isinstance(member, Meter)]
+    def _meters(self) -> list[InstrumentedModel]:
+        return [member for member in self._members if isinstance(member, InstrumentedModel)]
 
     def _faster_together(self, x: Images) -> bool:
         whole = stacked(self._meters(), x[:TRIED])
@@ -174,7 +178,7 @@ class Ensemble:
 
     def _forget(self) -> None:
         for member in self._members:
-            if isinstance(member, Sampled):
+            if isinstance(member, PosteriorMembers):
                 member.forget()
             else:
                 member.forwards = member.backwards = 0

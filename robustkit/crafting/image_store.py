@@ -11,8 +11,8 @@ import torch
 
 from robustkit.core.isolation import own_randomness
 from robustkit.core.rng import RowRng
-from robustkit.crafting.batches import Bench
-from robustkit.crafting.spec import Crafting
+from robustkit.crafting.batches import Crafter
+from robustkit.crafting.spec import CraftRequest
 from robustkit.engine.progress import Progress
 from robustkit.runs.ledger import Chunk, Ledger, Verdict
 from robustkit.runs.unfinished_work import Store
@@ -21,10 +21,10 @@ from robustkit.runs.unfinished_work import Store
 GOALS, IMAGES, WITHOUT = 0, 1, 2
 
 
-class Workshop(Bench):
+class ResumableCrafter(Crafter):
     """A bench with a ledger that what is made goes into."""
 
-    def __init__(self, plan: Crafting, ledger: Ledger, progress: Progress, store: Store) -> None:
+    def __init__(self, plan: CraftRequest, ledger: Ledger, progress: Progress, store: Store) -> None:
         """Set up."""
         super().__init__(plan, progress, store)
         self.ledger = ledger

@@ -17,7 +17,7 @@ from robustkit.core.shapes import Images
 from robustkit.core.threat import ThreatModel, per_row
 from robustkit.data.prefetch import read_ahead
 from robustkit.data.samples import Samples
-from robustkit.engine.model.instrumented_model import Meter
+from robustkit.engine.model.instrumented_model import InstrumentedModel
 from robustkit.engine.model.loaded_models import Net
 from robustkit.runs.craft_record import Judgement
 from robustkit.runs.recorded_answers import recording
@@ -34,7 +34,7 @@ class Stack(Protocol):
 
 
 @dataclass(frozen=True)
-class Jury:
+class TargetEvaluator:
     """Asks models about images of these samples; `goals` are the classes wanted, None if any other will do.
 
     The `store` keeps the answers of unfinished judgements.
@@ -80,7 +80,7 @@ class Jury:
 
     def _ask(self, net: Net, asked: dict[str, Callable[[np.ndarray, Images], Images]]) -> dict[str, Any]:
         model = net.load(self.device)
-        meter = Meter(model, self.device)
+        meter = InstrumentedModel(model, self.device)
         said: dict[str, list[int]] = {name: [] for name in asked}
         work = f"judge-{net.fingerprint[:12]}-{'-'.join(asked)}"
         with evaluation_mode(model), threads(net.threads), recording(self.store, work) as answers:

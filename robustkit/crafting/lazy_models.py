@@ -9,26 +9,26 @@ from typing import Protocol
 import torch
 
 from robustkit.core.isolation import evaluation_mode
-from robustkit.engine.model.instrumented_model import Meter
+from robustkit.engine.model.instrumented_model import InstrumentedModel
 from robustkit.engine.model.loaded_models import Net
 
 
-class OnShelf(Protocol):
+class InSlot(Protocol):
     """What can be taken from a shelf."""
 
     net: Net
 
 
-class Shelf:
+class ModelSlot:
     """The place for one loaded net. While the next is being loaded there are two, never more."""
 
     def __init__(self, device: torch.device) -> None:
         """Begin empty."""
         self.device = device
-        self._of: OnShelf | None = None
-        self._meter: Meter | None = None
+        self._of: InSlot | None = None
+        self._meter: InstrumentedModel | None = None
 
-    def take(self, member: OnShelf) -> Meter:
+    def take(self, member: InSlot) -> InstrumentedModel:
         """Return the net of this member, loaded unless it was the last one asked for."""
         if self._of is not member or self._meter is None:
             if self._of is not None and self._of.net.model is not None:
@@ -38,10 +38,10 @@ class Shelf:
         return self._meter
 
 
-class Streamed:
+class LazyModel:
     """A member of `Surrogates` that is loaded by `resident`; it counts over all its loads."""
 
-    def __init__(self, net: Net, shelf: Shelf) -> None:
+    def __init__(self, net: Net, shelf: ModelSlot) -> None:
         """Share a shelf with the other members."""
         self.net, self.shelf = net, shelf
         self.forwards = self.backwards = 0
@@ -52,7 +52,7 @@ class Streamed:
             return model(x)
 
     @contextmanager
-    def resident(self) -> Iterator[Meter]:
+    def resident(self) -> Iterator[InstrumentedModel]:
         """Give the loaded net inside."""
         meter = self.shelf.take(self)
         forwards, backwards = meter.forwards, meter.backwards

@@ -15,7 +15,7 @@ from robustkit.core.threat import ThreatModel
 from robustkit.core.writing import subfolder
 from robustkit.crafting.judging import doubts_of
 from robustkit.crafting.run import run_craft
-from robustkit.crafting.spec import Crafting
+from robustkit.crafting.spec import CraftRequest
 from robustkit.data.samples import Samples
 from robustkit.distributed.ray_pool import hire
 from robustkit.distributed.shared_pool import Bureau, Desk, Watched
@@ -52,10 +52,10 @@ class Grid:
         same_classes(self.nets, self.targets)
 
     @property
-    def runs(self) -> list[Crafting]:
+    def runs(self) -> list[CraftRequest]:
         """The craft run behind each row."""
         return [
-            Crafting(
+            CraftRequest(
                 nets=[net],
                 samples=self.samples,
                 threat=self.threat,

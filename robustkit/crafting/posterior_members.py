@@ -12,28 +12,28 @@ import torch
 
 from robustkit.core.isolation import evaluation_mode
 from robustkit.core.shapes import Images, Logits
-from robustkit.crafting.lazy_models import Shelf
-from robustkit.engine.model.instrumented_model import Meter, Way
+from robustkit.crafting.lazy_models import ModelSlot
+from robustkit.engine.model.instrumented_model import ExecutionConfig, InstrumentedModel
 from robustkit.engine.model.loaded_models import Net
 from robustkit.models.classifier import Classifier
 from robustkit.models.ensembles.mixture import Mixture
 
 
-class Sampled:
+class PosteriorMembers:
     """A `Population` of `attack_api.posterior_surrogates`: the nets of a mixture. It counts what all are asked.
 
     Without a shelf the mixture stays loaded; with one it is taken from there for every call. `layout` is the
     memory layout of the images. Batch norms are never folded, since the weights under them change.
     """
 
-    def __init__(self, net: Net, device: torch.device, shelf: Shelf | None = None) -> None:
+    def __init__(self, net: Net, device: torch.device, shelf: ModelSlot | None = None) -> None:
         """Load it, or wait until it is asked."""
         self.net, self.device, self.shelf = net, device, shelf
         self.layout = torch.contiguous_format
         self._forwards = self._backwards = 0
         self.whole = net.load(device) if shelf is None else None
         # Each net, by its identity, as the attack sees it.
-        self._meters: dict[int, Meter] = {}
+        self._meters: dict[int, InstrumentedModel] = {}
 
     def __len__(self) -> int:
         """How many nets."""
@@ -54,14 +54,14 @@ class Sampled:
         return self if self.whole is None else mixture_of(self.whole).place(number)
 
     @contextmanager
-    def at(self, number: int) -> Iterator[Meter]:
+    def at(self, number: int) -> Iterator[InstrumentedModel]:
         """Give one of the nets inside, loaded."""
         with self._loaded() as whole:
             net = mixture_of(whole).at(number)
             if id(net) not in self._meters:
                 self._meters[id(net)] = self.net.metered(whole.with_net(net), self.device)
             meter = self._meters[id(net)]
-            meter.way = Way(meter.model, None, self.layout)
+            meter.way = ExecutionConfig(meter.model, None, self.layout)
             yield meter
 
     def tune(self, x: Images, *, precision: bool) -> None:
@@ -105,7 +105,7 @@ class Sampled:
 class Sample:
     """One net of a `Sampled`, put into its place by `resident`."""
 
-    def __init__(self, of: Sampled, number: int) -> None:
+    def __init__(self, of: PosteriorMembers, number: int) -> None:
         """Name it."""
         self.of, self.number = of, number
 
@@ -120,7 +120,7 @@ class Sample:
             return model(x)
 
     @contextmanager
-    def resident(self) -> Iterator[Meter]:
+    def resident(self) -> Iterator[InstrumentedModel]:
         """Give the net inside."""
         with self.of.at(self.number) as meter:
             yield meter

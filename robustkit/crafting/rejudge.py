@@ -11,7 +11,7 @@ import torch
 
 from robustkit.core.errors import UsageError
 from robustkit.core.threat import ThreatModel
-from robustkit.crafting.judging import Jury, doubts_of
+from robustkit.crafting.judging import TargetEvaluator, doubts_of
 from robustkit.data.samples import Samples
 from robustkit.engine.model.loaded_models import Net
 from robustkit.engine.progress import Progress
@@ -40,7 +40,7 @@ def judge_more(
         images = run_folder.read_adversarial(path)["x"]
         _check_inside(images, samples, threat, path)
         known = {judged.fingerprint for judged in record.targets}
-        jury = Jury(samples, threat, record.goals, record.spec.seed, device)
+        jury = TargetEvaluator(samples, threat, record.goals, record.spec.seed, device)
         missing = [net for net in targets if net.fingerprint not in known]
         progress.stage("targets", record.n * max(len(missing), 1), record.n, record.n)
         try:

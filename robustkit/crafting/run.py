@@ -13,10 +13,10 @@ import numpy as np
 from robustkit.core.errors import RunError, UsageError
 from robustkit.core.schema import LARGEST
 from robustkit.crafting import png_export
-from robustkit.crafting.image_store import IMAGES, WITHOUT, Workshop
-from robustkit.crafting.judging import Jury, Stack, doubts_of
-from robustkit.crafting.scheduler import Workforce
-from robustkit.crafting.spec import Crafting
+from robustkit.crafting.image_store import IMAGES, WITHOUT, ResumableCrafter
+from robustkit.crafting.judging import Stack, TargetEvaluator, doubts_of
+from robustkit.crafting.scheduler import DistributedCrafter
+from robustkit.crafting.spec import CraftRequest
 from robustkit.data.prefetch import read_ahead
 from robustkit.distributed.crew import Agency, Alone
 from robustkit.engine import gradient_budgets
@@ -37,7 +37,7 @@ PACKED = 256
 
 
 def run_craft(
-    plan: Crafting,
+    plan: CraftRequest,
     out: Path | None = None,
     targets: Sequence[Net] = (),
     *,
@@ -84,7 +84,7 @@ class _Job:
 
     def __init__(
         self,
-        plan: Crafting,
+        plan: CraftRequest,
         out: Path | None,
         targets: Sequence[Net],
         progress: Progress,
@@ -127,10 +127,10 @@ class _Job:
             record = self._keep(record) if self.writable else record
         return record
 
-    def _workshop(self, ledger: Ledger) -> Workshop:
+    def _workshop(self, ledger: Ledger) -> ResumableCrafter:
         if self.agency is None:
-            return Workshop(self.plan, ledger, self.progress, self.store)
-        return Workforce(self.plan, ledger, self.progress, self.store, self.agency)
+            return ResumableCrafter(self.plan, ledger, self.progress, self.store)
+        return DistributedCrafter(self.plan, ledger, self.progress, self.store, self.agency)
 
     def _stored(self) -> Craft | None:
         if self.out is None or not run_folder.is_craft(self.out):
@@ -209,8 +209,10 @@ class _Job:
 
     # --- judging
 
-    def _jury(self, goals: Sequence[int] | None) -> Jury:
-        return Jury(self.samples, self.plan.threat, goals, self.plan.seed, self.plan.device, store=self.store)
+    def _jury(self, goals: Sequence[int] | None) -> TargetEvaluator:
+        return TargetEvaluator(
+            self.samples, self.plan.threat, goals, self.plan.seed, self.plan.device, store=self.store
+        )
 
     def _judge(self, record: Craft) -> Craft:
         jury = self._jury(record.goals)
@@ -274,7 +276,7 @@ class _Job:
             points.append(point)
         return self._keep(replace(record, budgets=points))
 
-    def _rate(self, jury: Jury, judged: Judgement, record: Craft, images: Stack) -> Rate | None:
+    def _rate(self, jury: TargetEvaluator, judged: Judgement, record: Craft, images: Stack) -> Rate | None:
         """Return the success of other images on a target judged before; None if it is no longer to be had."""
         net = next((one for one in self.targets if one.fingerprint == judged.fingerprint), None)
         if net is None:

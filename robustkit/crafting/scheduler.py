@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from robustkit.crafting.batches import POOL, Goals
-from robustkit.crafting.image_store import Workshop
-from robustkit.crafting.spec import Crafting
+from robustkit.crafting.image_store import ResumableCrafter
+from robustkit.crafting.spec import CraftRequest
 from robustkit.distributed.crew import Agency, Crew
 from robustkit.distributed.model_files import Parcelled
 from robustkit.distributed.process_pool import Hiring
@@ -24,13 +24,15 @@ from robustkit.runs.ledger import Chunk, Ledger
 from robustkit.runs.unfinished_work import Store
 
 
-class Workforce(Workshop):
+class DistributedCrafter(ResumableCrafter):
     """A workshop whose images others make: the batches of one process, each whole, so that they come out the same.
 
     A random model's draws are each worker's own.
     """
 
-    def __init__(self, plan: Crafting, ledger: Ledger, progress: Progress, store: Store, agency: Agency) -> None:
+    def __init__(
+        self, plan: CraftRequest, ledger: Ledger, progress: Progress, store: Store, agency: Agency
+    ) -> None:
         """Hire nobody yet."""
         super().__init__(plan, ledger, progress, store)
         self.agency = agency
@@ -114,7 +116,7 @@ class Workforce(Workshop):
         return tasks.Make(stage, attack, members, wanted, at, self.samples.images(at).numpy())
 
 
-def _parcelled(net: Net, plan: Crafting) -> Parcelled:
+def _parcelled(net: Net, plan: CraftRequest) -> Parcelled:
     """Return a surrogate packed for workers; only one from Python is needed itself."""
     if net.string.startswith("python:"):
         return Parcelled.of(net.load(plan.device))

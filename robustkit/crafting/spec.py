@@ -23,7 +23,7 @@ DEFAULT_ATTACK, DEFAULT_COMBINE = "auto", "consensus"
 
 
 @dataclass(frozen=True)
-class Crafting:
+class CraftRequest:
     """What to craft and how; `spec` is its identity, before anything has run (see `craft_run.run_craft`).
 
     `streaming` has one net in memory at a time, or all with False; None decides by the memory there is. Neither it

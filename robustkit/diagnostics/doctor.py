@@ -21,7 +21,7 @@ from robustkit.engine.evaluation.ledger_writer import noticed
 from robustkit.engine.evaluation.sanity import refuse_answers, refuse_endless
 from robustkit.engine.failures import NO_MEMORY, described, is_out_of_memory
 from robustkit.engine.model.image_size import enlarged_images, pixel_space
-from robustkit.engine.model.instrumented_model import Meter
+from robustkit.engine.model.instrumented_model import InstrumentedModel
 from robustkit.models.classifier import Classifier
 from robustkit.registry import DEFAULT_SUITE, parse_suite
 from robustkit.runs.evaluation_record import Cost
@@ -53,7 +53,7 @@ def examine(
     labels = torch.from_numpy(samples.labels).to(device)
     refuse_endless(threat.bounded(), tuple(x.shape[1:]))
     attacks = [rung.attack for rung in parse_suite(DEFAULT_SUITE, threat.norm) if not rung.view]
-    meter = Meter(model.expect(samples.num_classes), device)
+    meter = InstrumentedModel(model.expect(samples.num_classes), device)
     begun = time.perf_counter()
     with evaluation_mode(model) as was_training, own_randomness(seed, "doctor"):
         try:

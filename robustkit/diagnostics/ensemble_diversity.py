@@ -25,7 +25,7 @@ from robustkit.core.rng import RowRng
 from robustkit.core.shapes import Images, Labels, Mask
 from robustkit.core.threat import ThreatModel
 from robustkit.data.samples import Samples
-from robustkit.diagnostics.ensemble_members import Panel, attack, by_others, each_loss, loss
+from robustkit.diagnostics.ensemble_members import EnsembleMembers, attack, each_loss, loss, transferred
 from robustkit.engine.evaluation.sanity import refuse_endless
 from robustkit.engine.progress import Progress
 from robustkit.models.classifier import Classifier
@@ -117,7 +117,7 @@ class Comparison:
         if not len(places):
             raise UsageError("no image is left to compare on; look at more with --limit.")
         with evaluation_mode(self.model), own_randomness(self.seed, "diversity"):
-            panel = Panel(self.model, self.device)
+            panel = EnsembleMembers(self.model, self.device)
             most = BATCH_CPU if self.device.type == "cpu" else BATCH_GPU
             panel.size_up(self._images(places[:1]), most)
             self._check_labels(panel.whole.num_classes or 0)
@@ -134,7 +134,9 @@ class Comparison:
                 f"{self.samples.labels[outside[0]]} at position {outside[0]}; give the data it was made for."
             )
 
-    def _compare(self, panel: Panel, places: np.ndarray, most: int, progress: Progress, begun: float) -> Diversity:
+    def _compare(
+        self, panel: EnsembleMembers, places: np.ndarray, most: int, progress: Progress, begun: float
+    ) -> Diversity:
         clean = torch.cat(
             [panel.said(self._images(at)) != self._labels(at) for at in _batches(places, most)], 1
         ).cpu()
@@ -178,7 +180,7 @@ class Comparison:
             accuracy=[_share(~row) for row in clean],
             clean=_bounds(clean, clean[:-1].all(0)),
             transfer=[[_share(cell) for cell in row] for row in table],
-            worst=[_share(column) for column in by_others(table)],
+            worst=[_share(column) for column in transferred(table)],
             attacked=[_bounds(row, none) for row, none in zip(table, lost, strict=True)],
             confusion=confusion.tolist(),
             diversity=((confusion + confusion.T) / 2).tolist(),
@@ -198,7 +200,7 @@ class Comparison:
         ]
         return [*self.samples.flags, *(flag for flag in flags if flag is not None)]
 
-    def _confusion(self, panel: Panel, index: np.ndarray, most: int) -> tuple[Tensor, list[int]]:
+    def _confusion(self, panel: EnsembleMembers, index: np.ndarray, most: int) -> tuple[Tensor, list[int]]:
         """Return L (N, N) and the layer of each group of pairs.
 
         Each image is paired with the next one in an order drawn at random. In eval mode a sample does not know
@@ -221,7 +223,7 @@ class Comparison:
                     total[number] += each_loss(panel, made, self._labels(target[at]))
         return total / len(index), [1 + int(word * depths[0]) for word in draw]
 
-    def _cosine(self, panel: Panel, index: np.ndarray, most: int) -> Tensor:
+    def _cosine(self, panel: EnsembleMembers, index: np.ndarray, most: int) -> Tensor:
         total = torch.zeros(panel.count * (panel.count - 1) // 2, dtype=torch.float64)
         for at in _batches(index, most):
             x, labels = self._images(at), self._labels(at)

@@ -17,7 +17,7 @@ from robustkit.core.errors import UsageError
 from robustkit.core.rng import RowRng
 from robustkit.core.shapes import Images, Labels, Mask
 from robustkit.core.threat import ThreatModel
-from robustkit.engine.model.instrumented_model import Meter
+from robustkit.engine.model.instrumented_model import InstrumentedModel
 from robustkit.models.classifier import Classifier
 from robustkit.models.ensembles.mixture import Mixture
 from robustkit.training import ensemble_utils
@@ -26,7 +26,7 @@ from robustkit.training import ensemble_utils
 STEP_SIZE = 0.2
 
 
-class Panel:
+class EnsembleMembers:
     """The members of an ensemble one by one, and the ensemble behind them, counted."""
 
     def __init__(self, model: Classifier, device: torch.device) -> None:
@@ -40,8 +40,10 @@ class Panel:
             raise UsageError(f"{model.string} has a defense in front of its members; leave the defense out.")
         self.model, self.mixture, self.device = model, model.net, device
         self.count = len(self.mixture)
-        self.meters = [Meter(model.with_net(self.mixture.place(number)), device) for number in range(self.count)]
-        self.whole = Meter(model, device)
+        self.meters = [
+            InstrumentedModel(model.with_net(self.mixture.place(number)), device) for number in range(self.count)
+        ]
+        self.whole = InstrumentedModel(model, device)
 
     def size_up(self, image: Images, most: int) -> None:
         """Learn from one image how many fit into memory."""
@@ -49,7 +51,7 @@ class Panel:
         for meter in self.meters:
             meter.piece = self.whole.piece
 
-    def member(self, number: int) -> Meter:
+    def member(self, number: int) -> InstrumentedModel:
         """Return a member, good until another is asked for."""
         self.mixture.at(number)
         return self.meters[number]
@@ -67,7 +69,7 @@ class Panel:
 
 
 def attack(
-    panel: Panel,
+    panel: EnsembleMembers,
     number: int,
     x: Images,
     labels: Labels,
@@ -96,7 +98,7 @@ def attack(
     return fooled, lost
 
 
-def by_others(fooled: Mask) -> Mask:
+def transferred(fooled: Mask) -> Mask:
     """Return who is fooled by images made on any other member (N + 1, n), of tables (N, N + 1, n)."""
     others = fooled.clone()
     members = torch.arange(len(fooled))
@@ -105,7 +107,7 @@ def by_others(fooled: Mask) -> Mask:
 
 
 @torch.no_grad()
-def each_loss(panel: Panel, x: Images, labels: Labels) -> Tensor:
+def each_loss(panel: EnsembleMembers, x: Images, labels: Labels) -> Tensor:
     """Return the sum of each member's cross-entropies (N), float64."""
     said = [panel.member(number).exact(x) for number in range(panel.count)]
     return torch.stack([F.cross_entropy(one.double(), labels, reduction="sum") for one in said]).cpu()

@@ -8,19 +8,19 @@ import torch
 from torch import Tensor
 
 from robustkit.gradient_views import smooth_rules
-from robustkit.gradient_views.findings import Mends
+from robustkit.gradient_views.findings import Findings
 from robustkit.gradient_views.indexing import CHOOSING, TABLES, chosen, entry
 from robustkit.gradient_views.smooth_rules import LOGIC, RULES
 from robustkit.gradient_views.straight_through import through
-from robustkit.gradient_views.surrogate_gradients import StandIns
+from robustkit.gradient_views.surrogate_gradients import SurrogateGradients
 
 CASTS = ("to", "type", "type_as", "int", "long", "byte", "char", "short", "bool")
 
 
-class Calls:
+class SmoothCalls:
     """Makes the calls of a forward pass; `own` are the ids of the model's tensors, left without gradients."""
 
-    def __init__(self, stand_ins: StandIns, mends: Mends) -> None:
+    def __init__(self, stand_ins: SurrogateGradients, mends: Findings) -> None:
         """Begin with nothing of the model's own."""
         self.stand_ins, self.mends = stand_ins, mends
         self.own: set[int] = set()

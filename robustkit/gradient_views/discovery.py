@@ -22,7 +22,7 @@ INNOCENT = {"smooth"}
 
 
 @dataclass(frozen=True)
-class Outlook:
+class GradientViews:
     """Views by the names of suites, each one or several, and in words the places that may hide gradients."""
 
     views: Mapping[str, Sequence[Callable[[Images], Tensor]]] = field(default_factory=dict)
@@ -34,7 +34,7 @@ class Outlook:
         return bool(self.views.keys() - INNOCENT)
 
 
-def look(model: Classifier, x: Images, random: bool) -> Outlook:
+def discover_views(model: Classifier, x: Images, random: bool) -> GradientViews:
     """Return what a model offers to climb on beside its own gradients, by the images x (B C H W)."""
     offer = views(model, x, random=random)
     sorted_in: dict[str, list[Callable[[Images], Tensor]]] = {}
@@ -57,7 +57,7 @@ def look(model: Classifier, x: Images, random: bool) -> Outlook:
         drawn["mended"] = [Smooth(view, sigma=0.0) for view in sorted_in.get("mended", [Mended(model)])]
         sorted_in |= {f"averaged-{name}": parts for name, parts in drawn.items()}
     places = {f"{mend.where or 'the model'} {mend.what}" for mend in offer.mends}
-    return Outlook(sorted_in, sorted(places))
+    return GradientViews(sorted_in, sorted(places))
 
 
 def _averaged(name: str, view: Callable[[Images], Tensor], x: Images) -> Callable[[Images], Tensor]:
@@ -66,7 +66,7 @@ def _averaged(name: str, view: Callable[[Images], Tensor], x: Images) -> Callabl
         return Smooth(view, sigma=0.0) if once(f"draws of {name}", lambda: draws(view, x)) else view
 
 
-def offered(view: str, views: Collection[str], suite: Collection[str]) -> bool:
+def is_applicable(view: str, views: Collection[str], suite: Collection[str]) -> bool:
     """Return whether a model has the view, and the views that a suite attacks do not have its mean over draws."""
     mean = f"averaged-{view}"
     return not view or (view in views and not (mean in views and mean in suite))

@@ -25,7 +25,7 @@ REMEDIES = {
 
 
 @dataclass(frozen=True)
-class Mend:
+class Finding:
     """A place where the gradient stops or lies: the module, what it does there, and what is done about it."""
 
     where: str
@@ -33,18 +33,18 @@ class Mend:
     remedy: str
 
 
-class Mends:
+class Findings:
     """Mends in the order found, and the modules that are being run."""
 
     def __init__(self) -> None:
         """Begin outside the net."""
-        self.found: dict[Mend, None] = {}
+        self.found: dict[Finding, None] = {}
         self._stack: list[str] = []
 
     def note(self, what: str, name: str = "") -> None:
         """Note what is done, a key of `REMEDIES`, by what has that name, in the module that is being run."""
         where = self._stack[-1] if self._stack else "before the net"
-        self.found[Mend(f"{where} ({name})" if name else where, what, REMEDIES[what])] = None
+        self.found[Finding(f"{where} ({name})" if name else where, what, REMEDIES[what])] = None
 
     def enter(self, name: str) -> Callable[..., None]:
         """Return a hook that says that the module of that name is being run."""

@@ -8,17 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robustkit.gradient_views.findings import Mends
+from robustkit.gradient_views.findings import Findings
 from robustkit.gradient_views.straight_through import arranged
-from robustkit.gradient_views.surrogate_gradients import StandIns
+from robustkit.gradient_views.surrogate_gradients import SurrogateGradients
 
 LEAVING = ("numpy", "__array__", "item", "tolist", "__float__", "__int__", "__bool__", "__index__", "__complex__")
 
 
-class Abroad:
+class NumpyBridge:
     """What left torch in a forward pass."""
 
-    def __init__(self, stand_ins: StandIns, mends: Mends) -> None:
+    def __init__(self, stand_ins: SurrogateGradients, mends: Findings) -> None:
         """Begin with nothing."""
         self.stand_ins, self.mends = stand_ins, mends
         self._left: list[Tensor] = []

@@ -12,7 +12,7 @@ from robustkit.gradient_views.heads import tensors
 from robustkit.gradient_views.straight_through import loosened, through
 
 
-class StandIns:
+class SurrogateGradients:
     """Stand-ins by the tensor, which hold none; `chosen` are indices, with what they were chosen from."""
 
     def __init__(self, loose: bool) -> None:

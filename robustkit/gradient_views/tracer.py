@@ -22,20 +22,20 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from robustkit.gradient_views.calls import Calls
+from robustkit.gradient_views.calls import SmoothCalls
 from robustkit.gradient_views.custom_autograd import Recent, foreign, forward_of, rewritten
 from robustkit.gradient_views.elementwise import bent, mended
-from robustkit.gradient_views.findings import Mend, Mends
+from robustkit.gradient_views.findings import Finding, Findings
 from robustkit.gradient_views.heads import Heads, tensors
 from robustkit.gradient_views.indexing import CHOOSING
-from robustkit.gradient_views.numpy_bridge import LEAVING, Abroad
+from robustkit.gradient_views.numpy_bridge import LEAVING, NumpyBridge
 from robustkit.gradient_views.random_means import DRAWS
-from robustkit.gradient_views.surrogate_gradients import StandIns
+from robustkit.gradient_views.surrogate_gradients import SurrogateGradients
 
 DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 
 
-class Mending(TorchFunctionMode):
+class Tracer(TorchFunctionMode):
     """See the module. `found` says what was mended, `drew` whether torch drew random numbers."""
 
     def __init__(
@@ -65,23 +65,23 @@ class Mending(TorchFunctionMode):
         self.calm, self.loose = calm, loose
         self.drew = False
         self.bends = list(bends)
-        self._mends = Mends()
+        self._mends = Findings()
         self._begin()
 
     def _begin(self) -> None:
         """Hold nothing."""
-        self._stand_ins = StandIns(self.loose)
-        self._abroad = Abroad(self._stand_ins, self._mends)
-        self._calls = Calls(self._stand_ins, self._mends)
+        self._stand_ins = SurrogateGradients(self.loose)
+        self._abroad = NumpyBridge(self._stand_ins, self._mends)
+        self._calls = SmoothCalls(self._stand_ins, self._mends)
         self._recent = Recent()
         self._open: ExitStack | None = None
 
     @property
-    def found(self) -> dict[Mend, None]:
+    def found(self) -> dict[Finding, None]:
         """What was mended, in the order found."""
         return self._mends.found
 
-    def __enter__(self) -> Mending:
+    def __enter__(self) -> Tracer:
         """Begin."""
         with ExitStack() as stack:
             apply = inspect.getattr_static(torch.autograd.Function, "apply")

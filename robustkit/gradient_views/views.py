@@ -31,11 +31,11 @@ from robustkit.gradient_views.aggregator_substitutes import (
     mean_logit,
     rungs,
 )
-from robustkit.gradient_views.findings import Mend
+from robustkit.gradient_views.findings import Finding
 from robustkit.gradient_views.fitted import fit, side_by_side
 from robustkit.gradient_views.heads import Heads
 from robustkit.gradient_views.straight_through import through
-from robustkit.gradient_views.tracer import Mending
+from robustkit.gradient_views.tracer import Tracer
 from robustkit.models.classifier import Classifier
 from robustkit.runs.recorded_answers import once
 
@@ -52,7 +52,7 @@ DRAWS, SIGMA = 8, 0.03
 class Views(dict[str, View]):
     """Views by name; `mends` says what was found to hide gradients."""
 
-    mends: tuple[Mend, ...] = ()
+    mends: tuple[Finding, ...] = ()
 
 
 def views(model: Classifier, x: Images, *, random: bool = False) -> Views:
@@ -108,7 +108,7 @@ class Mended:
         images = x.repeat(2, 1, 1, 1) if len(x) == 1 else x
         with torch.enable_grad():
             images = images if images.requires_grad else images.detach().requires_grad_()
-            with Mending(self.model, calm=self.calm, bends=self.bends, sources=found):
+            with Tracer(self.model, calm=self.calm, bends=self.bends, sources=found):
                 self.model(images)
         return side_by_side(found, len(images))[: len(x)]
 
@@ -126,7 +126,7 @@ class Mended:
                     logits = self(x.detach().requires_grad_(), heads)
                 return logits.detach()
             mending = stack.enter_context(
-                Mending(self.model, heads=heads, calm=self.calm, loose=self.loose, bends=self.bends)
+                Tracer(self.model, heads=heads, calm=self.calm, loose=self.loose, bends=self.bends)
             )
             logits = mending.honest(self.model(x))
             return logits
@@ -279,10 +279,10 @@ def _inner(mended: Mended, x: Images) -> Iterator[tuple[str, View]]:
         yield "inner-straight-through", Inner(mended, shape[1], count, mean_logit, straight=True)
 
 
-def _look(model: Classifier, x: Images) -> Mending | None:
+def _look(model: Classifier, x: Images) -> Tracer | None:
     """Return what is seen in a forward pass; None where it cannot be mended."""
     try:
-        with torch.enable_grad(), Mending(model, told=True) as mending:
+        with torch.enable_grad(), Tracer(model, told=True) as mending:
             model(x.clone().requires_grad_())
     except Exception:
         return None

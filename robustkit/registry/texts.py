@@ -39,7 +39,7 @@ VERSIONS = {"standard": "autoattack", "plus": "autoattack-plus", "rand": "autoat
 
 
 @dataclass(frozen=True)
-class Rung:
+class SuiteEntry:
     """An attack of a suite and the view of the model whose gradients it climbs; without one, the model's own.
 
     Whatever the view, what counts is the model as it is. A `spare` one is run only where the number is in doubt;
@@ -63,7 +63,7 @@ class Rung:
         return stage_name(self.spec)
 
 
-def parse_suite(text: str, norm: str, *, minimal: bool = False) -> list[Rung]:
+def parse_suite(text: str, norm: str, *, minimal: bool = False) -> list[SuiteEntry]:
     """Return the attacks of a comma-separated list of suites and attacks, in order.
 
     `ATTACK@VIEW` climbs the gradients of a view of the model (see `robustkit.gradient_views.views`); a model
@@ -79,7 +79,7 @@ def parse_suite(text: str, norm: str, *, minimal: bool = False) -> list[Rung]:
     parts = split(text)
     if len(parts) > MOST_ATTACKS:
         raise UsageError(f"a suite of {len(parts):,} attacks is too long: write at most {MOST_ATTACKS:,}.")
-    rungs: list[Rung] = []
+    rungs: list[SuiteEntry] = []
     for part in parts:
         name, fields = parse_call(part.rstrip("?*").partition("@")[0], whole=part)
         if name not in catalog("suite"):
@@ -97,7 +97,7 @@ def parse_suite(text: str, norm: str, *, minimal: bool = False) -> list[Rung]:
     return rungs
 
 
-def _check_minimal(rung: Rung, norm: str) -> None:
+def _check_minimal(rung: SuiteEntry, norm: str) -> None:
     if not rung.attack.info.minimal:
         known = [name for name, e in catalog("attack").items() if e.info.minimal and norm in e.info.norms]
         raise UsageError(
@@ -111,7 +111,7 @@ def _check_minimal(rung: Rung, norm: str) -> None:
         )
 
 
-def _check_arms(rungs: list[Rung]) -> None:
+def _check_arms(rungs: list[SuiteEntry]) -> None:
     """Refuse arms that are not one group: they share what they learn of a net."""
     arms = [number for number, rung in enumerate(rungs) if rung.arm]
     if arms and arms[-1] - arms[0] >= len(arms):
@@ -124,7 +124,7 @@ def _check_arms(rungs: list[Rung]) -> None:
             )
 
 
-def _rung(text: str) -> Rung:
+def _rung(text: str) -> SuiteEntry:
     """Return the rung of `NAME(field=value,...)@VIEW?`, or with `*` in the place of `?`."""
     call, *views = _cut(text[:-1] if text.endswith(("?", "*")) else text, "@")
     name, fields = parse_call(call, whole=text)
@@ -136,7 +136,7 @@ def _rung(text: str) -> Rung:
         raise did_you_mean("suite or attack", name, [*catalog("suite"), *catalog("attack")])
     if views and (len(views) > 1 or views[0] not in VIEWS):
         raise did_you_mean("view", "@".join(views), VIEWS)
-    return Rung(make(name, **fields), "".join(views), text.endswith("?"), text.endswith("*"))
+    return SuiteEntry(make(name, **fields), "".join(views), text.endswith("?"), text.endswith("*"))
 
 
 def parse_attack(text: str, norm: str) -> list[Any]:

@@ -28,7 +28,7 @@ FILE, PREVIOUS = CHECKPOINTS
 
 
 @dataclass
-class Course:
+class TrainState:
     """How far a run is.
 
     Attributes:
@@ -53,7 +53,7 @@ class Course:
 
 
 @dataclass(frozen=True)
-class Parts:
+class ModelState:
     """What changes as a run goes on: nets, what moves them, and what some runs have: averages, a memory."""
 
     nets: Sequence[nn.Module]
@@ -78,7 +78,7 @@ class Parts:
             self.averages[member].update(state["average"])
 
 
-def save(folder: Path, course: Course, parts: Parts) -> None:
+def save(folder: Path, course: TrainState, parts: ModelState) -> None:
     """Write the checkpoint; the one before it stays, in case this one gets damaged."""
     body = {
         "step": course.step,
@@ -157,7 +157,7 @@ def _fault(content: bytes, method: Method, plan: Plan) -> str:
     return ""
 
 
-def load(content: bytes, folder: Path, course: Course, parts: Parts) -> None:
+def load(content: bytes, folder: Path, course: TrainState, parts: ModelState) -> None:
     """Take up a checkpoint that is sound, in place.
 
     Raises:

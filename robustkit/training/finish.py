@@ -23,16 +23,21 @@ from robustkit.runs.run_folder import sha256
 from robustkit.runs.training_record import KEPT, RECORD, WEIGHTS, Trained
 from robustkit.training import evaluation
 from robustkit.training.averages import swapped
-from robustkit.training.checkpoint import PREVIOUS, Course, Parts
+from robustkit.training.checkpoint import PREVIOUS, ModelState, TrainState
 from robustkit.training.images import Epoch, ImageSet
 from robustkit.training.method import Method, State
 from robustkit.training.nets import Member, bare, flops
-from robustkit.training.quick_diversity import glance, oracles, usual_threat
+from robustkit.training.quick_diversity import oracles, quick_diversity, usual_threat
 from robustkit.training.session import Job
 
 
 def finish(
-    job: Job, members: Sequence[Member], parts: Parts, course: Course, train: ImageSet, test: ImageSet | None
+    job: Job,
+    members: Sequence[Member],
+    parts: ModelState,
+    course: TrainState,
+    train: ImageSet,
+    test: ImageSet | None,
 ) -> None:
     """Write the files; it may be called again after a crash at any point of it."""
     samples: list[dict[str, Any]] = []
@@ -97,7 +102,7 @@ def finish(
     (job.folder / PREVIOUS).unlink(missing_ok=True)
 
 
-def judge(members: Sequence[Member], parts: Parts, test: ImageSet) -> dict[str, float]:
+def judge(members: Sequence[Member], parts: ModelState, test: ImageSet) -> dict[str, float]:
     """Return accuracy and loss of the nets as they are now: of several that of their mean, and oracles'."""
     with swapped(parts.nets, parts.averages):
         scores = [evaluation.log_probabilities(member.classifier, test) for member in members]
@@ -106,14 +111,14 @@ def judge(members: Sequence[Member], parts: Parts, test: ImageSet) -> dict[str, 
     return facts if len(members) == 1 else {**facts, **oracles(scores, test.labels)}
 
 
-def compare(job: Job, members: Sequence[Member], parts: Parts, test: ImageSet) -> dict[str, float]:
+def compare(job: Job, members: Sequence[Member], parts: ModelState, test: ImageSet) -> dict[str, float]:
     """Return how far several nets, as they are now, share weaknesses."""
     with swapped(parts.nets, parts.averages):
         nets = [member.classifier for member in members]
-        return glance(nets, test, job.plan.samples, usual_threat(str(job.spec.data["string"])))
+        return quick_diversity(nets, test, job.plan.samples, usual_threat(str(job.spec.data["string"])))
 
 
-def _pack(job: Job, member: Member, course: Course, train: ImageSet) -> Posterior:
+def _pack(job: Job, member: Member, course: TrainState, train: ImageSet) -> Posterior:
     """Make the method's samples of the states that were kept, and return the posterior of them."""
     if (job.folder / POSTERIOR).is_file():
         return Posterior.open(job.folder)

@@ -18,14 +18,14 @@ from robustkit.posterior import Draft
 from robustkit.runs.training_record import KEPT, RECORD
 from robustkit.runs.versions import continued
 from robustkit.training import augment, averages, checkpoint, quick_diversity
-from robustkit.training.checkpoint import Course, Parts
+from robustkit.training.checkpoint import ModelState, TrainState
 from robustkit.training.finish import compare, finish, judge
 from robustkit.training.images import Epoch
 from robustkit.training.memory import Memory
-from robustkit.training.method import Peers, Plan
+from robustkit.training.method import Plan, ProcessGroup
 from robustkit.training.metrics import MISSING, Metrics
 from robustkit.training.nets import Member, build, laid_out
-from robustkit.training.parallel.data_parallel import Share
+from robustkit.training.parallel.data_parallel import DataParallel
 from robustkit.training.progress import TrainProgress
 from robustkit.training.session import Job
 
@@ -44,7 +44,7 @@ def work(fabric: Fabric, job: Job) -> str:
     if not fabric.broadcast(first and record.is_file()):
         try:
             with _generators(fabric.device):
-                Sitting(fabric, job).run()
+                TrainingSession(fabric, job).run()
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -56,7 +56,7 @@ def work(fabric: Fabric, job: Job) -> str:
     return text
 
 
-class Sitting:
+class TrainingSession:
     """One process at work on a run, from where an earlier sitting left it."""
 
     def __init__(self, fabric: Fabric, job: Job) -> None:
@@ -65,13 +65,13 @@ class Sitting:
         self.plan, self.method = job.plan, job.method
         self.images = job.train.to(fabric.device)
         self.test = None if job.test is None else job.test.to(fabric.device)
-        self.course = Course(loss=torch.zeros((), device=fabric.device))
-        self.share = Share.of(job.parallel, fabric, job.plan.members)
+        self.course = TrainState(loss=torch.zeros((), device=fabric.device))
+        self.share = DataParallel.of(job.parallel, fabric, job.plan.members)
         self.members = [self._member(number, self.share) for number in range(job.plan.members)]
         nets = [member.net for member in self.members]
         weights = [[weight for weight in net.parameters() if weight.requires_grad] for net in nets]
         plans = [own_plan(job.plan, number) for number in range(job.plan.members)]
-        self.parts = Parts(
+        self.parts = ModelState(
             nets=nets,
             optimizers=[job.method.optimizer(own, plan) for own, plan in zip(weights, plans, strict=True)],
             averages=[averages.start(net) for net in nets] if job.spec.ema else [],
@@ -118,7 +118,7 @@ class Sitting:
         members = self.members
         if self.method.posterior:
             # Samples pass through a net that waits for no other process and counts as one.
-            members = [self._member(0, Peers())]
+            members = [self._member(0, ProcessGroup())]
             members[0].begin(self.plan.steps)
         finish(self.job, members, self.parts, self.course, self.images, self.test)
 
@@ -209,7 +209,7 @@ class Sitting:
             )
         return loss
 
-    def _member(self, number: int, peers: Peers) -> Member:
+    def _member(self, number: int, peers: ProcessGroup) -> Member:
         """Return a member as it begins, which sees its process's part of each batch."""
         plan, fabric = self.plan, self.fabric
         sample = self.job.train.at(slice(0, 2))

@@ -68,7 +68,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Peers:
+class ProcessGroup:
     """A run's processes as a method sees them: each has a part of every batch, or some of the members. Here: one.
 
     Attributes:
@@ -114,7 +114,7 @@ class Batch:
     partners: Images | None = None
     partner_labels: Labels | None = None
     memory: Tensor | None = None
-    peers: Peers = Peers()
+    peers: ProcessGroup = ProcessGroup()
     carried: dict[str, Tensor] = field(default_factory=dict)
 
 

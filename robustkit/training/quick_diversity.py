@@ -40,7 +40,9 @@ def oracles(scores: Sequence[Tensor], labels: Labels) -> dict[str, float]:
     }
 
 
-def glance(nets: Sequence[nn.Module], test: ImageSet, trained_on: int, threat: ThreatModel) -> dict[str, float]:
+def quick_diversity(
+    nets: Sequence[nn.Module], test: ImageSet, trained_on: int, threat: ThreatModel
+) -> dict[str, float]:
     """Return shares of images fooled, and the mean cosine of members' gradients.
 
     `transfer` is between members; `white_box` of their mean by an attack on it. So few images are looked at that

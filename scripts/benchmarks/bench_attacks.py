@@ -23,7 +23,7 @@ from robustkit.core.criteria import Goal
 from robustkit.core.rng import RowRng
 from robustkit.core.threat import ThreatModel
 from robustkit.data import load_data
-from robustkit.engine.model.instrumented_model import Meter
+from robustkit.engine.model.instrumented_model import InstrumentedModel
 from robustkit.models import load_model
 from robustkit.registry import make
 
@@ -38,7 +38,7 @@ ATTACKS = {
 def measure(name: str, model: Any, x: Tensor, goal: Goal, threat: ThreatModel, seed: int) -> dict[str, Any]:
     """Return what one attack leaves robust and what it costs."""
     attack: Callable[..., Tensor] = make(name)
-    meter = Meter(model, x.device)
+    meter = InstrumentedModel(model, x.device)
     rng = RowRng(seed, name, torch.arange(len(x), device=x.device))
     torch.manual_seed(seed)
     begun = time.perf_counter()

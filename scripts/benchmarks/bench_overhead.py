@@ -24,17 +24,19 @@ from robustkit.core.threat import ThreatModel
 from robustkit.data import load_data
 from robustkit.data.samples import Samples
 from robustkit.engine.evaluation.run import Evaluation
-from robustkit.engine.model.instrumented_model import Meter
+from robustkit.engine.model.instrumented_model import InstrumentedModel
 from robustkit.models import load_model
 from robustkit.models.classifier import Classifier
 
 NORMS = {"linf": "Linf", "l2": "L2", "l1": "L1"}
 
 
-def by_hand(model: Classifier, samples: Samples, threat: ThreatModel, seed: int) -> tuple[set[int], float, Meter]:
+def by_hand(
+    model: Classifier, samples: Samples, threat: ThreatModel, seed: int
+) -> tuple[set[int], float, InstrumentedModel]:
     """Return the robust positions, the seconds and the counts of pyautoattack called plainly."""
     x, y = samples.images(range(len(samples))), torch.from_numpy(samples.labels)
-    meter = Meter(model, torch.device("cpu"))
+    meter = InstrumentedModel(model, torch.device("cpu"))
     begun = time.perf_counter()
     official = AutoAttack(meter, norm=NORMS[threat.norm], eps=float(threat.eps), seed=seed, version="standard")
     x_adv, _ = official.run_standard_evaluation(x, y, batch_size=len(x))

@@ -30,7 +30,7 @@ from robustkit.core.criteria import Goal
 from robustkit.core.rng import RowRng
 from robustkit.core.threat import ThreatModel
 from robustkit.crafting.ensemble import Ensemble, Storage
-from robustkit.crafting.judging import Jury
+from robustkit.crafting.judging import TargetEvaluator
 from robustkit.data import load_data
 from robustkit.data.samples import Samples
 from robustkit.engine.gradient_budgets import Prices
@@ -112,7 +112,7 @@ class Bench:
 
     def said(self, net: Net, images: np.ndarray) -> np.ndarray:
         """Return the class that a target names for each image."""
-        jury = Jury(self.samples, ThreatModel.parse("linf:0.1"), None, 0, CPU)
+        jury = TargetEvaluator(self.samples, ThreatModel.parse("linf:0.1"), None, 0, CPU)
         return np.array(jury.predictions(net, images))
 
     def row(self, name: str, steps: int, spent: float, seconds: float, images: np.ndarray) -> None:

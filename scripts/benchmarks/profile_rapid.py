@@ -21,7 +21,7 @@ import torch
 from robustkit.core.threat import ThreatModel
 from robustkit.data import load_data
 from robustkit.engine.evaluation.run import Evaluation
-from robustkit.engine.model.instrumented_model import Meter
+from robustkit.engine.model.instrumented_model import InstrumentedModel
 from robustkit.models import load_model
 
 
@@ -47,7 +47,7 @@ def main() -> None:
 
         return run
 
-    Meter._net = clocked("forward", Meter._net)  # type: ignore[method-assign]
+    InstrumentedModel._net = clocked("forward", InstrumentedModel._net)  # type: ignore[method-assign]
     torch.autograd.grad = clocked("backward", torch.autograd.grad)
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:

@@ -185,7 +185,7 @@ def draw(curves: dict[str, list[tuple[int, float]]], to: Path) -> None:
 def measure(data: str, models: list[str] | None, limit: int, seconds: float) -> dict[str, Any]:
     """Return what can be measured here."""
     from robustkit import ThreatModel, load_data, load_model
-    from robustkit.engine.planning.pilot import Pilot
+    from robustkit.engine.planning.pilot import CostProbe
 
     facts: dict[str, Any] = {"driver": driver(), "costs": {}}
     print(facts["driver"])
@@ -195,7 +195,7 @@ def measure(data: str, models: list[str] | None, limit: int, seconds: float) -> 
     threat = ThreatModel.parse("linf:8/255")
     for pool, string in zip(("undefended", "adversarially trained"), models or [], strict=False):
         samples, net = load_data(data).head(limit), load_model(string)
-        found = Pilot(net, samples, threat, "rapid", precision="fp32", budget=seconds).look()
+        found = CostProbe(net, samples, threat, "rapid", precision="fp32", budget=seconds).look()
         columns = (found.forwards, found.backwards, found.passes)
         facts["costs"][pool] = {
             "model": string.rpartition("/")[2],
@@ -213,7 +213,7 @@ def driver(shape: tuple[int, ...] = SHAPE, images: int = 32) -> dict[str, float]
     """Return the driver's seconds, of its processor, for an image handed out or written down, and a message."""
     import torch
 
-    from robustkit.engine.evaluation.results import Tally
+    from robustkit.engine.evaluation.results import RunResults
     from robustkit.engine.evaluation.tasks import Boarded, Done, Link, Parcel
     from robustkit.engine.evaluation.verdicts import image_hashes
     from robustkit.runs.ledger import Chunk, Ledger, Verdict
@@ -231,7 +231,7 @@ def driver(shape: tuple[int, ...] = SHAPE, images: int = 32) -> dict[str, float]
     link.receive()
     times: dict[str, list[float]] = {"handout": [], "verdict": [], "message": []}
     with tempfile.TemporaryDirectory() as folder, Ledger.open(Path(folder) / "ledger.sqlite", "0") as ledger:
-        tally = Tally.of(rounds * images, [{"name": "x"}])
+        tally = RunResults.of(rounds * images, [{"name": "x"}])
         for number in range(rounds):
             begun = time.process_time()
             parcel = Parcel(np.arange(images), x.numpy(), hashes, np.zeros(images))

@@ -28,7 +28,7 @@ from robustkit.checks.probe import Probe
 from robustkit.core.isolation import own_randomness
 from robustkit.core.threat import ThreatModel
 from robustkit.data import load_data
-from robustkit.engine.model.instrumented_model import Meter
+from robustkit.engine.model.instrumented_model import InstrumentedModel
 from robustkit.models import as_classifier
 
 ACTIVATIONS = {
@@ -185,7 +185,7 @@ FAULTS: dict[str, Callable[[nn.Module], nn.Module]] = {
 def flagged(net: nn.Module, x: Tensor, y: Tensor) -> tuple[str, float]:
     """Return what the check says of a net, and the propagations that it took for each image."""
     model = as_classifier(net.eval())
-    meter = Meter(model, torch.device("cpu"))
+    meter = InstrumentedModel(model, torch.device("cpu"))
     probe = Probe(meter, x, y, ThreatModel.parse("linf:4/255"), [], 0, model)
     with own_randomness("study"):
         probe.gradients  # noqa: B018  (the other checks need them as well)

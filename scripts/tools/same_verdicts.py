@@ -48,7 +48,7 @@ class Dies(Progress):
 def interrupted(plan: Evaluation, most: float) -> Report:
     """Return the report of a run that was stopped again and again after at most so many seconds."""
     draw, stops = random.Random(0), 0
-    block_runner.Worker.write_every = 0.5
+    block_runner.BlockRunner.write_every = 0.5
     with tempfile.TemporaryDirectory() as folder:
         while True:
             try:

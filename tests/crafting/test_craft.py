@@ -21,9 +21,9 @@ from robustkit.attack_api.surrogates import COMBINATIONS
 from robustkit.core.criteria import Goal
 from robustkit.core.rng import RowRng
 from robustkit.crafting.ensemble import Ensemble, Storage
-from robustkit.crafting.image_store import Workshop
+from robustkit.crafting.image_store import ResumableCrafter
 from robustkit.crafting.run import run_craft
-from robustkit.crafting.spec import Crafting
+from robustkit.crafting.spec import CraftRequest
 from robustkit.data import from_arrays
 from robustkit.engine.model import loaded_models
 from robustkit.engine.model.loaded_models import gather
@@ -148,11 +148,11 @@ def test_targeted(choice: str, data: tuple[torch.Tensor, torch.Tensor]) -> None:
 
 @pytest.mark.parametrize("norm", ["linf:0.05", "l2:0.7", "l1:5"])
 def test_floors_are_of_the_same_norm(norm: str) -> None:
-    from robustkit.crafting.judging import Jury
+    from robustkit.crafting.judging import TargetEvaluator
 
     threat = ThreatModel.parse(norm)
     x = torch.full((5, *SHAPE), 0.5)
-    jury = Jury(from_arrays(x, torch.zeros(5, dtype=torch.long)), threat, None, 0, CPU)
+    jury = TargetEvaluator(from_arrays(x, torch.zeros(5, dtype=torch.long)), threat, None, 0, CPU)
     noise = jury.noise(np.array([1, 3]), x[:2])
     assert torch.allclose(threat.distance(noise, x[:2]), torch.tensor(float(threat.eps)).double(), rtol=1e-4)
     assert torch.equal(noise[1:], jury.noise(np.array([3]), x[:1]))  # whatever else is in the batch
@@ -363,16 +363,16 @@ def test_out_of_memory_halves_the_batch(
     data: tuple[torch.Tensor, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x, y = data
-    plan = Crafting(gather([Double(1)], from_arrays(x, y), CPU), from_arrays(x, y), ThreatModel.parse(EPS))
+    plan = CraftRequest(gather([Double(1)], from_arrays(x, y), CPU), from_arrays(x, y), ThreatModel.parse(EPS))
     expected = run_craft(plan)
-    original = Workshop._chunk
+    original = ResumableCrafter._chunk
 
     def tight(self: Any, stage: int, attack: Any, surrogates: Any, goals: Any, at: np.ndarray, images: Any) -> Any:
         if len(at) > 6:
             raise MemoryError
         return original(self, stage, attack, surrogates, goals, at, images)
 
-    monkeypatch.setattr(Workshop, "_chunk", tight)
+    monkeypatch.setattr(ResumableCrafter, "_chunk", tight)
     found = run_craft(plan)
     assert found.adversarial is not None
     assert expected.adversarial is not None

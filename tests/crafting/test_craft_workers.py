@@ -86,7 +86,7 @@ def dying(work: Callable[..., Any], times: int, after: int = 0) -> Callable[...,
 
 
 def test_what_a_dead_worker_had_is_done_by_others(alone: Craft, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batches.Bench, "_chunk", dying(batches.Bench._chunk, 2, after=1))
+    monkeypatch.setattr(batches.Crafter, "_chunk", dying(batches.Crafter._chunk, 2, after=1))
     watch = Watch()
     same(alone, run(2, streaming=True, progress=watch))
     assert sum("has died" in line for line in watch.said) == 2

@@ -20,7 +20,7 @@ from robustkit.core import losses
 from robustkit.core.errors import UsageError
 from robustkit.core.rng import RowRng
 from robustkit.core.threat import ThreatModel
-from robustkit.diagnostics.ensemble_members import STEP_SIZE, Panel, attack, by_others, each_loss
+from robustkit.diagnostics.ensemble_members import STEP_SIZE, EnsembleMembers, attack, each_loss, transferred
 from robustkit.models import Classifier
 from robustkit.models.ensembles.mixture import Members
 from robustkit.models.layers.features import distil
@@ -116,7 +116,7 @@ def test_members_may_come_in_any_order_and_twice() -> None:
 
 def test_a_member_sees_best_what_was_made_for_it() -> None:
     """A-P13, at the last layer; of pairs of members, since these are not equally sure of themselves."""
-    panel = Panel(ensemble(NETS), torch.device("cpu"))
+    panel = EnsembleMembers(ensemble(NETS), torch.device("cpu"))
     rows = []
     for net in NETS:
         made = distil(net, IMAGES, IMAGES.roll(1, 0), 4, eps=0.12, step_size=0.1, steps=10, inertia=1.0)
@@ -149,7 +149,7 @@ def test_any_of_several_sets_is_their_union() -> None:
 
 def test_images_that_leave_change_no_number() -> None:
     """The union over restarts that run to their end on all images is the same."""
-    panel = Panel(ensemble(NETS), torch.device("cpu"))
+    panel = EnsembleMembers(ensemble(NETS), torch.device("cpu"))
     rng = RowRng(3, "diversity/attack", torch.arange(32))
     fooled, lost = attack(panel, 1, IMAGES, LABELS, THREAT, rng, steps=6, restarts=3)
     wrong = []
@@ -168,9 +168,9 @@ def test_images_that_leave_change_no_number() -> None:
 def test_by_others_leaves_a_member_s_own_images_out() -> None:
     table = torch.zeros(2, 3, 1, dtype=torch.bool)
     table[0, 0] = table[1, 0] = table[1, 2] = True
-    assert by_others(table)[:, 0].tolist() == [True, False, True]
+    assert transferred(table)[:, 0].tolist() == [True, False, True]
     table[1, 0] = False
-    assert by_others(table)[:, 0].tolist() == [False, False, True]
+    assert transferred(table)[:, 0].tolist() == [False, False, True]
 
 
 @pytest.mark.parametrize("share", [0.5, 0.95])

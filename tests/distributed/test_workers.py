@@ -15,10 +15,10 @@ from teams import Watch, as_threads
 from robustkit import RunError, UsageError, evaluate
 from robustkit.core.losses import margin
 from robustkit.core.threat import ThreatModel
-from robustkit.engine.batching.continuous_batch import Flight
-from robustkit.engine.batching.samples import Boarding
+from robustkit.engine.batching.continuous_batch import ContinuousBatch
+from robustkit.engine.batching.samples import Admitted
 from robustkit.engine.evaluation import evaluate_worker, tasks
-from robustkit.engine.model.instrumented_model import Meter
+from robustkit.engine.model.instrumented_model import InstrumentedModel
 from robustkit.models import as_classifier
 from robustkit.registry import parse_suite
 from robustkit.runs.evaluation_record import Report
@@ -153,18 +153,18 @@ def test_samples_go_from_flight_to_flight_in_the_middle(after: int) -> None:
     net = Small().eval()
     x, y = labelled(net, 24, SHAPE)
     clean = -margin(net(x), y).detach()
-    meter = Meter(as_classifier(net), torch.device("cpu"))
+    meter = InstrumentedModel(as_classifier(net), torch.device("cpu"))
     meter.size_up(x[:1], 64)
     rungs = parse_suite(ROWS, "linf")
 
-    def flight(waiting: np.ndarray) -> Flight:
-        def board(free: int) -> Boarding:
+    def flight(waiting: np.ndarray) -> ContinuousBatch:
+        def board(free: int) -> Admitted:
             nonlocal waiting
             part, waiting = waiting[:free], waiting[free:]
-            return Boarding(part, torch.from_numpy(part), x[part], y[part], -clean[part], -clean[part])
+            return Admitted(part, torch.from_numpy(part), x[part], y[part], -clean[part], -clean[part])
 
         names = [rung.attack.info.name for rung in rungs]
-        return Flight(meter, ThreatModel.parse("linf:0.02"), rungs, names, 0, 64, board, mend=pytest.fail)
+        return ContinuousBatch(meter, ThreatModel.parse("linf:0.02"), rungs, names, 0, 64, board, mend=pytest.fail)
 
     def told(groups: list) -> dict[int, tuple[bool, int]]:
         parts = [part for group in groups for part in group]

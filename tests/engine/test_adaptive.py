@@ -15,9 +15,9 @@ from robustkit.core.criteria import Goal
 from robustkit.core.rng import RowRng
 from robustkit.core.threat import ThreatModel
 from robustkit.engine.evaluation.verdicts import judge
-from robustkit.engine.model.instrumented_model import Meter
-from robustkit.engine.model.random_verdicts import LEAST, MOST, redraw
-from robustkit.gradient_views.discovery import look
+from robustkit.engine.model.instrumented_model import InstrumentedModel
+from robustkit.engine.model.random_verdicts import LEAST, MOST, majority_vote
+from robustkit.gradient_views.discovery import discover_views
 from robustkit.gradient_views.views import DRAWS
 from robustkit.models import as_classifier
 from robustkit.models.ensembles.aggregation import parse_aggregator
@@ -188,11 +188,14 @@ class Shaken(Ensemble):
 
 def test_views_of_a_random_model_are_means_over_draws_where_they_draw() -> None:
     model, x = as_classifier(Shaken("crossmax").eval()), labelled(Small())[0]
-    drawn, steady = look(model, x, random=True).views, look(as_classifier(Ensemble("crossmax")), x, False).views
+    drawn, steady = (
+        discover_views(model, x, random=True).views,
+        discover_views(as_classifier(Ensemble("crossmax")), x, False).views,
+    )
     assert {"own", "averaged-mended", "averaged-mean-logit", "calm", "frozen"} <= drawn.keys()
     assert "averaged-own" not in drawn
     assert not any(name.startswith("averaged") for name in steady)
-    meter = Meter(model, torch.device("cpu"))
+    meter = InstrumentedModel(model, torch.device("cpu"))
     meter.views = drawn
     passes = meter.passes("averaged-mean-logit")
     # The ensemble's, and that without its dice.
@@ -215,7 +218,7 @@ def test_a_model_of_few_outcomes_has_its_mean_whatever_the_coin_says() -> None:
     model, x = as_classifier(Picking("logits")), labelled(Small())[0]
     for seed in range(4):
         torch.manual_seed(seed)
-        assert "averaged-mended" in look(model, x, random=True).views
+        assert "averaged-mended" in discover_views(model, x, random=True).views
 
 
 def test_scores_alone_stay_alone_on_a_random_model() -> None:
@@ -246,7 +249,7 @@ def test_draws_go_on_only_while_the_majority_is_open(share, least, most) -> None
         right = torch.rand(len(x), generator=generator) < share
         return torch.stack([right.float(), 0.5 * torch.ones(len(x)), torch.zeros(len(x))], 1)
 
-    told = redraw(answer, torch.zeros(40, 1, 2, 3), labels)
+    told = majority_vote(answer, torch.zeros(40, 1, 2, 3), labels)
     assert least <= told.forwards.float().mean() <= most
     torch.testing.assert_close(told.right.mean(), torch.tensor(share, dtype=torch.float64), atol=0.08, rtol=0)
     if share in (0, 1):

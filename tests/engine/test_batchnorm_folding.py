@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from robustkit.engine.model.batchnorm_folding import folded
-from robustkit.engine.model.instrumented_model import Meter
+from robustkit.engine.model.instrumented_model import InstrumentedModel
 from robustkit.models import as_classifier
 from robustkit.models.classifier import Classifier
 
@@ -65,7 +65,7 @@ def test_what_tracing_could_change_is_left_alone(make: type[nn.Module]) -> None:
 
 def test_a_search_that_is_tuned_gives_the_same_logits() -> None:
     model = as_classifier(net())
-    meter = Meter(model, torch.device("cpu"))
+    meter = InstrumentedModel(model, torch.device("cpu"))
     plain = meter(X)
     meter.tune(X, precision=False)
     assert torch.allclose(meter(X), plain, atol=1e-5)

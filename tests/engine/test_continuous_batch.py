@@ -18,11 +18,11 @@ from robustkit.core import losses
 from robustkit.core.criteria import Goal
 from robustkit.core.rng import RowRng
 from robustkit.core.threat import ThreatModel
-from robustkit.engine.batching.continuous_batch import Flight
-from robustkit.engine.batching.samples import Boarding
+from robustkit.engine.batching.continuous_batch import ContinuousBatch
+from robustkit.engine.batching.samples import Admitted
 from robustkit.engine.evaluation import block_runner
 from robustkit.engine.evaluation.verdicts import image_hashes, sample_ids
-from robustkit.engine.model.instrumented_model import Meter
+from robustkit.engine.model.instrumented_model import InstrumentedModel
 from robustkit.gradient_views.views import Smooth
 from robustkit.models import as_classifier
 from robustkit.registry import Rung, parse_suite
@@ -98,15 +98,15 @@ def test_all_jobs_at_once_fool_whom_they_fool_one_by_one(slots: int) -> None:
     for wide in (False, True):
         waiting = np.arange(len(x))
 
-        def board(free: int) -> Boarding:
+        def board(free: int) -> Admitted:
             nonlocal waiting
             part, waiting = waiting[:free], waiting[free:]
-            return Boarding(part, torch.from_numpy(part), x[part], y[part], -clean[part], -clean[part])
+            return Admitted(part, torch.from_numpy(part), x[part], y[part], -clean[part], -clean[part])
 
-        meter = Meter(as_classifier(net), torch.device("cpu"))
+        meter = InstrumentedModel(as_classifier(net), torch.device("cpu"))
         meter.size_up(x[:1], 64)
         threat = ThreatModel.parse(EPS["linf"])
-        flight = Flight(meter, threat, attacks, ["a", "b"], 0, slots, board, mend=pytest.fail, wide=wide)
+        flight = ContinuousBatch(meter, threat, attacks, ["a", "b"], 0, slots, board, mend=pytest.fail, wide=wide)
         landed = [part for group in flight.run() for part in group]
         position = np.concatenate([part.position for part in landed])
         assert sorted(position) == list(range(len(x)))
@@ -179,12 +179,12 @@ class Dice(RowWise):
         return {"x": rows.threat.random_start(rows.x, rows.rng)}
 
 
-def once(x: Tensor, ids: Tensor, margin: float) -> Callable[[int], Boarding]:
+def once(x: Tensor, ids: Tensor, margin: float) -> Callable[[int], Admitted]:
     """Board these images of class 0 at the first call, none at later ones."""
     far = torch.full((len(x),), -margin)
-    whole = Boarding(ids.numpy(), ids, x, torch.zeros(len(x), dtype=torch.int64), far, far)
+    whole = Admitted(ids.numpy(), ids, x, torch.zeros(len(x), dtype=torch.int64), far, far)
     calls = iter([whole])
-    return lambda free: next(calls, Boarding(*(part[:0] for part in whole[:6])))
+    return lambda free: next(calls, Admitted(*(part[:0] for part in whole[:6])))
 
 
 def mend(error: Exception) -> None:
@@ -194,7 +194,7 @@ def mend(error: Exception) -> None:
 def test_every_job_and_step_has_its_own_dice() -> None:
     asked: list[Tensor] = []
 
-    class Listening(Meter):
+    class Listening(InstrumentedModel):
         def __call__(self, x: Tensor) -> Tensor:
             asked.append(x.detach().clone())
             return torch.stack([x.flatten(1).sum(1) * 0 + 1, x.flatten(1).sum(1) * 0], 1)
@@ -205,7 +205,7 @@ def test_every_job_and_step_has_its_own_dice() -> None:
     meter = Listening(as_classifier(torch.nn.Flatten()), torch.device("cpu"))
     x = torch.full((1, 1, 4, 5), 0.5)
     threat, ids = ThreatModel.parse("linf:0.3"), torch.tensor([7])
-    for _ in Flight(meter, threat, [Rung(Dice())], ["dice"], 5, 8, once(x, ids, margin=1.0), mend).run():
+    for _ in ContinuousBatch(meter, threat, [Rung(Dice())], ["dice"], 5, 8, once(x, ids, margin=1.0), mend).run():
         pass
     rng = RowRng(5, "dice", ids)
     expected = [threat.random_start(x, rng.at(restart=job, step=step)) for job in (0, 1) for step in (0, 1, 2)]
@@ -241,13 +241,13 @@ class Luck(torch.nn.Module):
 def test_the_nearest_point_of_a_random_model_is_not_the_luckiest(order: tuple[float, ...], view: str) -> None:
     """Single draws at the brighter point are wrong at times, but the darker one is nearer on average."""
     model = as_classifier(Luck())
-    meter = Meter(model, torch.device("cpu"))
+    meter = InstrumentedModel(model, torch.device("cpu"))
     meter.random = True
     meter.views = {"averaged-mended": [Smooth(model, sigma=0)], "loosened": [Smooth(model, draws=3), model]}
     x = torch.full((6, 1, 4, 5), 0.5)
     attacks = [Rung(Shifted(order[0])), Rung(Shifted(order[1]), view)]
     torch.manual_seed(0)
-    flight = Flight(
+    flight = ContinuousBatch(
         meter, ThreatModel.parse("linf:0.2"), attacks, ["a", "b"], 0, 8, once(x, torch.arange(6), 1.0), mend
     )
     (landed,) = (part for group in flight.run() for part in group)
@@ -261,11 +261,11 @@ def test_the_nearest_point_of_a_random_model_is_not_the_luckiest(order: tuple[fl
 
 def test_a_point_that_stays_is_not_weighed_again() -> None:
     """Nor are attacks billed that were not run."""
-    meter = Meter(as_classifier(Luck()), torch.device("cpu"))
+    meter = InstrumentedModel(as_classifier(Luck()), torch.device("cpu"))
     meter.random = True
     x = torch.full((4, 1, 4, 5), 0.5)
     attacks = [Rung(Shifted(0.0, steps=3)), *[Rung(Shifted(0.0), "calm")] * 9]
-    flight = Flight(
+    flight = ContinuousBatch(
         meter, ThreatModel.parse("linf:0.2"), attacks, ["a", *"b" * 9], 0, 8, once(x, torch.arange(4), 1.0), mend
     )
     (landed,) = (part for group in flight.run() for part in group)
@@ -286,13 +286,13 @@ class Faded(torch.nn.Module):
 def test_who_wins_against_a_random_model_goes_on(view: str) -> None:
     """The point that won is right in four of ten draws, the one that is told of in one of ten."""
     model = as_classifier(Faded())
-    meter = Meter(model, torch.device("cpu"))
+    meter = InstrumentedModel(model, torch.device("cpu"))
     meter.random, meter.views = True, {"averaged-mended": [Smooth(model, draws=5, sigma=0)]}
     x = torch.full((16, 1, 4, 5), 0.5)
     torch.manual_seed(0)
     boarding = once(x, torch.arange(16), 2.0)
     attacks = [Rung(Shifted(0.28, steps=60), view)]
-    flight = Flight(meter, ThreatModel.parse("linf:0.4"), attacks, ["a"], 0, 16, boarding, mend)
+    flight = ContinuousBatch(meter, ThreatModel.parse("linf:0.4"), attacks, ["a"], 0, 16, boarding, mend)
     landed = [part for group in flight.run() for part in group]
     fooled = torch.cat([part.judged.fooled for part in landed])
     assert fooled.sum() > 8
@@ -308,7 +308,7 @@ def test_a_refused_claim_goes_on() -> None:
     net = Rounded()
     model = as_classifier(net)
 
-    class Two(Meter):
+    class Two(InstrumentedModel):
         def exact(self, x: Tensor) -> Tensor:
             net.exact = True
             try:
@@ -321,7 +321,7 @@ def test_a_refused_claim_goes_on() -> None:
     meter.num_classes = 2
     x = torch.full((3, 1, 4, 5), 0.5)
     board = once(x, torch.arange(3), margin=0.3)
-    flight = Flight(meter, ThreatModel.parse("linf:0.3"), [Rung(Liar())], ["liar"], 0, 8, board, mend)
+    flight = ContinuousBatch(meter, ThreatModel.parse("linf:0.3"), [Rung(Liar())], ["liar"], 0, 8, board, mend)
     landed = [part for group in flight.run() for part in group]
     assert flight.refused == 3
     assert torch.cat([part.judged.fooled for part in landed]).all()
@@ -358,7 +358,7 @@ class Dies(torch.nn.Module):
 
 
 def test_interrupted_and_resumed_is_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(block_runner.Worker, "write_every", 0.0)
+    monkeypatch.setattr(block_runner.BlockRunner, "write_every", 0.0)
     net = Dies(Small().eval())
     x, y = labelled(net, 40, SHAPE)
     suite = "pgd(steps=4),race(targets=3,probe=2,steps=4,doubt=9),square(queries=20)"

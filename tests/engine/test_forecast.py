@@ -19,11 +19,11 @@ from robustkit.core.errors import UsageError
 from robustkit.core.intervals import mean_of_all
 from robustkit.core.threat import ThreatModel
 from robustkit.data import from_arrays
-from robustkit.engine.evaluation.block_runner import Worker
+from robustkit.engine.evaluation.block_runner import BlockRunner
 from robustkit.engine.planning import pilot as piloting
 from robustkit.engine.planning.forecast import Costs
 from robustkit.engine.planning.forecast import plan as measure
-from robustkit.engine.planning.pilot import Findings, Pilot
+from robustkit.engine.planning.pilot import CostProbe, ProbeResult
 from robustkit.models import as_classifier
 from robustkit.runs.evaluation_record import Report
 from robustkit.runs.forecast_record import Plan
@@ -39,15 +39,15 @@ N = 30
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(piloting, "FIRST", 12)
     monkeypatch.setattr(piloting, "FEWEST", 12)
-    monkeypatch.setattr(Worker, "_check", lambda *_: ([], []))  # which take most of so small a run
+    monkeypatch.setattr(BlockRunner, "_check", lambda *_: ([], []))  # which take most of so small a run
 
 
-def pilot(suite: str, budget: float, step: float = 1e-6, n: int = N) -> Pilot:
+def pilot(suite: str, budget: float, step: float = 1e-6, n: int = N) -> CostProbe:
     """An evaluation's beginning, by a clock that goes on by `step` whenever it is looked at."""
     net = Small().eval()
     x, y = labelled(net, n, SHAPE)
     ticks = count()
-    return Pilot(
+    return CostProbe(
         as_classifier(net),
         from_arrays(x, y),
         ThreatModel.parse("linf:0.02"),
@@ -129,7 +129,7 @@ def test_it_leaves_the_process_and_the_folder_as_they_were(
     assert not list(tmp_path.iterdir())
 
 
-def findings() -> Findings:
+def findings() -> ProbeResult:
     return pilot("pgd(steps=4)", budget=1e9, step=0.001, n=12).look()
 
 

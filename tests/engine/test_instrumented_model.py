@@ -8,7 +8,7 @@ from gauntlet import AROUND, Behind
 from nets import Small
 from torch import Tensor
 
-from robustkit.engine.model.instrumented_model import Meter
+from robustkit.engine.model.instrumented_model import InstrumentedModel
 from robustkit.models import as_classifier
 
 SHAPE = (5, 3, 7, 9)
@@ -25,14 +25,14 @@ SHAPE = (5, 3, 7, 9)
     ],
 )
 def test_the_batch_doubles_while_that_is_faster(seconds: object, piece: int, chosen: int) -> None:
-    meter = Meter(as_classifier(Small().eval()), torch.device("cpu"))
+    meter = InstrumentedModel(as_classifier(Small().eval()), torch.device("cpu"))
     meter.piece = piece
     meter._timed = lambda x: (seconds(len(x)), x)  # type: ignore[method-assign, operator]
     assert meter.widest(torch.rand(SHAPE), 4, 32) == chosen
 
 
 def test_a_batch_that_does_not_fit_is_not_chosen() -> None:
-    meter = Meter(as_classifier(Small().eval()), torch.device("cpu"))
+    meter = InstrumentedModel(as_classifier(Small().eval()), torch.device("cpu"))
 
     def timed(x: Tensor) -> tuple[float, Tensor]:
         if len(x) > 8:
@@ -44,7 +44,7 @@ def test_a_batch_that_does_not_fit_is_not_chosen() -> None:
 
 
 def test_a_way_that_is_hopeless_for_two_images_is_not_tried_on_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    meter = Meter(as_classifier(Small().eval()), torch.device("cpu"))
+    meter = InstrumentedModel(as_classifier(Small().eval()), torch.device("cpu"))
     seen: list[tuple[torch.dtype | None, int]] = []
 
     def timed(x: Tensor) -> tuple[float, Tensor]:
@@ -60,6 +60,6 @@ def test_a_way_that_is_hopeless_for_two_images_is_not_tried_on_all(monkeypatch: 
 
 def test_a_precision_that_the_net_cannot_have_is_left_alone() -> None:
     """Its logits come from numpy, which has no bfloat16."""
-    meter = Meter(as_classifier(Behind(Small(), AROUND["abroad"]).eval()), torch.device("cpu"))
+    meter = InstrumentedModel(as_classifier(Behind(Small(), AROUND["abroad"]).eval()), torch.device("cpu"))
     meter.tune(torch.rand(SHAPE), precision=True)
     assert meter.precision == "fp32"

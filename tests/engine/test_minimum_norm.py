@@ -210,7 +210,7 @@ def test_a_killed_run_goes_on(tmp_path, monkeypatch):
         monkeypatch.setattr(instrumented_model, name, value)
     monkeypatch.setattr(recorded_answers, "WRITE_EVERY", 0.0)
     monkeypatch.setattr(recorded_answers, "WORTH", float("inf"))
-    monkeypatch.setattr(batch_runner.BatchWise, "_check", lambda self, x, positions: ([], []))
+    monkeypatch.setattr(batch_runner.BatchRunner, "_check", lambda self, x, positions: ([], []))
     net, broken = Dies(), 0
     expected = run(n=4, net=net, out=tmp_path / "whole")
     for _ in range(100):

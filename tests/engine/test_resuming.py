@@ -54,7 +54,7 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recorded_answers, "WORTH", float("inf"))
     monkeypatch.setattr(saved_rows, "LONG", 0.0)
     # The way to run a net is chosen by the clock, and another memory layout draws other noise.
-    monkeypatch.setattr(instrumented_model.Meter, "tune", lambda self, x, precision: None)
+    monkeypatch.setattr(instrumented_model.InstrumentedModel, "tune", lambda self, x, precision: None)
 
 
 def until_it_ends(nets: Sequence[Dies], run: Callable[[], T], images: int) -> tuple[T, int]:
@@ -96,7 +96,7 @@ def test_few_answers_between_two_kills_are_enough(
     suite: str, noise: float, more: dict[str, Any], checked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not checked:
-        monkeypatch.setattr(batch_runner.BatchWise, "_check", lambda self, x, positions: ([], []))
+        monkeypatch.setattr(batch_runner.BatchRunner, "_check", lambda self, x, positions: ([], []))
     net = Dies(noise)
     x, y = labelled(net.net, 3, SHAPE)
 
@@ -197,18 +197,18 @@ def test_the_way_to_search_is_chosen_once(tmp_path: Path, monkeypatch: pytest.Mo
     """A busier machine would choose another precision or layout, and so other margins."""
     net, tried, left = Dies(), [], [5, float("inf")]
     x, y = labelled(net, 6, SHAPE)
-    trial, tune = instrumented_model.Meter._trial, instrumented_model.Meter.tune
+    trial, tune = instrumented_model.InstrumentedModel._trial, instrumented_model.InstrumentedModel.tune
 
-    def counted(self: instrumented_model.Meter, *of: Any) -> Any:
+    def counted(self: instrumented_model.InstrumentedModel, *of: Any) -> Any:
         tried.append(of[1])
         return trial(self, *of)
 
-    def tuned(self: instrumented_model.Meter, x: Tensor, *, precision: bool) -> None:
+    def tuned(self: instrumented_model.InstrumentedModel, x: Tensor, *, precision: bool) -> None:
         tune(self, x, precision=precision)
         net.left = left.pop(0)
 
-    monkeypatch.setattr(instrumented_model.Meter, "_trial", counted)
-    monkeypatch.setattr(instrumented_model.Meter, "tune", tuned)
+    monkeypatch.setattr(instrumented_model.InstrumentedModel, "_trial", counted)
+    monkeypatch.setattr(instrumented_model.InstrumentedModel, "tune", tuned)
     with pytest.raises(KeyboardInterrupt):
         evaluate(net, x, y, "linf:0.02", suite="pgd(steps=4)", out=tmp_path / "run")
     before = len(tried)

@@ -15,7 +15,7 @@ from nets import Small, labelled
 
 from robustkit import UsageError, evaluate, verify
 from robustkit.cli import run
-from robustkit.engine.evaluation.block_runner import Worker
+from robustkit.engine.evaluation.block_runner import BlockRunner
 from robustkit.reporting.html.command import command
 from robustkit.runs import run_folder
 from robustkit.runs.evaluation_record import Report, RunSpec
@@ -28,7 +28,7 @@ THREAT = "linf:0.02"
 
 @pytest.fixture(autouse=True)
 def _unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Worker, "_check", lambda *_: ([], []))  # which take most of so small a run
+    monkeypatch.setattr(BlockRunner, "_check", lambda *_: ([], []))  # which take most of so small a run
 
 
 @cache
@@ -79,10 +79,10 @@ def test_two_workers_give_the_same() -> None:
 def test_killed_in_any_round_and_resumed_it_is_as_if_never_killed(
     at: int, after: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fly: Callable[..., None] = Worker.fly
+    fly: Callable[..., None] = BlockRunner.fly
     calls: list[int] = []
 
-    def killed(self: Worker, first: int, count: int, among: np.ndarray) -> None:
+    def killed(self: BlockRunner, first: int, count: int, among: np.ndarray) -> None:
         calls.append(first)
         if len(calls) == at + 1 and not after:
             raise KeyboardInterrupt
@@ -91,7 +91,7 @@ def test_killed_in_any_round_and_resumed_it_is_as_if_never_killed(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Worker, "fly", killed)
+        patch.setattr(BlockRunner, "fly", killed)
         with pytest.raises(KeyboardInterrupt):
             ran(out=tmp_path / "r")
     again = ran(out=tmp_path / "r")

@@ -14,7 +14,7 @@ from PIL import Image
 
 from robustkit.core.threat import ThreatModel
 from robustkit.crafting.run import run_craft
-from robustkit.crafting.spec import Crafting
+from robustkit.crafting.spec import CraftRequest
 from robustkit.data import from_arrays, load_data
 from robustkit.data.samples import Samples
 from robustkit.data.sources import archive
@@ -80,7 +80,7 @@ def test_crafting_on_shards_is_crafting_on_arrays(
     found = []
     for samples, out in ((shards, tmp_path / "r"), (arrays, None)):
         surrogate, target = (gather([Small(seed=seed)], samples, CPU) for seed in (0, 1))
-        plan = Crafting(surrogate, samples, EPS, "i-fgsm(steps=2)", batch_size=4)
+        plan = CraftRequest(surrogate, samples, EPS, "i-fgsm(steps=2)", batch_size=4)
         found.append(run_craft(plan, out, target, png=tmp_path / ("png" if out else "other")))
     streamed, whole = found
     assert streamed.adversarial is not None

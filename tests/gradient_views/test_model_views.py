@@ -16,7 +16,7 @@ from robustkit import load_data, load_model
 from robustkit.core.criteria import Goal
 from robustkit.core.rng import RowRng
 from robustkit.core.threat import ThreatModel
-from robustkit.gradient_views.tracer import Mending
+from robustkit.gradient_views.tracer import Tracer
 from robustkit.gradient_views.views import Mended, Smooth, views
 from robustkit.models import as_classifier
 from robustkit.models.classifier import Classifier
@@ -103,7 +103,7 @@ def test_the_values_inside_are_the_models_own(
         torch.manual_seed(0)
         np.random.seed(0)
         if inside:
-            with Mending(model):
+            with Tracer(model):
                 answers.append(model(x.clone().requires_grad_()).detach())
         else:
             answers.append(model(x.clone().requires_grad_()).detach())

@@ -14,7 +14,7 @@ from robustkit.checks.probe import Probe
 from robustkit.checks.run import BEFORE, DOUBTS
 from robustkit.core.flags import Flag
 from robustkit.core.threat import ThreatModel
-from robustkit.engine.model.instrumented_model import Meter
+from robustkit.engine.model.instrumented_model import InstrumentedModel
 from robustkit.models import as_classifier
 from robustkit.registry import parse_suite
 from robustkit.reporting.html.trust import CLAIMS
@@ -31,7 +31,9 @@ def probe(
     rules = ThreatModel.parse(threat)
     x, labels = labelled(teacher or net, 16, (1, 9, 7))
     attacks = [rung.attack for rung in parse_suite(suite, rules.norm)]
-    return Probe(Meter(as_classifier(net.eval()), torch.device("cpu")), x, labels, rules, attacks, 0, net)
+    return Probe(
+        InstrumentedModel(as_classifier(net.eval()), torch.device("cpu")), x, labels, rules, attacks, 0, net
+    )
 
 
 class Around(torch.nn.Module):

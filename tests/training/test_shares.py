@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from robustkit.core.errors import UsageError
 from robustkit.core.rng import RowRng
 from robustkit.registry import make_method
-from robustkit.training.checkpoint import Course, Parts
-from robustkit.training.method import Batch, Peers, Plan
+from robustkit.training.checkpoint import ModelState, TrainState
+from robustkit.training.method import Batch, Plan, ProcessGroup
 from robustkit.training.parallel import data_parallel
-from robustkit.training.parallel.data_parallel import Share
+from robustkit.training.parallel.data_parallel import DataParallel
 from robustkit.training.whole_batches import Whole
 
 PLAN = Plan(samples=64, classes=4, batch_size=12, epochs=4, lr=0.05, members=3)
@@ -129,9 +129,9 @@ def nets(count: int = 3) -> list[Net]:
     return copy.deepcopy(fresh()[:count])
 
 
-def batch(peers: Peers | None = None) -> Batch:
+def batch(peers: ProcessGroup | None = None) -> Batch:
     """Return the part of a batch that peers say."""
-    peers = peers or Peers()
+    peers = peers or ProcessGroup()
     draw = torch.Generator().manual_seed(1)
     x, t = torch.rand(2, 12, 3, 5, 7, generator=draw, dtype=torch.float64)
     y, u, ids = torch.arange(12) % 4, torch.arange(12) % 3, torch.arange(12)
@@ -175,7 +175,7 @@ def test_methods_that_divide() -> None:
 
 def test_images_go_round_in_the_order_of_members(world: World) -> None:
     def work(fabric: Any) -> list[Tensor]:
-        share = Share.of("members", fabric, 5)
+        share = DataParallel.of("members", fabric, 5)
         made = [torch.full((2, 3, 4, 4), float(member)) for member in share.own]
         return share.exchanged([one.contiguous(memory_format=torch.channels_last) for one in made])
 
@@ -198,7 +198,7 @@ def test_members_apart_move_as_side_by_side(world: World, method: Any) -> None:
     loss = method.backward(together, one, PLAN)
 
     def work(fabric: Any) -> tuple[Tensor, list[Tensor], Tensor]:
-        share = Share.of("members", fabric, 3)
+        share = DataParallel.of("members", fabric, 3)
         own, part = [nets()[member] for member in share.own], batch(share)
         assert len(part.x) == 12
         mine = share.settle(own, method.backward(own, part, PLAN))
@@ -233,7 +233,7 @@ def test_parts_of_a_batch_move_nets_as_the_whole(world: World, method: Any) -> N
     loss = method.backward(alone, batch(), plan)
 
     def work(fabric: Any) -> tuple[Tensor, list[Net]]:
-        share, own = Share.of("data", fabric, count), nets(count)
+        share, own = DataParallel.of("data", fabric, count), nets(count)
         for net in own:
             net.part, net.parts = share.part, share.parts
         return share.settle(own, method.backward(own, batch(share), plan)), own
@@ -270,12 +270,12 @@ def test_members_are_collected(world: World) -> None:
     """Weights, momentum and averages of all, and what both counted, each once."""
 
     def work(fabric: Any) -> tuple[list[Tensor], list[Any], Tensor, int]:
-        share, own = Share.of("members", fabric, 3), nets()
+        share, own = DataParallel.of("members", fabric, 3), nets()
         optimizers = [torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9) for net in own]
         averages = [copy.deepcopy(net.state_dict()) for net in own]
-        course = Course(loss=torch.zeros(()))
+        course = TrainState(loss=torch.zeros(()))
         course.tally.forwards, course.counted = 100, (100, 0)
-        parts = Parts(own, optimizers, averages)
+        parts = ModelState(own, optimizers, averages)
         for member in share.own:
             own[member](batch().x).sum().backward()
             optimizers[member].step()

@@ -229,10 +229,10 @@ def test_divergence_is_said(tmp_path: Path) -> None:
 def test_a_lack_of_memory_is_one_sentence(
     error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def run(sitting: loop.Sitting) -> None:
+    def run(sitting: loop.TrainingSession) -> None:
         raise error
 
-    monkeypatch.setattr(loop.Sitting, "run", run)
+    monkeypatch.setattr(loop.TrainingSession, "run", run)
     with pytest.raises(RunError, match="out of memory in training; give a smaller --batch-size"):
         train("standard", out=tmp_path / "run", **SHORT)
 

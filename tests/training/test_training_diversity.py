@@ -46,12 +46,12 @@ def test_twins_fall_together_and_modes_stay() -> None:
     with torch.no_grad():
         labels = net(images.permute(0, 3, 1, 2)).argmax(1)
     threat = ThreatModel.parse("linf:0.5")
-    found = quick_diversity.glance(twins, ImageSet(images, labels), 1000, threat)
+    found = quick_diversity.quick_diversity(twins, ImageSet(images, labels), 1000, threat)
     assert found["cosine"] == pytest.approx(1, abs=1e-5)
     assert found["transfer"] == found["white_box"] == 1
     assert [one.training for one in twins] == [True, False]
     assert all(weight.grad is None for one in twins for weight in one.parameters())
-    nowhere = quick_diversity.glance(twins, ImageSet(images, labels), 1000, ThreatModel.parse("linf:0"))
+    nowhere = quick_diversity.quick_diversity(twins, ImageSet(images, labels), 1000, ThreatModel.parse("linf:0"))
     assert nowhere["transfer"] == nowhere["white_box"] == 0
 
 

@@ -18,7 +18,7 @@ from robustkit.core.errors import UsageError
 from robustkit.core.numbers import exact
 from robustkit.core.threat import ThreatModel
 from robustkit.crafting.run import run_craft
-from robustkit.crafting.spec import Crafting
+from robustkit.crafting.spec import CraftRequest
 from robustkit.data import load_data
 from robustkit.data.classes import matched
 from robustkit.data.samples import Samples
@@ -71,7 +71,7 @@ def craft(
     rules = ThreatModel.parse(threat) if threat else usual_threat(data or BUILT_IN_DATA)
     nets, judges = gather_both(surrogates, targets, samples, place, streaming, trust_code=trust_code)
     samples = matched(samples, nets[0].classes, nets[0].class_names)
-    plan = Crafting(
+    plan = CraftRequest(
         nets=nets,
         samples=samples,
         threat=rules,

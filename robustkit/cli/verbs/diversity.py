@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from robustkit.cli.inputs import Subject
+from robustkit.cli.inputs import Inputs
 from robustkit.cli.output import save_page, wide_console
 from robustkit.cli.progress import CraftDisplay
 from robustkit.cli.streams import print_result
@@ -38,7 +38,7 @@ def diversity(
     as_json: bool,
 ) -> int:
     """Run the verb."""
-    subject = Subject.load(model, data, limit, threat, device, data_root, download, trust_code=trust_code)
+    subject = Inputs.load(model, data, limit, threat, device, data_root, download, trust_code=trust_code)
     comparison = Comparison(
         model=subject.model,
         samples=subject.samples,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from robustkit.cli.inputs import Subject
+from robustkit.cli.inputs import Inputs
 from robustkit.cli.output import result_console
 from robustkit.cli.streams import print_result
 from robustkit.core.devices import pick_device
@@ -41,7 +41,7 @@ def doctor(
                 f"{named[0]} without a model; write robustkit doctor MODEL …, or leave it out to test the machine."
             )
         return _machine(device, as_json)
-    subject = Subject.load(model, data, limit, threat, device, data_root, most=IMAGES, trust_code=trust_code)
+    subject = Inputs.load(model, data, limit, threat, device, data_root, most=IMAGES, trust_code=trust_code)
     found = examine(subject.model, subject.samples, subject.threat, subject.device)
     if as_json:
         print_result(json.dumps(json.loads(dumps(found)), indent=2))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from robustkit.cli.gates import Gate
-from robustkit.cli.inputs import BUILT_IN, Subject, usual_of_norm, usual_threat
+from robustkit.cli.inputs import BUILT_IN, Inputs, usual_of_norm, usual_threat
 from robustkit.cli.output import result_console
 from robustkit.cli.progress import Display
 from robustkit.cli.streams import print_result
@@ -69,7 +69,7 @@ def evaluate(
     share = read_strictness(strictness)
 
     def plan(string: str, rules: str | None = threat) -> Evaluation:
-        subject = Subject.load(string, data, limit, rules, device, data_root, download, trust_code=trust_code)
+        subject = Inputs.load(string, data, limit, rules, device, data_root, download, trust_code=trust_code)
         return Evaluation(
             model=subject.model,
             samples=subject.samples,

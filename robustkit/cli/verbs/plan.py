@@ -6,14 +6,14 @@ import json
 import shlex
 from pathlib import Path
 
-from robustkit.cli.inputs import Subject
+from robustkit.cli.inputs import Inputs
 from robustkit.cli.output import result_console
 from robustkit.cli.progress import Display
 from robustkit.cli.streams import print_result
 from robustkit.cli.verbs.evaluate import read_batch_size
 from robustkit.engine.allocation.rounds import read_strictness
 from robustkit.engine.planning.forecast import plan as measure
-from robustkit.engine.planning.pilot import Pilot
+from robustkit.engine.planning.pilot import CostProbe
 from robustkit.reporting.terminal.forecast import show
 from robustkit.runs.forecast_record import read_devices
 
@@ -41,8 +41,8 @@ def plan(
 ) -> int:
     """Run the verb; `flags` are those that the evaluation itself would take."""
     counts = read_devices(devices)
-    subject = Subject.load(model, data, limit, threat, device, data_root, download, trust_code=trust_code)
-    pilot = Pilot(
+    subject = Inputs.load(model, data, limit, threat, device, data_root, download, trust_code=trust_code)
+    pilot = CostProbe(
         model=subject.model,
         samples=subject.samples,
         threat=subject.threat,

@@ -14,7 +14,7 @@ from robustkit.core.numbers import share, shown
 from robustkit.core.schema import Count, checked, parse
 from robustkit.engine.allocation.arms import Evidence, allowed, following
 from robustkit.engine.allocation.strictness import evidence_on, in_doubt, left_for_arms
-from robustkit.engine.evaluation.block_runner import Worker
+from robustkit.engine.evaluation.block_runner import BlockRunner
 from robustkit.runs.evaluation_record import Strictness, dumps
 from robustkit.runs.ledger import Ledger
 from robustkit.runs.run_folder import LEDGER
@@ -37,7 +37,7 @@ class Rounds:
     doubt. A killed run reads its decisions back from the ledger.
     """
 
-    worker: Worker
+    worker: BlockRunner
     ledger: Ledger
     strictness: float
 

@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 import numpy as np
 
 from robustkit.engine.allocation.arms import Evidence, allowed
-from robustkit.engine.evaluation.results import STANDS, Tally
+from robustkit.engine.evaluation.results import STANDS, RunResults
 from robustkit.engine.evaluation.verdicts import sample_ids
 from robustkit.runs.evaluation_record import Strictness
 
@@ -17,14 +17,14 @@ STRICTNESS = 0.002
 AUTOATTACK = {f"autoattack:{name}" for name in ("apgd-ce", "apgd-t", "fab-t", "square")}
 
 
-def left_for_arms(tally: Tally, among: np.ndarray) -> np.ndarray:
+def left_for_arms(tally: RunResults, among: np.ndarray) -> np.ndarray:
     """Return the positions of these that the stages before the arms left."""
     left: np.ndarray = among[(tally.judged[among] >= 0) & (tally.fell[among] >= min(tally.arms, default=0))]
     return left
 
 
 def evidence_on(
-    tally: Tally,
+    tally: RunResults,
     left: np.ndarray,
     arms: Sequence[int],
     costs: np.ndarray,
@@ -58,7 +58,7 @@ def evidence_on(
     )
 
 
-def in_doubt(tally: Tally, among: np.ndarray, strictness: float) -> Strictness | None:
+def in_doubt(tally: RunResults, among: np.ndarray, strictness: float) -> Strictness | None:
     """Return what is left of doubt in these positions; None where the suite has no arms.
 
     Args:

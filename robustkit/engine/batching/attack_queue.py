@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from robustkit.attack_api.row_wise import RowWise
-from robustkit.engine.batching.row_batch import Table
-from robustkit.engine.model.instrumented_model import Meter
-from robustkit.registry import Rung
+from robustkit.engine.batching.row_batch import RowBatch
+from robustkit.engine.model.instrumented_model import InstrumentedModel
+from robustkit.registry import SuiteEntry
 
 
 @dataclass
-class Lane:
+class AttackQueue:
     """One attack of the flight and the rows that are at it.
 
     Where it is `wide` a sample does all its jobs at once, a row for each; rows that end before their sample's
@@ -28,8 +28,8 @@ class Lane:
     restarts: int
     length: int
     wide: bool
-    table: Table | None = None
-    parked: Table | None = None
+    table: RowBatch | None = None
+    parked: RowBatch | None = None
 
     @property
     def solo(self) -> bool:
@@ -37,7 +37,7 @@ class Lane:
         return self.attack.draws > 1 or self.attack.several or bool(self.view)
 
     @classmethod
-    def of(cls, rung: Rung, stream: str, number: int, norm: str, *, wide: bool) -> Lane:
+    def of(cls, rung: SuiteEntry, stream: str, number: int, norm: str, *, wide: bool) -> AttackQueue:
         """Return an empty one for an attack in this norm; last resorts are `wide` whatever is said."""
         attack = rung.attack
         targets, restarts = attack.attempts(norm)
@@ -45,38 +45,38 @@ class Lane:
         return cls(attack, rung.view, stream, number, targets, restarts, attack.length(norm), wide)
 
     @property
-    def aboard(self) -> Table:
+    def aboard(self) -> RowBatch:
         """The rows, where there are some."""
         assert self.table is not None  # noqa: S101
         return self.table
 
-    def jobs(self, meter: Meter) -> int:
+    def jobs(self, meter: InstrumentedModel) -> int:
         """Return how many jobs the attack has for each sample: all of them on each part of its view."""
         return self.attempts(meter) * (len(meter.views[self.view]) if self.view else 1)
 
-    def attempts(self, meter: Meter) -> int:
+    def attempts(self, meter: InstrumentedModel) -> int:
         """Return how many jobs it has on one part of its view."""
         return self.restarts * min(self.targets or 1, max((meter.num_classes or 2) - 1, 1))
 
-    def join(self, table: Table) -> None:
+    def join(self, table: RowBatch) -> None:
         """Add rows."""
-        self.table = table if self.table is None else Table.join([self.table, table])
+        self.table = table if self.table is None else RowBatch.join([self.table, table])
 
-    def complete(self, ended: Table) -> Table:
+    def complete(self, ended: RowBatch) -> RowBatch:
         """Park rows whose samples have others under way still; return the samples that are through, folded."""
         under_way = self.table.host["position"] if self.table is not None else np.zeros(0, np.int64)
         waiting = np.isin(ended.host["position"], under_way)
         if waiting.any():
             parts = [ended.select(np.flatnonzero(waiting)), *([self.parked] if self.parked is not None else [])]
-            self.parked = Table.join(parts)
+            self.parked = RowBatch.join(parts)
         through = ended.select(np.flatnonzero(~waiting))
         return self.with_parked(through, through.host["position"]).folded() if len(through) else through
 
-    def with_parked(self, table: Table, samples: np.ndarray) -> Table:
+    def with_parked(self, table: RowBatch, samples: np.ndarray) -> RowBatch:
         """Return the rows with those of the same samples that were parked, which are parked no more."""
         if self.parked is None:
             return table
         mine = np.isin(self.parked.host["position"], samples)
-        joined = Table.join([table, self.parked.select(np.flatnonzero(mine))])
+        joined = RowBatch.join([table, self.parked.select(np.flatnonzero(mine))])
         self.parked = self.parked.select(np.flatnonzero(~mine)) if not mine.all() else None
         return joined

@@ -23,16 +23,16 @@ from robustkit.core.criteria import Goal
 from robustkit.core.rng import RowRng
 from robustkit.core.shapes import Images, Labels, Logits, PerRow
 from robustkit.core.threat import ThreatModel, per_row
-from robustkit.engine.batching.attack_queue import Lane
+from robustkit.engine.batching.attack_queue import AttackQueue
 from robustkit.engine.batching.forward_passes import Query, answers, looks
-from robustkit.engine.batching.row_batch import Table
-from robustkit.engine.batching.samples import Boarding, Landed
+from robustkit.engine.batching.row_batch import RowBatch
+from robustkit.engine.batching.samples import Admitted, Finished
 from robustkit.engine.evaluation.verdicts import Judged, judge
-from robustkit.engine.model.instrumented_model import Meter
-from robustkit.engine.model.random_refinement import STEPS, deeper, way
-from robustkit.gradient_views.discovery import offered
+from robustkit.engine.model.instrumented_model import InstrumentedModel
+from robustkit.engine.model.random_refinement import STEPS, choose_eot_view, refine_with_eot
+from robustkit.gradient_views.discovery import is_applicable
 from robustkit.gradient_views.views import DRAWS
-from robustkit.registry import Rung
+from robustkit.registry import SuiteEntry
 
 T = TypeVar("T")
 
@@ -41,7 +41,7 @@ WEIGHED = 16
 
 
 @dataclass
-class Flight:
+class ContinuousBatch:
     """Takes samples through consecutive attacks; iterate over `run()`.
 
     `board(n)` gives up to n samples; fewer mean that no more will come, unless they say so.
@@ -52,13 +52,13 @@ class Flight:
     `suite` names the views that the whole suite attacks.
     """
 
-    meter: Meter
+    meter: InstrumentedModel
     threat: ThreatModel
-    rungs: Sequence[Rung]
+    rungs: Sequence[SuiteEntry]
     streams: Sequence[str]
     seed: int
     slots: int
-    board: Callable[[int], Boarding]
+    board: Callable[[int], Admitted]
     mend: Callable[[Exception], None]
     pace: int = 1
     wide: bool = False
@@ -67,13 +67,13 @@ class Flight:
     steps: int = 0
     filled: int = 0
     refused: int = 0
-    landed: list[Landed] = field(default_factory=list)
+    landed: list[Finished] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         """Open a lane for each attack."""
         ways = enumerate(zip(self.rungs, self.streams, strict=True))
         norm = self.threat.norm
-        self.lanes = [Lane.of(rung, stream, at, norm, wide=self.wide) for at, (rung, stream) in ways]
+        self.lanes = [AttackQueue.of(rung, stream, at, norm, wide=self.wide) for at, (rung, stream) in ways]
         self.more = True
 
     @property
@@ -92,7 +92,7 @@ class Flight:
         """The mean share of slots in use while samples were waiting; None if none ever was."""
         return self.filled / (self.steps * self.slots) if self.steps else None
 
-    def run(self) -> Iterator[list[Landed]]:
+    def run(self) -> Iterator[list[Finished]]:
         """Yield after every look at the device what has landed since, until all have."""
         while True:
             self._fill()
@@ -140,11 +140,11 @@ class Flight:
             }
             zero = np.zeros(len(position), np.int64)
             spent = np.zeros((len(position), len(self.lanes), 2), np.int64)
-            self._enter(0, Table({"position": position, "job": zero, "age": zero, "spent": spent}, tensors))
+            self._enter(0, RowBatch({"position": position, "job": zero, "age": zero, "spent": spent}, tensors))
             if later and len(position) < free:
                 return
 
-    def take(self, aboard: Sequence[tuple[int, Table]]) -> None:
+    def take(self, aboard: Sequence[tuple[int, RowBatch]]) -> None:
         """Take over samples that another flight of the same attacks gave away: lanes by number, and their rows."""
         for number, table in aboard:
             self.lanes[number].join(table)
@@ -154,14 +154,14 @@ class Flight:
         rows = [(lane.number, *pair) for lane in self.lanes for pair in enumerate((lane.table, lane.parked))]
         return [{"lane": number, "parked": parked, **of.record()} for number, parked, of in rows if of is not None]
 
-    def resume(self, lane: int, parked: int, table: Table) -> None:
+    def resume(self, lane: int, parked: int, table: RowBatch) -> None:
         """Take over rows of a lane, or rows that are parked there."""
         if parked:
             self.lanes[lane].parked = table
         else:
             self.lanes[lane].join(table)
 
-    def give(self) -> list[tuple[int, Table]]:
+    def give(self) -> list[tuple[int, RowBatch]]:
         """Give away every other sample aboard, in the middle of what it is at; not those that are many rows."""
         given = []
         for lane in self.lanes:
@@ -172,12 +172,12 @@ class Flight:
             lane.table = lane.table.select(rows[::2])
         return given
 
-    def _enter(self, number: int, table: Table) -> None:
+    def _enter(self, number: int, table: RowBatch) -> None:
         """Begin the attack of that number on these samples, or a later one, or land them."""
         if number == len(self.lanes):
             return self._arrive(table)
         lane = self.lanes[number]
-        absent = not offered(lane.view, self.meter.views, self.suite)
+        absent = not is_applicable(lane.view, self.meter.views, self.suite)
         luck = lane.attack.second_opinion and self.meter.random
         if absent or luck or (lane.attack.last_resort and self.meter.rounding):
             return self._enter(number + 1, table)
@@ -200,7 +200,7 @@ class Flight:
         self._launch(lane, table.spread(lane.jobs(self.meter)) if lane.wide else table)
         return None
 
-    def _launch(self, lane: Lane, table: Table) -> None:
+    def _launch(self, lane: AttackQueue, table: RowBatch) -> None:
         """Begin a job of each row."""
         table.host["age"] = np.zeros(len(table), np.int64)
         table.device["ended"] = torch.zeros_like(table.device["ended"])
@@ -208,7 +208,7 @@ class Flight:
         table = table.with_state(lane.attack.init(self._rows(lane, table)))
         lane.join(table)
 
-    def _rows(self, lane: Lane, table: Table) -> Rows:
+    def _rows(self, lane: AttackQueue, table: RowBatch) -> Rows:
         part, device = table.device, table.device["x"].device
         job, age = (torch.from_numpy(table.host[name]).to(device) for name in ("job", "age"))
         goal = Goal(part["labels"])
@@ -229,7 +229,7 @@ class Flight:
             except (RuntimeError, MemoryError) as error:
                 self.mend(error)
 
-    def _ask(self, lanes: Sequence[Lane]) -> list[tuple[Query, Answer, Logits]]:
+    def _ask(self, lanes: Sequence[AttackQueue]) -> list[tuple[Query, Answer, Logits]]:
         """Return an answer for every row, with the model's own logits: all lanes together that can share."""
         queries = [Query.of(lane, self._rows(lane, lane.aboard), steady=self.steady) for lane in lanes]
         return answers(queries, self.meter)
@@ -270,11 +270,11 @@ class Flight:
         table.host["age"] = table.host["age"] + 1
         lane.table = table.with_state(lane.attack.step(self._rows(lane, table), state, answer))
 
-    def _look(self, lanes: Sequence[Lane]) -> None:
+    def _look(self, lanes: Sequence[AttackQueue]) -> None:
         """Judge the claims; land the fooled, give the others whose job is over their next one."""
         claims = [lane.aboard.device["claimed"].cpu().numpy().nonzero()[0] for lane in lanes]
         verdicts = self._judge([lane.aboard.select(index) for lane, index in zip(lanes, claims, strict=True)])
-        moves: list[tuple[int, Table]] = []
+        moves: list[tuple[int, RowBatch]] = []
         for lane, index, judged in zip(lanes, claims, verdicts, strict=True):
             table = lane.aboard
             done = (table.host["age"] > lane.length) | table.device["ended"].cpu().numpy()
@@ -307,7 +307,7 @@ class Flight:
         for number, table in moves:
             self._enter(number, table)
 
-    def _leave(self, lane: Lane, index: np.ndarray, judged: Judged) -> np.ndarray:
+    def _leave(self, lane: AttackQueue, index: np.ndarray, judged: Judged) -> np.ndarray:
         """Land the fooled rows' samples, each by its earliest claim; return which rows go with them."""
         table = lane.aboard
         position, claimed = table.host["position"], table.device["when"].cpu().numpy()[index]
@@ -325,7 +325,7 @@ class Flight:
         self._land(landing, lane.number, self._deepened(lane, landing, judged.select(mask)))
         return gone
 
-    def _judge(self, tables: list[Table]) -> list[Judged | None]:
+    def _judge(self, tables: list[RowBatch]) -> list[Judged | None]:
         """Judge the claims of several lanes in one pass."""
         some = [table for table in tables if len(table)]
         if not some:
@@ -342,7 +342,7 @@ class Flight:
             at += len(table)
         return found
 
-    def _weigh(self, table: Table) -> None:
+    def _weigh(self, table: RowBatch) -> None:
         """Of a random model keep the nearest point by the mean of fresh draws, not by the luckiest of many."""
         if not self.meter.random:
             return
@@ -359,7 +359,7 @@ class Flight:
         part["refused"] = torch.minimum(part["refused"], part["nearest"])
         self._bill(table, moved.cpu().numpy(), 2 * WEIGHED)
 
-    def _bill(self, table: Table, index: np.ndarray, forwards: int | np.ndarray) -> None:
+    def _bill(self, table: RowBatch, index: np.ndarray, forwards: int | np.ndarray) -> None:
         """Put forwards on the account of the last attack that these rows were in."""
         ran = table.host["spent"][index, :, 0] > 0
         last = np.where(ran.any(1), ran.shape[1] - 1 - ran[:, ::-1].argmax(1), 0)
@@ -374,9 +374,9 @@ class Flight:
         found = torch.stack([self._tried(margin) for _ in range(WEIGHED)]).mean(0)
         return torch.where(found.isnan(), -torch.inf, found)
 
-    def _deepened(self, lane: Lane, landing: Table, judged: Judged) -> Judged:
+    def _deepened(self, lane: AttackQueue, landing: RowBatch, judged: Judged) -> Judged:
         """Of a random model go on from points where it is right at times, and judge those that come further."""
-        view = way(lane.view, self.meter.views)
+        view = choose_eot_view(lane.view, self.meter.views)
         if not self.meter.random or lane.attack.blind or not (view or self.meter.differentiable):
             return judged
         open_rows = (judged.right > 0).nonzero()[:, 0]
@@ -385,7 +385,7 @@ class Flight:
         passes = self.meter.passes(view)[0] if view else DRAWS
         x, labels, point = (of[open_rows] for of in (landing.device["x"], landing.device["labels"], judged.x))
         answer = self.meter.through(view) if view else self.meter.mean
-        further = self._tried(lambda: deeper(answer, x, labels, point, self.threat))
+        further = self._tried(lambda: refine_with_eot(answer, x, labels, point, self.threat))
         better = self._mean_margin(further, labels) > self._mean_margin(point, labels)
         told = self._tried(lambda: judge(self.meter, x, labels, further, self.threat))
         better = better & told.fooled
@@ -395,7 +395,7 @@ class Flight:
         spent[index, 0] += 2 * WEIGHED + told.forwards.cpu().numpy()
         return judged.replaced(open_rows[better], told.select(better.cpu().numpy()))
 
-    def _arrive(self, table: Table) -> None:
+    def _arrive(self, table: RowBatch) -> None:
         """Land what has withstood everything, judged at its best point."""
         self._weigh(table)
         part = table.device
@@ -403,11 +403,11 @@ class Flight:
         self._bill(table, np.arange(len(table)), judged.forwards.cpu().numpy())
         self._land(table, len(self.lanes) - 1, judged)
 
-    def _land(self, table: Table, stage: int, judged: Judged) -> None:
+    def _land(self, table: RowBatch, stage: int, judged: Judged) -> None:
         if len(table):
             at = np.full(len(table), stage)
             labels = table.device["labels"].cpu().numpy()
             judged = replace(judged, broken=judged.broken | table.device["broken"] & ~judged.fooled)
             if self.meter.random:
                 judged = replace(judged, refused=~judged.fooled & (table.device["refused"] > -torch.inf))
-            self.landed.append(Landed(table.host["position"], labels, at, table.host["spent"], judged))
+            self.landed.append(Finished(table.host["position"], labels, at, table.host["spent"], judged))

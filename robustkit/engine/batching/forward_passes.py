@@ -11,8 +11,8 @@ from torch import Tensor
 from robustkit.attack_api.row_wise import Answer, Rows, State, ask
 from robustkit.core.losses import finite
 from robustkit.core.shapes import Logits
-from robustkit.engine.batching.attack_queue import Lane
-from robustkit.engine.model.instrumented_model import Meter
+from robustkit.engine.batching.attack_queue import AttackQueue
+from robustkit.engine.model.instrumented_model import InstrumentedModel
 from robustkit.gradient_views.views import DRAWS
 
 # The view that is a random model itself, seen several times at once.
@@ -23,14 +23,14 @@ AVERAGED = "averaged-mended"
 class Query:
     """What one lane asks in a step; `blind` rows (B, on the host) want no gradient, `exact` ones float32."""
 
-    lane: Lane
+    lane: AttackQueue
     rows: Rows
     state: State
     blind: Tensor
     exact: Tensor
 
     @classmethod
-    def of(cls, lane: Lane, rows: Rows, *, steady: bool) -> Query:
+    def of(cls, lane: AttackQueue, rows: Rows, *, steady: bool) -> Query:
         """Return the next of the lane's rows; on a `steady` model the last of an attempt is exact."""
         table, state = lane.aboard, lane.aboard.state
         closing = torch.from_numpy(table.host["age"] == lane.length)
@@ -59,14 +59,14 @@ class Query:
         return self.lane.attack.objective(rows, state, logits)
 
 
-def answers(queries: Sequence[Query], meter: Meter) -> list[tuple[Query, Answer, Logits]]:
+def answers(queries: Sequence[Query], meter: InstrumentedModel) -> list[tuple[Query, Answer, Logits]]:
     """Return each query with an answer for every row, and the model's own logits."""
     alone = [(query, *_alone(query, meter)) for query in queries if query.lane.solo]
     together = _together([query for query in queries if not query.lane.solo], meter)
     return alone + [(query, answer, answer.logits) for query, answer in together]
 
 
-def _alone(query: Query, meter: Meter) -> tuple[Answer, Logits]:
+def _alone(query: Query, meter: InstrumentedModel) -> tuple[Answer, Logits]:
     """Return the answers to one lane's rows and the model's own logits, of another pass if it is on a view."""
     lane, rows = query.lane, query.rows
     state = {**query.state, "blind": query.blind.to(rows.x.device)}
@@ -96,7 +96,7 @@ def looks(view: str, *, random: bool) -> int:
     return DRAWS if random else 1
 
 
-def _together(queries: list[Query], meter: Meter) -> list[tuple[Query, Answer]]:
+def _together(queries: list[Query], meter: InstrumentedModel) -> list[tuple[Query, Answer]]:
     """Answer rows of several attacks by one pass for those that want a gradient, one or two for the others."""
     parts: list[list[tuple[Tensor, Answer]]] = [[] for _ in queries]
     for with_gradient, exact in ((True, False), (False, False), (False, True)):

@@ -17,7 +17,7 @@ TOLD = {"ids", "x", "labels", "claim"}
 
 
 @dataclass
-class Table:
+class RowBatch:
     """Rows on board: arrays that the host steers by, and tensors on the device."""
 
     host: dict[str, np.ndarray]
@@ -26,36 +26,36 @@ class Table:
     def __len__(self) -> int:
         return len(self.host["position"])
 
-    def select(self, index: np.ndarray) -> Table:
+    def select(self, index: np.ndarray) -> RowBatch:
         """Return these rows."""
         there = torch.from_numpy(index).to(self.device["x"].device)
-        return Table(
+        return RowBatch(
             {name: array[index] for name, array in self.host.items()},
             {name: tensor[there] for name, tensor in self.device.items()},
         )
 
-    def to(self, device: torch.device) -> Table:
+    def to(self, device: torch.device) -> RowBatch:
         """Return the rows on another device."""
-        return Table(self.host, {name: tensor.to(device) for name, tensor in self.device.items()})
+        return RowBatch(self.host, {name: tensor.to(device) for name, tensor in self.device.items()})
 
     @staticmethod
-    def join(tables: Sequence[Table]) -> Table:
+    def join(tables: Sequence[RowBatch]) -> RowBatch:
         """Return the rows of all."""
         if len(tables) == 1:
             return tables[0]
-        return Table(
+        return RowBatch(
             {name: np.concatenate([t.host[name] for t in tables]) for name in tables[0].host},
             {name: torch.cat([t.device[name] for t in tables]) for name in tables[0].device},
         )
 
-    def spread(self, jobs: int) -> Table:
+    def spread(self, jobs: int) -> RowBatch:
         """Return each row once for every job, side by side; only the first keeps what was spent before."""
         rows = self.select(np.repeat(np.arange(len(self)), jobs))
         rows.host["job"] = np.tile(np.arange(jobs), len(self))
         rows.host["spent"][rows.host["job"] > 0] = 0
         return rows
 
-    def folded(self) -> Table:
+    def folded(self) -> RowBatch:
         """Return one row for each sample: the one that came nearest, with what all of them spent."""
         order = np.lexsort((-self.device["nearest"].cpu().numpy(), self.host["position"]))
         samples, first = np.unique(self.host["position"][order], return_index=True)
@@ -73,7 +73,7 @@ class Table:
         return {"host": {name: torch.from_numpy(array) for name, array in self.host.items()}, "device": device}
 
     @classmethod
-    def of(cls, record: Mapping[str, Mapping[str, Tensor]], ids: Tensor, x: Tensor, labels: Tensor) -> Table:
+    def of(cls, record: Mapping[str, Mapping[str, Tensor]], ids: Tensor, x: Tensor, labels: Tensor) -> RowBatch:
         """Return the rows of a record, with what the data tell of each."""
         kept = {name: tensor.to(x.device) for name, tensor in record["device"].items()}
         device = {"anchor": kept["best"], **kept, "ids": ids, "x": x, "labels": labels, "claim": x}
@@ -84,7 +84,7 @@ class Table:
         """The attack's own part."""
         return {name[len(STATE) :]: t for name, t in self.device.items() if name.startswith(STATE)}
 
-    def with_state(self, state: State) -> Table:
+    def with_state(self, state: State) -> RowBatch:
         """Return the rows with another state of the attack."""
         rest = {name: t for name, t in self.device.items() if not name.startswith(STATE)}
-        return Table(self.host, {**rest, **{STATE + name: t for name, t in state.items()}})
+        return RowBatch(self.host, {**rest, **{STATE + name: t for name, t in state.items()}})

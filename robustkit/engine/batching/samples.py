@@ -11,7 +11,7 @@ from robustkit.core.shapes import Images, Labels, PerRow
 from robustkit.engine.evaluation.verdicts import Judged
 
 
-class Boarding(NamedTuple):
+class Admitted(NamedTuple):
     """Samples that come aboard: positions in the data, ids for their dice, images, labels.
 
     `clean` is how far the clean image is beyond the boundary, `nearest` how far earlier flights of the run came;
@@ -29,7 +29,7 @@ class Boarding(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Landed:
+class Finished:
     """Samples whose verdict is there; `stage` (B) is the attack that each fell to, or the last."""
 
     position: np.ndarray
@@ -38,7 +38,7 @@ class Landed:
     spent: np.ndarray
     judged: Judged
 
-    def select(self, mask: np.ndarray) -> Landed:
+    def select(self, mask: np.ndarray) -> Finished:
         """Return these samples."""
         judged = self.judged.select(mask)
-        return Landed(self.position[mask], self.labels[mask], self.stage[mask], self.spent[mask], judged)
+        return Finished(self.position[mask], self.labels[mask], self.stage[mask], self.spent[mask], judged)

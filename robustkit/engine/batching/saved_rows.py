@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from robustkit.engine.batching.continuous_batch import Flight
-from robustkit.engine.batching.row_batch import Table
+from robustkit.engine.batching.continuous_batch import ContinuousBatch
+from robustkit.engine.batching.row_batch import RowBatch
 from robustkit.engine.evaluation.verdicts import image_hashes
 
 if TYPE_CHECKING:
-    from robustkit.engine.evaluation.block_runner import Worker
+    from robustkit.engine.evaluation.block_runner import BlockRunner
 
 # Seconds between two saves at least, and at most where one takes long; a save takes this share of the time.
 SAVE_EVERY, RARELY, SHARE = 20.0, 40.0, 0.05
@@ -24,7 +24,7 @@ LONG = 1.0
 
 
 @dataclass(frozen=True)
-class Saved:
+class SavedRows:
     """A flight between two steps.
 
     `again` is whether it is the second search, in float32, of the samples `near` the boundary: what each has cost
@@ -37,7 +37,7 @@ class Saved:
     seconds: float = 0.0
     refused: int = 0
     detached: bool = False
-    aboard: Sequence[tuple[int, int, Table]] = ()
+    aboard: Sequence[tuple[int, int, RowBatch]] = ()
 
     @property
     def positions(self) -> list[int]:
@@ -57,7 +57,7 @@ class Saved:
         }
 
     @classmethod
-    def of(cls, record: Mapping[str, Any] | None, worker: Worker, first: int) -> Saved:
+    def of(cls, record: Mapping[str, Any] | None, worker: BlockRunner, first: int) -> SavedRows:
         """Return what was saved, but for samples that have got their verdict since."""
         if record is None:
             return cls()
@@ -85,26 +85,26 @@ class Saved:
         rows = [part["host"]["position"] for part in record["tables"]]
         return {at for some in (record["near"], *rows) for at in some.tolist()}
 
-    def begin(self, aboard: Sequence[tuple[int, Table]]) -> Saved:
+    def begin(self, aboard: Sequence[tuple[int, RowBatch]]) -> SavedRows:
         """Return it with others aboard, from another flight."""
         more = [(lane, 0, table) for lane, table in aboard]
         return replace(self, aboard=[*self.aboard, *more])
 
-    def put_aboard(self, flight: Flight) -> None:
+    def put_aboard(self, flight: ContinuousBatch) -> None:
         """Have a flight go on with it."""
         flight.refused = self.refused
         for row in self.aboard:
             flight.resume(*row)
 
 
-def _table(part: Mapping[str, Any], position: np.ndarray, worker: Worker) -> Table:
+def _table(part: Mapping[str, Any], position: np.ndarray, worker: BlockRunner) -> RowBatch:
     """Return the rows of a record, their images read from the data again."""
     samples, which = np.unique(position, return_inverse=True)
     images = worker.samples.images(samples)
     worker.check_images(samples, image_hashes(images))
     device, rows = worker.meter.device, torch.from_numpy(which)
     labels = torch.from_numpy(worker.samples.labels[position]).to(device)
-    return Table.of(part, worker.ids(position), images[rows].to(device), labels)
+    return RowBatch.of(part, worker.ids(position), images[rows].to(device), labels)
 
 
 class Clock:

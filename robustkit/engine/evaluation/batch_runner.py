@@ -24,15 +24,15 @@ from robustkit.core.threat import ThreatModel
 from robustkit.data.prefetch import read_ahead
 from robustkit.data.samples import Samples
 from robustkit.engine.evaluation.early_stopping import TimeUp
-from robustkit.engine.evaluation.ledger_writer import Scribe, Sink, noticed
+from robustkit.engine.evaluation.ledger_writer import LedgerWriter, Sink, noticed
 from robustkit.engine.evaluation.minimum_norm import Nearest, search
-from robustkit.engine.evaluation.results import CHECKING, Tally
+from robustkit.engine.evaluation.results import CHECKING, RunResults
 from robustkit.engine.evaluation.sanity import refuse_answers
 from robustkit.engine.evaluation.verdicts import image_hashes, judge, sample_ids
 from robustkit.engine.failures import NO_MEMORY, described, is_out_of_memory
-from robustkit.engine.model.instrumented_model import Meter
+from robustkit.engine.model.instrumented_model import InstrumentedModel
 from robustkit.engine.progress import Progress
-from robustkit.registry import Rung
+from robustkit.registry import SuiteEntry
 from robustkit.runs.ledger import Chunk, Verdict
 from robustkit.runs.recorded_answers import recording
 from robustkit.runs.unfinished_work import Store
@@ -45,7 +45,7 @@ Work = Callable[[Images, np.ndarray], tuple[list[Verdict], list[Flag]]]
 
 
 @dataclass
-class BatchWise:
+class BatchRunner:
     """Does one run's chunks, as far as they are batches.
 
     Work past the `deadline` (by `time.perf_counter`) ends in `TimeUp`. The `store` keeps unfinished work, from
@@ -54,19 +54,19 @@ class BatchWise:
 
     samples: Samples
     threat: ThreatModel
-    rungs: list[Rung]
+    rungs: list[SuiteEntry]
     seed: int
     batch: int
     ledger: Sink
-    tally: Tally
-    meter: Meter
+    tally: RunResults
+    meter: InstrumentedModel
     progress: Progress
     deadline: float = field(default=math.inf, kw_only=True)
     store: Store = field(default=Store(None), kw_only=True)
 
     def __post_init__(self) -> None:
         """Have somebody who writes."""
-        self.scribe = Scribe(self.ledger, self.tally, self.meter)
+        self.scribe = LedgerWriter(self.ledger, self.tally, self.meter)
 
     def clean(self, among: np.ndarray) -> None:
         """Settle those of these images that the model gets wrong as they are; run the checks if none has yet."""
@@ -236,7 +236,7 @@ class BatchWise:
     def _check(self, x: Images, positions: np.ndarray) -> tuple[list[Verdict], list[Flag]]:
         labels = torch.from_numpy(self.samples.labels[positions]).to(x.device)
         threat = self.threat.typical() if self.threat.minimal else self.threat
-        plain = Meter(self.meter.model, self.meter.device)
+        plain = InstrumentedModel(self.meter.model, self.meter.device)
         for name in ("piece", "quick", "differentiable", "backward_error"):
             setattr(plain, name, getattr(self.meter, name))
         attacks = [rung.attack for rung in self.rungs if not rung.view]
@@ -248,7 +248,7 @@ class BatchWise:
         return [], flags
 
     def _attack_verdicts(
-        self, rung: Rung, stream: str, x: Images, positions: np.ndarray
+        self, rung: SuiteEntry, stream: str, x: Images, positions: np.ndarray
     ) -> tuple[list[Verdict], list[Flag]]:
         self.check_images(positions, image_hashes(x))
         labels = torch.from_numpy(self.samples.labels[positions]).to(x.device)

@@ -15,17 +15,17 @@ from robustkit.checks.run import UNSTEADY
 from robustkit.core.errors import RobustkitError, RunError, UsageError
 from robustkit.core.isolation import own_randomness
 from robustkit.data.prefetch import read_ahead
-from robustkit.engine.batching.continuous_batch import Flight
-from robustkit.engine.batching.row_batch import Table
-from robustkit.engine.batching.samples import Boarding, Landed
-from robustkit.engine.batching.saved_rows import Clock, Saved
-from robustkit.engine.evaluation.batch_runner import BatchWise
+from robustkit.engine.batching.continuous_batch import ContinuousBatch
+from robustkit.engine.batching.row_batch import RowBatch
+from robustkit.engine.batching.samples import Admitted, Finished
+from robustkit.engine.batching.saved_rows import Clock, SavedRows
+from robustkit.engine.evaluation.batch_runner import BatchRunner
 from robustkit.engine.evaluation.early_stopping import TimeUp
-from robustkit.engine.evaluation.reliability import Doubts
+from robustkit.engine.evaluation.reliability import Reliability
 from robustkit.engine.evaluation.sanity import refuse_endless
 from robustkit.engine.evaluation.verdicts import image_hashes
 from robustkit.engine.failures import NO_MEMORY, described, is_out_of_memory
-from robustkit.engine.model.instrumented_model import Way
+from robustkit.engine.model.instrumented_model import ExecutionConfig
 from robustkit.engine.model.random_verdicts import is_random
 from robustkit.runs.recorded_answers import Answers, asked, recording
 
@@ -39,7 +39,7 @@ FEW = 4
 
 
 @dataclass
-class Worker(BatchWise):
+class BlockRunner(BatchRunner):
     """Does one run's chunks.
 
     `slots` are the rows of a flight's passes, `free` is whether flights may choose their precision, `most` how
@@ -57,9 +57,11 @@ class Worker(BatchWise):
     def __post_init__(self) -> None:
         """Begin with nothing flown."""
         super().__post_init__()
-        self.doubts = Doubts(self.samples, self.meter, self.tally, self.rungs, self.store, self.named("outlook"))
+        self.doubts = Reliability(
+            self.samples, self.meter, self.tally, self.rungs, self.store, self.named("outlook")
+        )
         self.flown: dict[str, Any] = {}
-        self.way: Way | None = None
+        self.way: ExecutionConfig | None = None
 
     def prepare(self) -> None:
         """Try the model on one image, size the pieces to the memory, refuse an eps without limits."""
@@ -84,7 +86,7 @@ class Worker(BatchWise):
         waiting = self.tally.waiting(first, among)
         self.progress.stage(self._title(first, count), len(waiting), self.tally.robust, self.tally.n)
 
-        def gate(taken: Sequence[int]) -> Callable[[int], Boarding]:
+        def gate(taken: Sequence[int]) -> Callable[[int], Admitted]:
             return self._gate(waiting[~np.isin(waiting, taken)])
 
         if len(waiting):
@@ -98,9 +100,9 @@ class Worker(BatchWise):
         self,
         first: int,
         count: int,
-        gate: Callable[[Sequence[int]], Callable[[int], Boarding]],
+        gate: Callable[[Sequence[int]], Callable[[int], Admitted]],
         examples: np.ndarray,
-        aboard: Sequence[tuple[int, Table]] = (),
+        aboard: Sequence[tuple[int, RowBatch]] = (),
     ) -> None:
         """Take those who board, and those `aboard` already, through `count` attacks from stage `first` on.
 
@@ -114,13 +116,13 @@ class Worker(BatchWise):
                 exact = replace(self.way or self.meter.way, dtype=None)
                 arms = self.rungs[first - 1].arm
                 with recording(self.store, self.flight(first)) as answers:
-                    saved = Saved.of(answers.first(), self, first)
+                    saved = SavedRows.of(answers.first(), self, first)
                     near: Mapping[int, np.ndarray] = saved.near
                     if not saved.again:
                         board = gate([*saved.positions, *near])
                         with self.meter.searching(exact if arms else self.way):
                             near = self._fly(first, count, board, saved.begin(aboard), answers)
-                        saved = Saved(again=bool(near), near=near)
+                        saved = SavedRows(again=bool(near), near=near)
                         answers.restart(saved.record([]))
                     if saved.again:
                         self.flown["searched_again"] += len(near)
@@ -153,7 +155,7 @@ class Worker(BatchWise):
         self._halve(self.slots)
 
     def _fly(
-        self, first: int, count: int, board: Callable[[int], Boarding], saved: Saved, answers: Answers
+        self, first: int, count: int, board: Callable[[int], Admitted], saved: SavedRows, answers: Answers
     ) -> dict[int, np.ndarray]:
         """Take samples through, and write them down but for those that rounding may have saved.
 
@@ -162,7 +164,7 @@ class Worker(BatchWise):
         which is in float32.
         """
         spent: Mapping[int, np.ndarray] = saved.near if saved.again else {}
-        flight = Flight(
+        flight = ContinuousBatch(
             meter=self.meter,
             threat=self.threat,
             rungs=self.rungs[first - 1 : first - 1 + count],
@@ -178,7 +180,7 @@ class Worker(BatchWise):
         )
         saved.put_aboard(flight)
         number = self.tally.next_chunk(first)
-        begun, landed, done = time.perf_counter() - saved.seconds, list[Landed](), 0
+        begun, landed, done = time.perf_counter() - saved.seconds, list[Finished](), 0
         near = {} if saved.again else dict(saved.near)
         self.meter.detached = saved.detached
         clock = Clock()
@@ -200,7 +202,7 @@ class Worker(BatchWise):
                 self._write_landed(first, count, number, landed, now - begun)
                 number, begun, landed = number + 1, now, []
             if due and self.store.keeps and flight.aboard:
-                state = Saved(saved.again, spent or near, now - begun, flight.refused, self.meter.detached)
+                state = SavedRows(saved.again, spent or near, now - begun, flight.refused, self.meter.detached)
                 answers.restart(state.record(flight.state()), on=clock.slow or self.meter.random)
                 clock.saved(now)
             self._on_time()
@@ -216,7 +218,7 @@ class Worker(BatchWise):
             }
         return near
 
-    def _share(self, flight: Flight) -> None:
+    def _share(self, flight: ContinuousBatch) -> None:
         """Give away some of those aboard if another worker has nothing to do; here there is none."""
 
     def _tune(self, waiting: np.ndarray) -> None:
@@ -233,13 +235,13 @@ class Worker(BatchWise):
                 if self.most > self.slots and meter.quick is None:
                     self.slots = meter.widest(x, self.slots, self.most)
 
-    def _gate(self, waiting: np.ndarray) -> Callable[[int], Boarding]:
+    def _gate(self, waiting: np.ndarray) -> Callable[[int], Admitted]:
         """Return what gives the next so many of these samples; images are read in larger blocks."""
         device = self.meter.device
         blocks = read_ahead(self.samples, np.split(waiting, range(self.batch, len(waiting), self.batch)))
         block, images = np.zeros(0, np.int64), torch.zeros(0)
 
-        def board(free: int) -> Boarding:
+        def board(free: int) -> Admitted:
             nonlocal block, images
             while len(block) < free and (following := next(blocks, None)) is not None:
                 more, read = following
@@ -255,10 +257,10 @@ class Worker(BatchWise):
                 x = x.pin_memory()
             ids = self.ids(now)
             x, labels = x.to(device, non_blocking=True), labels.to(device)
-            return Boarding(now, ids, x, labels, clean.to(device), nearest.to(device))
+            return Admitted(now, ids, x, labels, clean.to(device), nearest.to(device))
 
         return board
 
-    def _write_landed(self, first: int, count: int, number: int, landed: list[Landed], seconds: float) -> None:
+    def _write_landed(self, first: int, count: int, number: int, landed: list[Finished], seconds: float) -> None:
         """Write down who has landed in so many seconds."""
         self.scribe.land(first, count, number, landed, seconds)

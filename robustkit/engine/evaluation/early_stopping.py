@@ -12,7 +12,7 @@ import numpy as np
 from robustkit.core.errors import UsageError
 from robustkit.core.flags import Flag
 from robustkit.core.intervals import enough, sequence
-from robustkit.engine.evaluation.results import Tally
+from robustkit.engine.evaluation.results import RunResults
 from robustkit.runs.evaluation_record import Stop
 
 FIRST = 32
@@ -40,7 +40,7 @@ class Limits:
         """Whether there is any."""
         return self.seconds is not None or self.width is not None
 
-    def blocks(self, tally: Tally, seed: int) -> Iterator[np.ndarray]:
+    def blocks(self, tally: RunResults, seed: int) -> Iterator[np.ndarray]:
         """Yield blocks of positions until a limit is reached; then `tally.stopped` says which.
 
         The order is drawn from the seed, so any number of blocks is a random sample of the data. Only whole
@@ -71,7 +71,7 @@ class Limits:
             tally.scope = order[: taken + len(block)]
 
 
-def unfinished_images(tally: Tally) -> list[Flag]:
+def unfinished_images(tally: RunResults) -> list[Flag]:
     """Return a flag if images count as robust that not all attacks were tried on, since time was up before."""
     if not (tally.stopped and tally.stopped.unfinished):
         return []

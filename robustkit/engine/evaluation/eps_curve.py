@@ -28,7 +28,7 @@ from robustkit.core.threat import ThreatModel, per_row
 from robustkit.data.samples import Samples
 from robustkit.engine.evaluation.verdicts import Judged, image_hashes, judge, sample_ids
 from robustkit.engine.failures import NO_MEMORY, described, is_out_of_memory
-from robustkit.engine.model.instrumented_model import Meter
+from robustkit.engine.model.instrumented_model import InstrumentedModel
 from robustkit.engine.progress import Progress
 from robustkit.runs.evaluation_record import Cost, Curve, Report
 from robustkit.runs.recorded_answers import once
@@ -52,7 +52,7 @@ def radii(threat: ThreatModel, shape: tuple[int, ...]) -> list[ThreatModel]:
 class CurveSearch:
     """The search over a finished run's images. `meter` is new, so that it counts this search alone."""
 
-    meter: Meter
+    meter: InstrumentedModel
     samples: Samples
     threat: ThreatModel
     progress: Progress
@@ -134,7 +134,7 @@ class Brackets:
 
     def __init__(
         self,
-        meter: Meter,
+        meter: InstrumentedModel,
         grid: list[ThreatModel],
         seed: int,
         ids: Tensor,

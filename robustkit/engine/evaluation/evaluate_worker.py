@@ -14,13 +14,13 @@ from robustkit.core.flags import Flag
 from robustkit.core.isolation import evaluation_mode, threads
 from robustkit.core.threat import ThreatModel
 from robustkit.data.samples import Samples
-from robustkit.engine.batching.continuous_batch import Flight
-from robustkit.engine.batching.samples import Boarding
+from robustkit.engine.batching.continuous_batch import ContinuousBatch
+from robustkit.engine.batching.samples import Admitted
 from robustkit.engine.evaluation import tasks
-from robustkit.engine.evaluation.block_runner import Worker
-from robustkit.engine.evaluation.results import Tally
+from robustkit.engine.evaluation.block_runner import BlockRunner
+from robustkit.engine.evaluation.results import RunResults
 from robustkit.engine.evaluation.tasks import Link
-from robustkit.engine.model.instrumented_model import Meter
+from robustkit.engine.model.instrumented_model import InstrumentedModel
 from robustkit.engine.progress import Progress
 from robustkit.registry import parse_suite
 from robustkit.runs.ledger import Chunk
@@ -42,15 +42,15 @@ def work(brief: tasks.Brief, link: Link) -> object:
     threat = ThreatModel.parse(brief.threat)
     rungs = parse_suite(brief.suite, threat.norm, minimal=threat.minimal)
     with evaluation_mode(model):
-        hand = Hand(
+        hand = EvaluationWorker(
             samples,
             threat,
             rungs,
             brief.seed,
             brief.batch,
             Outbox(link, source),
-            Tally.of(len(samples), [rung.spec for rung in rungs]),
-            Meter(model, device, brief.precision),
+            RunResults.of(len(samples), [rung.spec for rung in rungs]),
+            InstrumentedModel(model, device, brief.precision),
             Voice(link),
             brief.slots,
             brief.free,
@@ -121,7 +121,7 @@ class Voice(Progress):
             self.spoke = time.perf_counter()
 
 
-class Hand(Worker):
+class EvaluationWorker(BlockRunner):
     """A worker whose samples, ledger and orders are the driver's."""
 
     link: Link
@@ -186,7 +186,7 @@ class Hand(Worker):
             if parcel.images is not None:
                 self.source.lent[position] = parcel.images[at]
 
-    def _board(self, free: int) -> Boarding:
+    def _board(self, free: int) -> Admitted:
         """Ask the driver for as many samples."""
         self.link.send(tasks.Want(free))
         while not isinstance(answer := self.link.receive(), tasks.Boarded):
@@ -195,7 +195,7 @@ class Hand(Worker):
         boarding = self._gate(answer.parcel.positions)(free)
         return boarding._replace(later=answer.later)
 
-    def _share(self, flight: Flight) -> None:
+    def _share(self, flight: ContinuousBatch) -> None:
         if self.link.waiting():
             self.link.receive()
             self.asked = True

@@ -9,10 +9,10 @@ from typing import Protocol
 import numpy as np
 
 from robustkit.core.flags import Flag
-from robustkit.engine.batching.samples import Landed
-from robustkit.engine.evaluation.results import Tally
+from robustkit.engine.batching.samples import Finished
+from robustkit.engine.evaluation.results import RunResults
 from robustkit.engine.evaluation.verdicts import Judged
-from robustkit.engine.model.instrumented_model import Meter
+from robustkit.engine.model.instrumented_model import InstrumentedModel
 from robustkit.runs.ledger import Chunk, Verdict
 
 
@@ -24,12 +24,12 @@ class Sink(Protocol):
 
 
 @dataclass(frozen=True)
-class Scribe:
+class LedgerWriter:
     """Writes for one run."""
 
     ledger: Sink
-    tally: Tally
-    meter: Meter
+    tally: RunResults
+    meter: InstrumentedModel
 
     def write(self, *chunks: Chunk) -> None:
         """Write chunks down, all of them or none, and count them."""
@@ -61,7 +61,7 @@ class Scribe:
             yield judged.once.int().tolist()
             yield (judged.refused | judged.fooled).int().tolist()
 
-    def land(self, first: int, count: int, number: int, landed: Sequence[Landed], seconds: float) -> None:
+    def land(self, first: int, count: int, number: int, landed: Sequence[Finished], seconds: float) -> None:
         """Write down samples that went through a flight: each verdict with the stage that gave it.
 
         The chunks of its `count` stages have the same number; they share the seconds by their passes.
@@ -93,7 +93,7 @@ class Scribe:
         self.write(*chunks)
 
 
-def noticed(refused: int, broken: int, meter: Meter) -> list[Flag]:
+def noticed(refused: int, broken: int, meter: InstrumentedModel) -> list[Flag]:
     """Return what was noticed while a chunk was judged: counts of images, and a missing gradient."""
     flags = []
     if refused:

@@ -19,10 +19,10 @@ from robustkit.data.samples import Samples
 from robustkit.engine.evaluation.nearest_points import MinimumNorm
 from robustkit.engine.evaluation.sanity import refuse_answers, refuse_randomness
 from robustkit.engine.evaluation.verdicts import Judged, image_hashes, judge, sample_ids
-from robustkit.engine.model.instrumented_model import Meter
+from robustkit.engine.model.instrumented_model import InstrumentedModel
 from robustkit.engine.model.random_verdicts import is_random
 from robustkit.models.classifier import Classifier
-from robustkit.registry import Rung, parse_suite
+from robustkit.registry import SuiteEntry, parse_suite
 from robustkit.runs.recorded_answers import once
 
 # The margin that an adversarial point must have, as a share of the largest logit: twice what `verify` takes for
@@ -48,7 +48,14 @@ class Nearest:
 
 
 def search(
-    meter: Meter, rungs: Sequence[Rung], x: Images, labels: Labels, threat: ThreatModel, *, seed: int, ids: Labels
+    meter: InstrumentedModel,
+    rungs: Sequence[SuiteEntry],
+    x: Images,
+    labels: Labels,
+    threat: ThreatModel,
+    *,
+    seed: int,
+    ids: Labels,
 ) -> Nearest:
     """Run attacks in turn and keep the nearest adversarial point of each image.
 
@@ -81,7 +88,7 @@ def search(
     return Nearest(best, distance, by, spent)
 
 
-def _counted(meter: Meter, attack: Callable[[], Images]) -> dict[str, Any]:
+def _counted(meter: InstrumentedModel, attack: Callable[[], Images]) -> dict[str, Any]:
     """Run an attack; return its points and its passes."""
     before = meter.forwards, meter.backwards
     return {
@@ -91,7 +98,7 @@ def _counted(meter: Meter, attack: Callable[[], Images]) -> dict[str, Any]:
     }
 
 
-def _streams(rungs: Sequence[Rung]) -> list[str]:
+def _streams(rungs: Sequence[SuiteEntry]) -> list[str]:
     """Return the name of each attack's random numbers: its own, and how often it occurred before."""
     names = [rung.name for rung in rungs]
     return [f"{name}/{names[:number].count(name)}" for number, name in enumerate(names)]
@@ -109,7 +116,7 @@ def nearest_points(
 ) -> MinimumNorm:
     """Return the nearest adversarial point of each sample; see `robustkit.minimum_norm`."""
     rungs = parse_suite(suite, threat.norm, minimal=True)
-    meter = Meter(model.expect(samples.num_classes), device)
+    meter = InstrumentedModel(model.expect(samples.num_classes), device)
     points, distances, names = [], [], list[str | None]()
     with evaluation_mode(model), own_randomness(seed, "minimum-norm"):
         image = samples.images([0]).to(device)

@@ -12,40 +12,40 @@ from robustkit.checks.run import DOUBTS
 from robustkit.checks.strength import masked, scores_beat_gradients, unattacked
 from robustkit.core.flags import Flag
 from robustkit.data.samples import Samples
-from robustkit.engine.evaluation.results import Tally
+from robustkit.engine.evaluation.results import RunResults
 from robustkit.engine.failures import is_out_of_memory
-from robustkit.engine.model.instrumented_model import Meter
-from robustkit.gradient_views.discovery import Outlook, look
-from robustkit.registry import Rung
+from robustkit.engine.model.instrumented_model import InstrumentedModel
+from robustkit.gradient_views.discovery import GradientViews, discover_views
+from robustkit.registry import SuiteEntry
 from robustkit.runs.recorded_answers import recording
 from robustkit.runs.unfinished_work import Store
 
 
 @dataclass
-class Doubts:
+class Reliability:
     """The doubts about one run, as far as it has come; they decide on its spare attacks.
 
     The `store` keeps by this `name` what was found out about views.
     """
 
     samples: Samples
-    meter: Meter
-    tally: Tally
-    rungs: Sequence[Rung]
+    meter: InstrumentedModel
+    tally: RunResults
+    rungs: Sequence[SuiteEntry]
     store: Store
     name: str
 
     @cached_property
-    def outlook(self) -> Outlook:
+    def outlook(self) -> GradientViews:
         """What the model offers to climb on beside its own gradients; the meter knows of it from then on."""
         x = self.samples.images(range(min(self.meter.trial, len(self.samples)))).to(self.meter.device)
         try:
             with recording(self.store, self.name):
-                found = look(self.meter.model, x, self.meter.random)
+                found = discover_views(self.meter.model, x, self.meter.random)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            found = look(self.meter.model, x[:1], self.meter.random)
+            found = discover_views(self.meter.model, x[:1], self.meter.random)
         self.meter.views = found.views
         return found
 

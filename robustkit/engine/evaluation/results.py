@@ -45,7 +45,7 @@ class Hashes:
 
 
 @dataclass
-class Tally:
+class RunResults:
     """Counts over `n` samples. Stage 0 is the clean pass; a sample's `fell` is the stage that settled it.
 
     `judged` is the last stage that a sample has a verdict from. `spare` are stages that are told of only where
@@ -84,7 +84,7 @@ class Tally:
         self.scope = np.arange(self.n)
 
     @classmethod
-    def of(cls, n: int, suite: Sequence[Mapping[str, Any]]) -> Tally:
+    def of(cls, n: int, suite: Sequence[Mapping[str, Any]]) -> RunResults:
         """Return a new one of a run with this suite in its spec."""
         spare = frozenset(number for number, record in enumerate(suite, 1) if record.get("spare"))
         arms = [number for number, record in enumerate(suite, 1) if record.get("arm")]

@@ -29,16 +29,16 @@ from robustkit.engine import gradient_budgets
 from robustkit.engine.allocation.arms import spread
 from robustkit.engine.allocation.rounds import Rounds
 from robustkit.engine.allocation.strictness import STRICTNESS
-from robustkit.engine.evaluation.block_runner import Worker
+from robustkit.engine.evaluation.block_runner import BlockRunner
 from robustkit.engine.evaluation.early_stopping import Limits, TimeUp, shuffled, unfinished_images
 from robustkit.engine.evaluation.eps_curve import CurveSearch
-from robustkit.engine.evaluation.results import Tally
+from robustkit.engine.evaluation.results import RunResults
 from robustkit.engine.evaluation.sanity import refuse_randomness
-from robustkit.engine.evaluation.scheduler import Foreman
+from robustkit.engine.evaluation.scheduler import Scheduler
 from robustkit.engine.model.image_size import enlarged_images, pixel_space
-from robustkit.engine.model.instrumented_model import DTYPES, Meter
+from robustkit.engine.model.instrumented_model import DTYPES, InstrumentedModel
 from robustkit.engine.progress import Progress
-from robustkit.gradient_views.discovery import offered
+from robustkit.gradient_views.discovery import is_applicable
 from robustkit.models.classifier import Classifier
 from robustkit.runs import examples, run_folder
 from robustkit.runs.environment import environment
@@ -129,7 +129,7 @@ class Evaluation:
                 raise UsageError(f"threat '{self.threat}' {why}; leave out {name}.")
 
     @cached_property
-    def rungs(self) -> list[registry.Rung]:
+    def rungs(self) -> list[registry.SuiteEntry]:
         """The suite's attacks, in order."""
         return registry.parse_suite(self.suite, self.threat.norm, minimal=self.threat.minimal)
 
@@ -228,7 +228,7 @@ class Evaluation:
 
     def _with_curve(self, report: Report, out: Path | None, progress: Progress, store: Store) -> Report:
         found = run_folder.read_adversarial(out) if out else report.adversarial or {}
-        meter = Meter(self.model, self.device, self._precision)
+        meter = InstrumentedModel(self.model, self.device, self._precision)
         search = CurveSearch(meter, self.samples, self.threat, progress)
         with recording(store, "curve"):
             report = search.add(report, found["index"], found["x"])
@@ -260,8 +260,8 @@ class Evaluation:
 
     def _work(
         self, ledger: Ledger, progress: Progress, agency: Agency | None, store: Store
-    ) -> tuple[Worker, list[Flag]]:
-        tally = Tally.of(len(self.samples), self.spec.suite)
+    ) -> tuple[BlockRunner, list[Flag]]:
+        tally = RunResults.of(len(self.samples), self.spec.suite)
         ledger.require(len(self.samples), self.samples.images([0]).nbytes, len(self.spec.suite))
         noted(ledger)
         for chunk in ledger.chunks():
@@ -272,7 +272,7 @@ class Evaluation:
                 f"{tally.settled} of {tally.n} images settled"
             )
         with evaluation_mode(self.model) as was_training:
-            meter = Meter(self.model, self.device, self._precision)
+            meter = InstrumentedModel(self.model, self.device, self._precision)
             parts = (
                 self.samples,
                 self.threat,
@@ -289,22 +289,22 @@ class Evaluation:
             )
             alone = agency is None and self.ray is None and self.workers in (None, 1)
             if alone:
-                worker = Worker(*parts, store=store)
+                worker = BlockRunner(*parts, store=store)
             else:
-                worker = Foreman(*parts, suite=self.suite, precision=self._precision, store=store)
+                worker = Scheduler(*parts, suite=self.suite, precision=self._precision, store=store)
             worker.prepare()
             refuse_randomness(self.threat, random=meter.random)
             with self._helped(worker, agency), threads(meter.threads):
                 self._through(worker)
             return worker, training_mode(was_training, training_count(self.model))
 
-    def _helped(self, worker: Worker, agency: Agency | None) -> AbstractContextManager[None]:
+    def _helped(self, worker: BlockRunner, agency: Agency | None) -> AbstractContextManager[None]:
         """Have the workers of a run with several inside."""
-        if not isinstance(worker, Foreman):
+        if not isinstance(worker, Scheduler):
             return nullcontext()
         return worker.hired(agency or Alone(self.workers, self.ray, worker.progress))
 
-    def _through(self, worker: Worker) -> None:
+    def _through(self, worker: BlockRunner) -> None:
         """Take all images through clean pass and suite, or as many blocks of them as the limits allow."""
         tally = worker.tally
         if not self.limits:
@@ -319,7 +319,7 @@ class Evaluation:
             tally.stopped = Stop("time-limit", tally.n) if len(tally.scope) else self._part(worker, block)
         return None
 
-    def _part(self, worker: Worker, block: np.ndarray) -> Stop:
+    def _part(self, worker: BlockRunner, block: np.ndarray) -> Stop:
         """Have those images of the first block count that were classified before time was up."""
         tally = worker.tally
         spared = [number for number, rung in enumerate(self.rungs, 1) if not (rung.spare or rung.arm)]
@@ -332,7 +332,7 @@ class Evaluation:
         last = len(self.rungs) if worker.doubts.doubtful else max(spared, default=0)
         return Stop("time-limit", tally.n, tally.unfinished(tally.scope, last))
 
-    def _block(self, worker: Worker, among: np.ndarray) -> None:
+    def _block(self, worker: BlockRunner, among: np.ndarray) -> None:
         worker.clean(among)
         if self.threat.minimal:
             return worker.attack(1, among)
@@ -350,20 +350,20 @@ class Evaluation:
                 worker.fly(stage, count, among)
             else:
                 for number, rung in enumerate(rungs, stage):
-                    if offered(rung.view, worker.meter.views, [rung.view for rung in self.rungs]):
+                    if is_applicable(rung.view, worker.meter.views, [rung.view for rung in self.rungs]):
                         worker.attack(number, among)
             stage += count
 
-    def _allocate(self, worker: Worker, among: np.ndarray) -> None:
+    def _allocate(self, worker: BlockRunner, among: np.ndarray) -> None:
         """Give the arms to these images."""
         self._rounds(worker).run(among)
 
-    def _rounds(self, worker: Worker) -> Rounds:
+    def _rounds(self, worker: BlockRunner) -> Rounds:
         # The driver's worker writes to the ledger itself.
         ledger = cast("Ledger", worker.ledger)
         return Rounds(worker, ledger, self.share)
 
-    def _finish(self, ledger: Ledger, worker: Worker, mode: list[Flag], out: Path | None) -> Report:
+    def _finish(self, ledger: Ledger, worker: BlockRunner, mode: list[Flag], out: Path | None) -> Report:
         tally, meter = worker.tally, worker.meter
         space = pixel_space(self.model, self.samples)
         doubts = [*self._data_doubts(tally, meter), *enlarged_images(space), *self._short_steps()]
@@ -390,7 +390,7 @@ class Evaluation:
         run_folder.write_report(out, report)
         return report
 
-    def _hardness(self, tally: Tally) -> tuple[np.ndarray, np.ndarray]:
+    def _hardness(self, tally: RunResults) -> tuple[np.ndarray, np.ndarray]:
         """Return by what fooled images are ranked: stage, then margin; or their distance alone."""
         if self.threat.minimal:
             return tally.distances, np.zeros(tally.n)
@@ -401,13 +401,13 @@ class Evaluation:
         found = [gradient_budgets.falls_short(rung.attack, float(self.threat.eps)) for rung in self.rungs]
         return [flag for flag in found if flag is not None and all(found)]
 
-    def _data_doubts(self, tally: Tally, meter: Meter) -> list[Flag]:
+    def _data_doubts(self, tally: RunResults, meter: InstrumentedModel) -> list[Flag]:
         """Return the flags of the data, and of what the model says of it before any attack."""
         labels, said = self.samples.labels[tally.scope].tolist(), tally.predictions[tally.scope].tolist()
         return [*self.samples.pick(tally.scope).flags, *clean_doubts(said, labels, meter.num_classes or 2)]
 
 
-def _kind(rung: registry.Rung) -> tuple[bool, bool, bool, bool]:
+def _kind(rung: registry.SuiteEntry) -> tuple[bool, bool, bool, bool]:
     """Return whether a rung is an arm, is spare, is flown, and is a spare search by scores that begins anew."""
     refines = getattr(rung.attack, "refine", False)
     scores = rung.spare and rung.attack.info.access == "score" and not refines

@@ -20,10 +20,10 @@ from robustkit.distributed.company import Member
 from robustkit.distributed.crew import Agency
 from robustkit.distributed.model_files import Parcelled
 from robustkit.distributed.process_pool import Hiring
-from robustkit.engine.batching.row_batch import Table
-from robustkit.engine.batching.saved_rows import Saved
+from robustkit.engine.batching.row_batch import RowBatch
+from robustkit.engine.batching.saved_rows import SavedRows
 from robustkit.engine.evaluation import tasks
-from robustkit.engine.evaluation.block_runner import Worker
+from robustkit.engine.evaluation.block_runner import BlockRunner
 from robustkit.engine.evaluation.early_stopping import TimeUp
 from robustkit.engine.evaluation.tasks import Brief, Gone, Parcel
 from robustkit.engine.model.instrumented_model import TRIAL
@@ -39,7 +39,7 @@ SUMS = ("claims_refused", "searched_again")
 
 
 @dataclass
-class Foreman(Worker):
+class Scheduler(BlockRunner):
     """Does clean pass and checks itself and has the attacks done by workers, hired while it does them.
 
     `suite` and the search's `precision` are what they are told of both.
@@ -141,7 +141,7 @@ class Foreman(Worker):
         count: int,
         name: str = "",
         parcel: Parcel | None = None,
-        aboard: Sequence[tuple[int, Table]] = (),
+        aboard: Sequence[tuple[int, RowBatch]] = (),
     ) -> None:
         """Order a flight, which saves what it has under way by this name or a new one."""
         member.flight = name or f"{self.flight(first)}-{time.time_ns()}"
@@ -152,7 +152,7 @@ class Foreman(Worker):
         left, own = set(waiting), self.flight(first)
         for saved in [name] if name else self.store.names(own):
             state = self.store.state(saved) if saved == own or saved.startswith(f"{own}-") else None
-            if state is not None and (positions := Saved.positions_in(state) & left):
+            if state is not None and (positions := SavedRows.positions_in(state) & left):
                 left -= positions
                 yield saved, sorted(positions)
 

@@ -16,7 +16,7 @@ import numpy as np
 from robustkit.core.flags import Flag
 from robustkit.distributed.files import Sent
 from robustkit.distributed.model_files import Parcelled
-from robustkit.engine.batching.row_batch import Table
+from robustkit.engine.batching.row_batch import RowBatch
 from robustkit.engine.model.loaded_models import Net
 from robustkit.runs.ledger import Chunk
 from robustkit.runs.unfinished_work import Store
@@ -122,7 +122,7 @@ class Fly:
     flags: Mapping[str, Flag]
     name: str
     parcel: Parcel | None = None
-    aboard: Sequence[tuple[int, Table]] = ()
+    aboard: Sequence[tuple[int, RowBatch]] = ()
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ class Under:
 class Given:
     """Samples that a worker gives away."""
 
-    aboard: Sequence[tuple[int, Table]]
+    aboard: Sequence[tuple[int, RowBatch]]
 
     @property
     def positions(self) -> list[int]:

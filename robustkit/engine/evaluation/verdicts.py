@@ -14,8 +14,8 @@ from robustkit.core import losses
 from robustkit.core.errors import RunError
 from robustkit.core.shapes import Images, Labels, Logits, Mask, PerRow
 from robustkit.core.threat import ThreatModel
-from robustkit.engine.model.instrumented_model import Meter
-from robustkit.engine.model.random_verdicts import redraw
+from robustkit.engine.model.instrumented_model import InstrumentedModel
+from robustkit.engine.model.random_verdicts import majority_vote
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Judged:
 
 
 def judge(
-    meter: Meter,
+    meter: InstrumentedModel,
     x: Images,
     labels: Labels,
     found: Images,
@@ -94,12 +94,12 @@ def judge(
     return Judged(point, prediction, margin, fooled, refused, broken, cost, right.double(), right)
 
 
-def _redrawn(meter: Meter, point: Images, labels: Labels, chosen: bool) -> Judged:
+def _redrawn(meter: InstrumentedModel, point: Images, labels: Labels, chosen: bool) -> Judged:
     """Judge by draws: fooled is a model that is more often wrong, at chosen points by other draws as well."""
-    told = redraw(meter.exact, point, labels)
+    told = majority_vote(meter.exact, point, labels)
     fooled = (told.right < 0.5) & ~told.broken
     if chosen and fooled.any():
-        told = told.replaced(fooled, redraw(meter.exact, point[fooled], labels[fooled]))
+        told = told.replaced(fooled, majority_vote(meter.exact, point[fooled], labels[fooled]))
         fooled = fooled & (told.right < 0.5) & ~told.broken
     none = torch.zeros_like(fooled)
     return Judged(

@@ -16,9 +16,9 @@ from robustkit.core.threat import ThreatModel
 from robustkit.data import load_data
 from robustkit.data.samples import Samples
 from robustkit.engine.allocation.strictness import STRICTNESS, in_doubt
-from robustkit.engine.evaluation.results import Tally
+from robustkit.engine.evaluation.results import RunResults
 from robustkit.engine.evaluation.verdicts import image_hashes, margins
-from robustkit.engine.model.instrumented_model import Meter
+from robustkit.engine.model.instrumented_model import InstrumentedModel
 from robustkit.models import load_model
 from robustkit.models.allowed_paths import recorded_model
 from robustkit.models.classifier import Classifier
@@ -104,7 +104,7 @@ def verify_run(
         found.bad.append(str(error))
         return found
     found.bad += _missing_records(arrays, report)
-    meter = Meter(model.expect(samples.num_classes), device or torch.device("cpu"))
+    meter = InstrumentedModel(model.expect(samples.num_classes), device or torch.device("cpu"))
     threat = ThreatModel.parse(report.spec.threat)
     with evaluation_mode(model), own_randomness(report.spec.seed, "verify"):
         for begin in range(0, len(arrays["index"]), BATCH_SIZE):
@@ -114,7 +114,7 @@ def verify_run(
 
 def _check_batch(
     found: Verification,
-    meter: Meter,
+    meter: InstrumentedModel,
     samples: Samples,
     threat: ThreatModel,
     arrays: dict[str, np.ndarray],
@@ -172,7 +172,7 @@ def _stated(report: Report) -> dict[int, float]:
     return {verdict.index: far for verdict, far in pairs if far is not None}
 
 
-def _is_random(meter: Meter, x: torch.Tensor, logits: torch.Tensor) -> bool:
+def _is_random(meter: InstrumentedModel, x: torch.Tensor, logits: torch.Tensor) -> bool:
     """Return whether the model answers these images in another way when asked again, up to `ASKED` times."""
     noise = float(NOISE) * logits.abs().amax().clamp(min=1)
     return any(bool((meter.exact(x) - logits).abs().amax() > noise) for _ in range(ASKED))
@@ -180,7 +180,7 @@ def _is_random(meter: Meter, x: torch.Tensor, logits: torch.Tensor) -> bool:
 
 def _ledger_faults(path: Path, report: Report, samples: Samples) -> Iterator[str]:
     """Yield what is wrong with the ledger, with the images it was made from, or with the report of it."""
-    tally = Tally.of(len(samples), report.spec.suite)
+    tally = RunResults.of(len(samples), report.spec.suite)
     try:
         with Ledger.read(path / run_folder.LEDGER, report.run_id) as ledger:
             ledger.require(len(samples), samples.images([0]).nbytes, len(report.spec.suite))
@@ -214,7 +214,7 @@ def _ledger_faults(path: Path, report: Report, samples: Samples) -> Iterator[str
                 yield f"record {position}: its label in {samples.name} has changed since the run."
 
 
-def _doubt_faults(report: Report, tally: Tally) -> Iterator[str]:
+def _doubt_faults(report: Report, tally: RunResults) -> Iterator[str]:
     """Yield what the report says is left in doubt, if the ledger says something else.
 
     Of a random model nothing is said.

@@ -47,7 +47,7 @@ class Counts(Protocol):
 
 
 @dataclass(frozen=True)
-class Way:
+class ExecutionConfig:
     """How the model is run: the net or its folded copy, a precision (None: float32), a memory layout."""
 
     net: Classifier
@@ -55,7 +55,7 @@ class Way:
     layout: torch.memory_format = torch.contiguous_format
 
 
-class Meter:
+class InstrumentedModel:
     """A callable that counts sample-propagations through a classifier, in both directions.
 
     `random` is whether the model answers by a draw; `views` are what may stand in for its gradients, by name.
@@ -71,7 +71,7 @@ class Meter:
     def __init__(self, model: Classifier, device: torch.device, precision: str = "fp32") -> None:
         self.model = model
         self.device = device
-        self.way = Way(model, DTYPES[precision])
+        self.way = ExecutionConfig(model, DTYPES[precision])
         self.random = False
         self.views: Mapping[str, Sequence[Callable[[Images], Tensor]]] = {}
         self.num_classes: int | None = model.num_classes
@@ -150,10 +150,10 @@ class Meter:
             return self._in_pieces(x, False, self._net)
 
     @contextmanager
-    def searching(self, way: Way | None = None) -> Iterator[None]:
+    def searching(self, way: ExecutionConfig | None = None) -> Iterator[None]:
         """Run the model in this way inside; without one as verdicts want it: itself, in float32."""
         before = self.way
-        self.way = way or Way(self.model)
+        self.way = way or ExecutionConfig(self.model)
         try:
             yield
         finally:
@@ -244,7 +244,7 @@ class Meter:
         net = folded(self.model, x) or self.model
         dtypes = [self.way.dtype, torch.bfloat16] if precision else [self.way.dtype]
         for dtype, layout in itertools.product(dtypes, LAYOUTS):
-            way = Way(net, dtype, layout)
+            way = ExecutionConfig(net, dtype, layout)
             tried = None if way == self.way else self._tried(x, way, max(GIVE_UP * of_two, GIVE_UP_SECONDS))
             if tried is None or not tried[1].isfinite().all():
                 continue
@@ -266,12 +266,16 @@ class Meter:
             best, slots = slots / seconds, 2 * slots
         return max(slots // 2, 1)
 
-    def _tried(self, x: Images, way: Way, limit: float = math.inf) -> tuple[float, Logits, float] | None:
+    def _tried(
+        self, x: Images, way: ExecutionConfig, limit: float = math.inf
+    ) -> tuple[float, Logits, float] | None:
         """Return what `_trial` does, once for a run."""
         name = f"{self.device.type} {way.dtype} {way.layout} {way.net is self.model}"
         return once(name, lambda: self._trial(x, way, limit))
 
-    def _trial(self, x: Images, way: Way, limit: float = math.inf) -> tuple[float, Logits, float] | None:
+    def _trial(
+        self, x: Images, way: ExecutionConfig, limit: float = math.inf
+    ) -> tuple[float, Logits, float] | None:
         """Return seconds and logits of one forward and backward pass in this way, and the seconds of two images.
 
         None if the model refuses it, or if the two take longer than the limit.
@@ -368,7 +372,7 @@ class Linked(torch.autograd.Function):
     """Logits (B K) that depend on the images x: where they do not by themselves, their gradient is zero."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, x: Tensor, meter: Meter) -> Tensor:  # noqa: D102
+    def forward(ctx: Any, logits: Tensor, x: Tensor, meter: InstrumentedModel) -> Tensor:  # noqa: D102
         ctx.meter, ctx.shape = meter, x.shape
         return logits.view_as(logits)
 

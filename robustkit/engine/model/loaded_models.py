@@ -13,7 +13,7 @@ from robustkit.core.errors import RobustkitError, RunError, UsageError
 from robustkit.core.isolation import evaluation_mode, own_randomness
 from robustkit.data.samples import Samples
 from robustkit.engine.failures import NO_MEMORY, described, is_out_of_memory
-from robustkit.engine.model.instrumented_model import Meter, free_memory
+from robustkit.engine.model.instrumented_model import InstrumentedModel, free_memory
 from robustkit.models import as_classifier, load_model
 from robustkit.models.classifier import Classifier
 from robustkit.models.ensembles.mixture import Mixture
@@ -53,9 +53,9 @@ class Net:
     trust_code: bool = False
     class_names: tuple[str, ...] | None = None
 
-    def metered(self, model: Classifier, device: torch.device) -> Meter:
+    def metered(self, model: Classifier, device: torch.device) -> InstrumentedModel:
         """Return a model of this net as attacks see it, given few images at once where it is slow."""
-        meter = Meter(model, device)
+        meter = InstrumentedModel(model, device)
         meter.quick, meter.seconds = self.quick, self.seconds
         return meter
 
@@ -167,7 +167,7 @@ def same_classes(nets: Sequence[Net], others: Sequence[Net]) -> None:
 
 def _tried(classifier: Classifier, samples: Samples, device: torch.device, what: str) -> Net:
     image = samples.images([0]).to(device)
-    meter = Meter(classifier.expect(samples.num_classes), device)
+    meter = InstrumentedModel(classifier.expect(samples.num_classes), device)
     try:
         with own_randomness("nets"), evaluation_mode(classifier):
             meter.size_up(image, BATCH)

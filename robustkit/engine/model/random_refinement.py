@@ -25,13 +25,13 @@ DENSITY = 0.02
 AVERAGED = ("averaged-mean-logit", "averaged-mended")
 
 
-def way(view: str, views: Collection[str]) -> str:
+def choose_eot_view(view: str, views: Collection[str]) -> str:
     """Return the view to go on by from where an attack on a view has come; without one, the model itself."""
     wanted = (view if view.startswith("averaged-") else "", *AVERAGED)
     return next((name for name in wanted if name in views), "")
 
 
-def deeper(
+def refine_with_eot(
     answer: Callable[[Images], Tensor], x: Images, labels: Labels, point: Images, threat: ThreatModel
 ) -> Images:
     """Return points (B C H W) in the threat around x, on from these by the gradient of the cross-entropy.

@@ -22,7 +22,7 @@ SEEDS = 4
 
 
 @dataclass(frozen=True)
-class Redrawn:
+class VoteResult:
     """What draws said of points: the share that was `right` (B), whether the first was, the means, the cost.
 
     `prediction` is the class named most often, `margin` the mean of the label's logit less the best other one.
@@ -35,15 +35,15 @@ class Redrawn:
     broken: Mask
     forwards: Labels
 
-    def replaced(self, mask: Mask, other: Redrawn) -> Redrawn:
+    def replaced(self, mask: Mask, other: VoteResult) -> VoteResult:
         """Return these with the others where the mask is; forwards and what broke add up."""
         fields = {name: value.masked_scatter(mask, getattr(other, name)) for name, value in vars(self).items()}
         fields["broken"] = self.broken | fields["broken"]
         fields["forwards"] = self.forwards + fields["forwards"] * mask
-        return Redrawn(**fields)
+        return VoteResult(**fields)
 
 
-def redraw(answer: Callable[[Images], Logits], x: Images, labels: Labels) -> Redrawn:
+def majority_vote(answer: Callable[[Images], Logits], x: Images, labels: Labels) -> VoteResult:
     """Ask a random model again and again until it is known whether it is right more often than not.
 
     Rows leave once a test that may look after every draw rejects a share of one half (a Beta mixture martingale,
@@ -73,7 +73,7 @@ def redraw(answer: Callable[[Images], Logits], x: Images, labels: Labels) -> Red
             break
     prediction = labels if votes is None else votes.argmax(1)
     each = count.clamp(min=1)
-    return Redrawn(hits.double() / each, once, prediction, total / each, broken, count)
+    return VoteResult(hits.double() / each, once, prediction, total / each, broken, count)
 
 
 def is_random(answer: Callable[[Images], Logits], x: Images) -> bool:

@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.func import functional_call, stack_module_state
 
 from robustkit.engine.model.batchnorm_folding import has_hooks
-from robustkit.engine.model.instrumented_model import CountBackward, Meter
+from robustkit.engine.model.instrumented_model import CountBackward, InstrumentedModel
 from robustkit.models.classifier import Classifier
 
 
-class Together:
+class StackedModels:
     """A callable from images (n B C H W), a batch for each net, to logits (n B K). It counts as its nets would."""
 
     def __init__(self, models: Sequence[Classifier]) -> None:
@@ -39,13 +39,13 @@ class Together:
         return logits
 
 
-def stacked(meters: Sequence[Meter], x: Tensor) -> Together | None:
+def stacked(meters: Sequence[InstrumentedModel], x: Tensor) -> StackedModels | None:
     """Return the nets as one; None where they cannot be stacked, or answer x (B C H W) otherwise than alone."""
     # A hook would see all nets as one.
     if any(has_hooks(meter.model) for meter in meters):
         return None
     try:
-        whole = Together([meter.model for meter in meters])
+        whole = StackedModels([meter.model for meter in meters])
         with torch.no_grad():
             joint = whole(x.expand(len(meters), *x.shape))
             alone = torch.stack([meter.model(x) for meter in meters])

@@ -14,7 +14,7 @@ import numpy as np
 from robustkit.core.errors import UsageError
 from robustkit.core.intervals import mean_of_all
 from robustkit.engine.planning.arm_costs import Play, forecast
-from robustkit.engine.planning.pilot import Findings, Pilot
+from robustkit.engine.planning.pilot import CostProbe, ProbeResult
 from robustkit.engine.planning.simulation import Course, Job, Site, extended, joined
 from robustkit.engine.progress import Progress
 from robustkit.runs.environment import environment
@@ -39,7 +39,7 @@ MESSAGE, HANDOUT, HANDOUT_BYTE, VERDICT, VERDICT_BYTE = 2e-4, 1e-5, 1e-9, 9e-5, 
 
 
 def plan(
-    pilot: Pilot,
+    pilot: CostProbe,
     devices: Sequence[int] = DEVICES,
     price: float | None = None,
     progress: Progress | None = None,
@@ -123,7 +123,7 @@ class Costs:
     most: int | None
 
     @classmethod
-    def of(cls, found: Findings, n: int) -> Costs:
+    def of(cls, found: ProbeResult, n: int) -> Costs:
         """Return what a pilot on some of n images says.
 
         Raises:
@@ -172,7 +172,7 @@ class Costs:
         return like, _mixed(like, Job(0.0, 0), free, rng), _mixed(like, self.worst, dear, rng)
 
 
-def site(found: Findings, pilot: Pilot, devices: int) -> Site:
+def site(found: ProbeResult, pilot: CostProbe, devices: int) -> Site:
     """Return where so many devices like the one measured do the whole evaluation."""
     n, slots = len(pilot.samples), found.slots
     if devices == 1:
@@ -205,7 +205,9 @@ def _each(plays: Sequence[Play], n: int) -> Estimate | None:
     return Estimate(fmean(costs), costs[0], costs[-1])
 
 
-def _courses(costs: Costs, plays: Sequence[Play], found: Findings, pilot: Pilot, devices: int) -> list[Course]:
+def _courses(
+    costs: Costs, plays: Sequence[Play], found: ProbeResult, pilot: CostProbe, devices: int
+) -> list[Course]:
     """Return how the run goes as expected, and with images and arms at both ends of their intervals."""
     place = site(found, pilot, devices)
     courses = _ordinary(costs, found, pilot, place)
@@ -225,7 +227,7 @@ def _courses(costs: Costs, plays: Sequence[Play], found: Findings, pilot: Pilot,
     ]
 
 
-def _rounds(play: Play, passes: np.ndarray, found: Findings, place: Site) -> list[Course]:
+def _rounds(play: Play, passes: np.ndarray, found: ProbeResult, place: Site) -> list[Course]:
     """Return how the rounds of a play go, each after the one before."""
     place = replace(place, startup=0.0, opening=0.0, clean=0.0, reading=0.0)
     most = min(MOST_SIMULATED, ROUNDS * place.devices * place.slots)
@@ -238,7 +240,7 @@ def _rounds(play: Play, passes: np.ndarray, found: Findings, place: Site) -> lis
     return [course(arm, count) for arm, count in play.rounds]
 
 
-def _ordinary(costs: Costs, found: Findings, pilot: Pilot, place: Site) -> list[Course]:
+def _ordinary(costs: Costs, found: ProbeResult, pilot: CostProbe, place: Site) -> list[Course]:
     """Return how the run goes but for the arms, as expected and at both ends."""
     devices, n = place.devices, len(pilot.samples)
     count = min(n, max(MOST_SIMULATED, ROUNDS * devices * place.slots))
@@ -267,7 +269,7 @@ def _mixed(jobs: list[Job], other: Job, share: float, rng: random.Random) -> lis
     return [other if at in changed else job for at, job in enumerate(jobs)]
 
 
-def _work(found: Findings, forwards: float, backwards: float) -> float:
+def _work(found: ProbeResult, forwards: float, backwards: float) -> float:
     """Return the seconds of so many propagations in full passes."""
     forward, backward = found.speed.marginal
     return float(forwards * forward + backwards * backward) * found.drag

@@ -15,7 +15,7 @@ import torch
 
 from robustkit.core.errors import RobustkitError
 from robustkit.core.shapes import Images
-from robustkit.engine.model.instrumented_model import Meter
+from robustkit.engine.model.instrumented_model import InstrumentedModel
 from robustkit.engine.progress import Progress
 
 # No less than this share of the model's own time is believed of an image's propagations.
@@ -43,7 +43,7 @@ class Speed:
         return each * share, each * (1 - share)
 
 
-class Counting(Meter):
+class Counting(InstrumentedModel):
     """A meter that counts passes as well: `calls`."""
 
     calls = 0

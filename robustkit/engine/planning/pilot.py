@@ -18,19 +18,19 @@ from robustkit.core.isolation import evaluation_mode, own_randomness, threads
 from robustkit.core.shapes import Images
 from robustkit.engine.batching.continuous_batch import WEIGHED
 from robustkit.engine.batching.forward_passes import looks
-from robustkit.engine.batching.samples import Boarding, Landed
+from robustkit.engine.batching.samples import Admitted, Finished
 from robustkit.engine.evaluation.batch_runner import Work
-from robustkit.engine.evaluation.block_runner import Worker
+from robustkit.engine.evaluation.block_runner import BlockRunner
 from robustkit.engine.evaluation.early_stopping import shuffled
-from robustkit.engine.evaluation.results import STANDS, Tally
+from robustkit.engine.evaluation.results import STANDS, RunResults
 from robustkit.engine.evaluation.run import MOST_SLOTS, Evaluation
-from robustkit.engine.model.instrumented_model import TRIAL, Meter
+from robustkit.engine.model.instrumented_model import TRIAL, InstrumentedModel
 from robustkit.engine.model.random_verdicts import MOST
 from robustkit.engine.planning.arm_costs import Observed
 from robustkit.engine.planning.measurements import Counting, Memory, Over, Speed, Watch
 from robustkit.engine.progress import Progress
-from robustkit.gradient_views.discovery import offered
-from robustkit.registry import Rung
+from robustkit.gradient_views.discovery import is_applicable
+from robustkit.registry import SuiteEntry
 from robustkit.runs.ledger import Ledger
 
 # The first images are as many as a quarter of the time is enough for, at so many passes each, within these ends.
@@ -45,7 +45,7 @@ JACOBIANS = ("autoattack:fab",)
 
 
 @dataclass(frozen=True)
-class Findings:
+class ProbeResult:
     """What a pilot found on the images at `positions`.
 
     Attributes:
@@ -95,10 +95,10 @@ class Findings:
     slots: int
     held: int
     peak: int
-    meter: Meter
+    meter: InstrumentedModel
 
 
-class Scout(Worker):
+class ProfilingRunner(BlockRunner):
     """A worker that notes what each image costs it."""
 
     meter: Counting
@@ -143,7 +143,7 @@ class Scout(Worker):
         self,
         first: int,
         count: int,
-        gate: Callable[[Sequence[int]], Callable[[int], Boarding]],
+        gate: Callable[[Sequence[int]], Callable[[int], Admitted]],
         examples: np.ndarray,
         aboard: object = (),
     ) -> None:
@@ -154,15 +154,15 @@ class Scout(Worker):
         if not self.rungs[first - 1].arm:
             self.reached = max(self.reached, first + count - 1)
         self.boarded = {}
-        self.held: list[tuple[int, int, int, list[Landed], float]] = []
+        self.held: list[tuple[int, int, int, list[Finished], float]] = []
         super().through(first, count, gate, examples)
         for landed in self.held:
             super()._write_landed(*landed)
 
-    def _gate(self, waiting: np.ndarray) -> Callable[[int], Boarding]:
+    def _gate(self, waiting: np.ndarray) -> Callable[[int], Admitted]:
         board = super()._gate(waiting)
 
-        def noted(free: int) -> Boarding:
+        def noted(free: int) -> Admitted:
             boarding = board(free)
             for position in boarding.position.tolist():
                 self.boarded.setdefault(position, self.meter.calls)
@@ -170,7 +170,7 @@ class Scout(Worker):
 
         return noted
 
-    def _write_landed(self, first: int, count: int, number: int, landed: list[Landed], seconds: float) -> None:
+    def _write_landed(self, first: int, count: int, number: int, landed: list[Finished], seconds: float) -> None:
         if self.rungs[first - 1].arm:
             self.held.append((first, count, number, landed, seconds))
             return
@@ -193,7 +193,7 @@ class Scout(Worker):
 
 
 @dataclass(frozen=True)
-class Pilot(Evaluation):
+class CostProbe(Evaluation):
     """An evaluation of which only the beginning is done: attacks for about `budget` seconds."""
 
     budget: float = 10.0
@@ -205,7 +205,7 @@ class Pilot(Evaluation):
         if not 0 < self.budget < math.inf:
             raise UsageError(f"seconds {self.budget:g}: write how long to measure, a positive number such as 10.")
 
-    def look(self, progress: Progress | None = None) -> Findings:
+    def look(self, progress: Progress | None = None) -> ProbeResult:
         """Return what the first images take; `progress` is told the news.
 
         Raises:
@@ -213,11 +213,11 @@ class Pilot(Evaluation):
             RunError: likewise.
         """
         memory = Memory(self.device)
-        tally = Tally.of(len(self.samples), [rung.spec for rung in self.rungs])
+        tally = RunResults.of(len(self.samples), [rung.spec for rung in self.rungs])
         with Ledger.open(None, "plan") as ledger, evaluation_mode(self.model):
             meter = Counting(self.model, self.device, self._precision)
             watch = Watch(memory, self.clock, meter, progress or Progress())
-            scout = Scout(
+            scout = ProfilingRunner(
                 self.samples,
                 self.threat,
                 self.rungs,
@@ -253,7 +253,7 @@ class Pilot(Evaluation):
                 seconds = self.clock() - begun - scout.cleaning
         return self._found(scout, start, speed, seconds, read, memory)
 
-    def _go(self, scout: Scout, order: np.ndarray, speed: Speed) -> None:
+    def _go(self, scout: ProfilingRunner, order: np.ndarray, speed: Speed) -> None:
         """Take block after block through the suite, and then all of them through the arms, until time is over."""
         try:
             self._ordinary(scout, order, speed)
@@ -265,10 +265,10 @@ class Pilot(Evaluation):
         except Over:
             return
 
-    def _allocate(self, worker: Worker, among: np.ndarray) -> None:
+    def _allocate(self, worker: BlockRunner, among: np.ndarray) -> None:
         """Leave the arms for later."""
 
-    def _ordinary(self, scout: Scout, order: np.ndarray, speed: Speed) -> None:
+    def _ordinary(self, scout: ProfilingRunner, order: np.ndarray, speed: Speed) -> None:
         tally, begun, taken = scout.tally, self.clock(), 0
         budget = self.budget * (BEFORE_ARMS if tally.arms else 1)
         size = int(0.25 * budget / max(TYPICAL * speed.both, 1e-9))
@@ -287,8 +287,8 @@ class Pilot(Evaluation):
             size = min(taken, int(0.8 * left * taken / max(spent, 1e-9))) if left > least else 0
 
     def _found(
-        self, scout: Scout, start: float, speed: Speed, seconds: float, read: float, memory: Memory
-    ) -> Findings:
+        self, scout: ProfilingRunner, start: float, speed: Speed, seconds: float, read: float, memory: Memory
+    ) -> ProbeResult:
         tally, positions = scout.tally, scout.tally.scope
         sure = [number for number, rung in enumerate(self.rungs, 1) if not (rung.spare or rung.arm)]
         last = max([*sure, scout.reached])
@@ -302,7 +302,7 @@ class Pilot(Evaluation):
             for number, rung in enumerate(self.rungs, 1)
             if not rung.arm and (not rung.spare or number <= scout.reached)
         ]
-        return Findings(
+        return ProbeResult(
             positions=positions,
             forwards=forwards,
             backwards=backwards,
@@ -327,7 +327,7 @@ class Pilot(Evaluation):
             meter=scout.meter,
         )
 
-    def _seen(self, scout: Scout, positions: np.ndarray) -> Observed | None:
+    def _seen(self, scout: ProfilingRunner, positions: np.ndarray) -> Observed | None:
         """Return what these images, which are through all else, say of the arms."""
         rounds = self._rounds(scout)
         evidence = rounds.known(positions)
@@ -350,13 +350,13 @@ class Pilot(Evaluation):
         )
 
 
-def most_of(rungs: list[Rung], meter: Meter, norm: str) -> tuple[int, int, int] | None:
+def most_of(rungs: list[SuiteEntry], meter: InstrumentedModel, norm: str) -> tuple[int, int, int] | None:
     """Return the most forwards, backwards and successive passes that an image may take; None if one is unknown."""
     classes = meter.num_classes or 2
     total = np.zeros(3, np.int64)
     for rung in rungs:
         attack = rung.attack
-        if not offered(rung.view, meter.views, [rung.view for rung in rungs]):
+        if not is_applicable(rung.view, meter.views, [rung.view for rung in rungs]):
             continue
         budget = getattr(attack, "budget", None)
         if budget is None:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from robustkit.core.errors import UsageError, did_you_mean
-from robustkit.training.checkpoint import Course, Parts
-from robustkit.training.method import Method, Peers, Plan
+from robustkit.training.checkpoint import ModelState, TrainState
+from robustkit.training.method import Method, Plan, ProcessGroup
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -55,7 +55,7 @@ def owned(members: int, rank: int, processes: int) -> range:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Share(Peers):
+class DataParallel(ProcessGroup):
     """What a process does of a run, and how it comes by the rest. This one has a part of every batch.
 
     Attributes:
@@ -67,11 +67,11 @@ class Share(Peers):
     members: int
 
     @classmethod
-    def of(cls, name: str, fabric: Fabric, members: int) -> Share:
+    def of(cls, name: str, fabric: Fabric, members: int) -> DataParallel:
         """Return this process's share, of the kind that `--parallel` names."""
         rank, size = fabric.global_rank, fabric.world_size
         if name == MEMBERS and size > 1:
-            return Apart(first=owned(members, rank, size).start, fabric=fabric, members=members)
+            return MemberParallel(first=owned(members, rank, size).start, fabric=fabric, members=members)
         return cls(part=rank, parts=size, fabric=fabric, members=members)
 
     @property
@@ -82,7 +82,7 @@ class Share(Peers):
     def mean(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Return the means over all processes, in one exchange."""
         if self.parts == 1:
-            return Peers.mean(self, tensors)
+            return ProcessGroup.mean(self, tensors)
         flat = torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
         found: Tensor = self.fabric.all_reduce(flat, reduce_op="mean")
         parts = torch.split(found, [tensor.numel() for tensor in tensors])
@@ -117,12 +117,12 @@ class Share(Peers):
         """Return whether all processes are to do what is due by this one's clock."""
         return due
 
-    def collect(self, course: Course, parts: Parts) -> None:
+    def collect(self, course: TrainState, parts: ModelState) -> None:
         """Bring all members, as they are now, into every process."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Apart(Share):
+class MemberParallel(DataParallel):
     """Some of the members, with every batch whole."""
 
     @property
@@ -154,7 +154,7 @@ class Apart(Share):
         """Return what the first process says, at places where it is asked."""
         return place % LISTEN == 0 and self.fabric.broadcast(due)
 
-    def collect(self, course: Course, parts: Parts) -> None:
+    def collect(self, course: TrainState, parts: ModelState) -> None:
         """Send each member's net, optimiser and average to all; add up what was counted since the last time."""
         counts = [course.tally.forwards - course.counted[0], course.tally.backwards - course.counted[1]]
         for rank in range(self.fabric.world_size):
