@@ -17,10 +17,10 @@ MASKED = ("mended", "loosened", "inner-logits", "fitted", "calm", "frozen")
 @suite("adaptive", paper="arXiv:1802.00420")
 def adaptive(norm: str) -> list[str]:
     """`rapid`, then every view that the model has, then scores, from the nearest point and anew."""
-    return [*find("suite", "rapid")(norm), *rungs(norm)]
+    return [*find("suite", "rapid")(norm), *entries(norm)]
 
 
-def rungs(norm: str) -> list[str]:
+def entries(norm: str) -> list[str]:
     """Return the attacks that come after `rapid`."""
     own = "apgd(loss=margin,steps=30,restarts=1,large_start=false)@own"
     soft = "apgd(loss=margin,steps=20,restarts=1,large_start=false)@soft-top-k"
@@ -29,7 +29,7 @@ def rungs(norm: str) -> list[str]:
         *(f"apgd(loss=ce,steps=40,restarts=1)@averaged-{view}" for view in DRAWN),
         own,
         *masked,
-        *ensemble.rungs(norm),
+        *ensemble.entries(norm),
         soft,
         *ensemble.climb(norm, "smooth"),
         "square(queries=1000,p_init=0.05,refine=true)",

@@ -19,4 +19,4 @@ def auto() -> str:
 @suite("auto")
 def suited(norm: str) -> list[str]:
     """`rapid`, and all of `adaptive` where a check or a view of the model says that its number is in doubt."""
-    return [*find("suite", "rapid")(norm), *(f"{text}?" for text in adaptive.rungs(norm))]
+    return [*find("suite", "rapid")(norm), *(f"{text}?" for text in adaptive.entries(norm))]

@@ -16,10 +16,10 @@ AGGREGATORS = ("mean-logit", "mean-log-probability", "top-k", "straight-through"
 @suite("ensemble", paper="arXiv:2211.08008")
 def ensemble(norm: str) -> list[str]:
     """`rapid`, then ascent on other aggregators and on each member, and MORA."""
-    return [*find("suite", "rapid")(norm), *rungs(norm)]
+    return [*find("suite", "rapid")(norm), *entries(norm)]
 
 
-def rungs(norm: str) -> list[str]:
+def entries(norm: str) -> list[str]:
     """Return the attacks that come after `rapid`."""
     found = [attack for view in AGGREGATORS for attack in climb(norm, view)]
     found.append("apgd(loss=margin,steps=20,restarts=1,large_start=false)@members")

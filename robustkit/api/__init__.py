@@ -222,7 +222,7 @@ def plan(
     samples, rules = _given(images, labels, threat)
     classifier = as_classifier(model)
     place = model_device(classifier) if str(device) == "auto" else pick_device(str(device))
-    pilot = CostProbe(
+    probe = CostProbe(
         model=classifier.to(place),
         samples=matched_to(samples, classifier),
         threat=rules,
@@ -234,7 +234,7 @@ def plan(
         strictness=read_strictness(strictness),
         budget=seconds,
     )
-    return measure(pilot, devices, price, progress)
+    return measure(probe, devices, price, progress)
 
 
 @verb

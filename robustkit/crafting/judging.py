@@ -80,17 +80,17 @@ class TargetEvaluator:
 
     def _ask(self, net: Net, asked: dict[str, Callable[[np.ndarray, Images], Images]]) -> dict[str, Any]:
         model = net.load(self.device)
-        meter = InstrumentedModel(model, self.device)
+        instrumented = InstrumentedModel(model, self.device)
         said: dict[str, list[int]] = {name: [] for name in asked}
         work = f"judge-{net.fingerprint[:12]}-{'-'.join(asked)}"
         with evaluation_mode(model), threads(net.threads), recording(self.store, work) as answers:
-            meter.size_up(self.samples.images([0]).to(self.device), self.batch)
+            instrumented.size_up(self.samples.images([0]).to(self.device), self.batch)
             every = np.arange(len(self.samples))
             for at, images in read_ahead(self.samples, np.split(every, every[self.batch :: self.batch])):
                 x = images.to(self.device)
                 for name, make in asked.items():
                     with own_randomness(self.seed, "judge", name, int(at[0])):
-                        logits = meter.exact(make(at, x))
+                        logits = instrumented.exact(make(at, x))
                     finite = logits.isfinite().all(1)
                     said[name] += torch.where(finite, logits.argmax(1), -1).tolist()
             answers.restart()

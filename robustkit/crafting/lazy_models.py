@@ -54,11 +54,11 @@ class LazyModel:
     @contextmanager
     def resident(self) -> Iterator[InstrumentedModel]:
         """Give the loaded net inside."""
-        meter = self.shelf.take(self)
-        forwards, backwards = meter.forwards, meter.backwards
+        instrumented = self.shelf.take(self)
+        forwards, backwards = instrumented.forwards, instrumented.backwards
         try:
-            with evaluation_mode(meter.model):
-                yield meter
+            with evaluation_mode(instrumented.model):
+                yield instrumented
         finally:
-            self.forwards += meter.forwards - forwards
-            self.backwards += meter.backwards - backwards
+            self.forwards += instrumented.forwards - forwards
+            self.backwards += instrumented.backwards - backwards

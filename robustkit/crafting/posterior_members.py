@@ -60,25 +60,25 @@ class PosteriorMembers:
             net = mixture_of(whole).at(number)
             if id(net) not in self._meters:
                 self._meters[id(net)] = self.net.metered(whole.with_net(net), self.device)
-            meter = self._meters[id(net)]
-            meter.way = ExecutionConfig(meter.model, None, self.layout)
-            yield meter
+            instrumented = self._meters[id(net)]
+            instrumented.way = ExecutionConfig(instrumented.model, None, self.layout)
+            yield instrumented
 
     def tune(self, x: Images, *, precision: bool) -> None:
         """Choose the memory layout that is fastest on x; the precision stays."""
-        with self.at(0) as meter:
-            meter.tune(x, precision=precision)
-            self.layout = meter.way.layout
+        with self.at(0) as instrumented:
+            instrumented.tune(x, precision=precision)
+            self.layout = instrumented.way.layout
 
     @property
     def forwards(self) -> int:
         """Forward passes so far, one for each image and net."""
-        return self._forwards + sum(meter.forwards for meter in self._meters.values())
+        return self._forwards + sum(instrumented.forwards for instrumented in self._meters.values())
 
     @property
     def backwards(self) -> int:
         """Backward passes so far, one for each image and net."""
-        return self._backwards + sum(meter.backwards for meter in self._meters.values())
+        return self._backwards + sum(instrumented.backwards for instrumented in self._meters.values())
 
     def forget(self) -> None:
         """Count from nothing again."""
@@ -122,8 +122,8 @@ class Sample:
     @contextmanager
     def resident(self) -> Iterator[InstrumentedModel]:
         """Give the net inside."""
-        with self.of.at(self.number) as meter:
-            yield meter
+        with self.of.at(self.number) as instrumented:
+            yield instrumented
 
 
 def mixture_of(classifier: Classifier) -> Mixture:

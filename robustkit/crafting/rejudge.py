@@ -40,12 +40,12 @@ def judge_more(
         images = run_folder.read_adversarial(path)["x"]
         _check_inside(images, samples, threat, path)
         known = {judged.fingerprint for judged in record.targets}
-        jury = TargetEvaluator(samples, threat, record.goals, record.spec.seed, device)
+        evaluator = TargetEvaluator(samples, threat, record.goals, record.spec.seed, device)
         missing = [net for net in targets if net.fingerprint not in known]
         progress.stage("targets", record.n * max(len(missing), 1), record.n, record.n)
         try:
             for number, net in enumerate(missing):
-                record = record.judged([judged := jury.judge(net, images, floors=True)])
+                record = record.judged([judged := evaluator.judge(net, images, floors=True)])
                 record = replace(record, flags=[*record.flags, *doubts_of([judged], record.labels, net.classes)])
                 run_folder.write_record(path, record)
                 progress.advance(record.n * (number + 1), record.n)

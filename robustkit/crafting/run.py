@@ -215,24 +215,24 @@ class _Job:
         )
 
     def _judge(self, record: Craft) -> Craft:
-        jury = self._jury(record.goals)
+        evaluator = self._jury(record.goals)
         images = self.shop.images(IMAGES)
         if not record.surrogates:
             own: list[Judgement] = []
             self.progress.stage("surrogates", self.n * len(self.plan.nets), self.n, self.n)
             for number, net in enumerate(self.plan.nets):
-                own.append(jury.judge(net, images, floors=False))
+                own.append(evaluator.judge(net, images, floors=False))
                 self.progress.advance(self.n * (number + 1), self.n)
             record = self._keep(replace(record, surrogates=own))
         missing = self._targets_missing(record)
         self.progress.stage("targets", self.n * max(len(missing), 1), self.n, self.n)
         for number, net in enumerate(missing):
-            record = self._keep(record.judged([jury.judge(net, images, floors=True)]))
+            record = self._keep(record.judged([evaluator.judge(net, images, floors=True)]))
             self.progress.advance(self.n * (number + 1), self.n)
         return record
 
     def _forecast(self, record: Craft) -> Craft:
-        jury = self._jury(record.goals)
+        evaluator = self._jury(record.goals)
         members = range(len(self.plan.nets))
         fooled, backwards = [], 0
         for left in members:
@@ -242,7 +242,7 @@ class _Job:
                 stage, self.plan.composed, others, record.goals, f"without {left + 1} of {len(members)}"
             )
             backwards += self.shop.ledger.cost(stage)[1]
-            judged = jury.judge(self.plan.nets[left], self.shop.images(stage), floors=False)
+            judged = evaluator.judge(self.plan.nets[left], self.shop.images(stage), floors=False)
             fooled.append(judged.fooled(record.labels, record.goals))
         return self._keep(replace(record, forecast=Forecast.of(fooled, backwards / self.n)))
 
@@ -256,7 +256,7 @@ class _Job:
         prices = gradient_budgets.Prices.of(
             self.plan.composed, lambda attack: self.shop.spend(attack, record.goals)
         )
-        jury = self._jury(record.goals)
+        evaluator = self._jury(record.goals)
         points: list[Point] = []
         for budget in wanted:
             point, attack = prices.point(self.plan.composed, budget, float(self.plan.threat.eps))
@@ -270,13 +270,13 @@ class _Job:
                     if place < len(known):
                         rates.append(known[place])
                         continue
-                    rates.append(self._rate(jury, judged, record, images))
+                    rates.append(self._rate(evaluator, judged, record, images))
                 spent = self.shop.ledger.cost(stage)[1] / self.n
                 point = replace(point, gradients_per_image=spent, success=rates)
             points.append(point)
         return self._keep(replace(record, budgets=points))
 
-    def _rate(self, jury: TargetEvaluator, judged: Judgement, record: Craft, images: Stack) -> Rate | None:
+    def _rate(self, evaluator: TargetEvaluator, judged: Judgement, record: Craft, images: Stack) -> Rate | None:
         """Return the success of other images on a target judged before; None if it is no longer to be had."""
         net = next((one for one in self.targets if one.fingerprint == judged.fingerprint), None)
         if net is None:
@@ -286,7 +286,7 @@ class _Job:
                 return None
             if net.fingerprint != judged.fingerprint:
                 return None
-        said = {"clean": judged.predictions["clean"], "adversarial": jury.predictions(net, images)}
+        said = {"clean": judged.predictions["clean"], "adversarial": evaluator.predictions(net, images)}
         return Judgement.of(net.identity, record.labels, record.goals, said).rate
 
     def _png(self, record: Craft, place: Path) -> Craft:
@@ -295,8 +295,8 @@ class _Job:
         blocks = read_ahead(self.samples, np.split(every, every[PACKED::PACKED]))
         pairs = ((found[at], x.numpy()) for at, x in blocks)
         images, largest = png_export.save(place, pairs, record.labels, self.plan.threat)
-        jury = self._jury(record.goals)
-        rates = [self._rate(jury, judged, record, images) for judged in record.targets]
+        evaluator = self._jury(record.goals)
+        rates = [self._rate(evaluator, judged, record, images) for judged in record.targets]
         return replace(record, png=Saved(str(place), largest, rates))
 
     # --- the record

@@ -52,25 +52,27 @@ def examine(
     x = samples.images(range(len(samples))).to(device)
     labels = torch.from_numpy(samples.labels).to(device)
     refuse_endless(threat.bounded(), tuple(x.shape[1:]))
-    attacks = [rung.attack for rung in parse_suite(DEFAULT_SUITE, threat.norm) if not rung.view]
-    meter = InstrumentedModel(model.expect(samples.num_classes), device)
+    attacks = [entry.attack for entry in parse_suite(DEFAULT_SUITE, threat.norm) if not entry.view]
+    instrumented = InstrumentedModel(model.expect(samples.num_classes), device)
     begun = time.perf_counter()
     with evaluation_mode(model) as was_training, own_randomness(seed, "doctor"):
         try:
-            meter.size_up(x[:1], len(x))
+            instrumented.size_up(x[:1], len(x))
         except (RuntimeError, MemoryError) as error:
             raise RunError(NO_MEMORY if is_out_of_memory(error) else described(error)) from error
         # Points can be planted only where gradients can be had.
-        probe = Probe(meter, x, labels, threat, attacks, seed, None if meter.backward_error else model)
+        probe = Probe(
+            instrumented, x, labels, threat, attacks, seed, None if instrumented.backward_error else model
+        )
         refuse_answers(probe.logits, samples.labels, np.arange(len(samples)))
-        with threads(meter.threads):
+        with threads(instrumented.threads):
             flags = [flag for flag in diagnose(probe) if flag.raised]
-        flags += noticed(0, 0, meter) if meter.backward_error else []
+        flags += noticed(0, 0, instrumented) if instrumented.backward_error else []
         flags += training_mode(was_training, training_count(model))
         flags += enlarged_images(pixel_space(model, samples))
-        said = probe.logits.argmax(1)
-        correct = int((said == labels).sum())
-        flags += clean_doubts(said.tolist(), samples.labels.tolist(), probe.logits.shape[1])
+        predictions = probe.logits.argmax(1)
+        correct = int((predictions == labels).sum())
+        flags += clean_doubts(predictions.tolist(), samples.labels.tolist(), probe.logits.shape[1])
         flags += samples.flags
     return Diagnosis(
         model=model.string,
@@ -81,5 +83,5 @@ def examine(
         classes=probe.logits.shape[1],
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         flags=flags,
-        cost=Cost(meter.forwards, meter.backwards, time.perf_counter() - begun),
+        cost=Cost(instrumented.forwards, instrumented.backwards, time.perf_counter() - begun),
     )

@@ -117,13 +117,13 @@ class Comparison:
         if not len(places):
             raise UsageError("no image is left to compare on; look at more with --limit.")
         with evaluation_mode(self.model), own_randomness(self.seed, "diversity"):
-            panel = EnsembleMembers(self.model, self.device)
+            ensemble = EnsembleMembers(self.model, self.device)
             most = BATCH_CPU if self.device.type == "cpu" else BATCH_GPU
-            panel.size_up(self._images(places[:1]), most)
-            self._check_labels(panel.whole.num_classes or 0)
-            with threads(panel.whole.threads):
+            ensemble.size_up(self._images(places[:1]), most)
+            self._check_labels(ensemble.whole.num_classes or 0)
+            with threads(ensemble.whole.threads):
                 try:
-                    return self._compare(panel, places, panel.whole.piece or most, progress, begun)
+                    return self._compare(ensemble, places, ensemble.whole.piece or most, progress, begun)
                 finally:
                     progress.close()
 
@@ -135,10 +135,10 @@ class Comparison:
             )
 
     def _compare(
-        self, panel: EnsembleMembers, places: np.ndarray, most: int, progress: Progress, begun: float
+        self, ensemble: EnsembleMembers, places: np.ndarray, most: int, progress: Progress, begun: float
     ) -> Diversity:
         clean = torch.cat(
-            [panel.said(self._images(at)) != self._labels(at) for at in _batches(places, most)], 1
+            [ensemble.predictions(self._images(at)) != self._labels(at) for at in _batches(places, most)], 1
         ).cpu()
         index = places[~clean[:-1].any(0).numpy()]
         if len(index) < 2:
@@ -147,13 +147,13 @@ class Comparison:
                 "least to compare on; look at more with --limit, or check labels, normalisation and pixel range."
             )
         fooled, lost = [], []
-        for number in range(panel.count):
+        for number in range(ensemble.count):
             progress.stage(f"on member {number}", len(index), len(index), len(index))
             rows = []
             for at in _batches(index, most):
                 rows.append(
                     attack(
-                        panel,
+                        ensemble,
                         number,
                         self._images(at),
                         self._labels(at),
@@ -167,14 +167,14 @@ class Comparison:
             fooled.append(torch.cat([row[0] for row in rows], 1).cpu())
             lost.append(torch.cat([row[1] for row in rows]).cpu())
         progress.stage("distillation", 1, 1, 1)
-        confusion, layers = self._confusion(panel, index, most)
-        cosine = self._cosine(panel, index, most)
-        forwards, backwards = panel.counts
+        confusion, layers = self._confusion(ensemble, index, most)
+        cosine = self._cosine(ensemble, index, most)
+        forwards, backwards = ensemble.counts
         table = torch.stack(fooled)
         return Diversity(
             run_id=self.spec.run_id,
             spec=self.spec,
-            members=panel.count,
+            members=ensemble.count,
             n=len(places),
             index=[int(place) for place in index],
             accuracy=[_share(~row) for row in clean],
@@ -187,7 +187,7 @@ class Comparison:
             cosine=cosine.tolist(),
             distillation={**DISTILLATION, "layers": layers},
             cost=Cost(forwards, backwards, time.perf_counter() - begun),
-            environment=environment(self.device, "fp32", panel.whole.piece, panel.whole.threads),
+            environment=environment(self.device, "fp32", ensemble.whole.piece, ensemble.whole.threads),
             flags=self._flags(~clean, places),
         )
 
@@ -200,7 +200,7 @@ class Comparison:
         ]
         return [*self.samples.flags, *(flag for flag in flags if flag is not None)]
 
-    def _confusion(self, panel: EnsembleMembers, index: np.ndarray, most: int) -> tuple[Tensor, list[int]]:
+    def _confusion(self, ensemble: EnsembleMembers, index: np.ndarray, most: int) -> tuple[Tensor, list[int]]:
         """Return L (N, N) and the layer of each group of pairs.
 
         Each image is paired with the next one in an order drawn at random. In eval mode a sample does not know
@@ -211,26 +211,28 @@ class Comparison:
         source, target = index[order], index[np.roll(order, -1)]
         groups = -(-len(index) // PAIRS)
         with torch.no_grad():
-            depths = [depth(panel.member(number).model, self._images(index[:1])) for number in range(panel.count)]
+            depths = [
+                depth(ensemble.member(number).model, self._images(index[:1])) for number in range(ensemble.count)
+            ]
         draw = RowRng(self.seed, "diversity/layer", torch.arange(groups)).uniform(1)[:, 0].numpy()
-        total = torch.zeros(panel.count, panel.count, dtype=torch.float64)
+        total = torch.zeros(ensemble.count, ensemble.count, dtype=torch.float64)
         for number, layers in enumerate(depths):
             of_pair = np.repeat(1 + (draw * layers).astype(np.int64), PAIRS)[: len(index)]
             for layer in np.unique(of_pair):
                 for at in _batches(np.flatnonzero(of_pair == layer), most):
                     x, t = self._images(source[at]), self._images(target[at])
-                    made = distil(panel.member(number).model, x, t, int(layer), **DISTILLATION)
-                    total[number] += each_loss(panel, made, self._labels(target[at]))
+                    made = distil(ensemble.member(number).model, x, t, int(layer), **DISTILLATION)
+                    total[number] += each_loss(ensemble, made, self._labels(target[at]))
         return total / len(index), [1 + int(word * depths[0]) for word in draw]
 
-    def _cosine(self, panel: EnsembleMembers, index: np.ndarray, most: int) -> Tensor:
-        total = torch.zeros(panel.count * (panel.count - 1) // 2, dtype=torch.float64)
+    def _cosine(self, ensemble: EnsembleMembers, index: np.ndarray, most: int) -> Tensor:
+        total = torch.zeros(ensemble.count * (ensemble.count - 1) // 2, dtype=torch.float64)
         for at in _batches(index, most):
             x, labels = self._images(at), self._labels(at)
-            slopes = torch.stack([_slope(panel.member(number), x, labels) for number in range(panel.count)])
+            slopes = torch.stack([_slope(ensemble.member(number), x, labels) for number in range(ensemble.count)])
             total += ensemble_utils.cosines(slopes).double().sum(1).cpu()
-        table = torch.eye(panel.count, dtype=torch.float64)
-        one, other = torch.triu_indices(panel.count, panel.count, 1)
+        table = torch.eye(ensemble.count, dtype=torch.float64)
+        one, other = torch.triu_indices(ensemble.count, ensemble.count, 1)
         table[one, other] = table[other, one] = total / len(index)
         return table
 

@@ -48,15 +48,15 @@ class EnsembleMembers:
     def size_up(self, image: Images, most: int) -> None:
         """Learn from one image how many fit into memory."""
         self.whole.size_up(image, most)
-        for meter in self.meters:
-            meter.piece = self.whole.piece
+        for instrumented in self.meters:
+            instrumented.piece = self.whole.piece
 
     def member(self, number: int) -> InstrumentedModel:
         """Return a member, good until another is asked for."""
         self.mixture.at(number)
         return self.meters[number]
 
-    def said(self, x: Images) -> Tensor:
+    def predictions(self, x: Images) -> Tensor:
         """Return the classes that the members, and last the ensemble, name (N + 1, B); -1 for NaN."""
         logits = [self.member(number).exact(x) for number in range(self.count)] + [self.whole.exact(x)]
         return torch.stack([torch.where(one.isfinite().all(1), one.argmax(1), -1) for one in logits])
@@ -64,12 +64,12 @@ class EnsembleMembers:
     @property
     def counts(self) -> tuple[int, int]:
         """Sample-propagations through members so far, forwards and backwards."""
-        forwards = sum(meter.forwards for meter in self.meters) + self.count * self.whole.forwards
-        return forwards, sum(meter.backwards for meter in self.meters)
+        forwards = sum(instrumented.forwards for instrumented in self.meters) + self.count * self.whole.forwards
+        return forwards, sum(instrumented.backwards for instrumented in self.meters)
 
 
 def attack(
-    panel: EnsembleMembers,
+    ensemble: EnsembleMembers,
     number: int,
     x: Images,
     labels: Labels,
@@ -80,19 +80,19 @@ def attack(
     restarts: int,
 ) -> tuple[Mask, Mask]:
     """Return whom images made on a member fooled in any restart (N + 1, B), and where all members at once (B)."""
-    fooled = torch.zeros(panel.count + 1, len(x), dtype=torch.bool, device=x.device)
+    fooled = torch.zeros(ensemble.count + 1, len(x), dtype=torch.bool, device=x.device)
     lost = torch.zeros(len(x), dtype=torch.bool, device=x.device)
     for restart in range(restarts):
         at = (~(fooled.all(0) & lost)).nonzero()[:, 0]
         if not len(at):
             break
         own = rng.select(at).at(restart=restart)
-        model = panel.member(number)
+        model = ensemble.member(number)
         value = partial(loss, model, labels[at])
         start = ensemble_utils.random_start(x[at], threat, own)
         found = ensemble_utils.ascend(value, start, x[at], threat, steps=steps, step_size=STEP_SIZE)
-        said = panel.said(found)
-        wrong = (said != labels[at]) & (said >= 0)
+        predictions = ensemble.predictions(found)
+        wrong = (predictions != labels[at]) & (predictions >= 0)
         fooled[:, at] |= wrong
         lost[at] |= wrong[:-1].all(0)
     return fooled, lost
@@ -107,10 +107,10 @@ def transferred(fooled: Mask) -> Mask:
 
 
 @torch.no_grad()
-def each_loss(panel: EnsembleMembers, x: Images, labels: Labels) -> Tensor:
+def each_loss(ensemble: EnsembleMembers, x: Images, labels: Labels) -> Tensor:
     """Return the sum of each member's cross-entropies (N), float64."""
-    said = [panel.member(number).exact(x) for number in range(panel.count)]
-    return torch.stack([F.cross_entropy(one.double(), labels, reduction="sum") for one in said]).cpu()
+    predictions = [ensemble.member(number).exact(x) for number in range(ensemble.count)]
+    return torch.stack([F.cross_entropy(one.double(), labels, reduction="sum") for one in predictions]).cpu()
 
 
 def loss(model: Callable[[Images], Tensor], labels: Labels, x: Images) -> Tensor:

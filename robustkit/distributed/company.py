@@ -42,9 +42,9 @@ class Member:
     idle: bool = False
     ordered: bool = False
     asked: bool = False
-    flight: str = ""
+    saved_as: str = ""
     held: set[int] = field(default_factory=set)
-    landed: int = 0
+    finished: int = 0
     done: float = 0.0
 
     def join(self, crew: Crew) -> bool:
@@ -65,7 +65,7 @@ class Member:
 
     def rest(self) -> None:
         """Have it without an order."""
-        self.idle, self.ordered, self.asked, self.landed, self.done = True, False, False, 0, 0.0
+        self.idle, self.ordered, self.asked, self.finished, self.done = True, False, False, 0, 0.0
 
     def tell(self, message: object) -> None:
         """Send it a message; should it have died, that will be heard."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from robustkit.gradient_views.straight_through import through
 
-Rung = Callable[[Tensor], Tensor]
+Substitute = Callable[[Tensor], Tensor]
 
 # How many predictors are shown alone.
 ALONE = 4
@@ -44,12 +44,12 @@ def soft_top(stack: Tensor) -> Tensor:
     return (logs * (logs / TEMPERATURE).softmax(1)).sum(1)
 
 
-def alone(number: int) -> Rung:
+def alone(number: int) -> Substitute:
     """Return the rung that is one predictor."""
     return lambda stack: stack[:, number]
 
 
-def rungs(count: int) -> dict[str, Rung]:
+def substitutes(count: int) -> dict[str, Substitute]:
     """Return the rungs for so many predictors, by their names."""
     return {
         "mean-logit": mean_logit,
@@ -66,13 +66,13 @@ def ensemble(net: nn.Module) -> nn.Module | None:
 
 
 @contextmanager
-def combined(part: nn.Module, rung: Rung, *, straight: bool = False) -> Iterator[None]:
+def combined(part: nn.Module, entry: Substitute, *, straight: bool = False) -> Iterator[None]:
     """Let an ensemble combine its predictors by this rung inside; straight, only for its gradient."""
     deployed = part.forward
 
     def forward(x: Tensor) -> Tensor:
         stack = part.stacked(x)  # type: ignore[operator]
-        combination = rung(stack)
+        combination = entry(stack)
         if not straight:
             return combination
         with torch.no_grad():

@@ -87,7 +87,7 @@ class Stacked:
             seen.append(stack)
             return stack.mean(1)
 
-        Mended(self.model, part=self.part, rung=keep)(x)
+        Mended(self.model, part=self.part, entry=keep)(x)
         if not seen:
             return torch.zeros(len(x), 1, self.model.num_classes or 2, device=x.device)
         return seen[-1]

@@ -24,12 +24,12 @@ from torch import Tensor, nn
 from robustkit.core.isolation import own_randomness
 from robustkit.core.shapes import Images, Logits
 from robustkit.gradient_views.aggregator_substitutes import (
-    Rung,
+    Substitute,
     alone,
     combined,
     ensemble,
     mean_logit,
-    rungs,
+    substitutes,
 )
 from robustkit.gradient_views.findings import Finding
 from robustkit.gradient_views.fitted import fit, side_by_side
@@ -98,7 +98,7 @@ class Mended:
     calm: bool = False
     loose: bool = False
     part: nn.Module | None = None
-    rung: Rung = mean_logit
+    entry: Substitute = mean_logit
     straight: bool = False
 
     def sources(self, x: Images) -> Tensor:
@@ -116,7 +116,7 @@ class Mended:
         """Return the logits of x, and show what is computed to who looks for heads."""
         with ExitStack() as stack:
             if self.part is not None:
-                stack.enter_context(combined(self.part, self.rung, straight=self.straight))
+                stack.enter_context(combined(self.part, self.entry, straight=self.straight))
             wanted = torch.is_grad_enabled() and x.requires_grad
             if not (wanted or self.calm or self.loose):
                 logits: Logits = self.model(x)
@@ -139,7 +139,7 @@ class Inner:
     mended: Mended
     classes: int
     count: int
-    rung: Rung
+    entry: Substitute
     straight: bool = False
 
     def __call__(self, x: Images) -> Logits:
@@ -150,7 +150,7 @@ class Inner:
             deployed = self.mended(images, heads)
         if len(heads.found) < self.count:
             raise RuntimeError(f"{len(heads.found)} heads were seen instead of {self.count}.")
-        logits = self.rung(torch.stack(heads.found[: self.count], 1))
+        logits = self.entry(torch.stack(heads.found[: self.count], 1))
         logits = through(deployed, logits) if self.straight else logits
         return logits if torch.is_grad_enabled() and x.requires_grad else logits.detach()
 
@@ -221,9 +221,9 @@ def _candidates(
     mended = Mended(model, bends=bends)
     part = ensemble(model)
     if part is not None:
-        for name, rung in rungs(_predictors(model, part, x)).items():
-            yield name, replace(mended, part=part, rung=rung)
-        yield "straight-through", replace(mended, part=part, rung=mean_logit, straight=True)
+        for name, substitute in substitutes(_predictors(model, part, x)).items():
+            yield name, replace(mended, part=part, entry=substitute)
+        yield "straight-through", replace(mended, part=part, entry=mean_logit, straight=True)
     yield "mended", mended
     yield "loosened", replace(mended, loose=True)
     if random:
@@ -274,8 +274,8 @@ def _inner(mended: Mended, x: Images) -> Iterator[tuple[str, View]]:
     if count == 1:
         yield "inner-logits", Inner(mended, shape[1], 1, alone(0))
     elif count > 1:
-        for name, rung in rungs(count).items():
-            yield f"inner-{name}", Inner(mended, shape[1], count, rung)
+        for name, substitute in substitutes(count).items():
+            yield f"inner-{name}", Inner(mended, shape[1], count, substitute)
         yield "inner-straight-through", Inner(mended, shape[1], count, mean_logit, straight=True)
 
 

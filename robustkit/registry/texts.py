@@ -79,48 +79,48 @@ def parse_suite(text: str, norm: str, *, minimal: bool = False) -> list[SuiteEnt
     parts = split(text)
     if len(parts) > MOST_ATTACKS:
         raise UsageError(f"a suite of {len(parts):,} attacks is too long: write at most {MOST_ATTACKS:,}.")
-    rungs: list[SuiteEntry] = []
+    entries: list[SuiteEntry] = []
     for part in parts:
         name, fields = parse_call(part.rstrip("?*").partition("@")[0], whole=part)
         if name not in catalog("suite"):
-            rungs.append(_rung(part))
+            entries.append(_rung(part))
         elif fields or "@" in part or part.endswith(("?", "*")):
             raise UsageError(f"suite {name!r} takes no fields and no view; list its attacks to change them.")
         else:
             name = MINIMAL_SUITE if minimal and name == DEFAULT_SUITE else name
-            rungs += map(_rung, find("suite", name)(norm))
-    for rung in rungs:
-        _check_norm(rung.attack, norm)
+            entries += map(_rung, find("suite", name)(norm))
+    for entry in entries:
+        _check_norm(entry.attack, norm)
         if minimal:
-            _check_minimal(rung, norm)
-    _check_arms(rungs)
-    return rungs
+            _check_minimal(entry, norm)
+    _check_arms(entries)
+    return entries
 
 
-def _check_minimal(rung: SuiteEntry, norm: str) -> None:
-    if not rung.attack.info.minimal:
+def _check_minimal(entry: SuiteEntry, norm: str) -> None:
+    if not entry.attack.info.minimal:
         known = [name for name, e in catalog("attack").items() if e.info.minimal and norm in e.info.norms]
         raise UsageError(
-            f"{rung.name} searches within an eps, which threat '{norm}:min' does not have; write "
+            f"{entry.name} searches within an eps, which threat '{norm}:min' does not have; write "
             f"{', '.join(known)} or {DEFAULT_SUITE}."
         )
-    if rung.view or rung.spare or rung.arm:
+    if entry.view or entry.spare or entry.arm:
         raise UsageError(
-            f"{rung.name}: threat '{norm}:min' takes no views and no marks; leave out what is behind "
-            f"{rung.attack.info.name}."
+            f"{entry.name}: threat '{norm}:min' takes no views and no marks; leave out what is behind "
+            f"{entry.attack.info.name}."
         )
 
 
-def _check_arms(rungs: list[SuiteEntry]) -> None:
+def _check_arms(entries: list[SuiteEntry]) -> None:
     """Refuse arms that are not one group: they share what they learn of a net."""
-    arms = [number for number, rung in enumerate(rungs) if rung.arm]
+    arms = [number for number, entry in enumerate(entries) if entry.arm]
     if arms and arms[-1] - arms[0] >= len(arms):
         raise UsageError("the attacks marked with * must follow one another; write other attacks before or after.")
     for number in arms:
-        if rungs[number].attack.info.coupled or rungs[number].view:
+        if entries[number].attack.info.coupled or entries[number].view:
             raise UsageError(
-                f"{rungs[number].name}* cannot be given to single images; mark with * only attacks of robustkit's "
-                "own, without a view."
+                f"{entries[number].name}* cannot be given to single images; mark with * only attacks of "
+                "robustkit's own, without a view."
             )
 
 

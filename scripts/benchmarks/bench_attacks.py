@@ -38,15 +38,20 @@ ATTACKS = {
 def measure(name: str, model: Any, x: Tensor, goal: Goal, threat: ThreatModel, seed: int) -> dict[str, Any]:
     """Return what one attack leaves robust and what it costs."""
     attack: Callable[..., Tensor] = make(name)
-    meter = InstrumentedModel(model, x.device)
+    instrumented = InstrumentedModel(model, x.device)
     rng = RowRng(seed, name, torch.arange(len(x), device=x.device))
     torch.manual_seed(seed)
     begun = time.perf_counter()
-    found = attack(meter, x.clone(), goal, threat, rng=rng)
+    found = attack(instrumented, x.clone(), goal, threat, rng=rng)
     seconds = time.perf_counter() - begun
     with torch.no_grad():
         fooled = goal.reached(model(threat.project(found, x)))
-    return {"fooled": fooled, "seconds": seconds, "forwards": meter.forwards, "backwards": meter.backwards}
+    return {
+        "fooled": fooled,
+        "seconds": seconds,
+        "forwards": instrumented.forwards,
+        "backwards": instrumented.backwards,
+    }
 
 
 def main() -> None:

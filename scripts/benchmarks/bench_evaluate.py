@@ -42,8 +42,8 @@ def main() -> None:
     print(
         f"{name}  {threat}  {n} images  torch {torch.__version__}  {torch.get_num_threads()} threads", flush=True
     )
-    theirs, their_seconds, meter = by_hand(model, samples, threat, arguments.seed)
-    their_units = (meter.forwards + meter.backwards) / n
+    theirs, their_seconds, instrumented = by_hand(model, samples, threat, arguments.seed)
+    their_units = (instrumented.forwards + instrumented.backwards) / n
     print(
         f"  autoattack       robust {len(theirs):>4}  {their_units:>8.1f} units/image  {their_seconds:>7.1f} s",
         flush=True,

@@ -36,14 +36,16 @@ def by_hand(
 ) -> tuple[set[int], float, InstrumentedModel]:
     """Return the robust positions, the seconds and the counts of pyautoattack called plainly."""
     x, y = samples.images(range(len(samples))), torch.from_numpy(samples.labels)
-    meter = InstrumentedModel(model, torch.device("cpu"))
+    instrumented = InstrumentedModel(model, torch.device("cpu"))
     begun = time.perf_counter()
-    official = AutoAttack(meter, norm=NORMS[threat.norm], eps=float(threat.eps), seed=seed, version="standard")
+    official = AutoAttack(
+        instrumented, norm=NORMS[threat.norm], eps=float(threat.eps), seed=seed, version="standard"
+    )
     x_adv, _ = official.run_standard_evaluation(x, y, batch_size=len(x))
     seconds = time.perf_counter() - begun
     with torch.no_grad():
         robust = model(x_adv).argmax(1) == y
-    return set(robust.nonzero()[:, 0].tolist()), seconds, meter
+    return set(robust.nonzero()[:, 0].tolist()), seconds, instrumented
 
 
 def by_robustkit(
@@ -79,12 +81,12 @@ def main() -> None:
             result[run] = run(model, samples, threat, arguments.seed)
             seconds[run] += result[run][1]
     theirs, ours = result[by_hand][0], result[by_robustkit][0]
-    meter, report = result[by_hand][2], result[by_robustkit][2]
+    instrumented, report = result[by_hand][2], result[by_robustkit][2]
     name = arguments.model.rpartition("/")[2]
     print(f"{name}  {threat}  {len(samples)} images  torch {torch.__version__}  {torch.get_num_threads()} threads")
     print(f"  robust: pyautoattack {len(theirs)}, robustkit {len(ours)}")
     print(f"  broken by pyautoattack alone {sorted(ours - theirs)}, by robustkit alone {sorted(theirs - ours)}")
-    print(f"  propagations: pyautoattack {meter.forwards} + {meter.backwards}, ", end="")
+    print(f"  propagations: pyautoattack {instrumented.forwards} + {instrumented.backwards}, ", end="")
     print(f"robustkit {report.cost.forwards} + {report.cost.backwards}")
     ratio = seconds[by_robustkit] / seconds[by_hand]
     print(

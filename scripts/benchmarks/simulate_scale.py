@@ -231,7 +231,7 @@ def driver(shape: tuple[int, ...] = SHAPE, images: int = 32) -> dict[str, float]
     link.receive()
     times: dict[str, list[float]] = {"handout": [], "verdict": [], "message": []}
     with tempfile.TemporaryDirectory() as folder, Ledger.open(Path(folder) / "ledger.sqlite", "0") as ledger:
-        tally = RunResults.of(rounds * images, [{"name": "x"}])
+        results = RunResults.of(rounds * images, [{"name": "x"}])
         for number in range(rounds):
             begun = time.process_time()
             parcel = Parcel(np.arange(images), x.numpy(), hashes, np.zeros(images))
@@ -243,7 +243,7 @@ def driver(shape: tuple[int, ...] = SHAPE, images: int = 32) -> dict[str, float]
                 verdicts = [replace(row, position=number * images + at) for at, row in enumerate(rows)]
                 chunk = Chunk(1, number, 0, 0, 0.0, verdicts)
                 ledger.write(chunk)
-                tally.add(chunk)
+                results.add(chunk)
             times["verdict"].append((time.process_time() - begun) / images)
             begun = time.process_time()
             link.send(None)

@@ -185,14 +185,14 @@ FAULTS: dict[str, Callable[[nn.Module], nn.Module]] = {
 def flagged(net: nn.Module, x: Tensor, y: Tensor) -> tuple[str, float]:
     """Return what the check says of a net, and the propagations that it took for each image."""
     model = as_classifier(net.eval())
-    meter = InstrumentedModel(model, torch.device("cpu"))
-    probe = Probe(meter, x, y, ThreatModel.parse("linf:4/255"), [], 0, model)
+    instrumented = InstrumentedModel(model, torch.device("cpu"))
+    probe = Probe(instrumented, x, y, ThreatModel.parse("linf:4/255"), [], 0, model)
     with own_randomness("study"):
         probe.gradients  # noqa: B018  (the other checks need them as well)
-        before = meter.forwards + meter.backwards
+        before = instrumented.forwards + instrumented.backwards
         flag = disagrees(probe)
     told = "flag" if flag.raised else "pass" if flag.value is not None else "unmeasured"
-    return told, (meter.forwards + meter.backwards - before) / len(x)
+    return told, (instrumented.forwards + instrumented.backwards - before) / len(x)
 
 
 def main() -> None:

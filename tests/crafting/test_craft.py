@@ -152,12 +152,12 @@ def test_floors_are_of_the_same_norm(norm: str) -> None:
 
     threat = ThreatModel.parse(norm)
     x = torch.full((5, *SHAPE), 0.5)
-    jury = TargetEvaluator(from_arrays(x, torch.zeros(5, dtype=torch.long)), threat, None, 0, CPU)
-    noise = jury.noise(np.array([1, 3]), x[:2])
+    evaluator = TargetEvaluator(from_arrays(x, torch.zeros(5, dtype=torch.long)), threat, None, 0, CPU)
+    noise = evaluator.noise(np.array([1, 3]), x[:2])
     assert torch.allclose(threat.distance(noise, x[:2]), torch.tensor(float(threat.eps)).double(), rtol=1e-4)
-    assert torch.equal(noise[1:], jury.noise(np.array([3]), x[:1]))  # whatever else is in the batch
+    assert torch.equal(noise[1:], evaluator.noise(np.array([3]), x[:1]))  # whatever else is in the batch
     adversarial = torch.stack([x[0] + 0.001 * number for number in range(5)]).numpy()
-    swapped = jury.transplant(adversarial, np.array([0, 4]), x[:2])
+    swapped = evaluator.transplant(adversarial, np.array([0, 4]), x[:2])
     assert torch.allclose(swapped - 0.5, torch.tensor([0.001, 0.0]).view(2, 1, 1, 1).expand(2, *SHAPE), atol=1e-6)
 
 

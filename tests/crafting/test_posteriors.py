@@ -193,9 +193,9 @@ def test_streaming_holds_one_net(runs: dict[str, str]) -> None:
     seen = []
     for member in (members[0], members[1], members[0]):
         for number in (0, 2):
-            with member.sample(number).resident() as meter:
-                seen.append(weakref.ref(meter.model.net))
-                meter(X)
+            with member.sample(number).resident() as instrumented:
+                seen.append(weakref.ref(instrumented.model.net))
+                instrumented(X)
     gc.collect()
     assert len({id(one()) for one in seen if one() is not None}) == 1
     assert models.counts == (6 * len(X), 0)

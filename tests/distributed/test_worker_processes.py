@@ -122,7 +122,7 @@ def test_a_list_of_models_killed_with_9_and_the_driver_too(tmp_path: Path) -> No
     assert process.returncode == 2, said
     alone.communicate()
     boards = [json.loads((tmp_path / name / "leaderboard.json").read_text()) for name in ("alone", "shared")]
-    for one, other in zip(*(board["rows"] for board in boards), strict=True):
+    for one, other in zip(*(admit["rows"] for admit in boards), strict=True):
         assert one["behind"] == other["behind"]
         same(tmp_path / "alone" / one["folder"], tmp_path / "shared" / other["folder"])
 

@@ -153,18 +153,20 @@ def test_samples_go_from_flight_to_flight_in_the_middle(after: int) -> None:
     net = Small().eval()
     x, y = labelled(net, 24, SHAPE)
     clean = -margin(net(x), y).detach()
-    meter = InstrumentedModel(as_classifier(net), torch.device("cpu"))
-    meter.size_up(x[:1], 64)
-    rungs = parse_suite(ROWS, "linf")
+    instrumented = InstrumentedModel(as_classifier(net), torch.device("cpu"))
+    instrumented.size_up(x[:1], 64)
+    entries = parse_suite(ROWS, "linf")
 
-    def flight(waiting: np.ndarray) -> ContinuousBatch:
-        def board(free: int) -> Admitted:
+    def batch(waiting: np.ndarray) -> ContinuousBatch:
+        def admit(free: int) -> Admitted:
             nonlocal waiting
             part, waiting = waiting[:free], waiting[free:]
             return Admitted(part, torch.from_numpy(part), x[part], y[part], -clean[part], -clean[part])
 
-        names = [rung.attack.info.name for rung in rungs]
-        return ContinuousBatch(meter, ThreatModel.parse("linf:0.02"), rungs, names, 0, 64, board, mend=pytest.fail)
+        names = [entry.attack.info.name for entry in entries]
+        return ContinuousBatch(
+            instrumented, ThreatModel.parse("linf:0.02"), entries, names, 0, 64, admit, mend=pytest.fail
+        )
 
     def told(groups: list) -> dict[int, tuple[bool, int]]:
         parts = [part for group in groups for part in group]
@@ -176,12 +178,12 @@ def test_samples_go_from_flight_to_flight_in_the_middle(after: int) -> None:
             )
         }
 
-    whole = told(list(flight(np.arange(24)).run()))
-    first, second = flight(np.arange(24)), flight(np.zeros(0, np.int64))
+    whole = told(list(batch(np.arange(24)).run()))
+    first, second = batch(np.arange(24)), batch(np.zeros(0, np.int64))
     walk = first.run()
     groups = [next(walk) for _ in range(after + 1)]
-    aboard = first.aboard
+    active = first.active
     second.take(first.give())
-    assert first.aboard + second.aboard == aboard
-    assert second.aboard > 0
+    assert first.active + second.active == active
+    assert second.active > 0
     assert told([*groups, *walk, *second.run()]) == whole

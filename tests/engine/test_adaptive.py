@@ -195,9 +195,9 @@ def test_views_of_a_random_model_are_means_over_draws_where_they_draw() -> None:
     assert {"own", "averaged-mended", "averaged-mean-logit", "calm", "frozen"} <= drawn.keys()
     assert "averaged-own" not in drawn
     assert not any(name.startswith("averaged") for name in steady)
-    meter = InstrumentedModel(model, torch.device("cpu"))
-    meter.views = drawn
-    passes = meter.passes("averaged-mean-logit")
+    instrumented = InstrumentedModel(model, torch.device("cpu"))
+    instrumented.views = drawn
+    passes = instrumented.passes("averaged-mean-logit")
     # The ensemble's, and that without its dice.
     assert sorted(passes) == [1, DRAWS]
     torch.manual_seed(0)

@@ -65,8 +65,8 @@ def test_what_tracing_could_change_is_left_alone(make: type[nn.Module]) -> None:
 
 def test_a_search_that_is_tuned_gives_the_same_logits() -> None:
     model = as_classifier(net())
-    meter = InstrumentedModel(model, torch.device("cpu"))
-    plain = meter(X)
-    meter.tune(X, precision=False)
-    assert torch.allclose(meter(X), plain, atol=1e-5)
-    assert torch.equal(meter.exact(X), model(X).detach())
+    instrumented = InstrumentedModel(model, torch.device("cpu"))
+    plain = instrumented(X)
+    instrumented.tune(X, precision=False)
+    assert torch.allclose(instrumented(X), plain, atol=1e-5)
+    assert torch.equal(instrumented.exact(X), model(X).detach())

@@ -25,7 +25,7 @@ from robustkit.engine.evaluation.verdicts import image_hashes, sample_ids
 from robustkit.engine.model.instrumented_model import InstrumentedModel
 from robustkit.gradient_views.views import Smooth
 from robustkit.models import as_classifier
-from robustkit.registry import Rung, parse_suite
+from robustkit.registry import SuiteEntry, parse_suite
 from robustkit.runs.evaluation_record import Report
 
 SHAPE = (3, 6, 8)
@@ -79,7 +79,7 @@ def test_each_attack_does_what_it_does_alone() -> None:
     x, y = labelled(net, 24, SHAPE)
     threat = ThreatModel.parse(EPS["linf"])
     for text in ("pgd(steps=6,restarts=2)", "apgd-t(steps=8,targets=4)", "fab(steps=4)", "square(queries=40)"):
-        (attack,) = (rung.attack for rung in parse_suite(text, "linf"))
+        (attack,) = (entry.attack for entry in parse_suite(text, "linf"))
         ids = sample_ids(image_hashes(x))
         found = attack(net, x, Goal(y), threat, rng=RowRng(0, f"{text.partition('(')[0]}/0", ids))
         with torch.no_grad():
@@ -98,23 +98,25 @@ def test_all_jobs_at_once_fool_whom_they_fool_one_by_one(slots: int) -> None:
     for wide in (False, True):
         waiting = np.arange(len(x))
 
-        def board(free: int) -> Admitted:
+        def admit(free: int) -> Admitted:
             nonlocal waiting
             part, waiting = waiting[:free], waiting[free:]
             return Admitted(part, torch.from_numpy(part), x[part], y[part], -clean[part], -clean[part])
 
-        meter = InstrumentedModel(as_classifier(net), torch.device("cpu"))
-        meter.size_up(x[:1], 64)
+        instrumented = InstrumentedModel(as_classifier(net), torch.device("cpu"))
+        instrumented.size_up(x[:1], 64)
         threat = ThreatModel.parse(EPS["linf"])
-        flight = ContinuousBatch(meter, threat, attacks, ["a", "b"], 0, slots, board, mend=pytest.fail, wide=wide)
-        landed = [part for group in flight.run() for part in group]
-        position = np.concatenate([part.position for part in landed])
+        batch = ContinuousBatch(
+            instrumented, threat, attacks, ["a", "b"], 0, slots, admit, mend=pytest.fail, wide=wide
+        )
+        finished = [part for group in batch.run() for part in group]
+        position = np.concatenate([part.position for part in finished])
         assert sorted(position) == list(range(len(x)))
-        stage = np.concatenate([part.stage for part in landed])[position.argsort()]
-        fooled = torch.cat([part.judged.fooled for part in landed]).numpy()[position.argsort()]
+        stage = np.concatenate([part.stage for part in finished])[position.argsort()]
+        fooled = torch.cat([part.judged.fooled for part in finished]).numpy()[position.argsort()]
         told.append((fooled.tolist(), stage.tolist()))
-        spent = np.concatenate([part.spent for part in landed]).sum((0, 1))
-        assert spent.tolist() == [meter.forwards, meter.backwards]
+        spent = np.concatenate([part.spent for part in finished]).sum((0, 1))
+        assert spent.tolist() == [instrumented.forwards, instrumented.backwards]
     assert told[0] == told[1]
     assert 0 < sum(told[0][0]) < len(x)
     assert {0, 1} == set(told[0][1])
@@ -202,10 +204,12 @@ def test_every_job_and_step_has_its_own_dice() -> None:
         def exact(self, x: Tensor) -> Tensor:
             return torch.tensor([[1.0, 0.0]]).expand(len(x), 2)
 
-    meter = Listening(as_classifier(torch.nn.Flatten()), torch.device("cpu"))
+    instrumented = Listening(as_classifier(torch.nn.Flatten()), torch.device("cpu"))
     x = torch.full((1, 1, 4, 5), 0.5)
     threat, ids = ThreatModel.parse("linf:0.3"), torch.tensor([7])
-    for _ in ContinuousBatch(meter, threat, [Rung(Dice())], ["dice"], 5, 8, once(x, ids, margin=1.0), mend).run():
+    for _ in ContinuousBatch(
+        instrumented, threat, [SuiteEntry(Dice())], ["dice"], 5, 8, once(x, ids, margin=1.0), mend
+    ).run():
         pass
     rng = RowRng(5, "dice", ids)
     expected = [threat.random_start(x, rng.at(restart=job, step=step)) for job in (0, 1) for step in (0, 1, 2)]
@@ -241,37 +245,44 @@ class Luck(torch.nn.Module):
 def test_the_nearest_point_of_a_random_model_is_not_the_luckiest(order: tuple[float, ...], view: str) -> None:
     """Single draws at the brighter point are wrong at times, but the darker one is nearer on average."""
     model = as_classifier(Luck())
-    meter = InstrumentedModel(model, torch.device("cpu"))
-    meter.random = True
-    meter.views = {"averaged-mended": [Smooth(model, sigma=0)], "loosened": [Smooth(model, draws=3), model]}
+    instrumented = InstrumentedModel(model, torch.device("cpu"))
+    instrumented.random = True
+    instrumented.views = {"averaged-mended": [Smooth(model, sigma=0)], "loosened": [Smooth(model, draws=3), model]}
     x = torch.full((6, 1, 4, 5), 0.5)
-    attacks = [Rung(Shifted(order[0])), Rung(Shifted(order[1]), view)]
+    attacks = [SuiteEntry(Shifted(order[0])), SuiteEntry(Shifted(order[1]), view)]
     torch.manual_seed(0)
-    flight = ContinuousBatch(
-        meter, ThreatModel.parse("linf:0.2"), attacks, ["a", "b"], 0, 8, once(x, torch.arange(6), 1.0), mend
+    batch = ContinuousBatch(
+        instrumented, ThreatModel.parse("linf:0.2"), attacks, ["a", "b"], 0, 8, once(x, torch.arange(6), 1.0), mend
     )
-    (landed,) = (part for group in flight.run() for part in group)
-    assert not landed.judged.fooled.any()
-    torch.testing.assert_close(landed.judged.x, x - 0.2)
-    torch.testing.assert_close(landed.judged.margin, torch.full((6,), 0.2).double())
+    (finished,) = (part for group in batch.run() for part in group)
+    assert not finished.judged.fooled.any()
+    torch.testing.assert_close(finished.judged.x, x - 0.2)
+    torch.testing.assert_close(finished.judged.margin, torch.full((6,), 0.2).double())
     # Means over draws are not so often wrong.
-    assert view or landed.judged.refused.all()
-    assert landed.spent.sum((0, 1)).tolist() == [meter.forwards, meter.backwards]
+    assert view or finished.judged.refused.all()
+    assert finished.spent.sum((0, 1)).tolist() == [instrumented.forwards, instrumented.backwards]
 
 
 def test_a_point_that_stays_is_not_weighed_again() -> None:
     """Nor are attacks billed that were not run."""
-    meter = InstrumentedModel(as_classifier(Luck()), torch.device("cpu"))
-    meter.random = True
+    instrumented = InstrumentedModel(as_classifier(Luck()), torch.device("cpu"))
+    instrumented.random = True
     x = torch.full((4, 1, 4, 5), 0.5)
-    attacks = [Rung(Shifted(0.0, steps=3)), *[Rung(Shifted(0.0), "calm")] * 9]
-    flight = ContinuousBatch(
-        meter, ThreatModel.parse("linf:0.2"), attacks, ["a", *"b" * 9], 0, 8, once(x, torch.arange(4), 1.0), mend
+    attacks = [SuiteEntry(Shifted(0.0, steps=3)), *[SuiteEntry(Shifted(0.0), "calm")] * 9]
+    batch = ContinuousBatch(
+        instrumented,
+        ThreatModel.parse("linf:0.2"),
+        attacks,
+        ["a", *"b" * 9],
+        0,
+        8,
+        once(x, torch.arange(4), 1.0),
+        mend,
     )
-    (landed,) = (part for group in flight.run() for part in group)
+    (finished,) = (part for group in batch.run() for part in group)
     queries, verdict = 4, 8
-    assert landed.spent[:, 0, 0].tolist() == [queries + verdict] * 4
-    assert not landed.spent[:, 1:].any()
+    assert finished.spent[:, 0, 0].tolist() == [queries + verdict] * 4
+    assert not finished.spent[:, 1:].any()
 
 
 class Faded(torch.nn.Module):
@@ -286,22 +297,22 @@ class Faded(torch.nn.Module):
 def test_who_wins_against_a_random_model_goes_on(view: str) -> None:
     """The point that won is right in four of ten draws, the one that is told of in one of ten."""
     model = as_classifier(Faded())
-    meter = InstrumentedModel(model, torch.device("cpu"))
-    meter.random, meter.views = True, {"averaged-mended": [Smooth(model, draws=5, sigma=0)]}
+    instrumented = InstrumentedModel(model, torch.device("cpu"))
+    instrumented.random, instrumented.views = True, {"averaged-mended": [Smooth(model, draws=5, sigma=0)]}
     x = torch.full((16, 1, 4, 5), 0.5)
     torch.manual_seed(0)
-    boarding = once(x, torch.arange(16), 2.0)
-    attacks = [Rung(Shifted(0.28, steps=60), view)]
-    flight = ContinuousBatch(meter, ThreatModel.parse("linf:0.4"), attacks, ["a"], 0, 16, boarding, mend)
-    landed = [part for group in flight.run() for part in group]
-    fooled = torch.cat([part.judged.fooled for part in landed])
+    admitted = once(x, torch.arange(16), 2.0)
+    attacks = [SuiteEntry(Shifted(0.28, steps=60), view)]
+    batch = ContinuousBatch(instrumented, ThreatModel.parse("linf:0.4"), attacks, ["a"], 0, 16, admitted, mend)
+    finished = [part for group in batch.run() for part in group]
+    fooled = torch.cat([part.judged.fooled for part in finished])
     assert fooled.sum() > 8
     # But for one that chance let win by all of eight draws.
-    came = (torch.cat([part.judged.x for part in landed])[fooled] - 0.5).flatten(1).amin(1)
+    came = (torch.cat([part.judged.x for part in finished])[fooled] - 0.5).flatten(1).amin(1)
     assert (came > 0.37).double().mean() > 0.7
-    assert torch.cat([part.judged.right for part in landed])[fooled].mean() < 0.2
-    spent = np.concatenate([part.spent for part in landed]).sum((0, 1))
-    assert spent.tolist() == [meter.forwards, meter.backwards]
+    assert torch.cat([part.judged.right for part in finished])[fooled].mean() < 0.2
+    spent = np.concatenate([part.spent for part in finished]).sum((0, 1))
+    assert spent.tolist() == [instrumented.forwards, instrumented.backwards]
 
 
 def test_a_refused_claim_goes_on() -> None:
@@ -317,14 +328,16 @@ def test_a_refused_claim_goes_on() -> None:
                 net.exact = False
 
     net.exact = False
-    meter = Two(model, torch.device("cpu"))
-    meter.num_classes = 2
+    instrumented = Two(model, torch.device("cpu"))
+    instrumented.num_classes = 2
     x = torch.full((3, 1, 4, 5), 0.5)
-    board = once(x, torch.arange(3), margin=0.3)
-    flight = ContinuousBatch(meter, ThreatModel.parse("linf:0.3"), [Rung(Liar())], ["liar"], 0, 8, board, mend)
-    landed = [part for group in flight.run() for part in group]
-    assert flight.refused == 3
-    assert torch.cat([part.judged.fooled for part in landed]).all()
+    admit = once(x, torch.arange(3), margin=0.3)
+    batch = ContinuousBatch(
+        instrumented, ThreatModel.parse("linf:0.3"), [SuiteEntry(Liar())], ["liar"], 0, 8, admit, mend
+    )
+    finished = [part for group in batch.run() for part in group]
+    assert batch.refused == 3
+    assert torch.cat([part.judged.fooled for part in finished]).all()
 
 
 @pytest.mark.parametrize("precision", ["auto", "fp32", "bf16"])

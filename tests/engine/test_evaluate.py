@@ -96,7 +96,7 @@ def test_the_suites_are_autoattacks(suite: str) -> None:
         official = AutoAttack(Flat(), norm=name, eps=0.1, version=version)
         from robustkit.registry import parse_suite
 
-        ours = [rung.attack for rung in parse_suite(suite, norm)]
+        ours = [entry.attack for entry in parse_suite(suite, norm)]
         assert [attack.info.name for attack in ours] == [f"autoattack:{n}" for n in official.attacks_to_run]
         for attack in ours:
             kind = attack.info.name.partition(":")[2]

@@ -42,7 +42,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(BlockRunner, "_check", lambda *_: ([], []))  # which take most of so small a run
 
 
-def pilot(suite: str, budget: float, step: float = 1e-6, n: int = N) -> CostProbe:
+def probe(suite: str, budget: float, step: float = 1e-6, n: int = N) -> CostProbe:
     """An evaluation's beginning, by a clock that goes on by `step` whenever it is looked at."""
     net = Small().eval()
     x, y = labelled(net, n, SHAPE)
@@ -74,7 +74,7 @@ def whole(suite: str) -> float:
 
 @pytest.mark.parametrize("suite", [FLOWN, ARMED, COUPLED])
 def test_with_time_enough_it_knows_what_every_image_costs(suite: str) -> None:
-    found = measure(pilot(suite, budget=1e9))
+    found = measure(probe(suite, budget=1e9))
     assert (found.trial.images, found.trial.through) == (N, N)
     assert found.propagations.low == pytest.approx(found.propagations.high)
     # Another package's attacks cost by batches, and these are others.
@@ -85,7 +85,7 @@ def test_with_time_enough_it_knows_what_every_image_costs(suite: str) -> None:
 
 @pytest.mark.parametrize(("suite", "looks"), [(FLOWN, 4), (FLOWN, 40), (ARMED, 8), (ARMED, 16), (COUPLED, 30)])
 def test_cut_short_its_interval_holds_the_truth(suite: str, looks: int) -> None:
-    found = measure(pilot(suite, budget=looks, step=1.0))
+    found = measure(probe(suite, budget=looks, step=1.0))
     assert found.trial.images < N or found.trial.through < N
     assert found.propagations.low <= whole(suite) <= found.propagations.high
     assert found.propagations.low < found.propagations.value < found.propagations.high
@@ -130,7 +130,7 @@ def test_it_leaves_the_process_and_the_folder_as_they_were(
 
 
 def findings() -> ProbeResult:
-    return pilot("pgd(steps=4)", budget=1e9, step=0.001, n=12).look()
+    return probe("pgd(steps=4)", budget=1e9, step=0.001, n=12).look()
 
 
 def test_attacks_that_do_not_say_how_long_they_may_last() -> None:

@@ -25,41 +25,41 @@ SHAPE = (5, 3, 7, 9)
     ],
 )
 def test_the_batch_doubles_while_that_is_faster(seconds: object, piece: int, chosen: int) -> None:
-    meter = InstrumentedModel(as_classifier(Small().eval()), torch.device("cpu"))
-    meter.piece = piece
-    meter._timed = lambda x: (seconds(len(x)), x)  # type: ignore[method-assign, operator]
-    assert meter.widest(torch.rand(SHAPE), 4, 32) == chosen
+    instrumented = InstrumentedModel(as_classifier(Small().eval()), torch.device("cpu"))
+    instrumented.piece = piece
+    instrumented._timed = lambda x: (seconds(len(x)), x)  # type: ignore[method-assign, operator]
+    assert instrumented.widest(torch.rand(SHAPE), 4, 32) == chosen
 
 
 def test_a_batch_that_does_not_fit_is_not_chosen() -> None:
-    meter = InstrumentedModel(as_classifier(Small().eval()), torch.device("cpu"))
+    instrumented = InstrumentedModel(as_classifier(Small().eval()), torch.device("cpu"))
 
     def timed(x: Tensor) -> tuple[float, Tensor]:
         if len(x) > 8:
             raise torch.OutOfMemoryError
         return 1.0, x
 
-    meter._timed = timed  # type: ignore[method-assign]
-    assert meter.widest(torch.rand(SHAPE), 4, 32) == 8
+    instrumented._timed = timed  # type: ignore[method-assign]
+    assert instrumented.widest(torch.rand(SHAPE), 4, 32) == 8
 
 
 def test_a_way_that_is_hopeless_for_two_images_is_not_tried_on_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    meter = InstrumentedModel(as_classifier(Small().eval()), torch.device("cpu"))
+    instrumented = InstrumentedModel(as_classifier(Small().eval()), torch.device("cpu"))
     seen: list[tuple[torch.dtype | None, int]] = []
 
     def timed(x: Tensor) -> tuple[float, Tensor]:
-        seen.append((meter.way.dtype, len(x)))
-        return (5.0 if meter.way.dtype else 1.0), meter._net(x.detach().requires_grad_()).detach()
+        seen.append((instrumented.way.dtype, len(x)))
+        return (5.0 if instrumented.way.dtype else 1.0), instrumented._net(x.detach().requires_grad_()).detach()
 
-    monkeypatch.setattr(meter, "_timed", timed)
-    meter.tune(torch.rand(SHAPE), precision=True)
-    assert meter.precision == "fp32"
+    monkeypatch.setattr(instrumented, "_timed", timed)
+    instrumented.tune(torch.rand(SHAPE), precision=True)
+    assert instrumented.precision == "fp32"
     assert {n for dtype, n in seen if dtype is torch.bfloat16} == {2}
     assert {n for dtype, n in seen if dtype is None} == {2, len(torch.rand(SHAPE))}
 
 
 def test_a_precision_that_the_net_cannot_have_is_left_alone() -> None:
     """Its logits come from numpy, which has no bfloat16."""
-    meter = InstrumentedModel(as_classifier(Behind(Small(), AROUND["abroad"]).eval()), torch.device("cpu"))
-    meter.tune(torch.rand(SHAPE), precision=True)
-    assert meter.precision == "fp32"
+    instrumented = InstrumentedModel(as_classifier(Behind(Small(), AROUND["abroad"]).eval()), torch.device("cpu"))
+    instrumented.tune(torch.rand(SHAPE), precision=True)
+    assert instrumented.precision == "fp32"

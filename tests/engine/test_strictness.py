@@ -25,7 +25,7 @@ def spec(suite: str) -> RunSpec:
 
 
 def _records(suite: str) -> list[dict[str, object]]:
-    return [rung.spec for rung in parse_suite(suite, "linf")]
+    return [entry.spec for entry in parse_suite(suite, "linf")]
 
 
 @pytest.mark.parametrize(

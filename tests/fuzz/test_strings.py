@@ -50,9 +50,9 @@ def test_threats(text: str) -> None:
 @given(strings("suite"))
 def test_suites(text: str) -> None:
     def work(text: str) -> None:
-        rungs = parse_suite(text, "linf")
-        assert rungs
-        assert all(isinstance(rung.spec["name"], str) for rung in rungs)
+        entries = parse_suite(text, "linf")
+        assert entries
+        assert all(isinstance(entry.spec["name"], str) for entry in entries)
 
     refused_or(work, text)
 

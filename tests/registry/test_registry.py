@@ -185,7 +185,7 @@ def test_changed_fields_survive_the_round_trip():
 
 
 def names(text, norm="linf"):
-    return [rung.name for rung in registry.parse_suite(text, norm)]
+    return [entry.name for entry in registry.parse_suite(text, norm)]
 
 
 def test_suites_are_expanded_in_order():
@@ -199,9 +199,9 @@ def test_adaptive_climbs_every_view_that_there_may_be(norm):
     """Each rung of the ladder among them; `auto` has the same, spared where nothing is in doubt."""
     wanted = set(registry.VIEWS) - ({"stack"} if norm == "l1" else set())
     adaptive, auto = (registry.parse_suite(suite, norm) for suite in ("adaptive", "auto"))
-    assert {rung.view for rung in adaptive} - {""} == wanted
-    assert [rung.attack for rung in auto] == [rung.attack for rung in adaptive]
-    assert all(rung.spare for rung in auto if rung.view)
+    assert {entry.view for entry in adaptive} - {""} == wanted
+    assert [entry.attack for entry in auto] == [entry.attack for entry in adaptive]
+    assert all(entry.spare for entry in auto if entry.view)
 
 
 @pytest.mark.parametrize("suite", sorted(registry.catalog("suite")))

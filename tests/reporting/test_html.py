@@ -305,8 +305,8 @@ def test_names_are_without_folders(text: str, name: str) -> None:
 
 def test_the_command_is_the_run() -> None:
     text = "pgd(steps=7,loss=ce,random_start=false),autoattack:apgd-t(steps=9),foolbox:L2DeepFoolAttack(steps=5)"
-    records = [rung.spec for rung in parse_suite(text, "l2")]
-    assert [rung.spec for rung in parse_suite(suite(records), "l2")] == records
+    records = [entry.spec for entry in parse_suite(text, "l2")]
+    assert [entry.spec for entry in parse_suite(suite(records), "l2")] == records
     report = make_report(model="./a net.py:build", data="/d/x.npz")
     assert command(report) == (
         "robustkit evaluate './a net.py:build' --data /d/x.npz --limit 40 --threat linf:8/255 --suite "

@@ -30,7 +30,7 @@ def probe(
     """A look at a net that is right on all images, or as right as its teacher's labels are for it."""
     rules = ThreatModel.parse(threat)
     x, labels = labelled(teacher or net, 16, (1, 9, 7))
-    attacks = [rung.attack for rung in parse_suite(suite, rules.norm)]
+    attacks = [entry.attack for entry in parse_suite(suite, rules.norm)]
     return Probe(
         InstrumentedModel(as_classifier(net.eval()), torch.device("cpu")), x, labels, rules, attacks, 0, net
     )

@@ -42,7 +42,7 @@ def plan(
     """Run the verb; `flags` are those that the evaluation itself would take."""
     counts = read_devices(devices)
     subject = Inputs.load(model, data, limit, threat, device, data_root, download, trust_code=trust_code)
-    pilot = CostProbe(
+    probe = CostProbe(
         model=subject.model,
         samples=subject.samples,
         threat=subject.threat,
@@ -54,7 +54,7 @@ def plan(
         strictness=read_strictness(strictness),
         budget=seconds,
     )
-    record = measure(pilot, counts, price, Display())
+    record = measure(probe, counts, price, Display())
     if as_json:
         print_result(json.dumps(record.to_json(), indent=2))
     else:

@@ -43,7 +43,7 @@ class Rounds:
 
     def run(self, among: np.ndarray) -> None:
         """Take these positions through as many rounds as are needed."""
-        left = left_for_arms(self.worker.tally, among)
+        left = left_for_arms(self.worker.results, among)
         block = hashlib.sha256(np.sort(among).tobytes()).hexdigest()[:16]
         drawn: set[int] = set()
         for number in itertools.count():
@@ -68,27 +68,27 @@ class Rounds:
 
     def known(self, among: np.ndarray) -> Evidence | None:
         """Return what is known of these positions as far as they came to the arms; None without any."""
-        return self._evidence(left_for_arms(self.worker.tally, among), len(among)) if self.stages else None
+        return self._evidence(left_for_arms(self.worker.results, among), len(among)) if self.stages else None
 
     def doubt(self, among: np.ndarray) -> Strictness | None:
         """Return what is left of doubt in these positions; None of a random model, for which AutoAttack is not."""
-        if self.worker.meter.random:
+        if self.worker.instrumented.random:
             return None
-        return in_doubt(self.worker.tally, among, self.strictness)
+        return in_doubt(self.worker.results, among, self.strictness)
 
     @property
     def stages(self) -> list[int]:
         """The stages of the arms; scores of a random model are luck."""
-        rungs, random = self.worker.rungs, self.worker.meter.random
-        arms = self.worker.tally.arms
-        return [stage for stage in arms if not (random and rungs[stage - 1].attack.info.access == "score")]
+        entries, random = self.worker.entries, self.worker.instrumented.random
+        arms = self.worker.results.arms
+        return [stage for stage in arms if not (random and entries[stage - 1].attack.info.access == "score")]
 
     def _evidence(self, left: np.ndarray, n: int, drawn: Collection[int] = ()) -> Evidence:
         """Return what is known of these positions of n."""
-        classes, norm = self.worker.meter.num_classes or 2, self.worker.threat.norm
-        attacks = [self.worker.rungs[stage - 1].attack for stage in self.stages]
+        classes, norm = self.worker.instrumented.num_classes or 2, self.worker.threat.norm
+        attacks = [self.worker.entries[stage - 1].attack for stage in self.stages]
         costs = np.array([attack.budget(classes, norm) * (1 if attack.blind else 2) for attack in attacks])
-        return evidence_on(self.worker.tally, left, self.stages, costs, allowed(self.strictness, n), drawn)
+        return evidence_on(self.worker.results, left, self.stages, costs, allowed(self.strictness, n), drawn)
 
 
 def read_strictness(value: str | float | None) -> float | None:

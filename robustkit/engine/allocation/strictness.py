@@ -17,14 +17,14 @@ STRICTNESS = 0.002
 AUTOATTACK = {f"autoattack:{name}" for name in ("apgd-ce", "apgd-t", "fab-t", "square")}
 
 
-def left_for_arms(tally: RunResults, among: np.ndarray) -> np.ndarray:
+def left_for_arms(results: RunResults, among: np.ndarray) -> np.ndarray:
     """Return the positions of these that the stages before the arms left."""
-    left: np.ndarray = among[(tally.judged[among] >= 0) & (tally.fell[among] >= min(tally.arms, default=0))]
+    left: np.ndarray = among[(results.judged[among] >= 0) & (results.fell[among] >= min(results.arms, default=0))]
     return left
 
 
 def evidence_on(
-    tally: RunResults,
+    results: RunResults,
     left: np.ndarray,
     arms: Sequence[int],
     costs: np.ndarray,
@@ -34,7 +34,7 @@ def evidence_on(
     """Return what is known of these positions.
 
     Args:
-        tally: of the ledger.
+        results: of the ledger.
         left: positions that the stages before the arms left (n).
         arms: the stages that count as arms (A).
         costs: passes that each takes of an image (A).
@@ -42,36 +42,36 @@ def evidence_on(
         drawn: positions that were in a round of the test.
     """
     # A tie in the clean image's logits is a margin of 0; the mean of a random model's may be below it.
-    clean = np.maximum(tally.clean_margins[left], np.finfo(np.float32).tiny)
-    reached = tally.reached[[tally.arms.index(stage) for stage in arms]][:, left]
-    lowest = np.fmin.accumulate(np.concatenate([tally.before[None, left], reached[:-1]]))
-    broken = tally.fell[left] == np.array(arms)[:, None]
+    clean = np.maximum(results.clean_margins[left], np.finfo(np.float32).tiny)
+    reached = results.reached[[results.arms.index(stage) for stage in arms]][:, left]
+    lowest = np.fmin.accumulate(np.concatenate([results.before[None, left], reached[:-1]]))
+    broken = results.fell[left] == np.array(arms)[:, None]
     return Evidence(
         left=np.clip(lowest / clean, 0, 1),
-        now=np.clip(tally.margins[left] / clean, 0, 1),
+        now=np.clip(results.margins[left] / clean, 0, 1),
         gains=np.where(broken, np.inf, (lowest - reached) / clean),
-        standing=tally.fell[left] == STANDS,
-        keys=sample_ids([tally.images[at] for at in left]).numpy(),
+        standing=results.fell[left] == STANDS,
+        keys=sample_ids([results.images[at] for at in left]).numpy(),
         drawn=np.isin(left, list(drawn)),
         costs=costs,
         allowed=may,
     )
 
 
-def in_doubt(tally: RunResults, among: np.ndarray, strictness: float) -> Strictness | None:
+def in_doubt(results: RunResults, among: np.ndarray, strictness: float) -> Strictness | None:
     """Return what is left of doubt in these positions; None where the suite has no arms.
 
     Args:
-        tally: of the ledger.
+        results: of the ledger.
         among: the positions that count (n).
         strictness: the share of the images that may be left in doubt.
     """
-    if not tally.arms:
+    if not results.arms:
         return None
-    left, may = left_for_arms(tally, among), allowed(strictness, len(among))
-    evidence = evidence_on(tally, left, tally.arms, np.ones(len(tally.arms)), may)
+    left, may = left_for_arms(results, among), allowed(strictness, len(among))
+    evidence = evidence_on(results, left, results.arms, np.ones(len(results.arms)), may)
     # After AutoAttack itself there is no doubt about it.
-    sure = set(tally.names) >= AUTOATTACK
+    sure = set(results.names) >= AUTOATTACK
     images = 0 if sure else evidence.bound
     in_full = evidence.standing & (sure | ~evidence.open.any(0))
     return Strictness(

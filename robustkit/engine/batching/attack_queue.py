@@ -28,7 +28,7 @@ class AttackQueue:
     restarts: int
     length: int
     wide: bool
-    table: RowBatch | None = None
+    batch: RowBatch | None = None
     parked: RowBatch | None = None
 
     @property
@@ -37,34 +37,34 @@ class AttackQueue:
         return self.attack.draws > 1 or self.attack.several or bool(self.view)
 
     @classmethod
-    def of(cls, rung: SuiteEntry, stream: str, number: int, norm: str, *, wide: bool) -> AttackQueue:
+    def of(cls, entry: SuiteEntry, stream: str, number: int, norm: str, *, wide: bool) -> AttackQueue:
         """Return an empty one for an attack in this norm; last resorts are `wide` whatever is said."""
-        attack = rung.attack
+        attack = entry.attack
         targets, restarts = attack.attempts(norm)
         wide = wide or attack.last_resort
-        return cls(attack, rung.view, stream, number, targets, restarts, attack.length(norm), wide)
+        return cls(attack, entry.view, stream, number, targets, restarts, attack.length(norm), wide)
 
     @property
-    def aboard(self) -> RowBatch:
+    def active(self) -> RowBatch:
         """The rows, where there are some."""
-        assert self.table is not None  # noqa: S101
-        return self.table
+        assert self.batch is not None  # noqa: S101
+        return self.batch
 
-    def jobs(self, meter: InstrumentedModel) -> int:
+    def jobs(self, instrumented: InstrumentedModel) -> int:
         """Return how many jobs the attack has for each sample: all of them on each part of its view."""
-        return self.attempts(meter) * (len(meter.views[self.view]) if self.view else 1)
+        return self.attempts(instrumented) * (len(instrumented.views[self.view]) if self.view else 1)
 
-    def attempts(self, meter: InstrumentedModel) -> int:
+    def attempts(self, instrumented: InstrumentedModel) -> int:
         """Return how many jobs it has on one part of its view."""
-        return self.restarts * min(self.targets or 1, max((meter.num_classes or 2) - 1, 1))
+        return self.restarts * min(self.targets or 1, max((instrumented.num_classes or 2) - 1, 1))
 
-    def join(self, table: RowBatch) -> None:
+    def join(self, batch: RowBatch) -> None:
         """Add rows."""
-        self.table = table if self.table is None else RowBatch.join([self.table, table])
+        self.batch = batch if self.batch is None else RowBatch.join([self.batch, batch])
 
     def complete(self, ended: RowBatch) -> RowBatch:
         """Park rows whose samples have others under way still; return the samples that are through, folded."""
-        under_way = self.table.host["position"] if self.table is not None else np.zeros(0, np.int64)
+        under_way = self.batch.host["position"] if self.batch is not None else np.zeros(0, np.int64)
         waiting = np.isin(ended.host["position"], under_way)
         if waiting.any():
             parts = [ended.select(np.flatnonzero(waiting)), *([self.parked] if self.parked is not None else [])]
@@ -72,11 +72,11 @@ class AttackQueue:
         through = ended.select(np.flatnonzero(~waiting))
         return self.with_parked(through, through.host["position"]).folded() if len(through) else through
 
-    def with_parked(self, table: RowBatch, samples: np.ndarray) -> RowBatch:
+    def with_parked(self, batch: RowBatch, samples: np.ndarray) -> RowBatch:
         """Return the rows with those of the same samples that were parked, which are parked no more."""
         if self.parked is None:
-            return table
+            return batch
         mine = np.isin(self.parked.host["position"], samples)
-        joined = RowBatch.join([table, self.parked.select(np.flatnonzero(mine))])
+        joined = RowBatch.join([batch, self.parked.select(np.flatnonzero(mine))])
         self.parked = self.parked.select(np.flatnonzero(~mine)) if not mine.all() else None
         return joined

@@ -23,28 +23,28 @@ AVERAGED = "averaged-mended"
 class Query:
     """What one lane asks in a step; `blind` rows (B, on the host) want no gradient, `exact` ones float32."""
 
-    lane: AttackQueue
+    queue: AttackQueue
     rows: Rows
     state: State
     blind: Tensor
     exact: Tensor
 
     @classmethod
-    def of(cls, lane: AttackQueue, rows: Rows, *, steady: bool) -> Query:
+    def of(cls, queue: AttackQueue, rows: Rows, *, steady: bool) -> Query:
         """Return the next of the lane's rows; on a `steady` model the last of an attempt is exact."""
-        table, state = lane.aboard, lane.aboard.state
-        closing = torch.from_numpy(table.host["age"] == lane.length)
+        batch, state = queue.active, queue.active.state
+        closing = torch.from_numpy(batch.host["age"] == queue.length)
         blind = closing
-        if lane.attack.blind:
+        if queue.attack.blind:
             blind = torch.ones_like(blind)
         elif "blind" in state:
             blind = blind | state["blind"].cpu()
-        if lane.solo:
-            return cls(lane, rows, state, blind, torch.zeros_like(blind))
+        if queue.solo:
+            return cls(queue, rows, state, blind, torch.zeros_like(blind))
         if "last" in state:
             closing = closing | state["last"].cpu()
-        exact = closing & blind if steady and not lane.attack.blind else torch.zeros_like(blind)
-        return cls(lane, rows, state, blind, exact)
+        exact = closing & blind if steady and not queue.attack.blind else torch.zeros_like(blind)
+        return cls(queue, rows, state, blind, exact)
 
     def rows_with(self, gradient: bool, exact: bool) -> Tensor:
         """Return the positions of the rows that want a gradient, or none and an exact answer or not."""
@@ -56,35 +56,37 @@ class Query:
         rows, state = self.rows, self.state
         if len(index) < len(rows.x):
             rows, state = rows.select(index), {name: part[index] for name, part in state.items()}
-        return self.lane.attack.objective(rows, state, logits)
+        return self.queue.attack.objective(rows, state, logits)
 
 
-def answers(queries: Sequence[Query], meter: InstrumentedModel) -> list[tuple[Query, Answer, Logits]]:
+def answers(queries: Sequence[Query], instrumented: InstrumentedModel) -> list[tuple[Query, Answer, Logits]]:
     """Return each query with an answer for every row, and the model's own logits."""
-    alone = [(query, *_alone(query, meter)) for query in queries if query.lane.solo]
-    together = _together([query for query in queries if not query.lane.solo], meter)
+    alone = [(query, *_alone(query, instrumented)) for query in queries if query.queue.solo]
+    together = _together([query for query in queries if not query.queue.solo], instrumented)
     return alone + [(query, answer, answer.logits) for query, answer in together]
 
 
-def _alone(query: Query, meter: InstrumentedModel) -> tuple[Answer, Logits]:
+def _alone(query: Query, instrumented: InstrumentedModel) -> tuple[Answer, Logits]:
     """Return the answers to one lane's rows and the model's own logits, of another pass if it is on a view."""
-    lane, rows = query.lane, query.rows
+    queue, rows = query.queue, query.rows
     state = {**query.state, "blind": query.blind.to(rows.x.device)}
-    if not lane.view:
-        answer = ask(lane.attack, meter, rows, state, True)
+    if not queue.view:
+        answer = ask(queue.attack, instrumented, rows, state, True)
         return answer, answer.logits
-    number = torch.as_tensor(rows.rng.restart) // lane.attempts(meter)
+    number = torch.as_tensor(rows.rng.restart) // queue.attempts(instrumented)
     parts = []
     for at in torch.unique(number).tolist():
         index = (number == at).nonzero()[:, 0]
         part = {name: of_rows[index] for name, of_rows in state.items()}
-        parts.append((index, ask(lane.attack, meter.through(lane.view, at), rows.select(index), part, True)))
+        parts.append(
+            (index, ask(queue.attack, instrumented.through(queue.view, at), rows.select(index), part, True))
+        )
     answer = _merged(parts)
-    count = looks(lane.view, random=meter.random)
+    count = looks(queue.view, random=instrumented.random)
     if not count:
         return answer, answer.logits
     with torch.no_grad():
-        deployed = torch.stack([meter(state["x"]) for _ in range(count)]).mean(0)
+        deployed = torch.stack([instrumented(state["x"]) for _ in range(count)]).mean(0)
     # The members' logits side by side are for the gradient alone.
     return (answer if answer.logits.dim() == 2 else answer._replace(logits=deployed)), deployed
 
@@ -96,7 +98,7 @@ def looks(view: str, *, random: bool) -> int:
     return DRAWS if random else 1
 
 
-def _together(queries: list[Query], meter: InstrumentedModel) -> list[tuple[Query, Answer]]:
+def _together(queries: list[Query], instrumented: InstrumentedModel) -> list[tuple[Query, Answer]]:
     """Answer rows of several attacks by one pass for those that want a gradient, one or two for the others."""
     parts: list[list[tuple[Tensor, Answer]]] = [[] for _ in queries]
     for with_gradient, exact in ((True, False), (False, False), (False, True)):
@@ -111,7 +113,7 @@ def _together(queries: list[Query], meter: InstrumentedModel) -> list[tuple[Quer
         cuts = [len(index) for *_, index in members]
         with torch.set_grad_enabled(with_gradient):
             x = x.detach().requires_grad_(with_gradient)
-            logits = meter.exact(x) if exact else meter(x)
+            logits = instrumented.exact(x) if exact else instrumented(x)
             values = [
                 query.objective(index, part)
                 for (_, query, index), part in zip(members, _cut(logits, cuts), strict=True)

@@ -39,13 +39,13 @@ class RowBatch:
         return RowBatch(self.host, {name: tensor.to(device) for name, tensor in self.device.items()})
 
     @staticmethod
-    def join(tables: Sequence[RowBatch]) -> RowBatch:
+    def join(batches: Sequence[RowBatch]) -> RowBatch:
         """Return the rows of all."""
-        if len(tables) == 1:
-            return tables[0]
+        if len(batches) == 1:
+            return batches[0]
         return RowBatch(
-            {name: np.concatenate([t.host[name] for t in tables]) for name in tables[0].host},
-            {name: torch.cat([t.device[name] for t in tables]) for name in tables[0].device},
+            {name: np.concatenate([t.host[name] for t in batches]) for name in batches[0].host},
+            {name: torch.cat([t.device[name] for t in batches]) for name in batches[0].device},
         )
 
     def spread(self, jobs: int) -> RowBatch:

@@ -37,14 +37,14 @@ class SavedRows:
     seconds: float = 0.0
     refused: int = 0
     detached: bool = False
-    aboard: Sequence[tuple[int, int, RowBatch]] = ()
+    active: Sequence[tuple[int, int, RowBatch]] = ()
 
     @property
     def positions(self) -> list[int]:
         """The positions of the samples aboard."""
-        return [at for *_, table in self.aboard for at in table.host["position"].tolist()]
+        return [at for *_, batch in self.active for at in batch.host["position"].tolist()]
 
-    def record(self, tables: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    def record(self, batches: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Return it as plain values, with these rows aboard (see `Flight.state`)."""
         return {
             "again": self.again,
@@ -53,7 +53,7 @@ class SavedRows:
             "seconds": self.seconds,
             "refused": self.refused,
             "detached": self.detached,
-            "tables": list(tables),
+            "tables": list(batches),
         }
 
     @classmethod
@@ -64,19 +64,19 @@ class SavedRows:
         waiting = worker.still(first)
         left = set(waiting.tolist())
         near = zip(record["near"].tolist(), record["spent"].numpy(), strict=True)
-        aboard = []
+        active = []
         for part in record["tables"]:
             position = part["host"]["position"].numpy()
             kept = np.flatnonzero(np.isin(position, waiting))
             if len(kept):
-                aboard.append((part["lane"], part["parked"], _table(part, position, worker).select(kept)))
+                active.append((part["lane"], part["parked"], _table(part, position, worker).select(kept)))
         return cls(
             record["again"],
             {at: spent for at, spent in near if at in left},
             record["seconds"],
             record["refused"],
             record["detached"],
-            aboard,
+            active,
         )
 
     @staticmethod
@@ -85,16 +85,16 @@ class SavedRows:
         rows = [part["host"]["position"] for part in record["tables"]]
         return {at for some in (record["near"], *rows) for at in some.tolist()}
 
-    def begin(self, aboard: Sequence[tuple[int, RowBatch]]) -> SavedRows:
+    def begin(self, active: Sequence[tuple[int, RowBatch]]) -> SavedRows:
         """Return it with others aboard, from another flight."""
-        more = [(lane, 0, table) for lane, table in aboard]
-        return replace(self, aboard=[*self.aboard, *more])
+        more = [(queue, 0, batch) for queue, batch in active]
+        return replace(self, active=[*self.active, *more])
 
-    def put_aboard(self, flight: ContinuousBatch) -> None:
+    def put_aboard(self, batch: ContinuousBatch) -> None:
         """Have a flight go on with it."""
-        flight.refused = self.refused
-        for row in self.aboard:
-            flight.resume(*row)
+        batch.refused = self.refused
+        for row in self.active:
+            batch.resume(*row)
 
 
 def _table(part: Mapping[str, Any], position: np.ndarray, worker: BlockRunner) -> RowBatch:
@@ -102,7 +102,7 @@ def _table(part: Mapping[str, Any], position: np.ndarray, worker: BlockRunner) -
     samples, which = np.unique(position, return_inverse=True)
     images = worker.samples.images(samples)
     worker.check_images(samples, image_hashes(images))
-    device, rows = worker.meter.device, torch.from_numpy(which)
+    device, rows = worker.instrumented.device, torch.from_numpy(which)
     labels = torch.from_numpy(worker.samples.labels[position]).to(device)
     return RowBatch.of(part, worker.ids(position), images[rows].to(device), labels)
 

@@ -54,27 +54,27 @@ class BatchRunner:
 
     samples: Samples
     threat: ThreatModel
-    rungs: list[SuiteEntry]
+    entries: list[SuiteEntry]
     seed: int
     batch: int
     ledger: Sink
-    tally: RunResults
-    meter: InstrumentedModel
+    results: RunResults
+    instrumented: InstrumentedModel
     progress: Progress
     deadline: float = field(default=math.inf, kw_only=True)
     store: Store = field(default=Store(None), kw_only=True)
 
     def __post_init__(self) -> None:
         """Have somebody who writes."""
-        self.scribe = LedgerWriter(self.ledger, self.tally, self.meter)
+        self.writer = LedgerWriter(self.ledger, self.results, self.instrumented)
 
     def clean(self, among: np.ndarray) -> None:
         """Settle those of these images that the model gets wrong as they are; run the checks if none has yet."""
-        tally = self.tally
-        self.progress.stage("clean", len(among), tally.robust, tally.n)
+        results = self.results
+        self.progress.stage("clean", len(among), results.robust, results.n)
         for number, positions, x in self._pending(0, among):
             self._do(0, number, positions, x, self._clean_verdicts)
-        if (0, CHECKING) not in tally.chunks:
+        if (0, CHECKING) not in results.chunks:
             first = np.arange(min(self.batch, CHECKED))
             self._do(0, CHECKING, first, self.samples.images(first), self._check)
 
@@ -87,51 +87,55 @@ class BatchRunner:
             done += len(positions)
 
     def _announce(self, stage: int, among: np.ndarray) -> None:
-        images = len(self.tally.waiting(stage, among))
-        name = "minimum norms" if self.threat.minimal else self.tally.names[stage]
-        self.progress.stage(name, images, self.tally.robust, self.tally.n)
+        images = len(self.results.waiting(stage, among))
+        name = "minimum norms" if self.threat.minimal else self.results.names[stage]
+        self.progress.stage(name, images, self.results.robust, self.results.n)
 
     def block(self, stage: int, number: int, positions: np.ndarray, x: Images, done: int = 0) -> None:
         """Run one attack on these images as the chunk of that number, `done` images after the stage's first.
 
         Where the threat is minimal all attacks run, since each begins from the points that those before it found.
         """
-        rung = self.rungs[stage - 1]
-        budgets = [getattr(one.attack, "budget", None) for one in (self.rungs if self.threat.minimal else [rung])]
-        expected = sum(budget(self.meter.num_classes, self.threat.norm) if budget else 0 for budget in budgets)
-        stream, begun, images = self._stream(stage), self.meter.forwards, len(positions)
+        entry = self.entries[stage - 1]
+        budgets = [
+            getattr(one.attack, "budget", None) for one in (self.entries if self.threat.minimal else [entry])
+        ]
+        expected = sum(
+            budget(self.instrumented.num_classes, self.threat.norm) if budget else 0 for budget in budgets
+        )
+        stream, begun, images = self._stream(stage), self.instrumented.forwards, len(positions)
 
         def verdicts(x: Images, positions: np.ndarray) -> tuple[list[Verdict], list[Flag]]:
-            return self._attack_verdicts(rung, stream, x, positions)
+            return self._attack_verdicts(entry, stream, x, positions)
 
         def tick(forwards: int) -> None:
             share = (forwards - begun) / (expected * images) if expected else 0.0
-            self.progress.advance(done + min(share, 0.99) * images, self.tally.robust)
+            self.progress.advance(done + min(share, 0.99) * images, self.results.robust)
 
-        self.meter.on_forward = tick
+        self.instrumented.on_forward = tick
         if self.threat.minimal:
             self._search(number, positions, x)
         else:
             self._do(stage, number, positions, x, verdicts)
-        self.meter.on_forward = lambda forwards: None
+        self.instrumented.on_forward = lambda forwards: None
 
     def _search(self, number: int, positions: np.ndarray, x: Images) -> None:
         """Look for the nearest points by all attacks; write one chunk of this number for each attack."""
-        labels = torch.from_numpy(self.samples.labels[positions]).to(self.meter.device)
+        labels = torch.from_numpy(self.samples.labels[positions]).to(self.instrumented.device)
 
         def work(x: Images, positions: np.ndarray) -> Nearest:
             self.check_images(positions, image_hashes(x))
-            self.meter.detached = False
+            self.instrumented.detached = False
             ids = self.ids(positions)
-            return search(self.meter, self.rungs, x, labels, self.threat, seed=self.seed, ids=ids)
+            return search(self.instrumented, self.entries, x, labels, self.threat, seed=self.seed, ids=ids)
 
         with self._done(1, number, positions, x, work) as (found, seconds):
-            rows = self.scribe.verdicts(found.judged, positions, self.samples.labels[positions])
-            far, by = found.distance.tolist(), (found.attack % len(self.rungs)).cpu().numpy()
+            rows = self.writer.verdicts(found.judged, positions, self.samples.labels[positions])
+            far, by = found.distance.tolist(), (found.attack % len(self.entries)).cpu().numpy()
             rows = [replace(row, distance=d) if row.fooled else row for row, d in zip(rows, far, strict=True)]
-            flags = noticed(0, int(found.judged.broken.sum()), self.meter)
+            flags = noticed(0, int(found.judged.broken.sum()), self.instrumented)
             total = max(sum(map(sum, found.spent)), 1)
-            self.scribe.write(
+            self.writer.write(
                 *(
                     Chunk(
                         stage,
@@ -151,11 +155,11 @@ class BatchRunner:
         They are cut from all that enter the stage, whatever is done already: an attack whose random numbers depend
         on the batch gets the same batches in whatever order they are done, and after any resume.
         """
-        entering = among[self.tally.fell[among] >= stage]
-        taken = {chunk for of, chunk in self.tally.chunks if of == stage}
-        free, parts = self.tally.next_chunk(stage), []
+        entering = among[self.results.fell[among] >= stage]
+        taken = {chunk for of, chunk in self.results.chunks if of == stage}
+        free, parts = self.results.next_chunk(stage), []
         for index, begin in enumerate(range(0, len(entering), self.batch)):
-            left = self.tally.waiting(stage, entering[begin : begin + self.batch])
+            left = self.results.waiting(stage, entering[begin : begin + self.batch])
             if len(left):
                 number = free if index in taken else index
                 taken.add(number)
@@ -171,7 +175,7 @@ class BatchRunner:
             self._on_time()
             yield number, part, x
             done += len(part)
-            self.progress.advance(done, self.tally.robust)
+            self.progress.advance(done, self.results.robust)
 
     def _on_time(self) -> None:
         if time.perf_counter() > self.deadline:
@@ -186,10 +190,10 @@ class BatchRunner:
         work: Work,
     ) -> None:
         """Do one chunk and write it down."""
-        forwards, backwards = self.meter.forwards, self.meter.backwards
+        forwards, backwards = self.instrumented.forwards, self.instrumented.backwards
         with self._done(stage, number, positions, x, work) as ((verdicts, flags), seconds):
-            spent = self.meter.forwards - forwards, self.meter.backwards - backwards
-            self.scribe.write(Chunk(stage, number, *spent, seconds, verdicts, flags))
+            spent = self.instrumented.forwards - forwards, self.instrumented.backwards - backwards
+            self.writer.write(Chunk(stage, number, *spent, seconds, verdicts, flags))
 
     @contextmanager
     def _done(
@@ -199,10 +203,10 @@ class BatchRunner:
 
         Out of memory halves the piece and does the work again.
         """
-        name = self.tally.names[stage]
-        x = x.to(self.meter.device)
+        name = self.results.names[stage]
+        x = x.to(self.instrumented.device)
         while True:
-            forwards, backwards = self.meter.forwards, self.meter.backwards
+            forwards, backwards = self.instrumented.forwards, self.instrumented.backwards
             try:
                 with (
                     own_randomness(self.seed, stage, number),
@@ -215,7 +219,7 @@ class BatchRunner:
                     raise self._failure(name, positions, error) from error
                 answers.restart()
                 self._halve(len(x))
-                self.meter.forwards, self.meter.backwards = forwards, backwards
+                self.instrumented.forwards, self.instrumented.backwards = forwards, backwards
             except RobustkitError:
                 raise
             except Exception as error:
@@ -224,69 +228,69 @@ class BatchRunner:
         answers.restart()
 
     def _clean_verdicts(self, x: Images, positions: np.ndarray) -> tuple[list[Verdict], list[Flag]]:
-        logits = self.meter.exact(x)
+        logits = self.instrumented.exact(x)
         labels = self.samples.labels[positions]
         refuse_answers(logits, labels, positions)
         y = torch.from_numpy(labels).to(x.device)
         # An exact answer to the clean image is known already, but for a random model.
-        judged = judge(self.meter, x, y, x, self.threat, logits, chosen=False)
-        rows = zip(self.scribe.verdicts(judged, positions, labels), image_hashes(x), strict=True)
+        judged = judge(self.instrumented, x, y, x, self.threat, logits, chosen=False)
+        rows = zip(self.writer.verdicts(judged, positions, labels), image_hashes(x), strict=True)
         return [replace(verdict, image=image, adversarial=None, struck=None) for verdict, image in rows], []
 
     def _check(self, x: Images, positions: np.ndarray) -> tuple[list[Verdict], list[Flag]]:
         labels = torch.from_numpy(self.samples.labels[positions]).to(x.device)
         threat = self.threat.typical() if self.threat.minimal else self.threat
-        plain = InstrumentedModel(self.meter.model, self.meter.device)
+        plain = InstrumentedModel(self.instrumented.model, self.instrumented.device)
         for name in ("piece", "quick", "differentiable", "backward_error"):
-            setattr(plain, name, getattr(self.meter, name))
-        attacks = [rung.attack for rung in self.rungs if not rung.view]
+            setattr(plain, name, getattr(self.instrumented, name))
+        attacks = [entry.attack for entry in self.entries if not entry.view]
         # Points can be planted only where gradients can be had.
         net = None if plain.backward_error else plain.model
         flags = diagnose(Probe(plain, x, labels, threat, attacks, self.seed, net))
-        self.meter.forwards += plain.forwards
-        self.meter.backwards += plain.backwards
+        self.instrumented.forwards += plain.forwards
+        self.instrumented.backwards += plain.backwards
         return [], flags
 
     def _attack_verdicts(
-        self, rung: SuiteEntry, stream: str, x: Images, positions: np.ndarray
+        self, entry: SuiteEntry, stream: str, x: Images, positions: np.ndarray
     ) -> tuple[list[Verdict], list[Flag]]:
         self.check_images(positions, image_hashes(x))
         labels = torch.from_numpy(self.samples.labels[positions]).to(x.device)
-        self.meter.detached = False
-        found = rung.attack(
-            self.meter.through(rung.view),
+        self.instrumented.detached = False
+        found = entry.attack(
+            self.instrumented.through(entry.view),
             x.clone(),
             Goal(labels),
             self.threat,
             rng=RowRng(self.seed, stream, self.ids(positions)),
         )
-        judged = judge(self.meter, x, labels, found, self.threat)
-        flags = noticed(int(judged.refused.sum()), int(judged.broken.sum()), self.meter)
-        return self.scribe.verdicts(judged, positions, self.samples.labels[positions]), flags
+        judged = judge(self.instrumented, x, labels, found, self.threat)
+        flags = noticed(int(judged.refused.sum()), int(judged.broken.sum()), self.instrumented)
+        return self.writer.verdicts(judged, positions, self.samples.labels[positions]), flags
 
     def _stream(self, stage: int) -> str:
-        name = self.tally.names[stage]
-        return f"{name}/{self.tally.names[1:stage].count(name)}"
+        name = self.results.names[stage]
+        return f"{name}/{self.results.names[1:stage].count(name)}"
 
     def ids(self, positions: np.ndarray) -> Labels:
         """Return the numbers by which these images draw: an image's own, so that its place does not matter."""
-        return sample_ids([self.tally.images[position] for position in positions]).to(self.meter.device)
+        return sample_ids([self.results.images[position] for position in positions]).to(self.instrumented.device)
 
     def check_images(self, positions: np.ndarray, hashes: list[str]) -> None:
         """Raise RunError if an image's sha256 is not that of the clean pass."""
         for position, digest in zip(positions, hashes, strict=True):
-            if digest != self.tally.images[position]:
+            if digest != self.results.images[position]:
                 raise RunError(
                     f"image {position} of {self.samples.name} has changed since this run's clean pass; "
                     "restore the data or start again in another folder."
                 )
 
     def _halve(self, images: int) -> None:
-        piece = min(self.meter.piece or images, images)
+        piece = min(self.instrumented.piece or images, images)
         if piece == 1:
             raise RunError(NO_MEMORY)
-        self.meter.piece = piece // 2
-        if self.meter.device.type == "cuda":
+        self.instrumented.piece = piece // 2
+        if self.instrumented.device.type == "cuda":
             torch.cuda.empty_cache()
         self.progress.say(f"out of memory: going on with {piece // 2} images at a time, same numbers")
 

@@ -57,10 +57,10 @@ class BlockRunner(BatchRunner):
     def __post_init__(self) -> None:
         """Begin with nothing flown."""
         super().__post_init__()
-        self.doubts = Reliability(
-            self.samples, self.meter, self.tally, self.rungs, self.store, self.named("outlook")
+        self.reliability = Reliability(
+            self.samples, self.instrumented, self.results, self.entries, self.store, self.named("outlook")
         )
-        self.flown: dict[str, Any] = {}
+        self.ran: dict[str, Any] = {}
         self.way: ExecutionConfig | None = None
 
     def prepare(self) -> None:
@@ -70,10 +70,12 @@ class BlockRunner(BatchRunner):
         refuse_endless(self.threat, shape)
         try:
             with own_randomness(self.seed, "prepare"):
-                self.meter.size_up(image.to(self.meter.device), max(self.batch, self.slots, self.most))
-                few = self.samples.images(range(min(FEW, len(self.samples)))).to(self.meter.device)
+                self.instrumented.size_up(
+                    image.to(self.instrumented.device), max(self.batch, self.slots, self.most)
+                )
+                few = self.samples.images(range(min(FEW, len(self.samples)))).to(self.instrumented.device)
                 with recording(self.store, self.named("prepare")):
-                    self.meter.random = is_random(partial(asked, self.meter.model), few)
+                    self.instrumented.random = is_random(partial(asked, self.instrumented.model), few)
         except RobustkitError:
             raise
         except Exception as error:
@@ -83,8 +85,8 @@ class BlockRunner(BatchRunner):
 
     def fly(self, first: int, count: int, among: np.ndarray) -> None:
         """Take what still stands of these through `count` attacks from stage `first` on, all row-wise, at once."""
-        waiting = self.tally.waiting(first, among)
-        self.progress.stage(self._title(first, count), len(waiting), self.tally.robust, self.tally.n)
+        waiting = self.results.waiting(first, among)
+        self.progress.stage(self._title(first, count), len(waiting), self.results.robust, self.results.n)
 
         def gate(taken: Sequence[int]) -> Callable[[int], Admitted]:
             return self._gate(waiting[~np.isin(waiting, taken)])
@@ -93,7 +95,7 @@ class BlockRunner(BatchRunner):
             self.through(first, count, gate, waiting)
 
     def _title(self, first: int, count: int) -> str:
-        names = self.tally.names[first : first + count]
+        names = self.results.names[first : first + count]
         return names[0] if count == 1 else f"{names[0]} … {names[-1]}"
 
     def through(
@@ -102,33 +104,33 @@ class BlockRunner(BatchRunner):
         count: int,
         gate: Callable[[Sequence[int]], Callable[[int], Admitted]],
         examples: np.ndarray,
-        aboard: Sequence[tuple[int, RowBatch]] = (),
+        active: Sequence[tuple[int, RowBatch]] = (),
     ) -> None:
         """Take those who board, and those `aboard` already, through `count` attacks from stage `first` on.
 
         `gate` says who boards of those that are not taken already, `examples` are positions of images to choose
         the way to search by. Arms search in float32. What a killed run had under way goes on.
         """
-        self.flown = {"claims_refused": 0, "searched_again": 0, **self.flown}
+        self.ran = {"claims_refused": 0, "searched_again": 0, **self.ran}
         with own_randomness(self.seed, "flight", first, *self.lot):
             try:
                 self._tune(examples)
-                exact = replace(self.way or self.meter.way, dtype=None)
-                arms = self.rungs[first - 1].arm
-                with recording(self.store, self.flight(first)) as answers:
+                exact = replace(self.way or self.instrumented.way, dtype=None)
+                arms = self.entries[first - 1].arm
+                with recording(self.store, self.block_name(first)) as answers:
                     saved = SavedRows.of(answers.first(), self, first)
                     near: Mapping[int, np.ndarray] = saved.near
                     if not saved.again:
-                        board = gate([*saved.positions, *near])
-                        with self.meter.searching(exact if arms else self.way):
-                            near = self._fly(first, count, board, saved.begin(aboard), answers)
+                        admit = gate([*saved.positions, *near])
+                        with self.instrumented.searching(exact if arms else self.way):
+                            near = self._fly(first, count, admit, saved.begin(active), answers)
                         saved = SavedRows(again=bool(near), near=near)
                         answers.restart(saved.record([]))
                     if saved.again:
-                        self.flown["searched_again"] += len(near)
-                        board = self._gate(np.array(sorted(near.keys() - set(saved.positions)), np.int64))
-                        with self.meter.searching(exact):
-                            self._fly(first, count, board, saved, answers)
+                        self.ran["searched_again"] += len(near)
+                        admit = self._gate(np.array(sorted(near.keys() - set(saved.positions)), np.int64))
+                        with self.instrumented.searching(exact):
+                            self._fly(first, count, admit, saved, answers)
                     answers.restart()
             except (RobustkitError, TimeUp):
                 raise
@@ -136,7 +138,7 @@ class BlockRunner(BatchRunner):
                 title = self._title(first, count)
                 raise RunError(f"{title} failed with {described(error)}.") from error
 
-    def flight(self, first: int) -> str:
+    def block_name(self, first: int) -> str:
         """Return the name by which what is under way is saved."""
         return f"flight-{first}"
 
@@ -146,7 +148,7 @@ class BlockRunner(BatchRunner):
 
     def still(self, first: int) -> np.ndarray:
         """Return the positions that have no verdict from this stage on."""
-        return self.tally.waiting(first, np.arange(self.tally.n))
+        return self.results.waiting(first, np.arange(self.results.n))
 
     def _mend(self, error: Exception) -> None:
         """Halve the pieces if memory was short; else raise the error again."""
@@ -155,7 +157,7 @@ class BlockRunner(BatchRunner):
         self._halve(self.slots)
 
     def _fly(
-        self, first: int, count: int, board: Callable[[int], Admitted], saved: SavedRows, answers: Answers
+        self, first: int, count: int, admit: Callable[[int], Admitted], saved: SavedRows, answers: Answers
     ) -> dict[int, np.ndarray]:
         """Take samples through, and write them down but for those that rounding may have saved.
 
@@ -164,84 +166,86 @@ class BlockRunner(BatchRunner):
         which is in float32.
         """
         spent: Mapping[int, np.ndarray] = saved.near if saved.again else {}
-        flight = ContinuousBatch(
-            meter=self.meter,
+        running = ContinuousBatch(
+            instrumented=self.instrumented,
             threat=self.threat,
-            rungs=self.rungs[first - 1 : first - 1 + count],
+            entries=self.entries[first - 1 : first - 1 + count],
             streams=[self._stream(stage) for stage in range(first, first + count)],
             seed=self.seed,
             slots=self.slots,
-            board=board,
+            admit=admit,
             mend=self._mend,
-            pace=PACE if self.meter.device.type == "cuda" else 1,
-            wide=bool(spent) or self.rungs[first - 1].arm,
-            suite=[rung.view for rung in self.rungs],
-            steady=not (self.meter.random or UNSTEADY & self.tally.flags.keys()),
+            pace=PACE if self.instrumented.device.type == "cuda" else 1,
+            wide=bool(spent) or self.entries[first - 1].arm,
+            suite=[entry.view for entry in self.entries],
+            steady=not (self.instrumented.random or UNSTEADY & self.results.flags.keys()),
         )
-        saved.put_aboard(flight)
-        number = self.tally.next_chunk(first)
-        begun, landed, done = time.perf_counter() - saved.seconds, list[Finished](), 0
+        saved.put_aboard(running)
+        number = self.results.next_chunk(first)
+        begun, finished, done = time.perf_counter() - saved.seconds, list[Finished](), 0
         near = {} if saved.again else dict(saved.near)
-        self.meter.detached = saved.detached
+        self.instrumented.detached = saved.detached
         clock = Clock()
-        for group in flight.run():
+        for group in running.run():
             for part in group:
                 for at, position in enumerate(part.position.tolist()):
                     part.spent[at] += spent.get(position, 0)
                 doubted = np.zeros(len(part.position), bool)
-                if self.meter.rounding:
-                    least = NEAR * self.tally.clean_margins[part.position]
+                if self.instrumented.rounding:
+                    least = NEAR * self.results.clean_margins[part.position]
                     doubted = ~part.judged.fooled.cpu().numpy() & (part.judged.margin.cpu().numpy() < least)
                 near |= dict(zip(part.position[doubted].tolist(), part.spent[doubted], strict=True))
-                landed.append(part.select(~doubted))
+                finished.append(part.select(~doubted))
                 done += len(part.position)
-            self.progress.advance(done + flight.under_way, self.tally.robust)
+            self.progress.advance(done + running.under_way, self.results.robust)
             now = time.perf_counter()
             due = clock.due(now)
-            if landed and (due or now - begun > self.write_every or not flight.aboard or now > self.deadline):
-                self._write_landed(first, count, number, landed, now - begun)
-                number, begun, landed = number + 1, now, []
-            if due and self.store.keeps and flight.aboard:
-                state = SavedRows(saved.again, spent or near, now - begun, flight.refused, self.meter.detached)
-                answers.restart(state.record(flight.state()), on=clock.slow or self.meter.random)
+            if finished and (due or now - begun > self.write_every or not running.active or now > self.deadline):
+                self._write_landed(first, count, number, finished, now - begun)
+                number, begun, finished = number + 1, now, []
+            if due and self.store.keeps and running.active:
+                state = SavedRows(
+                    saved.again, spent or near, now - begun, running.refused, self.instrumented.detached
+                )
+                answers.restart(state.record(running.state()), on=clock.slow or self.instrumented.random)
                 clock.saved(now)
             self._on_time()
-            self._share(flight)
-        self.flown["claims_refused"] += flight.refused
-        if not (spent or self.rungs[first - 1].arm):
-            self.flown |= {
-                "precision": self.meter.precision,
-                "layout": self.meter.layout,
-                "folded": self.meter.way.net is not self.meter.model,
-                "slots": flight.slots,
-                "occupancy": flight.occupancy,
+            self._share(running)
+        self.ran["claims_refused"] += running.refused
+        if not (spent or self.entries[first - 1].arm):
+            self.ran |= {
+                "precision": self.instrumented.precision,
+                "layout": self.instrumented.layout,
+                "folded": self.instrumented.way.net is not self.instrumented.model,
+                "slots": running.slots,
+                "occupancy": running.occupancy,
             }
         return near
 
-    def _share(self, flight: ContinuousBatch) -> None:
+    def _share(self, running: ContinuousBatch) -> None:
         """Give away some of those aboard if another worker has nothing to do; here there is none."""
 
     def _tune(self, waiting: np.ndarray) -> None:
         """Find the fastest way to search, once; other packages' attacks get the model as it is."""
         if self.way is None:
-            meter = self.meter
-            x = self.samples.images(waiting[: min(self.slots, meter.trial)]).to(meter.device)
-            with meter.searching(meter.way), own_randomness(self.seed, "tune"):
+            instrumented = self.instrumented
+            x = self.samples.images(waiting[: min(self.slots, instrumented.trial)]).to(instrumented.device)
+            with instrumented.searching(instrumented.way), own_randomness(self.seed, "tune"):
                 with recording(self.store, self.named("tune")) as answers:
-                    meter.tune(x, precision=self.free)
+                    instrumented.tune(x, precision=self.free)
                     # A resumed run, on a machine that may be busier, searches in the same way.
                     answers.write()
-                self.way = meter.way
-                if self.most > self.slots and meter.quick is None:
-                    self.slots = meter.widest(x, self.slots, self.most)
+                self.way = instrumented.way
+                if self.most > self.slots and instrumented.quick is None:
+                    self.slots = instrumented.widest(x, self.slots, self.most)
 
     def _gate(self, waiting: np.ndarray) -> Callable[[int], Admitted]:
         """Return what gives the next so many of these samples; images are read in larger blocks."""
-        device = self.meter.device
+        device = self.instrumented.device
         blocks = read_ahead(self.samples, np.split(waiting, range(self.batch, len(waiting), self.batch)))
         block, images = np.zeros(0, np.int64), torch.zeros(0)
 
-        def board(free: int) -> Admitted:
+        def admit(free: int) -> Admitted:
             nonlocal block, images
             while len(block) < free and (following := next(blocks, None)) is not None:
                 more, read = following
@@ -251,16 +255,16 @@ class BlockRunner(BatchRunner):
             now, block = block[:free], block[free:]
             x, images = images[:free], images[free:]
             labels = torch.from_numpy(self.samples.labels[now])
-            clean = torch.from_numpy(-self.tally.clean_margins[now])
-            nearest = torch.from_numpy(-self.tally.margins[now])
+            clean = torch.from_numpy(-self.results.clean_margins[now])
+            nearest = torch.from_numpy(-self.results.margins[now])
             if device.type == "cuda":
                 x = x.pin_memory()
             ids = self.ids(now)
             x, labels = x.to(device, non_blocking=True), labels.to(device)
             return Admitted(now, ids, x, labels, clean.to(device), nearest.to(device))
 
-        return board
+        return admit
 
-    def _write_landed(self, first: int, count: int, number: int, landed: list[Finished], seconds: float) -> None:
+    def _write_landed(self, first: int, count: int, number: int, finished: list[Finished], seconds: float) -> None:
         """Write down who has landed in so many seconds."""
-        self.scribe.land(first, count, number, landed, seconds)
+        self.writer.land(first, count, number, finished, seconds)

@@ -40,48 +40,48 @@ class Limits:
         """Whether there is any."""
         return self.seconds is not None or self.width is not None
 
-    def blocks(self, tally: RunResults, seed: int) -> Iterator[np.ndarray]:
+    def blocks(self, results: RunResults, seed: int) -> Iterator[np.ndarray]:
         """Yield blocks of positions until a limit is reached; then `tally.stopped` says which.
 
         The order is drawn from the seed, so any number of blocks is a random sample of the data. Only whole
         blocks count: of an unfinished one the images that are easily fooled would be known first. `tally.scope`
         are the images of whole blocks; the caller raises `TimeUp` in the middle of one.
         """
-        order, begun, before = shuffled(tally.n, seed), time.perf_counter(), -1
-        tally.scope = order[:0]
-        while len(tally.scope) < tally.n:
-            taken = len(tally.scope)
-            size = min(max(FIRST, taken), tally.n - taken)
+        order, begun, before = shuffled(results.n, seed), time.perf_counter(), -1
+        results.scope = order[:0]
+        while len(results.scope) < results.n:
+            taken = len(results.scope)
+            size = min(max(FIRST, taken), results.n - taken)
             if self.width is not None and taken:
-                low, high = sequence(tally.robust, taken)
+                low, high = sequence(results.robust, taken)
                 if high - low <= self.width:
-                    tally.stopped = Stop("width", tally.n)
+                    results.stopped = Stop("width", results.n)
                     return
-                size = min(size, max(FIRST // 2, enough(tally.robust / taken, self.width) - taken))
+                size = min(size, max(FIRST // 2, enough(results.robust / taken, self.width) - taken))
             if self.seconds is not None:
                 spent = time.perf_counter() - begun
                 if taken and spent >= self.seconds:
-                    tally.stopped = Stop("time-limit", tally.n)
+                    results.stopped = Stop("time-limit", results.n)
                     return
                 if before >= 0 and taken > before:
                     size = min(size, max(1, int(0.8 * (self.seconds - spent) * (taken - before) / spent)))
             before = taken if before < 0 else before
             block = order[taken : taken + size]
             yield block
-            tally.scope = order[: taken + len(block)]
+            results.scope = order[: taken + len(block)]
 
 
-def unfinished_images(tally: RunResults) -> list[Flag]:
+def unfinished_images(results: RunResults) -> list[Flag]:
     """Return a flag if images count as robust that not all attacks were tried on, since time was up before."""
-    if not (tally.stopped and tally.stopped.unfinished):
+    if not (results.stopped and results.stopped.unfinished):
         return []
     return [
         Flag(
             "unfinished-images",
             "warning",
-            tally.stopped.unfinished,
-            f"of {len(tally.scope)} images had not met all attacks when time was up: they count as robust in the "
-            "accuracy, which is an upper bound, and as fooled at the lower end of its interval",
+            results.stopped.unfinished,
+            f"of {len(results.scope)} images had not met all attacks when time was up: they count as robust in "
+            "the accuracy, which is an upper bound, and as fooled at the lower end of its interval",
             "run the same command again to go on, or give it more time",
         )
     ]

@@ -52,7 +52,7 @@ def radii(threat: ThreatModel, shape: tuple[int, ...]) -> list[ThreatModel]:
 class CurveSearch:
     """The search over a finished run's images. `meter` is new, so that it counts this search alone."""
 
-    meter: InstrumentedModel
+    instrumented: InstrumentedModel
     samples: Samples
     threat: ThreatModel
     progress: Progress
@@ -70,9 +70,9 @@ class CurveSearch:
         standing = sum(verdict.robust for verdict in report.verdicts)
         distance, inside, forwards, backwards = np.zeros(report.n), 0, 0, 0
         self.progress.stage("curve", len(right), standing, report.n)
-        with evaluation_mode(self.meter.model), own_randomness(report.spec.seed, "curve"):
-            self.meter.size_up(image.to(self.meter.device), BATCH_SIZE)
-            with threads(self.meter.threads):
+        with evaluation_mode(self.instrumented.model), own_randomness(report.spec.seed, "curve"):
+            self.instrumented.size_up(image.to(self.instrumented.device), BATCH_SIZE)
+            with threads(self.instrumented.threads):
                 for begin in range(0, len(right), BATCH_SIZE):
                     part = right[begin : begin + BATCH_SIZE]
                     known = adversarial[np.isin(index, part)]
@@ -85,7 +85,7 @@ class CurveSearch:
                     forwards, backwards = forwards + found["forwards"], backwards + found["backwards"]
                     self.progress.advance(begin + len(part), standing)
         curve = Curve.of(
-            [float(rung.eps) for rung in grid],
+            [float(entry.eps) for entry in grid],
             [value if np.isfinite(value) else None for value in distance.tolist()],
             Cost(forwards, backwards, time.perf_counter() - begun),
         )
@@ -98,29 +98,29 @@ class CurveSearch:
 
         Out of memory halves the piece and begins the batch again.
         """
-        device = self.meter.device
+        device = self.instrumented.device
         x, hit = self.samples.images(positions).to(device), torch.from_numpy(fooled).to(device)
         x_adv = x.clone()
         x_adv[hit] = torch.from_numpy(known).to(device)
         ids = sample_ids(image_hashes(x)).to(device)
         labels = torch.from_numpy(self.samples.labels[positions]).to(device)
         while True:
-            before = self.meter.forwards, self.meter.backwards
+            before = self.instrumented.forwards, self.instrumented.backwards
             try:
-                brackets = Brackets(self.meter, grid, seed, ids, x, labels, x_adv.clone(), hit)
+                brackets = Brackets(self.instrumented, grid, seed, ids, x, labels, x_adv.clone(), hit)
                 brackets.close()
                 brackets.tighten()
-                spent = self.meter.forwards - before[0], self.meter.backwards - before[1]
+                spent = self.instrumented.forwards - before[0], self.instrumented.backwards - before[1]
                 found = {"distance": brackets.distance.cpu(), "inside": brackets.inside.cpu()}
                 return {**found, "forwards": spent[0], "backwards": spent[1]}
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise RunError(f"the curve failed with {described(error)}.") from error
-                piece = min(self.meter.piece or len(x), len(x))
+                piece = min(self.instrumented.piece or len(x), len(x))
                 if piece == 1:
                     raise RunError(NO_MEMORY) from error
-                self.meter.piece = piece // 2
-                self.meter.forwards, self.meter.backwards = before
+                self.instrumented.piece = piece // 2
+                self.instrumented.forwards, self.instrumented.backwards = before
                 self.progress.say(f"out of memory: going on with {piece // 2} images at a time, same numbers")
 
 
@@ -134,7 +134,7 @@ class Brackets:
 
     def __init__(
         self,
-        meter: InstrumentedModel,
+        instrumented: InstrumentedModel,
         grid: list[ThreatModel],
         seed: int,
         ids: Tensor,
@@ -143,10 +143,10 @@ class Brackets:
         x_adv: Images,
         fooled: Tensor,
     ) -> None:
-        self.meter, self.grid, self.seed = meter, grid, seed
+        self.instrumented, self.grid, self.seed = instrumented, grid, seed
         self.ids, self.x, self.labels, self.x_adv = ids, x, labels, x_adv
-        rungs = [0.0, *(float(rung.eps) for rung in grid)]
-        self.ladder = torch.tensor(rungs, dtype=torch.float64, device=x.device)
+        entries = [0.0, *(float(entry.eps) for entry in grid)]
+        self.ladder = torch.tensor(entries, dtype=torch.float64, device=x.device)
         self.base = torch.where(fooled, 0, PARTS)
         self.low = self.base
         self.distance = torch.where(fooled, grid[-1].distance(x_adv, x), torch.inf)
@@ -159,8 +159,8 @@ class Brackets:
             middle = torch.where(high - self.low > 1, (self.low + high) // 2, 0)
             if not middle.any():
                 return
-            for rung in sorted(set(middle.tolist()) - {0}):
-                self._try(rung, (middle == rung).nonzero()[:, 0])
+            for entry in sorted(set(middle.tolist()) - {0}):
+                self._try(entry, (middle == entry).nonzero()[:, 0])
 
     def tighten(self) -> None:
         """Go back along the segments to the fooling image at hand and to the one that lies straight ahead."""
@@ -168,9 +168,9 @@ class Brackets:
         self._back(rows, self.x_adv[rows])
         # What the search found may lie far to the side of the shortest way.
         high = torch.searchsorted(self.ladder, self.distance[rows])
-        for rung in sorted(set(high.tolist())):
-            group = rows[high == rung]
-            judged = self._attack(STRAIGHT, rung, group)
+        for entry in sorted(set(high.tolist())):
+            group = rows[high == entry]
+            judged = self._attack(STRAIGHT, entry, group)
             self._back(group[judged.fooled], judged.x[judged.fooled])
 
     def _back(self, rows: Tensor, points: Images) -> None:
@@ -182,29 +182,31 @@ class Brackets:
         for _ in range(HALVINGS):
             middle = (low + high) / 2
             share = (middle / length).clamp(max=1).to(x)
-            judged = judge(self.meter, x, self.labels[rows], x + per_row(share, x) * (points - x), self.grid[-1])
+            judged = judge(
+                self.instrumented, x, self.labels[rows], x + per_row(share, x) * (points - x), self.grid[-1]
+            )
             self._take(rows, judged)
             low, high = torch.where(judged.fooled, low, middle), torch.where(judged.fooled, middle, high)
 
-    def _try(self, rung: int, rows: Tensor) -> None:
+    def _try(self, entry: int, rows: Tensor) -> None:
         """Look for fooling images of these rows within the rung's radius."""
-        threat = self.grid[rung - 1]
+        threat = self.grid[entry - 1]
         near = rows[self.distance[rows].isfinite()]
         if len(near):
             point = threat.project(self.x_adv[near], self.x[near])
-            self._take(near, judge(self.meter, self.x[near], self.labels[near], point, threat))
-        rows = rows[self.distance[rows] > self.ladder[rung]]
+            self._take(near, judge(self.instrumented, self.x[near], self.labels[near], point, threat))
+        rows = rows[self.distance[rows] > self.ladder[entry]]
         if not len(rows):
             return
-        stood = rows[~self._attack(ATTACK, rung, rows).fooled]
-        self.low = self.low.index_fill(0, stood, rung)
+        stood = rows[~self._attack(ATTACK, entry, rows).fooled]
+        self.low = self.low.index_fill(0, stood, entry)
 
-    def _attack(self, attack: RowWise, rung: int, rows: Tensor) -> Judged:
+    def _attack(self, attack: RowWise, entry: int, rows: Tensor) -> Judged:
         """Attack these rows within the rung's radius."""
-        x, labels, threat = self.x[rows], self.labels[rows], self.grid[rung - 1]
-        rng = RowRng(self.seed, f"curve/{rung}", self.ids[rows])
-        found = attack(self.meter, x, Goal(labels), threat, rng=rng)
-        judged = judge(self.meter, x, labels, found, threat)
+        x, labels, threat = self.x[rows], self.labels[rows], self.grid[entry - 1]
+        rng = RowRng(self.seed, f"curve/{entry}", self.ids[rows])
+        found = attack(self.instrumented, x, Goal(labels), threat, rng=rng)
+        judged = judge(self.instrumented, x, labels, found, threat)
         self._take(rows, judged)
         return judged
 

@@ -40,16 +40,16 @@ def work(brief: tasks.Brief, link: Link) -> object:
     source = Lent(brief.images)
     samples = Samples(brief.data, brief.labels, None, source, np.arange(len(brief.labels)))
     threat = ThreatModel.parse(brief.threat)
-    rungs = parse_suite(brief.suite, threat.norm, minimal=threat.minimal)
+    entries = parse_suite(brief.suite, threat.norm, minimal=threat.minimal)
     with evaluation_mode(model):
         hand = EvaluationWorker(
             samples,
             threat,
-            rungs,
+            entries,
             brief.seed,
             brief.batch,
             Outbox(link, source),
-            RunResults.of(len(samples), [rung.spec for rung in rungs]),
+            RunResults.of(len(samples), [entry.spec for entry in entries]),
             InstrumentedModel(model, device, brief.precision),
             Voice(link),
             brief.slots,
@@ -60,7 +60,7 @@ def work(brief: tasks.Brief, link: Link) -> object:
         )
         hand.link, hand.source = link, source
         hand.begin(brief.random)
-        with threads(min(hand.meter.threads, brief.threads)):
+        with threads(min(hand.instrumented.threads, brief.threads)):
             link.send(tasks.Ready(time.perf_counter() - begun))
             while not isinstance(order := link.receive(), tasks.Briefing):
                 hand.obey(order)
@@ -133,12 +133,12 @@ class EvaluationWorker(BlockRunner):
     def begin(self, random: bool) -> None:
         """Size up the model; whether it is random the driver has found out."""
         self.prepare()
-        self.meter.random = random
-        if self.meter.quick is not None:
+        self.instrumented.random = random
+        if self.instrumented.quick is not None:
             # What is under way is saved after a step.
-            self.slots = min(self.slots, max(1, int(STEP / (3 * self.meter.seconds))))
+            self.slots = min(self.slots, max(1, int(STEP / (3 * self.instrumented.seconds))))
 
-    def flight(self, first: int) -> str:
+    def block_name(self, first: int) -> str:
         """Return the name that the driver has given."""
         return self.order.name
 
@@ -150,39 +150,39 @@ class EvaluationWorker(BlockRunner):
         """Do what the driver orders."""
         if isinstance(order, tasks.Fly):
             self.order = order
-            self.tally.flags = dict(order.flags)
-            if any(rung.view for rung in self.rungs[order.first - 1 : order.first - 1 + order.count]):
-                self.doubts.outlook  # noqa: B018  (seen before the first attack on a view)
+            self.results.flags = dict(order.flags)
+            if any(entry.view for entry in self.entries[order.first - 1 : order.first - 1 + order.count]):
+                self.reliability.outlook  # noqa: B018  (seen before the first attack on a view)
             if order.parcel is not None:
                 self._receive(order.parcel)
             examples = np.arange(len(self.source.first))
-            for _, table in order.aboard:
+            for _, table in order.active:
                 self.source.lent |= dict(
                     zip(table.host["position"].tolist(), table.device["x"].numpy(), strict=True)
                 )
-            aboard = [(lane, table.to(self.meter.device)) for lane, table in order.aboard]
+            active = [(queue, table.to(self.instrumented.device)) for queue, table in order.active]
             self.asked = False
-            self.through(order.first, order.count, lambda taken: self._board, examples, aboard)
+            self.through(order.first, order.count, lambda taken: self._board, examples, active)
         elif isinstance(order, tasks.Block):
             self._receive(order.parcel)
             positions = order.parcel.positions
             images = self.samples.images(positions)
             if order.stage:
-                if self.rungs[order.stage - 1].view:
-                    self.doubts.outlook  # noqa: B018  (seen before the first attack on a view)
+                if self.entries[order.stage - 1].view:
+                    self.reliability.outlook  # noqa: B018  (seen before the first attack on a view)
                 self.block(order.stage, order.number, positions, images)
             else:
                 self._do(0, order.number, positions, images, self._clean_verdicts)
         else:
             return  # asked to share when there was nothing left to
         self.source.lent.clear()
-        self.link.send(tasks.Idle(self.flown))
+        self.link.send(tasks.Idle(self.ran))
 
     def _receive(self, parcel: tasks.Parcel) -> None:
         for at, position in enumerate(parcel.positions.tolist()):
             if parcel.hashes:
-                self.tally.images[position] = parcel.hashes[at]
-                self.tally.clean_margins[position], self.tally.margins[position] = parcel.margins[at]
+                self.results.images[position] = parcel.hashes[at]
+                self.results.clean_margins[position], self.results.margins[position] = parcel.margins[at]
             if parcel.images is not None:
                 self.source.lent[position] = parcel.images[at]
 
@@ -192,14 +192,14 @@ class EvaluationWorker(BlockRunner):
         while not isinstance(answer := self.link.receive(), tasks.Boarded):
             self.asked = True
         self._receive(answer.parcel)
-        boarding = self._gate(answer.parcel.positions)(free)
-        return boarding._replace(later=answer.later)
+        admitted = self._gate(answer.parcel.positions)(free)
+        return admitted._replace(later=answer.later)
 
-    def _share(self, flight: ContinuousBatch) -> None:
+    def _share(self, batch: ContinuousBatch) -> None:
         if self.link.waiting():
             self.link.receive()
             self.asked = True
         if self.asked:
             self.asked = False
             host = torch.device("cpu")
-            self.link.send(tasks.Given([(lane, table.to(host)) for lane, table in flight.give()]))
+            self.link.send(tasks.Given([(queue, table.to(host)) for queue, table in batch.give()]))

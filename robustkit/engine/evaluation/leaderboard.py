@@ -83,14 +83,14 @@ class Sweep:
     ray: str | None = None
 
     def run(
-        self, out: Path, progress: Progress, lane: Callable[[str], Progress], overwrite: bool = False
+        self, out: Path, progress: Progress, line: Callable[[str], Progress], overwrite: bool = False
     ) -> list[tuple[Path, Report] | RobustkitError]:
         """Run, or resume, or take the stored results: of each model its folder within `out` and its report.
 
         Args:
             out: the folder of the runs' folders.
             progress: who to tell of workers and of models that are done.
-            lane: who to tell of the model of a name.
+            line: who to tell of the model of a name.
             overwrite: remove the runs that `out` holds, and begin anew.
 
         Returns:
@@ -103,7 +103,7 @@ class Sweep:
         taken: dict[str, str] = {}
 
         def work(entry: Entry, desk: Desk[tuple[Path, Report]] | None = None) -> tuple[Path, Report]:
-            told = lane(entry.name) if desk is None else Watched(lane(entry.name), desk.turn)
+            told = line(entry.name) if desk is None else Watched(line(entry.name), desk.turn)
             try:
                 plan = self.plan(entry)
                 if plan.spec.run_id in taken:

@@ -28,14 +28,14 @@ class LedgerWriter:
     """Writes for one run."""
 
     ledger: Sink
-    tally: RunResults
-    meter: InstrumentedModel
+    results: RunResults
+    instrumented: InstrumentedModel
 
     def write(self, *chunks: Chunk) -> None:
         """Write chunks down, all of them or none, and count them."""
         self.ledger.write(*chunks)
         for chunk in chunks:
-            self.tally.add(chunk)
+            self.results.add(chunk)
 
     def verdicts(self, judged: Judged, positions: np.ndarray, labels: np.ndarray) -> list[Verdict]:
         """Return the verdicts on the images at these positions."""
@@ -47,7 +47,7 @@ class LedgerWriter:
             judged.prediction.tolist(),
             judged.margin.tolist(),
             fooled,
-            [self.tally.images[position] for position in positions],
+            [self.results.images[position] for position in positions],
             [points[i].tobytes() if hit else None for i, hit in enumerate(fooled)],
             *self._draws(judged),
             strict=True,
@@ -56,28 +56,28 @@ class LedgerWriter:
 
     def _draws(self, judged: Judged) -> Iterator[Sequence[float | int | None]]:
         """Yield what is told of a random model's draws; nothing of others."""
-        if self.meter.random:
+        if self.instrumented.random:
             yield judged.right.tolist()
             yield judged.once.int().tolist()
             yield (judged.refused | judged.fooled).int().tolist()
 
-    def land(self, first: int, count: int, number: int, landed: Sequence[Finished], seconds: float) -> None:
+    def land(self, first: int, count: int, number: int, finished: Sequence[Finished], seconds: float) -> None:
         """Write down samples that went through a flight: each verdict with the stage that gave it.
 
         The chunks of its `count` stages have the same number; they share the seconds by their passes.
         """
-        spent = np.concatenate([part.spent for part in landed]).sum(0)
+        spent = np.concatenate([part.spent for part in finished]).sum(0)
         units = spent.sum(1) / max(spent.sum(), 1)
         verdicts: list[list[Verdict]] = [[] for _ in range(count)]
         refused = broken = 0
-        for part in landed:
+        for part in finished:
             rows = self.verdicts(part.judged, part.position, part.labels)
             for stage, verdict in zip(part.stage, rows, strict=True):
                 verdicts[stage].append(verdict)
             # A random model's lucky draws are its own, not the attack's fault.
-            refused += 0 if self.meter.random else int(part.judged.refused.sum())
+            refused += 0 if self.instrumented.random else int(part.judged.refused.sum())
             broken += int(part.judged.broken.sum())
-        flags = noticed(refused, broken, self.meter)
+        flags = noticed(refused, broken, self.instrumented)
         chunks = [
             Chunk(
                 first + stage,
@@ -93,7 +93,7 @@ class LedgerWriter:
         self.write(*chunks)
 
 
-def noticed(refused: int, broken: int, meter: InstrumentedModel) -> list[Flag]:
+def noticed(refused: int, broken: int, instrumented: InstrumentedModel) -> list[Flag]:
     """Return what was noticed while a chunk was judged: counts of images, and a missing gradient."""
     flags = []
     if refused:
@@ -116,9 +116,9 @@ def noticed(refused: int, broken: int, meter: InstrumentedModel) -> list[Flag]:
                 "find out why the model breaks there: an attacker could use it",
             )
         )
-    if meter.detached:
-        why = f"backward pass fails with {meter.backward_error}"
-        if not meter.backward_error:
+    if instrumented.detached:
+        why = f"backward pass fails with {instrumented.backward_error}"
+        if not instrumented.backward_error:
             why = "output does not depend on its input differentiably"
         flags.append(
             Flag(

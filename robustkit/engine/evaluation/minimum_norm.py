@@ -48,8 +48,8 @@ class Nearest:
 
 
 def search(
-    meter: InstrumentedModel,
-    rungs: Sequence[SuiteEntry],
+    instrumented: InstrumentedModel,
+    entries: Sequence[SuiteEntry],
     x: Images,
     labels: Labels,
     threat: ThreatModel,
@@ -60,8 +60,8 @@ def search(
     """Run attacks in turn and keep the nearest adversarial point of each image.
 
     Args:
-        meter: the model.
-        rungs: attacks that find minimum norms.
+        instrumented: the model.
+        entries: attacks that find minimum norms.
         x: images (B C H W) that the model classifies correctly.
         labels: of these (B).
         threat: a minimal one.
@@ -69,38 +69,41 @@ def search(
         ids: the images' own numbers (B), by which they draw.
     """
     goal, spent = Goal(labels, clear=CLEAR), list[tuple[int, int]]()
-    best = judge(meter, x, labels, x, threat)
+    best = judge(instrumented, x, labels, x, threat)
     distance = torch.full((len(x),), torch.inf, dtype=torch.float64, device=x.device)
     by = torch.full_like(labels, -1)
-    for number, (rung, stream) in enumerate(zip(rungs, _streams(rungs), strict=True)):
-        before = meter.forwards, meter.backwards
+    for number, (entry, stream) in enumerate(zip(entries, _streams(entries), strict=True)):
+        before = instrumented.forwards, instrumented.backwards
         rng = RowRng(seed, stream, ids)
-        attack = partial(rung.attack, meter, x, goal, threat, rng=rng, known=best.x)
-        found = once(stream, partial(_counted, meter, attack))
+        attack = partial(entry.attack, instrumented, x, goal, threat, rng=rng, known=best.x)
+        found = once(stream, partial(_counted, instrumented, attack))
         # What a killed run had done already counts as well.
-        meter.forwards, meter.backwards = before[0] + found["forwards"], before[1] + found["backwards"]
-        judged = judge(meter, x, labels, found["x"], threat)
+        instrumented.forwards, instrumented.backwards = (
+            before[0] + found["forwards"],
+            before[1] + found["backwards"],
+        )
+        judged = judge(instrumented, x, labels, found["x"], threat)
         far = torch.where(judged.fooled, threat.distance(judged.x, x), torch.inf)
         nearer = (far < distance).nonzero()[:, 0]
         best = best.replaced(nearer, judged.select((far < distance).cpu().numpy()))
         distance, by = torch.minimum(far, distance), by.index_fill(0, nearer, number)
-        spent.append((meter.forwards - before[0], meter.backwards - before[1]))
+        spent.append((instrumented.forwards - before[0], instrumented.backwards - before[1]))
     return Nearest(best, distance, by, spent)
 
 
-def _counted(meter: InstrumentedModel, attack: Callable[[], Images]) -> dict[str, Any]:
+def _counted(instrumented: InstrumentedModel, attack: Callable[[], Images]) -> dict[str, Any]:
     """Run an attack; return its points and its passes."""
-    before = meter.forwards, meter.backwards
+    before = instrumented.forwards, instrumented.backwards
     return {
         "x": attack(),
-        "forwards": meter.forwards - before[0],
-        "backwards": meter.backwards - before[1],
+        "forwards": instrumented.forwards - before[0],
+        "backwards": instrumented.backwards - before[1],
     }
 
 
-def _streams(rungs: Sequence[SuiteEntry]) -> list[str]:
+def _streams(entries: Sequence[SuiteEntry]) -> list[str]:
     """Return the name of each attack's random numbers: its own, and how often it occurred before."""
-    names = [rung.name for rung in rungs]
+    names = [entry.name for entry in entries]
     return [f"{name}/{names[:number].count(name)}" for number, name in enumerate(names)]
 
 
@@ -115,29 +118,31 @@ def nearest_points(
     batch_size: int,
 ) -> MinimumNorm:
     """Return the nearest adversarial point of each sample; see `robustkit.minimum_norm`."""
-    rungs = parse_suite(suite, threat.norm, minimal=True)
-    meter = InstrumentedModel(model.expect(samples.num_classes), device)
+    entries = parse_suite(suite, threat.norm, minimal=True)
+    instrumented = InstrumentedModel(model.expect(samples.num_classes), device)
     points, distances, names = [], [], list[str | None]()
     with evaluation_mode(model), own_randomness(seed, "minimum-norm"):
         image = samples.images([0]).to(device)
-        meter.size_up(image, batch_size)
-        refuse_randomness(threat, random=is_random(meter.model, image))
-        meter.forwards = meter.backwards = 0
-        with threads(meter.threads):
+        instrumented.size_up(image, batch_size)
+        refuse_randomness(threat, random=is_random(instrumented.model, image))
+        instrumented.forwards = instrumented.backwards = 0
+        with threads(instrumented.threads):
             for begin in range(0, len(samples), batch_size):
                 part = np.arange(begin, min(begin + batch_size, len(samples)))
                 x, labels = samples.images(part).to(device), samples.labels[part]
-                logits = meter.exact(x)
+                logits = instrumented.exact(x)
                 refuse_answers(logits, labels, part)
                 y = torch.from_numpy(labels).to(device)
                 right = (logits.argmax(1) == y).nonzero()[:, 0]
                 ids = sample_ids(image_hashes(x)).to(device)
-                found = search(meter, rungs, x[right], y[right], threat, seed=seed, ids=ids[right])
+                found = search(instrumented, entries, x[right], y[right], threat, seed=seed, ids=ids[right])
                 far = torch.zeros(len(x), dtype=torch.float64, device=device)
                 points.append(x.index_copy(0, right, found.judged.x))
                 distances.append(far.index_copy(0, right, found.distance))
                 told: list[str | None] = ["clean"] * len(x)
                 for at, number in zip(right.tolist(), found.attack.tolist(), strict=True):
-                    told[at] = rungs[number].name if number >= 0 else None
+                    told[at] = entries[number].name if number >= 0 else None
                 names += told
-    return MinimumNorm(torch.cat(points), torch.cat(distances), names, meter.forwards, meter.backwards)
+    return MinimumNorm(
+        torch.cat(points), torch.cat(distances), names, instrumented.forwards, instrumented.backwards
+    )

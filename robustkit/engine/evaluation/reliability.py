@@ -29,24 +29,26 @@ class Reliability:
     """
 
     samples: Samples
-    meter: InstrumentedModel
-    tally: RunResults
-    rungs: Sequence[SuiteEntry]
+    instrumented: InstrumentedModel
+    results: RunResults
+    entries: Sequence[SuiteEntry]
     store: Store
     name: str
 
     @cached_property
     def outlook(self) -> GradientViews:
         """What the model offers to climb on beside its own gradients; the meter knows of it from then on."""
-        x = self.samples.images(range(min(self.meter.trial, len(self.samples)))).to(self.meter.device)
+        x = self.samples.images(range(min(self.instrumented.trial, len(self.samples)))).to(
+            self.instrumented.device
+        )
         try:
             with recording(self.store, self.name):
-                found = discover_views(self.meter.model, x, self.meter.random)
+                found = discover_views(self.instrumented.model, x, self.instrumented.random)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            found = discover_views(self.meter.model, x[:1], self.meter.random)
-        self.meter.views = found.views
+            found = discover_views(self.instrumented.model, x[:1], self.instrumented.random)
+        self.instrumented.views = found.views
         return found
 
     @property
@@ -57,28 +59,28 @@ class Reliability:
     @property
     def suspect(self) -> bool:
         """Whether something speaks against gradients; that a model is an ensemble does not."""
-        flags = {code for code, flag in self.tally.flags.items() if flag.raised}
-        seen = self.tally.seen
+        flags = {code for code, flag in self.results.flags.items() if flag.raised}
+        seen = self.results.seen
         return bool(DOUBTS & flags) or self._rivalry(seen).raised or self._masked(seen).raised
 
     def afterthoughts(self) -> list[Flag]:
         """Return what the suite's stages and the model's views say against the number, or for it."""
-        views = [rung.view for rung in self.rungs]
-        idle = unattacked(views, self.outlook.views, self.tally.robust) if all(views) else None
-        return [self._rivalry(self.tally.scope), self._masked(self.tally.scope), *([idle] if idle else [])]
+        views = [entry.view for entry in self.entries]
+        idle = unattacked(views, self.outlook.views, self.results.robust) if all(views) else None
+        return [self._rivalry(self.results.scope), self._masked(self.results.scope), *([idle] if idle else [])]
 
     @property
     def _access(self) -> list[str]:
         """What the attack of each stage that is told of needs of the model."""
-        access = ["", *(rung.attack.info.access for rung in self.rungs)]
-        return [access[number] for number in self.tally.told]
+        access = ["", *(entry.attack.info.access for entry in self.entries)]
+        return [access[number] for number in self.results.told]
 
     def _rivalry(self, among: np.ndarray) -> Flag:
-        return scores_beat_gradients(self.tally.stages(among), self._access)
+        return scores_beat_gradients(self.results.stages(among), self._access)
 
     def _masked(self, among: np.ndarray) -> Flag:
-        views = ["", *(rung.view for rung in self.rungs)]
-        told = [views[number] for number in self.tally.told]
+        views = ["", *(entry.view for entry in self.entries)]
+        told = [views[number] for number in self.results.told]
         places = self.outlook.places if any(told) else []
         plain = any(views) and not self.outlook.doubtful
-        return masked(self.tally.stages(among), self._access, told, places, plain)
+        return masked(self.results.stages(among), self._access, told, places, plain)

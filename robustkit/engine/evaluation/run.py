@@ -99,13 +99,13 @@ class Evaluation:
             raise UsageError(f"audit {self.audit}: write how many survivors AutoAttack shall try, e.g. 50.")
         if self.threat.minimal:
             self._refuse_eps()
-        if self.strictness is not None and not any(rung.arm for rung in self.rungs):
+        if self.strictness is not None and not any(entry.arm for entry in self.entries):
             raise UsageError(
                 f"suite {self.suite!r} gives every image the same attacks, so it has no strictness to set; write "
                 "--suite auto, or leave --strictness out."
             )
         self.model.expect(self.samples.num_classes)
-        if self.limits and any(rung.attack.info.coupled for rung in self.rungs):
+        if self.limits and any(entry.attack.info.coupled for entry in self.entries):
             raise UsageError(
                 "a run that may stop early needs attacks whose random numbers do not depend on the batch; "
                 "write --suite rapid, or leave --time-limit and --stop-at-width out."
@@ -129,14 +129,14 @@ class Evaluation:
                 raise UsageError(f"threat '{self.threat}' {why}; leave out {name}.")
 
     @cached_property
-    def rungs(self) -> list[registry.SuiteEntry]:
+    def entries(self) -> list[registry.SuiteEntry]:
         """The suite's attacks, in order."""
         return registry.parse_suite(self.suite, self.threat.norm, minimal=self.threat.minimal)
 
     @cached_property
     def spec(self) -> RunSpec:
         """Everything that determines the numbers."""
-        coupled = any(rung.attack.info.coupled for rung in self.rungs)
+        coupled = any(entry.attack.info.coupled for entry in self.entries)
         return RunSpec(
             model={"string": self.model.string, "fingerprint": self.model.fingerprint},
             data={
@@ -145,7 +145,7 @@ class Evaluation:
                 "fingerprint": self.samples.fingerprint,
             },
             threat=str(self.threat),
-            suite=[rung.spec for rung in self.rungs],
+            suite=[entry.spec for entry in self.entries],
             seed=self.seed,
             batch_size=self.batch if coupled else None,
             strictness=self.strictness,
@@ -228,8 +228,8 @@ class Evaluation:
 
     def _with_curve(self, report: Report, out: Path | None, progress: Progress, store: Store) -> Report:
         found = run_folder.read_adversarial(out) if out else report.adversarial or {}
-        meter = InstrumentedModel(self.model, self.device, self._precision)
-        search = CurveSearch(meter, self.samples, self.threat, progress)
+        instrumented = InstrumentedModel(self.model, self.device, self._precision)
+        search = CurveSearch(instrumented, self.samples, self.threat, progress)
         with recording(store, "curve"):
             report = search.add(report, found["index"], found["x"])
         if out:
@@ -261,27 +261,27 @@ class Evaluation:
     def _work(
         self, ledger: Ledger, progress: Progress, agency: Agency | None, store: Store
     ) -> tuple[BlockRunner, list[Flag]]:
-        tally = RunResults.of(len(self.samples), self.spec.suite)
+        results = RunResults.of(len(self.samples), self.spec.suite)
         ledger.require(len(self.samples), self.samples.images([0]).nbytes, len(self.spec.suite))
         noted(ledger)
         for chunk in ledger.chunks():
-            tally.add(chunk)
-        if tally.chunks:
+            results.add(chunk)
+        if results.chunks:
             progress.say(
-                f"resuming {self.spec.run_id}: {len(tally.chunks)} chunks done, "
-                f"{tally.settled} of {tally.n} images settled"
+                f"resuming {self.spec.run_id}: {len(results.chunks)} chunks done, "
+                f"{results.settled} of {results.n} images settled"
             )
         with evaluation_mode(self.model) as was_training:
-            meter = InstrumentedModel(self.model, self.device, self._precision)
+            instrumented = InstrumentedModel(self.model, self.device, self._precision)
             parts = (
                 self.samples,
                 self.threat,
-                self.rungs,
+                self.entries,
                 self.seed,
                 self.batch,
                 ledger,
-                tally,
-                meter,
+                results,
+                instrumented,
                 progress,
                 self.slots,
                 self.precision == "auto",
@@ -293,8 +293,8 @@ class Evaluation:
             else:
                 worker = Scheduler(*parts, suite=self.suite, precision=self._precision, store=store)
             worker.prepare()
-            refuse_randomness(self.threat, random=meter.random)
-            with self._helped(worker, agency), threads(meter.threads):
+            refuse_randomness(self.threat, random=instrumented.random)
+            with self._helped(worker, agency), threads(instrumented.threads):
                 self._through(worker)
             return worker, training_mode(was_training, training_count(self.model))
 
@@ -306,51 +306,53 @@ class Evaluation:
 
     def _through(self, worker: BlockRunner) -> None:
         """Take all images through clean pass and suite, or as many blocks of them as the limits allow."""
-        tally = worker.tally
+        results = worker.results
         if not self.limits:
-            return self._block(worker, tally.scope)
+            return self._block(worker, results.scope)
         if self.limits.seconds is not None:
             worker.deadline = time.perf_counter() + self.limits.seconds
-        block = tally.scope[:0]
+        block = results.scope[:0]
         try:
-            for block in self.limits.blocks(tally, self.seed):
+            for block in self.limits.blocks(results, self.seed):
                 self._block(worker, block)
         except TimeUp:
-            tally.stopped = Stop("time-limit", tally.n) if len(tally.scope) else self._part(worker, block)
+            results.stopped = Stop("time-limit", results.n) if len(results.scope) else self._part(worker, block)
         return None
 
     def _part(self, worker: BlockRunner, block: np.ndarray) -> Stop:
         """Have those images of the first block count that were classified before time was up."""
-        tally = worker.tally
-        spared = [number for number, rung in enumerate(self.rungs, 1) if not (rung.spare or rung.arm)]
-        tally.scope = block[tally.judged[block] >= 0]
-        if not len(tally.scope):
+        results = worker.results
+        spared = [number for number, entry in enumerate(self.entries, 1) if not (entry.spare or entry.arm)]
+        results.scope = block[results.judged[block] >= 0]
+        if not len(results.scope):
             raise RunError(
                 f"no image was classified within {self.limits.seconds:g} seconds; run the same command again to "
                 "go on, or give it more time."
             )
-        last = len(self.rungs) if worker.doubts.doubtful else max(spared, default=0)
-        return Stop("time-limit", tally.n, tally.unfinished(tally.scope, last))
+        last = len(self.entries) if worker.reliability.doubtful else max(spared, default=0)
+        return Stop("time-limit", results.n, results.unfinished(results.scope, last))
 
     def _block(self, worker: BlockRunner, among: np.ndarray) -> None:
         worker.clean(among)
         if self.threat.minimal:
             return worker.attack(1, among)
         stage = 1
-        for (arm, spare, flies, scores), group in itertools.groupby(self.rungs, _kind):
-            rungs = list(group)
-            count = len(rungs)
-            if any(rung.view for rung in rungs):
-                worker.doubts.outlook  # noqa: B018  (seen before the first attack on a view)
+        for (arm, spare, flies, scores), group in itertools.groupby(self.entries, _kind):
+            entries = list(group)
+            count = len(entries)
+            if any(entry.view for entry in entries):
+                worker.reliability.outlook  # noqa: B018  (seen before the first attack on a view)
             if arm:
                 self._allocate(worker, among)
-            elif spare and not (worker.doubts.suspect if scores else worker.doubts.doubtful):
+            elif spare and not (worker.reliability.suspect if scores else worker.reliability.doubtful):
                 pass
             elif flies:
                 worker.fly(stage, count, among)
             else:
-                for number, rung in enumerate(rungs, stage):
-                    if is_applicable(rung.view, worker.meter.views, [rung.view for rung in self.rungs]):
+                for number, entry in enumerate(entries, stage):
+                    if is_applicable(
+                        entry.view, worker.instrumented.views, [entry.view for entry in self.entries]
+                    ):
                         worker.attack(number, among)
             stage += count
 
@@ -364,51 +366,56 @@ class Evaluation:
         return Rounds(worker, ledger, self.share)
 
     def _finish(self, ledger: Ledger, worker: BlockRunner, mode: list[Flag], out: Path | None) -> Report:
-        tally, meter = worker.tally, worker.meter
+        results, instrumented = worker.results, worker.instrumented
         space = pixel_space(self.model, self.samples)
-        doubts = [*self._data_doubts(tally, meter), *enlarged_images(space), *self._short_steps()]
-        flags = [*doubts, *worker.doubts.afterthoughts(), *mode, *unfinished_images(tally)]
+        reliability = [*self._data_doubts(results, instrumented), *enlarged_images(space), *self._short_steps()]
+        flags = [*reliability, *worker.reliability.afterthoughts(), *mode, *unfinished_images(results)]
         fooled = np.fromiter(ledger.fooled(), np.dtype((np.int64, 3)))
-        counts = np.isin(fooled[:, 0], tally.scope)
+        counts = np.isin(fooled[:, 0], results.scope)
         index, labels, predictions = fooled[counts].T
         shape = tuple(self.samples.images([0]).shape[1:])
         rows = run_folder.Adversarials(
             index, labels, shape, lambda: itertools.compress(ledger.adversarials(), counts)
         )
-        surroundings = environment(self.device, meter.precision, meter.piece, meter.threads) | worker.flown
+        surroundings = (
+            environment(self.device, instrumented.precision, instrumented.piece, instrumented.threads) | worker.ran
+        )
         surroundings["parts"] = noted(ledger)
         surroundings |= {"pixels": space, "model_notes": list(self.model.notes)}
-        strictness = self._rounds(worker).doubt(tally.scope)
+        strictness = self._rounds(worker).doubt(results.scope)
         if out is None:
-            return tally.report(self.spec, flags, surroundings, {}, strictness, rows.arrays())
+            return results.report(self.spec, flags, surroundings, {}, strictness, rows.arrays())
         run_folder.write_adversarial(out, rows)
-        chosen = examples.choose(rows.index, *self._hardness(tally))
+        chosen = examples.choose(rows.index, *self._hardness(results))
         run_folder.write_examples(out, examples.arrays(rows, predictions, chosen, self.samples, self.threat))
         ledger.seal()
         seals = {name: run_folder.sha256(out / name) for name in run_folder.SEALED}
-        report = tally.report(self.spec, flags, surroundings, seals, strictness)
+        report = results.report(self.spec, flags, surroundings, seals, strictness)
         run_folder.write_report(out, report)
         return report
 
-    def _hardness(self, tally: RunResults) -> tuple[np.ndarray, np.ndarray]:
+    def _hardness(self, results: RunResults) -> tuple[np.ndarray, np.ndarray]:
         """Return by what fooled images are ranked: stage, then margin; or their distance alone."""
         if self.threat.minimal:
-            return tally.distances, np.zeros(tally.n)
-        return tally.fell, tally.margins
+            return results.distances, np.zeros(results.n)
+        return results.fell, results.margins
 
     def _short_steps(self) -> list[Flag]:
         """Return a flag for each attack whose steps cannot reach the edge of the ball, if all attacks are such."""
-        found = [gradient_budgets.falls_short(rung.attack, float(self.threat.eps)) for rung in self.rungs]
+        found = [gradient_budgets.falls_short(entry.attack, float(self.threat.eps)) for entry in self.entries]
         return [flag for flag in found if flag is not None and all(found)]
 
-    def _data_doubts(self, tally: RunResults, meter: InstrumentedModel) -> list[Flag]:
+    def _data_doubts(self, results: RunResults, instrumented: InstrumentedModel) -> list[Flag]:
         """Return the flags of the data, and of what the model says of it before any attack."""
-        labels, said = self.samples.labels[tally.scope].tolist(), tally.predictions[tally.scope].tolist()
-        return [*self.samples.pick(tally.scope).flags, *clean_doubts(said, labels, meter.num_classes or 2)]
+        labels, said = self.samples.labels[results.scope].tolist(), results.predictions[results.scope].tolist()
+        return [
+            *self.samples.pick(results.scope).flags,
+            *clean_doubts(said, labels, instrumented.num_classes or 2),
+        ]
 
 
-def _kind(rung: registry.SuiteEntry) -> tuple[bool, bool, bool, bool]:
+def _kind(entry: registry.SuiteEntry) -> tuple[bool, bool, bool, bool]:
     """Return whether a rung is an arm, is spare, is flown, and is a spare search by scores that begins anew."""
-    refines = getattr(rung.attack, "refine", False)
-    scores = rung.spare and rung.attack.info.access == "score" and not refines
-    return rung.arm, rung.spare, isinstance(rung.attack, RowWise), scores
+    refines = getattr(entry.attack, "refine", False)
+    scores = entry.spare and entry.attack.info.access == "score" and not refines
+    return entry.arm, entry.spare, isinstance(entry.attack, RowWise), scores

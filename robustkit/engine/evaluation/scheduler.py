@@ -52,7 +52,7 @@ class Scheduler(BlockRunner):
         """Begin with nobody hired and nothing landed."""
         super().__post_init__()
         self.facts: dict[tuple[int, int], Mapping[str, Any]] = {}
-        self.landed: list[Chunk] = []
+        self.finished: list[Chunk] = []
 
     @contextmanager
     def hired(self, agency: Agency) -> Iterator[None]:
@@ -62,14 +62,14 @@ class Scheduler(BlockRunner):
 
     def _briefing(self) -> Callable[[Hiring, int], Brief]:
         """Return what says all that the worker of a number has to know."""
-        model = Parcelled.of(self.meter.model)
+        model = Parcelled.of(self.instrumented.model)
         images = self.samples.images(range(min(TRIAL, len(self.samples)))).numpy()
 
         def brief(hiring: Hiring, number: int) -> Brief:
             return Brief(
                 number=number,
                 model=model,
-                device=hiring.device(self.meter.device, number),
+                device=hiring.device(self.instrumented.device, number),
                 threads=hiring.threads,
                 precision=self.precision,
                 suite=self.suite,
@@ -79,7 +79,7 @@ class Scheduler(BlockRunner):
                 slots=self.slots,
                 most=self.most,
                 free=self.free,
-                random=self.meter.random,
+                random=self.instrumented.random,
                 data=self.samples.name,
                 labels=self.samples.labels,
                 images=images,
@@ -92,20 +92,20 @@ class Scheduler(BlockRunner):
         """Have the clean pass done by workers where there is more than a batch for each; do the checks."""
         parts = self._parts(0, among)
         if self.crew.sole and len(parts) > self.crew.count:
-            self.progress.stage("clean", len(among), self.tally.robust, self.tally.n)
+            self.progress.stage("clean", len(among), self.results.robust, self.results.n)
             self._hand_out(0, parts)
         super().clean(among)
 
     def fly(self, first: int, count: int, among: np.ndarray) -> None:
         """Have what still stands of these taken through `count` attacks by whoever has slots free."""
-        waiting = self.tally.waiting(first, among)
-        self.progress.stage(self._title(first, count), len(waiting), self.tally.robust, self.tally.n)
+        waiting = self.results.waiting(first, among)
+        self.progress.stage(self._title(first, count), len(waiting), self.results.robust, self.results.n)
         saved = deque(self._saved(first, waiting.tolist()))
         queue = deque(sorted(set(waiting.tolist()).difference(*(positions for _, positions in saved))))
         split = 0.0
         for member, message in self._talk(first, count, lambda: bool(queue or saved) or self._splittable):
             if isinstance(message, Gone):
-                again = list(self._saved(first, member.held, member.flight))
+                again = list(self._saved(first, member.held, member.saved_as))
                 saved.extend(again)
                 queue.extendleft(member.held.difference(*(positions for _, positions in again)))
             elif isinstance(message, tasks.Want):
@@ -122,7 +122,7 @@ class Scheduler(BlockRunner):
                 elif message.positions:
                     taker.held.update(message.positions)
                     parcel = self._parcel(message.positions, with_images=False)
-                    self._begin(taker, first, count, parcel=parcel, aboard=message.aboard)
+                    self._begin(taker, first, count, parcel=parcel, active=message.active)
             for idle in self.crew.idle:
                 if saved:
                     name, positions = saved.popleft()
@@ -141,15 +141,15 @@ class Scheduler(BlockRunner):
         count: int,
         name: str = "",
         parcel: Parcel | None = None,
-        aboard: Sequence[tuple[int, RowBatch]] = (),
+        active: Sequence[tuple[int, RowBatch]] = (),
     ) -> None:
         """Order a flight, which saves what it has under way by this name or a new one."""
-        member.flight = name or f"{self.flight(first)}-{time.time_ns()}"
-        member.begin(tasks.Fly(first, count, self.tally.flags, member.flight, parcel, aboard))
+        member.saved_as = name or f"{self.block_name(first)}-{time.time_ns()}"
+        member.begin(tasks.Fly(first, count, self.results.flags, member.saved_as, parcel, active))
 
     def _saved(self, first: int, waiting: Collection[int], name: str = "") -> Iterator[tuple[str, list[int]]]:
         """Yield names of flights that were saved and those of these samples that each has, none of them twice."""
-        left, own = set(waiting), self.flight(first)
+        left, own = set(waiting), self.block_name(first)
         for saved in [name] if name else self.store.names(own):
             state = self.store.state(saved) if saved == own or saved.startswith(f"{own}-") else None
             if state is not None and (positions := SavedRows.positions_in(state) & left):
@@ -209,48 +209,50 @@ class Scheduler(BlockRunner):
                     written = written if any(other.held for other in self.crew.members) else time.perf_counter()
                 yield member, message
             now = time.perf_counter()
-            whole = bool(self.landed) and not self._flies(first)
+            whole = bool(self.finished) and not self._flies(first)
             if whole or now - written > self.write_every or now > self.deadline:
                 self._write(first, count, now - written)
                 written = now
-            under_way = sum(max(member.done - member.landed, 0) for member in self.crew.members)
-            self.progress.advance(done + under_way, self.tally.robust)
+            under_way = sum(max(member.done - member.finished, 0) for member in self.crew.members)
+            self.progress.advance(done + under_way, self.results.robust)
             if now > self.deadline:
                 raise TimeUp
         self.crew.more = False
         self._write(first, count, time.perf_counter() - written)
-        self.flown = {**_agreed(list(self.facts.values())), "workers": self.crew.total}
+        self.ran = {**_agreed(list(self.facts.values())), "workers": self.crew.total}
 
     def _land(self, member: Member, chunks: Sequence[Chunk]) -> int:
         """Keep what a worker has done until it is written; return of how many samples."""
-        self.landed += chunks
+        self.finished += chunks
         positions = [verdict.position for chunk in chunks for verdict in chunk.verdicts]
         member.held.difference_update(positions)
-        member.landed += len(positions)
+        member.finished += len(positions)
         return len(positions)
 
     def _flies(self, stage: int) -> bool:
-        row_wise = stage > 0 and isinstance(self.rungs[stage - 1].attack, RowWise)
+        row_wise = stage > 0 and isinstance(self.entries[stage - 1].attack, RowWise)
         return row_wise and not self.threat.minimal
 
     def _write(self, first: int, count: int, seconds: float) -> None:
         """Write down what has landed in so many seconds, which the stages share by their passes."""
-        if not self.landed:
+        if not self.finished:
             return
-        landed, self.landed = self.landed, []
-        total = max(sum(chunk.forwards + chunk.backwards for chunk in landed), 1)
+        finished, self.finished = self.finished, []
+        total = max(sum(chunk.forwards + chunk.backwards for chunk in finished), 1)
         if self._flies(first):
-            number = self.tally.next_chunk(first)
-            landed = [_sum(stage, number, landed) for stage in range(first, first + count)]
-        chunks = [replace(chunk, seconds=seconds * (chunk.forwards + chunk.backwards) / total) for chunk in landed]
-        self.scribe.write(*chunks)
+            number = self.results.next_chunk(first)
+            finished = [_sum(stage, number, finished) for stage in range(first, first + count)]
+        chunks = [
+            replace(chunk, seconds=seconds * (chunk.forwards + chunk.backwards) / total) for chunk in finished
+        ]
+        self.writer.write(*chunks)
 
     def _parcel(self, positions: Sequence[int], with_images: bool = True) -> Parcel:
         index = np.array(positions, np.int64)
         images = self.samples.images(index).numpy() if with_images else None
-        known = self.tally.judged[index] >= 0
-        hashes = [self.tally.images[at] for at in positions] if known.all() else []
-        margins = np.stack([self.tally.clean_margins[index], self.tally.margins[index]], 1)
+        known = self.results.judged[index] >= 0
+        hashes = [self.results.images[at] for at in positions] if known.all() else []
+        margins = np.stack([self.results.clean_margins[index], self.results.margins[index]], 1)
         return Parcel(index, images, hashes, margins)
 
 

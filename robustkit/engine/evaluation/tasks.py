@@ -122,7 +122,7 @@ class Fly:
     flags: Mapping[str, Flag]
     name: str
     parcel: Parcel | None = None
-    aboard: Sequence[tuple[int, RowBatch]] = ()
+    active: Sequence[tuple[int, RowBatch]] = ()
 
 
 @dataclass(frozen=True)
@@ -192,12 +192,12 @@ class Under:
 class Given:
     """Samples that a worker gives away."""
 
-    aboard: Sequence[tuple[int, RowBatch]]
+    active: Sequence[tuple[int, RowBatch]]
 
     @property
     def positions(self) -> list[int]:
         """Their positions in the data."""
-        return [at for _, table in self.aboard for at in table.host["position"].tolist()]
+        return [at for _, table in self.active for at in table.host["position"].tolist()]
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ class Judged:
 
 
 def judge(
-    meter: InstrumentedModel,
+    instrumented: InstrumentedModel,
     x: Images,
     labels: Labels,
     found: Images,
@@ -74,32 +74,32 @@ def judge(
     found = torch.where(whole.view(-1, 1, 1, 1), found, x)
     point = threat.project(found, x)
     moved = (point != found).flatten(1).any(1)
-    if meter.random:
-        return _redrawn(meter, point, labels, chosen)
+    if instrumented.random:
+        return _redrawn(instrumented, point, labels, chosen)
     if known is None:
-        unknown, logits = torch.ones_like(moved), meter.exact(point)
+        unknown, logits = torch.ones_like(moved), instrumented.exact(point)
     else:
         unknown, logits = known.isnan().any(1) | moved, known.clone()
         if unknown.any():
-            logits[unknown] = meter.exact(point[unknown]).to(logits)
+            logits[unknown] = instrumented.exact(point[unknown]).to(logits)
     broken = ~logits.isfinite().all(1)
     prediction = logits.argmax(1)
     fooled = (prediction != labels) & ~broken
     doubtful = ~fooled & moved
     refused = torch.zeros_like(fooled)
     if doubtful.any():
-        refused[doubtful] = meter.exact(found[doubtful]).argmax(1) != labels[doubtful]
+        refused[doubtful] = instrumented.exact(found[doubtful]).argmax(1) != labels[doubtful]
     margin = torch.where(broken, 0.0, margins(logits, labels))
     cost, right = unknown.long() + doubtful.long(), prediction == labels
     return Judged(point, prediction, margin, fooled, refused, broken, cost, right.double(), right)
 
 
-def _redrawn(meter: InstrumentedModel, point: Images, labels: Labels, chosen: bool) -> Judged:
+def _redrawn(instrumented: InstrumentedModel, point: Images, labels: Labels, chosen: bool) -> Judged:
     """Judge by draws: fooled is a model that is more often wrong, at chosen points by other draws as well."""
-    told = majority_vote(meter.exact, point, labels)
+    told = majority_vote(instrumented.exact, point, labels)
     fooled = (told.right < 0.5) & ~told.broken
     if chosen and fooled.any():
-        told = told.replaced(fooled, majority_vote(meter.exact, point[fooled], labels[fooled]))
+        told = told.replaced(fooled, majority_vote(instrumented.exact, point[fooled], labels[fooled]))
         fooled = fooled & (told.right < 0.5) & ~told.broken
     none = torch.zeros_like(fooled)
     return Judged(

@@ -104,17 +104,17 @@ def verify_run(
         found.bad.append(str(error))
         return found
     found.bad += _missing_records(arrays, report)
-    meter = InstrumentedModel(model.expect(samples.num_classes), device or torch.device("cpu"))
+    instrumented = InstrumentedModel(model.expect(samples.num_classes), device or torch.device("cpu"))
     threat = ThreatModel.parse(report.spec.threat)
     with evaluation_mode(model), own_randomness(report.spec.seed, "verify"):
         for begin in range(0, len(arrays["index"]), BATCH_SIZE):
-            _check_batch(found, meter, samples, threat, arrays, slice(begin, begin + BATCH_SIZE))
+            _check_batch(found, instrumented, samples, threat, arrays, slice(begin, begin + BATCH_SIZE))
     return found
 
 
 def _check_batch(
     found: Verification,
-    meter: InstrumentedModel,
+    instrumented: InstrumentedModel,
     samples: Samples,
     threat: ThreatModel,
     arrays: dict[str, np.ndarray],
@@ -127,20 +127,20 @@ def _check_batch(
     positions, labels = positions[known], labels[known]
     if not len(positions):
         return
-    x_adv = torch.from_numpy(arrays["x"][part][known]).to(meter.device)
-    x = samples.images(positions).to(meter.device)
+    x_adv = torch.from_numpy(arrays["x"][part][known]).to(instrumented.device)
+    x = samples.images(positions).to(instrumented.device)
     if x_adv.shape != x.shape:
         found.bad.append(f"adversarial.npz: images of {tuple(x_adv.shape[1:])}, data of {tuple(x.shape[1:])}.")
         return
-    logits = meter.exact(x_adv)
-    y = torch.from_numpy(labels).to(meter.device)
+    logits = instrumented.exact(x_adv)
+    y = torch.from_numpy(labels).to(instrumented.device)
     inside, distance = threat.contains(x_adv, x).tolist(), threat.distance(x_adv, x).tolist()
     fooled = ((logits.argmax(1) != y) & logits.isfinite().all(1)).tolist()
     margin = margins(logits, y)
     noise = float(NOISE) * logits.abs().amax(1).clamp(min=1)
     close = (margin.abs() <= noise).tolist()
     stated = _stated(found.report)
-    random = not all(fooled) and _is_random(meter, x_adv, logits)
+    random = not all(fooled) and _is_random(instrumented, x_adv, logits)
     for row, position in enumerate(positions.tolist()):
         found.checked += 1
         if labels[row] != samples.labels[position]:
@@ -172,26 +172,26 @@ def _stated(report: Report) -> dict[int, float]:
     return {verdict.index: far for verdict, far in pairs if far is not None}
 
 
-def _is_random(meter: InstrumentedModel, x: torch.Tensor, logits: torch.Tensor) -> bool:
+def _is_random(instrumented: InstrumentedModel, x: torch.Tensor, logits: torch.Tensor) -> bool:
     """Return whether the model answers these images in another way when asked again, up to `ASKED` times."""
     noise = float(NOISE) * logits.abs().amax().clamp(min=1)
-    return any(bool((meter.exact(x) - logits).abs().amax() > noise) for _ in range(ASKED))
+    return any(bool((instrumented.exact(x) - logits).abs().amax() > noise) for _ in range(ASKED))
 
 
 def _ledger_faults(path: Path, report: Report, samples: Samples) -> Iterator[str]:
     """Yield what is wrong with the ledger, with the images it was made from, or with the report of it."""
-    tally = RunResults.of(len(samples), report.spec.suite)
+    results = RunResults.of(len(samples), report.spec.suite)
     try:
         with Ledger.read(path / run_folder.LEDGER, report.run_id) as ledger:
             ledger.require(len(samples), samples.images([0]).nbytes, len(report.spec.suite))
             for chunk in ledger.chunks():
-                tally.add(chunk)
+                results.add(chunk)
     except UsageError as error:
         yield str(error)
         return
-    tally.scope = np.array([verdict.index for verdict in report.verdicts], np.int64)
-    tally.stopped = report.stopped
-    again = tally.report(report.spec, [], report.environment, report.files)
+    results.scope = np.array([verdict.index for verdict in report.verdicts], np.int64)
+    results.stopped = report.stopped
+    again = results.report(report.spec, [], report.environment, report.files)
     for told, ours in zip(report.verdicts, again.verdicts, strict=True):
         if told != ours:
             yield f"record {ours.index}: report.json says {told}, the ledger {ours}."
@@ -204,17 +204,17 @@ def _ledger_faults(path: Path, report: Report, samples: Samples) -> Iterator[str
         yield "report.json: its accuracies, stages or costs are not those of the ledger."
     if report.minimum != again.minimum:
         yield "report.json: its minimum norms are not those of the ledger."
-    yield from _doubt_faults(report, tally)
+    yield from _doubt_faults(report, results)
     for begin in range(0, report.n, BATCH_SIZE):
-        positions = tally.scope[begin : begin + BATCH_SIZE]
+        positions = results.scope[begin : begin + BATCH_SIZE]
         for position, digest in zip(positions, image_hashes(samples.images(positions)), strict=True):
-            if digest != tally.images[position]:
+            if digest != results.images[position]:
                 yield f"record {position}: the image in {samples.name} has changed since the run."
-            elif samples.labels[position] != tally.labels[position]:
+            elif samples.labels[position] != results.labels[position]:
                 yield f"record {position}: its label in {samples.name} has changed since the run."
 
 
-def _doubt_faults(report: Report, tally: RunResults) -> Iterator[str]:
+def _doubt_faults(report: Report, results: RunResults) -> Iterator[str]:
     """Yield what the report says is left in doubt, if the ledger says something else.
 
     Of a random model nothing is said.
@@ -224,7 +224,7 @@ def _doubt_faults(report: Report, tally: RunResults) -> Iterator[str]:
     told = report.strictness
     usual = told.allowed if told else STRICTNESS
     strictness = usual if report.spec.strictness is None else report.spec.strictness
-    again = in_doubt(tally, tally.scope, strictness)
+    again = in_doubt(results, results.scope, strictness)
     versions = report.environment.get("versions") or {}
     if told and again and versions.get("robustkit") != __version__:
         # Another version may have believed something else before the run; what it counted is the same.

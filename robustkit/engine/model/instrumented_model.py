@@ -358,13 +358,13 @@ class CountBackward(torch.autograd.Function):
     """The identity; its backward runs once for so many backward passes through the model, and counts the rows."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, meter: Counts, passes: int) -> Tensor:  # noqa: D102
-        ctx.meter, ctx.passes = meter, passes
+    def forward(ctx: Any, x: Tensor, instrumented: Counts, passes: int) -> Tensor:  # noqa: D102
+        ctx.instrumented, ctx.passes = instrumented, passes
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:  # noqa: D102
-        ctx.meter.backwards += len(gradients[0]) * ctx.passes
+        ctx.instrumented.backwards += len(gradients[0]) * ctx.passes
         return gradients[0], None, None
 
 
@@ -372,14 +372,14 @@ class Linked(torch.autograd.Function):
     """Logits (B K) that depend on the images x: where they do not by themselves, their gradient is zero."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, x: Tensor, meter: InstrumentedModel) -> Tensor:  # noqa: D102
-        ctx.meter, ctx.shape = meter, x.shape
+    def forward(ctx: Any, logits: Tensor, x: Tensor, instrumented: InstrumentedModel) -> Tensor:  # noqa: D102
+        ctx.instrumented, ctx.shape = instrumented, x.shape
         return logits.view_as(logits)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:  # noqa: D102
         if len(gradients[0]):
-            ctx.meter.await_backward()
+            ctx.instrumented.await_backward()
         return gradients[0], gradients[0].new_zeros(()).expand(ctx.shape), None
 
 

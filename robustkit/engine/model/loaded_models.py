@@ -55,9 +55,9 @@ class Net:
 
     def metered(self, model: Classifier, device: torch.device) -> InstrumentedModel:
         """Return a model of this net as attacks see it, given few images at once where it is slow."""
-        meter = InstrumentedModel(model, device)
-        meter.quick, meter.seconds = self.quick, self.seconds
-        return meter
+        instrumented = InstrumentedModel(model, device)
+        instrumented.quick, instrumented.seconds = self.quick, self.seconds
+        return instrumented
 
     def load(self, device: torch.device) -> Classifier:
         """Return the model on this device, outside of autograd if it is newly loaded."""
@@ -167,11 +167,11 @@ def same_classes(nets: Sequence[Net], others: Sequence[Net]) -> None:
 
 def _tried(classifier: Classifier, samples: Samples, device: torch.device, what: str) -> Net:
     image = samples.images([0]).to(device)
-    meter = InstrumentedModel(classifier.expect(samples.num_classes), device)
+    instrumented = InstrumentedModel(classifier.expect(samples.num_classes), device)
     try:
         with own_randomness("nets"), evaluation_mode(classifier):
-            meter.size_up(image, BATCH)
-            logits = meter.exact(image)
+            instrumented.size_up(image, BATCH)
+            logits = instrumented.exact(image)
     except RobustkitError:
         raise
     except Exception as error:
@@ -180,7 +180,7 @@ def _tried(classifier: Classifier, samples: Samples, device: torch.device, what:
         raise UsageError(
             f"model {classifier.string!r} failed with {described(error)}; correct its code."
         ) from error
-    if what != "target" and not meter.differentiable:
+    if what != "target" and not instrumented.differentiable:
         raise UsageError(
             f"{what} {classifier.string!r} has no gradient, so no image can be crafted on it; give it as a target."
         )
@@ -201,14 +201,14 @@ def _tried(classifier: Classifier, samples: Samples, device: torch.device, what:
         fingerprint=classifier.fingerprint,
         classes=classes,
         parameters=sum(tensor.nbytes for tensor in tensors),
-        graph=meter.saved,
-        threads=meter.threads,
+        graph=instrumented.saved,
+        threads=instrumented.threads,
         alike=_alike(classifier),
         model=classifier,
         count=len(classifier.net) if isinstance(classifier.net, Mixture) else 1,
         training=training_flops(classifier.string),
-        quick=meter.quick,
-        seconds=meter.seconds,
+        quick=instrumented.quick,
+        seconds=instrumented.seconds,
         trust_code=classifier.trust_code,
         class_names=classifier.class_names,
     )

@@ -42,13 +42,13 @@ class StackedModels:
 def stacked(meters: Sequence[InstrumentedModel], x: Tensor) -> StackedModels | None:
     """Return the nets as one; None where they cannot be stacked, or answer x (B C H W) otherwise than alone."""
     # A hook would see all nets as one.
-    if any(has_hooks(meter.model) for meter in meters):
+    if any(has_hooks(instrumented.model) for instrumented in meters):
         return None
     try:
-        whole = StackedModels([meter.model for meter in meters])
+        whole = StackedModels([instrumented.model for instrumented in meters])
         with torch.no_grad():
             joint = whole(x.expand(len(meters), *x.shape))
-            alone = torch.stack([meter.model(x) for meter in meters])
+            alone = torch.stack([instrumented.model(x) for instrumented in meters])
     except (RuntimeError, ValueError, TypeError, NotImplementedError):
         return None
     if not torch.allclose(joint, alone, rtol=1e-3, atol=1e-3 * float(alone.abs().amax())):

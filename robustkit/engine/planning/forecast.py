@@ -39,7 +39,7 @@ MESSAGE, HANDOUT, HANDOUT_BYTE, VERDICT, VERDICT_BYTE = 2e-4, 1e-5, 1e-9, 9e-5, 
 
 
 def plan(
-    pilot: CostProbe,
+    probe: CostProbe,
     devices: Sequence[int] = DEVICES,
     price: float | None = None,
     progress: Progress | None = None,
@@ -47,7 +47,7 @@ def plan(
     """Measure, and return what the evaluation takes on each of these numbers of devices.
 
     Args:
-        pilot: the evaluation, and how long to measure.
+        probe: the evaluation, and how long to measure.
         devices: how many to look at.
         price: of a device for an hour.
         progress: who to tell on the way.
@@ -59,19 +59,19 @@ def plan(
     refuse_devices(devices, ",".join(map(str, devices)))
     if price is not None and not 0 <= price < float("inf"):
         raise UsageError(f"price {price:g}: write what a device costs for an hour, e.g. 2.5.")
-    n = len(pilot.samples)
+    n = len(probe.samples)
     progress = progress or Progress()
-    progress.say(f"measuring: the checks, then {pilot.budget:g} s of attacks")
-    found = pilot.look(progress)
+    progress.say(f"measuring: the checks, then {probe.budget:g} s of attacks")
+    found = probe.look(progress)
     costs, plays = Costs.of(found, n), list[Play]()
     if found.arms is not None:
         progress.say(f"playing the rounds of {n:,} images")
-        plays = forecast(found.arms, n, pilot.share, pilot.seed)
+        plays = forecast(found.arms, n, probe.share, probe.seed)
     arms = _each(plays, n)
-    alone = _courses(costs, plays, found, pilot, 1)
+    alone = _courses(costs, plays, found, probe, 1)
     scales = []
     for count in devices:
-        courses = alone if count == 1 else _courses(costs, plays, found, pilot, count)
+        courses = alone if count == 1 else _courses(costs, plays, found, probe, count)
         value, low, high = (course.seconds for course in courses)
         seconds = Estimate(value, min(low, value), max(high, value))
         hours = seconds.times(count / 3600)
@@ -86,26 +86,26 @@ def plan(
                 bound=courses[0].bound,
             )
         )
-    meter, speed = found.meter, found.speed
+    instrumented, speed = found.instrumented, found.speed
     most = costs.most
     if most is not None and found.arms is not None:
         most += int(found.arms.most[:, :2].sum())
     return Plan(
-        model=pilot.model.string,
-        data=pilot.samples.name,
+        model=probe.model.string,
+        data=probe.samples.name,
         n=n,
-        threat=str(pilot.threat),
-        suite=pilot.suite,
-        seed=pilot.seed,
+        threat=str(probe.threat),
+        suite=probe.suite,
+        seed=probe.seed,
         trial=Trial(len(found.through), int(found.through.sum()), found.robust, found.seconds),
-        speed=Speed(speed.forward, speed.both, speed.fixed, speed.at_once, meter.precision),
+        speed=Speed(speed.forward, speed.both, speed.fixed, speed.at_once, instrumented.precision),
         propagations=costs.mean if arms is None else costs.mean.plus(arms),
         arms=arms,
         most=most,
         memory=Memory(found.held, found.peak),
         price=price,
         scales=scales,
-        environment=environment(pilot.device, meter.precision, meter.piece, meter.threads),
+        environment=environment(probe.device, instrumented.precision, instrumented.piece, instrumented.threads),
     )
 
 
@@ -172,16 +172,16 @@ class Costs:
         return like, _mixed(like, Job(0.0, 0), free, rng), _mixed(like, self.worst, dear, rng)
 
 
-def site(found: ProbeResult, pilot: CostProbe, devices: int) -> Site:
+def site(found: ProbeResult, probe: CostProbe, devices: int) -> Site:
     """Return where so many devices like the one measured do the whole evaluation."""
-    n, slots = len(pilot.samples), found.slots
+    n, slots = len(probe.samples), found.slots
     if devices == 1:
         return Site(1, slots, found.overhead, found.start, found.checks + found.clean * n)
     entered = int((found.through & (found.forwards > 0)).sum())
     fooled = 1 - found.robust / max(entered, 1)
     handout = found.read + HANDOUT + found.image_bytes * HANDOUT_BYTE
     # Workers share the clean pass where each has more than a batch of it; it stores no images.
-    shared = math.ceil(n / pilot.batch) > devices
+    shared = math.ceil(n / probe.batch) > devices
     clean, reading = (found.clean * n, n * (handout + VERDICT)) if shared else (0.0, 0.0)
     return Site(
         devices=devices,
@@ -206,11 +206,11 @@ def _each(plays: Sequence[Play], n: int) -> Estimate | None:
 
 
 def _courses(
-    costs: Costs, plays: Sequence[Play], found: ProbeResult, pilot: CostProbe, devices: int
+    costs: Costs, plays: Sequence[Play], found: ProbeResult, probe: CostProbe, devices: int
 ) -> list[Course]:
     """Return how the run goes as expected, and with images and arms at both ends of their intervals."""
-    place = site(found, pilot, devices)
-    courses = _ordinary(costs, found, pilot, place)
+    place = site(found, probe, devices)
+    courses = _ordinary(costs, found, probe, place)
     if found.arms is None or not plays:
         return courses
     passes = found.arms.most[:, 2].astype(int)
@@ -240,17 +240,17 @@ def _rounds(play: Play, passes: np.ndarray, found: ProbeResult, place: Site) -> 
     return [course(arm, count) for arm, count in play.rounds]
 
 
-def _ordinary(costs: Costs, found: ProbeResult, pilot: CostProbe, place: Site) -> list[Course]:
+def _ordinary(costs: Costs, found: ProbeResult, probe: CostProbe, place: Site) -> list[Course]:
     """Return how the run goes but for the arms, as expected and at both ends."""
-    devices, n = place.devices, len(pilot.samples)
+    devices, n = place.devices, len(probe.samples)
     count = min(n, max(MOST_SIMULATED, ROUNDS * devices * place.slots))
     # What the model gets wrong as it is goes no further than the clean pass.
-    lists = [[job for job in jobs if job.passes] for jobs in costs.sample(count, pilot.seed)]
+    lists = [[job for job in jobs if job.passes] for jobs in costs.sample(count, probe.seed)]
     totals = [round(n * len(jobs) / count) for jobs in lists]
-    if not any(rung.attack.info.coupled for rung in pilot.rungs if not rung.spare):
+    if not any(entry.attack.info.coupled for entry in probe.entries if not entry.spare):
         return [extended(jobs, place, total) for jobs, total in zip(lists, totals, strict=True)]
     # Attacks whose random numbers depend on the batch are handed out batch by batch.
-    batch = pilot.batch
+    batch = probe.batch
     whole = replace(place, slots=1, handout=place.handout * batch, verdict=place.verdict * batch)
     return [
         extended(_batches(jobs, batch), whole, math.ceil(total / batch))

@@ -152,9 +152,11 @@ def _most_resident() -> int:
 class Watch(Progress):
     """Ends the attacks when their time is over; notes seconds, passes and propagations, and memory, on the way."""
 
-    def __init__(self, memory: Memory, clock: Callable[[], float], meter: Counting, listener: Progress) -> None:
+    def __init__(
+        self, memory: Memory, clock: Callable[[], float], instrumented: Counting, listener: Progress
+    ) -> None:
         """Begin with attacks without an end; `listener` hears the news."""
-        self.memory, self.clock, self.meter, self.end = memory, clock, meter, math.inf
+        self.memory, self.clock, self.instrumented, self.end = memory, clock, instrumented, math.inf
         self.listener = listener
         self.steps: list[np.ndarray] = []
         self.rest()
@@ -164,11 +166,11 @@ class Watch(Progress):
 
     def rest(self) -> None:
         """Leave out what has been since the last look."""
-        self.last: np.ndarray = np.array([self.clock(), *self.meter.counts])
+        self.last: np.ndarray = np.array([self.clock(), *self.instrumented.counts])
 
     def advance(self, done: float, robust: int) -> None:  # noqa: D102
         self.memory.look()
-        now = np.array([self.clock(), *self.meter.counts])
+        now = np.array([self.clock(), *self.instrumented.counts])
         if self.end < math.inf:
             self.steps.append(now - self.last)
         self.last = now

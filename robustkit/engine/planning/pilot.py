@@ -95,13 +95,13 @@ class ProbeResult:
     slots: int
     held: int
     peak: int
-    meter: InstrumentedModel
+    instrumented: InstrumentedModel
 
 
 class ProfilingRunner(BlockRunner):
     """A worker that notes what each image costs it."""
 
-    meter: Counting
+    instrumented: Counting
     progress: Watch
     write_every = 0.0
 
@@ -119,15 +119,15 @@ class ProfilingRunner(BlockRunner):
     @property
     def counts(self) -> np.ndarray:
         """Forwards, backwards and passes of the attacks so far."""
-        return self.meter.counts - self.aside
+        return self.instrumented.counts - self.aside
 
     def clean(self, among: np.ndarray) -> None:
         """Do the clean pass, whatever the clock says, and keep its costs apart."""
-        begun, before = self.progress.clock(), self.meter.counts
+        begun, before = self.progress.clock(), self.instrumented.counts
         self.progress.end = math.inf
         super().clean(among)
         self.cleaning += self.progress.clock() - begun
-        self.aside += self.meter.counts - before
+        self.aside += self.instrumented.counts - before
         # What the clean pass took is not taken from the attacks.
         self.end += self.progress.clock() - begun
         self.progress.end = self.end
@@ -145,48 +145,50 @@ class ProfilingRunner(BlockRunner):
         count: int,
         gate: Callable[[Sequence[int]], Callable[[int], Admitted]],
         examples: np.ndarray,
-        aboard: object = (),
+        active: object = (),
     ) -> None:
         """Take those who board through `count` attacks from stage `first` on.
 
         Verdicts of an arm are held until all are there: the first to land are those that it breaks.
         """
-        if not self.rungs[first - 1].arm:
+        if not self.entries[first - 1].arm:
             self.reached = max(self.reached, first + count - 1)
         self.boarded = {}
         self.held: list[tuple[int, int, int, list[Finished], float]] = []
         super().through(first, count, gate, examples)
-        for landed in self.held:
-            super()._write_landed(*landed)
+        for finished in self.held:
+            super()._write_landed(*finished)
 
     def _gate(self, waiting: np.ndarray) -> Callable[[int], Admitted]:
-        board = super()._gate(waiting)
+        admit = super()._gate(waiting)
 
         def noted(free: int) -> Admitted:
-            boarding = board(free)
-            for position in boarding.position.tolist():
-                self.boarded.setdefault(position, self.meter.calls)
-            return boarding
+            admitted = admit(free)
+            for position in admitted.position.tolist():
+                self.boarded.setdefault(position, self.instrumented.calls)
+            return admitted
 
         return noted
 
-    def _write_landed(self, first: int, count: int, number: int, landed: list[Finished], seconds: float) -> None:
-        if self.rungs[first - 1].arm:
-            self.held.append((first, count, number, landed, seconds))
+    def _write_landed(self, first: int, count: int, number: int, finished: list[Finished], seconds: float) -> None:
+        if self.entries[first - 1].arm:
+            self.held.append((first, count, number, finished, seconds))
             return
-        super()._write_landed(first, count, number, landed, seconds)
-        for part in landed:
+        super()._write_landed(first, count, number, finished, seconds)
+        for part in finished:
             forwards, backwards = part.spent.sum(1).T
             self.forwards[part.position] += forwards
             self.backwards[part.position] += backwards
-            self.passes[part.position] += [self.meter.calls - self.boarded[at] for at in part.position.tolist()]
+            self.passes[part.position] += [
+                self.instrumented.calls - self.boarded[at] for at in part.position.tolist()
+            ]
 
     def block(self, stage: int, number: int, positions: np.ndarray, x: Images, done: int = 0) -> None:
         """Run one attack on these; each image's costs are taken to be the same."""
         self.reached = max(self.reached, stage)
-        before = self.meter.counts
+        before = self.instrumented.counts
         super().block(stage, number, positions, x, done)
-        forwards, backwards, calls = self.meter.counts - before
+        forwards, backwards, calls = self.instrumented.counts - before
         self.forwards[positions] += round(forwards / len(positions))
         self.backwards[positions] += round(backwards / len(positions))
         self.passes[positions] += calls
@@ -213,94 +215,94 @@ class CostProbe(Evaluation):
             RunError: likewise.
         """
         memory = Memory(self.device)
-        tally = RunResults.of(len(self.samples), [rung.spec for rung in self.rungs])
+        results = RunResults.of(len(self.samples), [entry.spec for entry in self.entries])
         with Ledger.open(None, "plan") as ledger, evaluation_mode(self.model):
-            meter = Counting(self.model, self.device, self._precision)
-            watch = Watch(memory, self.clock, meter, progress or Progress())
-            scout = ProfilingRunner(
+            instrumented = Counting(self.model, self.device, self._precision)
+            watch = Watch(memory, self.clock, instrumented, progress or Progress())
+            runner = ProfilingRunner(
                 self.samples,
                 self.threat,
-                self.rungs,
+                self.entries,
                 self.seed,
                 self.batch,
                 ledger,
-                tally,
-                meter,
+                results,
+                instrumented,
                 watch,
                 self.slots,
                 self.precision == "auto",
                 MOST_SLOTS if self.batch_size is None and self.device.type == "cuda" else self.slots,
             )
             begun = self.clock()
-            scout.prepare()
-            with threads(meter.threads):
+            runner.prepare()
+            with threads(instrumented.threads):
                 order = shuffled(len(self.samples), self.seed)
                 reading = time.perf_counter()
                 x = self.samples.images(order[:TRIAL])
                 read = (time.perf_counter() - reading) / len(x)
-                flies = any(isinstance(rung.attack, RowWise) for rung in self.rungs)
+                flies = any(isinstance(entry.attack, RowWise) for entry in self.entries)
                 if flies:
-                    scout._tune(order[:TRIAL])
+                    runner._tune(order[:TRIAL])
                 start = self.clock() - begun
-                most = scout.slots if flies else self.batch
-                with meter.searching(scout.way or meter.way), own_randomness(self.seed, "speed"):
-                    speed = meter.speed(x.to(self.device), most, LONGEST * self.budget)
+                most = runner.slots if flies else self.batch
+                with instrumented.searching(runner.way or instrumented.way), own_randomness(self.seed, "speed"):
+                    speed = instrumented.speed(x.to(self.device), most, LONGEST * self.budget)
                 memory.look()
                 begun = self.clock()
-                scout.note(begun + self.budget)
+                runner.note(begun + self.budget)
                 watch.rest()
-                self._go(scout, order, speed)
-                seconds = self.clock() - begun - scout.cleaning
-        return self._found(scout, start, speed, seconds, read, memory)
+                self._go(runner, order, speed)
+                seconds = self.clock() - begun - runner.cleaning
+        return self._found(runner, start, speed, seconds, read, memory)
 
-    def _go(self, scout: ProfilingRunner, order: np.ndarray, speed: Speed) -> None:
+    def _go(self, runner: ProfilingRunner, order: np.ndarray, speed: Speed) -> None:
         """Take block after block through the suite, and then all of them through the arms, until time is over."""
         try:
-            self._ordinary(scout, order, speed)
-            if scout.tally.arms:
-                self._rounds(scout).run(scout.tally.scope)
-                scout.ended = True
+            self._ordinary(runner, order, speed)
+            if runner.results.arms:
+                self._rounds(runner).run(runner.results.scope)
+                runner.ended = True
                 # What the arms brought up may call for spare attacks.
-                self._block(scout, scout.tally.scope)
+                self._block(runner, runner.results.scope)
         except Over:
             return
 
     def _allocate(self, worker: BlockRunner, among: np.ndarray) -> None:
         """Leave the arms for later."""
 
-    def _ordinary(self, scout: ProfilingRunner, order: np.ndarray, speed: Speed) -> None:
-        tally, begun, taken = scout.tally, self.clock(), 0
-        budget = self.budget * (BEFORE_ARMS if tally.arms else 1)
+    def _ordinary(self, runner: ProfilingRunner, order: np.ndarray, speed: Speed) -> None:
+        results, begun, taken = runner.results, self.clock(), 0
+        budget = self.budget * (BEFORE_ARMS if results.arms else 1)
         size = int(0.25 * budget / max(TYPICAL * speed.both, 1e-9))
         size = min(max(size, FEWEST), FIRST)
-        tally.scope = order[:0]
+        results.scope = order[:0]
         while size and taken < len(order):
             block = order[taken : taken + size]
             taken += len(block)
-            tally.scope = order[:taken]
-            before = self.clock() - begun - scout.cleaning
-            self._block(scout, block)
-            spent = self.clock() - begun - scout.cleaning
+            results.scope = order[:taken]
+            before = self.clock() - begun - runner.cleaning
+            self._block(runner, block)
+            spent = self.clock() - begun - runner.cleaning
             left = budget - spent
             # Few images take as long as more, since the steps of each follow one another: that time is the arms'.
-            least = spent - before if tally.arms else 0.0
+            least = spent - before if results.arms else 0.0
             size = min(taken, int(0.8 * left * taken / max(spent, 1e-9))) if left > least else 0
 
     def _found(
-        self, scout: ProfilingRunner, start: float, speed: Speed, seconds: float, read: float, memory: Memory
+        self, runner: ProfilingRunner, start: float, speed: Speed, seconds: float, read: float, memory: Memory
     ) -> ProbeResult:
-        tally, positions = scout.tally, scout.tally.scope
-        sure = [number for number, rung in enumerate(self.rungs, 1) if not (rung.spare or rung.arm)]
-        last = max([*sure, scout.reached])
-        stood = tally.fell[positions] == STANDS
-        through = ~stood | (tally.judged[positions] >= last)
-        costs = [counts[positions] for counts in (scout.forwards, scout.backwards, scout.passes)]
+        results, positions = runner.results, runner.results.scope
+        sure = [number for number, entry in enumerate(self.entries, 1) if not (entry.spare or entry.arm)]
+        last = max([*sure, runner.reached])
+        stood = results.fell[positions] == STANDS
+        through = ~stood | (results.judged[positions] >= last)
+        costs = [counts[positions] for counts in (runner.forwards, runner.backwards, runner.passes)]
         forwards, backwards, passes = (np.where(through, cost, 0) for cost in costs)
-        spent, (overhead, drag) = scout.counts, scout.progress.fit(speed, seconds)
+        spent, (overhead, drag) = runner.counts, runner.progress.fit(speed, seconds)
         meant = [
-            rung
-            for number, rung in enumerate(self.rungs, 1)
-            if not rung.arm and (not rung.spare or number <= scout.reached)
+            entry
+            for number, entry in enumerate(self.entries, 1)
+            if not entry.arm and (not entry.spare or number <= runner.reached)
         ]
         return ProbeResult(
             positions=positions,
@@ -310,66 +312,66 @@ class CostProbe(Evaluation):
             through=through,
             robust=int((stood & through).sum()),
             stray=(int(max(spent[0] - forwards.sum(), 0)), int(max(spent[1] - backwards.sum(), 0))),
-            most=most_of(meant, scout.meter, self.threat.norm),
-            arms=self._seen(scout, positions[through]),
+            most=most_of(meant, runner.instrumented, self.threat.norm),
+            arms=self._seen(runner, positions[through]),
             speed=speed,
             seconds=seconds,
             overhead=overhead,
             drag=drag,
             start=start,
-            checks=scout.checking,
-            clean=max(scout.cleaning - scout.checking, 0.0) / len(positions),
+            checks=runner.checking,
+            clean=max(runner.cleaning - runner.checking, 0.0) / len(positions),
             read=read,
             image_bytes=self.samples.images([0]).nbytes,
-            slots=scout.slots,
+            slots=runner.slots,
             held=memory.held,
             peak=memory.peak,
-            meter=scout.meter,
+            instrumented=runner.instrumented,
         )
 
-    def _seen(self, scout: ProfilingRunner, positions: np.ndarray) -> Observed | None:
+    def _seen(self, runner: ProfilingRunner, positions: np.ndarray) -> Observed | None:
         """Return what these images, which are through all else, say of the arms."""
-        rounds = self._rounds(scout)
+        rounds = self._rounds(runner)
         evidence = rounds.known(positions)
         if evidence is None:
             return None
-        arms = [self.rungs[stage - 1] for stage in rounds.stages]
-        most = np.array([most_of([arm], scout.meter, self.threat.norm) for arm in arms], float)
+        arms = [self.entries[stage - 1] for stage in rounds.stages]
+        most = np.array([most_of([arm], runner.instrumented, self.threat.norm) for arm in arms], float)
         # What gives up where it does not come far may take as little as its patience.
         patience = np.array([getattr(arm.attack, "patience", None) or np.inf for arm in arms])
-        costs = [scout.tally.costs[stage] for stage in rounds.stages]
+        costs = [runner.results.costs[stage] for stage in rounds.stages]
         met = evidence.met.sum(1)[:, None]
         spent = np.array([(cost.forwards, cost.backwards) for cost in costs], float) / np.maximum(met, 1)
         return Observed(
             evidence=evidence,
             images=len(positions),
-            ended=scout.ended,
+            ended=runner.ended,
             spent=np.where(met > 0, spent, np.nan),
             least=np.minimum(patience / most[:, 0].clip(1), 1),
             most=most,
         )
 
 
-def most_of(rungs: list[SuiteEntry], meter: InstrumentedModel, norm: str) -> tuple[int, int, int] | None:
+def most_of(entries: list[SuiteEntry], instrumented: InstrumentedModel, norm: str) -> tuple[int, int, int] | None:
     """Return the most forwards, backwards and successive passes that an image may take; None if one is unknown."""
-    classes = meter.num_classes or 2
+    classes = instrumented.num_classes or 2
     total = np.zeros(3, np.int64)
-    for rung in rungs:
-        attack = rung.attack
-        if not is_applicable(rung.view, meter.views, [rung.view for rung in rungs]):
+    for entry in entries:
+        attack = entry.attack
+        if not is_applicable(entry.view, instrumented.views, [entry.view for entry in entries]):
             continue
         budget = getattr(attack, "budget", None)
         if budget is None:
             return None
         answers = budget(classes, norm)
-        passes = meter.passes(rung.view)
+        passes = instrumented.passes(entry.view)
         columns = classes if getattr(attack, "several", False) or attack.info.name in JACOBIANS else 1
-        seen = len(passes) * looks(rung.view, random=meter.random)
+        seen = len(passes) * looks(entry.view, random=instrumented.random)
         forwards, backwards = answers * (sum(passes) + seen), answers * sum(passes) * columns
         blind = getattr(attack, "blind", False) or attack.info.access == "score"
-        wide = attack.length(norm) + 1 if rung.arm or getattr(attack, "last_resort", False) else answers
+        wide = attack.length(norm) + 1 if entry.arm or getattr(attack, "last_resort", False) else answers
         # More for a verdict; of a random model twice, and to compare its nearest points.
-        verdict = 2 * (MOST + WEIGHED) if meter.random else 1
+        verdict = 2 * (MOST + WEIGHED) if instrumented.random else 1
         total += [forwards + verdict, 0 if blind else backwards, wide * (sum(passes) + seen) + verdict]
     forwards, backwards, passes = total.tolist()
     return forwards, backwards, passes

@@ -78,7 +78,7 @@ class Course:
 class _Device:
     """A device: those aboard by the pass at which each ends, and its passes up to the moment `since`."""
 
-    aboard: list[tuple[int, int, float]] = field(default_factory=list)
+    active: list[tuple[int, int, float]] = field(default_factory=list)
     load: float = 0.0
     done: int = 0
     since: float = 0.0
@@ -90,7 +90,7 @@ class _Device:
     def take(self, number: int, job: Job) -> None:
         """Take an image aboard."""
         passes = max(job.passes, 1)
-        heapq.heappush(self.aboard, (self.done + passes, number, job.work / passes))
+        heapq.heappush(self.active, (self.done + passes, number, job.work / passes))
         self.load += job.work / passes
 
     def advance(self, passes: int) -> None:
@@ -101,10 +101,10 @@ class _Device:
     def land(self) -> int:
         """Let those go that are through; return how many."""
         count = 0
-        while self.aboard and self.aboard[0][0] <= self.done:
-            self.load -= heapq.heappop(self.aboard)[2]
+        while self.active and self.active[0][0] <= self.done:
+            self.load -= heapq.heappop(self.active)[2]
             count += 1
-        if not self.aboard:
+        if not self.active:
             self.load = 0.0
         return count
 
@@ -140,15 +140,15 @@ class _Run:
         """Let land what is through, ask for more, begin the next passes."""
         site, device = self.site, self.devices[number]
         device.advance(device.until)
-        landed = device.land()
-        self.left -= landed
-        if landed:
+        finished = device.land()
+        self.left -= finished
+        if finished:
             self.last = max(self.last, now)
-            self.free_at = max(self.free_at, now) + site.message * (not self.alone) + landed * site.verdict
-        asks = bool(self.queue) and len(device.aboard) < site.slots
+            self.free_at = max(self.free_at, now) + site.message * (not self.alone) + finished * site.verdict
+        asks = bool(self.queue) and len(device.active) < site.slots
         after = self.free_at if self.alone else now
         if asks:
-            count = min(site.slots - len(device.aboard), len(self.queue))
+            count = min(site.slots - len(device.active), len(self.queue))
             if not self.alone:
                 count = min(count, max(1, len(self.queue) // (SHARES * site.devices)))
             after = max(self.free_at, now) + site.message * (not self.alone) + count * site.handout
@@ -163,15 +163,15 @@ class _Run:
         site, device = self.site, self.devices[number]
         device.version += 1
         device.since = now
-        if not device.aboard:
+        if not device.active:
             device.until = 0
             self.idle.add(number)
             if not self.queue:
                 heapq.heappush(self.events, (max(now, self.split_at + SPLIT_EVERY), -1, 0))
             return
         self.idle.discard(number)
-        device.until = device.aboard[0][0] - device.done
-        if self.queue and len(device.aboard) < site.slots:
+        device.until = device.active[0][0] - device.done
+        if self.queue and len(device.active) < site.slots:
             device.until = 1
         step = site.overhead + device.load
         heapq.heappush(self.events, (now + device.until * step, number, device.version))
@@ -180,9 +180,9 @@ class _Run:
         """Have the device with most on board give every other image to one that has none."""
         if not self.idle or now < self.split_at + SPLIT_EVERY:
             return
-        number = max(range(len(self.devices)), key=lambda at: len(self.devices[at].aboard))
+        number = max(range(len(self.devices)), key=lambda at: len(self.devices[at].active))
         giver = self.devices[number]
-        if len(giver.aboard) < WORTH_SPLITTING:
+        if len(giver.active) < WORTH_SPLITTING:
             return
         self.split_at = now
         step = self.site.overhead + giver.load
@@ -192,11 +192,11 @@ class _Run:
             giver.advance(passes)
             taker_number = min(self.idle)
             taker = self.devices[taker_number]
-            rows = sorted(giver.aboard)
-            giver.aboard, given = rows[::2], rows[1::2]
-            taker.aboard = [(end - giver.done + taker.done, index, rate) for end, index, rate in given]
+            rows = sorted(giver.active)
+            giver.active, given = rows[::2], rows[1::2]
+            taker.active = [(end - giver.done + taker.done, index, rate) for end, index, rate in given]
             for device in (giver, taker):
-                device.load = sum(rate for *_, rate in device.aboard)
+                device.load = sum(rate for *_, rate in device.active)
             after = at + self.site.message
             self._begin(after, number)
             self._begin(after, taker_number)
