@@ -10,11 +10,11 @@ and spelling hints are read from the source text without importing any.
 
 from __future__ import annotations
 
+from robustkit.registry.construction import make, make_again, make_method, make_technique, plain, spec
+from robustkit.registry.decorators import Info, attack, defense, method, recipe, suite, technique
 from robustkit.registry.entries import Entry, Field, catalog, find
 from robustkit.registry.fields import takes
-from robustkit.registry.making import make, make_again, make_method, make_technique, plain, spec
-from robustkit.registry.marks import Info, attack, defense, method, recipe, suite, technique
-from robustkit.registry.texts import (
+from robustkit.registry.strings import (
     DEFAULT_SUITE,
     DRAWN,
     VIEWS,

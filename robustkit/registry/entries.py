@@ -14,7 +14,7 @@ from typing import Any
 from robustkit.core.errors import did_you_mean
 from robustkit.core.limits import Limits
 from robustkit.core.step_size import StepSize
-from robustkit.registry.marks import Info, registered
+from robustkit.registry.decorators import Info, registered
 from robustkit.registry.ranges import NAMED
 
 # Where the files of a kind are; a method of training is a surrogate's in `attacks` and a defense's in `defenses`.

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from robustkit.registry.marks import stage_name
+from robustkit.registry.decorators import stage_name
 from robustkit.runs.evaluation_record import Report
 
 # The fields that say most of an attack, the best first. A record's own order is lost in its file.

@@ -22,7 +22,7 @@ from robustkit.core.criteria import Goal
 from robustkit.core.errors import UsageError
 from robustkit.core.rng import RowRng
 from robustkit.core.threat import Linf, ThreatModel, unit
-from robustkit.registry import catalog, find, make, parse_attack, texts
+from robustkit.registry import catalog, find, make, parse_attack, strings
 
 FAMILY = ("cwa", "mi-cse", "mi-sam")
 FORMS = ("paper", "official")
@@ -733,7 +733,7 @@ def test_wrong_words_get_one_sentence(name, fields, sentence):
 
 @pytest.mark.parametrize("name", [name for name in catalog("recipe") if name.endswith("-cwa")])
 def test_the_recipes_are_made_of_what_there_is(name):
-    parts = [texts.parse_call(part)[0] for part in find("recipe", name)().split("+")]
+    parts = [strings.parse_call(part)[0] for part in find("recipe", name)().split("+")]
     assert parts[0] == "cwa"
     missing = [part for part in parts[1:] if part not in catalog("technique")]
     if missing:

@@ -15,7 +15,7 @@ import robustkit
 from robustkit import registry
 from robustkit.core.errors import UsageError
 from robustkit.core.step_size import StepSize
-from robustkit.registry import texts
+from robustkit.registry import strings
 
 ATTACKS = sorted(name for name, entry in registry.catalog("attack").items() if not entry.info.family)
 
@@ -238,12 +238,12 @@ def test_attacks_on_views():
 def test_brackets_may_nest():
     text = "foolbox:SpatialAttack(num_rotations=3,grid_search=true),pgd"
     assert names(text) == ["foolbox:SpatialAttack", "pgd"]
-    assert texts.split("a(b=3,c=(1,2)),d([1,(2,3)],e={4,5}),f") == [
+    assert strings.split("a(b=3,c=(1,2)),d([1,(2,3)],e={4,5}),f") == [
         "a(b=3,c=(1,2))",
         "d([1,(2,3)],e={4,5})",
         "f",
     ]
-    assert texts.parse_call("a(b=3,c=(1, 2),d=[3,4])") == ("a", {"b": "3", "c": "(1, 2)", "d": "[3,4]"})
+    assert strings.parse_call("a(b=3,c=(1, 2),d=[3,4])") == ("a", {"b": "3", "c": "(1, 2)", "d": "[3,4]"})
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from robustkit.core.flags import Flag
-from robustkit.registry.marks import stage_name
+from robustkit.registry.decorators import stage_name
 from robustkit.runs.distances import Minimum
 from robustkit.runs.evaluation_record import (
     Cost,

@@ -9,9 +9,9 @@ from typing import Any
 
 from robustkit.core.errors import UsageError, did_you_mean
 from robustkit.core.step_size import check_pixels
+from robustkit.registry.construction import make, make_method, make_technique, spec
+from robustkit.registry.decorators import stage_name
 from robustkit.registry.entries import catalog, find
-from robustkit.registry.making import make, make_method, make_technique, spec
-from robustkit.registry.marks import stage_name
 
 DEFAULT_SUITE = "auto"
 # What that is where a threat asks for minimum norms.
