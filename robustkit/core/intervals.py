@@ -28,12 +28,12 @@ def sequence(hits: int, n: int, level: float = 0.95) -> tuple[float, float]:
 
 def exact(hits: int, n: int, level: float = 0.95) -> tuple[float, float]:
     """Return the interval of Clopper and Pearson, which holds at least as often as it says. For n = 0: (0, 1)."""
-    from scipy.stats import beta
+    if not n:
+        return 0.0, 1.0
+    from scipy.stats import binomtest
 
-    tail = (1 - level) / 2
-    low = float(beta.ppf(tail, hits, n - hits + 1)) if hits else 0.0
-    high = float(beta.ppf(1 - tail, hits + 1, n - hits)) if hits < n else 1.0
-    return low, high
+    low, high = binomtest(hits, n).proportion_ci(level, "exact")
+    return float(low), float(high)
 
 
 def middle(n: int, level: float = 0.95) -> tuple[int, int]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from fractions import Fraction
 
 from robustkit.core.errors import UsageError
 from robustkit.runs.evaluation_record import Rate, Report
@@ -76,6 +75,6 @@ def newcombe(both: int, only_first: int, only_second: int, n: int) -> tuple[floa
 
 def mcnemar(one: int, other: int) -> float:
     """Return the exact two-sided p of a split like this or more uneven, if both sides were as likely."""
-    total = one + other
-    tail = sum(math.comb(total, k) for k in range(min(one, other) + 1))
-    return float(min(Fraction(2 * tail, 2**total), Fraction(1)))
+    from scipy.stats import binomtest
+
+    return float(binomtest(one, one + other).pvalue) if one + other else 1.0

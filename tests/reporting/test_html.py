@@ -21,7 +21,7 @@ from robustkit.reporting import sentences
 from robustkit.reporting.charts import classes, histogram, svg
 from robustkit.reporting.charts.card import card
 from robustkit.reporting.charts.thumbnails import enlargement, picture
-from robustkit.reporting.html import costs, trust
+from robustkit.reporting.html import costs, render, trust
 from robustkit.reporting.html.command import command, suite
 from robustkit.reporting.html.evaluation import page
 from robustkit.reporting.names import stage_names
@@ -346,13 +346,13 @@ def test_ticks_are_round(low: float, high: float, expected: list[float] | None) 
 
 
 def test_it_is_in_the_light_and_in_the_dark_and_on_paper() -> None:
-    css = (Path(sentences.__file__).parent / "page.css").read_text()
+    css = (Path(render.__file__).parent / "page.css").read_text()
     for media in ("prefers-color-scheme: dark", "max-width: 600px", "@media print"):
         assert media in css
 
 
 def test_a_template_leaves_the_frame_to_base() -> None:
-    names = {file.name: file.read_text() for file in Path(sentences.__file__).parent.glob("*.html")}
+    names = {file.name: file.read_text() for file in Path(render.__file__).parent.glob("*.html")}
     for shared in ("base.html", "parts.html"):
         del names[shared]
     for name, text in names.items():
