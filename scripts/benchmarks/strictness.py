@@ -1,13 +1,15 @@
 """Compare `auto` with AutoAttack `standard` on every net of the strictness zoo: verdicts, cost, and the bound.
 
     python scripts/benchmarks/strictness.py --zoo zoo --mnist mnist.npz --cifar cifar10_test.npz --images 500 \
-        [--half open|held-out] [--only REGEX] [--runs DIR]
+        [--half open|held-out] [--only REGEX] [--runs DIR] [--cost 1000]
 
 The zoo is made by scripts/reproductions/train_zoo.py. AutoAttack is the authors' package (pyautoattack) as it
 is. Both get the same first test images. Each evaluation is a run folder in DIR, so the same command goes on
 where it was stopped, and a second one prints the table of what is there. A row says: robust accuracy by each,
 images that only one of them broke, passes (forward and backward) an image of each and their ratio, and the
-bound that `auto` printed: how many images AutoAttack would still break at the most.
+bound that `auto` printed: how many images AutoAttack would still break at the most. With `--cost N` it runs `auto`
+alone on N images as well, whose passes an image are compared with AutoAttack's on the fewer ones: what AutoAttack
+takes of an image does not depend on how many there are, what `auto` takes does.
 
 Hardware: CPU; about five minutes a net for 100 images on one core.
 """
@@ -87,6 +89,18 @@ def _images(entry: Entry, arguments: argparse.Namespace) -> Samples | None:
     return load_data(str(file)).head(min(arguments.images, MNIST_TEST)) if file else None
 
 
+def cost(entry: Entry, arguments: argparse.Namespace, theirs: Report) -> str:
+    """Return a line about `auto` on `--cost` images, beside AutoAttack's passes on fewer of them."""
+    many = argparse.Namespace(**{**vars(arguments), "images": arguments.cost})
+    images = _images(entry, many)
+    model = load_model(f"{arguments.zoo / entry.name}/", trust_code=True)
+    ours = evaluate(model, images, threat=entry.threat, suite="auto", out=_place(many, entry, "auto"))
+    return (
+        f"{entry.name:20} {entry.threat:11} {ours.n:5} {ours.robust_accuracy.value:7.1%} {_passes(theirs):8,.0f} "
+        f"{_passes(ours):8,.0f} {_passes(theirs) / _passes(ours):6.1f}"
+    )
+
+
 def compare(entry: Entry, arguments: argparse.Namespace) -> Row | None:
     """Return both evaluations of a net, run or read; None where net or images are absent."""
     folder, images = arguments.zoo / entry.name, _images(entry, arguments)
@@ -126,6 +140,7 @@ def main() -> None:
     parser.add_argument("--half", choices=["open", "held-out"])
     parser.add_argument("--only", default="", help="a regular expression that names must match")
     parser.add_argument("--runs", type=Path, default=Path("runs/strictness"))
+    parser.add_argument("--cost", type=int, help="images on which auto alone is run as well")
     arguments = parser.parse_args()
     apart = held_out()
     for half in ["open", "held-out"] if arguments.half is None else [arguments.half]:
@@ -139,6 +154,10 @@ def main() -> None:
                 print(row.text(), flush=True)
         if rows:
             print(summary(rows))
+        if arguments.cost:
+            print(f"\n{'net':20} {'threat':11} {'n':>5} {'auto':>7} {'AutoAtt':>8} {'auto':>8} {'ratio':>6}")
+            for row in rows:
+                print(cost(row.entry, arguments, row.theirs), flush=True)
 
 
 if __name__ == "__main__":
