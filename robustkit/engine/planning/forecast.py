@@ -34,7 +34,7 @@ ROUNDS, MOST_SIMULATED = 4, 20_000
 # Seconds until a worker process has what it needs to load the model (docs/scale.md: 5.9 to 8.6 with it).
 SPAWN = 5.0
 # Seconds that the driver takes for a message, for an image handed out and for a verdict written down, and of the
-# last two for each byte of the image: scripts/benchmarks/simulate_scale.py --measure, of one core of an AMD EPYC.
+# last two for each byte of the image: measured on one core of an AMD EPYC.
 MESSAGE, HANDOUT, HANDOUT_BYTE, VERDICT, VERDICT_BYTE = 2e-4, 1e-5, 1e-9, 9e-5, 5e-9
 
 
