@@ -28,7 +28,7 @@ class CSGHMC(CSGLD):
     weight_decay: NonNegative = 1e-4
     batch_norm: str = "keep"
 
-    def size(self, samples: int) -> Size:
+    def default_size(self, samples: int) -> Size:
         """Return the size of Gubri et al. on ImageNet with a ResNet-50; less on a small set."""
         if samples > 5000:
             return Size(epochs=45 * self.cycles, batch_size=256, lr=0.1)

@@ -19,12 +19,13 @@ from robustkit.core.errors import UsageError
 from robustkit.registry import method
 from robustkit.registry.ranges import Count, CountOrZero, NonNegative, ShareBelowOne
 from robustkit.sampling import Langevin, cyclical
-from robustkit.training.method import Method, Plan, Size
+from robustkit.training.method import Plan, Size
+from robustkit.training.posterior_method import PosteriorMethod
 
 
 @method("csgld", paper="arXiv:2011.05074")
 @dataclass(frozen=True, slots=True)
-class CSGLD(Method):
+class CSGLD(PosteriorMethod):
     """Cosine cycles of the learning rate from a warm start; the last epochs of each are noisy and are kept.
 
     `temperature` is the posterior's: 1 is Bayes' own, 0 the same without noise; the batch size has no part in it.
@@ -41,15 +42,13 @@ class CSGLD(Method):
     weight_decay: NonNegative = 3e-4
     batch_norm: str = "keep"
 
-    posterior = True
-
-    def size(self, samples: int) -> Size:
+    def default_size(self, samples: int) -> Size:
         """Return the paper's size on CIFAR-10; shorter cycles on a small set."""
         return Size(epochs=(50 if samples > 5000 else 16) * self.cycles, batch_size=64, lr=0.5)
 
-    def check(self, plan: Plan) -> None:
+    def check_plan(self, plan: Plan) -> None:
         """Refuse cycles that are not whole epochs, or too short for their samples."""
-        Method.check(self, plan)
+        PosteriorMethod.check_plan(self, plan)
         name = self.info.name
         if plan.epochs % self.cycles:
             raise UsageError(f"{name}: {plan.epochs} epochs are not {self.cycles} equal cycles; write a multiple.")

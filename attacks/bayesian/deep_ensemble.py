@@ -24,7 +24,7 @@ class DeepEnsemble(Method):
 
     ensembles = True
 
-    def size(self, samples: int) -> Size:
+    def default_size(self, samples: int) -> Size:
         """Return a usual training of five nets, less on a small set."""
         if samples > 5000:
             return Size(epochs=100, batch_size=128, lr=0.1, members=5)

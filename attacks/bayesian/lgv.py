@@ -13,10 +13,11 @@ from robustkit.core.errors import UsageError
 from robustkit.registry import method
 from robustkit.registry.ranges import Count, NonNegative, ShareBelowOne
 from robustkit.sampling import cosine, enough, spread
-from robustkit.training.method import Method, Plan, Size
+from robustkit.training.method import Plan, Size
+from robustkit.training.posterior_method import PosteriorMethod
 
 
-class Collecting(Method):
+class Collecting(PosteriorMethod):
     """An ordinary training, then descent at a constant rate whose weights are kept; base of `lgv` and `mba`."""
 
     __slots__ = ()
@@ -25,11 +26,9 @@ class Collecting(Method):
     momentum: ShareBelowOne
     weight_decay: NonNegative
 
-    posterior = True
-
-    def check(self, plan: Plan) -> None:
+    def check_plan(self, plan: Plan) -> None:
         """Refuse a run shorter than what is collected."""
-        Method.check(self, plan)
+        PosteriorMethod.check_plan(self, plan)
         name = self.info.name
         if self.collect_epochs > plan.epochs:
             raise UsageError(
@@ -66,16 +65,16 @@ class LGV(Collecting):
     weight_decay: NonNegative = 1e-4
     batch_norm: str = "keep"
 
-    def size(self, samples: int) -> Size:
+    def default_size(self, samples: int) -> Size:
         """Return a usual training with the paper's epochs after it, less on a small set."""
         if samples > 5000:
             return Size(epochs=100 + self.collect_epochs, batch_size=256, lr=0.1)
         batch_size = max(min(64, samples // max(self.snapshots_per_epoch, 1)), 1)
         return Size(epochs=40 + self.collect_epochs, batch_size=batch_size, lr=0.05)
 
-    def check(self, plan: Plan) -> None:
+    def check_plan(self, plan: Plan) -> None:
         """Refuse a run shorter than what is collected, or epochs with fewer steps than snapshots."""
-        Collecting.check(self, plan)
+        Collecting.check_plan(self, plan)
         enough(self.info.name, "snapshots_per_epoch", self.snapshots_per_epoch, plan.steps_per_epoch)
 
     def share(self, plan: Plan) -> float:

@@ -23,7 +23,8 @@ from robustkit.core.limits import Limits
 from robustkit.registry import method
 from robustkit.registry.ranges import Count, NonNegative, ShareBelowOne
 from robustkit.sampling import Moments, spread
-from robustkit.training.method import Batch, Method, Plan, Size, State
+from robustkit.training.method import Batch, Method, Plan, Size
+from robustkit.training.posterior_method import State
 
 # Sets of at most so many images are small.
 SMALL = 5000
@@ -49,7 +50,7 @@ class MBA(Collecting):
     weight_decay: NonNegative = 5e-4
     batch_norm: str = "re-estimate"
 
-    def size(self, samples: int) -> Size:
+    def default_size(self, samples: int) -> Size:
         """Return a usual training with the paper's epochs after it, less on a small set."""
         if samples > SMALL:
             return Size(epochs=100 + self.collect_epochs, batch_size=256, lr=0.1)

@@ -34,7 +34,7 @@ class PSGLD(SGLD):
     damping: Annotated[float, Limits(1e-12)] = 1e-5
     batch_norm: str = "keep"
 
-    def size(self, samples: int) -> Size:
+    def default_size(self, samples: int) -> Size:
         """Return the epochs of `csgld` on CIFAR-10, less on a small set, at the rate of the paper's order."""
         return Size(epochs=250 if samples > 5000 else 80, batch_size=64, lr=0.001)
 

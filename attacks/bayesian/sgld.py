@@ -15,12 +15,13 @@ from torch import nn
 from robustkit.registry import method
 from robustkit.registry.ranges import Count, NonNegative, ShareBelowOne
 from robustkit.sampling import Langevin, enough, polynomial, spread
-from robustkit.training.method import Method, Plan, Size
+from robustkit.training.method import Plan, Size
+from robustkit.training.posterior_method import PosteriorMethod
 
 
 @method("sgld", paper="Welling & Teh, ICML 2011")
 @dataclass(frozen=True, slots=True)
-class SGLD(Method):
+class SGLD(PosteriorMethod):
     """Noise in every step, a rate that falls as a power; `snapshots` are kept evenly after the burn-in."""
 
     snapshots: Count = 15
@@ -30,15 +31,13 @@ class SGLD(Method):
     weight_decay: NonNegative = 3e-4
     batch_norm: str = "keep"
 
-    posterior = True
-
-    def size(self, samples: int) -> Size:
+    def default_size(self, samples: int) -> Size:
         """Return the size of `csgld` on CIFAR-10, less on a small set."""
         return Size(epochs=250 if samples > 5000 else 80, batch_size=64, lr=0.5)
 
-    def check(self, plan: Plan) -> None:
+    def check_plan(self, plan: Plan) -> None:
         """Refuse fields that make no chain, and more snapshots than steps."""
-        Method.check(self, plan)
+        PosteriorMethod.check_plan(self, plan)
         name = self.info.name
         enough(name, "snapshots", self.snapshots, plan.steps - self._burnt(plan))
 

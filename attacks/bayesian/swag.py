@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from robustkit.registry import method
 from robustkit.registry.ranges import Count, CountOrZero, NonNegative, ShareBelowOne
 from robustkit.sampling import Moments, linear
-from robustkit.training.method import Method, Plan, Size, State
+from robustkit.training.method import Plan, Size
+from robustkit.training.posterior_method import PosteriorMethod, State
 
 
 @method("swag", paper="arXiv:1902.02476")
 @dataclass(frozen=True, slots=True)
-class SWAG(Method):
+class SWAG(PosteriorMethod):
     """SGD whose rate levels out; the weights after each late epoch fit a normal, `draws` of it are stored.
 
     `start` is the share of the epochs that are over before the first whose weights count; there the rate is `lr`
@@ -34,9 +35,7 @@ class SWAG(Method):
     weight_decay: NonNegative = 3e-4
     batch_norm: str = "re-estimate"
 
-    posterior = True
-
-    def size(self, samples: int) -> Size:
+    def default_size(self, samples: int) -> Size:
         """Return the paper's size for a PreResNet on CIFAR-10, less on a small set."""
         if samples > 5000:
             return Size(epochs=300, batch_size=128, lr=0.1)

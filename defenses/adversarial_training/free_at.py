@@ -18,15 +18,15 @@ from torch import Tensor, nn
 
 from robustkit.core.step_size import StepSize
 from robustkit.core.threat import ThreatModel
+from robustkit.defenses.adversarial_training.base import RobustTraining
 from robustkit.registry import method
 from robustkit.registry.ranges import Count, NonNegative, ShareBelowOne
-from robustkit.training import ensemble_utils
-from robustkit.training.method import Batch, Method, Plan, Size
+from robustkit.training.method import Batch, BatchNeeds, Plan, Size
 
 
 @method("free-at", paper="arXiv:1904.12843")
 @dataclass(frozen=True, slots=True)
-class FreeAT(Method):
+class FreeAT(RobustTraining):
     """Cross-entropy on images that move by `step_size` (`1eps`, `8/255px`) after each of `repeats` passes."""
 
     threat: str = "linf:8/255"
@@ -35,27 +35,18 @@ class FreeAT(Method):
     momentum: ShareBelowOne = 0.9
     weight_decay: NonNegative = 5e-4
 
-    ensembles = True
-
     def __post_init__(self) -> None:
         """Refuse an unknown threat."""
         ThreatModel.parse(self.threat).bounded()
 
-    def size(self, samples: int) -> Size:
+    def default_size(self, samples: int) -> Size:
         """Return the paper's size on CIFAR-10; less on a small set. Each epoch costs `repeats` plain ones."""
         return Size(epochs=25, batch_size=128, lr=0.1) if samples > 5000 else Size(10, 64, 0.02)
 
-    def replays(self) -> int:
+    @property
+    def batch_needs(self) -> BatchNeeds:
         """Return how often a batch is trained on."""
-        return self.repeats
-
-    def divides(self) -> bool:
-        """Return that members have nothing to do with each other."""
-        return True
-
-    def rate(self, step: int, plan: Plan) -> float:
-        """Return `lr`, a tenth of it from a half and a hundredth from three quarters of the run."""
-        return ensemble_utils.tenfold(step, plan.steps, plan.lr)
+        return BatchNeeds(repeats=self.repeats)
 
     def backward(self, nets: Sequence[nn.Module], batch: Batch, plan: Plan) -> Tensor:
         """Add the gradient of every member's loss at its images, and move them for the next pass."""

@@ -16,16 +16,17 @@ from torch import Tensor, nn
 from robustkit.core.errors import UsageError
 from robustkit.core.shapes import Images
 from robustkit.core.threat import ThreatModel
+from robustkit.defenses.adversarial_training.base import RobustTraining
 from robustkit.defenses.adversarial_training.interval_bounds import bounds
 from robustkit.registry import method
 from robustkit.registry.ranges import NonNegative, Share
 from robustkit.training import ensemble_utils
-from robustkit.training.method import Batch, Method, Plan, Size
+from robustkit.training.method import Batch, Plan, Size
 
 
 @method("ibp", paper="arXiv:1810.12715")
 @dataclass(frozen=True, slots=True)
-class IBP(Method):
+class IBP(RobustTraining):
     """Cross-entropy, and that of the worst logits that the interval bounds allow.
 
     Training is plain for the share `warmup` of the run. Over the following share `ramp`, eps grows from 0 to that
@@ -38,49 +39,34 @@ class IBP(Method):
     certified: Share = 0.5
     weight_decay: NonNegative = 0.0
 
-    ensembles = True
-
     def __post_init__(self) -> None:
         """Refuse a threat that is not linf."""
         if ThreatModel.parse(self.threat).bounded().norm != "linf":
             raise UsageError(f"ibp: threat={self.threat} must be linf, whose balls are boxes, e.g. linf:8/255.")
 
-    def size(self, samples: int) -> Size:
+    def default_size(self, samples: int) -> Size:
         """Return the paper's size on MNIST; less on a small set."""
         return Size(epochs=100, batch_size=100, lr=1e-3) if samples > 5000 else Size(60, 64, 2e-3)
 
-    def check(self, plan: Plan) -> None:
+    def check_plan(self, plan: Plan) -> None:
         """Refuse shares that are no shares."""
-        Method.check(self, plan)
+        RobustTraining.check_plan(self, plan)
         if self.warmup + self.ramp > 1:
             raise UsageError(f"ibp: warmup + ramp must be at most 1, got {self.warmup + self.ramp:g}.")
 
-    def fits(self, nets: Sequence[nn.Module], image: Images) -> None:
+    def check_nets(self, nets: Sequence[nn.Module], image: Images) -> None:
         """Refuse nets that intervals do not pass through."""
         for net in nets:
             with torch.no_grad():
                 bounds(net, image, 0.0)
 
-    def divides(self) -> bool:
-        """Return that members have nothing to do with each other."""
-        return True
-
     def optimizer(self, parameters: Iterable[nn.Parameter], plan: Plan) -> torch.optim.Optimizer:
         """Return Adam."""
         return torch.optim.Adam(parameters, lr=plan.lr, weight_decay=self.weight_decay)
 
-    def rate(self, step: int, plan: Plan) -> float:
-        """Return `lr`, a tenth of it from a half and a hundredth from three quarters of the run."""
-        return ensemble_utils.tenfold(step, plan.steps, plan.lr)
-
-    def backward(self, nets: Sequence[nn.Module], batch: Batch, plan: Plan) -> Tensor:
-        """Add the gradient of every member's loss."""
+    def loss(self, net: nn.Module, batch: Batch, plan: Plan) -> Tensor:
+        """Return the mixture of the cross-entropy and that of the worst logits."""
         grown = min(1.0, max(0.0, (batch.step / plan.steps - self.warmup) / max(self.ramp, 1e-9)))
-        total = torch.stack([self._loss(net, batch, grown) for net in nets]).sum()
-        total.backward()  # type: ignore[no-untyped-call]
-        return total.detach() / len(nets)
-
-    def _loss(self, net: nn.Module, batch: Batch, grown: float) -> Tensor:
         plain = F.cross_entropy(net(batch.x), batch.y)
         if not grown:
             return plain

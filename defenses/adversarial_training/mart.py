@@ -6,25 +6,24 @@ member is trained on images of its own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robustkit.core.shapes import Images, Labels, Logits
+from robustkit.core.shapes import Labels, Logits
 from robustkit.core.step_size import StepSize
-from robustkit.core.threat import ThreatModel
+from robustkit.defenses.adversarial_training.base import PerturbedTraining
 from robustkit.registry import method
 from robustkit.registry.ranges import Count, NonNegative, ShareBelowOne
 from robustkit.training import ensemble_utils
-from robustkit.training.method import Batch, Method, Plan, Size
+from robustkit.training.method import Batch, Plan
 
 
 @method("mart", paper="ICLR 2020")
 @dataclass(frozen=True, slots=True)
-class MART(Method):
+class MART(PerturbedTraining):
     """Boosted cross-entropy on adversarial images, and `beta` times a divergence weighed by 1 - p(label | image).
 
     PGD starts from normal noise of deviation `start`; a step is `step_size`: `0.25eps`, or `2/255px` in pixels.
@@ -38,49 +37,22 @@ class MART(Method):
     momentum: ShareBelowOne = 0.9
     weight_decay: NonNegative = 2e-4
 
-    ensembles = True
-
-    def __post_init__(self) -> None:
-        """Refuse an unknown threat."""
-        ThreatModel.parse(self.threat).bounded()
-
-    def size(self, samples: int) -> Size:
-        """Return the paper's size on CIFAR-10; less on a small set."""
-        return ensemble_utils.sgd_size(samples, 120)
-
-    def divides(self) -> bool:
-        """Return that members have nothing to do with each other."""
-        return True
+    epochs = 120
 
     def rate(self, step: int, plan: Plan) -> float:
         """Return `lr`, a tenth of it from epoch 75 of 120 and a hundredth from epoch 100, as the paper does."""
         done = step / plan.steps
         return float(plan.lr * 0.1 ** ((done >= 75 / 120) + (done >= 100 / 120)))
 
-    def backward(self, nets: Sequence[nn.Module], batch: Batch, plan: Plan) -> Tensor:
-        """Add the gradient of every member's loss."""
-        with ensemble_utils.statistics(nets, "frozen"):
-            attacked = [self._attacked(net, batch) for net in nets]
-        total = torch.stack(
-            [
-                boosted(net(batch.x), net(x), batch.y, self.beta).mean()
-                for net, x in zip(nets, attacked, strict=True)
-            ]
-        ).sum()
-        total.backward()  # type: ignore[no-untyped-call]
-        return total.detach() / len(nets)
-
-    def _attacked(self, net: nn.Module, batch: Batch) -> Images:
-        threat = ThreatModel.parse(self.threat)
-        noise = self.start * batch.rng.normal(*batch.x.shape[1:])
-        return ensemble_utils.ascend(
-            lambda x: F.cross_entropy(net(x), batch.y, reduction="none"),
-            threat.project(batch.x + noise, batch.x),
-            batch.x,
-            threat,
-            steps=self.steps,
-            step_size=self.step_size.share(float(threat.eps)),
-        )
+    def loss(self, net: nn.Module, batch: Batch, plan: Plan) -> Tensor:
+        """Return the weighted loss on adversarial images."""
+        with ensemble_utils.statistics([net], "frozen"):
+            attacked = self.perturbed(
+                lambda x: F.cross_entropy(net(x), batch.y, reduction="none"),
+                self.noisy_images(batch, self.start),
+                batch,
+            )
+        return boosted(net(batch.x), net(attacked), batch.y, self.beta).mean()
 
 
 def boosted(clean: Logits, attacked: Logits, labels: Labels, beta: float) -> Tensor:

@@ -38,7 +38,7 @@ class Standard(Method):
         if self.schedule not in SCHEDULES:
             raise did_you_mean("schedule", self.schedule, SCHEDULES)
 
-    def size(self, samples: int) -> Size:
+    def default_size(self, samples: int) -> Size:
         """Return what is usual on CIFAR-10; on a small set more epochs of smaller steps."""
         return (
             Size(epochs=30, batch_size=64, lr=0.2) if samples <= 5000 else Size(epochs=30, batch_size=128, lr=0.1)

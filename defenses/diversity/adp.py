@@ -33,15 +33,15 @@ class ADP(Method):
     weight_decay: NonNegative = 1e-4
 
     ensembles = True
-    fewest = 2
+    min_members = 2
 
-    def size(self, samples: int) -> Size:
+    def default_size(self, samples: int) -> Size:
         """Return the size of DVERGE's comparison; less on a small set."""
         return ensemble_utils.adam_size(samples)
 
-    def check(self, plan: Plan) -> None:
+    def check_plan(self, plan: Plan) -> None:
         """Refuse negative weights, and more members than wrong classes, which span nothing."""
-        Method.check(self, plan)
+        Method.check_plan(self, plan)
         if plan.members >= plan.classes:
             raise UsageError(
                 f"adp: --members {plan.members} are more than the {plan.classes - 1} wrong classes in which "

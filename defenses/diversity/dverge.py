@@ -25,7 +25,7 @@ from robustkit.models.layers.features import distil
 from robustkit.registry import method
 from robustkit.registry.ranges import Count, NonNegative, Share, ShareBelowOne
 from robustkit.training import ensemble_utils
-from robustkit.training.method import Batch, Method, Plan, Size
+from robustkit.training.method import Batch, BatchNeeds, Method, Plan, Size
 
 
 @method("dverge", paper="arXiv:2009.14720")
@@ -59,8 +59,7 @@ class DVERGE(Method):
     weight_decay: NonNegative = 1e-4
 
     ensembles = True
-    fewest = 2
-    pairs = True
+    min_members = 2
 
     def __post_init__(self) -> None:
         """Refuse unknown words."""
@@ -69,16 +68,21 @@ class DVERGE(Method):
                 raise did_you_mean(field, getattr(self, field), known)
         ThreatModel.parse(self.threat).bounded()
 
-    def size(self, samples: int) -> Size:
+    @property
+    def batch_needs(self) -> BatchNeeds:
+        """Return that each image comes with a partner image."""
+        return BatchNeeds(pairs=True)
+
+    def default_size(self, samples: int) -> Size:
         """Return the paper's size, the baseline's 200 epochs included; less on a small set."""
         return ensemble_utils.diverse_size(samples, few=24 if self.adversarial else 40)
 
-    def fits(self, nets: Sequence[nn.Module], image: Images) -> None:
+    def check_nets(self, nets: Sequence[nn.Module], image: Images) -> None:
         """Refuse a layer that a net has not."""
         if self.layer != "random":
             ensemble_utils.fixed_layer(nets, image, self.layer)
 
-    def divides(self) -> bool:
+    def supports_member_parallel(self) -> bool:
         """Return that members learn from images, which processes can exchange."""
         return True
 

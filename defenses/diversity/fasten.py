@@ -31,7 +31,7 @@ from robustkit.models.layers.features import distil
 from robustkit.registry import method
 from robustkit.registry.ranges import NonNegative, Share, ShareBelowOne
 from robustkit.training import ensemble_utils
-from robustkit.training.method import Batch, Method, Plan, Size
+from robustkit.training.method import Batch, BatchNeeds, Method, Plan, Size
 
 
 @method("fasten", paper="IEEE TIFS 2024")
@@ -55,7 +55,7 @@ class FASTEN(Method):
     weight_decay: NonNegative = 1e-4
 
     ensembles = True
-    fewest = 2
+    min_members = 2
 
     def __post_init__(self) -> None:
         """Refuse unknown words."""
@@ -63,22 +63,23 @@ class FASTEN(Method):
             if getattr(self, field) not in known:
                 raise did_you_mean(field, getattr(self, field), known)
 
-    def size(self, samples: int) -> Size:
+    def default_size(self, samples: int) -> Size:
         """Return the size of `dverge`."""
         return ensemble_utils.diverse_size(samples)
 
-    def fits(self, nets: Sequence[nn.Module], image: Images) -> None:
+    def check_nets(self, nets: Sequence[nn.Module], image: Images) -> None:
         """Refuse a layer that a net has not."""
         if self.layer != "random":
             ensemble_utils.fixed_layer(nets, image, self.layer)
 
-    def divides(self) -> bool:
+    def supports_member_parallel(self) -> bool:
         """Return that members learn from images, which processes can exchange."""
         return True
 
-    def remembers(self) -> bool:
-        """Return whether steps go on from the last epoch's."""
-        return self.reuse
+    @property
+    def batch_needs(self) -> BatchNeeds:
+        """Return the memory of perturbations, unless every step starts at random."""
+        return BatchNeeds(memory=self.reuse)
 
     def optimizer(self, parameters: Iterable[nn.Parameter], plan: Plan) -> torch.optim.Optimizer:
         """Return SGD with momentum."""

@@ -28,9 +28,9 @@ class GAL(Method):
     weight_decay: NonNegative = 1e-4
 
     ensembles = True
-    fewest = 2
+    min_members = 2
 
-    def size(self, samples: int) -> Size:
+    def default_size(self, samples: int) -> Size:
         """Return the size of DVERGE's comparison; less on a small set."""
         return ensemble_utils.adam_size(samples)
 

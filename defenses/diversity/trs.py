@@ -42,9 +42,9 @@ class TRS(Method):
     weight_decay: NonNegative = 1e-4
 
     ensembles = True
-    fewest = 2
+    min_members = 2
 
-    def size(self, samples: int) -> Size:
+    def default_size(self, samples: int) -> Size:
         """Return the authors' size on CIFAR-10; less on a small set, since a step has eight double passes."""
         return ensemble_utils.adam_size(samples, 120) if samples > 5000 else Size(10, 32, 0.01, members=3)
 

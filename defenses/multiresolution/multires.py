@@ -32,7 +32,8 @@ from robustkit.models.ensembles.aggregation import parse_aggregator
 from robustkit.registry import method
 from robustkit.registry.ranges import Count, CountOrZero, NonNegative
 from robustkit.training import ensemble_utils
-from robustkit.training.method import Batch, Method, Plan, Size
+from robustkit.training.method import Batch, Plan, Size
+from robustkit.training.wrapping_method import WrappingMethod
 
 ATTACKS = ("none", "fgsm", "pgd")
 MOST_HEIGHTS = 16
@@ -40,7 +41,7 @@ MOST_HEIGHTS = 16
 
 @method("multires", paper="arXiv:2408.05446")
 @dataclass(frozen=True, slots=True)
-class MultiRes(Method):
+class MultiRes(WrappingMethod):
     """Trains a backbone on stacks, then for the last `probing` of the epochs linear probes at its `layers`.
 
     `preset` is `notebook` or `paper`; `resolutions` (32+16+8+4), `noise`, `jitter` (pixels), `contrast` (0.7:1.5)
@@ -65,7 +66,6 @@ class MultiRes(Method):
     step_size: StepSize = StepSize(0.25)
 
     ensembles = True
-    wraps = True
 
     def __post_init__(self) -> None:
         """Refuse unknown words and impossible constants."""
@@ -75,13 +75,13 @@ class MultiRes(Method):
         ThreatModel.parse(self.threat).bounded()
         self.stack(32)
 
-    def size(self, samples: int) -> Size:
+    def default_size(self, samples: int) -> Size:
         """Return the notebook's size, which finetunes; on a small set one that learns from scratch."""
         return Size(7, 128, 3.3e-5) if samples > 5000 else Size(30, 64, 0.01)
 
-    def check(self, plan: Plan) -> None:
+    def check_plan(self, plan: Plan) -> None:
         """Refuse a run without epochs for both parts."""
-        Method.check(self, plan)
+        WrappingMethod.check_plan(self, plan)
         if plan.epochs < 2:
             raise UsageError(
                 f"multires trains backbone and probes, not in --epochs {plan.epochs}; write 2 or more."
@@ -99,7 +99,7 @@ class MultiRes(Method):
         changed |= {name: _range(name, text) for name in ("contrast", "colour") if (text := getattr(self, name))}
         return MultiResolution.preset(self.preset, height, **changed)
 
-    def around(
+    def wrap(
         self,
         net: nn.Module,
         image: Images,
@@ -133,7 +133,7 @@ class MultiRes(Method):
         parse_aggregator(text)(torch.zeros(1, len(one.layers) + 1, 2))
         one.combine = text
 
-    def divides(self) -> bool:
+    def supports_member_parallel(self) -> bool:
         """Return that members have nothing to do with each other."""
         return True
 

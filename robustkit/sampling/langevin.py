@@ -5,7 +5,7 @@ arXiv:1512.07666). Each takes the gradient of a mean loss, as ordinary training 
 the size of the data set; so neither the batch size nor the number of batches sets the temperature.
 
 Before a step its parameter groups are told its `counter`, of which the noise is a function, and whether it is
-`noisy`; `robustkit.training.method.Method.update` does so.
+`noisy`; `robustkit.training.loop.take_step` does so.
 """
 
 from __future__ import annotations

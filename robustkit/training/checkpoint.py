@@ -23,6 +23,7 @@ from robustkit.runs.training_record import CHECKPOINTS
 from robustkit.training.memory import Memory
 from robustkit.training.method import Method, Plan
 from robustkit.training.nets import Tally
+from robustkit.training.posterior_method import kept_steps
 
 FILE, PREVIOUS = CHECKPOINTS
 
@@ -140,7 +141,7 @@ def _fault(content: bytes, method: Method, plan: Plan) -> str:
         if not (type(step) is int and 0 <= step <= plan.steps):
             return f"step is {step!r}, and must be from 0 to {plan.steps}"
         wanted = {
-            "kept": (kept, sum(method.keeps(one, plan) for one in range(step))),
+            "kept": (kept, len(kept_steps(method, plan, step))),
             "epochs": (len(history), step // plan.steps_per_epoch),
         }
         for name, (found, right) in wanted.items():

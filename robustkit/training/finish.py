@@ -25,10 +25,12 @@ from robustkit.training import evaluation
 from robustkit.training.averages import swapped
 from robustkit.training.checkpoint import PREVIOUS, ModelState, TrainState
 from robustkit.training.images import Epoch, ImageSet
-from robustkit.training.method import Method, State
+from robustkit.training.method import Plan
 from robustkit.training.nets import Member, bare, flops
+from robustkit.training.posterior_method import PosteriorMethod, State, kept_steps
 from robustkit.training.quick_diversity import oracles, quick_diversity, usual_threat
 from robustkit.training.session import Job
+from robustkit.training.wrapping_method import WrappingMethod
 
 
 def finish(
@@ -42,9 +44,11 @@ def finish(
     """Write the files; it may be called again after a crash at any point of it."""
     samples: list[dict[str, Any]] = []
     scores: list[Tensor] = []
-    if job.method.posterior:
-        posterior = _pack(job, members[0], course, train)
-        samples = _facts(job.method, job, len(posterior))
+    method = job.method
+    has_posterior = isinstance(method, PosteriorMethod)
+    if isinstance(method, PosteriorMethod):
+        posterior = _pack(job, method, members[0], course, train)
+        samples = _facts(method, job.plan, len(posterior))
         for number, facts in enumerate(samples):
             posterior.put(members[0].net, number)
             if test is not None:
@@ -69,7 +73,7 @@ def finish(
     # Members of one architecture cost the same.
     counted = classifiers if ModelString.parse(arch).kind == ENSEMBLE else classifiers[:1]
     per_image = sum(flops(one.eval(), train.at(slice(0, 1))) for one in counted) // len(counted)
-    tally, file = course.tally, POSTERIOR if job.method.posterior else WEIGHTS
+    tally, file = course.tally, POSTERIOR if has_posterior else WEIGHTS
     record = Trained(
         run_id=job.spec.run_id,
         arch=arch,
@@ -83,8 +87,8 @@ def finish(
         history=course.history,
         samples=samples,
         accuracy=accuracy,
-        member_accuracy=[] if job.method.posterior else own,
-        input=[train.channels, *train.pixels.shape[1:3]] if job.method.wraps else None,
+        member_accuracy=[] if has_posterior else own,
+        input=[train.channels, *train.pixels.shape[1:3]] if isinstance(method, WrappingMethod) else None,
         cost={
             "forwards": tally.forwards,
             "backwards": tally.backwards,
@@ -118,15 +122,15 @@ def compare(job: Job, members: Sequence[Member], parts: ModelState, test: ImageS
         return quick_diversity(nets, test, job.plan.samples, usual_threat(str(job.spec.data["string"])))
 
 
-def _pack(job: Job, member: Member, course: TrainState, train: ImageSet) -> Posterior:
+def _pack(job: Job, method: PosteriorMethod, member: Member, course: TrainState, train: ImageSet) -> Posterior:
     """Make the method's samples of the states that were kept, and return the posterior of them."""
     if (job.folder / POSTERIOR).is_file():
         return Posterior.open(job.folder)
     Draft(job.folder / KEPT).require(course.kept)
     order = Epoch.of(train, job.plan, job.plan.epochs, ()).order
     draft, count = Draft(job.folder), 0
-    for state in job.method.samples(_kept(job.folder / KEPT), job.plan):
-        if job.method.batch_norm == "re-estimate":
+    for state in method.samples(_kept(job.folder / KEPT), job.plan):
+        if method.batch_norm == "re-estimate":
             member.net.load_state_dict(state)
             evaluation.re_estimate(member, train, min(job.plan.batch_size, len(train)), order)
             state = member.net.state_dict()
@@ -142,12 +146,11 @@ def _kept(folder: Path) -> Iterator[State]:
         yield draft.state(number)
 
 
-def _facts(method: Method, job: Job, count: int) -> list[dict[str, Any]]:
+def _facts(method: PosteriorMethod, plan: Plan, count: int) -> list[dict[str, Any]]:
     """Return step, epoch, cycle and rate of each sample that is a state of the run; of a drawn one none."""
     nothing = {"step": None, "epoch": None, "cycle": None, "rate": None, "accuracy": None, "loss": None}
-    if type(method).samples is not Method.samples:
+    if type(method).samples is not PosteriorMethod.samples:
         return [dict(nothing) for _ in range(count)]
-    plan = job.plan
     return [
         {
             **nothing,
@@ -156,8 +159,7 @@ def _facts(method: Method, job: Job, count: int) -> list[dict[str, Any]]:
             "cycle": method.cycle(step, plan) + 1,
             "rate": method.rate(step, plan),
         }
-        for step in range(plan.steps)
-        if method.keeps(step, plan)
+        for step in kept_steps(method, plan, plan.steps)
     ]
 
 

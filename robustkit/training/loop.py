@@ -22,10 +22,11 @@ from robustkit.training.checkpoint import ModelState, TrainState
 from robustkit.training.finish import compare, finish, judge
 from robustkit.training.images import Epoch
 from robustkit.training.memory import Memory
-from robustkit.training.method import Plan, ProcessGroup
+from robustkit.training.method import Method, Plan, ProcessGroup
 from robustkit.training.metrics import MISSING, Metrics
 from robustkit.training.nets import Member, build, laid_out
 from robustkit.training.parallel.data_parallel import DataParallel
+from robustkit.training.posterior_method import PosteriorMethod
 from robustkit.training.progress import TrainProgress
 from robustkit.training.session import Job
 
@@ -75,7 +76,7 @@ class TrainingSession:
             nets=nets,
             optimizers=[job.method.optimizer(own, plan) for own, plan in zip(weights, plans, strict=True)],
             averages=[averages.start(net) for net in nets] if job.spec.ema else [],
-            memory=Memory.of(self.images, job.plan.members) if job.method.remembers() else None,
+            memory=Memory.of(self.images, job.plan.members) if job.method.batch_needs.memory else None,
         )
         # Of several processes one reads, writes and speaks: not every host sees what is new in a folder at once.
         self.first = fabric.global_rank == 0
@@ -116,7 +117,7 @@ class TrainingSession:
     def _finish(self) -> None:
         """Write what a finished run leaves, in the first process alone."""
         members = self.members
-        if self.method.posterior:
+        if isinstance(self.method, PosteriorMethod):
             # Samples pass through a net that waits for no other process and counts as one.
             members = [self._member(0, ProcessGroup())]
             members[0].begin(self.plan.steps)
@@ -127,7 +128,7 @@ class TrainingSession:
         plan, course = self.plan, self.course
         number, start = divmod(course.step, plan.steps_per_epoch)
         moved = augment.parts(self.job.spec.augment)
-        epoch = Epoch.of(self.images, plan, number, moved, self.method.pairs)
+        epoch = Epoch.of(self.images, plan, number, moved, self.method.batch_needs.pairs)
         before, begun = course.seconds, time.perf_counter()
         saved = begun
         for place in range(start, plan.steps_per_epoch):
@@ -178,21 +179,21 @@ class TrainingSession:
         optimizers = [self.parts.optimizers[number] for number in share.own]
         for member in own:
             member.begin(step)
-        replays = method.replays()
-        for _ in range(replays):
+        repeats = method.batch_needs.repeats
+        for _ in range(repeats):
             for optimizer in optimizers:
                 optimizer.zero_grad(set_to_none=True)
             loss = method.backward(own, batch, plan)
-            course.loss += share.settle([member.net for member in own], loss) / replays
+            course.loss += share.settle([member.net for member in own], loss) / repeats
             for optimizer in optimizers:
-                method.update(optimizer, step, plan)
+                take_step(method, optimizer, step, plan)
         if memory is not None and batch.memory is not None:
             memory.write(epoch, *share.remembered(rows, batch.memory))
         if self.parts.averages:
             for number in share.own:
                 averages.advance(self.parts.averages[number], self.parts.nets[number], self.job.spec.ema)
         course.step += 1
-        if method.keeps(step, plan):
+        if isinstance(method, PosteriorMethod) and method.keeps(step, plan):
             if self.first:
                 Draft(subfolder(self.job.folder, KEPT)).add(self.parts.nets[0].state_dict(), course.kept)
             course.kept += 1
@@ -217,6 +218,19 @@ class TrainingSession:
         classifier = build(job.archs[number], seed, sample, plan.classes, self.method, job.trust_code)
         classifier = laid_out(classifier.to(fabric.device).train(), sample.to(fabric.device))
         return Member(classifier, self.course.tally, fabric.autocast, seed, peers.part, peers.parts).train()
+
+
+def take_step(method: Method, optimizer: torch.optim.Optimizer, step: int, plan: Plan) -> None:
+    """Move the weights of one member along their gradients.
+
+    The parameter groups of the optimizer receive the learning rate as `lr`, the step as `counter` and whether it
+    adds noise as `noisy`; optimizers of posterior samplers draw their noise as a function of the step.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = method.rate(step, plan)
+        group["counter"] = step
+        group["noisy"] = isinstance(method, PosteriorMethod) and method.noisy(step, plan)
+    optimizer.step()
 
 
 def own_plan(plan: Plan, member: int) -> Plan:

@@ -1,13 +1,16 @@
-"""What a method of training is: a frozen dataclass of its parameters, with hooks that the training loop calls.
+"""Base class of the training methods: a frozen dataclass of parameters, with hooks that the training loop calls.
 
-Every hook is a pure function of its arguments. Nothing is remembered between steps but what optimisers hold and
-the signs of a method that `remembers`; a checkpoint has both, so a run that is cut off goes on bit for bit. A
-method registers itself by `@method(...)` in `attacks/` or `defenses/`.
+Every hook is a pure function of its arguments. The only state kept between steps is that of the optimizers and the
+perturbation signs of methods with `BatchNeeds.memory`. Checkpoints contain both, so an interrupted run resumes bit
+for bit. A method is registered with `@method(...)` in `attacks/` or `defenses/`.
+
+Methods that store posterior samples derive from `robustkit.training.posterior_method.PosteriorMethod`, methods
+that put modules around their nets from `robustkit.training.wrapping_method.WrappingMethod`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -15,18 +18,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robustkit.core.errors import UsageError, did_you_mean
+from robustkit.core.errors import UsageError
 from robustkit.core.rng import RowRng
 from robustkit.core.shapes import Images, Labels
-
-State = Mapping[str, Tensor]
-# What may become of a posterior sample's running statistics.
-BATCH_NORM = ("keep", "re-estimate")
 
 
 @dataclass(frozen=True)
 class Size:
-    """How long and how large a method trains where nobody says otherwise."""
+    """Default training budget of a method.
+
+    Args:
+        epochs: passes over the training set.
+        batch_size: images per step.
+        lr: the largest learning rate.
+        members: nets trained side by side.
+    """
 
     epochs: int
     batch_size: int
@@ -36,16 +42,16 @@ class Size:
 
 @dataclass(frozen=True)
 class Plan:
-    """What all hooks may know of a run.
+    """The size of a run, which every hook receives.
 
-    Attributes:
-        samples: images in the training set, N.
-        classes: K.
-        batch_size: images in a step, over all processes; at most `samples`.
+    Args:
+        samples: N, the number of images in the training set.
+        classes: K, the number of classes.
+        batch_size: images per step, summed over all processes; at most `samples`.
         epochs: passes over the training set.
         lr: the largest learning rate, which schedules scale.
         members: nets trained side by side.
-        seed: of every random number. A member's own plan has `seed + member`.
+        seed: seed of all random numbers. The plan of one member has `seed + member`.
     """
 
     samples: int
@@ -58,23 +64,25 @@ class Plan:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Whole batches in an epoch; what is left over waits for the next epoch's order."""
+        """Full batches per epoch; the images of an incomplete last batch are left out of that epoch."""
         return self.samples // self.batch_size
 
     @property
     def steps(self) -> int:
-        """Steps in the run."""
+        """Steps of the whole run."""
         return self.epochs * self.steps_per_epoch
 
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """A run's processes as a method sees them: each has a part of every batch, or some of the members. Here: one.
+    """The processes of a run as a method sees them. This base class is the group of a single process.
 
-    Attributes:
-        part: the batch is the images `part`, `part + parts`, `part + 2 parts` … of the whole one.
-        parts: into how many the whole batch is dealt.
-        first: the number among all members of the first of the nets that `backward` is given.
+    With data parallelism each process receives a part of every batch, with member parallelism some of the members.
+
+    Args:
+        part: the process receives the images `part`, `part + parts`, `part + 2 parts` … of every batch.
+        parts: number of parts that a batch is split into.
+        first: index of the first of this process's nets among all members.
     """
 
     part: int = 0
@@ -82,29 +90,29 @@ class ProcessGroup:
     first: int = 0
 
     def mean(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Return the means over the parts of a batch, detached; of what is no mean over images by itself."""
+        """Return the means over the parts of a batch, detached; for values that are not means over images."""
         return [tensor.detach() for tensor in tensors]
 
     def exchanged(self, made: Sequence[Tensor]) -> list[Tensor]:
-        """Return what every member of the run made, in their order, given what one's own nets did."""
+        """Return one tensor for each member of the run, in order, given those of this process's members."""
         return list(made)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """The images of one step, as they are after augmentation.
+    """The images of one step, after augmentation.
 
-    Attributes:
-        x: (B C H W) in [0, 1], on the device.
-        y: (B).
-        rng: random numbers of each image at this step, the same on however many processes.
-        step: counted from 0 over the whole run.
-        partners: (B C H W), of a method with `pairs` only: images of the same epoch in an order of their own.
-        partner_labels: (B), theirs.
-        memory: (B members C H W) int8, of a method that `remembers` only: -1, 0 or 1 for each pixel, 0 where
-            nothing is known. `backward` writes into it what the image is to come with the next time.
-        peers: the other processes.
-        carried: what `backward` hands on to its next call on the same batch, of a method with `replays`.
+    Args:
+        x: images (B C H W) in [0, 1], on the device.
+        y: labels (B).
+        rng: random numbers of each image in this step, independent of the number of processes.
+        step: step of the run, from 0.
+        partners: with `BatchNeeds.pairs`: images (B C H W) of the same epoch in another random order.
+        partner_labels: with `BatchNeeds.pairs`: labels (B) of `partners`.
+        memory: with `BatchNeeds.memory`: perturbation signs (B members C H W) int8, -1, 0 or 1 for each pixel and
+            0 where unknown. `backward` writes the signs for the next epoch into it.
+        peers: the processes of the run.
+        carried: with `BatchNeeds.repeats` above 1: tensors that `backward` passes to its next call on this batch.
     """
 
     x: Images
@@ -118,143 +126,135 @@ class Batch:
     carried: dict[str, Tensor] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class BatchNeeds:
+    """What the training loop prepares for the batches of a method, besides images and labels.
+
+    Args:
+        pairs: give each batch `partners`.
+        memory: keep a perturbation sign for each pixel, image and member from one epoch to the next.
+        repeats: how many times in a row a step calls `backward` and the optimizer on the same batch.
+    """
+
+    pairs: bool = False
+    memory: bool = False
+    repeats: int = 1
+
+
 class Method:
-    """Base of all methods: mean cross-entropy, one net, no posterior."""
+    """Base class of training methods: mean cross-entropy, one net, SGD.
+
+    A subclass is a frozen dataclass with `slots=True`. It overrides the hooks that differ, most often `backward`.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> @dataclass(frozen=True, slots=True)
+        ... class LabelSmoothing(Method):
+        ...     smoothing: float = 0.1
+        ...
+        ...     def default_size(self, samples):
+        ...         return Size(epochs=30, batch_size=128, lr=0.1)
+        ...
+        ...     def backward(self, nets, batch, plan):
+        ...         losses = [F.cross_entropy(n(batch.x), batch.y, label_smoothing=self.smoothing) for n in nets]
+        ...         total = torch.stack(losses).sum()
+        ...         total.backward()
+        ...         return total.detach() / len(nets)
+        >>> net = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+        >>> x, y = torch.rand(4, 3, 2, 2), torch.tensor([0, 1, 2, 0])
+        >>> batch = Batch(x, y, RowRng(0, "method", torch.arange(4)), step=0)
+        >>> plan = Plan(samples=4, classes=3, batch_size=4, epochs=1, lr=0.1)
+        >>> loss = LabelSmoothing().backward([net], batch, plan)
+        >>> loss.shape, net[1].weight.grad.shape
+        (torch.Size([]), torch.Size([3, 12]))
+    """
 
     __slots__ = ()
 
     info: ClassVar[Any]
-    # Whether a run may have more than one member; their nets are then what it writes.
+    # Whether a run may have more than one member. The run then writes the weights of all members.
     ensembles: ClassVar[bool] = False
-    # The fewest members it makes sense with.
-    fewest: ClassVar[int] = 1
-    # Whether its batches come with partners: as many images again, in an order of their own.
-    pairs: ClassVar[bool] = False
-    # Whether it puts something around its nets, by `around`.
-    wraps: ClassVar[bool] = False
-    # Whether the run writes posterior samples instead of its last weights.
-    posterior: ClassVar[bool] = False
-    # What becomes of running statistics in a posterior sample: `keep` those at its step, or `re-estimate` them.
-    batch_norm: str = "keep"
+    # The smallest number of members for which the method is defined.
+    min_members: ClassVar[int] = 1
 
     @property
     def momentum(self) -> float:
-        """Of SGD, from 0 on and below 1."""
+        """Momentum of SGD, in [0, 1)."""
         return 0.0
 
     @property
     def weight_decay(self) -> float:
-        """The weight of the squared weights in the loss, from 0 on."""
+        """Weight of the squared weights in the loss, at least 0."""
         return 0.0
 
-    def size(self, samples: int) -> Size:
-        """Return the epochs, batch size and learning rate of the paper, sized to a set of so many images."""
-        raise UsageError(f"{self.info.name} has no usual size; write --epochs, --batch-size and --lr.")
+    @property
+    def batch_needs(self) -> BatchNeeds:
+        """What the training loop prepares for each batch."""
+        return BatchNeeds()
 
-    def check(self, plan: Plan) -> None:
-        """Refuse a plan that cannot be carried out, before anything runs."""
-        if self.batch_norm not in BATCH_NORM:
-            raise did_you_mean("batch_norm", self.batch_norm, BATCH_NORM)
+    def default_size(self, samples: int) -> Size:
+        """Return the paper's epochs, batch size and learning rate, adapted to the number of training images.
+
+        Raises:
+            UsageError: if the method has no default.
+        """
+        raise UsageError(f"{self.info.name} has no default size; set --epochs, --batch-size and --lr.")
+
+    def check_plan(self, plan: Plan) -> None:
+        """Refuse a plan that the method cannot run, before anything runs.
+
+        Raises:
+            UsageError: if the numbers do not fit the method's parameters.
+        """
         if plan.members > 1 and not self.ensembles:
             raise UsageError(f"{self.info.name} trains one net, not --members {plan.members}; leave it out.")
-        if plan.members < self.fewest:
+        if plan.members < self.min_members:
             raise UsageError(
-                f"{self.info.name} makes members differ, and --members {plan.members} leaves none to differ from; "
-                f"write --members {self.fewest} or more."
+                f"{self.info.name} makes members differ from each other: --members must be at least "
+                f"{self.min_members}, got {plan.members}."
             )
 
-    def fits(self, nets: Sequence[nn.Module], image: Images) -> None:
-        """Refuse nets, which take images such as this (1 C H W), that it cannot train, before anything runs."""
+    def check_nets(self, nets: Sequence[nn.Module], image: Images) -> None:
+        """Refuse nets that the method cannot train, before anything runs.
 
-    def remembers(self) -> bool:
-        """Return whether each image has a sign for each pixel and member from one epoch to the next."""
-        return False
+        Args:
+            nets: the members, each takes images like `image`.
+            image: one image (1 C H W).
 
-    def replays(self) -> int:
-        """Return how many times in a row a step calls `backward` and `update` on the same batch."""
-        return 1
+        Raises:
+            UsageError: if a net cannot be trained.
+        """
 
-    def divides(self) -> bool:
-        """Return whether members may be in different processes: `backward` is then given some of them.
+    def supports_member_parallel(self) -> bool:
+        """Return whether `backward` also works on some of the members, the others being in other processes.
 
-        It tells them apart by `batch.peers.first` and has of the others what `batch.peers.exchanged` returns.
+        `batch.peers.first` is then the index of its first net, and `batch.peers.exchanged` returns what the other
+        members computed.
         """
         return type(self).backward is Method.backward
 
-    def around(
-        self,
-        net: nn.Module,
-        image: Images,
-        mean: Sequence[float] | None,
-        std: Sequence[float] | None,
-    ) -> nn.Module:
-        """Return what is trained and written in a net's place, of a method that `wraps`.
-
-        It takes images on [0, 1] and normalises them itself. New weights come from torch's generator. It is
-        called again to load a run, whose weights, normalisation included, are then put into it.
-
-        Args:
-            net: as the model string gives it; it may be changed.
-            image: one (1 C H W), of the size that the net is trained on.
-            mean: of the net's normalisation, if it has one.
-            std: likewise.
-        """
-        return net
-
-    def set_aggregator(self, net: nn.Module, text: str) -> None:
-        """Let what `around` made combine its predictors by another aggregator, if it has several.
-
-        Raises:
-            UsageError: if nets of this method have one predictor, or it is no aggregator of as many as they have.
-        """
-        raise UsageError(f"a net of {self.info.name} has one predictor: leave combine={text} out.")
-
     def optimizer(self, parameters: Iterable[nn.Parameter], plan: Plan) -> torch.optim.Optimizer:
-        """Return what moves one member's weights, here SGD; the plan's seed is the member's."""
+        """Return the optimizer of one member, here SGD; the plan's seed is the member's."""
         return torch.optim.SGD(parameters, lr=plan.lr, momentum=self.momentum, weight_decay=self.weight_decay)
 
     def rate(self, step: int, plan: Plan) -> float:
         """Return the learning rate of a step."""
         return plan.lr
 
-    def noisy(self, step: int, plan: Plan) -> bool:
-        """Return whether a step injects noise."""
-        return False
-
-    def keeps(self, step: int, plan: Plan) -> bool:
-        """Return whether the weights after a step are kept, for `samples`."""
-        return False
-
-    def cycle(self, step: int, plan: Plan) -> int:
-        """Return which cycle of the schedule a step is in, from 0."""
-        return 0
-
     def backward(self, nets: Sequence[nn.Module], batch: Batch, plan: Plan) -> Tensor:
-        """Add the gradient of the loss to every net's parameters; return the loss, averaged over nets, detached.
+        """Add the gradient of the loss to the parameters of every net.
 
-        Nets are in train mode, with empty gradients, and take images on [0, 1]. A mean over the batch is expected:
-        processes with parts of it average their gradients, and `batch.peers` has what other sums need.
+        The loss is a mean over the batch: with data parallelism the gradients of all processes are averaged, and
+        `batch.peers` provides what other sums need.
+
+        Args:
+            nets: members in train mode, without gradients; they take images in [0, 1].
+            batch: the images of the step.
+            plan: the size of the run.
+
+        Returns:
+            The loss averaged over the nets, a detached scalar.
         """
         total = torch.stack([F.cross_entropy(net(batch.x), batch.y) for net in nets]).sum()
         total.backward()  # type: ignore[no-untyped-call]
         return total.detach() / len(nets)
-
-    def update(self, optimizer: torch.optim.Optimizer, step: int, plan: Plan) -> None:
-        """Move one member's weights along its gradients.
-
-        Groups are told the rate as `lr`, the step as `counter` and whether it is noisy as `noisy`, for optimisers
-        whose random numbers are a function of the step.
-        """
-        for group in optimizer.param_groups:
-            group["lr"] = self.rate(step, plan)
-            group["counter"] = step
-            group["noisy"] = self.noisy(step, plan)
-        optimizer.step()
-
-    def samples(self, kept: Iterable[State], plan: Plan) -> Iterator[State]:
-        """Return the posterior samples, given the state of the net after each step that `keeps`, in order.
-
-        Called once, after the last step. States hold float32 tensors on the CPU by their names in the net; one of
-        them in memory at a time if this is a generator that is content with one.
-        """
-        yield from kept

@@ -26,6 +26,7 @@ from robustkit.models.zoo.catalog import lookup
 from robustkit.registry import spec as record_of
 from robustkit.training.method import Method
 from robustkit.training.whole_batches import Whole
+from robustkit.training.wrapping_method import WrappingMethod
 
 USUAL = {
     "digits": "robustkit:digits-cnn",
@@ -222,7 +223,7 @@ def build_all(
             "--arch names nets whose mean, std or size differ, and a run's folder keeps one of each; give members "
             "with the same."
         )
-    method.fits(members, sample[:1])
+    method.check_nets(members, sample[:1])
     return members
 
 
@@ -245,7 +246,7 @@ def build(
         ) from error
     if isinstance(classifier.net, Mixture):
         raise UsageError(f"{spec} is several nets and cannot be one member; name each of them.")
-    if method.wraps:
+    if isinstance(method, WrappingMethod):
         classifier = _wrapped(classifier, seed, sample, method)
     with torch.no_grad(), drawn(classifier, Noise("content")):
         logits = classifier(sample)
@@ -272,7 +273,7 @@ def laid_out(classifier: Classifier, sample: Images) -> Classifier:
     return classifier.to(memory_format=torch.channels_last)
 
 
-def _wrapped(classifier: Classifier, seed: int, sample: Images, method: Method) -> Classifier:
+def _wrapped(classifier: Classifier, seed: int, sample: Images, method: WrappingMethod) -> Classifier:
     if classifier.size is not None:
         raise UsageError(
             f"{method.info.name} changes the size of images itself; leave size out of {classifier.string} and "
@@ -281,7 +282,7 @@ def _wrapped(classifier: Classifier, seed: int, sample: Images, method: Method) 
     mean, std = (None if of is None else of.flatten().tolist() for of in (classifier.mean, classifier.std))
     identity = {"around": classifier.fingerprint, "method": record_of(method)}
     with seeded(seed):
-        net = method.around(net_of(classifier), torch.zeros_like(sample[:1]), mean, std)
+        net = method.wrap(net_of(classifier), torch.zeros_like(sample[:1]), mean, std)
     return Classifier(
         net.eval(),
         string=classifier.string,

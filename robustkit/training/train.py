@@ -27,6 +27,7 @@ from robustkit.training.images import ImageSet, check_room
 from robustkit.training.loop import work
 from robustkit.training.method import Method, Plan
 from robustkit.training.parallel import data_parallel, processes
+from robustkit.training.posterior_method import PosteriorMethod
 from robustkit.training.progress import TrainProgress
 from robustkit.training.session import Job
 
@@ -88,7 +89,7 @@ class Training:
         data_parallel.check(self.parallel, processes.count(self.device, self.devices), self.method, self.plan)
         if not 0 <= self.ema < 1:
             raise UsageError(f"--ema {self.ema:g} must be from 0 to below 1, e.g. 0.999.")
-        if self.ema and self.method.posterior:
+        if self.ema and isinstance(self.method, PosteriorMethod):
             raise UsageError(
                 f"{self.method.info.name} keeps samples of the weights, not their average; leave --ema out."
             )
@@ -98,8 +99,8 @@ class Training:
                 f"{self.test.name} has class {highest}, and the training data {self.plan.classes} classes; give "
                 "the test data that belongs to it."
             )
-        self.method.check(self.plan)
-        signs = self.plan.members if self.method.remembers() else 0
+        self.method.check_plan(self.plan)
+        signs = self.plan.members if self.method.batch_needs.memory else 0
         check_room(self.samples, free_memory(self.device), signs)
 
     @cached_property
@@ -115,7 +116,7 @@ class Training:
             if name != "lr" and number is not None and number != int(number):
                 raise UsageError(f"--{name} {number:g} must be a whole number.")
         several = len(self._named) if len(self._named) > 1 else None
-        usual = None if None not in asked and self.members else self.method.size(count)
+        usual = None if None not in asked and self.members else self.method.default_size(count)
         classes = len(self.samples.classes) if self.samples.classes else int(self.samples.labels.max()) + 1
 
         def of(asked: Any, name: str) -> Any:

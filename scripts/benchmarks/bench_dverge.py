@@ -27,6 +27,7 @@ from robustkit import load_model
 from robustkit.core.rng import RowRng
 from robustkit.models import Classifier
 from robustkit.registry import make_method
+from robustkit.training.loop import take_step
 from robustkit.training.method import Batch, Method, Plan
 from robustkit.training.nets import Member
 
@@ -111,7 +112,7 @@ def our_step(
         optimizer.zero_grad(set_to_none=True)
     loss = method.backward(nets, batch, plan)
     for optimizer in optimizers:
-        method.update(optimizer, batch.step, plan)
+        take_step(method, optimizer, batch.step, plan)
     return loss
 
 

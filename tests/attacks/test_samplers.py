@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from robustkit.core.errors import UsageError
 from robustkit.core.rng import RowRng
 from robustkit.registry import make_method
+from robustkit.training.loop import take_step
 from robustkit.training.method import Batch, Method, Plan
+from robustkit.training.posterior_method import kept_steps
 
 PLAN = Plan(samples=200, classes=4, batch_size=20, epochs=12, lr=0.5)
 BLOBS = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
@@ -41,8 +43,8 @@ def train(method: Method, plan: Plan = PLAN, model: nn.Module | None = None) -> 
     for step in range(plan.steps):
         optimizer.zero_grad()
         method.backward([model], batch(step, plan), plan)
-        method.update(optimizer, step, plan)
-        if method.keeps(step, plan):
+        take_step(method, optimizer, step, plan)
+        if step in kept_steps(method, plan, plan.steps):
             kept.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
     return model, kept
 
@@ -52,7 +54,7 @@ def same(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
 
 
 def steps_kept(method: Method, plan: Plan = PLAN) -> list[int]:
-    return [step for step in range(plan.steps) if method.keeps(step, plan)]
+    return kept_steps(method, plan, plan.steps)
 
 
 @pytest.mark.parametrize("name", ["csgld", "csghmc"])
@@ -265,13 +267,13 @@ def test_flatness_at_a_stationary_point_is_finite() -> None:
 )
 def test_what_cannot_be_is_refused(name: str, fields: dict[str, Any], plan: Plan, word: str) -> None:
     with pytest.raises(UsageError, match=word.replace("(", r"\(")):
-        make_method(name, **fields).check(plan)
+        make_method(name, **fields).check_plan(plan)
 
 
 def test_a_deep_ensemble_may_have_members() -> None:
     method = make_method("deep-ensemble")
-    method.check(replace(PLAN, members=5))
-    assert method.size(50_000).members == 5
+    method.check_plan(replace(PLAN, members=5))
+    assert method.default_size(50_000).members == 5
     assert not steps_kept(method)
     assert method.rate(0, PLAN) == 0.5
     assert method.rate(60, PLAN) == pytest.approx(0.25)

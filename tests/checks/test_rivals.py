@@ -65,7 +65,7 @@ def test_adp_is_finite_where_members_are_sure() -> None:
     assert slope.isfinite().all()
     assert slope.abs().sum() > 0
     with pytest.raises(UsageError, match="wrong classes"):
-        make_method("adp").check(replace(PLAN, members=4))
+        make_method("adp").check_plan(replace(PLAN, members=4))
 
 
 def test_adp_is_finite_where_members_are_alike() -> None:
@@ -89,8 +89,8 @@ def test_coherence_of_equal_and_of_orthogonal_gradients() -> None:
 
 @pytest.mark.parametrize("name", ["adp", "gal", "trs", "dverge"])
 def test_one_member_is_refused(name: str) -> None:
-    with pytest.raises(UsageError, match="leaves none to differ from"):
-        make_method(name).check(replace(PLAN, members=1))
+    with pytest.raises(UsageError, match="--members must be at least 2, got 1"):
+        make_method(name).check_plan(replace(PLAN, members=1))
 
 
 def test_gradients_flow_through_gradients() -> None:

@@ -23,8 +23,11 @@ from robustkit.posterior import Posterior
 from robustkit.registry import make_again, make_method
 from robustkit.runs.training_record import Trained
 from robustkit.training import loop
+from robustkit.training.loop import take_step
 from robustkit.training.method import Batch, Method, Plan
+from robustkit.training.posterior_method import PosteriorMethod
 from robustkit.training.progress import TrainProgress
+from robustkit.training.wrapping_method import WrappingMethod
 
 SHAPE = (3, 7, 9)
 CLASSES = 4
@@ -104,7 +107,9 @@ def normed() -> nn.Module:
 
 def prepared(method: Method) -> nn.Module:
     """A net as the method trains it."""
-    return method.around(Normed(), torch.zeros(1, *SHAPE), None, None)
+    if isinstance(method, WrappingMethod):
+        return method.wrap(Normed(), torch.zeros(1, *SHAPE), None, None)
+    return Normed()
 
 
 def toy(seed: int, count: int = IMAGES) -> Samples:
@@ -149,16 +154,16 @@ def outcome(method: Method, plan: Plan = PLAN) -> list[dict[str, Tensor]]:
         rng = RowRng(plan.seed, "method", rows, step=step)
         known = memory[rows]
         batch = Batch(x[rows], y[rows], rng, step, x[other], y[other], known)
-        for _ in range(method.replays()):
+        for _ in range(method.batch_needs.repeats):
             for optimizer in optimizers:
                 optimizer.zero_grad()
             method.backward(nets, batch, plan)
             for optimizer in optimizers:
-                method.update(optimizer, step, plan)
+                take_step(method, optimizer, step, plan)
         memory[rows] = known
-        if method.keeps(step, plan):
+        if isinstance(method, PosteriorMethod) and method.keeps(step, plan):
             kept.append({name: tensor.clone() for name, tensor in net.state_dict().items()})
-    return [net.state_dict(), *(method.samples(iter(kept), plan) if method.posterior else [])]
+    return [net.state_dict(), *(method.samples(iter(kept), plan) if isinstance(method, PosteriorMethod) else [])]
 
 
 def same(one: list[dict[str, Tensor]], two: list[dict[str, Tensor]]) -> bool:
@@ -197,8 +202,8 @@ def test_a_run_leaves_what_the_contract_says(name: str, runs: dict[str, tuple[Pa
     assert record.cost["backwards"] >= PLAN.steps * PLAN.batch_size * record.members
     assert {path.name for path in folder.iterdir()} >= {"model.json", "metrics.jsonl"}
     assert not {"samples", "kept"} & {path.name for path in folder.iterdir()}
-    assert (folder / "posterior.safetensors").is_file() == method.posterior
-    assert (folder / "model.safetensors").is_file() != method.posterior
+    assert (folder / "posterior.safetensors").is_file() == isinstance(method, PosteriorMethod)
+    assert (folder / "model.safetensors").is_file() != isinstance(method, PosteriorMethod)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -216,7 +221,7 @@ def test_a_folder_is_a_model(name: str, runs: dict[str, tuple[Path, Trained]]) -
 
     assert record.accuracy is not None
     # Of a net that draws, the record is that of draws by the images' content.
-    drawn = "?noise=content" if small(name).wraps else ""
+    drawn = "?noise=content" if isinstance(small(name), WrappingMethod) else ""
     assert judged(f"{folder}/{drawn}")[0] == pytest.approx(record.accuracy["value"])
     for number, facts in enumerate(record.samples):
         assert judged(f"{folder}/#{number}") == pytest.approx((facts["accuracy"], facts["loss"]), abs=1e-5)
@@ -229,10 +234,13 @@ def test_steps_of_samples_are_those_kept(name: str, runs: dict[str, tuple[Path, 
     """Facts of a state of the run say when it was; a drawn one was at no step."""
     _, record = runs[name]
     method = small(name)
+    if not isinstance(method, PosteriorMethod):
+        assert not record.samples
+        return
     kept = [step + 1 for step in range(PLAN.steps) if method.keeps(step, PLAN)]
-    assert bool(kept) == method.posterior
+    assert kept
     said = [facts["step"] for facts in record.samples]
-    assert said == (kept if type(method).samples is Method.samples else [None] * len(said))
+    assert said == (kept if type(method).samples is PosteriorMethod.samples else [None] * len(said))
     for facts in record.samples:
         if facts["step"] is not None:
             assert facts["rate"] == method.rate(facts["step"] - 1, PLAN)
@@ -279,7 +287,7 @@ def test_backward_gives_gradients_and_leaves_the_net(name: str) -> None:
     All weights have a gradient; of a method that wraps its nets and trains part after part, in one of the steps.
     """
     method = small(name)
-    nets = [prepared(method).train() for _ in range(method.fewest)]
+    nets = [prepared(method).train() for _ in range(method.min_members)]
     whole = nn.ModuleList(nets)
     weights = [weight.detach().clone() for weight in whole.parameters()]
     images = toy(0)
@@ -295,7 +303,7 @@ def test_backward_gives_gradients_and_leaves_the_net(name: str) -> None:
         assert not loss.requires_grad
         moved = [weight for weight in whole.parameters() if weight.grad is not None]
         assert all(weight.grad.isfinite().all() for weight in moved)  # type: ignore[union-attr]
-        assert method.wraps or len(moved) == len(weights)
+        assert isinstance(method, WrappingMethod) or len(moved) == len(weights)
         reached |= set(moved)
         assert all(torch.equal(old, new) for old, new in zip(weights, whole.parameters(), strict=True))
         assert all(part.training for part in whole.modules())
@@ -315,7 +323,7 @@ def test_every_field_counts(name: str) -> None:
     """A field that changes nothing is no field. Running statistics are the loop's; see the next test."""
     method = small(name)
     # Two epochs show a difference where neither samples nor probes wait for their time.
-    plan = PLAN if method.posterior or method.wraps else dataclasses.replace(PLAN, epochs=2)
+    plan = PLAN if isinstance(method, PosteriorMethod | WrappingMethod) else dataclasses.replace(PLAN, epochs=2)
     plain = outcome(method, plan)
     for field in dataclasses.fields(method):
         value = getattr(method, field.name)
@@ -332,11 +340,11 @@ def test_every_field_counts(name: str) -> None:
         else:
             other = (value + 1) / 2 if value < 1 else value / 2
         changed = small(name, **{field.name: other})
-        changed.check(dataclasses.replace(PLAN, members=max(method.fewest, 1)))
+        changed.check_plan(dataclasses.replace(PLAN, members=max(method.min_members, 1)))
         assert not same(outcome(changed, plan), plain), f"{name}: {field.name}={other} is the same as {value}"
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if make_method(name).posterior])
+@pytest.mark.parametrize("name", [name for name in METHODS if isinstance(make_method(name), PosteriorMethod)])
 def test_the_policy_for_batch_norms_is_carried_out(
     name: str, runs: dict[str, tuple[Path, Trained]], tmp_path: Path
 ) -> None:
@@ -351,7 +359,7 @@ def test_the_policy_for_batch_norms_is_carried_out(
         assert not torch.equal(first["body.1.running_mean"], second["body.1.running_mean"])
         assert all((state["body.1.running_var"] >= 0).all() for state in (first, second))
     with pytest.raises(UsageError, match="no batch_norm 'kept'"):
-        small(name, batch_norm="kept").check(PLAN)
+        small(name, batch_norm="kept").check_plan(PLAN)
 
 
 HEATED = [name for name in METHODS if hasattr(make_method(name), "temperature")]
@@ -397,7 +405,7 @@ def test_defaults_learn_the_digits(name: str, tmp_path: Path) -> None:
 def test_the_usual_size_can_be_carried_out(name: str) -> None:
     method = make_method(name)
     for samples in (200, 1437, 50_000, 1_281_167):
-        size = method.size(samples)
-        method.check(
+        size = method.default_size(samples)
+        method.check_plan(
             Plan(samples, 10, min(size.batch_size, samples), size.epochs, size.lr, size.members or 1, seed=0)
         )

@@ -80,7 +80,7 @@ def test_fast_adversarial_training_starts_at_random() -> None:
 
 def test_free_training_moves_images_between_passes_on_one_batch() -> None:
     method, net, one = make_method("free-at", threat="linf:0.1", repeats=3, step_size=0.5), Recorded(), batch()
-    assert method.replays() == 3
+    assert method.batch_needs.repeats == 3
     for _ in range(3):
         method.backward([net], one, PLAN)
     first, second, third = net.seen
@@ -110,4 +110,4 @@ def test_ibp_refuses_balls_that_are_no_boxes_and_nets_without_bounds() -> None:
     with pytest.raises(UsageError, match="must be linf"):
         make_method("ibp", threat="l2:0.5")
     with pytest.raises(UsageError, match="do not pass through 'gelu'"):
-        make_method("ibp").fits([nn.Sequential(nn.Flatten(), nn.Linear(12, 3), nn.GELU())], batch().x[:1])
+        make_method("ibp").check_nets([nn.Sequential(nn.Flatten(), nn.Linear(12, 3), nn.GELU())], batch().x[:1])

@@ -197,8 +197,8 @@ def test_the_loss_is_the_published_sum() -> None:
 
 def test_one_member_is_refused() -> None:
     """A-P7."""
-    with pytest.raises(UsageError, match="leaves none to differ from"):
-        make_method("dverge").check(replace(PLAN, members=1))
+    with pytest.raises(UsageError, match="--members must be at least 2, got 1"):
+        make_method("dverge").check_plan(replace(PLAN, members=1))
 
 
 def test_labels_of_targets_count_only_where_pairs_are_left_out() -> None:

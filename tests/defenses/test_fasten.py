@@ -142,15 +142,15 @@ def test_plain_epochs_come_first_and_remember_nothing() -> None:
 
 
 def test_what_makes_no_sense_is_refused() -> None:
-    with pytest.raises(UsageError, match="--members 1 leaves none to differ from"):
-        fasten().check(replace(PLAN, members=1))
+    with pytest.raises(UsageError, match="--members must be at least 2, got 1"):
+        fasten().check_plan(replace(PLAN, members=1))
     with pytest.raises(UsageError, match="baseline"):
-        fasten(baseline=1).check(PLAN)
+        fasten(baseline=1).check_plan(PLAN)
     with pytest.raises(UsageError, match="no draw 'always'"):
         fasten(draw="always")
     with pytest.raises(UsageError, match="give its batches a memory"):
         fasten().backward([net(0), net(1)], replace(batch(), memory=None), PLAN)
-    assert not fasten(reuse=False).remembers()
+    assert not fasten(reuse=False).batch_needs.memory
     assert fasten(reuse=False).backward([net(0), net(1)], replace(batch(), memory=None), PLAN).isfinite()
 
 

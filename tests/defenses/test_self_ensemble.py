@@ -26,6 +26,7 @@ from robustkit.defenses.multiresolution.stem import widen
 from robustkit.models.ensembles.aggregation import AGGREGATORS, crossmax, parse_aggregator
 from robustkit.models.randomness import Noise, drawing, drawn, set_noise
 from robustkit.registry import make_method
+from robustkit.training.loop import take_step
 from robustkit.training.method import Batch, Plan
 
 PLAN = Plan(samples=48, classes=4, batch_size=16, epochs=4, lr=0.01)
@@ -52,7 +53,7 @@ def images(count: int = 16) -> Tensor:
 def ensemble(seed: int = 0, **fields: Any) -> SelfEnsemble:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        made = make_method("multires", **fields).around(net(seed), images(1), (0.5, 0.4, 0.3), (0.2, 0.2, 0.1))
+        made = make_method("multires", **fields).wrap(net(seed), images(1), (0.5, 0.4, 0.3), (0.2, 0.2, 0.1))
     assert isinstance(made, SelfEnsemble)
     return made.eval()
 
@@ -97,7 +98,7 @@ def test_a_transformer_takes_stacks_too() -> None:
     layers = usual_layers(model, torch.zeros(1, 3, 160, 160))
     assert any(name.startswith("blocks.") for name in layers)
     method = make_method("multires", pooled=True, layers="+".join(layers[-2:]))
-    whole = method.around(model, torch.zeros(1, 3, 160, 160), None, None).eval()
+    whole = method.wrap(model, torch.zeros(1, 3, 160, 160), None, None).eval()
     assert whole.stacked(torch.rand(2, 3, 160, 160)).shape == (2, 3, 4)
 
 
@@ -148,7 +149,7 @@ def test_answers_are_those_of_the_parts() -> None:
 
 
 def test_stacks_are_enlarged_for_the_backbone() -> None:
-    whole = make_method("multires", enlarge=16, layers="conv1").around(
+    whole = make_method("multires", enlarge=16, layers="conv1").wrap(
         load_model("robustkit:digits-cnn").net, torch.zeros(1, 1, 8, 8), None, None
     )
     x = torch.rand(2, 1, 8, 8)
@@ -189,7 +190,7 @@ def test_probes_leave_the_backbone_as_it_is(fields: dict[str, Any]) -> None:
         before = {name: tensor.clone() for name, tensor in whole.state_dict().items()}
         optimizer.zero_grad()
         assert method.backward([whole], batch(step), PLAN).isfinite()
-        method.update(optimizer, step, PLAN)
+        take_step(method, optimizer, step, PLAN)
         changed = {name for name, tensor in whole.state_dict().items() if not torch.equal(tensor, before[name])}
         part, other = ("backbone.", "probes.") if step < PLAN.steps / 2 else ("probes.", "backbone.")
         assert any(name.startswith(part) for name in changed)
@@ -293,11 +294,11 @@ def test_impossible_fields_are_refused(fields: dict[str, Any], words: str) -> No
 
 def test_impossible_runs_are_refused() -> None:
     with pytest.raises(UsageError, match="write 2 or more"):
-        make_method("multires").check(replace(PLAN, epochs=1))
+        make_method("multires").check_plan(replace(PLAN, epochs=1))
     with pytest.raises(UsageError, match="not from a self-ensemble"):
-        make_method("multires").around(ensemble(layers="4"), images(1), None, None)
+        make_method("multires").wrap(ensemble(layers="4"), images(1), None, None)
     with pytest.raises(UsageError, match="no logits"):
-        make_method("multires").around(nn.Sequential(nn.Conv2d(3, 4, 3)), images(1), None, None)
+        make_method("multires").wrap(nn.Sequential(nn.Conv2d(3, 4, 3)), images(1), None, None)
     with pytest.raises(UsageError, match="no self-ensemble"):
         self_ensemble(net())
     fields = make_method("multires", preset="paper", noise=0.1, jitter=2, resolutions="8+2", colour="1")

@@ -202,7 +202,7 @@ class Run:
             return built
         method = make_again("method", self.facts.method or {})
         image = torch.zeros(1, *self.facts.input)
-        net = method.around(_module(built), image, None, None).eval()
+        net = method.wrap(_module(built), image, None, None).eval()
         return replace(built, net=net, identity={**built.identity, "method": self.facts.method})
 
     def _drawing(self, built: Built, asked: str | None) -> tuple[Built, str | None]:

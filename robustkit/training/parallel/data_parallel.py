@@ -45,7 +45,7 @@ def check(name: str, processes: int, method: Method, plan: Plan) -> None:
             f"--parallel members: {processes} processes are more than --members {plan.members}; start as many, or "
             "write --parallel data."
         )
-    elif processes > 1 and not method.divides():
+    elif processes > 1 and not method.supports_member_parallel():
         raise UsageError(f"--parallel members: {method.info.name} has one sum over all members; write data.")
 
 
