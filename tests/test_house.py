@@ -30,7 +30,9 @@ PLUGINS = ("core", "registry", "attack_api", "sampling", "models", "training")
 # Parts of a room that plug-ins may import.
 OPEN = {
     "models": ("models.layers.", "models.ensembles.aggregation.", "models.randomness."),
-    "training": ("training.method.", "training.ensemble_utils"),
+    "training": tuple(
+        f"training.{one}" for one in ("method.", "posterior_method.", "wrapping_method.", "ensemble_utils")
+    ),
 }
 # Workers talk to the engine over messages of the engine's.
 UPWARDS = {
