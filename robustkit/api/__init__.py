@@ -32,7 +32,7 @@ from robustkit.engine.planning.pilot import CostProbe
 from robustkit.engine.progress import Progress
 from robustkit.models import as_classifier, load_model
 from robustkit.models.label_matching import matched_to
-from robustkit.registry import DEFAULT_SUITE, parse_method
+from robustkit.registry import DEFAULT_SUITE, Suite, parse_method
 from robustkit.runs.craft_record import Craft
 from robustkit.runs.diversity_record import Diversity
 from robustkit.runs.evaluation_record import Report
@@ -54,7 +54,7 @@ def evaluate(
     labels: Any = None,
     threat: ThreatModel | str | float | tuple[str, float | str] | None = None,
     *,
-    suite: str = DEFAULT_SUITE,
+    suite: Suite = DEFAULT_SUITE,
     seed: int = 0,
     device: str | torch.device = "auto",
     precision: str = "auto",
@@ -83,7 +83,8 @@ def evaluate(
             numbered as they sort.
         threat: what the attacker may do, as a `ThreatModel` or its string, e.g. `linf:8/255`; a pair
             `("l2", 0.5)`; or a number alone, which is an eps in linf.
-        suite: the attacks, e.g. `autoattack` or `pgd(steps=100),autoattack:square`.
+        suite: the attacks, e.g. `autoattack` or `pgd(steps=100),autoattack:square`; or an attack object, a
+            function `(model, x, y, eps) -> x_adv`, or a list of any of these.
         seed: of every random number.
         device: `auto` is where the model's parameters are; another moves the model there.
         precision: of the search for adversarials: `fp32`, `bf16` or `fp16`; `auto` lets row-wise attacks search in
@@ -136,7 +137,7 @@ def minimum_norm(
     y: Any = None,
     norm: str = "l2",
     *,
-    attack: str = DEFAULT_SUITE,
+    attack: Suite = DEFAULT_SUITE,
     seed: int = 0,
     device: str | torch.device = "auto",
     batch_size: int = 256,
@@ -184,7 +185,7 @@ def plan(
     labels: Any = None,
     threat: ThreatModel | str | float | tuple[str, float | str] | None = None,
     *,
-    suite: str = DEFAULT_SUITE,
+    suite: Suite = DEFAULT_SUITE,
     seed: int = 0,
     device: str | torch.device = "auto",
     precision: str = "auto",

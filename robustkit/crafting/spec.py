@@ -89,7 +89,7 @@ class CraftRequest:
             surrogates=[net.identity for net in self.nets],
             combine=self.combine,
             weights=None if self.weights is None else [float(weight) for weight in self.weights],
-            attack={"string": self.attack, **body},
+            attack={**body, "string": self.attack},
             targeted=self.targeted,
             data={
                 "string": self.samples.name,

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from robustkit.core.errors import UsageError
 from robustkit.models.strings import ENSEMBLE, FILE, FOLDER, MODULE, ModelString
+from robustkit.registry.strings import defense_files
 
 FLAG = "--trust-code"
 # Where a path names no file of a disk: another machine, another program.
@@ -31,12 +32,11 @@ def refuse_code(string: str, where: object) -> None:
     Raises:
         UsageError: it names code, in a member of an ensemble too.
     """
-    for spec in _parts(string):
-        if spec.kind in (FILE, MODULE):
-            raise UsageError(
-                f"{where} names Python code, {spec.arch!r}, which is not run because a file named it: give {FLAG} "
-                "(trust_code=True in Python) if you trust whoever made that file."
-            )
+    for code in _code_in(string):
+        raise UsageError(
+            f"{where} names Python code, {code!r}, which is not run because a file named it: give {FLAG} "
+            "(trust_code=True in Python) if you trust whoever made that file."
+        )
 
 
 def recorded_model(string: str, where: object, trust_code: bool) -> str:
@@ -56,17 +56,24 @@ def recorded_model(string: str, where: object, trust_code: bool) -> str:
 
 def names_code(string: str) -> bool:
     """Return whether a model string names Python code itself."""
-    return any(spec.kind in (FILE, MODULE) for spec in _parts(string))
+    return any(True for _ in _code_in(string))
+
+
+def _code_in(string: str) -> Iterator[str]:
+    """Yield the Python code that a model string names: the nets of its models, and their defenses."""
+    for spec in _parts(string):
+        if spec.kind in (FILE, MODULE):
+            yield spec.arch
+        yield from defense_files(spec.options.get("defense", ""))
 
 
 def _parts(string: str) -> Iterator[ModelString]:
     """Yield the strings of single models that a string is made of."""
     spec = ModelString.parse(string)
+    yield spec
     if spec.kind == ENSEMBLE:
         for member in spec.members:
             yield from _parts(member)
-    else:
-        yield spec
 
 
 def check_path(path: str, where: object, flag: str) -> None:

@@ -110,7 +110,9 @@ class Classifier(nn.Module):
         chosen = {"output": output, "binary": binary}
         self._identity |= {name: value for name, value in chosen.items() if value is not None}
         if defenses:
-            self._identity["defenses"] = [spec(defense) for defense in defenses]
+            self._identity["defenses"] = [
+                {name: value for name, value in spec(defense).items() if name != "string"} for defense in defenses
+            ]
         self.training = isinstance(net, nn.Module) and getattr(net, "training", False)
 
     @property

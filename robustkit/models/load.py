@@ -23,6 +23,7 @@ from robustkit.models.strings import ENSEMBLE, FILE, FOLDER, MODULE, TIMM, TORCH
 from robustkit.models.weights.files import WeightsFile, read_weights
 from robustkit.models.weights.loading import Loaded, put_weights
 from robustkit.models.zoo.catalog import ZOO as CATALOG
+from robustkit.registry.strings import absolute_defenses
 
 _BUILD = {
     ZOO: from_zoo.build,
@@ -82,6 +83,8 @@ def load_model(
     mean, std = options.mean or built.mean, options.std or built.std
     _check_channels(built, mean, std)
     said = spec.options if options.noise is None else {**spec.options, "noise": options.noise}
+    if "defense" in said:
+        said = {**said, "defense": absolute_defenses(said["defense"])}
     path = str(weights.path) if weights and spec.weights else None
     written = replace(spec, arch=built.arch, weights=path, options=said)
     classifier = Classifier(

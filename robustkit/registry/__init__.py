@@ -12,17 +12,19 @@ from __future__ import annotations
 
 from robustkit.registry.construction import make, make_again, make_method, make_technique, plain, spec
 from robustkit.registry.decorators import Info, attack, defense, method, recipe, suite, technique
-from robustkit.registry.entries import Entry, Field, catalog, find
+from robustkit.registry.entries import Entry, Field, catalog, describe, find
 from robustkit.registry.fields import takes
 from robustkit.registry.strings import (
     DEFAULT_SUITE,
     DRAWN,
     VIEWS,
+    Suite,
     SuiteEntry,
     parse_attack,
     parse_defenses,
     parse_method,
     parse_suite,
+    suite_text,
 )
 
 __all__ = [
@@ -32,10 +34,12 @@ __all__ = [
     "Entry",
     "Field",
     "Info",
+    "Suite",
     "SuiteEntry",
     "attack",
     "catalog",
     "defense",
+    "describe",
     "find",
     "make",
     "make_again",
@@ -50,6 +54,7 @@ __all__ = [
     "recipe",
     "spec",
     "suite",
+    "suite_text",
     "takes",
     "technique",
 ]

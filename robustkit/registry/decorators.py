@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, TypeVar
 
 from robustkit.registry.fields import checked
 
 T = TypeVar("T")
+
+KINDS = ("attack", "technique", "recipe", "suite", "defense", "method")
+# What a record says of where a thing's code comes from.
+ORIGIN = ("code", "package", "string")
+# What a record says beside a thing's fields, which no field may be called.
+_RESERVED = (*ORIGIN, "view", "spare", "arm")
 
 
 @dataclass(frozen=True)
@@ -31,9 +37,6 @@ class Info:
     family: bool = False
     ascent: bool = False
     minimal: bool = False
-
-
-_registered: dict[tuple[str, str], Any] = {}
 
 
 def attack(
@@ -96,17 +99,14 @@ def method(name: str, *, paper: str = "") -> Callable[[type[T]], type[T]]:
 def _register(info: Info) -> Callable[[T], T]:
     def decorate(thing: T) -> T:
         if is_dataclass(thing):
+            for field in fields(thing):
+                if field.name in _RESERVED:
+                    raise TypeError(f"{info.kind} {info.name!r}: no field may be called {field.name!r}.")
             checked(thing, info.name)
-        _registered[info.kind, info.name] = thing
         thing.info = info  # type: ignore[attr-defined]
         return thing
 
     return decorate
-
-
-def registered(kind: str, name: str) -> Any:
-    """Return what its file has registered, once that is imported."""
-    return _registered[kind, name]
 
 
 def stage_name(record: Mapping[str, Any]) -> str:

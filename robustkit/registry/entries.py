@@ -1,136 +1,134 @@
-"""What is registered, read from the source text of the folders; and the thing itself, by its name."""
+"""Everything that is registered, by kind and name: robustkit's own files, and those of installed packages."""
 
 from __future__ import annotations
 
-import ast
 import functools
 import importlib
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+import inspect
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from robustkit.core.errors import did_you_mean
-from robustkit.core.limits import Limits
-from robustkit.core.step_size import StepSize
-from robustkit.registry.decorators import Info, registered
-from robustkit.registry.ranges import NAMED
+from robustkit.core.errors import UsageError, did_you_mean
+from robustkit.registry.code_files import is_reference, load_reference, read_source, split_reference
+from robustkit.registry.decorators import KINDS
+from robustkit.registry.functions import FunctionAttack, is_plain_function
+from robustkit.registry.plugins import Plugin, plugins
+from robustkit.registry.source_text import Entry, Field, read_entries
 
-# Where the files of a kind are; a method of training is a surrogate's in `attacks` and a defense's in `defenses`.
+__all__ = ["FOLDERS", "Entry", "Field", "catalog", "describe", "find"]
+
+# Where the files of a kind are; a surrogate's method of training is in `attacks`, a defense's in `defenses`.
 FOLDERS: dict[str, tuple[str, ...]] = {
-    "attack": ("attacks",),
-    "technique": ("attacks",),
-    "recipe": ("attacks",),
-    "suite": ("attacks",),
+    **dict.fromkeys(KINDS, ("attacks",)),
     "defense": ("defenses",),
     "method": ("attacks", "defenses"),
 }
 
-# A decorator of ours with what it decorates, up to the first method or the next thing at the margin.
-_HEAD = re.compile(
-    rf"^@(?:{'|'.join(FOLDERS)})\(.*?^(?:class|def) .*?(?=^    (?:def |@)|^\S|\Z)", re.MULTILINE | re.DOTALL
-)
-
-
-@dataclass(frozen=True)
-class Field:
-    """A field of a registered dataclass, as its source text writes it.
-
-    `default` is empty where it has none, `limits` where its type has none.
-    """
-
-    name: str
-    type: str
-    default: str
-    limits: str
-
-    @classmethod
-    def read(cls, name: str, annotation: ast.expr, default: ast.expr | None) -> Field:
-        """Return the field of a line of a class, its type without the limits, which are given beside it."""
-        text, limits = ast.unparse(annotation), None
-        for node in ast.walk(annotation):
-            if isinstance(node, ast.Call):
-                words = {str(word.arg): ast.literal_eval(word.value) for word in node.keywords}
-                limits = Limits(*map(ast.literal_eval, node.args), **words)
-            elif isinstance(node, ast.Name) and node.id in NAMED:
-                limits = NAMED[node.id].__metadata__[0]
-                text = text.replace(node.id, NAMED[node.id].__origin__.__name__)
-        text = re.sub(r"Annotated\[(\w+), .*?\)\]", r"\1", text)
-        if isinstance(default, ast.Call):  # a step size, as a person writes it
-            size = StepSize(*map(ast.literal_eval, default.args))
-            return cls(name, text, str(size), "with its unit, such as 0.25eps or 2/255px")
-        return cls(name, text, "" if default is None else ast.unparse(default), str(limits or ""))
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A registered thing as read from its source text: no module is imported for it.
-
-    `summary` is the first line of its docstring, `detail` what follows.
-    """
-
-    info: Info
-    module: str
-    summary: str
-    fields: tuple[Field, ...] = ()
-    detail: str = ""
-
-    @property
-    def form(self) -> str:
-        """How a model string writes it, if it is a defense: `NAME:FIELD,FIELD`."""
-        return f"{self.info.name}:{','.join(field.name for field in self.fields).upper()}"
-
 
 @functools.cache
-def catalog(kind: str) -> Mapping[str, Entry]:
-    """Return every registered name of a kind (a key of `FOLDERS`) with what its source says."""
-    entries: dict[str, Entry] = {}
-    files = [(folder, *marked) for folder in FOLDERS[kind] for marked in _marked(folder)]
-    for folder, module, nodes in files:
-        for node in nodes:
-            for mark in node.decorator_list:
-                if isinstance(mark, ast.Call) and isinstance(mark.func, ast.Name) and mark.func.id == kind:
-                    name = ast.literal_eval(mark.args[0])
-                    options = {str(word.arg): ast.literal_eval(word.value) for word in mark.keywords}
-                    summary, _, detail = (ast.get_docstring(node) or "").partition("\n")
-                    info = Info(kind, name, **options)
-                    fields = tuple(
-                        Field.read(line.target.id, line.annotation, line.value)
-                        for line in node.body
-                        if isinstance(line, ast.AnnAssign)
-                        and isinstance(line.target, ast.Name)
-                        and "ClassVar" not in ast.unparse(line.annotation)
-                    )
-                    entries[name] = Entry(info, f"robustkit.{folder}.{module}", summary, fields, detail.strip())
-    return entries
-
-
-@functools.cache
-def _marked(folder: str) -> list[tuple[str, list[ast.ClassDef | ast.FunctionDef]]]:
-    """Return the module of each file below a folder with its registered classes and functions.
-
-    Of each only the head is parsed, up to its first method: lists and help pages wait for all files.
-    """
+def _own(folder: str) -> tuple[Entry, ...]:
+    """Return what the files below a folder of robustkit register."""
     home = Path(__file__).parents[1] / folder
-    return [
-        (
-            ".".join(file.relative_to(home).with_suffix("").parts),
-            [
-                node
-                for block in _HEAD.findall(file.read_text(encoding="utf-8"))
-                for node in ast.parse(block).body
-                if isinstance(node, (ast.ClassDef, ast.FunctionDef))
-            ],
-        )
+    return tuple(
+        entry
         for file in sorted(home.rglob("[!_]*.py"))
-    ]
+        for entry in read_entries(
+            file.read_text(encoding="utf-8"),
+            ".".join(("robustkit", folder, *file.relative_to(home).with_suffix("").parts)),
+        )
+    )
+
+
+def catalog(kind: str) -> Mapping[str, Entry]:
+    """Return every registered name of a kind (a key of `FOLDERS`) with what its source says.
+
+    A name of robustkit's own is not replaced by that of an installed package.
+    """
+    return _catalog(kind, tuple(sys.path))
+
+
+@functools.lru_cache(maxsize=32)
+def _catalog(kind: str, path: tuple[str, ...]) -> Mapping[str, Entry]:
+    own = [entry for folder in FOLDERS[kind] for entry in _own(folder)]
+    installed = [entry for folder in FOLDERS[kind] for entry in _installed(folder)]
+    known = {entry.info.name: entry for entry in own if entry.info.kind == kind}
+    return known | {
+        entry.info.name: entry for entry in installed if entry.info.kind == kind and entry.info.name not in known
+    }
+
+
+def _installed(group: str) -> Iterator[Entry]:
+    """Yield what installed packages register; what has no decorator counts as an attack given as a function."""
+    for plugin in plugins(group).values():
+        yield _plugin_entry(plugin)
+
+
+@functools.cache
+def _plugin_entry(plugin: Plugin) -> Entry:
+    entry = None
+    try:
+        text = plugin.file.read_text(encoding="utf-8") if plugin.file else ""
+        entry = next((one for one in read_entries(text, plugin.module) if one.attribute == plugin.attribute), None)
+    except (OSError, UnicodeDecodeError, SyntaxError, ValueError, IndexError, TypeError):
+        pass  # `find` says what is wrong when the name is used
+    entry = entry or Entry(FunctionAttack.info, plugin.module, plugin.attribute, "")
+    return replace(entry, info=replace(entry.info, name=plugin.name), package=plugin.package)
 
 
 def find(kind: str, name: str) -> Any:
-    """Return the class or function of that name; UsageError with the nearest name if there is none."""
+    """Return the registered class or function of a name, or of `FILE.py:NAME`, whose file is run.
+
+    Raises:
+        UsageError: if there is none, with the nearest name; or if a file or package has none of this kind.
+    """
+    if is_reference(name):
+        return _of_kind(kind, load_reference(name), name)
     known = catalog(kind)
     if name not in known:
         raise did_you_mean(kind, name, known)
-    importlib.import_module(known[name].module)
-    return registered(kind, name)
+    entry = known[name]
+    if not entry.package:
+        return getattr(importlib.import_module(entry.module), entry.attribute)
+    plugin = next(plugins(folder)[name] for folder in FOLDERS[kind] if name in plugins(folder))
+    thing = _of_kind(kind, plugin.load(), f"{plugin.module}:{plugin.attribute}")
+    if not is_plain_function(thing) and thing.info.name != name:
+        raise UsageError(
+            f"the package {plugin.package} calls {plugin.module}:{plugin.attribute} {name!r} in its entry points "
+            f"and {thing.info.name!r} in its decorator: give it one name."
+        )
+    return thing
+
+
+def describe(kind: str, name: str) -> Entry:
+    """Return the entry of a registered name, or of `FILE.py:NAME`, whose file is run.
+
+    Raises:
+        UsageError: as for `find`.
+    """
+    if not is_reference(name):
+        known = catalog(kind)
+        if name not in known:
+            raise did_you_mean(kind, name, known)
+        return known[name]
+    thing = find(kind, name)
+    path, attribute = split_reference(name)
+    for entry in read_entries(read_source(path), thing.__module__):
+        if entry.attribute == attribute:
+            return replace(entry, reference=name)
+    summary = (inspect.getdoc(thing) or "").partition("\n")[0]
+    return Entry(getattr(thing, "info", FunctionAttack.info), thing.__module__, attribute, summary, reference=name)
+
+
+def _of_kind(kind: str, thing: Any, name: str) -> Any:
+    """Return a class or function of a file or package if it is of the kind that is wanted."""
+    info = getattr(thing, "info", None)
+    if getattr(info, "kind", None) == kind or (kind == "attack" and is_plain_function(thing)):
+        return thing
+    known = f"is a {info.kind}" if info is not None else "is not registered"
+    raise UsageError(
+        f"{name} {known}, not {'an' if kind == 'attack' else 'a'} {kind}: put @{kind}(...) of robustkit.registry "
+        "in front of its class."
+    )

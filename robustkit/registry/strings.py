@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from robustkit.core.errors import UsageError, did_you_mean
 from robustkit.core.step_size import check_pixels
-from robustkit.registry.construction import make, make_method, make_technique, spec
+from robustkit.registry.code_files import absolute_reference, is_reference
+from robustkit.registry.construction import as_attack, make, make_method, make_technique, spec
 from robustkit.registry.decorators import stage_name
 from robustkit.registry.entries import catalog, find
 
@@ -33,6 +35,9 @@ DRAWN = (
     "straight-through",
 )
 VIEWS = (*DRAWN, "members", "stack", "calm", "frozen", "smooth", *(f"averaged-{view}" for view in DRAWN))
+
+# Attacks by their names, or as objects; see `parse_suite`.
+Suite = str | Callable[..., Any] | Sequence[str | Callable[..., Any]]
 
 # What AutoAttack's own package calls its versions, and our suites of their attacks.
 VERSIONS = {"standard": "autoattack", "plus": "autoattack-plus", "rand": "autoattack-rand"}
@@ -63,24 +68,30 @@ class SuiteEntry:
         return stage_name(self.spec)
 
 
-def parse_suite(text: str, norm: str, *, minimal: bool = False) -> list[SuiteEntry]:
-    """Return the attacks of a comma-separated list of suites and attacks, in order.
+def parse_suite(suite: Suite, norm: str, *, minimal: bool = False) -> list[SuiteEntry]:
+    """Return the attacks of a suite, in order.
 
-    `ATTACK@VIEW` climbs the gradients of a view of the model (see `robustkit.gradient_views.views`); a model
-    that has
-    none of that name is spared it. `ATTACK?` and `ATTACK@VIEW?` are for runs whose number is in doubt. `ATTACK*`
-    is an arm: given to the images on which it is likely to succeed (`robustkit.engine.allocation.arms`). Where the
-    threat is `minimal` only attacks that find minimum norms are meant, and `auto` is a suite of them.
+    `ATTACK@VIEW` uses the gradients of a view of the model (see `robustkit.gradient_views.views`); it is skipped
+    for a model that has no view of that name. `ATTACK?` and `ATTACK@VIEW?` run only if the result is in doubt.
+    `ATTACK*` is an arm: it runs on the images on which it is likely to succeed
+    (`robustkit.engine.allocation.arms`).
+
+    Args:
+        suite: a comma-separated list of suites and attacks; an attack object or class; a function
+            `(model, x, y, eps) -> x_adv`; or a sequence of these.
+        norm: of the threat.
+        minimal: whether the threat has no eps, so that only attacks that find minimum norms are meant, and `auto`
+            is a suite of them.
 
     Raises:
         UsageError: for an unknown name or field, a bad value, a list that is empty or too long, or an attack that
             is not defined in this norm, or finds no minimum norm where one is asked for.
     """
-    parts = split(text)
-    if len(parts) > MOST_ATTACKS:
-        raise UsageError(f"a suite of {len(parts):,} attacks is too long: write at most {MOST_ATTACKS:,}.")
     entries: list[SuiteEntry] = []
-    for part in parts:
+    for part in _parts_of(suite):
+        if not isinstance(part, str):
+            entries.append(SuiteEntry(as_attack(part)))
+            continue
         name, fields = parse_call(part.rstrip("?*").partition("@")[0], whole=part)
         if name not in catalog("suite"):
             entries.append(_rung(part))
@@ -95,6 +106,29 @@ def parse_suite(text: str, norm: str, *, minimal: bool = False) -> list[SuiteEnt
             _check_minimal(entry, norm)
     _check_arms(entries)
     return entries
+
+
+def _parts_of(suite: Suite) -> list[Any]:
+    """Return the parts of a suite, each the text of one suite or attack, or an object."""
+    if isinstance(suite, str):
+        parts: list[Any] = split(suite)
+    elif isinstance(suite, Sequence):
+        parts = [part for one in suite for part in (split(one) if isinstance(one, str) else [one])]
+    else:
+        parts = [suite]
+    if not parts:
+        raise UsageError("suite [] has no attack; write names with commas between, e.g. 'pgd(steps=50),fgsm'.")
+    if len(parts) > MOST_ATTACKS:
+        raise UsageError(f"a suite of {len(parts):,} attacks is too long: write at most {MOST_ATTACKS:,}.")
+    return parts
+
+
+def suite_text(suite: Suite) -> str:
+    """Return a suite in words: the text as it is, or the names of its attacks."""
+    if isinstance(suite, str):
+        return suite
+    names = [part if isinstance(part, str) else spec(as_attack(part))["name"] for part in _parts_of(suite)]
+    return ",".join(names)
 
 
 def _check_minimal(entry: SuiteEntry, norm: str) -> None:
@@ -132,7 +166,7 @@ def _rung(text: str) -> SuiteEntry:
         raise UsageError(
             f"no suite or attack {name!r}: AutoAttack's version of that name is {suite!r} here; write it."
         )
-    if name not in catalog("attack") and ":" not in name:
+    if not is_reference(name) and name not in catalog("attack") and ":" not in name:
         raise did_you_mean("suite or attack", name, [*catalog("suite"), *catalog("attack")])
     if views and (len(views) > 1 or views[0] not in VIEWS):
         raise did_you_mean("view", "@".join(views), VIEWS)
@@ -189,15 +223,36 @@ def parse_defenses(text: str) -> tuple[Any, ...]:
     """
     made = []
     for part in text.split("+"):
-        name, colon, rest = part.strip().partition(":")
+        name, values = _defense_call(part.strip())
         kind = find("defense", name)
         fields = dataclasses.fields(kind)
-        values = rest.split(",") if colon else []
         if len(values) > len(fields):
-            form = catalog("defense")[name].form
+            form = f"{name}:{','.join(field.name for field in fields).upper()}"
             raise UsageError(f"defense {part.strip()!r} has {len(values)} values; write {form}.")
         made.append(kind(**{field.name: value for field, value in zip(fields, values, strict=False)}))
     return tuple(made)
+
+
+def absolute_defenses(text: str) -> str:
+    """Return a text of defenses with absolute paths of its files, so that it can be read in any folder."""
+    made = []
+    for part in text.split("+"):
+        name, values = _defense_call(part.strip())
+        made.append(":".join([absolute_reference(name), *([",".join(values)] if values else [])]))
+    return "+".join(made)
+
+
+def defense_files(text: str) -> list[str]:
+    """Return the `FILE.py:NAME` that a text of defenses names."""
+    names = [_defense_call(part.strip())[0] for part in text.split("+")]
+    return [name for name in names if is_reference(name)]
+
+
+def _defense_call(text: str) -> tuple[str, list[str]]:
+    """Return a defense's name and values of `NAME:VALUE,VALUE` or `FILE.py:NAME:VALUE,VALUE`."""
+    file = re.match(r".+\.py:[^:]*", text)
+    name, colon, values = (file[0], *text[file.end() :].partition(":")[1:]) if file else text.partition(":")
+    return name, values.split(",") if colon else []
 
 
 def split(text: str) -> list[str]:
@@ -222,7 +277,7 @@ def _cut(text: str, mark: str) -> list[str]:
 def parse_call(text: str, kind: str = "suite", whole: str | None = None) -> tuple[str, dict[str, str]]:
     """Turn `name(a=1,b=2)` into its name and fields; errors speak of the whole that it is part of."""
     whole = text if whole is None else whole
-    match = re.fullmatch(r"([\w:.+-]+)(?:\((.*)\))?", text, re.DOTALL)
+    match = re.fullmatch(r"((?:[^(]+\.py:)?[\w:.+-]+)(?:\((.*)\))?", text, re.DOTALL)
     if not match:
         raise UsageError(f"{kind} {whole!r}: write NAME or NAME(field=value,...), e.g. 'pgd(steps=50)'.")
     fields: dict[str, str] = {}

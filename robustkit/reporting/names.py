@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from robustkit.registry.decorators import stage_name
+from robustkit.registry.decorators import ORIGIN, stage_name
 from robustkit.runs.evaluation_record import Report
 
 # The fields that say most of an attack, the best first. A record's own order is lost in its file.
@@ -48,7 +48,7 @@ def _records(report: Report) -> list[Mapping[str, Any]]:
 def _marks(records: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return for each of these attacks of one name what is put behind it."""
     telling = [field for field in TELLING if field in records[0]]
-    singles = [(field,) for field in [*telling, *sorted(records[0].keys() - set(telling))]]
+    singles = [(field,) for field in [*telling, *sorted(records[0].keys() - {*telling, *ORIGIN})]]
     for names in [*singles, *itertools.combinations(telling, 2)]:
         values = [[written(record.get(name)) for name in names] for record in records]
         if len(set(map(tuple, values))) == len(values):

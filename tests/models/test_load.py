@@ -579,7 +579,7 @@ def test_torchvision():
     [("from_timm", "timm:test_resnet"), ("from_torchvision", "torchvision:squeezenet1_1")],
 )
 def test_weights_that_cannot_be_downloaded(adapter, string, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(f"robustkit.models.{adapter}.reachable", lambda url: False)
+    monkeypatch.setattr(f"robustkit.models.sources.{adapter}.reachable", lambda url: False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     with pytest.raises(UsageError, match=r"could not be downloaded.*pretrained=false") as caught:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from robustkit.models import load_model
-from robustkit.models.sources.imports import own_imports, own_imports_of_module
+from robustkit.registry.imports import own_imports, own_imports_of_module
 
 NET = """
 import torch, os

@@ -22,7 +22,7 @@ from robustkit.engine.evaluation.verdicts import Judged, image_hashes, judge, sa
 from robustkit.engine.model.instrumented_model import InstrumentedModel
 from robustkit.engine.model.random_verdicts import is_random
 from robustkit.models.classifier import Classifier
-from robustkit.registry import SuiteEntry, parse_suite
+from robustkit.registry import Suite, SuiteEntry, parse_suite
 from robustkit.runs.recorded_answers import once
 
 # The margin that an adversarial point must have, as a share of the largest logit: twice what `verify` takes for
@@ -112,7 +112,7 @@ def nearest_points(
     samples: Samples,
     threat: ThreatModel,
     *,
-    suite: str,
+    suite: Suite,
     seed: int,
     device: torch.device,
     batch_size: int,

@@ -71,7 +71,7 @@ class Evaluation:
     model: Classifier
     samples: Samples
     threat: ThreatModel
-    suite: str = registry.DEFAULT_SUITE
+    suite: registry.Suite = registry.DEFAULT_SUITE
     seed: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     precision: str = "auto"
@@ -101,8 +101,8 @@ class Evaluation:
             self._refuse_eps()
         if self.strictness is not None and not any(entry.arm for entry in self.entries):
             raise UsageError(
-                f"suite {self.suite!r} gives every image the same attacks, so it has no strictness to set; write "
-                "--suite auto, or leave --strictness out."
+                f"suite {registry.suite_text(self.suite)!r} gives every image the same attacks, so it has no "
+                "strictness to set; write --suite auto, or leave --strictness out."
             )
         self.model.expect(self.samples.num_classes)
         if self.limits and any(entry.attack.info.coupled for entry in self.entries):

@@ -27,6 +27,7 @@ from robustkit.engine.evaluation.block_runner import BlockRunner
 from robustkit.engine.evaluation.early_stopping import TimeUp
 from robustkit.engine.evaluation.tasks import Brief, Gone, Parcel
 from robustkit.engine.model.instrumented_model import TRIAL
+from robustkit.registry import Suite
 from robustkit.runs.ledger import Chunk
 
 # A worker gets no more at once than this share of its part of the queue, so that the last go out one by one.
@@ -45,7 +46,7 @@ class Scheduler(BlockRunner):
     `suite` and the search's `precision` are what they are told of both.
     """
 
-    suite: str = ""
+    suite: Suite = ""
     precision: str = "fp32"
 
     def __post_init__(self) -> None:

@@ -18,6 +18,7 @@ from robustkit.distributed.files import Sent
 from robustkit.distributed.model_files import Parcelled
 from robustkit.engine.batching.row_batch import RowBatch
 from robustkit.engine.model.loaded_models import Net
+from robustkit.registry import Suite
 from robustkit.runs.ledger import Chunk
 from robustkit.runs.unfinished_work import Store
 
@@ -52,7 +53,7 @@ class Brief:
     device: str
     threads: int
     precision: str
-    suite: str
+    suite: Suite
     threat: str
     seed: int
     batch: int

@@ -17,6 +17,7 @@ from robustkit.engine.planning.arm_costs import Play, forecast
 from robustkit.engine.planning.pilot import CostProbe, ProbeResult
 from robustkit.engine.planning.simulation import Course, Job, Site, extended, joined
 from robustkit.engine.progress import Progress
+from robustkit.registry import suite_text
 from robustkit.runs.environment import environment
 from robustkit.runs.forecast_record import (
     DEVICES,
@@ -95,7 +96,7 @@ def plan(
         data=probe.samples.name,
         n=n,
         threat=str(probe.threat),
-        suite=probe.suite,
+        suite=suite_text(probe.suite),
         seed=probe.seed,
         trial=Trial(len(found.through), int(found.through.sum()), found.robust, found.seconds),
         speed=Speed(speed.forward, speed.both, speed.fixed, speed.at_once, instrumented.precision),

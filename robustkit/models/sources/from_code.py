@@ -8,10 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import inspect
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from importlib.util import module_from_spec, spec_from_file_location
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -19,13 +16,11 @@ from robustkit.core.errors import RobustkitError, UsageError, did_you_mean, name
 from robustkit.models.options import Options
 from robustkit.models.sources.built import Built
 from robustkit.models.sources.factory import is_factory
-from robustkit.models.sources.imports import own_imports, own_imports_of_module
 from robustkit.models.sources.kinds import no_such_kind
 from robustkit.models.strings import FILE, ModelString
 from robustkit.models.weights.files import WeightsFile
-
-# Modules that models' files have imported from their own folders.
-_helpers: set[str] = set()
+from robustkit.registry.code_files import read_source, running
+from robustkit.registry.imports import own_imports, own_imports_of_module
 
 
 def build(spec: ModelString, options: Options, weights: WeightsFile | None) -> Built:
@@ -40,16 +35,15 @@ def build(spec: ModelString, options: Options, weights: WeightsFile | None) -> B
     keywords = dict(options.keywords)
     if spec.kind == FILE:
         path = possible(spec.source).absolute()
-        source = _read(path)
-        imported = own_imports(path, path.parent)
-        with _importable(path.parent, imported):
-            net = _call(spec, getattr(_run(path, source), spec.name, None), keywords)
+        source, imported = read_source(path), own_imports(path, path.parent)
+        with running(path) as module:
+            net = _call(spec, getattr(module, spec.name, None), keywords)
         arch, identity = f"{path}:{spec.name}", dict[str, object](factory=spec.name)
     else:
         module = _import(spec)
         source = _text(module)
         file = getattr(module, "__file__", None)  # absent from modules that are built in
-        # Called first: what is refused needs no look at a package's hundreds of files.
+        # The factory is called first: what is refused needs no look at a package's hundreds of files.
         net = _call(spec, getattr(module, spec.name, None), keywords)
         imported = own_imports_of_module(spec.source, Path(file)) if file else {}
         arch, identity = spec.arch, dict[str, object](factory=spec.arch)
@@ -62,33 +56,6 @@ def build(spec: ModelString, options: Options, weights: WeightsFile | None) -> B
         identity={**identity, **keywords, "code": _sha256(source.encode())},
         num_classes=num_classes if isinstance(num_classes, int) else None,
     )
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise UsageError(f"there is no file '{path}': check the path before ':'.") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"'{path}' cannot be read as Python code ({error}): write a .py file.") from error
-
-
-def _run(path: Path, source: str) -> ModuleType:
-    """Return the module of a file, run afresh, without leaving a bytecode cache beside it."""
-    name = f"robustkit_file_{hashlib.sha256(str(path).encode()).hexdigest()[:16]}"
-    spec = spec_from_file_location(name, path)
-    if spec is None:
-        raise UsageError(f"'{path}' cannot be imported: write a .py file.")
-    module = module_from_spec(spec)
-    # Dataclasses and pickling look their module up by its name.
-    sys.modules[name] = module
-    try:
-        exec(compile(source, str(path), "exec"), module.__dict__)
-    # A script without a main guard ends in SystemExit.
-    except (Exception, SystemExit) as error:
-        del sys.modules[name]
-        raise UsageError(f"'{path}' failed with {named(error)}: correct it first.") from error
-    return module
 
 
 def _import(spec: ModelString) -> ModuleType:
@@ -160,29 +127,6 @@ def _text(module: ModuleType) -> str:
         return inspect.getsource(module)
     except (OSError, TypeError):
         return ""
-
-
-@contextmanager
-def _importable(folder: Path, imported: Mapping[str, Path]) -> Iterator[None]:
-    """Let a file import those beside it afresh, as it could when run as a script.
-
-    A module that an earlier model imported under the same name may be another one, or one that has changed.
-    """
-    for name in _helpers & imported.keys():
-        sys.modules.pop(name, None)
-    importlib.invalidate_caches()
-    before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
-    sys.path.insert(0, str(folder))
-    try:
-        yield
-    finally:
-        sys.path.remove(str(folder))
-        sys.dont_write_bytecode = before
-        _helpers.update(name for name, file in imported.items() if _is_from(sys.modules.get(name), file))
-
-
-def _is_from(module: ModuleType | None, file: Path) -> bool:
-    return getattr(module, "__file__", None) == str(file)
 
 
 def _sha256(content: bytes) -> str:

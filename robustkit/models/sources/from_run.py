@@ -30,7 +30,7 @@ from robustkit.models.strings import ENSEMBLE, FOLDER, MOST_MEMBERS, TIMM, TORCH
 from robustkit.models.weights.files import WeightsFile, read_weights
 from robustkit.models.weights.loading import put_weights
 from robustkit.posterior import Posterior
-from robustkit.registry import make_again
+from robustkit.registry.construction import make_again, origin
 
 FACTS, WEIGHTS = "model.json", "model.safetensors"
 # What of a run's folder makes up its nets, as far as it is there.
@@ -139,10 +139,13 @@ class Run:
         """
         if not trust_code:
             refuse_code(self.facts.arch, self.folder / FACTS)
+        method = None
+        if self.facts.input is not None:
+            method = make_again("method", self.facts.method or {}, trust_code=trust_code)
 
         def net(state: dict[str, Tensor], number: int = 0) -> Built:
             inner, weights = self.arch_of(number), WeightsFile(self.folder / WEIGHTS, {"": state})
-            built = self._wrapped(make[inner.kind](inner, self._own(inner), weights))
+            built = self._wrapped(make[inner.kind](inner, self._own(inner), weights), method)
             put_weights(built.net, weights, inner.arch)
             return built
 
@@ -157,10 +160,11 @@ class Run:
         reader = LogitsReader(f"a net of {self.arch}", options.output, options.binary, self.facts.classes)
         make_whole = self._samples if self._is_sampled else self._nets
         # One net that has predictors of its own combines those.
-        alone = self.facts.input is not None and len(self._chosen(*self._count)) == 1
+        alone = method is not None and len(self._chosen(*self._count)) == 1
         whole = make_whole(net, None if alone else options.combine, reader)
-        if alone and options.combine is not None:
-            whole = self._combined(whole, options.combine)
+        if method is not None and alone and options.combine is not None:
+            method.set_aggregator(_module(whole), options.combine)
+            whole = replace(whole, identity={**whole.identity, "combine": options.combine})
         mean, std = (None if of is None else tuple(map(float, of)) for of in (self.facts.mean, self.facts.std))
         whole, noise = self._drawing(whole, options.noise)
         names = tuple(self.facts.class_names or ())
@@ -196,14 +200,15 @@ class Run:
             own = replace(own, in_channels=self.facts.input[0])
         return own
 
-    def _wrapped(self, built: Built) -> Built:
+    def _wrapped(self, built: Built, method: Any) -> Built:
         """Return the net with what its method put around it; its weights are not in it yet."""
-        if self.facts.input is None:
+        if method is None or self.facts.input is None:
             return built
-        method = make_again("method", self.facts.method or {})
-        image = torch.zeros(1, *self.facts.input)
-        net = method.wrap(_module(built), image, None, None).eval()
-        return replace(built, net=net, identity={**built.identity, "method": self.facts.method})
+        net = method.wrap(_module(built), torch.zeros(1, *self.facts.input), None, None).eval()
+        # Where its code lies is no part of what it computes; the code is, as it is now.
+        record = {**(self.facts.method or {}), **origin(method)}
+        record.pop("string", None)
+        return replace(built, net=net, identity={**built.identity, "method": record})
 
     def _drawing(self, built: Built, asked: str | None) -> tuple[Built, str | None]:
         """Return a net with the policy that was asked for, and the policy in force where a net draws."""
@@ -215,11 +220,6 @@ class Run:
         noise = Noise.parse(asked or "fresh")
         set_noise(built.net, noise)
         return replace(built, identity={**built.identity, "noise": str(noise)}), str(noise)
-
-    def _combined(self, built: Built, text: str) -> Built:
-        """Return a self-ensemble whose predictors are combined in this way."""
-        make_again("method", self.facts.method or {}).set_aggregator(_module(built), text)
-        return replace(built, identity={**built.identity, "combine": text})
 
     def _samples(self, net: Make, combine: str | None, reader: LogitsReader) -> Built:
         store = Posterior.open(self.folder)

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from robustkit.registry.decorators import ORIGIN
 from robustkit.reporting.names import written
 from robustkit.runs.evaluation_record import Report
 
@@ -65,7 +66,8 @@ def field(record: Mapping[str, Any], name: str) -> str:
 
 
 def _call(record: Mapping[str, Any]) -> str:
-    fields = [f"{k}={field(record, k)}" for k in record if k not in ("name", "view", "spare", "arm")]
-    call = f"{record['name']}({','.join(fields)})" if fields else str(record["name"])
+    fields = [f"{k}={field(record, k)}" for k in record if k not in ("name", "view", "spare", "arm", *ORIGIN)]
+    name = record.get("string", record["name"])
+    call = f"{name}({','.join(fields)})" if fields else str(name)
     mark = "?" if record.get("spare") else "*" if record.get("arm") else ""
     return call + (f"@{record['view']}" if record.get("view") else "") + mark

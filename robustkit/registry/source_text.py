@@ -1,0 +1,113 @@
+"""What a Python file registers, read from its text: no module is imported for a list or a help page."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from robustkit.core.limits import Limits
+from robustkit.core.step_size import StepSize
+from robustkit.registry.decorators import KINDS, Info
+from robustkit.registry.ranges import NAMED
+
+# A decorator of ours with what it decorates, up to the first method or the next statement at the margin: lists and
+# help pages parse the heads of all files, and no more of them.
+_HEAD = re.compile(
+    rf"^@(?:{'|'.join(KINDS)})\(.*?^(?:class|def) .*?(?=^    (?:def |@)|^\S|\Z)", re.MULTILINE | re.DOTALL
+)
+
+
+@dataclass(frozen=True)
+class Field:
+    """A field of a registered dataclass, as its source text writes it.
+
+    Attributes:
+        name: its name.
+        type: its annotation, without limits.
+        default: its default value; empty where it has none.
+        limits: which numbers it may have, in words; empty where its type has no limits.
+    """
+
+    name: str
+    type: str
+    default: str
+    limits: str
+
+    @classmethod
+    def read(cls, name: str, annotation: ast.expr, default: ast.expr | None) -> Field:
+        """Return the field of an annotated line of a class."""
+        text, limits = ast.unparse(annotation), None
+        for node in ast.walk(annotation):
+            if isinstance(node, ast.Call):
+                keywords = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in node.keywords}
+                limits = Limits(*map(ast.literal_eval, node.args), **keywords)
+            elif isinstance(node, ast.Name) and node.id in NAMED:
+                limits = NAMED[node.id].__metadata__[0]
+                text = text.replace(node.id, NAMED[node.id].__origin__.__name__)
+        text = re.sub(r"Annotated\[(\w+), .*?\)\]", r"\1", text)
+        if isinstance(default, ast.Call):  # a step size, which users write with its unit
+            size = StepSize(*map(ast.literal_eval, default.args))
+            return cls(name, text, str(size), "with its unit, such as 0.25eps or 2/255px")
+        return cls(name, text, "" if default is None else ast.unparse(default), str(limits or ""))
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A registered class or function as its source text describes it.
+
+    Attributes:
+        info: what its decorator says.
+        module: the module that defines it.
+        attribute: its name in that module.
+        summary: the first line of its docstring.
+        fields: those of a dataclass, in order.
+        detail: the rest of the docstring.
+        package: name and version of the installed package that it comes from; empty for robustkit's own.
+        reference: `FILE.py:NAME`, where the user named it so.
+    """
+
+    info: Info
+    module: str
+    attribute: str
+    summary: str
+    fields: tuple[Field, ...] = ()
+    detail: str = ""
+    package: str = ""
+    reference: str = ""
+
+    @property
+    def form(self) -> str:
+        """How a model string writes it, if it is a defense: `NAME:FIELD,FIELD`."""
+        return f"{self.info.name}:{','.join(field.name for field in self.fields).upper()}"
+
+
+def read_entries(text: str, module: str) -> Iterator[Entry]:
+    """Yield an entry for each decorator of the registry in a file's text.
+
+    Raises:
+        ValueError: if an argument of a decorator is no literal.
+        SyntaxError: if a registered class or function is no Python.
+    """
+    for head in _HEAD.findall(text):
+        for node in ast.parse(head).body:
+            if not isinstance(node, ast.ClassDef | ast.FunctionDef):
+                continue
+            for mark in node.decorator_list:
+                if isinstance(mark, ast.Call) and isinstance(mark.func, ast.Name) and mark.func.id in KINDS:
+                    yield _entry(node, mark, mark.func.id, module)
+
+
+def _entry(node: ast.ClassDef | ast.FunctionDef, mark: ast.Call, kind: str, module: str) -> Entry:
+    summary, _, detail = (ast.get_docstring(node) or "").partition("\n")
+    options = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in mark.keywords}
+    fields = tuple(
+        Field.read(line.target.id, line.annotation, line.value)
+        for line in node.body
+        if isinstance(line, ast.AnnAssign)
+        and isinstance(line.target, ast.Name)
+        and "ClassVar" not in ast.unparse(line.annotation)
+    )
+    info = Info(kind, ast.literal_eval(mark.args[0]), **options)
+    return Entry(info, module, node.name, summary, fields, detail.strip())
