@@ -1,1 +1,1 @@
-"""Views of a report. They read the record and nothing else, and import no torch."""
+"""Terminal tables, HTML pages, charts and exports. They read records only and do not import torch."""

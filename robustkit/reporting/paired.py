@@ -1,4 +1,4 @@
-"""Two runs over the same images: the paired difference, its interval, and a test."""
+"""Compare two runs on the same images: the paired difference, its interval, and McNemar's test."""
 
 from __future__ import annotations
 
@@ -11,10 +11,16 @@ from robustkit.runs.evaluation_record import Rate, Report
 
 @dataclass(frozen=True)
 class Comparison:
-    """What two runs say of the same `n` images.
+    """The paired comparison of two runs, A and B.
 
-    `difference` is A's robust accuracy minus B's, with its 95 % interval; `p` is McNemar's exact, two-sided.
-    `only_a` and `only_b` are the images that A alone, or B alone, loses.
+    Attributes:
+        n: number of images that both runs have.
+        difference: A's robust accuracy minus B's.
+        low: lower end of its 95 % interval.
+        high: upper end.
+        p: of McNemar's exact two-sided test.
+        only_a: indices of the images that are not robust in A only.
+        only_b: likewise in B.
     """
 
     n: int
@@ -27,10 +33,10 @@ class Comparison:
 
 
 def compare(a: Report, b: Report) -> Comparison:
-    """Return the comparison of two reports over the images that both have, of the same data.
+    """Return the comparison of two reports on the images that both have; their data must be the same.
 
     Raises:
-        UsageError: if they have none in common, because runs were stopped early.
+        UsageError: if they have no image in common, because runs were stopped early.
     """
     others = {verdict.index: verdict for verdict in b.verdicts}
     pairs = [(verdict, others[verdict.index]) for verdict in a.verdicts if verdict.index in others]
@@ -47,14 +53,14 @@ def compare(a: Report, b: Report) -> Comparison:
 def newcombe(both: int, only_first: int, only_second: int, n: int) -> tuple[float, float]:
     """Return the 95 % interval of a difference of paired shares.
 
-    Newcombe 1998 (Statistics in Medicine 17:2635), method 10: Wilson's intervals of the two shares, squared
-    and added, with their correlation.
+    Method 10 of Newcombe 1998 (Statistics in Medicine 17:2635): it combines Wilson's intervals of the two shares
+    with their correlation.
 
     Args:
         both: pairs in which both succeed.
-        only_first: pairs in which the first alone does.
-        only_second: pairs in which the second alone does.
-        n: all pairs.
+        only_first: pairs in which only the first succeeds.
+        only_second: pairs in which only the second succeeds.
+        n: number of pairs.
     """
     first, second = Rate.of(both + only_first, n), Rate.of(both + only_second, n)
     neither = n - both - only_first - only_second
@@ -74,7 +80,7 @@ def newcombe(both: int, only_first: int, only_second: int, n: int) -> tuple[floa
 
 
 def mcnemar(one: int, other: int) -> float:
-    """Return the exact two-sided p of a split like this or more uneven, if both sides were as likely."""
+    """Return the p value of McNemar's exact two-sided test, from the two counts of discordant pairs."""
     from scipy.stats import binomtest
 
     return float(binomtest(one, one + other).pvalue) if one + other else 1.0

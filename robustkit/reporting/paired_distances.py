@@ -1,4 +1,4 @@
-"""Two runs for minimum norms over the same images: the paired difference of their distances."""
+"""Compare two searches for minimum norms on the same images: the paired difference of their distances."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ METHOD = "median of the paired differences; its interval by order statistics"
 
 @dataclass(frozen=True)
 class DistanceComparison:
-    """What two runs say of the distances of the same images.
+    """The paired comparison of the distances of two runs, A and B.
 
     Attributes:
         n: images that at least one of the two models classifies correctly.
         difference: the median of A's distance minus B's, with its 95 % interval.
-        farther_a: images whose adversarial image is farther away in A.
+        farther_a: number of images whose adversarial image is farther away in A.
         farther_b: likewise in B.
         p: of the exact two-sided sign test.
     """
@@ -33,15 +33,15 @@ class DistanceComparison:
 
     @property
     def equal(self) -> int:
-        """Images whose distances are the same in both."""
+        """Number of images whose distances are equal in both."""
         return self.n - self.farther_a - self.farther_b
 
 
 def compare_distances(a: Report, b: Report) -> DistanceComparison:
-    """Return the comparison of two runs over the images that both have, of the same data.
+    """Return the comparison of two runs on the images that both have; their data must be the same.
 
     Raises:
-        UsageError: if one is no run for minimum norms, the norms differ, or no image is left to compare.
+        UsageError: if a run did not search for minimum norms, the norms differ, or no image is left to compare.
     """
     if a.minimum is None or b.minimum is None or a.spec.threat != b.spec.threat:
         raise UsageError(

@@ -1,4 +1,4 @@
-"""Minimum norms in words: the quantiles of the distances, and the interval of their median."""
+"""Minimum norms as text: the quantiles of the distances, and the interval of their median."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def ends(middle: Middle) -> str:
 
 
 def columns(minimum: Minimum) -> list[tuple[str, str]]:
-    """Return name and text of each quantile."""
+    """Return name and value of each quantile as text."""
     names = {"0.5": "median"}
     return [
         (names.get(share, f"{100 * float(share):.0f} %"), length(value))
@@ -29,11 +29,11 @@ def columns(minimum: Minimum) -> list[tuple[str, str]]:
 
 
 def sentence(found: Minimum) -> str:
-    """Return the interval of the median, and of how many images it is."""
-    right = found.right
-    none = sum(math.isinf(far) for far in right)
+    """Return a sentence with the interval of the median and the number of images."""
+    distances = found.right
+    none = sum(math.isinf(distance) for distance in distances)
     missing = f"; no adversarial image was found for {none:,}" if none else ""
     return (
-        f"95 % interval of the median {ends(found.median)}, over {len(right):,} correctly classified "
-        f"image{'s' * (len(right) != 1)}{missing}"
+        f"95 % interval of the median {ends(found.median)}, over {len(distances):,} correctly classified "
+        f"image{'s' * (len(distances) != 1)}{missing}"
     )

@@ -1,4 +1,4 @@
-"""A run in words: its model, its data, its threat, its verdict."""
+"""Sentences about an evaluation: its model, data, threat and verdict."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from robustkit.runs.evaluation_record import Report
 
 
 def model_name(report: Report) -> str:
-    """Return the model string without folders, and of its query the defense alone, which makes it another model.
+    """Return the model string without folders; of its query only the defense, which changes the model.
 
     `robustkit:cifar-resnet20@at.safetensors`, `robustkit:digits-cnn?defense=jpeg:75`.
     """
@@ -36,15 +36,15 @@ def counted(n: int) -> str:
 
 
 def threat(report: Report) -> str:
-    """Return what the attacker may do, as the second half of a sentence."""
+    """Return what the attacker may change, as the second half of a sentence."""
     norm, _, eps = report.spec.threat.partition(":")
     if report.spec.minimal:
-        return f"the image moves as little as it can ({distance_unit(report)})"
+        return f"the smallest perturbation is searched for ({distance_unit(report)})"
     return {
-        "linf": f"no pixel value moves by more than {eps} (largest absolute change)",
-        "l2": f"the image moves by at most {eps} in Euclidean length",
+        "linf": f"no pixel value changes by more than {eps} (largest absolute change)",
+        "l2": f"the perturbation has a Euclidean length of at most {eps}",
         "l1": f"the absolute changes of all pixel values add up to at most {eps}",
-    }.get(norm, f"the image moves by at most {eps} in {norm}")
+    }.get(norm, f"the perturbation is at most {eps} in {norm}")
 
 
 def eps(report: Report) -> float:
@@ -56,7 +56,7 @@ def eps(report: Report) -> float:
 
 
 def distance_unit(report: Report) -> str:
-    """Return what a distance in the threat's norm counts."""
+    """Return what a distance in the threat's norm measures."""
     norm = report.spec.threat.partition(":")[0]
     return {
         "linf": "largest change of a pixel value",
@@ -66,22 +66,21 @@ def distance_unit(report: Report) -> str:
 
 
 def verdict(report: Report) -> str:
-    """Return the sentence that the number stands in, without the number."""
+    """Return the result as a sentence with counts."""
     if report.minimum:
-        right = report.minimum.right
-        found = sum(math.isfinite(far) for far in right)
-        return (
-            f"An adversarial image was found for {found:,} of {counted(len(right))} that are classified correctly."
-        )
+        distances = report.minimum.right
+        found = sum(map(math.isfinite, distances))
+        correct = counted(len(distances))
+        return f"An adversarial image was found for {found:,} of {correct} that are classified correctly."
     if report.n == 1:
         image = report.verdicts[0]
         if image.robust:
             return "The one image stays correctly classified under every attack of this run."
-        fell = "is wrong as it is" if image.attack == "clean" else f"falls to {image.attack}"
-        return f"The one image {fell}."
-    stood = sum(image.robust for image in report.verdicts)
-    stay = "stays" if stood == 1 else "stay"
-    return f"{stood:,} of {images(report)} {stay} correctly classified under every attack of this run."
+        clean = image.attack == "clean"
+        return f"The one image is {'misclassified without an attack' if clean else f'fooled by {image.attack}'}."
+    robust = sum(image.robust for image in report.verdicts)
+    stay = "stays" if robust == 1 else "stay"
+    return f"{robust:,} of {images(report)} {stay} correctly classified under every attack of this run."
 
 
 def interval(low: float, high: float) -> str:
@@ -90,25 +89,25 @@ def interval(low: float, high: float) -> str:
 
 
 def trust(report: Report) -> str:
-    """Return how far the checks let the number be trusted."""
+    """Return whether the number can be trusted, by the flags that were raised."""
     counts = {level: sum(flag.level == level for flag in report.flags) for level in ("error", "warning", "info")}
     named = [
         f"{count} {word}{'s' * (count > 1)}"
         for count, word in zip(counts.values(), ("error", "warning", "note"), strict=True)
         if count
     ]
-    said = ", ".join(named)
+    flags = ", ".join(named)
     if counts["error"]:
-        return f"Do not quote this number: the checks raised {said}."
+        return f"Do not quote this number: the checks raised {flags}."
     if counts["warning"]:
-        return f"Look before quoting this number: the checks raised {said}."
+        return f"Read the flags before quoting this number: the checks raised {flags}."
     if counts["info"]:
-        return f"The checks raised no warning, {said}."
+        return f"The checks raised no warning, {flags}."
     return "The checks raised no flag."
 
 
 def class_name(classes: list[str], label: int) -> str:
-    """Return a class's name, or its number where the data names none."""
+    """Return a class's name, or its number if the data has no names."""
     return classes[label] if 0 <= label < len(classes) else f"class {label}"
 
 

@@ -1,4 +1,4 @@
-"""A run that was resumed with other versions, in words."""
+"""A sentence about a run that was resumed with other versions."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 
 
 def made_in_parts(environment: Mapping[str, Any]) -> str:
-    """Return which versions made which part of a run; nothing where the same made all."""
+    """Return which versions computed which part of a run; empty if one version computed all."""
     parts = environment.get("parts") or []
     if len(parts) < 2:
         return ""
     first, *later = (f"robustkit {part.get('robustkit')} with torch {part.get('torch')}" for part in parts)
     places = [part.get("from") for part in parts[1:]]
-    return f"made by different versions: {first}" + "".join(
+    return f"computed by different versions: {first}" + "".join(
         f", from {place} on {name}" for place, name in zip(places, later, strict=True)
     )

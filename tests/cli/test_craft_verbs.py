@@ -133,7 +133,7 @@ def test_judged_later_and_compared(
     assert [one["model"] for one in found["targets"]] == [TWO]
     # the page has who judged later, and is made again from the folder alone
     whole = Path("b/report.html").read_text()
-    assert whole.count("crafted on it: no transfer") == 1
+    assert whole.count("surrogate: no transfer") == 1
     assert whole.count("data:image/png;base64,") == 3 * 12
     assert run(["report", "b", "--html", "page.html"]) == 0
     assert Path("page.html").read_text() == whole

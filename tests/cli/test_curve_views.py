@@ -40,7 +40,7 @@ def test_a_run_of_the_built_in_default(capsys: pytest.CaptureFixture[str]) -> No
     assert run([*SMALL, "--curve"]) == 0
     out = capsys.readouterr().out
     assert re.search(r"\neps +0\.0375 +0\.075 +0\.15 +0\.225 +0\.3 *\nrobust acc( +\d+\.\d %){5} *\n", out)
-    assert re.search(r"\nmedian smallest fooling eps \S+   [\d,]+ props/img   \S+ s\n", out)
+    assert re.search(r"\nmedian smallest fooling eps \S+   [\d,]+ passes per image   \S+ s\n", out)
     (folder,) = Path("runs").iterdir()
     before = (folder / "report.json").read_bytes()
     assert run([*SMALL, "--threat", "linf:curve"]) == 0  # digits' own eps is linf:0.15

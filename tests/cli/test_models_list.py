@@ -25,8 +25,8 @@ def command(zoo: Path, *more: str) -> list[str]:
 def test_a_list_again_and_longer(zoo: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(command(zoo)) == 0
     out, told = capsys.readouterr()
-    # The coarse one hides its gradient: whatever its number, it is ranked apart.
-    assert out.index("digits-cnn ") < out.index("ranked apart") < out.index("coarse")
+    # The coarse one hides its gradient: whatever its number, it is ranked separately.
+    assert out.index("digits-cnn ") < out.index("ranked separately") < out.index("coarse")
     assert "next     robustkit compare" in out
     with zoo.open("a") as file:
         file.write("gone = robustkit:digits-cnn@gone.safetensors\n")

@@ -236,7 +236,7 @@ def test_the_price_of_the_training_stands_beside_success(
     record = craft([f"{trained}#1", other], X[:2], Y[:2], EPS, attack="fgsm")
     assert record.environment["training_flops"] == [4_340_000_000, None]
     show(record, Console())
-    assert "\ntrained for p/#1 4.34 gigaflop\n" in capsys.readouterr().out
+    assert "\ntraining cost: p/#1 4.34 gigaflop\n" in capsys.readouterr().out
     assert "p/#1 4.34 gigaflop" in craft_page.page(record, None)
     show(craft([other], X[:2], Y[:2], EPS, attack="fgsm"), Console())
     assert "trained for" not in capsys.readouterr().out

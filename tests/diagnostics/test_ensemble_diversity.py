@@ -198,7 +198,7 @@ def test_two_ensembles_on_the_same_images(tmp_path: Path, capsys: pytest.Capture
     out = {name: tmp_path / f"out-{name}" for name in "abc"}
     assert run(["diversity", a, *flags, "--out", str(out["a"])]) == 0
     first = capsys.readouterr().out
-    assert "Images made on one member fool another" in first
+    assert "Images crafted on one member fool another" in first
     assert first.splitlines()[-1].startswith("next     robustkit evaluate")
     assert run(["diversity", b, *flags, "--images-of", str(out["a"]), "--out", str(out["b"])]) == 0
     assert run(["diversity", a, *flags, "--images-of", str(out["b"]), "--out", str(out["c"]), "--json"]) == 0

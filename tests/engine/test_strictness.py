@@ -13,8 +13,8 @@ from rich.console import Console
 from robustkit import evaluate
 from robustkit.registry import parse_suite
 from robustkit.reporting.html.evaluation import page
-from robustkit.reporting.html.trust import OF_AN_EPS, rows
-from robustkit.reporting.terminal.evaluation import in_doubt, show
+from robustkit.reporting.html.trust import NEEDS_EPS, rows
+from robustkit.reporting.terminal.evaluation import show, unresolved
 from robustkit.runs.evaluation_record import RunSpec, Strictness
 
 
@@ -31,15 +31,15 @@ def _records(suite: str) -> list[dict[str, object]]:
 @pytest.mark.parametrize(
     ("images", "in_full", "suite", "words"),
     [
-        (2, 3, "auto", "at most 2 images (0.2 %) would still fall to AutoAttack's attacks"),
-        (1, 3, "rapid", "at most 1 image (0.1 %) would still fall to AutoAttack's attacks"),
-        (0, 3, "auto", "no image would still fall to AutoAttack's attacks"),
-        (0, 7, "auto", "left in doubt: nothing; 7 of 7 robust images"),
-        (2, 3, "pgd,apgd(loss=margin)*", "would still fall to the attacks marked * that they have not met"),
+        (2, 3, "auto", "AutoAttack's attacks would fool at most 2 images (0.2 %) more"),
+        (1, 3, "rapid", "AutoAttack's attacks would fool at most 1 image (0.1 %) more"),
+        (0, 3, "auto", "AutoAttack's attacks would fool no image more"),
+        (0, 7, "auto", "unresolved: no image; 7 of 7 robust images"),
+        (2, 3, "pgd,apgd(loss=margin)*", "the attacks marked * that were not run on them would fool"),
     ],
 )
 def test_the_sentence_names_what_the_bound_is_of(images: int, in_full: int, suite: str, words: str) -> None:
-    assert words in in_doubt(Strictness(images, images / 1000, 0.002, 7, in_full), spec(suite))
+    assert words in unresolved(Strictness(images, images / 1000, 0.002, 7, in_full), spec(suite))
 
 
 def test_table_and_page_of_a_run_end_with_its_bound() -> None:
@@ -49,10 +49,10 @@ def test_table_and_page_of_a_run_end_with_its_bound() -> None:
     out = io.StringIO()
     show(found, Console(file=out, width=80))
     table = out.getvalue().partition("\n\n")[2].partition("\n\n")[0].splitlines()
-    assert table[-1].startswith("left in doubt")
+    assert table[-1].startswith("unresolved")
     # Nothing is cut off on a terminal of 80 columns.
     assert not any("…" in line for line in table)
-    assert "Left in doubt" in page(found, None)
+    assert "Unresolved" in page(found, None)
     # These arms are not AutoAttack's.
     assert dict((flag.code, flag) for _, flag in rows(found))["audit-broke"].level == "not measured"
 
@@ -61,7 +61,7 @@ def test_a_page_of_minimum_norms_asks_nothing_that_only_a_run_at_an_eps_can_answ
     net = Small().eval()
     x, y = labelled(net, 6, (3, 9, 7))
     found = evaluate(net, x, y, "l2:min", suite="fmn(steps=20)")
-    assert not OF_AN_EPS & {flag.code for _, flag in rows(found)}
+    assert not NEEDS_EPS & {flag.code for _, flag in rows(found)}
     assert torch.isfinite(torch.tensor([far or 0.0 for far in found.minimum.distances])).all()
     # The path of the curve is a line, not an area.
     assert re.search(r"\.curve \{[^}]*fill: none", page(found, None))

@@ -121,7 +121,7 @@ def test_two_runs_in_pairs() -> None:
     a, b = craft(), craft(targets=[judgement([1, 1, 0, 3])])
     (found,) = differences(a, b)
     assert (found.n, found.value, found.only_a, found.only_b, found.p) == (3, 0.0, [1], [2], 1.0)
-    with pytest.raises(UsageError, match="no model in common"):
+    with pytest.raises(UsageError, match="no target model in common"):
         differences(a, craft(targets=[]))
 
 
@@ -176,7 +176,7 @@ def test_the_heat_map_is_one_file() -> None:
     assert "http" not in text
     assert text.count('class="same') == 2
     assert 'style="--share: 0.25"' in text
-    assert "crafted on a, judged on" in text
+    assert "crafted on a, evaluated on" in text
     assert json.loads(json.dumps(record.to_json()))["success"][0][2] is None
 
 
@@ -200,7 +200,7 @@ def test_the_page_of_a_craft_run() -> None:
     assert not re.search(r"https?://|@import|url\((?!#)", text)
     assert text.count('class="chart"') == 2 + 2  # success, forecast; five targets' curves in two charts
     assert "one step costs more" in text
-    assert "What to expect of an unseen model: 75.0 %" in text
+    assert "Expected success on an unseen model: 75.0 %" in text
     assert "<tr><td>50 %</td><td>1</td></tr>" in text
     assert "the most of 5 targets" in text
     assert not re.search(r'="[^"]*(nan|inf)[%"]', text)
@@ -212,8 +212,8 @@ def test_the_page_of_a_craft_run() -> None:
     text = craft_page.page(craft(), arrays)
     assert text.count("data:image/png;base64,") == 6
     assert "difference × 16" in text
-    assert "says a → b" in text
+    assert ": a → b" in text
     assert "<d>" not in text
     alone = craft_page.page(craft(targets=[]), arrays)
-    assert "No target has judged these images yet" in alone
-    assert "surrogate says a → b" in alone
+    assert "No target model has been evaluated on these images yet" in alone
+    assert "surrogate: a → b" in alone

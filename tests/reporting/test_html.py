@@ -17,11 +17,11 @@ from reports import FLAG, make_examples, make_report
 
 from robustkit.core.flags import Flag, passed, unmeasured
 from robustkit.registry import parse_suite
-from robustkit.reporting import sentences
+from robustkit.reporting import costs, sentences
 from robustkit.reporting.charts import classes, histogram, svg
 from robustkit.reporting.charts.card import card
 from robustkit.reporting.charts.thumbnails import enlargement, picture
-from robustkit.reporting.html import costs, render, trust
+from robustkit.reporting.html import render, trust
 from robustkit.reporting.html.command import command, suite
 from robustkit.reporting.html.evaluation import page
 from robustkit.reporting.names import stage_names
@@ -34,7 +34,7 @@ CASES = {
     "none fooled": (make_report(fooled=0, wrong=0), (3, 32, 32)),
     "all fooled": (make_report(40, 36, flags=(FLAG,)), (3, 32, 32)),
     "single, fooled": (make_report(1, 1, wrong=0, attacks=("pgd",)), (3, 32, 32)),
-    "single, stands": (make_report(1, 0, wrong=0, attacks=("pgd",)), (3, 32, 32)),
+    "single, robust": (make_report(1, 0, wrong=0, attacks=("pgd",)), (3, 32, 32)),
     "single, wrong": (make_report(1, 0, wrong=1, attacks=("pgd",)), (3, 32, 32)),
     "10,000 large images": (make_report(10000, 4000, wrong=900, classes=100), (3, 224, 224)),
     "1,000 classes": (make_report(5000, 2000, wrong=900, classes=1000), (3, 96, 60)),
@@ -129,11 +129,11 @@ def test_golden_numbers() -> None:
     assert "24 of 40 images stay correctly classified under every attack of this run." in text
     assert "Robust accuracy 60.0 % , 95 % interval 44.6 – 73.7 %." in text
     assert "90.0 % (95 % interval 76.9 – 96.0 %)" in text
-    assert "no pixel value moves by more than 8/255" in text
+    assert "no pixel value changes by more than 8/255" in text
     assert "after pgd 75.0 % (59.8 – 85.8)" in text
     assert "after autoattack:square 60.0 % (44.6 – 73.7)" in text
     assert "n = 12, eps = 8/255 = 0.03137" in text
-    assert "this run spent 133 per image" in text
+    assert "this run used 133 passes per image" in text
     assert "<title>60.0 % robust accuracy: robustkit:digits-cnn</title>" in page(make_report(), None)
 
 
@@ -141,26 +141,26 @@ def test_the_order_is_number_trust_cascade_classes_distances_images_cost_command
     text = page(make_report(flags=(FLAG,)), make_examples(make_report()))
     assert re.findall(r"<h2>(.*?)</h2>", text) == [
         "Can this number be trusted?",
-        "Accuracy left after each attack",
+        "Robust accuracy after each attack",
         "Accuracy per class",
-        "How close it was",
+        "Margins and distances",
         "Fooled images",
-        "Where the budget went",
+        "Cost of each stage",
         "How to reproduce",
     ]
 
 
-def test_one_image_has_its_own_sentences() -> None:
-    assert sentences.verdict(CASES["single, fooled"][0]) == "The one image falls to pgd."
-    assert sentences.verdict(CASES["single, wrong"][0]) == "The one image is wrong as it is."
-    assert sentences.verdict(CASES["single, stands"][0]).startswith("The one image stays correctly classified")
+def test_the_verdict_of_one_image() -> None:
+    assert sentences.verdict(CASES["single, fooled"][0]) == "The one image is fooled by pgd."
+    assert sentences.verdict(CASES["single, wrong"][0]) == "The one image is misclassified without an attack."
+    assert sentences.verdict(CASES["single, robust"][0]).startswith("The one image stays correctly classified")
 
 
 def test_a_run_without_examples_has_no_strip_but_everything_else() -> None:
     tree = Tree(page(make_report(), None))
     assert not tree.all("img")
     assert "This run folder has no examples.npz" in tree.text
-    assert "Where the budget went" in tree.text
+    assert "Cost of each stage" in tree.text
     assert "No attack fooled the model on any image" in read(CASES["none fooled"][0]).text
 
 
@@ -169,18 +169,21 @@ def test_a_run_without_examples_has_no_strip_but_everything_else() -> None:
     [
         ((), "The checks raised no flag."),
         (("info",), "The checks raised no warning, 1 note."),
-        (("info", "warning", "warning"), "Look before quoting this number: the checks raised 2 warnings, 1 note."),
+        (
+            ("info", "warning", "warning"),
+            "Read the flags before quoting this number: the checks raised 2 warnings, 1 note.",
+        ),
         (("warning", "error"), "Do not quote this number: the checks raised 1 error, 1 warning."),
     ],
 )
-def test_distrust_stands_on_page_one(levels: tuple[str, ...], sentence: str) -> None:
+def test_flags_are_summarised_before_the_charts(levels: tuple[str, ...], sentence: str) -> None:
     flags = tuple(Flag(f"flag-{i}", level, None, "it is so", "do this") for i, level in enumerate(levels))
     text = read(make_report(flags=flags)).text
     assert sentence in text
-    assert text.index(sentence) < text.index("Accuracy left after each attack")
+    assert text.index(sentence) < text.index("Robust accuracy after each attack")
 
 
-def test_flags_say_everything() -> None:
+def test_a_flag_shows_code_level_value_and_remedy() -> None:
     tree = read(make_report(flags=(FLAG,)))
     assert tree.all("article", "warning")
     for part in (
@@ -192,7 +195,7 @@ def test_flags_say_everything() -> None:
         assert part in tree.text
 
 
-def test_the_page_opens_with_every_check_and_its_state() -> None:
+def test_the_page_lists_every_check_and_its_result() -> None:
     ok = passed("not-converged", 2, "of 32 images fall late")
     why = unmeasured("attack-not-alive", "nothing could be planted", "go by the rest")
     report = replace(
@@ -207,25 +210,25 @@ def test_the_page_opens_with_every_check_and_its_state() -> None:
     text = read(report).text
     for part in (
         "Twice the steps find no more ✓ ok 2 of 32 images fall late.",
-        "Planted adversarials are found ○ not measured Nothing could be planted. Go by the rest.",
-        "Full AutoAttack finds no more ○ not measured No survivor was given to AutoAttack. Add --audit 50.",
-        "Nothing is optimised to get it ○ not measured This run has not written it down.",
+        "The attack finds planted adversarial images ○ not measured Nothing could be planted. Go by the rest.",
+        "AutoAttack finds no more ○ not measured AutoAttack was not run on any robust image. Add --audit 50.",
+        "Nothing is optimised at test time ○ not measured This run did not record it.",
     ):
-        assert text.index(FLAG.code) < text.index(part) < text.index("Accuracy left after each attack")
+        assert text.index(FLAG.code) < text.index(part) < text.index("Robust accuracy after each attack")
     assert "is hidden by its flag" not in text
     audited = report.with_audit(Audit.of(range(5), [], 24, 40, Cost(1, 1, 1)))
     assert ("ok", 0) in {(flag.level, flag.value) for _, flag in trust.rows(audited) if "of 5" in flag.meaning}
 
 
-def test_three_accuracies_of_a_random_model_are_on_the_page() -> None:
+def test_three_accuracies_of_a_randomised_model_are_on_the_page() -> None:
     draws = Draws(Rate.of(30, 40), 0.7, Rate.of(24, 40), 0.25)
     text = read(replace(make_report(), draws=draws)).text
-    for part in ("by one draw 75.0 %", "on average over draws 70.0 %", "right more often than not 60.0 %"):
+    for part in ("by one draw 75.0 %", "mean over draws 70.0 %", "by the majority of draws 60.0 %"):
         assert part in text
     assert "0.25 of accuracy, 25.0 %, would be lost" in text
 
 
-def test_stages_of_one_name_are_told_apart() -> None:
+def test_stages_of_one_name_are_distinguished_by_a_field() -> None:
     report = make_report(attacks=("pgd", "square", "pgd"))
     assert stage_names(report) == ["clean", "pgd #1", "square", "pgd #2"]
     suite = [{**record, "steps": steps} for record, steps in zip(report.spec.suite, (1, 9, 5), strict=True)]
@@ -235,7 +238,7 @@ def test_stages_of_one_name_are_told_apart() -> None:
     assert "after pgd(steps=5)" in read(report).text
 
 
-def test_hostile_strings_are_text() -> None:
+def test_markup_in_names_is_escaped() -> None:
     evil = "<script>alert(1)</script>\"'&<img src=x onerror=y>"
     flag = Flag(evil, "warning", 1, evil, evil)
     report = make_report(model=evil, data=evil, flags=(flag,), attacks=(evil,))
@@ -248,10 +251,10 @@ def test_hostile_strings_are_text() -> None:
     assert len(card(make_report(model="$\\frac{$", data="$x_{"))) > 1000
 
 
-def test_many_classes_show_the_worst_and_say_so() -> None:
+def test_many_classes_show_the_least_robust() -> None:
     report, shape = CASES["1,000 classes"]
     tree = read(report, shape)
-    assert "The 20 worst of 1000 classes" in tree.text
+    assert "The 20 least robust of 1000 classes" in tree.text
     rows, count = classes.rows(report, [])
     assert (len(rows), count) == (20, 1000)
     assert {row.robust.value for row in rows} == {0.4}  # of 5 images each, most classes keep 2 and some 3
@@ -260,7 +263,7 @@ def test_many_classes_show_the_worst_and_say_so() -> None:
     assert (few[0].robust.n, few[0].clean.value, few[0].robust.value) == (4, 0.75, 0.5)
 
 
-def test_margins_count_every_image_once_and_keep_right_from_wrong() -> None:
+def test_margin_bars_count_every_image_once_and_separate_right_from_wrong() -> None:
     report = make_report(400, 150, wrong=40)
     chart, beyond = histogram.margins(report)
     heights: dict[str, float] = {}
@@ -269,11 +272,11 @@ def test_margins_count_every_image_once_and_keep_right_from_wrong() -> None:
     ):
         heights[kind] = heights.get(kind, 0.0) + float(height)
         mark = float(re.search(r'<line x1="([\d.]+)%"[^>]*class="mark"', chart)[1])  # type: ignore[index]
-        assert (float(x) >= mark) == (kind == "stood")
+        assert (float(x) >= mark) == (kind == "robust")
     per_image = sum(heights.values()) / 400
     assert {kind: round(total / per_image) for kind, total in heights.items()} == {
-        "stood": 210,
-        "fell": 150,
+        "robust": 210,
+        "fooled": 150,
         "clean": 40,
     }
     assert 0 < beyond <= 8
@@ -282,11 +285,11 @@ def test_margins_count_every_image_once_and_keep_right_from_wrong() -> None:
 def test_shares_of_cost_add_up() -> None:
     report = make_report()
     rows = costs.rows(report)
-    assert sum(row.share_propagations for row in rows) == pytest.approx(1)
+    assert sum(row.share_passes for row in rows) == pytest.approx(1)
     assert sum(row.share_seconds for row in rows) == pytest.approx(1)
     assert [row.entering for row in rows] == [40, 36, 30]
-    assert rows[0].kills is None
-    assert rows[1].kills == pytest.approx(1000 * 6 / (36 * 80))
+    assert rows[0].fooled_per_1000 is None
+    assert rows[1].fooled_per_1000 == pytest.approx(1000 * 6 / (36 * 80))
 
 
 @pytest.mark.parametrize(

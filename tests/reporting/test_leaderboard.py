@@ -1,4 +1,4 @@
-"""A leaderboard: in order, each behind the one above by what a comparison says, and a page of it."""
+"""The leaderboard: order, paired differences to the next model above, and the page."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from reports import FLAG, make_report
 from rich.console import Console
 
 from robustkit.reporting.html.leaderboard import page
-from robustkit.reporting.leaderboard import Leaderboard, show
+from robustkit.reporting.leaderboard import Leaderboard
 from robustkit.reporting.paired import compare
+from robustkit.reporting.terminal.leaderboard import show
 
 FIRM = make_report(fooled=4, model="robustkit:a@w.pt")
 WEAK = make_report(fooled=20, model="robustkit:b", flags=(FLAG,))
@@ -41,7 +42,7 @@ def test_in_order_with_what_a_comparison_says() -> None:
     )
     assert rows[2].behind is None
     assert rows[0].gradients_per_image == pytest.approx(FIRM.cost.backwards / FIRM.n)
-    assert rows[2].doubts == ["zero-gradient"]
+    assert rows[2].warnings == ["zero-gradient"]
 
 
 def test_flagged_models_are_ranked_apart_however_high_their_number() -> None:
@@ -53,9 +54,9 @@ def test_flagged_models_are_ranked_apart_however_high_their_number() -> None:
     assert [row.behind is None for row in rows] == [True, False, True, False]
     out = io.StringIO()
     show(Leaderboard.of("0", found[:2], []), Console(file=out, width=200, markup=False))
-    assert out.getvalue().index("ranked apart") < out.getvalue().index("best")
+    assert out.getvalue().index("ranked separately") < out.getvalue().index("best")
     html = page(Leaderboard.of("0", found[:2], []))
-    assert "No model without a flag: every number of 40 images of digits:test at linf:8/255 is in doubt" in html
+    assert "Every model has flags: each number of 40 images of digits:test at linf:8/255 may be too high" in html
 
 
 @pytest.mark.parametrize(
@@ -66,20 +67,18 @@ def test_ties_share_a_rank(fooled: tuple[int, ...], ranks: list[int]) -> None:
     board = Leaderboard.of("0", found, [])
     assert [row.rank for row in board.rows] == ranks
     assert [row["rank"] for row in board.to_json()["rows"]] == ranks
-    assert ("are level:" in page(board)) == (ranks[1] == 1)
+    assert ("are equal:" in page(board)) == (ranks[1] == 1)
 
 
 def test_headline_and_caption_go_by_p() -> None:
     """One image of 40 apart: p is 1, and nobody is called first for it."""
     near = [("one", "1", make_report(fooled=4)), ("two", "2", make_report(fooled=5))]
     far = [("one", "1", make_report(fooled=4)), ("two", "2", make_report(fooled=24))]
-    assert (
-        "one: 80.0 % robust accuracy of 40 images of digits:test at linf:8/255, not clearly ahead of two (p = 1)"
-        in (page(Leaderboard.of("0", near, [])))
-    )
+    first = "one: 80.0 % robust accuracy of 40 images of digits:test at linf:8/255"
+    assert f"{first}, not significantly more than two (p = 1)" in page(Leaderboard.of("0", near, []))
     assert "not clearly" not in page(Leaderboard.of("0", far, []))
     for text in (page(board()), _table(board())):
-        assert "here p is 0.05 or more, these images do not tell which of the two is more robust" in text
+        assert "here p is 0.05 or more, these images do not show which of the two is more robust" in text
         assert "holds 0" not in text
 
 

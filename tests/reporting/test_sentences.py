@@ -15,8 +15,8 @@ from rich.console import Console
 from test_craft_page import craft, judgement
 
 from robustkit.cli import run
+from robustkit.reporting import costs
 from robustkit.reporting.charts.cascade import cascade
-from robustkit.reporting.html import costs
 from robustkit.reporting.html import craft as craft_page
 from robustkit.reporting.html import evaluation as evaluation_page
 from robustkit.reporting.html.command import commands
@@ -47,18 +47,21 @@ def test_wrong_images_are_not_fooled_ones() -> None:
 
 
 def test_the_first_bar_is_of_images_that_nothing_attacked() -> None:
-    kinds = re.findall(r'class="(stood|fell|clean)"', str(cascade(CHECKED)))
-    assert kinds == ["stood", "clean", "stood", "fell", "stood", "fell"]
-    assert re.findall(r'class="(stood|fell|clean)"', str(cascade(make_report(wrong=0))))[:2] == ["stood", "stood"]
+    kinds = re.findall(r'class="(robust|fooled|clean)"', str(cascade(CHECKED)))
+    assert kinds == ["robust", "clean", "robust", "fooled", "robust", "fooled"]
+    assert re.findall(r'class="(robust|fooled|clean)"', str(cascade(make_report(wrong=0))))[:2] == [
+        "robust",
+        "robust",
+    ]
 
 
 def test_the_checks_have_a_row_of_their_own() -> None:
     clean, checks, *attacks = costs.rows(CHECKED)
     stage = CHECKED.stages[0]
-    assert (clean.propagations, checks.propagations) == (stage.forwards + stage.backwards - 22, 22)
+    assert (clean.passes, checks.passes) == (stage.forwards + stage.backwards - 22, 22)
     assert clean.seconds + checks.seconds == pytest.approx(stage.seconds)
-    assert (checks.attack, checks.settled, checks.rate) == ("checks", "–", None)
-    assert sum(row.propagations for row in costs.rows(CHECKED)) == CHECKED.cost.forwards + CHECKED.cost.backwards
+    assert (checks.attack, checks.fooled, checks.rate) == ("checks", "–", None)
+    assert sum(row.passes for row in costs.rows(CHECKED)) == CHECKED.cost.forwards + CHECKED.cost.backwards
     assert len(attacks) == len(CHECKED.stages) - 1
     # A record of before has no such number, and no such row.
     assert [row.attack for row in costs.rows(make_report())] == ["clean", "pgd", "autoattack:square"]
@@ -110,5 +113,5 @@ def test_a_target_is_fooled_by_the_share_that_fools_it() -> None:
     assert re.search(r"66\.7 % of the images that \S+ classified correctly fool it\.", page)
     both = craft(targets=[judgement([1, 0, 2, 3]), judgement([0, 1, 2, 3])])
     page = craft_page.page(both, None)
-    assert "falls to" not in page
+    assert "fooled by" not in page
     assert re.search(r"66\.7 % fool \S+, the most of 2 targets, and 0\.0 % fool \S+, the least\.", page)

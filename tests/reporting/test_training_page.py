@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from robustkit.reporting.charts.lines import Chart, Series, counted, powers
+from robustkit.reporting.charts.lines import Chart, Series, count_marks, log_positions
 from robustkit.reporting.html.training import page
 from robustkit.reporting.terminal.training import show_history
 from robustkit.runs.evaluation_record import Rate
@@ -67,7 +67,7 @@ def test_an_ensemble_has_the_white_box_beside_the_transfer() -> None:
         ("test accuracy", "50 %"),
         ("best member", "60 %"),
         ("attack on all members", "100 %"),
-        ("images made on another member", "12.5 %"),
+        ("images crafted on another member", "12.5 %"),
         ("training", "1.5"),
         ("test", "0.7"),
         ("at the end of each epoch", "0.1"),
@@ -108,12 +108,12 @@ def test_samples_of_a_posterior_are_listed() -> None:
 
 
 def test_points_stand_where_their_values_are() -> None:
-    chart = Chart([Series("a", [(0.25, 0.0), (1.0, 2.0)]), Series("b", [(0.5, 1.0)])], "x", counted(4), str)
+    chart = Chart([Series("a", [(0.25, 0.0), (1.0, 2.0)]), Series("b", [(0.5, 1.0)])], "x", count_marks(4), str)
     drawn = str(chart.drawing)
     assert 'd="M250 180L1000 10"' in drawn
     assert '<svg x="50%" y="95"' in drawn
     assert ">4</text>" in drawn
-    assert powers([10, 100, 1000]) == pytest.approx([0, 0.5, 1])
-    assert powers([10]) == [0.5]
-    flat = Chart([Series("a", [(1.0, 0.0)])], "x", counted(1), str)
+    assert log_positions([10, 100, 1000]) == pytest.approx([0, 0.5, 1])
+    assert log_positions([10]) == [0.5]
+    flat = Chart([Series("a", [(1.0, 0.0)])], "x", count_marks(1), str)
     assert "nan" not in str(flat.drawing)

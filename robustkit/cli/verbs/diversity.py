@@ -15,7 +15,8 @@ from robustkit.core.errors import UsageError
 from robustkit.data.samples import Samples
 from robustkit.diagnostics.ensemble_diversity import Comparison
 from robustkit.models.allowed_paths import FLAG
-from robustkit.reporting.html.diversity import FILE, page, show
+from robustkit.reporting.html.diversity import FILE, page
+from robustkit.reporting.terminal.diversity import show
 from robustkit.runs.run_folder import read_diversity
 
 

@@ -16,7 +16,8 @@ from robustkit.cli.verbs.report import write_page
 from robustkit.core.errors import RobustkitError, RunError
 from robustkit.engine.evaluation.leaderboard import Entry, Sweep
 from robustkit.reporting.html.leaderboard import page
-from robustkit.reporting.leaderboard import Leaderboard, show
+from robustkit.reporting.leaderboard import Leaderboard
+from robustkit.reporting.terminal.leaderboard import show
 from robustkit.reporting.terminal.transfer import short_names
 from robustkit.runs.invocation import command
 

@@ -106,7 +106,8 @@ def _matrix(folder: Path) -> View:
 
 
 def _diversity(folder: Path) -> View:
-    from robustkit.reporting.html.diversity import FILE, page, show
+    from robustkit.reporting.html.diversity import FILE, page
+    from robustkit.reporting.terminal.diversity import show
 
     record = run_folder.read_diversity(folder)
     return View(lambda: show(record, wide_console()), lambda: page(record), FILE)

@@ -1,4 +1,4 @@
-"""The card: one picture of 1200 x 630 with the number, its interval and the cascade, for slides and readmes."""
+"""The card: a PNG of 1200 x 630 pixels with robust accuracy, interval and cascade, for slides and READMEs."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from robustkit.reporting.terminal.evaluation import interval, percent
 from robustkit.runs.evaluation_record import Report
 
 INK, SOFT, RULE = "#1a1d23", "#59616e", "#d9dde4"
-STOOD, FELL, FELL_GROUND = "#2a6ea6", "#c2501b", "#fbe4d6"
-LEFT, MOST_STAGES = 0.045, 8
+ROBUST, FOOLED, FOOLED_GROUND = "#2a6ea6", "#c2501b", "#fbe4d6"
+LEFT, MAX_STAGES = 0.045, 8
 BOLD: dict[str, Any] = {"weight": "bold", "color": INK, "parse_math": False}
 SOFT_TEXT: dict[str, Any] = {"color": SOFT, "parse_math": False}
 
 
 def card(report: Report) -> bytes:
-    """Return the card as the bytes of a PNG. Same report, same bytes."""
+    """Return the card as the bytes of a PNG; the same report gives the same bytes."""
     figure = Figure(figsize=(12, 6.3), dpi=100, facecolor="white")
     FigureCanvasAgg(figure)
     name = shortened(sentences.model_name(report), 100)
@@ -51,29 +51,29 @@ def card(report: Report) -> bytes:
 
 
 def _cascade(report: Report, figure: Figure) -> None:
-    """Draw what stands after each stage; of many stages the first and the last ones."""
+    """Draw the robust accuracy after each stage; of many stages the first and the last ones."""
     stages, names = list(report.stages), stage_names(report)
     before = [1.0, *(stage.robust_accuracy.value for stage in stages)]
     shown = list(range(len(stages)))
-    if len(stages) > MOST_STAGES:
-        shown = [0, *range(len(stages) - MOST_STAGES + 1, len(stages))]
+    if len(stages) > MAX_STAGES:
+        shown = [0, *range(len(stages) - MAX_STAGES + 1, len(stages))]
     height = min(0.65, 0.125 * max(len(shown), 2))
     axes = figure.add_axes((0.47, 0.465 - height / 2, 0.485, height))
     for row, number in enumerate(shown):
         rate = stages[number].robust_accuracy
-        axes.barh(row, 100 * rate.value, height=0.4, color=STOOD)
+        axes.barh(row, 100 * rate.value, height=0.4, color=ROBUST)
         lost = 100 * (before[number] - rate.value)
         if lost > 0:
-            look: dict[str, Any] = {"color": FELL_GROUND, "edgecolor": FELL, "hatch": "////"}
-            if number == 0:  # nothing has attacked these images yet
-                look = {"color": RULE, "edgecolor": SOFT, "hatch": "...."}
-            axes.barh(row, lost, left=100 * rate.value, height=0.4, **look)
+            style: dict[str, Any] = {"color": FOOLED_GROUND, "edgecolor": FOOLED, "hatch": "////"}
+            if number == 0:  # misclassified without an attack
+                style = {"color": RULE, "edgecolor": SOFT, "hatch": "...."}
+            axes.barh(row, lost, left=100 * rate.value, height=0.4, **style)
         ends = [[100 * (rate.value - rate.low)], [100 * (rate.high - rate.value)]]
         axes.errorbar([100 * rate.value], [row], xerr=ends, color=INK, capsize=4, linewidth=1.6)
         name = "clean images" if number == 0 else f"after {shortened(names[number], 24)}"
         axes.text(0, row - 0.24, name, size=13, va="bottom", **BOLD)
-        said = f"{percent(rate.value)}  ({interval(rate)})"
-        axes.text(100, row - 0.24, said, size=13, va="bottom", ha="right", **SOFT_TEXT)
+        result = f"{percent(rate.value)}  ({interval(rate)})"
+        axes.text(100, row - 0.24, result, size=13, va="bottom", ha="right", **SOFT_TEXT)
     axes.set_xlim(0, 100)
     axes.set_ylim(len(shown) - 0.6, -0.7)
     axes.set_yticks([])
@@ -84,5 +84,5 @@ def _cascade(report: Report, figure: Figure) -> None:
     axes.spines[:].set_visible(False)
     hidden = len(stages) - len(shown)
     about = f"; {hidden} earlier attack{'s' * (hidden > 1)} not drawn" if hidden else ""
-    signs = "hatched: fooled; dotted: wrong before; 95 % intervals"
+    signs = "hatched: fooled; dotted: clean errors; 95 % intervals"
     axes.set_xlabel(f"{signs}{about}", size=11, color=SOFT)

@@ -1,4 +1,4 @@
-"""Robust accuracy against eps, as a chart."""
+"""A chart of robust accuracy against eps, from a curve at fixed radii."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FLOOR = TOP + HEIGHT
 
 
 def chart(report: Report, curve: Curve) -> Markup:
-    """Return the chart: robust accuracy with its 95 % band from eps 0, the clean accuracy, up; eps is marked."""
+    """Return the chart: robust accuracy with its 95 % band from eps 0, the clean accuracy; eps is marked."""
     widest = curve.radii[-1]
     rates = [report.clean_accuracy, *curve.robust_accuracy]
     across = [radius / widest for radius in (0.0, *curve.radii)]
@@ -26,7 +26,7 @@ def chart(report: Report, curve: Curve) -> Markup:
     parts = svg.shares_against(widest, FLOOR, HEIGHT, f"eps: {sentences.distance_unit(report)}")
     parts.append(svg.area(high, low, "band"))
     parts += [svg.line(*left, *right, "curve") for left, right in pairwise(points)]
-    parts += [svg.dot(*point, "stood") for point in points]
+    parts += [svg.dot(*point, "robust") for point in points]
     at, name = sentences.eps(report) / widest, f"eps {report.spec.threat.partition(':')[2]}"
     parts += [svg.line(0, FLOOR, 1, FLOOR, "axis"), svg.line(at, TOP - 12, at, FLOOR, "mark")]
     parts.append(svg.text(at, TOP - 16, name, anchor="end" if at > 0.8 else "middle", kind="name"))

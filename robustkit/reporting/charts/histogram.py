@@ -13,12 +13,12 @@ from robustkit.reporting.charts import svg
 from robustkit.runs.evaluation_record import Report
 
 HEIGHT, TOP = 150.0, 34.0
-KINDS = ("stood", "fell", "clean")
+KINDS = ("robust", "fooled", "clean")
 
 
 @dataclass(frozen=True)
 class Axis:
-    """The horizontal axis: its ends, the edges of the bins, what it counts, and a marked place with its name."""
+    """The horizontal axis: its ends, the edges of the bins, its unit, and a marked value with its name."""
 
     low: float
     high: float
@@ -28,37 +28,40 @@ class Axis:
     name: str
 
     def at(self, value: float) -> float:
-        """Return where a value stands, as a share of the width."""
+        """Return the position of a value as a share of the width."""
         return (value - self.low) / (self.high - self.low)
 
 
 def margins(report: Report) -> tuple[Markup, int]:
-    """Return the chart of all margins, split by what became of the image, and how many lie beyond its ends.
+    """Return the chart of all margins, split by verdict, and the number of images beyond its ends.
 
-    0 is an edge between bins: no bar holds both right and wrong.
+    0 is an edge between bins, so that no bar mixes correct and misclassified images.
     """
     values = np.array([image.margin for image in report.verdicts])
     kinds = np.array(
-        ["stood" if image.robust else "clean" if image.attack == "clean" else "fell" for image in report.verdicts]
+        [
+            "robust" if image.robust else "clean" if image.attack == "clean" else "fooled"
+            for image in report.verdicts
+        ]
     )
     low, high = np.quantile(values, [0.005, 0.995]) if len(values) >= 200 else (values.min(), values.max())
     low, high = min(float(low), 0.0), max(float(high), 0.0)
     width = (high - low) / _bins(len(values)) or 1.0
     first, last = math.floor(low / width - 1e-9), math.ceil(high / width + 1e-9)
     edges = width * np.arange(first, last + 1)
-    # A margin of exactly 0 is a tie, which some model decided either way: it goes with what became of it.
+    # A margin of exactly 0 is a tie; the verdict decides on which side of 0 it is drawn.
     below = np.nextafter(0.0, -1.0)
-    drawn = np.where((values == 0) & (kinds != "stood"), below, values).clip(edges[0], edges[-1])
+    drawn = np.where((values == 0) & (kinds != "robust"), below, values).clip(edges[0], edges[-1])
     axis = Axis(edges[0], edges[-1], edges, "margin in logits", 0.0, "0")
     beyond = int(((values < edges[0]) | (values > edges[-1])).sum())
     return _chart({kind: drawn[kinds == kind] for kind in KINDS}, axis, "Margins"), beyond
 
 
 def distances(values: np.ndarray, eps: float, name: str, unit: str) -> Markup:
-    """Return the chart of the distances of fooled images, from 0 to eps, which is marked by its name."""
+    """Return the chart of the distances of fooled images, from 0 to eps, which is marked."""
     top = max(eps, float(values.max())) or 1.0
     axis = Axis(0.0, 1.03 * top, np.linspace(0, top, _bins(len(values)) + 1), unit, eps, name)
-    return _chart({"fell": values}, axis, "Distances of the fooled images")
+    return _chart({"fooled": values}, axis, "Distances of the fooled images")
 
 
 def _bins(n: int) -> int:

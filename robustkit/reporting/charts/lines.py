@@ -1,4 +1,4 @@
-"""Several curves over one axis, told apart by colour, dashes and signs."""
+"""Several curves over one axis, distinguished by colour, dashes and markers."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from robustkit.reporting.charts import svg
 HEIGHT, TOP = 170.0, 10.0
 FLOOR = TOP + HEIGHT
 # A circle, a square, a triangle and a diamond.
-SIGNS = (
+MARKERS = (
     "M-3.2 0a3.2 3.2 0 1 0 6.4 0a3.2 3.2 0 1 0 -6.4 0Z",
     "M-3 -3H3V3H-3Z",
     "M0 -3.8L3.6 3H-3.6Z",
     "M0 -4L4 0L0 4L-4 0Z",
 )
-# Above so many points a sign at each hides the curve: the last one alone has it.
-SIGNED = 24
+# A longer curve has a marker at its last point only, because markers would hide it.
+MAX_MARKERS = 24
 
 
 @dataclass(frozen=True)
 class Series:
-    """One curve: its name and its points, left to right; where they stand across is a share of the width."""
+    """One curve: its name and its points from left to right; x is a share of the width."""
 
     name: str
     points: Sequence[tuple[float, float]]
@@ -38,9 +38,15 @@ class Series:
 
 @dataclass(frozen=True)
 class Chart:
-    """Up to four curves over an axis that is named `across` and has `marks`: a share of the width, a text.
+    """Up to four curves over one axis.
 
-    Values go from `low` (None: 0, or below) to `high` (None: the highest); `text` writes one.
+    Attributes:
+        series: the curves.
+        across: title of the horizontal axis.
+        marks: ticks of the horizontal axis: a share of the width, and its label.
+        text: formats a value of the vertical axis.
+        low: lower end of the vertical axis; None for 0 or the lowest value below it.
+        high: upper end; None for the highest value.
     """
 
     series: Sequence[Series]
@@ -71,17 +77,19 @@ class Chart:
         for number, series in enumerate(self.series):
             points = [(at, down(value)) for at, value in series.points]
             parts.append(svg.path(points, f"s{number}"))
-            marked = points if len(points) <= SIGNED else points[-1:]
-            parts += [svg.sign(at, y, SIGNS[number], f"s{number} sign") for at, y in marked]
+            marked = points if len(points) <= MAX_MARKERS else points[-1:]
+            parts += [svg.marker(at, y, MARKERS[number], f"s{number} sign") for at, y in marked]
         spoken = "; ".join(f"{series.name} ends at {self.text(series.last)}" for series in self.series)
         return svg.drawing(parts, FLOOR + 38, spoken)
 
     @property
     def legend(self) -> Markup:
-        """What each curve is, and where it ends."""
+        """The name and the last value of each curve."""
         entries = []
         for number, series in enumerate(self.series):
-            line = f'<path d="M0 6H32" class="s{number}"/>' + svg.sign(0.5, 6, SIGNS[number], f"s{number} sign")
+            line = f'<path d="M0 6H32" class="s{number}"/>' + svg.marker(
+                0.5, 6, MARKERS[number], f"s{number} sign"
+            )
             picture = Markup(f'<svg width="32" height="12" aria-hidden="true">{line}</svg>')
             words = Markup("{} <b>{}</b>").format(series.name, self.text(series.last))
             entries.append(Markup("<span>{}{}</span>").format(picture, words))
@@ -94,12 +102,12 @@ class Chart:
         return low, high if high > low else low + 1
 
 
-def counted(most: float) -> list[tuple[float, str]]:
-    """Return the marks of an axis that counts from 0."""
-    return [(tick / most, f"{tick:,.0f}") for tick in svg.ticks(0, most) if tick == int(tick)]
+def count_marks(largest: float) -> list[tuple[float, str]]:
+    """Return the ticks of an axis of whole numbers from 0."""
+    return [(tick / largest, f"{tick:,.0f}") for tick in svg.ticks(0, largest) if tick == int(tick)]
 
 
-def powers(values: Sequence[float]) -> list[float]:
-    """Return where these stand, ascending, on an axis of powers: from the left end to the right one."""
+def log_positions(values: Sequence[float]) -> list[float]:
+    """Return the positions of ascending values on a logarithmic axis, as shares of its width."""
     low, high = math.log(values[0]), math.log(values[-1])
     return [(math.log(value) - low) / (high - low) if high > low else 0.5 for value in values]

@@ -1,4 +1,4 @@
-"""Robust accuracy against eps where every image has a distance of its own: a staircase, as a chart."""
+"""A chart of robust accuracy against eps from the distances of minimum norms, which is a staircase."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from robustkit.runs.evaluation_record import Report
 
 HEIGHT, TOP = 190.0, 12.0
 FLOOR = TOP + HEIGHT
-# The chart reaches to the distance that this share of the images is within: a few may be far out.
-SHOWN = 0.99
+# The axis ends at this quantile of the distances, because a few may be much larger.
+SHOWN_SHARE = 0.99
 
 
 def chart(report: Report, found: Minimum) -> Markup | None:
@@ -24,7 +24,7 @@ def chart(report: Report, found: Minimum) -> Markup | None:
     finite = [far for far, _ in steps]
     if not finite or not finite[-1]:
         return None
-    widest = finite[math.ceil(SHOWN * len(finite)) - 1] or finite[-1]
+    widest = finite[math.ceil(SHOWN_SHARE * len(finite)) - 1] or finite[-1]
     parts = svg.shares_against(widest, FLOOR, HEIGHT, f"eps: {sentences.distance_unit(report)}")
     parts += [svg.path(_staircase(steps, widest), "curve"), svg.line(0, FLOOR, 1, FLOOR, "axis")]
     spoken = "; ".join(f"{name} {text}" for name, text in quantiles.columns(found))
@@ -32,7 +32,7 @@ def chart(report: Report, found: Minimum) -> Markup | None:
 
 
 def _staircase(steps: Sequence[tuple[float, float]], widest: float) -> list[tuple[float, float]]:
-    """Return the corners of the curve as far as the axis reaches."""
+    """Return the corners of the curve up to the end of the axis."""
     points, before = [(0.0, _down(1.0))], 1.0
     for far, share in steps:
         if far > widest:

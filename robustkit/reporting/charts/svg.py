@@ -1,4 +1,4 @@
-"""Pieces of SVG that fill the width they are given: positions in percent, letters at their own size."""
+"""SVG elements with horizontal positions in percent of the width and text of fixed size."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from robustkit.core.errors import printable
 
 
 def drawing(parts: Iterable[str], height: float, title: str) -> Markup:
-    """Return an inline SVG as wide as its place, with a title that is read aloud."""
+    """Return an inline SVG of full width, with a title for screen readers."""
     body = "".join(parts)
     size = f'width="100%" height="{_n(height)}"'
     return Markup(f'<svg class="chart" role="img" {size} aria-label="{escape(printable(title))}">{body}</svg>')
@@ -37,7 +37,7 @@ def dot(x: float, y: float, kind: str) -> str:
 def area(top: Iterable[tuple[float, float]], bottom: Iterable[tuple[float, float]], kind: str) -> str:
     """Return the area between two lines of points (x as a share of the drawing, y in pixels), left to right.
 
-    A path knows no percentages; it is drawn on a unit of its own that is stretched to the width.
+    A path has no percentages, so it is drawn in units of its own and stretched to the width.
     """
     points = [*top, *reversed(list(bottom))]
     return _stretched(points, "Z", f'class="{kind}"')
@@ -48,7 +48,7 @@ def path(points: Iterable[tuple[float, float]], kind: str) -> str:
     return _stretched(list(points), "", f'class="{kind}" vector-effect="non-scaling-stroke"')
 
 
-def sign(x: float, y: float, shape: str, kind: str) -> str:
+def marker(x: float, y: float, shape: str, kind: str) -> str:
     """Return a small shape, a path around 0 0 in pixels, at a share of the width and y pixels down."""
     inside = f'<path d="{shape}" class="{kind}"/>'
     return f'<svg x="{_n(100 * x)}%" y="{_n(y)}" width="1" height="1" overflow="visible">{inside}</svg>'
@@ -62,7 +62,7 @@ def text(x: float, y: float, content: str, *, anchor: str = "start", kind: str =
 
 
 def whisker(low: float, high: float, y: float) -> str:
-    """Return an interval: a line with ends, drawn over a halo so that it stands out on any bar."""
+    """Return an interval: a line with end marks, over a halo that makes it visible on any bar."""
     strokes = [(low, y, high, y), (low, y - 4, low, y + 4), (high, y - 4, high, y + 4)]
     return "".join(line(*stroke, kind) for kind in ("halo", "whisker") for stroke in strokes)
 

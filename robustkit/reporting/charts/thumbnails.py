@@ -1,4 +1,4 @@
-"""Thumbnails: clean, adversarial, and their difference times a printed factor, as PNGs inside the page."""
+"""Thumbnails: clean image, adversarial image, and their difference times a factor, as PNGs inside the page."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SIDE = 96
 
 @dataclass(frozen=True)
 class Pictures:
-    """An image as it was, as it was changed, and the difference around grey times a factor, as data URIs."""
+    """Clean image, perturbed image, and their difference times a factor around grey, as data URIs."""
 
     clean: str
     changed: str
@@ -29,7 +29,7 @@ class Pictures:
 
 @dataclass(frozen=True)
 class Example:
-    """One fooled image: its pictures and what to say of it."""
+    """One fooled image: its pictures and its caption."""
 
     pictures: Pictures
     index: int
@@ -42,7 +42,7 @@ class Example:
 
 
 def strip(report: Report, examples: Mapping[str, np.ndarray]) -> list[Example]:
-    """Return the chosen images in their order, the hardest first."""
+    """Return the stored example images, the hardest to fool first."""
     names = examples["classes"].tolist()
     rows = {int(index): row for row, index in enumerate(examples["index"])}
     verdicts = {verdict.index: verdict for verdict in report.verdicts}
@@ -74,12 +74,12 @@ def shown(examples: Mapping[str, np.ndarray]) -> Iterator[tuple[int, Pictures]]:
 
 
 def scaled(examples: Mapping[str, np.ndarray]) -> bool:
-    """Return whether the images to show are smaller than they were."""
+    """Return whether the example images were scaled down."""
     return tuple(examples["shape"]) != examples["clean"].shape[1:]
 
 
 def enlargement(largest: float) -> float:
-    """Return the factor, of two digits, that brings the largest change to half the range, just not beyond."""
+    """Return the factor of two digits that scales the largest change to at most half the range."""
     if largest <= 0:
         return 1.0
     factor = 0.5 / largest

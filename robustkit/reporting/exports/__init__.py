@@ -1,1 +1,1 @@
-"""Records in formats of other programs."""
+"""Exports of records to formats of other programs."""

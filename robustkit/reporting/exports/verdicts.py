@@ -1,4 +1,4 @@
-"""A run's verdicts as a table of one row each, for a spreadsheet or a data frame."""
+"""Export a run's verdicts as a table with one row per image, for a spreadsheet or a data frame."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ COLUMNS = (
     "distance",
 )
 SMALLEST = "smallest_distance"
-# What a spreadsheet begins a formula with, or skips in front of one.
-FORMULAS = ("=", "+", "-", "@", "\t", "\r", "\n")
+# Characters that a spreadsheet begins a formula with, or skips before one.
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")
 
 
 def rows(report: Report, examples: Mapping[str, np.ndarray] | None) -> list[dict[str, Any]]:
-    """Return a row per image; prediction and distance are None but for fooled images of a run with examples.
+    """Return a row per image; prediction and distance are None except for fooled images of a run with examples.
 
-    A run with a curve or for minimum norms has a column more, SMALLEST: the smallest distance that fooled the
-    model, which may lie beyond eps; 0 for images that are wrong as they are, None where nothing fooled it.
+    A run with a curve or for minimum norms has one more column, SMALLEST: the smallest distance at which the
+    model was fooled, which may be beyond eps; 0 if the clean image is misclassified, None if it was never fooled.
     """
     found: dict[int, tuple[int, float]] = {}
     if examples is not None:
@@ -63,9 +63,9 @@ def rows(report: Report, examples: Mapping[str, np.ndarray] | None) -> list[dict
 
 
 def to_csv(table: list[dict[str, Any]]) -> bytes:
-    """Return the rows as CSV: true and false for booleans, nothing for None, numbers in full.
+    """Return the rows as CSV: `true` and `false`, an empty cell for None, numbers with all digits.
 
-    A text that a spreadsheet would take for a formula gets an apostrophe in front; control characters are escaped.
+    Text that a spreadsheet would read as a formula gets a leading apostrophe; control characters are escaped.
     """
     file = io.StringIO(newline="")
     writer = csv.writer(file, lineterminator="\n")
@@ -80,8 +80,8 @@ def _cell(value: Any) -> Any:
         return str(value).lower()
     if not isinstance(value, str):
         return value
-    # A carriage return would end the row: csv quotes only what ends rows of its own.
-    return "'" * value.startswith(FORMULAS) + printable(value)
+    # csv quotes its own line terminator only; a carriage return would end the row, so it is escaped.
+    return "'" * value.startswith(FORMULA_STARTS) + printable(value)
 
 
 def to_parquet(table: list[dict[str, Any]]) -> bytes:

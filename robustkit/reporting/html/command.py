@@ -1,4 +1,4 @@
-"""The command that makes the same numbers again."""
+"""The command that reproduces a run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from robustkit.runs.evaluation_record import Report
 
 
 def command(report: Report) -> str:
-    """Return the shell command of a run; for a model or data given from Python, the call."""
+    """Return the shell command of a run; the Python call if model or data were given from Python."""
     spec, data = report.spec, str(report.spec.data["string"])
     model, attacks = str(spec.model["string"]), suite(spec.suite)
     precision = report.environment.get("precision", "fp32")
@@ -43,12 +43,12 @@ def command(report: Report) -> str:
 
 
 def commands(environment: Mapping[str, Any], expanded: str) -> dict[str, str]:
-    """Return what a page shows: the command as it was given and the expanded one to unfold, or that alone."""
+    """Return the commands of a page: as typed and, to unfold, with every field; or the second alone."""
     try:
         words = shlex.split(str(environment.get("command") or ""))
     except ValueError:
         words = []
-    # A record may be somebody else's: what a person may paste into a shell is one command of robustkit's, quoted.
+    # A record may come from another user: only a quoted robustkit command may be offered for pasting into a shell.
     given = shlex.join(words) if words[:1] == ["robustkit"] else ""
     return {"command": given or expanded, "expanded": expanded if given else ""}
 
@@ -59,7 +59,7 @@ def suite(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def field(record: Mapping[str, Any], name: str) -> str:
-    """Return a field's value; a small step size with its unit, without which it is refused."""
+    """Return a field's value; a small step size with its unit, because `--suite` refuses it without."""
     value = record[name]
     short = name == "step_size" and isinstance(value, float) and value * record.get("steps", 1) < 1
     return f"{value!r}eps" if short else written(value)

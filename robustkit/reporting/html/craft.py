@@ -1,4 +1,4 @@
-"""The page about a craft run: one self-contained HTML file, made of the record and the examples beside it."""
+"""The page about a craft run: one self-contained HTML file, made from the record and its example images."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from robustkit.reporting.charts import svg
 from robustkit.reporting.charts.cascade import shortened
-from robustkit.reporting.charts.lines import Chart, Series, powers
+from robustkit.reporting.charts.lines import Chart, Series, log_positions
 from robustkit.reporting.charts.thumbnails import Pictures, scaled, shown
 from robustkit.reporting.html.command import commands
 from robustkit.reporting.html.render import render
@@ -21,29 +21,29 @@ from robustkit.reporting.html.training import percent_tick
 from robustkit.reporting.names import data_name
 from robustkit.reporting.sentences import class_name
 from robustkit.reporting.terminal.evaluation import duration, interval, percent
-from robustkit.reporting.terminal.transfer import attack_words, short_names, training_words
+from robustkit.reporting.terminal.transfer import attack_words, short_names, training_costs
 from robustkit.reporting.versions import made_in_parts
 from robustkit.runs.craft_record import Craft, Forecast, Judgement
 from robustkit.runs.evaluation_record import Rate, dumps
 
-ROW = 50
-# Curves of one chart; more targets have more charts.
-CURVES = 4
+ROW_HEIGHT = 50
+# Curves in one chart; more targets get more charts.
+MAX_CURVES = 4
 
 
 @dataclass(frozen=True)
-class Shown:
-    """One image: its pictures, and what became of it."""
+class CraftedImage:
+    """One image to show: its pictures, and each target's prediction before and after."""
 
     pictures: Pictures
     index: int
     label: str
-    said: str
+    predictions: str
     distance: str
 
 
 def page(record: Craft, examples: Mapping[str, np.ndarray] | None) -> str:
-    """Return the page; without examples (see `robustkit.runs.examples`) it shows no image."""
+    """Return the page; without examples (see `robustkit.runs.examples`) it shows no images."""
     return render("craft.html", _facts(record, examples))
 
 
@@ -64,7 +64,7 @@ def _facts(record: Craft, examples: Mapping[str, np.ndarray] | None) -> dict[str
         "forwards": f"{record.forwards_per_image:,.0f}",
         "seconds": duration(record.seconds),
         "largest": "" if largest is None else f"{largest:.4g}",
-        "bars": _bars([(name, one.rate, _floor(one)) for name, one in zip(others, record.targets, strict=True)]),
+        "bars": _bars([(name, one.rate, _control(one)) for name, one in zip(others, record.targets, strict=True)]),
         "rows": [
             {"name": name, "own": place < len(own), "cells": _cells(one)}
             for place, (name, one) in enumerate(zip(names, (*record.surrogates, *record.targets), strict=True))
@@ -86,7 +86,7 @@ def _facts(record: Craft, examples: Mapping[str, np.ndarray] | None) -> dict[str
 
 
 def command(record: Craft) -> str:
-    """Return the shell command of a run; for models or data given from Python, the call."""
+    """Return the shell command of a run; the Python call if models or data were given from Python."""
     spec = record.spec
     surrogates = [str(one["string"]) for one in spec.surrogates]
     data, attack = str(spec.data["string"]), str(spec.attack["string"])
@@ -110,8 +110,8 @@ def command(record: Craft) -> str:
 def _verdict(record: Craft, names: Sequence[str]) -> str:
     rates = [(one.rate, name) for one, name in zip(record.targets, names, strict=True) if one.rate]
     if not rates:
-        return "No target has judged these images yet: robustkit transfer DIR --target MODEL."
-    what = "reach the class aimed at on" if record.spec.targeted else "fool"
+        return "No target model has been evaluated on these images yet: robustkit transfer DIR --target MODEL."
+    what = "reach the target class on" if record.spec.targeted else "fool"
     if len(rates) == 1:
         rate, name = rates[0]
         return f"{percent(rate.value)} of the images that {name} classified correctly {what} it."
@@ -122,29 +122,30 @@ def _verdict(record: Craft, names: Sequence[str]) -> str:
     )
 
 
-def _floor(judged: Judgement) -> float:
+def _control(judged: Judgement) -> float:
+    """Return the higher success of the two controls."""
     return max(judged.noise or 0.0, judged.transplant or 0.0)
 
 
 def _bars(rows: Sequence[tuple[str, Rate | None, float]]) -> Markup | None:
-    """Return a bar for each rate, its interval, and under it the floor; None for no row."""
+    """Return a bar and an interval for each rate, with a thin bar for the control; None for no row."""
     if not rows:
         return None
-    parts, height = [], ROW * len(rows)
+    parts, height = [], ROW_HEIGHT * len(rows)
     for share in (0, 0.25, 0.5, 0.75, 1):
         anchor = "start" if share == 0 else "end" if share == 1 else "middle"
         parts.append(svg.line(share, 0, share, height, "grid"))
         parts.append(svg.text(share, height + 14, f"{100 * share:.0f} %", anchor=anchor, kind="tick"))
-    for number, (name, rate, floor) in enumerate(rows):
-        top = ROW * number
+    for number, (name, rate, control) in enumerate(rows):
+        top = ROW_HEIGHT * number
         parts.append(svg.text(0, top + 15, shortened(name, 40), kind="name"))
         parts.append(svg.text(1, top + 15, _with_ends(rate), anchor="end"))
         if rate is None:
             continue
         if rate.value > 0:
-            parts.append(svg.bar(0, top + 22, rate.value, 14, "fell"))
-        if floor > 0:
-            parts.append(svg.bar(0, top + 38, floor, 6, "clean"))
+            parts.append(svg.bar(0, top + 22, rate.value, 14, "fooled"))
+        if control > 0:
+            parts.append(svg.bar(0, top + 38, control, 6, "clean"))
         parts.append(svg.whisker(rate.low, rate.high, top + 29))
     spoken = "; ".join(f"{name} {_text(rate)}" for name, rate, _ in rows)
     return svg.drawing(parts, height + 18, f"Success by model: {spoken}")
@@ -152,21 +153,21 @@ def _bars(rows: Sequence[tuple[str, Rate | None, float]]) -> Markup | None:
 
 def _cells(judged: Judgement) -> list[str]:
     ends = "" if judged.rate is None else interval(judged.rate)
-    floors = ["–" if share is None else percent(share) for share in (judged.noise, judged.transplant)]
-    return [percent(judged.clean_accuracy), _text(judged.rate), ends, f"{judged.n:,}", *floors]
+    controls = ["–" if share is None else percent(share) for share in (judged.noise, judged.transplant)]
+    return [percent(judged.clean_accuracy), _text(judged.rate), ends, f"{judged.n:,}", *controls]
 
 
 def _charts(record: Craft, names: Sequence[str]) -> list[Chart]:
-    """Return success against gradients, on an axis of powers, of a few targets each."""
+    """Return charts of success against gradients on a logarithmic axis, of a few targets each."""
     points = [point for point in record.budgets or () if point.gradients_per_image]
     if len(points) < 2:
         return []
-    places = powers([point.gradients_per_image or 1 for point in points])
+    places = log_positions([point.gradients_per_image or 1 for point in points])
     marks = [(at, f"{point.gradients_per_image:,.0f}") for at, point in zip(places, points, strict=True)]
     found = []
-    for first in range(0, len(names), CURVES):
+    for first in range(0, len(names), MAX_CURVES):
         series = []
-        for target in range(first, min(first + CURVES, len(names))):
+        for target in range(first, min(first + MAX_CURVES, len(names))):
             rates = [point.success[target] if target < len(point.success) else None for point in points]
             known = [(at, rate.value) for at, rate in zip(places, rates, strict=True) if rate]
             series += [Series(names[target], known)] if known else []
@@ -188,7 +189,7 @@ def _budgets(record: Craft) -> list[dict[str, Any]]:
 
 
 def _forecast(forecast: Forecast, names: Sequence[str]) -> dict[str, Any]:
-    """Return what to say of a forecast; images that all left-out surrogates had wrong are not counted."""
+    """Return a forecast as text and bars; images that every left-out surrogate misclassifies are not counted."""
     counts = Counter(share for share in forecast.images if share is not None)
     bars = [(f"without {name}", rate, 0.0) for name, rate in zip(names, forecast.left_out, strict=True)]
     return {
@@ -202,25 +203,28 @@ def _forecast(forecast: Forecast, names: Sequence[str]) -> dict[str, Any]:
 
 def _strip(
     record: Craft, examples: Mapping[str, np.ndarray], classes: list[str], names: Sequence[str]
-) -> list[Shown]:
-    models = list(zip(names, record.targets, strict=True)) or [("surrogate", record.surrogates[0])]
+) -> list[CraftedImage]:
+    targets = list(zip(names, record.targets, strict=True)) or [("surrogate", record.surrogates[0])]
     return [
-        Shown(
+        CraftedImage(
             pictures=pictures,
             index=at,
             label=class_name(classes, label),
-            said="; ".join(f"{name} says {_said(judged, at, label, classes)}" for name, judged in models),
+            predictions="; ".join(
+                f"{name}: {_predictions(judged, at, label, classes)}" for name, judged in targets
+            ),
             distance=f"{float(examples['distance'][at]):.4g}",
         )
         for (at, pictures), label in ((one, record.labels[one[0]]) for one in shown(examples))
     ]
 
 
-def _said(judged: Judgement, at: int, label: int, classes: list[str]) -> str:
-    before, after = (judged.predictions[of][at] for of in ("clean", "adversarial"))
-    words = [class_name(classes, said) if said >= 0 else "nothing finite" for said in (before, after)]
-    said = words[0] if before == after else f"{words[0]} → {words[1]}"
-    return said if before == label else f"{said} (wrong as it is)"
+def _predictions(judged: Judgement, index: int, label: int, classes: list[str]) -> str:
+    """Return the predicted class, before and after where they differ."""
+    before, after = (judged.predictions[kind][index] for kind in ("clean", "adversarial"))
+    names = [class_name(classes, number) if number >= 0 else "not finite" for number in (before, after)]
+    change = names[0] if before == after else f"{names[0]} → {names[1]}"
+    return change if before == label else f"{change} (misclassified without an attack)"
 
 
 def _surroundings(record: Craft, surrogates: Sequence[str]) -> list[tuple[str, str]]:
@@ -230,7 +234,7 @@ def _surroundings(record: Craft, surrogates: Sequence[str]) -> list[tuple[str, s
         "run id": record.run_id,
         "data": f"{spec.data['string']} (sha256 {str(spec.data['fingerprint'])[:12]}…)",
         "seed": spec.seed,
-        "surrogates trained for": training_words(record, surrogates),
+        "training cost of the surrogates": training_costs(record, surrogates),
         "device": around.get("device_name") or around.get("device"),
         "platform": around.get("platform"),
         "commit": around.get("commit"),

@@ -1,4 +1,4 @@
-"""The page about a run: one self-contained HTML file, made of the record and the examples beside it."""
+"""The page about an evaluation: one self-contained HTML file, made from the record and its example images."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import numpy as np
 from markupsafe import Markup
 
 from robustkit.core.flags import LEVELS
-from robustkit.reporting import sentences
+from robustkit.reporting import costs, sentences
 from robustkit.reporting.charts import classes, eps_curve, histogram, staircase
 from robustkit.reporting.charts.cascade import cascade
 from robustkit.reporting.charts.thumbnails import scaled, strip
-from robustkit.reporting.html import costs, trust
+from robustkit.reporting.html import trust
 from robustkit.reporting.html.command import command, commands
-from robustkit.reporting.html.inputs import size
 from robustkit.reporting.html.render import render
+from robustkit.reporting.image_sizes import size
 from robustkit.reporting.names import stage_names
 from robustkit.reporting.quantiles import columns, sentence
 from robustkit.reporting.terminal.evaluation import interval, median, notes, percent
@@ -27,7 +27,7 @@ MARKS = {"info": "●", "warning": "▲", "error": "✖", "ok": "✓", "not meas
 
 
 def page(report: Report, examples: Mapping[str, np.ndarray] | None) -> str:
-    """Return the page; without examples (see `robustkit.runs.examples`) it has no distances and no strip."""
+    """Return the page; without examples (see `robustkit.runs.examples`) it has no distances and no images."""
     filters: dict[str, Callable[..., str]] = {
         "percent": percent,
         "interval": _interval,
@@ -47,7 +47,6 @@ def _facts_and_charts(report: Report, examples: Mapping[str, np.ndarray] | None)
     eps, mark = sentences.eps(report), f"eps {eps_text}"
     if report.minimum:
         eps, mark = report.minimum.median.value or 0.0, "median"
-    written = command(report)
     levels = [flag.level for flag in report.flags]
     return {
         "report": report,
@@ -81,8 +80,8 @@ def _facts_and_charts(report: Report, examples: Mapping[str, np.ndarray] | None)
         "strip": [] if examples is None else strip(report, examples),
         "scaled": examples is not None and scaled(examples),
         "costs": costs.rows(report),
-        **(asked := commands(report.environment, written)),
-        "from_python": not asked["command"].startswith("robustkit "),
+        **(shown := commands(report.environment, command(report))),
+        "from_python": not shown["command"].startswith("robustkit "),
         "facts": _surroundings(report),
         "spec": dumps(report.spec, indent=2),
         "version": report.environment.get("versions", {}).get("robustkit") or "",
@@ -96,7 +95,7 @@ def _distances(examples: Mapping[str, np.ndarray] | None, eps: float, name: str,
 
 
 def _surroundings(report: Report) -> list[tuple[str, str]]:
-    """Return name and text of what a run depends on besides its command, as far as it was written down."""
+    """Return names and values of what a run depends on beside its command, as far as the record holds them."""
     spec, around = report.spec, report.environment
     versions = ", ".join(f"{name} {number}" for name, number in around.get("versions", {}).items() if number)
     named = {
@@ -117,7 +116,7 @@ def _surroundings(report: Report) -> list[tuple[str, str]]:
 
 
 def _search(around: Mapping[str, Any]) -> str:
-    """Return how full the device was, and what float32 said of the search's claims."""
+    """Return how full the batches were, and how many claims float32 refused."""
     if around.get("occupancy") is None:
         return ""
     return (

@@ -1,4 +1,4 @@
-"""The page about a leaderboard: one self-contained HTML file, made of the record."""
+"""The page about a leaderboard: one self-contained HTML file, made from the record."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any
 from robustkit.reporting.charts.classes import ClassRow
 from robustkit.reporting.html.command import commands, suite
 from robustkit.reporting.html.render import render
-from robustkit.reporting.leaderboard import LEVEL, RULE, Leaderboard, Row, behind
+from robustkit.reporting.leaderboard import RULE, SIGNIFICANCE, Leaderboard, Row
 from robustkit.reporting.sentences import counted
 from robustkit.reporting.terminal.evaluation import interval, percent
+from robustkit.reporting.terminal.leaderboard import difference_cells
 
 
 def page(board: Leaderboard) -> str:
@@ -19,7 +20,7 @@ def page(board: Leaderboard) -> str:
 
 
 def _row(row: Row) -> dict[str, Any]:
-    gap, ends, p = behind(row.behind)
+    difference, ends, p = difference_cells(row.behind)
     return {
         "rank": row.rank,
         "name": row.name,
@@ -28,27 +29,30 @@ def _row(row: Row) -> dict[str, Any]:
         "robust": percent(row.robust_accuracy.value),
         "ends": interval(row.robust_accuracy),
         "chart": ClassRow(row.name, row.clean_accuracy, row.robust_accuracy).chart,
-        "behind": gap,
-        "behind_ends": ends,
+        "difference": difference,
+        "difference_ends": ends,
         "p": p,
         "gradients": f"{row.gradients_per_image:,.0f}",
-        "doubts": row.doubts,
+        "warnings": row.warnings,
     }
 
 
 def _headline(board: Leaderboard) -> str:
-    """Return who is first, and with what, by the rule that the table is under."""
+    """Return the first model and its robust accuracy, with what the test says of the second."""
     title, rows = board.sections[0]
     where = f"of {counted(board.data['n'])} of {str(board.data['string']).rpartition('/')[2]} at {board.threat}"
     if title:
-        return f"No model without a flag: every number {where} is in doubt"
+        return f"Every model has flags: each number {where} may be too high"
     first = [row for row in rows if row.rank == 1]
     names, share = " and ".join(row.name for row in first), percent(first[0].robust_accuracy.value)
     if len(first) > 1:
-        return f"{names} are level: {share} robust accuracy {where}"
-    lead = rows[1].behind if len(rows) > 1 else None
-    close = f", not clearly ahead of {rows[1].name} (p = {lead.p:.2g})" if lead and lead.p >= LEVEL else ""
-    return f"{names}: {share} robust accuracy {where}{close}"
+        return f"{names} are equal: {share} robust accuracy {where}"
+    difference = rows[1].behind if len(rows) > 1 else None
+    close = difference is not None and difference.p >= SIGNIFICANCE
+    second = (
+        f", not significantly more than {rows[1].name} (p = {difference.p:.2g})" if difference and close else ""
+    )
+    return f"{names}: {share} robust accuracy {where}{second}"
 
 
 def _facts(board: Leaderboard) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def _facts(record: Matrix) -> dict[str, Any]:
         "rows": rows,
         "best": max(rows, key=lambda row: row["mean"] or 0.0),
         "worst": [
-            _cell(rate, "any other model", name, False) for rate, name in zip(record.worst, names, strict=True)
+            _cell(rate, "any other row", name, False) for rate, name in zip(record.worst, names, strict=True)
         ],
         "clean": [_number(share) for share in record.clean_accuracy],
         "noise": [_number(share) for share in record.noise],
@@ -77,7 +77,7 @@ def _cell(rate: Rate | None, row: str, column: str, same: bool) -> dict[str, Any
         "share": round(rate.value, 3),
         "text": _number(rate.value),
         "ends": f"{100 * rate.low:.0f} – {100 * rate.high:.0f}",
-        "title": f"crafted on {row}, judged on {column}: {_number(rate.value)} % of {rate.n} images",
+        "title": f"crafted on {row}, evaluated on {column}: {_number(rate.value)} % of {rate.n} images",
         "same": same,
     }
 

@@ -1,7 +1,7 @@
-"""A page from its template: one file that needs nothing else.
+"""Render a page from its template into one file without external resources.
 
-Each template extends base.html, which has what all pages share, and names the style sheets it needs besides
-page.css; parts.html has the pieces that several draw.
+Each template extends base.html, the frame of all pages, and includes the style sheets it needs besides page.css;
+parts.html has macros that several templates use.
 """
 
 from __future__ import annotations
@@ -18,7 +18,13 @@ from robustkit.core.errors import printable
 def render(
     template: str, facts: Mapping[str, Any], filters: Mapping[str, Callable[..., Any]] | None = None
 ) -> str:
-    """Return the page."""
+    """Return the page of a template of this folder.
+
+    Args:
+        template: file name, such as `page.html`.
+        facts: the template's variables; a missing one raises.
+        filters: functions that the template uses as filters.
+    """
     environment = Environment(
         loader=PackageLoader("robustkit", "reporting/html"),
         autoescape=True,
@@ -33,5 +39,5 @@ def render(
 
 
 def _printable(value: Any) -> Any:
-    """Return a text without signs that would show another text than it is; our own drawings as they are."""
+    """Return text without control and direction characters, which could make it look different; keep our SVG."""
     return printable(value, keep="\n") if isinstance(value, str) and not isinstance(value, Markup) else value

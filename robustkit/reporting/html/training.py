@@ -1,4 +1,4 @@
-"""The page about a training run, finished or going on: one self-contained HTML file with its curves."""
+"""The page about a training run, finished or not: one self-contained HTML file with its curves."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from robustkit.reporting.charts.lines import Chart, Series, counted
+from robustkit.reporting.charts.lines import Chart, Series, count_marks
 from robustkit.reporting.html.command import commands, field
 from robustkit.reporting.html.render import render
 from robustkit.reporting.terminal.evaluation import duration, interval, percent
@@ -23,11 +23,11 @@ ACCURACY = {
     "any_right": "any member right",
     "all_right": "all members right",
 }
-FOOLED = {"white_box": "attack on all members", "transfer": "images made on another member"}
+FOOLED = {"white_box": "attack on all members", "transfer": "images crafted on another member"}
 
 
 def page(spec: TrainSpec, history: History, record: Trained | None) -> str:
-    """Return the page; without a record the run is not finished, and the history is what there is so far."""
+    """Return the page; without a record the run is not finished, and the page shows the history so far."""
     return render("training.html", _facts(spec, history, record))
 
 
@@ -52,7 +52,7 @@ def _facts(spec: TrainSpec, history: History, record: Trained | None) -> dict[st
         "accuracy_chart": _shares(spec, history, ACCURACY),
         "fooled_chart": _shares(spec, history, FOOLED),
         "white_box": any("white_box" in facts for facts in history),
-        "others": _others(spec, history),
+        "others": _other_charts(spec, history),
         "samples": [_sample(number, facts) for number, facts in enumerate(samples)],
         "following": _following(spec),
         **commands(record.environment if record else {}, command(spec)),
@@ -102,8 +102,8 @@ def _shares(spec: TrainSpec, history: History, names: Mapping[str, str]) -> Char
     return _chart(spec, history, names, percent_tick, low=0.0, high=1.0)
 
 
-def _others(spec: TrainSpec, history: History) -> list[tuple[str, Chart]]:
-    """Return title and chart of what else there is."""
+def _other_charts(spec: TrainSpec, history: History) -> list[tuple[str, Chart]]:
+    """Return title and chart of loss, learning rate and gradient cosine, as far as they were measured."""
     losses = {"loss": "training", "test_loss": "test"}
     cosine = _chart(spec, history, {"cosine": "mean over pairs"}, "{:.2g}".format, high=1.0)
     charts = {
@@ -122,13 +122,13 @@ def _chart(
     low: float | None = None,
     high: float | None = None,
 ) -> Chart | None:
-    """Return the curves of these facts over the epochs; None where none of them was measured."""
+    """Return curves of these measurements over the epochs; None if none of them was made."""
     series = []
     for key, name in names.items():
         points = [(facts["epoch"] / spec.epochs, facts[key]) for facts in history if facts.get(key) is not None]
         if points:
             series.append(Series(name, points))
-    return Chart(series, "epoch", counted(spec.epochs), text, low, high) if series else None
+    return Chart(series, "epoch", count_marks(spec.epochs), text, low, high) if series else None
 
 
 def percent_tick(share: float) -> str:

@@ -1,4 +1,4 @@
-"""The result as a table for the terminal."""
+"""An evaluation's report as tables for the terminal."""
 
 from __future__ import annotations
 
@@ -9,16 +9,19 @@ from rich.console import Console
 from rich.table import Table
 
 from robustkit.core.flags import Flag
+from robustkit.reporting import costs
 from robustkit.reporting import quantiles as minimum
-from robustkit.reporting.html import costs
-from robustkit.reporting.html.inputs import remarks, size
+from robustkit.reporting.image_sizes import remarks, size
 from robustkit.reporting.names import data_name
 from robustkit.reporting.versions import made_in_parts
 from robustkit.runs.distances import Minimum
 from robustkit.runs.evaluation_record import Curve, Rate, Report, RunSpec, Strictness
 
-# The quarters, the whole and the multiples of eps that a terminal has room for, by their place in a curve.
-SHOWN = (1, 3, 7, 11, 15)
+# Positions in a curve's radii that the terminal prints: eps/4, eps/2, eps, 1.5 eps and 2 eps.
+SHOWN_RADII = (1, 3, 7, 11, 15)
+# One pass: one image through the model once, forward or backward.
+PASSES = "passes per image"
+PASSES_COLUMN = "passes/image"
 
 
 def show(report: Report, console: Console, next_command: str | None = None, page: object | None = None) -> None:
@@ -36,7 +39,7 @@ def show(report: Report, console: Console, next_command: str | None = None, page
         console.print(_stages(report), highlight=False)
     if report.curve:
         spent = report.curve.cost
-        price = f"{(spent.forwards + spent.backwards) / report.n:,.0f} props/img   {duration(spent.seconds)}"
+        price = f"{passes(spent.forwards + spent.backwards, report.n)}   {duration(spent.seconds)}"
         console.print()
         console.print(_curve(report.curve), highlight=False)
         console.print(f"median smallest fooling eps {median(report.curve)}   {price}", highlight=False)
@@ -54,15 +57,15 @@ def _stages(report: Report) -> Table:
     """Return a row per stage with the robust accuracy after it, and the result."""
     table = Table(box=None, pad_edge=False, header_style="", padding=(0, 2, 0, 0))
     table.add_column("attack", no_wrap=True)
-    for name in ("robust acc", "95% interval", "fooled", "props/img", "time"):
+    for name in ("robust acc", "95% interval", "fooled", PASSES_COLUMN, "time"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in costs.rows(report):
         table.add_row(
             row.attack,
             percent(row.rate.value) if row.rate else "–",
             interval(row.rate) if row.rate else "–",
-            row.settled,
-            f"{row.propagations / row.entering:,.0f}" if row.entering else "–",
+            row.fooled,
+            f"{row.passes / row.entering:,.0f}" if row.entering else "–",
             duration(row.seconds),
         )
     cost = report.cost
@@ -75,20 +78,20 @@ def _stages(report: Report) -> Table:
         duration(cost.seconds),
         style="bold",
     )
-    if doubt := report.strictness:
-        table.add_row("left in doubt", f"≤ {fine(doubt.bound)}", "with 95 %", f"≤ {doubt.images:,}", "", "")
+    if bound := report.strictness:
+        table.add_row("unresolved", f"≤ {fine(bound.bound)}", "with 95 %", f"≤ {bound.images:,}", "", "")
     return table
 
 
 def _show_minimum(report: Report, found: Minimum, console: Console) -> None:
-    """Print what each attack found nearest, and the distances' quantiles."""
+    """Print how many nearest images each attack found, and the quantiles of the distances."""
     stages, quantiles = (Table(box=None, pad_edge=False, header_style="", padding=(0, 3, 0, 0)) for _ in range(2))
     stages.add_column("attack", no_wrap=True)
-    for name in ("nearest", "props/img", "time"):
+    for name in ("nearest", PASSES_COLUMN, "time"):
         stages.add_column(name, justify="right", no_wrap=True)
     for row in costs.rows(report):
-        price = f"{row.propagations / row.entering:,.0f}" if row.entering else "–"
-        stages.add_row(row.attack, row.settled, price, duration(row.seconds))
+        price = f"{row.passes / row.entering:,.0f}" if row.entering else "–"
+        stages.add_row(row.attack, row.fooled, price, duration(row.seconds))
     cost = report.cost
     price = f"{(cost.forwards + cost.backwards) / report.n:,.0f}"
     stages.add_row("all", f"{costs.fooled(report):,}", price, duration(cost.seconds), style="bold")
@@ -103,58 +106,58 @@ def _show_minimum(report: Report, found: Minimum, console: Console) -> None:
 
 
 def notes(report: Report) -> list[str]:
-    """Return remarks on images and model, why the run stopped early, what draws, bound and audit say, if any."""
+    """Return remarks on images and model, why the run stopped early, and the results of draws, bound and audit."""
     lines = [f"\n{remark}" for remark in remarks(report)]
-    if made := made_in_parts(report.environment):
-        lines += [f"\n{made}"]
+    if versions := made_in_parts(report.environment):
+        lines += [f"\n{versions}"]
     if report.stopped:
         why = {"width": "interval narrow enough", "time-limit": "time limit reached"}[report.stopped.reason]
         lines += [
-            f"\nstopped: {why} after {report.n:,} of {report.stopped.images:,} images, drawn at random; the "
-            "intervals hold whenever a run is stopped"
+            f"\nstopped early: {why} after {report.n:,} of {report.stopped.images:,} images, drawn at random; the "
+            "intervals remain valid however often a run is looked at"
         ]
     if draws := report.draws:
         lines += [
-            f"\nrandom model: right more often than not {percent(draws.majority.value)}, as above; by one draw "
-            f"{percent(draws.one.value)} ({interval(draws.one)}), on average over draws {percent(draws.mean)}; "
-            f"counting one wrong draw on the way as a success would say {percent(draws.mean - draws.gap)}"
+            f"\nrandomised model: accuracy by the majority of draws {percent(draws.majority.value)}, as above; by "
+            f"one draw {percent(draws.one.value)} ({interval(draws.one)}); mean over draws {percent(draws.mean)}; "
+            f"if one wrong draw during the search counted as a success {percent(draws.mean - draws.gap)}"
         ]
-    if doubt := report.strictness:
-        lines += [f"\n{in_doubt(doubt, report.spec)}"]
+    if bound := report.strictness:
+        lines += [f"\n{unresolved(bound, report.spec)}"]
     if audit := report.audit:
         spent = (audit.cost.forwards + audit.cost.backwards) / max(len(audit.audited), 1)
         lines += [
-            f"\naudit: AutoAttack broke {len(audit.broke)} of {len(audit.audited)} survivors drawn at random; "
-            f"with it on all, robust accuracy would be {percent(audit.robust_accuracy.value)} "
-            f"({interval(audit.robust_accuracy)})   {spent:,.0f} props/img   {duration(audit.cost.seconds)}"
+            f"\naudit: AutoAttack fooled {len(audit.broke)} of {len(audit.audited)} robust images drawn at "
+            f"random; on all it would leave a robust accuracy of {percent(audit.robust_accuracy.value)} "
+            f"({interval(audit.robust_accuracy)})   {spent:,.0f} {PASSES}   {duration(audit.cost.seconds)}"
         ]
     return lines
 
 
 def has_autoattack(spec: RunSpec) -> bool:
-    """Return whether AutoAttack's four attacks are among the arms of a run's suite."""
+    """Return whether the arms of a run's suite include AutoAttack's four attacks."""
     arms = [record for record in spec.suite if record.get("arm")]
     ce = any(record["name"] == "apgd" and record.get("loss") == "ce" for record in arms)
     return ce and {"apgd-t", "fab-t", "square"} <= {record["name"] for record in arms}
 
 
-def in_doubt(doubt: Strictness, spec: RunSpec) -> str:
-    """Return what the bound says, as a sentence."""
-    attacks = "AutoAttack's attacks" if has_autoattack(spec) else "the attacks marked * that they have not met"
-    met = f"{doubt.in_full:,} of {doubt.standing:,} robust images met all attacks in full length"
-    if doubt.in_full == doubt.standing:
-        return f"left in doubt: nothing; {met}"
-    images = f"at most {doubt.images:,} image{'s' * (doubt.images != 1)} ({fine(doubt.bound)})"
+def unresolved(bound: Strictness, spec: RunSpec) -> str:
+    """Return the bound on the images that attacks not yet run on them would fool, as a sentence."""
+    attacks = "AutoAttack's attacks" if has_autoattack(spec) else "the attacks marked * that were not run on them"
+    in_full = f"{bound.in_full:,} of {bound.standing:,} robust images were given every attack at full length"
+    if bound.in_full == bound.standing:
+        return f"unresolved: no image; {in_full}"
+    images = f"at most {bound.images:,} image{'s' * (bound.images != 1)} ({fine(bound.bound)})"
     return (
-        f"left in doubt: with a probability of 95 % {images if doubt.images else 'no image'} would still fall to "
-        f"{attacks}, judged by what these gained on this model; {met}"
+        f"unresolved: with a probability of 95 %, {attacks} would fool {images if bound.images else 'no image'} "
+        f"more, estimated from their gains on this model; {in_full}"
     )
 
 
 def _curve(curve: Curve) -> Table:
-    """Return the curve as a table of a few of its radii."""
+    """Return a table of the curve at some of its radii."""
     table = Table(box=None, pad_edge=False, header_style="", padding=(0, 3, 0, 0))
-    shown = [place for place in SHOWN if place < len(curve.radii)]
+    shown = [place for place in SHOWN_RADII if place < len(curve.radii)]
     table.add_column("eps", no_wrap=True)
     for place in shown:
         table.add_column(f"{curve.radii[place]:.4g}", justify="right", no_wrap=True)
@@ -163,15 +166,20 @@ def _curve(curve: Curve) -> Table:
 
 
 def median(curve: Curve) -> str:
-    """Return the median smallest fooling eps of the images that are right as they are, in words."""
-    middle = curve.median
-    if middle is None:
+    """Return the median smallest fooling eps of the correctly classified images, as text."""
+    value = curve.median
+    if value is None:
         return "–"
-    return f"{middle:.4g}" if math.isfinite(middle) else f"above {curve.radii[-1]:.4g}"
+    return f"{value:.4g}" if math.isfinite(value) else f"above {curve.radii[-1]:.4g}"
+
+
+def passes(count: int, images: int) -> str:
+    """Return a number of passes as `1,234 passes per image`."""
+    return f"{count / images:,.0f} {PASSES}"
 
 
 def flag_lines(flags: Sequence[Flag]) -> list[str]:
-    """Return what to print of flags: how many, then of each its code, what was measured, and what to do."""
+    """Return the lines about flags: their number, then for each its code, measured value, meaning and remedy."""
     lines = [f"\n{len(flags)} flag{'s' * (len(flags) > 1)}"] if flags else []
     for flag in flags:
         value = "" if flag.value is None else f"{flag.value:g} "

@@ -1,4 +1,4 @@
-"""A plan as a table for the terminal."""
+"""A cost forecast as a table for the terminal."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from robustkit.reporting.names import data_name
 from robustkit.reporting.terminal.evaluation import duration, percent
 from robustkit.runs.forecast_record import Estimate, Plan, Scale
 
-# What the time goes to that is not the attacks, by the keys of `Scale.shares`.
-BOUNDS = {
-    "passes": "passes that are not full",
+# What takes time beside full batches of the attacks, by the keys of `Scale.shares`.
+OVERHEADS = {
+    "passes": "batches that are not full",
     "start": "start-up",
     "clean": "the clean pass",
-    "driver": "the driver",
+    "driver": "the driver process",
     "tail": "the slowest images",
 }
-# A smaller share of the time is not worth a word.
-WORTH_A_WORD = 0.1
-DAY = 24 * 3600
+# A smaller share of the time is not printed.
+MIN_OVERHEAD = 0.1
+DAY_SECONDS = 24 * 3600
 
 
 def show(plan: Plan, console: Console, next_command: str) -> None:
@@ -44,36 +44,36 @@ def show(plan: Plan, console: Console, next_command: str) -> None:
         table.add_row(*_row(scale))
     line("")
     console.print(table, highlight=False)
-    waits = [text for scale in plan.scales if (text := waiting(scale))]
-    for text in ["", *waits] if waits else []:
+    overheads = [text for scale in plan.scales if (text := overhead(scale))]
+    for text in ["", *overheads] if overheads else []:
         line(text)
     line(f"\nnext     {next_command}")
 
 
 def measured(plan: Plan) -> list[str]:
-    """Return in words what was measured."""
-    trial, speed, props = plan.trial, plan.speed, plan.propagations
-    done = "" if trial.through == trial.images else f", {trial.images - trial.through} not done in time"
-    met = "all attacks" if plan.arms is None else "what they met"
-    arms = "" if plan.arms is None else f"; {number(plan.arms.value)} ({interval(plan.arms)}) of them for the arms"
+    """Return the measurements as lines of text."""
+    trial, speed, spent = plan.trial, plan.speed, plan.propagations
+    unfinished = "" if trial.through == trial.images else f", {trial.images - trial.through} not finished in time"
+    attacks = "all attacks" if plan.arms is None else "the attacks that they were given"
+    arms = "" if plan.arms is None else f"; {number(plan.arms.value)} ({interval(plan.arms)}) of them by the arms"
     most = "" if plan.most is None else f", at most {plan.most:,}"
     return [
-        f"tried    {trial.images:,} images drawn at random in {duration(trial.seconds)}: "
-        f"{trial.robust:,} withstood {met}{done}",
-        f"cost     {number(props.value)} props/img ({number(props.low)} – {number(props.high)}){most}{arms}",
-        f"speed    {milliseconds(speed.forward)} forward, {milliseconds(speed.both)} with backward an image, "
-        f"{speed.at_once} at once, {speed.precision}",
-        f"memory   {size(plan.memory.peak)} a device, {size(plan.memory.held)} before the attacks",
+        f"sample   {trial.images:,} images drawn at random, attacked for {duration(trial.seconds)}: "
+        f"{trial.robust:,} robust against {attacks}{unfinished}",
+        f"cost     {number(spent.value)} passes per image ({interval(spent)}){most}{arms}",
+        f"speed    {milliseconds(speed.forward)} per image forward, {milliseconds(speed.both)} with backward, "
+        f"batches of {speed.at_once}, {speed.precision}",
+        f"memory   {size(plan.memory.peak)} per device, {size(plan.memory.held)} before the attacks",
     ]
 
 
-def waiting(scale: Scale) -> str:
-    """Return in words what most of the time goes to that is not the attacks; nothing where it is little."""
+def overhead(scale: Scale) -> str:
+    """Return what takes most time beside full batches of the attacks, as text; empty if it is little."""
     share = scale.shares[scale.bound]
-    if share < WORTH_A_WORD:
+    if share < MIN_OVERHEAD:
         return ""
     plural = "s" * (scale.devices > 1)
-    return f"{scale.devices:,} device{plural}: {percent(share)} of the time for {BOUNDS[scale.bound]}"
+    return f"{scale.devices:,} device{plural}: {percent(share)} of the time is spent on {OVERHEADS[scale.bound]}"
 
 
 def _row(scale: Scale) -> list[str]:
@@ -88,18 +88,18 @@ def _row(scale: Scale) -> list[str]:
     ]
 
 
-def interval(of: Estimate) -> str:
+def interval(estimate: Estimate) -> str:
     """Return the ends of an interval."""
-    return f"{number(of.low)} – {number(of.high)}"
+    return f"{number(estimate.low)} – {number(estimate.high)}"
 
 
 def span(seconds: float) -> str:
     """Return seconds as `1m40`, from two days up as `3.4 days`."""
-    return duration(seconds) if seconds < 2 * DAY else f"{seconds / DAY:,.1f} days"
+    return duration(seconds) if seconds < 2 * DAY_SECONDS else f"{seconds / DAY_SECONDS:,.1f} days"
 
 
 def number(value: float) -> str:
-    """Return a number with about two digits that count: `0.0012`, `0.34`, `5.6`, `1,235`."""
+    """Return a number with two significant digits below 10: `0.0012`, `0.34`, `5.6`, `1,235`."""
     return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
 
 

@@ -15,11 +15,11 @@ from robustkit.runs.evaluation_record import Rate
 from robustkit.runs.training_record import Trained, TrainSpec
 
 # Rows of a long run's table; the rest is in metrics.jsonl.
-ROWS = 12
-# Columns that the widest table takes.
-WIDTH = 110
-# Facts about several members against each other, and how to print them.
-BETWEEN: dict[str, Callable[[float], str]] = {
+MAX_ROWS = 12
+# Width of the widest table in characters.
+TABLE_WIDTH = 110
+# Measurements between members, and how to print them.
+MEMBER_COLUMNS: dict[str, Callable[[float], str]] = {
     "any_right": percent,
     "transfer": percent,
     "white_box": percent,
@@ -28,15 +28,15 @@ BETWEEN: dict[str, Callable[[float], str]] = {
 
 
 def show(record: Trained, console: Console, next_command: str | None = None, page: object = None) -> None:
-    """Print what was trained, how it went, how good it is, what it cost, where the page is, the next command."""
+    """Print model and method, epochs, accuracy, cost, flags, where the page is, and the next command."""
     spec = record.spec
 
     def line(text: str) -> None:
         console.print(text, highlight=False, soft_wrap=True)
 
     data = data_name(record.data)
-    alike = record.members > 1 and not record.arch.startswith("ensemble:")
-    nets = f"{record.members} x " if alike else ""
+    same_arch = record.members > 1 and not record.arch.startswith("ensemble:")
+    nets = f"{record.members} x " if same_arch else ""
     line(
         f"run {record.run_id}   {spec['data']['n']:,} images of {data}   seed {spec['seed']}   {spec['precision']}"
     )
@@ -49,17 +49,17 @@ def show(record: Trained, console: Console, next_command: str | None = None, pag
     line("")
     if record.accuracy:
         rate = Rate(**record.accuracy)
-        of = data_name(spec["test"]["string"])
+        test_set = data_name(spec["test"]["string"])
         what = (
             f"mean of {len(record.samples)} samples" if record.samples else "mean of nets" if nets else "accuracy"
         )
-        line(f"{what}   {percent(rate.value)} ({interval(rate)}) of {rate.n:,} images of {of}")
+        line(f"{what}   {percent(rate.value)} ({interval(rate)}) of {rate.n:,} images of {test_set}")
         if len(record.member_accuracy) > 1:
             line(f"each net   {', '.join(percent(share) for share in record.member_accuracy)}")
     cost = record.cost
     line(f"cost       {flops_words(cost['flops'])}   {duration(cost['seconds'])}")
-    if made := made_in_parts(record.environment):
-        line(made)
+    if versions := made_in_parts(record.environment):
+        line(versions)
     for text in flag_lines(record.flags):
         line(text)
     if page:
@@ -69,14 +69,14 @@ def show(record: Trained, console: Console, next_command: str | None = None, pag
 
 
 def show_history(spec: TrainSpec, history: Sequence[Mapping[str, Any]], console: Console) -> None:
-    """Print how a training goes that is not finished."""
-    about = f"run {spec.run_id}   {method_words(spec.method)}   {len(history)} of {spec.epochs} epochs\n"
-    console.print(about, highlight=False, soft_wrap=True)
+    """Print the progress of a training run that is not finished."""
+    title = f"run {spec.run_id}   {method_words(spec.method)}   {len(history)} of {spec.epochs} epochs\n"
+    console.print(title, highlight=False, soft_wrap=True)
     _print(_epochs(history), console)
 
 
 def method_words(method: Mapping[str, Any]) -> str:
-    """Return a method with its fields, as it could be asked for."""
+    """Return a method with its fields, as the command line reads it."""
     fields = ",".join(f"{name}={value}" for name, value in method.items() if name != "name")
     return f"{method['name']}({fields})" if fields else str(method["name"])
 
@@ -90,17 +90,17 @@ def flops_words(flops: float) -> str:
 
 
 def _epochs(history: Sequence[Mapping[str, Any]]) -> Table:
-    more = [name for name in BETWEEN if any(name in facts for facts in history)]
+    more = [name for name in MEMBER_COLUMNS if any(name in facts for facts in history)]
     table = _table("epoch", "loss", "test acc", *more, "rate", "images/s", "time")
-    judged = [facts for facts in history if "test_accuracy" in facts] or list(history)
-    gap = max(-(-len(judged) // ROWS), 1)
-    for facts in reversed(judged[::-1][::gap]):
+    tested = [facts for facts in history if "test_accuracy" in facts] or list(history)
+    stride = max(-(-len(tested) // MAX_ROWS), 1)
+    for facts in reversed(tested[::-1][::stride]):
         accuracy = facts.get("test_accuracy")
         table.add_row(
             str(facts["epoch"]),
             f"{facts['loss']:.4f}",
             "–" if accuracy is None else percent(accuracy),
-            *("–" if name not in facts else BETWEEN[name](facts[name]) for name in more),
+            *("–" if name not in facts else MEMBER_COLUMNS[name](facts[name]) for name in more),
             f"{facts['rate']:.3g}",
             f"{facts['images_per_second']:,.0f}",
             duration(facts["seconds"]),
@@ -111,7 +111,7 @@ def _epochs(history: Sequence[Mapping[str, Any]]) -> Table:
 def _samples(samples: Sequence[Mapping[str, Any]]) -> Table:
     table = _table("sample", "cycle", "epoch", "rate", "test acc", "test loss")
 
-    def shown(facts: Mapping[str, Any], name: str, form: str) -> str:
+    def cell(facts: Mapping[str, Any], name: str, form: str) -> str:
         value = facts.get(name)
         return "–" if value is None else format(value, form)
 
@@ -119,17 +119,17 @@ def _samples(samples: Sequence[Mapping[str, Any]]) -> Table:
         accuracy = facts.get("accuracy")
         table.add_row(
             f"#{number}",
-            *(shown(facts, name, form) for name, form in (("cycle", "d"), ("epoch", "d"), ("rate", ".3g"))),
+            *(cell(facts, name, form) for name, form in (("cycle", "d"), ("epoch", "d"), ("rate", ".3g"))),
             "–" if accuracy is None else percent(accuracy),
-            shown(facts, "loss", ".4f"),
+            cell(facts, "loss", ".4f"),
         )
     return table
 
 
 def _print(table: Table, console: Console) -> None:
-    """Print a table whole: on a narrow console its lines are broken, not its numbers cut."""
+    """Print a table at its full width, so that a narrow console wraps lines instead of cutting numbers."""
     width = console.width
-    console.width = max(width, WIDTH)
+    console.width = max(width, TABLE_WIDTH)
     console.print(table, highlight=False)
     console.width = width
 

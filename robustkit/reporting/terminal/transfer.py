@@ -1,4 +1,4 @@
-"""Craft runs and matrices as tables for the terminal, and two craft runs side by side."""
+"""Craft runs and transfer matrices as tables for the terminal, and the paired comparison of two craft runs."""
 
 from __future__ import annotations
 
@@ -20,11 +20,13 @@ from robustkit.reporting.versions import made_in_parts
 from robustkit.runs.craft_record import Craft, Judgement, Matrix
 from robustkit.runs.evaluation_record import Rate
 
-FLOORS = "noise: random signs; swapped: another image's change; both of the same norm, success over the same n"
+CONTROLS = (
+    "controls, of the same norm and over the same n: random signs, and another image's perturbation (other image)"
+)
 
 
 def short_names(strings: Sequence[str]) -> list[str]:
-    """Return names that fit a table: of the weights file, run or net; the whole string where two agree."""
+    """Return short names of models: weights file, run folder or architecture; the whole string if two agree."""
     names = [_short(string) for string in strings]
     return [name if names.count(name) == 1 else string for name, string in zip(names, strings, strict=True)]
 
@@ -39,13 +41,13 @@ def _short(string: str) -> str:
 
 
 def _run_name(folder: str) -> str:
-    """Return a run's folder, or the number of one of its nets behind it, without the folders above."""
+    """Return the name of a run's folder, with the number of its member if it has one, without parent folders."""
     path, sign, number = folder.rpartition("#")
     return f"{PurePosixPath(path if sign else folder).name}{'/#' if sign else ''}{number if sign else ''}"
 
 
 def attack_words(attack: Mapping[str, Any]) -> str:
-    """Return an attack as it was asked for; of a recipe with techniques what it stands for as well."""
+    """Return an attack's string; for a recipe followed by the attack and techniques that it names."""
     string = str(attack["string"])
     name = "+".join(part["name"] for part in (attack, *attack["techniques"]))
     own = re.split(r"[(+]", string)[0] == attack["name"]
@@ -53,7 +55,7 @@ def attack_words(attack: Mapping[str, Any]) -> str:
 
 
 def show(record: Craft, console: Console, next_command: str | None = None, page: object = None) -> None:
-    """Print what was crafted, what it cost, what each model made of it, where the page is, the next command."""
+    """Print attack, cost, success on each model, flags, where the page is, and the next command."""
     spec = record.spec
     strings = [one.model for one in (*record.surrogates, *record.targets)]
     names = short_names(strings)
@@ -72,46 +74,47 @@ def show(record: Craft, console: Console, next_command: str | None = None, page:
         f"{record.gradients_per_image:,.0f} gradients and {record.forwards_per_image:,.0f} forwards per image   "
         f"{duration(record.seconds)}"
     )
-    if training := training_words(record, own):
-        line(f"trained for {training}")
-    if made := made_in_parts(record.environment):
-        line(made)
+    if training := training_costs(record, own):
+        line(f"training cost: {training}")
+    if versions := made_in_parts(record.environment):
+        line(versions)
     line("")
     table = Table(box=None, pad_edge=False, header_style="", padding=(0, 3, 0, 0))
     table.add_column("model", no_wrap=True)
-    for column in ("clean acc", "success", "95% interval", "n", "noise", "swapped"):
+    for column in ("clean acc", "success", "95% interval", "n", "random signs", "other image"):
         table.add_column(column, justify="right", no_wrap=True)
-    for title, names_of, judgements in (
+    for title, model_names, judgements in (
         ("surrogates", own, record.surrogates),
         ("targets", others, record.targets),
     ):
         if judgements:
             table.add_row(title, style="dim")
-        for name, judged in zip(names_of, judgements, strict=True):
+        for name, judged in zip(model_names, judgements, strict=True):
             table.add_row(f"  {name}", *_cells(judged))
     console.print(table, highlight=False)
     if record.targets:
-        line(FLOORS)
+        line(CONTROLS)
     if record.not_finite:
-        line(f"warning: the attack left {record.not_finite} images NaN or infinite; the clean ones stand for them")
+        line(
+            f"warning: the attack returned NaN or infinity for {record.not_finite} images; their clean images are "
+            "used instead"
+        )
     for text in flag_lines(record.flags):
         line(text)
     if record.budgets:
         line("")
         console.print(_budgets(record, others), highlight=False)
     if forecast := record.forecast:
-        line(
-            f"\nforecast for unseen models: {_share(forecast.expected)} expected, leaving out one surrogate each:"
-        )
+        line(f"\nforecast for unseen models: {_share(forecast.expected)} expected, by leaving out each surrogate:")
         line("  " + "   ".join(f"{name} {_rate(rate)}" for name, rate in zip(own, forecast.left_out, strict=True)))
         line(
-            f"  95 % of models of their kind: {100 * forecast.low:.1f} – {percent(forecast.high)}   "
+            f"  95 % of models like these: {100 * forecast.low:.1f} – {percent(forecast.high)}   "
             f"{forecast.gradients_per_image:,.0f} gradients per image"
         )
     if png := record.png:
-        told = [f"{name} {_rate(rate)}" for name, rate in zip(others, png.success, strict=False)]
-        line(f"\npng      {png.folder}   largest change {png.largest_change} of 255 levels; the files as re-read:")
-        line("         " + ("   ".join(told) or "no target"))
+        rates = [f"{name} {_rate(rate)}" for name, rate in zip(others, png.success, strict=False)]
+        line(f"\npng      {png.folder}   largest change {png.largest_change} of 255 levels; success of the files:")
+        line("         " + ("   ".join(rates) or "no target"))
     if page or next_command:
         line("")
     if page:
@@ -120,8 +123,8 @@ def show(record: Craft, console: Console, next_command: str | None = None, page:
         line(f"next     {next_command}")
 
 
-def training_words(record: Craft, names: Sequence[str]) -> str:
-    """Return what the training of each surrogate cost, of those that are a run's folder."""
+def training_costs(record: Craft, names: Sequence[str]) -> str:
+    """Return the training cost of each surrogate that is a training run's folder."""
     costs = record.environment.get("training_flops") or []
     known = [(name, flops) for name, flops in zip(names, costs, strict=False) if flops]
     return "   ".join(f"{name} {flops_words(flops)}" for name, flops in known)
@@ -153,7 +156,7 @@ def _budgets(record: Craft, names: Sequence[str]) -> Table:
 
 
 def show_matrix(record: Matrix, console: Console, page: object = None, next_command: str | None = None) -> None:
-    """Print the matrix: a row for each model crafted on, a column for each judged on."""
+    """Print the matrix: a row for each surrogate, a column for each target."""
 
     def line(text: str) -> None:
         console.print(text, highlight=False, soft_wrap=True)
@@ -169,11 +172,11 @@ def show_matrix(record: Matrix, console: Console, page: object = None, next_comm
     for place, (row, spent) in enumerate(zip(record.success, record.gradients_per_image, strict=True)):
         cells = [_number(rate) + ("*" if column == place else "") for column, rate in enumerate(row)]
         table.add_row(names[place], *cells, f"{spent:,.0f}")
-    table.add_row("any of them", *[_number(rate) for rate in record.worst], "")
-    table.add_row("random signs", *[_number_of(share) for share in record.noise], "0", style="dim")
-    table.add_row("clean acc", *[_number_of(share) for share in record.clean_accuracy], "", style="dim")
+    table.add_row("any other row", *[_number(rate) for rate in record.worst], "")
+    table.add_row("random signs", *[_percentage(share) for share in record.noise], "0", style="dim")
+    table.add_row("clean acc", *[_percentage(share) for share in record.clean_accuracy], "", style="dim")
     console.print(table, highlight=False)
-    line("* crafted on this very model; any of them: images that any row but a model's own fools it with")
+    line("* crafted on the model itself; any other row: fooled by the images of any other row")
     line("grads: gradients per image")
     for text in flag_lines(record.flags):
         line(text)
@@ -185,10 +188,15 @@ def show_matrix(record: Matrix, console: Console, page: object = None, next_comm
 
 @dataclass(frozen=True)
 class Difference:
-    """What two craft runs did to one model, over the `n` images that it classified correctly.
+    """The difference in success of two craft runs on one target model.
 
-    `value` is A's success minus B's with its 95 % interval; `p` is McNemar's exact, two-sided; `only_a` and
-    `only_b` are the images that A alone, or B alone, fooled it with.
+    Attributes:
+        model: the target's model string.
+        n: images that the target classifies correctly.
+        value: A's success minus B's, a share, with `low` and `high`, the ends of its 95 % interval.
+        p: of McNemar's exact two-sided test.
+        only_a: positions of the images that fooled the target only in run A.
+        only_b: likewise in run B.
     """
 
     model: str
@@ -202,26 +210,30 @@ class Difference:
 
 
 def differences(a: Craft, b: Craft) -> list[Difference]:
-    """Return the differences on the models that both runs were judged on; UsageError if there are none."""
+    """Return the difference on each target model of both runs.
+
+    Raises:
+        UsageError: if the runs have no target model in common.
+    """
     others = {judged.fingerprint: judged for judged in b.targets}
     pairs = [(judged, others[judged.fingerprint]) for judged in a.targets if judged.fingerprint in others]
     if not pairs:
         raise UsageError(
-            "the two runs were judged on no model in common; judge both with robustkit transfer --target."
+            "the two runs have no target model in common; evaluate both with robustkit transfer --target."
         )
     found = []
     for first, second in pairs:
-        hits = list(zip(first.fooled(a.labels, a.goals), second.fooled(b.labels, b.goals), strict=True))
-        right = [(place, x, y) for place, (x, y) in enumerate(hits) if x is not None and y is not None]
-        if not right:
+        fooled = list(zip(first.fooled(a.labels, a.goals), second.fooled(b.labels, b.goals), strict=True))
+        correct = [(place, x, y) for place, (x, y) in enumerate(fooled) if x is not None and y is not None]
+        if not correct:
             continue
-        only_a = [place for place, x, y in right if x and not y]
-        only_b = [place for place, x, y in right if y and not x]
-        both = sum(bool(x and y) for _, x, y in right)
-        low, high = newcombe(both, len(only_a), len(only_b), len(right))
-        value = (len(only_a) - len(only_b)) / len(right)
+        only_a = [place for place, x, y in correct if x and not y]
+        only_b = [place for place, x, y in correct if y and not x]
+        both = sum(bool(x and y) for _, x, y in correct)
+        low, high = newcombe(both, len(only_a), len(only_b), len(correct))
+        value = (len(only_a) - len(only_b)) / len(correct)
         p = mcnemar(len(only_a), len(only_b))
-        found.append(Difference(first.model, len(right), value, low, high, p, only_a, only_b))
+        found.append(Difference(first.model, len(correct), value, low, high, p, only_a, only_b))
     return found
 
 
@@ -234,8 +246,8 @@ def _share(share: float | None) -> str:
 
 
 def _number(rate: Rate | None) -> str:
-    return _number_of(None if rate is None else rate.value)
+    return _percentage(None if rate is None else rate.value)
 
 
-def _number_of(share: float | None) -> str:
+def _percentage(share: float | None) -> str:
     return "–" if share is None else f"{100 * share:.1f}"

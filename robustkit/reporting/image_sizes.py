@@ -1,4 +1,4 @@
-"""What was attacked, in words: the size of the images, and how the model was loaded."""
+"""Sentences about the size of the attacked images and about the model's weights."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ from robustkit.runs.evaluation_record import Report
 
 
 def size(report: Report) -> str:
-    """Return the size at which images were attacked, as `32x32`; empty where a record does not say."""
+    """Return the size at which images were attacked, as `32x32`; empty if the record does not have it."""
     space = _pixels(report)
     return _sides(space["attacked"], "x") if space else ""
 
 
 def remarks(report: Report) -> list[str]:
-    """Return what was done to images before and after the attack, and what the user should know of the weights."""
-    space, said = _pixels(report), []
+    """Return remarks on resizing before the attack or inside the model, and on the loaded weights."""
+    space, lines = _pixels(report), []
     if space.get("enlarged"):
-        said.append(
+        lines.append(
             f"image files were enlarged to {_sides(space['attacked'])} pixels before the attack: "
             f"{space['enlarged']} of {space['files']} looked at, by a median of {space['times']:.3g} times"
         )
     if space and space["net"] != space["attacked"]:
         more = space["net"][0] * space["net"][1] > space["attacked"][0] * space["attacked"][1]
         verb = "enlarged" if more else "reduced"
-        said.append(
+        lines.append(
             f"images were attacked at {_sides(space['attacked'])} pixels and {verb} to "
             f"{_sides(space['net'])} inside the model"
         )
     notes = report.environment.get("model_notes")
-    return said + [note for note in notes if isinstance(note, str)] if isinstance(notes, list) else said
+    return lines + [note for note in notes if isinstance(note, str)] if isinstance(notes, list) else lines
 
 
 def _pixels(report: Report) -> dict[str, Any]:
-    """Return what a record says of pixels, if it says it in the right form."""
+    """Return the record's sizes in pixels; empty if they are missing or malformed."""
     space = report.environment.get("pixels")
     if not isinstance(space, dict) or not all(_is_size(space.get(name)) for name in ("attacked", "net")):
         return {}
