@@ -12,6 +12,7 @@ from robustkit.data.catalog import CATALOG
 from robustkit.data.classes import absolute, fixed, read_order
 from robustkit.data.samples import Samples
 from robustkit.data.strings import DataString
+from robustkit.registry.plugins import Plugin, plugins
 
 # Kinds of data whose rest is a path, however it ends.
 PATHS = ("folder", "webdataset")
@@ -60,6 +61,8 @@ def _loaded(
         from robustkit.data.sources.npz import npz
 
         return npz(_absolute(spec.head), spec.options.get("layout"))
+    if name not in CATALOG and name in plugins("data"):
+        return _installed(plugins("data")[name], spec.head)
     if name not in CATALOG or name == "npz":
         raise _unknown(spec.head, name)
     return _named(name, spec.rest, root, download, preprocess)
@@ -87,6 +90,14 @@ def _named(
     if name == "imagenet":
         return torchvision_sets.imagenet(split, place, preprocess)
     return torchvision_sets.small_set(name, split, place, download)
+
+
+def _installed(plugin: Plugin, string: str) -> Samples:
+    """Return the samples of an installed package, whose function is given the text after the colon."""
+    from robustkit.data.sources.arrays import from_arrays
+
+    images, labels = plugin.call(string.partition(":")[2])
+    return from_arrays(images, labels, string)
 
 
 def _folder(path: str | None, preprocess: Preprocess | None, nested: bool) -> Samples:

@@ -16,10 +16,21 @@ from robustkit.models.bare import bare, with_numbers
 from robustkit.models.classifier import Classifier
 from robustkit.models.ensembles import from_several
 from robustkit.models.options import Options, read_mean, read_size, read_std
-from robustkit.models.sources import from_code, from_run, from_timm, from_torchvision, from_zoo
+from robustkit.models.sources import from_code, from_package, from_run, from_timm, from_torchvision, from_zoo
 from robustkit.models.sources.built import Built, seeded
 from robustkit.models.sources.kinds import no_such_kind
-from robustkit.models.strings import ENSEMBLE, FILE, FOLDER, MODULE, TIMM, TORCHVISION, UNKNOWN, ZOO, ModelString
+from robustkit.models.strings import (
+    ENSEMBLE,
+    FILE,
+    FOLDER,
+    INSTALLED,
+    MODULE,
+    TIMM,
+    TORCHVISION,
+    UNKNOWN,
+    ZOO,
+    ModelString,
+)
 from robustkit.models.weights.files import WeightsFile, read_weights
 from robustkit.models.weights.loading import Loaded, put_weights
 from robustkit.models.zoo.catalog import ZOO as CATALOG
@@ -29,6 +40,7 @@ _BUILD = {
     ZOO: from_zoo.build,
     TIMM: from_timm.build,
     TORCHVISION: from_torchvision.build,
+    INSTALLED: from_package.build,
     FILE: from_code.build,
     MODULE: from_code.build,
 }

@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from urllib.parse import parse_qsl, quote
 
 from robustkit.core.errors import UsageError
+from robustkit.registry.plugins import plugins
 
 ZOO, TIMM, TORCHVISION = "robustkit", "timm", "torchvision"
-FILE, MODULE, FOLDER, ENSEMBLE = "file", "module", "folder", "ensemble"
+FILE, MODULE, FOLDER, ENSEMBLE, INSTALLED = "file", "module", "folder", "ensemble", "installed"
 UNKNOWN = "unknown"
 # A string longer than this, an ensemble of more members or with more brackets inside one another, is a mistake.
 MOST_SIGNS, MOST_MEMBERS, MOST_LEVELS = 100_000, 1_000, 8
@@ -30,8 +31,8 @@ class ModelString:
     """A model string in its parts.
 
     Attributes:
-        arch: What builds the net: `robustkit:NAME`, `timm:NAME`, `torchvision:NAME`, `module:factory`,
-            `file.py:factory`, a folder that train wrote, or `ensemble:[...]`.
+        arch: What builds the net: `robustkit:NAME`, `timm:NAME`, `torchvision:NAME`, `PREFIX:NAME` of an installed
+            package, `module:factory`, `file.py:factory`, a folder that train wrote, or `ensemble:[...]`.
         weights: Path of the weights file, as written; None where the string names none.
         options: The query's fields, percent-decoded, in the order written.
     """
@@ -119,7 +120,7 @@ class ModelString:
 
     @property
     def kind(self) -> str:
-        """Which of the seven kinds of net `arch` names: one of the constants of this module; UNKNOWN if none."""
+        """Which kind of net `arch` names: one of the constants of this module; UNKNOWN if none."""
         if self.arch.startswith(_OPEN):
             return ENSEMBLE
         if ":" not in self.arch:
@@ -128,6 +129,8 @@ class ModelString:
             return self.source
         if self.source.endswith(".py"):
             return FILE
+        if self.source in plugins("models"):
+            return INSTALLED
         return MODULE if _MODULE.fullmatch(self.source) and self.name.isidentifier() else UNKNOWN
 
     @property

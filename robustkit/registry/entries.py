@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import inspect
@@ -12,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from robustkit.core.errors import UsageError, did_you_mean
-from robustkit.registry.code_files import is_reference, load_reference, read_source, split_reference
+from robustkit.registry.code_files import is_reference, load_reference
 from robustkit.registry.decorators import KINDS
+from robustkit.registry.fields import field_types
 from robustkit.registry.functions import FunctionAttack, is_plain_function
 from robustkit.registry.plugins import Plugin, plugins
 from robustkit.registry.source_text import Entry, Field, read_entries
@@ -74,7 +76,7 @@ def _plugin_entry(plugin: Plugin) -> Entry:
         entry = next((one for one in read_entries(text, plugin.module) if one.attribute == plugin.attribute), None)
     except (OSError, UnicodeDecodeError, SyntaxError, ValueError, IndexError, TypeError):
         pass  # `find` says what is wrong when the name is used
-    entry = entry or Entry(FunctionAttack.info, plugin.module, plugin.attribute, "")
+    entry = entry or Entry(FunctionAttack.info, plugin.module, plugin.attribute, plugin.summary)
     return replace(entry, info=replace(entry.info, name=plugin.name), package=plugin.package)
 
 
@@ -114,12 +116,14 @@ def describe(kind: str, name: str) -> Entry:
             raise did_you_mean(kind, name, known)
         return known[name]
     thing = find(kind, name)
-    path, attribute = split_reference(name)
-    for entry in read_entries(read_source(path), thing.__module__):
-        if entry.attribute == attribute:
-            return replace(entry, reference=name)
-    summary = (inspect.getdoc(thing) or "").partition("\n")[0]
-    return Entry(getattr(thing, "info", FunctionAttack.info), thing.__module__, attribute, summary, reference=name)
+    summary, _, detail = (inspect.getdoc(thing) or "").partition("\n")
+    info = getattr(thing, "info", FunctionAttack.info)
+    entry = Entry(info, thing.__module__, thing.__name__, summary, detail=detail.strip(), reference=name)
+    if not dataclasses.is_dataclass(thing):
+        return entry
+    types: Mapping[str, Any] = field_types(thing)  # type: ignore[arg-type]
+    fields = tuple(Field.of(field, types[field.name]) for field in dataclasses.fields(thing) if field.init)
+    return replace(entry, fields=fields)
 
 
 def _of_kind(kind: str, thing: Any, name: str) -> Any:

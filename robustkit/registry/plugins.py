@@ -9,6 +9,7 @@ same on 115 packages (0.09 s to import it), which is half of what `robustkit --h
 
 from __future__ import annotations
 
+import ast
 import functools
 import hashlib
 import importlib
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from robustkit.core.errors import UsageError, named
+from robustkit.core.errors import RobustkitError, UsageError, named
 from robustkit.registry.imports import own_imports_of_module
 
 GROUPS = ("attacks", "defenses", "models", "data")
@@ -59,6 +60,24 @@ class Plugin:
                 "uninstall that package."
             ) from error
 
+    def call(self, *values: Any, **fields: Any) -> Any:
+        """Import it and call it.
+
+        Raises:
+            UsageError: if it cannot be imported, or fails.
+        """
+        function = self.load()
+        try:
+            return function(*values, **fields)
+        except RobustkitError:
+            raise
+        except (Exception, SystemExit) as error:
+            given = ", ".join([*map(repr, values), *(f"{name}={value!r}" for name, value in fields.items())])
+            raise UsageError(
+                f"{self.module}:{self.attribute} of the package {self.package} failed with {named(error)} for "
+                f"{given}: check the name and the fields."
+            ) from error
+
     @property
     def file(self) -> Path | None:
         """The file of its module, found without importing anything; None if there is none."""
@@ -74,6 +93,18 @@ class Plugin:
                 if file.is_file():
                     return file
         return None
+
+    @functools.cached_property
+    def summary(self) -> str:
+        """The first line of its docstring, read from its source text; empty if it has none."""
+        try:
+            tree = ast.parse(self.file.read_bytes() if self.file else b"")
+        except (OSError, SyntaxError, ValueError):
+            return ""
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == self.attribute:
+                return (ast.get_docstring(node) or "").partition("\n")[0]
+        return ""
 
     @functools.cached_property
     def record(self) -> dict[str, str]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from robustkit.core.limits import Limits
 from robustkit.core.step_size import StepSize
 from robustkit.registry.decorators import KINDS, Info
+from robustkit.registry.fields import plain_types, range_of
 from robustkit.registry.ranges import NAMED
 
 # A decorator of ours with what it decorates, up to the first method or the next statement at the margin: lists and
@@ -17,6 +20,8 @@ from robustkit.registry.ranges import NAMED
 _HEAD = re.compile(
     rf"^@(?:{'|'.join(KINDS)})\(.*?^(?:class|def) .*?(?=^    (?:def |@)|^\S|\Z)", re.MULTILINE | re.DOTALL
 )
+
+_WITH_UNIT = "with its unit, such as 0.25eps or 2/255px"
 
 
 @dataclass(frozen=True)
@@ -49,8 +54,19 @@ class Field:
         text = re.sub(r"Annotated\[(\w+), .*?\)\]", r"\1", text)
         if isinstance(default, ast.Call):  # a step size, which users write with its unit
             size = StepSize(*map(ast.literal_eval, default.args))
-            return cls(name, text, str(size), "with its unit, such as 0.25eps or 2/255px")
+            return cls(name, text, str(size), _WITH_UNIT)
         return cls(name, text, "" if default is None else ast.unparse(default), str(limits or ""))
+
+    @classmethod
+    def of(cls, field: dataclasses.Field[Any], annotation: Any) -> Field:
+        """Return the field of an imported class, by its annotated type."""
+        types = [getattr(kind, "__name__", str(kind)) for kind in plain_types(annotation)]
+        text = " | ".join(types).replace("NoneType", "None")
+        default = field.default
+        if isinstance(default, StepSize):
+            return cls(field.name, text, str(default), _WITH_UNIT)
+        shown = "" if default is dataclasses.MISSING else repr(default)
+        return cls(field.name, text, shown, str(range_of(annotation) or ""))
 
 
 @dataclass(frozen=True)

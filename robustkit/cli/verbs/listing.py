@@ -13,6 +13,7 @@ from robustkit.cli.verbs import about
 from robustkit.core.errors import did_you_mean
 from robustkit.data.catalog import CATALOG
 from robustkit.models.zoo.catalog import ZOO
+from robustkit.registry.plugins import plugins
 
 Rows = list[dict[str, str]]
 
@@ -40,6 +41,8 @@ def show(what: str | None, as_json: bool) -> int:
 
 def _lines(rows: Rows, width: int) -> list[str]:
     """Return rows under their columns' names; what the last column has too much for the width goes on below."""
+    if not any(row.get("package") for row in rows):
+        rows = [{name: value for name, value in row.items() if name != "package"} for row in rows]
     table = [list(rows[0]), *(list(row.values()) for row in rows)]
     *sizes, _ = (max(map(len, column)) + 2 for column in zip(*table, strict=True))
     found = []
@@ -57,22 +60,26 @@ def _attacks() -> Rows:
             "norms": " ".join(entry.info.norms),
             "access": entry.info.access,
             "paper": entry.info.paper,
-            "what": entry.summary,
+            **_what(entry),
         }
         for name, entry in registry.catalog("attack").items()
     ]
 
 
+def _what(entry: registry.Entry) -> dict[str, str]:
+    """Return the columns of the installed package that something comes from, and of what it is."""
+    return {"package": entry.package, "what": entry.summary}
+
+
 def _named(kind: str) -> Callable[[], Rows]:
     return lambda: [
-        {"name": name, "paper": entry.info.paper, "what": entry.summary}
-        for name, entry in registry.catalog(kind).items()
+        {"name": name, "paper": entry.info.paper, **_what(entry)} for name, entry in registry.catalog(kind).items()
     ]
 
 
 def _defenses() -> Rows:
     return [
-        {"name": entry.form, "paper": entry.info.paper, "what": entry.summary}
+        {"name": entry.form, "paper": entry.info.paper, **_what(entry)}
         for entry in registry.catalog("defense").values()
     ]
 
@@ -83,7 +90,7 @@ def _methods() -> Rows:
             "name": name,
             "paper": entry.info.paper,
             "fields": " ".join(field.name for field in entry.fields),
-            "what": entry.summary,
+            **_what(entry),
         }
         for name, entry in sorted(registry.catalog("method").items())
     ]
@@ -91,7 +98,12 @@ def _methods() -> Rows:
 
 def _models() -> Rows:
     rows = [
-        {"name": f"robustkit:{name}", "input": "x".join(map(str, entry.input)), "what": entry.description}
+        {
+            "name": f"robustkit:{name}",
+            "input": "x".join(map(str, entry.input)),
+            "package": "",
+            "what": entry.description,
+        }
         for name, entry in ZOO.items()
     ]
     others = {
@@ -100,7 +112,9 @@ def _models() -> Rows:
         "MODULE:FACTORY": "what an importable function returns",
         "FILE.py:FACTORY": "what a function in a file returns",
     }
-    return rows + [{"name": name, "input": "", "what": what} for name, what in others.items()]
+    installed = [(f"{name}:NAME", plugin.package, plugin.summary) for name, plugin in plugins("models").items()]
+    more = [*installed, *((name, "", what) for name, what in others.items())]
+    return rows + [{"name": name, "input": "", "package": package, "what": what} for name, package, what in more]
 
 
 def _data() -> Rows:
@@ -109,9 +123,19 @@ def _data() -> Rows:
             "name": entry.example,
             "splits": " ".join(entry.splits),
             "usual threat": entry.threat or "",
+            "package": "",
             "what": entry.description,
         }
         for entry in CATALOG.values()
+    ] + [
+        {
+            "name": f"{name}:SPLIT",
+            "splits": "",
+            "usual threat": "",
+            "package": plugin.package,
+            "what": plugin.summary,
+        }
+        for name, plugin in plugins("data").items()
     ]
 
 

@@ -73,7 +73,7 @@ def train(
         parallel=parallel,
         trust_code=trust_code,
     )
-    folder = out or Path("runs") / f"{method}-{plan.spec.run_id}"
+    folder = out or Path("runs") / f"{values.info.name}-{plan.spec.run_id}"
     record = plan.run(folder, TrainDisplay(), overwrite)
     if processes.rank():
         return 0

@@ -10,8 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from robustkit.cli.command import Command
-from robustkit.core.errors import did_you_mean
-from robustkit.registry import Entry, Field, catalog
+from robustkit.registry import Entry, Field, catalog, describe
 
 
 def methods(template: Callable[..., int]) -> type[TyperGroup]:
@@ -25,10 +24,7 @@ def methods(template: Callable[..., int]) -> type[TyperGroup]:
             return sorted(catalog("method"))
 
         def get_command(self, ctx: Any, cmd_name: str) -> Any:
-            known = catalog("method")
-            if cmd_name not in known:
-                raise did_you_mean("method", cmd_name, known)
-            return _command(template, known[cmd_name])
+            return _command(template, describe("method", cmd_name))
 
     return Methods
 
@@ -39,7 +35,9 @@ def _command(template: Callable[..., int], entry: Entry) -> Any:
     def work(**flags: Any) -> int:
         fields = {name: flags.pop(name) for name in names}
         return template(
-            entry.info.name, {name: text for name, text in fields.items() if text is not None}, **flags
+            entry.reference or entry.info.name,
+            {name: text for name, text in fields.items() if text is not None},
+            **flags,
         )
 
     _, _, *rest = inspect.signature(template, eval_str=True).parameters.values()
