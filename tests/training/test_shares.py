@@ -274,17 +274,17 @@ def test_members_are_collected(world: World) -> None:
         optimizers = [torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9) for net in own]
         averages = [copy.deepcopy(net.state_dict()) for net in own]
         course = TrainState(loss=torch.zeros(()))
-        course.results.forwards, course.counted = 100, (100, 0)
+        course.tally.forwards, course.counted = 100, (100, 0)
         parts = ModelState(own, optimizers, averages)
         for member in share.own:
             own[member](batch().x).sum().backward()
             optimizers[member].step()
             averages[member]["body.0.bias"].fill_(member)
-            course.results.forwards += 7
+            course.tally.forwards += 7
         share.collect(course, parts)
         momentum = [next(iter(one.state.values()))["momentum_buffer"] for one in optimizers]
         weights = [net.body[0].weight.detach() for net in own]
-        return weights, momentum, torch.stack([one["body.0.bias"][0] for one in averages]), course.results.forwards
+        return weights, momentum, torch.stack([one["body.0.bias"][0] for one in averages]), course.tally.forwards
 
     (weights, momentum, averages, forwards), other = world.run(work)
     assert all(torch.equal(a, b) for a, b in zip(weights, other[0], strict=True))
