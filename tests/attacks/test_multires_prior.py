@@ -20,7 +20,7 @@ from robustkit.core.rng import RowRng
 from robustkit.core.threat import ThreatModel
 from robustkit.registry import make
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts" / "reproductions"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts" / "tools"))
 X = torch.full((3, 2, 16, 16), 0.5)
 
 
