@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import zlib
+
 import hypothesis
 import pytest
 
@@ -21,9 +24,29 @@ def pytest_addoption(parser):
 def pytest_collection_modifyitems(config, items):
     if config.getoption("--slow"):
         return
+    for item in _other_norms(items):
+        item.add_marker(pytest.mark.slow)
     for item in items:
         if "slow" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="slow; run with --slow"))
+
+
+def _other_norms(items):
+    """Return the cases that repeat a problem in another norm: one is run by default, chosen by the problem's hash.
+
+    Cases are of one problem if they differ in `norm` or `threat` alone. A module or test marked `every_norm` tests
+    code that each norm has of its own.
+    """
+    problems = {}
+    for item in items:
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        norm = params.get("norm", params.get("threat"))
+        if isinstance(norm, str) and "every_norm" not in item.keywords:
+            problem = re.sub(rf"(?<![^-\[]){re.escape(norm)}(?![^-\]])", "", item.nodeid)
+            problems.setdefault(problem, []).append(item)
+    for problem, cases in problems.items():
+        chosen = zlib.crc32(problem.encode()) % len(cases)
+        yield from (case for number, case in enumerate(cases) if number != chosen)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -11,6 +11,7 @@ from robustkit.attacks.gradient.fab import DUAL, ORDER, to_plane
 from robustkit.core.criteria import Goal
 from robustkit.registry import make
 
+pytestmark = pytest.mark.every_norm
 NORMS = ("linf", "l2", "l1")
 
 

@@ -14,6 +14,7 @@ from robustkit.core.rng import RowRng
 from robustkit.core.threat import ThreatModel
 from robustkit.registry import make
 
+pytestmark = pytest.mark.every_norm
 EPS = {"linf": "linf:0.03", "l2": "l2:0.5", "l1": "l1:4"}
 
 

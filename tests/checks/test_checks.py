@@ -99,6 +99,7 @@ def test_draws_that_no_seed_repeats_are_not_taken_for_a_wrong_gradient() -> None
     assert "none of the generators" in flags[0].meaning
 
 
+@pytest.mark.slow
 def test_either_order_in_one_process() -> None:
     honest = Wrapped("none")
     for fault in OWN:
@@ -209,6 +210,7 @@ def test_score_attack_beating_gradient_attacks() -> None:
     assert scores_beat_gradients(idle, access).level == "not measured"
 
 
+@pytest.mark.slow
 def test_a_masked_net_is_caught_by_square_in_a_run() -> None:
     """Gradients see nothing, scores do: the run's own result raises the flag."""
     suite = "autoattack:apgd-ce(steps=5),autoattack:square(queries=300)"
@@ -232,6 +234,7 @@ def test_doctor_on_an_honest_net(capsys: pytest.CaptureFixture[str]) -> None:
     assert (body["flags"], body["n"], body["classes"]) == ([], 200, 10)
 
 
+@pytest.mark.slow
 def test_doctor_on_the_machine(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["doctor", "--json"]) == 0
     body = json.loads(capsys.readouterr().out)

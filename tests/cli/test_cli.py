@@ -106,6 +106,7 @@ def test_list_knows_everything() -> None:
     assert all(row["what"] for rows in listed.values() for row in rows)
 
 
+@pytest.mark.slow
 def test_piped_output(tmp_path: Path) -> None:
     done = shell(*SMALL, cwd=tmp_path)
     assert done.returncode == 0
@@ -218,6 +219,7 @@ def test_foolbox_attacks(threat: str, tmp_path: Path, monkeypatch: pytest.Monkey
     assert run(["verify", "r"]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["timm", "torchvision"])
 def test_timm_and_torchvision_names(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

@@ -110,6 +110,7 @@ def test_every_flag_reaches_the_record(
     assert rates("r") == [2, 2]
 
 
+@pytest.mark.slow
 def test_judged_later_and_compared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -205,6 +206,7 @@ def test_a_list_behind_a_flag_for_one_model_is_said(tmp_path: Path) -> None:
             refuse_lists("--target", [text])
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_it_resumes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

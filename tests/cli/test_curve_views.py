@@ -36,6 +36,7 @@ def with_curve(report: Report) -> Report:
     return replace(report, curve=Curve.of(radii, distances, Cost(400, 300, 0.5)))
 
 
+@pytest.mark.slow
 def test_a_run_of_the_built_in_default(capsys: pytest.CaptureFixture[str]) -> None:
     assert run([*SMALL, "--curve"]) == 0
     out = capsys.readouterr().out
@@ -59,6 +60,7 @@ def test_asked_for_later_the_page_is_made_again() -> None:
     assert "against eps" in Path("r/report.html").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("norm", "threat"), [("l2", "l2:0.5"), ("l1", "l1:12"), ("linf", "linf:0.15")])
 def test_the_usual_eps_of_a_norm(norm: str, threat: str) -> None:
     words = ["evaluate", "--limit", "6", "--suite", "fgsm" if norm != "l1" else "pgd(steps=2)", "--no-html"]

@@ -60,6 +60,7 @@ def test_labels_that_are_wrong_are_flagged_and_can_be_put_right(
     assert "chance-accuracy: " in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_changed_pictures_never_answer_with_an_old_result(
     digits: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

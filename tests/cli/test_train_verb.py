@@ -197,6 +197,7 @@ def test_mistakes_are_one_sentence(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_kill_9_and_the_same_command_again(tmp_path: Path) -> None:
     """Killed while it trains, and once more after it has gone on; the posterior is that of a run in one piece."""
     fields = ["--cycles", "2", "--samples-per-cycle", "2", "--noise-epochs", "1"]

@@ -26,6 +26,7 @@ def test_sequence_of_nothing_says_nothing() -> None:
     assert sequence(50, 50)[1] == 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.03, 0.3, 0.5])
 def test_sequence_holds_at_all_times_at_once(share: float) -> None:
     draws = np.random.default_rng(1).random((400, 400)) < share
@@ -57,6 +58,7 @@ def test_exact_is_clopper_and_pearson() -> None:
     assert exact(0, 0) == (0.0, 1.0)
 
 
+@pytest.mark.slow
 def test_two_phases_cover_the_product() -> None:
     rng = np.random.default_rng(2)
     left, survive, n, audited = 0.4, 0.9, 200, 40

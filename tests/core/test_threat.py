@@ -17,6 +17,7 @@ from robustkit.core.errors import UsageError
 from robustkit.core.rng import RowRng
 from robustkit.core.threat import L1, L2, Linf, ThreatModel
 
+pytestmark = pytest.mark.every_norm
 NORMS = ("linf", "l2", "l1")
 KINDS = {"linf": Linf, "l2": L2, "l1": L1}
 SHAPES = ((5, 3, 7, 9), (3, 1, 2, 2), (9, 3, 5, 9), (1, 1, 1, 1), (4, 2, 1, 3))

@@ -161,6 +161,7 @@ def test_floors_are_of_the_same_norm(norm: str) -> None:
     assert torch.allclose(swapped - 0.5, torch.tensor([0.001, 0.0]).view(2, 1, 1, 1).expand(2, *SHAPE), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_forecast_is_crafting_without_one(data: tuple[torch.Tensor, torch.Tensor]) -> None:
     x, y = data
     members = [Double(seed) for seed in (1, 2, 3)]
@@ -174,6 +175,7 @@ def test_the_forecast_is_crafting_without_one(data: tuple[torch.Tensor, torch.Te
     assert record.gradients_per_image == 3 * 20
 
 
+@pytest.mark.slow
 def test_budgets_are_met(data: tuple[torch.Tensor, torch.Tensor], tmp_path: Path) -> None:
     x, y = data
     members, target = [Double(1), Double(2)], Double(0)
@@ -237,6 +239,7 @@ def test_a_net_of_python_stays_where_others_are_let_go(data: tuple[torch.Tensor,
     assert np.abs(found[0].adversarial["x"] - found[1].adversarial["x"]).max() < 1e-6
 
 
+@pytest.mark.slow
 def test_nets_of_strings_are_let_go_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
     """From Python as from the command line: `streaming=None` goes by the memory there is."""
     samples = from_arrays(torch.rand(2, 1, 8, 8), torch.tensor([0, 1]))
@@ -306,6 +309,7 @@ def test_streaming_gives_the_same_images(
     assert (found[0]["x"] == found[1]["x"]).mean() > 0.999
 
 
+@pytest.mark.slow
 def test_stopped_in_the_middle_it_goes_on(tmp_path: Path, data: tuple[torch.Tensor, torch.Tensor]) -> None:
     x, y = data
     members, target = [Double(1), Double(2)], Double(0)

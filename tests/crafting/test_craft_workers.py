@@ -104,6 +104,7 @@ def test_interrupted_and_resumed(before: int | None, after: int | None, alone: C
     assert any("resuming" in line for line in watch.said)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_sent_is_told_in_a_sentence() -> None:
     x, y = labelled(Small(), 4, (3, 6, 8))
     net = Small()

@@ -86,6 +86,7 @@ def test_a_view_shows_the_way_where_the_model_shows_none() -> None:
     assert threat.contains(torch.from_numpy(found["x"]), x[found["index"]]).all()
 
 
+@pytest.mark.slow
 def test_crossmax_falls_as_far_as_the_mean_of_its_members_does() -> None:
     """What transfer from the mean logit fools, attacks on views fool as well."""
     net = Ensemble("crossmax")
@@ -230,6 +231,7 @@ def test_scores_alone_stay_alone_on_a_random_model() -> None:
     assert square.fooled
 
 
+@pytest.mark.slow
 def test_where_a_suite_has_the_mean_over_draws_it_goes_without_single_ones() -> None:
     x, y = labelled(Ensemble("crossmax"))
     suite = f"{QUICK}@mean-logit,{QUICK}@averaged-mean-logit,{QUICK}"

@@ -85,6 +85,7 @@ def test_no_numbers_under_attack_are_flags(plain: Report) -> None:
     assert next(flag for flag in report.flags if flag.code == "unstable-loss").value is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels", [1, 3])
 def test_every_verb_takes_bytes_and_a_net_that_uses_view(
     channels: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

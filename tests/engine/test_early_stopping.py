@@ -76,6 +76,7 @@ def test_one_more_block_would_have_been_too_few() -> None:
     assert high - low > 0.45
 
 
+@pytest.mark.slow
 def test_all_images_are_done_where_no_width_is_reached() -> None:
     part = run(stop_at_width=0.01)
     assert part.stopped is None
@@ -97,6 +98,7 @@ def test_the_stopped_run_is_verified_and_goes_on(tmp_path: Path) -> None:
     assert not verify(tmp_path / "run", net, x, y).bad
 
 
+@pytest.mark.slow
 def test_time_up_reports_whole_blocks_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     now = [0.0]
 

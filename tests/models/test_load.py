@@ -518,6 +518,7 @@ def test_files_that_are_no_code(tmp_path, state):
         load_model(f"{tmp_path}/net.py:build")
 
 
+@pytest.mark.slow
 def test_modules(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="did you mean 'robustkit:digits-cnn'"):
         load_model("robstkit:digits-cnn")

@@ -102,6 +102,7 @@ def spreads(scale: Callable[[int], tuple[int, float]]) -> list[float]:
     return found
 
 
+@pytest.mark.slow
 def test_two_batch_sizes_have_the_same_spread() -> None:
     """The coupling of the reference shown and removed: its noise is divided by the number of batches."""
     small, large = spreads(lambda batch: (256, 1.0))
@@ -111,6 +112,7 @@ def test_two_batch_sizes_have_the_same_spread() -> None:
     assert large / small > 3
 
 
+@pytest.mark.slow
 def test_preconditioned_chains_have_the_posteriors_variance() -> None:
     """Two weights whose curvatures differ a hundredfold; minibatches, so that the preconditioner settles."""
     scales, size, lr = torch.tensor([1.0, 10.0]), 200, 2e-4

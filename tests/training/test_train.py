@@ -116,6 +116,7 @@ def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:
         train("standard", out=tmp_path / "run", seed=1, **SHORT)
 
 
+@pytest.mark.slow
 def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
     """The same images in each step, half of them each; a net without batch norm."""
     one = train("standard(momentum=0)", out=tmp_path / "one", **SHORT)
