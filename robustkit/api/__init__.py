@@ -27,8 +27,8 @@ from robustkit.engine.evaluation.nearest_points import MinimumNorm
 from robustkit.engine.evaluation.run import Evaluation
 from robustkit.engine.evaluation.verify_run import Verification, verify_run
 from robustkit.engine.model.loaded_models import gather_both
-from robustkit.engine.planning.forecast import plan as measure
-from robustkit.engine.planning.pilot import CostProbe
+from robustkit.engine.planning.cost_probe import CostProbe
+from robustkit.engine.planning.forecast import forecast_cost as measure
 from robustkit.engine.progress import Progress
 from robustkit.models import as_classifier, load_model
 from robustkit.models.label_matching import matched_to

@@ -30,7 +30,7 @@ from robustkit.core.errors import UsageError
 from robustkit.core.rng import RowRng
 from robustkit.core.shapes import Images, Logits, Mask
 from robustkit.core.threat import ThreatModel
-from robustkit.runs.recorded_answers import live
+from robustkit.runs.recorded_outputs import not_recording
 
 PASSES, TOO_EASY = 0.95, 0.5
 GAP = Fraction(1, 20)
@@ -212,7 +212,7 @@ def heads(model: Model, net: nn.Module, image: Images) -> list[nn.Linear]:
     linear = [part for part in net.modules() if isinstance(part, nn.Linear)]
     handles = [part.register_forward_pre_hook(lambda module, args: ran.append(module)) for part in linear]
     try:
-        with torch.no_grad(), live():
+        with torch.no_grad(), not_recording():
             classes = model(image).shape[1]
     finally:
         for handle in handles:
@@ -229,8 +229,8 @@ def features(model: Model, ends: Sequence[nn.Module], x: Images) -> Tensor:
     Raises:
         UsageError: if a head does not see each image once.
     """
-    looking = getattr(model, "looking", None)
-    return looking(partial(_seen, ends), x) if looking else _seen(ends, model, x)
+    observe = getattr(model, "observe", None)
+    return observe(partial(_seen, ends), x) if observe else _seen(ends, model, x)
 
 
 def _seen(ends: Sequence[nn.Module], model: Model, x: Images) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from robustkit.checks.probe import Probe
 from robustkit.core.flags import Flag, passed, unmeasured
 from robustkit.core.shapes import Logits
-from robustkit.runs.recorded_answers import live
+from robustkit.runs.recorded_outputs import not_recording
 
 NOISE = 1e-4
 CALLS = 5
@@ -52,7 +52,7 @@ def randomised(probe: Probe) -> Flag:
 
 def optimises_at_test_time(probe: Probe) -> Flag:
     """Gradient computations inside the forward pass."""
-    with _counted() as calls, torch.no_grad(), live():
+    with _counted() as calls, torch.no_grad(), not_recording():
         probe.model(probe.x[:2])
     if not calls:
         return passed("test-time-optimisation", 0, "gradient calls are made inside one forward pass")

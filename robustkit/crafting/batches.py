@@ -23,7 +23,7 @@ from robustkit.data.prefetch import read_ahead
 from robustkit.engine.failures import NO_MEMORY, described, is_out_of_memory
 from robustkit.engine.progress import Progress
 from robustkit.runs.ledger import Chunk, Verdict
-from robustkit.runs.recorded_answers import recording
+from robustkit.runs.recorded_outputs import recording
 from robustkit.runs.unfinished_work import Store
 
 BATCH_CPU, BATCH_GPU = 64, 256

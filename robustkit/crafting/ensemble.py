@@ -19,8 +19,9 @@ from robustkit.core.shapes import Images
 from robustkit.crafting.lazy_models import LazyModel, ModelSlot
 from robustkit.crafting.posterior_members import PosteriorMembers
 from robustkit.engine.model.batchnorm_folding import folded
-from robustkit.engine.model.instrumented_model import WORTH, ExecutionConfig, InstrumentedModel, free_memory
+from robustkit.engine.model.instrumented_model import ExecutionConfig, InstrumentedModel
 from robustkit.engine.model.loaded_models import Net
+from robustkit.engine.model.profiling import MAX_TIME_SHARE, free_memory, tune
 from robustkit.engine.model.stacked_models import StackedModels, stacked
 
 # Images on which nets run as one must answer as they do alone.
@@ -117,10 +118,11 @@ class Ensemble:
             return
         if len(x):
             for member in members:
-                few = (
-                    member.trial if isinstance(member, InstrumentedModel) and member.quick is not None else len(x)
-                )
-                member.tune(x[:few], precision=False)
+                if isinstance(member, PosteriorMembers):
+                    member.tune_layout(x)
+                else:
+                    images = len(x) if member.slow_batch is None else member.trial_batch
+                    tune(member, x[:images], precision=False)
         plain = {"members": [self._way_of(member, hooked) for member in members], "together": False}
         self._take(members, plain, x)
         if not hooked and self.storage.held and len(members) > 1 and len({net.alike for net in self.nets}) == 1:
@@ -139,8 +141,8 @@ class Ensemble:
         if isinstance(member, PosteriorMembers):
             return {"folded": False, "channels_last": member.layout == torch.channels_last}
         return {
-            "folded": member.way.net is not member.model and not hooked,
-            "channels_last": member.way.layout == torch.channels_last,
+            "folded": member.config.net is not member.model and not hooked,
+            "channels_last": member.config.layout == torch.channels_last,
         }
 
     def _take(
@@ -151,7 +153,7 @@ class Ensemble:
                 member.layout = FAST[way["channels_last"]]
                 continue
             net = (folded(member.model, x[:1]) if way["folded"] else None) or member.model
-            member.way = ExecutionConfig(net, None, FAST[way["channels_last"]])
+            member.config = ExecutionConfig(net, None, FAST[way["channels_last"]])
         self._together = stacked(self._meters(), x[:TRIED]) if ways["together"] else None
 
     def _meters(self) -> list[InstrumentedModel]:
@@ -174,7 +176,7 @@ class Ensemble:
                     torch.cuda.synchronize(x.device)
                 taken.append(time.perf_counter() - begun)
             seconds.append(min(taken[1:]))
-        return seconds[1] < WORTH * seconds[0]
+        return seconds[1] < MAX_TIME_SHARE * seconds[0]
 
     def _forget(self) -> None:
         for member in self._members:

@@ -19,8 +19,9 @@ from robustkit.data.prefetch import read_ahead
 from robustkit.data.samples import Samples
 from robustkit.engine.model.instrumented_model import InstrumentedModel
 from robustkit.engine.model.loaded_models import Net
+from robustkit.engine.model.profiling import measure
 from robustkit.runs.craft_record import Judgement
-from robustkit.runs.recorded_answers import recording
+from robustkit.runs.recorded_outputs import recording
 from robustkit.runs.unfinished_work import Store
 
 BATCH_SIZE = 256
@@ -84,13 +85,13 @@ class TargetEvaluator:
         said: dict[str, list[int]] = {name: [] for name in asked}
         work = f"judge-{net.fingerprint[:12]}-{'-'.join(asked)}"
         with evaluation_mode(model), threads(net.threads), recording(self.store, work) as answers:
-            instrumented.size_up(self.samples.images([0]).to(self.device), self.batch)
+            measure(instrumented, self.samples.images([0]).to(self.device), self.batch)
             every = np.arange(len(self.samples))
             for at, images in read_ahead(self.samples, np.split(every, every[self.batch :: self.batch])):
                 x = images.to(self.device)
                 for name, make in asked.items():
                     with own_randomness(self.seed, "judge", name, int(at[0])):
-                        logits = instrumented.exact(make(at, x))
+                        logits = instrumented.logits_fp32(make(at, x))
                     finite = logits.isfinite().all(1)
                     said[name] += torch.where(finite, logits.argmax(1), -1).tolist()
             answers.restart()

@@ -15,6 +15,7 @@ from robustkit.core.shapes import Images, Logits
 from robustkit.crafting.lazy_models import ModelSlot
 from robustkit.engine.model.instrumented_model import ExecutionConfig, InstrumentedModel
 from robustkit.engine.model.loaded_models import Net
+from robustkit.engine.model.profiling import tune
 from robustkit.models.classifier import Classifier
 from robustkit.models.ensembles.mixture import Mixture
 
@@ -61,14 +62,14 @@ class PosteriorMembers:
             if id(net) not in self._meters:
                 self._meters[id(net)] = self.net.metered(whole.with_net(net), self.device)
             instrumented = self._meters[id(net)]
-            instrumented.way = ExecutionConfig(instrumented.model, None, self.layout)
+            instrumented.config = ExecutionConfig(instrumented.model, None, self.layout)
             yield instrumented
 
-    def tune(self, x: Images, *, precision: bool) -> None:
-        """Choose the memory layout that is fastest on x; the precision stays."""
+    def tune_layout(self, x: Images) -> None:
+        """Choose the memory layout that is fastest on x."""
         with self.at(0) as instrumented:
-            instrumented.tune(x, precision=precision)
-            self.layout = instrumented.way.layout
+            tune(instrumented, x, precision=False)
+            self.layout = instrumented.config.layout
 
     @property
     def forwards(self) -> int:

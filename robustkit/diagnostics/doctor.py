@@ -22,6 +22,7 @@ from robustkit.engine.evaluation.sanity import refuse_answers, refuse_endless
 from robustkit.engine.failures import NO_MEMORY, described, is_out_of_memory
 from robustkit.engine.model.image_size import enlarged_images, pixel_space
 from robustkit.engine.model.instrumented_model import InstrumentedModel
+from robustkit.engine.model.profiling import measure
 from robustkit.models.classifier import Classifier
 from robustkit.registry import DEFAULT_SUITE, parse_suite
 from robustkit.runs.evaluation_record import Cost
@@ -57,7 +58,7 @@ def examine(
     begun = time.perf_counter()
     with evaluation_mode(model) as was_training, own_randomness(seed, "doctor"):
         try:
-            instrumented.size_up(x[:1], len(x))
+            measure(instrumented, x[:1], len(x))
         except (RuntimeError, MemoryError) as error:
             raise RunError(NO_MEMORY if is_out_of_memory(error) else described(error)) from error
         # Points can be planted only where gradients can be had.

@@ -119,11 +119,11 @@ class Comparison:
         with evaluation_mode(self.model), own_randomness(self.seed, "diversity"):
             ensemble = EnsembleMembers(self.model, self.device)
             most = BATCH_CPU if self.device.type == "cpu" else BATCH_GPU
-            ensemble.size_up(self._images(places[:1]), most)
+            ensemble.measure(self._images(places[:1]), most)
             self._check_labels(ensemble.whole.num_classes or 0)
             with threads(ensemble.whole.threads):
                 try:
-                    return self._compare(ensemble, places, ensemble.whole.piece or most, progress, begun)
+                    return self._compare(ensemble, places, ensemble.whole.micro_batch or most, progress, begun)
                 finally:
                     progress.close()
 
@@ -187,7 +187,7 @@ class Comparison:
             cosine=cosine.tolist(),
             distillation={**DISTILLATION, "layers": layers},
             cost=Cost(forwards, backwards, time.perf_counter() - begun),
-            environment=environment(self.device, "fp32", ensemble.whole.piece, ensemble.whole.threads),
+            environment=environment(self.device, "fp32", ensemble.whole.micro_batch, ensemble.whole.threads),
             flags=self._flags(~clean, places),
         )
 

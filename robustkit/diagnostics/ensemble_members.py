@@ -18,6 +18,7 @@ from robustkit.core.rng import RowRng
 from robustkit.core.shapes import Images, Labels, Mask
 from robustkit.core.threat import ThreatModel
 from robustkit.engine.model.instrumented_model import InstrumentedModel
+from robustkit.engine.model.profiling import measure
 from robustkit.models.classifier import Classifier
 from robustkit.models.ensembles.mixture import Mixture
 from robustkit.training import ensemble_utils
@@ -45,11 +46,11 @@ class EnsembleMembers:
         ]
         self.whole = InstrumentedModel(model, device)
 
-    def size_up(self, image: Images, most: int) -> None:
+    def measure(self, image: Images, most: int) -> None:
         """Learn from one image how many fit into memory."""
-        self.whole.size_up(image, most)
+        measure(self.whole, image, most)
         for instrumented in self.meters:
-            instrumented.piece = self.whole.piece
+            instrumented.micro_batch = self.whole.micro_batch
 
     def member(self, number: int) -> InstrumentedModel:
         """Return a member, good until another is asked for."""
@@ -58,7 +59,7 @@ class EnsembleMembers:
 
     def predictions(self, x: Images) -> Tensor:
         """Return the classes that the members, and last the ensemble, name (N + 1, B); -1 for NaN."""
-        logits = [self.member(number).exact(x) for number in range(self.count)] + [self.whole.exact(x)]
+        logits = [self.member(number).logits_fp32(x) for number in range(self.count)] + [self.whole.logits_fp32(x)]
         return torch.stack([torch.where(one.isfinite().all(1), one.argmax(1), -1) for one in logits])
 
     @property
@@ -109,7 +110,7 @@ def transferred(fooled: Mask) -> Mask:
 @torch.no_grad()
 def each_loss(ensemble: EnsembleMembers, x: Images, labels: Labels) -> Tensor:
     """Return the sum of each member's cross-entropies (N), float64."""
-    predictions = [ensemble.member(number).exact(x) for number in range(ensemble.count)]
+    predictions = [ensemble.member(number).logits_fp32(x) for number in range(ensemble.count)]
     return torch.stack([F.cross_entropy(one.double(), labels, reduction="sum") for one in predictions]).cpu()
 
 

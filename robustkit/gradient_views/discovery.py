@@ -15,7 +15,7 @@ from robustkit.gradient_views.aggregator_substitutes import ensemble
 from robustkit.gradient_views.views import Mended, Smooth, draws, views
 from robustkit.models.classifier import Classifier
 from robustkit.registry import DRAWN, VIEWS
-from robustkit.runs.recorded_answers import once
+from robustkit.runs.recorded_outputs import run_once
 
 # Views that say nothing against a model's own gradients.
 INNOCENT = {"smooth"}
@@ -63,7 +63,7 @@ def discover_views(model: Classifier, x: Images, random: bool) -> GradientViews:
 def _averaged(name: str, view: Callable[[Images], Tensor], x: Images) -> Callable[[Images], Tensor]:
     """Return the mean of a view over draws; the view where it draws nothing."""
     with own_randomness("averaged"):
-        return Smooth(view, sigma=0.0) if once(f"draws of {name}", lambda: draws(view, x)) else view
+        return Smooth(view, sigma=0.0) if run_once(f"draws of {name}", lambda: draws(view, x)) else view
 
 
 def is_applicable(view: str, views: Collection[str], suite: Collection[str]) -> bool:

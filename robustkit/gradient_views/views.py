@@ -37,7 +37,7 @@ from robustkit.gradient_views.heads import Heads
 from robustkit.gradient_views.straight_through import through
 from robustkit.gradient_views.tracer import Tracer
 from robustkit.models.classifier import Classifier
-from robustkit.runs.recorded_answers import once
+from robustkit.runs.recorded_outputs import run_once
 
 View = Callable[[Images], Logits]
 
@@ -65,16 +65,16 @@ def views(model: Classifier, x: Images, *, random: bool = False) -> Views:
     x = x[:FEW].detach()
     with own_randomness("views"), _still(model):
         found = Views()
-        deployed = once("model", lambda: _plain(model, x).cpu()).to(x.device)
-        random = random or once("draws", lambda: draws(model, x, looks=1))
+        deployed = run_once("model", lambda: _plain(model, x).cpu()).to(x.device)
+        random = random or run_once("draws", lambda: draws(model, x, looks=1))
         labels = deployed.argmax(1)
-        own = once("slopes", lambda: _slopes(model, x, labels))
+        own = run_once("slopes", lambda: _slopes(model, x, labels))
         kept = [] if own is None else [own]
         look = _look(model, x)
         bends = () if look is None else tuple(look.bends)
         random = random or (look is not None and look.drew)
         for name, view in _candidates(model, x, bends, random, own is None):
-            slopes = once(name, partial(_slopes, view, x, labels))
+            slopes = run_once(name, partial(_slopes, view, x, labels))
             if slopes is None or any(_parallel(slopes, other) for other in kept):
                 continue
             found[name] = view
@@ -232,7 +232,7 @@ def _candidates(
     yield from _inner(mended, x)
     if hidden:
         with suppress(RuntimeError):
-            yield "fitted", Fitted(mended, once("fitted", lambda: fit(mended.sources, model, x).cpu()))
+            yield "fitted", Fitted(mended, run_once("fitted", lambda: fit(mended.sources, model, x).cpu()))
     if random:
         yield from ((f"calm-{name}", view) for name, view in _inner(replace(mended, calm=True), x))
 

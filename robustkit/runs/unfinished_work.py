@@ -20,7 +20,7 @@ from robustkit.core.writing import not_written, refuse_link, replacing, subfolde
 Record = Mapping[str, Any]
 
 # The most bytes of one piece of work, and the most of what the disk has left.
-LARGEST, SHARE = 4 << 30, 0.25
+MAX_BYTES, MAX_DISK_SHARE = 4 << 30, 0.25
 
 
 def encoded(record: Record) -> bytes:
@@ -114,11 +114,11 @@ class Store:
         assert self.folder is not None  # noqa: S101
         return self.folder / f"{self.run_id}.{name}"
 
-    def room(self) -> float:
+    def capacity(self) -> float:
         """Return how many bytes a piece of work may have."""
         if self.folder is None:
             return 0
-        return min(LARGEST, SHARE * shutil.disk_usage(self.folder.parent).free)
+        return min(MAX_BYTES, MAX_DISK_SHARE * shutil.disk_usage(self.folder.parent).free)
 
     def clear(self) -> None:
         """Forget everything: the run is finished."""

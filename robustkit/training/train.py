@@ -14,7 +14,7 @@ import torch
 
 from robustkit.core.errors import UsageError
 from robustkit.data.samples import Samples
-from robustkit.engine.model.instrumented_model import free_memory
+from robustkit.engine.model.profiling import free_memory
 from robustkit.models.classifier import Classifier
 from robustkit.models.fingerprint import combined_sha256
 from robustkit.models.strings import ModelString, joined

@@ -47,7 +47,7 @@ def main() -> None:
 
         return run
 
-    InstrumentedModel._net = clocked("forward", InstrumentedModel._net)  # type: ignore[method-assign]
+    InstrumentedModel.uncounted = clocked("forward", InstrumentedModel.uncounted)  # type: ignore[method-assign]
     torch.autograd.grad = clocked("backward", torch.autograd.grad)
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:

@@ -19,6 +19,7 @@ from robustkit.engine.batching.continuous_batch import ContinuousBatch
 from robustkit.engine.batching.samples import Admitted
 from robustkit.engine.evaluation import evaluate_worker, tasks
 from robustkit.engine.model.instrumented_model import InstrumentedModel
+from robustkit.engine.model.profiling import measure
 from robustkit.models import as_classifier
 from robustkit.registry import parse_suite
 from robustkit.runs.evaluation_record import Report
@@ -154,7 +155,7 @@ def test_samples_go_from_flight_to_flight_in_the_middle(after: int) -> None:
     x, y = labelled(net, 24, SHAPE)
     clean = -margin(net(x), y).detach()
     instrumented = InstrumentedModel(as_classifier(net), torch.device("cpu"))
-    instrumented.size_up(x[:1], 64)
+    measure(instrumented, x[:1], 64)
     entries = parse_suite(ROWS, "linf")
 
     def batch(waiting: np.ndarray) -> ContinuousBatch:

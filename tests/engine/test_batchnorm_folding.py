@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from robustkit.engine.model.batchnorm_folding import folded
 from robustkit.engine.model.instrumented_model import InstrumentedModel
+from robustkit.engine.model.profiling import tune
 from robustkit.models import as_classifier
 from robustkit.models.classifier import Classifier
 
@@ -67,6 +68,6 @@ def test_a_search_that_is_tuned_gives_the_same_logits() -> None:
     model = as_classifier(net())
     instrumented = InstrumentedModel(model, torch.device("cpu"))
     plain = instrumented(X)
-    instrumented.tune(X, precision=False)
+    tune(instrumented, X, precision=False)
     assert torch.allclose(instrumented(X), plain, atol=1e-5)
-    assert torch.equal(instrumented.exact(X), model(X).detach())
+    assert torch.equal(instrumented.logits_fp32(X), model(X).detach())

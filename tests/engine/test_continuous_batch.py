@@ -23,6 +23,7 @@ from robustkit.engine.batching.samples import Admitted
 from robustkit.engine.evaluation import block_runner
 from robustkit.engine.evaluation.verdicts import image_hashes, sample_ids
 from robustkit.engine.model.instrumented_model import InstrumentedModel
+from robustkit.engine.model.profiling import measure
 from robustkit.gradient_views.views import Smooth
 from robustkit.models import as_classifier
 from robustkit.registry import SuiteEntry, parse_suite
@@ -104,7 +105,7 @@ def test_all_jobs_at_once_fool_whom_they_fool_one_by_one(slots: int) -> None:
             return Admitted(part, torch.from_numpy(part), x[part], y[part], -clean[part], -clean[part])
 
         instrumented = InstrumentedModel(as_classifier(net), torch.device("cpu"))
-        instrumented.size_up(x[:1], 64)
+        measure(instrumented, x[:1], 64)
         threat = ThreatModel.parse(EPS["linf"])
         batch = ContinuousBatch(
             instrumented, threat, attacks, ["a", "b"], 0, slots, admit, mend=pytest.fail, wide=wide
@@ -201,7 +202,7 @@ def test_every_job_and_step_has_its_own_dice() -> None:
             asked.append(x.detach().clone())
             return torch.stack([x.flatten(1).sum(1) * 0 + 1, x.flatten(1).sum(1) * 0], 1)
 
-        def exact(self, x: Tensor) -> Tensor:
+        def logits_fp32(self, x: Tensor) -> Tensor:
             return torch.tensor([[1.0, 0.0]]).expand(len(x), 2)
 
     instrumented = Listening(as_classifier(torch.nn.Flatten()), torch.device("cpu"))
@@ -320,10 +321,10 @@ def test_a_refused_claim_goes_on() -> None:
     model = as_classifier(net)
 
     class Two(InstrumentedModel):
-        def exact(self, x: Tensor) -> Tensor:
+        def logits_fp32(self, x: Tensor) -> Tensor:
             net.exact = True
             try:
-                return super().exact(x)
+                return super().logits_fp32(x)
             finally:
                 net.exact = False
 

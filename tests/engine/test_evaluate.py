@@ -13,7 +13,7 @@ from nets import Faulty, Flat, Small, labelled
 from pyautoattack import AutoAttack
 
 from robustkit import RunError, UsageError, evaluate
-from robustkit.engine.model import instrumented_model
+from robustkit.engine.model import profiling
 from robustkit.engine.progress import Progress
 from robustkit.runs.evaluation_record import Report
 from robustkit.runs.ledger import Ledger
@@ -405,7 +405,7 @@ def test_bf16_search_float32_verdict() -> None:
 def test_auto_piece_fits_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     net = Small()
     x, y = labelled(net, 12, SHAPE)
-    monkeypatch.setattr(instrumented_model, "free_memory", lambda device: 100_000)
+    monkeypatch.setattr(profiling, "free_memory", lambda device: 100_000)
     small = evaluate(net, x, y, "linf:0.03", suite="pgd(steps=3)")
     assert small.environment["images_at_once"] < 12
 

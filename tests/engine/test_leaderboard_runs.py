@@ -16,7 +16,7 @@ from robustkit.data import from_arrays
 from robustkit.distributed import model_files
 from robustkit.distributed.model_files import Parcelled
 from robustkit.engine.evaluation import evaluate_worker, tasks
-from robustkit.engine.evaluation.leaderboard import Entry, Sweep, read_models
+from robustkit.engine.evaluation.leaderboard import LeaderboardRun, NamedModel, read_models
 from robustkit.engine.evaluation.run import Evaluation
 from robustkit.engine.progress import Progress
 from robustkit.runs.evaluation_record import Report
@@ -24,9 +24,9 @@ from robustkit.runs.ledger import Chunk
 
 # One or the other: workers that are threads share the global generators, which flights set apart.
 ROWS, COUPLED = "pgd(steps=4),square(queries=4),apgd(steps=8)", "autoattack:apgd-ce(steps=4)"
-MODELS = [Entry(f"net{seed}", f"nets:flat?pixels=144&seed={seed}") for seed in range(3)]
+MODELS = [NamedModel(f"net{seed}", f"nets:flat?pixels=144&seed={seed}") for seed in range(3)]
 X, Y = labelled(Flat(144), 8, (3, 6, 8))
-BAD = Entry("bad", "nets:absent")
+BAD = NamedModel("bad", "nets:absent")
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +44,7 @@ class Watch(Progress):
         self.said.append(text)
 
 
-def plan(entry: Entry, suite: str = ROWS) -> Evaluation:
+def plan(entry: NamedModel, suite: str = ROWS) -> Evaluation:
     return Evaluation(
         model_files.load_model(entry.string),
         from_arrays(X, Y),
@@ -56,10 +56,10 @@ def plan(entry: Entry, suite: str = ROWS) -> Evaluation:
 
 
 def sweep(
-    out: Path, workers: int, entries: list[Entry] = MODELS, watch: Progress | None = None, suite: str = ROWS
+    out: Path, workers: int, entries: list[NamedModel] = MODELS, watch: Progress | None = None, suite: str = ROWS
 ) -> list[Report]:
     watch = watch or Progress()
-    made = Sweep(entries, lambda entry: plan(entry, suite), workers=workers)
+    made = LeaderboardRun(entries, lambda entry: plan(entry, suite), workers=workers)
     found = made.run(out, watch, lambda name: Progress())
     return [one if isinstance(one, Exception) else one[1] for one in found]
 
@@ -127,14 +127,16 @@ def test_interrupted_and_resumed(alone: list[Report], tmp_path: Path, monkeypatc
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_bad_model_stops_no_other(workers: int, alone: list[Report], tmp_path: Path) -> None:
-    found = sweep(tmp_path, workers, [BAD, MODELS[0], Entry("again", MODELS[0].string)])
+    found = sweep(tmp_path, workers, [BAD, MODELS[0], NamedModel("again", MODELS[0].string)])
     assert isinstance(found[0], UsageError)
     same(alone[:1], found[1:2])
     assert "is the model 'net0' once more" in str(found[2])
 
 
 def test_nor_does_one_whose_code_fails(tmp_path: Path) -> None:
-    found = Sweep([BAD], lambda entry: 1 / 0, workers=2).run(tmp_path, Progress(), lambda name: Progress())
+    found = LeaderboardRun([BAD], lambda entry: 1 / 0, workers=2).run(
+        tmp_path, Progress(), lambda name: Progress()
+    )
     assert isinstance(found[0], RunError)
     assert str(found[0]) == "ZeroDivisionError: division by zero"
 
@@ -161,10 +163,10 @@ def test_a_list_of_models(tmp_path: Path) -> None:
         "b=./net.py:build@w.pt?size=3\n"
     )
     assert read_models(path) == [
-        Entry("robustkit:digits-cnn", "robustkit:digits-cnn"),
-        Entry("old one", "runs/x/#2"),
-        Entry("timm:resnet50?mean=0,0,0", "timm:resnet50?mean=0,0,0"),
-        Entry("b", "./net.py:build@w.pt?size=3"),
+        NamedModel("robustkit:digits-cnn", "robustkit:digits-cnn"),
+        NamedModel("old one", "runs/x/#2"),
+        NamedModel("timm:resnet50?mean=0,0,0", "timm:resnet50?mean=0,0,0"),
+        NamedModel("b", "./net.py:build@w.pt?size=3"),
     ]
 
 

@@ -18,7 +18,7 @@ from robustkit.core.errors import UsageError
 from robustkit.core.threat import ThreatModel
 from robustkit.engine.evaluation import batch_runner
 from robustkit.engine.model import instrumented_model
-from robustkit.runs import recorded_answers, run_folder
+from robustkit.runs import recorded_outputs, run_folder
 from robustkit.runs.ledger import Ledger
 
 NORMS = ("linf", "l2", "l1")
@@ -208,8 +208,8 @@ class Dies(nn.Module):
 def test_a_killed_run_goes_on(tmp_path, monkeypatch):
     for name, value in (("SLOW", 0.0), ("GROWING", 0.0)):
         monkeypatch.setattr(instrumented_model, name, value)
-    monkeypatch.setattr(recorded_answers, "WRITE_EVERY", 0.0)
-    monkeypatch.setattr(recorded_answers, "WORTH", float("inf"))
+    monkeypatch.setattr(recorded_outputs, "WRITE_EVERY", 0.0)
+    monkeypatch.setattr(recorded_outputs, "WORTH", float("inf"))
     monkeypatch.setattr(batch_runner.BatchRunner, "_check", lambda self, x, positions: ([], []))
     net, broken = Dies(), 0
     expected = run(n=4, net=net, out=tmp_path / "whole")

@@ -15,12 +15,13 @@ from torch import Tensor
 from robustkit import craft, evaluate
 from robustkit.core.errors import UsageError
 from robustkit.engine.batching import saved_rows
-from robustkit.engine.evaluation import batch_runner
-from robustkit.engine.model import instrumented_model
-from robustkit.runs import recorded_answers
+from robustkit.engine.evaluation import batch_runner, block_runner
+from robustkit.engine.model import instrumented_model, profiling
+from robustkit.engine.model.instrumented_model import InstrumentedModel
+from robustkit.runs import recorded_outputs
 from robustkit.runs.craft_record import Craft
 from robustkit.runs.evaluation_record import Report
-from robustkit.runs.recorded_answers import recording
+from robustkit.runs.recorded_outputs import recording
 from robustkit.runs.unfinished_work import Store, encoded
 
 T = TypeVar("T")
@@ -48,13 +49,15 @@ class Dies(torch.nn.Module):
 @pytest.fixture
 def slow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every net counts as slow, and everything is written at once."""
-    monkeypatch.setattr(instrumented_model, "SLOW", 0.0)
-    monkeypatch.setattr(instrumented_model, "GROWING", 0.0)
-    monkeypatch.setattr(recorded_answers, "WRITE_EVERY", 0.0)
-    monkeypatch.setattr(recorded_answers, "WORTH", float("inf"))
+    monkeypatch.setattr(instrumented_model, "SLOW_BATCH_SECONDS", 0.0)
+    monkeypatch.setattr(instrumented_model, "PART_SECONDS", 0.0)
+    monkeypatch.setattr(profiling, "SLOW_BATCH_SECONDS", 0.0)
+    monkeypatch.setattr(profiling, "PART_SECONDS", 0.0)
+    monkeypatch.setattr(recorded_outputs, "WRITE_EVERY", 0.0)
+    monkeypatch.setattr(recorded_outputs, "WORTH", float("inf"))
     monkeypatch.setattr(saved_rows, "LONG", 0.0)
     # The way to run a net is chosen by the clock, and another memory layout draws other noise.
-    monkeypatch.setattr(instrumented_model.InstrumentedModel, "tune", lambda self, x, precision: None)
+    monkeypatch.setattr(block_runner, "tune", lambda model, x, precision: None)
 
 
 def until_it_ends(nets: Sequence[Dies], run: Callable[[], T], images: int) -> tuple[T, int]:
@@ -193,22 +196,22 @@ def test_generators_continue_where_they_were(tmp_path: Path) -> None:
     assert draw() == draw()
 
 
-def test_the_way_to_search_is_chosen_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_execution_config_is_chosen_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A busier machine would choose another precision or layout, and so other margins."""
     net, tried, left = Dies(), [], [5, float("inf")]
     x, y = labelled(net, 6, SHAPE)
-    trial, tune = instrumented_model.InstrumentedModel._trial, instrumented_model.InstrumentedModel.tune
+    trial, tune = profiling.trial, profiling.tune
 
-    def counted(self: instrumented_model.InstrumentedModel, *of: Any) -> Any:
-        tried.append(of[1])
-        return trial(self, *of)
+    def counted(*arguments: Any) -> Any:
+        tried.append(arguments[2])
+        return trial(*arguments)
 
-    def tuned(self: instrumented_model.InstrumentedModel, x: Tensor, *, precision: bool) -> None:
-        tune(self, x, precision=precision)
+    def tuned(model: InstrumentedModel, x: Tensor, *, precision: bool) -> None:
+        tune(model, x, precision=precision)
         net.left = left.pop(0)
 
-    monkeypatch.setattr(instrumented_model.InstrumentedModel, "_trial", counted)
-    monkeypatch.setattr(instrumented_model.InstrumentedModel, "tune", tuned)
+    monkeypatch.setattr(profiling, "trial", counted)
+    monkeypatch.setattr(block_runner, "tune", tuned)
     with pytest.raises(KeyboardInterrupt):
         evaluate(net, x, y, "linf:0.02", suite="pgd(steps=4)", out=tmp_path / "run")
     before = len(tried)

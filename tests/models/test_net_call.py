@@ -24,6 +24,7 @@ from robustkit.core.isolation import evaluation_mode
 from robustkit.core.threat import ThreatModel
 from robustkit.data import from_arrays
 from robustkit.engine.model.instrumented_model import InstrumentedModel
+from robustkit.engine.model.profiling import tune
 from robustkit.models import as_classifier
 
 GREY = torch.rand(7, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -219,7 +220,7 @@ def test_trials_of_a_traced_net_print_nothing(capfd: pytest.CaptureFixture[str])
             return self[2](self[1](self[0](x)).view(-1, 4 * 8 * 8))
 
     net = Normed(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Linear(256, 10)).eval()
-    InstrumentedModel(as_classifier(net), torch.device("cpu")).tune(GREY, precision=False)
+    tune(InstrumentedModel(as_classifier(net), torch.device("cpu")), GREY, precision=False)
     assert capfd.readouterr().err == ""
 
 

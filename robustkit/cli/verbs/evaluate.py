@@ -17,7 +17,7 @@ from robustkit.core.errors import UsageError
 from robustkit.core.threat import MINIMAL
 from robustkit.engine.allocation.rounds import read_strictness
 from robustkit.engine.evaluation.early_stopping import Limits
-from robustkit.engine.evaluation.leaderboard import Entry, Sweep, read_models, sweep_id
+from robustkit.engine.evaluation.leaderboard import LeaderboardRun, NamedModel, read_models, settings_id
 from robustkit.engine.evaluation.run import Evaluation
 from robustkit.models.allowed_paths import FLAG, names_code, refuse_code
 from robustkit.registry import parse_suite
@@ -97,15 +97,15 @@ def evaluate(
     entries, usual = shortened(read_models(models)), threat or str(usual_threat(data))
     parse_suite(suite, usual.partition(":")[0])
     more = {} if share is None else {"strictness": share}
-    id = sweep_id(data=data, limit=limit, threat=usual, suite=suite, seed=seed, **more)
+    id = settings_id(data=data, limit=limit, threat=usual, suite=suite, seed=seed, **more)
 
-    def listed(entry: Entry) -> Evaluation:
+    def listed(entry: NamedModel) -> Evaluation:
         # A list may be somebody else's: its lines are not typed on this command line.
         if not trust_code:
             refuse_code(entry.string, models)
         return plan(entry.string, usual)
 
-    made = Sweep(entries, listed, workers, ray)
+    made = LeaderboardRun(entries, listed, workers, ray)
     return sweep(made, id, out or Path("runs") / f"leaderboard-{id}", overwrite, ends)
 
 

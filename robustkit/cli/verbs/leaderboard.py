@@ -14,7 +14,7 @@ from robustkit.cli.progress import Board
 from robustkit.cli.streams import print_result
 from robustkit.cli.verbs.report import write_page
 from robustkit.core.errors import RobustkitError, RunError
-from robustkit.engine.evaluation.leaderboard import Entry, Sweep
+from robustkit.engine.evaluation.leaderboard import LeaderboardRun, NamedModel
 from robustkit.reporting.html.leaderboard import page
 from robustkit.reporting.leaderboard import Leaderboard
 from robustkit.reporting.terminal.leaderboard import show
@@ -33,7 +33,7 @@ class Ends:
     gate: Gate
 
 
-def shortened(entries: Sequence[Entry]) -> list[Entry]:
+def shortened(entries: Sequence[NamedModel]) -> list[NamedModel]:
     """Return the entries with names that fit a table where the list gives none."""
     given = {entry.name for entry in entries if entry.name != entry.string}
     strings = [entry.string for entry in entries if entry.name == entry.string]
@@ -41,7 +41,7 @@ def shortened(entries: Sequence[Entry]) -> list[Entry]:
     return [replace(entry, name=short.get(entry.name, entry.name)) for entry in entries]
 
 
-def sweep(plan: Sweep, id: str, folder: Path, overwrite: bool, ends: Ends) -> int:
+def sweep(plan: LeaderboardRun, id: str, folder: Path, overwrite: bool, ends: Ends) -> int:
     """Run the verb; return 3 or 2 if a model failed, running or before, else what `ends` says."""
     panel = Board()
     found, failed = [], []

@@ -12,8 +12,8 @@ from robustkit.cli.progress import Display
 from robustkit.cli.streams import print_result
 from robustkit.cli.verbs.evaluate import read_batch_size
 from robustkit.engine.allocation.rounds import read_strictness
-from robustkit.engine.planning.forecast import plan as measure
-from robustkit.engine.planning.pilot import CostProbe
+from robustkit.engine.planning.cost_probe import CostProbe
+from robustkit.engine.planning.forecast import forecast_cost as measure
 from robustkit.reporting.terminal.forecast import show
 from robustkit.runs.forecast_record import read_devices
 

@@ -27,7 +27,7 @@ from robustkit.engine.batching.attack_queue import AttackQueue
 from robustkit.engine.batching.forward_passes import Query, answers, looks
 from robustkit.engine.batching.row_batch import RowBatch
 from robustkit.engine.batching.samples import Admitted, Finished
-from robustkit.engine.evaluation.verdicts import Judged, judge
+from robustkit.engine.evaluation.verdicts import Verdicts, judge
 from robustkit.engine.model.instrumented_model import InstrumentedModel
 from robustkit.engine.model.random_refinement import STEPS, choose_eot_view, refine_with_eot
 from robustkit.gradient_views.discovery import is_applicable
@@ -194,7 +194,7 @@ class ContinuousBatch:
         if not len(batch):
             return None
         if queue.targets and bool((batch.device["ranked"][:, 0] < 0).any()):
-            logits = self._tried(lambda: self.instrumented.exact(batch.device["x"]))
+            logits = self._tried(lambda: self.instrumented.logits_fp32(batch.device["x"]))
             batch.device["ranked"] = rank(logits, batch.device["labels"], batch.device["ranked"].shape[1])
             batch.host["spent"][:, number, 0] += 1
         self._launch(queue, batch.spread(queue.jobs(self.instrumented)) if queue.wide else batch)
@@ -309,7 +309,7 @@ class ContinuousBatch:
         for number, batch in moves:
             self._enter(number, batch)
 
-    def _leave(self, queue: AttackQueue, index: np.ndarray, judged: Judged) -> np.ndarray:
+    def _leave(self, queue: AttackQueue, index: np.ndarray, judged: Verdicts) -> np.ndarray:
         """Land the fooled rows' samples, each by its earliest claim; return which rows go with them."""
         batch = queue.active
         position, claimed = batch.host["position"], batch.device["when"].cpu().numpy()[index]
@@ -327,7 +327,7 @@ class ContinuousBatch:
         self._land(landing, queue.number, self._deepened(queue, landing, judged.select(mask)))
         return gone
 
-    def _judge(self, batches: list[RowBatch]) -> list[Judged | None]:
+    def _judge(self, batches: list[RowBatch]) -> list[Verdicts | None]:
         """Judge the claims of several lanes in one pass."""
         some = [batch for batch in batches if len(batch)]
         if not some:
@@ -335,7 +335,7 @@ class ContinuousBatch:
         names = ("x", "labels", "claim", "claim_logits")
         x, labels, claim, known = (torch.cat([t.device[name] for t in some]) for name in names)
         judged = self._tried(lambda: judge(self.instrumented, x, labels, claim, self.threat, known))
-        found: list[Judged | None] = []
+        found: list[Verdicts | None] = []
         at = 0
         for batch in batches:
             part = np.zeros(len(x), bool)
@@ -371,12 +371,12 @@ class ContinuousBatch:
         """Return how far points are beyond the boundary, on the mean of fresh draws."""
 
         def margin() -> Tensor:
-            return losses.margin(self.instrumented.exact(point), labels).double()
+            return losses.margin(self.instrumented.logits_fp32(point), labels).double()
 
         found = torch.stack([self._tried(margin) for _ in range(WEIGHED)]).mean(0)
         return torch.where(found.isnan(), -torch.inf, found)
 
-    def _deepened(self, queue: AttackQueue, landing: RowBatch, judged: Judged) -> Judged:
+    def _deepened(self, queue: AttackQueue, landing: RowBatch, judged: Verdicts) -> Verdicts:
         """Of a random model go on from points where it is right at times, and judge those that come further."""
         view = choose_eot_view(queue.view, self.instrumented.views)
         if not self.instrumented.random or queue.attack.blind or not (view or self.instrumented.differentiable):
@@ -386,7 +386,7 @@ class ContinuousBatch:
             return judged
         passes = self.instrumented.passes(view)[0] if view else DRAWS
         x, labels, point = (of[open_rows] for of in (landing.device["x"], landing.device["labels"], judged.x))
-        answer = self.instrumented.through(view) if view else self.instrumented.mean
+        answer = self.instrumented.view(view) if view else self.instrumented.mean
         further = self._tried(lambda: refine_with_eot(answer, x, labels, point, self.threat))
         better = self._mean_margin(further, labels) > self._mean_margin(point, labels)
         told = self._tried(lambda: judge(self.instrumented, x, labels, further, self.threat))
@@ -407,7 +407,7 @@ class ContinuousBatch:
         self._bill(batch, np.arange(len(batch)), judged.forwards.cpu().numpy())
         self._land(batch, len(self.queues) - 1, judged)
 
-    def _land(self, batch: RowBatch, stage: int, judged: Judged) -> None:
+    def _land(self, batch: RowBatch, stage: int, judged: Verdicts) -> None:
         if len(batch):
             at = np.full(len(batch), stage)
             labels = batch.device["labels"].cpu().numpy()

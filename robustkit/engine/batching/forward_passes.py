@@ -78,9 +78,7 @@ def _alone(query: Query, instrumented: InstrumentedModel) -> tuple[Answer, Logit
     for at in torch.unique(number).tolist():
         index = (number == at).nonzero()[:, 0]
         part = {name: of_rows[index] for name, of_rows in state.items()}
-        parts.append(
-            (index, ask(queue.attack, instrumented.through(queue.view, at), rows.select(index), part, True))
-        )
+        parts.append((index, ask(queue.attack, instrumented.view(queue.view, at), rows.select(index), part, True)))
     answer = _merged(parts)
     count = looks(queue.view, random=instrumented.random)
     if not count:
@@ -113,7 +111,7 @@ def _together(queries: list[Query], instrumented: InstrumentedModel) -> list[tup
         cuts = [len(index) for *_, index in members]
         with torch.set_grad_enabled(with_gradient):
             x = x.detach().requires_grad_(with_gradient)
-            logits = instrumented.exact(x) if exact else instrumented(x)
+            logits = instrumented.logits_fp32(x) if exact else instrumented(x)
             values = [
                 query.objective(index, part)
                 for (_, query, index), part in zip(members, _cut(logits, cuts), strict=True)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from robustkit.core.shapes import Images, Labels, PerRow
-from robustkit.engine.evaluation.verdicts import Judged
+from robustkit.engine.evaluation.verdicts import Verdicts
 
 
 class Admitted(NamedTuple):
@@ -36,7 +36,7 @@ class Finished:
     labels: np.ndarray
     stage: np.ndarray
     spent: np.ndarray
-    judged: Judged
+    judged: Verdicts
 
     def select(self, mask: np.ndarray) -> Finished:
         """Return these samples."""

@@ -34,7 +34,7 @@ from robustkit.engine.model.instrumented_model import InstrumentedModel
 from robustkit.engine.progress import Progress
 from robustkit.registry import SuiteEntry
 from robustkit.runs.ledger import Chunk, Verdict
-from robustkit.runs.recorded_answers import recording
+from robustkit.runs.recorded_outputs import recording
 from robustkit.runs.unfinished_work import Store
 
 # The most images that the checks look at.
@@ -228,7 +228,7 @@ class BatchRunner:
         answers.restart()
 
     def _clean_verdicts(self, x: Images, positions: np.ndarray) -> tuple[list[Verdict], list[Flag]]:
-        logits = self.instrumented.exact(x)
+        logits = self.instrumented.logits_fp32(x)
         labels = self.samples.labels[positions]
         refuse_answers(logits, labels, positions)
         y = torch.from_numpy(labels).to(x.device)
@@ -241,7 +241,7 @@ class BatchRunner:
         labels = torch.from_numpy(self.samples.labels[positions]).to(x.device)
         threat = self.threat.typical() if self.threat.minimal else self.threat
         plain = InstrumentedModel(self.instrumented.model, self.instrumented.device)
-        for name in ("piece", "quick", "differentiable", "backward_error"):
+        for name in ("micro_batch", "slow_batch", "differentiable", "backward_error"):
             setattr(plain, name, getattr(self.instrumented, name))
         attacks = [entry.attack for entry in self.entries if not entry.view]
         # Points can be planted only where gradients can be had.
@@ -258,7 +258,7 @@ class BatchRunner:
         labels = torch.from_numpy(self.samples.labels[positions]).to(x.device)
         self.instrumented.detached = False
         found = entry.attack(
-            self.instrumented.through(entry.view),
+            self.instrumented.view(entry.view),
             x.clone(),
             Goal(labels),
             self.threat,
@@ -286,10 +286,10 @@ class BatchRunner:
                 )
 
     def _halve(self, images: int) -> None:
-        piece = min(self.instrumented.piece or images, images)
+        piece = min(self.instrumented.micro_batch or images, images)
         if piece == 1:
             raise RunError(NO_MEMORY)
-        self.instrumented.piece = piece // 2
+        self.instrumented.micro_batch = piece // 2
         if self.instrumented.device.type == "cuda":
             torch.cuda.empty_cache()
         self.progress.say(f"out of memory: going on with {piece // 2} images at a time, same numbers")

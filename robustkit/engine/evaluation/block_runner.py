@@ -26,8 +26,9 @@ from robustkit.engine.evaluation.sanity import refuse_endless
 from robustkit.engine.evaluation.verdicts import image_hashes
 from robustkit.engine.failures import NO_MEMORY, described, is_out_of_memory
 from robustkit.engine.model.instrumented_model import ExecutionConfig
+from robustkit.engine.model.profiling import fastest_batch, measure, tune
 from robustkit.engine.model.random_verdicts import is_random
-from robustkit.runs.recorded_answers import Answers, asked, recording
+from robustkit.runs.recorded_outputs import OutputRecord, recorded_call, recording
 
 # How many steps a GPU goes before the host looks at it, and how long verdicts wait to be written (seconds).
 PACE = 4
@@ -61,7 +62,7 @@ class BlockRunner(BatchRunner):
             self.samples, self.instrumented, self.results, self.entries, self.store, self.named("outlook")
         )
         self.ran: dict[str, Any] = {}
-        self.way: ExecutionConfig | None = None
+        self.config: ExecutionConfig | None = None
 
     def prepare(self) -> None:
         """Try the model on one image, size the pieces to the memory, refuse an eps without limits."""
@@ -70,12 +71,12 @@ class BlockRunner(BatchRunner):
         refuse_endless(self.threat, shape)
         try:
             with own_randomness(self.seed, "prepare"):
-                self.instrumented.size_up(
-                    image.to(self.instrumented.device), max(self.batch, self.slots, self.most)
+                measure(
+                    self.instrumented, image.to(self.instrumented.device), max(self.batch, self.slots, self.most)
                 )
                 few = self.samples.images(range(min(FEW, len(self.samples)))).to(self.instrumented.device)
                 with recording(self.store, self.named("prepare")):
-                    self.instrumented.random = is_random(partial(asked, self.instrumented.model), few)
+                    self.instrumented.random = is_random(partial(recorded_call, self.instrumented.model), few)
         except RobustkitError:
             raise
         except Exception as error:
@@ -115,21 +116,21 @@ class BlockRunner(BatchRunner):
         with own_randomness(self.seed, "flight", first, *self.lot):
             try:
                 self._tune(examples)
-                exact = replace(self.way or self.instrumented.way, dtype=None)
+                exact = replace(self.config or self.instrumented.config, dtype=None)
                 arms = self.entries[first - 1].arm
                 with recording(self.store, self.block_name(first)) as answers:
                     saved = SavedRows.of(answers.first(), self, first)
                     near: Mapping[int, np.ndarray] = saved.near
                     if not saved.again:
                         admit = gate([*saved.positions, *near])
-                        with self.instrumented.searching(exact if arms else self.way):
+                        with self.instrumented.using(exact if arms else self.config):
                             near = self._fly(first, count, admit, saved.begin(active), answers)
                         saved = SavedRows(again=bool(near), near=near)
                         answers.restart(saved.record([]))
                     if saved.again:
                         self.ran["searched_again"] += len(near)
                         admit = self._gate(np.array(sorted(near.keys() - set(saved.positions)), np.int64))
-                        with self.instrumented.searching(exact):
+                        with self.instrumented.using(exact):
                             self._fly(first, count, admit, saved, answers)
                     answers.restart()
             except (RobustkitError, TimeUp):
@@ -157,7 +158,7 @@ class BlockRunner(BatchRunner):
         self._halve(self.slots)
 
     def _fly(
-        self, first: int, count: int, admit: Callable[[int], Admitted], saved: SavedRows, answers: Answers
+        self, first: int, count: int, admit: Callable[[int], Admitted], saved: SavedRows, answers: OutputRecord
     ) -> dict[int, np.ndarray]:
         """Take samples through, and write them down but for those that rounding may have saved.
 
@@ -216,7 +217,7 @@ class BlockRunner(BatchRunner):
             self.ran |= {
                 "precision": self.instrumented.precision,
                 "layout": self.instrumented.layout,
-                "folded": self.instrumented.way.net is not self.instrumented.model,
+                "folded": self.instrumented.config.net is not self.instrumented.model,
                 "slots": running.slots,
                 "occupancy": running.occupancy,
             }
@@ -227,17 +228,17 @@ class BlockRunner(BatchRunner):
 
     def _tune(self, waiting: np.ndarray) -> None:
         """Find the fastest way to search, once; other packages' attacks get the model as it is."""
-        if self.way is None:
+        if self.config is None:
             instrumented = self.instrumented
-            x = self.samples.images(waiting[: min(self.slots, instrumented.trial)]).to(instrumented.device)
-            with instrumented.searching(instrumented.way), own_randomness(self.seed, "tune"):
+            x = self.samples.images(waiting[: min(self.slots, instrumented.trial_batch)]).to(instrumented.device)
+            with instrumented.using(instrumented.config), own_randomness(self.seed, "tune"):
                 with recording(self.store, self.named("tune")) as answers:
-                    instrumented.tune(x, precision=self.free)
+                    tune(instrumented, x, precision=self.free)
                     # A resumed run, on a machine that may be busier, searches in the same way.
                     answers.write()
-                self.way = instrumented.way
-                if self.most > self.slots and instrumented.quick is None:
-                    self.slots = instrumented.widest(x, self.slots, self.most)
+                self.config = instrumented.config
+                if self.most > self.slots and instrumented.slow_batch is None:
+                    self.slots = fastest_batch(instrumented, x, self.slots, self.most)
 
     def _gate(self, waiting: np.ndarray) -> Callable[[int], Admitted]:
         """Return what gives the next so many of these samples; images are read in larger blocks."""

@@ -26,12 +26,13 @@ from robustkit.core.rng import RowRng
 from robustkit.core.shapes import Images, Labels, PerRow
 from robustkit.core.threat import ThreatModel, per_row
 from robustkit.data.samples import Samples
-from robustkit.engine.evaluation.verdicts import Judged, image_hashes, judge, sample_ids
+from robustkit.engine.evaluation.verdicts import Verdicts, image_hashes, judge, sample_ids
 from robustkit.engine.failures import NO_MEMORY, described, is_out_of_memory
 from robustkit.engine.model.instrumented_model import InstrumentedModel
+from robustkit.engine.model.profiling import measure
 from robustkit.engine.progress import Progress
 from robustkit.runs.evaluation_record import Cost, Curve, Report
-from robustkit.runs.recorded_answers import once
+from robustkit.runs.recorded_outputs import run_once
 
 PARTS, WIDEST = 8, 16
 BATCH_SIZE = 256
@@ -71,12 +72,12 @@ class CurveSearch:
         distance, inside, forwards, backwards = np.zeros(report.n), 0, 0, 0
         self.progress.stage("curve", len(right), standing, report.n)
         with evaluation_mode(self.instrumented.model), own_randomness(report.spec.seed, "curve"):
-            self.instrumented.size_up(image.to(self.instrumented.device), BATCH_SIZE)
+            measure(self.instrumented, image.to(self.instrumented.device), BATCH_SIZE)
             with threads(self.instrumented.threads):
                 for begin in range(0, len(right), BATCH_SIZE):
                     part = right[begin : begin + BATCH_SIZE]
                     known = adversarial[np.isin(index, part)]
-                    found = once(
+                    found = run_once(
                         f"from {begin}",
                         partial(self._batch, part, np.isin(part, index), known, grid, report.spec.seed),
                     )
@@ -116,10 +117,10 @@ class CurveSearch:
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise RunError(f"the curve failed with {described(error)}.") from error
-                piece = min(self.instrumented.piece or len(x), len(x))
+                piece = min(self.instrumented.micro_batch or len(x), len(x))
                 if piece == 1:
                     raise RunError(NO_MEMORY) from error
-                self.instrumented.piece = piece // 2
+                self.instrumented.micro_batch = piece // 2
                 self.instrumented.forwards, self.instrumented.backwards = before
                 self.progress.say(f"out of memory: going on with {piece // 2} images at a time, same numbers")
 
@@ -201,7 +202,7 @@ class Brackets:
         stood = rows[~self._attack(ATTACK, entry, rows).fooled]
         self.low = self.low.index_fill(0, stood, entry)
 
-    def _attack(self, attack: RowWise, entry: int, rows: Tensor) -> Judged:
+    def _attack(self, attack: RowWise, entry: int, rows: Tensor) -> Verdicts:
         """Attack these rows within the rung's radius."""
         x, labels, threat = self.x[rows], self.labels[rows], self.grid[entry - 1]
         rng = RowRng(self.seed, f"curve/{entry}", self.ids[rows])
@@ -210,7 +211,7 @@ class Brackets:
         self._take(rows, judged)
         return judged
 
-    def _take(self, rows: Tensor, judged: Judged) -> None:
+    def _take(self, rows: Tensor, judged: Verdicts) -> None:
         """Keep the points of these rows that fool the model from nearer than before."""
         found: PerRow = self.grid[-1].distance(judged.x, self.x[rows])
         closer = judged.fooled & (found < self.distance[rows])

@@ -134,7 +134,7 @@ class EvaluationWorker(BlockRunner):
         """Size up the model; whether it is random the driver has found out."""
         self.prepare()
         self.instrumented.random = random
-        if self.instrumented.quick is not None:
+        if self.instrumented.slow_batch is not None:
             # What is under way is saved after a step.
             self.slots = min(self.slots, max(1, int(STEP / (3 * self.instrumented.seconds))))
 

@@ -25,14 +25,14 @@ FIRST = "leaderboard."
 
 
 @dataclass(frozen=True)
-class Entry:
+class NamedModel:
     """A model of a list: what it is called there, and its string."""
 
     name: str
     string: str
 
 
-def read_models(path: Path) -> list[Entry]:
+def read_models(path: Path) -> list[NamedModel]:
     """Return the models of a text file: a model string on each line, or NAME=STRING; comments begin with #.
 
     A # within a word begins none: `runs/x/#2` is a model string. Relative paths are those of the command.
@@ -51,7 +51,7 @@ def read_models(path: Path) -> list[Entry]:
         raise UsageError(
             f"{path} is no text file; write one with a model string on each line, as robustkit:digits-cnn."
         ) from error
-    found: dict[str, Entry] = {}
+    found: dict[str, NamedModel] = {}
     for number, line in enumerate(text.splitlines(), 1):
         said = _COMMENT.sub("", line).strip()
         if not said:
@@ -62,23 +62,23 @@ def read_models(path: Path) -> list[Entry]:
             raise UsageError(f"{path}, line {number}: {said!r} names no model; write NAME=MODEL, or MODEL alone.")
         if name in found or any(string == entry.string for entry in found.values()):
             raise UsageError(f"{path}, line {number}: {name!r} is in the list already; write each model once.")
-        found[name] = Entry(name, string)
+        found[name] = NamedModel(name, string)
     if not found:
         raise UsageError(f"{path} lists no model; write a model string on each line, as robustkit:digits-cnn.")
     return list(found.values())
 
 
-def sweep_id(**settings: object) -> str:
+def settings_id(**settings: object) -> str:
     """Return eight hexadecimal digits of the hash of all that models are compared under, whichever they are."""
     return hashlib.sha256(dumps(settings).encode()).hexdigest()[:8]
 
 
 @dataclass(frozen=True)
-class Sweep:
+class LeaderboardRun:
     """What to evaluate: `plan` loads a model of the list and says how; `workers` and `ray` as in `Evaluation`."""
 
-    entries: Sequence[Entry]
-    plan: Callable[[Entry], Evaluation]
+    entries: Sequence[NamedModel]
+    plan: Callable[[NamedModel], Evaluation]
     workers: int | None = None
     ray: str | None = None
 
@@ -102,7 +102,7 @@ class Sweep:
             _check_folder(out)
         taken: dict[str, str] = {}
 
-        def work(entry: Entry, desk: Desk[tuple[Path, Report]] | None = None) -> tuple[Path, Report]:
+        def work(entry: NamedModel, desk: Desk[tuple[Path, Report]] | None = None) -> tuple[Path, Report]:
             told = line(entry.name) if desk is None else Watched(line(entry.name), desk.turn)
             try:
                 plan = self.plan(entry)
@@ -133,7 +133,9 @@ class Sweep:
             progress.close()
 
 
-def _tried(work: Callable[[Entry], tuple[Path, Report]], entry: Entry) -> tuple[Path, Report] | RobustkitError:
+def _tried(
+    work: Callable[[NamedModel], tuple[Path, Report]], entry: NamedModel
+) -> tuple[Path, Report] | RobustkitError:
     try:
         return work(entry)
     except RobustkitError as error:

@@ -11,7 +11,7 @@ import numpy as np
 from robustkit.core.flags import Flag
 from robustkit.engine.batching.samples import Finished
 from robustkit.engine.evaluation.results import RunResults
-from robustkit.engine.evaluation.verdicts import Judged
+from robustkit.engine.evaluation.verdicts import Verdicts
 from robustkit.engine.model.instrumented_model import InstrumentedModel
 from robustkit.runs.ledger import Chunk, Verdict
 
@@ -37,7 +37,7 @@ class LedgerWriter:
         for chunk in chunks:
             self.results.add(chunk)
 
-    def verdicts(self, judged: Judged, positions: np.ndarray, labels: np.ndarray) -> list[Verdict]:
+    def verdicts(self, judged: Verdicts, positions: np.ndarray, labels: np.ndarray) -> list[Verdict]:
         """Return the verdicts on the images at these positions."""
         points = judged.x.float().cpu().numpy()
         fooled = judged.fooled.tolist()
@@ -54,7 +54,7 @@ class LedgerWriter:
         )
         return [Verdict(*row) for row in rows]
 
-    def _draws(self, judged: Judged) -> Iterator[Sequence[float | int | None]]:
+    def _draws(self, judged: Verdicts) -> Iterator[Sequence[float | int | None]]:
         """Yield what is told of a random model's draws; nothing of others."""
         if self.instrumented.random:
             yield judged.right.tolist()

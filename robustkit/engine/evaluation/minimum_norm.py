@@ -18,12 +18,13 @@ from robustkit.core.threat import ThreatModel
 from robustkit.data.samples import Samples
 from robustkit.engine.evaluation.nearest_points import MinimumNorm
 from robustkit.engine.evaluation.sanity import refuse_answers, refuse_randomness
-from robustkit.engine.evaluation.verdicts import Judged, image_hashes, judge, sample_ids
+from robustkit.engine.evaluation.verdicts import Verdicts, image_hashes, judge, sample_ids
 from robustkit.engine.model.instrumented_model import InstrumentedModel
+from robustkit.engine.model.profiling import measure
 from robustkit.engine.model.random_verdicts import is_random
 from robustkit.models.classifier import Classifier
 from robustkit.registry import Suite, SuiteEntry, parse_suite
-from robustkit.runs.recorded_answers import once
+from robustkit.runs.recorded_outputs import run_once
 
 # The margin that an adversarial point must have, as a share of the largest logit: twice what `verify` takes for
 # rounding.
@@ -41,7 +42,7 @@ class Nearest:
         spent: forwards and backwards of each attack, over all images.
     """
 
-    judged: Judged
+    judged: Verdicts
     distance: PerRow
     attack: Labels
     spent: Sequence[tuple[int, int]]
@@ -76,7 +77,7 @@ def search(
         before = instrumented.forwards, instrumented.backwards
         rng = RowRng(seed, stream, ids)
         attack = partial(entry.attack, instrumented, x, goal, threat, rng=rng, known=best.x)
-        found = once(stream, partial(_counted, instrumented, attack))
+        found = run_once(stream, partial(_counted, instrumented, attack))
         # What a killed run had done already counts as well.
         instrumented.forwards, instrumented.backwards = (
             before[0] + found["forwards"],
@@ -123,14 +124,14 @@ def nearest_points(
     points, distances, names = [], [], list[str | None]()
     with evaluation_mode(model), own_randomness(seed, "minimum-norm"):
         image = samples.images([0]).to(device)
-        instrumented.size_up(image, batch_size)
+        measure(instrumented, image, batch_size)
         refuse_randomness(threat, random=is_random(instrumented.model, image))
         instrumented.forwards = instrumented.backwards = 0
         with threads(instrumented.threads):
             for begin in range(0, len(samples), batch_size):
                 part = np.arange(begin, min(begin + batch_size, len(samples)))
                 x, labels = samples.images(part).to(device), samples.labels[part]
-                logits = instrumented.exact(x)
+                logits = instrumented.logits_fp32(x)
                 refuse_answers(logits, labels, part)
                 y = torch.from_numpy(labels).to(device)
                 right = (logits.argmax(1) == y).nonzero()[:, 0]

@@ -17,7 +17,7 @@ from robustkit.engine.failures import is_out_of_memory
 from robustkit.engine.model.instrumented_model import InstrumentedModel
 from robustkit.gradient_views.discovery import GradientViews, discover_views
 from robustkit.registry import SuiteEntry
-from robustkit.runs.recorded_answers import recording
+from robustkit.runs.recorded_outputs import recording
 from robustkit.runs.unfinished_work import Store
 
 
@@ -38,7 +38,7 @@ class Reliability:
     @cached_property
     def outlook(self) -> GradientViews:
         """What the model offers to climb on beside its own gradients; the meter knows of it from then on."""
-        x = self.samples.images(range(min(self.instrumented.trial, len(self.samples)))).to(
+        x = self.samples.images(range(min(self.instrumented.trial_batch, len(self.samples)))).to(
             self.instrumented.device
         )
         try:

@@ -45,7 +45,7 @@ from robustkit.runs.environment import environment
 from robustkit.runs.evaluation_record import Audit, Cost, Report, RunSpec, Stop
 from robustkit.runs.ledger import Ledger
 from robustkit.runs.opening import open_for_writing, require_writable
-from robustkit.runs.recorded_answers import recording
+from robustkit.runs.recorded_outputs import recording
 from robustkit.runs.unfinished_work import Store
 from robustkit.runs.versions import noted
 
@@ -377,9 +377,8 @@ class Evaluation:
         rows = run_folder.Adversarials(
             index, labels, shape, lambda: itertools.compress(ledger.adversarials(), counts)
         )
-        surroundings = (
-            environment(self.device, instrumented.precision, instrumented.piece, instrumented.threads) | worker.ran
-        )
+        facts = environment(self.device, instrumented.precision, instrumented.micro_batch, instrumented.threads)
+        surroundings = facts | worker.ran
         surroundings["parts"] = noted(ledger)
         surroundings |= {"pixels": space, "model_notes": list(self.model.notes)}
         strictness = self._rounds(worker).doubt(results.scope)

@@ -26,7 +26,7 @@ from robustkit.engine.evaluation import tasks
 from robustkit.engine.evaluation.block_runner import BlockRunner
 from robustkit.engine.evaluation.early_stopping import TimeUp
 from robustkit.engine.evaluation.tasks import Brief, Gone, Parcel
-from robustkit.engine.model.instrumented_model import TRIAL
+from robustkit.engine.model.instrumented_model import MAX_TRIAL_BATCH
 from robustkit.registry import Suite
 from robustkit.runs.ledger import Chunk
 
@@ -64,7 +64,7 @@ class Scheduler(BlockRunner):
     def _briefing(self) -> Callable[[Hiring, int], Brief]:
         """Return what says all that the worker of a number has to know."""
         model = Parcelled.of(self.instrumented.model)
-        images = self.samples.images(range(min(TRIAL, len(self.samples)))).numpy()
+        images = self.samples.images(range(min(MAX_TRIAL_BATCH, len(self.samples)))).numpy()
 
         def brief(hiring: Hiring, number: int) -> Brief:
             return Brief(

@@ -19,7 +19,7 @@ from robustkit.engine.model.random_verdicts import majority_vote
 
 
 @dataclass(frozen=True)
-class Judged:
+class Verdicts:
     """Points (B C H W) inside the threat, with the model's word on each.
 
     `refused` marks the rows whose point fooled the model only outside ball and box, `broken` those where the
@@ -38,15 +38,15 @@ class Judged:
     right: PerRow
     once: Mask
 
-    def select(self, mask: np.ndarray) -> Judged:
+    def select(self, mask: np.ndarray) -> Verdicts:
         """Return these rows."""
         index = torch.from_numpy(mask).to(self.fooled.device)
-        return Judged(*(value[index] for value in vars(self).values()))
+        return Verdicts(*(value[index] for value in vars(self).values()))
 
-    def replaced(self, index: Tensor, other: Judged) -> Judged:
+    def replaced(self, index: Tensor, other: Verdicts) -> Verdicts:
         """Return these with the others at these positions."""
         pairs = zip(vars(self).values(), vars(other).values(), strict=True)
-        return Judged(*(mine.index_copy(0, index, its) for mine, its in pairs))
+        return Verdicts(*(mine.index_copy(0, index, its) for mine, its in pairs))
 
 
 def judge(
@@ -58,7 +58,7 @@ def judge(
     known: Logits | None = None,
     *,
     chosen: bool = True,
-) -> Judged:
+) -> Verdicts:
     """Project what an attack found for the clean images x onto ball and box, and ask the model again.
 
     `known` (B K) are float32 answers at the points where there is one already, NaN elsewhere. Points that were
@@ -77,32 +77,32 @@ def judge(
     if instrumented.random:
         return _redrawn(instrumented, point, labels, chosen)
     if known is None:
-        unknown, logits = torch.ones_like(moved), instrumented.exact(point)
+        unknown, logits = torch.ones_like(moved), instrumented.logits_fp32(point)
     else:
         unknown, logits = known.isnan().any(1) | moved, known.clone()
         if unknown.any():
-            logits[unknown] = instrumented.exact(point[unknown]).to(logits)
+            logits[unknown] = instrumented.logits_fp32(point[unknown]).to(logits)
     broken = ~logits.isfinite().all(1)
     prediction = logits.argmax(1)
     fooled = (prediction != labels) & ~broken
     doubtful = ~fooled & moved
     refused = torch.zeros_like(fooled)
     if doubtful.any():
-        refused[doubtful] = instrumented.exact(found[doubtful]).argmax(1) != labels[doubtful]
+        refused[doubtful] = instrumented.logits_fp32(found[doubtful]).argmax(1) != labels[doubtful]
     margin = torch.where(broken, 0.0, margins(logits, labels))
     cost, right = unknown.long() + doubtful.long(), prediction == labels
-    return Judged(point, prediction, margin, fooled, refused, broken, cost, right.double(), right)
+    return Verdicts(point, prediction, margin, fooled, refused, broken, cost, right.double(), right)
 
 
-def _redrawn(instrumented: InstrumentedModel, point: Images, labels: Labels, chosen: bool) -> Judged:
+def _redrawn(instrumented: InstrumentedModel, point: Images, labels: Labels, chosen: bool) -> Verdicts:
     """Judge by draws: fooled is a model that is more often wrong, at chosen points by other draws as well."""
-    told = majority_vote(instrumented.exact, point, labels)
+    told = majority_vote(instrumented.logits_fp32, point, labels)
     fooled = (told.right < 0.5) & ~told.broken
     if chosen and fooled.any():
-        told = told.replaced(fooled, majority_vote(instrumented.exact, point[fooled], labels[fooled]))
+        told = told.replaced(fooled, majority_vote(instrumented.logits_fp32, point[fooled], labels[fooled]))
         fooled = fooled & (told.right < 0.5) & ~told.broken
     none = torch.zeros_like(fooled)
-    return Judged(
+    return Verdicts(
         point, told.prediction, told.margin, fooled, none, told.broken, told.forwards, told.right, told.once
     )
 

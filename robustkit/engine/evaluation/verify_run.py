@@ -132,7 +132,7 @@ def _check_batch(
     if x_adv.shape != x.shape:
         found.bad.append(f"adversarial.npz: images of {tuple(x_adv.shape[1:])}, data of {tuple(x.shape[1:])}.")
         return
-    logits = instrumented.exact(x_adv)
+    logits = instrumented.logits_fp32(x_adv)
     y = torch.from_numpy(labels).to(instrumented.device)
     inside, distance = threat.contains(x_adv, x).tolist(), threat.distance(x_adv, x).tolist()
     fooled = ((logits.argmax(1) != y) & logits.isfinite().all(1)).tolist()
@@ -175,7 +175,7 @@ def _stated(report: Report) -> dict[int, float]:
 def _is_random(instrumented: InstrumentedModel, x: torch.Tensor, logits: torch.Tensor) -> bool:
     """Return whether the model answers these images in another way when asked again, up to `ASKED` times."""
     noise = float(NOISE) * logits.abs().amax().clamp(min=1)
-    return any(bool((instrumented.exact(x) - logits).abs().amax() > noise) for _ in range(ASKED))
+    return any(bool((instrumented.logits_fp32(x) - logits).abs().amax() > noise) for _ in range(ASKED))
 
 
 def _ledger_faults(path: Path, report: Report, samples: Samples) -> Iterator[str]:

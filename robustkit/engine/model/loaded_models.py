@@ -13,7 +13,8 @@ from robustkit.core.errors import RobustkitError, RunError, UsageError
 from robustkit.core.isolation import evaluation_mode, own_randomness
 from robustkit.data.samples import Samples
 from robustkit.engine.failures import NO_MEMORY, described, is_out_of_memory
-from robustkit.engine.model.instrumented_model import InstrumentedModel, free_memory
+from robustkit.engine.model.instrumented_model import InstrumentedModel
+from robustkit.engine.model.profiling import free_memory, measure
 from robustkit.models import as_classifier, load_model
 from robustkit.models.classifier import Classifier
 from robustkit.models.ensembles.mixture import Mixture
@@ -56,7 +57,7 @@ class Net:
     def metered(self, model: Classifier, device: torch.device) -> InstrumentedModel:
         """Return a model of this net as attacks see it, given few images at once where it is slow."""
         instrumented = InstrumentedModel(model, device)
-        instrumented.quick, instrumented.seconds = self.quick, self.seconds
+        instrumented.slow_batch, instrumented.seconds = self.quick, self.seconds
         return instrumented
 
     def load(self, device: torch.device) -> Classifier:
@@ -170,8 +171,8 @@ def _tried(classifier: Classifier, samples: Samples, device: torch.device, what:
     instrumented = InstrumentedModel(classifier.expect(samples.num_classes), device)
     try:
         with own_randomness("nets"), evaluation_mode(classifier):
-            instrumented.size_up(image, BATCH)
-            logits = instrumented.exact(image)
+            measure(instrumented, image, BATCH)
+            logits = instrumented.logits_fp32(image)
     except RobustkitError:
         raise
     except Exception as error:
@@ -201,13 +202,13 @@ def _tried(classifier: Classifier, samples: Samples, device: torch.device, what:
         fingerprint=classifier.fingerprint,
         classes=classes,
         parameters=sum(tensor.nbytes for tensor in tensors),
-        graph=instrumented.saved,
+        graph=instrumented.saved_bytes,
         threads=instrumented.threads,
         alike=_alike(classifier),
         model=classifier,
         count=len(classifier.net) if isinstance(classifier.net, Mixture) else 1,
         training=training_flops(classifier.string),
-        quick=instrumented.quick,
+        quick=instrumented.slow_batch,
         seconds=instrumented.seconds,
         trust_code=classifier.trust_code,
         class_names=classifier.class_names,

@@ -39,16 +39,16 @@ class StackedModels:
         return logits
 
 
-def stacked(meters: Sequence[InstrumentedModel], x: Tensor) -> StackedModels | None:
+def stacked(members: Sequence[InstrumentedModel], x: Tensor) -> StackedModels | None:
     """Return the nets as one; None where they cannot be stacked, or answer x (B C H W) otherwise than alone."""
     # A hook would see all nets as one.
-    if any(has_hooks(instrumented.model) for instrumented in meters):
+    if any(has_hooks(instrumented.model) for instrumented in members):
         return None
     try:
-        whole = StackedModels([instrumented.model for instrumented in meters])
+        whole = StackedModels([instrumented.model for instrumented in members])
         with torch.no_grad():
-            joint = whole(x.expand(len(meters), *x.shape))
-            alone = torch.stack([instrumented.model(x) for instrumented in meters])
+            joint = whole(x.expand(len(members), *x.shape))
+            alone = torch.stack([instrumented.model(x) for instrumented in members])
     except (RuntimeError, ValueError, TypeError, NotImplementedError):
         return None
     if not torch.allclose(joint, alone, rtol=1e-3, atol=1e-3 * float(alone.abs().amax())):

@@ -14,7 +14,7 @@ import numpy as np
 from robustkit.core.errors import UsageError
 from robustkit.core.intervals import mean_of_all
 from robustkit.engine.planning.arm_costs import Play, forecast
-from robustkit.engine.planning.pilot import CostProbe, ProbeResult
+from robustkit.engine.planning.cost_probe import CostProbe, ProbeResult
 from robustkit.engine.planning.simulation import Course, Job, Site, extended, joined
 from robustkit.engine.progress import Progress
 from robustkit.registry import suite_text
@@ -39,7 +39,7 @@ SPAWN = 5.0
 MESSAGE, HANDOUT, HANDOUT_BYTE, VERDICT, VERDICT_BYTE = 2e-4, 1e-5, 1e-9, 9e-5, 5e-9
 
 
-def plan(
+def forecast_cost(
     probe: CostProbe,
     devices: Sequence[int] = DEVICES,
     price: float | None = None,
@@ -106,7 +106,9 @@ def plan(
         memory=Memory(found.held, found.peak),
         price=price,
         scales=scales,
-        environment=environment(probe.device, instrumented.precision, instrumented.piece, instrumented.threads),
+        environment=environment(
+            probe.device, instrumented.precision, instrumented.micro_batch, instrumented.threads
+        ),
     )
 
 

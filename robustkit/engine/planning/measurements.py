@@ -43,7 +43,7 @@ class Speed:
         return each * share, each * (1 - share)
 
 
-class Counting(InstrumentedModel):
+class PassCounter(InstrumentedModel):
     """A meter that counts passes as well: `calls`."""
 
     calls = 0
@@ -53,11 +53,13 @@ class Counting(InstrumentedModel):
         """Forwards, backwards and passes so far."""
         return np.array([self.forwards, self.backwards, self.calls])
 
-    def _in_pieces(
+    def _in_micro_batches(
         self, x: Images, differentiable: bool, net: Callable[[Images], torch.Tensor], passes: int = 1
     ) -> torch.Tensor:
-        self.calls += passes * (1 if self.piece is None else math.ceil(len(x) / max(self.piece // passes, 1)))
-        return super()._in_pieces(x, differentiable, net, passes)
+        self.calls += passes * (
+            1 if self.micro_batch is None else math.ceil(len(x) / max(self.micro_batch // passes, 1))
+        )
+        return super()._in_micro_batches(x, differentiable, net, passes)
 
     def speed(self, x: Images, most: int, limit: float) -> Speed:
         """Return the model's speed, by batches of x that double up to `most` while half of `limit` is enough.
@@ -66,11 +68,11 @@ class Counting(InstrumentedModel):
         """
         found: list[tuple[int, float, float]] = []
         size, calls = 1, self.calls
-        self._both(x[:1])
+        self._time_both(x[:1])
         while True:
             batch = x.repeat(-(-size // len(x)), 1, 1, 1)[:size]
             try:
-                times = [(self._forward(batch), self._both(batch)) for _ in range(1 if found else 3)]
+                times = [(self._time_forward(batch), self._time_both(batch)) for _ in range(1 if found else 3)]
             except (RuntimeError, MemoryError):
                 if not found:
                     raise
@@ -85,24 +87,19 @@ class Counting(InstrumentedModel):
         fixed = max(0.0, (size * alone - both) / (size - 1)) if size > 1 else 0.0
         return Speed(forward / size, both / size, min(fixed, both), size)
 
-    def _forward(self, x: Images) -> float:
+    def _time_forward(self, x: Images) -> float:
         begun = time.perf_counter()
         with torch.no_grad():
-            self._in_pieces(x, False, self._net)
-        return self._since(begun)
+            self._in_micro_batches(x, False, self.uncounted)
+        return self.since(begun)
 
-    def _both(self, x: Images) -> float:
+    def _time_both(self, x: Images) -> float:
         begun = time.perf_counter()
         images = x.detach().requires_grad_()
-        logits = self._in_pieces(images, True, self._net)
+        logits = self._in_micro_batches(images, True, self.uncounted)
         if logits.requires_grad:
             torch.autograd.grad(logits.sum(), images)
-        return self._since(begun)
-
-    def _since(self, begun: float) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter() - begun
+        return self.since(begun)
 
 
 class Memory:
@@ -153,7 +150,7 @@ class Watch(Progress):
     """Ends the attacks when their time is over; notes seconds, passes and propagations, and memory, on the way."""
 
     def __init__(
-        self, memory: Memory, clock: Callable[[], float], instrumented: Counting, listener: Progress
+        self, memory: Memory, clock: Callable[[], float], instrumented: PassCounter, listener: Progress
     ) -> None:
         """Begin with attacks without an end; `listener` hears the news."""
         self.memory, self.clock, self.instrumented, self.end = memory, clock, instrumented, math.inf

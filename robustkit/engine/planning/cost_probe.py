@@ -24,10 +24,10 @@ from robustkit.engine.evaluation.block_runner import BlockRunner
 from robustkit.engine.evaluation.early_stopping import shuffled
 from robustkit.engine.evaluation.results import STANDS, RunResults
 from robustkit.engine.evaluation.run import MOST_SLOTS, Evaluation
-from robustkit.engine.model.instrumented_model import TRIAL, InstrumentedModel
+from robustkit.engine.model.instrumented_model import MAX_TRIAL_BATCH, InstrumentedModel
 from robustkit.engine.model.random_verdicts import MOST
 from robustkit.engine.planning.arm_costs import Observed
-from robustkit.engine.planning.measurements import Counting, Memory, Over, Speed, Watch
+from robustkit.engine.planning.measurements import Memory, Over, PassCounter, Speed, Watch
 from robustkit.engine.progress import Progress
 from robustkit.gradient_views.discovery import is_applicable
 from robustkit.registry import SuiteEntry
@@ -101,7 +101,7 @@ class ProbeResult:
 class ProfilingRunner(BlockRunner):
     """A worker that notes what each image costs it."""
 
-    instrumented: Counting
+    instrumented: PassCounter
     progress: Watch
     write_every = 0.0
 
@@ -217,7 +217,7 @@ class CostProbe(Evaluation):
         memory = Memory(self.device)
         results = RunResults.of(len(self.samples), [entry.spec for entry in self.entries])
         with Ledger.open(None, "plan") as ledger, evaluation_mode(self.model):
-            instrumented = Counting(self.model, self.device, self._precision)
+            instrumented = PassCounter(self.model, self.device, self._precision)
             watch = Watch(memory, self.clock, instrumented, progress or Progress())
             runner = ProfilingRunner(
                 self.samples,
@@ -238,14 +238,14 @@ class CostProbe(Evaluation):
             with threads(instrumented.threads):
                 order = shuffled(len(self.samples), self.seed)
                 reading = time.perf_counter()
-                x = self.samples.images(order[:TRIAL])
+                x = self.samples.images(order[:MAX_TRIAL_BATCH])
                 read = (time.perf_counter() - reading) / len(x)
                 flies = any(isinstance(entry.attack, RowWise) for entry in self.entries)
                 if flies:
-                    runner._tune(order[:TRIAL])
+                    runner._tune(order[:MAX_TRIAL_BATCH])
                 start = self.clock() - begun
                 most = runner.slots if flies else self.batch
-                with instrumented.searching(runner.way or instrumented.way), own_randomness(self.seed, "speed"):
+                with instrumented.using(runner.config or instrumented.config), own_randomness(self.seed, "speed"):
                     speed = instrumented.speed(x.to(self.device), most, LONGEST * self.budget)
                 memory.look()
                 begun = self.clock()
