@@ -14,13 +14,13 @@ import pytest
 import torch
 from nets import Small, labelled
 
-from robustkit import evaluate, forecast_cost
+from robustkit import evaluate, plan
 from robustkit.core.errors import UsageError
 from robustkit.core.intervals import mean_of_all
 from robustkit.core.threat import ThreatModel
 from robustkit.data import from_arrays
 from robustkit.engine.evaluation.block_runner import BlockRunner
-from robustkit.engine.planning import cost_probe as piloting
+from robustkit.engine.planning import cost_probe
 from robustkit.engine.planning.cost_probe import CostProbe, ProbeResult
 from robustkit.engine.planning.forecast import Costs
 from robustkit.engine.planning.forecast import forecast_cost as measure
@@ -37,8 +37,8 @@ N = 30
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(piloting, "FIRST", 12)
-    monkeypatch.setattr(piloting, "FEWEST", 12)
+    monkeypatch.setattr(cost_probe, "FIRST", 12)
+    monkeypatch.setattr(cost_probe, "FEWEST", 12)
     monkeypatch.setattr(BlockRunner, "_check", lambda *_: ([], []))  # which take most of so small a run
 
 
@@ -96,7 +96,7 @@ def test_cut_short_its_interval_holds_the_truth(suite: str, looks: int) -> None:
 def test_the_record_says_what_a_person_asked() -> None:
     net = Small().eval()
     x, y = labelled(net, N, SHAPE)
-    found = forecast_cost(net, x, y, "linf:0.02", suite="fgsm", seconds=0.2, devices=[1, 4], price=3.0)
+    found = plan(net, x, y, "linf:0.02", suite="fgsm", seconds=0.2, devices=[1, 4], price=3.0)
     assert isinstance(found, Plan)
     assert [scale.devices for scale in found.scales] == [1, 4]
     for scale in found.scales:
@@ -120,7 +120,7 @@ def test_it_leaves_the_process_and_the_folder_as_they_were(
     x, y = labelled(net.eval(), N, SHAPE)
     net.train()
     states = [torch.random.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()]
-    forecast_cost(net, x, y, "linf:0.02", suite=COUPLED, seconds=0.05)
+    plan(net, x, y, "linf:0.02", suite=COUPLED, seconds=0.05)
     assert net.training
     assert all(parameter.requires_grad and parameter.grad is None for parameter in net.parameters())
     assert torch.equal(states[0], torch.random.get_rng_state())
@@ -165,7 +165,7 @@ def test_one_clear_sentence(words: dict[str, object], said: str) -> None:
     net = Small().eval()
     x, y = labelled(net, 4, SHAPE)
     with pytest.raises(UsageError, match=said):
-        forecast_cost(net, x, y, "linf:0.02", **words)  # type: ignore[arg-type]
+        plan(net, x, y, "linf:0.02", **words)  # type: ignore[arg-type]
 
 
 def test_an_interval_for_a_mean_of_costs() -> None:

@@ -209,7 +209,7 @@ def test_a_killed_run_goes_on(tmp_path, monkeypatch):
     for name, value in (("SLOW", 0.0), ("GROWING", 0.0)):
         monkeypatch.setattr(instrumented_model, name, value)
     monkeypatch.setattr(recorded_outputs, "WRITE_EVERY", 0.0)
-    monkeypatch.setattr(recorded_outputs, "WORTH", float("inf"))
+    monkeypatch.setattr(recorded_outputs, "MAX_COST_SHARE", float("inf"))
     monkeypatch.setattr(batch_runner.BatchRunner, "_check", lambda self, x, positions: ([], []))
     net, broken = Dies(), 0
     expected = run(n=4, net=net, out=tmp_path / "whole")

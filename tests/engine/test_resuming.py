@@ -54,7 +54,7 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(profiling, "SLOW_BATCH_SECONDS", 0.0)
     monkeypatch.setattr(profiling, "PART_SECONDS", 0.0)
     monkeypatch.setattr(recorded_outputs, "WRITE_EVERY", 0.0)
-    monkeypatch.setattr(recorded_outputs, "WORTH", float("inf"))
+    monkeypatch.setattr(recorded_outputs, "MAX_COST_SHARE", float("inf"))
     monkeypatch.setattr(saved_rows, "LONG", 0.0)
     # The way to run a net is chosen by the clock, and another memory layout draws other noise.
     monkeypatch.setattr(block_runner, "tune", lambda model, x, precision: None)
@@ -139,7 +139,7 @@ def test_a_damaged_record_ends_what_is_known(tmp_path: Path) -> None:
     store = Store(tmp_path / "work", "abcd1234")
     with recording(store, "work") as record:
         for value in (1.0, 2.0, 3.0):
-            record.ask(lambda x: 2 * x, torch.full((1, 2), value), differentiable=False, keep=True)
+            record.call(lambda x: 2 * x, torch.full((1, 2), value), differentiable=False, keep=True)
         record.write()
     file = tmp_path / "work" / "abcd1234.work"
     body = bytearray(file.read_bytes())
@@ -153,17 +153,17 @@ def test_a_damaged_record_ends_what_is_known(tmp_path: Path) -> None:
 
     with recording(store, "work") as record:
         for value in (1.0, 2.0, 3.0):
-            assert record.ask(net, torch.full((1, 2), value), differentiable=False, keep=True)[0, 0] == 2 * value
+            assert record.call(net, torch.full((1, 2), value), differentiable=False, keep=True)[0, 0] == 2 * value
     assert len(calls) == 2
 
 
 def test_a_record_of_another_query_is_not_taken(tmp_path: Path) -> None:
     store = Store(tmp_path / "work", "abcd1234")
     with recording(store, "work") as record:
-        record.ask(lambda x: x, torch.zeros(1, 2), differentiable=False, keep=True)
+        record.call(lambda x: x, torch.zeros(1, 2), differentiable=False, keep=True)
         record.write()
     with recording(store, "work") as record:
-        assert bool((record.ask(lambda x: x + 1, torch.ones(1, 2), differentiable=False, keep=True) == 2).all())
+        assert bool((record.call(lambda x: x + 1, torch.ones(1, 2), differentiable=False, keep=True) == 2).all())
 
 
 def test_a_link_in_the_place_of_a_record_is_not_followed(tmp_path: Path) -> None:
@@ -187,7 +187,7 @@ def test_generators_continue_where_they_were(tmp_path: Path) -> None:
         with recording(store, "work") as record:
             torch.manual_seed(0)
             np.random.seed(0)
-            record.ask(
+            record.call(
                 lambda x: x + torch.randn(1) + np.random.randn(), torch.ones(1), differentiable=False, keep=True
             )
             record.write()
