@@ -14,7 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from robustkit.api import craft, diversity, evaluate, minimum_norm, plan, train, verify
+    from robustkit.api.craft import craft
+    from robustkit.api.diversity import diversity
+    from robustkit.api.evaluate import evaluate
+    from robustkit.api.minimum_norm import minimum_norm
+    from robustkit.api.plan import plan
+    from robustkit.api.train import train
+    from robustkit.api.verify import verify
     from robustkit.core.errors import RobustkitError, RunError, UsageError
     from robustkit.core.flags import Flag
     from robustkit.core.threat import ThreatModel
@@ -55,15 +61,15 @@ _HOME = {
     "ThreatModel": "core.threat",
     "UsageError": "core.errors",
     "as_classifier": "models",
-    "craft": "api",
-    "diversity": "api",
-    "evaluate": "api",
+    "craft": "api.craft",
+    "diversity": "api.diversity",
+    "evaluate": "api.evaluate",
     "load_data": "data",
     "load_model": "models",
-    "minimum_norm": "api",
-    "plan": "api",
-    "train": "api",
-    "verify": "api",
+    "minimum_norm": "api.minimum_norm",
+    "plan": "api.plan",
+    "train": "api.train",
+    "verify": "api.verify",
 }
 
 for _folder in ("attacks", "defenses"):
@@ -73,6 +79,10 @@ for _folder in ("attacks", "defenses"):
             "checkout has none (git without symlink support?). Repair it from the checkout's root with: "
             f"git config core.symlinks true && git checkout -- robustkit/{_folder}"
         )
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
 
 
 def __getattr__(name: str) -> Any:

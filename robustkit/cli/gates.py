@@ -59,14 +59,10 @@ class Gate:
         """Return the gate of the command's options.
 
         Raises:
-            UsageError: for a share outside [0, 1], an unknown code, or `--confident` with nothing to compare.
+            UsageError: a code is unknown, or `confident` is set without `fail_under`.
         """
-        if fail_under is not None and not 0 <= fail_under <= 1:
-            raise UsageError(f"--fail-under {fail_under:g}: write a share from 0 to 1, e.g. 0.45 for 45 %.")
         if confident and fail_under is None:
-            raise UsageError(
-                "--confident says how --fail-under compares; write e.g. --fail-under 0.45 --confident."
-            )
+            raise UsageError("--confident needs --fail-under; use e.g. --fail-under 0.45 --confident.")
         codes = [code.strip() for text in fail_on for code in text.split(",")]
         for code in codes:
             if code not in (ANY, *CODES):

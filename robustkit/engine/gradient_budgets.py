@@ -89,14 +89,3 @@ def with_steps(attack: Composition, steps: int, eps: float) -> Composition:
     if size is not None and size.share(eps) < 1 / steps:
         changes["step_size"] = StepSize(1 / steps)
     return dataclasses.replace(attack, rule=dataclasses.replace(attack.rule, **changes))
-
-
-def read(text: str) -> list[int]:
-    """Return the budgets of `10,40,100`, in rising order; UsageError if one is no whole number above 0."""
-    try:
-        budgets = sorted({int(part) for part in text.split(",")})
-    except ValueError:
-        budgets = [0]
-    if budgets[0] < 1:
-        raise UsageError(f"budgets {text!r}: write whole numbers of gradients per image, e.g. 10,40,100.")
-    return budgets

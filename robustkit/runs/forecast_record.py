@@ -127,16 +127,6 @@ class Plan:
         return {"format": self.format, **json.loads(dumps({name: getattr(self, name) for name in kept}))}
 
 
-def read_devices(text: str) -> list[int]:
-    """Return the numbers of `1,8,64`, in rising order; UsageError if one is no whole number above 0."""
-    try:
-        found = sorted({int(part) for part in text.split(",")})
-    except ValueError:
-        found = [0]
-    refuse_devices(found, text)
-    return found
-
-
 def refuse_devices(devices: Sequence[int], text: object) -> None:
     """Raise UsageError unless they are numbers of devices that can be meant."""
     if not devices or min(devices) < 1 or max(devices) > MOST_DEVICES:

@@ -52,11 +52,14 @@ def test_a_list_again_and_longer(zoo: Path, capsys: pytest.CaptureFixture[str]) 
 @pytest.mark.parametrize(
     ("more", "sentence"),
     [
-        (["robustkit:digits-cnn"], "both a model, robustkit:digits-cnn, and a list of models; write it into"),
+        (["robustkit:digits-cnn"], "both a model, robustkit:digits-cnn, and a list of models; put the model into"),
         (["--data", "absent.npz"], "absent.npz"),
         (["--suite", "fgms"], "Did you mean 'fgsm'?"),
         (["--threat", "linf"], "write NORM:EPS"),
-        (["--time-limit", "soon"], "time limit 'soon': write seconds"),
+        (
+            ["--time-limit", "soon"],
+            "--time-limit must be a number of seconds, or a time such as 90s, 10m or 2h, got",
+        ),
     ],
 )
 def test_one_clear_sentence(zoo: Path, more: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -66,4 +69,4 @@ def test_one_clear_sentence(zoo: Path, more: list[str], sentence: str, capsys: p
 
 def test_no_data(zoo: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["evaluate", "--models", str(zoo)]) == 2
-    assert capsys.readouterr().err.startswith("error: no data for the list of models; write --data")
+    assert capsys.readouterr().err.startswith("error: no data for the list of models; use --data")

@@ -38,11 +38,11 @@ def test_json_is_the_record(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--devices", "0"], "devices '0': write whole numbers from 1 to 1,024, e.g. 1,8,64."),
-        (["--devices", "two"], "devices 'two': write whole numbers from 1 to 1,024, e.g. 1,8,64."),
-        (["--price", "-3"], "price -3: write what a device costs for an hour, e.g. 2.5."),
-        (["--seconds", "0"], "seconds 0: write how long to measure, a positive number such as 10."),
-        (["--seconds", "nan"], "--seconds is nan; write a finite number."),
+        (["--devices", "0"], "--devices must be whole numbers of at least 1, e.g. 1,8,64, got '0'."),
+        (["--devices", "two"], "--devices must be whole numbers of at least 1, e.g. 1,8,64, got 'two'."),
+        (["--price", "-3"], "--price must be at least 0, got -3."),
+        (["--seconds", "0"], "--seconds must be above 0, got 0."),
+        (["--seconds", "nan"], "--seconds must be a finite number, got nan."),
     ],
 )
 def test_one_clear_sentence(flags: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

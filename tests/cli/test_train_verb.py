@@ -176,7 +176,7 @@ def test_every_field_of_a_method_is_a_flag(
         (["standard", "--data", "digit:train"], "Did you mean 'digits'"),
         (["standard", "--data", "nowhere.npz"], "nowhere.npz"),
         (["standard", "--arch", "robustkit:digits-cn"], "Did you mean 'digits-cnn'"),
-        (["standard", "--batch-size", "many"], "batch size 'many'"),
+        (["standard", "--batch-size", "many"], "--batch-size must be a whole number, or auto, got 'many'."),
         (["standard", "--device", "tpu"], "device 'tpu'"),
         (["standard", "--momentum", "-1"], "momentum=-1 must be at least 0 and below 1"),
         (["standard", "--weight-decay", "-1"], "weight_decay=-1 must be at least 0"),

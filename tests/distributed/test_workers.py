@@ -126,7 +126,7 @@ def test_what_cannot_be_sent_is_told_in_a_sentence() -> None:
     x, y = labelled(net, 4, SHAPE)
     with pytest.raises(UsageError, match=r"cannot be sent to workers .* or leave --workers out"):
         evaluate(lambda images: net(images), x, y, "linf:0.02", suite="fgsm", workers=2)
-    with pytest.raises(UsageError, match="workers 0: write"):
+    with pytest.raises(UsageError, match="workers must be from 1 to 1024, got 0"):
         evaluate(net, x, y, "linf:0.02", suite="fgsm", workers=0)
 
 

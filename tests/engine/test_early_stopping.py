@@ -178,8 +178,8 @@ def test_orders_are_orders() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"time_limit": 0.0}, "time limit 0"),
-        ({"stop_at_width": 1.0}, "stop at width 1"),
+        ({"time_limit": 0.0}, "time_limit must be above 0, got 0."),
+        ({"stop_at_width": 1.0}, "stop_at_width must be above 0 and below 1, got 1."),
         ({"stop_at_width": 0.1, "curve": True}, "leave out --curve"),
         ({"audit": -1}, "audit -1"),
     ],

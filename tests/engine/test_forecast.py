@@ -156,8 +156,8 @@ def test_the_ends_of_the_interval_are_simulated_with_its_means() -> None:
     [
         ({"devices": [0]}, "devices '0': write whole numbers from 1"),
         ({"devices": []}, "devices '': write whole numbers from 1"),
-        ({"price": -1.0}, "price -1: write what a device costs"),
-        ({"seconds": 0.0}, "seconds 0: write how long to measure"),
+        ({"price": -1.0}, "price must be at least 0, got -1."),
+        ({"seconds": 0.0}, "seconds must be above 0, got 0."),
         ({"suite": "nothing"}, "no suite or attack 'nothing'"),
     ],
 )

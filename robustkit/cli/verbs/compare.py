@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+from robustkit.api.options.runs import CompareFlags
 from robustkit.cli.output import result_console, wide_console
 from robustkit.cli.streams import print_result
 from robustkit.core.errors import UsageError
@@ -26,8 +27,9 @@ FIRST = 20
 METHOD = "Newcombe's score interval for paired proportions (1998, method 10)"
 
 
-def compare(a: Path, b: Path, *, as_json: bool) -> int:
+def compare(flags: CompareFlags) -> int:
     """Run the verb; UsageError for runs over different data."""
+    a, b, as_json = flags.a, flags.b, flags.json
     if run_folder.is_craft(a) and run_folder.is_craft(b):
         return _crafts(a, b, as_json)
     first, second = run_folder.read_report(a), run_folder.read_report(b)

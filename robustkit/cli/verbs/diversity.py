@@ -7,66 +7,42 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from robustkit.api.diversity import comparison
+from robustkit.api.options.craft import DiversityFlags
 from robustkit.cli.inputs import Inputs
 from robustkit.cli.output import save_page, wide_console
 from robustkit.cli.progress import CraftDisplay
 from robustkit.cli.streams import print_result
 from robustkit.core.errors import UsageError
 from robustkit.data.samples import Samples
-from robustkit.diagnostics.ensemble_diversity import Comparison
 from robustkit.models.allowed_paths import FLAG
 from robustkit.reporting.html.diversity import FILE, page
 from robustkit.reporting.terminal.diversity import show
 from robustkit.runs.run_folder import read_diversity
 
 
-def diversity(
-    model: str,
-    *,
-    data: str | None,
-    limit: int | None,
-    threat: str | None,
-    steps: int,
-    restarts: int,
-    images_of: Sequence[Path],
-    seed: int,
-    device: str,
-    out: Path | None,
-    overwrite: bool,
-    data_root: Path | None,
-    download: bool,
-    trust_code: bool,
-    as_json: bool,
-) -> int:
+def diversity(flags: DiversityFlags) -> int:
     """Run the verb."""
-    subject = Inputs.load(model, data, limit, threat, device, data_root, download, trust_code=trust_code)
-    comparison = Comparison(
-        model=subject.model,
-        samples=subject.samples,
-        threat=subject.threat,
-        steps=steps,
-        restarts=restarts,
-        seed=seed,
-        images=common(images_of, subject.samples),
-        device=subject.device,
-    )
-    folder = out or Path("runs") / f"diversity-{comparison.spec.run_id}"
-    record = comparison.run(folder, CraftDisplay(), overwrite)
+    inputs = Inputs.load(flags, flags.model)
+    positions = common_positions(flags.images_of, inputs.samples)
+    request = comparison(flags, inputs.model, inputs.samples, inputs.threat, inputs.device, positions)
+    folder = Path(flags.out or f"runs/diversity-{request.spec.run_id}")
+    record = request.run(folder, CraftDisplay(), flags.overwrite)
     shown = save_page(folder / FILE, page(record).encode())
-    if as_json:
+    if flags.json:
         print_result(json.dumps(record.to_json(), indent=2))
     else:
-        words = ["evaluate", model, "--data", data or subject.samples.name, "--threat", str(record.spec.threat)]
-        following = shlex.join(["robustkit", *words, *[FLAG] * trust_code])
-        show(record, wide_console(), shown, following)
+        data, threat = flags.data or inputs.samples.name, str(record.spec.threat)
+        words = ["evaluate", flags.model, "--data", data, "--threat", threat, *[FLAG] * flags.trust_code]
+        show(record, wide_console(), shown, shlex.join(["robustkit", *words]))
     return 0
 
 
-def common(folders: Sequence[Path], samples: Samples) -> list[int] | None:
-    """Return the positions that all these comparisons were on; None for no folder.
+def common_positions(folders: Sequence[Path], samples: Samples) -> list[int] | None:
+    """Return the positions of the images that all these comparisons used; None for no folder.
 
     Raises:
-        UsageError: if one is of other data, or they share no image.
+        UsageError: one used other data, or they have no image in common.
     """
     if not folders:
         return None

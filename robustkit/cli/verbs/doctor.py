@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 from rich.table import Table
 
+from robustkit.api.options.runs import DoctorFlags
 from robustkit.cli.inputs import Inputs
 from robustkit.cli.output import result_console
 from robustkit.cli.streams import print_result
+from robustkit.cli.verbs import factsheet
 from robustkit.core.devices import pick_device
 from robustkit.core.errors import UsageError
 from robustkit.diagnostics.device_selftest import closed_form, speeds
@@ -22,28 +23,21 @@ from robustkit.runs.evaluation_record import CHANCE, dumps
 IMAGES = 64
 
 
-def doctor(
-    model: str | None,
-    *,
-    data: str | None,
-    limit: int | None,
-    threat: str | None,
-    device: str,
-    data_root: Path | None,
-    trust_code: bool,
-    as_json: bool,
-) -> int:
+def doctor(flags: DoctorFlags) -> int:
     """Run the verb; return 0, or 1 if the machine gives false verdicts."""
-    if model is None:
-        given = {"--data": data, "--limit": limit, "--threat": threat}
-        if named := [flag for flag, value in given.items() if value is not None]:
+    given = {"--data": flags.data, "--limit": flags.limit, "--threat": flags.threat}
+    named = [flag for flag, value in given.items() if value is not None]
+    if flags.aggregator is not None:
+        return factsheet.show(flags, [*(["MODEL"] if flags.model else []), *named])
+    if flags.model is None:
+        if named:
             raise UsageError(
-                f"{named[0]} without a model; write robustkit doctor MODEL …, or leave it out to test the machine."
+                f"{named[0]} without a model; use robustkit doctor MODEL …, or leave it out to test the machine."
             )
-        return _machine(device, as_json)
-    subject = Inputs.load(model, data, limit, threat, device, data_root, most=IMAGES, trust_code=trust_code)
-    found = examine(subject.model, subject.samples, subject.threat, subject.device)
-    if as_json:
+        return _machine(str(flags.device), flags.json)
+    inputs = Inputs.load(flags, flags.model, largest=IMAGES)
+    found = examine(inputs.model, inputs.samples, inputs.threat, inputs.device)
+    if flags.json:
         print_result(json.dumps(json.loads(dumps(found)), indent=2))
         return 0
     console = result_console()

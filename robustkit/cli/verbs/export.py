@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
+from robustkit.api.options.runs import ExportFlags
 from robustkit.cli.output import save
 from robustkit.cli.streams import print_result
 from robustkit.core.errors import UsageError
@@ -11,8 +10,9 @@ from robustkit.reporting.exports.verdicts import rows, to_csv, to_parquet
 from robustkit.runs import run_folder
 
 
-def export(folder: Path, *, csv: Path | None, parquet: Path | None) -> int:
+def export(flags: ExportFlags) -> int:
     """Run the verb; UsageError unless exactly one file is asked for."""
+    folder, csv, parquet = flags.folder, flags.csv, flags.parquet
     if csv is not None and parquet is not None:
         raise UsageError("--csv and --parquet are both given; write one of them.")
     path = csv or parquet

@@ -6,18 +6,19 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 
+from robustkit.api.options.runs import DoctorFlags
 from robustkit.cli.streams import print_result
 from robustkit.core.errors import UsageError
 from robustkit.models.ensembles.aggregator_factsheet import FactSheet, fact_sheet
 from robustkit.reporting.terminal.evaluation import percent
 
 
-def show(aggregator: str, predictors: int, classes: int, as_json: bool, given: Sequence[str]) -> int:
+def show(flags: DoctorFlags, given: Sequence[str]) -> int:
     """Print the fact sheet; return the exit code. `given` are words that have nothing to do with one."""
     if given:
         raise UsageError(f"{given[0]} with --aggregator: a fact sheet is of no model; leave one of them out.")
-    sheet = fact_sheet(aggregator, predictors, classes)
-    print_result(json.dumps(asdict(sheet), indent=2) if as_json else "\n".join(lines(sheet)))
+    sheet = fact_sheet(str(flags.aggregator), flags.predictors, flags.classes)
+    print_result(json.dumps(asdict(sheet), indent=2) if flags.json else "\n".join(lines(sheet)))
     return 0
 
 

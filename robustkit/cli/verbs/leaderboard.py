@@ -25,8 +25,8 @@ RECORD, PAGE = "leaderboard.json", "leaderboard.html"
 
 
 @dataclass(frozen=True)
-class Ends:
-    """What becomes of the result: a page, JSON instead of the table, an exit code by what the gate asks for."""
+class ResultOptions:
+    """How results are shown: with a page, as JSON instead of a table, and with an exit code by the gate."""
 
     with_page: bool
     as_json: bool
@@ -41,19 +41,19 @@ def shortened(entries: Sequence[NamedModel]) -> list[NamedModel]:
     return [replace(entry, name=short.get(entry.name, entry.name)) for entry in entries]
 
 
-def sweep(plan: LeaderboardRun, id: str, folder: Path, overwrite: bool, ends: Ends) -> int:
-    """Run the verb; return 3 or 2 if a model failed, running or before, else what `ends` says."""
+def run_leaderboard(models: LeaderboardRun, id: str, folder: Path, overwrite: bool, options: ResultOptions) -> int:
+    """Evaluate the models; return 3 if one failed while running, 2 if before, else the code of the gate."""
     panel = Board()
     found, failed = [], []
     code = DONE
-    for entry, outcome in zip(plan.entries, plan.run(folder, panel, panel.of, overwrite), strict=True):
+    for entry, outcome in zip(models.entries, models.run(folder, panel, panel.of, overwrite), strict=True):
         if isinstance(outcome, RobustkitError):
             failed.append((entry.name, entry.string, str(outcome)))
             code = max(code, FAILED if isinstance(outcome, RunError) else USAGE)
             continue
         place, report = outcome
         found.append((entry.name, place.name, report))
-        if ends.with_page:
+        if options.with_page:
             write_page(place, report)
     if not found:
         return code
@@ -62,14 +62,14 @@ def sweep(plan: LeaderboardRun, id: str, folder: Path, overwrite: bool, ends: En
     board = replace(board, environment={**board.environment, "command": command()})
     save(folder / RECORD, (json.dumps(board.to_json(), indent=2) + "\n").encode())
     shown = None
-    if ends.with_page:
+    if options.with_page:
         shown = save_page(folder / PAGE, page(board).encode())
     results = [(row.name, row.robust_accuracy, row.flags) for row in board.rows]
-    if ends.as_json:
-        print_result(json.dumps(board.to_json() | ends.gate.record(results), indent=2))
+    if options.as_json:
+        print_result(json.dumps(board.to_json() | options.gate.record(results), indent=2))
     else:
         runs = [folder / row.folder for row in board.rows[:2]]
         following = f"compare {runs[0]} {runs[1]}" if len(runs) > 1 else f"verify {runs[0]}"
         show(board, wide_console(), shown, f"robustkit {following}")
-    passed = ends.gate.judge(results)
+    passed = options.gate.judge(results)
     return code or passed

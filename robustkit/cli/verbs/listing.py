@@ -8,6 +8,7 @@ import textwrap
 from collections.abc import Callable
 
 from robustkit import registry
+from robustkit.api.options.runs import ListFlags
 from robustkit.cli.streams import print_result, results
 from robustkit.cli.verbs import about
 from robustkit.core.errors import did_you_mean
@@ -20,8 +21,9 @@ Rows = list[dict[str, str]]
 WIDTH = 160
 
 
-def show(what: str | None, as_json: bool) -> int:
+def show(flags: ListFlags) -> int:
     """Print one list, or all, or what one of their names is; return the exit code."""
+    what, as_json = flags.what, flags.json
     if what is not None and what not in LISTS:
         if about.kinds_of(what):
             return about.show(what, as_json)

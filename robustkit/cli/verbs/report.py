@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from robustkit.api.options.runs import ReportFlags
 from robustkit.cli.output import result_console, save, save_page, wide_console
 from robustkit.cli.streams import print_result
 from robustkit.core.errors import UsageError
@@ -23,8 +24,9 @@ class View:
     card: Callable[[], bytes] | None = None
 
 
-def report(folder: Path, *, html: Path | None, png: Path | None) -> int:
+def report(flags: ReportFlags) -> int:
     """Run the verb; without files it prints the table and writes the page into the folder."""
+    folder, html, png = flags.folder, flags.html, flags.png
     view = VIEWS[run_folder.kind(folder)](folder)
     if png is not None and view.card is None:
         raise UsageError(f"{folder} is no evaluation, of which alone cards are made; write --html FILE.")

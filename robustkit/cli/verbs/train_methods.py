@@ -3,54 +3,61 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from robustkit.cli.command import Command
+from robustkit.api.options.train import TrainFlags
+from robustkit.cli.flags import command
 from robustkit.registry import Entry, Field, catalog, describe
 
 
-def methods(template: Callable[..., int]) -> type[TyperGroup]:
-    """Return a group of commands whose flags are the template's and those of each method's fields.
+class Methods(TyperGroup):
+    """The methods as commands, each made when it is needed."""
 
-    The template is called with the method's name, the fields given, and its own flags.
-    """
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Return the names of the methods."""
+        return sorted(catalog("method"))
 
-    class Methods(TyperGroup):
-        def list_commands(self, ctx: Any) -> list[str]:
-            return sorted(catalog("method"))
-
-        def get_command(self, ctx: Any, cmd_name: str) -> Any:
-            return _command(template, describe("method", cmd_name))
-
-    return Methods
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """Return the command of a method."""
+        return _command(describe("method", cmd_name))
 
 
-def _command(template: Callable[..., int], entry: Entry) -> Any:
-    names = [field.name for field in entry.fields]
+def group(name: str) -> Any:
+    """Return the command `train`."""
+    app = typer.Typer(
+        name=name,
+        cls=Methods,
+        no_args_is_help=True,
+        rich_markup_mode=None,
+        add_completion=False,
+        subcommand_metavar="METHOD [OPTIONS]",
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+        help="""Train nets, or samples of a posterior. The same command resumes; the folder is a model string.
 
-    def work(**flags: Any) -> int:
-        fields = {name: flags.pop(name) for name in names}
-        return template(
-            entry.reference or entry.info.name,
-            {name: text for name, text in fields.items() if text is not None},
-            **flags,
-        )
+        \b
+        robustkit train standard
+        robustkit train csgld --arch robustkit:cifar-resnet20 --data train.npz --test test.npz --cycles 5
 
-    _, _, *rest = inspect.signature(template, eval_str=True).parameters.values()
-    shared = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in rest]
-    own = [_flag(field) for field in entry.fields]
-    work.__signature__ = inspect.Signature([*own, *shared])  # type: ignore[attr-defined]
-    work.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *shared)}
+        Each method has flags of its own: robustkit train METHOD --help.
+        """,
+    )
+    app.callback()(lambda: None)
+    return typer.main.get_command(app)
+
+
+def _command(entry: Entry) -> Any:
+    def work(flags: TrainFlags, **fields: str) -> int:
+        from robustkit.cli.verbs.train import train
+
+        return train(flags, entry.reference or entry.info.name, fields)
+
     paper = f" ({entry.info.paper})" if entry.info.paper else ""
-    one = typer.Typer(rich_markup_mode=None, add_completion=False, pretty_exceptions_enable=False)
-    settings = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
     about = f"{entry.summary}{paper}\n\n{entry.detail}"
-    one.command(entry.info.name, cls=Command, help=about, context_settings=settings)(work)
-    return typer.main.get_command(one)
+    further = tuple(_flag(field) for field in entry.fields)
+    return command(entry.info.name, TrainFlags, work, about=about, further=further)
 
 
 def _flag(field: Field) -> inspect.Parameter:

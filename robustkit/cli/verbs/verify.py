@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
+from robustkit.api.options.runs import VerifyFlags
 from robustkit.cli.output import result_console
 from robustkit.core.devices import pick_device
 from robustkit.engine.evaluation.verify_run import verify_run
@@ -11,12 +10,16 @@ from robustkit.reporting.quantiles import length
 from robustkit.reporting.terminal.evaluation import percent
 
 
-def verify(
-    folder: Path, *, model: str | None, data: str | None, device: str, data_root: Path | None, trust_code: bool
-) -> int:
+def verify(flags: VerifyFlags) -> int:
     """Run the verb; return 1 if a record is bad, else 0."""
-    place = pick_device(device)
-    found = verify_run(folder, model=model, samples=data, device=place, data_root=data_root, trust_code=trust_code)
+    found = verify_run(
+        flags.folder,
+        model=flags.model,
+        samples=flags.data,
+        device=pick_device(flags.device),
+        data_root=flags.data_root,
+        trust_code=flags.trust_code,
+    )
     report = found.report
     console = result_console()
 

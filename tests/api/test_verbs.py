@@ -1,0 +1,81 @@
+"""The verbs as functions: their arguments and documentation are those of the declared options."""
+
+from __future__ import annotations
+
+import doctest
+import inspect
+from dataclasses import fields
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+import robustkit
+from robustkit.api.options import craft, evaluate, runs, train
+from robustkit.api.options.declare import EXPECTED, Options, described
+from robustkit.cli import run
+from robustkit.engine.evaluation.run import Evaluation
+
+VERBS = ("craft", "diversity", "evaluate", "minimum_norm", "plan", "train", "verify")
+CLASSES = {
+    found
+    for module in (craft, evaluate, runs, train)
+    for found in vars(module).values()
+    if isinstance(found, type) and issubclass(found, Options)
+}
+
+
+@pytest.mark.parametrize("name", VERBS)
+def test_every_argument_is_documented_and_the_example_runs(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    function = getattr(robustkit, name)
+    text = inspect.getdoc(function) or ""
+    for argument in inspect.signature(function).parameters:
+        assert f"\n    {argument}: " in text
+    assert text.index("Args:") < text.index("Returns:") < text.index("Raises:") < text.index("Example:")
+    (example,) = doctest.DocTestFinder(recurse=False).find(function, name, globs={})
+    assert len(example.examples) >= 3
+    assert doctest.DocTestRunner().run(example).failed == 0
+
+
+@pytest.mark.parametrize("options", CLASSES, ids=lambda options: options.__name__)
+def test_every_option_can_be_read_from_a_command_line(options: type[Options]) -> None:
+    """Its type is one that texts are read for, or it says how."""
+    for field in fields(options):
+        about = described(field)
+        assert about.help.endswith((".", "…", "MODEL_FORM", "]"))
+        kind = str(field.type).removesuffix(" | None").removesuffix(" | torch.device").removesuffix(" | float")
+        if options.__name__.endswith("Flags"):
+            assert kind in (*EXPECTED, "Sequence[str]", "Sequence[Path]", "Suite") or about.read
+
+
+def test_options_of_an_evaluation_have_the_types_of_the_engine() -> None:
+    shared = {field.name: field.type for field in fields(Evaluation)}
+    for field in fields(evaluate.EvaluateOptions):
+        if field.name in shared and field.name not in ("device", "strictness"):
+            assert field.type == shared[field.name]
+
+
+def test_a_wrong_value_gets_the_same_sentence_from_python_and_from_the_command_line(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name, value, sentence in (
+        ("audit", -1, "must be at least 0, got -1."),
+        ("workers", 0, "must be from 1 to 1024, got 0."),
+        ("stop_at_width", 1.5, "must be above 0 and below 1, got 1.5."),
+        ("time_limit", float("nan"), "must be a finite number, got nan."),
+    ):
+        with pytest.raises(robustkit.UsageError) as error:
+            robustkit.evaluate(lambda x: x, [], threat="linf:0.1", **{name: value})  # type: ignore[arg-type]
+        assert str(error.value) == f"{name} {sentence}"
+        flag = f"--{name.replace('_', '-')}"
+        assert run(["evaluate", flag, str(value)]) == 2
+        assert capsys.readouterr().err == f"error: {flag} {sentence}\n"
+
+
+def test_dir_shows_the_public_names_and_no_others() -> None:
+    import_module("robustkit.engine")
+    assert dir(robustkit) == sorted(robustkit.__all__)
+    assert all(getattr(robustkit, name) for name in dir(robustkit))
