@@ -6,7 +6,7 @@ import math
 import numbers
 import operator
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, ClassVar, TypeVar
 
@@ -16,7 +16,7 @@ from robustkit.core.numbers import shown, whole
 
 T = TypeVar("T")
 
-PATH, NUMBERS = "str | Path", "Sequence[float]"
+PATH, NUMBERS, SUITE = "str | Path", "Sequence[float]", "Suite"
 # What a value must be, by the annotation of its field. Other values are checked where they are used.
 EXPECTED = {
     "bool": "True or False",
@@ -26,6 +26,7 @@ EXPECTED = {
     PATH: "a path, as a string or a Path",
     "Path": "a path",
     NUMBERS: "a list of numbers",
+    SUITE: "a string, an attack, or a list of them",
 }
 KEY = "option"
 
@@ -131,6 +132,9 @@ def _plain(name: str, value: Any, kind: str, expected: str) -> Any:
             return _path(name, value)
     elif kind == NUMBERS:
         if isinstance(value, Iterable) and all(isinstance(number, numbers.Real) for number in value):
+            return value
+    elif kind == SUITE:
+        if isinstance(value, Sequence) or callable(value):
             return value
     elif not isinstance(value, bool):
         if kind == "int" and hasattr(value, "__index__"):
