@@ -87,7 +87,7 @@ def flatten(net: nn.Module, batch: Batch, flatness: float, radius: float) -> Non
     weights = [weight for weight in net.parameters() if weight.grad is not None]
     before = [weight.detach().clone() for weight in weights]
     # The step is the whole batch's; what is averaged over its parts afterwards is linear in both gradients.
-    plain = batch.peers.mean([weight.grad.clone() for weight in weights if weight.grad is not None])
+    plain = batch.process_group.mean([weight.grad.clone() for weight in weights if weight.grad is not None])
     with torch.no_grad():
         size = torch.stack([gradient.square().sum() for gradient in plain]).sum().sqrt()
         for weight, gradient in zip(weights, plain, strict=True):

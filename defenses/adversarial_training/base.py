@@ -39,7 +39,7 @@ class RobustTraining(Method):
 
     def rate(self, step: int, plan: Plan) -> float:
         """Return `lr`, a tenth of it from a half and a hundredth from three quarters of the run."""
-        return ensemble_utils.tenfold(step, plan.steps, plan.lr)
+        return ensemble_utils.step_decay(step, plan.steps, plan.lr)
 
     def backward(self, nets: Sequence[nn.Module], batch: Batch, plan: Plan) -> Tensor:
         """Add the gradient of the sum of the members' losses."""

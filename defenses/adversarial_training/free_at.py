@@ -52,7 +52,7 @@ class FreeAT(RobustTraining):
         """Add the gradient of every member's loss at its images, and move them for the next pass."""
         threat = ThreatModel.parse(self.threat)
         total = torch.zeros((), device=batch.x.device)
-        for number, net in enumerate(nets, batch.peers.first):
+        for number, net in enumerate(nets, batch.process_group.first):
             x = batch.carried.get(str(number), batch.x).detach().requires_grad_()
             loss = F.cross_entropy(net(x), batch.y)
             loss.backward()  # type: ignore[no-untyped-call]

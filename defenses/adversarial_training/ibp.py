@@ -70,7 +70,7 @@ class IBP(RobustTraining):
         plain = F.cross_entropy(net(batch.x), batch.y)
         if not grown:
             return plain
-        with ensemble_utils.statistics([net], "separate"):
+        with ensemble_utils.batch_norm_policy([net], "separate"):
             lower, upper = bounds(net, batch.x, grown * float(ThreatModel.parse(self.threat).eps))
         own = F.one_hot(batch.y, lower.shape[1]).bool()
         worst = F.cross_entropy(torch.where(own, lower, upper), batch.y)

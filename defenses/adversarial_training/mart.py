@@ -46,7 +46,7 @@ class MART(PerturbedTraining):
 
     def loss(self, net: nn.Module, batch: Batch, plan: Plan) -> Tensor:
         """Return the weighted loss on adversarial images."""
-        with ensemble_utils.statistics([net], "frozen"):
+        with ensemble_utils.batch_norm_policy([net], "frozen"):
             attacked = self.perturbed(
                 lambda x: F.cross_entropy(net(x), batch.y, reduction="none"),
                 self.noisy_images(batch, self.start),

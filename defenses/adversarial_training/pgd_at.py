@@ -46,8 +46,8 @@ class PGDAT(PerturbedTraining):
 
     def __post_init__(self) -> None:
         """Refuse an unknown policy of batch norms, or an unknown threat."""
-        if self.statistics not in ensemble_utils.STATISTICS:
-            raise did_you_mean("statistics", self.statistics, ensemble_utils.STATISTICS)
+        if self.statistics not in ensemble_utils.BATCH_NORM_POLICIES:
+            raise did_you_mean("statistics", self.statistics, ensemble_utils.BATCH_NORM_POLICIES)
         PerturbedTraining.__post_init__(self)
 
     def supports_member_parallel(self) -> bool:
@@ -57,7 +57,7 @@ class PGDAT(PerturbedTraining):
     def losses(self, nets: Sequence[nn.Module], batch: Batch, plan: Plan) -> list[Tensor]:
         """Return each member's cross-entropy on adversarial images."""
         groups = [list(nets)] if self.joint else [[net] for net in nets]
-        with ensemble_utils.statistics(nets, self.statistics):
+        with ensemble_utils.batch_norm_policy(nets, self.statistics):
             attacked = [self._attacked(group, batch) for group in groups]
         return [
             F.cross_entropy(net(x), batch.y) for group, x in zip(groups, attacked, strict=True) for net in group
@@ -67,7 +67,7 @@ class PGDAT(PerturbedTraining):
         threat = ThreatModel.parse(self.threat)
 
         def loss(x: Images) -> Tensor:
-            mean = ensemble_utils.mixed(torch.stack([net(x) for net in nets]))
+            mean = ensemble_utils.ensemble_log_probabilities(torch.stack([net(x) for net in nets]))
             return F.nll_loss(mean, batch.y, reduction="none")
 
         start = ensemble_utils.random_start(batch.x, threat, batch.rng) if self.random_start else batch.x

@@ -46,7 +46,7 @@ class TRADES(PerturbedTraining):
 
     def losses(self, nets: Sequence[nn.Module], batch: Batch, plan: Plan) -> list[Tensor]:
         """Return each member's cross-entropy and `beta` times its divergence at the perturbed images."""
-        with ensemble_utils.statistics(nets, "frozen"):
+        with ensemble_utils.batch_norm_policy(nets, "frozen"):
             nearby = self._nearby(nets, batch)
         losses = []
         for net in nets:
@@ -59,7 +59,7 @@ class TRADES(PerturbedTraining):
         """Return images in the ball at which the ensemble's mean probabilities diverge from the clean ones."""
 
         def ensemble(x: Images) -> Tensor:
-            return ensemble_utils.mixed(torch.stack([net(x) for net in nets]))
+            return ensemble_utils.ensemble_log_probabilities(torch.stack([net(x) for net in nets]))
 
         with torch.no_grad():
             clean = ensemble(batch.x)

@@ -54,7 +54,7 @@ class ADP(Method):
 
     def rate(self, step: int, plan: Plan) -> float:
         """Return `lr`, a tenth of it from a half and a hundredth from three quarters of the run."""
-        return ensemble_utils.tenfold(step, plan.steps, plan.lr)
+        return ensemble_utils.step_decay(step, plan.steps, plan.lr)
 
     def backward(self, nets: Sequence[nn.Module], batch: Batch, plan: Plan) -> Tensor:
         """Add the gradient of the sum."""
@@ -67,7 +67,7 @@ class ADP(Method):
 
 def entropy(logits: Tensor) -> Tensor:
     """Return the entropy of the mean probabilities of members' logits (n B K), averaged over the batch."""
-    mean = ensemble_utils.mixed(logits)
+    mean = ensemble_utils.ensemble_log_probabilities(logits)
     return -(mean.exp() * mean).sum(1).mean()
 
 

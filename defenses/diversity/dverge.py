@@ -63,7 +63,10 @@ class DVERGE(Method):
 
     def __post_init__(self) -> None:
         """Refuse unknown words."""
-        for field, known in (("draw", ensemble_utils.DRAWS), ("statistics", ensemble_utils.STATISTICS)):
+        for field, known in (
+            ("draw", ensemble_utils.LAYER_DRAWS),
+            ("statistics", ensemble_utils.BATCH_NORM_POLICIES),
+        ):
             if getattr(self, field) not in known:
                 raise did_you_mean(field, getattr(self, field), known)
         ThreatModel.parse(self.threat).bounded()
@@ -75,7 +78,7 @@ class DVERGE(Method):
 
     def default_size(self, samples: int) -> Size:
         """Return the paper's size, the baseline's 200 epochs included; less on a small set."""
-        return ensemble_utils.diverse_size(samples, few=24 if self.adversarial else 40)
+        return ensemble_utils.dverge_size(samples, few=24 if self.adversarial else 40)
 
     def check_nets(self, nets: Sequence[nn.Module], image: Images) -> None:
         """Refuse a layer that a net has not."""
@@ -92,19 +95,19 @@ class DVERGE(Method):
 
     def rate(self, step: int, plan: Plan) -> float:
         """Return `lr`, a tenth of it from a half and a hundredth from three quarters of each part of the run."""
-        return ensemble_utils.twofold(step, ensemble_utils.plain_steps(self.baseline, plan), plan)
+        return ensemble_utils.two_phase_decay(step, ensemble_utils.baseline_steps(self.baseline, plan), plan)
 
     def backward(self, nets: Sequence[nn.Module], batch: Batch, plan: Plan) -> Tensor:
         """Add the gradient of every member's loss on the others' distilled images."""
-        if batch.step < ensemble_utils.plain_steps(self.baseline, plan):
+        if batch.step < ensemble_utils.baseline_steps(self.baseline, plan):
             return Method.backward(self, nets, batch, plan)
-        with ensemble_utils.statistics(nets, self.statistics):
-            distilled = batch.peers.exchanged(self.distilled(nets, batch, plan))
+        with ensemble_utils.batch_norm_policy(nets, self.statistics):
+            distilled = batch.process_group.exchanged(self.distilled(nets, batch, plan))
             attacked = [self._attacked(net, batch) for net in nets] if self.adversarial else []
         weight = self._weight(batch)
         total = batch.x.new_zeros(())
         for place, net in enumerate(nets):
-            others = [x for other, x in enumerate(distilled) if other != batch.peers.first + place]
+            others = [x for other, x in enumerate(distilled) if other != batch.process_group.first + place]
             loss = sum((_mean(net(x), batch.y, weight) for x in others), start=batch.x.new_zeros(()))
             if self.clean:
                 loss = loss + self.clean * F.cross_entropy(net(batch.x), batch.y)
@@ -128,16 +131,16 @@ class DVERGE(Method):
                 step_size=self.step_size.share(self.eps),
                 steps=self.steps,
                 inertia=self.inertia,
-                start=ensemble_utils.in_ball(batch, f"start{number}") if self.random_start else None,
+                start=ensemble_utils.uniform_noise(batch, f"start{number}") if self.random_start else None,
             )
             for number, (net, layer) in enumerate(
-                zip(nets, self.layers(nets, batch, plan), strict=True), batch.peers.first
+                zip(nets, self.layers(nets, batch, plan), strict=True), batch.process_group.first
             )
         ]
 
     def layers(self, nets: Sequence[nn.Module], batch: Batch, plan: Plan) -> list[int | str]:
         """Return the layer of each member at a step."""
-        return ensemble_utils.layers(nets, batch, plan, self.layer, self.draw, f"{self.info.name}/layer")
+        return ensemble_utils.drawn_layers(nets, batch, plan, self.layer, self.draw, f"{self.info.name}/layer")
 
     def _attacked(self, net: nn.Module, batch: Batch) -> Images:
         threat = ThreatModel.parse(self.threat)
@@ -155,7 +158,7 @@ class DVERGE(Method):
         if not self.distinct or batch.partner_labels is None:
             return torch.ones_like(batch.y, dtype=torch.float32)
         apart = (batch.y != batch.partner_labels).float()
-        (share,) = batch.peers.mean([apart.mean()])
+        (share,) = batch.process_group.mean([apart.mean()])
         return apart / torch.where(share > 0, share, 1)
 
 

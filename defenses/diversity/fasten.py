@@ -59,13 +59,16 @@ class FASTEN(Method):
 
     def __post_init__(self) -> None:
         """Refuse unknown words."""
-        for field, known in (("draw", ensemble_utils.DRAWS), ("statistics", ensemble_utils.STATISTICS)):
+        for field, known in (
+            ("draw", ensemble_utils.LAYER_DRAWS),
+            ("statistics", ensemble_utils.BATCH_NORM_POLICIES),
+        ):
             if getattr(self, field) not in known:
                 raise did_you_mean(field, getattr(self, field), known)
 
     def default_size(self, samples: int) -> Size:
         """Return the size of `dverge`."""
-        return ensemble_utils.diverse_size(samples)
+        return ensemble_utils.dverge_size(samples)
 
     def check_nets(self, nets: Sequence[nn.Module], image: Images) -> None:
         """Refuse a layer that a net has not."""
@@ -87,17 +90,17 @@ class FASTEN(Method):
 
     def rate(self, step: int, plan: Plan) -> float:
         """Return `lr`, a tenth of it from a half and a hundredth from three quarters of each part of the run."""
-        return ensemble_utils.twofold(step, ensemble_utils.plain_steps(self.baseline, plan), plan)
+        return ensemble_utils.two_phase_decay(step, ensemble_utils.baseline_steps(self.baseline, plan), plan)
 
     def backward(self, nets: Sequence[nn.Module], batch: Batch, plan: Plan) -> Tensor:
         """Add the gradient of every member's loss on another's images; leave in the memory where those are."""
-        if batch.step < ensemble_utils.plain_steps(self.baseline, plan):
+        if batch.step < ensemble_utils.baseline_steps(self.baseline, plan):
             return Method.backward(self, nets, batch, plan)
-        with ensemble_utils.statistics(nets, self.statistics):
-            moved = batch.peers.exchanged(self.moved(nets, batch, plan))
+        with ensemble_utils.batch_norm_policy(nets, self.statistics):
+            moved = batch.process_group.exchanged(self.moved(nets, batch, plan))
         places = self._places(batch, len(moved))
         total = batch.x.new_zeros(())
-        for number, net in enumerate(nets, batch.peers.first):
+        for number, net in enumerate(nets, batch.process_group.first):
             logits = net(moved[(number + places) % len(moved)])
             loss = F.cross_entropy(logits, batch.y)
             if self.consistency:
@@ -110,14 +113,14 @@ class FASTEN(Method):
 
     def moved(self, nets: Sequence[nn.Module], batch: Batch, plan: Plan) -> list[Images]:
         """Return each of these nets' images (B C H W), made with the weights as they are."""
-        layers = ensemble_utils.layers(nets, batch, plan, self.layer, self.draw, f"{self.info.name}/layer")
+        layers = ensemble_utils.drawn_layers(nets, batch, plan, self.layer, self.draw, f"{self.info.name}/layer")
         return [
             self._moved(net, batch, layer, number)
-            for number, (net, layer) in enumerate(zip(nets, layers, strict=True), batch.peers.first)
+            for number, (net, layer) in enumerate(zip(nets, layers, strict=True), batch.process_group.first)
         ]
 
     def _moved(self, net: nn.Module, batch: Batch, layer: int | str, member: int) -> Images:
-        start = ensemble_utils.in_ball(batch, f"start{member}")
+        start = ensemble_utils.uniform_noise(batch, f"start{member}")
         if self.reuse:
             if batch.memory is None:
                 raise UsageError(f"{self.info.name} goes on from the last epoch; give its batches a memory.")

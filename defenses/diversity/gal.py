@@ -40,7 +40,7 @@ class GAL(Method):
 
     def rate(self, step: int, plan: Plan) -> float:
         """Return `lr`, a tenth of it from a half and a hundredth from three quarters of the run."""
-        return ensemble_utils.tenfold(step, plan.steps, plan.lr)
+        return ensemble_utils.step_decay(step, plan.steps, plan.lr)
 
     def backward(self, nets: Sequence[nn.Module], batch: Batch, plan: Plan) -> Tensor:
         """Add the gradient of the sum, through gradients."""
@@ -48,7 +48,7 @@ class GAL(Method):
         draws = batch.rng.normal(size + 2)
         noisy = (draws[:, size] > 0).view(-1, 1, 1, 1)
         x = batch.x + self.noise * noisy * draws[:, :size].view_as(batch.x)
-        losses, slopes = ensemble_utils.sloped(nets, x, batch.y)
+        losses, slopes = ensemble_utils.losses_and_gradients(nets, x, batch.y)
         loss = losses.mean() + self.weight * coherence(slopes)
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
@@ -56,4 +56,4 @@ class GAL(Method):
 
 def coherence(slopes: Tensor) -> Tensor:
     """Return the mean of log sum exp of the cosines of all pairs of members' gradients (n B D)."""
-    return ensemble_utils.cosines(slopes).logsumexp(0).mean()
+    return ensemble_utils.pairwise_cosines(slopes).logsumexp(0).mean()

@@ -58,26 +58,26 @@ class TRS(Method):
 
     def backward(self, nets: Sequence[nn.Module], batch: Batch, plan: Plan) -> Tensor:
         """Add the gradient of the sum, through gradients."""
-        losses, slopes = ensemble_utils.sloped(nets, batch.x, batch.y)
-        _, steep = ensemble_utils.sloped(nets, self._steepest(nets, batch, plan), batch.y)
-        apart = ensemble_utils.cosines(slopes).abs().mean()
+        losses, slopes = ensemble_utils.losses_and_gradients(nets, batch.x, batch.y)
+        _, steep = ensemble_utils.losses_and_gradients(nets, self._steepest(nets, batch, plan), batch.y)
+        apart = ensemble_utils.pairwise_cosines(slopes).abs().mean()
         # Gradients are of a mean over images, of which a part of the batch has so many times fewer.
-        length = _squares(steep).mean() / batch.peers.parts**2
+        length = _squares(steep).mean() / batch.process_group.parts**2
         loss = losses.sum() + self.scale * (self.similarity * apart + self.smoothness * 2 * length)
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach() / len(nets)
 
     def _steepest(self, nets: Sequence[nn.Module], batch: Batch, plan: Plan) -> Images:
-        peers = batch.peers
+        process_group = batch.process_group
         # How many of these images are in the first half of the whole batch.
-        half = len(range(peers.part, len(batch.x) * peers.parts // 2, peers.parts))
+        half = len(range(process_group.part, len(batch.x) * process_group.parts // 2, process_group.parts))
         epoch = batch.step // plan.steps_per_epoch
         eps = self.eps_start + (self.eps_end - self.eps_start) * epoch / plan.epochs
         threat = Linf(Fraction(eps))
         x, y = batch.x[half:], batch.y[half:]
 
         def size(at: Images) -> Tensor:
-            return _squares(ensemble_utils.sloped(nets, at, y)[1]).mean(0)
+            return _squares(ensemble_utils.losses_and_gradients(nets, at, y)[1]).mean(0)
 
         start = ensemble_utils.random_start(x, threat, batch.rng.select(torch.arange(half, len(batch.x))))
         return torch.cat(

@@ -146,7 +146,7 @@ class MultiRes(WrappingMethod):
         epochs = min(max(round(self.probing * plan.epochs), 1), plan.epochs - 1)
         part = BACKBONE if batch.step < (plan.epochs - epochs) * plan.steps_per_epoch else PROBES
         total = batch.x.new_zeros(())
-        for number, net in enumerate(nets, batch.peers.first):
+        for number, net in enumerate(nets, batch.process_group.first):
             one = self_ensemble(net)
             x = self._attacked(net, one, batch, number) if part == BACKBONE and self.attack != "none" else batch.x
             with one.answering(part, _draw(batch, f"stack{number}")):
@@ -171,7 +171,7 @@ class MultiRes(WrappingMethod):
 
         start = batch.x if single else ensemble_utils.random_start(batch.x, threat, batch.rng)
         steps, step_size = (1, 1.0) if single else (self.steps, self.step_size.share(float(threat.eps)))
-        with ensemble_utils.statistics([net], "frozen"):
+        with ensemble_utils.batch_norm_policy([net], "frozen"):
             return ensemble_utils.ascend(loss, start, batch.x, threat, steps=steps, step_size=step_size)
 
 

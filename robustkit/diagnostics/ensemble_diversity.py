@@ -230,7 +230,7 @@ class Comparison:
         for at in _batches(index, most):
             x, labels = self._images(at), self._labels(at)
             slopes = torch.stack([_slope(ensemble.member(number), x, labels) for number in range(ensemble.count)])
-            total += ensemble_utils.cosines(slopes).double().sum(1).cpu()
+            total += ensemble_utils.pairwise_cosines(slopes).double().sum(1).cpu()
         table = torch.eye(ensemble.count, dtype=torch.float64)
         one, other = torch.triu_indices(ensemble.count, ensemble.count, 1)
         table[one, other] = table[other, one] = total / len(index)

@@ -1,4 +1,4 @@
-"""Augmentation of whole batches, in one gather: a shifted crop and a mirrored half."""
+"""Augmentation of whole batches with one gather: random crops and horizontal flips."""
 
 from __future__ import annotations
 
@@ -11,38 +11,38 @@ from robustkit.data.strings import DataString
 
 CROP, FLIP = "crop", "flip"
 CHOICES = {"none": (), "crop": (CROP,), "crop-flip": (CROP, FLIP)}
-# Data whose images mean another thing in a mirror, or are too small to lose an edge.
+# Data sets whose labels are not preserved by a horizontal flip.
 UNMIRRORED = ("svhn",)
 
 
-def usual(data: str, channels: int, height: int) -> str:
-    """Return what is usual for these images: crop and flip for photographs, nothing for drawings of digits."""
+def default_augmentation(data: str, channels: int, height: int) -> str:
+    """Return the default for these images: crop and flip for photographs, none for grey or small images."""
     if channels == 1 or height < 24:
         return "none"
     return "crop" if DataString.parse(data).name in UNMIRRORED else "crop-flip"
 
 
-def parts(name: str) -> tuple[str, ...]:
-    """Return what a choice consists of; UsageError if there is no such choice."""
+def components(name: str) -> tuple[str, ...]:
+    """Return the transforms of an augmentation by its name; UsageError for an unknown name."""
     if name not in CHOICES:
         raise did_you_mean("augmentation", name, CHOICES)
     return CHOICES[name]
 
 
-def margin(height: int) -> int:
-    """Return by how many pixels a crop may be shifted: 4 of 32."""
+def max_shift(height: int) -> int:
+    """Return by how many pixels a crop is shifted at most: an eighth of the height, so 4 of 32."""
     return max(height // 8, 1)
 
 
-def moved(pixels: Tensor, down: Tensor, across: Tensor, mirrored: Tensor, most: int) -> Tensor:
-    """Return each image shifted, with black behind it, and then mirrored or not.
+def apply_moves(pixels: Tensor, down: Tensor, across: Tensor, mirrored: Tensor, most: int) -> Tensor:
+    """Return each image shifted on a black background, and then mirrored or not.
 
     Args:
         pixels: (B H W C).
-        down: (B), by how much from the top, 0 to 2 `most`; `most` is no shift.
-        across: (B), likewise from the left.
-        mirrored: (B), true or false.
-        most: the largest shift either way, in pixels.
+        down: (B), vertical offset of the crop in the padded image, 0 to 2 `most`; `most` is no shift.
+        across: (B), horizontal offset, with the same range.
+        mirrored: (B), whether the image is flipped horizontally.
+        most: the largest shift in either direction, in pixels.
     """
     batch, height, width, _ = pixels.shape
     padded = F.pad(pixels, (0, 0, most, most, most, most))
@@ -53,7 +53,7 @@ def moved(pixels: Tensor, down: Tensor, across: Tensor, mirrored: Tensor, most: 
     return padded[which[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
-def returned(pixels: Tensor, down: Tensor, across: Tensor, mirrored: Tensor, most: int) -> Tensor:
-    """Return what `moved` moved where it was; 0 where that lay outside."""
+def undo_moves(pixels: Tensor, down: Tensor, across: Tensor, mirrored: Tensor, most: int) -> Tensor:
+    """Return the inverse of `apply_moves`; 0 where a pixel was cropped away."""
     back = torch.where(mirrored, across, 2 * most - across)
-    return moved(pixels, 2 * most - down, back, mirrored, most)
+    return apply_moves(pixels, 2 * most - down, back, mirrored, most)

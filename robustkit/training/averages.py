@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 
-def start(net: nn.Module) -> dict[str, Tensor]:
-    """Return the average of one state: a copy of it."""
+def copy_state(net: nn.Module) -> dict[str, Tensor]:
+    """Return a copy of a net's state."""
     return {name: tensor.detach().clone() for name, tensor in net.state_dict().items()}
 
 
 @torch.no_grad()
-def advance(average: dict[str, Tensor], net: nn.Module, decay: float) -> None:
-    """Move an average towards a net's state, in place; whole numbers are the last state's."""
+def update_average(average: dict[str, Tensor], net: nn.Module, decay: float) -> None:
+    """Update an exponential moving average with a net's state, in place; integers are copied from the state."""
     state = net.state_dict()
     real = [name for name, tensor in state.items() if tensor.is_floating_point()]
     torch._foreach_lerp_([average[name] for name in real], [state[name] for name in real], 1 - decay)
@@ -25,9 +25,9 @@ def advance(average: dict[str, Tensor], net: nn.Module, decay: float) -> None:
 
 
 @contextmanager
-def swapped(nets: Sequence[nn.Module], averages: Sequence[dict[str, Tensor]]) -> Iterator[None]:
-    """Let nets have the averages as their state for a while; without averages they keep their own."""
-    own = [start(net) for net, _ in zip(nets, averages, strict=False)]
+def averaged_weights(nets: Sequence[nn.Module], averages: Sequence[dict[str, Tensor]]) -> Iterator[None]:
+    """Give nets the averages as their weights inside the context; without averages they keep their own."""
+    own = [copy_state(net) for net, _ in zip(nets, averages, strict=False)]
     for net, average in zip(nets, averages, strict=False):
         net.load_state_dict(average)
     try:

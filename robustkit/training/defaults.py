@@ -1,4 +1,4 @@
-"""What a run takes where nobody says: the data set's own test split."""
+"""The default test data of a training run: the held-out split of the data set."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from robustkit.data.classes import matched
 from robustkit.data.samples import Samples
 from robustkit.data.strings import DataString
 
-_JUDGING = ("test", "val")
+_HELD_OUT = ("test", "val")
 
 
 def judged_by(test: Samples, train: Samples) -> Samples:
-    """Return the test data with the labels that the classes of the same names have in the training data."""
+    """Return the test data with its labels renumbered as the classes of the same names in the training data."""
     return matched(test, len(train.classes) if train.classes else None, train.classes)
 
 
 def sibling(data: str) -> str | None:
-    """Return the data string of the held-out split that belongs to a training split; None where there is none."""
+    """Return the data string of the held-out split of a training split's data set; None if there is none."""
     spec = DataString.parse(data)
     name, entry = spec.name, CATALOG.get(spec.name)
-    if entry is None or spec.rest in _JUDGING:
+    if entry is None or spec.rest in _HELD_OUT:
         return None
-    held_out = [one for one in entry.splits if one in _JUDGING]
+    held_out = [split for split in entry.splits if split in _HELD_OUT]
     return f"{name}:{held_out[0]}" if held_out else None

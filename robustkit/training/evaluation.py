@@ -1,4 +1,4 @@
-"""How well nets do on held-out images, and batch norms set right for given weights."""
+"""Accuracy of nets on held-out images, and running statistics of batch norms for given weights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _CHUNK = 500
 def log_probabilities(net: nn.Module, images: ImageSet) -> Tensor:
     """Return the log-probabilities (N K) of a net in eval mode; its mode is restored.
 
-    A net that draws by a policy does so by the images' content meanwhile, so that the numbers can be had again.
+    A net with a policy of random numbers draws them from the images' content, so that the result is reproducible.
     """
     before = net.training
     net.eval()
@@ -31,10 +31,10 @@ def log_probabilities(net: nn.Module, images: ImageSet) -> Tensor:
 
 
 def accuracy_and_loss(scores: Tensor, labels: Tensor) -> tuple[float, float]:
-    """Return the share of labels that log-probabilities (N K) name, and their mean negative logarithm.
+    """Return accuracy and mean negative log-likelihood of log-probabilities (N K) for labels (N).
 
     Raises:
-        RunError: if that is not finite, as no log-probabilities of a sound net are.
+        RunError: if the negative log-likelihood is not finite.
     """
     loss = float(F.nll_loss(scores, labels))
     if not math.isfinite(loss):
@@ -45,22 +45,28 @@ def accuracy_and_loss(scores: Tensor, labels: Tensor) -> tuple[float, float]:
     return float((scores.argmax(1) == labels).float().mean()), loss
 
 
-def mixed(scores: Iterable[Tensor]) -> Tensor:
-    """Return the log of the mean of probabilities, given their logarithms (N K) one after another."""
+def mean_of_probabilities(scores: Iterable[Tensor]) -> Tensor:
+    """Return the logarithm (N K) of the mean of probabilities, given their logarithms (N K) one after another."""
     total, count = None, 0
     for one in scores:
         total, count = one if total is None else torch.logaddexp(total, one), count + 1
     if total is None:
-        raise ValueError("there is nothing to mix")
+        raise ValueError("there are no log-probabilities to average")
     return total - torch.tensor(count).log()
 
 
 @torch.no_grad()
-def re_estimate(net: nn.Module, images: ImageSet, batch_size: int, order: Tensor | None = None) -> None:
-    """Set every batch norm's running statistics to the mean over whole batches of the images, in place.
+def re_estimate_batch_norms(
+    net: nn.Module, images: ImageSet, batch_size: int, order: Tensor | None = None
+) -> None:
+    """Set the running statistics of all batch norms to the mean over full batches of the images, in place.
 
-    `order` (N) mixes the images: in a set sorted by class each batch would be of one class, and its variance not
-    that of the batches which the weights were trained on.
+    Args:
+        net: a net with batch norms; its mode is restored.
+        images: the training images.
+        batch_size: images per batch.
+        order: permutation (N) of the images. In a set sorted by class each batch would contain one class, and its
+            variance would differ from that of the training batches.
     """
     norms = [part for part in net.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]

@@ -1,4 +1,4 @@
-"""What a finished run leaves: weights, or a posterior, and model.json, by which it is finished."""
+"""The files of a finished run: weights or a posterior, and then model.json, which marks the run as finished."""
 
 from __future__ import annotations
 
@@ -22,32 +22,32 @@ from robustkit.runs.evaluation_record import Rate, dumps
 from robustkit.runs.run_folder import sha256
 from robustkit.runs.training_record import KEPT, RECORD, WEIGHTS, Trained
 from robustkit.training import evaluation
-from robustkit.training.averages import swapped
+from robustkit.training.averages import averaged_weights
 from robustkit.training.checkpoint import PREVIOUS, ModelState, TrainState
 from robustkit.training.images import Epoch, ImageSet
+from robustkit.training.job import TrainingJob
 from robustkit.training.method import Plan
-from robustkit.training.nets import Member, bare, flops
+from robustkit.training.nets import Member, architecture_string, flops
 from robustkit.training.posterior_method import PosteriorMethod, State, kept_steps
-from robustkit.training.quick_diversity import oracles, quick_diversity, usual_threat
-from robustkit.training.session import Job
+from robustkit.training.quick_diversity import default_threat, oracle_accuracies, quick_diversity
 from robustkit.training.wrapping_method import WrappingMethod
 
 
 def finish(
-    job: Job,
+    job: TrainingJob,
     members: Sequence[Member],
-    parts: ModelState,
-    course: TrainState,
+    model_state: ModelState,
+    train_state: TrainState,
     train: ImageSet,
     test: ImageSet | None,
 ) -> None:
-    """Write the files; it may be called again after a crash at any point of it."""
+    """Write the files of a finished run; it can be called again after a crash at any point."""
     samples: list[dict[str, Any]] = []
     scores: list[Tensor] = []
     method = job.method
     has_posterior = isinstance(method, PosteriorMethod)
     if isinstance(method, PosteriorMethod):
-        posterior = _pack(job, method, members[0], course, train)
+        posterior = _pack(job, method, members[0], train_state, train)
         samples = _facts(method, job.plan, len(posterior))
         for number, facts in enumerate(samples):
             posterior.put(members[0].net, number)
@@ -55,25 +55,25 @@ def finish(
                 scores.append(evaluation.log_probabilities(members[0].classifier, test))
                 facts["accuracy"], facts["loss"] = evaluation.accuracy_and_loss(scores[-1], test.labels)
     else:
-        with swapped(parts.nets, parts.averages):
+        with averaged_weights(model_state.nets, model_state.averages):
             _save(job, members)
             if test is not None:
                 scores = [evaluation.log_probabilities(member.classifier, test) for member in members]
-    own = [evaluation.accuracy_and_loss(one, test.labels)[0] for one in scores] if test is not None else []
+    accuracies = [evaluation.accuracy_and_loss(one, test.labels)[0] for one in scores] if test is not None else []
     accuracy, doubts = None, []
     if test is not None:
-        said = evaluation.mixed(scores).argmax(1)
-        hits = int((said == test.labels).sum())
+        predictions = evaluation.mean_of_probabilities(scores).argmax(1)
+        hits = int((predictions == test.labels).sum())
         accuracy = json.loads(dumps(Rate.of(hits, len(test))))
-        doubts = clean_doubts(said.tolist(), test.labels.tolist(), job.plan.classes)
+        doubts = clean_doubts(predictions.tolist(), test.labels.tolist(), job.plan.classes)
     classifier = members[0].classifier
     mean, std = (None if of is None else of.flatten().tolist() for of in (classifier.mean, classifier.std))
     classifiers = [member.classifier for member in members]
-    arch = bare(classifiers)
-    # Members of one architecture cost the same.
+    arch = architecture_string(classifiers)
+    # Members of one architecture have the same cost.
     counted = classifiers if ModelString.parse(arch).kind == ENSEMBLE else classifiers[:1]
     per_image = sum(flops(one.eval(), train.at(slice(0, 1))) for one in counted) // len(counted)
-    tally, file = course.tally, POSTERIOR if has_posterior else WEIGHTS
+    pass_counts, file = train_state.pass_counts, POSTERIOR if has_posterior else WEIGHTS
     record = Trained(
         run_id=job.spec.run_id,
         arch=arch,
@@ -84,20 +84,20 @@ def finish(
         data=str(job.spec.data["string"]),
         spec=json.loads(dumps(job.spec)),
         members=job.plan.members,
-        history=course.history,
+        history=train_state.history,
         samples=samples,
         accuracy=accuracy,
-        member_accuracy=[] if has_posterior else own,
+        member_accuracy=[] if has_posterior else accuracies,
         input=[train.channels, *train.pixels.shape[1:3]] if isinstance(method, WrappingMethod) else None,
         cost={
-            "forwards": tally.forwards,
-            "backwards": tally.backwards,
-            # A backward pass makes the gradients of the input and of the weights of every layer.
-            "flops": per_image * (tally.forwards + 2 * tally.backwards),
-            "seconds": course.seconds,
+            "forwards": pass_counts.forwards,
+            "backwards": pass_counts.backwards,
+            # A backward pass computes the gradients of the input and of the weights of every layer.
+            "flops": per_image * (pass_counts.forwards + 2 * pass_counts.backwards),
+            "seconds": train_state.seconds,
         },
         hashes={file: sha256(job.folder / file)},
-        environment=environment(train.pixels.device, job.spec.precision, None) | {"parts": course.parts},
+        environment=environment(train.pixels.device, job.spec.precision, None) | {"parts": train_state.versions},
         class_names=job.class_names,
         flags=[*job.flags, *doubts],
     )
@@ -106,33 +106,37 @@ def finish(
     (job.folder / PREVIOUS).unlink(missing_ok=True)
 
 
-def judge(members: Sequence[Member], parts: ModelState, test: ImageSet) -> dict[str, float]:
-    """Return accuracy and loss of the nets as they are now: of several that of their mean, and oracles'."""
-    with swapped(parts.nets, parts.averages):
+def test_metrics(members: Sequence[Member], model_state: ModelState, test: ImageSet) -> dict[str, float]:
+    """Return the current test accuracy and loss; those of the mean probabilities if there are several nets."""
+    with averaged_weights(model_state.nets, model_state.averages):
         scores = [evaluation.log_probabilities(member.classifier, test) for member in members]
-    accuracy, loss = evaluation.accuracy_and_loss(evaluation.mixed(scores), test.labels)
+    accuracy, loss = evaluation.accuracy_and_loss(evaluation.mean_of_probabilities(scores), test.labels)
     facts = {"test_accuracy": accuracy, "test_loss": loss}
-    return facts if len(members) == 1 else {**facts, **oracles(scores, test.labels)}
+    return facts if len(members) == 1 else {**facts, **oracle_accuracies(scores, test.labels)}
 
 
-def compare(job: Job, members: Sequence[Member], parts: ModelState, test: ImageSet) -> dict[str, float]:
-    """Return how far several nets, as they are now, share weaknesses."""
-    with swapped(parts.nets, parts.averages):
+def diversity_metrics(
+    job: TrainingJob, members: Sequence[Member], model_state: ModelState, test: ImageSet
+) -> dict[str, float]:
+    """Return the diversity estimates of several nets as they are now (`quick_diversity`)."""
+    with averaged_weights(model_state.nets, model_state.averages):
         nets = [member.classifier for member in members]
-        return quick_diversity(nets, test, job.plan.samples, usual_threat(str(job.spec.data["string"])))
+        return quick_diversity(nets, test, job.plan.samples, default_threat(str(job.spec.data["string"])))
 
 
-def _pack(job: Job, method: PosteriorMethod, member: Member, course: TrainState, train: ImageSet) -> Posterior:
-    """Make the method's samples of the states that were kept, and return the posterior of them."""
+def _pack(
+    job: TrainingJob, method: PosteriorMethod, member: Member, train_state: TrainState, train: ImageSet
+) -> Posterior:
+    """Return the posterior of the method's samples, made from the kept states."""
     if (job.folder / POSTERIOR).is_file():
         return Posterior.open(job.folder)
-    Draft(job.folder / KEPT).require(course.kept)
+    Draft(job.folder / KEPT).require(train_state.kept)
     order = Epoch.of(train, job.plan, job.plan.epochs, ()).order
     draft, count = Draft(job.folder), 0
     for state in method.samples(_kept(job.folder / KEPT), job.plan):
         if method.batch_norm == "re-estimate":
             member.net.load_state_dict(state)
-            evaluation.re_estimate(member, train, min(job.plan.batch_size, len(train)), order)
+            evaluation.re_estimate_batch_norms(member, train, min(job.plan.batch_size, len(train)), order)
             state = member.net.state_dict()
         draft.add(state, count)
         count += 1
@@ -147,13 +151,13 @@ def _kept(folder: Path) -> Iterator[State]:
 
 
 def _facts(method: PosteriorMethod, plan: Plan, count: int) -> list[dict[str, Any]]:
-    """Return step, epoch, cycle and rate of each sample that is a state of the run; of a drawn one none."""
-    nothing = {"step": None, "epoch": None, "cycle": None, "rate": None, "accuracy": None, "loss": None}
+    """Return step, epoch, cycle and rate of each sample that is a state of the run; None for drawn samples."""
+    empty = {"step": None, "epoch": None, "cycle": None, "rate": None, "accuracy": None, "loss": None}
     if type(method).samples is not PosteriorMethod.samples:
-        return [dict(nothing) for _ in range(count)]
+        return [dict(empty) for _ in range(count)]
     return [
         {
-            **nothing,
+            **empty,
             "step": step + 1,
             "epoch": step // plan.steps_per_epoch + 1,
             "cycle": method.cycle(step, plan) + 1,
@@ -163,8 +167,8 @@ def _facts(method: PosteriorMethod, plan: Plan, count: int) -> list[dict[str, An
     ]
 
 
-def _save(job: Job, members: Sequence[Member]) -> None:
-    """Write the weights of one net under its own names, of several under numbers in front of them."""
+def _save(job: TrainingJob, members: Sequence[Member]) -> None:
+    """Write the weights: of one net under its own names, of several nets with the member's number as a prefix."""
     state = {
         f"{number}.{name}" if len(members) > 1 else name: tensor
         for number, member in enumerate(members)
@@ -184,7 +188,7 @@ def _save(job: Job, members: Sequence[Member]) -> None:
         if of is not None
     }
     metadata |= {
-        "arch": bare([member.classifier for member in members]),
+        "arch": architecture_string([member.classifier for member in members]),
         "recipe": dumps(job.spec.method),
         "run": job.spec.run_id,
     }

@@ -1,4 +1,4 @@
-"""A training set in memory, and its batches: which images in which order, moved how, is a function of the seed."""
+"""A training set in memory and its batches. Order and augmentation of the images are functions of the seed."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from robustkit.data.samples import Samples
 from robustkit.training import augment
 from robustkit.training.method import Batch, Plan
 
-# Signs in a byte (`robustkit.training.memory`).
-PER_BYTE = 4
+# Perturbation signs stored per byte (`robustkit.training.memory`).
+SIGNS_PER_BYTE = 4
 
 _CHUNK = 1024
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images side by side in memory.
+    """All images of a set in memory.
 
-    Attributes:
+    Args:
         pixels: (N H W C), uint8 where the images are 8-bit, else float32 in [0, 1].
         labels: (N).
     """
@@ -34,7 +34,7 @@ class ImageSet:
 
     @classmethod
     def read(cls, samples: Samples) -> ImageSet:
-        """Read a whole set; as bytes if no image loses anything by it."""
+        """Read a whole set, as uint8 if all images have 8-bit values."""
         chunks: list[Tensor] = []
         exact = True
         for start in range(0, len(samples), _CHUNK):
@@ -67,11 +67,11 @@ class ImageSet:
         return ImageSet(self.pixels.to(device), self.labels.to(device))
 
     def at(self, rows: Tensor | slice) -> Tensor:
-        """Return those images as they are: float32 (B C H W) in [0, 1], channels last in memory."""
+        """Return these images without augmentation: float32 (B C H W) in [0, 1], channels last in memory."""
         return as_images(self.pixels[rows])
 
     def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Return mean and deviation of each channel over the set, to four decimals."""
+        """Return mean and standard deviation of each channel over the set, to four decimals."""
         count = self.pixels[..., 0].numel()
         total = torch.zeros(2, self.channels, dtype=torch.float64)
         for chunk in torch.split(self.pixels, _CHUNK):
@@ -84,7 +84,17 @@ class ImageSet:
 
 @dataclass(frozen=True)
 class Epoch:
-    """One pass over a set: the order of the images, and how each is moved."""
+    """One pass over a set: the order of the images and their augmentation.
+
+    Args:
+        images: the set, N images.
+        plan: the size of the run.
+        number: number of the epoch, from 0.
+        order: permutation (N) of the images.
+        moves: random integers (N 3) of the augmentation: vertical shift, horizontal shift, flip.
+        augmentation: the transforms, parts of `robustkit.training.augment.CHOICES`.
+        partners: with pairs: the same images in another random order.
+    """
 
     images: ImageSet
     plan: Plan
@@ -98,7 +108,7 @@ class Epoch:
     def of(
         cls, images: ImageSet, plan: Plan, number: int, augmentation: tuple[str, ...], pairs: bool = False
     ) -> Epoch:
-        """Draw an epoch, and with `pairs` its partners; the numbers depend on seed, epoch and image alone."""
+        """Draw an epoch, and its partners with `pairs`; the numbers depend on seed, epoch and image only."""
         partners = cls._drawn(images, plan, number, augmentation, "partner ") if pairs else None
         return replace(cls._drawn(images, plan, number, augmentation, ""), partners=partners)
 
@@ -111,7 +121,7 @@ class Epoch:
         return cls(images, plan, number, order, moves, augmentation)
 
     def batch(self, place: int, part: int = 0, parts: int = 1) -> Batch:
-        """Return the batch at a place of the epoch, or one of several equal parts, dealt out image by image."""
+        """Return a batch of the epoch, or every `parts`-th image of it from `part` on."""
         start = place * self.plan.batch_size
         rows = self.order[start : start + self.plan.batch_size][part::parts]
         step = self.number * self.plan.steps_per_epoch + place
@@ -123,32 +133,41 @@ class Epoch:
         return replace(batch, partners=other.x, partner_labels=other.y)
 
     def moved(self, pixels: Tensor, rows: Tensor) -> Tensor:
-        """Return pixels (B H W ...) of these images moved as the epoch moves them."""
-        return augment.moved(pixels, *self._moves(rows)) if self.augmentation else pixels
+        """Return pixels (B H W ...) of these images with the augmentation of the epoch."""
+        return augment.apply_moves(pixels, *self._moves(rows)) if self.augmentation else pixels
 
     def returned(self, pixels: Tensor, rows: Tensor) -> Tensor:
-        """Return pixels that were moved where they belong."""
-        return augment.returned(pixels, *self._moves(rows)) if self.augmentation else pixels
+        """Return pixels (B H W ...) with the augmentation undone."""
+        return augment.undo_moves(pixels, *self._moves(rows)) if self.augmentation else pixels
 
     def _moves(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
-        most = augment.margin(self.images.height)
-        down, across, coin = self.moves[rows].unbind(1)
+        most = augment.max_shift(self.images.height)
+        down, across, flip = self.moves[rows].unbind(1)
         mirrored = (
-            (coin % 2 == 1) if augment.FLIP in self.augmentation else torch.zeros_like(coin, dtype=torch.bool)
+            (flip % 2 == 1) if augment.FLIP in self.augmentation else torch.zeros_like(flip, dtype=torch.bool)
         )
         return down % (2 * most + 1), across % (2 * most + 1), mirrored, most
 
 
 def as_images(pixels: Tensor) -> Tensor:
-    """Return (B H W C) pixels as images (B C H W) on [0, 1], without moving them in memory."""
+    """Return (B H W C) pixels as images (B C H W) in [0, 1], without changing the memory order."""
     x = pixels.permute(0, 3, 1, 2)
     return x.to(torch.float32).div_(255) if x.dtype == torch.uint8 else x
 
 
-def check_room(samples: Samples, free: int, signs: int = 0) -> None:
-    """Refuse a set that does not fit into half of the free bytes, with so many signs for each of its pixels."""
+def check_memory(samples: Samples, free: int, signs: int = 0) -> None:
+    """Refuse a set that does not fit into half of the free memory.
+
+    Args:
+        samples: the training set.
+        free: free bytes of the device.
+        signs: perturbation signs stored for each pixel.
+
+    Raises:
+        UsageError: if it needs more.
+    """
     pixels = samples.images([0]).numel() * len(samples)
-    need = pixels + pixels * signs // PER_BYTE
+    need = pixels + pixels * signs // SIGNS_PER_BYTE
     if need > free // 2:
         raise UsageError(
             f"{samples.name}: {len(samples)} images take {need / 2**30:.1f} GiB of memory and "

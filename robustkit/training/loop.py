@@ -1,4 +1,4 @@
-"""The loop: epochs of steps, checkpoints on the way. A step does not wait for the device; an epoch does, once."""
+"""The training loop: epochs, steps and checkpoints. Steps do not wait for the device; an epoch waits once."""
 
 from __future__ import annotations
 
@@ -13,34 +13,34 @@ import torch
 
 from robustkit.core.errors import RunError
 from robustkit.core.writing import subfolder
-from robustkit.engine.failures import is_out_of_memory
+from robustkit.models.failures import is_out_of_memory
 from robustkit.posterior import Draft
 from robustkit.runs.training_record import KEPT, RECORD
 from robustkit.runs.versions import continued
 from robustkit.training import augment, averages, checkpoint, quick_diversity
 from robustkit.training.checkpoint import ModelState, TrainState
-from robustkit.training.finish import compare, finish, judge
+from robustkit.training.finish import diversity_metrics, finish, test_metrics
 from robustkit.training.images import Epoch
-from robustkit.training.memory import Memory
+from robustkit.training.job import TrainingJob
+from robustkit.training.memory import PerturbationMemory
 from robustkit.training.method import Method, Plan, ProcessGroup
 from robustkit.training.metrics import MISSING, Metrics
-from robustkit.training.nets import Member, build, laid_out
+from robustkit.training.nets import Member, build, in_channels_last
 from robustkit.training.parallel.data_parallel import DataParallel
 from robustkit.training.posterior_method import PosteriorMethod
 from robustkit.training.progress import TrainProgress
-from robustkit.training.session import Job
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-# Seconds after which a checkpoint is written within an epoch.
+# Seconds between two checkpoints within an epoch.
 SAVE_EVERY = 20.0
-# A run looks at its test data so many times at most.
-LOOKS = 20
+# The most evaluations on the test data during a run.
+MAX_EVALUATIONS = 20
 
 
-def work(fabric: Fabric, job: Job) -> str:
-    """Train in one process, from the beginning or the last checkpoint; return the finished run's record."""
+def run_process(fabric: Fabric, job: TrainingJob) -> str:
+    """Train in one process, from the start or the last checkpoint; return the record of the run as JSON."""
     first, record = fabric.global_rank == 0, job.folder / RECORD
     if not fabric.broadcast(first and record.is_file()):
         try:
@@ -58,52 +58,52 @@ def work(fabric: Fabric, job: Job) -> str:
 
 
 class TrainingSession:
-    """One process at work on a run, from where an earlier sitting left it."""
+    """The training of a run in one process, resumed from a checkpoint if there is one."""
 
-    def __init__(self, fabric: Fabric, job: Job) -> None:
-        """Build everything, and take up the checkpoint if there is one."""
+    def __init__(self, fabric: Fabric, job: TrainingJob) -> None:
+        """Build nets and optimizers, and load the checkpoint if there is one."""
         self.fabric, self.job = fabric, job
         self.plan, self.method = job.plan, job.method
         self.images = job.train.to(fabric.device)
         self.test = None if job.test is None else job.test.to(fabric.device)
-        self.course = TrainState(loss=torch.zeros((), device=fabric.device))
-        self.share = DataParallel.of(job.parallel, fabric, job.plan.members)
-        self.members = [self._member(number, self.share) for number in range(job.plan.members)]
+        self.state = TrainState(loss=torch.zeros((), device=fabric.device))
+        self.group = DataParallel.of(job.parallel, fabric, job.plan.members)
+        self.members = [self._member(number, self.group) for number in range(job.plan.members)]
         nets = [member.net for member in self.members]
         weights = [[weight for weight in net.parameters() if weight.requires_grad] for net in nets]
         plans = [own_plan(job.plan, number) for number in range(job.plan.members)]
-        self.parts = ModelState(
+        self.model_state = ModelState(
             nets=nets,
             optimizers=[job.method.optimizer(own, plan) for own, plan in zip(weights, plans, strict=True)],
-            averages=[averages.start(net) for net in nets] if job.spec.ema else [],
-            memory=Memory.of(self.images, job.plan.members) if job.method.batch_needs.memory else None,
+            averages=[averages.copy_state(net) for net in nets] if job.spec.ema else [],
+            memory=PerturbationMemory.of(self.images, job.plan.members) if job.method.batch_needs.memory else None,
         )
-        # Of several processes one reads, writes and speaks: not every host sees what is new in a folder at once.
+        # One process reads, writes and reports: other hosts may not see new files of a shared folder at once.
         self.first = fabric.global_rank == 0
         self.progress = job.progress if self.first else TrainProgress()
-        found = checkpoint.read(job.folder, job.method, job.plan) if self.first else None
+        found = checkpoint.find_checkpoint(job.folder, job.method, job.plan) if self.first else None
         if found is not None and found.damaged:
-            self.progress.say(f"{found.damaged}; going on from the checkpoint before it")
-        left = fabric.broadcast(None if found is None else found.content)
-        self.resumed = left is not None
-        if left is not None:
-            checkpoint.load(left, job.folder, self.course, self.parts)
+            self.progress.say(f"{found.damaged}; resuming from the checkpoint before it")
+        content = fabric.broadcast(None if found is None else found.content)
+        self.resumed = content is not None
+        if content is not None:
+            checkpoint.load(content, job.folder, self.state, self.model_state)
             if self.first:
-                Draft(job.folder / KEPT).check(self.course.kept)
-        self.course.parts = continued(self.course.parts, f"step {self.course.step}")
+                Draft(job.folder / KEPT).check(self.state.kept)
+        self.state.versions = continued(self.state.versions, f"step {self.state.step}")
 
     def run(self) -> None:
-        """Train to the end, and write what a finished run leaves."""
+        """Train to the end, and write the files of the finished run."""
         if self.resumed:
             self.progress.say(
-                f"resuming {self.job.spec.run_id}: {self.course.step} of {self.plan.steps} steps done"
+                f"resuming {self.job.spec.run_id}: {self.state.step} of {self.plan.steps} steps done"
             )
         self.progress.begin(self.plan.epochs, self.plan.steps_per_epoch, self.plan.batch_size)
-        metrics = Metrics(self.job.folder, self.course.history) if self.first else None
+        metrics = Metrics(self.job.folder, self.state.history) if self.first else None
         if metrics is not None and metrics.curves is None and not self.resumed:
             self.progress.say(MISSING)
         try:
-            while self.course.step < self.plan.steps:
+            while self.state.step < self.plan.steps:
                 facts = self._epoch()
                 if metrics is not None:
                     metrics.add(facts)
@@ -115,109 +115,111 @@ class TrainingSession:
             self.progress.close()
 
     def _finish(self) -> None:
-        """Write what a finished run leaves, in the first process alone."""
+        """Write the files of the finished run, in the first process only."""
         members = self.members
         if isinstance(self.method, PosteriorMethod):
-            # Samples pass through a net that waits for no other process and counts as one.
+            # Samples run in a net of a single process, which does not wait for the others.
             members = [self._member(0, ProcessGroup())]
-            members[0].begin(self.plan.steps)
-        finish(self.job, members, self.parts, self.course, self.images, self.test)
+            members[0].start_step(self.plan.steps)
+        finish(self.job, members, self.model_state, self.state, self.images, self.test)
 
     def _epoch(self) -> dict[str, Any]:
-        """Do what is left of the epoch that the run is in, save it, and return its facts."""
-        plan, course = self.plan, self.course
-        number, start = divmod(course.step, plan.steps_per_epoch)
-        moved = augment.parts(self.job.spec.augment)
-        epoch = Epoch.of(self.images, plan, number, moved, self.method.batch_needs.pairs)
-        before, begun = course.seconds, time.perf_counter()
-        saved = begun
+        """Train the rest of the current epoch, write a checkpoint, and return the metrics of the epoch."""
+        plan, state = self.plan, self.state
+        number, start = divmod(state.step, plan.steps_per_epoch)
+        augmentation = augment.components(self.job.spec.augment)
+        epoch = Epoch.of(self.images, plan, number, augmentation, self.method.batch_needs.pairs)
+        before, started = state.seconds, time.perf_counter()
+        saved = started
         for place in range(start, plan.steps_per_epoch):
             self._step(epoch, place)
             now = time.perf_counter()
-            course.seconds = before + now - begun
-            if self.share.agreed(now - saved > SAVE_EVERY, place) and place + 1 < plan.steps_per_epoch:
+            state.seconds = before + now - started
+            if self.group.agree(now - saved > SAVE_EVERY, place) and place + 1 < plan.steps_per_epoch:
                 self._mean_loss(place + 1)
-                self.share.collect(course, self.parts)
+                self.group.synchronise(state, self.model_state)
                 if self.first:
-                    checkpoint.save(self.job.folder, course, self.parts)
+                    checkpoint.save(self.job.folder, state, self.model_state)
                 saved = now
         loss = self._mean_loss(plan.steps_per_epoch)
-        course.loss = torch.zeros_like(course.loss)
-        seconds = time.perf_counter() - begun
-        course.seconds = before + seconds
+        state.loss = torch.zeros_like(state.loss)
+        seconds = time.perf_counter() - started
+        state.seconds = before + seconds
         facts = {
             "epoch": number + 1,
-            "step": course.step,
+            "step": state.step,
             "loss": loss,
-            "rate": self.method.rate(course.step - 1, plan),
+            "rate": self.method.rate(state.step - 1, plan),
             "images_per_second": (plan.steps_per_epoch - start) * plan.batch_size / seconds,
-            "seconds": course.seconds,
+            "seconds": state.seconds,
         }
-        self.share.collect(course, self.parts)
+        self.group.synchronise(state, self.model_state)
         if self.first:
-            if self.test is not None and _looks(number + 1, plan.epochs):
-                facts |= judge(self.members, self.parts, self.test)
+            if self.test is not None and is_evaluated(number + 1, plan.epochs):
+                facts |= test_metrics(self.members, self.model_state, self.test)
             if (
                 self.test is not None
                 and plan.members > 1
-                and _looks(number + 1, plan.epochs, quick_diversity.LOOKS)
+                and is_evaluated(number + 1, plan.epochs, quick_diversity.MAX_EVALUATIONS)
             ):
-                facts |= compare(self.job, self.members, self.parts, self.test)
-            course.history.append(facts)
-            checkpoint.save(self.job.folder, course, self.parts)
+                facts |= diversity_metrics(self.job, self.members, self.model_state, self.test)
+            state.history.append(facts)
+            checkpoint.save(self.job.folder, state, self.model_state)
             self.progress.epoch(facts)
         return facts
 
     def _step(self, epoch: Epoch, place: int) -> None:
-        plan, method, course, share = self.plan, self.method, self.course, self.share
-        step = course.step
-        batch = replace(epoch.batch(place, share.part, share.parts), peers=share)
-        memory, rows = self.parts.memory, batch.rng.ids
+        plan, method, state, group = self.plan, self.method, self.state, self.group
+        step = state.step
+        batch = replace(epoch.batch(place, group.part, group.parts), process_group=group)
+        memory, rows = self.model_state.memory, batch.rng.ids
         if memory is not None:
             batch = replace(batch, memory=memory.read(epoch, rows))
-        own = [self.members[number] for number in share.own]
-        optimizers = [self.parts.optimizers[number] for number in share.own]
+        own = [self.members[number] for number in group.own_members]
+        optimizers = [self.model_state.optimizers[number] for number in group.own_members]
         for member in own:
-            member.begin(step)
+            member.start_step(step)
         repeats = method.batch_needs.repeats
         for _ in range(repeats):
             for optimizer in optimizers:
                 optimizer.zero_grad(set_to_none=True)
             loss = method.backward(own, batch, plan)
-            course.loss += share.settle([member.net for member in own], loss) / repeats
+            state.loss += group.all_reduce([member.net for member in own], loss) / repeats
             for optimizer in optimizers:
                 take_step(method, optimizer, step, plan)
         if memory is not None and batch.memory is not None:
-            memory.write(epoch, *share.remembered(rows, batch.memory))
-        if self.parts.averages:
-            for number in share.own:
-                averages.advance(self.parts.averages[number], self.parts.nets[number], self.job.spec.ema)
-        course.step += 1
+            memory.write(epoch, *group.gather_memory(rows, batch.memory))
+        if self.model_state.averages:
+            for number in group.own_members:
+                averages.update_average(
+                    self.model_state.averages[number], self.model_state.nets[number], self.job.spec.ema
+                )
+        state.step += 1
         if isinstance(method, PosteriorMethod) and method.keeps(step, plan):
             if self.first:
-                Draft(subfolder(self.job.folder, KEPT)).add(self.parts.nets[0].state_dict(), course.kept)
-            course.kept += 1
-        self.progress.step(course.step)
+                Draft(subfolder(self.job.folder, KEPT)).add(self.model_state.nets[0].state_dict(), state.kept)
+            state.kept += 1
+        self.progress.step(state.step)
 
     def _mean_loss(self, steps: int) -> float:
-        """Return the epoch's mean loss so far; RunError if it is not finite."""
-        loss = float(self.course.loss) / steps
+        """Return the mean loss over the first steps of the epoch; RunError if it is not finite."""
+        loss = float(self.state.loss) / steps
         if not math.isfinite(loss):
-            epoch = (self.course.step - 1) // self.plan.steps_per_epoch + 1
+            epoch = (self.state.step - 1) // self.plan.steps_per_epoch + 1
             raise RunError(
                 f"the loss is {loss} in epoch {epoch}: the training has diverged; give a smaller --lr in another "
                 "folder."
             )
         return loss
 
-    def _member(self, number: int, peers: ProcessGroup) -> Member:
-        """Return a member as it begins, which sees its process's part of each batch."""
+    def _member(self, number: int, group: ProcessGroup) -> Member:
+        """Return a member with its initial weights, for the process's part of each batch."""
         plan, fabric = self.plan, self.fabric
         sample = self.job.train.at(slice(0, 2))
         job, seed = self.job, plan.seed + number
         classifier = build(job.archs[number], seed, sample, plan.classes, self.method, job.trust_code)
-        classifier = laid_out(classifier.to(fabric.device).train(), sample.to(fabric.device))
-        return Member(classifier, self.course.tally, fabric.autocast, seed, peers.part, peers.parts).train()
+        classifier = in_channels_last(classifier.to(fabric.device).train(), sample.to(fabric.device))
+        return Member(classifier, self.state.pass_counts, fabric.autocast, seed, group.part, group.parts).train()
 
 
 def take_step(method: Method, optimizer: torch.optim.Optimizer, step: int, plan: Plan) -> None:
@@ -234,17 +236,18 @@ def take_step(method: Method, optimizer: torch.optim.Optimizer, step: int, plan:
 
 
 def own_plan(plan: Plan, member: int) -> Plan:
-    """Return the plan of one member: its seed is its own."""
+    """Return the plan of one member, with the seed of the member."""
     return replace(plan, seed=plan.seed + member)
 
 
-def _looks(epoch: int, epochs: int, most: int = LOOKS) -> bool:
+def is_evaluated(epoch: int, epochs: int, most: int = MAX_EVALUATIONS) -> bool:
+    """Return whether an epoch, from 1, ends with an evaluation: the last one, and at most `most` evenly spaced."""
     return epoch == epochs or epoch % math.ceil(epochs / most) == 0
 
 
 @contextmanager
 def _generators(device: torch.device) -> Iterator[None]:
-    """Leave torch's generators as the caller had them."""
+    """Restore torch's generators afterwards."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         yield

@@ -1,6 +1,7 @@
-"""What a method remembers of each image: a sign for each pixel and member, four of them in a byte.
+"""Perturbation signs of the training images, one for each pixel and member, stored as four signs per byte.
 
-They belong to the image as it is in the set: a crop or a flip moves them with it, and they are put back after.
+The signs are stored for the images without augmentation: crops and flips are applied on reading and undone on
+writing.
 """
 
 from __future__ import annotations
@@ -11,20 +12,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from robustkit.training.images import PER_BYTE, Epoch, ImageSet
+from robustkit.training.images import SIGNS_PER_BYTE, Epoch, ImageSet
 
-# What each of the four signs of a byte counts.
-PLACES = (1, 4, 16, 64)
+# Place values of the four signs in a byte.
+POWERS_OF_FOUR = (1, 4, 16, 64)
 
 
 @dataclass(frozen=True)
-class Memory:
-    """Signs of a whole set: 0 to begin with.
+class PerturbationMemory:
+    """Perturbation signs of a training set; all 0 at the beginning.
 
-    Attributes:
-        packed: (N P) uint8, which changes in place.
+    Args:
+        packed: (N P) uint8, changed in place.
         shape: height, width and channels of an image.
-        members: nets that each have their own.
+        members: number of nets, each with signs of its own.
     """
 
     packed: Tensor
@@ -32,33 +33,36 @@ class Memory:
     members: int
 
     @classmethod
-    def of(cls, images: ImageSet, members: int) -> Memory:
-        """Return the memory of a set of which nothing is known."""
+    def of(cls, images: ImageSet, members: int) -> PerturbationMemory:
+        """Return the memory of a set, with all signs 0."""
         _, height, width, channels = images.pixels.shape
-        length = -(-height * width * channels * members // PER_BYTE)
-        blank = torch.full((len(images), length), sum(PLACES), dtype=torch.uint8, device=images.pixels.device)
-        return cls(blank, (height, width, channels), members)
+        length = -(-height * width * channels * members // SIGNS_PER_BYTE)
+        device = images.pixels.device
+        zeros = torch.full((len(images), length), sum(POWERS_OF_FOUR), dtype=torch.uint8, device=device)
+        return cls(zeros, (height, width, channels), members)
 
     def read(self, epoch: Epoch, rows: Tensor) -> Tensor:
-        """Return the signs (B members C H W) of images as an epoch moves them."""
+        """Return the signs (B members C H W) of the images in these rows, with the augmentation of the epoch."""
         height, width, channels = self.shape
-        flat = unpacked(self.packed[rows])[:, : height * width * channels * self.members]
+        flat = unpack_signs(self.packed[rows])[:, : height * width * channels * self.members]
         moved = epoch.moved(flat.view(-1, height, width, self.members * channels), rows)
         return moved.view(-1, height, width, self.members, channels).permute(0, 3, 4, 1, 2).contiguous()
 
     def write(self, epoch: Epoch, rows: Tensor, signs: Tensor) -> None:
-        """Remember these signs; of pixels that were cropped away nothing is known then."""
+        """Store the signs (B members C H W) of the images in these rows; pixels that were cropped away get 0."""
         plain = signs.permute(0, 3, 4, 1, 2).flatten(3)
-        self.packed[rows] = packed(epoch.returned(plain, rows).flatten(1))
+        self.packed[rows] = pack_signs(epoch.returned(plain, rows).flatten(1))
 
 
-def packed(signs: Tensor) -> Tensor:
+def pack_signs(signs: Tensor) -> Tensor:
     """Return signs (B L) as bytes (B ceil(L / 4))."""
-    digits = F.pad(signs + 1, (0, -signs.shape[1] % PER_BYTE), value=1).to(torch.uint8)
-    return (digits.view(len(signs), -1, PER_BYTE) * digits.new_tensor(PLACES)).sum(2, dtype=torch.uint8)
+    digits = F.pad(signs + 1, (0, -signs.shape[1] % SIGNS_PER_BYTE), value=1).to(torch.uint8)
+    return (digits.view(len(signs), -1, SIGNS_PER_BYTE) * digits.new_tensor(POWERS_OF_FOUR)).sum(
+        2, dtype=torch.uint8
+    )
 
 
-def unpacked(found: Tensor) -> Tensor:
+def unpack_signs(packed: Tensor) -> Tensor:
     """Return the signs (B 4 L) int8 of bytes (B L)."""
-    digits = found[:, :, None] // found.new_tensor(PLACES) % 4
+    digits = packed[:, :, None] // packed.new_tensor(POWERS_OF_FOUR) % 4
     return digits.flatten(1).to(torch.int8) - 1

@@ -111,7 +111,7 @@ class Batch:
         partner_labels: with `BatchNeeds.pairs`: labels (B) of `partners`.
         memory: with `BatchNeeds.memory`: perturbation signs (B members C H W) int8, -1, 0 or 1 for each pixel and
             0 where unknown. `backward` writes the signs for the next epoch into it.
-        peers: the processes of the run.
+        process_group: the processes of the run.
         carried: with `BatchNeeds.repeats` above 1: tensors that `backward` passes to its next call on this batch.
     """
 
@@ -122,7 +122,7 @@ class Batch:
     partners: Images | None = None
     partner_labels: Labels | None = None
     memory: Tensor | None = None
-    peers: ProcessGroup = ProcessGroup()
+    process_group: ProcessGroup = ProcessGroup()
     carried: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -228,8 +228,8 @@ class Method:
     def supports_member_parallel(self) -> bool:
         """Return whether `backward` also works on some of the members, the others being in other processes.
 
-        `batch.peers.first` is then the index of its first net, and `batch.peers.exchanged` returns what the other
-        members computed.
+        `batch.process_group.first` is then the index of its first net, and `batch.process_group.exchanged`
+        returns what the other members computed.
         """
         return type(self).backward is Method.backward
 
@@ -245,7 +245,7 @@ class Method:
         """Add the gradient of the loss to the parameters of every net.
 
         The loss is a mean over the batch: with data parallelism the gradients of all processes are averaged, and
-        `batch.peers` provides what other sums need.
+        `batch.process_group` provides what other sums need.
 
         Args:
             nets: members in train mode, without gradients; they take images in [0, 1].

@@ -1,4 +1,4 @@
-"""Numbers of a run as it goes on: a line an epoch in metrics.jsonl, and curves for TensorBoard."""
+"""Metrics of a run during training: one line per epoch in metrics.jsonl, and curves for TensorBoard."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ MISSING = "no curves for TensorBoard: pip install tensorboard writes them"
 
 
 class Metrics:
-    """Writes facts of epochs; begins with those that a resumed run has behind it, and drops any after them."""
+    """Writes the metrics of each epoch; a resumed run rewrites those of its finished epochs first."""
 
     def __init__(self, folder: Path, history: Sequence[Mapping[str, Any]]) -> None:
-        """Open both; `curves` is None where TensorBoard is not installed."""
+        """Open both files; `curves` is None if TensorBoard is not installed."""
         self.file = folder / METRICS
         write(self.file, "".join(dumps(facts) + "\n" for facts in history).encode())
         self.curves = _curves(folder, len(history))
 
     def add(self, facts: Mapping[str, Any]) -> None:
-        """Write the facts of one epoch."""
+        """Write the metrics of one epoch."""
         refuse_link(self.file)
         with self.file.open("a", encoding="utf-8") as stream:
             stream.write(dumps(facts) + "\n")
@@ -35,7 +35,7 @@ class Metrics:
             self.curves.flush()
 
     def close(self) -> None:
-        """Close the curves' file."""
+        """Close the file of the curves."""
         if self.curves is not None:
             self.curves.close()
 

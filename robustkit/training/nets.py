@@ -1,4 +1,4 @@
-"""The nets that a run trains: built from a model string for the data at hand, counted, in the run's precision."""
+"""The nets of a run: built from a model string for the data, with counted passes, in the precision of the run."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from robustkit.models.strings import ENSEMBLE, FOLDER, TIMM, TORCHVISION, ZOO, M
 from robustkit.models.zoo.catalog import lookup
 from robustkit.registry import spec as record_of
 from robustkit.training.method import Method
-from robustkit.training.whole_batches import Whole
+from robustkit.training.whole_batches import WholeBatchMode
 from robustkit.training.wrapping_method import WrappingMethod
 
-USUAL = {
+DEFAULT_ARCHS = {
     "digits": "robustkit:digits-cnn",
     "cifar10": "robustkit:cifar-resnet20",
     "cifar100": "robustkit:cifar-resnet20",
@@ -36,50 +36,59 @@ USUAL = {
 
 
 @dataclass
-class Tally:
-    """Sample-propagations through all nets of a run, on all its processes together."""
+class PassCounts:
+    """Forward and backward passes of images through all nets of a run, summed over all processes."""
 
     forwards: int = 0
     backwards: int = 0
 
 
 class Member(nn.Module):
-    """A classifier in the run's precision, whose propagations are counted; `net` is the net itself.
+    """A classifier in the precision of the run, with counted passes; `net` is the net itself.
 
-    In train mode what it draws from torch's generator is a function of `seed`, the step and how many passes came
-    before in it: the same numbers whatever the other members do, and in which process.
+    In train mode, torch's generator is seeded for each pass from `seed`, the step and the number of the pass in
+    the step. So the random numbers do not depend on the other members, nor on the process.
     """
 
     def __init__(
         self,
         classifier: Classifier,
-        tally: Tally | None = None,
+        pass_counts: PassCounts | None = None,
         autocast: Callable[[], AbstractContextManager[None]] | None = None,
         seed: int = 0,
         part: int = 0,
         parts: int = 1,
     ) -> None:
-        """Wrap a classifier that sees one of so many parts of each batch."""
+        """Wrap a classifier.
+
+        Args:
+            classifier: takes images in [0, 1].
+            pass_counts: counter of the passes.
+            autocast: returns the context of the precision.
+            seed: seed of the random numbers that the net draws.
+            part: index of this process's part of each batch.
+            parts: number of parts of each batch.
+        """
         super().__init__()
         self.classifier = classifier
-        self.tally = tally or Tally()
+        self.pass_counts = pass_counts or PassCounts()
         self.autocast = autocast
         self.seed, self.part, self.parts = seed, part, parts
-        self.begin(0)
+        self.start_step(0)
 
-    def begin(self, step: int) -> None:
-        """Begin a step."""
+    def start_step(self, step: int) -> None:
+        """Start a step of the run."""
         self.step, self.passes = step, 0
 
     @property
     def net(self) -> nn.Module:
-        """The net that takes normalised images."""
+        """The net inside the classifier, which takes normalised images."""
         return net_of(self.classifier)
 
     def forward(self, images: Images) -> Logits:
-        """Return float32 logits of images on [0, 1]. A pass that ends at a layer counts as a whole one."""
+        """Return float32 logits (B K) of images (B C H W) in [0, 1]. One that ends at a layer counts in full."""
         rows = len(images) * self.parts
-        self.tally.forwards += rows
+        self.pass_counts.forwards += rows
         try:
             with self._pass(images):
                 logits: Tensor = self.classifier(images)
@@ -93,53 +102,56 @@ class Member(nn.Module):
 
     @contextmanager
     def _pass(self, images: Images) -> Iterator[None]:
-        """Let the net draw its own numbers, train on the whole batch, and compute in the run's precision."""
+        """Seed the net's random numbers, use statistics of the whole batch, and use the precision of the run."""
         if self.training:
             reseed(f"{self.seed}/torch/{self.step}/{self.passes}", images.device)
             self.passes += 1
         shared = self.training and self.parts > 1
         with (
             nullcontext() if self.autocast is None else self.autocast(),
-            Whole(self.part, self.parts, len(images)) if shared else nullcontext(),
+            WholeBatchMode(self.part, self.parts, len(images)) if shared else nullcontext(),
         ):
             yield
 
     def _back(self, rows: int) -> None:
-        self.tally.backwards += rows
+        self.pass_counts.backwards += rows
 
 
 def net_of(classifier: Classifier) -> nn.Module:
-    """Return the net inside, which is a module after `build`."""
+    """Return the net inside a classifier; after `build` it is a module."""
     if not isinstance(classifier.net, nn.Module):
-        raise TypeError(f"{classifier.string} is no module")
+        raise TypeError(f"{classifier.string} is not a torch module")
     return classifier.net
 
 
 def reseed(text: str, device: torch.device) -> None:
-    """Set the generators that nets draw from: `torch.manual_seed` takes as long as a small step."""
+    """Seed torch's generators of the CPU and the device; `torch.manual_seed` takes as long as a small step."""
     seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little", signed=True)
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)
 
 
-def usual_arch(data: str) -> str:
-    """Return the net that is trained on this data if none is named; UsageError if none is usual."""
+def default_arch(data: str) -> str:
+    """Return the default architecture for a data string; UsageError if there is none."""
     name = DataString.parse(data).name
-    if name not in USUAL:
-        raise UsageError(f"no usual net for {data}; write --arch, e.g. --arch robustkit:cifar-resnet20.")
-    return USUAL[name]
+    if name not in DEFAULT_ARCHS:
+        raise UsageError(f"no default net for {data}; set --arch, e.g. --arch robustkit:cifar-resnet20.")
+    return DEFAULT_ARCHS[name]
 
 
-def complete(text: str, classes: int, channels: int) -> ModelString:
-    """Return a model string made to start from what it names: from weights only if it names a file.
+def complete_arch(text: str, classes: int, channels: int) -> ModelString:
+    """Return a model string that starts from random weights unless it names a weights file.
 
-    Number of classes and channels are those of the data, where the string does not say.
+    Numbers of classes and channels that the string does not set are those of the data.
+
+    Raises:
+        UsageError: if the string contains a defense.
     """
     spec = ModelString.parse(text)
     options = dict(spec.options)
     if "defense" in options:
-        raise UsageError(f"--arch {text}: a defense is not trained; write it when the net is evaluated.")
+        raise UsageError(f"--arch {text}: a defense is not trained; add it when the net is evaluated.")
     if spec.kind in (ZOO, TIMM, TORCHVISION) and spec.weights is None:
         options.setdefault("pretrained", "false")
         own = lookup(spec.name) if spec.kind == ZOO else None
@@ -151,19 +163,19 @@ def complete(text: str, classes: int, channels: int) -> ModelString:
     return replace(spec, options=options)
 
 
-def normalised(spec: ModelString, mean: Sequence[float], std: Sequence[float]) -> ModelString:
-    """Return the string with the data's normalisation, unless it names weights or a normalisation of its own."""
+def with_normalisation(spec: ModelString, mean: Sequence[float], std: Sequence[float]) -> ModelString:
+    """Return the model string with this normalisation, unless it names weights or has a normalisation."""
     if spec.weights is not None or spec.kind == FOLDER or {"mean", "std"} & spec.options.keys():
         return spec
     numbers = {"mean": ",".join(f"{m:g}" for m in mean), "std": ",".join(f"{s:g}" for s in std)}
     return replace(spec, options={**spec.options, **numbers})
 
 
-def named(text: str) -> list[str]:
-    """Return the string of each net that an `--arch` names, which may be an ensemble or a folder of several.
+def arch_strings(text: str) -> list[str]:
+    """Return the model string of each net that `--arch` names, which may be an ensemble or a run folder.
 
     Raises:
-        UsageError: if it asks for a way to join them, which training has no use for.
+        UsageError: if the string has the field `combine`, which training does not use.
     """
     spec = ModelString.parse(text)
     if spec.kind == ENSEMBLE:
@@ -173,12 +185,12 @@ def named(text: str) -> list[str]:
     else:
         strings = [text]
     if "combine" in spec.options:
-        raise UsageError(f"--arch {text}: members are trained, not joined; leave combine out.")
+        raise UsageError(f"--arch {text}: members are trained, not combined; leave combine out.")
     return strings
 
 
-def bare(classifiers: Sequence[Classifier]) -> str:
-    """Return the model string of trained nets' architectures: what a run's folder keeps besides the weights."""
+def architecture_string(classifiers: Sequence[Classifier]) -> str:
+    """Return the model string of the nets' architectures, which a run folder stores beside the weights."""
     archs = [_bare(ModelString.parse(classifier.string)) for classifier in classifiers]
     return archs[0] if len(set(archs)) == 1 else joined(archs)
 
@@ -199,11 +211,19 @@ def _bare(spec: ModelString) -> str:
 def build_all(
     specs: Sequence[ModelString], seed: int, sample: Images, classes: int, method: Method, trust_code: bool
 ) -> list[Classifier]:
-    """Return the members of a run, which must be alike in all but their nets.
+    """Return the members of a run.
+
+    Args:
+        specs: model string of each member.
+        seed: seed of the first member's initial weights; the next member has `seed + 1` and so on.
+        sample: some images (B C H W) of the data.
+        classes: number of classes of the data.
+        method: the training method.
+        trust_code: whether Python code that a run folder names may be run.
 
     Raises:
-        UsageError: see `build`; or if they have not the same classes, or see images not in the same way, or the
-            method has no use for them.
+        UsageError: see `build`; also if the members differ in number of classes, normalisation or image size, or
+            the method cannot train them.
     """
     members = [
         build(spec, seed + number, sample, classes, method, trust_code) for number, spec in enumerate(specs)
@@ -215,10 +235,11 @@ def build_all(
     if len(counts) > 1:
         few, *_, many = sorted(counts)
         raise UsageError(f"--arch names nets of {few} and of {many} classes; give members of the same classes.")
-    ways = {
-        str([None if of is None else of.tolist() for of in (one.mean, one.std)] + [one.size]) for one in members
+    inputs = {
+        str([None if values is None else values.tolist() for values in (member.mean, member.std)] + [member.size])
+        for member in members
     }
-    if len(ways) > 1:
+    if len(inputs) > 1:
         raise UsageError(
             "--arch names nets whose mean, std or size differ, and a run's folder keeps one of each; give members "
             "with the same."
@@ -230,10 +251,12 @@ def build_all(
 def build(
     spec: ModelString, seed: int, sample: Images, classes: int, method: Method, trust_code: bool
 ) -> Classifier:
-    """Return a net with a seed's initial weights, and what the method puts around it, if it fits the data.
+    """Return one member with initial weights, wrapped if the method wraps its nets.
+
+    The arguments are those of `build_all`.
 
     Raises:
-        UsageError: if it is no module with weights, or its logits are not one for each class.
+        UsageError: if it is not a module with weights, or it has fewer logits than the data has classes.
     """
     classifier = load_model(str(spec), seed=seed, trust_code=trust_code).expect(classes)
     if not isinstance(classifier.net, nn.Module) or not any(True for _ in classifier.net.parameters()):
@@ -242,7 +265,7 @@ def build(
         classifier.train().eval()
     except NotImplementedError as error:
         raise UsageError(
-            f"{spec} has no train mode, as a program of torch.export has none; give the net that it was made of."
+            f"{spec} has no train mode, like any program of torch.export; give the net that it was made from."
         ) from error
     if isinstance(classifier.net, Mixture):
         raise UsageError(f"{spec} is several nets and cannot be one member; name each of them.")
@@ -257,17 +280,17 @@ def build(
     return classifier
 
 
-def laid_out(classifier: Classifier, sample: Images) -> Classifier:
-    """Return a classifier in train mode in the layout channels_last, or as it is if its net cannot take that.
+def in_channels_last(classifier: Classifier, sample: Images) -> Classifier:
+    """Return a classifier in train mode in channels_last memory format, or unchanged if its net fails with it.
 
-    Its net takes the images (B C H W) as they are, but may use what another layout does not allow, such as `view`.
+    A net may use operations that need the default memory format, such as `view`.
     """
     with seeded(0):
         try:
-            # Training a copy leaves the running statistics of batch norms alone.
+            # A copy is run, so that the running statistics of batch norms do not change.
             twin = copy.deepcopy(classifier).to(memory_format=torch.channels_last)
             twin(sample, torch.channels_last).sum().backward()
-        except Exception:  # whatever a stranger's code may raise where it is not run as it expects
+        except Exception:  # the errors of a user's net are not a closed list
             return classifier
     classifier.layout = torch.channels_last
     return classifier.to(memory_format=torch.channels_last)
@@ -279,7 +302,8 @@ def _wrapped(classifier: Classifier, seed: int, sample: Images, method: Wrapping
             f"{method.info.name} changes the size of images itself; leave size out of {classifier.string} and "
             "write --enlarge."
         )
-    mean, std = (None if of is None else of.flatten().tolist() for of in (classifier.mean, classifier.std))
+    statistics = (classifier.mean, classifier.std)
+    mean, std = (None if values is None else values.flatten().tolist() for values in statistics)
     identity = {"around": classifier.fingerprint, "method": record_of(method)}
     with seeded(seed):
         net = method.wrap(net_of(classifier), torch.zeros_like(sample[:1]), mean, std)
@@ -293,7 +317,7 @@ def _wrapped(classifier: Classifier, seed: int, sample: Images, method: Wrapping
 
 
 def flops(classifier: Classifier, sample: Images) -> int:
-    """Return the floating-point operations of one image's forward pass; a product with its sum counts as two."""
+    """Return the floating-point operations of one image's forward pass; a multiply-add counts as two."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         classifier(sample[:1])
     return int(counter.get_total_flops())

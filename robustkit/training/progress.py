@@ -1,4 +1,4 @@
-"""What a training run tells whoever watches. The base class is silent."""
+"""Events of a training run. The base class ignores them."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from robustkit.engine.progress import Progress
 
 
 class TrainProgress(Progress):
-    """Receives the run's events; override what you want to show. It must pickle, for runs on several devices."""
+    """Receives the events of a run; override those to show. It must be picklable for runs on several devices."""
 
     def begin(self, epochs: int, steps: int, images: int) -> None:
-        """Take the number of epochs, of steps in each, and of images in a step."""
+        """Start: the number of epochs, of steps in an epoch, and of images in a step."""
 
     def step(self, done: int) -> None:
-        """Note how many steps of the run are done; called after each, and to be quick."""
+        """A step is done: the number of steps done so far. Called after each step, so it has to be fast."""
 
     def epoch(self, facts: Mapping[str, Any]) -> None:
-        """Take the facts of a finished epoch, as in `Trained.history`."""
+        """An epoch is done: its metrics, as in `Trained.history`."""

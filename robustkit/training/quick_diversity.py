@@ -1,6 +1,6 @@
-"""Whether members share weaknesses, looked at cheaply as they are trained; `robustkit diversity` looks properly.
+"""A cheap estimate of ensemble diversity during training; `robustkit diversity` measures it properly.
 
-A few held-out images, a short attack without restarts: figures to follow over a run, not to quote.
+It uses a few held-out images and a short attack without restarts: compare its numbers within a run only.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from robustkit.data.strings import DataString
 from robustkit.training import ensemble_utils
 from robustkit.training.images import ImageSet
 
-# Looks of a run, at most; images and steps of each.
-LOOKS, MOST, STEPS = 10, 64, 5
-USUAL = "linf:8/255"
+# Bounds of the estimates in a run, and of the images and attack steps of each.
+MAX_EVALUATIONS, MAX_IMAGES, ATTACK_STEPS = 10, 64, 5
+DEFAULT_THREAT = "linf:8/255"
 
 
-def usual_threat(data: str) -> ThreatModel:
-    """Return the threat of the look: the data's own, if it has one."""
+def default_threat(data: str) -> ThreatModel:
+    """Return the threat of the data set if it has one, else linf:8/255."""
     entry = CATALOG.get(DataString.parse(data).name)
-    return ThreatModel.parse(USUAL if entry is None or entry.threat is None else entry.threat)
+    return ThreatModel.parse(DEFAULT_THREAT if entry is None or entry.threat is None else entry.threat)
 
 
-def oracles(scores: Sequence[Tensor], labels: Labels) -> dict[str, float]:
-    """Return the accuracy of oracles over members' scores (N K each): the best one, any that is right, all."""
+def oracle_accuracies(scores: Sequence[Tensor], labels: Labels) -> dict[str, float]:
+    """Return accuracies over the members' scores (N K each): of the best, of any correct and of all correct."""
     right = torch.stack([one.argmax(1) == labels for one in scores])
     return {
         "best_member": float(right.float().mean(1).max()),
@@ -43,12 +43,21 @@ def oracles(scores: Sequence[Tensor], labels: Labels) -> dict[str, float]:
 def quick_diversity(
     nets: Sequence[nn.Module], test: ImageSet, trained_on: int, threat: ThreatModel
 ) -> dict[str, float]:
-    """Return shares of images fooled, and the mean cosine of members' gradients.
+    """Return rates of fooled images and the mean cosine of the members' input gradients.
 
-    `transfer` is between members; `white_box` of their mean by an attack on it. So few images are looked at that
-    ten looks of a run of forty epochs take 5 to 6 % of plain training.
+    Ten estimates in a run of forty epochs take 5 to 6 % of the time of plain training.
+
+    Args:
+        nets: the members; their modes are restored.
+        test: held-out images, of which at most 64 are used.
+        trained_on: number of training images, which bounds the number of test images too.
+        threat: threat model of the attack.
+
+    Returns:
+        `transfer`: rate at which examples made on one member fool another; `white_box`: rate at which an attack on
+        the members' mean probabilities fools it; `cosine`: mean cosine of the input gradients of two members.
     """
-    count = min(MOST, max(trained_on // 50, 8), len(test))
+    count = min(MAX_IMAGES, max(trained_on // 50, 8), len(test))
     x, labels = test.at(slice(0, count)), test.labels[:count]
     modes = [(part, part.training) for net in nets for part in net.modules()]
     for net in nets:
@@ -66,7 +75,7 @@ def quick_diversity(
 
 
 def _transfer(nets: Sequence[nn.Module], start: Images, x: Images, labels: Labels, threat: ThreatModel) -> float:
-    """Return the mean share fooled, over pairs of members, of images that the second has right; 0 for none."""
+    """Return the rate, over pairs of members, at which examples of one fool the other on its correct images."""
     with torch.no_grad():
         right = [net(x).argmax(1) == labels for net in nets]
     hits = tries = torch.zeros((), device=x.device)
@@ -75,7 +84,7 @@ def _transfer(nets: Sequence[nn.Module], start: Images, x: Images, labels: Label
         def value(at: Images, net: nn.Module = net) -> Tensor:
             return F.cross_entropy(net(at), labels, reduction="none")
 
-        made = ensemble_utils.ascend(value, start, x, threat, steps=STEPS, step_size=0.4)
+        made = ensemble_utils.ascend(value, start, x, threat, steps=ATTACK_STEPS, step_size=0.4)
         with torch.no_grad():
             for other in range(len(nets)):
                 if other != number:
@@ -85,21 +94,21 @@ def _transfer(nets: Sequence[nn.Module], start: Images, x: Images, labels: Label
 
 
 def _white_box(nets: Sequence[nn.Module], start: Images, x: Images, labels: Labels, threat: ThreatModel) -> float:
-    """Return the share fooled of images that the members' mean probabilities have right; 0 for none."""
+    """Return the rate at which correctly classified images of the mean probabilities are fooled; 0 for none."""
 
-    def said(at: Images) -> Tensor:
-        return ensemble_utils.mixed(torch.stack([net(at) for net in nets]))
+    def mean_output(at: Images) -> Tensor:
+        return ensemble_utils.ensemble_log_probabilities(torch.stack([net(at) for net in nets]))
 
     def value(at: Images) -> Tensor:
-        return F.nll_loss(said(at), labels, reduction="none")
+        return F.nll_loss(mean_output(at), labels, reduction="none")
 
-    made = ensemble_utils.ascend(value, start, x, threat, steps=STEPS, step_size=0.4)
+    made = ensemble_utils.ascend(value, start, x, threat, steps=ATTACK_STEPS, step_size=0.4)
     with torch.no_grad():
-        right = said(x).argmax(1) == labels
-        hits = right & (said(made).argmax(1) != labels)
+        right = mean_output(x).argmax(1) == labels
+        hits = right & (mean_output(made).argmax(1) != labels)
     return float(hits.sum() / right.sum().clamp(min=1))
 
 
 def _cosine(nets: Sequence[nn.Module], x: Images, labels: Labels) -> float:
-    _, slopes = ensemble_utils.sloped(nets, x, labels)
-    return float(ensemble_utils.cosines(slopes.detach()).mean())
+    _, slopes = ensemble_utils.losses_and_gradients(nets, x, labels)
+    return float(ensemble_utils.pairwise_cosines(slopes.detach()).mean())

@@ -1,7 +1,7 @@
-"""Passes over a part of a batch that give what the whole batch would: in batch norms, and in dropout's numbers.
+"""Passes over a part of a batch with the batch norm statistics and dropout masks of the whole batch.
 
-Torch's own synchronised batch norm works on CUDA only, and has no second derivative, which `gal` and `trs` take.
-Here both are functions that nets call, and are answered for them: no net is changed for it.
+Torch's synchronised batch norm works on CUDA only and has no second derivative, which `gal` and `trs` need.
+Here the functions that nets call are replaced while they run, so that no net has to be changed.
 """
 
 from __future__ import annotations
@@ -13,25 +13,30 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-# Functions whose random numbers belong to places in the batch.
+# Functions that draw random numbers for each position in the batch.
 DRAWING = frozenset(
     [F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, Tensor.bernoulli_]
 )
 
 
-class Whole(TorchFunctionMode):
-    """While it is on, images `part`, `part + parts` … are seen with the others, which other processes have.
+class WholeBatchMode(TorchFunctionMode):
+    """Inside the context, images `part`, `part + parts` … are processed as part of the whole batch.
 
-    All processes must make the same passes in the same order.
+    The other images are in other processes. All processes must run the same passes in the same order.
+
+    Args:
+        part: index of this process's part of the batch.
+        parts: number of parts.
+        rows: images in this part.
     """
 
     def __init__(self, part: int, parts: int, rows: int) -> None:
-        """Take which part of the batch is seen, of how many, and how many images are in it."""
+        """Set the part of the batch that this process has."""
         super().__init__()
         self.part, self.parts, self.rows = part, parts, rows
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Answer what depends on the whole batch; let everything else through."""
+        """Compute batch norms and random draws for the whole batch; call all other functions unchanged."""
         if func is F.batch_norm:
             return self._normalised(*args, **(kwargs or {}))
         if func in DRAWING and args and args[0].dim() and len(args[0]) == self.rows:
@@ -39,9 +44,9 @@ class Whole(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def _drawn(self, func: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return what the whole batch would give in these places, of a function that draws for each."""
+        """Return these rows of a random function's result on the whole batch."""
         size = [self.parts * self.rows, *x.shape[1:]]
-        # Numbers are drawn along the memory, which is to be laid out alike.
+        # Random numbers are drawn in memory order, so the memory format has to be the same.
         whole = torch.empty_strided(size, x.stride(), dtype=x.dtype, device=x.device).zero_()
         whole[self.part :: self.parts] = x
         found = func(whole, *args, **kwargs)[self.part :: self.parts]
@@ -77,16 +82,16 @@ class Whole(TorchFunctionMode):
         channels = x.shape[1]
         var, mean = torch.var_mean(x, [0, *range(2, x.dim())], correction=0)
         own = torch.cat([mean, var, mean.new_full((1,), x.numel() / channels)])
-        # In a row of its own each part's moments are only gathered by a sum.
-        parts = summed(F.pad(own[None], (0, 0, self.part, self.parts - self.part - 1)))
+        # Each part has a row of its own, so that the sum over processes gathers the moments.
+        parts = sum_over_processes(F.pad(own[None], (0, 0, self.part, self.parts - self.part - 1)))
         means, variances, counts = torch.split(parts, [channels, channels, 1], 1)
-        share = counts / counts.sum()
-        middle = (share * means).sum(0)
-        return middle, (share * (variances + (means - middle).square())).sum(0), counts.sum()
+        group = counts / counts.sum()
+        middle = (group * means).sum(0)
+        return middle, (group * (variances + (means - middle).square())).sum(0), counts.sum()
 
 
-def summed(part: Tensor) -> Tensor:
-    """Return the sum over all processes, through which gradients of any order go."""
+def sum_over_processes(part: Tensor) -> Tensor:
+    """Return the sum over all processes, differentiable any number of times."""
     return _Sum.apply(part)  # type: ignore[no-any-return]
 
 
@@ -99,4 +104,4 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return summed(gradient)
+        return sum_over_processes(gradient)

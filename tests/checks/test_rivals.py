@@ -144,7 +144,7 @@ def test_trs_climbs_anew_at_each_step() -> None:
 
 def test_ascent_stays_in_the_ball_and_climbs() -> None:
     one, threat = batch(), ThreatModel.parse("linf:8/255")
-    with ensemble_utils.statistics([model := net(0)], "frozen"):
+    with ensemble_utils.batch_norm_policy([model := net(0)], "frozen"):
         start = ensemble_utils.random_start(one.x, threat, one.rng)
 
         def loss(x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from robustkit.core.errors import UsageError
 from robustkit.core.rng import RowRng
 from robustkit.models.layers.features import depth, distil, features
 from robustkit.registry import make_method
-from robustkit.training.ensemble_utils import STATISTICS, mixed, statistics
+from robustkit.training.ensemble_utils import BATCH_NORM_POLICIES, batch_norm_policy, ensemble_log_probabilities
 from robustkit.training.method import Batch, Plan
 
 PLAN = Plan(samples=64, classes=4, batch_size=16, epochs=4, lr=0.05, members=3)
@@ -121,7 +121,7 @@ def test_a_pass_ends_at_its_layer() -> None:
 
 
 @pytest.mark.parametrize("start", [False, True])
-@pytest.mark.parametrize("policy", STATISTICS)
+@pytest.mark.parametrize("policy", BATCH_NORM_POLICIES)
 def test_distilled_images_stay_in_ball_and_box(start: bool, policy: str) -> None:
     """A-P1."""
     one = batch()
@@ -236,21 +236,21 @@ def test_images_are_distilled_on_their_own_where_norms_are_frozen() -> None:
         parts = [distil(model, one.x[i : i + 1], one.partners[i : i + 1], 2, **options) for i in range(4)]
         return whole, torch.cat(parts)
 
-    with statistics([model], "frozen"):
+    with batch_norm_policy([model], "frozen"):
         whole, alone = both()
     assert ((whole - alone).abs() < 1e-6).float().mean() > 0.99
-    with statistics([model], "separate"):
+    with batch_norm_policy([model], "separate"):
         whole, alone = both()
     assert ((whole - alone).abs() > 1e-3).float().mean() > 0.01
 
 
-@pytest.mark.parametrize("policy", STATISTICS)
+@pytest.mark.parametrize("policy", BATCH_NORM_POLICIES)
 def test_batch_norms_follow_the_policy(policy: str) -> None:
     """A-P11 and trap 4: running statistics move only where that was asked for; no weight has a gradient."""
     members = nets()
     before = [{name: value.clone() for name, value in member.named_buffers()} for member in members]
     method = make_method("dverge", layer="3")
-    with statistics(members, policy):
+    with batch_norm_policy(members, policy):
         frozen = not members[0][1].training
         method.distilled(members, batch(), PLAN)
     moved = [
@@ -305,17 +305,19 @@ def test_the_baseline_comes_first_and_each_part_has_its_rates() -> None:
 def test_mean_probabilities_do_not_saturate() -> None:
     """A.11, A-P14, traps 2 and 3: the oracle, invariances, and a gradient where 1e-40 would clamp it away."""
     z = torch.tensor([[[0.0, 0.0]], [[3.0, 1.0]]]).clamp(min=1).log().requires_grad_()
-    out = mixed(z)
+    out = ensemble_log_probabilities(z)
     assert out[0].tolist() == pytest.approx([-0.470004, -0.980829], abs=1e-6)
     (slope,) = torch.autograd.grad(out[0, 0], z)
     assert slope[:, 0].flatten().tolist() == pytest.approx([0.2, -0.2, 0.15, -0.15], abs=1e-6)
     draws = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0))
-    assert torch.allclose(mixed(draws).exp().sum(1), torch.ones(5))
+    assert torch.allclose(ensemble_log_probabilities(draws).exp().sum(1), torch.ones(5))
     shifted = draws.clone()
     shifted[1] += 7
-    assert torch.allclose(mixed(draws), mixed(shifted), atol=1e-5)
-    assert torch.allclose(mixed(draws), mixed(draws.flip(0)), atol=1e-6)
-    assert torch.allclose(mixed(draws[:1].expand(4, -1, -1)), draws[0].log_softmax(1), atol=1e-6)
+    assert torch.allclose(ensemble_log_probabilities(draws), ensemble_log_probabilities(shifted), atol=1e-5)
+    assert torch.allclose(ensemble_log_probabilities(draws), ensemble_log_probabilities(draws.flip(0)), atol=1e-6)
+    assert torch.allclose(
+        ensemble_log_probabilities(draws[:1].expand(4, -1, -1)), draws[0].log_softmax(1), atol=1e-6
+    )
     far = torch.tensor([[[0.0, 200.0]], [[0.0, 150.0]]], requires_grad=True)
-    (slope,) = torch.autograd.grad(mixed(far)[0, 0], far)
+    (slope,) = torch.autograd.grad(ensemble_log_probabilities(far)[0, 0], far)
     assert slope.abs().sum() > 1

@@ -177,7 +177,7 @@ def test_by_others_leaves_a_member_s_own_images_out() -> None:
 def test_a_margin_on_logarithms_of_probabilities_has_a_gradient(share: float) -> None:
     """A-P16 and trap 1: masked with 0 instead of -inf, the best other class of outputs below 0 is none."""
     logits = torch.log(torch.tensor([[[share, 1 - share, 1e-4]], [[share, 1 - share, 1e-3]]])).requires_grad_()
-    margin = losses.margin(ensemble_utils.mixed(logits), torch.tensor([0]))
+    margin = losses.margin(ensemble_utils.ensemble_log_probabilities(logits), torch.tensor([0]))
     (slope,) = torch.autograd.grad(margin.sum(), logits)
     assert (slope[:, 0, :2].abs() > 1e-3).all()
     assert float(margin.detach()) == pytest.approx(np.log((1 - share) / share), abs=0.01)

@@ -61,7 +61,7 @@ def test_the_one_before_a_damaged_checkpoint_is_gone_on_from(tmp_path: Path) -> 
     flipped(tmp_path / "cut" / "checkpoint.pt")
     heard = Heard()
     resumed = train("standard", out=tmp_path / "cut", progress=heard, **SHORT)
-    assert "checkpoint.pt is damaged: its content does not match its sha256; going on" in heard.said[0]
+    assert "checkpoint.pt is damaged: its content does not match its sha256; resuming" in heard.said[0]
     assert f"resuming {whole.run_id}: 4 of 8 steps done" in heard.said
     assert resumed.hashes == whole.hashes
     assert not (tmp_path / "cut" / "checkpoint.previous.pt").exists()
@@ -110,17 +110,17 @@ def test_numbers_out_of_range_are_damage_even_with_a_digest(
     changes: dict[str, Any], words: str, tmp_path: Path
 ) -> None:
     (tmp_path / "checkpoint.pt").write_bytes(sound())
-    assert checkpoint.read(tmp_path, Method(), PLAN) is not None
+    assert checkpoint.find_checkpoint(tmp_path, Method(), PLAN) is not None
     (tmp_path / "checkpoint.pt").write_bytes(sound(**changes))
     with pytest.raises(UsageError, match=words):
-        checkpoint.read(tmp_path, Method(), PLAN)
+        checkpoint.find_checkpoint(tmp_path, Method(), PLAN)
 
 
 def test_a_changed_value_without_its_digest_is_damage(tmp_path: Path) -> None:
     body = torch.load(io.BytesIO(sound()), weights_only=True)
     torch.save({**body, "step": 4}, tmp_path / "checkpoint.pt")
     with pytest.raises(UsageError, match="does not match its sha256"):
-        checkpoint.read(tmp_path, Method(), PLAN)
+        checkpoint.find_checkpoint(tmp_path, Method(), PLAN)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 
 from robustkit import UsageError, train
 from robustkit.training.parallel import processes
-from robustkit.training.parallel.hosts import first_host, launched
+from robustkit.training.parallel.hosts import find_launcher, first_host
 
 TORCHRUN = {
     "RANK": "5",
@@ -32,23 +32,23 @@ SRUN = {
 
 def test_a_launcher_is_found() -> None:
     for environment, shape in ((TORCHRUN, ("torchrun", 5, 8, 4, 2)), (SRUN, ("srun", 4, 6, 2, 3))):
-        found = launched({**environment, "HOME": "/"})
+        found = find_launcher({**environment, "HOME": "/"})
         assert found is not None
-        assert (found.by, found.rank, found.size, found.local, found.nodes) == shape
-        assert set(found.told) == set(TORCHRUN)
-    assert found.told["MASTER_ADDR"] == "gpu07"
-    assert found.told["MASTER_PORT"] == str(15000 + 47112 % 20000)
+        assert (found.name, found.rank, found.size, found.per_host, found.nodes) == shape
+        assert set(found.variables) == set(TORCHRUN)
+    assert found.variables["MASTER_ADDR"] == "gpu07"
+    assert found.variables["MASTER_PORT"] == str(15000 + 47112 % 20000)
     # torchrun within a step of one process for each host.
-    both = launched({**SRUN, **TORCHRUN})
+    both = find_launcher({**SRUN, **TORCHRUN})
     assert both is not None
-    assert both.by == "torchrun"
+    assert both.name == "torchrun"
 
 
 def test_one_process_has_no_launcher() -> None:
     """A batch script sees what its job may have, and is one process all the same."""
     batch = {"SLURM_JOB_ID": "4711", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}
     for environment in ({}, {**TORCHRUN, "WORLD_SIZE": "1"}, batch, {**SRUN, "SLURM_STEP_NUM_TASKS": "1"}):
-        assert launched(environment) is None
+        assert find_launcher(environment) is None
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_the_first_host_of_a_list(hosts: str, first: str) -> None:
         ({**TORCHRUN, "WORLD_SIZE": "7"}, 1, "started 7 processes, 4 of them on this host"),
         ({**SRUN, "SLURM_STEP_NUM_TASKS": "7"}, 1, "srun started 7 processes, 3 of them on this host"),
         (TORCHRUN, 2, "--devices 2: torchrun started 4 processes on this host"),
-        ({}, 0, "--devices 0 must be 1 or more"),
+        ({}, 0, "--devices must be at least 1, got 0"),
     ],
 )
 def test_wrong_settings_have_a_sentence(
@@ -82,16 +82,18 @@ def test_wrong_settings_have_a_sentence(
 def test_there_must_be_as_many_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     cuda = torch.device("cuda")
-    assert processes.count(cuda, 2) == 2
-    with pytest.raises(UsageError, match=r"--devices 3: it has 2 cuda devices"):
-        processes.count(cuda, 3)
+    assert processes.count_processes(cuda, 2) == 2
+    with pytest.raises(UsageError, match=r"--devices 3: this process sees 2 cuda devices"):
+        processes.count_processes(cuda, 3)
     with pytest.raises(UsageError, match=r"--device cuda:1 is one for 2 processes; write --device cuda"):
-        processes.count(torch.device("cuda:1"), 2)
+        processes.count_processes(torch.device("cuda:1"), 2)
     for name, value in TORCHRUN.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UsageError, match=r"torchrun started 4 processes on this host: it has 2 cuda devices"):
-        processes.count(cuda, 1)
-    assert processes.count(torch.device("cpu"), 4) == 8
+    with pytest.raises(
+        UsageError, match=r"torchrun started 4 processes on this host: this process sees 2 cuda devices"
+    ):
+        processes.count_processes(cuda, 1)
+    assert processes.count_processes(torch.device("cpu"), 4) == 8
 
 
 def test_processes_part_before_they_end() -> None:
@@ -106,6 +108,6 @@ def test_processes_part_before_they_end() -> None:
 
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=store)
-    assert processes._begin(Two(), lambda _: "done", torch.get_num_threads()) == "done"  # type: ignore[arg-type]
+    assert processes._run(Two(), lambda _: "done", torch.get_num_threads()) == "done"  # type: ignore[arg-type]
     assert parted == [True]
     assert not torch.distributed.is_initialized()

@@ -9,9 +9,9 @@ from robustkit.core.errors import UsageError
 from robustkit.data import from_arrays
 from robustkit.registry import make_method
 from robustkit.training import train as training
-from robustkit.training.augment import parts
+from robustkit.training.augment import components
 from robustkit.training.images import Epoch, ImageSet
-from robustkit.training.memory import Memory, packed, unpacked
+from robustkit.training.memory import PerturbationMemory, pack_signs, unpack_signs
 from robustkit.training.method import Plan
 from robustkit.training.train import Training
 
@@ -24,18 +24,18 @@ ROWS = torch.tensor([3, 17, 0, 9])
 @pytest.mark.parametrize("length", [1, 4, 7, 30])
 def test_what_is_packed_is_found_again(length: int) -> None:
     signs = torch.randint(-1, 2, (5, length), generator=DRAW).to(torch.int8)
-    found = packed(signs)
+    found = pack_signs(signs)
     assert found.dtype == torch.uint8
     assert found.shape == (5, -(-length // 4))
-    assert torch.equal(unpacked(found)[:, :length], signs)
-    assert not unpacked(found)[:, length:].any()
+    assert torch.equal(unpack_signs(found)[:, :length], signs)
+    assert not unpack_signs(found)[:, length:].any()
 
 
 @pytest.mark.parametrize("augmentation", ["none", "crop", "crop-flip"])
 def test_signs_move_with_their_pixels(augmentation: str) -> None:
     """Signs that follow from the pixels do so in every epoch, where nothing was cropped away."""
-    memory = Memory.of(IMAGES, 2)
-    assert not memory.read(Epoch.of(IMAGES, PLAN, 0, parts(augmentation)), ROWS).any()
+    memory = PerturbationMemory.of(IMAGES, 2)
+    assert not memory.read(Epoch.of(IMAGES, PLAN, 0, components(augmentation)), ROWS).any()
 
     def by_pixels(epoch: Epoch) -> torch.Tensor:
         """1 above the middle and -1 below; the second member has the opposite. 0 outside the image."""
@@ -43,7 +43,7 @@ def test_signs_move_with_their_pixels(augmentation: str) -> None:
         return torch.stack([moved, -moved], 1)
 
     for number in range(4):
-        epoch = Epoch.of(IMAGES, PLAN, number, parts(augmentation))
+        epoch = Epoch.of(IMAGES, PLAN, number, components(augmentation))
         now = by_pixels(epoch)
         if number:
             found = memory.read(epoch, ROWS)
@@ -58,7 +58,7 @@ def test_signs_move_with_their_pixels(augmentation: str) -> None:
 
 
 def test_it_takes_a_quarter_of_a_byte_for_each_pixel_and_member() -> None:
-    assert Memory.of(IMAGES, 8).packed.numel() == IMAGES.pixels.numel() * 8 // 4
+    assert PerturbationMemory.of(IMAGES, 8).packed.numel() == IMAGES.pixels.numel() * 8 // 4
 
 
 def test_no_room_for_it_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

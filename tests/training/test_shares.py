@@ -24,7 +24,7 @@ from robustkit.training.checkpoint import ModelState, TrainState
 from robustkit.training.method import Batch, Plan, ProcessGroup
 from robustkit.training.parallel import data_parallel
 from robustkit.training.parallel.data_parallel import DataParallel
-from robustkit.training.whole_batches import Whole
+from robustkit.training.whole_batches import WholeBatchMode
 
 PLAN = Plan(samples=64, classes=4, batch_size=12, epochs=4, lr=0.05, members=3)
 
@@ -115,7 +115,7 @@ class Net(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.parts == 1:
             return self.body(x)
-        with Whole(self.part, self.parts, len(x)):
+        with WholeBatchMode(self.part, self.parts, len(x)):
             return self.body(x)
 
 
@@ -129,15 +129,15 @@ def nets(count: int = 3) -> list[Net]:
     return copy.deepcopy(fresh()[:count])
 
 
-def batch(peers: ProcessGroup | None = None) -> Batch:
-    """Return the part of a batch that peers say."""
-    peers = peers or ProcessGroup()
+def batch(process_group: ProcessGroup | None = None) -> Batch:
+    """Return the part of a batch for a process group."""
+    process_group = process_group or ProcessGroup()
     draw = torch.Generator().manual_seed(1)
     x, t = torch.rand(2, 12, 3, 5, 7, generator=draw, dtype=torch.float64)
     y, u, ids = torch.arange(12) % 4, torch.arange(12) % 3, torch.arange(12)
-    x, t, y, u, ids = (one[peers.part :: peers.parts] for one in (x, t, y, u, ids))
+    x, t, y, u, ids = (one[process_group.part :: process_group.parts] for one in (x, t, y, u, ids))
     memory = (ids[:, None, None, None, None] % 3 - 1).to(torch.int8).expand(-1, 3, 3, 5, 7).clone()
-    return Batch(x, y, RowRng(0, "method", ids, step=40), 40, t, u, memory, peers)
+    return Batch(x, y, RowRng(0, "method", ids, step=40), 40, t, u, memory, process_group)
 
 
 def gradients(members: list[Net]) -> list[Tensor]:
@@ -146,20 +146,20 @@ def gradients(members: list[Net]) -> list[Tensor]:
 
 @pytest.mark.parametrize(("members", "processes"), [(2, 2), (3, 2), (5, 3), (8, 8), (7, 1)])
 def test_every_member_has_one_process(members: int, processes: int) -> None:
-    own = [data_parallel.owned(members, rank, processes) for rank in range(processes)]
+    own = [data_parallel.members_of(members, rank, processes) for rank in range(processes)]
     assert [member for one in own for member in one] == list(range(members))
     assert max(map(len, own)) - min(map(len, own)) <= 1
-    assert [rank for rank, one in enumerate(own) for _ in one] == data_parallel.owners(members, processes)
+    assert [rank for rank, one in enumerate(own) for _ in one] == data_parallel.owner_ranks(members, processes)
 
 
 @pytest.mark.parametrize(
     ("name", "processes", "method", "sentence"),
     [
         ("member", 2, "dverge", "no parallel 'member'. Did you mean 'members'"),
-        ("data", 5, "dverge", "--batch-size 12 does not divide among 5 processes"),
+        ("data", 5, "dverge", "--batch-size 12 is not a multiple of the 5 processes"),
         ("members", 4, "dverge", "4 processes are more than --members 3"),
-        ("members", 2, "adp", "adp has one sum over all members"),
-        ("members", 2, "pgd-at", "pgd-at has one sum"),
+        ("members", 2, "adp", "adp has one loss over all members"),
+        ("members", 2, "pgd-at", "pgd-at has one loss"),
     ],
 )
 def test_what_cannot_be_shared_is_refused(name: str, processes: int, method: str, sentence: str) -> None:
@@ -175,9 +175,9 @@ def test_methods_that_divide() -> None:
 
 def test_images_go_round_in_the_order_of_members(world: World) -> None:
     def work(fabric: Any) -> list[Tensor]:
-        share = DataParallel.of("members", fabric, 5)
-        made = [torch.full((2, 3, 4, 4), float(member)) for member in share.own]
-        return share.exchanged([one.contiguous(memory_format=torch.channels_last) for one in made])
+        group = DataParallel.of("members", fabric, 5)
+        made = [torch.full((2, 3, 4, 4), float(member)) for member in group.own_members]
+        return group.exchanged([one.contiguous(memory_format=torch.channels_last) for one in made])
 
     for found in world.run(work):
         assert [float(one.mean()) for one in found] == [0, 1, 2, 3, 4]
@@ -198,12 +198,12 @@ def test_members_apart_move_as_side_by_side(world: World, method: Any) -> None:
     loss = method.backward(together, one, PLAN)
 
     def work(fabric: Any) -> tuple[Tensor, list[Tensor], Tensor]:
-        share = DataParallel.of("members", fabric, 3)
-        own, part = [nets()[member] for member in share.own], batch(share)
+        group = DataParallel.of("members", fabric, 3)
+        own, part = [nets()[member] for member in group.own_members], batch(group)
         assert len(part.x) == 12
-        mine = share.settle(own, method.backward(own, part, PLAN))
+        mine = group.all_reduce(own, method.backward(own, part, PLAN))
         assert part.memory is not None
-        return mine, gradients(own), share.remembered(part.rng.ids, part.memory)[1]
+        return mine, gradients(own), group.gather_memory(part.rng.ids, part.memory)[1]
 
     found = world.run(work)
     for mine, _, memory in found:
@@ -233,10 +233,10 @@ def test_parts_of_a_batch_move_nets_as_the_whole(world: World, method: Any) -> N
     loss = method.backward(alone, batch(), plan)
 
     def work(fabric: Any) -> tuple[Tensor, list[Net]]:
-        share, own = DataParallel.of("data", fabric, count), nets(count)
+        group, own = DataParallel.of("data", fabric, count), nets(count)
         for net in own:
-            net.part, net.parts = share.part, share.parts
-        return share.settle(own, method.backward(own, batch(share), plan)), own
+            net.part, net.parts = group.part, group.parts
+        return group.all_reduce(own, method.backward(own, batch(group), plan)), own
 
     for mine, own in world.run(work):
         torch.testing.assert_close(mine, loss)
@@ -262,7 +262,7 @@ def test_random_numbers_belong_to_places_in_the_batch(layout: torch.memory_forma
             whole = draw(x)
             for part in range(2):
                 torch.manual_seed(3)
-                with Whole(part, 2, 3):
+                with WholeBatchMode(part, 2, 3):
                     assert torch.equal(draw(x[part::2].contiguous(memory_format=layout)), whole[part::2])
 
 
@@ -270,21 +270,26 @@ def test_members_are_collected(world: World) -> None:
     """Weights, momentum and averages of all, and what both counted, each once."""
 
     def work(fabric: Any) -> tuple[list[Tensor], list[Any], Tensor, int]:
-        share, own = DataParallel.of("members", fabric, 3), nets()
+        group, own = DataParallel.of("members", fabric, 3), nets()
         optimizers = [torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9) for net in own]
         averages = [copy.deepcopy(net.state_dict()) for net in own]
-        course = TrainState(loss=torch.zeros(()))
-        course.tally.forwards, course.counted = 100, (100, 0)
+        state = TrainState(loss=torch.zeros(()))
+        state.pass_counts.forwards, state.shared_counts = 100, (100, 0)
         parts = ModelState(own, optimizers, averages)
-        for member in share.own:
+        for member in group.own_members:
             own[member](batch().x).sum().backward()
             optimizers[member].step()
             averages[member]["body.0.bias"].fill_(member)
-            course.tally.forwards += 7
-        share.collect(course, parts)
+            state.pass_counts.forwards += 7
+        group.synchronise(state, parts)
         momentum = [next(iter(one.state.values()))["momentum_buffer"] for one in optimizers]
         weights = [net.body[0].weight.detach() for net in own]
-        return weights, momentum, torch.stack([one["body.0.bias"][0] for one in averages]), course.tally.forwards
+        return (
+            weights,
+            momentum,
+            torch.stack([one["body.0.bias"][0] for one in averages]),
+            state.pass_counts.forwards,
+        )
 
     (weights, momentum, averages, forwards), other = world.run(work)
     assert all(torch.equal(a, b) for a, b in zip(weights, other[0], strict=True))

@@ -97,7 +97,7 @@ def test_members_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         run(tmp_path / "x", string, "csgld")
     with pytest.raises(UsageError, match="names nets of 4 and of 10 classes; give members of the same classes"):
         run(tmp_path / "x", f"ensemble:[{string}#0;robustkit:digits-cnn?num_classes=10]")
-    with pytest.raises(UsageError, match="members are trained, not joined; leave combine out"):
+    with pytest.raises(UsageError, match="members are trained, not combined; leave combine out"):
         run(tmp_path / "x", f"{string}?combine=logits")
     with pytest.raises(UsageError, match="is several nets and cannot be one member"):
         run(tmp_path / "x", f"ensemble:[{string};{string}#0]")

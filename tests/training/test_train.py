@@ -337,7 +337,7 @@ def test_running_statistics_do_not_depend_on_the_order_of_the_data(tmp_path: Pat
         ({"ema": 1.5}, "ema must be at least 0 and below 1, got 1.5."),
         ({"precision": "fp16"}, "fp16"),
         ({"augment": "crap"}, "Did you mean 'crop'"),
-        ({"devices": 3}, "does not divide"),
+        ({"devices": 3}, "not a multiple of the 3 processes"),
         ({"arch": "robustkit:digits-cnn?defense=jpeg:75"}, "a defense is not trained"),
         ({"arch": "robustkit:digits-cnn?num_classes=4"}, "write num_classes=10"),
         ({"method": SAMPLING, "ema": 0.9}, "leave --ema out"),
@@ -359,7 +359,7 @@ def test_a_damaged_checkpoint_or_record(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         train("standard", out=tmp_path / "run", progress=Cut(4), **SHORT)
     (tmp_path / "run" / "checkpoint.pt").write_bytes(b"PK\x03\x04rubbish")
-    with pytest.raises(UsageError, match="delete it to begin again"):
+    with pytest.raises(UsageError, match="delete it to start again"):
         train("standard", out=tmp_path / "run", **SHORT)
     record = train("standard", out=tmp_path / "run", overwrite=True, **SHORT)
     assert Trained.from_json(json.loads(json.dumps(record.to_json()))) == record

@@ -13,7 +13,7 @@ from robustkit import load_data
 from robustkit.core.errors import UsageError
 from robustkit.data import from_arrays
 from robustkit.training import augment, averages, evaluation
-from robustkit.training.images import Epoch, ImageSet, check_room
+from robustkit.training.images import Epoch, ImageSet, check_memory
 from robustkit.training.method import Plan
 
 N, C, H, W = 10, 3, 8, 16
@@ -58,7 +58,7 @@ def test_moved_is_pad_crop_and_mirror(dtype: torch.dtype) -> None:
     pixels = torch.from_numpy(bytes_set()[0]).permute(0, 2, 3, 1).to(dtype)
     down, across = torch.tensor([0, 1, 2, 3, 4, 2, 2, 2, 0, 4]), torch.tensor([4, 3, 2, 1, 0, 2, 2, 2, 0, 4])
     mirrored = torch.tensor([False, True] * 5)
-    found = augment.moved(pixels, down, across, mirrored, 2)
+    found = augment.apply_moves(pixels, down, across, mirrored, 2)
     assert found.dtype == dtype
     for row in range(N):
         padded = torch.zeros(H + 4, W + 4, C, dtype=dtype)
@@ -79,7 +79,7 @@ def test_moved_is_pad_crop_and_mirror(dtype: torch.dtype) -> None:
     ],
 )
 def test_usual_augmentation(data: str, channels: int, height: int, expected: str) -> None:
-    assert augment.usual(data, channels, height) == expected
+    assert augment.default_augmentation(data, channels, height) == expected
 
 
 def plan(batch: int = 4, **more: int) -> Plan:
@@ -129,35 +129,35 @@ def test_augmentation_moves_and_mirrors_about_half() -> None:
 
 def test_a_set_that_does_not_fit_is_refused() -> None:
     with pytest.raises(UsageError, match="--limit"):
-        check_room(load_data("digits:test"), 1000)
+        check_memory(load_data("digits:test"), 1000)
 
 
 def test_the_average_is_the_geometric_sum() -> None:
     net = nn.BatchNorm1d(2)
-    average = averages.start(net)
+    average = averages.copy_state(net)
     values = [1.0, 2.0, 5.0]
     for value in values:
         with torch.no_grad():
             net.weight.fill_(value)
             net.num_batches_tracked.add_(1)
-        averages.advance(average, net, 0.9)
+        averages.update_average(average, net, 0.9)
     expected = 0.9**3 + sum(0.1 * 0.9 ** (2 - at) * value for at, value in enumerate(values))
     torch.testing.assert_close(average["weight"], torch.full((2,), expected))
     assert int(average["num_batches_tracked"]) == 3
-    with averages.swapped([net], [average]):
+    with averages.averaged_weights([net], [average]):
         torch.testing.assert_close(net.weight.detach(), torch.full((2,), expected))
     assert net.weight.tolist() == [5.0, 5.0]
 
 
 def test_scores() -> None:
     first, second = torch.tensor([[0.9, 0.1], [0.2, 0.8]]), torch.tensor([[0.5, 0.5], [0.7, 0.3]])
-    together = evaluation.mixed(probabilities.log() for probabilities in (first, second))
+    together = evaluation.mean_of_probabilities(probabilities.log() for probabilities in (first, second))
     torch.testing.assert_close(together.exp(), (first + second) / 2)
     accuracy, loss = evaluation.accuracy_and_loss(together, torch.tensor([0, 0]))
     assert accuracy == 0.5
     assert loss == pytest.approx(-(math.log(0.7) + math.log(0.45)) / 2, rel=1e-6)
     certain = torch.tensor([[0.0, -torch.inf]])
-    torch.testing.assert_close(evaluation.mixed([certain, certain]), certain)
+    torch.testing.assert_close(evaluation.mean_of_probabilities([certain, certain]), certain)
 
 
 def test_re_estimated_statistics_are_those_of_the_images() -> None:
@@ -165,7 +165,7 @@ def test_re_estimated_statistics_are_those_of_the_images() -> None:
     net = nn.Sequential(nn.BatchNorm2d(C), nn.Flatten(), nn.Linear(C * H * W, 4)).eval()
     net[0].running_mean.fill_(9)
     momentum = net[0].momentum
-    evaluation.re_estimate(net, images, 5)
+    evaluation.re_estimate_batch_norms(net, images, 5)
     torch.testing.assert_close(net[0].running_mean, images.at(slice(0, N)).mean((0, 2, 3)))
     assert net[0].momentum == momentum
     assert not net.training

@@ -30,7 +30,7 @@ def test_every_look_is_in_the_metrics(tmp_path: Path, monkeypatch: pytest.Monkey
         assert 0 <= facts["transfer"] <= 1
         assert 0 <= facts["white_box"] <= 1
         assert -1 <= facts["cosine"] <= 1
-    monkeypatch.setattr("robustkit.training.finish.glance", lambda *_: {})
+    monkeypatch.setattr("robustkit.training.finish.quick_diversity", lambda *_: {})
     other = train("standard", members=2, out=tmp_path / "b", **words)
     assert other.hashes == record.hashes
     assert other.cost["flops"] == record.cost["flops"]
@@ -57,5 +57,5 @@ def test_twins_fall_together_and_modes_stay() -> None:
 
 def test_oracles() -> None:
     scores = [torch.eye(3), torch.eye(3)[[0, 2, 1]]]
-    found = quick_diversity.oracles(scores, torch.tensor([0, 2, 2]))
+    found = quick_diversity.oracle_accuracies(scores, torch.tensor([0, 2, 2]))
     assert found == pytest.approx({"best_member": 2 / 3, "any_right": 1, "all_right": 1 / 3})

@@ -1,7 +1,7 @@
-"""Who does what when several processes train: each a part of every batch, or each some of the members.
+"""Training with several processes: each has a part of every batch, or each has some of the members.
 
-Either way a step's gradients are those of one process. With members apart even the bytes are: each member sees the
-whole batch, and nothing is summed in another order; images that members make for each other are handed round.
+Both give the gradients of a single process. With member parallelism they are equal bit for bit: each member
+sees the whole batch, so no sum changes its order; images that members make for each other are broadcast.
 """
 
 from __future__ import annotations
@@ -23,44 +23,45 @@ if TYPE_CHECKING:
 
 DATA, MEMBERS = "data", "members"
 CHOICES = (DATA, MEMBERS)
-# With members apart, processes hear the first one's clock so many steps apart: hearing it waits for the device.
-LISTEN = 16
+# With member parallelism: steps between two broadcasts of the first process's clock, each of which waits for
+# devices.
+CLOCK_SYNC_STEPS = 16
 
 
 def check(name: str, processes: int, method: Method, plan: Plan) -> None:
-    """Refuse a way to share a run among so many processes that is none, or not the method's.
+    """Check that a kind of parallelism fits the number of processes, the plan and the method.
 
     Raises:
-        UsageError: if so.
+        UsageError: if it does not, or there is no such kind.
     """
     if name not in CHOICES:
         raise did_you_mean("parallel", name, CHOICES)
     if name == DATA:
         if plan.batch_size % processes:
             raise UsageError(
-                f"--batch-size {plan.batch_size} does not divide among {processes} processes; write a multiple."
+                f"--batch-size {plan.batch_size} is not a multiple of the {processes} processes; use a multiple."
             )
     elif processes > plan.members:
         raise UsageError(
-            f"--parallel members: {processes} processes are more than --members {plan.members}; start as many, or "
-            "write --parallel data."
+            f"--parallel members: {processes} processes are more than --members {plan.members}; start at most "
+            f"{plan.members}, or use --parallel data."
         )
     elif processes > 1 and not method.supports_member_parallel():
-        raise UsageError(f"--parallel members: {method.info.name} has one sum over all members; write data.")
+        raise UsageError(f"--parallel members: {method.info.name} has one loss over all members; use data.")
 
 
-def owned(members: int, rank: int, processes: int) -> range:
-    """Return the members of a process: neighbours, and as many as another has or one more."""
+def members_of(members: int, rank: int, processes: int) -> range:
+    """Return the members of a process: a contiguous range; the sizes of two ranges differ by at most one."""
     return range(members * rank // processes, members * (rank + 1) // processes)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataParallel(ProcessGroup):
-    """What a process does of a run, and how it comes by the rest. This one has a part of every batch.
+    """Data parallelism: this process has a part of every batch, and all members.
 
-    Attributes:
-        fabric: of the processes.
-        members: of the run.
+    Args:
+        fabric: Lightning Fabric of the processes.
+        members: number of members of the run.
     """
 
     fabric: Fabric
@@ -68,19 +69,19 @@ class DataParallel(ProcessGroup):
 
     @classmethod
     def of(cls, name: str, fabric: Fabric, members: int) -> DataParallel:
-        """Return this process's share, of the kind that `--parallel` names."""
+        """Return this process's group, of the kind that `--parallel` names."""
         rank, size = fabric.global_rank, fabric.world_size
         if name == MEMBERS and size > 1:
-            return MemberParallel(first=owned(members, rank, size).start, fabric=fabric, members=members)
+            return MemberParallel(first=members_of(members, rank, size).start, fabric=fabric, members=members)
         return cls(part=rank, parts=size, fabric=fabric, members=members)
 
     @property
-    def own(self) -> range:
-        """The members that this process trains."""
+    def own_members(self) -> range:
+        """Indices of the members that this process trains."""
         return range(self.members)
 
     def mean(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Return the means over all processes, in one exchange."""
+        """Return the means over all processes, with one all-reduce."""
         if self.parts == 1:
             return ProcessGroup.mean(self, tensors)
         flat = torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
@@ -88,8 +89,8 @@ class DataParallel(ProcessGroup):
         parts = torch.split(found, [tensor.numel() for tensor in tensors])
         return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
-    def settle(self, nets: Sequence[nn.Module], loss: Tensor) -> Tensor:
-        """Make gradients and running statistics those of the whole batch, in place; return the run's loss."""
+    def all_reduce(self, nets: Sequence[nn.Module], loss: Tensor) -> Tensor:
+        """Average gradients and running statistics over the processes, in place; return the average loss."""
         if self.parts == 1:
             return loss
         tensors = [
@@ -106,74 +107,79 @@ class DataParallel(ProcessGroup):
                 tensor.copy_(part)
         return mean
 
-    def remembered(self, rows: Tensor, signs: Tensor) -> tuple[Tensor, Tensor]:
-        """Return all images of a step and what is to be remembered of them (B members ...)."""
+    def gather_memory(self, rows: Tensor, signs: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the rows (B) of all images of a step and their signs (B members C H W)."""
         if self.parts == 1:
             return rows, signs
         every = [self.fabric.all_gather(one) for one in (rows, signs)]
         return every[0].flatten(0, 1), every[1].flatten(0, 1)
 
-    def agreed(self, due: bool, place: int) -> bool:
-        """Return whether all processes are to do what is due by this one's clock."""
+    def agree(self, due: bool, place: int) -> bool:
+        """Return whether all processes write a checkpoint at this place of the epoch."""
         return due
 
-    def collect(self, course: TrainState, parts: ModelState) -> None:
-        """Bring all members, as they are now, into every process."""
+    def synchronise(self, train_state: TrainState, model_state: ModelState) -> None:
+        """Copy the current state of all members to every process."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemberParallel(DataParallel):
-    """Some of the members, with every batch whole."""
+    """Member parallelism: this process has some of the members, and every whole batch."""
 
     @property
-    def own(self) -> range:
-        """The members that this process trains."""
-        return owned(self.members, self.fabric.global_rank, self.fabric.world_size)
+    def own_members(self) -> range:
+        """Indices of the members that this process trains."""
+        return members_of(self.members, self.fabric.global_rank, self.fabric.world_size)
 
     def exchanged(self, made: Sequence[Tensor]) -> list[Tensor]:
-        """Return what every member made: each in turn is sent by its process."""
+        """Return the tensors of all members; each is broadcast by its process."""
         found = []
-        for member, rank in enumerate(owners(self.members, self.fabric.world_size)):
-            mine = rank == self.fabric.global_rank
-            sent = made[member - self.first].contiguous() if mine else torch.empty_like(made[0]).contiguous()
+        for member, rank in enumerate(owner_ranks(self.members, self.fabric.world_size)):
+            is_own = rank == self.fabric.global_rank
+            sent = made[member - self.first].contiguous() if is_own else torch.empty_like(made[0]).contiguous()
             torch.distributed.broadcast(sent, rank)
-            # Memory is laid out as at the maker's, or sums would come out in another order.
-            found.append(made[member - self.first] if mine else torch.empty_like(made[0]).copy_(sent))
+            # The memory format of the sender is kept, since it determines the order of sums.
+            found.append(made[member - self.first] if is_own else torch.empty_like(made[0]).copy_(sent))
         return found
 
-    def settle(self, nets: Sequence[nn.Module], loss: Tensor) -> Tensor:
-        """Return the mean of all members' losses, given that of one's own."""
-        found: Tensor = self.fabric.all_reduce(loss * (len(self.own) / self.members), reduce_op="sum")
+    def all_reduce(self, nets: Sequence[nn.Module], loss: Tensor) -> Tensor:
+        """Return the mean of all members' losses, given the mean of this process's members."""
+        found: Tensor = self.fabric.all_reduce(loss * (len(self.own_members) / self.members), reduce_op="sum")
         return found
 
-    def remembered(self, rows: Tensor, signs: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the images, and of every member what its process has of it."""
-        return rows, torch.stack(self.exchanged([signs[:, member] for member in self.own]), 1)
+    def gather_memory(self, rows: Tensor, signs: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the rows (B), and the signs (B members C H W) of every member from its process."""
+        return rows, torch.stack(self.exchanged([signs[:, member] for member in self.own_members]), 1)
 
-    def agreed(self, due: bool, place: int) -> bool:
-        """Return what the first process says, at places where it is asked."""
-        return place % LISTEN == 0 and self.fabric.broadcast(due)
+    def agree(self, due: bool, place: int) -> bool:
+        """Return whether a checkpoint is due in the first process, every few steps; False at other steps."""
+        return place % CLOCK_SYNC_STEPS == 0 and self.fabric.broadcast(due)
 
-    def collect(self, course: TrainState, parts: ModelState) -> None:
-        """Send each member's net, optimiser and average to all; add up what was counted since the last time."""
-        counts = [course.tally.forwards - course.counted[0], course.tally.backwards - course.counted[1]]
+    def synchronise(self, train_state: TrainState, model_state: ModelState) -> None:
+        """Broadcast each member's net, optimizer and average; add the passes counted since the last call."""
+        counts = [
+            train_state.pass_counts.forwards - train_state.shared_counts[0],
+            train_state.pass_counts.backwards - train_state.shared_counts[1],
+        ]
         for rank in range(self.fabric.world_size):
             body = None
             if rank == self.fabric.global_rank:
                 stream = io.BytesIO()
-                torch.save([counts, [parts.state(member) for member in self.own]], stream)
+                torch.save([counts, [model_state.member_state(member) for member in self.own_members]], stream)
                 body = stream.getvalue()
             body = self.fabric.broadcast(body, rank)
             if rank != self.fabric.global_rank and body is not None:
-                place = course.loss.device
-                theirs, states = torch.load(io.BytesIO(body), map_location=place, weights_only=True)
-                for member, state in zip(owned(self.members, rank, self.fabric.world_size), states, strict=True):
-                    parts.take(member, state)
-                course.tally.forwards += theirs[0]
-                course.tally.backwards += theirs[1]
-        course.counted = course.tally.forwards, course.tally.backwards
+                device = train_state.loss.device
+                other_counts, states = torch.load(io.BytesIO(body), map_location=device, weights_only=True)
+                for member, state in zip(
+                    members_of(self.members, rank, self.fabric.world_size), states, strict=True
+                ):
+                    model_state.load_member(member, state)
+                train_state.pass_counts.forwards += other_counts[0]
+                train_state.pass_counts.backwards += other_counts[1]
+        train_state.shared_counts = train_state.pass_counts.forwards, train_state.pass_counts.backwards
 
 
-def owners(members: int, processes: int) -> list[int]:
-    """Return the process of each member."""
-    return [rank for rank in range(processes) for _ in owned(members, rank, processes)]
+def owner_ranks(members: int, processes: int) -> list[int]:
+    """Return the rank of each member's process."""
+    return [rank for rank in range(processes) for _ in members_of(members, rank, processes)]

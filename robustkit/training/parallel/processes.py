@@ -1,8 +1,7 @@
-"""Devices, precision and processes, which Lightning Fabric provides.
+"""Devices, precision and processes, by Lightning Fabric.
 
-Nets are not wrapped by Fabric: methods run passes that the hooks of data-parallel wrappers do not survive (attacks
-in the loop, several nets, several backward passes a step). What they exchange is
-`robustkit.training.parallel.data_parallel`.
+Fabric does not wrap the nets: the hooks of data-parallel wrappers do not support what methods do (attacks in the
+loop, several nets, several backward passes per step). See `robustkit.training.parallel.data_parallel`.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import torch
 from torch.multiprocessing.spawn import ProcessRaisedException
 
 from robustkit.core.errors import RobustkitError, RunError, UsageError
-from robustkit.training.parallel.hosts import launched
+from robustkit.training.parallel.hosts import find_launcher
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -25,7 +24,7 @@ PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed"}
 
 
 def pick_precision(precision: str, device: torch.device) -> str:
-    """Return fp32 or bf16; `auto` is bf16 on a CUDA device that has it."""
+    """Return fp32 or bf16; `auto` is bf16 on a CUDA device that supports it."""
     if precision == "auto":
         return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
     if precision not in PRECISIONS:
@@ -34,46 +33,54 @@ def pick_precision(precision: str, device: torch.device) -> str:
 
 
 def rank() -> int:
-    """Return which of the processes that a launcher started this is; 0 without one."""
-    found = launched(os.environ)
+    """Return the rank of this process among those of a launcher; 0 without a launcher."""
+    found = find_launcher(os.environ)
     return 0 if found is None else found.rank
 
 
-def alone() -> bool:
-    """Return whether no launcher started this process beside others."""
-    return launched(os.environ) is None
+def is_single_process() -> bool:
+    """Return whether this process was started without a launcher of several."""
+    return find_launcher(os.environ) is None
 
 
-def count(device: torch.device, devices: int) -> int:
-    """Return how many processes a run on so many devices of each host has: a launcher's, or as many new ones.
+def count_processes(device: torch.device, devices: int) -> int:
+    """Return the number of processes of a run: those of the launcher, or one new process for each device.
+
+    Args:
+        device: where to train.
+        devices: devices to use on each host.
 
     Raises:
-        UsageError: if there are not so many devices, or the launcher started another number of processes.
+        UsageError: if there are fewer devices, or the launcher started another number of processes.
     """
     if devices < 1:
-        raise UsageError(f"--devices {devices} must be 1 or more.")
-    found = launched(os.environ)
-    here = devices if found is None else found.local
+        raise UsageError(f"--devices must be at least 1, got {devices}.")
+    found = find_launcher(os.environ)
+    here = devices if found is None else found.per_host
     if found is not None and devices not in (1, here):
         raise UsageError(
-            f"--devices {devices}: {found.by} started {here} processes on this host, one for each device; leave "
+            f"--devices {devices}: {found.name} started {here} processes on this host, one for each device; leave "
             "it out."
         )
     if here > 1 and device.index is not None:
         raise UsageError(f"--device {device} is one for {here} processes; write --device {device.type}.")
-    there = torch.cuda.device_count() if device.type == "cuda" else 1
-    if here > there and device.type != "cpu":
-        by = f"--devices {devices}" if found is None else f"{found.by} started {here} processes on this host"
-        raise UsageError(f"{by}: it has {there} {device.type} devices that this process sees.")
+    visible = torch.cuda.device_count() if device.type == "cuda" else 1
+    if here > visible and device.type != "cpu":
+        cause = f"--devices {devices}" if found is None else f"{found.name} started {here} processes on this host"
+        raise UsageError(f"{cause}: this process sees {visible} {device.type} devices.")
     return devices if found is None else found.size
 
 
 def launch(device: torch.device, devices: int, precision: str, work: Callable[[Fabric], str]) -> str:
-    """Return what `work(fabric)` does, in every process.
+    """Call `work(fabric)` in every process and return its result in this one.
 
-    It must pickle, and be no dataclass, which Fabric would take apart.
+    With a launcher these are its processes, on all hosts; else `devices` new processes, or this process for one.
 
-    Under a launcher these are the processes there are, on all its hosts; else `devices` new ones, or this one.
+    Args:
+        device: where to train.
+        devices: devices to use on this host.
+        precision: fp32 or bf16.
+        work: a picklable function. It must not be a dataclass: Fabric would unpack it.
 
     Raises:
         RunError: if a process fails.
@@ -83,11 +90,11 @@ def launch(device: torch.device, devices: int, precision: str, work: Callable[[F
         from lightning_fabric import Fabric
         from lightning_fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 
-        found = launched(os.environ)
+        found = find_launcher(os.environ)
         placed: int | list[int] = devices
         if found is not None:
-            os.environ.update(found.told)
-            strategy, placed, nodes = "ddp", found.local, found.nodes
+            os.environ.update(found.variables)
+            strategy, placed, nodes = "ddp", found.per_host, found.nodes
         else:
             strategy, nodes = ("ddp_spawn" if devices > 1 else "auto"), 1
             if devices == 1 and device.index is not None:
@@ -101,26 +108,26 @@ def launch(device: torch.device, devices: int, precision: str, work: Callable[[F
             plugins=LightningEnvironment() if found is None else TorchElasticEnvironment(),
         )
         try:
-            # A launcher has given each process its cores; new ones share this one's.
+            # A launcher assigns cores to each process; new processes share the cores of this one.
             threads = torch.get_num_threads() // (devices if found is None else 1)
-            said: str = fabric.launch(_begin, work, max(threads, 1))
+            result: str = fabric.launch(_run, work, max(threads, 1))
         except ProcessRaisedException as error:
             raise _reason(error) from error
-    return said
+    return result
 
 
-def _begin(fabric: Fabric, work: Callable[[Fabric], str], threads: int) -> str:
+def _run(fabric: Fabric, work: Callable[[Fabric], str], threads: int) -> str:
     torch.set_num_threads(threads)
-    said = work(fabric)
+    result = work(fabric)
     if fabric.world_size > 1:
-        # Left to the end of the interpreter, threads of gloo that still hold tensors abort a process that is done.
+        # At interpreter exit, gloo threads that still hold tensors would abort the finished process.
         fabric.barrier()
         torch.distributed.destroy_process_group()
-    return said
+    return result
 
 
 def _reason(error: Exception) -> RobustkitError:
-    """Return what a process said last."""
+    """Return the error of a process, from the last line of its traceback."""
     last = str(error).strip().rpartition("\n")[2]
-    kind, _, said = last.partition(": ")
-    return RunError(said if kind.endswith(("RunError", "UsageError")) else f"a process failed: {last}.")
+    kind, _, message = last.partition(": ")
+    return RunError(message if kind.endswith(("RunError", "UsageError")) else f"a process failed: {last}.")
