@@ -22,7 +22,18 @@ LINKS = ("attacks", "defenses")
 # Rooms from the ground up: each imports only from those before it.
 ORDER = (
     *("core", "registry", "data", "sampling", "posterior", "attack_api", "models", "runs", "gradient_views"),
-    *("reporting", "distributed", "checks", "engine", "training", "diagnostics", "crafting", "api", "cli"),
+    *(
+        "reporting",
+        "distributed",
+        "checks",
+        "engine",
+        "training",
+        "diagnostics",
+        "crafting",
+        "api",
+        "cli",
+        "testing",
+    ),
 )
 # What attacks and defenses may import beside each other inside their own folder. Nobody imports them: they are
 # found by the registry.

@@ -1,13 +1,11 @@
 """What every attack must do, parametrised over the registry: a new file in attacks/ needs no edit here.
 
-Each check is a function of an attack, so that the mutants at the end can show that it bites.
+The checks are those of `robustkit.testing`; the mutants at the end show that they find faults.
 """
 
 from __future__ import annotations
 
-import random
 from dataclasses import dataclass, replace
-from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -20,11 +18,19 @@ from robustkit.core.criteria import Goal
 from robustkit.core.rng import RowRng
 from robustkit.core.threat import ThreatModel
 from robustkit.registry import make, spec
-
-SHAPE = (5, 3, 7, 9)
-SIZE = 189
-NORMS = ("linf", "l2", "l1")
-DUAL = {"linf": 1, "l2": 2, "l1": float("inf")}
+from robustkit.testing.attacks import (
+    check_budget,
+    check_fails,
+    check_global_generators,
+    check_inside,
+    check_no_side_effects,
+    check_repeatable,
+    check_row_independent,
+    check_succeeds,
+    count_passes,
+    run,
+)
+from robustkit.testing.problems import NORMS, PROBLEMS, SHAPE, corners, plane, rng_of, sphere, threat_at
 
 # Less effort than the defaults, where those take long.
 FIELDS = {
@@ -85,255 +91,17 @@ every = pytest.mark.parametrize(("name", "fields", "norm"), cases())
 own = pytest.mark.parametrize(("name", "fields", "norm"), cases(own=True))
 
 
-# Problems whose nearest adversarial point is known.
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A model, images, their labels, and the distance of the nearest adversarial point in each norm."""
-
-    model: nn.Module
-    x: torch.Tensor
-    labels: torch.Tensor
-    distance: dict[str, float]
-    targets: torch.Tensor | None = None
-
-    @property
-    def goal(self):
-        return Goal(self.labels, self.targets)
-
-    def to(self, dtype):
-        return replace(self, model=self.model.to(dtype), x=self.x.to(dtype))
-
-    def rows(self, index):
-        targets = None if self.targets is None else self.targets[index]
-        return replace(self, x=self.x[index], labels=self.labels[index], targets=targets)
-
-
-class Plane(nn.Module):
-    """Logits linear in the image."""
-
-    def __init__(self, weight):
-        super().__init__()
-        self.weight = nn.Parameter(weight, requires_grad=False)
-
-    def forward(self, x):
-        # No matrix product: its rounding depends on the batch size, which would be held against the attack.
-        return (100 * (x - 0.5).flatten(1)[:, None] * self.weight).sum(2)
-
-
-class Sphere(nn.Module):
-    """Class 0 within a sphere around grey, class 1 outside."""
-
-    def __init__(self, square):
-        super().__init__()
-        self.square = nn.Parameter(torch.tensor(square), requires_grad=False)
-
-    def forward(self, x):
-        inside = 50 * (self.square - (x - 0.5).flatten(1).square().sum(1))
-        return torch.stack([inside, -inside], 1)
-
-
-def signs(shape, draw):
-    """Return numbers of size 0.9 to 1.1 and either sign: no coordinate stands out."""
-    size = 0.9 + 0.2 * torch.rand(shape, generator=draw)
-    return torch.where(torch.rand(shape, generator=draw) < 0.5, -size, size)
-
-
-def plane(classes, *, targeted=False, seed=0):
-    """Rows at a margin of 0.0146 from the runner-up, 1.3 times as far from the third, others far behind."""
-    draw = torch.Generator().manual_seed(seed)
-    weight = torch.linalg.qr(signs((SIZE, classes), draw).double()).Q.T
-    labels = torch.arange(SHAPE[0]) % classes
-    ranks = (torch.arange(classes)[None, :] - labels[:, None]) % classes
-    behind = torch.tensor([0.0, 0.0146, 0.019, *[0.3] * (classes - 2)][:classes]).double()
-    x = 0.5 + ((0.1 - behind[ranks]) @ weight).view(SHAPE)
-    rival = (labels + (2 if targeted else 1)) % classes
-    step = weight[rival] - weight[labels]
-    gap = -(step * (x - 0.5).flatten(1)).sum(1)
-    lengths = {norm: gap / torch.linalg.vector_norm(step, DUAL[norm], dim=1) for norm in NORMS}
-    distance = {norm: length.tolist() for norm, length in lengths.items()}
-    return Problem(Plane(weight), x, labels, distance, rival if targeted else None).to(torch.float32)
-
-
-def sphere(seed=0):
-    """Rows inside a sphere of squared radius 0.02 above their own."""
-    draw = torch.Generator().manual_seed(seed)
-    z = signs((SHAPE[0], SIZE), draw).double()
-    z = 1.37 * z / z.norm(dim=1, keepdim=True)
-    square, size = 1.37**2 + 0.02, z.abs()
-    total, top = size.sum(1), size.amax(1)
-    distance = {
-        "linf": (((total**2 + SIZE * 0.02).sqrt() - total) / SIZE).tolist(),
-        "l2": [square**0.5 - 1.37] * SHAPE[0],
-        "l1": ((top**2 + 0.02).sqrt() - top).tolist(),
-    }
-    labels = torch.zeros(SHAPE[0], dtype=torch.int64)
-    return Problem(Sphere(square), 0.5 + z.view(SHAPE), labels, distance).to(torch.float32)
-
-
-PROBLEMS = {
-    "two planes": lambda: plane(2),
-    "three planes": lambda: plane(3),
-    "five planes": lambda: plane(5),
-    "sphere": sphere,
-}
-
-
-def threat_at(problem, norm, factor):
-    """Return the threat that is `factor` of the distance: of the farthest row above 1, else the nearest."""
-    edge = max(problem.distance[norm]) if factor > 1 else min(problem.distance[norm])
-    return ThreatModel.parse(f"{norm}:{Fraction(factor * edge).limit_denominator(10**7)}")
-
-
-def rng_of(problem, seed=0, stream="contract"):
-    return RowRng(seed, stream, torch.arange(10, 10 + len(problem.x)))
-
-
-def run(attack, problem, threat, *, seed=0, rng=None):
-    """Run the attack, random numbers of the global kind seeded as the engine does it."""
-    torch.manual_seed(seed)
-    np.random.seed(seed)
-    random.seed(seed)
-    return attack(problem.model, problem.x.clone(), problem.goal, threat, rng=rng or rng_of(problem, seed))
-
-
-# The checks.
-
-
-def check_succeeds(attack, problem, norm, *, coupled=False, factor=1.5):
-    """Where a fooling point lies well inside, every row must find one, inside."""
-    threat = threat_at(problem, norm, factor)
-    assert not problem.goal.reached(problem.model(problem.x)).any()
-    found = run(attack, problem, threat)
-    check_inside(found, problem.x, threat, coupled)
-    assert problem.goal.reached(problem.model(threat.project(found, problem.x))).all()
-
-
-def check_fails(attack, problem, norm, *, coupled=False):
-    """Where no fooling point lies inside, none may be found, and what comes back is inside all the same."""
-    threat = threat_at(problem, norm, 0.9)
-    found = run(attack, problem, threat)
-    check_inside(found, problem.x, threat, coupled)
-    assert not problem.goal.reached(problem.model(threat.project(found, problem.x))).any()
-
-
-def check_inside(found, x, threat, coupled=False):
-    assert found.shape == x.shape
-    assert found.dtype == x.dtype
-    assert found.device == x.device
-    assert not found.requires_grad
-    assert threat.contains(threat.project(found, x) if coupled else found, x).all()
-
-
-def check_repeatable(attack, problem, threat):
-    """Same seed, same bytes; a random attack moves with the seed, the stream and the sample."""
-    first = run(attack, problem, threat)
-    assert torch.equal(first, run(attack, problem, threat))
-    if getattr(attack, "random_start", False):
-        # Longer or more steps may end in the same corner.
-        attack = replace(attack, steps=1, **({"step_size": "0.1eps"} if hasattr(attack, "step_size") else {}))
-        first = run(attack, problem, threat)
-        assert not torch.equal(first, run(attack, problem, threat, rng=rng_of(problem, 1)))
-        assert not torch.equal(first, run(attack, problem, threat, rng=rng_of(problem, 0, "other")))
-
-
-def check_company(attack, problem, threat):
-    """A row has the same result alone, in a batch, in any order."""
-    rng = rng_of(problem)
-    whole = run(attack, problem, threat)
-    for order in ([4, 2, 0, 3, 1], [3, 1], [0], [1], [2], [3], [4]):
-        index = torch.tensor(order)
-        part = run(attack, problem.rows(index), threat, rng=rng.select(index))
-        assert torch.equal(part, whole[index])
-
-
-def check_generators_still(attack, problem, threat):
-    """The generators of torch, numpy and Python stay where they are."""
-    torch.manual_seed(3)
-    before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
-    attack(problem.model, problem.x.clone(), problem.goal, threat, rng=rng_of(problem))
-    after = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
-    assert torch.equal(before[0], after[0])
-    assert before[1] == after[1]
-    # The jaxtyping hook draws from Python's own generator to pick what it checks.
-    assert before[2] == after[2] or hasattr(ThreatModel.project, "__wrapped__")
-
-
-def check_no_side_effects(attack, problem, threat, *, trainable=True):
-    """Inputs, parameters, their gradients, mode, hooks and global settings are as before."""
-    model, x, goal, rng = problem.model, problem.x.clone(), problem.goal, rng_of(problem)
-    model.train(trainable)
-    for parameter in model.parameters():
-        parameter.requires_grad_(trainable)
-        parameter.grad = torch.full_like(parameter, 0.25) if trainable else None
-    state = {name: value.clone() for name, value in model.state_dict().items()}
-    kept = [value.clone() for value in (x, goal.labels, rng.ids)]
-    settings = torch.is_grad_enabled(), torch.get_default_dtype(), torch.backends.cudnn.deterministic
-    found = attack(model, x, goal, threat, rng=rng)
-    assert (torch.is_grad_enabled(), torch.get_default_dtype(), torch.backends.cudnn.deterministic) == settings
-    assert all(map(torch.equal, kept, (x, goal.labels, rng.ids)))
-    assert not x.requires_grad
-    assert x.grad is None
-    assert found is not x or not trainable
-    assert model.training == trainable
-    for module in model.modules():
-        assert not module._forward_hooks
-        assert not module._forward_pre_hooks
-        assert not module._backward_hooks
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, state[name])
-    for parameter in model.parameters():
-        assert parameter.requires_grad == trainable
-        assert parameter.grad is None or (parameter.grad == 0.25).all()
-
-
-def count_queries(attack, problem, threat):
-    """Return (forwards, backwards) in images."""
-    seen = {"forwards": 0, "backwards": 0}
-
-    def model(x):
-        seen["forwards"] += len(x)
-        logits = problem.model(x)
-        if logits.requires_grad:
-            logits.register_hook(lambda g: seen.__setitem__("backwards", seen["backwards"] + len(g)))
-        return logits
-
-    run(attack, replace(problem, model=model), threat)
-    return seen["forwards"], seen["backwards"]
+# The checks are robustkit.testing's; one more is for attacks whose cost is exactly steps and restarts.
 
 
 def check_steps_count(attack, problem, norm):
     """On a hopeless problem `steps` steps cost steps + 1 forwards and steps backwards a row and restart."""
     threat = threat_at(problem, norm, 0.9)
     for steps, restarts in ((1, 1), (3, 1), (7, 1), (2, 3)):
-        tried = attack_with(attack, steps=steps, restarts=restarts)
-        forwards, backwards = count_queries(tried, problem, threat)
+        tried = replace(attack, steps=steps, restarts=restarts)
+        forwards, backwards = count_passes(tried, problem, threat)
         rows = len(problem.x) * restarts
         assert (forwards, backwards) == (rows * (steps + 1), rows * steps)
-
-
-def check_budget(attack, problem, norm):
-    """What an attack says a surviving image costs at most is what it costs, and more effort costs more.
-
-    FAB's figure is a bound: it saves a query where it has not crossed the boundary.
-    """
-    threat, classes, spent = threat_at(problem, norm, 0.5), len(problem.model.weight), []
-    for effort in (2, 5):
-        fields = {"queries" if hasattr(attack, "queries") else "steps": effort, "restarts": 2, "doubt": 1e9}
-        tried = replace(attack, **{name: value for name, value in fields.items() if name in spec(attack)})
-        forwards, backwards = count_queries(tried, problem, threat)
-        budget = tried.budget(classes, norm) * len(problem.x)
-        bound = hasattr(attack, "eta")
-        assert budget / 2 <= forwards <= budget if bound else forwards == budget
-        assert backwards < forwards * (classes - 1 if bound else 1)
-        assert (backwards == 0) == tried.blind
-        spent.append(forwards)
-    assert spent[1] > spent[0]
-
-
-def attack_with(attack, **fields):
-    return replace(attack, **fields)
 
 
 # The registered attacks.
@@ -385,13 +153,13 @@ def test_no_side_effects(name, fields, norm):
 @pytest.mark.parametrize("factor", [0.9, 1.5])
 def test_same_result_in_any_company(name, fields, norm, factor):
     problem = plane(5)
-    check_company(make(name, **fields), problem, threat_at(problem, norm, factor))
+    check_row_independent(make(name, **fields), problem, threat_at(problem, norm, factor))
 
 
 @own
 def test_no_global_generator_moves(name, fields, norm):
     problem = plane(3)
-    check_generators_still(make(name, **fields), problem, threat_at(problem, norm, 0.9))
+    check_global_generators(make(name, **fields), problem, threat_at(problem, norm, 0.9))
 
 
 @own
@@ -502,7 +270,7 @@ def test_the_loop_ends_when_nobody_is_left(norm, size):
     found = run(attack, problem, threat)
     assert found.shape == problem.x.shape
     assert problem.goal.reached(problem.model(found)).all()
-    forwards, backwards = count_queries(attack, problem, threat)
+    forwards, backwards = count_passes(attack, problem, threat)
     assert (forwards, backwards) == (2 * size, size)
 
 
@@ -708,8 +476,8 @@ def every_check(attack, norm):
         check_fails(attack, made(), norm)
     check_succeeds(attack, plane(5, targeted=True), norm, factor=1.6)
     check_repeatable(attack, sphere(), threat_at(sphere(), norm, 0.9))
-    check_company(attack, problem, far)
-    check_generators_still(attack, problem, far)
+    check_row_independent(attack, problem, far)
+    check_global_generators(attack, problem, far)
     check_no_side_effects(attack, plane(5), near)
     check_steps_count(attack, problem, norm)
     corner = replace(problem.to(torch.float64), x=problem.x.gt(0.5).double())
@@ -721,6 +489,15 @@ def test_the_mutants_parent_is_sound(norm):
     every_check(Mutant(), norm)
 
 
+def in_the_corners(norm):
+    return corners(plane(3).to(torch.float64), norm)
+
+
+def inside_in_the_corners(attack, norm):
+    problem, threat = in_the_corners(norm)
+    check_inside(run(attack, problem, threat), problem.x, threat)
+
+
 @pytest.mark.parametrize(
     ("mutant", "check"),
     [
@@ -729,11 +506,11 @@ def test_the_mutants_parent_is_sound(norm):
         (Downhill, lambda a, n: check_succeeds(a, plane(2), n)),
         (Downhill, lambda a, n: check_succeeds(a, sphere(), n)),
         (LeavesBall, lambda a, n: check_fails(a, plane(3), n)),
-        (LeavesBox, lambda a, n: check_inside(run(a, *corners(n)), *corners(n, inside=True))),
-        (GlobalGenerator, lambda a, n: check_generators_still(a, *hopeless(n))),
-        (NumpyGenerator, lambda a, n: check_generators_still(a, *hopeless(n))),
-        (SeededByBatch, lambda a, n: check_company(a, *hopeless(n))),
-        (NormOfTheBatch, lambda a, n: check_company(a, *hopeless(n))),
+        (LeavesBox, inside_in_the_corners),
+        (GlobalGenerator, lambda a, n: check_global_generators(a, *hopeless(n))),
+        (NumpyGenerator, lambda a, n: check_global_generators(a, *hopeless(n))),
+        (SeededByBatch, lambda a, n: check_row_independent(a, *hopeless(n))),
+        (NormOfTheBatch, lambda a, n: check_row_independent(a, *hopeless(n))),
         (IgnoresSteps, lambda a, n: check_steps_count(a, plane(3), n)),
         (IgnoresTargets, lambda a, n: check_succeeds(a, plane(5, targeted=True), n, factor=1.6)),
         (Unseeded, lambda a, n: check_repeatable(a, *hopeless(n))),
@@ -742,7 +519,7 @@ def test_the_mutants_parent_is_sound(norm):
         (LeavesEvalMode, lambda a, n: check_no_side_effects(a, *hopeless(n))),
         (LeavesHook, lambda a, n: check_no_side_effects(a, *hopeless(n))),
         (CarriesMomentum, lambda a, n: check_repeatable(replace(a, steps=2), *hopeless(n))),
-        (Downcasts, lambda a, n: check_inside(run(a, *corners(n)), *corners(n, inside=True))),
+        (Downcasts, inside_in_the_corners),
     ],
 )
 @pytest.mark.parametrize("norm", NORMS)
@@ -754,10 +531,3 @@ def test_mutants_are_caught(mutant, check, norm):
 def hopeless(norm):
     problem = plane(3)
     return problem, threat_at(problem, norm, 0.9)
-
-
-def corners(norm, *, inside=False):
-    problem = plane(3).to(torch.float64)
-    problem = replace(problem, x=problem.x.gt(0.5).double())
-    threat = ThreatModel.parse({"linf": "linf:0.3", "l2": "l2:3", "l1": "l1:20"}[norm])
-    return (problem.x, threat) if inside else (problem, threat)

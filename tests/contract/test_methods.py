@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import random
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +15,24 @@ from robustkit import load_model, registry, train
 from robustkit.core.errors import UsageError
 from robustkit.core.rng import RowRng
 from robustkit.core.step_size import StepSize
-from robustkit.data import from_arrays
-from robustkit.data.samples import Samples
 from robustkit.posterior import Posterior
-from robustkit.registry import make_again, make_method
+from robustkit.registry import make_method
 from robustkit.runs.training_record import Trained
-from robustkit.training import loop
+from robustkit.testing.methods import (
+    IMAGES,
+    PLAN,
+    SHAPE,
+    check_backward,
+    check_resumes,
+    check_run,
+    prepared,
+    toy,
+    train_briefly,
+)
 from robustkit.training.loop import take_step
 from robustkit.training.method import Batch, Method, Plan
 from robustkit.training.posterior_method import PosteriorMethod
-from robustkit.training.progress import TrainProgress
 from robustkit.training.wrapping_method import WrappingMethod
-
-SHAPE = (3, 7, 9)
-CLASSES = 4
-IMAGES = 48
-PLAN = Plan(samples=IMAGES, classes=CLASSES, batch_size=16, epochs=6, lr=0.05)
 
 # Fields that fit so short a run, where the defaults do not.
 FIELDS: dict[str, dict[str, Any]] = {
@@ -86,57 +86,6 @@ def small(name: str, **fields: Any) -> Method:
     return make_method(name, **{**FIELDS.get(name, {}), **fields})
 
 
-class Normed(nn.Module):
-    """A small net with batch norm."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten()
-        )
-        self.head = nn.Linear(16, CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.body(x))
-
-
-def normed() -> nn.Module:
-    """The factory for model strings."""
-    return Normed()
-
-
-def prepared(method: Method) -> nn.Module:
-    """A net as the method trains it."""
-    if isinstance(method, WrappingMethod):
-        return method.wrap(Normed(), torch.zeros(1, *SHAPE), None, None)
-    return Normed()
-
-
-def toy(seed: int, count: int = IMAGES) -> Samples:
-    """Images whose classes differ by brightness and by a corner."""
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.arange(count) % CLASSES
-    x = torch.rand(count, *SHAPE, generator=generator) * 0.5 + labels[:, None, None, None] * 0.1
-    x[labels == 2, :, :3, :3] = 0
-    return from_arrays((x * 255).round() / 255, labels)
-
-
-def run(
-    method: Method, folder: Path, *, seed: int = 0, progress: TrainProgress | None = None, **plan: Any
-) -> Trained:
-    plan = {"epochs": PLAN.epochs, "batch_size": PLAN.batch_size, "lr": PLAN.lr, **plan}
-    return train(
-        method,
-        toy(0),
-        test=toy(1, 40),
-        arch=f"{__file__}:normed",
-        seed=seed,
-        out=folder,
-        progress=progress,
-        **plan,
-    )
-
-
 def outcome(method: Method, plan: Plan = PLAN) -> list[dict[str, Tensor]]:
     """What a method makes of a net by its hooks alone: the last state, and its samples."""
     with torch.random.fork_rng(devices=[]):
@@ -179,7 +128,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Trai
     class Made(dict[str, tuple[Path, Trained]]):
         def __missing__(self, name: str) -> tuple[Path, Trained]:
             folder = tmp_path_factory.mktemp(name) / "run"
-            self[name] = folder, run(small(name), folder)
+            self[name] = folder, train_briefly(small(name), folder)
             return self[name]
 
     return Made()
@@ -189,21 +138,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Trai
 def test_a_run_leaves_what_the_contract_says(name: str, runs: dict[str, tuple[Path, Trained]]) -> None:
     folder, record = runs[name]
     method = small(name)
-    stored = json.loads((folder / "model.json").read_text())
-    assert stored == json.loads(json.dumps(record.to_json()))
-    assert make_again("method", stored["method"]) == method
-    assert len(record.history) == PLAN.epochs
-    assert record.history[0]["loss"] > record.history[-1]["loss"]
+    check_run(method, record, folder)
     assert [one["rate"] for one in record.history] == [
         method.rate((epoch + 1) * PLAN.steps_per_epoch - 1, PLAN) for epoch in range(PLAN.epochs)
     ]
-    assert record.accuracy is not None
-    assert record.accuracy["value"] > 1.5 / CLASSES
-    assert record.cost["backwards"] >= PLAN.steps * PLAN.batch_size * record.members
-    assert {path.name for path in folder.iterdir()} >= {"model.json", "metrics.jsonl"}
-    assert not {"samples", "kept"} & {path.name for path in folder.iterdir()}
-    assert (folder / "posterior.safetensors").is_file() == isinstance(method, PosteriorMethod)
-    assert (folder / "model.safetensors").is_file() != isinstance(method, PosteriorMethod)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -247,68 +185,20 @@ def test_steps_of_samples_are_those_kept(name: str, runs: dict[str, tuple[Path, 
             assert facts["epoch"] == (facts["step"] - 1) // PLAN.steps_per_epoch + 1
 
 
-class Cut(TrainProgress):
-    """Stops a run after a step, as Ctrl-C does."""
-
-    def __init__(self, at: int) -> None:
-        self.at = at
-
-    def step(self, done: int) -> None:
-        if done == self.at:
-            raise KeyboardInterrupt
-
-
 @pytest.mark.parametrize("name", METHODS)
-def test_a_resumed_run_is_the_run(
-    name: str, runs: dict[str, tuple[Path, Trained]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_resumed_run_is_the_run(name: str, runs: dict[str, tuple[Path, Trained]], tmp_path: Path) -> None:
     """C5: cut within an epoch it ends in the same bytes; the caller's generators stay where they were."""
-    _, record = runs[name]
-    monkeypatch.setattr(loop, "SAVE_EVERY", 0.0)
-    torch.manual_seed(9)
-    before = torch.random.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
-    with pytest.raises(KeyboardInterrupt):
-        run(small(name), tmp_path, progress=Cut(PLAN.steps // 2 + 1))
-    assert run(small(name), tmp_path).hashes == record.hashes
-    after = torch.random.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
-    assert torch.equal(before[0], after[0])
-    assert before[1:] == after[1:]
+    check_resumes(small(name), runs[name][1], tmp_path)
 
 
 @pytest.mark.parametrize("name", ["standard", "csgld"])
 def test_another_seed_is_another_run(name: str, runs: dict[str, tuple[Path, Trained]], tmp_path: Path) -> None:
-    assert run(small(name), tmp_path, seed=1).hashes != runs[name][1].hashes
+    assert train_briefly(small(name), tmp_path, seed=1).hashes != runs[name][1].hashes
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_backward_gives_gradients_and_leaves_the_net(name: str) -> None:
-    """Weights, modes and hooks are as they were; the loss is a finite number without a graph.
-
-    All weights have a gradient; of a method that wraps its nets and trains part after part, in one of the steps.
-    """
-    method = small(name)
-    nets = [prepared(method).train() for _ in range(method.min_members)]
-    whole = nn.ModuleList(nets)
-    weights = [weight.detach().clone() for weight in whole.parameters()]
-    images = toy(0)
-    rows = torch.arange(12)
-    memory = torch.zeros(12, len(nets), *SHAPE, dtype=torch.int8)
-    reached: set[nn.Parameter] = set()
-    for step in (0, PLAN.steps - 1):
-        whole.zero_grad()
-        rng = RowRng(0, "method", rows, step=step)
-        x, y = images.images(np.arange(12)), torch.from_numpy(images.labels[:12])
-        loss = method.backward(nets, Batch(x, y, rng, step, x.flip(0), y.flip(0), memory), PLAN)
-        assert loss.isfinite()
-        assert not loss.requires_grad
-        moved = [weight for weight in whole.parameters() if weight.grad is not None]
-        assert all(weight.grad.isfinite().all() for weight in moved)  # type: ignore[union-attr]
-        assert isinstance(method, WrappingMethod) or len(moved) == len(weights)
-        reached |= set(moved)
-        assert all(torch.equal(old, new) for old, new in zip(weights, whole.parameters(), strict=True))
-        assert all(part.training for part in whole.modules())
-        assert not any(part._forward_hooks or part._forward_pre_hooks for part in whole.modules())
-    assert reached == set(whole.parameters())
+    check_backward(small(name))
 
 
 def is_another(name: str) -> bool:
@@ -350,7 +240,7 @@ def test_the_policy_for_batch_norms_is_carried_out(
 ) -> None:
     """The weights are the same, the running statistics are those on the training images or not."""
     other = "keep" if small(name).batch_norm == "re-estimate" else "re-estimate"
-    run(small(name, batch_norm=other), tmp_path)
+    train_briefly(small(name, batch_norm=other), tmp_path)
     one, two = Posterior.open(runs[name][0]), Posterior.open(tmp_path)
     assert len(one) == len(two)
     for number in range(len(one)):
@@ -380,9 +270,9 @@ def test_members_are_trained_or_refused(name: str, tmp_path: Path) -> None:
     method = small(name)
     if not method.ensembles:
         with pytest.raises(UsageError, match=f"{name} trains one net"):
-            run(method, tmp_path, members=2)
+            train_briefly(method, tmp_path, members=2)
         return
-    record = run(method, tmp_path, members=2)
+    record = train_briefly(method, tmp_path, members=2)
     assert record.members == len(record.member_accuracy) == 2
     first, second = (load_model(f"{tmp_path}/#{number}", trust_code=True).net.state_dict() for number in (0, 1))
     head = next(weight for weight in first if weight.endswith("head.weight"))

@@ -1,0 +1,15 @@
+"""The contract that attacks, defenses and training methods keep, as functions that check anybody's class.
+
+As `check_estimator` of scikit-learn: they raise AssertionError with what is wrong, and return None if nothing is.
+
+    from robustkit.testing import check_attack
+    check_attack(MyAttack(steps=20))
+"""
+
+from __future__ import annotations
+
+from robustkit.testing.attacks import check_attack
+from robustkit.testing.defenses import check_defense
+from robustkit.testing.methods import check_method
+
+__all__ = ["check_attack", "check_defense", "check_method"]
