@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+from runs import write_members
 
 from robustkit import UsageError, craft, diversity, load_data, load_model, train, verify
 from robustkit.cli import run
-from runs import write_members
 
 CODE = """
 from pathlib import Path

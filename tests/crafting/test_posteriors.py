@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from runs import net, write_members, write_posterior
 
 import robustkit
 from robustkit import ThreatModel, UsageError, evaluate
@@ -23,7 +24,6 @@ from robustkit.engine.progress import Progress
 from robustkit.registry import parse_attack
 from robustkit.reporting.html import craft as craft_page
 from robustkit.reporting.terminal.transfer import show
-from runs import net, write_members, write_posterior
 
 EPS, CPU = "linf:0.2", torch.device("cpu")
 # Some of these folders name nets of the tests' own code.

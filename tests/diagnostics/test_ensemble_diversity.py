@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from runs import write_members, write_posterior
 from torch import nn
 
 from robustkit import diversity, load_data, load_model
@@ -26,7 +27,6 @@ from robustkit.models.layers.features import distil
 from robustkit.runs.craft_record import worst
 from robustkit.runs.diversity_record import Diversity
 from robustkit.training import ensemble_utils
-from runs import write_members, write_posterior
 
 DATA = load_data("digits:test").head(32)
 THREAT = ThreatModel.parse("linf:0.12")

@@ -6,12 +6,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import runs
 import torch
 from nets import small
 from safetensors.torch import save_file
 from teams import as_threads
 
-import runs
 from robustkit import RunError, load_model
 from robustkit.core.threat import ThreatModel
 from robustkit.data import from_arrays

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import ARCH, net, write_members, write_posterior, write_single
 
 from robustkit import load_model
 from robustkit.core.errors import UsageError
 from robustkit.engine.model.batchnorm_folding import folded
 from robustkit.posterior import Posterior
-from runs import ARCH, net, write_members, write_posterior, write_single
 
 X = torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 NETS = [net(seed) for seed in range(5)]

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from nets import Small
+from runs import ARCH, net, write_members, write_posterior, write_single
 from safetensors.torch import save_file
 
 from robustkit import load_model
@@ -14,7 +15,6 @@ from robustkit.core.errors import UsageError
 from robustkit.models.ensembles.aggregation import parse_aggregator
 from robustkit.models.ensembles.mixture import Members, Samples
 from robustkit.models.strings import ENSEMBLE, ModelString
-from runs import ARCH, net, write_members, write_posterior, write_single
 
 X = torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 NETS = [net(seed) for seed in range(4)]

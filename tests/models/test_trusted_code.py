@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from runs import facts, net, write_members, write_single
 
 from robustkit import load_model
 from robustkit.core.errors import UsageError
@@ -18,7 +19,6 @@ from robustkit.models.randomness import Noise
 from robustkit.models.recorded_data import recorded_data
 from robustkit.models.strings import ModelString
 from robustkit.runs import run_folder
-from runs import facts, net, write_members, write_single
 
 LINEAR = "torch.nn:Linear?in_features=9&out_features=4"
 CODE = """

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from runs import ARCH, net, write_members, write_posterior
 from safetensors.torch import load_file, save_file
 
 from robustkit import load_model, train
@@ -15,7 +16,6 @@ from robustkit.core.errors import UsageError
 from robustkit.data import from_arrays
 from robustkit.data.samples import Samples
 from robustkit.runs.training_record import Trained
-from runs import ARCH, net, write_members, write_posterior
 
 NORM = {"mean": [0.4], "std": [0.2]}
 NETS = [net(seed) for seed in range(3)]
