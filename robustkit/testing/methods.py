@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from robustkit.api import train
+from robustkit.api.train import train
 from robustkit.core.errors import UsageError
 from robustkit.core.rng import RowRng
 from robustkit.data import from_arrays
