@@ -224,7 +224,7 @@ STRANGER = '''\
 from dataclasses import dataclass
 
 from robustkit.registry import attack
-from robustkit.attack_api.row_wise import RowWise
+from robustkit.attack_api import RowWise
 
 
 @attack("bim", paper="arXiv:1607.02533", norms=("linf", "l2"), access="gradient")

@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from robustkit.attack_api import Rows
 from robustkit.attack_api.composition import Oracle, dice
-from robustkit.attack_api.row_wise import Rows
 from robustkit.attack_api.surrogates import Weights
 from robustkit.attacks.common_weakness.mi_cse import MICSE
 from robustkit.attacks.common_weakness.mi_sam import step_back, summed

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from robustkit.attack_api import Answer, Model, Rows, State
 from robustkit.attack_api.composition import Around, Oracle, ascend, dice
-from robustkit.attack_api.row_wise import Answer, Model, Rows, State
 from robustkit.attack_api.surrogates import Weights
 from robustkit.attacks.common_weakness.mi_sam import COMPAT, check_word, default_stride
 from robustkit.attacks.transfer.mi_fgsm import MIFGSM

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from robustkit.attack_api import Answer, Model, Rows, State
 from robustkit.attack_api.composition import Around, Oracle, ascend, dice
-from robustkit.attack_api.row_wise import Answer, Model, Rows, State
 from robustkit.attack_api.surrogates import Weights
 from robustkit.attacks.transfer.mi_fgsm import MIFGSM
 from robustkit.core import losses

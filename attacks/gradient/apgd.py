@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from robustkit.attack_api.row_wise import Answer, Rows, RowWise, State
+from robustkit.attack_api import Answer, LoopOptions, Rows, RowWise, State
 from robustkit.core import losses
 from robustkit.core.shapes import Images, Mask, PerRow
 from robustkit.core.threat import per_row
@@ -40,28 +40,15 @@ class _APGD(RowWise):
         """Refuse an unknown loss before anything runs."""
         losses.loss(self.loss)
 
-    @property
-    def draws(self) -> int:
-        """How often each point is asked for."""
-        return self.eot_iter
-
-    @property
-    def strays(self) -> bool:
-        """Whether queries may lie outside the threat: those in larger balls do."""
-        return self.large_start is not False
-
-    @property
-    def last_resort(self) -> bool:
-        """Whether it is for images right at the boundary alone."""
-        return self.doubt is not None
-
-    def enters(self, rows: Rows) -> Mask | None:
-        """Return which rows earlier attacks brought near enough to the boundary."""
-        return None if self.doubt is None else rows.near(self.doubt)
-
-    def length(self, norm: str) -> int:
-        """Return the steps of all stages, and one from each stage to the next."""
-        return self.steps + len(_stages(self.steps, norm, self.large_start)) - 1
+    def loop_options(self, norm: str) -> LoopOptions:
+        """Return the steps of all stages, and one from each stage to the next; larger balls lie outside."""
+        return LoopOptions(
+            steps=self.steps + len(_stages(self.steps, norm, self.large_start)) - 1,
+            restarts=self.restarts or 1,
+            queries_outside_ball=self.large_start is not False,
+            eot_samples=self.eot_iter,
+            boundary_only=self.doubt,
+        )
 
     def init(self, rows: Rows) -> State:
         """Return the starting points; what else they set is set when their answers are there."""
@@ -91,7 +78,7 @@ class _APGD(RowWise):
         state = _record(state, answer, first > 0, factor * eps * (1 if norm == "l1" else 2))
         if norm == "l1":
             due = window > 0
-            renew = due | (first > 0) if self.length(norm) > self.steps else due
+            renew = due | (first > 0) if len(_stages(self.steps, norm, self.large_start)) > 1 else due
             return _step_l1(rows, state, answer, due, renew, factor * eps, following * eps)
         return _step(rows, state, answer, first > 0, window, self.rho)
 
@@ -121,9 +108,9 @@ class APGDT(_APGD):
     loss: str = "dlr"
     targets: Count | None = None
 
-    def attempts(self, norm: str) -> tuple[int, int]:
-        """Return the number of targets and of restarts for each."""
-        return self.targets or (5 if norm == "l1" else 9), self.restarts or 1
+    def loop_options(self, norm: str) -> LoopOptions:
+        """Return those of `apgd`, for each target."""
+        return replace(_APGD.loop_options(self, norm), targets=self.targets or (5 if norm == "l1" else 9))
 
 
 def _stages(steps: int, norm: str, large_start: bool | None) -> list[tuple[int, int]]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from robustkit.attack_api.row_wise import Answer, Rows, RowWise, State
+from robustkit.attack_api import Answer, LoopOptions, Rows, RowWise, State
 from robustkit.core import losses
 from robustkit.core.threat import per_row
 from robustkit.registry import attack
@@ -34,10 +34,9 @@ class DDN(RowWise):
         """Refuse an unknown loss before anything runs."""
         losses.loss(self.loss)
 
-    @property
-    def strays(self) -> bool:
-        """Whether queries may lie outside the threat."""
-        return True
+    def loop_options(self, norm: str) -> LoopOptions:
+        """Return that queries may lie outside the threat."""
+        return LoopOptions(self.steps, restarts=self.restarts, queries_outside_ball=True)
 
     def init(self, rows: Rows) -> State:
         """Return the clean images, or random starts."""

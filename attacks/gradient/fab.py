@@ -9,13 +9,13 @@ which the authors' attack does not take; a step overshoots by eta within the box
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from robustkit.attack_api.row_wise import Answer, Rows, RowWise, State
+from robustkit.attack_api import Answer, LoopOptions, Rows, RowWise, State
 from robustkit.core.limits import Limits
 from robustkit.core.shapes import Images, Logits, PerRow
 from robustkit.core.threat import per_row
@@ -37,14 +37,9 @@ class _FAB(RowWise):
     eta: Annotated[float, Limits(1)] = 1.05
     beta: Share = 0.9
 
-    @property
-    def strays(self) -> bool:
-        """Whether queries may lie outside the threat."""
-        return True
-
-    def length(self, norm: str) -> int:
-        """Return the most answers but one: one to begin with, then at most two for each step, less the last."""
-        return 2 * self.steps - 1
+    def loop_options(self, norm: str) -> LoopOptions:
+        """Return the most queries but one: one to begin with, then at most two for each step, less the last."""
+        return LoopOptions(2 * self.steps - 1, restarts=self.restarts, queries_outside_ball=True)
 
     def init(self, rows: Rows) -> State:
         """Return the clean images, from the second restart on random points at half of eps."""
@@ -56,7 +51,7 @@ class _FAB(RowWise):
             "clock": no.long(),
             "probing": no,
             "crosses": ~no,
-            "blind": no,
+            "needs_gradient": ~no,
             "last": no,
             "nearest": rows.x,
             "distance": torch.full((len(x),), torch.inf, dtype=torch.float64, device=x.device),
@@ -92,7 +87,7 @@ class _FAB(RowWise):
         nearer = crossed & (distance < state["distance"])
         probing = state["probing"]
         back = probing & crossed
-        forward = ~back & ~(probing & state["blind"])
+        forward = ~back & ~(probing & ~state["needs_gradient"])
         moved = torch.where(per_row(back, x), x + self.beta * (state["x"] - x), state["x"])
         index = forward.nonzero()[:, 0]
         moved[index] = self._forward(rows.select(index), state["x"][index], answer.select(index))
@@ -104,7 +99,7 @@ class _FAB(RowWise):
             "clock": clock,
             "probing": forward,
             "crosses": crosses,
-            "blind": forward & (crosses | last),
+            "needs_gradient": ~(forward & (crosses | last)),
             "last": last,
             "nearest": torch.where(per_row(nearer, x), state["x"], state["nearest"]),
             "distance": torch.where(nearer, distance, state["distance"]),
@@ -142,10 +137,9 @@ class FAB(_FAB):
 
     restarts: Count = 5
 
-    @property
-    def several(self) -> bool:
-        """Every other class has a column."""
-        return True
+    def loop_options(self, norm: str) -> LoopOptions:
+        """Return that every other class has a column of the objective."""
+        return replace(_FAB.loop_options(self, norm), vector_objective=True)
 
 
 @attack("fab-t", paper="arXiv:1907.02044", norms=("linf", "l2", "l1"), access="gradient", minimal=True)
@@ -158,9 +152,9 @@ class FABT(_FAB):
 
     targets: Count = 9
 
-    def attempts(self, norm: str) -> tuple[int, int]:
-        """Return the number of targets and of restarts for each."""
-        return self.targets, self.restarts
+    def loop_options(self, norm: str) -> LoopOptions:
+        """Return those of all, for each target."""
+        return replace(_FAB.loop_options(self, norm), targets=self.targets)
 
 
 def _lead(logits: Logits, target: Tensor) -> Tensor:

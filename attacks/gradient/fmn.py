@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from robustkit.attack_api.row_wise import Answer, Rows, RowWise, State
+from robustkit.attack_api import Answer, LoopOptions, Rows, RowWise, State
 from robustkit.core.errors import UsageError
 from robustkit.core.step_size import StepSize
 from robustkit.core.threat import per_row
@@ -47,10 +47,9 @@ class FMN(RowWise):
         """The difference of logits."""
         return "margin"
 
-    @property
-    def strays(self) -> bool:
-        """Whether queries may lie outside the threat."""
-        return True
+    def loop_options(self, norm: str) -> LoopOptions:
+        """Return that queries may lie outside the threat."""
+        return LoopOptions(self.steps, restarts=self.restarts, queries_outside_ball=True)
 
     def init(self, rows: Rows) -> State:
         """Return the clean images, or random starts; no radius yet, no success."""

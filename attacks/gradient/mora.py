@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from robustkit.attack_api.row_wise import Answer, Rows, RowWise, State
+from robustkit.attack_api import Answer, LoopOptions, Rows, RowWise, State
 from robustkit.core.errors import did_you_mean
 from robustkit.core.shapes import Logits
 from robustkit.core.threat import per_row
@@ -119,9 +119,9 @@ class MORAT(_MORA):
     restarts: Count | None = 1
     targets: Count = 9
 
-    def attempts(self, norm: str) -> tuple[int, int]:
-        """Return the number of targets and of restarts for each."""
-        return self.targets, self.restarts or 1
+    def loop_options(self, norm: str) -> LoopOptions:
+        """Return that each target has its attempts."""
+        return LoopOptions(self.steps, self.targets, self.restarts or 1)
 
 
 def _gaps(logits: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Annotated
 import torch.nn.functional as F
 from torch import Tensor
 
-from robustkit.attack_api.row_wise import Answer, Rows, RowWise, State
+from robustkit.attack_api import Answer, Rows, RowWise, State
 from robustkit.core import losses
 from robustkit.core.errors import UsageError
 from robustkit.core.limits import Limits

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from robustkit.attack_api.row_wise import Answer, Rows, RowWise, State
+from robustkit.attack_api import Answer, Rows, RowWise, State
 from robustkit.core import losses
 from robustkit.core.step_size import StepSize
 from robustkit.registry import attack

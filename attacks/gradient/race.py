@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from robustkit.attack_api.row_wise import Answer, Rows, RowWise, State, rank
+from robustkit.attack_api import Answer, LoopOptions, Rows, RowWise, State, rank
 from robustkit.core import losses
 from robustkit.core.shapes import Logits
 from robustkit.core.threat import per_row
@@ -45,17 +45,13 @@ class Race(RowWise):
     restarts: Count = 3
     doubt: NonNegative = 0.3
 
-    def length(self, norm: str) -> int:
-        """Return the steps of all runs, and one from each run to the next."""
-        return len(self._plan(self.targets)) - 1
+    def loop_options(self, norm: str) -> LoopOptions:
+        """Return the steps of all runs, and one from each run to the next, in one attempt."""
+        return LoopOptions(len(self._plan(self.targets)) - 1)
 
     def budget(self, num_classes: int, norm: str) -> int:
         """Return the most forwards that one image costs."""
         return len(self._plan(min(self.targets, num_classes - 1)))
-
-    def attempts(self, norm: str) -> tuple[int, int]:
-        """Return that there is one attempt, which sees to targets and restarts itself."""
-        return 0, 1
 
     def init(self, rows: Rows) -> State:
         """Return the clean images; targets are ranked when their logits are there."""
@@ -70,7 +66,7 @@ class Race(RowWise):
             "scores": zero[:, None].double().repeat(1, self.targets),
             "clean": zero.double(),
             "last": zero.bool(),
-            "blind": zero.bool(),
+            "needs_gradient": ~zero.bool(),
         }
 
     def objective(self, rows: Rows, state: State, logits: Logits) -> Tensor:
@@ -117,7 +113,7 @@ class Race(RowWise):
             "scores": _widened(scores, self.targets),
             "clean": clean,
             "last": last,
-            "blind": last,
+            "needs_gradient": ~last,
         }
 
     def _plan(self, targets: int) -> tuple[tuple[float, ...], ...]:

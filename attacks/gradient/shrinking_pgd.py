@@ -9,11 +9,11 @@ it finds nearer points than one untargeted run of the same length: see docs/mini
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from robustkit.attack_api.row_wise import Answer, Rows, RowWise, State
+from robustkit.attack_api import Answer, LoopOptions, Rows, RowWise, State
 from robustkit.core.errors import did_you_mean
 from robustkit.core.shapes import Images, PerRow
 from robustkit.core.threat import per_row, unit
@@ -50,10 +50,9 @@ class _ShrinkingPGD(RowWise):
         """The difference of logits."""
         return "margin"
 
-    @property
-    def strays(self) -> bool:
-        """Whether queries may lie outside the threat."""
-        return True
+    def loop_options(self, norm: str) -> LoopOptions:
+        """Return that queries may lie outside the threat."""
+        return LoopOptions(self.steps, restarts=self.restarts, queries_outside_ball=True)
 
     def init(self, rows: Rows) -> State:
         """Return the starting points, and the distance of the nearest adversarial point, infinite if unknown."""
@@ -134,6 +133,6 @@ class ShrinkingPGDT(_ShrinkingPGD):
 
     targets: Count = 9
 
-    def attempts(self, norm: str) -> tuple[int, int]:
-        """Return the number of targets and of restarts for each."""
-        return self.targets, self.restarts
+    def loop_options(self, norm: str) -> LoopOptions:
+        """Return those of `shrinking-pgd`, for each target."""
+        return replace(_ShrinkingPGD.loop_options(self, norm), targets=self.targets)

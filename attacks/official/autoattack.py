@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import torch
 
-from robustkit.attack_api.row_wise import Model
+from robustkit.attack_api import Model
 from robustkit.core import losses
 from robustkit.core.criteria import Goal
 from robustkit.core.errors import UsageError

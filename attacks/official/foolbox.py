@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from robustkit.attack_api.row_wise import Model
+from robustkit.attack_api import Model
 from robustkit.core.criteria import Goal
 from robustkit.core.errors import UsageError, did_you_mean
 from robustkit.core.rng import RowRng

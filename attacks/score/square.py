@@ -14,7 +14,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from robustkit.attack_api.row_wise import Answer, Rows, RowWise, State
+from robustkit.attack_api import Answer, LoopOptions, Rows, RowWise, State
 from robustkit.core.limits import Limits
 from robustkit.core.shapes import Images
 from robustkit.core.threat import per_row
@@ -50,19 +50,14 @@ class Square(RowWise):
         return "margin"
 
     @property
-    def blind(self) -> bool:
-        """No gradient is needed."""
-        return True
-
-    @property
-    def second_opinion(self) -> bool:
-        """With a limit to its patience it checks on others."""
-        return self.patience is not None or self.refine
-
-    @property
     def steps(self) -> int:
         """The number of proposals after the start."""
         return self.queries - 1
+
+    def loop_options(self, norm: str) -> LoopOptions:
+        """Return that no gradient is needed, and that a short search checks gradients."""
+        check = self.patience is not None or self.refine
+        return LoopOptions(self.steps, restarts=self.restarts, needs_gradient=False, score_check=check)
 
     def init(self, rows: Rows) -> State:
         """Return stripes in linf, a grid of small patterns in l2 and l1; no score yet."""

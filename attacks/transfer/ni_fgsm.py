@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from robustkit.attack_api import Answer, Model, Rows, State
 from robustkit.attack_api.composition import ascend
-from robustkit.attack_api.row_wise import Answer, Model, Rows, State
 from robustkit.attack_api.surrogates import scaled
 from robustkit.core import losses
 from robustkit.core.criteria import Goal

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from robustkit.attack_api.row_wise import Model
+from robustkit.attack_api import Model
 from robustkit.core.limits import Limits
 from robustkit.core.shapes import Images, Logits
 from robustkit.registry import defense

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from robustkit.attack_api.row_wise import Model
+from robustkit.attack_api import Model
 from robustkit.core.errors import UsageError
 from robustkit.core.limits import Limits
 from robustkit.core.shapes import Images, Logits

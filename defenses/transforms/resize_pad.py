@@ -11,7 +11,7 @@ from typing import Annotated
 
 import torch
 
-from robustkit.attack_api.row_wise import Model
+from robustkit.attack_api import Model
 from robustkit.core.limits import Limits
 from robustkit.core.shapes import Images, Logits
 from robustkit.registry import defense

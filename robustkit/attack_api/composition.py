@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 
+from robustkit.attack_api.driver import drive
 from robustkit.attack_api.posterior_surrogates import Deck
-from robustkit.attack_api.row_wise import Answer, Model, Rows
+from robustkit.attack_api.rows import Answer, Model, Rows, State
 from robustkit.attack_api.surrogates import Surrogates, Weights
 from robustkit.core.criteria import Goal
 from robustkit.core.errors import UsageError
@@ -262,12 +263,17 @@ def _run(
     """Take all steps of a rule once."""
     oracle = _chain(rule, surrogates, techniques, rng.at(step=0))
     rows = Rows(x.detach(), goal, threat, rng.at(step=0), goal)
-    state = rule.init(rows)
-    nothing = torch.zeros(len(x), dtype=x.dtype, device=x.device)
-    for step in range(rule.steps):
-        rows = replace(rows, rng=rng.at(step=step + 1))
-        gradient = oracle.gradient(rows, state["x"])
-        state = rule.step(rows, state, Answer(nothing[:, None], nothing, gradient))
+    zero = torch.zeros(len(x), dtype=x.dtype, device=x.device)
+
+    def query(number: int, state: State) -> Answer:
+        gradient = oracle.gradient(replace(rows, rng=rng.at(step=number + 1)), state["x"])
+        return Answer(zero[:, None], zero, gradient)
+
+    def step(number: int, state: State, answer: Answer) -> State:
+        following: State = rule.step(replace(rows, rng=rng.at(step=number + 1)), state, answer)
+        return following
+
+    state = drive(rule.init(rows), rule.steps, query, step)
     return threat.project(state.get("point", state["x"]), rows.x)
 
 

@@ -12,7 +12,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
-from robustkit.attack_api.row_wise import Model
+from robustkit.attack_api.rows import Model
 from robustkit.attack_api.surrogates import Surrogates
 from robustkit.core.rng import RowRng
 from robustkit.core.shapes import Images, Logits

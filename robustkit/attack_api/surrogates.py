@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robustkit.attack_api.row_wise import Model
+from robustkit.attack_api.rows import Model
 from robustkit.core.criteria import Goal
 from robustkit.core.errors import UsageError, did_you_mean
 from robustkit.core.losses import finite

@@ -23,7 +23,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from robustkit.attack_api.row_wise import Model, RowWise
+from robustkit.attack_api import Model, RowWise
 from robustkit.checks.indicators import trail
 from robustkit.core.criteria import Goal
 from robustkit.core.errors import UsageError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from robustkit.attack_api.row_wise import Answer, query
+from robustkit.attack_api import Answer, query
 from robustkit.checks import lints, slopes
 from robustkit.checks.outputs import probabilities
 from robustkit.checks.probe import Probe, agree

@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from robustkit.attack_api.row_wise import Model, Rows, RowWise, ask
+from robustkit.attack_api import Answer, Model, Rows, RowWise, State, query_rows
+from robustkit.attack_api.driver import drive
 from robustkit.core.criteria import Goal
 from robustkit.core.rng import RowRng
 from robustkit.core.shapes import Images, Labels, Mask, PerRow
@@ -104,17 +105,18 @@ def trail(
         enough: end once every row has had a success.
     """
     rows = Rows(x, goal, threat, rng, goal)
-    state = attack.init(rows)
-    losses, fooled, length = [], [], attack.length(threat.norm)
-    for step in range(length + 1):
-        answer = ask(attack, model, rows, state, step < length)
-        inside = threat.contains(state["x"], x)
+    losses, fooled, steps = list[Tensor](), list[Tensor](), attack.loop_options(threat.norm).steps
+
+    def query(number: int, state: State) -> Answer:
+        return query_rows(attack, model, replace(rows, rng=rng.at(step=number)), state, number < steps)
+
+    def step(number: int, state: State, answer: Answer) -> State:
+        return attack.step(replace(rows, rng=rng.at(step=number + 1)), state, answer)
+
+    def observe(state: State, answer: Answer) -> tuple[State, Answer] | None:
         losses.append(goal.loss(answer.logits, loss))
-        fooled.append(goal.reached(answer.logits) & inside)
-        last = state["x"]
-        if enough and torch.stack(fooled).any(0).all():
-            break
-        if step < length:
-            rows = replace(rows, rng=rows.rng.at(step=step + 1))
-            state = attack.step(rows, state, answer)
+        fooled.append(goal.reached(answer.logits) & threat.contains(state["x"], x))
+        return None if enough and torch.stack(fooled).any(0).all() else (state, answer)
+
+    last = drive(attack.init(rows), steps, query, step, observe)["x"]
     return Trail(torch.stack(losses, 1), torch.stack(fooled, 1), last)

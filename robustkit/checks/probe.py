@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from robustkit.attack_api.row_wise import Model, RowWise
+from robustkit.attack_api import Model, RowWise
 from robustkit.checks.indicators import Trail, trail
 from robustkit.core.criteria import Goal
 from robustkit.core.losses import finite
@@ -101,10 +101,12 @@ class Probe:
             for attack in self.attacks
             if attack.info.access == "gradient"
             and isinstance(attack, RowWise)
-            and not (attack.attempts(norm)[0] or attack.loss == "dlr" or attack.several)
-            and attack.length(norm) <= attack.steps + SPARE_STEPS
+            and not (options := attack.loop_options(norm)).targets
+            and not options.vector_objective
+            and attack.loss != "dlr"
+            and options.steps <= attack.steps + SPARE_STEPS
         ]
-        return max(climbing, key=lambda attack: attack.length(norm), default=None)
+        return max(climbing, key=lambda attack: attack.loop_options(norm).steps, default=None)
 
     @cached_property
     def left(self) -> torch.Tensor:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from robustkit.attack_api.row_wise import RowWise
+from robustkit.attack_api import RowWise
 from robustkit.core.rng import RowRng
 from robustkit.core.threat import ThreatModel
 from robustkit.registry import spec

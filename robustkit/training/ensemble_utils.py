@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from robustkit.attack_api.driver import drive
 from robustkit.core.errors import did_you_mean
 from robustkit.core.rng import RowRng
 from robustkit.core.shapes import Images, Labels, Logits
@@ -115,13 +116,17 @@ def ascend(
         steps: number of steps.
         step_size: length of a step, as a share of eps.
     """
-    at = start
-    for _ in range(steps):
+
+    def gradient(number: int, point: Images) -> Images:
         with torch.enable_grad():
-            at = at.detach().requires_grad_()
-            (slope,) = torch.autograd.grad(value(at).sum(), at)
-        at = threat.project(at.detach() + step_size * float(threat.eps) * threat.ascent(slope), x)
-    return at.detach()
+            point = point.detach().requires_grad_()
+            return torch.autograd.grad(value(point).sum(), point)[0]
+
+    def step(number: int, point: Images, gradient: Images) -> Images:
+        moved = point.detach() + step_size * float(threat.eps) * threat.ascent(gradient)
+        return threat.project(moved, x)
+
+    return drive(start, steps, gradient, step).detach()
 
 
 def random_start(x: Images, threat: ThreatModel, rng: RowRng) -> Images:

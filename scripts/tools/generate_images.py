@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from robustkit import load_model
-from robustkit.attack_api.row_wise import Model, Rows, RowWise, query
+from robustkit.attack_api import Model, Rows, RowWise, query
 from robustkit.core.criteria import Goal
 from robustkit.core.rng import RowRng
 from robustkit.core.threat import ThreatModel

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from robustkit import registry
+from robustkit.attack_api import Rows
 from robustkit.attack_api.composition import Around, Composition, Direct, Technique, ascend, compose, dice
-from robustkit.attack_api.row_wise import Rows
 from robustkit.attack_api.surrogates import Surrogates
 from robustkit.core.criteria import Goal
 from robustkit.core.errors import UsageError

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from robustkit.attack_api.row_wise import Answer, Rows, RowWise, iterate, query, rank
+from robustkit.attack_api import Answer, LoopOptions, Rows, RowWise, query, rank
+from robustkit.attack_api.attempts import run_attempts
 from robustkit.core.criteria import Goal
 from robustkit.core.rng import RowRng
 from robustkit.core.threat import ThreatModel
@@ -41,8 +42,8 @@ class Drift(RowWise):
     targets: int = 0
     mask: str = ""
 
-    def attempts(self, norm):
-        return self.targets, self.restarts
+    def loop_options(self, norm):
+        return LoopOptions(self.steps, self.targets, self.restarts)
 
     def init(self, rows):
         self.notes.append(
@@ -50,21 +51,21 @@ class Drift(RowWise):
         )
         state = {"x": rows.x, "count": torch.zeros(len(rows.x))}
         if self.mask:
-            state[self.mask] = torch.zeros(len(rows.x), dtype=torch.bool)
+            state[self.mask] = torch.full((len(rows.x),), self.mask == "needs_gradient")
         return state
 
     def step(self, rows, state, answer):
         self.notes.append(("step", rows.rng.step, answer.gradient.flatten(1).abs().sum(1) > 0))
         state = {**state, "x": state["x"] + 1e-4, "count": state["count"] + 1}
-        if self.mask == "blind":
-            state["blind"] = (torch.arange(len(rows.x)) + state["count"].long()) % 2 == 0
+        if self.mask == "needs_gradient":
+            state["needs_gradient"] = (torch.arange(len(rows.x)) + state["count"].long()) % 2 == 1
         if self.mask == "last":
             state["last"] = rows.rng.ids < state["count"]
         return state
 
 
 def run(attack, model, x, goal, eps="linf:0.01"):
-    return iterate(attack, model, x, goal, ThreatModel.parse(eps), RowRng(0, "rows", torch.arange(len(x))))
+    return run_attempts(attack, model, x, goal, ThreatModel.parse(eps), RowRng(0, "rows", torch.arange(len(x))))
 
 
 def right(model, x):
@@ -123,7 +124,7 @@ def test_rows_wrong_from_the_start_cost_one_forward():
 
 def test_masked_rows_get_no_gradient_and_the_same_logits():
     model, x = Linear(), images()
-    attack = Drift([], steps=4, mask="blind")
+    attack = Drift([], steps=4, mask="needs_gradient")
     run(attack, model, x, right(model, x))
     wants = [note[2].tolist() for note in attack.notes if note[0] == "step"]
     assert wants == [[True] * 4, [True, False] * 2, [False, True] * 2, [True, False] * 2]
@@ -138,9 +139,8 @@ def test_rows_that_say_so_end_with_the_next_answer():
 
 @dataclass(frozen=True)
 class Far(Drift):
-    @property
-    def strays(self):
-        return True
+    def loop_options(self, norm):
+        return LoopOptions(self.steps, queries_outside_ball=True)
 
     def step(self, rows, state, answer):
         return {**state, "x": rows.x + 0.2}
@@ -211,7 +211,7 @@ def test_apgds_plan_has_an_entry_for_every_answer(norm, steps, large_start):
 
     attack = make("apgd", steps=steps, large_start=large_start)
     plan = _plan(steps, norm, large_start)
-    assert len(plan) == attack.length(norm) + 1
+    assert len(plan) == attack.loop_options(norm).steps + 1
     assert sum(begins for _, begins, _, _ in plan) + steps == len(plan)
     assert plan[-1][0] == 1
     if norm == "l1" and large_start is not False and steps == 100:
@@ -231,7 +231,7 @@ def test_a_row_that_succeeds_is_asked_no_more():
     labels = model(x).argmax(1)
     labels[:4] = (labels[:4] + 1) % 4  # these are where the attacker wants them from the first answer on
     model.asked.clear()
-    iterate(
+    run_attempts(
         Drift([], steps=5), model, x, Goal(labels), ThreatModel.parse("linf:0.01"), RowRng(0, "t", torch.arange(6))
     )
     assert [count for count, _ in model.asked] == [6, 2, 2, 2, 2, 2]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy import optimize
 
-from robustkit.attack_api.row_wise import Rows
+from robustkit.attack_api import Rows
 from robustkit.attacks.gradient.fab import DUAL, ORDER, to_plane
 from robustkit.core.criteria import Goal
 from robustkit.registry import make

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from robustkit.attack_api.row_wise import Rows
+from robustkit.attack_api import Rows
 from robustkit.core import losses
 from robustkit.core.criteria import Goal
 from robustkit.core.errors import UsageError

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from robustkit import load_model
-from robustkit.attack_api.row_wise import Answer, Rows
+from robustkit.attack_api import Answer, Rows
 from robustkit.attacks.gradient.multires_prior import REACH, coarse
 from robustkit.cli import run
 from robustkit.core.criteria import Goal

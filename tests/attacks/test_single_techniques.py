@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from robustkit.attack_api import Rows
 from robustkit.attack_api.composition import Direct, ascend, compose, dice
-from robustkit.attack_api.row_wise import Rows
 from robustkit.attack_api.surrogates import Surrogates
 from robustkit.attacks.transfer.techniques.adaea import AdaEA, agreement
 from robustkit.attacks.transfer.techniques.admix import Admix

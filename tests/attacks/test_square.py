@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from robustkit.attack_api.row_wise import Answer, Rows
+from robustkit.attack_api import Answer, Rows
 from robustkit.attacks.score.square import pattern, window_side
 from robustkit.core.criteria import Goal
 from robustkit.core.rng import RowRng

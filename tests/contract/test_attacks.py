@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from robustkit import registry
-from robustkit.attack_api.row_wise import Rows, RowWise, query
+from robustkit.attack_api import Rows, RowWise, query
 from robustkit.core.criteria import Goal
 from robustkit.core.rng import RowRng
 from robustkit.core.threat import ThreatModel

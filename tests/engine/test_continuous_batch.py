@@ -13,7 +13,7 @@ from nets import Faulty, Small, labelled
 from torch import Tensor
 
 from robustkit import evaluate
-from robustkit.attack_api.row_wise import Answer, Rows, RowWise, State
+from robustkit.attack_api import Answer, Rows, RowWise, State
 from robustkit.core import losses
 from robustkit.core.criteria import Goal
 from robustkit.core.rng import RowRng

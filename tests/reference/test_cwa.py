@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from robustkit.attack_api import Answer, Rows
 from robustkit.attack_api.composition import Composition, Direct, compose
-from robustkit.attack_api.row_wise import Answer, Rows
 from robustkit.attack_api.surrogates import Surrogates
 from robustkit.core.criteria import Goal
 from robustkit.core.errors import UsageError

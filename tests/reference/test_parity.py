@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from robustkit.attack_api.row_wise import Rows, query
+from robustkit.attack_api import Rows, query, query_rows
 from robustkit.core.criteria import Goal
 from robustkit.core.rng import RowRng
 from robustkit.core.threat import ThreatModel
@@ -100,7 +100,7 @@ def test_apgd_makes_the_authors_iterates(norm, loss, steps, in_float64, monkeypa
     theirs = torch.stack(recorder.seen)
     start = torch.where((theirs[0] - x).abs() > 1e-12, theirs[0], x)
     ours = iterates(attack, model, rows, start, len(theirs) - 1)
-    assert len(ours) == attack.length(norm) + 1
+    assert len(ours) == attack.loop_options(norm).steps + 1
     assert (ours[1:] - ours[:-1]).abs().amax() > EPS[norm] / 100
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
 
@@ -130,8 +130,8 @@ def test_fab_comes_as_near_as_the_authors(norm, targeted):
     aim = Goal(goal.labels, order[:, 1]) if targeted else goal
     rows = rows_of(x, goal, threat, aim)
     state, nearest = attack.init(rows), torch.full((len(x),), math.inf, dtype=torch.float64)
-    for _ in range(attack.length(norm) + 1):
-        answer = ask(attack, model, rows, state)
+    for _ in range(attack.loop_options(norm).steps + 1):
+        answer = query_rows(attack, model, rows, state, True)
         reached = goal.reached(answer.logits)
         nearest = torch.where(reached, torch.minimum(nearest, threat.distance(state["x"], x)), nearest)
         if state["last"].all():
@@ -146,12 +146,6 @@ def test_fab_comes_as_near_as_the_authors(norm, targeted):
     reference = threat.distance(theirs, x)
     assert (reference > 0).all()
     assert (nearest <= 1.01 * reference).all(), (nearest / reference).tolist()
-
-
-def ask(attack, model, rows, state):
-    from robustkit.attack_api.row_wise import ask
-
-    return ask(attack, model, rows, state, True)
 
 
 def test_ddn_makes_foolboxs_iterates():

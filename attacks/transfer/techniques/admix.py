@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
+from robustkit.attack_api import Rows
 from robustkit.attack_api.composition import Oracle, Technique, Transformed, dice
-from robustkit.attack_api.row_wise import Rows
 from robustkit.attack_api.surrogates import Surrogates
 from robustkit.core.errors import UsageError
 from robustkit.core.limits import Limits

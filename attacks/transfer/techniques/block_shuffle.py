@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from robustkit.attack_api import Rows
 from robustkit.attack_api.composition import Oracle, Technique, Transformed, dice
-from robustkit.attack_api.row_wise import Rows
 from robustkit.core.limits import Limits
 from robustkit.core.shapes import Images
 from robustkit.registry import technique

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from robustkit.attack_api import Rows
 from robustkit.attack_api.composition import Oracle, Technique, Transformed, dice
-from robustkit.attack_api.row_wise import Rows
 from robustkit.core.shapes import Images
 from robustkit.core.threat import per_row
 from robustkit.registry import recipe, technique

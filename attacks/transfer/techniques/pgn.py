@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from robustkit.attack_api import Rows
 from robustkit.attack_api.composition import Around, Oracle, Technique, dice, neighbour, per_pixel
-from robustkit.attack_api.row_wise import Rows
 from robustkit.attack_api.surrogates import Weights, scaled
 from robustkit.core.shapes import Images
 from robustkit.core.step_size import StepSize

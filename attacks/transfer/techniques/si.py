@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
+from robustkit.attack_api import Rows
 from robustkit.attack_api.composition import Oracle, Technique, Transformed
-from robustkit.attack_api.row_wise import Rows
 from robustkit.core.limits import Limits
 from robustkit.core.shapes import Images
 from robustkit.registry import recipe, technique

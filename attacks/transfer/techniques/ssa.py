@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from robustkit.attack_api import Rows
 from robustkit.attack_api.composition import Oracle, Technique, Transformed, dice, per_pixel
-from robustkit.attack_api.row_wise import Rows
 from robustkit.core.shapes import Images
 from robustkit.registry import technique
 from robustkit.registry.ranges import Count, NonNegative, Share

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from robustkit.attack_api import Rows
 from robustkit.attack_api.composition import Around, Oracle, Technique
-from robustkit.attack_api.row_wise import Rows
 from robustkit.attack_api.surrogates import Weights
 from robustkit.core.errors import UsageError
 from robustkit.core.shapes import Images

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from robustkit.attack_api import Rows
 from robustkit.attack_api.composition import Around, Oracle, Technique
-from robustkit.attack_api.row_wise import Rows
 from robustkit.attack_api.surrogates import Weights, spread
 from robustkit.core.shapes import Images
 from robustkit.registry import technique

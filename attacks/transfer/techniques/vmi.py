@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from robustkit.attack_api import Rows
 from robustkit.attack_api.composition import Around, Oracle, Technique, dice, neighbour
-from robustkit.attack_api.row_wise import Rows
 from robustkit.attack_api.surrogates import Weights
 from robustkit.core.errors import did_you_mean
 from robustkit.core.shapes import Images

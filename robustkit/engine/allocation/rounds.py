@@ -87,7 +87,8 @@ class Rounds:
         """Return what is known of these positions of n."""
         classes, norm = self.worker.instrumented.num_classes or 2, self.worker.threat.norm
         attacks = [self.worker.entries[stage - 1].attack for stage in self.stages]
-        costs = np.array([attack.budget(classes, norm) * (1 if attack.blind else 2) for attack in attacks])
+        passes = [2 if attack.loop_options(norm).needs_gradient else 1 for attack in attacks]
+        costs = np.array([attack.budget(classes, norm) for attack in attacks]) * passes
         return evidence_on(self.worker.results, left, self.stages, costs, allowed(self.strictness, n), drawn)
 
 

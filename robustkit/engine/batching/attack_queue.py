@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from robustkit.attack_api.row_wise import RowWise
+from robustkit.attack_api import LoopOptions, RowWise
 from robustkit.engine.batching.row_batch import RowBatch
 from robustkit.engine.model.instrumented_model import InstrumentedModel
 from robustkit.registry import SuiteEntry
@@ -24,9 +24,7 @@ class AttackQueue:
     view: str
     stream: str
     number: int
-    targets: int
-    restarts: int
-    length: int
+    options: LoopOptions
     wide: bool
     batch: RowBatch | None = None
     parked: RowBatch | None = None
@@ -34,15 +32,14 @@ class AttackQueue:
     @property
     def solo(self) -> bool:
         """Whether its queries are of a kind that cannot share a pass with others."""
-        return self.attack.draws > 1 or self.attack.several or bool(self.view)
+        return self.options.eot_samples > 1 or self.options.vector_objective or bool(self.view)
 
     @classmethod
     def of(cls, entry: SuiteEntry, stream: str, number: int, norm: str, *, wide: bool) -> AttackQueue:
         """Return an empty one for an attack in this norm; last resorts are `wide` whatever is said."""
-        attack = entry.attack
-        targets, restarts = attack.attempts(norm)
-        wide = wide or attack.last_resort
-        return cls(attack, entry.view, stream, number, targets, restarts, attack.length(norm), wide)
+        options = entry.attack.loop_options(norm)
+        wide = wide or options.boundary_only is not None
+        return cls(entry.attack, entry.view, stream, number, options, wide)
 
     @property
     def active(self) -> RowBatch:
@@ -56,7 +53,7 @@ class AttackQueue:
 
     def attempts(self, instrumented: InstrumentedModel) -> int:
         """Return how many jobs it has on one part of its view."""
-        return self.restarts * min(self.targets or 1, max((instrumented.num_classes or 2) - 1, 1))
+        return self.options.restarts * min(self.options.targets or 1, max((instrumented.num_classes or 2) - 1, 1))
 
     def join(self, batch: RowBatch) -> None:
         """Add rows."""

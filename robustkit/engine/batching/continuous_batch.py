@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from robustkit.attack_api.row_wise import Answer, Rows, rank
+from robustkit.attack_api import Answer, Rows, rank
 from robustkit.core import losses
 from robustkit.core.criteria import Goal
 from robustkit.core.rng import RowRng
@@ -98,7 +98,7 @@ class ContinuousBatch:
             self._fill()
             busy = [queue for queue in self.queues if queue.batch is not None]
             if busy:
-                nearest = min(int((queue.length - queue.active.host["age"]).min()) for queue in busy) + 1
+                nearest = min(int((queue.options.steps - queue.active.host["age"]).min()) for queue in busy) + 1
                 for _ in range(min(self.pace, nearest)):
                     if self.more:
                         self.steps += 1
@@ -120,7 +120,7 @@ class ContinuousBatch:
                 return
             clean, nearest = clean.double(), nearest.double()
             low = torch.full_like(clean, -torch.inf)
-            most = max(queue.targets for queue in self.queues)
+            most = max(queue.options.targets for queue in self.queues)
             tensors = {
                 "ids": ids,
                 "x": x,
@@ -178,22 +178,23 @@ class ContinuousBatch:
             return self._arrive(batch)
         queue = self.queues[number]
         absent = not is_applicable(queue.view, self.instrumented.views, self.suite)
-        luck = queue.attack.second_opinion and self.instrumented.random
-        if absent or luck or (queue.attack.last_resort and self.instrumented.rounding):
+        share = queue.options.boundary_only
+        luck = queue.options.score_check and self.instrumented.random
+        if absent or luck or (share is not None and self.instrumented.rounding):
             return self._enter(number + 1, batch)
         self._weigh(batch)
         clean, past = batch.device["past"].unbind(1)
         batch.device["past"] = torch.stack([clean, torch.maximum(past, batch.device["nearest"])], 1)
         batch.host["job"] = np.zeros(len(batch), np.int64)
-        willing = queue.attack.enters(self._rows(queue, batch.with_state({})))
-        if willing is not None:
-            mask = willing.cpu().numpy()
+        near = None if share is None else self._rows(queue, batch.with_state({})).near_boundary(share)
+        if near is not None:
+            mask = near.cpu().numpy()
             if not mask.all():
                 self._enter(number + 1, batch.select(np.flatnonzero(~mask)))
                 batch = batch.select(np.flatnonzero(mask))
         if not len(batch):
             return None
-        if queue.targets and bool((batch.device["ranked"][:, 0] < 0).any()):
+        if queue.options.targets and bool((batch.device["ranked"][:, 0] < 0).any()):
             logits = self._tried(lambda: self.instrumented.logits_fp32(batch.device["x"]))
             batch.device["ranked"] = rank(logits, batch.device["labels"], batch.device["ranked"].shape[1])
             batch.host["spent"][:, number, 0] += 1
@@ -213,13 +214,9 @@ class ContinuousBatch:
         job, age = (torch.from_numpy(batch.host[name]).to(device) for name in ("job", "age"))
         goal = Goal(part["labels"])
         aim = goal
-        if queue.targets:
-            aim = Goal(
-                part["labels"],
-                part["ranked"].gather(1, (job % queue.attempts(self.instrumented) // queue.restarts)[:, None])[
-                    :, 0
-                ],
-            )
+        if queue.options.targets:
+            target = job % queue.attempts(self.instrumented) // queue.options.restarts
+            aim = Goal(part["labels"], part["ranked"].gather(1, target[:, None])[:, 0])
         rng = RowRng(self.seed, queue.stream, part["ids"], restart=job, step=age)
         return Rows(part["x"], goal, self.threat, rng, aim, part["past"], part["best"])
 
@@ -241,9 +238,9 @@ class ContinuousBatch:
         queue = query.queue
         spent, job = queue.active.host["spent"], queue.active.host["job"]
         part = job // queue.attempts(self.instrumented) if queue.view else 0 * job
-        passes = queue.attack.draws * np.array(self.instrumented.passes(queue.view))[part]
+        passes = queue.options.eot_samples * np.array(self.instrumented.passes(queue.view))[part]
         spent[:, queue.number, 0] += passes + looks(queue.view, random=self.instrumented.random)
-        spent[:, queue.number, 1] += np.where(query.blind.numpy(), 0, passes * answer.loss[0].numel())
+        spent[:, queue.number, 1] += np.where(query.needs_gradient.numpy(), passes * answer.loss[0].numel(), 0)
 
     def _advance(self, query: Query, answer: Answer, deployed: Logits) -> None:
         """Note what the model's answers say, claims among it, and go one step on by those of the view."""
@@ -251,7 +248,7 @@ class ContinuousBatch:
         batch = queue.active
         part, state = batch.device, batch.state
         score = losses.margin(deployed, part["labels"]).double()
-        if queue.attack.strays:
+        if queue.options.queries_outside_ball:
             score = torch.where(self.threat.contains(state["x"], part["x"]), score, -torch.inf)
         nearer = score > part["nearest"]
         part["best"] = torch.where(per_row(nearer, part["x"]), state["x"], part["best"])
@@ -279,7 +276,7 @@ class ContinuousBatch:
         moves: list[tuple[int, RowBatch]] = []
         for queue, index, judged in zip(queues, claims, verdicts, strict=True):
             batch = queue.active
-            done = (batch.host["age"] > queue.length) | batch.device["ended"].cpu().numpy()
+            done = (batch.host["age"] > queue.options.steps) | batch.device["ended"].cpu().numpy()
             gone = np.zeros(len(batch), bool)
             if judged is not None:
                 batch.host["spent"][index, queue.number, 0] += judged.forwards.cpu().numpy()
@@ -379,7 +376,8 @@ class ContinuousBatch:
     def _deepened(self, queue: AttackQueue, landing: RowBatch, judged: Verdicts) -> Verdicts:
         """Of a random model go on from points where it is right at times, and judge those that come further."""
         view = choose_eot_view(queue.view, self.instrumented.views)
-        if not self.instrumented.random or queue.attack.blind or not (view or self.instrumented.differentiable):
+        usable = queue.options.needs_gradient and (view or self.instrumented.differentiable)
+        if not (self.instrumented.random and usable):
             return judged
         open_rows = (judged.right > 0).nonzero()[:, 0]
         if not len(open_rows):

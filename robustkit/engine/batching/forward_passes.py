@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from robustkit.attack_api.row_wise import Answer, Rows, State, ask
+from robustkit.attack_api import Answer, Rows, State, query_rows
+from robustkit.attack_api.queries import merge_answers
 from robustkit.core.losses import finite
 from robustkit.core.shapes import Logits
 from robustkit.engine.batching.attack_queue import AttackQueue
@@ -21,34 +22,34 @@ AVERAGED = "averaged-mended"
 
 @dataclass(frozen=True)
 class Query:
-    """What one lane asks in a step; `blind` rows (B, on the host) want no gradient, `exact` ones float32."""
+    """What one lane asks in a step; `needs_gradient` (B) and `exact`, in float32 (B), are on the host."""
 
     queue: AttackQueue
     rows: Rows
     state: State
-    blind: Tensor
+    needs_gradient: Tensor
     exact: Tensor
 
     @classmethod
     def of(cls, queue: AttackQueue, rows: Rows, *, steady: bool) -> Query:
         """Return the next of the lane's rows; on a `steady` model the last of an attempt is exact."""
         batch, state = queue.active, queue.active.state
-        closing = torch.from_numpy(batch.host["age"] == queue.length)
-        blind = closing
-        if queue.attack.blind:
-            blind = torch.ones_like(blind)
-        elif "blind" in state:
-            blind = blind | state["blind"].cpu()
+        closing = torch.from_numpy(batch.host["age"] == queue.options.steps)
+        needs = ~closing
+        if not queue.options.needs_gradient:
+            needs = torch.zeros_like(needs)
+        elif "needs_gradient" in state:
+            needs = needs & state["needs_gradient"].cpu()
         if queue.solo:
-            return cls(queue, rows, state, blind, torch.zeros_like(blind))
+            return cls(queue, rows, state, needs, torch.zeros_like(needs))
         if "last" in state:
             closing = closing | state["last"].cpu()
-        exact = closing & blind if steady and not queue.attack.blind else torch.zeros_like(blind)
-        return cls(queue, rows, state, blind, exact)
+        exact = closing & ~needs if steady and queue.options.needs_gradient else torch.zeros_like(needs)
+        return cls(queue, rows, state, needs, exact)
 
     def rows_with(self, gradient: bool, exact: bool) -> Tensor:
         """Return the positions of the rows that want a gradient, or none and an exact answer or not."""
-        mask = ~self.blind if gradient else self.blind & (self.exact == exact)
+        mask = self.needs_gradient if gradient else ~self.needs_gradient & (self.exact == exact)
         return mask.nonzero()[:, 0].to(self.rows.x.device)
 
     def objective(self, index: Tensor, logits: Tensor) -> Tensor:
@@ -69,17 +70,19 @@ def answers(queries: Sequence[Query], instrumented: InstrumentedModel) -> list[t
 def _alone(query: Query, instrumented: InstrumentedModel) -> tuple[Answer, Logits]:
     """Return the answers to one lane's rows and the model's own logits, of another pass if it is on a view."""
     queue, rows = query.queue, query.rows
-    state = {**query.state, "blind": query.blind.to(rows.x.device)}
+    state = {**query.state, "needs_gradient": query.needs_gradient.to(rows.x.device)}
     if not queue.view:
-        answer = ask(queue.attack, instrumented, rows, state, True)
+        answer = query_rows(queue.attack, instrumented, rows, state, True)
         return answer, answer.logits
     number = torch.as_tensor(rows.rng.restart) // queue.attempts(instrumented)
     parts = []
     for at in torch.unique(number).tolist():
         index = (number == at).nonzero()[:, 0]
         part = {name: of_rows[index] for name, of_rows in state.items()}
-        parts.append((index, ask(queue.attack, instrumented.view(queue.view, at), rows.select(index), part, True)))
-    answer = _merged(parts)
+        parts.append(
+            (index, query_rows(queue.attack, instrumented.view(queue.view, at), rows.select(index), part, True))
+        )
+    answer = merge_answers(parts)
     count = looks(queue.view, random=instrumented.random)
     if not count:
         return answer, answer.logits
@@ -124,16 +127,8 @@ def _together(queries: list[Query], instrumented: InstrumentedModel) -> list[tup
         for (found, _, index), value, own, slope in shares:
             answer = Answer(own, value.detach(), slope if value.dim() == 1 else slope[:, None])
             found.append((index, answer))
-    return [(query, _merged(found)) for query, found in zip(queries, parts, strict=True)]
+    return [(query, merge_answers(found)) for query, found in zip(queries, parts, strict=True)]
 
 
 def _cut(rows: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
     return tuple(torch.split(rows, sizes))
-
-
-def _merged(parts: list[tuple[Tensor, Answer]]) -> Answer:
-    """Return the answers of seeing and unseeing rows in the order of the rows."""
-    if len(parts) == 1:
-        return parts[0][1]
-    order = torch.cat([index for index, _ in parts]).argsort()
-    return Answer(*(torch.cat(fields)[order] for fields in zip(*(answer for _, answer in parts), strict=True)))

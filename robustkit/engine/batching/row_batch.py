@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from robustkit.attack_api.row_wise import State
+from robustkit.attack_api import State
 
 STATE = "state."
 # What is known of a row from its image, and the image that it claims, which is none between two steps.
@@ -76,6 +76,8 @@ class RowBatch:
     def of(cls, record: Mapping[str, Mapping[str, Tensor]], ids: Tensor, x: Tensor, labels: Tensor) -> RowBatch:
         """Return the rows of a record, with what the data tell of each."""
         kept = {name: tensor.to(x.device) for name, tensor in record["device"].items()}
+        if (blind := kept.pop(f"{STATE}blind", None)) is not None:  # of runs that were interrupted before
+            kept[f"{STATE}needs_gradient"] = ~blind
         device = {"anchor": kept["best"], **kept, "ids": ids, "x": x, "labels": labels, "claim": x}
         return cls({name: tensor.numpy() for name, tensor in record["host"].items()}, device)
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from robustkit import registry
-from robustkit.attack_api.row_wise import RowWise
+from robustkit.attack_api import RowWise
 from robustkit.core.criteria import Goal
 from robustkit.core.errors import RunError
 from robustkit.core.flags import Flag

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from robustkit import registry
-from robustkit.attack_api.row_wise import RowWise
+from robustkit.attack_api import RowWise
 from robustkit.checks.relabelled import clean_doubts
 from robustkit.checks.run import training_mode
 from robustkit.core.errors import RunError, UsageError

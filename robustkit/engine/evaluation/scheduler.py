@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from robustkit.attack_api.row_wise import RowWise
+from robustkit.attack_api import RowWise
 from robustkit.distributed.company import Member
 from robustkit.distributed.crew import Agency
 from robustkit.distributed.model_files import Parcelled

@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection
 
-import torch
 from torch import Tensor
 
-from robustkit.core import losses
+from robustkit.attack_api import query
+from robustkit.attack_api.driver import drive
+from robustkit.core.criteria import Goal
 from robustkit.core.shapes import Images, Labels
 from robustkit.core.threat import ThreatModel
 
@@ -32,16 +33,18 @@ def choose_eot_view(view: str, views: Collection[str]) -> str:
 
 
 def refine_with_eot(
-    answer: Callable[[Images], Tensor], x: Images, labels: Labels, point: Images, threat: ThreatModel
+    model: Callable[[Images], Tensor], x: Images, labels: Labels, point: Images, threat: ThreatModel
 ) -> Images:
     """Return points (B C H W) in the threat around x, on from these by the gradient of the cross-entropy.
 
-    `answer` gives logits (B K): the mean of several draws.
+    `model` gives logits (B K): the mean of several draws.
     """
-    for step in range(STEPS):
-        with torch.enable_grad():
-            at = point.detach().requires_grad_()
-            slope = torch.autograd.grad(losses.ce(answer(at), labels).sum(), at)[0]
-        size = LARGEST_STEP * threat.radius * 0.5 * (1 + math.cos(math.pi * step / STEPS))
-        point = threat.retract(threat.step(point, losses.finite(slope), size, density=DENSITY), x)
-    return point
+
+    def gradient(number: int, point: Images) -> Images:
+        return query(model, point, Goal(labels), "ce").gradient
+
+    def step(number: int, point: Images, gradient: Images) -> Images:
+        size = LARGEST_STEP * threat.radius * 0.5 * (1 + math.cos(math.pi * number / STEPS))
+        return threat.retract(threat.step(point, gradient, size, density=DENSITY), x)
+
+    return drive(point, STEPS, gradient, step)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from robustkit.attack_api.row_wise import RowWise
+from robustkit.attack_api import RowWise
 from robustkit.core.errors import UsageError
 from robustkit.core.isolation import evaluation_mode, own_randomness, threads
 from robustkit.core.shapes import Images
@@ -365,13 +365,16 @@ def most_of(entries: list[SuiteEntry], instrumented: InstrumentedModel, norm: st
             return None
         answers = budget(classes, norm)
         passes = instrumented.passes(entry.view)
-        columns = classes if getattr(attack, "several", False) or attack.info.name in JACOBIANS else 1
+        options = attack.loop_options(norm) if isinstance(attack, RowWise) else None
+        vector = options is not None and options.vector_objective
+        columns = classes if vector or attack.info.name in JACOBIANS else 1
         seen = len(passes) * looks(entry.view, random=instrumented.random)
         forwards, backwards = answers * (sum(passes) + seen), answers * sum(passes) * columns
-        blind = getattr(attack, "blind", False) or attack.info.access == "score"
-        wide = attack.length(norm) + 1 if entry.arm or getattr(attack, "last_resort", False) else answers
+        scores = attack.info.access == "score" or (options is not None and not options.needs_gradient)
+        parallel = options is not None and (entry.arm or options.boundary_only is not None)
+        wide = options.steps + 1 if options and parallel else answers
         # More for a verdict; of a random model twice, and to compare its nearest points.
         verdict = 2 * (MOST + WEIGHED) if instrumented.random else 1
-        total += [forwards + verdict, 0 if blind else backwards, wide * (sum(passes) + seen) + verdict]
+        total += [forwards + verdict, 0 if scores else backwards, wide * (sum(passes) + seen) + verdict]
     forwards, backwards, passes = total.tolist()
     return forwards, backwards, passes

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from robustkit.attack_api.driver import drive
 from robustkit.core.errors import UsageError, did_you_mean
 from robustkit.core.shapes import Images
 
@@ -155,14 +156,18 @@ def distil(
         wanted = features(net, target, layer).float()
         low, high = (source - eps).clamp(0, 1), (source + eps).clamp(0, 1)
         x = source.clamp(0, 1) if start is None else torch.clamp(source + eps * start, low, high)
-    velocity = torch.zeros_like(x)
-    for _ in range(steps):
+
+    def gradient(number: int, state: tuple[Images, Tensor]) -> Tensor:
         with torch.enable_grad():
-            at = x.detach().requires_grad_()
-            seen = features(net, at, layer)
+            point = state[0].detach().requires_grad_()
+            seen = features(net, point, layer)
             # Half the gradient of the squared error; its size is divided out below.
-            (slope,) = torch.autograd.grad(seen, at, (seen.detach().float() - wanted).to(seen.dtype))
-        size = slope.abs().flatten(1).sum(1).clamp(min=TINY).view(-1, *[1] * (x.dim() - 1))
-        velocity = inertia * velocity + slope / size
-        x = torch.clamp(x - step_size * eps * velocity.sign(), low, high)
-    return x.detach()
+            return torch.autograd.grad(seen, point, (seen.detach().float() - wanted).to(seen.dtype))[0]
+
+    def step(number: int, state: tuple[Images, Tensor], gradient: Tensor) -> tuple[Images, Tensor]:
+        point, velocity = state
+        size = gradient.abs().flatten(1).sum(1).clamp(min=TINY).view(-1, *[1] * (x.dim() - 1))
+        velocity = inertia * velocity + gradient / size
+        return torch.clamp(point - step_size * eps * velocity.sign(), low, high), velocity
+
+    return drive((x, torch.zeros_like(x)), steps, gradient, step)[0].detach()
