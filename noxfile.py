@@ -1,0 +1,40 @@
+"""The checks of this repository: `nox` runs all, `nox -s lint` one. CI runs the same sessions.
+
+Each session has an environment of its own. In one that has everything installed: `nox --no-venv --no-install`.
+"""
+
+from __future__ import annotations
+
+import nox
+
+nox.options.sessions = ["lint", "types", "tests", "docs"]
+nox.options.reuse_existing_virtualenvs = True
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style and format."""
+    session.install("ruff>=0.8")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Check types with mypy in strict mode."""
+    session.install(".[test,dev]")
+    session.run("mypy", "-p", "robustkit")
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Run the tests; `nox -s tests -- --slow` also runs those that take minutes."""
+    session.install(".[test]")
+    session.run("pytest", *session.posargs)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Run every example and check links, commands and words of the docs."""
+    session.install(".[test]")
+    session.run("pytest", "-n", "0", "tests/test_docs.py", "tests/test_examples.py", "tests/test_vocabulary.py")
