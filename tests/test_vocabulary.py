@@ -44,7 +44,8 @@ def code() -> list[Path]:
 
 
 def prose() -> list[Path]:
-    return [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "robustkit").rglob("*.html")]
+    pages = [file for file in ROOT.glob("*.md") if file.name != "CHANGELOG.md"]  # which says what was renamed
+    return [*pages, *(ROOT / "docs").glob("*.md"), *(ROOT / "robustkit").rglob("*.html")]
 
 
 def found(files: list[Path], words: list[str]) -> list[str]:
