@@ -14,6 +14,7 @@ import torch
 from robustkit.attack_api.surrogates import Surrogates
 from robustkit.core.criteria import Goal
 from robustkit.core.isolation import evaluation_mode, threads
+from robustkit.core.memory import free_memory
 from robustkit.core.rng import RowRng
 from robustkit.core.shapes import Images
 from robustkit.crafting.lazy_models import LazyModel, ModelSlot
@@ -21,7 +22,7 @@ from robustkit.crafting.posterior_members import PosteriorMembers
 from robustkit.engine.model.batchnorm_folding import folded
 from robustkit.engine.model.instrumented_model import ExecutionConfig, InstrumentedModel
 from robustkit.engine.model.loaded_models import Net
-from robustkit.engine.model.profiling import MAX_TIME_SHARE, free_memory, tune
+from robustkit.engine.model.profiling import MAX_TIME_SHARE, tune
 from robustkit.engine.model.stacked_models import StackedModels, stacked
 
 # Images on which nets run as one must answer as they do alone.

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from robustkit.core.errors import UsageError
+from robustkit.core.memory import free_memory
 from robustkit.data.samples import Samples
-from robustkit.engine.model.profiling import free_memory
 from robustkit.models.classifier import Classifier
 from robustkit.models.fingerprint import combined_sha256
 from robustkit.models.strings import ModelString, joined

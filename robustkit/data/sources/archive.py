@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from robustkit.core.errors import UsageError
-from robustkit.data.memory import free_memory
+from robustkit.core.memory import free_memory
 from robustkit.data.regular_files import open_regular
 
 # Smaller members are read at once, which also checks their CRC; larger ones are mapped if not compressed.

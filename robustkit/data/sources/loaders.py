@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from robustkit.core.errors import RobustkitError, UsageError
-from robustkit.data.memory import free_memory
+from robustkit.core.memory import free_memory
 from robustkit.data.samples import Samples
 from robustkit.data.sources.arrays import from_arrays
 from robustkit.data.sources.tensors import as_array

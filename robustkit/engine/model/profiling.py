@@ -11,8 +11,8 @@ from torch import Tensor
 
 from robustkit.core.errors import ModelError, UsageError
 from robustkit.core.isolation import quietly
+from robustkit.core.memory import free_memory
 from robustkit.core.shapes import Images, Logits
-from robustkit.data import memory
 from robustkit.engine.failures import described, is_out_of_memory
 from robustkit.engine.model.batchnorm_folding import folded
 from robustkit.engine.model.instrumented_model import (
@@ -87,13 +87,6 @@ def _has_gradient(model: InstrumentedModel, logits: Logits, image: Images) -> bo
             raise
         model.backward_error = described(error)
         return False
-
-
-def free_memory(device: torch.device) -> int:
-    """Return the free bytes of a device."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return memory.free_memory()
 
 
 def tune(model: InstrumentedModel, x: Images, *, precision: bool) -> None:
