@@ -1,7 +1,7 @@
-"""An ensemble with its aggregator replaced: what its weights say, without what its rule hides.
+"""Substitutes of an ensemble's aggregator that do not hide the gradients of its members.
 
-`RUNGS` are functions of the predictors' stacked logits (B N K). Mean logits in place of CrossMax are how its
-evaluations were corrected (Zhang et al. 2024, arXiv:2411.14834).
+They are functions of the predictors' stacked logits (B N K). The evaluation of CrossMax was corrected with mean
+logits in its place (Zhang et al. 2024, arXiv:2411.14834).
 """
 
 from __future__ import annotations
@@ -13,70 +13,77 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robustkit.gradient_views.straight_through import through
+from robustkit.gradient_views.straight_through import with_gradient_of
 
 Substitute = Callable[[Tensor], Tensor]
 
-# How many predictors are shown alone.
-ALONE = 4
-TOP = 3
+# The most predictors that get a substitute of their own.
+MAX_SINGLE_MEMBERS = 4
+# Number of largest log-probabilities of each class that `top_mean` averages.
+TOP_K = 3
 TEMPERATURE = 1.0
 
 
 def mean_logit(stack: Tensor) -> Tensor:
-    """Return the mean of the logits."""
+    """Return the mean logits."""
     return stack.mean(1)
 
 
 def mean_log_probability(stack: Tensor) -> Tensor:
-    """Return the mean of the log-probabilities."""
+    """Return the mean log-probabilities."""
     return stack.log_softmax(2).mean(1)
 
 
 def top_mean(stack: Tensor) -> Tensor:
-    """Return, of each class, the mean of its three largest log-probabilities."""
-    return stack.log_softmax(2).topk(min(TOP, stack.shape[1]), 1).values.mean(1)
+    """Return the mean of the three largest log-probabilities of each class."""
+    return stack.log_softmax(2).topk(min(TOP_K, stack.shape[1]), 1).values.mean(1)
 
 
 def soft_top(stack: Tensor) -> Tensor:
-    """Return, of each class, its log-probabilities' mean weighted by their own softmax."""
+    """Return the mean log-probability of each class, weighted by the softmax over the predictors."""
     logs = stack.log_softmax(2)
     return (logs * (logs / TEMPERATURE).softmax(1)).sum(1)
 
 
-def alone(number: int) -> Substitute:
-    """Return the rung that is one predictor."""
+def single_member(number: int) -> Substitute:
+    """Return the substitute that uses one predictor."""
     return lambda stack: stack[:, number]
 
 
 def substitutes(count: int) -> dict[str, Substitute]:
-    """Return the rungs for so many predictors, by their names."""
+    """Return the substitutes for this number of predictors, by name."""
     return {
         "mean-logit": mean_logit,
         "mean-log-probability": mean_log_probability,
         "top-k": top_mean,
         "soft-top-k": soft_top,
-        **{f"member-{number}": alone(number) for number in range(min(count, ALONE))},
+        **{f"member-{number}": single_member(number) for number in range(min(count, MAX_SINGLE_MEMBERS))},
     }
 
 
-def ensemble(net: nn.Module) -> nn.Module | None:
-    """Return the outermost part of a net that gives its predictors' logits by `stacked(x)`; None without one."""
+def find_ensemble(net: nn.Module) -> nn.Module | None:
+    """Return the outermost module of a net that has `stacked(x) -> (B N K)`; None without one."""
     return next((part for part in net.modules() if callable(getattr(part, "stacked", None))), None)
 
 
 @contextmanager
-def combined(part: nn.Module, entry: Substitute, *, straight: bool = False) -> Iterator[None]:
-    """Let an ensemble combine its predictors by this rung inside; straight, only for its gradient."""
-    deployed = part.forward
+def combined_by(part: nn.Module, entry: Substitute, *, is_straight_through: bool = False) -> Iterator[None]:
+    """Replace the aggregator of an ensemble inside the context.
+
+    Args:
+        part: module with `stacked(x) -> (B N K)`.
+        entry: the substitute.
+        is_straight_through: keep the ensemble's own logits, with the gradient of the substitute.
+    """
+    original = part.forward
 
     def forward(x: Tensor) -> Tensor:
         stack = part.stacked(x)  # type: ignore[operator]
         combination = entry(stack)
-        if not straight:
+        if not is_straight_through:
             return combination
         with torch.no_grad():
-            return through(deployed(x), combination)
+            return with_gradient_of(original(x), combination)
 
     own: Any = part.__dict__.get("forward")
     part.__dict__["forward"] = forward

@@ -1,4 +1,4 @@
-"""Functions with a backward pass of their own: differentiated as their forward is written, not as they say."""
+"""User-defined autograd Functions: their forward code is differentiated in place of their backward pass."""
 
 from __future__ import annotations
 
@@ -9,50 +9,50 @@ import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
-from robustkit.gradient_views.smooth_rules import same
-from robustkit.gradient_views.straight_through import through
+from robustkit.gradient_views.smooth_rules import identity
+from robustkit.gradient_views.straight_through import with_gradient_of
 
-# What a forward pass is remembered by, for Functions whose `apply` somebody took hold of before.
-RECENT = 8
+# The most results that are stored, to recognise Functions whose `apply` was bound before tracing.
+MAX_RECENT = 8
 
 
-def foreign(kind: Any) -> bool:
-    """Return whether a `torch.autograd.Function` is neither torch's nor ours."""
+def is_user_defined(kind: Any) -> bool:
+    """Return whether a `torch.autograd.Function` is neither torch's nor robustkit's."""
     return not kind.__module__.startswith(
         ("torch.", "robustkit.models.", "robustkit.engine.", "robustkit.gradient_views.")
     )
 
 
-def forward_of(kind: Any, args: Any, kwargs: Any) -> Any:
-    """Return the Function's forward as written; None if its result has no gradient then, or it fails."""
+def run_forward(kind: Any, args: Any, kwargs: Any) -> Any:
+    """Return the result of a Function's forward code; None if it has no gradient or raises an error."""
     try:
         apart = kind.setup_context is not torch.autograd.Function.setup_context
         out = kind.forward(*args, **kwargs) if apart else kind.forward(_Context(), *args, **kwargs)
         first = out if isinstance(out, Tensor) else out[0]
         return out if first.requires_grad else None
-    except Exception:  # whatever a stranger's code may raise where it is not run as it expects
+    except Exception:  # the errors of a user's code are not a closed list
         return None
 
 
-class Recent:
-    """The last few results of a forward pass, to find what a Function was given that nobody saw being called."""
+class RecentResults:
+    """The last results of a forward pass, to find the argument of a Function whose call was not traced."""
 
     def __init__(self) -> None:
-        """Begin with none."""
-        self._results: deque[Tensor] = deque(maxlen=RECENT)
+        """Start empty."""
+        self._results: deque[Tensor] = deque(maxlen=MAX_RECENT)
 
     def add(self, result: Any) -> None:
-        """Remember a result."""
+        """Store a result."""
         if isinstance(result, Tensor) and result.requires_grad:
             self._results.append(result)
 
     def argument(self, x: Tensor) -> tuple[Any, Tensor] | None:
-        """Return the foreign Function that made x, and what it was given; None if x is something else."""
+        """Return the user-defined Function that made x, and its argument; None for other tensors."""
         node: Any = x.grad_fn
         if not isinstance(node, BackwardCFunction):
             return None
         kind = type(node)._forward_cls  # type: ignore[attr-defined]
-        if not foreign(kind):
+        if not is_user_defined(kind):
             return None
         for before, _ in node.next_functions:
             if hasattr(before, "variable"):
@@ -63,16 +63,16 @@ class Recent:
         return None
 
 
-def rewritten(kind: Any, real: Tensor, argument: Tensor) -> Tensor | None:
-    """Return a Function's result with the gradient of its forward; of its argument where that cannot be had."""
-    out = forward_of(kind, (argument,), {})
+def differentiated_as_written(kind: Any, real: Tensor, argument: Tensor) -> Tensor | None:
+    """Return a Function's result with the gradient of its forward code, or else of its argument."""
+    out = run_forward(kind, (argument,), {})
     if isinstance(out, Tensor) and out.shape == real.shape and torch.equal(out, real):
-        return through(real, out)
-    return through(real, same(argument)) if argument.shape == real.shape else None
+        return with_gradient_of(real, out)
+    return with_gradient_of(real, identity(argument)) if argument.shape == real.shape else None
 
 
 class _Context:
-    """What a Function's forward is given in place of autograd's context."""
+    """Replacement of autograd's context for a Function's forward."""
 
     needs_input_grad = (True,) * 32
 

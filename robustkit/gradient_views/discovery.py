@@ -1,4 +1,4 @@
-"""What may stand in for a model's gradients in a run, by the names that suites use, and what that tells of it."""
+"""The gradient views of a model in a run, by the names that suites use."""
 
 from __future__ import annotations
 
@@ -11,83 +11,101 @@ from torch import Tensor, nn
 
 from robustkit.core.isolation import own_randomness
 from robustkit.core.shapes import Images
-from robustkit.gradient_views.aggregator_substitutes import ensemble
-from robustkit.gradient_views.views import Mended, Smooth, draws, views
+from robustkit.gradient_views.aggregator_substitutes import find_ensemble
+from robustkit.gradient_views.views import MeanView, TracedModel, is_random, views
 from robustkit.models.classifier import Classifier
 from robustkit.registry import DRAWN, VIEWS
 from robustkit.runs.recorded_outputs import run_once
 
-# Views that say nothing against a model's own gradients.
-INNOCENT = {"smooth"}
+# Views that are no sign of hidden gradients.
+HARMLESS = {"smooth"}
 
 
 @dataclass(frozen=True)
 class GradientViews:
-    """Views by the names of suites, each one or several, and in words the places that may hide gradients."""
+    """Views of a model.
+
+    Args:
+        views: one or several views by the names that suites use.
+        places: descriptions of the places that may hide gradients.
+    """
 
     views: Mapping[str, Sequence[Callable[[Images], Tensor]]] = field(default_factory=dict)
     places: Sequence[str] = ()
 
     @property
     def doubtful(self) -> bool:
-        """Whether attacks on the model's own gradients alone will not do."""
-        return bool(self.views.keys() - INNOCENT)
+        """Whether attacks on the model's own gradients are not enough."""
+        return bool(self.views.keys() - HARMLESS)
 
 
 def discover_views(model: Classifier, x: Images, random: bool) -> GradientViews:
-    """Return what a model offers to climb on beside its own gradients, by the images x (B C H W)."""
-    offer = views(model, x, random=random)
-    sorted_in: dict[str, list[Callable[[Images], Tensor]]] = {}
-    for name, view in offer.items():
-        # Of a hand-written ensemble, and without its dice, the parts are called as those of a declared one.
+    """Return the views that attacks can use in place of a model's own gradients.
+
+    Args:
+        model: the classifier.
+        x: images (B C H W) in [0, 1] to examine it with.
+        random: whether its logits are random.
+    """
+    found = views(model, x, random=random)
+    by_name: dict[str, list[Callable[[Images], Tensor]]] = {}
+    for name, view in found.items():
+        # Heads inside a hand-written ensemble, with or without noise, get the names of a declared ensemble's
+        # members.
         base = name.removeprefix("calm-").removeprefix("inner-")
         known = "members" if base.startswith("member-") else base
-        sorted_in.setdefault(known if known in VIEWS else name if name in VIEWS else "own", []).append(view)
-    part = ensemble(model)
+        by_name.setdefault(known if known in VIEWS else name if name in VIEWS else "own", []).append(view)
+    part = find_ensemble(model)
     if part is not None:
-        sorted_in["stack"] = [Stacked(model, part)]
+        by_name["stack"] = [MemberLogits(model, part)]
     if random:
         means = {
-            name: [_averaged(f"{name} {at}", view, x) for at, view in enumerate(sorted_in[name])]
+            name: [_averaged(f"{name} {number}", view, x) for number, view in enumerate(by_name[name])]
             for name in DRAWN
-            if name in sorted_in
+            if name in by_name
         }
-        drawn = {name: parts for name, parts in means.items() if any(isinstance(part, Smooth) for part in parts)}
-        # The model itself is known to draw, though it may have answered alike for once.
-        drawn["mended"] = [Smooth(view, sigma=0.0) for view in sorted_in.get("mended", [Mended(model)])]
-        sorted_in |= {f"averaged-{name}": parts for name, parts in drawn.items()}
-    places = {f"{mend.where or 'the model'} {mend.what}" for mend in offer.mends}
-    return GradientViews(sorted_in, sorted(places))
+        drawn = {name: parts for name, parts in means.items() if any(isinstance(part, MeanView) for part in parts)}
+        # The model is known to be random, even if two of its outputs were equal.
+        drawn["mended"] = [MeanView(view, sigma=0.0) for view in by_name.get("mended", [TracedModel(model)])]
+        by_name |= {f"averaged-{name}": parts for name, parts in drawn.items()}
+    places = {f"{finding.where or 'the model'} {finding.what}" for finding in found.findings}
+    return GradientViews(by_name, sorted(places))
 
 
 def _averaged(name: str, view: Callable[[Images], Tensor], x: Images) -> Callable[[Images], Tensor]:
-    """Return the mean of a view over draws; the view where it draws nothing."""
+    """Return the mean of a view over its random draws; the view itself if it is not random."""
     with own_randomness("averaged"):
-        return Smooth(view, sigma=0.0) if run_once(f"draws of {name}", lambda: draws(view, x)) else view
+        return MeanView(view, sigma=0.0) if run_once(f"draws of {name}", lambda: is_random(view, x)) else view
 
 
 def is_applicable(view: str, views: Collection[str], suite: Collection[str]) -> bool:
-    """Return whether a model has the view, and the views that a suite attacks do not have its mean over draws."""
+    """Return whether a suite attacks a view: the model has it, and the suite does not attack its mean over draws.
+
+    Args:
+        view: name of the view; empty for the model itself.
+        views: names of the model's views.
+        suite: names of the views in the suite.
+    """
     mean = f"averaged-{view}"
     return not view or (view in views and not (mean in views and mean in suite))
 
 
 @dataclass(frozen=True)
-class Stacked:
-    """The predictors' logits (B N K) of an ensemble, side by side."""
+class MemberLogits:
+    """The stacked logits (B N K) of an ensemble's predictors."""
 
     model: Classifier
     part: nn.Module
 
     def __call__(self, x: Images) -> Tensor:
-        """Return the logits of x."""
-        seen: list[Tensor] = []
+        """Return the logits (B N K) of x."""
+        stacks: list[Tensor] = []
 
         def keep(stack: Tensor, *_: Any) -> Tensor:
-            seen.append(stack)
+            stacks.append(stack)
             return stack.mean(1)
 
-        Mended(self.model, part=self.part, entry=keep)(x)
-        if not seen:
+        TracedModel(self.model, part=self.part, entry=keep)(x)
+        if not stacks:
             return torch.zeros(len(x), 1, self.model.num_classes or 2, device=x.device)
-        return seen[-1]
+        return stacks[-1]

@@ -1,4 +1,4 @@
-"""What a mended forward pass says of itself: where the gradient stops or lies, and what is done about it."""
+"""The places in a traced forward pass whose gradient stops or misleads, and what replaces it."""
 
 from __future__ import annotations
 
@@ -6,27 +6,27 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 REMEDIES = {
-    "rounds": "its gradient is taken for that of its argument",
-    "takes signs": "its gradient is taken for that of a wide tanh",
-    "takes steps": "its gradient is taken for that of a wide sigmoid",
-    "compares": "its gradient is taken for that of a wide sigmoid",
-    "saturates": "its gradient is taken at a smaller argument",
+    "rounds": "the gradient of its argument is used",
+    "takes signs": "the gradient of a wide tanh is used",
+    "takes steps": "the gradient of a wide sigmoid is used",
+    "compares": "the gradient of a wide sigmoid is used",
+    "saturates": "the gradient at a smaller argument is used",
     "oscillates": "its gradient is left out",
-    "bends": "its gradient is taken for that of wide secants",
-    "clamps": "its gradient is taken for that of its argument",
-    "chooses": "its gradient is taken for that of a softmax or sigmoid of what it chose from",
-    "detaches": "the gradient goes on as if it did not",
+    "bends": "the gradient of wide secants is used",
+    "clamps": "the gradient of its argument is used",
+    "chooses": "the gradient of a softmax or sigmoid of its argument is used",
+    "detaches": "the gradient continues as without it",
     "switches gradients off": "they stay on",
-    "leaves torch": "what comes back in the same shape has the gradient of what left",
-    "writes its own backward pass": "its forward pass is differentiated as written",
+    "leaves torch": "a tensor that comes back in the same shape has the gradient of the one that left",
+    "writes its own backward pass": "its forward code is differentiated",
     "changes gradients by a hook": "the hook is left out",
-    "looks up": "its gradient is taken for the slope between neighbouring entries",
+    "looks up": "the slope between neighbouring entries is used",
 }
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A place where the gradient stops or lies: the module, what it does there, and what is done about it."""
+    """A place where the gradient stops or misleads: the module, what it does there, and what is used instead."""
 
     where: str
     what: str
@@ -34,27 +34,27 @@ class Finding:
 
 
 class Findings:
-    """Mends in the order found, and the modules that are being run."""
+    """Findings in order, and the stack of modules that are being run."""
 
     def __init__(self) -> None:
-        """Begin outside the net."""
+        """Start outside the net."""
         self.found: dict[Finding, None] = {}
         self._stack: list[str] = []
 
     def note(self, what: str, name: str = "") -> None:
-        """Note what is done, a key of `REMEDIES`, by what has that name, in the module that is being run."""
+        """Add a finding: a key of `REMEDIES`, in the function of that name, in the module that is being run."""
         where = self._stack[-1] if self._stack else "before the net"
         self.found[Finding(f"{where} ({name})" if name else where, what, REMEDIES[what])] = None
 
     def enter(self, name: str) -> Callable[..., None]:
-        """Return a hook that says that the module of that name is being run."""
+        """Return a hook that pushes a module's name when it is called."""
         return lambda module, args: self._stack.append(name)
 
     def leave(self) -> None:
-        """Be in the module around it again."""
+        """Return to the enclosing module."""
         if self._stack:
             self._stack.pop()
 
     def stop(self) -> None:
-        """Be outside the net again."""
+        """Return to outside the net."""
         self._stack = []

@@ -1,7 +1,7 @@
-"""The logits inside a model: where, during a forward pass, numbers first have the shape of its answer.
+"""The logits inside a model: the first tensors of a forward pass that have the shape of its output.
 
-What a model makes of them afterwards (temperature, softmax, rounding, noise, an aggregator over several heads) is
-what hides its gradients most often.
+The operations after them (temperature, softmax, rounding, noise, an aggregator over several heads) are the most
+common cause of hidden gradients.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 
 class Heads:
-    """Collects results of the shape (B K) that are made of nothing of that kind, in order."""
+    """Collects, in order, results of shape (B K) that do not depend on other such results."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
-        """Take the shape of the model's answer."""
+        """Set the shape (B K) of the model's output."""
         self.shape = shape
         self.found: list[Tensor] = []
         self._derived: Any = WeakTensorKeyDictionary()
 
     def see(self, arguments: Any, result: Any) -> None:
-        """Look at a function's arguments and result."""
+        """Record the arguments and the result of a function."""
         derived = any(x in self._derived for x in tensors(arguments))
         for x in tensors(result):
             if x in self._derived:

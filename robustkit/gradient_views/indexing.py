@@ -1,4 +1,4 @@
-"""Indices chosen for their size, and tables looked up by them: codes and masks with a gradient."""
+"""Indices selected by size, as by argmax and topk, and tables indexed by them: codes and masks with gradients."""
 
 from __future__ import annotations
 
@@ -10,47 +10,55 @@ from torch import Tensor
 
 from robustkit.gradient_views import smooth_rules
 
-CHOOSING = ("topk", "argmax", "argmin", "sort", "argsort", "max", "min", "kthvalue")
+SELECTING = ("topk", "argmax", "argmin", "sort", "argsort", "max", "min", "kthvalue")
 ALONG_LAST = ("topk", "sort", "argsort", "kthvalue")
-TABLES = ("embedding", "getitem", "index_select", "take")
+LOOKUPS = ("embedding", "getitem", "index_select", "take")
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """Indices that were chosen among the source along a dim; `values` are the chosen, where there are several."""
+class Selection:
+    """Indices selected from a source along a dimension.
+
+    Args:
+        source: the tensor that was selected from.
+        dim: the dimension.
+        values: the selected values, if there can be several.
+    """
 
     source: Tensor
     dim: int
     values: Tensor | None
 
     def code(self, count: int) -> Tensor | None:
-        """Return the smooth one-hot code."""
+        """Return a smooth one-hot code over the last dimension; None unless the source has `count` entries."""
         if self.source.shape[self.dim] != count:
             return None
-        return smooth_rules.shares(self.source.movedim(self.dim, -1), -1)
+        return smooth_rules.smooth_argmax(self.source.movedim(self.dim, -1), -1)
 
     def mask(self) -> Tensor:
-        """Return the smooth "is among the chosen"."""
+        """Return a smooth mask of the selected entries."""
         if self.values is not None and self.values.shape[self.dim] > 1:
-            return smooth_rules.members(self.source, self.dim, self.values)
-        return smooth_rules.shares(self.source, self.dim)
+            return smooth_rules.smooth_top_k(self.source, self.dim, self.values)
+        return smooth_rules.smooth_argmax(self.source, self.dim)
 
 
-def chosen(name: str, real: Any, source: Tensor, args: Any, kwargs: Any) -> tuple[Tensor, Chosen] | None:
-    """Return the indices in a choosing function's result, and what they were chosen from; None without any."""
+def find_selection(
+    name: str, real: Any, source: Tensor, args: Any, kwargs: Any
+) -> tuple[Tensor, Selection] | None:
+    """Return the indices in the result of a selecting function, with their selection; None without indices."""
     values, indices = (None, real) if isinstance(real, Tensor) else (real[0], real[1])
     whole = [a for a in args[1:] if isinstance(a, int) and not isinstance(a, bool)]
     whole = whole[1:] if name in ("topk", "kthvalue") else whole
     dim = kwargs.get("dim", whole[0] if whole else (-1 if name in ALONG_LAST else None))
     if dim is None or not isinstance(indices, Tensor) or indices.is_floating_point():
         return None
-    return indices, Chosen(
+    return indices, Selection(
         -source if name in ("argmin", "min") else source, dim, values if name == "topk" else None
     )
 
 
-def entry(name: str, args: Any, at: Tensor | None) -> Tensor | None:
-    """Return the slope between a table's neighbouring entries times the smooth index; None without such."""
+def table_slope(name: str, args: Any, at: Tensor | None) -> Tensor | None:
+    """Return the slope between neighbouring entries of a table times the smooth index; None without one."""
     index, table = (args[0], args[1]) if name == "embedding" else (args[-1], args[0])
     if at is None or index.dtype == torch.bool or table.requires_grad:
         return None

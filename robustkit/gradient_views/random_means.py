@@ -1,4 +1,4 @@
-"""Random draws of torch replaced by their means, by the names of the functions that draw."""
+"""Replacements of torch's random functions by their means, by name."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _filled(value: float) -> Callable[..., Tensor]:
 
 
 def _middle(func: Any, *args: Any, **kwargs: Any) -> Tensor:
-    """Return the middle of the range of whole numbers that are drawn from."""
+    """Return the middle of the range of integers that are drawn from."""
     real: Tensor = func(*args, **kwargs)
     ends = [end for end in args if isinstance(end, int)][:2]
     low, high = (kwargs.get("low", 0), kwargs.get("high", 1)) if not ends else (0, *ends)[-2:]
@@ -30,7 +30,7 @@ def _uniform(func: Any, x: Tensor, low: float = 0, high: float = 1, **_: Any) ->
 
 
 def _normal(func: Any, mean: Any, *rest: Any, **more: Any) -> Tensor:
-    """Return the mean, drawn into a new tensor or into the first argument."""
+    """Return the mean, in a new tensor or in the first argument."""
     if func is torch.Tensor.normal_:
         target: Tensor = mean
         return target.fill_(rest[0] if rest else more.get("mean", 0.0))
@@ -41,7 +41,7 @@ def _all(func: Any, x: Tensor, *rest: Any, **more: Any) -> Tensor:
     return x * 1
 
 
-DRAWS: dict[str, Callable[..., Tensor]] = {
+RANDOM_FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     **dict.fromkeys(("randn", "randn_like"), _filled(0.0)),
     **dict.fromkeys(("rand", "rand_like"), _filled(0.5)),
     **dict.fromkeys(("randint", "randint_like"), _middle),

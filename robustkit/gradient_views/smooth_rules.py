@@ -1,9 +1,9 @@
-"""For functions whose gradient is zero, missing or useless: a smooth one beside each, to differentiate instead.
+"""Smooth substitutes of functions whose gradient is zero, missing or useless.
 
-A rule takes the arguments of the function, ints and booleans replaced by the smooth numbers that they stand for,
-and returns something of the result's shape with a gradient, or None where the function's own will do.
+A rule takes the arguments of the function, with integers and booleans replaced by their smooth surrogates. It
+returns a tensor of the result's shape that has a gradient, or None if the function's own gradient is fine.
 Straight-through estimates are those of Bengio et al. (2013, arXiv:1308.3432) and Athalye et al. (2018,
-arXiv:1802.00420). How wide a step is smeared goes by each row's own spread, so rows stay independent.
+arXiv:1802.00420). The width of a smooth step depends on the row's own scale, so that rows stay independent.
 """
 
 from __future__ import annotations
@@ -18,60 +18,60 @@ from torch import Tensor
 
 Rule = Callable[..., "Tensor | None"]
 
-TINY = 1e-12
-# How wide a step is smeared, in spreads of its row: the width that broke k-winners-take-all and nets of signs.
-WIDTH = 0.1
-# Squashing functions are left alone while their arguments spread no wider; wider ones are squeezed to this.
-WIDE = 1 / WIDTH
-# A wave of so many radians has a slope that tells nothing of where it leads.
-SHATTERED = 100.0
-# Shares of a row that a clamp cuts off from which it is left out, and taken for a step.
-MOST_CUT, ALL_CUT = 0.5, 0.9
-NEARLY = 1e-2
+EPSILON = 1e-12
+# Width of a smooth step, relative to the scale of its row: it broke k-winners-take-all and nets of signs.
+STEP_WIDTH = 0.1
+# Largest root mean square of the arguments of saturating functions; larger arguments are scaled down to it.
+MAX_SPREAD = 1 / STEP_WIDTH
+# The gradient of a wave with a larger range, in radians, is useless.
+MAX_WAVE_RADIANS = 100.0
+# Shares of clamped entries in a row above which the clamp is left out, and above which it is replaced by a step.
+MIN_CLAMPED, NEARLY_ALL = 0.5, 0.9
+SIGN_TOLERANCE = 1e-2
 
 
-def spread(x: Tensor) -> Tensor:
-    """Return the root mean square of each row, in a shape that divides x; no gradient."""
+def row_rms(x: Tensor) -> Tensor:
+    """Return the root mean square of each row, without gradient, in a shape that broadcasts with x."""
     if x.dim() < 2:
-        return x.detach().abs().mean().clamp(min=TINY)
-    return x.detach().square().mean(tuple(range(1, x.dim())), keepdim=True).sqrt().clamp(min=TINY)
+        return x.detach().abs().mean().clamp(min=EPSILON)
+    return x.detach().square().mean(tuple(range(1, x.dim())), keepdim=True).sqrt().clamp(min=EPSILON)
 
 
-def step(x: Tensor) -> Tensor:
-    """Return a sigmoid a tenth as wide as x spreads: what stands for `x > 0`."""
+def smooth_step(x: Tensor) -> Tensor:
+    """Return the smooth `x > 0`: a sigmoid whose width is a tenth of the scale of x."""
     centred = x - x.detach().mean(tuple(range(1, x.dim())), keepdim=True) if x.dim() > 1 else x
-    return (x / (WIDTH * spread(centred))).sigmoid()
+    return (x / (STEP_WIDTH * row_rms(centred))).sigmoid()
 
 
-def same(x: Tensor, *_: Any, **__: Any) -> Tensor:
-    """Return x: what stands for its rounded values."""
+def identity(x: Tensor, *_: Any, **__: Any) -> Tensor:
+    """Return x, the substitute of its rounded values."""
     return x * 1
 
 
-def sign(x: Tensor) -> Tensor:
-    """Return a step from -1 to 1."""
-    return 2 * step(x) - 1
+def smooth_sign(x: Tensor) -> Tensor:
+    """Return a smooth step from -1 to 1."""
+    return 2 * smooth_step(x) - 1
 
 
 def quotient(x: Any, y: Any, **_: Any) -> Tensor:
-    """Return x / y, whatever is rounded."""
+    """Return x / y without rounding."""
     return torch.true_divide(x, y)
 
 
 def greater(x: Any, y: Any) -> Tensor:
     """Return the smooth `x > y`."""
-    return step(torch.sub(_tensor(x, y), y))
+    return smooth_step(torch.sub(_tensor(x, y), y))
 
 
 def less(x: Any, y: Any) -> Tensor:
     """Return the smooth `x < y`."""
-    return step(-torch.sub(_tensor(x, y), y))
+    return smooth_step(-torch.sub(_tensor(x, y), y))
 
 
 def equal(x: Any, y: Any) -> Tensor:
     """Return a bump around `x == y`."""
     apart = torch.sub(_tensor(x, y), y)
-    return (-(apart / spread(apart)).square()).exp()
+    return (-(apart / row_rms(apart)).square()).exp()
 
 
 def unequal(x: Any, y: Any) -> Tensor:
@@ -79,105 +79,109 @@ def unequal(x: Any, y: Any) -> Tensor:
     return 1 - equal(x, y)
 
 
-def both(x: Any, y: Any) -> Tensor:
+def smooth_and(x: Any, y: Any) -> Tensor:
     """Return the smooth `x and y`."""
     return torch.mul(_tensor(x, y), y)
 
 
-def either(x: Any, y: Any) -> Tensor:
+def smooth_or(x: Any, y: Any) -> Tensor:
     """Return the smooth `x or y`."""
     return 1 - torch.mul(1 - _tensor(x, y), 1 - y)
 
 
-def neither(x: Tensor) -> Tensor:
+def smooth_not(x: Tensor) -> Tensor:
     """Return the smooth `not x`."""
     return 1 - x
 
 
 def where(condition: Tensor, x: Any, y: Any) -> Tensor:
-    """Return the mixture of x and y; infinities, which mean "none of this", do not mix."""
-    x, y = (torch.as_tensor(of, device=condition.device) for of in (x, y))
+    """Return the mixture of x and y; infinite values, used as masks, count as 0."""
+    x, y = (torch.as_tensor(value, device=condition.device) for value in (x, y))
     share = condition.to(x.dtype if x.is_floating_point() else y.dtype)
     return _finite(x) * share + _finite(y) * (1 - share)
 
 
 def filled(x: Tensor, mask: Tensor, value: Any) -> Tensor:
-    """Return x mixed with the value where it is filled in."""
+    """Return the smooth `masked_fill`."""
     return where(mask.to(x.dtype), value, x)
 
 
-def squeezed(function: Callable[..., Tensor], wide: float = WIDE / 2) -> Rule:
-    """Return a squashing function whose argument is brought to where it has a slope."""
+def squeezed(function: Callable[..., Tensor], wide: float = MAX_SPREAD / 2) -> Rule:
+    """Return a saturating function with its argument scaled down to where it has a slope."""
 
     def squash(x: Tensor, *rest: Any, **more: Any) -> Tensor | None:
-        excess = (spread(x) / wide).clamp(min=1)
+        excess = (row_rms(x) / wide).clamp(min=1)
         return function(x / excess, *rest, **more) if (excess > 1).any() else None
 
     return squash
 
 
 def wave(function: Callable[..., Tensor]) -> Rule:
-    """Return a wave without its gradient where it has too many crests to follow."""
+    """Return a periodic function without gradient in rows that cover too many periods."""
 
     def slow(x: Tensor) -> Tensor | None:
-        calm = spread(x) < SHATTERED
-        return None if calm.all() else torch.where(calm, function(x), function(x.detach()))
+        noise_free = row_rms(x) < MAX_WAVE_RADIANS
+        return None if noise_free.all() else torch.where(noise_free, function(x), function(x.detach()))
 
     return slow
 
 
 def modulo(x: Tensor, y: Any = 1) -> Tensor | None:
     """Return a remainder, without its gradient where the saw has too many teeth to follow."""
-    calm = spread(torch.true_divide(x, y)) < SHATTERED / (2 * math.pi)
-    return None if calm.all() else torch.where(calm, torch.remainder(x, y), torch.remainder(x.detach(), y))
+    noise_free = row_rms(torch.true_divide(x, y)) < MAX_WAVE_RADIANS / (2 * math.pi)
+    return (
+        None
+        if noise_free.all()
+        else torch.where(noise_free, torch.remainder(x, y), torch.remainder(x.detach(), y))
+    )
 
 
 def clamped(x: Tensor, *limits: Any, **more: Any) -> Tensor | None:
-    """Return x itself in rows of which more than half is cut off; a step where next to nothing is left."""
+    """Return x in rows of which more than half is clamped, and a smooth step where nearly all is."""
     inside = torch.clamp(x, *limits, **more)
     cut = (inside != x).detach().to(x.dtype)
     gone = cut.mean(tuple(range(1, x.dim())), keepdim=True) if x.dim() > 1 else cut
-    if not (gone > MOST_CUT).any():
+    if not (gone > MIN_CLAMPED).any():
         return None
     low, high = inside.detach().amin(), inside.detach().amax()
-    wide = torch.where(gone > ALL_CUT, low + (high - low) * step(x - (low + high) / 2), x)
-    return torch.where(gone > MOST_CUT, wide, inside)
+    wide = torch.where(gone > NEARLY_ALL, low + (high - low) * smooth_step(x - (low + high) / 2), x)
+    return torch.where(gone > MIN_CLAMPED, wide, inside)
 
 
 def unit(function: Callable[..., Tensor]) -> Rule:
-    """Return a product or quotient that comes out at 1 and -1 as a sign: x / |x| and the like."""
+    """Return a rule for products and quotients that equal 1 or -1, such as x / |x|: they are signs."""
 
     def signed(x: Any, y: Any, **_: Any) -> Tensor | None:
         if not all(isinstance(part, Tensor) and part.requires_grad for part in (x, y)) or x.shape != y.shape:
             return None
         size = function(x, y).detach().abs()
-        return sign(x) if ((size - 1).abs() < NEARLY).float().mean() > ALL_CUT else None
+        return smooth_sign(x) if ((size - 1).abs() < SIGN_TOLERANCE).float().mean() > NEARLY_ALL else None
 
     return signed
 
 
 def bucket(x: Tensor, edges: Tensor, **_: Any) -> Tensor:
-    """Return where x is among edges, as if they were evenly spread."""
+    """Return the smooth index of x among edges, as if these were evenly spaced."""
     return x * (edges.shape[-1] - 1) / (edges[..., -1:] - edges[..., :1])
 
 
-def shares(x: Tensor, dim: int) -> Tensor:
-    """Return a softmax with a slope: what stands for the largest of x."""
+def smooth_argmax(x: Tensor, dim: int) -> Tensor:
+    """Return a softmax of x at the scale of x: the smooth one-hot code of the largest entry."""
     apart = x - x.detach().mean(dim, keepdim=True)
-    return (x / apart.detach().square().mean(dim, keepdim=True).sqrt().clamp(min=TINY)).softmax(dim)
+    return (x / apart.detach().square().mean(dim, keepdim=True).sqrt().clamp(min=EPSILON)).softmax(dim)
 
 
-def members(x: Tensor, dim: int, values: Tensor) -> Tensor:
-    """Return the smooth "x is among the chosen ones", whose smallest or largest is the threshold."""
+def smooth_top_k(x: Tensor, dim: int, values: Tensor) -> Tensor:
+    """Return the smooth mask of the selected entries, whose smallest or largest value is the threshold."""
     largest = bool((values.mean() >= x.mean()).item())
     threshold = (values.amin(dim, keepdim=True) if largest else values.amax(dim, keepdim=True)).detach()
     return greater(x, threshold) if largest else less(x, threshold)
 
 
-def levels(x: Tensor, count: int) -> Tensor:
-    """Return bumps around the whole numbers below count: what stands for a one-hot code of x."""
-    at = torch.arange(count, device=x.device, dtype=x.dtype)
-    return (-(x[..., None] - at).square() / 2).exp()
+def smooth_one_hot(x: Tensor, count: int) -> Tensor:
+    """Return the smooth one-hot code of x: bumps around the integers below `count`."""
+    centres = torch.arange(count, device=x.device, dtype=x.dtype)
+    return (-(x[..., None] - centres).square() / 2).exp()
 
 
 def _finite(x: Tensor) -> Tensor:
@@ -190,7 +194,7 @@ def _tensor(x: Any, like: Any) -> Tensor:
 
 RULES: dict[str, tuple[Rule, str]] = {
     **{
-        name: (same, "rounds")
+        name: (identity, "rounds")
         for name in (
             *("round", "floor", "ceil", "trunc", "fix"),
             *("fake_quantize_per_tensor_affine", "fake_quantize_per_channel_affine", "bernoulli", "poisson"),
@@ -199,15 +203,15 @@ RULES: dict[str, tuple[Rule, str]] = {
     **{name: (quotient, "rounds") for name in ("floor_divide", "floordiv")},
     "bucketize": (bucket, "rounds"),
     "searchsorted": (lambda edges, x, **more: bucket(x, edges), "rounds"),
-    **{name: (sign, "takes signs") for name in ("sign", "sgn")},
-    "heaviside": (lambda x, values: step(x), "takes steps"),
+    **{name: (smooth_sign, "takes signs") for name in ("sign", "sgn")},
+    "heaviside": (lambda x, values: smooth_step(x), "takes steps"),
     **{name: (greater, "compares") for name in ("gt", "ge", "greater", "greater_equal")},
     **{name: (less, "compares") for name in ("lt", "le", "less", "less_equal")},
     "eq": (equal, "compares"),
     "ne": (unequal, "compares"),
     **{name: (squeezed(getattr(torch, name)), "saturates") for name in ("tanh", "erf", "atan")},
-    "sigmoid": (squeezed(torch.sigmoid, WIDE), "saturates"),
-    "softmax": (squeezed(F.softmax, WIDE), "saturates"),
+    "sigmoid": (squeezed(torch.sigmoid, MAX_SPREAD), "saturates"),
+    "softmax": (squeezed(F.softmax, MAX_SPREAD), "saturates"),
     "hardtanh": (squeezed(F.hardtanh), "saturates"),
     "hardsigmoid": (squeezed(F.hardsigmoid), "saturates"),
     "softsign": (squeezed(F.softsign), "saturates"),
@@ -219,11 +223,11 @@ RULES: dict[str, tuple[Rule, str]] = {
     **{name: (clamped, "clamps") for name in ("clamp", "clip")},
 }
 
-# Of booleans that stand for smooth numbers.
+# Rules for booleans that have smooth surrogates.
 LOGIC: dict[str, Rule] = {
-    **dict.fromkeys(("logical_and", "and", "bitwise_and"), both),
-    **dict.fromkeys(("logical_or", "or", "bitwise_or"), either),
-    **dict.fromkeys(("logical_not", "invert", "bitwise_not"), neither),
+    **dict.fromkeys(("logical_and", "and", "bitwise_and"), smooth_and),
+    **dict.fromkeys(("logical_or", "or", "bitwise_or"), smooth_or),
+    **dict.fromkeys(("logical_not", "invert", "bitwise_not"), smooth_not),
     "where": where,
     "masked_fill": filled,
 }

@@ -1,4 +1,4 @@
-"""Which tensors have another's gradient, at once or once they are floats again."""
+"""Surrogate tensors whose gradients are used for others: at once, or after integers are floats again."""
 
 from __future__ import annotations
 
@@ -9,46 +9,46 @@ from torch.utils._pytree import tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from robustkit.gradient_views.heads import tensors
-from robustkit.gradient_views.straight_through import loosened, through
+from robustkit.gradient_views.straight_through import relaxed, with_gradient_of
 
 
 class SurrogateGradients:
-    """Stand-ins by the tensor, which hold none; `chosen` are indices, with what they were chosen from."""
+    """Surrogates by tensor, without keeping tensors alive; `chosen` has the selections of index tensors."""
 
-    def __init__(self, loose: bool) -> None:
-        """Begin with none; `loose` ones give values up as well, in rows where the stand-in is near."""
-        self.loose = loose
+    def __init__(self, is_relaxed: bool) -> None:
+        """Start empty; relaxed surrogates give their values, too, in rows where they are near."""
+        self.is_relaxed = is_relaxed
         self.chosen: Any = WeakTensorKeyDictionary()
         self._known: Any = WeakTensorKeyDictionary()
 
     def of(self, x: Tensor) -> Tensor | None:
-        """Return a tensor's stand-in; None without one."""
+        """Return the surrogate of a tensor; None without one."""
         found: Tensor | None = self._known.get(x)
         return found
 
-    def keep(self, real: Tensor, stand_in: Tensor) -> None:
-        """Keep a stand-in until the tensor becomes a float again."""
-        self._known[real] = stand_in
+    def keep(self, real: Tensor, surrogate: Tensor) -> None:
+        """Store the surrogate of a tensor until that becomes a float again."""
+        self._known[real] = surrogate
 
-    def joined(self, real: Any, stand_in: Any) -> Any:
-        """Return a result with the gradient of its stand-in: at once, or when it becomes a float again."""
-        if not isinstance(real, Tensor) or not isinstance(stand_in, Tensor) or not stand_in.requires_grad:
+    def attached(self, real: Any, surrogate: Any) -> Any:
+        """Return a result with the gradient of its surrogate: at once, or when it becomes a float again."""
+        if not isinstance(real, Tensor) or not isinstance(surrogate, Tensor) or not surrogate.requires_grad:
             return real
-        if real.shape != stand_in.shape:
+        if real.shape != surrogate.shape:
             return real
         if real.is_floating_point():
-            return loosened(real, stand_in) if self.loose else through(real, stand_in)
-        self.keep(real, stand_in)
+            return relaxed(real, surrogate) if self.is_relaxed else with_gradient_of(real, surrogate)
+        self.keep(real, surrogate)
         return real
 
-    def depends(self, values: Any) -> bool:
+    def depends_on_images(self, values: Any) -> bool:
         """Return whether any of the values depends on the images."""
         return any(x.requires_grad or x in self._known or x in self.chosen for x in tensors(values))
 
-    def tracked(self, values: Any) -> bool:
-        """Return whether any of the values has a stand-in."""
+    def has_surrogate(self, values: Any) -> bool:
+        """Return whether any of the values has a surrogate."""
         return any(x in self._known for x in tensors(values))
 
-    def swapped(self, values: Any) -> Any:
-        """Return the values with their stand-ins for those that have one."""
+    def substituted(self, values: Any) -> Any:
+        """Return the values, replaced by their surrogates where there are any."""
         return tree_map(lambda x: self._known.get(x, x) if isinstance(x, Tensor) else x, values)

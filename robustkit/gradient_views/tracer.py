@@ -1,11 +1,11 @@
-"""A forward pass whose gradient does not stop where the model's does, and a record of where that was.
+"""Automatic BPDA (Athalye et al. 2018, arXiv:1802.00420): a forward pass with surrogate gradients where they stop.
 
-`Mending` is a context. Inside it every value is the model's own, to the bit; only what autograd sees is another:
-rounded, compared and chosen numbers have the gradient of something smooth (`smooth`), detached ones that of what
-they were detached from, numbers that went through numpy or Pillow and came back in the same shape that of what
-left, and a `torch.autograd.Function` that of its forward as written. This is BPDA (Athalye et al. 2018,
-arXiv:1802.00420) without being told where. Nothing of the model is changed. A compiled net runs eagerly inside;
-what calls torch from C++, as a scripted one does, is not seen.
+`Tracer` is a context. Inside it all values are those of the model, bit for bit; only autograd records other
+functions. Rounded, compared and selected numbers get the gradient of a smooth function (`smooth_rules`),
+detached tensors that of the tensor they were detached from, arrays that went through numpy or Pillow and came
+back in the same shape that of the tensor that left, and a `torch.autograd.Function` that of its forward code.
+The tracer also lists these places. The model is not changed. Compiled nets run eagerly inside; calls from C++,
+as in scripted nets, are not traced.
 """
 
 from __future__ import annotations
@@ -23,82 +23,94 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from robustkit.gradient_views.calls import SmoothCalls
-from robustkit.gradient_views.custom_autograd import Recent, foreign, forward_of, rewritten
-from robustkit.gradient_views.elementwise import bent, mended
+from robustkit.gradient_views.custom_autograd import (
+    RecentResults,
+    differentiated_as_written,
+    is_user_defined,
+    run_forward,
+)
+from robustkit.gradient_views.elementwise import has_misleading_gradient, with_secant_gradient
 from robustkit.gradient_views.findings import Finding, Findings
 from robustkit.gradient_views.heads import Heads, tensors
-from robustkit.gradient_views.indexing import CHOOSING
+from robustkit.gradient_views.indexing import SELECTING
 from robustkit.gradient_views.numpy_bridge import LEAVING, NumpyBridge
-from robustkit.gradient_views.random_means import DRAWS
+from robustkit.gradient_views.random_means import RANDOM_FUNCTIONS
 from robustkit.gradient_views.surrogate_gradients import SurrogateGradients
 
 DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 
 
 class Tracer(TorchFunctionMode):
-    """See the module. `found` says what was mended, `drew` whether torch drew random numbers."""
+    """Context that gives the passes of a model surrogate gradients; see the module.
+
+    Attributes:
+        found: the places where a gradient was replaced, in order.
+        has_randomness: whether torch drew random numbers.
+        elementwise: modules that get the gradient of secants.
+    """
 
     def __init__(
         self,
         model: nn.Module,
         *,
         heads: Heads | None = None,
-        told: bool = False,
-        calm: bool = False,
-        loose: bool = False,
-        bends: Sequence[nn.Module] = (),
+        record_modules: bool = False,
+        noise_free: bool = False,
+        relaxed: bool = False,
+        elementwise: Sequence[nn.Module] = (),
         sources: list[Tensor] | None = None,
     ) -> None:
-        """Take the model that will be run inside.
+        """Set what is traced; the model is run inside the context.
 
         Args:
-            model: What is run.
-            heads: What looks for heads among the results.
-            told: Note the names of modules, by hooks that are gone afterwards.
-            calm: Replace the random draws of torch by their means.
-            loose: Give values up as well, in rows where what stands in for them is near.
-            bends: Modules to be mended as wholes; told, they are looked for instead.
-            sources: A list that is given what leaves torch, and what indices are chosen from.
+            model: the model.
+            heads: collects logits inside the model.
+            record_modules: record the names of modules, by hooks that are removed on exit, and look for
+                elementwise modules.
+            noise_free: replace the random draws of torch by their means.
+            relaxed: use the surrogate's value, too, in rows where it is near the model's own.
+            elementwise: modules that get the gradient of secants.
+            sources: a list to which tensors are added that leave torch or that indices are selected from.
         """
         super().__init__()
-        self.model, self.heads, self.told, self.sources = model, heads, told, sources
-        self.calm, self.loose = calm, loose
-        self.drew = False
-        self.bends = list(bends)
-        self._mends = Findings()
+        self.model, self.heads, self.record_modules, self.sources = model, heads, record_modules, sources
+        self.noise_free, self.relaxed = noise_free, relaxed
+        self.has_randomness = False
+        self.elementwise = list(elementwise)
+        self._findings = Findings()
         self._begin()
 
     def _begin(self) -> None:
-        """Hold nothing."""
-        self._stand_ins = SurrogateGradients(self.loose)
-        self._abroad = NumpyBridge(self._stand_ins, self._mends)
-        self._calls = SmoothCalls(self._stand_ins, self._mends)
-        self._recent = Recent()
+        """Reset the state of a pass."""
+        self._surrogates = SurrogateGradients(self.relaxed)
+        self._numpy = NumpyBridge(self._surrogates, self._findings)
+        self._calls = SmoothCalls(self._surrogates, self._findings)
+        self._recent = RecentResults()
         self._open: ExitStack | None = None
 
     @property
     def found(self) -> dict[Finding, None]:
-        """What was mended, in the order found."""
-        return self._mends.found
+        """The places where a gradient was replaced, in order."""
+        return self._findings.found
 
     def __enter__(self) -> Tracer:
-        """Begin."""
+        """Start tracing."""
         with ExitStack() as stack:
             apply = inspect.getattr_static(torch.autograd.Function, "apply")
             stack.enter_context(patch.object(torch._C, "_InferenceMode", self._inference))
-            stack.enter_context(patch.object(torch, "from_numpy", self._abroad.entering(torch.from_numpy)))
+            stack.enter_context(patch.object(torch, "from_numpy", self._numpy.entering(torch.from_numpy)))
             stack.enter_context(patch.object(torch.autograd.Function, "apply", self._applying(apply)))
             if any(type(module).__name__ == "OptimizedModule" for module in self.model.modules()):
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             for name, module in self.model.named_modules():
                 for hooks in ("_backward_hooks", "_backward_pre_hooks"):
                     if getattr(module, hooks):
-                        self._mends.note("changes gradients by a hook", name)
+                        self._findings.note("changes gradients by a hook", name)
                         stack.enter_context(patch.object(module, hooks, OrderedDict()))
-                if module in self.bends:
+                if module in self.elementwise:
                     stack.callback(module.register_forward_hook(self._bend).remove)
-                if self.told and name:
-                    stack.callback(module.register_forward_pre_hook(self._mends.enter(name)).remove)
+                if self.record_modules and name:
+                    stack.callback(module.register_forward_pre_hook(self._findings.enter(name)).remove)
                     stack.callback(module.register_forward_hook(self._leave_module, always_call=True).remove)
             self._calls.own = {id(tensor) for tensor in (*self.model.parameters(), *self.model.buffers())}
             super().__enter__()  # type: ignore[no-untyped-call]
@@ -107,17 +119,17 @@ class Tracer(TorchFunctionMode):
         return self
 
     def __exit__(self, *error: Any) -> None:
-        """End; what was held for the pass is let go."""
+        """Stop tracing, and release the tensors of the pass."""
         if self._open is not None:
             self._open.__exit__(*error)
-        self._mends.stop()
+        self._findings.stop()
         self._begin()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call the function, see to its gradient, and show the result to who looks for heads."""
+        """Call a function with a surrogate gradient where its own stops, and pass the result on to `heads`."""
         kwargs = kwargs or {}
         if torch.is_grad_enabled():
-            args = tree_map(self.honest, args)
+            args = tree_map(self.restored, args)
         result = self._function(func, args, kwargs)
         self._recent.add(result)
         if self.heads is not None:
@@ -129,30 +141,30 @@ class Tracer(TorchFunctionMode):
         name = raw.strip("_")
         if name == "get" and func != DATA:
             real = func(*args, **kwargs)
-            stand_in = self._stand_ins.of(args[0]) if isinstance(real, Tensor) else None
-            return real if stand_in is None else self._stand_ins.joined(real, func(stand_in))
-        if name in DRAWS:
-            self.drew = True
-            if self.calm:
-                return DRAWS[name](func, *args, **kwargs)
+            surrogate = self._surrogates.of(args[0]) if isinstance(real, Tensor) else None
+            return real if surrogate is None else self._surrogates.attached(real, func(surrogate))
+        if name in RANDOM_FUNCTIONS:
+            self.has_randomness = True
+            if self.noise_free:
+                return RANDOM_FUNCTIONS[name](func, *args, **kwargs)
         if name == "set_grad_enabled":
             return self._switch(func, args)
         if not torch.is_grad_enabled():
             return func(*args, **kwargs)
         first = args[0] if args else None
-        if not self._stand_ins.depends((args, kwargs)):
-            back = self._abroad.returned(name, func, args, kwargs)
-            return func(*args, **kwargs) if back is None else back
+        if not self._surrogates.depends_on_images((args, kwargs)):
+            reconnected = self._numpy.returned(name, func, args, kwargs)
+            return func(*args, **kwargs) if reconnected is None else reconnected
         if name in ("get", "detach", "alias_copy"):
             return self._kept(first, func, args, kwargs)
-        if self.sources is not None and (raw in LEAVING or name in CHOOSING):
-            self.sources += [x for x in tensors(self._stand_ins.swapped(first)) if x.requires_grad]
+        if self.sources is not None and (raw in LEAVING or name in SELECTING):
+            self.sources += [x for x in tensors(self._surrogates.substituted(first)) if x.requires_grad]
         if raw in LEAVING and isinstance(first, Tensor):
-            return self._abroad.leave(raw, func, first, args, kwargs)
+            return self._numpy.leave(raw, func, first, args, kwargs)
         if name in ("requires_grad", "set") and isinstance(first, Tensor):
             return first
         if name == "register_hook":
-            self._mends.note("changes gradients by a hook")
+            self._findings.note("changes gradients by a hook")
             return _Handle()
         if raw.endswith("_") and not raw.endswith("__"):
             return self._calls.in_place(func, getattr(Tensor, raw[:-1], None), name, args, kwargs)
@@ -161,48 +173,52 @@ class Tracer(TorchFunctionMode):
         return self._calls.fresh(func, name, args, kwargs)
 
     def _kept(self, x: Any, func: Any, args: Any, kwargs: Any) -> Tensor:
-        """Return x instead of what is detached from it."""
-        stand_in = self._stand_ins.of(x)
+        """Return x in place of a tensor detached from it."""
+        surrogate = self._surrogates.of(x)
         if x.requires_grad:
-            self._mends.note("detaches")
+            self._findings.note("detaches")
             alias: Tensor = x.view_as(x)
             return alias
         real: Tensor = func(*args, **kwargs)
-        if stand_in is not None:
-            self._stand_ins.keep(real, stand_in)
+        if surrogate is not None:
+            self._surrogates.keep(real, surrogate)
         return real
 
     def _applying(self, original: Any) -> Any:
-        """Return what runs a Function's forward as written."""
+        """Return a replacement of `Function.apply` that differentiates a Function's forward code."""
         mode = self
 
         def apply(kind: Any, *args: Any, **kwargs: Any) -> Any:
-            if foreign(kind) and torch.is_grad_enabled() and mode._stand_ins.depends((args, kwargs)):
-                out = forward_of(kind, args, kwargs)
+            if (
+                is_user_defined(kind)
+                and torch.is_grad_enabled()
+                and mode._surrogates.depends_on_images((args, kwargs))
+            ):
+                out = run_forward(kind, args, kwargs)
                 if out is not None:
-                    mode._mends.note("writes its own backward pass", kind.__name__)
+                    mode._findings.note("writes its own backward pass", kind.__name__)
                     return out
             return original.__get__(None, kind)(*args, **kwargs)
 
         return classmethod(apply)
 
-    def honest(self, x: Any) -> Any:
-        """Return a tensor that a foreign Function made, unseen, with the gradient of what is written."""
+    def restored(self, x: Any) -> Any:
+        """Return the result of a user's Function with the gradient of its forward code, if its call was missed."""
         made = self._recent.argument(x) if isinstance(x, Tensor) and x.requires_grad else None
-        again = None if made is None else rewritten(made[0], x, made[1])
+        again = None if made is None else differentiated_as_written(made[0], x, made[1])
         if made is None or again is None:
             return x
-        self._mends.note("writes its own backward pass", made[0].__name__)
+        self._findings.note("writes its own backward pass", made[0].__name__)
         return again
 
     def _inference(self, mode: bool = True) -> Any:
         if mode:
-            self._mends.note("switches gradients off")
+            self._findings.note("switches gradients off")
         return nullcontext()
 
     def _switch(self, func: Any, args: Any) -> Any:
         if args and not args[0]:
-            self._mends.note("switches gradients off")
+            self._findings.note("switches gradients off")
             return None
         return func(*args)
 
@@ -211,22 +227,22 @@ class Tracer(TorchFunctionMode):
             len(args) == 1
             and isinstance(args[0], Tensor)
             and isinstance(output, Tensor)
-            and module not in self.bends
+            and module not in self.elementwise
         ):
             with suppress(Exception), torch._C.DisableTorchFunction():
-                if bent(module, args[0], output):
-                    self._mends.note("bends")
-                    self.bends.append(module)
-        self._mends.leave()
+                if has_misleading_gradient(module, args[0], output):
+                    self._findings.note("bends")
+                    self.elementwise.append(module)
+        self._findings.leave()
 
     def _bend(self, module: nn.Module, args: Any, output: Any) -> Tensor | None:
         if len(args) != 1 or not torch.is_grad_enabled() or not args[0].requires_grad:
             return None
         with torch._C.DisableTorchFunction():
-            return mended(module, args[0], output)
+            return with_secant_gradient(module, args[0], output)
 
 
 class _Handle:
-    """Of a hook that was not registered."""
+    """The handle of a hook that is not registered."""
 
     def remove(self) -> None: ...

@@ -1,12 +1,14 @@
-"""Views of a model: differentiable stand-ins to search adversarials on, which are then judged on the model itself.
+"""Views of a model: differentiable substitutes that attacks search on.
 
-They come from three sources. What the model exports: `net.views()`, a dict of named callables on the net's own
-(normalised) inputs, or `twin(model, x)` of a defense, a differentiable version of its call. What an ensemble's
-parts say: any part with `stacked(x) -> (B N K)` has its aggregator replaced (`ladder`). And what a look at one
-forward pass finds: where gradients stop (`mending`), logits deeper inside (`heads`), and dice.
+The adversarial images are verified on the model itself.
 
-A view that fails, that has no finite gradient, or whose gradient is the model's own is left out: an honest single
-net has none.
+They have three sources. The model exports them: `net.views()`, a dict of named callables on the net's normalised
+inputs, or `twin(model, x)` of a defense, a differentiable version of its call. The model is an ensemble: a
+module with `stacked(x) -> (B N K)` gets another aggregator (`aggregator_substitutes`). Or one traced forward pass
+(`tracer`) shows where gradients stop, logits inside the model (`heads`), and random draws.
+
+A view is left out if it raises an error, has no finite gradient, or has the same gradient as the model. So a
+plain net has none.
 """
 
 from __future__ import annotations
@@ -25,153 +27,182 @@ from robustkit.core.isolation import own_randomness
 from robustkit.core.shapes import Images, Logits
 from robustkit.gradient_views.aggregator_substitutes import (
     Substitute,
-    alone,
-    combined,
-    ensemble,
+    combined_by,
+    find_ensemble,
     mean_logit,
+    single_member,
     substitutes,
 )
 from robustkit.gradient_views.findings import Finding
-from robustkit.gradient_views.fitted import fit, side_by_side
+from robustkit.gradient_views.fitted import concatenated, fit
 from robustkit.gradient_views.heads import Heads
-from robustkit.gradient_views.straight_through import through
+from robustkit.gradient_views.straight_through import with_gradient_of
 from robustkit.gradient_views.tracer import Tracer
 from robustkit.models.classifier import Classifier
 from robustkit.runs.recorded_outputs import run_once
 
 View = Callable[[Images], Logits]
 
-FEW = 16
-# Gradients this parallel on every image lead to the same points.
-PARALLEL = 0.999
-NOISE = 1e-4
-# Of `smooth`: draws, and the deviation of the input noise in [0, 1] pixel units.
-DRAWS, SIGMA = 8, 0.03
+# The most images that views are compared on.
+MAX_IMAGES = 16
+# Above this cosine on every image two gradients count as the same.
+MIN_PARALLEL_COSINE = 0.999
+# Logits that differ by more, relative to the largest, are random.
+NOISE_TOLERANCE = 1e-4
+# Of the view `smooth`: number of draws, and standard deviation of the input noise in [0, 1] pixel units.
+MEAN_DRAWS, SIGMA = 8, 0.03
 
 
 class Views(dict[str, View]):
-    """Views by name; `mends` says what was found to hide gradients."""
+    """Views by name; `findings` lists the places that hide gradients."""
 
-    mends: tuple[Finding, ...] = ()
+    findings: tuple[Finding, ...] = ()
 
 
 def views(model: Classifier, x: Images, *, random: bool = False) -> Views:
-    """Return the views of a classifier that images x (B C H W) on [0, 1] show to be worth attacking.
+    """Return the views of a classifier that are worth attacking.
 
-    One that is known to be `random` may answer alike for once; of another two answers are compared. Model,
-    generators and gradients are left as they were. Costs some tens of forward and backward passes over the first
-    16 images.
+    Model, generators and gradients are not changed. It costs some tens of forward and backward passes over the
+    first 16 images.
+
+    Args:
+        model: the classifier.
+        x: images (B C H W) in [0, 1].
+        random: whether the model is known to be random; otherwise the logits of two passes are compared.
     """
-    x = x[:FEW].detach()
-    with own_randomness("views"), _still(model):
+    x = x[:MAX_IMAGES].detach()
+    with own_randomness("views"), _frozen_parameters(model):
         found = Views()
-        deployed = run_once("model", lambda: _plain(model, x).cpu()).to(x.device)
-        random = random or run_once("draws", lambda: draws(model, x, looks=1))
-        labels = deployed.argmax(1)
-        own = run_once("slopes", lambda: _slopes(model, x, labels))
+        logits = run_once("model", lambda: _outputs(model, x).cpu()).to(x.device)
+        random = random or run_once("draws", lambda: is_random(model, x, repeats=1))
+        labels = logits.argmax(1)
+        own = run_once("slopes", lambda: _gradients(model, x, labels))
         kept = [] if own is None else [own]
-        look = _look(model, x)
-        bends = () if look is None else tuple(look.bends)
-        random = random or (look is not None and look.drew)
-        for name, view in _candidates(model, x, bends, random, own is None):
-            slopes = run_once(name, partial(_slopes, view, x, labels))
-            if slopes is None or any(_parallel(slopes, other) for other in kept):
+        trace = _trace(model, x)
+        elementwise = () if trace is None else tuple(trace.elementwise)
+        random = random or (trace is not None and trace.has_randomness)
+        for name, view in _candidates(model, x, elementwise, random, own is None):
+            gradients = run_once(name, partial(_gradients, view, x, labels))
+            if gradients is None or any(_parallel(gradients, other) for other in kept):
                 continue
             found[name] = view
-            kept.append(slopes)
+            kept.append(gradients)
         if found:
             inner = (view for name, view in found.items() if name.startswith("inner-"))
-            found["smooth"] = Smooth(next(inner, Mended(model, bends=bends)))
-            found.mends = tuple(look.found) if look is not None else ()
+            found["smooth"] = MeanView(next(inner, TracedModel(model, elementwise=elementwise)))
+            found.findings = tuple(trace.found) if trace is not None else ()
     return found
 
 
 @dataclass(frozen=True)
-class Mended:
-    """A model with gradients where it hides them.
+class TracedModel:
+    """A model with surrogate gradients where its own stop; its logits are the model's own unless said otherwise.
 
-    `calm` takes its dice away, `part` and `rung` its aggregator, `loose` what it rounds.
+    Args:
+        model: the classifier.
+        elementwise: modules that get the gradient of secants.
+        noise_free: replace random draws by their means.
+        relaxed: use the surrogate's value, too, where it is near the model's own.
+        part: an ensemble whose aggregator is replaced by `entry`.
+        entry: function from the members' logits (B N K) to logits (B K).
+        is_straight_through: keep the ensemble's own logits, with the gradient of `entry`.
     """
 
     model: Classifier
-    bends: tuple[nn.Module, ...] = ()
-    calm: bool = False
-    loose: bool = False
+    elementwise: tuple[nn.Module, ...] = ()
+    noise_free: bool = False
+    relaxed: bool = False
     part: nn.Module | None = None
     entry: Substitute = mean_logit
-    straight: bool = False
+    is_straight_through: bool = False
 
     def sources(self, x: Images) -> Tensor:
-        """Return what of x (B C H W) leaves torch and what indices are chosen from, side by side (B D)."""
+        """Return the tensors that leave torch, or that indices are selected from, concatenated (B D)."""
         found: list[Tensor] = []
-        # A single image could be taken for a batch of its channels.
+        # A single image could be mistaken for a batch of its channels.
         images = x.repeat(2, 1, 1, 1) if len(x) == 1 else x
         with torch.enable_grad():
             images = images if images.requires_grad else images.detach().requires_grad_()
-            with Tracer(self.model, calm=self.calm, bends=self.bends, sources=found):
+            with Tracer(self.model, noise_free=self.noise_free, elementwise=self.elementwise, sources=found):
                 self.model(images)
-        return side_by_side(found, len(images))[: len(x)]
+        return concatenated(found, len(images))[: len(x)]
 
     def __call__(self, x: Images, heads: Heads | None = None) -> Logits:
-        """Return the logits of x, and show what is computed to who looks for heads."""
+        """Return the logits (B K) of x; `heads` collects logits inside the model."""
         with ExitStack() as stack:
             if self.part is not None:
-                stack.enter_context(combined(self.part, self.entry, straight=self.straight))
-            wanted = torch.is_grad_enabled() and x.requires_grad
-            if not (wanted or self.calm or self.loose):
+                stack.enter_context(
+                    combined_by(self.part, self.entry, is_straight_through=self.is_straight_through)
+                )
+            needs_gradient = torch.is_grad_enabled() and x.requires_grad
+            if not (needs_gradient or self.noise_free or self.relaxed):
                 logits: Logits = self.model(x)
                 return logits
-            if not wanted:
+            if not needs_gradient:
                 with torch.enable_grad():
                     logits = self(x.detach().requires_grad_(), heads)
                 return logits.detach()
-            mending = stack.enter_context(
-                Tracer(self.model, heads=heads, calm=self.calm, loose=self.loose, bends=self.bends)
+            tracer = stack.enter_context(
+                Tracer(
+                    self.model,
+                    heads=heads,
+                    noise_free=self.noise_free,
+                    relaxed=self.relaxed,
+                    elementwise=self.elementwise,
+                )
             )
-            logits = mending.honest(self.model(x))
+            logits = tracer.restored(self.model(x))
             return logits
 
 
 @dataclass(frozen=True)
-class Inner:
-    """The logits that a model computes on its way, several heads' combined by a rung of the ladder."""
+class HeadsView:
+    """The logits that a model computes inside; those of several heads are combined by `entry`.
 
-    mended: Mended
+    Args:
+        traced: the model.
+        classes: K.
+        count: number of heads.
+        entry: function from the heads' logits (B N K) to logits (B K).
+        is_straight_through: return the model's logits, with the gradient of `entry`.
+    """
+
+    traced: TracedModel
     classes: int
     count: int
     entry: Substitute
-    straight: bool = False
+    is_straight_through: bool = False
 
     def __call__(self, x: Images) -> Logits:
         """Return the logits of x."""
         with torch.enable_grad():
             images = x if x.requires_grad else x.detach().requires_grad_()
             heads = Heads((len(x), self.classes))
-            deployed = self.mended(images, heads)
+            outputs = self.traced(images, heads)
         if len(heads.found) < self.count:
-            raise RuntimeError(f"{len(heads.found)} heads were seen instead of {self.count}.")
+            raise RuntimeError(f"found {len(heads.found)} heads instead of {self.count}.")
         logits = self.entry(torch.stack(heads.found[: self.count], 1))
-        logits = through(deployed, logits) if self.straight else logits
+        logits = with_gradient_of(outputs, logits) if self.is_straight_through else logits
         return logits if torch.is_grad_enabled() and x.requires_grad else logits.detach()
 
 
 @dataclass(frozen=True)
-class Fitted:
-    """A linear fit of a model's decisions to what it makes them of; see `robustkit.gradient_views.fitted`."""
+class FittedView:
+    """A linear fit of a model's decisions on the features before its undifferentiable part; see `fitted`."""
 
-    mended: Mended
+    traced: TracedModel
     weights: Tensor
 
     def __call__(self, x: Images) -> Logits:
         """Return the logits of x."""
-        features = self.mended.sources(x)
+        features = self.traced.sources(x)
         logits = features @ self.weights.to(features)
         return logits if torch.is_grad_enabled() and x.requires_grad else logits.detach()
 
 
 @dataclass(frozen=True)
-class Frozen:
-    """A view whose dice fall alike in every pass."""
+class FrozenNoise:
+    """A view with the same random numbers in every pass."""
 
     view: View
 
@@ -182,34 +213,40 @@ class Frozen:
 
 
 @dataclass(frozen=True)
-class Smooth:
-    """The mean of a view over noisy copies of the images, and over its dice."""
+class MeanView:
+    """The mean of a view over noisy copies of the images, and over its random draws.
+
+    Args:
+        view: the view.
+        draws: number of passes.
+        sigma: standard deviation of the input noise, in [0, 1] pixel units; 0 for none.
+    """
 
     view: View
-    draws: int = DRAWS
+    draws: int = MEAN_DRAWS
     sigma: float = SIGMA
 
     @property
     def passes(self) -> int:
-        """How many passes through the model an answer takes."""
+        """Passes through the model for one batch of logits."""
         return self.draws
 
     def __call__(self, x: Images) -> Logits:
         """Return the logits of x."""
-        answers = [self.view(self._noisy(x)) for _ in range(self.draws)]
-        return torch.stack(answers).mean(0)
+        logits = [self.view(self._noisy(x)) for _ in range(self.draws)]
+        return torch.stack(logits).mean(0)
 
     def _noisy(self, x: Images) -> Images:
-        """Return a noisy copy on [0, 1]; what is cut off has its gradient still."""
+        """Return a noisy copy in [0, 1]; clamped pixels keep a gradient."""
         if not self.sigma:
             return x
-        return through((x + self.sigma * torch.randn_like(x)).clamp(0, 1), x)
+        return with_gradient_of((x + self.sigma * torch.randn_like(x)).clamp(0, 1), x)
 
 
 def _candidates(
-    model: Classifier, x: Images, bends: tuple[nn.Module, ...], random: bool, hidden: bool
+    model: Classifier, x: Images, elementwise: tuple[nn.Module, ...], random: bool, hidden: bool
 ) -> Iterator[tuple[str, View]]:
-    """Yield views that may be worth something; of a model whose gradient is `hidden` also a fitted one."""
+    """Yield candidate views by name; `hidden` is whether the model has no gradient, which adds a fitted view."""
     exported = getattr(model.net, "views", None)
     if callable(exported):
         for name, call in exported().items():
@@ -217,24 +254,24 @@ def _candidates(
     if any(hasattr(defense, "twin") for defense in model.defenses):
         twin = copy.copy(model)
         twin.defenses = tuple(getattr(defense, "twin", defense) for defense in model.defenses)
-        yield "twin", Mended(twin)
-    mended = Mended(model, bends=bends)
-    part = ensemble(model)
+        yield "twin", TracedModel(twin)
+    traced = TracedModel(model, elementwise=elementwise)
+    part = find_ensemble(model)
     if part is not None:
-        for name, substitute in substitutes(_predictors(model, part, x)).items():
-            yield name, replace(mended, part=part, entry=substitute)
-        yield "straight-through", replace(mended, part=part, entry=mean_logit, straight=True)
-    yield "mended", mended
-    yield "loosened", replace(mended, loose=True)
+        for name, substitute in substitutes(_count_predictors(model, part, x)).items():
+            yield name, replace(traced, part=part, entry=substitute)
+        yield "straight-through", replace(traced, part=part, entry=mean_logit, is_straight_through=True)
+    yield "mended", traced
+    yield "loosened", replace(traced, relaxed=True)
     if random:
-        yield "calm", replace(mended, calm=True)
-        yield "frozen", Frozen(mended)
-    yield from _inner(mended, x)
+        yield "calm", replace(traced, noise_free=True)
+        yield "frozen", FrozenNoise(traced)
+    yield from _head_views(traced, x)
     if hidden:
         with suppress(RuntimeError):
-            yield "fitted", Fitted(mended, run_once("fitted", lambda: fit(mended.sources, model, x).cpu()))
+            yield "fitted", FittedView(traced, run_once("fitted", lambda: fit(traced.sources, model, x).cpu()))
     if random:
-        yield from ((f"calm-{name}", view) for name, view in _inner(replace(mended, calm=True), x))
+        yield from ((f"calm-{name}", view) for name, view in _head_views(replace(traced, noise_free=True), x))
 
 
 class _Exported(nn.Module):
@@ -248,62 +285,69 @@ class _Exported(nn.Module):
         return self.call(x)
 
 
-def _predictors(model: Classifier, part: nn.Module, x: Images) -> int:
-    """Return how many predictors an ensemble has."""
-    seen: list[int] = []
+def _count_predictors(model: Classifier, part: nn.Module, x: Images) -> int:
+    """Return the number of predictors of an ensemble."""
+    counts: list[int] = []
 
-    def note(stack: Tensor) -> Tensor:
-        seen.append(stack.shape[1])
+    def record(stack: Tensor) -> Tensor:
+        counts.append(stack.shape[1])
         return stack.mean(1)
 
-    with torch.no_grad(), combined(part, note):
+    with torch.no_grad(), combined_by(part, record):
         model(x[:2])
-    return seen[0] if seen else 0
+    return counts[0] if counts else 0
 
 
-def _inner(mended: Mended, x: Images) -> Iterator[tuple[str, View]]:
-    """Yield the logits inside, if there are any; of several heads the rungs of the ladder."""
-    shape = _plain(mended, x).shape
+def _head_views(traced: TracedModel, x: Images) -> Iterator[tuple[str, View]]:
+    """Yield views of the logits inside the model, if there are any; several heads are combined in several ways."""
+    shape = _outputs(traced, x).shape
     heads = Heads(tuple(shape))
     try:
         with torch.enable_grad():
-            mended(x.clone().requires_grad_(), heads)
+            traced(x.clone().requires_grad_(), heads)
     except Exception:
         return
     count = len(heads.found)
     if count == 1:
-        yield "inner-logits", Inner(mended, shape[1], 1, alone(0))
+        yield "inner-logits", HeadsView(traced, shape[1], 1, single_member(0))
     elif count > 1:
         for name, substitute in substitutes(count).items():
-            yield f"inner-{name}", Inner(mended, shape[1], count, substitute)
-        yield "inner-straight-through", Inner(mended, shape[1], count, mean_logit, straight=True)
+            yield f"inner-{name}", HeadsView(traced, shape[1], count, substitute)
+        yield "inner-straight-through", HeadsView(traced, shape[1], count, mean_logit, is_straight_through=True)
 
 
-def _look(model: Classifier, x: Images) -> Tracer | None:
-    """Return what is seen in a forward pass; None where it cannot be mended."""
+def _trace(model: Classifier, x: Images) -> Tracer | None:
+    """Return the trace of a forward pass; None if it raises an error."""
     try:
-        with torch.enable_grad(), Tracer(model, told=True) as mending:
+        with torch.enable_grad(), Tracer(model, record_modules=True) as tracer:
             model(x.clone().requires_grad_())
     except Exception:
         return None
-    return mending
+    return tracer
 
 
-def _plain(view: View, x: Images) -> Logits:
+def _outputs(view: View, x: Images) -> Logits:
     with torch.no_grad():
         return view(x)
 
 
-def draws(view: View, x: Images, looks: int = DRAWS) -> bool:
-    """Return whether one of so many looks at x (B C H W) differs from the first by more than rounding."""
-    first = _plain(view, x)
-    return any(bool((_plain(view, x) - first).abs().max() > NOISE * first.abs().max()) for _ in range(looks))
+def is_random(view: View, x: Images, repeats: int = MEAN_DRAWS) -> bool:
+    """Return whether the logits of x (B C H W) differ between passes by more than rounding.
+
+    Args:
+        view: the view.
+        x: images (B C H W).
+        repeats: how many further passes are compared with the first.
+    """
+    first = _outputs(view, x)
+    tolerance = NOISE_TOLERANCE * first.abs().max()
+    return any(bool((_outputs(view, x) - first).abs().max() > tolerance) for _ in range(repeats))
 
 
-def _slopes(view: View, x: Images, labels: Tensor) -> list[Tensor] | None:
-    """Return the gradients of cross-entropy and margin (B P); None from a view that is of no use.
+def _gradients(view: View, x: Images, labels: Tensor) -> list[Tensor] | None:
+    """Return the gradients (B P) of cross-entropy and margin; None if the view has no usable gradient.
 
-    Dice fall alike in all views.
+    All views get the same random numbers.
     """
     try:
         with torch.enable_grad(), own_randomness("slopes"):
@@ -314,31 +358,35 @@ def _slopes(view: View, x: Images, labels: Tensor) -> list[Tensor] | None:
             own = logits.gather(1, labels[:, None])[:, 0]
             best = logits.scatter(1, labels[:, None], -torch.inf).amax(1)
             losses = (F.cross_entropy(logits, labels, reduction="sum"), (best - own).sum())
-            slopes = [torch.autograd.grad(loss, images, retain_graph=True)[0].flatten(1).cpu() for loss in losses]
+            gradients = [
+                torch.autograd.grad(loss, images, retain_graph=True)[0].flatten(1).cpu() for loss in losses
+            ]
     except Exception:
         return None
-    if not all(slope.isfinite().all() for slope in slopes) or not any(slope.any() for slope in slopes):
+    if not all(one.isfinite().all() for one in gradients) or not any(one.any() for one in gradients):
         return None
-    return slopes
+    return gradients
 
 
 def _parallel(one: list[Tensor], other: list[Tensor]) -> bool:
-    """Return whether gradients have the same directions on every image."""
+    """Return whether the gradients have the same direction on every image."""
     for a, b in zip(one, other, strict=True):
         zero = (a == 0).all(1) & (b == 0).all(1)
-        if not bool(((F.cosine_similarity(a.double(), b.double(), eps=1e-300) > PARALLEL) | zero).all()):
+        if not bool(
+            ((F.cosine_similarity(a.double(), b.double(), eps=1e-300) > MIN_PARALLEL_COSINE) | zero).all()
+        ):
             return False
     return True
 
 
 @contextmanager
-def _still(model: nn.Module) -> Iterator[None]:
-    """Take parameters out of autograd inside, so that only what depends on the images has a gradient."""
-    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in learning:
+def _frozen_parameters(model: nn.Module) -> Iterator[None]:
+    """Disable the parameters' gradients inside the context, so only functions of the images have one."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
         parameter.requires_grad_(False)
     try:
         yield
     finally:
-        for parameter in learning:
+        for parameter in trained:
             parameter.requires_grad_(True)

@@ -18,7 +18,7 @@ from robustkit.engine.evaluation.verdicts import judge
 from robustkit.engine.model.instrumented_model import InstrumentedModel
 from robustkit.engine.model.random_verdicts import LEAST, MOST, majority_vote
 from robustkit.gradient_views.discovery import discover_views
-from robustkit.gradient_views.views import DRAWS
+from robustkit.gradient_views.views import MEAN_DRAWS
 from robustkit.models import as_classifier
 from robustkit.models.ensembles.aggregation import parse_aggregator
 from robustkit.registry import make
@@ -200,12 +200,12 @@ def test_views_of_a_random_model_are_means_over_draws_where_they_draw() -> None:
     instrumented.views = drawn
     passes = instrumented.passes("averaged-mean-logit")
     # The ensemble's, and that without its dice.
-    assert sorted(passes) == [1, DRAWS]
+    assert sorted(passes) == [1, MEAN_DRAWS]
     torch.manual_seed(0)
-    one = drawn["mean-logit"][passes.index(DRAWS)]
-    several = torch.stack([one(x) for _ in range(DRAWS)]).mean(0)
+    one = drawn["mean-logit"][passes.index(MEAN_DRAWS)]
+    several = torch.stack([one(x) for _ in range(MEAN_DRAWS)]).mean(0)
     torch.manual_seed(0)
-    torch.testing.assert_close(drawn["averaged-mean-logit"][passes.index(DRAWS)](x), several)
+    torch.testing.assert_close(drawn["averaged-mean-logit"][passes.index(MEAN_DRAWS)](x), several)
 
 
 class Picking(Ensemble):

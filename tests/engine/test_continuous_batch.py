@@ -24,7 +24,7 @@ from robustkit.engine.evaluation import block_runner
 from robustkit.engine.evaluation.verdicts import image_hashes, sample_ids
 from robustkit.engine.model.instrumented_model import InstrumentedModel
 from robustkit.engine.model.profiling import measure
-from robustkit.gradient_views.views import Smooth
+from robustkit.gradient_views.views import MeanView
 from robustkit.models import as_classifier
 from robustkit.registry import SuiteEntry, parse_suite
 from robustkit.runs.evaluation_record import Report
@@ -248,7 +248,10 @@ def test_the_nearest_point_of_a_random_model_is_not_the_luckiest(order: tuple[fl
     model = as_classifier(Luck())
     instrumented = InstrumentedModel(model, torch.device("cpu"))
     instrumented.random = True
-    instrumented.views = {"averaged-mended": [Smooth(model, sigma=0)], "loosened": [Smooth(model, draws=3), model]}
+    instrumented.views = {
+        "averaged-mended": [MeanView(model, sigma=0)],
+        "loosened": [MeanView(model, draws=3), model],
+    }
     x = torch.full((6, 1, 4, 5), 0.5)
     attacks = [SuiteEntry(Shifted(order[0])), SuiteEntry(Shifted(order[1]), view)]
     torch.manual_seed(0)
@@ -299,7 +302,7 @@ def test_who_wins_against_a_random_model_goes_on(view: str) -> None:
     """The point that won is right in four of ten draws, the one that is told of in one of ten."""
     model = as_classifier(Faded())
     instrumented = InstrumentedModel(model, torch.device("cpu"))
-    instrumented.random, instrumented.views = True, {"averaged-mended": [Smooth(model, draws=5, sigma=0)]}
+    instrumented.random, instrumented.views = True, {"averaged-mended": [MeanView(model, draws=5, sigma=0)]}
     x = torch.full((16, 1, 4, 5), 0.5)
     torch.manual_seed(0)
     admitted = once(x, torch.arange(16), 2.0)

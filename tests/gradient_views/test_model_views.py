@@ -17,7 +17,7 @@ from robustkit.core.criteria import Goal
 from robustkit.core.rng import RowRng
 from robustkit.core.threat import ThreatModel
 from robustkit.gradient_views.tracer import Tracer
-from robustkit.gradient_views.views import Mended, Smooth, views
+from robustkit.gradient_views.views import MeanView, TracedModel, views
 from robustkit.models import as_classifier
 from robustkit.models.classifier import Classifier
 from robustkit.registry import make
@@ -43,7 +43,7 @@ def images() -> tuple[torch.Tensor, torch.Tensor]:
 def test_an_honest_net_has_none(net: Classifier, images: tuple[torch.Tensor, torch.Tensor]) -> None:
     found = views(net, images[0])
     assert found == {}
-    assert found.mends == ()
+    assert found.findings == ()
 
 
 def slope(view: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -59,12 +59,12 @@ def test_a_masked_one_has_one_whose_gradient_is_the_bare_nets(
     x, labels = images[0][:4], images[1][:4]
     found = views(as_classifier(Behind(net, AROUND[name]).eval()), x)
     assert found
-    honest = slope(net, x, labels)
+    restored = slope(net, x, labels)
     exact = {name: view for name, view in found.items() if name != "smooth"}
     if name in NOISY:
-        exact["averaged"] = Smooth(Mended(as_classifier(Behind(net, AROUND[name]).eval())), sigma=0.0)
+        exact["averaged"] = MeanView(TracedModel(as_classifier(Behind(net, AROUND[name]).eval())), sigma=0.0)
     like = {
-        name: float(F.cosine_similarity(slope(view, x, labels), honest).mean()) for name, view in exact.items()
+        name: float(F.cosine_similarity(slope(view, x, labels), restored).mean()) for name, view in exact.items()
     }
     assert max(like.values()) > (0.3 if name in COARSE else 0.6 if name in NOISY else 0.9), like
 
@@ -86,9 +86,9 @@ def test_a_masked_one_has_one_that_finds_what_there_is(
         with torch.no_grad():
             answers = torch.stack([model(points).softmax(1) for _ in range(8)]).mean(0)
         fooled |= answers.argmax(1) != labels
-    honest = make("pgd", steps=10, loss="margin")(net, x, Goal(labels), THREAT, rng=rng)
+    restored = make("pgd", steps=10, loss="margin")(net, x, Goal(labels), THREAT, rng=rng)
     with torch.no_grad():
-        truth = net(honest).argmax(1) != labels
+        truth = net(restored).argmax(1) != labels
     assert fooled.sum() >= truth.sum() - 2
 
 
@@ -182,9 +182,9 @@ def test_what_a_net_hides_inside_is_found_and_told(name: str) -> None:
     model = as_classifier(Digits(make_one).eval())
     found = views(model, torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(0)))
     assert "mended" in found
-    assert what in {mend.what for mend in found.mends}
-    assert any(mend.where.startswith("net.") for mend in found.mends)
-    assert all(mend.remedy for mend in found.mends)
+    assert what in {mend.what for mend in found.findings}
+    assert any(mend.where.startswith("net.") for mend in found.findings)
+    assert all(mend.remedy for mend in found.findings)
 
 
 @pytest.mark.slow

@@ -31,7 +31,7 @@ from robustkit.engine.evaluation.verdicts import Verdicts, judge
 from robustkit.engine.model.instrumented_model import InstrumentedModel
 from robustkit.engine.model.random_refinement import STEPS, choose_eot_view, refine_with_eot
 from robustkit.gradient_views.discovery import is_applicable
-from robustkit.gradient_views.views import DRAWS
+from robustkit.gradient_views.views import MEAN_DRAWS
 from robustkit.registry import SuiteEntry
 
 T = TypeVar("T")
@@ -382,7 +382,7 @@ class ContinuousBatch:
         open_rows = (judged.right > 0).nonzero()[:, 0]
         if not len(open_rows):
             return judged
-        passes = self.instrumented.passes(view)[0] if view else DRAWS
+        passes = self.instrumented.passes(view)[0] if view else MEAN_DRAWS
         x, labels, point = (of[open_rows] for of in (landing.device["x"], landing.device["labels"], judged.x))
         answer = self.instrumented.view(view) if view else self.instrumented.mean
         further = self._tried(lambda: refine_with_eot(answer, x, labels, point, self.threat))

@@ -14,7 +14,7 @@ from robustkit.core.losses import finite
 from robustkit.core.shapes import Logits
 from robustkit.engine.batching.attack_queue import AttackQueue
 from robustkit.engine.model.instrumented_model import InstrumentedModel
-from robustkit.gradient_views.views import DRAWS
+from robustkit.gradient_views.views import MEAN_DRAWS
 
 # The view that is a random model itself, seen several times at once.
 AVERAGED = "averaged-mended"
@@ -96,7 +96,7 @@ def looks(view: str, *, random: bool) -> int:
     """Return how often the model itself is asked about each point that an attack on a view of it comes to."""
     if view in ("", AVERAGED):
         return 0
-    return DRAWS if random else 1
+    return MEAN_DRAWS if random else 1
 
 
 def _together(queries: list[Query], instrumented: InstrumentedModel) -> list[tuple[Query, Answer]]:

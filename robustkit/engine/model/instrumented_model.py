@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from robustkit.core.shapes import Images, Logits
-from robustkit.gradient_views.views import Smooth
+from robustkit.gradient_views.views import MeanView
 from robustkit.models.classifier import Classifier
 from robustkit.runs.recorded_outputs import ACTIVE, OutputRecord
 
@@ -100,7 +100,7 @@ class InstrumentedModel:
 
     def mean(self, x: Images) -> Logits:
         """Return the mean logits (B K) of several passes; a random model draws anew in each."""
-        return self._counted(x, Smooth(self.uncounted, sigma=0.0))
+        return self._counted(x, MeanView(self.uncounted, sigma=0.0))
 
     def passes(self, view: str) -> list[int]:
         """Return how many passes of the model one call of each part of a view takes; [1] for the name ""."""
