@@ -37,8 +37,8 @@ N = 30
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cost_probe, "FIRST", 12)
-    monkeypatch.setattr(cost_probe, "FEWEST", 12)
+    monkeypatch.setattr(cost_probe, "MAX_FIRST_BLOCK", 12)
+    monkeypatch.setattr(cost_probe, "MIN_FIRST_BLOCK", 12)
     monkeypatch.setattr(BlockRunner, "_check", lambda *_: ([], []))  # which take most of so small a run
 
 
@@ -130,7 +130,7 @@ def test_it_leaves_the_process_and_the_folder_as_they_were(
 
 
 def findings() -> ProbeResult:
-    return probe("pgd(steps=4)", budget=1e9, step=0.001, n=12).look()
+    return probe("pgd(steps=4)", budget=1e9, step=0.001, n=12).measure()
 
 
 def test_attacks_that_do_not_say_how_long_they_may_last() -> None:

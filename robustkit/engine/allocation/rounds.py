@@ -37,13 +37,13 @@ class Rounds:
     doubt. A killed run reads its decisions back from the ledger.
     """
 
-    worker: BlockRunner
+    runner: BlockRunner
     ledger: Ledger
     strictness: float
 
     def run(self, among: np.ndarray) -> None:
         """Take these positions through as many rounds as are needed."""
-        left = left_for_arms(self.worker.results, among)
+        left = left_for_arms(self.runner.results, among)
         block = hashlib.sha256(np.sort(among).tobytes()).hexdigest()[:16]
         drawn: set[int] = set()
         for number in itertools.count():
@@ -51,7 +51,7 @@ class Rounds:
             if decision is None:
                 return
             drawn.update(decision.positions if decision.test else ())
-            self.worker.fly(decision.stage, 1, np.array(decision.positions, np.int64))
+            self.runner.run_row_wise(decision.stage, 1, np.array(decision.positions, np.int64))
 
     def _decision(self, key: str, left: np.ndarray, n: int, drawn: Collection[int]) -> Decision | None:
         """Return what was decided for a round before, else decide it; None where no more is needed."""
@@ -68,28 +68,29 @@ class Rounds:
 
     def known(self, among: np.ndarray) -> Evidence | None:
         """Return what is known of these positions as far as they came to the arms; None without any."""
-        return self._evidence(left_for_arms(self.worker.results, among), len(among)) if self.stages else None
+        return self._evidence(left_for_arms(self.runner.results, among), len(among)) if self.stages else None
 
     def doubt(self, among: np.ndarray) -> Strictness | None:
         """Return what is left of doubt in these positions; None of a random model, for which AutoAttack is not."""
-        if self.worker.instrumented.random:
+        if self.runner.instrumented.random:
             return None
-        return in_doubt(self.worker.results, among, self.strictness)
+        return in_doubt(self.runner.results, among, self.strictness)
 
     @property
     def stages(self) -> list[int]:
         """The stages of the arms; scores of a random model are luck."""
-        entries, random = self.worker.entries, self.worker.instrumented.random
-        arms = self.worker.results.arms
+        entries, random = self.runner.settings.entries, self.runner.instrumented.random
+        arms = self.runner.results.arms
         return [stage for stage in arms if not (random and entries[stage - 1].attack.info.access == "score")]
 
     def _evidence(self, left: np.ndarray, n: int, drawn: Collection[int] = ()) -> Evidence:
         """Return what is known of these positions of n."""
-        classes, norm = self.worker.instrumented.num_classes or 2, self.worker.threat.norm
-        attacks = [self.worker.entries[stage - 1].attack for stage in self.stages]
+        settings = self.runner.settings
+        classes, norm = self.runner.instrumented.num_classes or 2, settings.threat.norm
+        attacks = [settings.entries[stage - 1].attack for stage in self.stages]
         passes = [2 if attack.loop_options(norm).needs_gradient else 1 for attack in attacks]
         costs = np.array([attack.budget(classes, norm) for attack in attacks]) * passes
-        return evidence_on(self.worker.results, left, self.stages, costs, allowed(self.strictness, n), drawn)
+        return evidence_on(self.runner.results, left, self.stages, costs, allowed(self.strictness, n), drawn)
 
 
 def read_strictness(value: str | float | None) -> float | None:

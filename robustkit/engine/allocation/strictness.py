@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 import numpy as np
 
 from robustkit.engine.allocation.arms import Evidence, allowed
-from robustkit.engine.evaluation.results import STANDS, RunResults
+from robustkit.engine.evaluation.results import ROBUST, RunResults
 from robustkit.engine.evaluation.verdicts import sample_ids
 from robustkit.runs.evaluation_record import Strictness
 
@@ -50,7 +50,7 @@ def evidence_on(
         left=np.clip(lowest / clean, 0, 1),
         now=np.clip(results.margins[left] / clean, 0, 1),
         gains=np.where(broken, np.inf, (lowest - reached) / clean),
-        standing=results.fell[left] == STANDS,
+        standing=results.fell[left] == ROBUST,
         keys=sample_ids([results.images[at] for at in left]).numpy(),
         drawn=np.isin(left, list(drawn)),
         costs=costs,

@@ -61,7 +61,7 @@ class SavedRows:
         """Return what was saved, but for samples that have got their verdict since."""
         if record is None:
             return cls()
-        waiting = worker.still(first)
+        waiting = worker.unsettled(first)
         left = set(waiting.tolist())
         near = zip(record["near"].tolist(), record["spent"].numpy(), strict=True)
         active = []

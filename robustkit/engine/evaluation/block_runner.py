@@ -1,4 +1,4 @@
-"""Does an evaluation's chunks: batch by batch, or in flights of all attacks that can share one."""
+"""Runs an evaluation's attacks: batch by batch, or by continuous batching those that can share passes."""
 
 from __future__ import annotations
 
@@ -30,53 +30,55 @@ from robustkit.engine.model.profiling import fastest_batch, measure, tune
 from robustkit.engine.model.random_verdicts import is_random
 from robustkit.runs.recorded_outputs import OutputRecord, recorded_call, recording
 
-# How many steps a GPU goes before the host looks at it, and how long verdicts wait to be written (seconds).
-PACE = 4
+# Steps on a GPU between two reads of its results, and the most seconds that verdicts wait to be written.
+GPU_STEPS_PER_READ = 4
 WRITE_EVERY = 5.0
-# Robust images are searched again in float32 where a faster search left less than this share of the clean margin.
-NEAR = 0.05
-# How many images tell whether a model is random.
-FEW = 4
+# Robust images are attacked again in float32 if a search in lower precision left less than this share of the clean
+# margin.
+BORDERLINE_SHARE = 0.05
+# Images on which it is tested whether a model is random.
+RANDOMNESS_IMAGES = 4
 
 
 @dataclass
 class BlockRunner(BatchRunner):
-    """Does one run's chunks.
+    """Runs one run's chunks; see `BatchRunner` for its fields.
 
-    `slots` are the rows of a flight's passes, `free` is whether flights may choose their precision, `most` how
-    many slots they may choose. `lot` sets the draws of a random model apart from those of other workers of the
-    same run; verdicts wait `write_every` seconds to be written.
+    `slots` are the rows of a pass, `config` is how the model is run in a search, `search_facts` is what the run's
+    record says of the searches, `write_every` are the most seconds that verdicts wait to be written.
     """
-
-    slots: int
-    free: bool
-    most: int = 0
-    lot: tuple[int, ...] = ()
 
     write_every = WRITE_EVERY
 
     def __post_init__(self) -> None:
-        """Begin with nothing flown."""
+        """Prepare; nothing runs yet."""
         super().__post_init__()
         self.reliability = Reliability(
-            self.samples, self.instrumented, self.results, self.entries, self.store, self.named("outlook")
+            self.samples,
+            self.instrumented,
+            self.results,
+            self.settings.entries,
+            self.store,
+            self.worker_task("outlook"),
         )
-        self.ran: dict[str, Any] = {}
+        self.search_facts: dict[str, Any] = {}
         self.config: ExecutionConfig | None = None
+        self.slots = self.settings.slots
 
     def prepare(self) -> None:
-        """Try the model on one image, size the pieces to the memory, refuse an eps without limits."""
+        """Measure the model on one image and test whether it is random; UsageError if eps spans all images."""
         image = self.samples.images([0])
         shape = tuple(image.shape[1:])
-        refuse_endless(self.threat, shape)
+        refuse_endless(self.settings.threat, shape)
         try:
-            with own_randomness(self.seed, "prepare"):
-                measure(
-                    self.instrumented, image.to(self.instrumented.device), max(self.batch, self.slots, self.most)
-                )
-                few = self.samples.images(range(min(FEW, len(self.samples)))).to(self.instrumented.device)
-                with recording(self.store, self.named("prepare")):
-                    self.instrumented.random = is_random(partial(recorded_call, self.instrumented.model), few)
+            with own_randomness(self.settings.seed, "prepare"):
+                largest = max(self.settings.batch_size, self.slots, self.settings.max_slots)
+                measure(self.instrumented, image.to(self.instrumented.device), largest)
+                images = self.samples.images(range(min(RANDOMNESS_IMAGES, len(self.samples))))
+                with recording(self.store, self.worker_task("prepare")):
+                    self.instrumented.random = is_random(
+                        partial(recorded_call, self.instrumented.model), images.to(self.instrumented.device)
+                    )
         except RobustkitError:
             raise
         except Exception as error:
@@ -84,188 +86,212 @@ class BlockRunner(BatchRunner):
                 raise RunError(NO_MEMORY) from error
             raise UsageError(f"the model failed with {described(error)}; correct its code.") from error
 
-    def fly(self, first: int, count: int, among: np.ndarray) -> None:
-        """Take what still stands of these through `count` attacks from stage `first` on, all row-wise, at once."""
-        waiting = self.results.waiting(first, among)
+    def run_row_wise(self, first: int, count: int, positions: np.ndarray) -> None:
+        """Run `count` row-wise attacks from stage `first` on over the images of these that are still robust."""
+        waiting = self.results.waiting(first, positions)
         self.progress.stage(self._title(first, count), len(waiting), self.results.robust, self.results.n)
 
-        def gate(taken: Sequence[int]) -> Callable[[int], Admitted]:
-            return self._gate(waiting[~np.isin(waiting, taken)])
+        def admission(taken: Sequence[int]) -> Callable[[int], Admitted]:
+            return self._admission(waiting[~np.isin(waiting, taken)])
 
         if len(waiting):
-            self.through(first, count, gate, waiting)
+            self.run_admitted(first, count, admission, waiting)
 
     def _title(self, first: int, count: int) -> str:
         names = self.results.names[first : first + count]
         return names[0] if count == 1 else f"{names[0]} … {names[-1]}"
 
-    def through(
+    def run_admitted(
         self,
         first: int,
         count: int,
-        gate: Callable[[Sequence[int]], Callable[[int], Admitted]],
+        admission: Callable[[Sequence[int]], Callable[[int], Admitted]],
         examples: np.ndarray,
         active: Sequence[tuple[int, RowBatch]] = (),
     ) -> None:
-        """Take those who board, and those `aboard` already, through `count` attacks from stage `first` on.
+        """Run `count` attacks from stage `first` on; a resumed run goes on with the samples that it had started.
 
-        `gate` says who boards of those that are not taken already, `examples` are positions of images to choose
-        the way to search by. Arms search in float32. What a killed run had under way goes on.
+        Arms run in float32. Robust images that a search of lower precision left near the boundary are attacked
+        again in float32.
+
+        Args:
+            first: the stage of the first attack.
+            count: how many attacks.
+            admission: from positions that have been started, what admits the next samples of the others.
+            examples: positions of images to choose the execution config by.
+            active: samples that another worker started: the attack's number among the `count`, and their rows.
         """
-        self.ran = {"claims_refused": 0, "searched_again": 0, **self.ran}
-        with own_randomness(self.seed, "flight", first, *self.lot):
+        self.search_facts = {"claims_refused": 0, "searched_again": 0, **self.search_facts}
+        with own_randomness(self.settings.seed, "flight", first, *self.worker):
             try:
-                self._tune(examples)
-                exact = replace(self.config or self.instrumented.config, dtype=None)
-                arms = self.entries[first - 1].arm
-                with recording(self.store, self.block_name(first)) as answers:
-                    saved = SavedRows.of(answers.first(), self, first)
+                self.choose_config(examples)
+                float32 = replace(self.config or self.instrumented.config, dtype=None)
+                arms = self.settings.entries[first - 1].arm
+                with recording(self.store, self.task_name(first)) as record:
+                    saved = SavedRows.of(record.first(), self, first)
                     near: Mapping[int, np.ndarray] = saved.near
                     if not saved.again:
-                        admit = gate([*saved.positions, *near])
-                        with self.instrumented.using(exact if arms else self.config):
-                            near = self._fly(first, count, admit, saved.begin(active), answers)
+                        admit = admission([*saved.positions, *near])
+                        with self.instrumented.using(float32 if arms else self.config):
+                            near = self._search(first, count, admit, saved.begin(active), record)
                         saved = SavedRows(again=bool(near), near=near)
-                        answers.restart(saved.record([]))
+                        record.restart(saved.record([]))
                     if saved.again:
-                        self.ran["searched_again"] += len(near)
-                        admit = self._gate(np.array(sorted(near.keys() - set(saved.positions)), np.int64))
-                        with self.instrumented.using(exact):
-                            self._fly(first, count, admit, saved, answers)
-                    answers.restart()
+                        self.search_facts["searched_again"] += len(near)
+                        admit = self._admission(np.array(sorted(near.keys() - set(saved.positions)), np.int64))
+                        with self.instrumented.using(float32):
+                            self._search(first, count, admit, saved, record)
+                    record.restart()
             except (RobustkitError, TimeUp):
                 raise
             except Exception as error:
                 title = self._title(first, count)
                 raise RunError(f"{title} failed with {described(error)}.") from error
 
-    def block_name(self, first: int) -> str:
-        """Return the name by which what is under way is saved."""
+    def task_name(self, first: int) -> str:
+        """Return the name under which the samples at the attacks from this stage on are saved."""
         return f"flight-{first}"
 
-    def named(self, work: str) -> str:
-        """Return the name by which work is saved that each of several workers does."""
-        return "-".join([work, *map(str, self.lot)])
+    def worker_task(self, task: str) -> str:
+        """Return the name under which a task is saved that each worker runs for itself."""
+        return "-".join([task, *map(str, self.worker)])
 
-    def still(self, first: int) -> np.ndarray:
+    def unsettled(self, first: int) -> np.ndarray:
         """Return the positions that have no verdict from this stage on."""
         return self.results.waiting(first, np.arange(self.results.n))
 
-    def _mend(self, error: Exception) -> None:
-        """Halve the pieces if memory was short; else raise the error again."""
+    def _recover(self, error: Exception) -> None:
+        """Halve the micro-batch after an out-of-memory error; raise any other error again."""
         if not is_out_of_memory(error):
             raise error
-        self._halve(self.slots)
+        self._halve_micro_batch(self.slots)
 
-    def _fly(
-        self, first: int, count: int, admit: Callable[[int], Admitted], saved: SavedRows, answers: OutputRecord
+    def _search(
+        self, first: int, count: int, admit: Callable[[int], Admitted], saved: SavedRows, record: OutputRecord
     ) -> dict[int, np.ndarray]:
-        """Take samples through, and write them down but for those that rounding may have saved.
+        """Run one continuous batch to its end and write its verdicts, but for borderline samples.
 
-        Returned is what those left out have cost, by position. They are the robust ones that a search in low
-        precision brought within `NEAR` of the way to the boundary; last resorts are left to the search after it,
-        which is in float32.
+        Borderline are robust samples that a search of low precision brought within `BORDERLINE_SHARE` of the way
+        to the boundary. Boundary attacks are left to the search after it, which is in float32.
+
+        Returns:
+            What the borderline samples have cost, by position.
         """
-        spent: Mapping[int, np.ndarray] = saved.near if saved.again else {}
-        running = ContinuousBatch(
-            instrumented=self.instrumented,
-            threat=self.threat,
-            entries=self.entries[first - 1 : first - 1 + count],
-            streams=[self._stream(stage) for stage in range(first, first + count)],
-            seed=self.seed,
-            slots=self.slots,
-            admit=admit,
-            mend=self._mend,
-            pace=PACE if self.instrumented.device.type == "cuda" else 1,
-            wide=bool(spent) or self.entries[first - 1].arm,
-            suite=[entry.view for entry in self.entries],
-            steady=not (self.instrumented.random or UNSTEADY & self.results.flags.keys()),
-        )
-        saved.put_aboard(running)
+        earlier: Mapping[int, np.ndarray] = saved.near if saved.again else {}
+        batch = self._continuous_batch(first, count, admit, wide=bool(earlier))
+        saved.put_aboard(batch)
         number = self.results.next_chunk(first)
         begun, finished, done = time.perf_counter() - saved.seconds, list[Finished](), 0
         near = {} if saved.again else dict(saved.near)
         self.instrumented.detached = saved.detached
         clock = Clock()
-        for group in running.run():
+        for group in batch.run():
             for part in group:
-                for at, position in enumerate(part.position.tolist()):
-                    part.spent[at] += spent.get(position, 0)
-                doubted = np.zeros(len(part.position), bool)
-                if self.instrumented.rounding:
-                    least = NEAR * self.results.clean_margins[part.position]
-                    doubted = ~part.judged.fooled.cpu().numpy() & (part.judged.margin.cpu().numpy() < least)
-                near |= dict(zip(part.position[doubted].tolist(), part.spent[doubted], strict=True))
-                finished.append(part.select(~doubted))
+                certain = self._without_borderline(part, earlier, near)
+                finished.append(certain)
                 done += len(part.position)
-            self.progress.advance(done + running.under_way, self.results.robust)
+            self.progress.advance(done + batch.under_way, self.results.robust)
             now = time.perf_counter()
             due = clock.due(now)
-            if finished and (due or now - begun > self.write_every or not running.active or now > self.deadline):
-                self._write_landed(first, count, number, finished, now - begun)
+            if finished and (due or now - begun > self.write_every or not batch.active or now > self.deadline):
+                self._write_finished(first, count, number, finished, now - begun)
                 number, begun, finished = number + 1, now, []
-            if due and self.store.keeps and running.active:
+            if due and self.store.keeps and batch.active:
                 state = SavedRows(
-                    saved.again, spent or near, now - begun, running.refused, self.instrumented.detached
+                    saved.again, earlier or near, now - begun, batch.refused, self.instrumented.detached
                 )
-                answers.restart(state.record(running.state()), on=clock.slow or self.instrumented.random)
+                record.restart(state.record(batch.state()), on=clock.slow or self.instrumented.random)
                 clock.saved(now)
-            self._on_time()
-            self._share(running)
-        self.ran["claims_refused"] += running.refused
-        if not (spent or self.entries[first - 1].arm):
-            self.ran |= {
+            self._check_deadline()
+            self._share_samples(batch)
+        self.search_facts["claims_refused"] += batch.refused
+        if not (earlier or self.settings.entries[first - 1].arm):
+            self.search_facts |= {
                 "precision": self.instrumented.precision,
                 "layout": self.instrumented.layout,
                 "folded": self.instrumented.config.net is not self.instrumented.model,
-                "slots": running.slots,
-                "occupancy": running.occupancy,
+                "slots": batch.slots,
+                "occupancy": batch.occupancy,
             }
         return near
 
-    def _share(self, running: ContinuousBatch) -> None:
-        """Give away some of those aboard if another worker has nothing to do; here there is none."""
+    def _continuous_batch(
+        self, first: int, count: int, admit: Callable[[int], Admitted], *, wide: bool
+    ) -> ContinuousBatch:
+        entries = self.settings.attacks_from(first, count)
+        return ContinuousBatch(
+            instrumented=self.instrumented,
+            threat=self.settings.threat,
+            entries=entries,
+            streams=[self._stream(stage) for stage in range(first, first + count)],
+            seed=self.settings.seed,
+            slots=self.slots,
+            admit=admit,
+            mend=self._recover,
+            pace=GPU_STEPS_PER_READ if self.instrumented.device.type == "cuda" else 1,
+            wide=wide or entries[0].arm,
+            suite=[entry.view for entry in self.settings.entries],
+            steady=not (self.instrumented.random or UNSTEADY & self.results.flags.keys()),
+        )
 
-    def _tune(self, waiting: np.ndarray) -> None:
-        """Find the fastest way to search, once; other packages' attacks get the model as it is."""
+    def _without_borderline(
+        self, part: Finished, earlier: Mapping[int, np.ndarray], near: dict[int, np.ndarray]
+    ) -> Finished:
+        """Add what samples cost earlier; move borderline ones to `near` and return the others."""
+        for row, position in enumerate(part.position.tolist()):
+            part.spent[row] += earlier.get(position, 0)
+        borderline = np.zeros(len(part.position), bool)
+        if self.instrumented.rounding:
+            limit = BORDERLINE_SHARE * self.results.clean_margins[part.position]
+            borderline = ~part.judged.fooled.cpu().numpy() & (part.judged.margin.cpu().numpy() < limit)
+        near |= dict(zip(part.position[borderline].tolist(), part.spent[borderline], strict=True))
+        return part.select(~borderline)
+
+    def _share_samples(self, batch: ContinuousBatch) -> None:
+        """Give samples to an idle worker; the main process alone has none."""
+
+    def choose_config(self, positions: np.ndarray) -> None:
+        """Choose how to run the model in row-wise searches, once; batch attacks use the model as it is."""
         if self.config is None:
-            instrumented = self.instrumented
-            x = self.samples.images(waiting[: min(self.slots, instrumented.trial_batch)]).to(instrumented.device)
-            with instrumented.using(instrumented.config), own_randomness(self.seed, "tune"):
-                with recording(self.store, self.named("tune")) as answers:
-                    tune(instrumented, x, precision=self.free)
-                    # A resumed run, on a machine that may be busier, searches in the same way.
-                    answers.write()
+            instrumented, images = self.instrumented, min(self.slots, self.instrumented.trial_batch)
+            x = self.samples.images(positions[:images]).to(instrumented.device)
+            with instrumented.using(instrumented.config), own_randomness(self.settings.seed, "tune"):
+                with recording(self.store, self.worker_task("tune")) as record:
+                    tune(instrumented, x, precision=self.settings.choose_precision)
+                    # A resumed run, perhaps on a busier machine, uses the same config.
+                    record.write()
                 self.config = instrumented.config
-                if self.most > self.slots and instrumented.slow_batch is None:
-                    self.slots = fastest_batch(instrumented, x, self.slots, self.most)
+                if self.settings.max_slots > self.slots and instrumented.slow_batch is None:
+                    self.slots = fastest_batch(instrumented, x, self.slots, self.settings.max_slots)
 
-    def _gate(self, waiting: np.ndarray) -> Callable[[int], Admitted]:
-        """Return what gives the next so many of these samples; images are read in larger blocks."""
-        device = self.instrumented.device
-        blocks = read_ahead(self.samples, np.split(waiting, range(self.batch, len(waiting), self.batch)))
-        block, images = np.zeros(0, np.int64), torch.zeros(0)
+    def _admission(self, waiting: np.ndarray) -> Callable[[int], Admitted]:
+        """Return a function that admits up to n of these samples; images are read in batches."""
+        device, size = self.instrumented.device, self.settings.batch_size
+        batches = read_ahead(self.samples, np.split(waiting, range(size, len(waiting), size)))
+        read_positions, images = np.zeros(0, np.int64), torch.zeros(0)
 
         def admit(free: int) -> Admitted:
-            nonlocal block, images
-            while len(block) < free and (following := next(blocks, None)) is not None:
+            nonlocal read_positions, images
+            while len(read_positions) < free and (following := next(batches, None)) is not None:
                 more, read = following
                 self.check_images(more, image_hashes(read))
-                images = torch.cat([images, read]) if len(block) else read
-                block = np.concatenate([block, more])
-            now, block = block[:free], block[free:]
+                images = torch.cat([images, read]) if len(read_positions) else read
+                read_positions = np.concatenate([read_positions, more])
+            admitted, read_positions = read_positions[:free], read_positions[free:]
             x, images = images[:free], images[free:]
-            labels = torch.from_numpy(self.samples.labels[now])
-            clean = torch.from_numpy(-self.results.clean_margins[now])
-            nearest = torch.from_numpy(-self.results.margins[now])
+            labels = torch.from_numpy(self.samples.labels[admitted])
+            clean = torch.from_numpy(-self.results.clean_margins[admitted])
+            nearest = torch.from_numpy(-self.results.margins[admitted])
             if device.type == "cuda":
                 x = x.pin_memory()
-            ids = self.ids(now)
+            ids = self.ids(admitted)
             x, labels = x.to(device, non_blocking=True), labels.to(device)
-            return Admitted(now, ids, x, labels, clean.to(device), nearest.to(device))
+            return Admitted(admitted, ids, x, labels, clean.to(device), nearest.to(device))
 
         return admit
 
-    def _write_landed(self, first: int, count: int, number: int, finished: list[Finished], seconds: float) -> None:
-        """Write down who has landed in so many seconds."""
-        self.writer.land(first, count, number, finished, seconds)
+    def _write_finished(
+        self, first: int, count: int, number: int, finished: list[Finished], seconds: float
+    ) -> None:
+        """Write the verdicts on samples that finished within so many seconds."""
+        self.writer.write_finished(first, count, number, finished, seconds)

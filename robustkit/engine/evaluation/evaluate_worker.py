@@ -19,6 +19,7 @@ from robustkit.engine.batching.samples import Admitted
 from robustkit.engine.evaluation import tasks
 from robustkit.engine.evaluation.block_runner import BlockRunner
 from robustkit.engine.evaluation.results import RunResults
+from robustkit.engine.evaluation.settings import RunSettings
 from robustkit.engine.evaluation.tasks import Link
 from robustkit.engine.model.instrumented_model import InstrumentedModel
 from robustkit.engine.progress import Progress
@@ -41,21 +42,26 @@ def work(brief: tasks.Brief, link: Link) -> object:
     samples = Samples(brief.data, brief.labels, None, source, np.arange(len(brief.labels)))
     threat = ThreatModel.parse(brief.threat)
     entries = parse_suite(brief.suite, threat.norm, minimal=threat.minimal)
+    settings = RunSettings(
+        threat=threat,
+        suite=brief.suite,
+        entries=entries,
+        seed=brief.seed,
+        batch_size=brief.batch,
+        slots=brief.slots,
+        max_slots=brief.most,
+        precision=brief.precision,
+        choose_precision=brief.free,
+    )
     with evaluation_mode(model):
         hand = EvaluationWorker(
             samples,
-            threat,
-            entries,
-            brief.seed,
-            brief.batch,
+            settings,
             Outbox(link, source),
             RunResults.of(len(samples), [entry.spec for entry in entries]),
             InstrumentedModel(model, device, brief.precision),
             Voice(link),
-            brief.slots,
-            brief.free,
-            brief.most,
-            lot=(brief.number,),
+            worker=(brief.number,),
             store=brief.store.here(),
         )
         hand.link, hand.source = link, source
@@ -138,11 +144,11 @@ class EvaluationWorker(BlockRunner):
             # What is under way is saved after a step.
             self.slots = min(self.slots, max(1, int(STEP / (3 * self.instrumented.seconds))))
 
-    def block_name(self, first: int) -> str:
+    def task_name(self, first: int) -> str:
         """Return the name that the driver has given."""
         return self.order.name
 
-    def still(self, first: int) -> np.ndarray:
+    def unsettled(self, first: int) -> np.ndarray:
         """Return the positions that the driver has given."""
         return np.zeros(0, np.int64) if self.order.parcel is None else self.order.parcel.positions
 
@@ -151,8 +157,8 @@ class EvaluationWorker(BlockRunner):
         if isinstance(order, tasks.Fly):
             self.order = order
             self.results.flags = dict(order.flags)
-            if any(entry.view for entry in self.entries[order.first - 1 : order.first - 1 + order.count]):
-                self.reliability.outlook  # noqa: B018  (seen before the first attack on a view)
+            if any(entry.view for entry in self.settings.entries[order.first - 1 : order.first - 1 + order.count]):
+                self.reliability.find_views()
             if order.parcel is not None:
                 self._receive(order.parcel)
             examples = np.arange(len(self.source.first))
@@ -162,21 +168,21 @@ class EvaluationWorker(BlockRunner):
                 )
             active = [(queue, table.to(self.instrumented.device)) for queue, table in order.active]
             self.asked = False
-            self.through(order.first, order.count, lambda taken: self._board, examples, active)
+            self.run_admitted(order.first, order.count, lambda taken: self._board, examples, active)
         elif isinstance(order, tasks.Block):
             self._receive(order.parcel)
             positions = order.parcel.positions
             images = self.samples.images(positions)
             if order.stage:
-                if self.entries[order.stage - 1].view:
-                    self.reliability.outlook  # noqa: B018  (seen before the first attack on a view)
-                self.block(order.stage, order.number, positions, images)
+                if self.settings.entries[order.stage - 1].view:
+                    self.reliability.find_views()
+                self.run_attack_chunk(order.stage, order.number, positions, images)
             else:
-                self._do(0, order.number, positions, images, self._clean_verdicts)
+                self._run_chunk(0, order.number, positions, images, self._clean_verdicts)
         else:
             return  # asked to share when there was nothing left to
         self.source.lent.clear()
-        self.link.send(tasks.Idle(self.ran))
+        self.link.send(tasks.Idle(self.search_facts))
 
     def _receive(self, parcel: tasks.Parcel) -> None:
         for at, position in enumerate(parcel.positions.tolist()):
@@ -192,10 +198,10 @@ class EvaluationWorker(BlockRunner):
         while not isinstance(answer := self.link.receive(), tasks.Boarded):
             self.asked = True
         self._receive(answer.parcel)
-        admitted = self._gate(answer.parcel.positions)(free)
+        admitted = self._admission(answer.parcel.positions)(free)
         return admitted._replace(later=answer.later)
 
-    def _share(self, batch: ContinuousBatch) -> None:
+    def _share_samples(self, batch: ContinuousBatch) -> None:
         if self.link.waiting():
             self.link.receive()
             self.asked = True

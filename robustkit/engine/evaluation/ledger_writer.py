@@ -1,4 +1,4 @@
-"""Writes down what was judged, for ledger and tally: verdicts in chunks, and what was noticed beside them."""
+"""Writes verdicts and flags to the ledger, in chunks, and adds them to the results."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from robustkit.runs.ledger import Chunk, Verdict
 
 
 class Sink(Protocol):
-    """Where chunks go: the ledger, or the driver that has it."""
+    """Where chunks are written: the ledger, or the main process that has it."""
 
     def write(self, *chunks: Chunk) -> None:
-        """Take chunks, all of them or none."""
+        """Write chunks, all of them or none."""
 
 
 @dataclass(frozen=True)
 class LedgerWriter:
-    """Writes for one run."""
+    """Writes the chunks of one run."""
 
     ledger: Sink
     results: RunResults
     instrumented: InstrumentedModel
 
     def write(self, *chunks: Chunk) -> None:
-        """Write chunks down, all of them or none, and count them."""
+        """Write chunks, all of them or none, and add them to the results."""
         self.ledger.write(*chunks)
         for chunk in chunks:
             self.results.add(chunk)
 
     def verdicts(self, judged: Verdicts, positions: np.ndarray, labels: np.ndarray) -> list[Verdict]:
         """Return the verdicts on the images at these positions."""
-        points = judged.x.float().cpu().numpy()
+        images = judged.x.float().cpu().numpy()
         fooled = judged.fooled.tolist()
         rows = zip(
             positions.tolist(),
@@ -47,24 +47,26 @@ class LedgerWriter:
             judged.prediction.tolist(),
             judged.margin.tolist(),
             fooled,
-            [self.results.images[position] for position in positions],
-            [points[i].tobytes() if hit else None for i, hit in enumerate(fooled)],
-            *self._draws(judged),
+            self.results.images.digests(positions),
+            [images[i].tobytes() if hit else None for i, hit in enumerate(fooled)],
+            *self._draw_columns(judged),
             strict=True,
         )
         return [Verdict(*row) for row in rows]
 
-    def _draws(self, judged: Verdicts) -> Iterator[Sequence[float | int | None]]:
-        """Yield what is told of a random model's draws; nothing of others."""
+    def _draw_columns(self, judged: Verdicts) -> Iterator[Sequence[float | int | None]]:
+        """Yield what a verdict says of a random model's draws; nothing for other models."""
         if self.instrumented.random:
             yield judged.right.tolist()
             yield judged.once.int().tolist()
             yield (judged.refused | judged.fooled).int().tolist()
 
-    def land(self, first: int, count: int, number: int, finished: Sequence[Finished], seconds: float) -> None:
-        """Write down samples that went through a flight: each verdict with the stage that gave it.
+    def write_finished(
+        self, first: int, count: int, number: int, finished: Sequence[Finished], seconds: float
+    ) -> None:
+        """Write samples that went through `count` stages: a chunk for each stage, with the verdicts that it gave.
 
-        The chunks of its `count` stages have the same number; they share the seconds by their passes.
+        The chunks have the same number; they share the seconds by their passes.
         """
         spent = np.concatenate([part.spent for part in finished]).sum(0)
         units = spent.sum(1) / max(spent.sum(), 1)
@@ -74,7 +76,7 @@ class LedgerWriter:
             rows = self.verdicts(part.judged, part.position, part.labels)
             for stage, verdict in zip(part.stage, rows, strict=True):
                 verdicts[stage].append(verdict)
-            # A random model's lucky draws are its own, not the attack's fault.
+            # A random model's draws are not the attack's fault.
             refused += 0 if self.instrumented.random else int(part.judged.refused.sum())
             broken += int(part.judged.broken.sum())
         flags = noticed(refused, broken, self.instrumented)
@@ -94,7 +96,7 @@ class LedgerWriter:
 
 
 def noticed(refused: int, broken: int, instrumented: InstrumentedModel) -> list[Flag]:
-    """Return what was noticed while a chunk was judged: counts of images, and a missing gradient."""
+    """Return flags of a chunk: refused claims, non-finite logits, a missing gradient."""
     flags = []
     if refused:
         flags.append(

@@ -1,10 +1,9 @@
-"""What speaks against a run's number: flags, rivals that see less and find more, views with other gradients."""
+"""What a run's results say about their reliability: flags, score attacks that beat gradient attacks, views."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -23,9 +22,9 @@ from robustkit.runs.unfinished_work import Store
 
 @dataclass
 class Reliability:
-    """The doubts about one run, as far as it has come; they decide on its spare attacks.
+    """Whether a run's results so far can be trusted; this decides on its conditional attacks.
 
-    The `store` keeps by this `name` what was found out about views.
+    The `store` keeps the search for gradient views as a task of this `name`.
     """
 
     samples: Samples
@@ -34,53 +33,55 @@ class Reliability:
     entries: Sequence[SuiteEntry]
     store: Store
     name: str
+    views: GradientViews | None = field(default=None, init=False)
 
-    @cached_property
-    def outlook(self) -> GradientViews:
-        """What the model offers to climb on beside its own gradients; the meter knows of it from then on."""
-        x = self.samples.images(range(min(self.instrumented.trial_batch, len(self.samples)))).to(
-            self.instrumented.device
-        )
-        try:
-            with recording(self.store, self.name):
-                found = discover_views(self.instrumented.model, x, self.instrumented.random)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            found = discover_views(self.instrumented.model, x[:1], self.instrumented.random)
-        self.instrumented.views = found.views
-        return found
+    def find_views(self) -> GradientViews:
+        """Return the differentiable substitutes of the model's gradients, searched for once.
 
-    @property
+        The instrumented model has them as its `views` from then on.
+        """
+        if self.views is None:
+            model = self.instrumented
+            images = min(model.trial_batch, len(self.samples))
+            x = self.samples.images(range(images)).to(model.device)
+            try:
+                with recording(self.store, self.name):
+                    self.views = discover_views(model.model, x, model.random)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                self.views = discover_views(model.model, x[:1], model.random)
+            model.views = self.views.views
+        return self.views
+
     def doubtful(self) -> bool:
-        """Whether spare attacks are called for: by a view that is not the model's own gradient, or by a flag."""
-        return self.outlook.doubtful or self.suspect
+        """Return whether conditional attacks should run: there are gradient views that call for it, or a flag."""
+        return self.find_views().doubtful or self.suspect()
 
-    @property
     def suspect(self) -> bool:
-        """Whether something speaks against gradients; that a model is an ensemble does not."""
+        """Return whether a flag or a result speaks against the gradients; being an ensemble alone does not."""
         flags = {code for code, flag in self.results.flags.items() if flag.raised}
         seen = self.results.seen
-        return bool(DOUBTS & flags) or self._rivalry(seen).raised or self._masked(seen).raised
+        return bool(DOUBTS & flags) or self._scores_against_gradients(seen).raised or self._masked(seen).raised
 
-    def afterthoughts(self) -> list[Flag]:
-        """Return what the suite's stages and the model's views say against the number, or for it."""
+    def flags(self) -> list[Flag]:
+        """Return the flags that follow from the results of all attacks and from the model's views."""
         views = [entry.view for entry in self.entries]
-        idle = unattacked(views, self.outlook.views, self.results.robust) if all(views) else None
-        return [self._rivalry(self.results.scope), self._masked(self.results.scope), *([idle] if idle else [])]
+        idle = unattacked(views, self.find_views().views, self.results.robust) if all(views) else None
+        flags = [self._scores_against_gradients(self.results.scope), self._masked(self.results.scope)]
+        return [*flags, *([idle] if idle else [])]
 
-    @property
-    def _access(self) -> list[str]:
-        """What the attack of each stage that is told of needs of the model."""
-        access = ["", *(entry.attack.info.access for entry in self.entries)]
-        return [access[number] for number in self.results.told]
+    def _scores_against_gradients(self, positions: np.ndarray) -> Flag:
+        return scores_beat_gradients(self.results.stages(positions), self._access())
 
-    def _rivalry(self, among: np.ndarray) -> Flag:
-        return scores_beat_gradients(self.results.stages(among), self._access)
-
-    def _masked(self, among: np.ndarray) -> Flag:
+    def _masked(self, positions: np.ndarray) -> Flag:
         views = ["", *(entry.view for entry in self.entries)]
-        told = [views[number] for number in self.results.told]
-        places = self.outlook.places if any(told) else []
-        plain = any(views) and not self.outlook.doubtful
-        return masked(self.results.stages(among), self._access, told, places, plain)
+        reported = [views[number] for number in self.results.reported]
+        places = self.find_views().places if any(reported) else []
+        plain = any(views) and not self.find_views().doubtful
+        return masked(self.results.stages(positions), self._access(), reported, places, plain)
+
+    def _access(self) -> list[str]:
+        """Return what the attack of each reported stage needs of the model: `gradient`, `score` or none."""
+        access = ["", *(entry.attack.info.access for entry in self.entries)]
+        return [access[number] for number in self.results.reported]

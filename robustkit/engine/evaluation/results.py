@@ -1,4 +1,4 @@
-"""The sum of a ledger's chunks so far: who stands, who fell to what, at what cost; and the report of it."""
+"""The results of a run so far, summed over its ledger's chunks: which images are robust and what fooled others."""
 
 from __future__ import annotations
 
@@ -25,20 +25,24 @@ from robustkit.runs.evaluation_record import (
 )
 from robustkit.runs.ledger import Chunk
 
-STANDS = np.iinfo(np.int64).max
-# The number of the clean stage's chunk that holds what the checks found.
+ROBUST = np.iinfo(np.int64).max
+# The chunk of the clean stage that holds the flags of the checks.
 CHECKING = -1
 
 
 class Hashes:
-    """A sha256 in hex for each position, kept as 32 bytes."""
+    """The sha256 of the image at each position, as hex digits; kept as 32 bytes."""
 
     def __init__(self, n: int) -> None:
-        """Begin with noughts."""
+        """Allocate n zero digests."""
         self._bytes = np.zeros((n, 32), np.uint8)
 
     def __getitem__(self, position: int) -> str:
         return bytes(self._bytes[position]).hex()
+
+    def digests(self, positions: np.ndarray) -> list[str]:
+        """Return the digests of these positions."""
+        return [row.tobytes().hex() for row in self._bytes[positions]]
 
     def __setitem__(self, position: int, digest: str) -> None:
         self._bytes[position] = np.frombuffer(bytes.fromhex(digest), np.uint8)
@@ -46,13 +50,28 @@ class Hashes:
 
 @dataclass
 class RunResults:
-    """Counts over `n` samples. Stage 0 is the clean pass; a sample's `fell` is the stage that settled it.
+    """Results of `n` images. Stage 0 is the clean pass, stage i the suite's i-th attack.
 
-    `judged` is the last stage that a sample has a verdict from. `spare` are stages that are told of only where
-    they were needed; `arms` are stages that are for some of the samples only. `scope` are the positions that
-    count: all, but for a run that may stop early, which says in `stopped` that it has. `before` is the lowest
-    margin of a sample in the stages before the arms, `reached` (A n) the lowest in each arm's own attack, and NaN
-    where it has not met that arm.
+    Attributes:
+        n: how many images.
+        names: of the stages.
+        spare: conditional stages, which are reported only if they ran.
+        arms: stages that run on some of the images only.
+        chunks: (stage, number) of the chunks so far.
+        stopped: why a run ended early; None for others.
+        fell: the stage that fooled each image; ROBUST for the others.
+        labels, predictions, clean_margins, images: of the clean pass; `images` are sha256 digests.
+        margins: the lowest so far.
+        before: the lowest margin in the stages before the arms.
+        reached: the lowest margin in each arm's attack (A n), NaN where it did not run.
+        judged: the last stage with a verdict, -1 for none.
+        right, once, struck: of a random model, the lowest share of right draws, whether the first draw there was
+            right, and whether any verdict was confirmed or refused by further draws.
+        distances: of the fooling image from the clean one, for minimum norms.
+        costs: of each stage.
+        checks: passes of the checks, which are part of the clean stage.
+        flags, passed: raised and not raised, by code.
+        scope: the positions that count: all images, or those of finished blocks in a run that may stop early.
     """
 
     n: int
@@ -63,8 +82,8 @@ class RunResults:
     stopped: Stop | None = None
 
     def __post_init__(self) -> None:
-        """Begin with nothing known."""
-        self.fell = np.full(self.n, STANDS)
+        """Allocate the arrays."""
+        self.fell = np.full(self.n, ROBUST)
         self.labels = np.zeros(self.n, np.int64)
         self.predictions = np.zeros(self.n, np.int64)
         self.margins = np.full(self.n, np.inf)
@@ -85,13 +104,13 @@ class RunResults:
 
     @classmethod
     def of(cls, n: int, suite: Sequence[Mapping[str, Any]]) -> RunResults:
-        """Return a new one of a run with this suite in its spec."""
+        """Return empty results of a run on n images with this suite in its spec."""
         spare = frozenset(number for number, record in enumerate(suite, 1) if record.get("spare"))
         arms = [number for number, record in enumerate(suite, 1) if record.get("arm")]
         return cls(n, ["clean", *map(stage_name, suite)], spare, arms)
 
     def add(self, chunk: Chunk) -> None:
-        """Take a chunk in. Any order gives the same sum."""
+        """Add a chunk. Any order gives the same results."""
         self.chunks.add((chunk.stage, chunk.chunk))
         cost = self.costs[chunk.stage]
         self.costs[chunk.stage] = Cost(
@@ -122,7 +141,7 @@ class RunResults:
             self.raise_flag(flag)
 
     def raise_flag(self, flag: Flag) -> None:
-        """Keep one flag of each code, with the values added up; and apart, what checks say that raised none."""
+        """Keep one flag of each code with the values summed, and apart those that are not raised."""
         if not flag.raised:
             self.passed[flag.code] = flag
             return
@@ -131,67 +150,68 @@ class RunResults:
             flag = replace(flag, value=known.value + flag.value)
         self.flags[flag.code] = flag
 
-    def waiting(self, stage: int, among: np.ndarray) -> np.ndarray:
-        """Return which of these positions no earlier stage settled and have no verdict from this one on.
+    def waiting(self, stage: int, positions: np.ndarray) -> np.ndarray:
+        """Return which of these positions no earlier stage fooled and have no verdict from this stage on.
 
-        Of an arm: which still stand and have not met it.
+        For an arm: which are robust and have no verdict from it.
         """
         if stage in self.arms:
-            mask = (self.fell[among] == STANDS) & np.isnan(self.reached[self.arms.index(stage), among])
+            reached = self.reached[self.arms.index(stage), positions]
+            mask = (self.fell[positions] == ROBUST) & np.isnan(reached)
         else:
-            mask = (self.fell[among] >= stage) & (self.judged[among] < stage)
-        left: np.ndarray = among[mask]
+            mask = (self.fell[positions] >= stage) & (self.judged[positions] < stage)
+        left: np.ndarray = positions[mask]
         return left
 
     def next_chunk(self, stage: int) -> int:
         """Return the number of the stage's next chunk."""
-        return 1 + max((chunk for of, chunk in self.chunks if of == stage), default=-1)
+        return 1 + max((number for at, number in self.chunks if at == stage), default=-1)
 
-    def unfinished(self, among: np.ndarray, last: int) -> int:
-        """Return how many of these positions are not fooled and have not met all attacks up to stage `last`."""
-        return int(((self.fell[among] == STANDS) & (self.judged[among] < last)).sum())
+    def unfinished(self, positions: np.ndarray, last: int) -> int:
+        """Return how many of these images are robust without a verdict from stage `last` yet."""
+        return int(((self.fell[positions] == ROBUST) & (self.judged[positions] < last)).sum())
 
     @property
     def robust(self) -> int:
-        """How many samples in scope nothing has fooled yet."""
-        return int((self.fell[self.scope] == STANDS).sum())
+        """How many images in scope are robust so far."""
+        return int((self.fell[self.scope] == ROBUST).sum())
 
     @property
     def settled(self) -> int:
-        """How many samples have their verdict: fooled ones, and those that withstood every stage of all runs."""
+        """How many images have their final verdict: fooled, or robust after each unconditional stage."""
         last = max(stage for stage in range(len(self.names)) if stage not in {*self.spare, *self.arms})
-        return int(((self.fell != STANDS) | (self.judged >= last)).sum())
+        return int(((self.fell != ROBUST) | (self.judged >= last)).sum())
 
     @property
     def seen(self) -> np.ndarray:
-        """The positions of the samples that have been looked at at all, in scope or not yet."""
+        """The positions of the images with any verdict, in scope or not."""
         return np.flatnonzero(self.judged >= 0)
 
     def _rate(self, hits: int, n: int, stage: int) -> Rate:
         if self.stopped is None:
             return Rate.of(hits, n)
-        # What the clean pass says is known of all.
+        # The clean pass is known of all images.
         return Rate.anytime(hits, n, self.stopped.unfinished if stage else 0)
 
     @property
-    def told(self) -> list[int]:
-        """The numbers of the stages that a report tells of."""
+    def reported(self) -> list[int]:
+        """The numbers of the stages that a report lists."""
         return [n for n, cost in enumerate(self.costs) if cost.forwards or n not in self.spare]
 
-    def stages(self, among: np.ndarray) -> list[Stage]:
-        """Return what each stage did to these positions, the clean pass first; what it cost is that of all."""
-        fell = self.fell[among]
+    def stages(self, positions: np.ndarray) -> list[Stage]:
+        """Return each stage's result on these images, the clean pass first, with its cost on all images."""
+        fell, reported = self.fell[positions], set(self.reported)
         return [
             Stage(
                 name,
-                self._rate(int((fell > number).sum()), len(among), number),
+                self._rate(int((fell > number).sum()), len(positions), number),
                 int((fell == number).sum()),
                 self.costs[number].forwards,
                 self.costs[number].backwards,
                 self.costs[number].seconds,
             )
             for number, name in enumerate(self.names)
-            if number in self.told
+            if number in reported
         ]
 
     def report(
@@ -203,11 +223,11 @@ class RunResults:
         strictness: Strictness | None = None,
         adversarial: Mapping[str, Any] | None = None,
     ) -> Report:
-        """Return the finished run's record; `flags` come after those of the chunks."""
+        """Return the record of the finished run; `flags` come after those of the chunks."""
         found = [*self.flags.values(), *self.passed.values(), *flags]
         stages = self.stages(self.scope)
         if spec.minimal:
-            # What an attack leaves is told by the nearest images of all.
+            # The attacks run together: each leaves what all leave.
             stages[1:] = [replace(stage, robust_accuracy=stages[-1].robust_accuracy) for stage in stages[1:]]
         return Report(
             run_id=spec.run_id,
@@ -227,8 +247,8 @@ class RunResults:
                     index=at,
                     label=int(self.labels[at]),
                     clean_prediction=int(self.predictions[at]),
-                    robust=bool(self.fell[at] == STANDS),
-                    attack=None if self.fell[at] == STANDS else self.names[self.fell[at]],
+                    robust=bool(self.fell[at] == ROBUST),
+                    attack=None if self.fell[at] == ROBUST else self.names[self.fell[at]],
                     margin=float(self.margins[at]),
                 )
                 for at in sorted(self.scope.tolist())
@@ -245,12 +265,12 @@ class RunResults:
         )
 
     def _minimum(self) -> Minimum:
-        """Return how far the nearest fooling image of each image is; 0 where the clean pass settled it."""
-        far = np.where(self.fell == 0, 0.0, self.distances)[np.sort(self.scope)]
-        return Minimum.of([value if np.isfinite(value) else None for value in far.tolist()])
+        """Return the distance of each image's nearest fooling image; 0 where the clean image is misclassified."""
+        distances = np.where(self.fell == 0, 0.0, self.distances)[np.sort(self.scope)]
+        return Minimum.of([value if np.isfinite(value) else None for value in distances.tolist()])
 
     def _draws(self) -> Draws | None:
-        """Return what a random model's draws say; None of another."""
+        """Return the accuracies by one draw, on average and by majority of a random model; None for others."""
         right = self.right[self.scope]
         if np.isnan(right).any():
             return None

@@ -27,7 +27,6 @@ from robustkit.engine.evaluation.block_runner import BlockRunner
 from robustkit.engine.evaluation.early_stopping import TimeUp
 from robustkit.engine.evaluation.tasks import Brief, Gone, Parcel
 from robustkit.engine.model.instrumented_model import MAX_TRIAL_BATCH
-from robustkit.registry import Suite
 from robustkit.runs.ledger import Chunk
 
 # A worker gets no more at once than this share of its part of the queue, so that the last go out one by one.
@@ -41,13 +40,7 @@ SUMS = ("claims_refused", "searched_again")
 
 @dataclass
 class Scheduler(BlockRunner):
-    """Does clean pass and checks itself and has the attacks done by workers, hired while it does them.
-
-    `suite` and the search's `precision` are what they are told of both.
-    """
-
-    suite: Suite = ""
-    precision: str = "fp32"
+    """Does clean pass and checks itself and has the attacks done by workers, hired while it does them."""
 
     def __post_init__(self) -> None:
         """Begin with nobody hired and nothing landed."""
@@ -72,14 +65,14 @@ class Scheduler(BlockRunner):
                 model=model,
                 device=hiring.device(self.instrumented.device, number),
                 threads=hiring.threads,
-                precision=self.precision,
-                suite=self.suite,
-                threat=str(self.threat),
-                seed=self.seed,
-                batch=self.batch,
+                precision=self.settings.precision,
+                suite=self.settings.suite,
+                threat=str(self.settings.threat),
+                seed=self.settings.seed,
+                batch=self.settings.batch_size,
                 slots=self.slots,
-                most=self.most,
-                free=self.free,
+                most=self.settings.max_slots,
+                free=self.settings.choose_precision,
                 random=self.instrumented.random,
                 data=self.samples.name,
                 labels=self.samples.labels,
@@ -89,15 +82,15 @@ class Scheduler(BlockRunner):
 
         return brief
 
-    def clean(self, among: np.ndarray) -> None:
+    def run_clean(self, among: np.ndarray) -> None:
         """Have the clean pass done by workers where there is more than a batch for each; do the checks."""
-        parts = self._parts(0, among)
+        parts = self._chunks(0, among)
         if self.crew.sole and len(parts) > self.crew.count:
             self.progress.stage("clean", len(among), self.results.robust, self.results.n)
             self._hand_out(0, parts)
-        super().clean(among)
+        super().run_clean(among)
 
-    def fly(self, first: int, count: int, among: np.ndarray) -> None:
+    def run_row_wise(self, first: int, count: int, among: np.ndarray) -> None:
         """Have what still stands of these taken through `count` attacks by whoever has slots free."""
         waiting = self.results.waiting(first, among)
         self.progress.stage(self._title(first, count), len(waiting), self.results.robust, self.results.n)
@@ -145,12 +138,12 @@ class Scheduler(BlockRunner):
         active: Sequence[tuple[int, RowBatch]] = (),
     ) -> None:
         """Order a flight, which saves what it has under way by this name or a new one."""
-        member.saved_as = name or f"{self.block_name(first)}-{time.time_ns()}"
+        member.saved_as = name or f"{self.task_name(first)}-{time.time_ns()}"
         member.begin(tasks.Fly(first, count, self.results.flags, member.saved_as, parcel, active))
 
     def _saved(self, first: int, waiting: Collection[int], name: str = "") -> Iterator[tuple[str, list[int]]]:
         """Yield names of flights that were saved and those of these samples that each has, none of them twice."""
-        left, own = set(waiting), self.block_name(first)
+        left, own = set(waiting), self.task_name(first)
         for saved in [name] if name else self.store.names(own):
             state = self.store.state(saved) if saved == own or saved.startswith(f"{own}-") else None
             if state is not None and (positions := SavedRows.positions_in(state) & left):
@@ -168,10 +161,10 @@ class Scheduler(BlockRunner):
             most.asked = True
             most.tell(tasks.Split())
 
-    def attack(self, stage: int, among: np.ndarray) -> None:
+    def run_attack(self, stage: int, among: np.ndarray) -> None:
         """Have one attack run over what still stands of these, in the batches of a run with one worker."""
         self._announce(stage, among)
-        self._hand_out(stage, self._parts(stage, among))
+        self._hand_out(stage, self._chunks(stage, among))
 
     def _hand_out(self, stage: int, batches: Sequence[tuple[int, np.ndarray]]) -> None:
         """Have each of these chunks done by whoever is free."""
@@ -220,7 +213,7 @@ class Scheduler(BlockRunner):
                 raise TimeUp
         self.crew.more = False
         self._write(first, count, time.perf_counter() - written)
-        self.ran = {**_agreed(list(self.facts.values())), "workers": self.crew.total}
+        self.search_facts = {**_agreed(list(self.facts.values())), "workers": self.crew.total}
 
     def _land(self, member: Member, chunks: Sequence[Chunk]) -> int:
         """Keep what a worker has done until it is written; return of how many samples."""
@@ -231,8 +224,8 @@ class Scheduler(BlockRunner):
         return len(positions)
 
     def _flies(self, stage: int) -> bool:
-        row_wise = stage > 0 and isinstance(self.entries[stage - 1].attack, RowWise)
-        return row_wise and not self.threat.minimal
+        row_wise = stage > 0 and isinstance(self.settings.entries[stage - 1].attack, RowWise)
+        return row_wise and not self.settings.threat.minimal
 
     def _write(self, first: int, count: int, seconds: float) -> None:
         """Write down what has landed in so many seconds, which the stages share by their passes."""

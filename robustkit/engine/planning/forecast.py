@@ -63,11 +63,11 @@ def forecast_cost(
     n = len(probe.samples)
     progress = progress or Progress()
     progress.say(f"measuring: the checks, then {probe.budget:g} s of attacks")
-    found = probe.look(progress)
+    found = probe.measure(progress)
     costs, plays = Costs.of(found, n), list[Play]()
     if found.arms is not None:
         progress.say(f"playing the rounds of {n:,} images")
-        plays = forecast(found.arms, n, probe.share, probe.seed)
+        plays = forecast(found.arms, n, probe.allowed_doubt, probe.seed)
     arms = _each(plays, n)
     alone = _courses(costs, plays, found, probe, 1)
     scales = []
@@ -98,12 +98,12 @@ def forecast_cost(
         threat=str(probe.threat),
         suite=suite_text(probe.suite),
         seed=probe.seed,
-        trial=Trial(len(found.through), int(found.through.sum()), found.robust, found.seconds),
+        trial=Trial(len(found.finished), int(found.finished.sum()), found.robust, found.seconds),
         speed=Speed(speed.forward, speed.both, speed.fixed, speed.at_once, instrumented.precision),
         propagations=costs.mean if arms is None else costs.mean.plus(arms),
         arms=arms,
         most=most,
-        memory=Memory(found.held, found.peak),
+        memory=Memory(found.memory_before, found.memory_peak),
         price=price,
         scales=scales,
         environment=environment(
@@ -133,9 +133,9 @@ class Costs:
             UsageError: if it says nothing.
         """
         units = (found.forwards + found.backwards).astype(float)
-        open_ones = int((~found.through).sum())
-        spent = max(sum(found.stray) / max(open_ones, 1), 1.0)
-        if found.most is None and open_ones:
+        open_ones = int((~found.finished).sum())
+        spent = max(sum(found.unfinished) / max(open_ones, 1), 1.0)
+        if found.max_costs is None and open_ones:
             raise UsageError(
                 f"{open_ones} of {len(units)} images were not done in time, and not all of these attacks say how "
                 "long they may last; measure longer with --seconds."
@@ -146,14 +146,14 @@ class Costs:
             for *counts, passes in zip(found.forwards, found.backwards, found.passes, strict=True)
         ]
         lows, highs, values = units.copy(), units.copy(), units.copy()
-        if found.most is not None:
-            most = found.most[0] + found.most[1]
-            worst = Job(_work(found, *found.most[:2]), found.most[2])
+        if found.max_costs is not None:
+            most = found.max_costs[0] + found.max_costs[1]
+            worst = Job(_work(found, *found.max_costs[:2]), found.max_costs[2])
             spent = min(spent, most)
             middle = math.sqrt(spent * most)
-            lows[~found.through], highs[~found.through], values[~found.through] = spent, most, middle
+            lows[~found.finished], highs[~found.finished], values[~found.finished] = spent, most, middle
             halfway = Job(worst.work * middle / most, math.ceil(worst.passes * middle / most))
-            jobs = [job if done else halfway for job, done in zip(jobs, found.through, strict=True)]
+            jobs = [job if done else halfway for job, done in zip(jobs, found.finished, strict=True)]
         low, high = mean_of_all(lows.tolist(), highs.tolist(), n, float(most or highs.max()))
         value = float(values.mean())
         return cls(jobs, worst, Estimate(value, min(low, value), max(high, value)), most)
@@ -180,11 +180,11 @@ def site(found: ProbeResult, probe: CostProbe, devices: int) -> Site:
     n, slots = len(probe.samples), found.slots
     if devices == 1:
         return Site(1, slots, found.overhead, found.start, found.checks + found.clean * n)
-    entered = int((found.through & (found.forwards > 0)).sum())
+    entered = int((found.finished & (found.forwards > 0)).sum())
     fooled = 1 - found.robust / max(entered, 1)
     handout = found.read + HANDOUT + found.image_bytes * HANDOUT_BYTE
     # Workers share the clean pass where each has more than a batch of it; it stores no images.
-    shared = math.ceil(n / probe.batch) > devices
+    shared = math.ceil(n / probe.chunk_size) > devices
     clean, reading = (found.clean * n, n * (handout + VERDICT)) if shared else (0.0, 0.0)
     return Site(
         devices=devices,
@@ -253,7 +253,7 @@ def _ordinary(costs: Costs, found: ProbeResult, probe: CostProbe, place: Site) -
     if not any(entry.attack.info.coupled for entry in probe.entries if not entry.spare):
         return [extended(jobs, place, total) for jobs, total in zip(lists, totals, strict=True)]
     # Attacks whose random numbers depend on the batch are handed out batch by batch.
-    batch = probe.batch
+    batch = probe.chunk_size
     whole = replace(place, slots=1, handout=place.handout * batch, verdict=place.verdict * batch)
     return [
         extended(_batches(jobs, batch), whole, math.ceil(total / batch))

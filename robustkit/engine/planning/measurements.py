@@ -1,4 +1,4 @@
-"""What a pilot reads off: the speed of the model, the memory in use, what its steps take, and when to stop."""
+"""What a cost probe measures: the speed of the model, memory, the time of its steps; and when it stops."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from robustkit.core.shapes import Images
 from robustkit.engine.model.instrumented_model import InstrumentedModel
 from robustkit.engine.progress import Progress
 
-# No less than this share of the model's own time is believed of an image's propagations.
-LEAST_DRAG = 0.5
+# The least multiple of the model's own time that an image's passes are taken to need.
+MIN_DRAG = 0.5
 
 
-class Over(RobustkitError):
-    """The time for the pilot is up, in the middle of an attack."""
+class ProbeTimeUp(RobustkitError):
+    """The probe's time is up in the middle of an attack."""
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Seconds that an image takes where `at_once` are in a pass, and of them what any pass takes (`fixed`)."""
+    """Seconds per image in a pass of `at_once` images, and the seconds of a pass whatever its size (`fixed`)."""
 
     forward: float
     both: float
@@ -44,7 +44,7 @@ class Speed:
 
 
 class PassCounter(InstrumentedModel):
-    """A meter that counts passes as well: `calls`."""
+    """An instrumented model that counts passes as well: `calls`."""
 
     calls = 0
 
@@ -62,10 +62,7 @@ class PassCounter(InstrumentedModel):
         return super()._in_micro_batches(x, differentiable, net, passes)
 
     def speed(self, x: Images, most: int, limit: float) -> Speed:
-        """Return the model's speed, by batches of x that double up to `most` while half of `limit` is enough.
-
-        None of it is counted.
-        """
+        """Return the model's speed by batches of x that double up to `most` within `limit` seconds, uncounted."""
         found: list[tuple[int, float, float]] = []
         size, calls = 1, self.calls
         self._time_both(x[:1])
@@ -103,15 +100,15 @@ class PassCounter(InstrumentedModel):
 
 
 class Memory:
-    """How much memory is in use, and was at the most: of the device, or of the process on a CPU."""
+    """Memory in use now and at most: of the device, or of the process on a CPU."""
 
     def __init__(self, device: torch.device) -> None:
-        """Begin to watch."""
+        """Measure from now on."""
         self.device = device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        self.before = _most_resident()
-        self.held = self.seen = self.now()
+        self.resident_before = _most_resident()
+        self.at_start = self.seen = self.now()
 
     def now(self) -> int:
         """Return the bytes in use."""
@@ -124,7 +121,7 @@ class Memory:
         return pages * os.sysconf("SC_PAGE_SIZE")
 
     def look(self) -> None:
-        """Take note of what is in use."""
+        """Note what is in use now."""
         self.seen = max(self.seen, self.now())
 
     @property
@@ -132,13 +129,13 @@ class Memory:
         """The most bytes in use at once."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
-        # The process's own high-water mark tells of the pilot only where the pilot has raised it.
+        # The process's own maximum counts only if it rose during the probe.
         after = _most_resident()
-        return max(self.seen, after if after > self.before else 0)
+        return max(self.seen, after if after > self.resident_before else 0)
 
 
 def _most_resident() -> int:
-    """Return the most bytes that the process has had in memory; 0 where the system does not say."""
+    """Return the most bytes that the process has had in memory; 0 if the system does not say."""
     try:
         import resource
     except ImportError:
@@ -146,23 +143,23 @@ def _most_resident() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-class Watch(Progress):
-    """Ends the attacks when their time is over; notes seconds, passes and propagations, and memory, on the way."""
+class Stopwatch(Progress):
+    """Stops the attacks when their time is up; notes seconds, passes and memory at each step."""
 
     def __init__(
         self, memory: Memory, clock: Callable[[], float], instrumented: PassCounter, listener: Progress
     ) -> None:
-        """Begin with attacks without an end; `listener` hears the news."""
+        """Start without a time limit; `listener` receives messages."""
         self.memory, self.clock, self.instrumented, self.end = memory, clock, instrumented, math.inf
         self.listener = listener
         self.steps: list[np.ndarray] = []
-        self.rest()
+        self.restart()
 
     def say(self, text: str) -> None:  # noqa: D102
         self.listener.say(text)
 
-    def rest(self) -> None:
-        """Leave out what has been since the last look."""
+    def restart(self) -> None:
+        """Exclude what has passed since the last step."""
         self.last: np.ndarray = np.array([self.clock(), *self.instrumented.counts])
 
     def advance(self, done: float, robust: int) -> None:  # noqa: D102
@@ -172,13 +169,13 @@ class Watch(Progress):
             self.steps.append(now - self.last)
         self.last = now
         if now[0] > self.end:
-            raise Over("the pilot's time is over.")
+            raise ProbeTimeUp("the probe's time is up.")
 
     def fit(self, speed: Speed, seconds: float) -> tuple[float, float]:
-        """Return what passes take besides their images, and images in terms of the model's own seconds.
+        """Return the seconds of a pass besides its images, and those of an image as a multiple of the model's own.
 
-        By least squares over the steps, neither negative and the images not below half of what the model alone
-        took; scaled so that they add up to all the `seconds`.
+        Fitted by least squares over the steps, both non-negative and the multiple at least `MIN_DRAG`; scaled so
+        that they add up to `seconds`.
         """
         steps = np.array(self.steps).reshape(-1, 4)
         took, calls = steps[:, 0], steps[:, 3]
@@ -187,7 +184,7 @@ class Watch(Progress):
         across = calls @ work
         det = (calls @ calls) * (work @ work) - across**2
         drag = ((calls @ calls) * (work @ took) - across * (calls @ took)) / det if det > 0 else 1.0
-        drag = max(drag, LEAST_DRAG)
+        drag = max(drag, MIN_DRAG)
         overhead = max((took.sum() - drag * work.sum()) / calls.sum(), 0.0) if calls.sum() else 0.0
         whole = overhead * calls.sum() + drag * work.sum()
         scale = seconds / whole if whole else 1.0
