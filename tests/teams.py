@@ -57,7 +57,7 @@ def as_threads(monkeypatch: pytest.MonkeyPatch) -> None:
         return locked
 
     # What seeds the global generators shares them with other threads, as it does not with processes.
-    for name in ("prepare", "_do", "_search"):
+    for name in ("prepare", "_run_chunk", "_run_minimum_norm_chunk"):
         monkeypatch.setattr(BlockRunner, name, in_turn(getattr(BlockRunner, name)))
     monkeypatch.setattr(model_files, "load_model", in_turn(model_files.load_model))
     monkeypatch.setattr(ray_pool, "Local", Threads)

@@ -197,7 +197,7 @@ def test_coupled_attacks_cannot_stop_early() -> None:
 
 
 def test_an_audit_runs_autoattack_on_survivors(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("robustkit.engine.evaluation.run.AUDITOR", "apgd(steps=20)")
+    monkeypatch.setattr("robustkit.engine.evaluation.run.AUDIT_SUITE", "apgd(steps=20)")
     net = Small().eval()
     x, y = labelled(net, 24, SHAPE)
     plain = evaluate(net, x, y, THREAT, suite="pgd(steps=1,step_size=0.3eps)", out=tmp_path / "run")

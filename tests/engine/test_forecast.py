@@ -134,12 +134,12 @@ def findings() -> ProbeResult:
 
 
 def test_attacks_that_do_not_say_how_long_they_may_last() -> None:
-    known = replace(findings(), most=None)
+    known = replace(findings(), max_costs=None)
     costs = Costs.of(known, 100)
     assert costs.mean.low <= costs.mean.value <= costs.mean.high
     assert {len(jobs) for jobs in costs.sample(40, 0)} == {40}
     with pytest.raises(UsageError, match="measure longer with --seconds"):
-        Costs.of(replace(known, through=np.arange(12) > 3), 100)
+        Costs.of(replace(known, finished=np.arange(12) > 3), 100)
 
 
 def test_the_ends_of_the_interval_are_simulated_with_its_means() -> None:

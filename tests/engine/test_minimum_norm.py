@@ -17,7 +17,7 @@ import robustkit
 from robustkit.core.errors import UsageError
 from robustkit.core.threat import ThreatModel
 from robustkit.engine.evaluation import batch_runner
-from robustkit.engine.model import instrumented_model
+from robustkit.engine.model import instrumented_model, profiling
 from robustkit.runs import recorded_outputs, run_folder
 from robustkit.runs.ledger import Ledger
 
@@ -206,8 +206,9 @@ class Dies(nn.Module):
 
 
 def test_a_killed_run_goes_on(tmp_path, monkeypatch):
-    for name, value in (("SLOW", 0.0), ("GROWING", 0.0)):
-        monkeypatch.setattr(instrumented_model, name, value)
+    for module in (instrumented_model, profiling):
+        monkeypatch.setattr(module, "SLOW_BATCH_SECONDS", 0.0)
+        monkeypatch.setattr(module, "PART_SECONDS", 0.0)
     monkeypatch.setattr(recorded_outputs, "WRITE_EVERY", 0.0)
     monkeypatch.setattr(recorded_outputs, "MAX_COST_SHARE", float("inf"))
     monkeypatch.setattr(batch_runner.BatchRunner, "_check", lambda self, x, positions: ([], []))

@@ -79,19 +79,19 @@ def test_two_workers_give_the_same() -> None:
 def test_killed_in_any_round_and_resumed_it_is_as_if_never_killed(
     at: int, after: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fly: Callable[..., None] = BlockRunner.fly
+    run_row_wise: Callable[..., None] = BlockRunner.run_row_wise
     calls: list[int] = []
 
-    def killed(self: BlockRunner, first: int, count: int, among: np.ndarray) -> None:
+    def killed(self: BlockRunner, first: int, count: int, positions: np.ndarray) -> None:
         calls.append(first)
         if len(calls) == at + 1 and not after:
             raise KeyboardInterrupt
-        fly(self, first, count, among)
+        run_row_wise(self, first, count, positions)
         if len(calls) == at + 1:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(BlockRunner, "fly", killed)
+        patch.setattr(BlockRunner, "run_row_wise", killed)
         with pytest.raises(KeyboardInterrupt):
             ran(out=tmp_path / "r")
     again = ran(out=tmp_path / "r")
