@@ -240,9 +240,9 @@ FAULTS = [
         FLIGHT,
     ),
     Fault(
-        "flight: near images are not searched again",
+        "continuous batch: borderline images are not attacked again",
         "robustkit/engine/evaluation/block_runner.py",
-        (("NEAR = 0.05", "NEAR = 0.0"),),
+        (("BORDERLINE_SHARE = 0.05", "BORDERLINE_SHARE = 0.0"),),
         FLIGHT,
     ),
     Fault(
