@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from robustkit import evaluate, load_data, load_model
-from robustkit.attack_api.row_wise import RowWise
+from robustkit.attack_api import RowWise
 from robustkit.registry import attack
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from robustkit.attack_api.composition import Oracle, Technique
-from robustkit.attack_api.posterior_surrogates import spread
-from robustkit.attack_api.surrogates import Surrogates
+from robustkit.attack_api import Oracle, Surrogates, Technique
+from robustkit.attack_api.posterior_surrogates import expand
 from robustkit.registry import technique
 
 
@@ -17,8 +16,8 @@ class Full(Technique):
 
     def prepare(self, surrogates: Surrogates) -> Surrogates:
         """Return the surrogates with a member for each sample."""
-        return spread(surrogates, None)
+        return expand(surrogates, None)
 
-    def begin(self, inner: Oracle) -> Oracle:
+    def wrap(self, inner: Oracle) -> Oracle:
         """Return the oracle as it is."""
         return inner

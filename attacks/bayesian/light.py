@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from robustkit.attack_api.composition import Oracle, Technique
-from robustkit.attack_api.posterior_surrogates import spread
-from robustkit.attack_api.surrogates import FRESH, ORDERS, Surrogates
+from robustkit.attack_api import Oracle, Surrogates, Technique
+from robustkit.attack_api.posterior_surrogates import expand
+from robustkit.attack_api.surrogates import FRESH, ORDERS
 from robustkit.attacks.common_weakness.mi_sam import check_word
 from robustkit.registry import technique
 from robustkit.registry.ranges import Count
@@ -37,8 +37,8 @@ class Light(Technique):
 
     def prepare(self, surrogates: Surrogates) -> Surrogates:
         """Return the surrogates with so many members for each posterior."""
-        return replace(spread(surrogates, self.samples), order=self.order, fresh=self.fresh)
+        return replace(expand(surrogates, self.samples), order=self.order, fresh=self.fresh)
 
-    def begin(self, inner: Oracle) -> Oracle:
+    def wrap(self, inner: Oracle) -> Oracle:
         """Return the oracle as it is."""
         return inner

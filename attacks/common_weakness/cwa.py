@@ -12,9 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from robustkit.attack_api import Rows
-from robustkit.attack_api.composition import Oracle, dice
-from robustkit.attack_api.surrogates import Weights
+from robustkit.attack_api import Oracle, Rows, Weights, split_rng
 from robustkit.attacks.common_weakness.mi_cse import MICSE
 from robustkit.attacks.common_weakness.mi_sam import step_back, summed
 from robustkit.core.shapes import Images
@@ -51,7 +49,7 @@ class CWA(MICSE):
             return x
         if weights is None and self.official:
             weights = summed(oracle, x, members)
-        gradient = oracle.gradient(dice(rows, "sam"), x, members, weights)
+        gradient = oracle.gradient(split_rng(rows, "sam"), x, members, weights)
         return rows.threat.retract(step_back(rows, x, gradient, self.reverse), rows.x)
 
 

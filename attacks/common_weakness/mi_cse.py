@@ -13,9 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from robustkit.attack_api import Answer, Model, Rows, State
-from robustkit.attack_api.composition import Around, Oracle, ascend, dice
-from robustkit.attack_api.surrogates import Weights
+from robustkit.attack_api import Answer, Model, Oracle, OracleWrapper, Rows, State, Weights, ascend, split_rng
 from robustkit.attacks.common_weakness.mi_sam import COMPAT, check_word, default_stride
 from robustkit.attacks.transfer.mi_fgsm import MIFGSM
 from robustkit.core import losses
@@ -105,7 +103,7 @@ class MICSE:
         listed = list(members)
         if self.order == "random":
             # The same for all rows, so of no row's own dice; on the CPU, where the loop over members needs it.
-            shared = replace(dice(rows, "order").rng, ids=torch.zeros(1, dtype=torch.int64))
+            shared = replace(split_rng(rows, "order").rng, ids=torch.zeros(1, dtype=torch.int64))
             return [[listed[place] for place in shared.uniform(len(listed))[0].argsort().tolist()]]
         return [listed, listed[::-1]] if self.order == "antithetic" else [listed]
 
@@ -115,7 +113,7 @@ class MICSE:
         """Return where the inner loop begins."""
         return x
 
-    def begin(self, oracle: Oracle) -> Oracle:
+    def wrap(self, oracle: Oracle) -> Oracle:
         """Return the inner loop, which gives what it gained in the place of gradients."""
         return _InnerLoop(oracle, self)
 
@@ -159,7 +157,7 @@ class MICSE:
         return {"x": moved, "velocity": velocity, "square": square, "taken": taken}
 
 
-class _InnerLoop(Around):
+class _InnerLoop(OracleWrapper):
     """Goes one small step along each member's gradient in turn; remembers its momentum, one for each order."""
 
     def __init__(self, inner: Oracle, rule: MICSE) -> None:
@@ -184,7 +182,7 @@ class _InnerLoop(Around):
         for way, order in enumerate(rule.orders(rows, chosen)):
             point, velocity = start, self.velocities.get(way, torch.zeros_like(x))
             for member in order:
-                gradient = self.inner.gradient(dice(rows, "cse", asked), point, [member])
+                gradient = self.inner.gradient(split_rng(rows, "cse", asked), point, [member])
                 along = gradient if rule.raw else unit(gradient)
                 velocity = rule.inner_momentum * velocity + per_row(paces[member], x) * along
                 point = rows.threat.retract(point + length * velocity, rows.x)

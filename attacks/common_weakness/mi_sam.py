@@ -14,9 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from robustkit.attack_api import Answer, Model, Rows, State
-from robustkit.attack_api.composition import Around, Oracle, ascend, dice
-from robustkit.attack_api.surrogates import Weights
+from robustkit.attack_api import Answer, Model, Oracle, OracleWrapper, Rows, State, Weights, ascend, split_rng
 from robustkit.attacks.transfer.mi_fgsm import MIFGSM
 from robustkit.core import losses
 from robustkit.core.criteria import Goal
@@ -72,7 +70,7 @@ class MISAM:
         """Gradients that a step asks for."""
         return 2
 
-    def begin(self, oracle: Oracle) -> Oracle:
+    def wrap(self, oracle: Oracle) -> Oracle:
         """Return what gives the steps in the place of gradients."""
         return _Sharpness(oracle, self)
 
@@ -88,7 +86,7 @@ class MISAM:
         return {"x": rows.threat.project(state["x"] + velocity, rows.x), "velocity": velocity}
 
 
-class _Sharpness(Around):
+class _Sharpness(OracleWrapper):
     """Gives each row's sharpness-aware step, or of the official code the sum of its two gradients."""
 
     def __init__(self, inner: Oracle, rule: MISAM) -> None:
@@ -110,12 +108,12 @@ class _Sharpness(Around):
             reverse = 1 / 10 if rule.official else 1 / 15
         if rule.official and rows.aim.targets is not None:
             reverse = 0
-        first = self.inner.gradient(dice(rows, "sam", 0), x, members, weights)
+        first = self.inner.gradient(split_rng(rows, "sam", 0), x, members, weights)
         back = step_back(rows, x, first, reverse)
         if rule.official:
-            return first + self.inner.gradient(dice(rows, "sam", 1), back, members, weights)
+            return first + self.inner.gradient(split_rng(rows, "sam", 1), back, members, weights)
         back = threat.retract(back, rows.x)
-        second = self.inner.gradient(dice(rows, "sam", 1), back, members, weights)
+        second = self.inner.gradient(split_rng(rows, "sam", 1), back, members, weights)
         there = back + rule.stride.length(float(threat.eps)) * threat.ascent(second)
         return threat.retract(there, rows.x) - x
 

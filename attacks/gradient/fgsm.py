@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from robustkit.attack_api import Answer, Model, Rows, State
-from robustkit.attack_api.composition import ascend
+from robustkit.attack_api import Answer, Model, Rows, State, ascend
 from robustkit.core import losses
 from robustkit.core.criteria import Goal
 from robustkit.core.rng import RowRng

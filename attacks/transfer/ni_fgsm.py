@@ -6,9 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from robustkit.attack_api import Answer, Model, Rows, State
-from robustkit.attack_api.composition import ascend
-from robustkit.attack_api.surrogates import scaled
+from robustkit.attack_api import Answer, Model, Rows, State, ascend, mean_normalised
 from robustkit.core import losses
 from robustkit.core.criteria import Goal
 from robustkit.core.rng import RowRng
@@ -49,6 +47,6 @@ class NIFGSM:
     def step(self, rows: Rows, state: State, answer: Answer) -> State:
         """Return the projected next points, and where they look ahead to."""
         size = (self.step_size or StepSize(1 / self.steps)).length(float(rows.threat.eps))
-        velocity = self.momentum * state["velocity"] + scaled(answer.gradient)
+        velocity = self.momentum * state["velocity"] + mean_normalised(answer.gradient)
         point = rows.threat.project(state["point"] + size * rows.threat.ascent(velocity), rows.x)
         return {"x": point + size * self.momentum * velocity, "point": point, "velocity": velocity}

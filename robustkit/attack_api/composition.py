@@ -1,9 +1,10 @@
-"""Transfer attacks as compositions: a rule of ascent, and techniques that change what gradient it is given.
+"""Transfer attacks as compositions: an ascent rule, and techniques that change the gradients it is given.
 
-The rule (`mi-fgsm`, `pgd`, `cwa` …) is an attack whose `step` reads nothing of an answer but the gradient; a
-technique (`di`, `vmi`, `ghost` …) stands between it and the surrogates. `mi-fgsm+vmi+di` asks `vmi` for a
-gradient, which asks `di` for each of its own, which asks the surrogates at transformed images. All rows take
-all steps: an image that fools the surrogates goes on, since it is not they that are to be fooled.
+The rule (`mi-fgsm`, `pgd`, `cwa` …) is an attack whose `step` reads nothing of an answer but the gradient. A
+technique (`di`, `vmi`, `ghost` …) wraps the oracle that the rule gets its gradients from: in `mi-fgsm+vmi+di` the
+rule's gradients come from `vmi`, those that `vmi` uses come from `di`, and `di` uses the surrogates' gradients at
+transformed images. All rows take all steps: an image that fools the surrogates goes on, because the aim is to
+fool other models.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from typing import Any
 import torch
 
 from robustkit.attack_api.driver import drive
-from robustkit.attack_api.posterior_surrogates import Deck
+from robustkit.attack_api.oracles import Oracle, SurrogateOracle
 from robustkit.attack_api.rows import Answer, Model, Rows, State
-from robustkit.attack_api.surrogates import Surrogates, Weights
+from robustkit.attack_api.surrogates import Surrogates
 from robustkit.core.criteria import Goal
 from robustkit.core.errors import UsageError
 from robustkit.core.rng import RowRng
@@ -29,157 +30,67 @@ from robustkit.core.threat import ThreatModel, per_row
 from robustkit.registry import Info, spec
 
 
-class Oracle(ABC):
-    """What gives gradients during one run on one batch. It may remember earlier steps of that run."""
-
-    @property
-    @abstractmethod
-    def surrogates(self) -> Surrogates:
-        """The models at the bottom."""
-
-    @property
-    def steps(self) -> int:
-        """How many steps the run takes; `rows.rng.step` counts them from 1."""
-        return 1
-
-    @abstractmethod
-    def gradient(
-        self,
-        rows: Rows,
-        x: Images,
-        members: Sequence[int] | None = None,
-        weights: Weights = None,
-    ) -> Images:
-        """Return each row's gradient at x, of all members together or of some; see `Surrogates.gradient`.
-
-        `rows.rng` are the dice for this call alone: who asks several times in a step gives each its own
-        (`dice`).
-        """
-
-
-class Around(Oracle):
-    """An oracle that asks another one; to be subclassed with a `gradient` of its own."""
-
-    def __init__(self, inner: Oracle) -> None:
-        """Stand in front of an oracle."""
-        self.inner = inner
-
-    @property
-    def surrogates(self) -> Surrogates:
-        """The models at the bottom."""
-        return self.inner.surrogates
-
-    @property
-    def steps(self) -> int:
-        """How many steps the run takes."""
-        return self.inner.steps
-
-
-class Direct(Oracle):
-    """The gradient of a loss itself."""
-
-    def __init__(self, surrogates: Surrogates, loss: str, steps: int = 1, rng: RowRng | None = None) -> None:
-        """Ask these surrogates for the gradient of that loss, in so many steps; `rng` shuffles posteriors."""
-        self.loss, self._steps = loss, steps
-        self._deck = Deck(surrogates, rng)
-
-    @property
-    def surrogates(self) -> Surrogates:
-        """The models at the bottom; of a posterior the sample that was asked last."""
-        return self._deck.now
-
-    @property
-    def steps(self) -> int:
-        """How many steps the run takes."""
-        return self._steps
-
-    def gradient(
-        self,
-        rows: Rows,
-        x: Images,
-        members: Sequence[int] | None = None,
-        weights: Weights = None,
-    ) -> Images:
-        """Return the surrogates' gradient at x."""
-        asked = range(len(self.surrogates)) if members is None else members
-        dealt = self._deck.deal(asked, rows.rng.step)
-        return dealt.gradient(x, rows.aim, self.loss, rows.rng, members, weights)
-
-
-# Makes one of several copies of the images; the copy's number says which.
-Transform = Callable[[Rows, Images, int], Images]
-
-
-class Transformed(Around):
-    """The mean gradient of the loss of several transforms of the images, in the images themselves."""
-
-    def __init__(self, inner: Oracle, name: str, copies: int, transform: Transform) -> None:
-        """Ask `inner` at each of `copies` transforms, under the technique's name."""
-        super().__init__(inner)
-        self.name, self.copies, self.transform = name, copies, transform
-
-    def gradient(
-        self,
-        rows: Rows,
-        x: Images,
-        members: Sequence[int] | None = None,
-        weights: Weights = None,
-    ) -> Images:
-        """Return the mean of the inner gradients, each pulled back through its transform."""
-        total = torch.zeros_like(x)
-        for number in range(self.copies):
-            with torch.enable_grad():
-                at = x.detach().requires_grad_()
-                moved = self.transform(rows, at, number)
-            inner = self.inner.gradient(dice(rows, self.name, number), moved.detach(), members, weights)
-            total = total + torch.autograd.grad(moved, at, inner)[0]
-        return total / self.copies
-
-
 class Technique(ABC):
-    """A change of the gradient, to be subclassed by a frozen dataclass that is registered as `@technique`."""
+    """A change of the gradient, to be subclassed by a frozen dataclass that is registered as `@technique`.
+
+    Example:
+        >>> class Halved(Technique):
+        ...     def wrap(self, inner):
+        ...         return TransformedOracle(inner, "halved", 1, lambda rows, x, number: x / 2)
+        >>> from robustkit.attack_api.oracles import TransformedOracle
+        >>> Halved().cost
+        1
+    """
 
     __slots__ = ()
 
     @property
     def cost(self) -> int:
-        """The most gradients it asks for in the place of one; those of single members count as their share."""
+        """The most gradients it uses in place of one; those of single members count as their share."""
         return 1
 
     def prepare(self, surrogates: Surrogates) -> Surrogates:
-        """Return the surrogates to be asked, before a run."""
+        """Return the surrogates to use, before a run."""
         return surrogates
 
     @property
-    def outside(self) -> bool:
-        """Whether it stands around all of a rule's step, and not behind it."""
+    def outermost(self) -> bool:
+        """Whether it wraps the whole of a rule's step, and not only the gradients that the rule gets."""
         return False
 
     @abstractmethod
-    def begin(self, inner: Oracle) -> Oracle:
-        """Return what is asked instead of `inner` during one run on one batch."""
+    def wrap(self, inner: Oracle) -> Oracle:
+        """Return the oracle to use in place of `inner` during one run on one batch."""
 
-    def surround(self, make: Callable[[], Oracle]) -> Oracle:
-        """Return what is asked instead of what `make` makes, each with a memory of its own, if it is `outside`."""
-        return self.begin(make())
+    def wrap_each(self, make: Callable[[], Oracle]) -> Oracle:
+        """Return the oracle to use in place of those that `make` makes, if it is `outermost`.
+
+        Each call of `make` returns an oracle with a memory of its own.
+        """
+        return self.wrap(make())
 
 
 @dataclass(frozen=True)
 class Composition:
-    """An attack made of a rule of ascent and techniques, the outermost first."""
+    """An attack made of an ascent rule and techniques, the outermost first.
+
+    Attributes:
+        rule: an attack that is registered with `ascent=True`.
+        techniques: changes of its gradients; each wraps the ones after it.
+    """
 
     rule: Any
     techniques: tuple[Technique, ...] = ()
 
     @property
     def info(self) -> Info:
-        """What the rule says of itself."""
+        """The rule's registration."""
         info: Info = self.rule.info
         return info
 
     @property
     def name(self) -> str:
-        """The names, joined as they are written."""
+        """The names, joined by `+`."""
         return "+".join(spec(part)["name"] for part in (self.rule, *self.techniques))
 
     @property
@@ -193,11 +104,11 @@ class Composition:
         )
 
     def spec(self) -> dict[str, Any]:
-        """Return everything that determines what it does."""
+        """Return the rule's and the techniques' names and parameters."""
         return {**spec(self.rule), "techniques": [spec(part) for part in self.techniques]}
 
     def __call__(self, model: Model, x: Images, goal: Goal, threat: ThreatModel, *, rng: RowRng) -> Images:
-        """Return where the last step ends, inside the threat; `model` is a model or `Surrogates`."""
+        """Return the last points (B C H W), inside the threat; `model` is a model or `Surrogates`."""
         return ascend(self.rule, model, x, goal, threat, rng, self.techniques)
 
 
@@ -205,7 +116,12 @@ def compose(parts: Sequence[Any]) -> Any:
     """Return the attack that these parts make: an attack, then techniques (see `registry.parse_attack`).
 
     Raises:
-        UsageError: if techniques are to change an attack that is no rule of ascent.
+        UsageError: if techniques follow an attack that is no ascent rule.
+
+    Example:
+        >>> from robustkit.registry import make, make_technique
+        >>> compose([make("mi-fgsm"), make_technique("di")]).name
+        'mi-fgsm+di'
     """
     rule, *techniques = parts
     if rule.info.ascent:
@@ -213,8 +129,7 @@ def compose(parts: Sequence[Any]) -> Any:
     if techniques:
         name = spec(rule)["name"]
         raise UsageError(
-            f"{name} takes no techniques: write a rule of ascent before '+', "
-            f"e.g. mi-fgsm+{techniques[0].info.name}."
+            f"{name} takes no techniques: use an ascent rule before '+', e.g. mi-fgsm+{techniques[0].info.name}."
         )
     return rule
 
@@ -228,12 +143,21 @@ def ascend(
     rng: RowRng,
     techniques: Sequence[Technique] = (),
 ) -> Images:
-    """Take all steps of a rule from the images x; return where they end, inside ball and box.
+    """Take all steps of a rule from the images x; return the last points (B C H W), inside ball and box.
 
-    A rule has `steps`, `loss`, `init(rows)` and `step(rows, state, answer)` as row-wise attacks do. It may have
-    `begin(oracle)` as techniques do, outermost of all but those that are `outside`, and a state that holds "point"
-    where it stands if its next query "x" is elsewhere. With `restarts` above 1 it begins anew so often, and what
-    a later one finds replaces the rest where it reaches the goal on the surrogates (arXiv:2011.05074).
+    With `restarts` above 1 the rule is run that often; the points of a later run replace the earlier ones where they
+    reach the goal on the surrogates (arXiv:2011.05074).
+
+    Args:
+        rule: has `steps`, `loss`, `init(rows)` and `step(rows, state, answer)` as row-wise attacks do. It may
+            have `wrap(oracle)` as techniques do, around all techniques but those that are `outermost`, and a state
+            with the present "point" if its next query "x" is elsewhere.
+        model: a model, or `Surrogates`.
+        x: clean images (B C H W) in [0, 1].
+        goal: the labels, and the targets if there are any.
+        threat: the perturbations that are allowed.
+        rng: random numbers, each row's own.
+        techniques: changes of the gradients, the outermost first.
     """
     surrogates = Surrogates.of(model)
     for technique in techniques:
@@ -278,39 +202,16 @@ def _run(
 
 
 def _chain(rule: Any, surrogates: Surrogates, techniques: Sequence[Technique], rng: RowRng) -> Oracle:
-    """Return what a rule asks: the surrogates, techniques around them, what the rule begins, and those outside."""
+    """Return a rule's oracle: the surrogates, the techniques around them, the rule's own, the outermost ones."""
 
     def make() -> Oracle:
-        oracle: Oracle = Direct(surrogates, rule.loss, rule.steps, rng)
+        oracle: Oracle = SurrogateOracle(surrogates, rule.loss, rule.steps, rng)
         for technique in reversed(techniques):
-            if not technique.outside:
-                oracle = technique.begin(oracle)
-        return rule.begin(oracle) if hasattr(rule, "begin") else oracle
+            if not technique.outermost:
+                oracle = technique.wrap(oracle)
+        return rule.wrap(oracle) if hasattr(rule, "wrap") else oracle
 
     for technique in reversed(techniques):
-        if technique.outside:
-            make = partial(technique.surround, make)
+        if technique.outermost:
+            make = partial(technique.wrap_each, make)
     return make()
-
-
-def dice(rows: Rows, name: str, number: int = 0) -> Rows:
-    """Return the rows with random numbers of their own for one of several calls in a step."""
-    return replace(rows, rng=replace(rows.rng, stream=f"{rows.rng.stream}/{name}{number}"))
-
-
-def shared(rows: Rows, name: str) -> RowRng:
-    """Return a generator of one row that all images share, whatever the batch, for choices made for all."""
-    rng = dice(rows, name).rng
-    return replace(rng, ids=torch.zeros(1, dtype=torch.int64))
-
-
-def per_pixel(threat: ThreatModel, x: Images) -> float:
-    """Return by how much every pixel changes if all change alike and use up eps."""
-    size, eps = x[0].numel() if len(x) else 1, float(threat.eps)
-    return {"linf": eps, "l2": eps / math.sqrt(size), "l1": eps / size}[threat.norm]
-
-
-def neighbour(rows: Rows, x: Images, radius: float) -> Images:
-    """Return points drawn evenly from the cube of `radius` times `per_pixel` around x."""
-    reach = radius * per_pixel(rows.threat, x)
-    return x + reach * (2 * rows.rng.uniform(*x.shape[1:]).to(x) - 1)

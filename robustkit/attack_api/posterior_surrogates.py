@@ -1,7 +1,7 @@
 """Surrogates that are many nets: posterior samples of one architecture, a fresh one for each gradient.
 
-Which samples come when is drawn for all images alike, and from the first one again for every batch: what becomes
-of an image does not depend on the others.
+The order of the samples is the same for all images, and begins with the first one again for every batch, so that
+the result for an image does not depend on the others.
 """
 
 from __future__ import annotations
@@ -20,74 +20,77 @@ from robustkit.core.shapes import Images, Logits
 
 @runtime_checkable
 class Population(Protocol):
-    """A member of `Surrogates` that is many nets. Called as a model it answers as all of them together."""
+    """A member of `Surrogates` that is many nets; called as a model it returns their combined logits."""
 
     def __len__(self) -> int:
-        """How many nets."""
+        """Return how many nets there are."""
 
     def __call__(self, x: Images) -> Logits:
-        """Return the logits of all nets together."""
+        """Return the combined logits of all nets (B K) at images (B C H W)."""
 
     def sample(self, number: int) -> Model:
         """Return one of the nets as a member of its own."""
 
 
-class Deck:
-    """Deals samples of populations during one run on one batch; other members stay what they are.
+class SampleSchedule:
+    """Chooses samples of populations during one run on one batch; other members stay what they are.
 
     Each population is gone through in one order, again and again; members that are the same population share
-    it. `surrogates.order` and `surrogates.fresh` say how.
+    it. `surrogates.order` and `surrogates.fresh` set the order and the pace.
     """
 
     def __init__(self, surrogates: Surrogates, rng: RowRng | None) -> None:
-        """Shuffle by the run's dice; without any the samples come as listed."""
-        self.now = self._surrogates = surrogates
+        """Shuffle by the run's random numbers; without any the samples come as listed."""
+        self.current = self._surrogates = surrogates
         self._populations: list[Population] = []
-        # For each member its population's place in that list.
-        self._places: dict[int, int] = {}
+        # For each member its population's position in that list.
+        self._positions: dict[int, int] = {}
         for number, member in enumerate(surrogates.members):
             if isinstance(member, Population):
-                known = [place for place, one in enumerate(self._populations) if one is member]
-                self._places[number] = known[0] if known else len(self._populations)
+                known = [position for position, other in enumerate(self._populations) if other is member]
+                self._positions[number] = known[0] if known else len(self._populations)
                 if not known:
                     self._populations.append(member)
-        dice = rng if surrogates.order == "shuffled" else None
-        self._orders = [_order(len(one), dice, place) for place, one in enumerate(self._populations)]
-        self._dealt = [0] * len(self._populations)
+        rng = rng if surrogates.order == "shuffled" else None
+        self._orders = [_order(len(one), rng, position) for position, one in enumerate(self._populations)]
+        self._used = [0] * len(self._populations)
         self._step: object = None
         self._fixed: set[int] = set()
-        # Who is asked for anything but gradients before the first was dealt answers as that one.
-        self._put({number: self._orders[place][0] for number, place in self._places.items()})
+        # The first samples, for calls before the first gradient.
+        self._set_samples({number: self._orders[position][0] for number, position in self._positions.items()})
 
-    def deal(self, members: Sequence[int], step: object) -> Surrogates:
-        """Return the surrogates with the next samples in the places of these members, others as they were.
+    def next(self, members: Sequence[int], step: object) -> Surrogates:
+        """Return the surrogates with the next samples for these members, others as they were.
 
-        If `fresh` is at each step, a member that has got its sample in this step keeps it.
+        If `fresh` is "step", a member that has its sample of this step keeps it.
         """
         if self._surrogates.fresh == "gradient" or step != self._step:
             self._step, self._fixed = step, set()
-        wanted = [number for number in members if number in self._places and number not in self._fixed]
+        wanted = [number for number in members if number in self._positions and number not in self._fixed]
         self._fixed.update(wanted)
-        self._put({number: self._next(self._places[number]) for number in wanted})
-        return self.now
+        self._set_samples({number: self._next_sample(self._positions[number]) for number in wanted})
+        return self.current
 
-    def _next(self, place: int) -> int:
-        order = self._orders[place]
-        self._dealt[place] += 1
-        return order[(self._dealt[place] - 1) % len(order)]
+    def _next_sample(self, position: int) -> int:
+        order = self._orders[position]
+        self._used[position] += 1
+        return order[(self._used[position] - 1) % len(order)]
 
-    def _put(self, samples: Mapping[int, int]) -> None:
+    def _set_samples(self, samples: Mapping[int, int]) -> None:
         if samples:
-            members = list(self.now.members)
+            members = list(self.current.members)
             for number, sample in samples.items():
-                members[number] = self._populations[self._places[number]].sample(sample)
-            self.now = replace(self.now, members=members)
+                members[number] = self._populations[self._positions[number]].sample(sample)
+            self.current = replace(self.current, members=members)
 
 
-def spread(surrogates: Surrogates, copies: int | None) -> Surrogates:
-    """Return surrogates with a population as so many members; for None with its nets as the members.
+def expand(surrogates: Surrogates, copies: int | None) -> Surrogates:
+    """Return surrogates with each population as several members, which share its weight.
 
-    They share its weight.
+    Args:
+        surrogates: with or without populations.
+        copies: how many times a population becomes a member, at most once for each net; None makes each of its
+            nets a member.
     """
     members: list[Model] = []
     weights: list[float] = []
@@ -104,9 +107,9 @@ def spread(surrogates: Surrogates, copies: int | None) -> Surrogates:
     return replace(surrogates, members=members, weights=weights, together=None)
 
 
-def _order(count: int, dice: RowRng | None, place: int) -> list[int]:
-    if dice is None:
+def _order(count: int, rng: RowRng | None, position: int) -> list[int]:
+    if rng is None:
         return list(range(count))
-    shared = replace(dice, stream=f"{dice.stream}/deck{place}", ids=torch.zeros(1, dtype=torch.int64))
+    shared = replace(rng, stream=f"{rng.stream}/deck{position}", ids=torch.zeros(1, dtype=torch.int64))
     order: list[int] = shared.uniform(count)[0].argsort(stable=True).tolist()
     return order

@@ -1,7 +1,7 @@
-"""Several models as one surrogate: asked together or member by member, all on the device or one at a time.
+"""Several models as one surrogate: used together or one by one, all on the device or one at a time.
 
-A transfer attack is given these instead of a model. They can be called as one (the combined logits), and they
-give the gradient of a loss in the images, of all members together or of some of them.
+A transfer attack gets these instead of a model. Called as a model they return the combined logits; `gradient`
+returns the gradient of a loss in the images, of all members together or of some of them.
 """
 
 from __future__ import annotations
@@ -25,25 +25,26 @@ from robustkit.core.threat import per_row
 
 ORDERS, FRESH = ("shuffled", "listed"), ("gradient", "step")
 COMBINATIONS = ("logits", "probabilities", "loss", "gradients", "consensus")
-# Those in which what is asked of one member depends on what all say, and those that bring gradients to one size.
+# Those in which the gradient of one member depends on the logits of all, and those that normalise gradients.
 SHARED, SCALED = ("logits", "probabilities", "consensus"), ("gradients", "consensus")
 
-# Of the members, (n) or (n B), or made of their logits (n B K) at the point where the gradient is taken.
+# Of the members, (n) or (n B), or a function of their logits (n B K) at the point where the gradient is taken.
 Weights = Tensor | Callable[[Tensor], Tensor] | None
-# From the logits of members (n B K) to their slopes (n B K) and weights (n B).
-Settle = Callable[[Tensor], tuple[Tensor, Tensor]]
+# From the logits of members (n B K) to the loss's gradient in them (n B K) and the members' weights (n B).
+LogitGradients = Callable[[Tensor], tuple[Tensor, Tensor]]
 
-# Entered around a member's forward pass with the member and the dice of the rows: hooks on its residual blocks.
-Around = Callable[[Any, RowRng], AbstractContextManager[object]]
+# A context around a member's forward pass, made from the member and the rows' random numbers.
+ForwardHook = Callable[[Any, RowRng], AbstractContextManager[object]]
 
 
 @dataclass(frozen=True)
 class Surrogates:
-    """Models with the same classes, and how they are made one.
+    """Models with the same classes, and how they are combined.
 
     Attributes:
-        members: each from images (B C H W) to logits (B K). One with a method `resident()`, a context manager that
-            gives the model, is on the device only inside of it; members with the same `place` take turns there.
+        members: each from images (B C H W) to logits (B K). One with a method `resident()`, a context manager
+            that returns the model, is on the device only inside of it; members with the same `place` are there one
+            at a time.
         combine: what is averaged: `logits`; `probabilities`, whose logarithms are the logits then; the `loss` of
             each member; the `gradients`, each first divided by its mean size; or, with `consensus`, the same of
             one loss for all, that of the mean of the members' logits, each first divided by its spread.
@@ -51,11 +52,17 @@ class Surrogates:
         hold: whether the graphs of all members may be in memory at once. If not, those
             of `SHARED` cost a second forward pass for each member.
         together: all members at once, (n B C H W) to (n B K), where that is faster than one after the other.
-        around: what is entered around each member's forward pass.
+        forward_hooks: contexts around each member's forward pass.
         pool: images of the whole run (P C H W), in an order that never changes, for techniques that mix others in.
-        order: in which the samples of a posterior come: `shuffled`, or as `listed` (see
-        `robustkit.attack_api.posterior_surrogates`).
-        fresh: when a posterior's next sample comes: for each `gradient`, or for each `step` of the attack.
+        order: of the samples of a posterior: `shuffled`, or as `listed` (see
+            `robustkit.attack_api.posterior_surrogates`).
+        fresh: when a posterior's next sample is used: for each `gradient`, or for each `step` of the attack.
+
+    Example:
+        >>> import torch
+        >>> pair = Surrogates((lambda x: x.flatten(1), lambda x: 3 * x.flatten(1)), weights=(3, 1))
+        >>> pair(torch.ones(1, 1, 1, 2))
+        tensor([[1.5000, 1.5000]])
     """
 
     members: Sequence[Model]
@@ -63,13 +70,13 @@ class Surrogates:
     weights: Sequence[float] | None = None
     hold: bool = True
     together: Callable[[Tensor], Tensor] | None = None
-    around: tuple[Around, ...] = ()
+    forward_hooks: tuple[ForwardHook, ...] = ()
     pool: Tensor | None = None
     order: str = "shuffled"
     fresh: str = "gradient"
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be meant."""
+        """Raise UsageError for values that are not valid."""
         if not self.members:
             raise UsageError("an ensemble of surrogates needs at least one model.")
         if self.combine not in COMBINATIONS:
@@ -81,7 +88,7 @@ class Surrogates:
             len(self.weights) != len(self.members) or not all(0 < weight < float("inf") for weight in self.weights)
         ):
             raise UsageError(
-                f"weights {list(self.weights)} for {len(self.members)} surrogates: write one number above 0 each."
+                f"weights {list(self.weights)} for {len(self.members)} surrogates: pass one number above 0 each."
             )
 
     @classmethod
@@ -98,7 +105,7 @@ class Surrogates:
         return self._combined(logits, self.shares(range(len(self)), None, x))
 
     def select(self, members: Sequence[int]) -> Surrogates:
-        """Return some of them, as an ensemble of their own."""
+        """Return these members as surrogates of their own."""
         weights = None if self.weights is None else [self.weights[number] for number in members]
         return replace(self, members=[self.members[number] for number in members], weights=weights, together=None)
 
@@ -120,25 +127,25 @@ class Surrogates:
         """Return each row's gradient of its own loss in x.
 
         Args:
-            x: where.
-            goal: what the loss rises towards.
+            x: where the gradient is taken (B C H W).
+            goal: the labels, and the targets if there are any; the loss rises towards the goal.
             loss: a name of `robustkit.core.losses`.
-            rng: the dice of the rows, for members that are changed at random.
-            members: which to ask, all by default.
-            weights: of those, in the place of the ensemble's own; taken as they are.
+            rng: the rows' random numbers, for members that are changed at random.
+            members: which to use, all by default.
+            weights: of those, in place of the ensemble's own; not normalised.
         """
         chosen = list(range(len(self)) if members is None else members)
 
-        def settle(logits: Tensor) -> tuple[Tensor, Tensor]:
+        def logit_gradients(logits: Tensor) -> tuple[Tensor, Tensor]:
             shares = self.shares(chosen, weights, x, logits)
             return self._slopes(logits, goal, loss, shares), shares
 
-        if self.together is not None and not self.around and chosen == list(range(len(self))):
-            parts, shares = self._all_at_once(x, settle)
-        elif self.hold and not self._crowded(chosen):
-            parts, shares = self._held(chosen, x, rng, settle)
+        if self.together is not None and not self.forward_hooks and chosen == list(range(len(self))):
+            parts, shares = self._all_at_once(x, logit_gradients)
+        elif self.hold and not self._share_a_place(chosen):
+            parts, shares = self._held(chosen, x, rng, logit_gradients)
         elif callable(weights) or (len(chosen) > 1 and self.combine in SHARED):
-            parts, shares = self._streamed_twice(chosen, x, rng, settle)
+            parts, shares = self._streamed_twice(chosen, x, rng, logit_gradients)
         else:
             shares = self.shares(chosen, weights, x)
             slope = partial(self._slopes, goal=goal, loss=loss)
@@ -147,13 +154,13 @@ class Surrogates:
             return sum(parts[1:], parts[0])
         total = torch.zeros_like(x)
         for share, part in zip(shares, parts, strict=True):
-            total = total + per_row(share, x) * scaled(part)
+            total = total + per_row(share, x) * mean_normalised(part)
         return total
 
     def shares(self, chosen: Sequence[int], weights: Weights, x: Images, logits: Tensor | None = None) -> Tensor:
-        """Return the weights of these members, (n B): those given as they are, or their own, which sum to 1.
+        """Return the weights of these members, (n B): those passed as they are, or their own, which sum to 1.
 
-        Weights that are made of logits (n B K) are made of these, or of those at x.
+        Weights that are a function of logits (n B K) use these, or those at x.
         """
         if callable(weights):
             weights = weights(self.logits(x, chosen) if logits is None else logits.detach())
@@ -167,14 +174,14 @@ class Surrogates:
         if self.combine == "probabilities":
             return (logits.log_softmax(2) + shares[:, :, None].log()).logsumexp(0)
         if self.combine == "consensus":
-            own = spread(logits.detach())
-            # Brought to one spread, then to the usual one: the loss is not to saturate sooner or later for it.
-            usual = (shares * own).sum(0) / shares.sum(0)
-            shares = usual * shares / own
+            own = logit_spread(logits.detach())
+            # All get the mean spread, so that the loss saturates as it does on unscaled logits.
+            mean = (shares * own).sum(0) / shares.sum(0)
+            shares = mean * shares / own
         return (shares[:, :, None] * logits).sum(0)
 
     def _slopes(self, logits: Tensor, goal: Goal, loss: str, shares: Tensor) -> Tensor:
-        """Return how the loss of each row changes with the logits of each member, (n B K)."""
+        """Return the gradient of each row's loss in the logits of each member, (n B K)."""
         with torch.enable_grad():
             at = logits.detach().requires_grad_()
             if self.combine in SHARED:
@@ -184,61 +191,63 @@ class Surrogates:
                 value = (each if self.combine == "gradients" else shares * each).sum()
             return torch.autograd.grad(value, at)[0]
 
-    def _all_at_once(self, x: Images, settle: Settle) -> tuple[list[Images], Tensor]:
+    def _all_at_once(self, x: Images, logit_gradients: LogitGradients) -> tuple[list[Images], Tensor]:
         if self.together is None:
-            raise RuntimeError("there is no way to run these members together.")
+            raise RuntimeError("these surrogates have no `together`.")
         with torch.enable_grad():
             at = x.detach().expand(len(self), *x.shape).contiguous().requires_grad_()
             logits = self.together(at)
-        slopes, shares = settle(logits)
+        slopes, shares = logit_gradients(logits)
         return list(finite(torch.autograd.grad(logits, at, slopes)[0])), shares
 
-    def _crowded(self, chosen: Sequence[int]) -> bool:
-        """Return whether some of these members take turns in one place, so that not all graphs can be held."""
+    def _share_a_place(self, chosen: Sequence[int]) -> bool:
+        """Return whether some of these members share one place on the device, so that not all graphs fit."""
         places = [getattr(self.members[number], "place", None) for number in chosen]
         known = [id(place) for place in places if place is not None]
         return len(set(known)) < len(known)
 
-    def _held(self, chosen: Sequence[int], x: Images, rng: RowRng, settle: Settle) -> tuple[list[Images], Tensor]:
+    def _held(
+        self, chosen: Sequence[int], x: Images, rng: RowRng, logit_gradients: LogitGradients
+    ) -> tuple[list[Images], Tensor]:
         with torch.enable_grad():
             points = [x.detach().requires_grad_() for _ in chosen]
             answers = [self._member(number, at, rng) for number, at in zip(chosen, points, strict=True)]
-        slopes, shares = settle(torch.stack(answers))
-        parts = [_pulled_back(*each) for each in zip(answers, points, slopes, strict=True)]
+        slopes, shares = logit_gradients(torch.stack(answers))
+        parts = [_input_gradient(*each) for each in zip(answers, points, slopes, strict=True)]
         return parts, shares
 
     def _streamed_twice(
-        self, chosen: Sequence[int], x: Images, rng: RowRng, settle: Settle
+        self, chosen: Sequence[int], x: Images, rng: RowRng, logit_gradients: LogitGradients
     ) -> tuple[list[Images], Tensor]:
-        """Give the same with one graph at a time, where slopes or weights depend on all members."""
+        """Return the same with one graph at a time, where gradients or weights depend on all members."""
         with torch.no_grad():
-            slopes, shares = settle(torch.stack([self._member(number, x, rng) for number in chosen]))
-        return self._streamed(chosen, x, rng, [partial(_known, slope) for slope in slopes]), shares
+            slopes, shares = logit_gradients(torch.stack([self._member(number, x, rng) for number in chosen]))
+        return self._streamed(chosen, x, rng, [partial(_constant, slope) for slope in slopes]), shares
 
     def _streamed(
         self, chosen: Sequence[int], x: Images, rng: RowRng, slopes: Sequence[Callable[[Tensor], Tensor]]
     ) -> list[Images]:
-        """Give each member's part with one graph at a time; each slope, (1 B K), is made of the logits (1 B K)."""
+        """Return each member's part with one graph at a time; `slopes` map logits (1 B K) to gradients (1 B K)."""
         parts = []
         for number, slope in zip(chosen, slopes, strict=True):
             with torch.enable_grad(), self._resident(number) as model:
                 at = x.detach().requires_grad_()
-                answer = self._ask(number, model, at, rng)
-                parts.append(_pulled_back(answer, at, slope(answer[None])[0]))
+                answer = self._forward(number, model, at, rng)
+                parts.append(_input_gradient(answer, at, slope(answer[None])[0]))
         return parts
 
     def _member(self, number: int, x: Images, rng: RowRng | None = None) -> Logits:
         with self._resident(number) as model:
-            return self._ask(number, model, x, rng)
+            return self._forward(number, model, x, rng)
 
-    def _ask(self, number: int, model: Model, x: Images, rng: RowRng | None) -> Logits:
-        if rng is None or not self.around:
+    def _forward(self, number: int, model: Model, x: Images, rng: RowRng | None) -> Logits:
+        if rng is None or not self.forward_hooks:
             return model(x)
-        # Members of one architecture are not to be changed alike.
+        # Members of one architecture get different random numbers.
         rng = replace(rng, stream=f"{rng.stream}/member{number}")
         with ExitStack() as stack:
-            for around in self.around:
-                stack.enter_context(around(model, rng))
+            for hook in self.forward_hooks:
+                stack.enter_context(hook(model, rng))
             return model(x)
 
     @contextmanager
@@ -251,29 +260,29 @@ class Surrogates:
             yield member
 
 
-def spread(logits: Tensor) -> Tensor:
+def logit_spread(logits: Tensor) -> Tensor:
     """Return the standard deviation of logits (… K) over classes, (…); 1 where they are all the same."""
     deviation = (logits - logits.mean(-1, keepdim=True)).square().mean(-1).sqrt()
     return torch.where(deviation > 0, deviation, 1)
 
 
-def scaled(gradient: Images) -> Images:
-    """Return each row divided by its mean absolute value, whatever its size; zero where the row is."""
+def mean_normalised(gradient: Images) -> Images:
+    """Return each row divided by its mean absolute value, whatever its size; zero where the row is zero."""
     rows = gradient.flatten(1)
-    # By the largest first, so that nothing underflows on the way to the mean.
+    # Divided by the largest first, so that nothing underflows in the mean.
     largest = rows.abs().amax(1)
     unit = gradient / per_row(torch.where(largest > 0, largest, 1), gradient)
     mean = unit.flatten(1).abs().mean(1)
     return unit / per_row(torch.where(mean > 0, mean, 1), gradient)
 
 
-def _pulled_back(answer: Logits, at: Images, slope: Tensor) -> Images:
-    """Return the gradient in the images; zero where the answer does not depend on them differentiably."""
+def _input_gradient(answer: Logits, at: Images, slope: Tensor) -> Images:
+    """Return the gradient in the images; zero where the logits do not depend on them differentiably."""
     if not answer.requires_grad:
         return torch.zeros_like(at)
     return finite(torch.autograd.grad(answer, at, slope.to(answer.dtype))[0])
 
 
-def _known(slope: Tensor, logits: Tensor) -> Tensor:
+def _constant(slope: Tensor, logits: Tensor) -> Tensor:
     """Return a slope that does not depend on these logits alone."""
     return slope[None]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from robustkit.attack_api.surrogates import Surrogates
+from robustkit.attack_api import Surrogates
 from robustkit.core.criteria import Goal
 from robustkit.core.errors import RunError
 from robustkit.core.isolation import own_randomness
@@ -76,7 +76,7 @@ class Crafter:
         bare = Surrogates([lambda x: x] * len(self.plan.nets), pool=torch.zeros(1, 1, 1, 1))
         for technique in self.plan.parts[1:]:
             bare = technique.prepare(bare)
-        return bool(bare.around)
+        return bool(bare.forward_hooks)
 
     def make(
         self,

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from robustkit.attack_api.surrogates import Surrogates
+from robustkit.attack_api import Surrogates
 from robustkit.core.criteria import Goal
 from robustkit.core.isolation import evaluation_mode, threads
 from robustkit.core.memory import free_memory

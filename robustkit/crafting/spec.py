@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from robustkit import registry
-from robustkit.attack_api.composition import Composition, compose
-from robustkit.attack_api.surrogates import COMBINATIONS, Surrogates
+from robustkit.attack_api import Composition, Surrogates, compose
+from robustkit.attack_api.surrogates import COMBINATIONS
 from robustkit.core.errors import UsageError, did_you_mean
 from robustkit.core.threat import ThreatModel
 from robustkit.data.samples import Samples

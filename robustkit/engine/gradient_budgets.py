@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from robustkit.attack_api.composition import Composition
+from robustkit.attack_api import Composition
 from robustkit.core.errors import UsageError
 from robustkit.core.flags import Flag
 from robustkit.core.step_size import SLACK, StepSize

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from robustkit.attack_api.composition import compose
+from robustkit.attack_api import compose
 from robustkit.attack_api.surrogates import COMBINATIONS
 from robustkit.core.criteria import Goal
 from robustkit.core.rng import RowRng

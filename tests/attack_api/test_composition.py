@@ -1,4 +1,4 @@
-"""Attacks as a rule of ascent with techniques: who asks whom, at what price, with which dice."""
+"""Compositions of a rule and techniques: the order of the calls, their cost, their random numbers."""
 
 from __future__ import annotations
 
@@ -11,9 +11,17 @@ import pytest
 import torch
 
 from robustkit import registry
-from robustkit.attack_api import Rows
-from robustkit.attack_api.composition import Around, Composition, Direct, Technique, ascend, compose, dice
-from robustkit.attack_api.surrogates import Surrogates
+from robustkit.attack_api import (
+    Composition,
+    OracleWrapper,
+    Rows,
+    SurrogateOracle,
+    Surrogates,
+    Technique,
+    ascend,
+    compose,
+    split_rng,
+)
 from robustkit.core.criteria import Goal
 from robustkit.core.errors import UsageError
 from robustkit.core.rng import RowRng
@@ -48,7 +56,7 @@ def run(attack, model=None, x=X, goal=GOAL, threat=THREAT, rng=RNG):
     return attack(model or Net(), x, goal, threat, rng=rng)
 
 
-class Told(Around):
+class Told(OracleWrapper):
     """Passes a question on; notes in which order and with which dice it was asked."""
 
     def __init__(self, inner, technique):
@@ -58,8 +66,8 @@ class Told(Around):
     def gradient(self, rows, x, members=None, weights=None):
         self.calls += 1
         self.technique.notes.append((self.technique.word, self.calls, rows.rng.stream, rows.rng.step))
-        first = self.inner.gradient(dice(rows, self.technique.word, 0), x, members, weights)
-        second = self.inner.gradient(dice(rows, self.technique.word, 1), x, members, weights)
+        first = self.inner.gradient(split_rng(rows, self.technique.word, 0), x, members, weights)
+        second = self.inner.gradient(split_rng(rows, self.technique.word, 1), x, members, weights)
         return (first + second) / 2
 
 
@@ -75,8 +83,8 @@ class Telling(Technique):
         self.notes.append(("prepare", self.word))
         return surrogates
 
-    def begin(self, inner):
-        self.notes.append(("begin", self.word, type(inner).__name__))
+    def wrap(self, inner):
+        self.notes.append(("wrap", self.word, type(inner).__name__))
         return Told(inner, self)
 
 
@@ -199,7 +207,12 @@ def test_the_leftmost_technique_is_the_outermost():
     net = Net()
     attack = Composition(make("i-fgsm", steps=2), (Telling("a", notes), Telling("b", notes)))
     run(attack, net)
-    assert notes[:4] == [("prepare", "a"), ("prepare", "b"), ("begin", "b", "Direct"), ("begin", "a", "Told")]
+    assert notes[:4] == [
+        ("prepare", "a"),
+        ("prepare", "b"),
+        ("wrap", "b", "SurrogateOracle"),
+        ("wrap", "a", "Told"),
+    ]
     asked = [note[0] for note in notes[4:]]
     assert asked == ["a", "b", "b"] * 2
     assert net.asked == [(4, True)] * 8  # 2 steps, 2 questions of each, 2 of each of these
@@ -225,22 +238,28 @@ def test_a_rules_own_loop_asks_the_techniques():
 
 def test_questions_of_one_step_have_dice_of_their_own():
     rows = Rows(X, GOAL, THREAT, RNG.at(step=3), GOAL)
-    streams = [dice(rows, "a"), dice(rows, "a", 1), dice(rows, "b"), dice(dice(rows, "a"), "a"), rows]
+    streams = [
+        split_rng(rows, "a"),
+        split_rng(rows, "a", 1),
+        split_rng(rows, "b"),
+        split_rng(split_rng(rows, "a"), "a"),
+        rows,
+    ]
     draws = [one.rng.uniform(5) for one in streams]
     for number, draw in enumerate(draws):
         assert all(not torch.equal(draw, other) for other in draws[:number])
-    assert torch.equal(draws[0], dice(rows, "a", 0).rng.uniform(5))
+    assert torch.equal(draws[0], split_rng(rows, "a", 0).rng.uniform(5))
     # Each row's, whatever stands beside it.
     index = torch.tensor([2])
-    assert torch.equal(dice(rows.select(index), "b").rng.uniform(5), draws[2][index])
-    assert dice(rows, "a").rng.step == 3
+    assert torch.equal(split_rng(rows.select(index), "b").rng.uniform(5), draws[2][index])
+    assert split_rng(rows, "a").rng.step == 3
 
 
 def test_direct_is_the_surrogates_gradient_of_the_aim():
     nets = Surrogates([Net(1), Net(2)])
     other = Goal(GOAL.targets)
     rows = Rows(X, GOAL, THREAT, RNG, other)
-    oracle = Direct(nets, "margin")
+    oracle = SurrogateOracle(nets, "margin")
     assert oracle.surrogates is nets
     assert Told(oracle, None).surrogates is nets
     found = oracle.gradient(rows, X, [1], torch.tensor([2.0]))
@@ -253,7 +272,7 @@ def test_direct_is_the_surrogates_gradient_of_the_aim():
 def test_compose_refuses_what_is_no_rule_of_ascent():
     with pytest.raises(UsageError) as error:
         compose([make("apgd"), Telling("a", [])])
-    assert str(error.value) == "apgd takes no techniques: write a rule of ascent before '+', e.g. mi-fgsm+telling."
+    assert str(error.value) == "apgd takes no techniques: use an ascent rule before '+', e.g. mi-fgsm+telling."
     apgd = make("apgd")
     assert compose([apgd]) is apgd
     assert "apgd" not in RULES
@@ -356,7 +375,7 @@ def test_every_rule_reads_nothing_but_the_gradient():
         rule = make(name)
         rows = Rows(X, GOAL, THREAT, RNG, GOAL)
         state = rule.init(rows)
-        oracle = Direct(Surrogates([Net()]), rule.loss)
-        oracle = rule.begin(oracle) if hasattr(rule, "begin") else oracle
+        oracle = SurrogateOracle(Surrogates([Net()]), rule.loss)
+        oracle = rule.wrap(oracle) if hasattr(rule, "wrap") else oracle
         gradient = oracle.gradient(replace(rows, rng=RNG.at(step=1)), state["x"])
         assert rule.step(rows, state, SimpleNamespace(gradient=gradient))["x"].shape == X.shape

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from robustkit.attack_api.surrogates import COMBINATIONS, SHARED, Surrogates, scaled
+from robustkit.attack_api import Surrogates, mean_normalised
+from robustkit.attack_api.surrogates import COMBINATIONS, SHARED
 from robustkit.core.criteria import Goal
 from robustkit.core.errors import UsageError
 from robustkit.core.rng import RowRng
@@ -328,11 +329,11 @@ def test_scaled_rows_have_mean_size_1_whatever_they_had(size, dtype):
     rows = images(4).to(dtype) - 0.5
     rows[1] *= size
     rows[2] = 0
-    found = scaled(rows)
+    found = mean_normalised(rows)
     assert found.isfinite().all()
     close(found.abs().mean((1, 2, 3)), torch.tensor([1, 1, 0, 1]).to(dtype), 1e-6)
     assert torch.equal(found[1].sign(), rows[1].sign())
-    assert torch.equal(found[0], scaled(rows[:1])[0])
+    assert torch.equal(found[0], mean_normalised(rows[:1])[0])
 
 
 def test_a_member_with_tiny_gradients_weighs_as_much_as_another():
@@ -450,7 +451,7 @@ def test_one_member_is_on_the_device_at_a_time(combine):
 def test_what_is_around_a_forward_gets_the_model_and_the_dice(combine, hold):
     seen = []
 
-    def around(number):
+    def hook(number):
         @contextmanager
         def enter(model, rng):
             seen.append((number, NETS.index(model), rng.stream))
@@ -460,7 +461,7 @@ def test_what_is_around_a_forward_gets_the_model_and_the_dice(combine, hold):
         return enter
 
     x = images()
-    surrogates = Surrogates(NETS, combine, hold=hold, around=(around(0), around(1)), together=all_at_once(NETS))
+    surrogates = Surrogates(NETS, combine, hold=hold, forward_hooks=(hook(0), hook(1)), together=all_at_once(NETS))
     close(gradient(surrogates, x), gradient(Surrogates(NETS, combine), x))
     # Each member has dice of its own.
     dice = [f"{RNG.stream}/member{net}" for net in range(3)]
@@ -482,7 +483,7 @@ def test_what_is_around_a_forward_gets_the_model_and_the_dice(combine, hold):
         ({"members": []}, "an ensemble of surrogates needs at least one model."),
         ({"combine": "logit"}, "no combination 'logit'. Did you mean 'logits'? Known:"),
         *(
-            ({"weights": weights}, f"weights {weights} for 3 surrogates: write one number above 0 each.")
+            ({"weights": weights}, f"weights {weights} for 3 surrogates: pass one number above 0 each.")
             for weights in ([1], [1, 2, 0], [1, 2, -1], [1, 2, float("nan")], [1, 2, float("inf")])
         ),
     ],
@@ -498,7 +499,7 @@ def test_targets_are_reached_by_following_the_gradient():
     x, goal = images(), GOALS["targeted"]
     for combine in COMBINATIONS:
         surrogates = Surrogates(NETS, combine)
-        step = 1e-3 * scaled(gradient(surrogates, x, goal))
+        step = 1e-3 * mean_normalised(gradient(surrogates, x, goal))
         before, after = (
             torch.stack([-F.cross_entropy(net(at), goal.targets, reduction="none") for net in NETS]).mean(0)
             for at in (x, x + step)

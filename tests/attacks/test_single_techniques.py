@@ -13,9 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from robustkit.attack_api import Rows
-from robustkit.attack_api.composition import Direct, ascend, compose, dice
-from robustkit.attack_api.surrogates import Surrogates
+from robustkit.attack_api import Rows, SurrogateOracle, Surrogates, ascend, compose, split_rng
 from robustkit.attacks.transfer.techniques.adaea import AdaEA, agreement
 from robustkit.attacks.transfer.techniques.admix import Admix
 from robustkit.attacks.transfer.techniques.block_shuffle import BlockShuffle
@@ -66,7 +64,7 @@ def problem(threat=LINF, seed=0, members=2):
 
 def gradient(technique, surrogates, rows, x=None):
     prepared = technique.prepare(surrogates)
-    return technique.begin(Direct(prepared, "ce")).gradient(rows, rows.x if x is None else x)
+    return technique.wrap(SurrogateOracle(prepared, "ce")).gradient(rows, rows.x if x is None else x)
 
 
 def run(text, surrogates, rows, *techniques):
@@ -86,7 +84,7 @@ TRANSFORMS = [DI(p=1.0, ratio=0.6), SI(copies=1), Admix(mixes=1, scales=1), SSA(
 @pytest.mark.parametrize("technique", TRANSFORMS, ids=lambda value: value.info.name)
 def test_gradients_of_transforms_are_finite_differences(technique):
     surrogates, rows = problem(members=1)
-    oracle = technique.begin(Direct(surrogates, "ce"))
+    oracle = technique.wrap(SurrogateOracle(surrogates, "ce"))
     found = oracle.gradient(rows, rows.x)
 
     def loss(x):
@@ -195,8 +193,8 @@ def test_admix_without_others_is_si():
 
 def test_admix_mixes_each_rows_own_draw_from_the_pool():
     surrogates, rows = problem()
-    oracle = Admix().begin(Direct(surrogates, "ce"))
-    seen = [dice(rows, "admix", mix).rng.integers(len(surrogates.pool)) for mix in range(3) for _ in range(5)]
+    oracle = Admix().wrap(SurrogateOracle(surrogates, "ce"))
+    seen = [split_rng(rows, "admix", mix).rng.integers(len(surrogates.pool)) for mix in range(3) for _ in range(5)]
     for number, partner in enumerate(seen):
         expected = (rows.x + 0.2 * surrogates.pool[partner]) / 2 ** (number % 5)
         torch.testing.assert_close(oracle.transform(rows, rows.x, number), expected)
@@ -224,7 +222,7 @@ def test_the_cosine_transform_is_scipys(length):
 
 def test_ssa_without_change_is_the_identity():
     surrogates, rows = problem()
-    oracle = SSA(rho=0.0, sigma=0.0).begin(Direct(surrogates, "ce"))
+    oracle = SSA(rho=0.0, sigma=0.0).wrap(SurrogateOracle(surrogates, "ce"))
     torch.testing.assert_close(oracle.transform(rows, rows.x, 0), rows.x, rtol=0, atol=1e-12)
     torch.testing.assert_close(
         gradient(SSA(copies=2, rho=0.0, sigma=0.0), surrogates, rows), gradient(SI(copies=1), surrogates, rows)
@@ -251,7 +249,7 @@ def test_ssas_noise_and_scales_are_of_their_sizes(threat, size):
 
 def test_block_shuffle_of_one_unturned_block_is_the_identity():
     surrogates, rows = problem()
-    oracle = BlockShuffle(blocks=1, degrees=0.0).begin(Direct(surrogates, "ce"))
+    oracle = BlockShuffle(blocks=1, degrees=0.0).wrap(SurrogateOracle(surrogates, "ce"))
     torch.testing.assert_close(oracle.transform(rows, rows.x, 0), rows.x)
 
 
@@ -276,7 +274,7 @@ def test_block_shuffle_turns_a_block_as_scipy_does():
     rows = Rows(x, None, LINF, RowRng(0, "b", torch.arange(20)), None)
     technique = BlockShuffle(blocks=1, degrees=24.0)
     moved = technique._transform(rows, x, 0)
-    angles = 24 * (2 * dice(rows, "block-shuffle", 0).rng.uniform(5)[:, 4] - 1)
+    angles = 24 * (2 * split_rng(rows, "block-shuffle", 0).rng.uniform(5)[:, 4] - 1)
     for found, angle in zip(moved[:, 0], angles.tolist(), strict=True):
         best = min(
             np.abs(scipy.ndimage.rotate(x[0, 0].numpy(), sign * angle, reshape=False, order=1) - found.numpy())[
@@ -312,7 +310,8 @@ def test_vmi_is_the_papers_recursion():
         total = slope(x) + variance
         momentum = momentum + total / total.abs().sum((1, 2, 3), keepdim=True)
         near = [
-            x + 0.15 * (2 * dice(here, "vmi", number).rng.uniform(*SHAPE[1:]).double() - 1) for number in (1, 2, 3)
+            x + 0.15 * (2 * split_rng(here, "vmi", number).rng.uniform(*SHAPE[1:]).double() - 1)
+            for number in (1, 2, 3)
         ]
         variance = sum(map(slope, near)) / 3 - slope(x)
         x = LINF.project(x + 0.01 * momentum.sign(), rows.x)
@@ -324,7 +323,7 @@ def test_pgn_is_the_mean_of_both_gradients():
     found = gradient(PGN(copies=2, balance=0.3), surrogates, rows)
     total = 0
     for number in range(2):
-        draws = dice(rows, "pgn", 2 * number).rng.uniform(*SHAPE[1:]).double()
+        draws = split_rng(rows, "pgn", 2 * number).rng.uniform(*SHAPE[1:]).double()
         near = rows.x + 0.3 * (2 * draws - 1)
         first = surrogates.gradient(near, rows.goal, "ce", rows.rng)
         below = near - 0.01 * first / first.abs().mean((1, 2, 3), keepdim=True)
@@ -339,12 +338,12 @@ def test_rap_asks_where_the_loss_is_lower_and_near(threat):
     surrogates, rows = problem(ThreatModel.parse(threat))
     seen = []
 
-    class Watched(Direct):
+    class Watched(SurrogateOracle):
         def gradient(self, rows, x, members=None, weights=None):
             seen.append(x)
             return super().gradient(rows, x, members, weights)
 
-    RAP(radius=0.5, late=0.0).begin(Watched(surrogates, "ce", steps=10)).gradient(rows, rows.x)
+    RAP(radius=0.5, late=0.0).wrap(Watched(surrogates, "ce", steps=10)).gradient(rows, rows.x)
     losses = [rows.goal.loss(surrogates(x)) for x in seen]
     assert len(seen) == 9
     assert (losses[-1] < losses[0]).all()
@@ -410,7 +409,7 @@ def test_adaea_prefers_the_member_whose_steps_transfer(targeted):
     goal = Goal(rows.goal.labels, (rows.goal.labels + 1) % 4) if targeted else rows.goal
     rows = replace(rows, goal=goal, aim=goal)
     technique = AdaEA(step_size=1.0)
-    oracle = technique.begin(Direct(blind, "ce"))
+    oracle = technique.wrap(SurrogateOracle(blind, "ce"))
     own = [blind.gradient(rows.x, goal, "ce", rows.rng, [member]) for member in (0, 1)]
     weights = oracle._weights(rows, rows.x, own)
     torch.testing.assert_close(weights.sum(0), torch.ones(5, dtype=torch.float64))
@@ -448,7 +447,7 @@ def test_triage_weighs_by_margins_in_spreads_of_logits(targeted):
     rows = replace(rows, goal=goal, aim=goal)
     logits = surrogates.logits(rows.x)
     for step, late in ((1, False), (10, True)):
-        oracle = Triage(stake=3.0).begin(Direct(surrogates, "ce", steps=10))
+        oracle = Triage(stake=3.0).wrap(SurrogateOracle(surrogates, "ce", steps=10))
         found = oracle._weights(replace(rows, rng=rows.rng.at(step=step)), logits)
         for row, label in enumerate(labels.tolist()):
             worth = []
@@ -463,7 +462,7 @@ def test_triage_weighs_by_margins_in_spreads_of_logits(targeted):
 
 def test_triage_gives_members_up_for_good_but_never_all():
     surrogates, rows = problem(members=2)
-    oracle = Triage(stake=1.0).begin(Direct(surrogates, "ce", steps=4))
+    oracle = Triage(stake=1.0).wrap(SurrogateOracle(surrogates, "ce", steps=4))
     labels = rows.goal.labels
     lost, won = (sign * F.one_hot(labels, 4).double() for sign in (1, -1))
     late = replace(rows, rng=rows.rng.at(step=3))
@@ -493,12 +492,12 @@ def test_smer_asks_every_member_once_a_round():
     surrogates, rows = problem(members=3)
     asked = []
 
-    class Watched(Direct):
+    class Watched(SurrogateOracle):
         def gradient(self, rows, x, members=None, weights=None):
             asked.append(members[0])
             return super().gradient(rows, x, members, weights)
 
-    SMER(rounds=4).begin(Watched(surrogates, "ce")).gradient(rows, rows.x)
+    SMER(rounds=4).wrap(Watched(surrogates, "ce")).gradient(rows, rows.x)
     rounds = [asked[start : start + 3] for start in range(0, 12, 3)]
     assert len(asked) == 12
     assert all(sorted(order) == [0, 1, 2] for order in rounds)
@@ -510,7 +509,7 @@ def test_smers_weights_move_to_raise_the_ensembles_loss(targeted):
     surrogates, rows = problem(members=3)
     goal = Goal(rows.goal.labels, (rows.goal.labels + 1) % 4) if targeted else rows.goal
     rows = replace(rows, goal=goal, aim=goal)
-    oracle = SMER(decay=0.0, rate=1e-3).begin(Direct(surrogates, "ce"))
+    oracle = SMER(decay=0.0, rate=1e-3).wrap(SurrogateOracle(surrogates, "ce"))
     before = torch.ones(3, 5, dtype=torch.float64)
     after = oracle._reweighed(rows, rows.x, before)
     logits = surrogates.logits(rows.x)

@@ -15,8 +15,7 @@ import torch
 from torch import nn
 
 from robustkit import minimum_norm, registry
-from robustkit.attack_api.composition import compose
-from robustkit.attack_api.surrogates import Surrogates
+from robustkit.attack_api import Surrogates, compose
 from robustkit.core.criteria import Goal
 from robustkit.core.rng import RowRng
 from robustkit.core.threat import ThreatModel

@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from robustkit import registry
-from robustkit.attack_api.composition import Around, Composition, ascend, compose, dice
-from robustkit.attack_api.surrogates import Surrogates
+from robustkit.attack_api import Composition, OracleWrapper, Surrogates, ascend, compose, split_rng
 from robustkit.core.criteria import Goal
 from robustkit.core.errors import UsageError
 from robustkit.core.rng import RowRng
@@ -68,12 +67,12 @@ class MemberByMember:
     steps: int = 2
     loss: str = "ce"
 
-    def begin(self, oracle):
-        class Each(Around):
+    def wrap(self, oracle):
+        class Each(OracleWrapper):
             def gradient(self, rows, x, members=None, weights=None):
                 total = self.inner.gradient(rows, x)
                 for member in range(len(self.surrogates)):
-                    total = total + self.inner.gradient(dice(rows, "member", member), x, [member])
+                    total = total + self.inner.gradient(split_rng(rows, "member", member), x, [member])
                 return total
 
         return Each(oracle)

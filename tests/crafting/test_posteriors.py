@@ -13,8 +13,7 @@ from runs import net, write_members, write_posterior
 
 import robustkit
 from robustkit import ThreatModel, UsageError, evaluate
-from robustkit.attack_api.composition import compose
-from robustkit.attack_api.surrogates import Surrogates
+from robustkit.attack_api import Surrogates, compose
 from robustkit.core.criteria import Goal
 from robustkit.core.rng import RowRng
 from robustkit.crafting.ensemble import Ensemble, Storage

@@ -15,9 +15,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from robustkit.attack_api import Answer, Rows
-from robustkit.attack_api.composition import Composition, Direct, compose
-from robustkit.attack_api.surrogates import Surrogates
+from robustkit.attack_api import Answer, Composition, Rows, SurrogateOracle, Surrogates, compose
 from robustkit.core.criteria import Goal
 from robustkit.core.errors import UsageError
 from robustkit.core.rng import RowRng
@@ -206,7 +204,7 @@ def test_golden_trace_of_cwa():
     seen = []
     rule = make("cwa", steps=3, **OFFICIAL, **SMALL)
     rows = rows_of(X, GOAL, THREAT)
-    loop = rule.begin(Direct(Surrogates([Watched(net, seen) for net in NETS]), "ce"))
+    loop = rule.wrap(SurrogateOracle(Surrogates([Watched(net, seen) for net in NETS]), "ce"))
     state = rule.init(rows)
     gained = loop.gradient(rows, X)
     # Asked: all three at x, then each in turn; where the third leads is what the loop gives.
@@ -458,8 +456,11 @@ def test_there_and_back_keeps_a_momentum_for_each():
     """Written out for two members: two walks that know nothing of each other, averaged."""
     models, x, goal = some_nets(2), some_images(), some_goal()
     rule, rows = make("mi-cse", order="antithetic", beta_raw=0.02), rows_of(x, goal, THREAT)
-    loop = rule.begin(Direct(Surrogates(models), "ce"))
-    walks = [replace(rule, order="fixed").begin(Direct(Surrogates(pair), "ce")) for pair in (models, models[::-1])]
+    loop = rule.wrap(SurrogateOracle(Surrogates(models), "ce"))
+    walks = [
+        replace(rule, order="fixed").wrap(SurrogateOracle(Surrogates(pair), "ce"))
+        for pair in (models, models[::-1])
+    ]
     point = x
     for _ in range(3):
         expected = sum(walk.gradient(rows, point) for walk in walks) / 2
@@ -602,7 +603,7 @@ def test_w14_the_second_order_of_the_inner_loop():
 
     def error(order, expected, beta):
         rule = make("mi-cse", order=order, inner_momentum=0, beta_raw=beta)
-        loop = rule.begin(Direct(Surrogates(models), "ce"))
+        loop = rule.wrap(SurrogateOracle(Surrogates(models), "ce"))
         gained = loop.gradient(rows_of(x, goal, Linf(1)), x)
         return (((gained - beta * (first + second)) / beta**2 - expected).norm() / expected.norm()).item()
 
@@ -678,7 +679,7 @@ def test_w17_a_large_beta_ends_in_the_corners():
     models, x, goal = some_nets(), some_images(), some_goal()
     seen = []
     rule, rows = make("mi-cse", beta_raw=1e9), rows_of(x, goal, THREAT)
-    loop = rule.begin(Direct(Surrogates([Watched(model, seen) for model in models]), "ce"))
+    loop = rule.wrap(SurrogateOracle(Surrogates([Watched(model, seen) for model in models]), "ce"))
     end = x + loop.gradient(rows, x)
     momentum = torch.zeros_like(x)
     for model, at, then in zip(models, seen, [*seen[1:], end], strict=True):
@@ -692,7 +693,7 @@ def test_adam_is_torchs(form):
     attack = make("cwa", steps=8, update="adam", compat=form)
     point = x.clone().requires_grad_()
     rows = rows_of(x, goal, THREAT)
-    loop = attack.begin(Direct(Surrogates(models), "ce"))
+    loop = attack.wrap(SurrogateOracle(Surrogates(models), "ce"))
     optimiser = torch.optim.Adam([point], lr=1e-3 if form == "official" else 0.25 * EPS, maximize=True)
     for _ in range(8):
         point.grad = loop.gradient(rows, point.detach())

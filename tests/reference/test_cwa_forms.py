@@ -11,8 +11,7 @@ import math
 import pytest
 import torch
 
-from robustkit.attack_api.composition import compose
-from robustkit.attack_api.surrogates import Surrogates
+from robustkit.attack_api import Surrogates, compose
 from robustkit.core.criteria import Goal
 from robustkit.core.errors import UsageError
 from robustkit.core.rng import RowRng
@@ -131,8 +130,8 @@ def variance_tuned():
         now, tuned = slope(models, x), 0
         if who in last:
             models, then, call_then, before = last[who]
-            around = [then + 1.5 * EPS * noise(f"{call_then}/vmi{k}", step - 1) for k in range(1, 4)]
-            tuned = sum(slope(models, point) for point in around) / 3 - before
+            neighbours = [then + 1.5 * EPS * noise(f"{call_then}/vmi{k}", step - 1) for k in range(1, 4)]
+            tuned = sum(slope(models, point) for point in neighbours) / 3 - before
         last[who] = models, x, call, now
         return now + tuned
 

@@ -23,8 +23,7 @@ from test_cwa import (
     some_nets,
 )
 
-from robustkit.attack_api.composition import compose
-from robustkit.attack_api.surrogates import Surrogates
+from robustkit.attack_api import Surrogates, compose
 from robustkit.core.criteria import Goal
 from robustkit.core.rng import RowRng
 from robustkit.core.threat import ThreatModel

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from robustkit import UsageError
-from robustkit.attack_api.composition import compose
+from robustkit.attack_api import compose
 from robustkit.core.intervals import unseen
 from robustkit.registry import parse_attack
 from robustkit.reporting.html import craft as craft_page

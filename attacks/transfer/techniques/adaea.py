@@ -14,9 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from robustkit.attack_api import Rows
-from robustkit.attack_api.composition import Around, Oracle, Technique, dice
-from robustkit.attack_api.surrogates import Weights
+from robustkit.attack_api import Oracle, OracleWrapper, Rows, Technique, Weights, split_rng
 from robustkit.core.limits import Limits
 from robustkit.core.shapes import Images
 from robustkit.core.step_size import StepSize
@@ -46,12 +44,12 @@ class AdaEA(Technique):
         """The members by themselves, and the weighted ensemble."""
         return 2
 
-    def begin(self, inner: Oracle) -> Oracle:
+    def wrap(self, inner: Oracle) -> Oracle:
         """Return an oracle that weighs the members."""
         return _Adaptive(inner, self)
 
 
-class _Adaptive(Around):
+class _Adaptive(OracleWrapper):
     def __init__(self, inner: Oracle, technique: AdaEA) -> None:
         super().__init__(inner)
         self.technique = technique
@@ -62,7 +60,7 @@ class _Adaptive(Around):
         count = len(self.surrogates)
         if members is not None or weights is not None or count == 1:
             return self.inner.gradient(rows, x, members, weights)
-        own = [self.inner.gradient(dice(rows, "adaea", member), x, [member]) for member in range(count)]
+        own = [self.inner.gradient(split_rng(rows, "adaea", member), x, [member]) for member in range(count)]
         gradient = self.inner.gradient(rows, x, None, self._weights(rows, x, own))
         return gradient * (agreement(torch.stack(own)) >= self.technique.threshold)[:, None]
 

@@ -10,9 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from robustkit.attack_api import Rows
-from robustkit.attack_api.composition import Oracle, Technique, Transformed, dice
-from robustkit.attack_api.surrogates import Surrogates
+from robustkit.attack_api import Oracle, Rows, Surrogates, Technique, TransformedOracle, split_rng
 from robustkit.core.errors import UsageError
 from robustkit.core.limits import Limits
 from robustkit.core.shapes import Images
@@ -40,7 +38,7 @@ class Admix(Technique):
             raise UsageError("admix mixes in other images of the run, and there are none: give Surrogates a pool.")
         return surrogates
 
-    def begin(self, inner: Oracle) -> Oracle:
+    def wrap(self, inner: Oracle) -> Oracle:
         """Return an oracle that asks at each mix and scale."""
         pool = inner.surrogates.pool
         if pool is None:
@@ -53,8 +51,8 @@ class Admix(Technique):
                     "give images of one size."
                 )
             mix, scale = divmod(number, self.scales)
-            partner = dice(rows, "admix", mix).rng.integers(len(pool))
+            partner = split_rng(rows, "admix", mix).rng.integers(len(pool))
             mixed: Images = (x + self.share * pool[partner.to(pool.device)].to(x)) / 2**scale
             return mixed
 
-        return Transformed(inner, "admix", self.cost, transform)
+        return TransformedOracle(inner, "admix", self.cost, transform)

@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from robustkit.attack_api import Rows
-from robustkit.attack_api.composition import Oracle, Technique, Transformed, dice
+from robustkit.attack_api import Oracle, Rows, Technique, TransformedOracle, split_rng
 from robustkit.core.limits import Limits
 from robustkit.core.shapes import Images
 from robustkit.registry import technique
@@ -39,13 +38,13 @@ class BlockShuffle(Technique):
         """One gradient a copy."""
         return self.copies
 
-    def begin(self, inner: Oracle) -> Oracle:
+    def wrap(self, inner: Oracle) -> Oracle:
         """Return an oracle that asks at each arrangement."""
-        return Transformed(inner, "block-shuffle", self.copies, self._transform)
+        return TransformedOracle(inner, "block-shuffle", self.copies, self._transform)
 
     def _transform(self, rows: Rows, x: Images, number: int) -> Images:
         (height, width), n = x.shape[2:], self.blocks
-        draws = dice(rows, "block-shuffle", number).rng.uniform(n * (2 + 3 * n)).to(x)
+        draws = split_rng(rows, "block-shuffle", number).rng.uniform(n * (2 + 3 * n)).to(x)
         across, down, turns = torch.split(draws, [2 * n, 2 * n * n, n * n], 1)
         strip, column = _cut(width, across.view(-1, 2, n))
         block, row = _cut(height, down.reshape(-1, 2, n))

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from robustkit.attack_api import Rows
-from robustkit.attack_api.composition import Oracle, Technique, Transformed, dice
+from robustkit.attack_api import Oracle, Rows, Technique, TransformedOracle, split_rng
 from robustkit.core.shapes import Images
 from robustkit.core.threat import per_row
 from robustkit.registry import recipe, technique
@@ -35,12 +34,12 @@ class DI(Technique):
     p: Share = 0.5
     ratio: PositiveShare = 0.9
 
-    def begin(self, inner: Oracle) -> Oracle:
+    def wrap(self, inner: Oracle) -> Oracle:
         """Return an oracle that asks at diverse images."""
-        return Transformed(inner, "di", 1, self._transform)
+        return TransformedOracle(inner, "di", 1, self._transform)
 
     def _transform(self, rows: Rows, x: Images, number: int) -> Images:
-        chance, scale, top, left = dice(rows, "di", number).rng.uniform(4).to(x).unbind(1)
+        chance, scale, top, left = split_rng(rows, "di", number).rng.uniform(4).to(x).unbind(1)
         high = placing(x.shape[2], self.ratio, scale, top)
         wide = placing(x.shape[3], self.ratio, scale, left)
         moved = high[:, None] @ x @ wide[:, None].transpose(2, 3)

@@ -11,9 +11,17 @@ from dataclasses import dataclass
 
 import torch
 
-from robustkit.attack_api import Rows
-from robustkit.attack_api.composition import Around, Oracle, Technique, dice, neighbour, per_pixel
-from robustkit.attack_api.surrogates import Weights, scaled
+from robustkit.attack_api import (
+    Oracle,
+    OracleWrapper,
+    Rows,
+    Technique,
+    Weights,
+    mean_normalised,
+    per_pixel,
+    random_neighbour,
+    split_rng,
+)
 from robustkit.core.shapes import Images
 from robustkit.core.step_size import StepSize
 from robustkit.registry import technique
@@ -39,12 +47,12 @@ class PGN(Technique):
         """Two gradients a neighbour."""
         return 2 * self.copies
 
-    def begin(self, inner: Oracle) -> Oracle:
+    def wrap(self, inner: Oracle) -> Oracle:
         """Return an oracle that asks around a point."""
         return _Flat(inner, self)
 
 
-class _Flat(Around):
+class _Flat(OracleWrapper):
     def __init__(self, inner: Oracle, technique: PGN) -> None:
         super().__init__(inner)
         self.technique = technique
@@ -55,9 +63,9 @@ class _Flat(Around):
         my, total = self.technique, torch.zeros_like(x)
         step = my.step_size.length(per_pixel(rows.threat, x))
         for number in range(my.copies):
-            here, there = dice(rows, "pgn", 2 * number), dice(rows, "pgn", 2 * number + 1)
-            near = neighbour(here, x, my.radius)
+            here, there = split_rng(rows, "pgn", 2 * number), split_rng(rows, "pgn", 2 * number + 1)
+            near = random_neighbour(here, x, my.radius)
             first = self.inner.gradient(here, near, members, weights)
-            second = self.inner.gradient(there, near - step * scaled(first), members, weights)
+            second = self.inner.gradient(there, near - step * mean_normalised(first), members, weights)
             total = total + (1 - my.balance) * first + my.balance * second
         return total / my.copies

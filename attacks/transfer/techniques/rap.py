@@ -10,9 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from robustkit.attack_api import Rows
-from robustkit.attack_api.composition import Around, Oracle, Technique, dice, neighbour
-from robustkit.attack_api.surrogates import Weights
+from robustkit.attack_api import Oracle, OracleWrapper, Rows, Technique, Weights, random_neighbour, split_rng
 from robustkit.core.shapes import Images
 from robustkit.core.step_size import StepSize
 from robustkit.core.threat import per_row
@@ -39,12 +37,12 @@ class RAP(Technique):
         """The way down and the gradient at its end."""
         return self.steps + 1
 
-    def begin(self, inner: Oracle) -> Oracle:
+    def wrap(self, inner: Oracle) -> Oracle:
         """Return an oracle that asks where the attack is worst."""
         return _Reverse(inner, self)
 
 
-class _Reverse(Around):
+class _Reverse(OracleWrapper):
     def __init__(self, inner: Oracle, technique: RAP) -> None:
         super().__init__(inner)
         self.technique = technique
@@ -55,9 +53,9 @@ class _Reverse(Around):
         my, threat = self.technique, rows.threat
         if torch.as_tensor(rows.rng.step).max() <= my.late * self.steps:
             return self.inner.gradient(rows, x, members, weights)
-        shift = self._within(rows, neighbour(dice(rows, "rap-start"), x, my.radius) - x)
+        shift = self._within(rows, random_neighbour(split_rng(rows, "rap-start"), x, my.radius) - x)
         for number in range(my.steps):
-            here = dice(rows, "rap", number)
+            here = split_rng(rows, "rap", number)
             gradient = self.inner.gradient(here, (x + shift).clamp(0, 1), members, weights)
             shift = self._within(rows, shift - my.step_size.length(float(threat.eps)) * threat.ascent(gradient))
         return self.inner.gradient(rows, (x + shift).clamp(0, 1), members, weights)

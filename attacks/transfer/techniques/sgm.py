@@ -10,8 +10,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from robustkit.attack_api.composition import Oracle, Technique
-from robustkit.attack_api.surrogates import Surrogates
+from robustkit.attack_api import Oracle, Surrogates, Technique
 from robustkit.core.rng import RowRng
 from robustkit.models.layers import residual
 from robustkit.registry import technique
@@ -31,11 +30,11 @@ class SGM(Technique):
 
     def prepare(self, surrogates: Surrogates) -> Surrogates:
         """Return the surrogates with damped branches."""
-        return replace(surrogates, around=(*surrogates.around, self._around))
+        return replace(surrogates, forward_hooks=(*surrogates.forward_hooks, self._hook))
 
-    def begin(self, inner: Oracle) -> Oracle:
+    def wrap(self, inner: Oracle) -> Oracle:
         """Return the oracle as it is."""
         return inner
 
-    def _around(self, model: Any, rng: RowRng) -> AbstractContextManager[object]:
+    def _hook(self, model: Any, rng: RowRng) -> AbstractContextManager[object]:
         return residual.damped(model, self.gamma)

@@ -8,8 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from robustkit.attack_api import Rows
-from robustkit.attack_api.composition import Oracle, Technique, Transformed
+from robustkit.attack_api import Oracle, Rows, Technique, TransformedOracle
 from robustkit.core.limits import Limits
 from robustkit.core.shapes import Images
 from robustkit.registry import recipe, technique
@@ -33,9 +32,9 @@ class SI(Technique):
         """One gradient a copy."""
         return self.copies
 
-    def begin(self, inner: Oracle) -> Oracle:
+    def wrap(self, inner: Oracle) -> Oracle:
         """Return an oracle that asks at each scale."""
-        return Transformed(inner, "si", self.copies, self._transform)
+        return TransformedOracle(inner, "si", self.copies, self._transform)
 
     def _transform(self, rows: Rows, x: Images, number: int) -> Images:
         return x / (1 << number)

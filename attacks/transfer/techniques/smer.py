@@ -14,9 +14,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from robustkit.attack_api import Rows
-from robustkit.attack_api.composition import Around, Oracle, Technique, dice, shared
-from robustkit.attack_api.surrogates import Weights, scaled
+from robustkit.attack_api import (
+    Oracle,
+    OracleWrapper,
+    Rows,
+    Technique,
+    Weights,
+    mean_normalised,
+    shared_rng,
+    split_rng,
+)
 from robustkit.core.shapes import Images
 from robustkit.core.step_size import StepSize
 from robustkit.registry import technique
@@ -47,12 +54,12 @@ class SMER(Technique):
         """Every member once a round."""
         return self.rounds
 
-    def begin(self, inner: Oracle) -> Oracle:
+    def wrap(self, inner: Oracle) -> Oracle:
         """Return an oracle that makes an inner run."""
         return _Stochastic(inner, self)
 
 
-class _Stochastic(Around):
+class _Stochastic(OracleWrapper):
     def __init__(self, inner: Oracle, technique: SMER) -> None:
         super().__init__(inner)
         self.technique = technique
@@ -67,14 +74,14 @@ class _Stochastic(Around):
         weight = (
             torch.ones(count, len(x), dtype=x.dtype, device=x.device) if self.weights is None else self.weights
         )
-        order = shared(rows, "smer").uniform(my.rounds, count)[0].argsort(1).flatten().tolist()
+        order = shared_rng(rows, "smer").uniform(my.rounds, count)[0].argsort(1).flatten().tolist()
         point, velocity, size = x, torch.zeros_like(x), my.step_size.length(float(threat.eps))
         for number, member in enumerate(order):
-            mine = dice(rows, "smer", number)
+            mine = split_rng(rows, "smer", number)
             gradient = self.inner.gradient(mine, point, [member], weight[member : member + 1])
             if my.rate:
                 weight = self._reweighed(rows, point, weight)
-            velocity = my.momentum * velocity + scaled(gradient)
+            velocity = my.momentum * velocity + mean_normalised(gradient)
             point = threat.project(point + size * threat.ascent(velocity), rows.x)
         self.weights = weight
         return velocity

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from robustkit.attack_api import Rows
-from robustkit.attack_api.composition import Oracle, Technique, Transformed, dice, per_pixel
+from robustkit.attack_api import Oracle, Rows, Technique, TransformedOracle, per_pixel, split_rng
 from robustkit.core.shapes import Images
 from robustkit.registry import technique
 from robustkit.registry.ranges import Count, NonNegative, Share
@@ -37,13 +36,13 @@ class SSA(Technique):
         """One gradient a copy."""
         return self.copies
 
-    def begin(self, inner: Oracle) -> Oracle:
+    def wrap(self, inner: Oracle) -> Oracle:
         """Return an oracle that asks at each spectrum."""
-        return Transformed(inner, "ssa", self.copies, self._transform)
+        return TransformedOracle(inner, "ssa", self.copies, self._transform)
 
     def _transform(self, rows: Rows, x: Images, number: int) -> Images:
-        noise = dice(rows, "ssa-noise", number).rng.normal(*x.shape[1:]).to(x)
-        scale = 1 + self.rho * (2 * dice(rows, "ssa-scale", number).rng.uniform(*x.shape[1:]).to(x) - 1)
+        noise = split_rng(rows, "ssa-noise", number).rng.normal(*x.shape[1:]).to(x)
+        scale = 1 + self.rho * (2 * split_rng(rows, "ssa-scale", number).rng.uniform(*x.shape[1:]).to(x) - 1)
         high, wide = cosines(x.shape[2]).to(x), cosines(x.shape[3]).to(x)
         spectrum = high @ (x + self.sigma * per_pixel(rows.threat, x) * noise) @ wide.T
         return high.T @ (scale * spectrum) @ wide

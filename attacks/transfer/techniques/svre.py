@@ -11,9 +11,16 @@ from dataclasses import dataclass
 
 import torch
 
-from robustkit.attack_api import Rows
-from robustkit.attack_api.composition import Around, Oracle, Technique, dice, shared
-from robustkit.attack_api.surrogates import Weights, scaled
+from robustkit.attack_api import (
+    Oracle,
+    OracleWrapper,
+    Rows,
+    Technique,
+    Weights,
+    mean_normalised,
+    shared_rng,
+    split_rng,
+)
 from robustkit.core.shapes import Images
 from robustkit.core.step_size import StepSize
 from robustkit.registry import technique
@@ -39,12 +46,12 @@ class SVRE(Technique):
         """The ensemble, its members, and the inner run."""
         return self.rounds + 2
 
-    def begin(self, inner: Oracle) -> Oracle:
+    def wrap(self, inner: Oracle) -> Oracle:
         """Return an oracle that makes an inner run."""
         return _Reduced(inner, self)
 
 
-class _Reduced(Around):
+class _Reduced(OracleWrapper):
     def __init__(self, inner: Oracle, technique: SVRE) -> None:
         super().__init__(inner)
         self.technique = technique
@@ -59,10 +66,10 @@ class _Reduced(Around):
             return whole
         own: dict[int, Images] = {}
         point, velocity, size = x, torch.zeros_like(x), my.step_size.length(float(threat.eps))
-        for number, member in enumerate(shared(rows, "svre").integers(count, steps)[0].tolist()):
+        for number, member in enumerate(shared_rng(rows, "svre").integers(count, steps)[0].tolist()):
             if member not in own:
                 own[member] = self.inner.gradient(rows, x, [member])
-            gradient = self.inner.gradient(dice(rows, "svre", number), point, [member])
-            velocity = my.momentum * velocity + scaled(gradient - own[member] + whole)
+            gradient = self.inner.gradient(split_rng(rows, "svre", number), point, [member])
+            velocity = my.momentum * velocity + mean_normalised(gradient - own[member] + whole)
             point = threat.project(point + size * threat.ascent(velocity), rows.x)
         return velocity

@@ -12,9 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from robustkit.attack_api import Rows
-from robustkit.attack_api.composition import Around, Oracle, Technique
-from robustkit.attack_api.surrogates import Weights
+from robustkit.attack_api import Oracle, OracleWrapper, Rows, Technique, Weights
 from robustkit.core.errors import UsageError
 from robustkit.core.shapes import Images
 from robustkit.registry import recipe, technique
@@ -44,7 +42,7 @@ class TI(Technique):
         if self.kernel is not None and self.kernel % 2 == 0:
             raise UsageError(f"ti: kernel={self.kernel} has no middle pixel; write an odd number.")
 
-    def begin(self, inner: Oracle) -> Oracle:
+    def wrap(self, inner: Oracle) -> Oracle:
         """Return an oracle that smooths what it is given."""
         return _Smooth(inner, self)
 
@@ -53,7 +51,7 @@ class TI(Technique):
         return self.kernel or max(3, round(15 / 299 * min(height, width) / 2 - 0.5) * 2 + 1)
 
 
-class _Smooth(Around):
+class _Smooth(OracleWrapper):
     def __init__(self, inner: Oracle, technique: TI) -> None:
         super().__init__(inner)
         self.technique = technique

@@ -14,9 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from robustkit.attack_api import Rows
-from robustkit.attack_api.composition import Around, Oracle, Technique
-from robustkit.attack_api.surrogates import Weights, spread
+from robustkit.attack_api import Oracle, OracleWrapper, Rows, Technique, Weights
+from robustkit.attack_api.surrogates import logit_spread
 from robustkit.core.shapes import Images
 from robustkit.registry import technique
 from robustkit.registry.ranges import Positive, Share
@@ -37,12 +36,12 @@ class Triage(Technique):
     hope: float = -0.25
     after: Share = 0.5
 
-    def begin(self, inner: Oracle) -> Oracle:
+    def wrap(self, inner: Oracle) -> Oracle:
         """Return an oracle that weighs the members."""
         return _Triage(inner, self)
 
 
-class _Triage(Around):
+class _Triage(OracleWrapper):
     def __init__(self, inner: Oracle, technique: Triage) -> None:
         super().__init__(inner)
         self.technique = technique
@@ -59,7 +58,7 @@ class _Triage(Around):
         """Return the weights of the members, (n B), which sum to 1."""
         my = self.technique
         margins = torch.stack([rows.aim.loss(member, "margin") for member in logits])
-        margins = margins / spread(logits)
+        margins = margins / logit_spread(logits)
         own = self.surrogates.shares(range(len(logits)), None, logits[0])
         worth = own * torch.where(margins < my.safe, my.stake, 1.0)
         if rows.rng.step > my.after * self.steps:

@@ -11,9 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from robustkit.attack_api import Rows
-from robustkit.attack_api.composition import Around, Oracle, Technique, dice, neighbour
-from robustkit.attack_api.surrogates import Weights
+from robustkit.attack_api import Oracle, OracleWrapper, Rows, Technique, Weights, random_neighbour, split_rng
 from robustkit.core.errors import did_you_mean
 from robustkit.core.shapes import Images
 from robustkit.registry import recipe, technique
@@ -43,12 +41,12 @@ class VMI(Technique):
         """The point and its neighbours."""
         return self.copies + 1
 
-    def begin(self, inner: Oracle) -> Oracle:
+    def wrap(self, inner: Oracle) -> Oracle:
         """Return an oracle that remembers its last step."""
         return _Tuned(inner, self)
 
 
-class _Tuned(Around):
+class _Tuned(OracleWrapper):
     def __init__(self, inner: Oracle, technique: VMI) -> None:
         super().__init__(inner)
         self.technique = technique
@@ -58,7 +56,7 @@ class _Tuned(Around):
         self, rows: Rows, x: Images, members: Sequence[int] | None = None, weights: Weights = None
     ) -> Images:
         chosen = None if members is None else tuple(members)
-        gradient = self.inner.gradient(dice(rows, "vmi"), x, members, weights)
+        gradient = self.inner.gradient(split_rng(rows, "vmi"), x, members, weights)
         before = self.last.get(chosen)
         self.last[chosen] = rows, x, weights, gradient
         return gradient if before is None else gradient + self._variance(members, *before)
@@ -68,8 +66,10 @@ class _Tuned(Around):
     ) -> Images:
         total = torch.zeros_like(x)
         for number in range(1, self.technique.copies + 1):
-            mine = dice(rows, "vmi", number)
-            total = total + self.inner.gradient(mine, neighbour(mine, x, self.technique.beta), members, weights)
+            mine = split_rng(rows, "vmi", number)
+            total = total + self.inner.gradient(
+                mine, random_neighbour(mine, x, self.technique.beta), members, weights
+            )
         return total / self.technique.copies - gradient
 
 
@@ -101,20 +101,20 @@ class VMIMean(Technique):
         return self.copies
 
     @property
-    def outside(self) -> bool:
+    def outermost(self) -> bool:
         """Whether it stands around the rule."""
         return self.of == "step"
 
-    def begin(self, inner: Oracle) -> Oracle:
+    def wrap(self, inner: Oracle) -> Oracle:
         """Return an oracle that asks at each neighbour."""
         return _Mean([inner] * self.copies, self)
 
-    def surround(self, make: Callable[[], Oracle]) -> Oracle:
+    def wrap_each(self, make: Callable[[], Oracle]) -> Oracle:
         """Return an oracle that has one of its own for each neighbour."""
         return _Mean([make() for _ in range(self.copies)], self)
 
 
-class _Mean(Around):
+class _Mean(OracleWrapper):
     def __init__(self, inner: Sequence[Oracle], technique: VMIMean) -> None:
         super().__init__(inner[0])
         self.each, self.technique = inner, technique
@@ -126,6 +126,6 @@ class _Mean(Around):
             return self.inner.gradient(rows, x, members, weights)
         total = torch.zeros_like(x)
         for number, oracle in enumerate(self.each):
-            mine = dice(rows, "vmi-mean", number)
-            total = total + oracle.gradient(mine, neighbour(mine, x, self.technique.beta), members, weights)
+            mine = split_rng(rows, "vmi-mean", number)
+            total = total + oracle.gradient(mine, random_neighbour(mine, x, self.technique.beta), members, weights)
         return total / len(self.each)
