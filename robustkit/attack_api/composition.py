@@ -145,7 +145,7 @@ def ascend(
 ) -> Images:
     """Take all steps of a rule from the images x; return the last points (B C H W), inside ball and box.
 
-    With `restarts` above 1 the rule is run that often; the points of a later run replace the earlier ones where they
+    With `restarts` above 1 the rule is run that often; the points of a later run replace those before where they
     reach the goal on the surrogates (arXiv:2011.05074).
 
     Args:

@@ -25,7 +25,7 @@ THREAT = "tests/core/test_threat.py"
 ROWS = "tests/attack_api/test_row_wise.py"
 SQUARE = "tests/attacks/test_square.py"
 FAB = "tests/attacks/test_fab.py"
-FLIGHT = "tests/engine/test_continuous_batch.py"
+BATCH = "tests/engine/test_continuous_batch.py"
 CWA = "tests/reference/test_cwa.py"
 SURROGATES = "tests/attack_api/test_surrogates.py"
 TRANSFER = "tests/attack_api/test_composition.py"
@@ -222,28 +222,28 @@ FAULTS = [
         "ddn",
     ),
     Fault(
-        "flight: a refused claim is the sample's last",
+        "continuous batch: a refused claim is the sample's last",
         "robustkit/engine/batching/continuous_batch.py",
         (('part["claimed"] = torch.zeros_like(part["claimed"])', "pass"),),
-        FLIGHT,
+        BATCH,
     ),
     Fault(
-        "flight: answers come back in another order",
+        "queries: answers are in another order",
         "robustkit/attack_api/queries.py",
         (("torch.cat(fields)[order]", "torch.cat(fields)"),),
-        FLIGHT,
+        BATCH,
     ),
     Fault(
-        "flight: every job has the first one's dice",
+        "continuous batch: every job has the first one's random numbers",
         "robustkit/engine/batching/continuous_batch.py",
         (("restart=job, step", "restart=0, step"),),
-        FLIGHT,
+        BATCH,
     ),
     Fault(
         "continuous batch: borderline images are not attacked again",
         "robustkit/engine/evaluation/block_runner.py",
         (("BORDERLINE_SHARE = 0.05", "BORDERLINE_SHARE = 0.0"),),
-        FLIGHT,
+        BATCH,
     ),
     Fault(
         "square: patience ends every sample",
@@ -389,13 +389,13 @@ FAULTS = [
         TRANSFER,
     ),
     Fault(
-        "transfer: all questions of a step have the same dice",
-        "robustkit/attack_api/composition.py",
+        "transfer: all calls of a step have the same random numbers",
+        "robustkit/attack_api/oracles.py",
         (("{rows.rng.stream}/{name}{number}", "{rows.rng.stream}/{name}"),),
         TRANSFER,
     ),
     Fault(
-        "transfer: the end is where the next question would be asked",
+        "transfer: the end is the next query point",
         "robustkit/attack_api/composition.py",
         (('state.get("point", state["x"])', 'state["x"]'),),
         TRANSFER,
