@@ -285,7 +285,7 @@ FAULTS = [
     Fault(
         "cwa: one random order for all steps",
         "attacks/common_weakness/mi_cse.py",
-        (('dice(rows, "order").rng, ids', 'dice(rows, "order").rng.at(step=0), ids'),),
+        (('split_rng(rows, "order").rng, ids', 'split_rng(rows, "order").rng.at(step=0), ids'),),
         CWA,
         "w8",
     ),
