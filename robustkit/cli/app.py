@@ -7,17 +7,18 @@ from importlib import import_module
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+
+from robustkit.cli.command import LazyGroup
 
 
 @dataclass(frozen=True)
 class Verb:
-    """Where the parts of a verb are.
+    """Where the parts of a verb are, each as `module:name`.
 
     Attributes:
-        options: the dataclass of its flags, as `module:class` below `robustkit.api.options`.
-        work: the function that does it, as `module:function` below `robustkit.cli.verbs`.
-        command: the class of its command, as `module:class` below `robustkit.cli`.
+        options: the dataclass of its flags, below `robustkit.api.options`.
+        work: the function of these flags that does it and returns the exit code, below `robustkit.cli.verbs`.
+        command: the class of its command, below `robustkit.cli`.
     """
 
     options: str
@@ -34,17 +35,6 @@ class Verb:
         return command(name, _find("api.options", self.options), work, _find("cli", self.command))
 
 
-@dataclass(frozen=True)
-class Train(Verb):
-    """The verb with a command for each method."""
-
-    def load(self, name: str) -> Any:
-        """Return the group of the methods' commands."""
-        from robustkit.cli.verbs.train_methods import group
-
-        return group(name)
-
-
 VERBS = {
     "evaluate": Verb("evaluate:EvaluateFlags", "evaluate:evaluate", "gates:GatedCommand"),
     "plan": Verb("evaluate:PlanFlags", "plan:plan"),
@@ -52,7 +42,7 @@ VERBS = {
     "transfer": Verb("craft:TransferFlags", "transfer:transfer"),
     "matrix": Verb("craft:MatrixFlags", "matrix:matrix"),
     "diversity": Verb("craft:DiversityFlags", "diversity:diversity"),
-    "train": Train("train:TrainFlags", "train:train"),
+    "train": Verb("train:TrainFlags", "train:train"),
     "verify": Verb("runs:VerifyFlags", "verify:verify"),
     "report": Verb("runs:ReportFlags", "report:report"),
     "compare": Verb("runs:CompareFlags", "compare:compare"),
@@ -62,15 +52,18 @@ VERBS = {
 }
 
 
-class Verbs(TyperGroup):
-    """A group whose commands are made when they are needed."""
+class Verbs(LazyGroup):
+    """The verbs as commands; `train` is a group with a command for each method."""
 
-    def list_commands(self, ctx: Any) -> list[str]:
-        """Return the names of the verbs."""
-        return list(VERBS)
+    def summaries(self) -> dict[str, str]:
+        """Return the first paragraphs of the help pages."""
+        texts = {name: str(_find("api.options", verb.options).__doc__) for name, verb in VERBS.items()}
+        return {name: text.partition("\n")[0] for name, text in texts.items()}
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """Return the command of a verb, None if there is no such verb."""
+        if cmd_name == "train":
+            return _find("cli.verbs", "train_methods:group")(cmd_name)
         return VERBS[cmd_name].load(cmd_name) if cmd_name in VERBS else None
 
 

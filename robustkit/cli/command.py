@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from robustkit.cli.streams import results_apart
 from robustkit.core.errors import UsageError
@@ -39,6 +40,29 @@ class Command(TyperCommand):
         """Do the work of the verb."""
         with results_apart():
             return super().invoke(ctx)
+
+
+class LazyGroup(TyperGroup):
+    """A group whose commands are made when they are called, and not to list them."""
+
+    def summaries(self) -> Mapping[str, str]:
+        """Return what each command does, by its name, in the order of the help page."""
+        raise NotImplementedError
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Return the names of the commands."""
+        return list(self.summaries())
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write the first sentence of each summary, cut to a line."""
+        summaries = self.summaries()
+        width = formatter.width - 6 - max(map(len, summaries))
+        rows = []
+        for name, text in summaries.items():
+            sentence = text.split(". ")[0].rstrip(".") + "."
+            rows.append((name, textwrap.shorten(sentence, width, placeholder="...")))
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
 
 
 def check_words(words: Sequence[str]) -> None:

@@ -15,6 +15,7 @@ from robustkit.api.options import craft, evaluate, runs, train
 from robustkit.api.options.declare import EXPECTED, Options, described
 from robustkit.cli import run
 from robustkit.engine.evaluation.run import Evaluation
+from robustkit.registry import DEFAULT_SUITE
 
 VERBS = ("craft", "diversity", "evaluate", "minimum_norm", "plan", "train", "verify")
 CLASSES = {
@@ -73,6 +74,10 @@ def test_a_wrong_value_gets_the_same_sentence_from_python_and_from_the_command_l
         flag = f"--{name.replace('_', '-')}"
         assert run(["evaluate", flag, str(value)]) == 2
         assert capsys.readouterr().err == f"error: {flag} {sentence}\n"
+
+
+def test_the_default_suite_is_that_of_the_registry() -> None:
+    assert {evaluate.SearchOptions.suite, evaluate.MinimumNormArguments.attack} == {DEFAULT_SUITE}
 
 
 def test_dir_shows_the_public_names_and_no_others() -> None:

@@ -244,5 +244,5 @@ def test_what_cannot_be_compared_is_refused() -> None:
         found(only=[0])
     with pytest.raises(UsageError, match="has the label 9"):
         diversity(ensemble([Few(net) for net in NETS]), DATA, None, THREAT, device="cpu")
-    with pytest.raises(UsageError, match="--restarts 0"):
+    with pytest.raises(UsageError, match="restarts must be at least 1, got 0"):
         found(restarts=0)

@@ -181,7 +181,7 @@ def test_orders_are_orders() -> None:
         ({"time_limit": 0.0}, "time_limit must be above 0, got 0."),
         ({"stop_at_width": 1.0}, "stop_at_width must be above 0 and below 1, got 1."),
         ({"stop_at_width": 0.1, "curve": True}, "leave out --curve"),
-        ({"audit": -1}, "audit -1"),
+        ({"audit": -1}, "audit must be at least 0, got -1."),
     ],
 )
 def test_nonsense_is_refused(options: dict[str, object], said: str) -> None:

@@ -11,6 +11,7 @@ from robustkit.api.options import texts
 from robustkit.api.options.declare import about, option
 from robustkit.api.options.shared import (
     DEFAULT_MODEL,
+    DEFAULT_SUITE,
     IMAGES,
     LABELS,
     MODEL_FORM,
@@ -28,12 +29,13 @@ from robustkit.api.options.shared import (
     Workers,
 )
 from robustkit.core.limits import Limits
-from robustkit.registry import DEFAULT_SUITE, Suite
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     import torch
+
+    from robustkit.registry import Suite
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -99,7 +99,15 @@ class TrainArguments(TrainOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainFlags(JsonFlag, TrainOptions, section="Input"):
-    """Flags of `robustkit train METHOD` beside the fields of the method."""
+    """Train nets, or samples of a posterior. The same command resumes; the folder is a model string.
+
+    Each method has flags of its own: robustkit train METHOD --help.
+    """
+
+    examples = (
+        "robustkit train standard",
+        "robustkit train csgld --arch robustkit:cifar-resnet20 --data train.npz --test test.npz --cycles 5",
+    )
 
     data: str = option(DEFAULT_DATA, DATA_FORM, metavar="DATA")
     test: str | None = option(

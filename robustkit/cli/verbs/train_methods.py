@@ -6,19 +6,19 @@ import inspect
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from robustkit.api.options.train import TrainFlags
-from robustkit.cli.flags import command
+from robustkit.cli.command import LazyGroup
+from robustkit.cli.flags import command, help_page
 from robustkit.registry import Entry, Field, catalog, describe
 
 
-class Methods(TyperGroup):
-    """The methods as commands, each made when it is needed."""
+class Methods(LazyGroup):
+    """The methods as commands."""
 
-    def list_commands(self, ctx: Any) -> list[str]:
-        """Return the names of the methods."""
-        return sorted(catalog("method"))
+    def summaries(self) -> dict[str, str]:
+        """Return the summaries of the methods."""
+        return {name: entry.summary for name, entry in sorted(catalog("method").items())}
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """Return the command of a method."""
@@ -35,14 +35,7 @@ def group(name: str) -> Any:
         add_completion=False,
         subcommand_metavar="METHOD [OPTIONS]",
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-        help="""Train nets, or samples of a posterior. The same command resumes; the folder is a model string.
-
-        \b
-        robustkit train standard
-        robustkit train csgld --arch robustkit:cifar-resnet20 --data train.npz --test test.npz --cycles 5
-
-        Each method has flags of its own: robustkit train METHOD --help.
-        """,
+        help=help_page(TrainFlags),
     )
     app.callback()(lambda: None)
     return typer.main.get_command(app)
