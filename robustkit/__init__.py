@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from robustkit.api.attack import attack
     from robustkit.api.craft import craft
     from robustkit.api.diversity import diversity
     from robustkit.api.evaluate import evaluate
@@ -40,6 +41,7 @@ __all__ = [
     "UsageError",
     "__version__",
     "as_classifier",
+    "attack",
     "craft",
     "diversity",
     "evaluate",
@@ -61,6 +63,7 @@ _HOME = {
     "ThreatModel": "core.threat",
     "UsageError": "core.errors",
     "as_classifier": "models",
+    "attack": "api.attack",
     "craft": "api.craft",
     "diversity": "api.diversity",
     "evaluate": "api.evaluate",

@@ -1,0 +1,195 @@
+"""Attacks, defenses, methods, models and data of others: by file, package and Python; and the page about it."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import robustkit
+from robustkit import UsageError, registry
+from robustkit.cli import run
+from robustkit.registry.functions import FunctionAttack
+from robustkit.registry.plugins import plugins
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "plugins.md").read_text()
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", PAGE, re.DOTALL)
+FILES = {text.partition("\n")[0][2:]: text for _, text in BLOCKS if re.match(r"# [\w.]+\.\w+\n", text)}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the page's files, in which commands run."""
+    for name, text in FILES.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def installed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The page's package as pip leaves it: its modules on the path, beside what its pyproject.toml declares."""
+    metadata = folder / "stranger-1.2.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: stranger\nVersion: 1.2\n\n")
+    declared = re.sub(r'"(?=robustkit|\])|(?<== )"|"$', "", FILES["pyproject.toml"], flags=re.MULTILINE)
+    groups = declared.replace("project.entry-points.", "").partition("[robustkit.")
+    (metadata / "entry_points.txt").write_text("".join(groups[1:]).replace('"]', "]"))
+    monkeypatch.syspath_prepend(folder)
+    return folder
+
+
+def shell(command: str, *more: str) -> int:
+    return run([*shlex.split(command)[1:], *more])
+
+
+@pytest.mark.parametrize("command", [c for kind, text in BLOCKS if kind == "sh" for c in text.splitlines()])
+def test_the_commands_of_the_page_run(command: str, installed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more = {"evaluate": ("--limit", "4", "--no-html", "--out", "out"), "train": ("--limit", "64", "--out", "out")}
+    assert shell(command, *more.get(command.split()[1], ())) == 0, capsys.readouterr().err
+    if "list" in command:
+        assert re.search(r"random-signs +linf l2 +decision +stranger 1.2 +Tries random", capsys.readouterr().out)
+
+
+CALLS = [text for kind, text in BLOCKS if kind == "python" and text not in FILES.values()]
+SLOW = "robustkit.testing"
+
+
+@pytest.mark.parametrize(
+    "text", [pytest.param(text, marks=[pytest.mark.slow] if SLOW in text else []) for text in CALLS]
+)
+def test_the_python_of_the_page_runs(text: str, installed: Path) -> None:
+    names: dict[str, Any] = {"__name__": "page"}
+    exec(text, names)
+    if "report" in names:
+        assert names["report"].spec.suite[0]["name"] == "random-signs"
+        assert names["x_adv"].shape == (8, 1, 8, 8)
+
+
+def test_a_changed_file_is_another_run(folder: Path) -> None:
+    def spec(text: str) -> dict[str, Any]:
+        (entry,) = registry.parse_suite(text, "linf")
+        return entry.spec
+
+    before = spec("./random_signs.py:RandomSigns(queries=3)")
+    assert before["name"] == "random-signs"
+    assert before["queries"] == 3
+    assert before["string"] == f"{folder}/random_signs.py:RandomSigns"
+    assert spec("./random_signs.py:RandomSigns(queries=3)") == before
+    (folder / "random_signs.py").write_text(FILES["random_signs.py"] + "# changed\n")
+    after = spec("./random_signs.py:RandomSigns(queries=3)")
+    assert after["code"] != before["code"]
+    assert registry.spec(registry.make("pgd")).keys().isdisjoint({"code", "string", "package"})
+
+
+def test_specs_of_packages_have_their_version_and_code(installed: Path) -> None:
+    record = registry.spec(registry.make("random-signs", queries="5"))
+    assert record == {"name": "random-signs", "queries": 5, "package": "stranger 1.2", "code": record["code"]}
+    assert len(record["code"]) == 64
+    assert registry.make_again("attack", record) == registry.make("random-signs", queries=5)
+    model = robustkit.load_model("stranger:64")
+    assert model.string == "stranger:64"
+    assert model.fingerprint == robustkit.load_model("stranger:64").fingerprint
+
+
+def test_objects_of_files_reach_workers(folder: Path) -> None:
+    """They are pickled by their file, which no worker has imported."""
+    for text in ("./random_signs.py:RandomSigns(queries=3)", "./noise.py:noise(scale=0.5)"):
+        (entry,) = registry.parse_suite(text, "linf")
+        assert pickle.loads(pickle.dumps(entry.attack)) == entry.attack
+
+
+def test_code_that_a_record_names_is_not_run(folder: Path) -> None:
+    string = "robustkit:digits-cnn?defense=./blur.py:Blur:3"
+    assert shell(f"robustkit evaluate {string} --suite fgsm --limit 4 --no-html --out out") == 0
+    assert shell("robustkit verify out") == 2
+    assert shell("robustkit verify out --trust-code") == 0
+    (folder / "models.txt").write_text(f"{string}\n")
+    assert shell("robustkit evaluate --models models.txt --data digits:test --limit 4 --suite fgsm --out all") == 2
+    (entry,) = registry.parse_suite("./random_signs.py:RandomSigns", "linf")
+    with pytest.raises(UsageError, match="--trust-code"):
+        registry.make_again("attack", entry.spec)
+    assert registry.make_again("attack", entry.spec, trust_code=True) == entry.attack
+
+
+def test_a_package_replaces_no_name_and_breaks_no_list(installed: Path) -> None:
+    points = installed / "stranger-1.2.dist-info" / "entry_points.txt"
+    points.write_text("[robustkit.attacks]\npgd = random_signs:RandomSigns\nlost = nowhere:Lost\n")
+    registry.entries._catalog.cache_clear()
+    plugins.__globals__["_scan"].cache_clear()
+    assert registry.catalog("attack")["pgd"].package == ""
+    assert type(registry.make("pgd")).__name__ == "PGD"
+    with pytest.raises(UsageError, match=r"'lost' of the package stranger 1\.2 cannot be imported"):
+        registry.make("lost")
+    assert shell("robustkit list attacks") == 0
+    registry.entries._catalog.cache_clear()
+    plugins.__globals__["_scan"].cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("./absent.py:A", "there is no file '.*absent.py'"),
+        ("./blur.py:Blurred", "has no class or function 'Blurred'; it defines Blur"),
+        ("./blur.py:Blur", r"is a defense, not an attack: put @attack\(\.\.\.\)"),
+        ("./random_signs.py:RandomSigns(tries=3)", "no field of .*RandomSigns 'tries'.*Known: queries"),
+        ("./noise.py:noise(size=3)", "no field of noise 'size'. .*Known: scale"),
+        ("random-signs", "no suite or attack 'random-signs'"),
+    ],
+)
+def test_mistakes_are_one_sentence(text: str, sentence: str, folder: Path) -> None:
+    with pytest.raises(UsageError, match=sentence):
+        registry.parse_suite(text, "linf")
+
+
+def test_a_function_is_an_attack_and_an_unregistered_class_is_none() -> None:
+    def shift(model: Any, x: torch.Tensor, y: torch.Tensor, eps: float) -> torch.Tensor:
+        return x + eps
+
+    class Unregistered:
+        def __call__(self, model: Any, x: Any, goal: Any, threat: Any, *, rng: Any) -> Any:
+            return x
+
+    first, second = registry.parse_suite([shift, "fgsm"], "linf")
+    assert isinstance(first.attack, FunctionAttack)
+    assert (first.name, second.name) == ("shift", "fgsm")
+    for wrong in (Unregistered, Unregistered(), 3):
+        with pytest.raises(UsageError, match="is no attack: pass a name"):
+            registry.parse_suite([wrong], "linf")
+    with pytest.raises(UsageError, match="has no attack"):
+        registry.parse_suite([], "linf")
+
+
+def test_attack_returns_verified_successes_and_other_images_unchanged() -> None:
+    model, data = robustkit.load_model("robustkit:digits-cnn"), robustkit.load_data("digits:test").head(24)
+    x, y = data.images(range(24)), data.labels
+    found = robustkit.attack(model, x, y, "linf:0.15", "pgd(steps=5),square(queries=20)")
+    moved = (found != x).flatten(1).any(1)
+    assert 0 < int(moved.sum()) < 24
+    assert robustkit.ThreatModel.parse("linf:0.15").contains(found, x).all()
+    with torch.no_grad():
+        right, broken = (model(images).argmax(1) == torch.from_numpy(y) for images in (x, found))
+    assert not (moved & (broken | ~right)).any()
+    for suite, word in (("auto", "robustkit.evaluate"), ("pgd@mean-logit", "robustkit.evaluate")):
+        with pytest.raises(UsageError, match=word):
+            robustkit.attack(model, x, y, "linf:0.15", suite)
+
+
+@pytest.mark.slow
+def test_two_workers_run_a_file_and_a_killed_run_continues(folder: Path) -> None:
+    command = "robustkit evaluate --limit 6 --no-html --suite './random_signs.py:RandomSigns(queries=3),fgsm'"
+    assert shell(command, "--out", "one") == 0
+    assert shell(command, "--out", "two", "--workers", "2") == 0
+    one, two = (json.loads((folder / name / "report.json").read_text()) for name in ("one", "two"))
+    assert one["verdicts"] == two["verdicts"]
+    assert one["run_id"] == two["run_id"]
+    (folder / "one" / "report.json").unlink()  # what a run that was killed at its end leaves
+    assert shell(command, "--out", "one") == 0
+    assert json.loads((folder / "one" / "report.json").read_text())["verdicts"] == one["verdicts"]
