@@ -1,4 +1,4 @@
 """Defenses and training methods: one file, one method. Imported as `robustkit.defenses`."""
 
 if __name__ == "defenses":
-    raise ImportError("import 'robustkit.defenses', not 'defenses': that name belongs to nobody's package")
+    raise ImportError("import 'robustkit.defenses', not 'defenses'")

@@ -1,10 +1,10 @@
-"""Free adversarial training (Shafahi et al. 2019, arXiv:1904.12843): one gradient moves weights and images.
+"""Free adversarial training (Shafahi et al. 2019, arXiv:1904.12843): one backward pass updates weights and images.
 
-Each batch is trained on `repeats` times in a row; the gradient of every pass also moves the perturbation by a
-step. So an epoch costs as much as `repeats` epochs of plain training.
+Each batch is used `repeats` times in a row, and every backward pass also gives a step of the perturbation. So
+an epoch costs as much as `repeats` epochs of plain training.
 
-Departures from the authors' code: the perturbation starts at zero for each batch, where theirs starts at the end
-of the previous batch's, which belongs to other images; the learning rate changes between batches, not passes.
+Deviations from the authors' code: the perturbation starts at zero for each batch, while theirs starts from the
+perturbation of the previous batch, which has other images; the learning rate changes between batches, not passes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from robustkit.training.method import Batch, BatchNeeds, Plan, Size
 @method("free-at", paper="arXiv:1904.12843")
 @dataclass(frozen=True, slots=True)
 class FreeAT(RobustTraining):
-    """Cross-entropy on images that move by `step_size` (`1eps`, `8/255px`) after each of `repeats` passes."""
+    """Cross-entropy on images perturbed by `step_size` (`1eps`, `8/255px`) after each of `repeats` passes."""
 
     threat: str = "linf:8/255"
     repeats: Count = 8
@@ -40,16 +40,16 @@ class FreeAT(RobustTraining):
         ThreatModel.parse(self.threat).bounded()
 
     def default_size(self, samples: int) -> Size:
-        """Return the paper's size on CIFAR-10; less on a small set. Each epoch costs `repeats` plain ones."""
+        """Return the paper's size on CIFAR-10, where an epoch costs `repeats` plain ones; less on a small set."""
         return Size(epochs=25, batch_size=128, lr=0.1) if samples > 5000 else Size(10, 64, 0.02)
 
     @property
     def batch_needs(self) -> BatchNeeds:
-        """Return how often a batch is trained on."""
+        """Return the number of passes over each batch."""
         return BatchNeeds(repeats=self.repeats)
 
     def backward(self, nets: Sequence[nn.Module], batch: Batch, plan: Plan) -> Tensor:
-        """Add the gradient of every member's loss at its images, and move them for the next pass."""
+        """Add the gradient of every member's loss at its images, and perturb these for the next pass."""
         threat = ThreatModel.parse(self.threat)
         total = torch.zeros((), device=batch.x.device)
         for number, net in enumerate(nets, batch.process_group.first):

@@ -1,7 +1,7 @@
-"""Input-gradient regularisation (Ross & Doshi-Velez 2018, arXiv:1711.09404): small gradients instead of attacks.
+"""Input-gradient regularisation (Ross & Doshi-Velez 2018, arXiv:1711.09404): a penalty on input gradients.
 
-The paper penalises the squared l2 norm of the gradient of the cross-entropy in the image, summed over a batch. We
-take the mean over its images, so that `weight` does not depend on the batch size.
+The paper penalises the squared l2 norm of the input gradient of the cross-entropy, summed over a batch. Here it is
+averaged over the images, so that `weight` does not depend on the batch size.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from robustkit.training.method import Batch, Plan
 @method("grad-reg", paper="arXiv:1711.09404")
 @dataclass(frozen=True, slots=True)
 class GradReg(RobustTraining):
-    """Cross-entropy, and `weight` times the mean squared l2 norm of its gradient in the image.
+    """Cross-entropy, and `weight` times the mean squared l2 norm of its input gradient.
 
-    A net whose activations are piecewise linear is trained, too: its second derivatives exist between the kinks.
+    Nets with piecewise linear activations can be trained: their second derivatives exist almost everywhere.
     """
 
     weight: NonNegative = 1.0
@@ -34,5 +34,5 @@ class GradReg(RobustTraining):
         """Return the cross-entropy with the penalty."""
         x = batch.x.detach().requires_grad_()
         losses = F.cross_entropy(net(x), batch.y, reduction="none")
-        (slope,) = torch.autograd.grad(losses.sum(), x, create_graph=True)
-        return losses.mean() + self.weight * slope.flatten(1).square().sum(1).mean()
+        (gradient,) = torch.autograd.grad(losses.sum(), x, create_graph=True)
+        return losses.mean() + self.weight * gradient.flatten(1).square().sum(1).mean()

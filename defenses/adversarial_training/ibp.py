@@ -1,7 +1,7 @@
 """Certified training by interval bound propagation (Gowal et al. 2018, arXiv:1810.12715), for small nets.
 
-Departures from the authors' code: the last layer is bounded by itself, where theirs is merged with the differences
-of logits that are compared; a batch norm uses the statistics of the centres of the boxes.
+Deviations from the authors' code: the last layer is bounded by itself, while theirs is merged with the
+differences of the compared logits; a batch norm uses the statistics of the centres of the intervals.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from robustkit.training.method import Batch, Plan, Size
 @method("ibp", paper="arXiv:1810.12715")
 @dataclass(frozen=True, slots=True)
 class IBP(RobustTraining):
-    """Cross-entropy, and that of the worst logits that the interval bounds allow.
+    """Cross-entropy, mixed with that of the worst logits within the interval bounds.
 
-    Training is plain for the share `warmup` of the run. Over the following share `ramp`, eps grows from 0 to that
-    of `threat` and the worst logits' part of the loss from 0 to `certified`.
+    Training is plain for the share `warmup` of the run. During the following share `ramp`, eps grows from 0 to
+    that of `threat`, and the weight of the worst logits' loss grows from 0 to `certified`.
     """
 
     threat: str = "linf:8/255"
@@ -42,20 +42,20 @@ class IBP(RobustTraining):
     def __post_init__(self) -> None:
         """Refuse a threat that is not linf."""
         if ThreatModel.parse(self.threat).bounded().norm != "linf":
-            raise UsageError(f"ibp: threat={self.threat} must be linf, whose balls are boxes, e.g. linf:8/255.")
+            raise UsageError(f"ibp: threat={self.threat} must have the norm linf, e.g. linf:8/255.")
 
     def default_size(self, samples: int) -> Size:
-        """Return the paper's size on MNIST; less on a small set."""
+        """Return the paper's size on MNIST; a shorter run on a small set."""
         return Size(epochs=100, batch_size=100, lr=1e-3) if samples > 5000 else Size(60, 64, 2e-3)
 
     def check_plan(self, plan: Plan) -> None:
-        """Refuse shares that are no shares."""
+        """Refuse a warm-up and ramp that are longer than the run."""
         RobustTraining.check_plan(self, plan)
         if self.warmup + self.ramp > 1:
             raise UsageError(f"ibp: warmup + ramp must be at most 1, got {self.warmup + self.ramp:g}.")
 
     def check_nets(self, nets: Sequence[nn.Module], image: Images) -> None:
-        """Refuse nets that intervals do not pass through."""
+        """Refuse nets with operations that have no interval bounds."""
         for net in nets:
             with torch.no_grad():
                 bounds(net, image, 0.0)

@@ -13,36 +13,36 @@ from robustkit.core.errors import UsageError
 
 
 class Interval(Tensor):
-    """A tensor of the centres of intervals, with their half widths as `radius`, that nets are called on.
+    """Intervals as an input of nets: a tensor of their centres, with their half widths as `radius`.
 
-    Affine layers, batch norms, poolings and activations that never fall pass it on; anything else is refused. A
-    batch norm in train mode uses the statistics of the centres.
+    It supports affine layers, batch norms, poolings and monotonically rising activations; other operations raise a
+    UsageError. A batch norm in train mode uses the statistics of the centres.
     """
 
     radius: Tensor
 
     @staticmethod
     def of(centre: Tensor, radius: Tensor) -> Interval:
-        """Return intervals (both of one shape) around centres."""
+        """Return intervals around centres; both arguments have one shape."""
         interval = centre.as_subclass(Interval)
         interval.radius = radius
         return interval
 
     @staticmethod
     def between(lower: Tensor, upper: Tensor) -> Interval:
-        """Return the intervals with these ends, of one shape."""
+        """Return the intervals with these ends; both arguments have one shape."""
         return Interval.of((lower + upper) / 2, (upper - lower) / 2)
 
     @property
     def centre(self) -> Tensor:
-        """The middles, as a plain tensor."""
+        """The centres, as a plain tensor."""
         return self.as_subclass(Tensor)
 
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Carry out one operation on intervals."""
+        """Compute one operation on intervals."""
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
             rule = _RULES.get(func)
@@ -62,16 +62,16 @@ def bounds(net: Callable[[Tensor], Tensor], x: Tensor, eps: float) -> tuple[Tens
     """Return lower and upper bounds (B K) of a net's logits.
 
     Args:
-        net: From images on [0, 1] to logits (B K).
-        x: Images (B C H W).
-        eps: Radius of the linf ball; the part of it outside [0, 1] is left out.
+        net: function from images in [0, 1] to logits (B K).
+        x: images (B C H W).
+        eps: radius of the linf ball, of which the part inside [0, 1] is used.
 
     Raises:
-        UsageError: The net has an operation that intervals do not pass through.
+        UsageError: the net has an operation without interval bounds.
     """
     logits = net(Interval.between((x - eps).clamp(min=0), (x + eps).clamp(max=1)))
     if not isinstance(logits, Interval):
-        raise UsageError("the net computes its logits without its images, so they have no interval bounds.")
+        raise UsageError("the logits of the net do not depend on its images, so they have no interval bounds.")
     return logits.centre - logits.radius, logits.centre + logits.radius
 
 
@@ -90,7 +90,7 @@ def _affine(
 
 
 def _same(func: Callable[..., Tensor], x: Interval, *args: Any, **kw: Any) -> Any:
-    """Apply what is linear with weights that are not negative: a change of shape, a mean, a sum."""
+    """Apply a linear operation with non-negative weights: a change of shape, a mean, a sum."""
     return Interval.of(func(x.centre, *args, **kw), func(x.radius, *args, **kw))
 
 

@@ -1,7 +1,7 @@
-"""MART (Wang et al., ICLR 2020): adversarial training that weighs images by how badly the clean net does on them.
+"""MART (Wang et al., ICLR 2020): adversarial training that emphasises images which the net classifies poorly.
 
-Batch norms make adversarial images with their running statistics, as in the authors' code. Of an ensemble, each
-member is trained on images of its own.
+Batch norms use their running statistics while images are attacked, as in the authors' code. With an ensemble, each
+member is trained on adversarial images of its own.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from robustkit.training.method import Batch, Plan
 @method("mart", paper="ICLR 2020")
 @dataclass(frozen=True, slots=True)
 class MART(PerturbedTraining):
-    """Boosted cross-entropy on adversarial images, and `beta` times a divergence weighed by 1 - p(label | image).
+    """Boosted cross-entropy on adversarial images, and `beta` times a divergence weighted by 1 - p(label | image).
 
-    PGD starts from normal noise of deviation `start`; a step is `step_size`: `0.25eps`, or `2/255px` in pixels.
+    PGD starts from normal noise of standard deviation `start`. A step has the length `step_size`: `0.25eps`, or
+    `2/255px` in pixel units.
     """
 
     beta: NonNegative = 5.0
@@ -56,13 +57,13 @@ class MART(PerturbedTraining):
 
 
 def boosted(clean: Logits, attacked: Logits, labels: Labels, beta: float) -> Tensor:
-    """Return MART's loss of each image (B), of logits (B K) at the image and at its adversarial image.
+    """Return MART's loss (B) of logits (B K) at images x and at their adversarial images x'.
 
-    The sum of -log p(y | x') - log(1 - max over k != y of p(k | x')) and of beta KL(p(x) || p(x')) (1 - p(y | x)).
+    It is -log p(y | x') - log(1 - max over k != y of p(k | x')) + beta KL(p(x) || p(x')) (1 - p(y | x)).
     """
     near, far = clean.log_softmax(1), attacked.log_softmax(1)
     others = far.masked_fill(F.one_hot(labels, far.shape[1]).bool(), -torch.inf).amax(1)
-    # log(1 - p) of a p that may round to 1 in float32.
+    # In float32 p can round to 1, where log(1 - p) is infinite.
     margin = -torch.log1p(-others.exp().clamp(max=1 - 1e-6))
     weight = 1 - near.gather(1, labels[:, None])[:, 0].exp()
     apart = (near.exp() * (near - far)).sum(1)

@@ -1,7 +1,7 @@
 """Adversarial training (Madry et al. 2018, arXiv:1706.06083), of one net or of an ensemble.
 
-Batch norms make adversarial images with their running statistics, where Madry's code trains while it attacks:
-`statistics` says it.
+By default batch norms use their running statistics while images are attacked; in Madry's code they are in train
+mode. The field `statistics` sets this.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from robustkit.training.method import Batch, Plan
 @method("pgd-at", paper="arXiv:1706.06083")
 @dataclass(frozen=True, slots=True)
 class PGDAT(PerturbedTraining):
-    """Cross-entropy on PGD's images alone: of the ensemble, or, without `joint`, of each member by itself.
+    """Cross-entropy on PGD's adversarial images of the ensemble or, without `joint`, of each member by itself.
 
-    A step of PGD is `step_size`: `0.25eps`, or `2/255px` in pixel units. It starts at a random point of the
-    ball or, without `random_start`, at the image.
+    A step of PGD has the length `step_size`: `0.25eps`, or `2/255px` in pixel units. PGD starts at a random
+    point of the ball or, without `random_start`, at the image.
     """
 
     threat: str = "linf:8/255"
@@ -51,7 +51,7 @@ class PGDAT(PerturbedTraining):
         PerturbedTraining.__post_init__(self)
 
     def supports_member_parallel(self) -> bool:
-        """Return whether every member has images of its own."""
+        """Return whether every member has adversarial images of its own."""
         return not self.joint
 
     def losses(self, nets: Sequence[nn.Module], batch: Batch, plan: Plan) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""Plain training: stochastic gradient descent on the cross-entropy, for a net to compare others with."""
+"""Plain training: stochastic gradient descent on the cross-entropy, as a baseline."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ SCHEDULES = ("cosine", "steps", "constant")
 @method("standard")
 @dataclass(frozen=True, slots=True)
 class Standard(Method):
-    """SGD with Nesterov momentum; the rate rises for `warmup` of the run, then falls by `schedule`.
+    """SGD with Nesterov momentum; the learning rate rises during the share `warmup` and then follows `schedule`.
 
     `cosine` falls to 0; `steps` falls to a tenth at a half and again at three quarters of the run (He et al. 2016,
-    arXiv:1512.03385); `constant` does not.
+    arXiv:1512.03385); `constant` does not fall.
     """
 
     schedule: str = "cosine"
@@ -39,7 +39,7 @@ class Standard(Method):
             raise did_you_mean("schedule", self.schedule, SCHEDULES)
 
     def default_size(self, samples: int) -> Size:
-        """Return what is usual on CIFAR-10; on a small set more epochs of smaller steps."""
+        """Return a common size on CIFAR-10; smaller batches and a larger learning rate on a small set."""
         return (
             Size(epochs=30, batch_size=64, lr=0.2) if samples <= 5000 else Size(epochs=30, batch_size=128, lr=0.1)
         )
@@ -55,7 +55,7 @@ class Standard(Method):
         )
 
     def rate(self, step: int, plan: Plan) -> float:
-        """Return the rate of a step."""
+        """Return the learning rate of a step."""
         return plan.lr * self._share((step + 0.5) / plan.steps)
 
     def _share(self, done: float) -> float:

@@ -1,7 +1,7 @@
-"""TRADES (Zhang et al. 2019, arXiv:1901.08573): accuracy on images, and the same answer around them.
+"""TRADES (Zhang et al. 2019, arXiv:1901.08573): clean cross-entropy, and a penalty on changes around images.
 
-Batch norms make adversarial images with their running statistics, as in the authors' code. Of an ensemble, the
-images move its mean probabilities, and every member is to answer alike around its own.
+Batch norms use their running statistics while images are perturbed, as in the authors' code. With an ensemble, the
+perturbation changes its mean probabilities, and the penalty is that of every member.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from robustkit.training.method import Batch, Plan
 @method("trades", paper="arXiv:1901.08573")
 @dataclass(frozen=True, slots=True)
 class TRADES(PerturbedTraining):
-    """Cross-entropy and `beta` times the divergence from what is answered nearby.
+    """Cross-entropy and `beta` times the divergence between the probabilities at clean and at perturbed images.
 
-    Ascent begins with normal noise of deviation `start`; a step is `step_size`: `0.25eps`, or `2/255px` in
-    pixel units.
+    The ascent starts from normal noise of standard deviation `start`. A step has the length `step_size`:
+    `0.25eps`, or `2/255px` in pixel units.
     """
 
     beta: NonNegative = 6.0
@@ -68,5 +68,5 @@ class TRADES(PerturbedTraining):
 
 
 def divergence(one: Tensor, other: Tensor) -> Tensor:
-    """Return the divergence of each row's probabilities from the other's (B), of their logarithms (B K)."""
+    """Return the Kullback-Leibler divergence (B) between the rows of two log-probabilities (B K)."""
     return (one.exp() * (one - other)).sum(1)

@@ -1,7 +1,7 @@
-"""Adaptive diversity promoting (Pang et al. 2019, arXiv:1901.08846): members that differ in what they call second.
+"""Adaptive diversity promoting (Pang et al. 2019, arXiv:1901.08846): diverse probabilities of the wrong classes.
 
-The logarithms are of log-probabilities, where the authors' code adds 1e-20 to probabilities. Adversarial training
-beside it is left to `pgd-at`.
+Logarithms are computed from log-probabilities; the authors' code adds 1e-20 to probabilities. The paper's
+combination with adversarial training is not included.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from robustkit.registry.ranges import NonNegative
 from robustkit.training import ensemble_utils
 from robustkit.training.method import Batch, Method, Plan, Size
 
+# Added to the diagonal of the Gram matrix, so that its determinant is positive.
 JITTER = 1e-6
 
 
 @method("adp", paper="arXiv:1901.08846")
 @dataclass(frozen=True, slots=True)
 class ADP(Method):
-    """Cross-entropy less `entropy` times the ensemble's entropy and `volume` times what wrong classes span."""
+    """Cross-entropy minus `entropy` times the ensemble's entropy and `volume` times the members' log volume."""
 
     entropy: NonNegative = 2.0
     volume: NonNegative = 0.5
@@ -36,16 +37,16 @@ class ADP(Method):
     min_members = 2
 
     def default_size(self, samples: int) -> Size:
-        """Return the size of DVERGE's comparison; less on a small set."""
+        """Return the size in the DVERGE paper's comparison; a shorter run on a small set."""
         return ensemble_utils.adam_size(samples)
 
     def check_plan(self, plan: Plan) -> None:
-        """Refuse negative weights, and more members than wrong classes, which span nothing."""
+        """Refuse as many members as classes: the volume spanned in fewer dimensions is 0."""
         Method.check_plan(self, plan)
         if plan.members >= plan.classes:
             raise UsageError(
                 f"adp: --members {plan.members} are more than the {plan.classes - 1} wrong classes in which "
-                "they can differ; write fewer."
+                "they can differ; use fewer."
             )
 
     def optimizer(self, parameters: Iterable[nn.Parameter], plan: Plan) -> torch.optim.Optimizer:
@@ -72,9 +73,9 @@ def entropy(logits: Tensor) -> Tensor:
 
 
 def volume(logits: Tensor, labels: Labels) -> Tensor:
-    """Return the mean logarithm of the squared volume that the members' wrong classes span, each of length 1."""
+    """Return the mean log squared volume that the members' normalised wrong-class probabilities span."""
     right = F.one_hot(labels, logits.shape[2]).bool()
-    wrong = logits.float().masked_fill(right, -torch.inf).softmax(2)  # a length of 1 makes the sum immaterial
+    wrong = logits.float().masked_fill(right, -torch.inf).softmax(2)  # normalisation below cancels the sum
     unit = F.normalize(wrong, dim=2).transpose(0, 1)
     gram = unit @ unit.transpose(1, 2)
     return torch.logdet(gram + JITTER * torch.eye(len(logits), device=gram.device)).mean()

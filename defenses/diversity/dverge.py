@@ -1,11 +1,12 @@
-"""DVERGE: an ensemble whose members do not share weaknesses (Yang et al. 2020, arXiv:2009.14720).
+"""DVERGE (Yang et al. 2020, arXiv:2009.14720): diverse ensembles by distilled non-robust features.
 
-A source image is moved until a layer of one member takes it for a target image; all other members learn that it
-still is what it was. Alone it protects from transferred attacks, hardly from white-box ones: evaluate both.
+A source image is perturbed until the features of a layer of one member match those of a target image; all other
+members are trained to classify it as its source. DVERGE alone protects against transferred attacks but hardly
+against white-box attacks: evaluate both.
 
-The paper's 200 epochs start from nets trained for 200; here both are one run, which is plain for the share
-`baseline` of it. Pairs are of two images of one epoch in independent orders, as in the authors' code.
-Running statistics and optimisers go on from one part to the next.
+The paper's 200 epochs start from nets trained for 200 epochs. Here both are one run; the share `baseline` of it is
+plain training. A pair consists of two images of one epoch in independent orders, as in the authors' code. Running
+statistics and optimizer states continue from one part to the next.
 """
 
 from __future__ import annotations
@@ -33,13 +34,12 @@ from robustkit.training.method import Batch, BatchNeeds, Method, Plan, Size
 class DVERGE(Method):
     """Members learn from each other's distilled images; `--adversarial 1` adds adversarial training (DVERGE+AT).
 
-    Distillation: `steps` of `step_size` (a share of `eps`, or `2/255px`) with `inertia`, from the image or from a
-    `random_start`.
-    `layer` is a number, a module's name, or `random`, drawn for each `epoch`, `batch` or `member` (`draw`).
-    `statistics` are what batch norms do meanwhile: `train`, `frozen` or `separate`. `clean` weighs the loss on
-    plain images; with `distinct`, pairs of one class are left out. The share `baseline` of the epochs, the first
-    ones, is plain training. Adversarial images are each member's own: PGD in `adversarial_steps` of a quarter of
-    the `threat`'s eps.
+    Distillation has `steps` of `step_size` (a share of `eps`, or `2/255px`) with momentum `inertia`, from the
+    image or from a `random_start`. `layer` is a number, a module's name, or `random`, drawn for each `epoch`,
+    `batch` or `member` (`draw`). `statistics` is what batch norms do during distillation: `train`, `frozen` or
+    `separate`. `clean` is the weight of the loss on clean images. With `distinct`, pairs of one class are left
+    out. The first epochs, the share `baseline`, are plain training. The adversarial images of each member come
+    from PGD with `adversarial_steps` of a quarter of the eps of `threat`.
     """
 
     eps: Share = 0.07
@@ -77,16 +77,16 @@ class DVERGE(Method):
         return BatchNeeds(pairs=True)
 
     def default_size(self, samples: int) -> Size:
-        """Return the paper's size, the baseline's 200 epochs included; less on a small set."""
+        """Return the paper's size with the 200 epochs of the baseline; a shorter run on a small set."""
         return ensemble_utils.dverge_size(samples, few=24 if self.adversarial else 40)
 
     def check_nets(self, nets: Sequence[nn.Module], image: Images) -> None:
-        """Refuse a layer that a net has not."""
+        """Refuse a layer that a net does not have."""
         if self.layer != "random":
             ensemble_utils.fixed_layer(nets, image, self.layer)
 
     def supports_member_parallel(self) -> bool:
-        """Return that members learn from images, which processes can exchange."""
+        """Return True: members learn from images that processes can exchange."""
         return True
 
     def optimizer(self, parameters: Iterable[nn.Parameter], plan: Plan) -> torch.optim.Optimizer:
@@ -118,9 +118,9 @@ class DVERGE(Method):
         return total / len(nets)
 
     def distilled(self, nets: Sequence[nn.Module], batch: Batch, plan: Plan) -> list[Images]:
-        """Return each of these nets' distilled images (B C H W), made with the weights as they are."""
+        """Return the distilled images (B C H W) of each net, made with the current weights."""
         if batch.partners is None:
-            raise UsageError(f"{self.info.name} needs pairs of images; give its batches partners.")
+            raise UsageError(f"{self.info.name} needs pairs of images: set `partners` in its batches.")
         return [
             distil(
                 net,
@@ -154,12 +154,12 @@ class DVERGE(Method):
         )
 
     def _weight(self, batch: Batch) -> Tensor:
-        """Return the weight of each pair (B): 0 for those that are left out; on average 1 over the whole batch."""
+        """Return the weight (B) of each pair: 0 for excluded pairs, with a mean of 1 over the whole batch."""
         if not self.distinct or batch.partner_labels is None:
             return torch.ones_like(batch.y, dtype=torch.float32)
-        apart = (batch.y != batch.partner_labels).float()
-        (share,) = batch.process_group.mean([apart.mean()])
-        return apart / torch.where(share > 0, share, 1)
+        is_distinct = (batch.y != batch.partner_labels).float()
+        (share,) = batch.process_group.mean([is_distinct.mean()])
+        return is_distinct / torch.where(share > 0, share, 1)
 
 
 @method("dverge+at", paper="arXiv:2009.14720")

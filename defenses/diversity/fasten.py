@@ -1,17 +1,20 @@
-"""Diversity at single steps that are remembered, in the way of FASTEN (Huang et al. 2024, IEEE TIFS).
+"""Ensemble diversity by single-step perturbations that are stored, after FASTEN (Huang et al. 2024, IEEE TIFS).
 
-Every member moves each image one step, as long as the ball is wide, to where a layer of it sees the image least as
-before. Another member learns that the image still is what it was, and to answer as it does for the plain one.
-The next epoch starts where this one ended, so perturbations grow better at the price of a step.
+Every member perturbs each image by one step of the length eps that changes the features of a layer as much as
+possible. Another member is trained to classify the perturbed image correctly, and to give the probabilities of the
+clean image. The next epoch starts from the stored perturbations, so they improve at the cost of one step per
+epoch.
 
-Departures from the authors' code:
-- all members move images, and each learns from one other's, as many places on as is drawn for the batch; there two
-  members, drawn for the batch, move them;
-- a step starts at what is remembered; there at random, to be mixed with what is remembered in a random proportion;
-- each member has its own memory, moved along by crops and flips; there all share one, which stays where it was;
-- of a perturbation its sign is kept, 0 below half of eps, from where the next step starts at random;
-- the term that drives members' answers apart is left out: in the code it has no gradient;
-- the baseline and this are one run, of the size and the rates of `dverge`.
+Deviations from the authors' code:
+- all members perturb images, and each learns from the images of one other member, drawn for the batch; in the
+code two
+  members drawn for the batch perturb them;
+- a step starts from the stored perturbation; in the code it starts at random and is mixed with the stored one in a
+  random proportion;
+- each member has a memory of its own that follows crops and flips; in the code all share one that does not;
+- only the sign of a perturbation is stored, 0 if it is below half of eps, from where the next step starts at
+random; - the term that drives the members' outputs apart is left out: it has no gradient in the code;
+- the baseline and the method are one run, with the size and learning rates of `dverge`.
 """
 
 from __future__ import annotations
@@ -37,11 +40,11 @@ from robustkit.training.method import Batch, BatchNeeds, Method, Plan, Size
 @method("fasten", paper="IEEE TIFS 2024")
 @dataclass(frozen=True, slots=True)
 class FASTEN(Method):
-    """Members learn from each other's images, each moved by one step that goes on from the last epoch's.
+    """Members learn from each other's images, perturbed by one step from the perturbation of the last epoch.
 
-    The step is `step_size` (a share of `eps`, or `2/255px`); without `reuse` it starts at random. `layer`, `draw`,
-    `statistics` and `baseline` are as in `dverge`; `consistency` weighs how far a member's answers to a moved
-    and to the plain image are apart.
+    The step has the length `step_size` (a share of `eps`, or `2/255px`); without `reuse` it starts at random.
+    `layer`, `draw`, `statistics` and `baseline` are those of `dverge`. `consistency` is the weight of the
+    divergence between a member's outputs for the perturbed and the clean image.
     """
 
     eps: Share = 0.06
@@ -71,17 +74,17 @@ class FASTEN(Method):
         return ensemble_utils.dverge_size(samples)
 
     def check_nets(self, nets: Sequence[nn.Module], image: Images) -> None:
-        """Refuse a layer that a net has not."""
+        """Refuse a layer that a net does not have."""
         if self.layer != "random":
             ensemble_utils.fixed_layer(nets, image, self.layer)
 
     def supports_member_parallel(self) -> bool:
-        """Return that members learn from images, which processes can exchange."""
+        """Return True: members learn from images that processes can exchange."""
         return True
 
     @property
     def batch_needs(self) -> BatchNeeds:
-        """Return the memory of perturbations, unless every step starts at random."""
+        """Return that perturbations are stored, unless every step starts at random."""
         return BatchNeeds(memory=self.reuse)
 
     def optimizer(self, parameters: Iterable[nn.Parameter], plan: Plan) -> torch.optim.Optimizer:
@@ -93,7 +96,7 @@ class FASTEN(Method):
         return ensemble_utils.two_phase_decay(step, ensemble_utils.baseline_steps(self.baseline, plan), plan)
 
     def backward(self, nets: Sequence[nn.Module], batch: Batch, plan: Plan) -> Tensor:
-        """Add the gradient of every member's loss on another's images; leave in the memory where those are."""
+        """Add the gradient of every member's loss on another member's images; store the perturbations."""
         if batch.step < ensemble_utils.baseline_steps(self.baseline, plan):
             return Method.backward(self, nets, batch, plan)
         with ensemble_utils.batch_norm_policy(nets, self.statistics):
@@ -105,14 +108,14 @@ class FASTEN(Method):
             loss = F.cross_entropy(logits, batch.y)
             if self.consistency:
                 with torch.no_grad():
-                    plain = net(batch.x)
-                loss = loss + self.consistency * apart(plain, logits)
+                    clean = net(batch.x)
+                loss = loss + self.consistency * divergence_from_mean(clean, logits)
             loss.backward()  # type: ignore[no-untyped-call]
             total = total + loss.detach()
         return total / len(nets)
 
     def moved(self, nets: Sequence[nn.Module], batch: Batch, plan: Plan) -> list[Images]:
-        """Return each of these nets' images (B C H W), made with the weights as they are."""
+        """Return the perturbed images (B C H W) of each net, made with the current weights."""
         layers = ensemble_utils.drawn_layers(nets, batch, plan, self.layer, self.draw, f"{self.info.name}/layer")
         return [
             self._moved(net, batch, layer, number)
@@ -123,7 +126,7 @@ class FASTEN(Method):
         start = ensemble_utils.uniform_noise(batch, f"start{member}")
         if self.reuse:
             if batch.memory is None:
-                raise UsageError(f"{self.info.name} goes on from the last epoch; give its batches a memory.")
+                raise UsageError(f"{self.info.name} needs stored perturbations: set `memory` in its batches.")
             known = batch.memory[:, member].to(start.dtype)
             start = torch.where(known == 0, start, known)
         away = -self.step_size.share(self.eps)
@@ -133,14 +136,14 @@ class FASTEN(Method):
         return x
 
     def _places(self, batch: Batch, members: int) -> int:
-        """Return how many places on the member is whose images one learns from."""
+        """Return the distance between the indices of a member and of the member whose images it learns from."""
         ids = torch.zeros(1, dtype=torch.int64)
-        word = RowRng(batch.rng.seed, f"{self.info.name}/places", ids, step=batch.step).uniform(1)
-        return 1 + int(float(word) * (members - 1))
+        share = RowRng(batch.rng.seed, f"{self.info.name}/places", ids, step=batch.step).uniform(1)
+        return 1 + int(float(share) * (members - 1))
 
 
-def apart(plain: Logits, logits: Logits) -> Tensor:
-    """Return how far two answers (B K) are from their mean, as its relative entropies to them, averaged."""
-    logarithms = torch.stack([plain.detach(), logits]).log_softmax(2)
+def divergence_from_mean(clean: Logits, logits: Logits) -> Tensor:
+    """Return the mean Jensen-Shannon divergence between the probabilities of two logits (B K)."""
+    logarithms = torch.stack([clean.detach(), logits]).log_softmax(2)
     middle = logarithms.exp().mean(0)
     return F.kl_div(logarithms, middle.expand_as(logarithms), reduction="sum") / logarithms[..., 0].numel()

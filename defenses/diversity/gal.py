@@ -1,7 +1,7 @@
-"""Gradient alignment loss (Kariyappa & Qureshi 2019, arXiv:1901.09981): members' input gradients turned apart.
+"""Gradient alignment loss (Kariyappa & Qureshi 2019, arXiv:1901.09981): a penalty on aligned input gradients.
 
-The paper also trains nets with leaky ReLUs, which are the architecture's here (`--arch`), and adds noise to half
-of the batches, to half of the images here.
+The paper also uses leaky ReLUs, which are a choice of architecture here (`--arch`). It adds noise to half of the
+batches, this method to half of the images.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from robustkit.training.method import Batch, Method, Plan, Size
 @method("gal", paper="arXiv:1901.09981")
 @dataclass(frozen=True, slots=True)
 class GAL(Method):
-    """Mean cross-entropy and `weight` times the coherence of gradients, on images of which half have `noise`."""
+    """Mean cross-entropy and `weight` times the coherence of gradients; half of the images get `noise`."""
 
     weight: NonNegative = 0.5
     noise: NonNegative = 0.045
@@ -31,7 +31,7 @@ class GAL(Method):
     min_members = 2
 
     def default_size(self, samples: int) -> Size:
-        """Return the size of DVERGE's comparison; less on a small set."""
+        """Return the size in the DVERGE paper's comparison; a shorter run on a small set."""
         return ensemble_utils.adam_size(samples)
 
     def optimizer(self, parameters: Iterable[nn.Parameter], plan: Plan) -> torch.optim.Optimizer:
@@ -43,7 +43,7 @@ class GAL(Method):
         return ensemble_utils.step_decay(step, plan.steps, plan.lr)
 
     def backward(self, nets: Sequence[nn.Module], batch: Batch, plan: Plan) -> Tensor:
-        """Add the gradient of the sum, through gradients."""
+        """Add the gradient of the sum, with second derivatives."""
         size = batch.x[0].numel()
         draws = batch.rng.normal(size + 2)
         noisy = (draws[:, size] > 0).view(-1, 1, 1, 1)
@@ -55,5 +55,5 @@ class GAL(Method):
 
 
 def coherence(slopes: Tensor) -> Tensor:
-    """Return the mean of log sum exp of the cosines of all pairs of members' gradients (n B D)."""
+    """Return the batch mean of the log-sum-exp of the cosines of all pairs of members' gradients (n B D)."""
     return ensemble_utils.pairwise_cosines(slopes).logsumexp(0).mean()

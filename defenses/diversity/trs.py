@@ -1,9 +1,9 @@
-"""Transferability reduced smooth ensembles (Yang et al. 2021, arXiv:2104.00671): gradients apart, and small.
+"""Transferability reduced smooth ensembles (Yang et al. 2021, arXiv:2104.00671): dissimilar, small gradients.
 
-Gradients are made small where they are largest: on the first half of a batch as it is, on the second at the end of
-an ascent of their size. Constants and twice the squared length are those of the authors' code, where the paper has
-the length; as there, gradients are those of a batch's mean loss. The code adds the gradients of all steps of the
-ascent up, and has three members.
+The gradient norm is penalised at the images of the first half of a batch, and for the second half at the end of an
+ascent of the gradient norm. The constants are those of the authors' code, as is the penalty: twice the squared
+norm, where the paper has the norm. Gradients are those of the batch's mean loss, as in the code. The code adds
+up the gradients of all steps of the ascent, and has three members.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ from robustkit.training.method import Batch, Method, Plan, Size
 @method("trs", paper="arXiv:2104.00671")
 @dataclass(frozen=True, slots=True)
 class TRS(Method):
-    """Cross-entropy and `scale` * (`similarity` * mean |cosine| + `smoothness` * 2 * mean squared length).
+    """Cross-entropy and `scale` * (`similarity` * mean |cosine| + `smoothness` * 2 * mean squared norm).
 
-    Cosines and lengths are those of members' input gradients.
+    Cosines and norms are those of the members' input gradients.
 
-    The ascent's linf radius goes from `eps_start` to `eps_end` along the run, in `steps` of a third of it.
+    The linf radius of the ascent grows from `eps_start` to `eps_end` during the run; each of its `steps` has a
+    third of the radius.
     """
 
     scale: NonNegative = 5.0
@@ -45,7 +46,7 @@ class TRS(Method):
     min_members = 2
 
     def default_size(self, samples: int) -> Size:
-        """Return the authors' size on CIFAR-10; less on a small set, since a step has eight double passes."""
+        """Return the authors' size on CIFAR-10; a shorter run on a small set. A step has eight double passes."""
         return ensemble_utils.adam_size(samples, 120) if samples > 5000 else Size(10, 32, 0.01, members=3)
 
     def optimizer(self, parameters: Iterable[nn.Parameter], plan: Plan) -> torch.optim.Optimizer:
@@ -57,19 +58,19 @@ class TRS(Method):
         return float(plan.lr * 0.1 ** (3 * step // plan.steps))
 
     def backward(self, nets: Sequence[nn.Module], batch: Batch, plan: Plan) -> Tensor:
-        """Add the gradient of the sum, through gradients."""
+        """Add the gradient of the sum, with second derivatives."""
         losses, slopes = ensemble_utils.losses_and_gradients(nets, batch.x, batch.y)
         _, steep = ensemble_utils.losses_and_gradients(nets, self._steepest(nets, batch, plan), batch.y)
-        apart = ensemble_utils.pairwise_cosines(slopes).abs().mean()
-        # Gradients are of a mean over images, of which a part of the batch has so many times fewer.
+        similarity = ensemble_utils.pairwise_cosines(slopes).abs().mean()
+        # Gradients are those of a mean over images, which are fewer in a part of the batch.
         length = _squares(steep).mean() / batch.process_group.parts**2
-        loss = losses.sum() + self.scale * (self.similarity * apart + self.smoothness * 2 * length)
+        loss = losses.sum() + self.scale * (self.similarity * similarity + self.smoothness * 2 * length)
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach() / len(nets)
 
     def _steepest(self, nets: Sequence[nn.Module], batch: Batch, plan: Plan) -> Images:
         process_group = batch.process_group
-        # How many of these images are in the first half of the whole batch.
+        # The number of these images in the first half of the whole batch.
         half = len(range(process_group.part, len(batch.x) * process_group.parts // 2, process_group.parts))
         epoch = batch.step // plan.steps_per_epoch
         eps = self.eps_start + (self.eps_end - self.eps_start) * epoch / plan.epochs
@@ -86,5 +87,5 @@ class TRS(Method):
 
 
 def _squares(slopes: Tensor) -> Tensor:
-    """Return the squared lengths (n B) of gradients (n B D)."""
+    """Return the squared norms (n B) of gradients (n B D)."""
     return slopes.square().sum(2)

@@ -1,10 +1,10 @@
 """A multi-resolution self-ensemble (Fort & Lakshminarayanan 2024, arXiv:2408.05446): everything everywhere.
 
-Constants are those of the authors' notebook. All probes are trained side by side on batches as large as the
-backbone's, where the notebook trains one after the other on 64 images at a time; the backbone's running statistics
-stay meanwhile, which drift there. Attacks see batch norms in eval mode, as published, while dropout, which the
-notebook's net has not, stays on. Zhang et al. (2024, arXiv:2411.14834) break it: a high number of an attack on the
-answer itself is masking.
+Constants are those of the authors' notebook. All probes are trained together, on batches as large as the
+backbone's; the notebook trains them one after another, on 64 images at a time. The backbone's running
+statistics do not change during this; in the notebook they drift. During attacks batch norms are in eval mode,
+as published, and dropout, which the notebook's net does not have, stays on. Zhang et al. (2024,
+arXiv:2411.14834) broke the defense: high robust accuracy under attacks on its output is due to gradient masking.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from robustkit.core.rng import RowRng
 from robustkit.core.shapes import Images
 from robustkit.core.step_size import StepSize
 from robustkit.core.threat import ThreatModel
-from robustkit.defenses.multiresolution.probes import usual_layers
+from robustkit.defenses.multiresolution.probes import default_layers
 from robustkit.defenses.multiresolution.self_ensemble import BACKBONE, PROBES, SelfEnsemble, self_ensemble
 from robustkit.defenses.multiresolution.stack import PRESETS, MultiResolution, Range
 from robustkit.defenses.multiresolution.stem import STEMS, widen
@@ -36,17 +36,18 @@ from robustkit.training.method import Batch, Plan, Size
 from robustkit.training.wrapping_method import WrappingMethod
 
 ATTACKS = ("none", "fgsm", "pgd")
-MOST_HEIGHTS = 16
+MAX_RESOLUTIONS = 16
 
 
 @method("multires", paper="arXiv:2408.05446")
 @dataclass(frozen=True, slots=True)
 class MultiRes(WrappingMethod):
-    """Trains a backbone on stacks, then for the last `probing` of the epochs linear probes at its `layers`.
+    """Trains a backbone on stacks, and in the last epochs, the share `probing`, linear probes on its `layers`.
 
     `preset` is `notebook` or `paper`; `resolutions` (32+16+8+4), `noise`, `jitter` (pixels), `contrast` (0.7:1.5)
-    and `colour` change it. `stem` is `fresh`, or `inflated` from the net's weights; stacks are enlarged to
-    `enlarge` pixels. `attack` makes the backbone's images adversarial: `none`, `fgsm`, or `pgd` in `steps`.
+    and `colour` change its constants. `stem` is `fresh`, or `inflated` from the weights of the net. Stacks are
+    resized to `enlarge` pixels. `attack` trains the backbone on adversarial images: `none`, `fgsm`, or `pgd` in
+    `steps`.
     """
 
     preset: str = "notebook"
@@ -68,7 +69,7 @@ class MultiRes(WrappingMethod):
     ensembles = True
 
     def __post_init__(self) -> None:
-        """Refuse unknown words and impossible constants."""
+        """Refuse unknown values and constants out of range."""
         for field, known in (("preset", tuple(PRESETS)), ("stem", STEMS), ("attack", ATTACKS)):
             if getattr(self, field) not in known:
                 raise did_you_mean(field, getattr(self, field), known)
@@ -76,19 +77,19 @@ class MultiRes(WrappingMethod):
         self.stack(32)
 
     def default_size(self, samples: int) -> Size:
-        """Return the notebook's size, which finetunes; on a small set one that learns from scratch."""
+        """Return the notebook's size, for fine-tuning; on a small set a size for training from scratch."""
         return Size(7, 128, 3.3e-5) if samples > 5000 else Size(30, 64, 0.01)
 
     def check_plan(self, plan: Plan) -> None:
-        """Refuse a run without epochs for both parts."""
+        """Refuse a run with fewer epochs than parts."""
         WrappingMethod.check_plan(self, plan)
         if plan.epochs < 2:
             raise UsageError(
-                f"multires trains backbone and probes, not in --epochs {plan.epochs}; write 2 or more."
+                f"multires trains backbone and probes: --epochs must be at least 2, got {plan.epochs}."
             )
 
     def stack(self, height: int) -> MultiResolution:
-        """Return what makes stacks of images of a height."""
+        """Return the stack for images of a height."""
         changed: dict[str, Any] = {}
         if self.resolutions:
             changed["resolutions"] = _heights(self.resolutions)
@@ -106,16 +107,16 @@ class MultiRes(WrappingMethod):
         mean: Sequence[float] | None,
         std: Sequence[float] | None,
     ) -> SelfEnsemble:
-        """Return a self-ensemble whose backbone is the net, its first layer widened."""
+        """Return a self-ensemble whose backbone is the net with a widened first layer."""
         if any(isinstance(part, SelfEnsemble) for part in net.modules()):
             raise UsageError(
-                "multires starts from a net for plain images, not from a self-ensemble; name another."
+                "multires starts from a net for plain images, not from a self-ensemble; use another net."
             )
         stack = self.stack(image.shape[2])
         count, shape = len(stack.resolutions), (self.enlarge, self.enlarge) if self.enlarge else image.shape[2:]
         shown = image.new_zeros(1, image.shape[1], *shape)
         widen(net, shown, count, self.stem)
-        layers = self.layers.split("+") if self.layers else usual_layers(net, shown.repeat(1, count, 1, 1))
+        layers = self.layers.split("+") if self.layers else default_layers(net, shown.repeat(1, count, 1, 1))
         return SelfEnsemble(
             net,
             stack,
@@ -128,17 +129,17 @@ class MultiRes(WrappingMethod):
         )
 
     def set_aggregator(self, net: nn.Module, text: str) -> None:
-        """Let the self-ensemble combine its predictors by another aggregator."""
-        one = self_ensemble(net)
-        parse_aggregator(text)(torch.zeros(1, len(one.layers) + 1, 2))
-        one.combine = text
+        """Set the aggregator of the self-ensemble."""
+        ensemble = self_ensemble(net)
+        parse_aggregator(text)(torch.zeros(1, len(ensemble.layers) + 1, 2))
+        ensemble.combine = text
 
     def supports_member_parallel(self) -> bool:
-        """Return that members have nothing to do with each other."""
+        """Return True: members are independent of each other."""
         return True
 
     def optimizer(self, parameters: Iterable[nn.Parameter], plan: Plan) -> torch.optim.Optimizer:
-        """Return Adam; weights without a gradient stay as they are."""
+        """Return Adam, which does not change weights without a gradient."""
         return torch.optim.Adam(parameters, lr=plan.lr)
 
     def backward(self, nets: Sequence[nn.Module], batch: Batch, plan: Plan) -> Tensor:
@@ -147,26 +148,27 @@ class MultiRes(WrappingMethod):
         part = BACKBONE if batch.step < (plan.epochs - epochs) * plan.steps_per_epoch else PROBES
         total = batch.x.new_zeros(())
         for number, net in enumerate(nets, batch.process_group.first):
-            one = self_ensemble(net)
-            x = self._attacked(net, one, batch, number) if part == BACKBONE and self.attack != "none" else batch.x
-            with one.answering(part, _draw(batch, f"stack{number}")):
-                answer = net(x)
+            ensemble = self_ensemble(net)
+            attacks = part == BACKBONE and self.attack != "none"
+            x = self._attacked(net, ensemble, batch, number) if attacks else batch.x
+            with ensemble.training_part(part, _draw(batch, f"stack{number}")):
+                output = net(x)
             if part == BACKBONE:
-                loss, weight = F.cross_entropy(answer, batch.y), 1
+                loss, weight = F.cross_entropy(output, batch.y), 1
             else:
-                # The mean of the probes' losses, of which each is to have a gradient as by itself.
-                loss, weight = F.nll_loss(answer, batch.y), len(one.probes)
+                # The loss is the mean over the probes; the weight gives each the gradient of a loss of its own.
+                loss, weight = F.nll_loss(output, batch.y), len(ensemble.probes)
             (weight * loss).backward()  # type: ignore[no-untyped-call]
             total = total + loss.detach()
         return total / len(nets)
 
-    def _attacked(self, net: nn.Module, one: SelfEnsemble, batch: Batch, number: int) -> Images:
-        """Return adversarial images of a backbone; every gradient is on a draw of its own."""
+    def _attacked(self, net: nn.Module, ensemble: SelfEnsemble, batch: Batch, number: int) -> Images:
+        """Return adversarial images of a backbone; every gradient has new random numbers."""
         threat, draws = ThreatModel.parse(self.threat), itertools.count()
         single = self.attack == "fgsm"
 
         def loss(x: Images) -> Tensor:
-            with one.answering(BACKBONE, _draw(batch, f"attack{number}").at(restart=next(draws))):
+            with ensemble.training_part(BACKBONE, _draw(batch, f"attack{number}").at(restart=next(draws))):
                 return F.cross_entropy(net(x), batch.y, reduction="none")
 
         start = batch.x if single else ensemble_utils.random_start(batch.x, threat, batch.rng)
@@ -181,10 +183,10 @@ def _draw(batch: Batch, what: str) -> RowRng:
 
 def _heights(text: str) -> tuple[int, ...]:
     parts = text.split("+")
-    if len(parts) > MOST_HEIGHTS or not all(part.isdecimal() and len(part) < 5 for part in parts):
+    if len(parts) > MAX_RESOLUTIONS or not all(part.isdecimal() and len(part) < 5 for part in parts):
         raise UsageError(
-            f"multires: resolutions={text[:30]} is none; write at most {MOST_HEIGHTS} heights of up to 9999 "
-            "pixels with plus, e.g. 32+16+8+4."
+            f"multires: resolutions={text[:30]} must be at most {MAX_RESOLUTIONS} heights of up to 9999 pixels, "
+            "joined by plus signs, e.g. 32+16+8+4."
         )
     return tuple(map(int, parts))
 
@@ -194,4 +196,4 @@ def _range(name: str, text: str) -> Range:
     try:
         return float(low), float(high or low)
     except ValueError:
-        raise UsageError(f"multires: {name}={text} is no range; write LOW:HIGH, e.g. 0.7:1.5.") from None
+        raise UsageError(f"multires: {name}={text} must be a range LOW:HIGH, e.g. 0.7:1.5.") from None

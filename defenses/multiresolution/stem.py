@@ -1,4 +1,4 @@
-"""A net made to take stacks of images: its first convolution for so many times as many channels."""
+"""Widening of a net's first convolution, so that the net takes stacks of images."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ STEMS = ("fresh", "inflated")
 
 
 def widen(net: nn.Module, image: Images, copies: int, stem: str = "fresh") -> None:
-    """Let a net, in place, take `copies` images side by side; no other tensor than its first layer's changes.
+    """Change a net in place so that it takes `copies` images stacked along the channels.
+
+    Only the weights of the first convolution change.
 
     Args:
-        net: any in which the first layer that runs is a convolution.
-        image: (1 C H W), as the net takes it now.
+        net: a net in which the first layer that runs is a convolution.
+        image: one image (1 C H W) that the net takes now.
         copies: images in a stack.
-        stem: `fresh` draws new weights from torch's generator; `inflated` gives each image the weights as they
-            are, divided by their number, so that a stack of equal images is what the image was.
+        stem: `fresh` draws new weights from torch's generator; `inflated` repeats the weights for each image and
+            divides them by `copies`, so that a stack of equal images gives the output of the image.
 
     Raises:
         UsageError: for another stem, or a net without such a convolution.
@@ -34,7 +36,7 @@ def widen(net: nn.Module, image: Images, copies: int, stem: str = "fresh") -> No
     if first.in_channels != channels or first.groups != 1:
         raise UsageError(
             f"the net's first convolution takes {first.in_channels} channels in {first.groups} groups, the images "
-            f"have {channels}; write a net for such images."
+            f"have {channels}; use a net for such images."
         )
     with torch.no_grad():
         inflated = first.weight.repeat(1, copies, *[1] * (first.weight.dim() - 2)) / copies
@@ -46,7 +48,7 @@ def widen(net: nn.Module, image: Images, copies: int, stem: str = "fresh") -> No
 
 @torch.no_grad()
 def _first(net: nn.Module, image: Images) -> nn.Conv2d:
-    """Return the convolution that runs first, by a pass that ends there and leaves the net as it was."""
+    """Return the convolution that runs first, found by a pass that ends there; the net is not changed."""
     found: list[nn.Conv2d] = []
 
     def end(module: Any, args: Any) -> NoReturn:
@@ -62,4 +64,4 @@ def _first(net: nn.Module, image: Images) -> nn.Conv2d:
     finally:
         for handle in handles:
             handle.remove()
-    raise UsageError("the net has no convolution to take a stack of images; write one that begins with one.")
+    raise UsageError("the net has no convolution that can take a stack of images; use one that starts with one.")

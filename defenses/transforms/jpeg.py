@@ -1,7 +1,7 @@
 """JPEG compression before the net (Dziugaite et al. 2016, arXiv:1608.00853; quality 75 as in arXiv:1711.00117).
 
-The codec is Pillow's, with its usual halved chroma, on images rounded to 8 bits, on the CPU wherever the net is.
-It has no gradient, and none is made up: gradient attacks see zero, and the checks say so.
+The codec is Pillow's with its default chroma subsampling, on images rounded to 8 bits, on the CPU. It has no
+gradient and no surrogate: gradient attacks get a gradient of zero, which the checks report.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from robustkit.registry import defense
 @defense("jpeg", paper="arXiv:1608.00853")
 @dataclass(frozen=True, slots=True)
 class Jpeg:
-    """Each image is compressed and decompressed, at a quality from 1 to 100."""
+    """Compresses and decompresses each image, with a quality from 1 to 100."""
 
     quality: Annotated[int, Limits(1, 100)] = 75
 
     def __call__(self, model: Model, x: Images) -> Logits:
-        """Return the model's logits of the compressed images."""
+        """Return the model's logits (B K) of the compressed images."""
         return model(_compressed(x, self.quality))
 
 
 def _compressed(x: Images, quality: int) -> Images:
     if x.shape[1] not in (1, 3):
-        raise UsageError(f"jpeg: images have {x.shape[1]} channels; it compresses 1 (gray) or 3 (RGB).")
+        raise UsageError(f"jpeg: images must have 1 (grey) or 3 (RGB) channels, got {x.shape[1]}.")
     levels = (x.detach().float().clamp(0, 1) * 255).round().to("cpu", torch.uint8)
     files = levels.permute(0, 2, 3, 1).contiguous().numpy()
     # A JPEG file holds one image, so the codec is called for each.
@@ -44,7 +44,7 @@ def _compressed(x: Images, quality: int) -> Images:
 
 
 def _decoded(levels: NDArray[np.uint8], quality: int) -> NDArray[np.uint8]:
-    """Return one image (H W C) as it comes back from a file of this quality."""
+    """Return one image (H W C) after compression with this quality."""
     from PIL import Image
 
     file = BytesIO()

@@ -1,9 +1,9 @@
-"""Randomised smoothing (Cohen et al. 2019, arXiv:1902.02918): the net's vote over noisy copies of the image.
+"""Randomised smoothing (Cohen et al. 2019, arXiv:1902.02918): a vote of the net over noisy copies of the image.
 
-Logits are log(votes + (p + 1/K) / 2), where p is the copies' mean probability: the second term lies between 0
-and 1, so it decides ties alone. The vote has no gradient; p has, and it is that of the smoothed classifier that
-Salman et al. (2019, arXiv:1906.04584) attack. The paper abstains where the vote is not significant; we always
-answer.
+The logits are log(votes + (p + 1/K) / 2) with the mean probabilities p of the copies. The second term lies
+between 0 and 1, so it only decides ties. The vote has no gradient. The gradient of p is that of the smoothed
+classifier that Salman et al. (2019, arXiv:1906.04584) attack. The paper abstains if the vote is not
+significant; this defense always predicts a class.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from robustkit.registry.ranges import NonNegative
 @defense("smoothing", paper="arXiv:1902.02918")
 @dataclass(frozen=True, slots=True)
 class Smoothing:
-    """Copies with Gaussian noise of deviation `sigma`, in [0, 1] pixel units, vote.
+    """Vote over copies with Gaussian noise of standard deviation `sigma`, in [0, 1] pixel units.
 
-    Costs `copies` passes through the net each time, counted as one: the propagations of a run are the model's.
+    Each call runs the net `copies` times. A run counts this as one pass of the model.
     """
 
     sigma: NonNegative = 0.25
     copies: Annotated[int, Limits(1, 10_000)] = 10
 
     def __call__(self, model: Model, x: Images) -> Logits:
-        """Return the logarithm of the votes; copies go through the model one after the other."""
+        """Return the logits (B K): the logarithm of the votes. The copies are run one after another."""
         logits = torch.stack([model(x + self.sigma * torch.randn_like(x)) for _ in range(self.copies)])
         classes = logits.shape[2]
         votes = F.one_hot(logits.argmax(2), classes).sum(0)

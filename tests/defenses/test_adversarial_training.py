@@ -107,7 +107,7 @@ def test_ibp_trains_on_bounds_once_eps_has_grown() -> None:
 
 
 def test_ibp_refuses_balls_that_are_no_boxes_and_nets_without_bounds() -> None:
-    with pytest.raises(UsageError, match="must be linf"):
+    with pytest.raises(UsageError, match="must have the norm linf"):
         make_method("ibp", threat="l2:0.5")
     with pytest.raises(UsageError, match="do not pass through 'gelu'"):
         make_method("ibp").check_nets([nn.Sequential(nn.Flatten(), nn.Linear(12, 3), nn.GELU())], batch().x[:1])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from robustkit.core.errors import UsageError
 from robustkit.core.rng import RowRng
-from robustkit.defenses.diversity.fasten import FASTEN, apart
+from robustkit.defenses.diversity.fasten import FASTEN, divergence_from_mean
 from robustkit.models.layers.features import features
 from robustkit.registry import make_method
 from robustkit.training.method import Batch, Plan
@@ -102,7 +102,9 @@ def test_each_learns_from_one_other_which_changes() -> None:
             for number, member in enumerate(nets):
                 with torch.no_grad():
                     logits = member(moved[(number + places) % 3])
-                    total += float(F.cross_entropy(logits, one.y) + 3 * apart(member(one.x), logits))
+                    total += float(
+                        F.cross_entropy(logits, one.y) + 3 * divergence_from_mean(member(one.x), logits)
+                    )
             possible[places] = total / 3
         nearest = min(possible, key=lambda places: abs(possible[places] - loss))
         assert loss == pytest.approx(possible[nearest], abs=1e-5)
@@ -124,10 +126,10 @@ def test_a_member_moves_by_its_own_loss_alone() -> None:
 
 def test_how_far_answers_are_apart() -> None:
     same = torch.randn(4, 5)
-    assert float(apart(same, same)) == pytest.approx(0, abs=1e-6)
+    assert float(divergence_from_mean(same, same)) == pytest.approx(0, abs=1e-6)
     one, other = torch.tensor([[0.75, 0.25]]), torch.tensor([[0.25, 0.75]])
-    assert float(apart(one.log(), other.log())) == pytest.approx(0.5 * math.log(4 / 3), abs=1e-6)
-    assert not apart(same.requires_grad_(), same.detach()).requires_grad
+    assert float(divergence_from_mean(one.log(), other.log())) == pytest.approx(0.5 * math.log(4 / 3), abs=1e-6)
+    assert not divergence_from_mean(same.requires_grad_(), same.detach()).requires_grad
 
 
 def test_plain_epochs_come_first_and_remember_nothing() -> None:
@@ -148,7 +150,7 @@ def test_what_makes_no_sense_is_refused() -> None:
         fasten(baseline=1).check_plan(PLAN)
     with pytest.raises(UsageError, match="no draw 'always'"):
         fasten(draw="always")
-    with pytest.raises(UsageError, match="give its batches a memory"):
+    with pytest.raises(UsageError, match="needs stored perturbations"):
         fasten().backward([net(0), net(1)], replace(batch(), memory=None), PLAN)
     assert not fasten(reuse=False).batch_needs.memory
     assert fasten(reuse=False).backward([net(0), net(1)], replace(batch(), memory=None), PLAN).isfinite()

@@ -14,12 +14,12 @@ from robustkit import load_model, train
 from robustkit.core.errors import UsageError
 from robustkit.core.rng import RowRng
 from robustkit.data import load_data
-from robustkit.defenses.multiresolution.probes import flat, seen, usual_layers
+from robustkit.defenses.multiresolution.probes import default_layers, flat, layer_outputs
 from robustkit.defenses.multiresolution.self_ensemble import (
     BACKBONE,
     SelfEnsemble,
+    default_aggregator,
     self_ensemble,
-    usual_combine,
 )
 from robustkit.defenses.multiresolution.stack import MultiResolution
 from robustkit.defenses.multiresolution.stem import widen
@@ -95,7 +95,7 @@ def test_a_stem_changes_one_tensor(stem: str, arch: str) -> None:
 
 def test_a_transformer_takes_stacks_too() -> None:
     model = timm_net("test_vit")
-    layers = usual_layers(model, torch.zeros(1, 3, 160, 160))
+    layers = default_layers(model, torch.zeros(1, 3, 160, 160))
     assert any(name.startswith("blocks.") for name in layers)
     method = make_method("multires", pooled=True, layers="+".join(layers[-2:]))
     whole = method.wrap(model, torch.zeros(1, 3, 160, 160), None, None).eval()
@@ -112,7 +112,7 @@ def test_a_net_without_such_a_layer_is_refused(wrong: nn.Module) -> None:
 
 def test_layers_are_seen_as_they_are() -> None:
     model, x = net().eval(), images()
-    features, logits = seen(model, x, ("4", "1"))
+    features, logits = layer_outputs(model, x, ("4", "1"))
     assert torch.equal(features[0], model[:5](x))
     assert torch.equal(features[1], model[:2](x))
     assert torch.equal(logits, model(x))
@@ -123,10 +123,10 @@ def test_layers_are_seen_as_they_are() -> None:
 
 def test_usual_layers_are_late_blocks() -> None:
     resnet: Any = load_model("robustkit:cifar-resnet20?pretrained=false").net
-    found = usual_layers(resnet, torch.zeros(1, 3, 32, 32))
+    found = default_layers(resnet, torch.zeros(1, 3, 32, 32))
     assert found == ("layer1.2", *(f"layer{stage}.{block}" for stage in (2, 3) for block in range(3)))
     digits: Any = load_model("robustkit:digits-cnn").net
-    assert usual_layers(digits, torch.zeros(1, 1, 8, 8)) == ("conv1", "conv2", "conv3")
+    assert default_layers(digits, torch.zeros(1, 1, 8, 8)) == ("conv1", "conv2", "conv3")
     with pytest.raises(UsageError, match="no layer 'layer9'"):
         ensemble(layers="layer9")
 
@@ -145,7 +145,7 @@ def test_answers_are_those_of_the_parts() -> None:
     for name in AGGREGATORS:
         whole.combine = name
         assert torch.equal(whole(x), parse_aggregator(name)(stack))
-    assert [usual_combine(count)[-1] for count in (2, 3, 4, 5, 8, 54)] == ["2", "2", "2", "3", "3", "3"]
+    assert [default_aggregator(count)[-1] for count in (2, 3, 4, 5, 8, 54)] == ["2", "2", "2", "3", "3", "3"]
 
 
 def test_stacks_are_enlarged_for_the_backbone() -> None:
@@ -153,7 +153,7 @@ def test_stacks_are_enlarged_for_the_backbone() -> None:
         load_model("robustkit:digits-cnn").net, torch.zeros(1, 1, 8, 8), None, None
     )
     x = torch.rand(2, 1, 8, 8)
-    assert whole.shown(x, Noise("frozen").rng(x)).shape == (2, 2, 16, 16)
+    assert whole.normalised_stack(x, Noise("frozen").rng(x)).shape == (2, 2, 16, 16)
     assert whole.probes[0][0].num_features == 32 * 16 * 16
 
 
@@ -205,8 +205,8 @@ def test_each_probe_learns_as_if_alone() -> None:
     whole = ensemble(layers="1+4").train()
     loss = method.backward([whole], one, PLAN)
     whole.backbone.eval()
-    stacks = whole.shown(one.x, replace(one.rng, stream="method/stack0"))
-    features, _ = seen(whole.backbone, stacks, whole.layers)
+    stacks = whole.normalised_stack(one.x, replace(one.rng, stream="method/stack0"))
+    features, _ = layer_outputs(whole.backbone, stacks, whole.layers)
     losses = [
         nn.functional.cross_entropy(probe(flat(each, False).detach()), one.y)
         for probe, each in zip(whole.probes, features, strict=True)
@@ -233,7 +233,7 @@ def test_adversarial_images_are_in_the_ball_and_worse() -> None:
 
         def loss(x: Tensor) -> float:
             draws = RowRng(0, "other", torch.arange(16))
-            with torch.no_grad(), whole.eval().answering(BACKBONE, draws):
+            with torch.no_grad(), whole.eval().training_part(BACKBONE, draws):
                 return float(nn.functional.cross_entropy(whole(x), one.y))
 
         assert loss(x) > loss(one.x)
@@ -279,7 +279,7 @@ def test_only_nets_that_draw_have_a_policy(tmp_path: Path) -> None:
     [
         ({"preset": "book"}, "no preset"),
         ({"attack": "cw"}, "no attack"),
-        ({"resolutions": "32,16"}, "with plus"),
+        ({"resolutions": "32,16"}, "joined by plus signs"),
         ({"contrast": "1-2"}, "LOW:HIGH"),
         ({"contrast": "0.5:1:2"}, "LOW:HIGH"),
         ({"colour": "0:inf"}, "must rise"),
@@ -293,13 +293,13 @@ def test_impossible_fields_are_refused(fields: dict[str, Any], words: str) -> No
 
 
 def test_impossible_runs_are_refused() -> None:
-    with pytest.raises(UsageError, match="write 2 or more"):
+    with pytest.raises(UsageError, match="--epochs must be at least 2, got 1"):
         make_method("multires").check_plan(replace(PLAN, epochs=1))
     with pytest.raises(UsageError, match="not from a self-ensemble"):
         make_method("multires").wrap(ensemble(layers="4"), images(1), None, None)
     with pytest.raises(UsageError, match="no logits"):
         make_method("multires").wrap(nn.Sequential(nn.Conv2d(3, 4, 3)), images(1), None, None)
-    with pytest.raises(UsageError, match="no self-ensemble"):
+    with pytest.raises(UsageError, match="not a self-ensemble"):
         self_ensemble(net())
     fields = make_method("multires", preset="paper", noise=0.1, jitter=2, resolutions="8+2", colour="1")
     assert fields.stack(32) == MultiResolution((8, 2), 0.1, 0.1, 2, (0.7, 1.5), (1, 1))
