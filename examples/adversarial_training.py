@@ -16,6 +16,8 @@ def show(name, model):
 
 with tempfile.TemporaryDirectory() as folder:
     method = "pgd-at(threat=linf:0.15,steps=3)"
-    train(method, "digits:train", arch="robustkit:digits-cnn", epochs=4, lr=0.01, out=f"{folder}/run")
+    train(
+        method, "digits:train", arch="robustkit:digits-cnn?pretrained=true", epochs=8, lr=0.05, out=f"{folder}/run"
+    )
     show("trained on clean images", load_model("robustkit:digits-cnn"))
     show("fine-tuned adversarially", load_model(f"{folder}/run/"))  # the folder of a run is a model string
