@@ -36,7 +36,8 @@ class Goal:
 
     def loss(self, logits: Logits, name: str = "ce") -> PerRow:
         """Return the named loss (`robustkit.core.losses`); it always rises towards success."""
-        return losses.loss(name)(logits, self.labels, self.targets)
+        loss = losses.LOSSES.get(name) or losses.loss(name)
+        return loss(logits, self.labels, self.targets)
 
     def select(self, index: Tensor) -> Goal:
         """Return the goal of these rows, by position or mask."""

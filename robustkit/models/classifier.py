@@ -175,7 +175,7 @@ class Classifier(nn.Module):
         x = self._prepared(images)
         try:
             with no_exit(f"model {self.string!r}"):
-                return self.net_call(self.net, x, layout, self._read)
+                return self.net_call(self.net, x, layout, self._read())
         except Exception as error:
             if isinstance(error, RobustkitError) or is_out_of_memory(error):
                 raise
@@ -200,7 +200,7 @@ class Classifier(nn.Module):
         place = next((tensor.device for tensor in (*self.parameters(), *self.buffers())), None)
         images = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0)).to(place)
         with torch.no_grad():
-            return self.net_call.takes(self.net, images, self._read)
+            return self.net_call.takes(self.net, images, self._read())
 
     def _prepared(self, images: Images) -> torch.Tensor:
         """Return images resized and normalised."""
@@ -209,11 +209,9 @@ class Classifier(nn.Module):
             x = F.interpolate(x, self.size, mode="bilinear", antialias=True, align_corners=False)
         return self._normalised(x)
 
-    def _read(self, output: object, rows: int) -> Logits:
-        """Return the logits in what the net returned for so many images."""
-        if isinstance(self.net, Mixture):  # which has read the logits of its nets
-            return cast(torch.Tensor, output)
-        return self.reader.read(output, rows)
+    def _read(self) -> Callable[[object, int], Logits]:
+        """Return what finds the logits in the net's output for so many images; a mixture returns logits."""
+        return _as_logits if isinstance(self.net, Mixture) else self.reader.read
 
     def _normalised(self, x: torch.Tensor) -> torch.Tensor:
         for name, values in (("mean", self.mean), ("std", self.std)):
@@ -263,6 +261,10 @@ def as_classifier(model: object, *, output: str | int | None = None, binary: str
         output=None if output is None else str(output),
         binary=None if binary is None else read_binary(binary),
     )
+
+
+def _as_logits(output: object, rows: int) -> Logits:
+    return cast(torch.Tensor, output)
 
 
 def _per_channel(values: tuple[float, ...] | None) -> torch.Tensor | None:

@@ -224,7 +224,8 @@ class RunResults:
         adversarial: Mapping[str, Any] | None = None,
     ) -> Report:
         """Return the record of the finished run; `flags` come after those of the chunks."""
-        found = [*self.flags.values(), *self.passed.values(), *flags]
+        raised = [flag for flag in flags if flag.raised]
+        passed = [flag for flag in flags if flag not in raised]
         stages = self.stages(self.scope)
         if spec.minimal:
             # The attacks run together: each leaves what all leave.
@@ -241,7 +242,7 @@ class RunResults:
                 sum(cost.backwards for cost in self.costs),
                 sum(cost.seconds for cost in self.costs),
             ),
-            flags=[flag for flag in found if flag.raised],
+            flags=[*self.flags.values(), *raised],
             verdicts=[
                 Outcome(
                     index=at,
@@ -255,7 +256,7 @@ class RunResults:
             ],
             environment=environment,
             files=files,
-            passed=[flag for flag in found if not flag.raised],
+            passed=[*self.passed.values(), *passed],
             draws=self._draws(),
             checks=self.checks,
             stopped=self.stopped,
