@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from robustkit.core.flags import Flag
     from robustkit.core.threat import ThreatModel
     from robustkit.data import load_data
-    from robustkit.engine.evaluation.nearest_points import MinimumNorm
+    from robustkit.engine.evaluation.minimum_norm import MinimumNorm
     from robustkit.models import as_classifier, load_model
     from robustkit.runs.evaluation_record import Report
     from robustkit.version import __version__
@@ -56,7 +56,7 @@ __all__ = [
 _HOME = {
     "__version__": "version",
     "Flag": "core.flags",
-    "MinimumNorm": "engine.evaluation.nearest_points",
+    "MinimumNorm": "engine.evaluation.minimum_norm",
     "Report": "runs.evaluation_record",
     "RobustkitError": "core.errors",
     "RunError": "core.errors",

@@ -7,8 +7,7 @@ from robustkit.api.options.evaluate import MinimumNormArguments
 from robustkit.api.verbs import verb
 from robustkit.core.errors import UsageError
 from robustkit.core.threat import EXAMPLES, ThreatModel
-from robustkit.engine.evaluation.minimum_norm import nearest_points
-from robustkit.engine.evaluation.nearest_points import MinimumNorm
+from robustkit.engine.evaluation.minimum_norm import MinimumNorm, nearest_points
 from robustkit.models import as_classifier, load_model
 from robustkit.models.label_matching import matched_to
 

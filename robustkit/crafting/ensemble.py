@@ -76,7 +76,7 @@ class Ensemble:
     def _member(self, net: Net, shelf: ModelSlot | None) -> InstrumentedModel | LazyModel | PosteriorMembers:
         if net.count > 1:
             return PosteriorMembers(net, self.device, shelf)
-        return net.metered(net.load(self.device), self.device) if shelf is None else LazyModel(net, shelf)
+        return net.instrumented(net.load(self.device), self.device) if shelf is None else LazyModel(net, shelf)
 
     @property
     def counts(self) -> tuple[int, int]:

@@ -34,7 +34,7 @@ class ModelSlot:
             if self._of is not None and self._of.net.model is not None:
                 self._of.net.model.cpu()
             self._of = self._meter = None
-            self._meter, self._of = member.net.metered(member.net.load(self.device), self.device), member
+            self._meter, self._of = member.net.instrumented(member.net.load(self.device), self.device), member
         return self._meter
 
 

@@ -44,7 +44,7 @@ class PosteriorMembers:
         """Return the logits of all nets together."""
         with self._loaded() as whole:
             self._forwards += len(self) * len(x)
-            return self.net.metered(whole, self.device)(x)
+            return self.net.instrumented(whole, self.device)(x)
 
     def sample(self, number: int) -> Sample:
         """Return one of the nets as a member of its own."""
@@ -60,7 +60,7 @@ class PosteriorMembers:
         with self._loaded() as whole:
             net = mixture_of(whole).at(number)
             if id(net) not in self._meters:
-                self._meters[id(net)] = self.net.metered(whole.with_net(net), self.device)
+                self._meters[id(net)] = self.net.instrumented(whole.with_net(net), self.device)
             instrumented = self._meters[id(net)]
             instrumented.config = ExecutionConfig(instrumented.model, None, self.layout)
             yield instrumented

@@ -15,7 +15,7 @@ from robustkit.attack_api.surrogates import COMBINATIONS
 from robustkit.core.errors import UsageError, did_you_mean
 from robustkit.core.threat import ThreatModel
 from robustkit.data.samples import Samples
-from robustkit.engine.evaluation.sanity import refuse_endless
+from robustkit.engine.evaluation.sanity import check_eps
 from robustkit.engine.model.loaded_models import Net
 from robustkit.runs.craft_record import CHOICES, CraftSpec
 
@@ -68,7 +68,7 @@ class CraftRequest:
                 "craft with one of our own, such as mi-fgsm."
             )
         Surrogates([lambda x: x] * len(self.nets), self.combine, self.weights)
-        refuse_endless(self.threat, tuple(self.samples.images([0]).shape[1:]))
+        check_eps(self.threat, tuple(self.samples.images([0]).shape[1:]))
 
     @cached_property
     def parts(self) -> list[Any]:

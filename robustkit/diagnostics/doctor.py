@@ -18,7 +18,7 @@ from robustkit.core.isolation import evaluation_mode, own_randomness, threads, t
 from robustkit.core.threat import ThreatModel
 from robustkit.data.samples import Samples
 from robustkit.engine.evaluation.ledger_writer import noticed
-from robustkit.engine.evaluation.sanity import refuse_answers, refuse_endless
+from robustkit.engine.evaluation.sanity import check_eps, check_logits
 from robustkit.engine.failures import NO_MEMORY, described, is_out_of_memory
 from robustkit.engine.model.image_size import enlarged_images, pixel_space
 from robustkit.engine.model.instrumented_model import InstrumentedModel
@@ -52,7 +52,7 @@ def examine(
     """
     x = samples.images(range(len(samples))).to(device)
     labels = torch.from_numpy(samples.labels).to(device)
-    refuse_endless(threat.bounded(), tuple(x.shape[1:]))
+    check_eps(threat.bounded(), tuple(x.shape[1:]))
     attacks = [entry.attack for entry in parse_suite(DEFAULT_SUITE, threat.norm) if not entry.view]
     instrumented = InstrumentedModel(model.expect(samples.num_classes), device)
     begun = time.perf_counter()
@@ -65,7 +65,7 @@ def examine(
         probe = Probe(
             instrumented, x, labels, threat, attacks, seed, None if instrumented.backward_error else model
         )
-        refuse_answers(probe.logits, samples.labels, np.arange(len(samples)))
+        check_logits(probe.logits, samples.labels, np.arange(len(samples)))
         with threads(instrumented.threads):
             flags = [flag for flag in diagnose(probe) if flag.raised]
         flags += noticed(0, 0, instrumented) if instrumented.backward_error else []

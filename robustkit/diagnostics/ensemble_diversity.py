@@ -26,7 +26,7 @@ from robustkit.core.shapes import Images, Labels, Mask
 from robustkit.core.threat import ThreatModel
 from robustkit.data.samples import Samples
 from robustkit.diagnostics.ensemble_members import EnsembleMembers, attack, each_loss, loss, transferred
-from robustkit.engine.evaluation.sanity import refuse_endless
+from robustkit.engine.evaluation.sanity import check_eps
 from robustkit.engine.progress import Progress
 from robustkit.models.classifier import Classifier
 from robustkit.models.layers.features import depth, distil
@@ -73,7 +73,7 @@ class Comparison:
             if number < 1:
                 raise UsageError(f"--{name} {number}: write at least 1.")
         self.model.expect(self.samples.num_classes)
-        refuse_endless(self.threat.bounded(), tuple(self.samples.images([0]).shape[1:]))
+        check_eps(self.threat.bounded(), tuple(self.samples.images([0]).shape[1:]))
 
     @cached_property
     def spec(self) -> DiversitySpec:

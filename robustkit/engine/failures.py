@@ -1,4 +1,4 @@
-"""What a run says of the errors of others' code."""
+"""Error messages about code that is not robustkit's."""
 
 from __future__ import annotations
 

@@ -1,19 +1,19 @@
-"""What the engine tells whoever watches. The base class is silent."""
+"""Events of a run, for a display. The base class shows nothing."""
 
 from __future__ import annotations
 
 
 class Progress:
-    """Receives the run's events; override what you want to show."""
+    """Receives the events of a run; override the methods of those to show."""
 
     def say(self, text: str) -> None:
-        """Take one line of news, e.g. that the run resumes."""
+        """Show a message of one line, e.g. that the run resumes."""
 
     def stage(self, name: str, images: int, robust: int, n: int) -> None:
-        """Begin a stage over `images` of the run's `n`, of which `robust` still stand."""
+        """Start a stage over `images` of the run's `n` images, of which `robust` are robust so far."""
 
     def advance(self, done: float, robust: int) -> None:
-        """Note how many of the stage's images are done so far; a chunk under way counts by its share."""
+        """Update how many of the stage's images are done; an unfinished chunk counts in part."""
 
     def close(self) -> None:
-        """End the display."""
+        """Close the display."""

@@ -24,7 +24,7 @@ THREAT = "linf:0.02"
 
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(early_stopping, "FIRST", 8)
+    monkeypatch.setattr(early_stopping, "FIRST_BLOCK", 8)
 
 
 def same(one: Report, other: Report) -> bool:

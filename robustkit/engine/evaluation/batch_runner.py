@@ -26,7 +26,7 @@ from robustkit.engine.evaluation.early_stopping import TimeUp
 from robustkit.engine.evaluation.ledger_writer import LedgerWriter, Sink, noticed
 from robustkit.engine.evaluation.minimum_norm import Nearest, search
 from robustkit.engine.evaluation.results import CHECKING, RunResults
-from robustkit.engine.evaluation.sanity import refuse_answers
+from robustkit.engine.evaluation.sanity import check_logits
 from robustkit.engine.evaluation.settings import RunSettings
 from robustkit.engine.evaluation.verdicts import image_hashes, judge, sample_ids
 from robustkit.engine.failures import NO_MEMORY, described, is_out_of_memory
@@ -242,7 +242,7 @@ class BatchRunner:
     def _clean_verdicts(self, x: Images, positions: np.ndarray) -> tuple[list[Verdict], list[Flag]]:
         logits = self.instrumented.logits_fp32(x)
         labels = self.samples.labels[positions]
-        refuse_answers(logits, labels, positions)
+        check_logits(logits, labels, positions)
         y = torch.from_numpy(labels).to(x.device)
         # The float32 logits are known already, but those of a random model are drawn again.
         judged = judge(self.instrumented, x, y, x, self.settings.threat, logits, chosen=False)

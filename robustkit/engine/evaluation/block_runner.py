@@ -22,7 +22,7 @@ from robustkit.engine.batching.saved_rows import Clock, SavedRows
 from robustkit.engine.evaluation.batch_runner import BatchRunner
 from robustkit.engine.evaluation.early_stopping import TimeUp
 from robustkit.engine.evaluation.reliability import Reliability
-from robustkit.engine.evaluation.sanity import refuse_endless
+from robustkit.engine.evaluation.sanity import check_eps
 from robustkit.engine.evaluation.verdicts import image_hashes
 from robustkit.engine.failures import NO_MEMORY, described, is_out_of_memory
 from robustkit.engine.model.instrumented_model import ExecutionConfig
@@ -69,7 +69,7 @@ class BlockRunner(BatchRunner):
         """Measure the model on one image and test whether it is random; UsageError if eps spans all images."""
         image = self.samples.images([0])
         shape = tuple(image.shape[1:])
-        refuse_endless(self.settings.threat, shape)
+        check_eps(self.settings.threat, shape)
         try:
             with own_randomness(self.settings.seed, "prepare"):
                 largest = max(self.settings.batch_size, self.slots, self.settings.max_slots)

@@ -1,4 +1,4 @@
-"""Runs that may end early: images in a random order, block by block, and a bound that allows to stop after any."""
+"""Runs that may stop early: images in random order, in blocks, and an interval that is valid after any block."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from robustkit.core.intervals import enough, sequence
 from robustkit.engine.evaluation.results import RunResults
 from robustkit.runs.evaluation_record import Stop
 
-FIRST = 32
+# Images in the first block.
+FIRST_BLOCK = 32
 
 
 class TimeUp(Exception):
-    """The time limit is over in the middle of a block."""
+    """The time limit ended in the middle of a block."""
 
 
 @dataclass(frozen=True)
@@ -30,34 +31,34 @@ class Limits:
     width: float | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be meant."""
+        """Raise UsageError for a limit out of range."""
         if self.seconds is not None and not 0 < self.seconds < float("inf"):
             raise UsageError(f"time limit {self.seconds}: write a positive number of seconds, such as 90 or 10m.")
         if self.width is not None and not 0 < self.width < 1:
             raise UsageError(f"stop at width {self.width}: write a share between 0 and 1, such as 0.02.")
 
     def __bool__(self) -> bool:
-        """Whether there is any."""
+        """Whether there is a limit."""
         return self.seconds is not None or self.width is not None
 
     def blocks(self, results: RunResults, seed: int) -> Iterator[np.ndarray]:
-        """Yield blocks of positions until a limit is reached; then `tally.stopped` says which.
+        """Yield blocks of positions until a limit is reached; then set `results.stopped`.
 
-        The order is drawn from the seed, so any number of blocks is a random sample of the data. Only whole
-        blocks count: of an unfinished one the images that are easily fooled would be known first. `tally.scope`
-        are the images of whole blocks; the caller raises `TimeUp` in the middle of one.
+        The order follows from the seed, so any number of blocks is a random sample of the data. Only finished
+        blocks count: in an unfinished one the verdicts on easily fooled images come first. `results.scope` are the
+        images of finished blocks; the caller raises `TimeUp` in the middle of one.
         """
         order, begun, before = shuffled(results.n, seed), time.perf_counter(), -1
         results.scope = order[:0]
         while len(results.scope) < results.n:
             taken = len(results.scope)
-            size = min(max(FIRST, taken), results.n - taken)
+            size = min(max(FIRST_BLOCK, taken), results.n - taken)
             if self.width is not None and taken:
                 low, high = sequence(results.robust, taken)
                 if high - low <= self.width:
                     results.stopped = Stop("width", results.n)
                     return
-                size = min(size, max(FIRST // 2, enough(results.robust / taken, self.width) - taken))
+                size = min(size, max(FIRST_BLOCK // 2, enough(results.robust / taken, self.width) - taken))
             if self.seconds is not None:
                 spent = time.perf_counter() - begun
                 if taken and spent >= self.seconds:
@@ -72,7 +73,7 @@ class Limits:
 
 
 def unfinished_images(results: RunResults) -> list[Flag]:
-    """Return a flag if images count as robust that not all attacks were tried on, since time was up before."""
+    """Return a flag if images count as robust on which not all attacks ran before the time was up."""
     if not (results.stopped and results.stopped.unfinished):
         return []
     return [
@@ -88,6 +89,6 @@ def unfinished_images(results: RunResults) -> list[Flag]:
 
 
 def shuffled(n: int, seed: int) -> np.ndarray:
-    """Return the positions 0 to n - 1 in an order that only n and the seed decide."""
+    """Return the positions 0 to n - 1 in an order that depends on n and the seed alone."""
     keys = [hashlib.sha256(f"{seed}/{n}/{at}".encode()).digest() for at in range(n)]
     return np.array(sorted(range(n), key=keys.__getitem__), np.int64)

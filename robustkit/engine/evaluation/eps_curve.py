@@ -1,8 +1,8 @@
-"""Robust accuracy against eps: how near each image's nearest fooling image is, by a search that reuses finds.
+"""Robust accuracy as a function of eps: the distance of each image's nearest fooling image, by bisection.
 
-Each image has a bracket on a grid of eighths of eps: the largest radius that it withstood, and the smallest one
-that holds a verified fooling image. The radius halfway is tried next: the fooling image at hand, projected onto
-that ball, and only if that fails a short attack. Either answer settles every radius on one side of it.
+Each image has a bracket on a grid of eighths of eps: the largest radius at which it was robust, and the smallest
+one with a verified fooling image. The radius halfway is tried next: the known fooling image projected onto that
+ball, and only if that fails a short attack. The result settles every radius on one side of it.
 """
 
 from __future__ import annotations
@@ -34,24 +34,25 @@ from robustkit.engine.progress import Progress
 from robustkit.runs.evaluation_record import Cost, Curve, Report
 from robustkit.runs.recorded_outputs import run_once
 
-PARTS, WIDEST = 8, 16
+# Grid points per eps, and grid points in all.
+GRID_PER_EPS, GRID_POINTS = 8, 16
 BATCH_SIZE = 256
 HALVINGS = 8
-# The attack that decides a radius, and the one whose way from the clean image is nearly straight: where that
-# crosses the boundary is near the nearest point of it.
+# The attack that decides a radius, and one whose path from the clean image is nearly straight, so that it crosses
+# the decision boundary near its nearest point.
 ATTACK = registry.make("apgd-t", steps=20, targets=3)
 STRAIGHT = registry.make("pgd", steps=20, step_size="0.1eps", loss="margin", random_start=False)
 
 
 def radii(threat: ThreatModel, shape: tuple[int, ...]) -> list[ThreatModel]:
-    """Return the grid: every eighth of eps up to twice eps, as far as images of this shape (C H W) reach."""
-    grid = [threat.eps * k / PARTS for k in range(1, WIDEST + 1)]
+    """Return the grid: every eighth of eps up to twice eps, no more than the largest distance of images."""
+    grid = [threat.eps * k / GRID_PER_EPS for k in range(1, GRID_POINTS + 1)]
     return [type(threat)(eps) for eps in grid if float(eps) <= threat.diameter(shape)]
 
 
 @dataclass(frozen=True)
 class CurveSearch:
-    """The search over a finished run's images. `meter` is new, so that it counts this search alone."""
+    """The search over a finished run's images; `instrumented` counts this search alone."""
 
     instrumented: InstrumentedModel
     samples: Samples
@@ -59,7 +60,7 @@ class CurveSearch:
     progress: Progress
 
     def add(self, report: Report, index: np.ndarray, adversarial: np.ndarray) -> Report:
-        """Return the report with its curve, from the run's fooling images `adversarial` (M C H W) of `index` (M).
+        """Return the report with its curve, from the run's fooling images `adversarial` (M C H W) at `index` (M).
 
         Raises:
             RunError: when out of memory even with one image at a time.
@@ -68,9 +69,9 @@ class CurveSearch:
         image = self.samples.images([0])
         grid = radii(self.threat, tuple(image.shape[1:]))
         right = np.array([verdict.index for verdict in report.verdicts if verdict.attack != "clean"], np.int64)
-        standing = sum(verdict.robust for verdict in report.verdicts)
+        robust = sum(verdict.robust for verdict in report.verdicts)
         distance, inside, forwards, backwards = np.zeros(report.n), 0, 0, 0
-        self.progress.stage("curve", len(right), standing, report.n)
+        self.progress.stage("curve", len(right), robust, report.n)
         with evaluation_mode(self.instrumented.model), own_randomness(report.spec.seed, "curve"):
             measure(self.instrumented, image.to(self.instrumented.device), BATCH_SIZE)
             with threads(self.instrumented.threads):
@@ -84,20 +85,20 @@ class CurveSearch:
                     distance[part] = found["distance"].numpy()
                     inside += int(found["inside"].sum())
                     forwards, backwards = forwards + found["forwards"], backwards + found["backwards"]
-                    self.progress.advance(begin + len(part), standing)
+                    self.progress.advance(begin + len(part), robust)
         curve = Curve.of(
             [float(entry.eps) for entry in grid],
             [value if np.isfinite(value) else None for value in distance.tolist()],
             Cost(forwards, backwards, time.perf_counter() - begun),
         )
-        return report.with_curve(curve, [_weak(inside)] if inside else [])
+        return report.with_curve(curve, [_too_weak(inside)] if inside else [])
 
     def _batch(
         self, positions: np.ndarray, fooled: np.ndarray, known: np.ndarray, grid: list[ThreatModel], seed: int
     ) -> dict[str, Any]:
-        """Search for these positions; return distances, what was inside, and what it cost.
+        """Search for these positions; return distances, images fooled inside eps after all, and passes.
 
-        Out of memory halves the piece and begins the batch again.
+        Out of memory halves the micro-batch and starts the batch again.
         """
         device = self.instrumented.device
         x, hit = self.samples.images(positions).to(device), torch.from_numpy(fooled).to(device)
@@ -117,20 +118,20 @@ class CurveSearch:
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise RunError(f"the curve failed with {described(error)}.") from error
-                piece = min(self.instrumented.micro_batch or len(x), len(x))
-                if piece == 1:
+                size = min(self.instrumented.micro_batch or len(x), len(x))
+                if size == 1:
                     raise RunError(NO_MEMORY) from error
-                self.instrumented.micro_batch = piece // 2
+                self.instrumented.micro_batch = size // 2
                 self.instrumented.forwards, self.instrumented.backwards = before
-                self.progress.say(f"out of memory: going on with {piece // 2} images at a time, same numbers")
+                self.progress.say(f"out of memory: going on with {size // 2} images at a time, same numbers")
 
 
 class Brackets:
-    """The brackets of one batch, on the ladder that the grid makes with 0 at its foot.
+    """The brackets of one batch, on the grid's radii with 0 before them.
 
-    `distance` (B) is that of the nearest verified fooling image so far, `x_adv` that image, `low` the rung
-    withstood. What the suite left standing begins at the rung of eps, which it withstood: a fooling image that
-    turns up inside eps after all counts as just outside, and `inside` (B) marks it.
+    `distance` (B) is that of the nearest verified fooling image so far, `x_adv` that image, `low` the number of
+    the largest radius at which the image was robust. An image that the suite left robust starts at eps: a fooling
+    image found inside eps after all counts as just outside, and `inside` (B) marks it.
     """
 
     def __init__(
@@ -147,16 +148,16 @@ class Brackets:
         self.instrumented, self.grid, self.seed = instrumented, grid, seed
         self.ids, self.x, self.labels, self.x_adv = ids, x, labels, x_adv
         entries = [0.0, *(float(entry.eps) for entry in grid)]
-        self.ladder = torch.tensor(entries, dtype=torch.float64, device=x.device)
-        self.base = torch.where(fooled, 0, PARTS)
+        self.radii = torch.tensor(entries, dtype=torch.float64, device=x.device)
+        self.base = torch.where(fooled, 0, GRID_PER_EPS)
         self.low = self.base
         self.distance = torch.where(fooled, grid[-1].distance(x_adv, x), torch.inf)
         self.inside = torch.zeros_like(fooled)
 
     def close(self) -> None:
-        """Try radii until no bracket holds another rung."""
+        """Try radii until no bracket has a grid point inside."""
         while True:
-            high = torch.searchsorted(self.ladder, self.distance)
+            high = torch.searchsorted(self.radii, self.distance)
             middle = torch.where(high - self.low > 1, (self.low + high) // 2, 0)
             if not middle.any():
                 return
@@ -164,22 +165,22 @@ class Brackets:
                 self._try(entry, (middle == entry).nonzero()[:, 0])
 
     def tighten(self) -> None:
-        """Go back along the segments to the fooling image at hand and to the one that lies straight ahead."""
+        """Bisect the segments to the known fooling image and to that of the straight attack."""
         rows = self.distance.isfinite().nonzero()[:, 0]
         self._back(rows, self.x_adv[rows])
-        # What the search found may lie far to the side of the shortest way.
-        high = torch.searchsorted(self.ladder, self.distance[rows])
+        # The known fooling image may be far from the nearest one.
+        high = torch.searchsorted(self.radii, self.distance[rows])
         for entry in sorted(set(high.tolist())):
             group = rows[high == entry]
             judged = self._attack(STRAIGHT, entry, group)
             self._back(group[judged.fooled], judged.x[judged.fooled])
 
     def _back(self, rows: Tensor, points: Images) -> None:
-        """Halve the brackets of these rows along the segment from the clean image to a fooling point."""
+        """Bisect the segments from the clean images of these rows to fooling points."""
         if not len(rows):
             return
         x, length = self.x[rows], self.grid[-1].distance(points, self.x[rows])
-        low, high = self.ladder[self.low[rows]], length
+        low, high = self.radii[self.low[rows]], length
         for _ in range(HALVINGS):
             middle = (low + high) / 2
             share = (middle / length).clamp(max=1).to(x)
@@ -190,20 +191,20 @@ class Brackets:
             low, high = torch.where(judged.fooled, low, middle), torch.where(judged.fooled, middle, high)
 
     def _try(self, entry: int, rows: Tensor) -> None:
-        """Look for fooling images of these rows within the rung's radius."""
+        """Search for fooling images of these rows within the radius of a grid point."""
         threat = self.grid[entry - 1]
         near = rows[self.distance[rows].isfinite()]
         if len(near):
             point = threat.project(self.x_adv[near], self.x[near])
             self._take(near, judge(self.instrumented, self.x[near], self.labels[near], point, threat))
-        rows = rows[self.distance[rows] > self.ladder[entry]]
+        rows = rows[self.distance[rows] > self.radii[entry]]
         if not len(rows):
             return
-        stood = rows[~self._attack(ATTACK, entry, rows).fooled]
-        self.low = self.low.index_fill(0, stood, entry)
+        robust = rows[~self._attack(ATTACK, entry, rows).fooled]
+        self.low = self.low.index_fill(0, robust, entry)
 
     def _attack(self, attack: RowWise, entry: int, rows: Tensor) -> Verdicts:
-        """Attack these rows within the rung's radius."""
+        """Attack these rows within the radius of a grid point."""
         x, labels, threat = self.x[rows], self.labels[rows], self.grid[entry - 1]
         rng = RowRng(self.seed, f"curve/{entry}", self.ids[rows])
         found = attack(self.instrumented, x, Goal(labels), threat, rng=rng)
@@ -212,24 +213,24 @@ class Brackets:
         return judged
 
     def _take(self, rows: Tensor, judged: Verdicts) -> None:
-        """Keep the points of these rows that fool the model from nearer than before."""
+        """Keep the points of these rows that fool the model at a smaller distance than before."""
         found: PerRow = self.grid[-1].distance(judged.x, self.x[rows])
         closer = judged.fooled & (found < self.distance[rows])
         rows, found = rows[closer], found[closer]
-        floor = self.ladder[self.base[rows]]
+        floor = self.radii[self.base[rows]]
         self.inside = self.inside.index_fill(0, rows[(found <= floor) & (self.base[rows] > 0)], True)
         self.x_adv = self.x_adv.index_copy(0, rows, judged.x[closer])
         self.distance = self.distance.index_copy(0, rows, found.maximum(floor.nextafter(floor + 1)))
-        # What lies inside a radius that seemed withstood opens the bracket again.
-        disproved = rows[self.distance[rows] <= self.ladder[self.low[rows]]]
+        # A fooling image inside a radius taken for robust reopens the bracket.
+        disproved = rows[self.distance[rows] <= self.radii[self.low[rows]]]
         self.low = self.low.index_copy(0, disproved, self.base[disproved])
 
 
-def _weak(images: int) -> Flag:
+def _too_weak(images: int) -> Flag:
     return Flag(
         "suite-too-weak",
         "warning",
         images,
-        "images that the suite left standing fell within eps while the curve was searched; they count as standing",
+        "images that the suite left robust were fooled within eps by the curve's search; they count as robust",
         "run a stronger suite, such as rapid",
     )

@@ -1,4 +1,4 @@
-"""The nearest adversarial points of images: attacks in turn, each told of the nearest points found before it."""
+"""The nearest adversarial points of images: attacks one after another, each from the nearest points so far."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ import torch
 from robustkit.core.criteria import Goal
 from robustkit.core.isolation import evaluation_mode, own_randomness, threads
 from robustkit.core.rng import RowRng
-from robustkit.core.shapes import Images, Labels, PerRow
+from robustkit.core.shapes import Images, Labels, Mask, PerRow
 from robustkit.core.threat import ThreatModel
 from robustkit.data.samples import Samples
-from robustkit.engine.evaluation.nearest_points import MinimumNorm
-from robustkit.engine.evaluation.sanity import refuse_answers, refuse_randomness
+from robustkit.engine.evaluation.sanity import check_logits, check_not_random
 from robustkit.engine.evaluation.verdicts import Verdicts, image_hashes, judge, sample_ids
 from robustkit.engine.model.instrumented_model import InstrumentedModel
 from robustkit.engine.model.profiling import measure
@@ -26,9 +25,38 @@ from robustkit.models.classifier import Classifier
 from robustkit.registry import Suite, SuiteEntry, parse_suite
 from robustkit.runs.recorded_outputs import run_once
 
-# The margin that an adversarial point must have, as a share of the largest logit: twice what `verify` takes for
-# rounding.
-CLEAR = 2e-5
+# The least margin of an adversarial point, as a share of the largest logit: twice the rounding in `verify`.
+MIN_MARGIN_SHARE = 2e-5
+
+
+@dataclass(frozen=True)
+class MinimumNorm:
+    """What `robustkit.minimum_norm` found.
+
+    Attributes:
+        x: the nearest adversarial images (B C H W); the clean image where none was found or it is misclassified.
+        distance: of each from its clean image (B), float64, in pixel units of [0, 1]; 0 where the clean image is
+            misclassified, infinite where none was found.
+        attack: the name of the attack that found each one; `clean` for a misclassified clean image, None for none.
+        forwards: forward passes of images, verdicts included.
+        backwards: backward passes of images.
+    """
+
+    x: Images
+    distance: PerRow
+    attack: Sequence[str | None]
+    forwards: int
+    backwards: int
+
+    @property
+    def passes(self) -> float:
+        """The mean number of passes per image, forward and backward."""
+        return (self.forwards + self.backwards) / max(len(self.attack), 1)
+
+    @property
+    def found(self) -> Mask:
+        """Whether each image has an adversarial one (B)."""
+        return self.distance.isfinite()
 
 
 @dataclass(frozen=True)
@@ -36,7 +64,7 @@ class Nearest:
     """The nearest adversarial points of a batch.
 
     Attributes:
-        judged: the points with the model's answers; the clean image where none was found.
+        judged: verdicts on the points; the clean image where none was found.
         distance: of each from the clean image (B), float64; infinite where none was found.
         attack: the number of the attack that found it (B); -1 where none was found.
         spent: forwards and backwards of each attack, over all images.
@@ -65,20 +93,20 @@ def search(
         entries: attacks that find minimum norms.
         x: images (B C H W) that the model classifies correctly.
         labels: of these (B).
-        threat: a minimal one.
+        threat: a minimum-norm threat.
         seed: of the run.
-        ids: the images' own numbers (B), by which they draw.
+        ids: a number of each image (B), which seeds its random numbers.
     """
-    goal, spent = Goal(labels, clear=CLEAR), list[tuple[int, int]]()
+    goal, spent = Goal(labels, clear=MIN_MARGIN_SHARE), list[tuple[int, int]]()
     best = judge(instrumented, x, labels, x, threat)
     distance = torch.full((len(x),), torch.inf, dtype=torch.float64, device=x.device)
-    by = torch.full_like(labels, -1)
+    found_by = torch.full_like(labels, -1)
     for number, (entry, stream) in enumerate(zip(entries, _streams(entries), strict=True)):
         before = instrumented.forwards, instrumented.backwards
         rng = RowRng(seed, stream, ids)
         attack = partial(entry.attack, instrumented, x, goal, threat, rng=rng, known=best.x)
         found = run_once(stream, partial(_counted, instrumented, attack))
-        # What a killed run had done already counts as well.
+        # Includes the passes of a killed run.
         instrumented.forwards, instrumented.backwards = (
             before[0] + found["forwards"],
             before[1] + found["backwards"],
@@ -87,13 +115,13 @@ def search(
         far = torch.where(judged.fooled, threat.distance(judged.x, x), torch.inf)
         nearer = (far < distance).nonzero()[:, 0]
         best = best.replaced(nearer, judged.select((far < distance).cpu().numpy()))
-        distance, by = torch.minimum(far, distance), by.index_fill(0, nearer, number)
+        distance, found_by = torch.minimum(far, distance), found_by.index_fill(0, nearer, number)
         spent.append((instrumented.forwards - before[0], instrumented.backwards - before[1]))
-    return Nearest(best, distance, by, spent)
+    return Nearest(best, distance, found_by, spent)
 
 
 def _counted(instrumented: InstrumentedModel, attack: Callable[[], Images]) -> dict[str, Any]:
-    """Run an attack; return its points and its passes."""
+    """Run an attack; return its points and its passes as values that can be recorded."""
     before = instrumented.forwards, instrumented.backwards
     return {
         "x": attack(),
@@ -103,7 +131,7 @@ def _counted(instrumented: InstrumentedModel, attack: Callable[[], Images]) -> d
 
 
 def _streams(entries: Sequence[SuiteEntry]) -> list[str]:
-    """Return the name of each attack's random numbers: its own, and how often it occurred before."""
+    """Return the name of each attack's random stream: its own, and how often it occurred before."""
     names = [entry.name for entry in entries]
     return [f"{name}/{names[:number].count(name)}" for number, name in enumerate(names)]
 
@@ -125,14 +153,14 @@ def nearest_points(
     with evaluation_mode(model), own_randomness(seed, "minimum-norm"):
         image = samples.images([0]).to(device)
         measure(instrumented, image, batch_size)
-        refuse_randomness(threat, random=is_random(instrumented.model, image))
+        check_not_random(threat, random=is_random(instrumented.model, image))
         instrumented.forwards = instrumented.backwards = 0
         with threads(instrumented.threads):
             for begin in range(0, len(samples), batch_size):
                 part = np.arange(begin, min(begin + batch_size, len(samples)))
                 x, labels = samples.images(part).to(device), samples.labels[part]
                 logits = instrumented.logits_fp32(x)
-                refuse_answers(logits, labels, part)
+                check_logits(logits, labels, part)
                 y = torch.from_numpy(labels).to(device)
                 right = (logits.argmax(1) == y).nonzero()[:, 0]
                 ids = sample_ids(image_hashes(x)).to(device)
@@ -140,10 +168,10 @@ def nearest_points(
                 far = torch.zeros(len(x), dtype=torch.float64, device=device)
                 points.append(x.index_copy(0, right, found.judged.x))
                 distances.append(far.index_copy(0, right, found.distance))
-                told: list[str | None] = ["clean"] * len(x)
+                found_by: list[str | None] = ["clean"] * len(x)
                 for at, number in zip(right.tolist(), found.attack.tolist(), strict=True):
-                    told[at] = entries[number].name if number >= 0 else None
-                names += told
+                    found_by[at] = entries[number].name if number >= 0 else None
+                names += found_by
     return MinimumNorm(
         torch.cat(points), torch.cat(distances), names, instrumented.forwards, instrumented.backwards
     )

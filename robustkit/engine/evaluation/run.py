@@ -29,7 +29,7 @@ from robustkit.engine.evaluation.early_stopping import Limits, shuffled
 from robustkit.engine.evaluation.eps_curve import CurveSearch
 from robustkit.engine.evaluation.final_report import write_report
 from robustkit.engine.evaluation.results import RunResults
-from robustkit.engine.evaluation.sanity import refuse_randomness
+from robustkit.engine.evaluation.sanity import check_not_random
 from robustkit.engine.evaluation.scheduler import Scheduler
 from robustkit.engine.evaluation.settings import RunSettings
 from robustkit.engine.evaluation.suite_run import run_images
@@ -302,7 +302,7 @@ class Evaluation:
             runner_class = BlockRunner if alone else Scheduler
             runner = runner_class(self.samples, self.settings, ledger, results, model, progress, store=store)
             runner.prepare()
-            refuse_randomness(self.threat, random=model.random)
+            check_not_random(self.threat, random=model.random)
             workers: AbstractContextManager[None] = nullcontext()
             if isinstance(runner, Scheduler):
                 workers = runner.hired(agency or Alone(self.workers, self.ray, progress))

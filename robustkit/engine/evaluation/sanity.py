@@ -1,4 +1,4 @@
-"""What makes verdicts meaningless: answers that are no numbers, labels without a class, an eps without limits."""
+"""Refuses runs whose verdicts would mean nothing: non-finite logits, labels without a class, too large an eps."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from robustkit.core.shapes import Logits
 from robustkit.core.threat import EXAMPLES, ThreatModel
 
 
-def refuse_answers(logits: Logits, labels: np.ndarray, positions: np.ndarray) -> None:
-    """Refuse a model's answers (B K) to clean images that no verdict can rest on.
+def check_logits(logits: Logits, labels: np.ndarray, positions: np.ndarray) -> None:
+    """Check a model's logits of clean images.
 
     Args:
-        logits: the answers.
-        labels: the images' labels (B).
-        positions: where the images stand in the data (B).
+        logits: of the images (B K).
+        labels: of the images (B).
+        positions: of the images in the data (B).
 
     Raises:
         RunError: if logits are NaN or infinite.
@@ -35,8 +35,8 @@ def refuse_answers(logits: Logits, labels: np.ndarray, positions: np.ndarray) ->
         )
 
 
-def refuse_endless(threat: ThreatModel, shape: tuple[int, ...]) -> None:
-    """Raise UsageError if a threat reaches every image of this shape (C, H, W) from every other."""
+def check_eps(threat: ThreatModel, shape: tuple[int, ...]) -> None:
+    """Raise UsageError if any two images of this shape (C, H, W) are within the threat's eps."""
     if not threat.minimal and float(threat.eps) > threat.diameter(shape):
         raise UsageError(
             f"threat '{threat}' reaches every image of {'x'.join(map(str, shape))} "
@@ -44,8 +44,8 @@ def refuse_endless(threat: ThreatModel, shape: tuple[int, ...]) -> None:
         )
 
 
-def refuse_randomness(threat: ThreatModel, *, random: bool) -> None:
-    """Raise UsageError for a minimum norm of a random model: the answer at a nearest point is one draw's."""
+def check_not_random(threat: ThreatModel, *, random: bool) -> None:
+    """Raise UsageError for a minimum norm of a random model: its nearest point would hold for one draw only."""
     if threat.minimal and random:
         raise UsageError(
             f"threat '{threat}' needs a model that answers an image in the same way each time, and this model is "

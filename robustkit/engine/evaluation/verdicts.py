@@ -1,4 +1,4 @@
-"""The engine's own verdict on what an attack returns: inside ball and box, and wrong in float32."""
+"""The engine's own verdict on an attack's images: inside ball and box, and misclassified in float32."""
 
 from __future__ import annotations
 
@@ -20,12 +20,18 @@ from robustkit.engine.model.random_verdicts import majority_vote
 
 @dataclass(frozen=True)
 class Verdicts:
-    """Points (B C H W) inside the threat, with the model's word on each.
+    """The model's outputs at images inside the threat.
 
-    `refused` marks the rows whose point fooled the model only outside ball and box, `broken` those where the
-    logits were NaN or infinite; neither counts as fooled. `forwards` is what each took. Of a random model
-    `right` is the share of fresh draws that were right, `once` whether the first was; of another both say what
-    the one answer is.
+    Attributes:
+        x: the images (B C H W).
+        prediction: of each (B); of a random model the class predicted most often.
+        margin: the label's logit minus the best other one (B), its mean for a random model.
+        fooled: whether the model misclassifies it (B); a random model in more than half of the draws.
+        refused: whether it fooled the model only before projection onto ball and box (B); not counted as fooled.
+        broken: whether logits were NaN or infinite (B); not counted as fooled.
+        forwards: of each (B).
+        right: the share of draws with the right class (B); 0 or 1 for a model that is not random.
+        once: whether the first draw was right (B).
     """
 
     x: Images
@@ -44,9 +50,9 @@ class Verdicts:
         return Verdicts(*(value[index] for value in vars(self).values()))
 
     def replaced(self, index: Tensor, other: Verdicts) -> Verdicts:
-        """Return these with the others at these positions."""
+        """Return these with rows of another at these positions."""
         pairs = zip(vars(self).values(), vars(other).values(), strict=True)
-        return Verdicts(*(mine.index_copy(0, index, its) for mine, its in pairs))
+        return Verdicts(*(own.index_copy(0, index, new) for own, new in pairs))
 
 
 def judge(
@@ -59,10 +65,17 @@ def judge(
     *,
     chosen: bool = True,
 ) -> Verdicts:
-    """Project what an attack found for the clean images x onto ball and box, and ask the model again.
+    """Project an attack's images onto ball and box and return the model's verdicts on them.
 
-    `known` (B K) are float32 answers at the points where there is one already, NaN elsewhere. Points that were
-    `chosen` of many may have been so by luck: a success against a random model is then confirmed by fresh draws.
+    Args:
+        instrumented: the model.
+        x: clean images (B C H W).
+        labels: of these (B).
+        found: what the attack returned (B C H W).
+        threat: the threat.
+        known: float32 logits (B K) of `found` where they are known, else NaN.
+        chosen: whether `found` was selected by its logits; a success against a random model is then confirmed by
+            new draws.
 
     Raises:
         RunError: if the attack returned another shape.
@@ -70,12 +83,12 @@ def judge(
     if found.shape != x.shape:
         raise RunError(f"the attack returned shape {tuple(found.shape)} for images of {tuple(x.shape)}.")
     found = found.detach().to(x)
-    whole = found.flatten(1).isfinite().all(1)
-    found = torch.where(whole.view(-1, 1, 1, 1), found, x)
+    finite = found.flatten(1).isfinite().all(1)
+    found = torch.where(finite.view(-1, 1, 1, 1), found, x)
     point = threat.project(found, x)
     moved = (point != found).flatten(1).any(1)
     if instrumented.random:
-        return _redrawn(instrumented, point, labels, chosen)
+        return _by_vote(instrumented, point, labels, chosen)
     if known is None:
         unknown, logits = torch.ones_like(moved), instrumented.logits_fp32(point)
     else:
@@ -94,21 +107,21 @@ def judge(
     return Verdicts(point, prediction, margin, fooled, refused, broken, cost, right.double(), right)
 
 
-def _redrawn(instrumented: InstrumentedModel, point: Images, labels: Labels, chosen: bool) -> Verdicts:
-    """Judge by draws: fooled is a model that is more often wrong, at chosen points by other draws as well."""
-    told = majority_vote(instrumented.logits_fp32, point, labels)
-    fooled = (told.right < 0.5) & ~told.broken
+def _by_vote(instrumented: InstrumentedModel, point: Images, labels: Labels, chosen: bool) -> Verdicts:
+    """Return verdicts by majority of draws; a success at chosen points must hold in a second set of draws."""
+    votes = majority_vote(instrumented.logits_fp32, point, labels)
+    fooled = (votes.right < 0.5) & ~votes.broken
     if chosen and fooled.any():
-        told = told.replaced(fooled, majority_vote(instrumented.logits_fp32, point[fooled], labels[fooled]))
-        fooled = fooled & (told.right < 0.5) & ~told.broken
+        votes = votes.replaced(fooled, majority_vote(instrumented.logits_fp32, point[fooled], labels[fooled]))
+        fooled = fooled & (votes.right < 0.5) & ~votes.broken
     none = torch.zeros_like(fooled)
     return Verdicts(
-        point, told.prediction, told.margin, fooled, none, told.broken, told.forwards, told.right, told.once
+        point, votes.prediction, votes.margin, fooled, none, votes.broken, votes.forwards, votes.right, votes.once
     )
 
 
 def margins(logits: Logits, labels: Labels) -> PerRow:
-    """Return the label's logit minus the best other one; below 0 the model is wrong."""
+    """Return the label's logit minus the best other one (B); below 0 the model misclassifies."""
     return -losses.margin(logits, labels)
 
 
@@ -118,5 +131,5 @@ def image_hashes(images: Images) -> list[str]:
 
 
 def sample_ids(hashes: Sequence[str]) -> Labels:
-    """Return a number below 2**32 for each image hash: the same for an image wherever in the data it is."""
+    """Return a number below 2**32 for each image hash, to seed its random numbers whatever its position."""
     return torch.tensor([int(digest[:8], 16) for digest in hashes], dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""At what size images are attacked, and what is done to them before and after: the threat is in these pixels."""
+"""The size at which images are attacked, whose pixels the threat is in, and how files and net differ from it."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from robustkit.core.flags import Flag
 from robustkit.data.samples import Samples
 from robustkit.models.classifier import Classifier
 
-# Of so many files the sizes are looked at, evenly spread over the data.
-LOOKED_AT = 500
-# Few that are smaller than the rest, as some of ImageNet's, say nothing about the number.
-FEW = 0.05
+# The most files whose sizes are read, evenly spread over the data.
+MAX_FILES_READ = 500
+# The largest share of enlarged files without a flag: ImageNet has a few small ones.
+MAX_ENLARGED_SHARE = 0.05
 
 
 def pixel_space(model: Classifier, samples: Samples) -> dict[str, Any]:
     """Return heights and widths in pixels of the images as attacked and as the net sees them.
 
-    Of image files there are also `files`, how many were looked at, `enlarged`, how many of these were enlarged to
-    be read at that size, and `times`, the median number of times that a file's side was lengthened.
+    For image files also `files`, how many were read, `enlarged`, how many of these were enlarged to that size, and
+    `times`, the median factor by which a file's side grew.
     """
     attacked = list(samples.images([0]).shape[2:])
     space: dict[str, Any] = {"attacked": attacked, "net": list(model.size or attacked)}
-    if times := samples.enlargements(LOOKED_AT):
+    if times := samples.enlargements(MAX_FILES_READ):
         enlarged = sum(one > 1 for one in times)
         space |= {"files": len(times), "enlarged": enlarged, "times": statistics.median(times)}
     return space
 
 
 def enlarged_images(space: dict[str, Any]) -> list[Flag]:
-    """Return a flag if more than few image files were enlarged before the attack."""
-    if not space.get("enlarged", 0) > FEW * space.get("files", 0):
+    """Return a flag if more than `MAX_ENLARGED_SHARE` of the image files were enlarged before the attack."""
+    if not space.get("enlarged", 0) > MAX_ENLARGED_SHARE * space.get("files", 0):
         return []
     height, width = space["attacked"]
     return [

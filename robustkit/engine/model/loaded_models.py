@@ -1,4 +1,4 @@
-"""Several models by their strings: each loaded and tried on the data, so that a list that cannot work says why."""
+"""Loads several models and tries each on the data, so that an unusable one is reported before the run starts."""
 
 from __future__ import annotations
 
@@ -21,23 +21,30 @@ from robustkit.models.classifier import Classifier
 from robustkit.models.ensembles.mixture import Mixture
 from robustkit.models.sources.from_run import training_flops
 
-# The batch by which it is judged whether a net is slow.
-BATCH = 64
-# Data whose files are read at the size that a model asks for.
+# The batch size by which a net counts as slow.
+TYPICAL_BATCH = 64
+# Data whose files are read at the size that the model requires.
 READ_TO_SIZE = ("folder:", "webdataset:", "imagenet")
 
 
 @dataclass(frozen=True)
 class Net:
-    """A model that can be had when it is needed: at hand, or loaded again by its string.
+    """A model that is in memory, or loaded again by its string when it is used.
 
-    `parameters` are the bytes of its tensors, `graph` those that autograd saves for one image; `threads` is
-    what it is worth on a CPU, `alike` what two models share that may run as one (None: nothing may). `count`
-    is how many nets it is made of: a posterior's samples, an ensemble's members; `parameters` and `graph` are then
-    those in memory while one is asked. `quick` and `seconds` are what a `Meter` has
-    found. `training` are the floating-point operations of the run that trained it, of
-    a run's folder. `trust_code` is whether loading it may run Python code that a run folder names. `class_names`
-    are what its classes are called, where known.
+    Attributes:
+        string: how to load it.
+        fingerprint: of what determines its logits.
+        classes: number of logits.
+        parameters: bytes of its tensors; for several nets, of those in memory while one is used.
+        graph: bytes that autograd saves for one image.
+        threads: CPU threads for it.
+        alike: equal for models that can be stacked into one; None for one that cannot.
+        model: the classifier if it is in memory.
+        count: of its nets: a posterior's samples or an ensemble's members.
+        training: floating-point operations of the run that trained it, for a run folder.
+        slow_batch, seconds: as measured by `engine.model.profiling.measure`.
+        trust_code: whether loading it may run Python code that a run folder names.
+        class_names: of its classes, where known.
     """
 
     string: str
@@ -50,19 +57,19 @@ class Net:
     model: Classifier | None
     count: int = 1
     training: int | None = None
-    quick: int | None = None
+    slow_batch: int | None = None
     seconds: float = 0.0
     trust_code: bool = False
     class_names: tuple[str, ...] | None = None
 
-    def metered(self, model: Classifier, device: torch.device) -> InstrumentedModel:
-        """Return a model of this net as attacks see it, given few images at once where it is slow."""
-        instrumented = InstrumentedModel(model, device)
-        instrumented.slow_batch, instrumented.seconds = self.quick, self.seconds
-        return instrumented
+    def instrumented(self, model: Classifier, device: torch.device) -> InstrumentedModel:
+        """Return a classifier of this net as an instrumented model, with what was measured of the net."""
+        found = InstrumentedModel(model, device)
+        found.slow_batch, found.seconds = self.slow_batch, self.seconds
+        return found
 
     def load(self, device: torch.device) -> Classifier:
-        """Return the model on this device, outside of autograd if it is newly loaded."""
+        """Return the model on this device; a newly loaded one without parameter gradients."""
         if self.model is not None:
             return self.model.to(device)
         model = load_model(self.string, device=device, trust_code=self.trust_code)
@@ -70,7 +77,7 @@ class Net:
 
     @property
     def identity(self) -> dict[str, str]:
-        """Its string and fingerprint, as a spec has them."""
+        """Its string and fingerprint, for a spec."""
         return {"string": self.string, "fingerprint": self.fingerprint}
 
 
@@ -87,10 +94,10 @@ def gather(
 
     Args:
         models: what to load.
-        samples: what they will be given.
+        samples: the data of the run.
         device: where they are tried.
-        what: the word for one of them, in errors.
-        keep: whether nets of so many bytes in all may stay loaded; those of strings that may not are let go.
+        what: what error messages call one of them.
+        keep: whether nets of so many bytes in all stay in memory; others are loaded again by their strings.
         trust_code: whether Python code that a run folder names is run.
 
     Raises:
@@ -106,7 +113,7 @@ def gather(
             else as_classifier(model).to(device)
         )
         _check_size(classifier, nets, samples)
-        net = _tried(classifier, samples, device, what)
+        net = _measured(classifier, samples, device, what)
         total += net.parameters
         for other in nets:
             if other.fingerprint == net.fingerprint:
@@ -119,7 +126,7 @@ def gather(
                 )
         nets.append(net)
         if isinstance(model, str) and not keep(total):
-            # What was given as Python is nowhere else.
+            # A model given as a Python object cannot be loaded again.
             pairs = zip(nets, models, strict=False)
             nets = [replace(one, model=None) if isinstance(given, str) else one for one, given in pairs]
         del classifier, net
@@ -136,7 +143,7 @@ def gather_both(
     what: str = "surrogate",
     trust_code: bool = False,
 ) -> tuple[list[Net], list[Net]]:
-    """Return the nets of a craft run; `streaming` lets those of strings go, None does where memory is short.
+    """Return surrogates and targets; `streaming` loads each when it is used, None does so if memory is short.
 
     See `gather` for the rest.
     """
@@ -157,7 +164,7 @@ def gather_both(
 
 
 def same_classes(nets: Sequence[Net], others: Sequence[Net]) -> None:
-    """Refuse targets with other classes than the surrogates'."""
+    """Raise UsageError for targets whose number of classes differs from the surrogates'."""
     for net in others:
         if net.classes != nets[0].classes:
             raise UsageError(
@@ -167,12 +174,12 @@ def same_classes(nets: Sequence[Net], others: Sequence[Net]) -> None:
             )
 
 
-def _tried(classifier: Classifier, samples: Samples, device: torch.device, what: str) -> Net:
+def _measured(classifier: Classifier, samples: Samples, device: torch.device, what: str) -> Net:
     image = samples.images([0]).to(device)
     instrumented = InstrumentedModel(classifier.expect(samples.num_classes), device)
     try:
         with own_randomness("nets"), evaluation_mode(classifier):
-            measure(instrumented, image, BATCH)
+            measure(instrumented, image, TYPICAL_BATCH)
             logits = instrumented.logits_fp32(image)
     except RobustkitError:
         raise
@@ -209,7 +216,7 @@ def _tried(classifier: Classifier, samples: Samples, device: torch.device, what:
         model=classifier,
         count=len(classifier.net) if isinstance(classifier.net, Mixture) else 1,
         training=training_flops(classifier.string),
-        quick=instrumented.slow_batch,
+        slow_batch=instrumented.slow_batch,
         seconds=instrumented.seconds,
         trust_code=classifier.trust_code,
         class_names=classifier.class_names,
@@ -217,7 +224,7 @@ def _tried(classifier: Classifier, samples: Samples, device: torch.device, what:
 
 
 def _check_size(classifier: Classifier, nets: Sequence[Net], samples: Samples) -> None:
-    """Refuse a model that wants image files at another size than the one they are read at."""
+    """Raise UsageError for a model that needs image files at another size than the first one."""
     first = next((net.model for net in nets if net.model is not None), None)
     if first is None or not samples.name.startswith(READ_TO_SIZE):
         return

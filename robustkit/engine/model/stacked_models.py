@@ -15,7 +15,7 @@ from robustkit.models.classifier import Classifier
 
 
 class StackedModels:
-    """A callable from images (n B C H W), a batch for each net, to logits (n B K). It counts as its nets would."""
+    """A callable from images (n B C H W), a batch for each net, to logits (n B K); it counts passes."""
 
     def __init__(self, models: Sequence[Classifier]) -> None:
         """Stack the weights as they are now."""
@@ -26,7 +26,7 @@ class StackedModels:
         self.forwards = self.backwards = 0
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return all logits."""
+        """Return the logits (n B K) of images (n B C H W)."""
         n, rows = x.shape[:2]
         self.forwards += n * rows
         if x.requires_grad:
@@ -40,8 +40,8 @@ class StackedModels:
 
 
 def stacked(members: Sequence[InstrumentedModel], x: Tensor) -> StackedModels | None:
-    """Return the nets as one; None where they cannot be stacked, or answer x (B C H W) otherwise than alone."""
-    # A hook would see all nets as one.
+    """Return the nets as one; None if they cannot be stacked, or their logits of x (B C H W) change."""
+    # A hook would be called once for all nets.
     if any(has_hooks(instrumented.model) for instrumented in members):
         return None
     try:

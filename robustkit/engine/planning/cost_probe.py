@@ -22,7 +22,7 @@ from robustkit.engine.evaluation.results import ROBUST, RunResults
 from robustkit.engine.evaluation.run import Evaluation
 from robustkit.engine.evaluation.suite_run import run_suite
 from robustkit.engine.model.instrumented_model import MAX_TRIAL_BATCH, InstrumentedModel
-from robustkit.engine.model.random_verdicts import MOST
+from robustkit.engine.model.random_verdicts import MAX_DRAWS
 from robustkit.engine.planning.arm_costs import Observed
 from robustkit.engine.planning.measurements import Memory, PassCounter, ProbeTimeUp, Speed, Stopwatch
 from robustkit.engine.planning.profiling_runner import ProfilingRunner
@@ -263,7 +263,7 @@ def max_costs(
         parallel = options is not None and (entry.arm or options.boundary_only is not None)
         wide = options.steps + 1 if options and parallel else answers
         # More for a verdict; of a random model twice, and to compare its nearest points.
-        verdict = 2 * (MOST + WEIGHED) if instrumented.random else 1
+        verdict = 2 * (MAX_DRAWS + WEIGHED) if instrumented.random else 1
         total += [forwards + verdict, 0 if scores else backwards, wide * (sum(passes) + seen) + verdict]
     forwards, backwards, passes = total.tolist()
     return forwards, backwards, passes
