@@ -14,7 +14,7 @@ from robustkit.core.criteria import Goal
 from robustkit.core.errors import UsageError
 from robustkit.core.isolation import evaluation_mode, own_randomness, usual_torch
 from robustkit.core.rng import RowRng
-from robustkit.engine.evaluation.sanity import refuse_answers
+from robustkit.engine.evaluation.sanity import check_logits
 from robustkit.engine.evaluation.verdicts import image_hashes, judge, sample_ids
 from robustkit.engine.model.instrumented_model import InstrumentedModel
 from robustkit.engine.model.profiling import measure
@@ -94,7 +94,7 @@ def attack(
             part = np.arange(begin, min(begin + batch_size, len(samples)))
             clean, labels = samples.images(part).to(place), torch.from_numpy(samples.labels[part]).to(place)
             logits = instrumented.logits_fp32(clean)
-            refuse_answers(logits, samples.labels[part], part)
+            check_logits(logits, samples.labels[part], part)
             ids = sample_ids(image_hashes(clean)).to(place)
             points, left = clean.clone(), (logits.argmax(1) == labels).nonzero()[:, 0]
             for number, entry in enumerate(entries):
