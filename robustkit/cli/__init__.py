@@ -1,4 +1,4 @@
-"""The command line: verbs, errors as one sentence, exit codes. Its work is imported inside the verbs."""
+"""The command line: runs a command, prints any error as one sentence, returns the exit code."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from robustkit.core.errors import RobustkitError, RunError, named, one_line
 
 DONE, NEGATIVE, USAGE, FAILED = 0, 1, 2, 3
 
-# Verbs with flags that are given once for each of several models.
-SEVERAL = ("craft", "transfer", "matrix")
+# Verbs with flags that are repeated for several models.
+REPEATED_FLAGS = ("craft", "transfer", "matrix")
 
 
 def main() -> None:
     """Run the command line and exit with the contract's code."""
-    # Pillow warns of large pictures, which are then refused in a sentence.
+    # Pillow warns about large images, which are then refused with an error.
     warnings.filterwarnings("ignore", message=".*decompression bomb")
     with streams.own_process():
         code = run(sys.argv[1:])
@@ -27,23 +27,23 @@ def main() -> None:
 
 
 def run(arguments: list[str]) -> int:
-    """Run one command and return its exit code. Whatever goes wrong is one sentence on stderr."""
+    """Run one command and return its exit code. Any error is printed as one sentence to stderr."""
     with streams.guarded(), ended_by_signals():
         try:
             code = _invoke(arguments)
             sys.stdout.flush()
             return code
-        # Code of others runs inside, and may raise anything: sys.exit(0) in a model is no success.
+        # The code of models and data may raise anything; sys.exit(0) in a model is no success.
         except BaseException as error:
             if "--debug" in arguments:
                 traceback.print_exception(error)
-            code, sentence = _explained(error, arguments)
+            code, sentence = _explain(error, arguments)
             print(one_line(sentence), file=sys.stderr)
             return code
 
 
 def _invoke(arguments: list[str]) -> int:
-    """Parse and do it; without typer's own `main`, which takes some errors of the work for its own."""
+    """Parse and run a command, without typer's `main`, which handles some errors of the work as its own."""
     import typer
 
     from robustkit.cli.app import app
@@ -64,18 +64,17 @@ def _invoke(arguments: list[str]) -> int:
         return USAGE
 
 
-def _explained(error: BaseException, arguments: list[str]) -> tuple[int, str]:
+def _explain(error: BaseException, arguments: list[str]) -> tuple[int, str]:
     """Return the exit code of an error and the sentence for it."""
     if isinstance(error, RobustkitError):
         return FAILED if isinstance(error, RunError) else USAGE, f"error: {error}"
     if isinstance(error, Interrupted):
         return error.code, f"{error}; the same command resumes"
     if (show := getattr(error, "format_message", None)) is not None:
-        # typer's word for a whole number with a least value
-        words = show().replace(" int range", " integer")
-        if "unexpected extra argument" in words and arguments[0] in SEVERAL:
-            words += ": write a flag before each model, as in --target A --target B."
+        words = show()
+        if "unexpected extra argument" in words and arguments[0] in REPEATED_FLAGS:
+            words += ": repeat the flag for each model, as in --target A --target B."
         return USAGE, f"error: {words}"
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
-        return USAGE, f"error: the name {error.filename!r} is longer than a file's can be; write a shorter one."
+        return USAGE, f"error: the name {error.filename!r} is longer than a file name can be; use a shorter one."
     return FAILED, f"error: unexpected {named(error)}; run again with --debug for the traceback."

@@ -1,4 +1,4 @@
-"""What makes `robustkit evaluate` exit with 1: too low a robust accuracy, or flags that were raised."""
+"""When `robustkit evaluate` exits with 1: the robust accuracy is too low, or flags are raised."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ ANY = "any"
 
 
 class GatedCommand(Command):
-    """A command whose `--fail-on-flag` may stand alone, before whatever word comes next."""
+    """A command whose `--fail-on-flag` may have no value, whatever word follows."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Give each bare `--fail-on-flag` its value: the code behind it, or any."""
+        """Give each `--fail-on-flag` without `=` a value: the code that follows, or `any`."""
         words, given = [], list(args)
         while given:
             word = given.pop(0)
@@ -36,18 +36,18 @@ class GatedCommand(Command):
 
 
 def _is_code(word: str) -> bool:
-    """Return whether a word is meant as codes, and not as the model: those have other signs, or are folders."""
+    """Return whether a word is a list of codes and not a model, which has other characters or is a folder."""
     return bool(re.fullmatch(r"[A-Za-z][A-Za-z0-9,_-]*", word)) and not Path(word).exists()
 
 
 @dataclass(frozen=True)
 class Gate:
-    """What a robust accuracy has to pass.
+    """Conditions on the result of an evaluation.
 
     Attributes:
-        fail_under: the least robust accuracy, a share; None for no such limit.
-        confident: compare the lower end of its 95 % interval instead of its value.
-        fail_on: codes of flags, or `any` for every flag of level warning or error.
+        fail_under: the lowest robust accuracy that passes, from 0 to 1; None for no limit.
+        confident: compare the lower end of the 95 % interval instead of the value.
+        fail_on: codes of flags that fail, or `any` for every flag of level warning or error.
     """
 
     fail_under: float | None = None
@@ -56,7 +56,7 @@ class Gate:
 
     @classmethod
     def read(cls, fail_under: float | None, confident: bool, fail_on: Sequence[str]) -> Gate:
-        """Return the gate of the command's options.
+        """Return the gate for the options of a command.
 
         Raises:
             UsageError: a code is unknown, or `confident` is set without `fail_under`.
@@ -70,17 +70,17 @@ class Gate:
         return cls(fail_under, confident, tuple(codes))
 
     @property
-    def closed(self) -> bool:
-        """Whether anything is asked for."""
+    def is_set(self) -> bool:
+        """Whether there is any condition."""
         return self.fail_under is not None or bool(self.fail_on)
 
     def reasons(self, rate: Rate, flags: Sequence[Flag]) -> list[str]:
-        """Return why a robust accuracy does not pass, a sentence each; none if it does."""
+        """Return why a robust accuracy does not pass, one sentence per reason."""
         raised, found = _raised(flags), []
         if self.fail_under is not None and self._compared(rate) < self.fail_under:
             what = "the 95 % interval of robust accuracy begins at" if self.confident else "robust accuracy"
             doubts = f"; flags raised: {', '.join(raised)}" if raised else ""
-            share, least = _apart(self._compared(rate), self.fail_under)
+            share, least = _percentages(self._compared(rate), self.fail_under)
             middle = ", which is below" if self.confident else " is below"
             found.append(f"{what} {share}{middle} --fail-under {least}{doubts}")
         codes = {flag.code for flag in flags if flag.raised}
@@ -88,8 +88,8 @@ class Gate:
         found += [f"flag {code} is raised, and {ON_FLAG} was given" for code in dict.fromkeys(hits)]
         return found
 
-    def doubt(self, rate: Rate, flags: Sequence[Flag]) -> str:
-        """Return what to say of a robust accuracy that passes although flags warn; empty if none does."""
+    def remark(self, rate: Rate, flags: Sequence[Flag]) -> str:
+        """Return a remark on a robust accuracy that passes although flags warn; empty if none does."""
         raised = _raised(flags)
         if self.fail_under is None or not raised:
             return ""
@@ -99,19 +99,19 @@ class Gate:
             f"{', '.join(raised)}; add {ON_FLAG} to fail on them"
         )
 
-    def judge(self, found: Sequence[tuple[str, Rate, Sequence[Flag]]]) -> int:
-        """Say on stderr which of these results do not pass, or are in doubt; return 1 if any does not pass."""
+    def check(self, found: Sequence[tuple[str, Rate, Sequence[Flag]]]) -> int:
+        """Print to stderr which results do not pass, or pass with warnings; return 1 if any does not pass."""
         code = 0
         for name, rate, flags in found:
             reasons = self.reasons(rate, flags)
-            for text in reasons or filter(None, [self.doubt(rate, flags)]):
+            for text in reasons or filter(None, [self.remark(rate, flags)]):
                 print(one_line(f"{name}: {text}" if name else text), file=sys.stderr)
             code = code or int(bool(reasons))
         return code
 
     def record(self, found: Sequence[tuple[str, Rate, Sequence[Flag]]]) -> dict[str, Any]:
-        """Return the outcome as `--json` prints it under `gate`; nothing if nothing is asked for."""
-        if not self.closed:
+        """Return the outcome that `--json` prints under `gate`; empty if there is no condition."""
+        if not self.is_set:
             return {}
         reasons = [
             f"{name}: {text}" if name else text
@@ -128,8 +128,8 @@ def _raised(flags: Sequence[Flag]) -> list[str]:
     return [flag.code for flag in flags if flag.warns]
 
 
-def _apart(share: float, least: float) -> tuple[str, str]:
-    """Return two different shares in percent, with as many digits as tell them apart."""
+def _percentages(share: float, least: float) -> tuple[str, str]:
+    """Return two different shares in percent, with as many digits as needed to distinguish them."""
     for digits in range(1, 6):
         texts = f"{100 * share:.{digits}f} %", f"{100 * least:.{digits}f} %"
         if texts[0] != texts[1]:

@@ -1,4 +1,4 @@
-"""Lists of model strings, which may have commas of their own."""
+"""Lists of model strings, which may contain commas themselves."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from robustkit.models.strings import FILE, FOLDER, ModelString
 
 
 def split_models(text: str) -> list[str]:
-    """Cut a list of model strings at its commas, but not at those within a query or an ensemble's brackets."""
+    """Split a list of model strings at its commas, except commas in a query or in the brackets of an ensemble."""
     parts: list[str] = []
     for piece in text.split(","):
         inside = parts and (
             parts[-1].count("[") > parts[-1].count("]")
-            or ("?" in parts[-1] and not any(sign in piece for sign in ":/"))
+            or ("?" in parts[-1] and not any(character in piece for character in ":/"))
         )
         if inside:
             parts[-1] += f",{piece}"
@@ -24,10 +24,10 @@ def split_models(text: str) -> list[str]:
 
 
 def refuse_lists(flag: str, models: Sequence[str]) -> None:
-    """Raise UsageError for several models behind a flag that takes one; a file may have a comma in its name."""
+    """Raise UsageError for several models in a flag that takes one; a file name may contain a comma."""
     for text in models:
         spec, parts = ModelString.parse(text), split_models(text)
         file = spec.weights or {FILE: spec.source, FOLDER: spec.arch}.get(spec.kind, "")
         if len(parts) > 1 and not (file and possible(file).exists()):
             each = " ".join(f"{flag} {part}" for part in parts)
-            raise UsageError(f"{flag} {text} is a list; write the flag before each model: {each}.")
+            raise UsageError(f"{flag} {text} is a list; repeat the flag for each model: {each}.")

@@ -1,4 +1,4 @@
-"""Progress on stderr: one live line on a terminal, a plain line every 30 seconds elsewhere."""
+"""Progress on stderr: a live line on a terminal, a plain line every 30 seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from robustkit.engine.progress import Progress
 from robustkit.reporting.terminal.evaluation import duration, percent
 from robustkit.training.progress import TrainProgress
 
-SILENCE = 30.0
+SECONDS_BETWEEN_LINES = 30.0
 
 
 class Display(Progress):
-    """Shows, per attack: images settled, robust accuracy so far, time left."""
+    """Shows, per attack: images with a verdict, robust accuracy so far, time left."""
 
     def __init__(self) -> None:
         self.console = Terminal(stderr=True)
         self.bar: Bar | None = None
-        self.spoke = time.monotonic()
+        self.last_printed = time.monotonic()
 
     def say(self, text: str) -> None:  # noqa: D102
         self.console.print(text, highlight=False, soft_wrap=True)
 
     def stage(self, name: str, images: int, robust: int, n: int) -> None:  # noqa: D102
-        self.name, self.images, self.n, self.begun = name, images, n, time.monotonic()
+        self.name, self.images, self.n, self.started = name, images, n, time.monotonic()
         if self.bar is None:
             self.bar, self.task = self.line()
         if self.bar is None:
@@ -38,11 +38,11 @@ class Display(Progress):
         self.advance(0.0, robust)
 
     def title(self, name: str) -> str:
-        """Return what a stage is called beside its bar."""
+        """Return the name of a stage beside its bar."""
         return name
 
     def line(self) -> tuple[Bar | None, TaskID]:
-        """Return a bar on the terminal and a new line of it; None elsewhere."""
+        """Return the bar on the terminal with a new line; None if stderr is no terminal."""
         if not self.console.is_terminal:
             return None, TaskID(0)
         if self.bar is None:
@@ -61,18 +61,20 @@ class Display(Progress):
         done = min(done, self.images)
         if self.bar is not None:
             self.bar.update(self.task, completed=done, state=self.state(robust))
-        elif not self.console.is_terminal and time.monotonic() - self.spoke >= SILENCE:
-            self.spoke = time.monotonic()
-            left = duration((self.spoke - self.begun) * (self.images / done - 1)) if done else "unknown time"
+        elif not self.console.is_terminal and time.monotonic() - self.last_printed >= SECONDS_BETWEEN_LINES:
+            self.last_printed = time.monotonic()
+            left = (
+                duration((self.last_printed - self.started) * (self.images / done - 1)) if done else "unknown time"
+            )
             parts = [f"{done:.0f} of {self.images} images", self.so_far(robust), f"{left} left"]
             self.say(f"{self.name}: {', '.join(filter(None, parts))}")
 
     def state(self, robust: int) -> str:
-        """Return what the live line says beside its bar."""
+        """Return the text of the live line beside its bar."""
         return f"{self.n - robust} images settled   robust acc {percent(robust / self.n)}"
 
     def so_far(self, robust: int) -> str:
-        """Return what a plain line says."""
+        """Return the text of a plain line."""
         return f"robust accuracy so far {percent(robust / self.n)}"
 
     def close(self) -> None:  # noqa: D102
@@ -81,49 +83,49 @@ class Display(Progress):
             self.bar = None
 
 
-class Board(Display):
-    """Shows several runs that are at work: a live line for each, or all in one plain line every 30 seconds."""
+class RunsDisplay(Display):
+    """Shows several runs in progress: a live line for each, or one plain line for all every 30 seconds."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.under_way: dict[str, str] = {}
+        self.states: dict[str, str] = {}
 
-    def of(self, name: str) -> Progress:
-        """Return what shows the run of that name."""
-        return Lane(self, name)
+    def of_run(self, name: str) -> Progress:
+        """Return the display of a run."""
+        return RunDisplay(self, name)
 
-    def note(self, name: str, text: str) -> None:
-        """Keep how far a run is, to be said when it is time."""
-        self.under_way[name] = text
-        if time.monotonic() - self.spoke >= SILENCE:
-            self.spoke = time.monotonic()
-            self.say("; ".join(self.under_way.values()))
+    def update(self, name: str, text: str) -> None:
+        """Store the progress of a run, to be printed with the next plain line."""
+        self.states[name] = text
+        if time.monotonic() - self.last_printed >= SECONDS_BETWEEN_LINES:
+            self.last_printed = time.monotonic()
+            self.say("; ".join(self.states.values()))
 
 
-class Lane(Display):
-    """One run's line of a `Board`."""
+class RunDisplay(Display):
+    """The line of one run in a `RunsDisplay`."""
 
-    def __init__(self, board: Board, run: str) -> None:
+    def __init__(self, runs: RunsDisplay, run: str) -> None:
         super().__init__()
-        self.board, self.run = board, run
+        self.runs, self.run = runs, run
 
     def say(self, text: str) -> None:  # noqa: D102
-        self.board.say(f"{self.run}: {text}")
+        self.runs.say(f"{self.run}: {text}")
 
     def title(self, name: str) -> str:  # noqa: D102
         return f"{self.run}  {name}"
 
     def line(self) -> tuple[Bar | None, TaskID]:  # noqa: D102
-        return self.board.line()
+        return self.runs.line()
 
     def advance(self, done: float, robust: int) -> None:  # noqa: D102
         if self.bar is not None:
             super().advance(done, robust)
         elif done:
-            self.board.note(self.run, f"{self.title(self.name)}: {done:.0f} of {self.images} images")
+            self.runs.update(self.run, f"{self.title(self.name)}: {done:.0f} of {self.images} images")
 
     def close(self) -> None:  # noqa: D102
-        self.board.under_way.pop(self.run, None)
+        self.runs.states.pop(self.run, None)
         if self.bar is not None:
             self.bar.remove_task(self.task)
             self.bar = None
@@ -139,15 +141,15 @@ class CraftDisplay(Display):
         return f"{self.n - robust} fool the surrogates" if robust < self.n else ""
 
 
-class CraftBoard(Board):
-    """Shows of each row of a matrix that is at work what `CraftDisplay` shows of one craft run."""
+class MatrixDisplay(RunsDisplay):
+    """Shows for each row of a matrix in progress what `CraftDisplay` shows for a craft run."""
 
-    def of(self, name: str) -> Progress:  # noqa: D102
-        return CraftLane(self, name)
+    def of_run(self, name: str) -> Progress:  # noqa: D102
+        return MatrixRowDisplay(self, name)
 
 
-class CraftLane(Lane, CraftDisplay):
-    """One row's line of a `CraftBoard`."""
+class MatrixRowDisplay(RunDisplay, CraftDisplay):
+    """The line of one row in a `MatrixDisplay`."""
 
 
 class TrainDisplay(TrainProgress):
@@ -162,7 +164,7 @@ class TrainDisplay(TrainProgress):
 
     def begin(self, epochs: int, steps: int, images: int) -> None:  # noqa: D102
         self.epochs, self.steps, self.images = epochs, steps, images
-        self.first, self.begun, self.spoke = -1, time.monotonic(), time.monotonic()
+        self.first, self.started, self.last_printed = -1, time.monotonic(), time.monotonic()
         console = Terminal(stderr=True)
         if console.is_terminal:
             self.bar = Bar(
@@ -179,16 +181,16 @@ class TrainDisplay(TrainProgress):
     def step(self, done: int) -> None:  # noqa: D102
         now = time.monotonic()
         if self.first < 0:
-            self.first, self.begun = done, now
-        if self.bar is None and now - self.spoke < SILENCE:
+            self.first, self.started = done, now
+        if self.bar is None and now - self.last_printed < SECONDS_BETWEEN_LINES:
             return
-        rate = (done - self.first) / max(now - self.begun, 1e-9)
+        rate = (done - self.first) / max(now - self.started, 1e-9)
         epoch = f"epoch {(done - 1) // self.steps + 1} of {self.epochs}"
         state = f"{self.last}{rate * self.images:,.0f} images/s"
         if self.bar is not None:
             self.bar.update(self.task, completed=done, description=epoch, state=state)
         else:
-            self.spoke = now
+            self.last_printed = now
             left = duration((self.epochs * self.steps - done) / rate) if rate else "unknown time"
             self.say(f"{epoch}: {state}, {left} left")
 

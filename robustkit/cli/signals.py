@@ -1,4 +1,4 @@
-"""Signals that end a command: Ctrl-C, and what schedulers and closed terminals send."""
+"""Signals that end a command: Ctrl-C, and those that schedulers and closed terminals send."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ WORDS = {"SIGINT": "interrupted", "SIGTERM": "ended by SIGTERM", "SIGHUP": "ende
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal ended the command. A KeyboardInterrupt that is none of these was raised by somebody's code."""
+    """A signal ended the command. Any other KeyboardInterrupt was raised by the code of a model or library."""
 
     def __init__(self, number: int) -> None:
-        """Name the signal."""
+        """Store the words for a signal and its exit code."""
         super().__init__(WORDS[signal.Signals(number).name])
         self.code = 128 + number
 
 
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """Raise `Interrupted` inside when such a signal comes, unless somebody handles or ignores it already."""
+    """Raise `Interrupted` in the block when such a signal arrives, unless it is handled or ignored already."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

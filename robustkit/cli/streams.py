@@ -1,4 +1,4 @@
-"""The standard streams: results alone on stdout, everything else on stderr, whatever stands behind the two."""
+"""The standard streams: only results on stdout, everything else on stderr, whatever the two are connected to."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from typing import Any, TextIO, cast
 
 from robustkit.core.errors import RunError, one_line, printable
 
-# How the signs in our own texts are written where the stream's encoding lacks them.
+# Replacements for characters of our texts that the encoding of a stream lacks.
 SUBSTITUTES = str.maketrans({"–": "-", "−": "-", "…": "...", "→": "->", "━": "-", "╸": "-", "╺": "-"})
 
 
 class Stream:
-    """A text stream that is written to until that fails; `_failed` decides what a failure means."""
+    """A text stream that ignores writes after the first failed one; `_failed` decides what a failure means."""
 
     def __init__(self, stream: TextIO) -> None:
-        """Write to this one."""
+        """Wrap a stream."""
         self._stream = stream
         self._closed = False
 
     def __getattr__(self, name: str) -> Any:
-        """Return what the stream has beside."""
+        """Return any other attribute of the stream."""
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """Write text, its signs substituted or escaped where the encoding lacks them."""
+        """Write text; characters that the encoding lacks are replaced or escaped."""
         try:
             self._try(self._stream.write, text)
         except UnicodeEncodeError as error:
@@ -38,10 +38,10 @@ class Stream:
         return len(text)
 
     def close(self) -> None:
-        """Stay open: it is not for others' code to say that nothing more is written."""
+        """Stay open: the code of a model or library must not close the stream."""
 
     def flush(self) -> None:
-        """Write what is buffered."""
+        """Flush the buffer."""
         self._try(self._stream.flush)
 
     def _try(self, work: Callable[..., object], *arguments: str) -> None:
@@ -54,17 +54,17 @@ class Stream:
             self._failed(error)
 
     def _failed(self, error: OSError) -> None:
-        """Messages that nobody can read change nothing."""
+        """Ignore messages that cannot be delivered."""
 
 
 class Results(Stream):
-    """Standard output: a reader who has left is no failure, a full disk is one."""
+    """Standard output: a closed pipe is no failure, a full disk is one."""
 
     def _failed(self, error: OSError) -> None:
         if not isinstance(error, BrokenPipeError):
             raise RunError(
                 f"cannot write the result to standard output: {error.strerror or error}; "
-                "run the command again with an output that takes it."
+                "run the command again with another output."
             ) from error
 
 
@@ -72,18 +72,18 @@ _results: TextIO | None = None
 
 
 def results() -> TextIO:
-    """Return where the results of a verb go; prints of others' code go to stderr meanwhile."""
+    """Return the stream for the results of a verb; what other code prints goes to stderr meanwhile."""
     return _results or sys.stdout
 
 
 def print_result(text: str = "") -> None:
-    """Print a line, or more, of a verb's result."""
+    """Print lines of a verb's result."""
     print(printable(text, keep="\n"), file=results())
 
 
 @contextmanager
 def guarded() -> Iterator[None]:
-    """Write to stdout and stderr through `Results` and `Stream` inside, and flush both at the end."""
+    """Wrap stdout in `Results` and stderr in `Stream` in the block, and flush both at its end."""
     out, err = Results(sys.stdout), Stream(sys.stderr)
     with redirect_stdout(cast(TextIO, out)), redirect_stderr(cast(TextIO, err)):
         yield
@@ -92,7 +92,7 @@ def guarded() -> Iterator[None]:
 
 @contextmanager
 def results_apart() -> Iterator[None]:
-    """Keep stdout for `results` inside: whatever a model, an attack or a library prints goes to stderr."""
+    """Keep stdout for `results` in the block; what a model, an attack or a library prints goes to stderr."""
     global _results
     before, _results = _results, results()
     try:
@@ -104,16 +104,16 @@ def results_apart() -> Iterator[None]:
 
 @contextmanager
 def own_process() -> Iterator[None]:
-    """Prepare the streams of a process that is ours alone.
+    """Prepare the streams of a process that runs only one command.
 
-    Closed ones are opened, so that no file of a run gets their numbers; stdout is kept where no library written in
-    C prints to it; a library's warning is one line.
+    Closed streams are opened, so that no file of a run gets their numbers; stdout is moved to another number, so
+    that libraries written in C cannot print to it; a warning of a library is printed as one line.
     """
     warnings.formatwarning = _warning
     for number in range(3):
         try:
             os.fstat(number)
-        except OSError:  # a closed stdout stays one that cannot be written to
+        except OSError:  # a closed stdout must stay unwritable
             os.open(os.devnull, os.O_RDONLY if number == 1 else os.O_RDWR)
     out, err = (stream.encoding if stream else "utf-8" for stream in (sys.stdout, sys.stderr))
     kept = os.dup(1)
@@ -123,7 +123,7 @@ def own_process() -> Iterator[None]:
     try:
         yield
     finally:
-        # What could not be written by now is dropped: Python would try it again at exit, and exit with 120.
+        # Drop what could not be written: Python would try again at exit, and exit with code 120.
         for name in ("stdout", "stderr"):
             with suppress(OSError):
                 getattr(sys, name).close()
@@ -133,5 +133,5 @@ def own_process() -> Iterator[None]:
 def _warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
-    said = str(message).strip().partition("\n")[0]
-    return one_line(f"warning: {category.__name__}: {said} ({filename}:{lineno})") + "\n"
+    text = str(message).strip().partition("\n")[0]
+    return one_line(f"warning: {category.__name__}: {text} ({filename}:{lineno})") + "\n"

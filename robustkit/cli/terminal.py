@@ -1,4 +1,4 @@
-"""The terminal as our tables and lines are printed on it: names that others chose cannot command or imitate it."""
+"""The terminal for tables and lines; names from files cannot send control sequences or fake output."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from robustkit.core.errors import printable
 
 
 class Terminal(Console):
-    """A console that shows every text as it is written.
+    """A console that prints texts literally.
 
-    Names of models, files and members of archives come from others. Their control characters are escaped, and
-    their line breaks too: of a text that is printed, only those at its ends are our own.
+    Names of models, files and members of archives may come from other people. Their control characters and line
+    breaks are escaped: only line breaks at the ends of a printed text are our own.
     """
 
     def __init__(self, **options: Any) -> None:
-        """Take the options of rich's Console, without markup and emoji codes, which names may contain."""
+        """Create a rich Console without markup and emoji codes, which names may contain."""
         super().__init__(markup=False, emoji=False, **options)
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """Return a text, or a cell of a table, with what is not printable escaped."""
+        """Return a text, or a cell of a table, with unprintable characters escaped."""
         inner = text.strip("\n")
         before, _, after = text.partition(inner) if inner else (text, "", "")
         return super().render_str(f"{before}{printable(inner)}{after}", **options)
 
     def render(self, renderable: Any, options: Any = None) -> Iterable[Segment]:
-        """Yield segments, those of rich's own columns too, with what is not printable escaped."""
+        """Yield segments, also those of rich's own columns, with unprintable characters escaped."""
         for segment in super().render(renderable, options):
             yield segment if segment.control else segment._replace(text=printable(segment.text, keep="\n"))

@@ -159,7 +159,7 @@ def test_doctor_names_few_classes_and_chance(capsys: pytest.CaptureFixture[str])
     assert run(["doctor", wrong, "--data", "digits:test"]) == 0
     out = capsys.readouterr().out
     assert "chance-accuracy: 0 is the clean accuracy on 64 images: every image is misclassified" in out
-    assert "checks of gradients saw only the 0 images that the model gets right" in out
+    assert "gradients were checked only on the 0 images that the model classifies correctly" in out
 
 
 def test_float16_overflow_and_dim_images() -> None:

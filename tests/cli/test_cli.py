@@ -41,7 +41,7 @@ def shell(*arguments: str, **more: object) -> subprocess.CompletedProcess[str]:
         *("train --help", "train csgld -h", "plan --help"),
     ],
 )
-def test_answers_at_once_and_without_torch(line: str) -> None:
+def test_help_takes_less_than_0_3_seconds_and_imports_no_torch(line: str) -> None:
     code = (
         "import sys, time; from robustkit.cli import run\n"
         f"code = run({line.split()!r})\n"
@@ -62,7 +62,7 @@ def test_answers_at_once_and_without_torch(line: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["attack", "technique", "recipe", "method", "defense", "suite"])
-def test_whatever_can_be_named_says_what_it_can_be_given(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_list_name_prints_fields_and_summary(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     for name, entry in catalog(kind).items():
         assert run(["list", name]) == 0
         out = capsys.readouterr().out
@@ -88,7 +88,7 @@ def test_version() -> None:
     assert re.fullmatch(r"robustkit \d+\.\d+\.\d+\n", shell("--version").stdout)
 
 
-def test_list_knows_everything() -> None:
+def test_list_prints_every_registered_name() -> None:
     listed = json.loads(shell("list", "--json").stdout)
     assert {"fgsm", "pgd", "foolbox:NAME", "autoattack:apgd-ce"} <= {row["name"] for row in listed["attacks"]}
     suites = {"auto", "adaptive", "ensemble", "minimum-norm", "rapid", "rapid+autoattack"}
@@ -107,7 +107,7 @@ def test_list_knows_everything() -> None:
 
 
 @pytest.mark.slow
-def test_piped_output(tmp_path: Path) -> None:
+def test_piped_output_has_no_escape_codes_and_names_the_next_command(tmp_path: Path) -> None:
     done = shell(*SMALL, cwd=tmp_path)
     assert done.returncode == 0
     assert "\x1b" not in done.stdout + done.stderr
@@ -128,7 +128,9 @@ def test_piped_output(tmp_path: Path) -> None:
     assert "all good" in check.stdout
 
 
-def test_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_is_the_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert run([*SMALL, "--out", "r", "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
@@ -198,7 +200,7 @@ def test_every_flag_reaches_the_spec(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert (environment["precision"], environment["device"]) == ("bf16", "cpu")
 
 
-def test_what_is_no_part_of_the_numbers_is_no_part_of_the_identity(
+def test_batch_size_and_precision_do_not_change_the_run_id(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -208,7 +210,9 @@ def test_what_is_no_part_of_the_numbers_is_no_part_of_the_identity(
 
 
 @pytest.mark.parametrize("threat", ["linf:0.25", "l2:1.5", "l1:8"])
-def test_foolbox_attacks(threat: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_foolbox_attacks_are_evaluated_and_verified(
+    threat: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     names = {"linf": "LinfPGD", "l2": "L2DeepFoolAttack(steps=20)", "l1": "L1PGD(steps=10)"}
     name = names[threat.partition(":")[0]]
@@ -221,7 +225,9 @@ def test_foolbox_attacks(threat: str, tmp_path: Path, monkeypatch: pytest.Monkey
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["timm", "torchvision"])
-def test_timm_and_torchvision_names(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_timm_and_torchvision_models_are_evaluated(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)
     np.savez("d.npz", x=rng.integers(0, 256, (6, 32, 32, 3), dtype=np.uint8), y=np.arange(6))
@@ -231,7 +237,7 @@ def test_timm_and_torchvision_names(kind: str, tmp_path: Path, monkeypatch: pyte
     assert run(["verify", "r"]) == 0
 
 
-def test_image_folder_with_the_models_own_preprocessing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_folder_is_preprocessed_as_for_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from PIL import Image
 
     monkeypatch.chdir(tmp_path)
@@ -250,7 +256,7 @@ def test_image_folder_with_the_models_own_preprocessing(tmp_path: Path, monkeypa
     assert run(["verify", "r"]) == 0
 
 
-def test_interrupt_and_resume(tmp_path: Path) -> None:
+def test_an_interrupted_run_says_that_it_resumes(tmp_path: Path) -> None:
     command = ["evaluate", "--limit", "64", "--batch-size", "8", "--suite", "pgd(steps=300,restarts=3,loss=ce)"]
     process = subprocess.Popen(
         [*ROBUSTKIT, *command, "--out", "r"], cwd=tmp_path, stderr=subprocess.PIPE, text=True
@@ -269,7 +275,7 @@ def test_interrupt_and_resume(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kills", [pytest.param(20, marks=pytest.mark.slow), 2])
-def test_killed_at_random_moments_is_the_same(kills: int, tmp_path: Path) -> None:
+def test_a_killed_run_resumes_to_the_same_report(kills: int, tmp_path: Path) -> None:
     """kill -9, then the same command: same report but for times, and no finished chunk runs twice."""
     script = Path(__file__).parents[2] / "scripts" / "tools" / "kill_and_resume.py"
     done = subprocess.run(
@@ -282,7 +288,7 @@ def test_killed_at_random_moments_is_the_same(kills: int, tmp_path: Path) -> Non
     assert "same report" in done.stdout
 
 
-def test_brackets_in_a_path_are_printed_as_they_are(
+def test_brackets_in_a_path_are_printed_literally(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)

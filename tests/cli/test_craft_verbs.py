@@ -30,7 +30,7 @@ TWELVE = f"{NETS}:small?channels=1&classes=12"
 SMALL = ["craft", "--surrogate", ONE, "--attack", "i-fgsm(steps=2)", *DATA]
 
 
-def test_craft_alone_works(
+def test_craft_without_arguments(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -111,7 +111,7 @@ def test_every_flag_reaches_the_record(
 
 
 @pytest.mark.slow
-def test_judged_later_and_compared(
+def test_transfer_adds_targets_and_compare_reads_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -154,7 +154,9 @@ def test_judged_later_and_compared(
     assert len(json.loads(Path("b/transfer.json").read_text())["targets"]) == 2
 
 
-def test_a_matrix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_matrix_and_its_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     command = ["matrix", "--models", f"{ONE},{TWO}", "--target", THREE, "--attack", "i-fgsm(steps=2)", *DATA]
     assert run([*command, "--out", "m"]) == 0
@@ -180,7 +182,7 @@ def test_a_matrix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert Path("m/matrix.html").read_text() == text
 
 
-def test_models_are_cut_at_the_commas_between_them() -> None:
+def test_model_lists_are_split_at_commas_between_models() -> None:
     assert split_models("a:b?mean=0.5,0.5,0.5&std=1,1,1,timm:c,d:e@/f.pt") == [
         "a:b?mean=0.5,0.5,0.5&std=1,1,1",
         "timm:c",
@@ -192,7 +194,7 @@ def test_models_are_cut_at_the_commas_between_them() -> None:
     ]
 
 
-def test_a_list_behind_a_flag_for_one_model_is_said(tmp_path: Path) -> None:
+def test_a_list_in_a_flag_for_one_model_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "a,b.py"
     file.write_text("")
     refuse_lists("--target", [f"{file}:net?mean=0.1,0.2,0.3", "timm:a?std=1,1,1", "ensemble:[a:b,c;d:e]"])
@@ -202,12 +204,12 @@ def test_a_list_behind_a_flag_for_one_model_is_said(tmp_path: Path) -> None:
         "runs/p/,./net.py:f",
         f"{ONE},{TWO}",
     ):
-        with pytest.raises(UsageError, match=r"is a list; write the flag before each model: --target .* --t"):
+        with pytest.raises(UsageError, match=r"is a list; repeat the flag for each model: --target .* --t"):
             refuse_lists("--target", [text])
 
 
 @pytest.mark.slow
-def test_killed_in_the_middle_it_resumes(
+def test_a_killed_craft_run_resumes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)

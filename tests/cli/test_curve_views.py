@@ -37,7 +37,7 @@ def with_curve(report: Report) -> Report:
 
 
 @pytest.mark.slow
-def test_a_run_of_the_built_in_default(capsys: pytest.CaptureFixture[str]) -> None:
+def test_curve_of_the_built_in_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert run([*SMALL, "--curve"]) == 0
     out = capsys.readouterr().out
     assert re.search(r"\neps +0\.0375 +0\.075 +0\.15 +0\.225 +0\.3 *\nrobust acc( +\d+\.\d %){5} *\n", out)
@@ -53,7 +53,7 @@ def test_a_run_of_the_built_in_default(capsys: pytest.CaptureFixture[str]) -> No
     assert run(["verify", str(folder)]) == 0
 
 
-def test_asked_for_later_the_page_is_made_again() -> None:
+def test_a_curve_added_later_updates_the_page() -> None:
     assert run([*SMALL, "--out", "r"]) == 0
     assert "against eps" not in Path("r/report.html").read_text()
     assert run([*SMALL, "--out", "r", "--curve"]) == 0
@@ -77,13 +77,13 @@ def test_the_usual_eps_of_a_norm(norm: str, threat: str) -> None:
         ("l3:curve", "write NORM:EPS with a norm of linf, l2 or l1, e.g. linf:8/255 or l2:0.5."),
     ],
 )
-def test_another_word_is_one_sentence(threat: str, sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_eps_is_one_sentence(threat: str, sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run([*SMALL, "--threat", threat]) == 2
     assert capsys.readouterr().err == f"error: threat '{threat}': {sentence}\n"
 
 
 @pytest.mark.parametrize("case", ["usual", "all wrong", "one image", "wide"])
-def test_the_page_has_the_chart(case: str) -> None:
+def test_the_page_shows_the_curve(case: str) -> None:
     report = with_curve(
         {
             "usual": make_report(),
@@ -106,7 +106,7 @@ def test_the_page_has_the_chart(case: str) -> None:
     assert "against eps" not in page(make_report(), None)
 
 
-def test_export_has_a_column_more() -> None:
+def test_export_has_a_column_for_the_curve() -> None:
     report = with_curve(make_report())
     table = rows(report, make_examples(report))
     read = list(csv.DictReader(io.StringIO(to_csv(table).decode(), newline="")))
@@ -118,6 +118,6 @@ def test_export_has_a_column_more() -> None:
     assert parquet.read_table(io.BytesIO(to_parquet(table))).to_pylist() == table
 
 
-def test_the_command_asks_for_it() -> None:
+def test_the_repeated_command_has_the_curve_flag() -> None:
     assert command(with_curve(make_report())).endswith(" --curve")
     assert command(with_curve(make_report(model="python:Net"))).endswith(", curve=True)")

@@ -45,9 +45,7 @@ def crafted(capsys: pytest.CaptureFixture[str], *more: str) -> tuple[dict[str, o
     return json.loads(told.out), told.err
 
 
-def test_labels_that_are_wrong_are_flagged_and_can_be_put_right(
-    digits: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_doubtful_labels_are_flagged_and_can_be_mapped(digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record, told = crafted(capsys, "--data", "folder:set")
     codes = [flag["code"] for flag in record["flags"]]  # type: ignore[attr-defined]
     assert codes == ["class-order", "chance-accuracy", "labels-renumbered"]
@@ -61,9 +59,7 @@ def test_labels_that_are_wrong_are_flagged_and_can_be_put_right(
 
 
 @pytest.mark.slow
-def test_changed_pictures_never_answer_with_an_old_result(
-    digits: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_changed_images_are_another_run(digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = ("--data", "folder:set?classes=1,2,3,4,5,6,7,8,9,10")
     first, _ = crafted(capsys, *data)
     again, told = crafted(capsys, *data)
@@ -78,7 +74,7 @@ def test_changed_pictures_never_answer_with_an_old_result(
     assert "which differs in data" in capsys.readouterr().err
 
 
-def test_training_keeps_the_names_of_classes_and_evaluation_uses_them(
+def test_evaluation_matches_labels_by_the_class_names_of_training(
     digits: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arch = ("--arch", "robustkit:cifar-resnet20", "--epochs", "1", "--batch-size", "10")

@@ -68,7 +68,7 @@ def raising(error: BaseException) -> Callable[..., int]:
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_what_nobody_expected_is_3_with_one_sentence(
+def test_an_unexpected_error_is_exit_code_3_with_one_sentence(
     error: BaseException, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(listing, "show", raising(error))
@@ -83,7 +83,7 @@ def test_what_nobody_expected_is_3_with_one_sentence(
 @pytest.mark.parametrize(
     ("name", "code", "words"), [("SIGINT", 130, "interrupted"), ("SIGTERM", 143, "ended by SIGTERM")]
 )
-def test_signals(
+def test_signals_have_their_exit_codes(
     name: str, code: int, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = signal.getsignal(signal.SIGTERM)
@@ -105,14 +105,14 @@ def test_signals(
         (f"{LIST} --help > /dev/full", 3, "No space left on device"),
     ],
 )
-def test_streams_that_take_nothing(line: str, code: int, words: str) -> None:
+def test_closed_and_full_output_streams(line: str, code: int, words: str) -> None:
     done = shell(line)
     assert done.returncode == code
     assert words in done.stderr
     assert len(done.stderr.splitlines()) == bool(words), done.stderr
 
 
-def test_ascii_alone_has_substitutes() -> None:
+def test_an_ascii_stream_gets_replaced_characters() -> None:
     code = "import rich.console as c; from robustkit.cli import streams as s\nwith s.own_process(), s.guarded():\n"
     code += " s.print_result('1 – 2 … é'); c.Console().print('3 – 4')"
     done = subprocess.run(
@@ -121,7 +121,7 @@ def test_ascii_alone_has_substitutes() -> None:
     assert (done.returncode, done.stdout) == (0, b"1 - 2 ... \\xe9\n3 - 4\n"), done.stderr
 
 
-def test_a_model_that_prints_and_one_that_exits(
+def test_a_model_that_prints_or_exits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -137,7 +137,7 @@ def test_a_model_that_prints_and_one_that_exits(
 
 
 @pytest.mark.parametrize("how", ["close", "elsewhere"])
-def test_a_model_that_closes_streams_or_goes_to_another_folder(
+def test_a_model_that_closes_streams_or_changes_the_folder(
     how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -147,7 +147,7 @@ def test_a_model_that_closes_streams_or_goes_to_another_folder(
     assert Path("run/report.json").is_file()
 
 
-def test_from_python_an_exit_is_an_error_too() -> None:
+def test_an_exit_of_a_model_is_an_error_in_python() -> None:
     import torch
 
     from robustkit.core.errors import RunError

@@ -49,12 +49,12 @@ INFO = Flag("few-classes", "info", 2, "there are few classes", "nothing to do")
         (Gate(fail_on=("few-classes",)), [INFO], ["flag few-classes is raised, and --fail-on-flag was given"]),
     ],
 )
-def test_what_passes(
+def test_which_results_pass(
     gate: Gate, flags: list[Flag], reasons: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert gate.reasons(RATE, flags) == reasons
-    assert gate.judge([("net", RATE, flags), ("other", RATE, [])]) in (0, 1)
-    assert gate.judge([("net", RATE, flags)]) == int(bool(reasons))
+    assert gate.check([("net", RATE, flags), ("other", RATE, [])]) in (0, 1)
+    assert gate.check([("net", RATE, flags)]) == int(bool(reasons))
     record = gate.record([("net", RATE, flags)])
     asked = gate.fail_under is not None or gate.fail_on
     assert record == (
@@ -62,8 +62,8 @@ def test_what_passes(
     )
 
 
-def test_a_pass_in_doubt_is_said(capsys: pytest.CaptureFixture[str]) -> None:
-    assert Gate(0.8).judge([("", RATE, [WARNING, ERROR])]) == 0
+def test_a_pass_with_warnings_has_a_remark(capsys: pytest.CaptureFixture[str]) -> None:
+    assert Gate(0.8).check([("", RATE, [WARNING, ERROR])]) == 0
     said = capsys.readouterr().err
     assert said == (
         "robust accuracy 90.0 % passes --fail-under 80.0 %, but flags put it in doubt: zero-gradient, "
@@ -79,7 +79,7 @@ def test_a_pass_in_doubt_is_said(capsys: pytest.CaptureFixture[str]) -> None:
         ((None, False, ("no-gradient,",)), "no flag ''"),
     ],
 )
-def test_what_is_no_gate(options: Any, sentence: str) -> None:
+def test_impossible_gates_are_refused(options: Any, sentence: str) -> None:
     with pytest.raises(UsageError) as error:
         Gate.read(*options)
     assert str(error.value).startswith(sentence)
@@ -113,7 +113,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         ("--fail-under 0.8", [], None),
     ],
 )
-def test_the_flag_may_stand_alone(
+def test_fail_on_flag_needs_no_value(
     words: str, codes: list[str], model: str | None, seen: dict[str, Any], tmp_path: Any, monkeypatch: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -286,7 +286,7 @@ def test_one_clear_sentence(
     assert not Path(MARKER).exists()
 
 
-def test_there_are_many() -> None:
+def test_there_are_at_least_40_cases() -> None:
     assert len(CASES) >= 40
 
 
@@ -358,7 +358,7 @@ CRAFT_CASES: dict[str, tuple[Callable[[], list[str]], tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("case", CRAFT_CASES)
-def test_crafting_says_it_in_one_sentence(
+def test_craft_errors_are_one_sentence(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -385,7 +385,7 @@ VERIFY_CASES: dict[str, tuple[tuple[str, ...], str]] = {
 
 
 @pytest.mark.parametrize("case", VERIFY_CASES)
-def test_other_verbs(
+def test_errors_of_other_verbs(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -396,7 +396,7 @@ def test_other_verbs(
     assert word in err
 
 
-def test_unwritable_places(
+def test_unwritable_folders(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     # /proc refuses new folders even to root, who may write into read-only ones.

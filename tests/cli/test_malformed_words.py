@@ -56,7 +56,7 @@ CASES: list[tuple[tuple[str, ...], str]] = [
 
 
 @pytest.mark.parametrize(("command", "words"), CASES, ids=lambda value: " ".join(value)[:40].replace("\0", "NUL"))
-def test_words_that_mean_nothing(
+def test_meaningless_values_are_refused(
     command: tuple[str, ...],
     words: str,
     tmp_path: Path,
@@ -75,6 +75,6 @@ def test_words_that_mean_nothing(
 
 
 @pytest.mark.parametrize("name", ["meta", "hpu", "cpu:99", "mps", "cuda:77", "xla", "", "gpu", "cpu:-1", LONG])
-def test_devices_that_compute_nothing_here(name: str) -> None:
+def test_unusable_devices_are_refused(name: str) -> None:
     with pytest.raises(UsageError, match="cannot be used here; write auto"):
         pick_device(name)

@@ -17,7 +17,7 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def test_a_run_and_what_is_made_of_it(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_minimum_norm_run_and_its_views(capsys: pytest.CaptureFixture[str]) -> None:
     for name, suite in (("a", "ddn(steps=8)"), ("b", "fmn(steps=8)")):
         assert run([*SMALL, suite, "--out", name]) == 0
     out = capsys.readouterr().out
@@ -48,7 +48,7 @@ def test_a_run_and_what_is_made_of_it(capsys: pytest.CaptureFixture[str]) -> Non
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_is_refused_is_one_sentence(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors_are_one_sentence(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(words) == 2
     message = capsys.readouterr().err
     assert message.startswith(f"error: {said}")

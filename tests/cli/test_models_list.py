@@ -22,7 +22,7 @@ def command(zoo: Path, *more: str) -> list[str]:
     return [*asked, "--out", str(zoo.parent / "runs"), *more]
 
 
-def test_a_list_again_and_longer(zoo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_list_resumes_and_may_grow(zoo: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(command(zoo)) == 0
     out, told = capsys.readouterr()
     # The coarse one hides its gradient: whatever its number, it is ranked separately.
@@ -67,6 +67,6 @@ def test_one_clear_sentence(zoo: Path, more: list[str], sentence: str, capsys: p
     assert sentence in capsys.readouterr().err
 
 
-def test_no_data(zoo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_list_without_data_is_refused(zoo: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["evaluate", "--models", str(zoo)]) == 2
     assert capsys.readouterr().err.startswith("error: no data for the list of models; use --data")

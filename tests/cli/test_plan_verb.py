@@ -12,7 +12,7 @@ from robustkit.cli import run
 QUICK = ["plan", "--limit", "16", "--suite", "fgsm", "--seconds", "0.3"]
 
 
-def test_it_prints_a_row_for_each_number_of_devices(
+def test_plan_prints_a_row_for_each_number_of_devices(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

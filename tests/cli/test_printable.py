@@ -13,7 +13,7 @@ import pytest
 from reports import FLAG, make_examples, make_report, write_run
 
 from robustkit.cli import run
-from robustkit.cli.progress import Board, Display, TrainDisplay
+from robustkit.cli.progress import Display, RunsDisplay, TrainDisplay
 from robustkit.cli.terminal import Terminal
 from robustkit.core.errors import RunError, UsageError, printable
 from robustkit.core.flags import Flag
@@ -39,7 +39,7 @@ def harmless(text: str) -> bool:
         ("[red]x[/red] :100:", "[red]x[/red] :100:"),
     ],
 )
-def test_what_is_not_printable_is_escaped(text: str, shown: str) -> None:
+def test_unprintable_characters_are_escaped(text: str, shown: str) -> None:
     assert printable(text) == shown
     for kind in (UsageError, RunError):
         assert str(kind(f"no file {text!s}")) == f"no file {printable(text, keep=chr(10))}"
@@ -50,14 +50,14 @@ def test_what_is_not_printable_is_escaped(text: str, shown: str) -> None:
 
 def test_columns_of_a_live_display_are_escaped() -> None:
     file = io.StringIO()
-    board = Board()
-    board.console = Terminal(file=file, force_terminal=True, width=300)
-    lane = board.of(f"[red]{EVIL}")
+    runs = RunsDisplay()
+    runs.console = Terminal(file=file, force_terminal=True, width=300)
+    lane = runs.of_run(f"[red]{EVIL}")
     lane.stage(EVIL, 4, 3, 4)
     lane.advance(2.0, 3)
-    board.bar.refresh()  # type: ignore[union-attr]
+    runs.bar.refresh()  # type: ignore[union-attr]
     lane.close()
-    board.close()
+    runs.close()
     assert "[red]" in file.getvalue()
     assert "\\x1b[2J" in file.getvalue()
     assert "\x1b[2J" not in file.getvalue()
@@ -65,12 +65,12 @@ def test_columns_of_a_live_display_are_escaped() -> None:
 
 
 @pytest.mark.parametrize("display", [Display, TrainDisplay])
-def test_news_are_escaped(display: type[Display], capsys: pytest.CaptureFixture[str]) -> None:
+def test_messages_are_escaped(display: type[Display], capsys: pytest.CaptureFixture[str]) -> None:
     display().say(f"row 1: crafting on {EVIL}")
     assert harmless(capsys.readouterr().err)
 
 
-def test_a_received_record_is_printed_as_it_is_written(
+def test_a_received_record_is_printed_literally(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -90,7 +90,7 @@ def test_a_received_record_is_printed_as_it_is_written(
     json.loads(capsys.readouterr().out)
 
 
-def test_a_member_of_an_archive_is_named_without_its_control_characters(
+def test_names_in_an_archive_are_printed_without_control_characters(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
@@ -103,7 +103,7 @@ def test_a_member_of_an_archive_is_named_without_its_control_characters(
 
 
 @pytest.mark.parametrize("text", ["=1+1", "+1", "-1+2", "@SUM(1)", "\t=1", "\r=1", "\n=1", "=cmd|' /C calc'!A0"])
-def test_no_cell_is_a_formula(text: str) -> None:
+def test_no_exported_cell_is_a_formula(text: str) -> None:
     content = to_csv([{"attack": text, "margin": -1.5, "robust": True}]).decode()
     assert list(csv.reader(io.StringIO(content, newline=""))) == [
         ["attack", "margin", "robust"],

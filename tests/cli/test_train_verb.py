@@ -57,7 +57,7 @@ def specs(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return found
 
 
-def test_train_alone_works(
+def test_train_without_options(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -198,7 +198,7 @@ def test_mistakes_are_one_sentence(
 
 
 @pytest.mark.slow
-def test_kill_9_and_the_same_command_again(tmp_path: Path) -> None:
+def test_a_killed_training_resumes(tmp_path: Path) -> None:
     """Killed while it trains, and once more after it has gone on; the posterior is that of a run in one piece."""
     fields = ["--cycles", "2", "--samples-per-cycle", "2", "--noise-epochs", "1"]
     words = ["train", "csgld", *fields, "--epochs", "20", "--limit", "192", "--batch-size", "32"]

@@ -77,9 +77,7 @@ def test_no_function_runs_code_of_a_file(place: Path) -> None:
     assert (place / "ran").exists()
 
 
-def test_what_is_typed_runs_and_what_its_record_names_does_not(
-    place: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_typed_code_runs_and_recorded_code_does_not(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["evaluate", "./net.py:build", *DATA, "--suite", "fgsm", "--out", "r"]) == 0
     assert "robustkit verify r --trust-code" in capsys.readouterr().out
     (place / "ran").unlink()
@@ -99,7 +97,7 @@ def test_what_is_typed_runs_and_what_its_record_names_does_not(
     assert run(["verify", "r", "--trust-code"]) == 1
     out = capsys.readouterr().out
     assert "ledger.sqlite has changed since the run" in out
-    assert "nothing that this record names was loaded" in out
+    assert "no model or data that this record names was loaded" in out
     assert not (place / "ran").exists()
 
 
@@ -119,7 +117,7 @@ def test_a_record_whose_id_is_not_that_of_its_spec_is_not_loaded(
     assert not (place / "ran").exists()
 
 
-def test_lists_and_trainings_that_are_trusted(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_trusted_lists_and_trainings(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["evaluate", "--models", "zoo.txt", *DATA, "--suite", "fgsm", "--out", "z", "--trust-code"]) == 0
     trained = ["train", "standard", "--arch", "received/#0", "--data", "digits:train", "--limit", "20"]
     assert run([*trained, "--epochs", "1", "--out", "t", "--trust-code"]) == 0
@@ -127,7 +125,7 @@ def test_lists_and_trainings_that_are_trusted(place: Path, capsys: pytest.Captur
     assert run(["evaluate", "t/", *DATA]) == 2
 
 
-def test_crafted_images_are_judged_without_their_surrogate(
+def test_crafted_images_are_evaluated_without_their_surrogate(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     surrogate = ["--surrogate", "./net.py:build", "--attack", "fgsm"]

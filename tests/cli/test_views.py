@@ -130,7 +130,7 @@ def test_an_old_folder_still_renders() -> None:
 
 
 @pytest.mark.parametrize("verb", [["report", "r"], ["export", "r", "--csv", "v.csv"], ["compare", "r", "r"]])
-def test_what_is_no_finished_run_is_refused(verb: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_unfinished_runs_are_refused(verb: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert "does not exist" in refused(capsys, *verb)
     Path("r").mkdir()
     assert "no run folder: it has no report.json" in refused(capsys, *verb)
@@ -175,9 +175,9 @@ def test_files_that_cannot_be_written_are_refused(flags: list[str], capsys: pyte
     assert sorted(path.name for path in Path().iterdir()) == ["file", "folder", "r"]
 
 
-def test_export_wants_exactly_one_file(capsys: pytest.CaptureFixture[str]) -> None:
+def test_export_needs_exactly_one_file(capsys: pytest.CaptureFixture[str]) -> None:
     finished("r")
-    assert "write one of them" in refused(capsys, "export", "r", "--csv", "a", "--parquet", "b")
+    assert "use one of them" in refused(capsys, "export", "r", "--csv", "a", "--parquet", "b")
     assert "--csv FILE or --parquet FILE" in refused(capsys, "export", "r")
     assert run(["export", "r", "--csv", "v.csv"]) == 0
     assert capsys.readouterr().out == "40 rows   v.csv\n"
@@ -194,7 +194,7 @@ def test_parquet_without_pyarrow_is_one_sentence(
     assert not os.path.exists("v.parquet")
 
 
-def test_compare_says_who_loses_what(capsys: pytest.CaptureFixture[str]) -> None:
+def test_compare_lists_the_images_that_only_one_run_lost(capsys: pytest.CaptureFixture[str]) -> None:
     finished("a", make_report(60, 30, wrong=4))
     finished("b", make_report(60, 3, wrong=4, model="robustkit:mnist-cnn"))
     assert run(["compare", "a", "b"]) == 0
@@ -218,7 +218,7 @@ def test_compare_says_who_loses_what(capsys: pytest.CaptureFixture[str]) -> None
     assert (body["format"], body["n"], body["warnings"]) == (1, 60, [])
 
 
-def test_compare_minds_what_it_compares(capsys: pytest.CaptureFixture[str]) -> None:
+def test_compare_refuses_runs_on_different_data(capsys: pytest.CaptureFixture[str]) -> None:
     finished("a")
     finished("b", make_report(30, fingerprint="ee" * 32, data="/d/other.npz"))
     assert "different data (40 images of digits:test and 30 images of other.npz)" in refused(

@@ -1,1 +1,1 @@
-"""One file for each command."""
+"""The work of each command, one file per verb."""

@@ -1,4 +1,4 @@
-"""`robustkit list NAME`: what an attack, technique, recipe, method, defense or suite is, and what it takes."""
+"""`robustkit list NAME`: what an attack, technique, recipe, method, defense or suite does, and its fields."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ KINDS = ("attack", "technique", "recipe", "method", "defense", "suite")
 
 
 def kinds_of(name: str) -> list[str]:
-    """Return the kinds of which something has this name."""
+    """Return the kinds that have an entry of this name."""
     return [kind for kind in KINDS if name in registry.catalog(kind)]
 
 
 def names() -> list[str]:
-    """Return all that `show` knows."""
+    """Return all names that `show` accepts."""
     return [name for kind in KINDS for name in registry.catalog(kind)]
 
 
 def show(name: str, as_json: bool) -> int:
-    """Print everything of this name; return the exit code. A recipe or a class of fields is imported for it."""
+    """Print all entries of this name; return the exit code. Imports the module of the entry."""
     found = [_facts(kind, name) for kind in kinds_of(name)]
     if as_json:
         print_result(json.dumps({name: found}, indent=2))

@@ -1,4 +1,4 @@
-"""`robustkit compare`: two runs over the same images, side by side."""
+"""`robustkit compare`: two runs on the same images, side by side."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ METHOD = "Newcombe's score interval for paired proportions (1998, method 10)"
 
 
 def compare(flags: CompareFlags) -> int:
-    """Run the verb; UsageError for runs over different data."""
+    """Run the verb; UsageError for runs on different data."""
     a, b, as_json = flags.a, flags.b, flags.json
     if run_folder.is_craft(a) and run_folder.is_craft(b):
         return _crafts(a, b, as_json)
     first, second = run_folder.read_report(a), run_folder.read_report(b)
     if first.spec.data["fingerprint"] != second.spec.data["fingerprint"]:
         raise UsageError(
-            f"{a} and {b} are runs over different data ({sentences.images(first)} of "
+            f"{a} and {b} are runs on different data ({sentences.images(first)} of "
             f"{sentences.data_name(first)} and "
-            f"{sentences.images(second)} of {sentences.data_name(second)}); compare runs over the same images."
+            f"{sentences.images(second)} of {sentences.data_name(second)}); compare runs on the same images."
         )
     if first.minimum or second.minimum:
         return _minimums((a, first), (b, second), as_json)
@@ -101,10 +101,10 @@ def _minimums(a: tuple[Path, Report], b: tuple[Path, Report], as_json: bool) -> 
 
 
 def _crafts(a: Path, b: Path, as_json: bool) -> int:
-    """Compare two craft runs on every model that both were judged on."""
+    """Compare two craft runs on every model that both were evaluated on."""
     first, second = run_folder.read_craft(a), run_folder.read_craft(b)
     if first.spec.data["fingerprint"] != second.spec.data["fingerprint"]:
-        raise UsageError(f"{a} and {b} are crafted from different data; compare runs over the same images.")
+        raise UsageError(f"{a} and {b} are crafted from different data; compare runs on the same images.")
     if first.goals != second.goals:
         raise UsageError(f"{a} and {b} aim at different classes; compare runs with the same --targeted.")
     found = differences(first, second)
@@ -144,7 +144,7 @@ def _crafts(a: Path, b: Path, as_json: bool) -> int:
 
 
 def points(share: float) -> str:
-    """Return a difference of shares in percentage points with its sign: `+2.3`, `−0.8`, `0.0`."""
+    """Return a difference of shares in percentage points with its sign, such as `+2.3`, `−0.8` or `0.0`."""
     text = f"{100 * share:+.1f}"
     return "0.0" if text in ("+0.0", "-0.0") else text.replace("-", "−")
 

@@ -64,5 +64,5 @@ def write_page(folder: Path) -> Path | None:
 def next_command(folder: Path, evaluated: bool) -> str:
     """Return the command that follows: to evaluate on a target, or to compare."""
     if not evaluated:
-        return f"robustkit transfer {folder} --target MODEL   (a model that is no surrogate)"
-    return f"robustkit compare {folder} DIR   (another attack over the same images)"
+        return f"robustkit transfer {folder} --target MODEL   (a model that is not a surrogate)"
+    return f"robustkit compare {folder} DIR   (another attack on the same images)"

@@ -1,4 +1,4 @@
-"""`robustkit diversity`: the members of an ensemble against each other."""
+"""`robustkit diversity`: from flags to objects, the comparison, its tables."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ def common_positions(folders: Sequence[Path], samples: Samples) -> list[int] | N
     for folder, record in zip(folders, records, strict=True):
         if record.spec.data["fingerprint"] != samples.fingerprint:
             raise UsageError(
-                f"{folder} is of {record.spec.data['string']}, {record.spec.data['n']} images, not of these "
-                f"{len(samples)} of {samples.name}; give the same --data and --limit."
+                f"{folder} is on {record.spec.data['string']}, {record.spec.data['n']} images, not on these "
+                f"{len(samples)} of {samples.name}; use the same --data and --limit."
             )
     shared = set.intersection(*(set(record.index) for record in records))
     if not shared:
-        raise UsageError("the comparisons of --images-of have no image in common; look at more with --limit.")
+        raise UsageError("the comparisons of --images-of have no image in common; use more images with --limit.")
     return sorted(shared)

@@ -1,4 +1,4 @@
-"""`robustkit doctor`: the checks on a model, or a look at the machine and a test of it against closed forms."""
+"""`robustkit doctor`: checks of a model, or a test of the machine against distances in closed form."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ def doctor(flags: DoctorFlags) -> int:
     line(f"{found.parameters:,} parameters, {found.classes} classes")
     line(f"clean accuracy {percent(found.correct / found.n)} on {counted(found.n)} of {found.data}")
     if any(flag.code == CHANCE for flag in found.flags):
-        line(f"checks of gradients saw only the {counted(found.correct)} that the model gets right")
+        line(f"gradients were checked only on the {counted(found.correct)} that the model classifies correctly")
     for text in flag_lines(found.flags):
         line(text)
     if not found.flags:
-        line("no flag raised: nothing here says that an evaluation would mislead")
+        line("no flag raised: no reason found to distrust an evaluation")
     spent = found.cost.forwards + found.cost.backwards
     line(f"\n{spent:,} propagations, {duration(found.cost.seconds)}")
     return 0
@@ -75,7 +75,7 @@ def _machine(device: str, as_json: bool) -> int:
     console.print(f"{'threads':<14}{surroundings['threads']}\n", highlight=False)
     table = Table(box=None, pad_edge=False, header_style="", padding=(0, 3, 0, 0))
     table.add_column("verdicts against closed form", no_wrap=True)
-    for name in ("images", "should stand", "stood", "false", "time"):
+    for name in ("images", "robust by theory", "found robust", "false", "time"):
         table.add_column(name, justify="right", no_wrap=True)
     for trial in trials:
         numbers = (trial.images, trial.expected, trial.found, trial.false)
@@ -87,5 +87,7 @@ def _machine(device: str, as_json: bool) -> int:
             "of the built-in net",
             highlight=False,
         )
-    console.print("\nall verdicts true" if not false else f"\n{false} false verdicts: do not trust this machine")
+    console.print(
+        "\nall verdicts true" if not false else f"\n{false} false verdicts: do not trust this machine"
+    )
     return int(false > 0)

@@ -97,4 +97,4 @@ def _one(request: Evaluation, flags: EvaluateFlags, result: ResultOptions) -> in
         page = folder / PAGE
         trust = f" {FLAG}" if request.model.trust_code or names_code(request.model.string) else ""
         show(report, result_console(), f"robustkit verify {folder}{trust}", page if page.exists() else None)
-    return result.gate.judge(results)
+    return result.gate.check(results)

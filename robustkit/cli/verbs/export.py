@@ -11,10 +11,10 @@ from robustkit.runs import run_folder
 
 
 def export(flags: ExportFlags) -> int:
-    """Run the verb; UsageError unless exactly one file is asked for."""
+    """Run the verb; UsageError unless exactly one file is given."""
     folder, csv, parquet = flags.folder, flags.csv, flags.parquet
     if csv is not None and parquet is not None:
-        raise UsageError("--csv and --parquet are both given; write one of them.")
+        raise UsageError("--csv and --parquet are both given; use one of them.")
     path = csv or parquet
     if path is None:
         raise UsageError("no file to write; give one with --csv FILE or --parquet FILE.")
@@ -30,5 +30,5 @@ def _parquet(table: list[dict[str, object]]) -> bytes:
         return to_parquet(table)
     except ImportError:
         raise UsageError(
-            "Parquet needs pyarrow, which is not installed; pip install pyarrow, or write --csv FILE."
+            "Parquet needs pyarrow, which is not installed; pip install pyarrow, or use --csv FILE."
         ) from None

@@ -1,4 +1,4 @@
-"""`robustkit doctor --aggregator`: what a way to combine predictors does, by numbers."""
+"""`robustkit doctor --aggregator`: properties of a way to combine predictors, as numbers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from robustkit.reporting.terminal.evaluation import percent
 
 
 def show(flags: DoctorFlags, given: Sequence[str]) -> int:
-    """Print the fact sheet; return the exit code. `given` are words that have nothing to do with one."""
+    """Print the fact sheet; return the exit code. `given` are the names of options that do not apply to it."""
     if given:
         raise UsageError(f"{given[0]} with --aggregator: a fact sheet is of no model; leave one of them out.")
     sheet = fact_sheet(str(flags.aggregator), flags.predictors, flags.classes)
@@ -25,20 +25,20 @@ def show(flags: DoctorFlags, given: Sequence[str]) -> int:
 def lines(sheet: FactSheet) -> list[str]:
     """Return the sheet as text."""
     rows = {
-        "answers that stay": ", ".join(name for name, stays in sheet.invariances.items() if stays) or "none",
-        "answers that change": ", ".join(name for name, stays in sheet.invariances.items() if not stays) or "none",
+        "output unchanged by": ", ".join(name for name, stays in sheet.invariances.items() if stays) or "none",
+        "output changed by": ", ".join(name for name, stays in sheet.invariances.items() if not stays) or "none",
         "no gradient": f"{percent(sheet.plateau)} of the winning classes' scores",
         "ties": f"{percent(sheet.ties)} of the draws; the lower class number wins",
-        "named by nobody": f"{percent(sheet.unvoted)} of the winning classes",
+        "no first choice": f"{percent(sheet.unvoted)} of the winning classes",
         "gradient": f"at most {sheet.partials} of {sheet.predictors * sheet.classes} logits",
-        "level with": _count(sheet.tied_by, sheet.predictors),
-        "ahead with": _count(sheet.taken_by, sheet.predictors),
+        "attack ties with": _count(sheet.tied_by, sheet.predictors),
+        "attack wins with": _count(sheet.taken_by, sheet.predictors),
     }
     sizes = f"{sheet.predictors} predictors, {sheet.classes} classes; {sheet.draws:,} random logits"
     head = f"{sheet.aggregator} of {sizes}"
-    return [head, "", *(f"{name:<21}{said}" for name, said in rows.items())]
+    return [head, "", *(f"{name:<21}{text}" for name, text in rows.items())]
 
 
 def _count(number: int | None, predictors: int) -> str:
-    """Return how many predictors an attacker needs, in words."""
+    """Return in words how many predictors an attacker needs."""
     return "all predictors taken over" if number is None else f"{number} of {predictors} predictors taken over"

@@ -1,4 +1,4 @@
-"""`robustkit evaluate --models`: a list of models, a run of each, and a leaderboard."""
+"""`robustkit evaluate --models`: a run for each model of a list, and a leaderboard."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from robustkit.cli import DONE, FAILED, USAGE
 from robustkit.cli.gates import Gate
 from robustkit.cli.output import save, save_page, wide_console
-from robustkit.cli.progress import Board
+from robustkit.cli.progress import RunsDisplay
 from robustkit.cli.streams import print_result
 from robustkit.cli.verbs.report import write_page
 from robustkit.core.errors import RobustkitError, RunError
@@ -34,7 +34,7 @@ class ResultOptions:
 
 
 def shortened(entries: Sequence[NamedModel]) -> list[NamedModel]:
-    """Return the entries with names that fit a table where the list gives none."""
+    """Return the entries with short names where the list gives none."""
     given = {entry.name for entry in entries if entry.name != entry.string}
     strings = [entry.string for entry in entries if entry.name == entry.string]
     short = {string: name for string, name in zip(strings, short_names(strings), strict=True) if name not in given}
@@ -43,10 +43,10 @@ def shortened(entries: Sequence[NamedModel]) -> list[NamedModel]:
 
 def run_leaderboard(models: LeaderboardRun, id: str, folder: Path, overwrite: bool, options: ResultOptions) -> int:
     """Evaluate the models; return 3 if one failed while running, 2 if before, else the code of the gate."""
-    panel = Board()
+    display = RunsDisplay()
     found, failed = [], []
     code = DONE
-    for entry, outcome in zip(models.entries, models.run(folder, panel, panel.of, overwrite), strict=True):
+    for entry, outcome in zip(models.entries, models.run(folder, display, display.of_run, overwrite), strict=True):
         if isinstance(outcome, RobustkitError):
             failed.append((entry.name, entry.string, str(outcome)))
             code = max(code, FAILED if isinstance(outcome, RunError) else USAGE)
@@ -58,7 +58,7 @@ def run_leaderboard(models: LeaderboardRun, id: str, folder: Path, overwrite: bo
     if not found:
         return code
     board = Leaderboard.of(id, found, failed)
-    # A run that was finished before has the command of that time.
+    # A run that was finished before holds the command that started it.
     board = replace(board, environment={**board.environment, "command": command()})
     save(folder / RECORD, (json.dumps(board.to_json(), indent=2) + "\n").encode())
     shown = None
@@ -71,5 +71,5 @@ def run_leaderboard(models: LeaderboardRun, id: str, folder: Path, overwrite: bo
         runs = [folder / row.folder for row in board.rows[:2]]
         following = f"compare {runs[0]} {runs[1]}" if len(runs) > 1 else f"verify {runs[0]}"
         show(board, wide_console(), shown, f"robustkit {following}")
-    passed = options.gate.judge(results)
+    passed = options.gate.check(results)
     return code or passed

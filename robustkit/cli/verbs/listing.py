@@ -1,4 +1,4 @@
-"""`robustkit list`: everything that can be named, read from source text and catalogs. Imports no torch."""
+"""`robustkit list`: all names, read from source text and catalogs. Imports no torch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WIDTH = 160
 
 
 def show(flags: ListFlags) -> int:
-    """Print one list, or all, or what one of their names is; return the exit code."""
+    """Print one list, all lists, or the entries of a name; return the exit code."""
     what, as_json = flags.what, flags.json
     if what is not None and what not in LISTS:
         if about.kinds_of(what):
@@ -32,7 +32,7 @@ def show(flags: ListFlags) -> int:
     if as_json:
         print_result(json.dumps(chosen, indent=2))
         return 0
-    # Plain text: rich takes longer to import than all of this to do.
+    # Plain text: importing rich takes longer than all of this.
     width = shutil.get_terminal_size().columns if results().isatty() else WIDTH
     for name, rows in chosen.items():
         if what is None:
@@ -42,7 +42,7 @@ def show(flags: ListFlags) -> int:
 
 
 def _lines(rows: Rows, width: int) -> list[str]:
-    """Return rows under their columns' names; what the last column has too much for the width goes on below."""
+    """Return rows below the names of their columns; the last column is wrapped to the width."""
     if not any(row.get("package") for row in rows):
         rows = [{name: value for name, value in row.items() if name != "package"} for row in rows]
     table = [list(rows[0]), *(list(row.values()) for row in rows)]

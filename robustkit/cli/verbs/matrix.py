@@ -9,7 +9,7 @@ from robustkit.api.options.craft import MatrixFlags
 from robustkit.cli.inputs import BUILT_IN_DATA, load_samples, usual_threat
 from robustkit.cli.model_lists import refuse_lists, split_models
 from robustkit.cli.output import save_page, wide_console
-from robustkit.cli.progress import CraftBoard, CraftDisplay
+from robustkit.cli.progress import CraftDisplay, MatrixDisplay
 from robustkit.cli.streams import print_result
 from robustkit.core.devices import pick_device
 from robustkit.core.errors import UsageError
@@ -45,9 +45,9 @@ def matrix(flags: MatrixFlags) -> int:
         ray=flags.ray,
     )
     folder = Path(flags.out or f"runs/matrix-{grid.run_id}")
-    board = CraftBoard()
-    progress = board if flags.workers or flags.ray else CraftDisplay()
-    record = grid.run(folder, progress, board.of, flags.overwrite)
+    rows = MatrixDisplay()
+    progress = rows if flags.workers or flags.ray else CraftDisplay()
+    record = grid.run(folder, progress, rows.of_run, flags.overwrite)
     shown = save_page(folder / FILE, page(record).encode())
     if flags.json:
         print_result(json.dumps(record.to_json(), indent=2))

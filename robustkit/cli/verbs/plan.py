@@ -1,4 +1,4 @@
-"""`robustkit plan`: a look at what an evaluation will take, before it is run."""
+"""`robustkit plan`: from flags to objects, the measurement, its forecast."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`robustkit report`: the page of a run, and the card of an evaluation, from its folder alone."""
+"""`robustkit report`: the page of a run and the card of an evaluation, made from the run folder only."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from robustkit.runs.evaluation_record import Report
 
 @dataclass(frozen=True)
 class View:
-    """What there is to see of a run: print its table, make its page, which in its folder is called `file`."""
+    """How a run is shown: its table, its page with the file name in the run folder, its card."""
 
     show: Callable[[], None]
     page: Callable[[], str]
@@ -25,11 +25,11 @@ class View:
 
 
 def report(flags: ReportFlags) -> int:
-    """Run the verb; without files it prints the table and writes the page into the folder."""
+    """Run the verb; without --html and --png it prints the table and writes the page into the folder."""
     folder, html, png = flags.folder, flags.html, flags.png
     view = VIEWS[run_folder.kind(folder)](folder)
     if png is not None and view.card is None:
-        raise UsageError(f"{folder} is no evaluation, of which alone cards are made; write --html FILE.")
+        raise UsageError(f"{folder} is no evaluation, and only evaluations have cards; use --html FILE.")
     written = []
     if html is None and png is None:
         view.show()
@@ -48,7 +48,7 @@ def report(flags: ReportFlags) -> int:
 
 
 def write_page(folder: Path, record: Report) -> None:
-    """Write report.html into a run folder unless it is there."""
+    """Write report.html into a run folder unless it exists."""
     from robustkit.reporting.html.evaluation import page
 
     if not (folder / run_folder.PAGE).exists():
@@ -84,7 +84,7 @@ def craft_view(folder: Path) -> View:
 
 
 def training_view(folder: Path) -> View:
-    """Return the view of a training, finished or not."""
+    """Return the view of a training run, finished or in progress."""
     from robustkit.reporting.html.training import page
     from robustkit.reporting.terminal.training import show, show_history
 

@@ -1,4 +1,4 @@
-"""The commands under `robustkit train`: one for each method, with its fields as flags, read from its source."""
+"""The commands below `robustkit train`: one per method, with its fields as flags, read from its source text."""
 
 from __future__ import annotations
 

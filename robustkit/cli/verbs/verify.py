@@ -1,4 +1,4 @@
-"""`robustkit verify`: what was checked, what is bad, what is borderline."""
+"""`robustkit verify`: which records were checked, which are bad, which are borderline."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def verify(flags: VerifyFlags) -> int:
         line(f"borderline  {sentence}")
     if found.stopped:
         line(
-            "stopped     nothing that this record names was loaded; to check its images all the same, give both "
+            "stopped     no model or data that this record names was loaded; to check its images anyway, set both "
             "--model and --data"
         )
     word = f"{len(found.bad)} bad" if found.bad else "all good"
