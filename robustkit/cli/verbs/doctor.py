@@ -87,7 +87,5 @@ def _machine(device: str, as_json: bool) -> int:
             "of the built-in net",
             highlight=False,
         )
-    console.print(
-        "\nall verdicts true" if not false else f"\n{false} false verdicts: do not trust this machine"
-    )
+    console.print("\nall verdicts true" if not false else f"\n{false} false verdicts: do not trust this machine")
     return int(false > 0)
