@@ -166,7 +166,7 @@ def test_samples_go_from_flight_to_flight_in_the_middle(after: int) -> None:
 
         names = [entry.attack.info.name for entry in entries]
         return ContinuousBatch(
-            instrumented, ThreatModel.parse("linf:0.02"), entries, names, 0, 64, admit, mend=pytest.fail
+            instrumented, ThreatModel.parse("linf:0.02"), entries, names, 0, 64, admit, recover=pytest.fail
         )
 
     def told(groups: list) -> dict[int, tuple[bool, int]]:
@@ -184,7 +184,7 @@ def test_samples_go_from_flight_to_flight_in_the_middle(after: int) -> None:
     walk = first.run()
     groups = [next(walk) for _ in range(after + 1)]
     active = first.active
-    second.take(first.give())
+    second.take_over(first.give_half())
     assert first.active + second.active == active
     assert second.active > 0
     assert told([*groups, *walk, *second.run()]) == whole

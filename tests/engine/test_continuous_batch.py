@@ -108,7 +108,7 @@ def test_all_jobs_at_once_fool_whom_they_fool_one_by_one(slots: int) -> None:
         measure(instrumented, x[:1], 64)
         threat = ThreatModel.parse(EPS["linf"])
         batch = ContinuousBatch(
-            instrumented, threat, attacks, ["a", "b"], 0, slots, admit, mend=pytest.fail, wide=wide
+            instrumented, threat, attacks, ["a", "b"], 0, slots, admit, recover=pytest.fail, parallel_jobs=wide
         )
         finished = [part for group in batch.run() for part in group]
         position = np.concatenate([part.position for part in finished])
@@ -190,7 +190,7 @@ def once(x: Tensor, ids: Tensor, margin: float) -> Callable[[int], Admitted]:
     return lambda free: next(calls, Admitted(*(part[:0] for part in whole[:6])))
 
 
-def mend(error: Exception) -> None:
+def recover(error: Exception) -> None:
     raise error
 
 
@@ -209,7 +209,7 @@ def test_every_job_and_step_has_its_own_dice() -> None:
     x = torch.full((1, 1, 4, 5), 0.5)
     threat, ids = ThreatModel.parse("linf:0.3"), torch.tensor([7])
     for _ in ContinuousBatch(
-        instrumented, threat, [SuiteEntry(Dice())], ["dice"], 5, 8, once(x, ids, margin=1.0), mend
+        instrumented, threat, [SuiteEntry(Dice())], ["dice"], 5, 8, once(x, ids, margin=1.0), recover
     ).run():
         pass
     rng = RowRng(5, "dice", ids)
@@ -256,7 +256,14 @@ def test_the_nearest_point_of_a_random_model_is_not_the_luckiest(order: tuple[fl
     attacks = [SuiteEntry(Shifted(order[0])), SuiteEntry(Shifted(order[1]), view)]
     torch.manual_seed(0)
     batch = ContinuousBatch(
-        instrumented, ThreatModel.parse("linf:0.2"), attacks, ["a", "b"], 0, 8, once(x, torch.arange(6), 1.0), mend
+        instrumented,
+        ThreatModel.parse("linf:0.2"),
+        attacks,
+        ["a", "b"],
+        0,
+        8,
+        once(x, torch.arange(6), 1.0),
+        recover,
     )
     (finished,) = (part for group in batch.run() for part in group)
     assert not finished.judged.fooled.any()
@@ -281,7 +288,7 @@ def test_a_point_that_stays_is_not_weighed_again() -> None:
         0,
         8,
         once(x, torch.arange(4), 1.0),
-        mend,
+        recover,
     )
     (finished,) = (part for group in batch.run() for part in group)
     queries, verdict = 4, 8
@@ -307,7 +314,7 @@ def test_who_wins_against_a_random_model_goes_on(view: str) -> None:
     torch.manual_seed(0)
     admitted = once(x, torch.arange(16), 2.0)
     attacks = [SuiteEntry(Shifted(0.28, steps=60), view)]
-    batch = ContinuousBatch(instrumented, ThreatModel.parse("linf:0.4"), attacks, ["a"], 0, 16, admitted, mend)
+    batch = ContinuousBatch(instrumented, ThreatModel.parse("linf:0.4"), attacks, ["a"], 0, 16, admitted, recover)
     finished = [part for group in batch.run() for part in group]
     fooled = torch.cat([part.judged.fooled for part in finished])
     assert fooled.sum() > 8
@@ -337,10 +344,10 @@ def test_a_refused_claim_goes_on() -> None:
     x = torch.full((3, 1, 4, 5), 0.5)
     admit = once(x, torch.arange(3), margin=0.3)
     batch = ContinuousBatch(
-        instrumented, ThreatModel.parse("linf:0.3"), [SuiteEntry(Liar())], ["liar"], 0, 8, admit, mend
+        instrumented, ThreatModel.parse("linf:0.3"), [SuiteEntry(Liar())], ["liar"], 0, 8, admit, recover
     )
     finished = [part for group in batch.run() for part in group]
-    assert batch.refused == 3
+    assert batch.claims_refused == 3
     assert torch.cat([part.judged.fooled for part in finished]).all()
 
 

@@ -1,4 +1,4 @@
-"""One attack of a flight and the rows that are at it, those that wait for others of their sample among them."""
+"""One attack of a continuous batch and its rows, with those that wait for other rows of their sample."""
 
 from __future__ import annotations
 
@@ -14,10 +14,17 @@ from robustkit.registry import SuiteEntry
 
 @dataclass
 class AttackQueue:
-    """One attack of the flight and the rows that are at it.
+    """One attack of a continuous batch and its rows.
 
-    Where it is `wide` a sample does all its jobs at once, a row for each; rows that end before their sample's
-    others are `parked`.
+    Attributes:
+        attack: what is run.
+        view: the view of the model that it uses; empty for the model itself.
+        stream: the name of its random numbers.
+        number: its position among the batch's attacks, from 0.
+        options: what the loop has to know of it.
+        parallel_jobs: whether a sample runs all its jobs at once, in a row for each.
+        batch: the rows at the attack, if there are any.
+        waiting: with parallel jobs, rows that have ended before others of their sample.
     """
 
     attack: RowWise
@@ -25,21 +32,21 @@ class AttackQueue:
     stream: str
     number: int
     options: LoopOptions
-    wide: bool
+    parallel_jobs: bool
     batch: RowBatch | None = None
-    parked: RowBatch | None = None
-
-    @property
-    def solo(self) -> bool:
-        """Whether its queries are of a kind that cannot share a pass with others."""
-        return self.options.eot_samples > 1 or self.options.vector_objective or bool(self.view)
+    waiting: RowBatch | None = None
 
     @classmethod
-    def of(cls, entry: SuiteEntry, stream: str, number: int, norm: str, *, wide: bool) -> AttackQueue:
-        """Return an empty one for an attack in this norm; last resorts are `wide` whatever is said."""
+    def of(cls, entry: SuiteEntry, stream: str, number: int, norm: str, *, parallel_jobs: bool) -> AttackQueue:
+        """Return an empty queue for an attack in this norm; boundary attacks always have parallel jobs."""
         options = entry.attack.loop_options(norm)
-        wide = wide or options.boundary_only is not None
-        return cls(entry.attack, entry.view, stream, number, options, wide)
+        parallel_jobs = parallel_jobs or options.boundary_only is not None
+        return cls(entry.attack, entry.view, stream, number, options, parallel_jobs)
+
+    @property
+    def separate_passes(self) -> bool:
+        """Whether its queries cannot share a pass with those of other attacks."""
+        return self.options.eot_samples > 1 or self.options.vector_objective or bool(self.view)
 
     @property
     def active(self) -> RowBatch:
@@ -59,21 +66,21 @@ class AttackQueue:
         """Add rows."""
         self.batch = batch if self.batch is None else RowBatch.join([self.batch, batch])
 
-    def complete(self, ended: RowBatch) -> RowBatch:
-        """Park rows whose samples have others under way still; return the samples that are through, folded."""
-        under_way = self.batch.host["position"] if self.batch is not None else np.zeros(0, np.int64)
-        waiting = np.isin(ended.host["position"], under_way)
+    def finish_jobs(self, ended: RowBatch) -> RowBatch:
+        """Return one row for each sample whose jobs have all ended; keep the other ended rows waiting."""
+        unfinished = self.batch.host["position"] if self.batch is not None else np.zeros(0, np.int64)
+        waiting = np.isin(ended.host["position"], unfinished)
         if waiting.any():
-            parts = [ended.select(np.flatnonzero(waiting)), *([self.parked] if self.parked is not None else [])]
-            self.parked = RowBatch.join(parts)
-        through = ended.select(np.flatnonzero(~waiting))
-        return self.with_parked(through, through.host["position"]).folded() if len(through) else through
+            parts = [ended.select(np.flatnonzero(waiting)), *([self.waiting] if self.waiting is not None else [])]
+            self.waiting = RowBatch.join(parts)
+        complete = ended.select(np.flatnonzero(~waiting))
+        return self.with_waiting(complete, complete.host["position"]).merged() if len(complete) else complete
 
-    def with_parked(self, batch: RowBatch, samples: np.ndarray) -> RowBatch:
-        """Return the rows with those of the same samples that were parked, which are parked no more."""
-        if self.parked is None:
+    def with_waiting(self, batch: RowBatch, samples: np.ndarray) -> RowBatch:
+        """Return the rows with the waiting ones of the same samples, which wait no longer."""
+        if self.waiting is None:
             return batch
-        mine = np.isin(self.parked.host["position"], samples)
-        joined = RowBatch.join([batch, self.parked.select(np.flatnonzero(mine))])
-        self.parked = self.parked.select(np.flatnonzero(~mine)) if not mine.all() else None
+        mask = np.isin(self.waiting.host["position"], samples)
+        joined = RowBatch.join([batch, self.waiting.select(np.flatnonzero(mask))])
+        self.waiting = self.waiting.select(np.flatnonzero(~mask)) if not mask.all() else None
         return joined

@@ -1,4 +1,4 @@
-"""What the attacks of a flight ask in one step, answered in as few passes of the model as can be shared."""
+"""The queries of several attacks in one step, in as few passes of the model as they can share."""
 
 from __future__ import annotations
 
@@ -16,13 +16,21 @@ from robustkit.engine.batching.attack_queue import AttackQueue
 from robustkit.engine.model.instrumented_model import InstrumentedModel
 from robustkit.gradient_views.views import MEAN_DRAWS
 
-# The view that is a random model itself, seen several times at once.
+# The view that is a random model itself, averaged over draws.
 AVERAGED = "averaged-mended"
 
 
 @dataclass(frozen=True)
 class Query:
-    """What one lane asks in a step; `needs_gradient` (B) and `exact`, in float32 (B), are on the host."""
+    """The query of one attack in a step.
+
+    Attributes:
+        queue: the attack and its rows.
+        rows: what stays the same for each row.
+        state: the attack's state, with the query points "x".
+        needs_gradient: which rows need a gradient (B), on the host.
+        exact: which rows are evaluated in float32 (B), on the host.
+    """
 
     queue: AttackQueue
     rows: Rows
@@ -31,8 +39,8 @@ class Query:
     exact: Tensor
 
     @classmethod
-    def of(cls, queue: AttackQueue, rows: Rows, *, steady: bool) -> Query:
-        """Return the next of the lane's rows; on a `steady` model the last of an attempt is exact."""
+    def of(cls, queue: AttackQueue, rows: Rows, *, deterministic: bool) -> Query:
+        """Return the next query of an attack; on a `deterministic` model the last of an attempt is exact."""
         batch, state = queue.active, queue.active.state
         closing = torch.from_numpy(batch.host["age"] == queue.options.steps)
         needs = ~closing
@@ -40,15 +48,15 @@ class Query:
             needs = torch.zeros_like(needs)
         elif "needs_gradient" in state:
             needs = needs & state["needs_gradient"].cpu()
-        if queue.solo:
+        if queue.separate_passes:
             return cls(queue, rows, state, needs, torch.zeros_like(needs))
         if "last" in state:
             closing = closing | state["last"].cpu()
-        exact = closing & ~needs if steady and queue.options.needs_gradient else torch.zeros_like(needs)
+        exact = closing & ~needs if deterministic and queue.options.needs_gradient else torch.zeros_like(needs)
         return cls(queue, rows, state, needs, exact)
 
     def rows_with(self, gradient: bool, exact: bool) -> Tensor:
-        """Return the positions of the rows that want a gradient, or none and an exact answer or not."""
+        """Return the positions of the rows with a gradient, or of those without one, in float32 or not."""
         mask = self.needs_gradient if gradient else ~self.needs_gradient & (self.exact == exact)
         return mask.nonzero()[:, 0].to(self.rows.x.device)
 
@@ -60,15 +68,15 @@ class Query:
         return self.queue.attack.objective(rows, state, logits)
 
 
-def answers(queries: Sequence[Query], instrumented: InstrumentedModel) -> list[tuple[Query, Answer, Logits]]:
+def run_queries(queries: Sequence[Query], instrumented: InstrumentedModel) -> list[tuple[Query, Answer, Logits]]:
     """Return each query with an answer for every row, and the model's own logits."""
-    alone = [(query, *_alone(query, instrumented)) for query in queries if query.queue.solo]
-    together = _together([query for query in queries if not query.queue.solo], instrumented)
-    return alone + [(query, answer, answer.logits) for query, answer in together]
+    separate = [(query, *_run_separately(query, instrumented)) for query in queries if query.queue.separate_passes]
+    together = _run_together([query for query in queries if not query.queue.separate_passes], instrumented)
+    return separate + [(query, answer, answer.logits) for query, answer in together]
 
 
-def _alone(query: Query, instrumented: InstrumentedModel) -> tuple[Answer, Logits]:
-    """Return the answers to one lane's rows and the model's own logits, of another pass if it is on a view."""
+def _run_separately(query: Query, instrumented: InstrumentedModel) -> tuple[Answer, Logits]:
+    """Return the answers to one attack's rows and the model's own logits, of another pass if it is on a view."""
     queue, rows = query.queue, query.rows
     state = {**query.state, "needs_gradient": query.needs_gradient.to(rows.x.device)}
     if not queue.view:
@@ -83,7 +91,7 @@ def _alone(query: Query, instrumented: InstrumentedModel) -> tuple[Answer, Logit
             (index, query_rows(queue.attack, instrumented.view(queue.view, at), rows.select(index), part, True))
         )
     answer = merge_answers(parts)
-    count = looks(queue.view, random=instrumented.random)
+    count = deployed_passes(queue.view, random=instrumented.random)
     if not count:
         return answer, answer.logits
     with torch.no_grad():
@@ -92,15 +100,15 @@ def _alone(query: Query, instrumented: InstrumentedModel) -> tuple[Answer, Logit
     return (answer if answer.logits.dim() == 2 else answer._replace(logits=deployed)), deployed
 
 
-def looks(view: str, *, random: bool) -> int:
-    """Return how often the model itself is asked about each point that an attack on a view of it comes to."""
+def deployed_passes(view: str, *, random: bool) -> int:
+    """Return how often the model itself is evaluated at each query point of an attack on a view of it."""
     if view in ("", AVERAGED):
         return 0
     return MEAN_DRAWS if random else 1
 
 
-def _together(queries: list[Query], instrumented: InstrumentedModel) -> list[tuple[Query, Answer]]:
-    """Answer rows of several attacks by one pass for those that want a gradient, one or two for the others."""
+def _run_together(queries: list[Query], instrumented: InstrumentedModel) -> list[tuple[Query, Answer]]:
+    """Evaluate rows of several attacks: one pass for those that need a gradient, one or two for the others."""
     parts: list[list[tuple[Tensor, Answer]]] = [[] for _ in queries]
     for with_gradient, exact in ((True, False), (False, False), (False, True)):
         members = [

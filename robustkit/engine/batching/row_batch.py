@@ -1,4 +1,4 @@
-"""Rows on board of a flight."""
+"""Rows of a continuous batch."""
 
 from __future__ import annotations
 
@@ -12,13 +12,19 @@ from torch import Tensor
 from robustkit.attack_api import State
 
 STATE = "state."
-# What is known of a row from its image, and the image that it claims, which is none between two steps.
-TOLD = {"ids", "x", "labels", "claim"}
+# Columns that are read from the data again, and the claim, which is empty between two steps.
+FROM_DATA = {"ids", "x", "labels", "claim"}
 
 
 @dataclass
 class RowBatch:
-    """Rows on board: arrays that the host steers by, and tensors on the device."""
+    """Rows of a continuous batch.
+
+    Attributes:
+        host: arrays with one entry for each row: the sample's position, its job, the steps taken in it (`age`),
+            and the passes spent on each attack.
+        device: tensors with one entry for each row: images, labels, best points, claims, the attack's state.
+    """
 
     host: dict[str, np.ndarray]
     device: dict[str, Tensor]
@@ -48,15 +54,15 @@ class RowBatch:
             {name: torch.cat([t.device[name] for t in batches]) for name in batches[0].device},
         )
 
-    def spread(self, jobs: int) -> RowBatch:
+    def expand(self, jobs: int) -> RowBatch:
         """Return each row once for every job, side by side; only the first keeps what was spent before."""
         rows = self.select(np.repeat(np.arange(len(self)), jobs))
         rows.host["job"] = np.tile(np.arange(jobs), len(self))
         rows.host["spent"][rows.host["job"] > 0] = 0
         return rows
 
-    def folded(self) -> RowBatch:
-        """Return one row for each sample: the one that came nearest, with what all of them spent."""
+    def merged(self) -> RowBatch:
+        """Return one row for each sample: the one with the highest margin, with the passes of all of them."""
         order = np.lexsort((-self.device["nearest"].cpu().numpy(), self.host["position"]))
         samples, first = np.unique(self.host["position"][order], return_index=True)
         rows = self.select(order[first])
@@ -65,16 +71,22 @@ class RowBatch:
         rows.device["broken"] = torch.stack(broken)
         return rows
 
+    def charge_last_attack(self, index: np.ndarray, forwards: int | np.ndarray) -> None:
+        """Add forward passes to the cost of the last attack that these rows were in."""
+        ran = self.host["spent"][index, :, 0] > 0
+        last = np.where(ran.any(1), ran.shape[1] - 1 - ran[:, ::-1].argmax(1), 0)
+        self.host["spent"][index, last, 0] += forwards
+
     def record(self) -> dict[str, dict[str, Tensor]]:
-        """Return what is to be written down of rows that claim nothing: no more than the data do not tell."""
-        device = {name: tensor.cpu() for name, tensor in self.device.items() if name not in TOLD}
+        """Return the columns to save, of rows without claims; those that the data hold are left out."""
+        device = {name: tensor.cpu() for name, tensor in self.device.items() if name not in FROM_DATA}
         if torch.equal(device["anchor"], device["best"]):
             del device["anchor"]
         return {"host": {name: torch.from_numpy(array) for name, array in self.host.items()}, "device": device}
 
     @classmethod
     def of(cls, record: Mapping[str, Mapping[str, Tensor]], ids: Tensor, x: Tensor, labels: Tensor) -> RowBatch:
-        """Return the rows of a record, with what the data tell of each."""
+        """Return the rows of a record, with the columns that the data hold."""
         kept = {name: tensor.to(x.device) for name, tensor in record["device"].items()}
         if (blind := kept.pop(f"{STATE}blind", None)) is not None:  # of runs that were interrupted before
             kept[f"{STATE}needs_gradient"] = ~blind

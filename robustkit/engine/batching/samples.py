@@ -1,4 +1,4 @@
-"""Samples that come aboard a flight, and those that leave it with their verdict."""
+"""Samples that enter a continuous batch, and those that leave it with a verdict."""
 
 from __future__ import annotations
 
@@ -12,11 +12,16 @@ from robustkit.engine.evaluation.verdicts import Verdicts
 
 
 class Admitted(NamedTuple):
-    """Samples that come aboard: positions in the data, ids for their dice, images, labels.
+    """Samples that enter a continuous batch.
 
-    `clean` is how far the clean image is beyond the boundary, `nearest` how far earlier flights of the run came;
-    both are negative where the model is right. `later` is whether others may come although there were fewer than
-    asked for.
+    Attributes:
+        position: of each sample in the data (B).
+        ids: of each sample's random numbers (B).
+        x: the clean images (B C H W).
+        labels: of the images (B).
+        clean: the margin of the clean image (B), negative where the model is right.
+        nearest: the highest margin that earlier attacks of the run reached (B), likewise.
+        later: whether more may come although these are fewer than the free slots.
     """
 
     position: np.ndarray
@@ -30,7 +35,7 @@ class Admitted(NamedTuple):
 
 @dataclass(frozen=True)
 class Finished:
-    """Samples whose verdict is there; `stage` (B) is the attack that each fell to, or the last."""
+    """Samples with a verdict; `stage` (B) is the attack that fooled the model on each, or the last one."""
 
     position: np.ndarray
     labels: np.ndarray

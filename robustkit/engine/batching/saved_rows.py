@@ -1,4 +1,4 @@
-"""What a flight has under way, as a killed run's goes on from: rows, what others cost so far, when it is saved."""
+"""The unfinished rows of a continuous batch on disk, from which a killed run resumes."""
 
 from __future__ import annotations
 
@@ -17,19 +17,23 @@ from robustkit.engine.evaluation.verdicts import image_hashes
 if TYPE_CHECKING:
     from robustkit.engine.evaluation.block_runner import BlockRunner
 
-# Seconds between two saves at least, and at most where one takes long; a save takes this share of the time.
-SAVE_EVERY, RARELY, SHARE = 20.0, 40.0, 0.05
-# A step that takes so many seconds is followed by a save, and the answers to the next one are recorded.
-LONG = 1.0
+# Seconds between two saves: the least, and the most where a save takes long; the share of the time for saves.
+MIN_SAVE_INTERVAL, MAX_SAVE_INTERVAL, MAX_SAVE_SHARE = 20.0, 40.0, 0.05
+# A step of so many seconds is followed by a save, and the model's outputs in the next one are recorded.
+LONG_STEP = 1.0
 
 
 @dataclass(frozen=True)
 class SavedRows:
-    """A flight between two steps.
+    """A continuous batch between two steps.
 
-    `again` is whether it is the second search, in float32, of the samples `near` the boundary: what each has cost
-    so far by its position. `seconds` are those since verdicts were last written, `aboard` are
-    lanes' rows: the lane's number, whether they are parked, and the rows.
+    Attributes:
+        again: whether it is the second search, in float32, of borderline samples.
+        near: what each borderline sample has cost so far, by its position.
+        seconds: since verdicts were last written.
+        refused: how many claims were not confirmed.
+        detached: whether the model's output was found to have no gradient.
+        active: rows: the attack's number, whether they wait for other rows of their sample, and the rows.
     """
 
     again: bool = False
@@ -41,11 +45,11 @@ class SavedRows:
 
     @property
     def positions(self) -> list[int]:
-        """The positions of the samples aboard."""
+        """The positions of the samples."""
         return [at for *_, batch in self.active for at in batch.host["position"].tolist()]
 
     def record(self, batches: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Return it as plain values, with these rows aboard (see `Flight.state`)."""
+        """Return it as plain values, with these rows (see `ContinuousBatch.record`)."""
         return {
             "again": self.again,
             "near": torch.tensor(list(self.near), dtype=torch.int64),
@@ -58,7 +62,7 @@ class SavedRows:
 
     @classmethod
     def of(cls, record: Mapping[str, Any] | None, worker: BlockRunner, first: int) -> SavedRows:
-        """Return what was saved, but for samples that have got their verdict since."""
+        """Return what was saved, without samples that have had a verdict since."""
         if record is None:
             return cls()
         waiting = worker.unsettled(first)
@@ -69,7 +73,7 @@ class SavedRows:
             position = part["host"]["position"].numpy()
             kept = np.flatnonzero(np.isin(position, waiting))
             if len(kept):
-                active.append((part["lane"], part["parked"], _table(part, position, worker).select(kept)))
+                active.append((part["lane"], part["parked"], _rows_of(part, position, worker).select(kept)))
         return cls(
             record["again"],
             {at: spent for at, spent in near if at in left},
@@ -83,22 +87,22 @@ class SavedRows:
     def positions_in(record: Mapping[str, Any]) -> set[int]:
         """Return the positions of all samples of a record."""
         rows = [part["host"]["position"] for part in record["tables"]]
-        return {at for some in (record["near"], *rows) for at in some.tolist()}
+        return {position for part in (record["near"], *rows) for position in part.tolist()}
 
-    def begin(self, active: Sequence[tuple[int, RowBatch]]) -> SavedRows:
-        """Return it with others aboard, from another flight."""
+    def with_active(self, active: Sequence[tuple[int, RowBatch]]) -> SavedRows:
+        """Return it with more rows, from another continuous batch."""
         more = [(queue, 0, batch) for queue, batch in active]
         return replace(self, active=[*self.active, *more])
 
-    def put_aboard(self, batch: ContinuousBatch) -> None:
-        """Have a flight go on with it."""
-        batch.refused = self.refused
+    def restore_into(self, batch: ContinuousBatch) -> None:
+        """Add the rows to a continuous batch."""
+        batch.claims_refused = self.refused
         for row in self.active:
-            batch.resume(*row)
+            batch.restore(*row)
 
 
-def _table(part: Mapping[str, Any], position: np.ndarray, worker: BlockRunner) -> RowBatch:
-    """Return the rows of a record, their images read from the data again."""
+def _rows_of(part: Mapping[str, Any], position: np.ndarray, worker: BlockRunner) -> RowBatch:
+    """Return the rows of a record, with their images read from the data again."""
     samples, which = np.unique(position, return_inverse=True)
     images = worker.samples.images(samples)
     worker.check_images(samples, image_hashes(images))
@@ -108,20 +112,20 @@ def _table(part: Mapping[str, Any], position: np.ndarray, worker: BlockRunner) -
 
 
 class Clock:
-    """Says when a flight is to be saved."""
+    """Decides when a continuous batch is saved."""
 
     def __init__(self) -> None:
-        """Begin now."""
+        """Start now."""
         self.last = self.step = time.perf_counter()
-        self.every, self.slow = SAVE_EVERY, False
+        self.every, self.slow = MIN_SAVE_INTERVAL, False
 
     def due(self, now: float) -> bool:
-        """Return whether the flight is to be saved, a step having ended now."""
+        """Return whether to save after a step that ended now."""
         took, self.step = now - self.step, now
-        self.slow = took > LONG
+        self.slow = took > LONG_STEP
         return self.slow or now - self.last > self.every
 
     def saved(self, begun: float) -> None:
-        """Note that it has been, from then until now."""
+        """Note a save that began then and ended now."""
         self.last = self.step = time.perf_counter()
-        self.every = min(max((self.last - begun) / SHARE, SAVE_EVERY), RARELY)
+        self.every = min(max((self.last - begun) / MAX_SAVE_SHARE, MIN_SAVE_INTERVAL), MAX_SAVE_INTERVAL)

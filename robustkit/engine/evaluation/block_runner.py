@@ -133,7 +133,7 @@ class BlockRunner(BatchRunner):
                     if not saved.again:
                         admit = admission([*saved.positions, *near])
                         with self.instrumented.using(float32 if arms else self.config):
-                            near = self._search(first, count, admit, saved.begin(active), record)
+                            near = self._search(first, count, admit, saved.with_active(active), record)
                         saved = SavedRows(again=bool(near), near=near)
                         record.restart(saved.record([]))
                     if saved.again:
@@ -178,8 +178,8 @@ class BlockRunner(BatchRunner):
             What the borderline samples have cost, by position.
         """
         earlier: Mapping[int, np.ndarray] = saved.near if saved.again else {}
-        batch = self._continuous_batch(first, count, admit, wide=bool(earlier))
-        saved.put_aboard(batch)
+        batch = self._continuous_batch(first, count, admit, parallel_jobs=bool(earlier))
+        saved.restore_into(batch)
         number = self.results.next_chunk(first)
         begun, finished, done = time.perf_counter() - saved.seconds, list[Finished](), 0
         near = {} if saved.again else dict(saved.near)
@@ -190,7 +190,7 @@ class BlockRunner(BatchRunner):
                 certain = self._without_borderline(part, earlier, near)
                 finished.append(certain)
                 done += len(part.position)
-            self.progress.advance(done + batch.under_way, self.results.robust)
+            self.progress.advance(done + batch.progress, self.results.robust)
             now = time.perf_counter()
             due = clock.due(now)
             if finished and (due or now - begun > self.write_every or not batch.active or now > self.deadline):
@@ -198,13 +198,13 @@ class BlockRunner(BatchRunner):
                 number, begun, finished = number + 1, now, []
             if due and self.store.keeps and batch.active:
                 state = SavedRows(
-                    saved.again, earlier or near, now - begun, batch.refused, self.instrumented.detached
+                    saved.again, earlier or near, now - begun, batch.claims_refused, self.instrumented.detached
                 )
-                record.restart(state.record(batch.state()), on=clock.slow or self.instrumented.random)
+                record.restart(state.record(batch.record()), on=clock.slow or self.instrumented.random)
                 clock.saved(now)
             self._check_deadline()
             self._share_samples(batch)
-        self.search_facts["claims_refused"] += batch.refused
+        self.search_facts["claims_refused"] += batch.claims_refused
         if not (earlier or self.settings.entries[first - 1].arm):
             self.search_facts |= {
                 "precision": self.instrumented.precision,
@@ -216,7 +216,7 @@ class BlockRunner(BatchRunner):
         return near
 
     def _continuous_batch(
-        self, first: int, count: int, admit: Callable[[int], Admitted], *, wide: bool
+        self, first: int, count: int, admit: Callable[[int], Admitted], *, parallel_jobs: bool
     ) -> ContinuousBatch:
         entries = self.settings.attacks_from(first, count)
         return ContinuousBatch(
@@ -227,11 +227,11 @@ class BlockRunner(BatchRunner):
             seed=self.settings.seed,
             slots=self.slots,
             admit=admit,
-            mend=self._recover,
-            pace=GPU_STEPS_PER_READ if self.instrumented.device.type == "cuda" else 1,
-            wide=wide or entries[0].arm,
-            suite=[entry.view for entry in self.settings.entries],
-            steady=not (self.instrumented.random or UNSTEADY & self.results.flags.keys()),
+            recover=self._recover,
+            steps_per_read=GPU_STEPS_PER_READ if self.instrumented.device.type == "cuda" else 1,
+            parallel_jobs=parallel_jobs or entries[0].arm,
+            suite_views=[entry.view for entry in self.settings.entries],
+            deterministic=not (self.instrumented.random or UNSTEADY & self.results.flags.keys()),
         )
 
     def _without_borderline(

@@ -15,8 +15,8 @@ import numpy as np
 from robustkit.attack_api import RowWise
 from robustkit.core.errors import UsageError
 from robustkit.core.isolation import evaluation_mode, own_randomness, threads
-from robustkit.engine.batching.continuous_batch import WEIGHED
-from robustkit.engine.batching.forward_passes import looks
+from robustkit.engine.batching.claims import COMPARISON_DRAWS
+from robustkit.engine.batching.forward_passes import deployed_passes
 from robustkit.engine.evaluation.early_stopping import shuffled
 from robustkit.engine.evaluation.results import ROBUST, RunResults
 from robustkit.engine.evaluation.run import Evaluation
@@ -257,13 +257,13 @@ def max_costs(
         options = attack.loop_options(norm) if isinstance(attack, RowWise) else None
         vector = options is not None and options.vector_objective
         columns = classes if vector or attack.info.name in JACOBIANS else 1
-        seen = len(passes) * looks(entry.view, random=instrumented.random)
+        seen = len(passes) * deployed_passes(entry.view, random=instrumented.random)
         forwards, backwards = answers * (sum(passes) + seen), answers * sum(passes) * columns
         scores = attack.info.access == "score" or (options is not None and not options.needs_gradient)
         parallel = options is not None and (entry.arm or options.boundary_only is not None)
         wide = options.steps + 1 if options and parallel else answers
         # More for a verdict; of a random model twice, and to compare its nearest points.
-        verdict = 2 * (MAX_DRAWS + WEIGHED) if instrumented.random else 1
+        verdict = 2 * (MAX_DRAWS + COMPARISON_DRAWS) if instrumented.random else 1
         total += [forwards + verdict, 0 if scores else backwards, wide * (sum(passes) + seen) + verdict]
     forwards, backwards, passes = total.tolist()
     return forwards, backwards, passes

@@ -1,0 +1,128 @@
+"""Judges claims: points that fool the model as the search sees it. Random models are judged by fresh draws."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from robustkit.core import losses
+from robustkit.core.shapes import Images, Labels, PerRow
+from robustkit.core.threat import ThreatModel, per_row
+from robustkit.engine.batching.attack_queue import AttackQueue
+from robustkit.engine.batching.row_batch import RowBatch
+from robustkit.engine.evaluation.verdicts import Verdicts, judge
+from robustkit.engine.model.instrumented_model import InstrumentedModel
+from robustkit.engine.model.random_refinement import STEPS, choose_eot_view, refine_with_eot
+from robustkit.gradient_views.views import MEAN_DRAWS
+
+T = TypeVar("T")
+
+# Draws by which the nearest point of one attack is compared with that of the next, where a model is random.
+COMPARISON_DRAWS = 16
+
+
+@dataclass(frozen=True)
+class ClaimJudge:
+    """Judges the claims of a continuous batch on the model itself, in float32.
+
+    Attributes:
+        instrumented: the model.
+        threat: the perturbations that are allowed.
+        recover: called with the error of a failed pass; it raises, or makes another try possible.
+    """
+
+    instrumented: InstrumentedModel
+    threat: ThreatModel
+    recover: Callable[[Exception], None]
+
+    def retry(self, work: Callable[[], T]) -> T:
+        """Run `work`, which evaluates the model and changes nothing else; run it again after a recovery."""
+        while True:
+            try:
+                return work()
+            except (RuntimeError, MemoryError) as error:
+                self.recover(error)
+
+    def judge_claims(self, batches: Sequence[RowBatch]) -> list[Verdicts | None]:
+        """Return the verdicts on the claims of several queues, by one pass; None for a queue without claims."""
+        some = [batch for batch in batches if len(batch)]
+        if not some:
+            return [None] * len(batches)
+        names = ("x", "labels", "claim", "claim_logits")
+        x, labels, claim, known = (torch.cat([batch.device[name] for batch in some]) for name in names)
+        judged = self.retry(lambda: judge(self.instrumented, x, labels, claim, self.threat, known))
+        verdicts: list[Verdicts | None] = []
+        start = 0
+        for batch in batches:
+            mask = np.zeros(len(x), bool)
+            mask[start : start + len(batch)] = True
+            verdicts.append(judged.select(mask) if len(batch) else None)
+            start += len(batch)
+        return verdicts
+
+    def judge_best(self, batch: RowBatch) -> Verdicts:
+        """Return the verdicts on the rows' best points, and charge them to their last attack."""
+        part = batch.device
+        judged = self.retry(lambda: judge(self.instrumented, part["x"], part["labels"], part["best"], self.threat))
+        batch.charge_last_attack(np.arange(len(batch)), judged.forwards.cpu().numpy())
+        return judged
+
+    def compare_nearest(self, batch: RowBatch) -> None:
+        """For random models: choose between the last attack's best point and that before by fresh draws.
+
+        The margins that the attacks saw are the highest of many draws.
+        """
+        if not self.instrumented.random:
+            return
+        part = batch.device
+        moved = (part["best"] != part["anchor"]).flatten(1).any(1).nonzero()[:, 0]
+        if not len(moved):
+            return
+        points = torch.stack([part["anchor"][moved], part["best"][moved]])
+        margins = self._mean_margin(points.flatten(0, 1), part["labels"][moved].repeat(2)).view(2, -1)
+        margin, better = margins.max(0)
+        nearest = torch.where(per_row(better > 0, points[1]), points[1], points[0])
+        part["best"] = part["best"].index_copy(0, moved, nearest)
+        part["anchor"], part["nearest"] = part["best"], part["nearest"].index_copy(0, moved, margin)
+        part["refused"] = torch.minimum(part["refused"], part["nearest"])
+        batch.charge_last_attack(moved.cpu().numpy(), 2 * COMPARISON_DRAWS)
+
+    def refine(self, queue: AttackQueue, fooled: RowBatch, judged: Verdicts) -> Verdicts:
+        """For random models: refine points that some draws classify correctly by EOT gradient steps.
+
+        Returns:
+            The verdicts, with those of the refined points where they are better.
+        """
+        view = choose_eot_view(queue.view, self.instrumented.views)
+        usable = queue.options.needs_gradient and (view or self.instrumented.differentiable)
+        if not (self.instrumented.random and usable):
+            return judged
+        open_rows = (judged.right > 0).nonzero()[:, 0]
+        if not len(open_rows):
+            return judged
+        passes = self.instrumented.passes(view)[0] if view else MEAN_DRAWS
+        x, labels, point = (part[open_rows] for part in (fooled.device["x"], fooled.device["labels"], judged.x))
+        model = self.instrumented.view(view) if view else self.instrumented.mean
+        refined = self.retry(lambda: refine_with_eot(model, x, labels, point, self.threat))
+        better = self._mean_margin(refined, labels) > self._mean_margin(point, labels)
+        verdicts = self.retry(lambda: judge(self.instrumented, x, labels, refined, self.threat))
+        better = better & verdicts.fooled
+        # The host waits for the verdict here anyway.
+        index, spent = open_rows.cpu().numpy(), fooled.host["spent"][:, queue.number]
+        spent[index] += STEPS * passes
+        spent[index, 0] += 2 * COMPARISON_DRAWS + verdicts.forwards.cpu().numpy()
+        return judged.replaced(open_rows[better], verdicts.select(better.cpu().numpy()))
+
+    def _mean_margin(self, point: Images, labels: Labels) -> PerRow:
+        """Return how far points are beyond the boundary, as the mean over fresh draws."""
+
+        def margin() -> Tensor:
+            return losses.margin(self.instrumented.logits_fp32(point), labels).double()
+
+        mean = torch.stack([self.retry(margin) for _ in range(COMPARISON_DRAWS)]).mean(0)
+        return torch.where(mean.isnan(), -torch.inf, mean)
