@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from robustkit.core.errors import UsageError
 from robustkit.registry import method
 from robustkit.registry.ranges import Count, NonNegative, ShareBelowOne
-from robustkit.sampling import cosine, enough, spread
+from robustkit.sampling import check_count, cosine, is_evenly_spaced
 from robustkit.training.method import Plan, Size
 from robustkit.training.posterior_method import PosteriorMethod
 
@@ -75,7 +75,7 @@ class LGV(Collecting):
     def check_plan(self, plan: Plan) -> None:
         """Refuse a run shorter than what is collected, or epochs with fewer steps than snapshots."""
         Collecting.check_plan(self, plan)
-        enough(self.info.name, "snapshots_per_epoch", self.snapshots_per_epoch, plan.steps_per_epoch)
+        check_count(self.info.name, "snapshots_per_epoch", self.snapshots_per_epoch, plan.steps_per_epoch)
 
     def share(self, plan: Plan) -> float:
         """Return the field."""
@@ -84,4 +84,4 @@ class LGV(Collecting):
     def keeps(self, step: int, plan: Plan) -> bool:
         """Return whether a step is one of those at equal distances in the last epochs."""
         first = self.first(plan)
-        return spread(step - first, plan.steps - first, self.collect_epochs * self.snapshots_per_epoch)
+        return is_evenly_spaced(step - first, plan.steps - first, self.collect_epochs * self.snapshots_per_epoch)

@@ -22,7 +22,7 @@ from robustkit.attacks.bayesian.lgv import Collecting
 from robustkit.core.limits import Limits
 from robustkit.registry import method
 from robustkit.registry.ranges import Count, NonNegative, ShareBelowOne
-from robustkit.sampling import Moments, spread
+from robustkit.sampling import Moments, is_evenly_spaced
 from robustkit.training.method import Batch, Method, Plan, Size
 from robustkit.training.posterior_method import State
 
@@ -65,7 +65,7 @@ class MBA(Collecting):
         """Return whether a step is one of `snapshots` at equal distances in the last epochs; at most each is."""
         first = self.first(plan)
         length = plan.steps - first
-        return spread(step - first, length, min(self.snapshots, length))
+        return is_evenly_spaced(step - first, length, min(self.snapshots, length))
 
     def backward(self, nets: Sequence[nn.Module], batch: Batch, plan: Plan) -> Tensor:
         """Add the gradient towards flat loss in the last epochs, before them the plain one."""

@@ -14,7 +14,7 @@ from torch import nn
 
 from robustkit.registry import method
 from robustkit.registry.ranges import Count, NonNegative, ShareBelowOne
-from robustkit.sampling import Langevin, enough, polynomial, spread
+from robustkit.sampling import Langevin, check_count, is_evenly_spaced, polynomial
 from robustkit.training.method import Plan, Size
 from robustkit.training.posterior_method import PosteriorMethod
 
@@ -39,7 +39,7 @@ class SGLD(PosteriorMethod):
         """Refuse fields that make no chain, and more snapshots than steps."""
         PosteriorMethod.check_plan(self, plan)
         name = self.info.name
-        enough(name, "snapshots", self.snapshots, plan.steps - self._burnt(plan))
+        check_count(name, "snapshots", self.snapshots, plan.steps - self._burnt(plan))
 
     def optimizer(self, parameters: Iterable[nn.Parameter], plan: Plan) -> torch.optim.Optimizer:
         """Return SGD with Langevin noise."""
@@ -63,7 +63,7 @@ class SGLD(PosteriorMethod):
     def keeps(self, step: int, plan: Plan) -> bool:
         """Return whether a step is one of `snapshots` at equal distances after the burn-in."""
         burnt = self._burnt(plan)
-        return spread(step - burnt, plan.steps - burnt, self.snapshots)
+        return is_evenly_spaced(step - burnt, plan.steps - burnt, self.snapshots)
 
     def _burnt(self, plan: Plan) -> int:
         return int(self.burn_in * plan.steps)

@@ -12,7 +12,7 @@ from torch import Tensor
 from robustkit.api.inputs import Model, Threat, place_of, samples_and_threat
 from robustkit.core.criteria import Goal
 from robustkit.core.errors import UsageError
-from robustkit.core.isolation import evaluation_mode, own_randomness, usual_torch
+from robustkit.core.isolation import default_torch_modes, evaluation_mode, own_randomness
 from robustkit.core.rng import RowRng
 from robustkit.engine.evaluation.sanity import check_logits
 from robustkit.engine.evaluation.verdicts import image_hashes, judge, sample_ids
@@ -24,7 +24,7 @@ from robustkit.models.label_matching import matched_to
 from robustkit.registry import Suite, parse_suite
 
 
-@usual_torch()
+@default_torch_modes()
 def attack(
     model: Model,
     x: Any,

@@ -14,7 +14,7 @@ from robustkit.core.devices import pick_device
 from robustkit.core.threat import ThreatModel
 from robustkit.crafting.run import run_craft
 from robustkit.crafting.spec import CraftRequest
-from robustkit.data.classes import matched
+from robustkit.data.classes import match_classes
 from robustkit.data.samples import Samples
 from robustkit.engine.model.loaded_models import Net, gather_both
 from robustkit.runs.craft_record import Craft
@@ -68,7 +68,7 @@ def craft_request(
     first = surrogates[0] if surrogates else None
     return CraftRequest(
         nets=surrogates,
-        samples=matched(samples, first.classes, first.class_names) if first else samples,
+        samples=match_classes(samples, first.classes, first.class_names) if first else samples,
         threat=threat,
         device=device,
         attack=options.attack,

@@ -12,7 +12,7 @@ from robustkit.data import load_data
 from robustkit.data.samples import Samples
 from robustkit.registry import parse_method
 from robustkit.runs.training_record import Trained
-from robustkit.training.defaults import judged_by, sibling
+from robustkit.training.defaults import held_out_split, match_labels
 from robustkit.training.method import Method
 from robustkit.training.train import Training
 
@@ -38,7 +38,7 @@ def train(arguments: TrainArguments) -> Trained:
     """
     data = arguments.data
     if isinstance(data, str):
-        test, samples = arguments.test or sibling(data), load_data(data)
+        test, samples = arguments.test or held_out_split(data), load_data(data)
     else:
         test, samples = arguments.test, read_samples(data, arguments.labels)
     method = parse_method(arguments.method) if isinstance(arguments.method, str) else arguments.method
@@ -51,7 +51,7 @@ def training(options: TrainOptions, method: Method, samples: Samples, test: Samp
     return Training(
         method=method,
         samples=samples.head(options.limit),
-        test=None if test is None else judged_by(test, samples),
+        test=None if test is None else match_labels(test, samples),
         device=pick_device(options.device),
         arch=options.arch,
         epochs=options.epochs,

@@ -10,7 +10,7 @@ from dataclasses import fields
 from typing import ParamSpec, TypeVar
 
 from robustkit.api.options.declare import Options, described, range_text
-from robustkit.core.isolation import usual_torch
+from robustkit.core.isolation import default_torch_modes
 
 WIDTH = 110
 
@@ -40,7 +40,7 @@ def verb(arguments: Callable[P, A]) -> Callable[[Callable[[A], R]], Callable[P, 
             except TypeError as error:
                 raise TypeError(f"{function.__name__}() {error}") from None
             given = arguments(*args, **kwargs)
-            with usual_torch():
+            with default_torch_modes():
                 return function(given)
 
         result = function.__annotations__.get("return", inspect.Signature.empty)

@@ -9,7 +9,7 @@ import warnings
 
 from robustkit.cli import streams
 from robustkit.cli.signals import Interrupted, ended_by_signals
-from robustkit.core.errors import RobustkitError, RunError, named, one_line
+from robustkit.core.errors import RobustkitError, RunError, error_summary, one_line
 
 DONE, NEGATIVE, USAGE, FAILED = 0, 1, 2, 3
 
@@ -77,4 +77,4 @@ def _explain(error: BaseException, arguments: list[str]) -> tuple[int, str]:
         return USAGE, f"error: {words}"
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
         return USAGE, f"error: the name {error.filename!r} is longer than a file name can be; use a shorter one."
-    return FAILED, f"error: unexpected {named(error)}; run again with --debug for the traceback."
+    return FAILED, f"error: unexpected {error_summary(error)}; run again with --debug for the traceback."

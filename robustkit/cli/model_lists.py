@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from robustkit.core.errors import UsageError, possible
+from robustkit.core.errors import UsageError, expand_path
 from robustkit.models.strings import FILE, FOLDER, ModelString
 
 
@@ -28,6 +28,6 @@ def refuse_lists(flag: str, models: Sequence[str]) -> None:
     for text in models:
         spec, parts = ModelString.parse(text), split_models(text)
         file = spec.weights or {FILE: spec.source, FOLDER: spec.arch}.get(spec.kind, "")
-        if len(parts) > 1 and not (file and possible(file).exists()):
+        if len(parts) > 1 and not (file and expand_path(file).exists()):
             each = " ".join(f"{flag} {part}" for part in parts)
             raise UsageError(f"{flag} {text} is a list; repeat the flag for each model: {each}.")

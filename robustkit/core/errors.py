@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 # A path may be long, a number of thousands of digits says no more than its ends.
-LONGEST_WORD = 300
+MAX_WORD_LENGTH = 300
 
 
 class RobustkitError(ValueError):
@@ -51,17 +51,17 @@ def one_line(text: str) -> str:
 
     A file's name or a model's error may hold line breaks, control characters or thousands of digits.
     """
-    words = (word if len(word) <= LONGEST_WORD else f"{word[:60]}…{word[-20:]}" for word in text.split())
+    words = (word if len(word) <= MAX_WORD_LENGTH else f"{word[:60]}…{word[-20:]}" for word in text.split())
     return printable(" ".join(words))
 
 
-def named(error: BaseException) -> str:
+def error_summary(error: BaseException) -> str:
     """Return an error's type and the first line of what it says."""
     said = str(error).strip().partition("\n")[0].rstrip(".")
     return f"{type(error).__name__}: {said}" if said else type(error).__name__
 
 
-def possible(path: str | os.PathLike[str]) -> Path:
+def expand_path(path: str | os.PathLike[str]) -> Path:
     """Return a path with its ~ replaced.
 
     Raises:

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Sequence
 
 
-def sequence(hits: int, n: int, level: float = 0.95) -> tuple[float, float]:
+def anytime_interval(hits: int, n: int, level: float = 0.95) -> tuple[float, float]:
     """Return an interval for a share that holds at every n at once, so that one may look, and stop, at any time.
 
     All shares p whose uniform prior is less than 1 / (1 - level) times their posterior density after `hits` of n
@@ -26,7 +26,7 @@ def sequence(hits: int, n: int, level: float = 0.95) -> tuple[float, float]:
     return low, high
 
 
-def exact(hits: int, n: int, level: float = 0.95) -> tuple[float, float]:
+def clopper_pearson(hits: int, n: int, level: float = 0.95) -> tuple[float, float]:
     """Return the interval of Clopper and Pearson, which holds at least as often as it says. For n = 0: (0, 1)."""
     if not n:
         return 0.0, 1.0
@@ -36,7 +36,7 @@ def exact(hits: int, n: int, level: float = 0.95) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def middle(n: int, level: float = 0.95) -> tuple[int, int]:
+def median_ranks(n: int, level: float = 0.95) -> tuple[int, int]:
     """Return the indices of the two of n sorted numbers between which the median lies with this confidence.
 
     These are order statistics: the binomial distribution gives their confidence, whatever the numbers' own
@@ -48,26 +48,26 @@ def middle(n: int, level: float = 0.95) -> tuple[int, int]:
     return low, n - 1 - low
 
 
-def two_phase(robust: int, n: int, broken: int, audited: int, level: float = 0.95) -> tuple[float, float]:
+def two_phase_interval(robust: int, n: int, broken: int, audited: int, level: float = 0.95) -> tuple[float, float]:
     """Return an interval for the share that a second attack would leave too, tried on some survivors of a first.
 
     `robust` of n images survived the first; the second broke `broken` of `audited` drawn from those at random.
     Each phase gets half of the error, by Clopper and Pearson, so the product holds at least as often as it says.
     """
     half = (1 + level) / 2
-    first, second = exact(robust, n, half), exact(broken, audited, half)
+    first, second = clopper_pearson(robust, n, half), clopper_pearson(broken, audited, half)
     return first[0] * (1 - second[1]), first[1] * (1 - second[0])
 
 
-def enough(share: float, width: float) -> int:
+def images_for_width(share: float, width: float) -> int:
     """Return about how many images bring a `sequence` of this share down to this width."""
     n = 8
-    while (ends := sequence(round(share * n), n))[1] - ends[0] > width:
+    while (ends := anytime_interval(round(share * n), n))[1] - ends[0] > width:
         n += max(1, n // 16)
     return n
 
 
-def mean_of_all(
+def mean_cost_interval(
     lows: Sequence[float], highs: Sequence[float], n: int, most: float, level: float = 0.95, draws: int = 2000
 ) -> tuple[float, float]:
     """Return an interval for the mean of n costs from 0 to `most`, some of them known, drawn at random.
@@ -92,15 +92,15 @@ def mean_of_all(
 
 def _root(density: Callable[[float], float], least: float, outside: float, inside: float) -> float:
     for _ in range(60):
-        middle = (outside + inside) / 2
-        if density(middle) < least:
-            outside = middle
+        midpoint = (outside + inside) / 2
+        if density(midpoint) < least:
+            outside = midpoint
         else:
-            inside = middle
+            inside = midpoint
     return outside
 
 
-def unseen(counts: Sequence[tuple[int, int]], level: float = 0.95) -> tuple[float, float]:
+def prediction_interval(counts: Sequence[tuple[int, int]], level: float = 0.95) -> tuple[float, float]:
     """Return an interval that one more group's share falls into, from hits and sizes of groups of its kind.
 
     Student's prediction interval on the logits of the shares (half a hit added to each side), so it stays within
@@ -120,8 +120,8 @@ def unseen(counts: Sequence[tuple[int, int]], level: float = 0.95) -> tuple[floa
         statistics.NormalDist().inv_cdf(half) * counting,
     )
     reach *= math.sqrt(1 + 1 / len(logits))
-    middle, mean = statistics.fmean(logits), statistics.fmean(hits / n for hits, n in counts)
-    return min(_share(middle - reach), mean), max(_share(middle + reach), mean)
+    centre, mean = statistics.fmean(logits), statistics.fmean(hits / n for hits, n in counts)
+    return min(_share(centre - reach), mean), max(_share(centre + reach), mean)
 
 
 def _share(logit: float) -> float:

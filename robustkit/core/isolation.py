@@ -66,7 +66,7 @@ def set_generators(states: Mapping[str, torch.Tensor]) -> None:
 
 
 @contextmanager
-def usual_torch() -> Iterator[None]:
+def default_torch_modes() -> Iterator[None]:
     """Have autograd on, inference mode and autocast off inside, whatever the caller has switched."""
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     with ExitStack() as stack:

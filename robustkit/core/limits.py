@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 # More than anybody asks for: a limit against slips of the hand, of which messages do not speak.
-LARGE = 1_000_000
+MAX_STATED_LIMIT = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Limits:
         if number in self:
             return None
         lower, upper = self._ends
-        if self.high < LARGE:
+        if self.high < MAX_STATED_LIMIT:
             return str(self)
         return lower if number <= self.low else upper
 

@@ -9,21 +9,21 @@ from fractions import Fraction
 
 # Longer texts, and exponents and fractions of more digits, are refused: no field needs them, and the exact
 # fraction of 1e999999999 fills the memory. A fraction within the limits can be written out and read again.
-LONGEST = 150
-DIGITS = 60
+MAX_LENGTH = 150
+MAX_DIGITS = 60
 
 _DECIMAL = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE]([+-]?\d+))?", re.ASCII)
 
 
 def shown(value: object) -> str:
     """Return how a message shows a value, however long it is."""
-    text = repr(value) if _short(value) else f"a whole number of more than {DIGITS} digits"
-    return text if len(text) <= LONGEST else f"{text[:DIGITS]}…{text[-1]}"
+    text = repr(value) if _short(value) else f"a whole number of more than {MAX_DIGITS} digits"
+    return text if len(text) <= MAX_LENGTH else f"{text[:MAX_DIGITS]}…{text[-1]}"
 
 
 def _short(value: object) -> bool:
     """Return whether a value can be written out: Python itself refuses whole numbers of thousands of digits."""
-    return not isinstance(value, int) or abs(value) < 10**DIGITS
+    return not isinstance(value, int) or abs(value) < 10**MAX_DIGITS
 
 
 def exact(value: object) -> Fraction:
@@ -46,20 +46,20 @@ def exact(value: object) -> Fraction:
         number = Fraction(repr(float(value)))
     else:
         raise ValueError("is not a finite number")
-    if max(abs(number.numerator), number.denominator) > 10**DIGITS:
-        raise ValueError(f"has more than {DIGITS} digits")
+    if max(abs(number.numerator), number.denominator) > 10**MAX_DIGITS:
+        raise ValueError(f"has more than {MAX_DIGITS} digits")
     return number
 
 
 def _written(text: str) -> Fraction:
-    if len(text) > LONGEST:
-        raise ValueError(f"has more than {LONGEST} characters")
+    if len(text) > MAX_LENGTH:
+        raise ValueError(f"has more than {MAX_LENGTH} characters")
     parts = [_DECIMAL.fullmatch(part.strip()) for part in text.split("/")]
     if len(parts) > 2 or not all(parts):
         raise ValueError("is not a number")
     for part in parts:
-        if part and abs(int(part[1] or 0)) > DIGITS:
-            raise ValueError(f"has an exponent beyond {DIGITS}")
+        if part and abs(int(part[1] or 0)) > MAX_DIGITS:
+            raise ValueError(f"has an exponent beyond {MAX_DIGITS}")
     upper, *lower = (Fraction(part[0]) for part in parts if part)
     if lower == [0]:
         raise ValueError("divides by zero")

@@ -24,7 +24,7 @@ T = TypeVar("T")
 FORMAT = 1
 
 # Whole numbers of records fit into 64 bits, as SQLite's do. What has no type may be nested so deep.
-LARGEST, DEEPEST = 2**63 - 1, 32
+MAX_INTEGER, MAX_DEPTH = 2**63 - 1, 32
 REMEDY = "restore it from a copy, or run the command again with another --out folder."
 WORDS = {str: "a text", bool: "true or false", int: "a whole number", float: "a number"}
 
@@ -199,7 +199,7 @@ def _scalar(kind: Any) -> Reader:
     def work(value: Any) -> Any:
         if type(value) not in known:
             raise _needed(value, WORDS[kind])
-        if type(value) is int and abs(value) > LARGEST:
+        if type(value) is int and abs(value) > MAX_INTEGER:
             raise _needed(value, "a whole number of at most 64 bits")
         return value
 
@@ -270,7 +270,7 @@ def _record(kind: Any) -> Reader:
 
 def _plain(value: Any, depth: int = 0) -> Any:
     """Return any JSON value that a person could have written; deeper ones end Python's stack later on."""
-    if depth > DEEPEST:
+    if depth > MAX_DEPTH:
         raise _Wrong("is nested too deeply")
     if isinstance(value, Mapping):
         return {name: _plain(one, depth + 1) for name, one in value.items()}

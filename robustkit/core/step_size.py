@@ -18,7 +18,7 @@ from robustkit.core.numbers import exact
 
 UNITS = ("eps", "px")
 # Rounding may leave steps of 1 / N a little short of 1.
-SLACK = 1e-6
+REACH_TOLERANCE = 1e-6
 # Steps of a share of eps that lead from one edge of the ball to the other.
 ACROSS = 2
 # Denominators that a number of grey levels over 255 has and a plain share of eps has not (17 / 255 is 1 / 15).
@@ -96,7 +96,7 @@ def check_bare(name: str, value: object, steps: int | None) -> None:
         return
     share = float(exact(value))
     reach = None if steps is None else steps * share
-    if _in_levels(value) or (reach is not None and reach < 1 - SLACK) or share >= ACROSS:
+    if _in_levels(value) or (reach is not None and reach < 1 - REACH_TOLERANCE) or share >= ACROSS:
         text = value.strip() if isinstance(value, str) else f"{share:.6g}"
         total = "" if steps is None else f", and {steps} steps of it reach {reach:.3g} of eps"
         pixels = f"{text}/255px" if share >= ACROSS else f"{text}px"

@@ -17,12 +17,12 @@ from robustkit.core.errors import UsageError
 from robustkit.core.numbers import exact, shown
 from robustkit.core.shapes import Images, Mask, PerRow
 
-LARGEST = 1e9
+MAX_EPS = 1e9
 # What stands in the place of eps where the nearest point of all is looked for.
 MINIMAL = "min"
-EXAMPLES = {"linf": "8/255", "l2": "0.5", "l1": "12"}
+EXAMPLE_EPS = {"linf": "8/255", "l2": "0.5", "l1": "12"}
 # Of a fraction that a float is taken for.
-LARGEST_DENOMINATOR = 1000
+MAX_DENOMINATOR = 1000
 
 # Takes shifts (B, D), float64, into ball and box: (shift, low, high, radius (B, 1)), where low <= 0 <= high.
 Clip = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -66,8 +66,8 @@ class ThreatModel(ABC):
             ) from None
         if self.eps < 0:
             raise UsageError(f"threat '{self}': eps must not be negative; write e.g. {self.norm}:{-self.eps}.")
-        if self.eps > LARGEST:
-            raise UsageError(f"threat of norm {self.norm}: eps is above {LARGEST:g}, larger than any image.")
+        if self.eps > MAX_EPS:
+            raise UsageError(f"threat of norm {self.norm}: eps is above {MAX_EPS:g}, larger than any image.")
 
     @staticmethod
     def parse(text: str) -> ThreatModel:
@@ -84,7 +84,7 @@ class ThreatModel(ABC):
                 f"threat {shown(text)}: write NORM:EPS with a norm of linf, l2 or l1, e.g. linf:8/255 or l2:0.5."
             )
         if number.strip().lower() == MINIMAL:
-            return kind(Fraction(1 if kind is Linf else int(LARGEST)), minimal=True)
+            return kind(Fraction(1 if kind is Linf else int(MAX_EPS)), minimal=True)
         try:
             eps = exact(number)
         except ValueError as error:
@@ -114,7 +114,7 @@ class ThreatModel(ABC):
             )
         norm, eps = pair
         if not isinstance(eps, str) and math.isfinite(eps):
-            near = Fraction(float(eps)).limit_denominator(LARGEST_DENOMINATOR)
+            near = Fraction(float(eps)).limit_denominator(MAX_DENOMINATOR)
             eps = near if float(near) == float(eps) else eps
         return ThreatModel.parse(f"{norm}:{eps}")
 
@@ -133,13 +133,13 @@ class ThreatModel(ABC):
         if self.minimal:
             raise UsageError(
                 f"threat '{self}' asks for minimum norms, which evaluate, plan and verify find; an eps is needed "
-                f"here, e.g. {self.norm}:{EXAMPLES[self.norm]}."
+                f"here, e.g. {self.norm}:{EXAMPLE_EPS[self.norm]}."
             )
         return self
 
     def typical(self) -> ThreatModel:
         """Return a threat of the same norm with an eps that papers use, for what needs some eps."""
-        return type(self)(exact(EXAMPLES[self.norm]))
+        return type(self)(exact(EXAMPLE_EPS[self.norm]))
 
     def worth(self, x_adv: Images, x: Images) -> PerRow:
         """Return what points that reach the goal are worth: infinity; where it is minimal 1 / distance."""

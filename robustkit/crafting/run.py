@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from robustkit.core.errors import RunError, UsageError
-from robustkit.core.schema import LARGEST
+from robustkit.core.schema import MAX_INTEGER
 from robustkit.crafting import png_export
 from robustkit.crafting.image_store import IMAGES, WITHOUT, ResumableCrafter
 from robustkit.crafting.judging import Stack, TargetEvaluator, doubts_of
@@ -107,7 +107,7 @@ class _Job:
                 Ledger.open(self.out and self.out / run_folder.LEDGER, self.plan.spec.run_id) as ledger,
                 closing(self._workshop(ledger)) as self.shop,
             ):
-                ledger.require(self.n, self.samples.images([0]).nbytes, LARGEST)
+                ledger.require(self.n, self.samples.images([0]).nbytes, MAX_INTEGER)
                 ledger.check_chunks()
                 self.parts = noted(ledger)
                 if record is None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class DataEntry:
     """One kind of data.
 
     Attributes:
@@ -40,9 +40,9 @@ def _named(
     input_shape: tuple[int, int, int] | None,
     splits: tuple[str, str] = ("test", "train"),
     needs_root: bool = True,
-) -> Entry:
+) -> DataEntry:
     """Return the entry of a data set whose first split is the default."""
-    return Entry(
+    return DataEntry(
         name=name,
         description=description,
         example=f"{name}:{splits[0]}",
@@ -55,7 +55,7 @@ def _named(
     )
 
 
-CATALOG: dict[str, Entry] = {
+CATALOG: dict[str, DataEntry] = {
     entry.name: entry
     for entry in (
         _named(
@@ -79,13 +79,15 @@ CATALOG: dict[str, Entry] = {
             None,
             splits=("val", "train"),
         ),
-        Entry(
+        DataEntry(
             "folder",
             "your images, one folder per class; ?classes=FILE for the model's order of them",
             "folder:PATH",
         ),
-        Entry("webdataset", "your images in tar shards, each KEY.jpg or such with its KEY.cls", "webdataset:PATH"),
-        Entry(
+        DataEntry(
+            "webdataset", "your images in tar shards, each KEY.jpg or such with its KEY.cls", "webdataset:PATH"
+        ),
+        DataEntry(
             "npz",
             "your arrays: x (images), y (labels), optionally classes (names); ?layout=NCHW or NHWC",
             "PATH.npz",

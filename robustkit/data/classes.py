@@ -29,7 +29,7 @@ _WRITTEN = 12
 
 
 @dataclass(frozen=True)
-class Order:
+class ClassOrder:
     """Which name is which class of the model: `numbers` by name, and a name for each number.
 
     `listed` is whether the names came as a list, which is the model's only if it is as long.
@@ -40,7 +40,7 @@ class Order:
     listed: bool
 
     @classmethod
-    def of(cls, pairs: Sequence[tuple[str, int]], source: str) -> Order:
+    def of(cls, pairs: Sequence[tuple[str, int]], source: str) -> ClassOrder:
         """Return the order of pairs of name and number; several names may have one number.
 
         Raises:
@@ -63,7 +63,7 @@ class Order:
         return cls(numbers, tuple(first.get(number, str(number)) for number in range(max(first) + 1)), listed)
 
 
-def read_order(text: str) -> Order:
+def read_order(text: str) -> ClassOrder:
     """Return the order of the model's classes that the field `classes=` gives.
 
     Args:
@@ -75,7 +75,9 @@ def read_order(text: str) -> Order:
     """
     path = Path(os.path.expanduser(text))
     if not os.path.exists(path) and "," in text:
-        return Order.of([(name.strip(), number) for number, name in enumerate(text.split(","))], f"classes={text}")
+        return ClassOrder.of(
+            [(name.strip(), number) for number, name in enumerate(text.split(","))], f"classes={text}"
+        )
     try:
         with open_regular(path) as file:
             content = file.read(_MAX_BYTES + 1)
@@ -93,7 +95,7 @@ def read_order(text: str) -> Order:
         raise UsageError(
             f"{path} is no list of classes; write one name per line, CSV of name and number, or JSON of either."
         ) from error
-    return Order.of(pairs, str(path))
+    return ClassOrder.of(pairs, str(path))
 
 
 def _from_json(body: Any) -> list[tuple[str, int]]:
@@ -125,7 +127,7 @@ def _from_lines(body: str) -> list[tuple[str, int]]:
     return [(name, number) for number, name in enumerate(names)]
 
 
-def fixed(samples: Samples, order: Order) -> Samples:
+def relabelled(samples: Samples, order: ClassOrder) -> Samples:
     """Return the samples with the labels that an order gives the names of their classes.
 
     Samples without names have numbers already, which then get names.
@@ -150,7 +152,7 @@ def fixed(samples: Samples, order: Order) -> Samples:
     return replace(_placed(samples, places, order.names), fixed=True, listed=order.listed)
 
 
-def matched(samples: Samples, count: int | None, names: Sequence[str] | None) -> Samples:
+def match_classes(samples: Samples, count: int | None, names: Sequence[str] | None) -> Samples:
     """Return the samples with labels that are the model's own numbers, as far as names tell, else with flags.
 
     Args:

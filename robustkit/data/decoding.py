@@ -33,7 +33,7 @@ _ORIENTATION = 274
 _TURNED = ("TIFF",)
 
 
-class Pictures(ABC):
+class EncodedImages(ABC):
     """A `Source` of encoded images, decoded to RGB.
 
     Attributes:

@@ -6,10 +6,10 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from robustkit.core.errors import UsageError, did_you_mean, possible
+from robustkit.core.errors import UsageError, did_you_mean, expand_path
 from robustkit.core.preprocess import Preprocess
 from robustkit.data.catalog import CATALOG
-from robustkit.data.classes import absolute, fixed, read_order
+from robustkit.data.classes import absolute, read_order, relabelled
 from robustkit.data.samples import Samples
 from robustkit.data.strings import DataString
 from robustkit.registry.plugins import Plugin, plugins
@@ -45,7 +45,7 @@ def load_data(
         raise UsageError(f"data {string!r} has a layout=, which only .npz arrays need; leave it out.")
     samples = _loaded(spec, is_npz, root, download, preprocess)
     if "classes" in spec.options:
-        samples = fixed(samples, read_order(spec.options["classes"]))
+        samples = relabelled(samples, read_order(spec.options["classes"]))
     return replace(samples, name=f"{samples.name}{spec.query}")
 
 
@@ -140,4 +140,4 @@ def _unknown(string: str, name: str) -> UsageError:
 
 def _absolute(path: str | Path) -> Path:
     """Return the path with ~ and .. resolved, without asking the disk."""
-    return Path(os.path.abspath(possible(path)))
+    return Path(os.path.abspath(expand_path(path)))

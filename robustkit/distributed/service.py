@@ -6,7 +6,7 @@ from multiprocessing.connection import Client
 
 import torch
 
-from robustkit.core.errors import RobustkitError, UsageError, named
+from robustkit.core.errors import RobustkitError, UsageError, error_summary
 from robustkit.crafting import craft_worker
 from robustkit.engine.evaluation import evaluate_worker, tasks
 from robustkit.engine.evaluation.tasks import Gone, Link
@@ -33,7 +33,7 @@ def serve(address: tuple[str, int], key: bytes, number: int) -> None:
                 brief = _next(link)
             # The driver's Ctrl-C is not heard here: one that is raised comes from the code of others.
             except (Exception, SystemExit, KeyboardInterrupt) as error:
-                link.send(tasks.Failed(f"a worker failed with {named(error)}.", usage=False))
+                link.send(tasks.Failed(f"a worker failed with {error_summary(error)}.", usage=False))
                 brief = _next(link)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()  # the last run's model has gone

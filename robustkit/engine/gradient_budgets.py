@@ -10,7 +10,7 @@ from typing import Any
 from robustkit.attack_api import Composition
 from robustkit.core.errors import UsageError
 from robustkit.core.flags import Flag
-from robustkit.core.step_size import SLACK, StepSize
+from robustkit.core.step_size import REACH_TOLERANCE, StepSize
 from robustkit.registry import spec
 from robustkit.runs.craft_record import Point
 
@@ -71,7 +71,7 @@ def falls_short(attack: Any, eps: float) -> Flag | None:
     if size is None or not rule.info.ascent or getattr(rule, "update", None) == "plain":
         return None
     steps, share = rule.steps, rule.steps * size.share(eps)
-    if share > 1 - SLACK:
+    if share > 1 - REACH_TOLERANCE:
         return None
     return Flag(
         "steps-fall-short",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from robustkit.core.isolation import evaluation_mode, own_randomness
-from robustkit.data.classes import WNID, matched
+from robustkit.data.classes import WNID, match_classes
 from robustkit.data.samples import Samples
 from robustkit.models.classifier import Classifier
 
@@ -17,7 +17,7 @@ def matched_to(samples: Samples, model: Classifier) -> Samples:
     count = model.num_classes
     if count is None and (samples.by_name or WNID.fullmatch(samples.classes[0])):
         count = _count(model, samples)
-    return matched(samples, count, model.class_names)
+    return match_classes(samples, count, model.class_names)
 
 
 def _count(model: Classifier, samples: Samples) -> int | None:

@@ -10,7 +10,7 @@ from torch import nn
 
 from robustkit.core.devices import pick_device
 from robustkit.core.errors import UsageError
-from robustkit.core.isolation import same_folder, switch_mode, usual_torch
+from robustkit.core.isolation import default_torch_modes, same_folder, switch_mode
 from robustkit.core.preprocess import Preprocess
 from robustkit.models.bare import bare, with_numbers
 from robustkit.models.classifier import Classifier
@@ -46,7 +46,7 @@ _BUILD = {
 }
 
 
-@usual_torch()
+@default_torch_modes()
 def load_model(
     string: str, *, device: str | torch.device = "cpu", seed: int = 0, trust_code: bool = False
 ) -> Classifier:

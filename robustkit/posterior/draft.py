@@ -14,8 +14,18 @@ from torch import Tensor
 from robustkit.core.errors import RunError
 from robustkit.core.writing import refuse_link, subfolder
 from robustkit.posterior.digest import digest
-from robustkit.posterior.store import DELTA, EXACT, FILE, FORMAT, MEAN, SCALE, Posterior, coded, is_coded
-from robustkit.posterior.stream import Entry, write
+from robustkit.posterior.store import (
+    DELTA,
+    EXACT,
+    FILE,
+    FORMAT,
+    MEAN,
+    SCALE,
+    Posterior,
+    encode_difference,
+    is_coded,
+)
+from robustkit.posterior.stream import TensorEntry, write
 
 FOLDER = "samples"
 
@@ -129,14 +139,14 @@ class _Stack:
         first = files[0].get_tensor(name)
         self.dtype, self.shape = first.dtype, tuple(first.shape)
 
-    def entries(self) -> list[Entry]:
+    def entries(self) -> list[TensorEntry]:
         count = len(self.files)
         if not is_coded(self.dtype, self.shape):
-            return [Entry(EXACT + self.name, self.dtype, (count, *self.shape), self._rows)]
+            return [TensorEntry(EXACT + self.name, self.dtype, (count, *self.shape), self._rows)]
         return [
-            Entry(MEAN + self.name, torch.float32, self.shape, lambda: [self._mean()]),
-            Entry(SCALE + self.name, torch.float32, (count,), lambda: (scale for scale, _ in self._coded())),
-            Entry(DELTA + self.name, torch.float16, (count, *self.shape), self._codes),
+            TensorEntry(MEAN + self.name, torch.float32, self.shape, lambda: [self._mean()]),
+            TensorEntry(SCALE + self.name, torch.float32, (count,), lambda: (scale for scale, _ in self._coded())),
+            TensorEntry(DELTA + self.name, torch.float16, (count, *self.shape), self._codes),
         ]
 
     def _codes(self) -> Iterator[Tensor]:
@@ -153,15 +163,15 @@ class _Stack:
 
     def _coded(self) -> Iterator[tuple[Tensor, Tensor]]:
         mean = self._mean()
-        return (coded(row - mean) for row in self._rows())
+        return (encode_difference(row - mean) for row in self._rows())
 
 
 def _digest(state: Mapping[str, Tensor]) -> str:
     return digest({name: state[name] for name in sorted(state)})
 
 
-def _whole(name: str, tensor: Tensor) -> Entry:
-    return Entry(name, tensor.dtype, tuple(tensor.shape), lambda: [tensor])
+def _whole(name: str, tensor: Tensor) -> TensorEntry:
+    return TensorEntry(name, tensor.dtype, tuple(tensor.shape), lambda: [tensor])
 
 
 def _shapes(file: Any) -> dict[str, tuple[str, list[int]]]:

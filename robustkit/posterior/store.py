@@ -23,7 +23,7 @@ FILE = "posterior.safetensors"
 FORMAT = "1"
 MEAN, DELTA, SCALE, EXACT = "mean/", "delta/", "scale/", "exact/"
 # Codes reach up to this. Half of float16's largest: small differences beside large ones keep their digits.
-LARGEST = 2.0**15
+MAX_CODE = 2.0**15
 
 
 class Posterior:
@@ -162,9 +162,9 @@ def is_coded(dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
     return dtype == torch.float32 and len(shape) > 1
 
 
-def coded(difference: Tensor) -> tuple[Tensor, Tensor]:
+def encode_difference(difference: Tensor) -> tuple[Tensor, Tensor]:
     """Return a scale (1) and float16 codes whose product is the difference to the mean, rounded."""
     largest = difference.abs().amax() if difference.numel() else difference.new_zeros(())
-    scale = largest / LARGEST
+    scale = largest / MAX_CODE
     code = difference / torch.where(scale > 0, scale, 1)
     return scale.reshape(1), code.half()

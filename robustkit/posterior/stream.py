@@ -28,7 +28,7 @@ NAMES = {
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorEntry:
     """One tensor to be written: `rows` gives it in pieces, in order, when its turn comes."""
 
     name: str
@@ -37,7 +37,7 @@ class Entry:
     rows: Callable[[], Iterable[Tensor]]
 
     @classmethod
-    def of(cls, name: str, tensor: Tensor) -> Entry:
+    def of(cls, name: str, tensor: Tensor) -> TensorEntry:
         """Return the entry of a tensor that is in memory."""
         return cls(name, tensor.dtype, tuple(tensor.shape), lambda: [tensor])
 
@@ -50,7 +50,7 @@ class Entry:
         return count * self.dtype.itemsize
 
 
-def write(path: Path, entries: Sequence[Entry], metadata: Mapping[str, str]) -> None:
+def write(path: Path, entries: Sequence[TensorEntry], metadata: Mapping[str, str]) -> None:
     """Write the tensors to a file that appears under its name only when it is whole and on the disk."""
     order = list(NAMES)
     entries = sorted(entries, key=lambda entry: order.index(entry.dtype))
@@ -72,4 +72,4 @@ def write(path: Path, entries: Sequence[Entry], metadata: Mapping[str, str]) -> 
 
 def write_tensors(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write tensors that are in memory: same tensors, same bytes, as safetensors' own writer does not promise."""
-    write(path, [Entry.of(name, tensor) for name, tensor in state.items()], metadata)
+    write(path, [TensorEntry.of(name, tensor) for name, tensor in state.items()], metadata)

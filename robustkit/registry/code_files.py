@@ -20,7 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from robustkit.core.errors import UsageError, named, possible
+from robustkit.core.errors import UsageError, error_summary, expand_path
 from robustkit.registry.imports import own_imports
 
 _REFERENCE = re.compile(r"(.+\.py):([^\W\d]\w*)", re.DOTALL)
@@ -40,7 +40,7 @@ def split_reference(name: str) -> tuple[Path, str]:
     match = _REFERENCE.fullmatch(name)
     if match is None:
         raise UsageError(f"{name!r} is no class or function of a file: write FILE.py:NAME.")
-    return possible(match[1]).absolute(), match[2]
+    return expand_path(match[1]).absolute(), match[2]
 
 
 def absolute_reference(name: str) -> str:
@@ -180,7 +180,7 @@ def _run(path: Path, source: str) -> ModuleType:
     # A script without a main guard ends in SystemExit.
     except (Exception, SystemExit) as error:
         del sys.modules[name]
-        raise UsageError(f"'{path}' failed with {named(error)}: correct it first.") from error
+        raise UsageError(f"'{path}' failed with {error_summary(error)}: correct it first.") from error
     return module
 
 

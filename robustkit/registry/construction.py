@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from robustkit.core.errors import UsageError, did_you_mean
-from robustkit.core.numbers import LONGEST, shown
+from robustkit.core.numbers import MAX_LENGTH, shown
 from robustkit.core.step_size import StepSize
 from robustkit.registry.code_files import code_of, is_reference
 from robustkit.registry.decorators import ORIGIN
@@ -160,8 +160,8 @@ def _literals(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def _literal(value: Any) -> Any:
     """Read a family member's field, whose types are another library's, as a Python literal if it is one."""
-    if isinstance(value, str) and len(value) > LONGEST:
-        raise UsageError(f"value {shown(value)} has more than {LONGEST} characters; write a shorter one.")
+    if isinstance(value, str) and len(value) > MAX_LENGTH:
+        raise UsageError(f"value {shown(value)} has more than {MAX_LENGTH} characters; write a shorter one.")
     try:
         return ast.literal_eval(value) if isinstance(value, str) else value
     except (ValueError, SyntaxError):

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from robustkit.core.errors import RobustkitError, UsageError, named
+from robustkit.core.errors import RobustkitError, UsageError, error_summary
 from robustkit.registry.imports import own_imports_of_module
 
 GROUPS = ("attacks", "defenses", "models", "data")
@@ -56,8 +56,8 @@ class Plugin:
             return getattr(importlib.import_module(self.module), self.attribute)
         except (Exception, SystemExit) as error:
             raise UsageError(
-                f"{self.name!r} of the package {self.package} cannot be imported ({named(error)}): correct or "
-                "uninstall that package."
+                f"{self.name!r} of the package {self.package} cannot be imported ({error_summary(error)}): correct "
+                "or uninstall that package."
             ) from error
 
     def call(self, *values: Any, **fields: Any) -> Any:
@@ -74,8 +74,8 @@ class Plugin:
         except (Exception, SystemExit) as error:
             given = ", ".join([*map(repr, values), *(f"{name}={value!r}" for name, value in fields.items())])
             raise UsageError(
-                f"{self.module}:{self.attribute} of the package {self.package} failed with {named(error)} for "
-                f"{given}: check the name and the fields."
+                f"{self.module}:{self.attribute} of the package {self.package} failed with {error_summary(error)} "
+                f"for {given}: check the name and the fields."
             ) from error
 
     @property

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from robustkit.core.limits import LARGE, Limits
+from robustkit.core.limits import MAX_STATED_LIMIT, Limits
 
-Count = Annotated[int, Limits(1, LARGE)]
-CountOrZero = Annotated[int, Limits(0, LARGE)]
+Count = Annotated[int, Limits(1, MAX_STATED_LIMIT)]
+CountOrZero = Annotated[int, Limits(0, MAX_STATED_LIMIT)]
 Positive = Annotated[float, Limits(0, open="low")]
 NonNegative = Annotated[float, Limits(0)]
 Share = Annotated[float, Limits(0, 1)]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Annotated, Any
 
 from robustkit.core.flags import Flag
-from robustkit.core.intervals import unseen
+from robustkit.core.intervals import prediction_interval
 from robustkit.core.limits import Limits
 from robustkit.core.schema import FORMAT, Amount, Count, Keys, OneOf, Positive, Share, build, check_format
 from robustkit.runs.evaluation_record import Data, Environment, Format, Model, Named, Rate, Spec, dumps
@@ -185,7 +185,7 @@ class Forecast:
             right = [hit for hit in member if hit is not None]
             rates.append(Rate.of(sum(right), len(right)) if right else None)
         known = [rate for rate in rates if rate]
-        low, high = unseen([(round(rate.value * rate.n), rate.n) for rate in known])
+        low, high = prediction_interval([(round(rate.value * rate.n), rate.n) for rate in known])
         images = []
         for column in zip(*fooled, strict=True):
             right = [hit for hit in column if hit is not None]

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from robustkit.core.intervals import middle
+from robustkit.core.intervals import median_ranks
 from robustkit.core.schema import Amount
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -23,7 +23,7 @@ class Middle:
     @classmethod
     def of(cls, numbers: Sequence[float]) -> Middle:
         """Return the median of sorted numbers, and its interval between two of them (`intervals.middle`)."""
-        low, high = middle(len(numbers))
+        low, high = median_ranks(len(numbers))
         ends = [numbers[place] if 0 <= place < len(numbers) else None for place in (low, high)]
         return cls(
             quantile(numbers, 0.5), *(end if end is not None and math.isfinite(end) else None for end in ends)

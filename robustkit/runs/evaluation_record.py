@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Annotated, Any
 
 from robustkit.core.flags import Flag
-from robustkit.core.intervals import sequence, two_phase
+from robustkit.core.intervals import anytime_interval, two_phase_interval
 from robustkit.core.limits import Limits
 from robustkit.core.schema import FORMAT, Amount, Count, Keys, OneOf, Positive, Share, build, check_format
 from robustkit.runs.distances import Minimum
@@ -124,7 +124,7 @@ class Rate:
 
         `unknown` of the hits may turn out to be none: the interval begins where none of them is one.
         """
-        return cls(hits / n, sequence(max(hits - unknown, 0), n)[0], sequence(hits, n)[1], n)
+        return cls(hits / n, anytime_interval(max(hits - unknown, 0), n)[0], anytime_interval(hits, n)[1], n)
 
 
 @dataclass(frozen=True)
@@ -256,7 +256,7 @@ class Audit:
     def of(cls, audited: Sequence[int], broke: Sequence[int], robust: int, n: int, cost: Cost) -> Audit:
         """Return the audit of a run that left `robust` of `n` images standing."""
         value = robust / n * (1 - len(broke) / len(audited)) if audited else 0.0
-        low, high = two_phase(robust, n, len(broke), len(audited))
+        low, high = two_phase_interval(robust, n, len(broke), len(audited))
         return cls(audited, broke, Rate(value, low, high, n), cost)
 
 

@@ -5,21 +5,21 @@ posterior at temperature T is p(w) ~ exp(-N (L(w) + wd |w|^2 / 2) / T): T = 1 is
 Batch size and learning rate are not in it.
 """
 
-from robustkit.sampling.checks import enough
+from robustkit.sampling.checks import check_count
 from robustkit.sampling.langevin import Langevin, PreconditionedLangevin
 from robustkit.sampling.moments import Moments
 from robustkit.sampling.noise import normal_like
-from robustkit.sampling.rates import cosine, cyclical, linear, polynomial, spread
+from robustkit.sampling.rates import cosine, cyclical, is_evenly_spaced, linear, polynomial
 
 __all__ = [
     "Langevin",
     "Moments",
     "PreconditionedLangevin",
+    "check_count",
     "cosine",
     "cyclical",
-    "enough",
+    "is_evenly_spaced",
     "linear",
     "normal_like",
     "polynomial",
-    "spread",
 ]

@@ -36,6 +36,6 @@ def linear(step: int, length: int, peak: float, floor: float) -> float:
     return peak * (1 - fallen) + floor * fallen
 
 
-def spread(step: int, length: int, count: int) -> bool:
+def is_evenly_spaced(step: int, length: int, count: int) -> bool:
     """Return whether a step is one of `count` among `length` at equal distances, the last of them included."""
     return 0 <= step < length and (step + 1) * count // length > step * count // length

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from robustkit.data.catalog import CATALOG
-from robustkit.data.classes import matched
+from robustkit.data.classes import match_classes
 from robustkit.data.samples import Samples
 from robustkit.data.strings import DataString
 
 _HELD_OUT = ("test", "val")
 
 
-def judged_by(test: Samples, train: Samples) -> Samples:
+def match_labels(test: Samples, train: Samples) -> Samples:
     """Return the test data with its labels renumbered as the classes of the same names in the training data."""
-    return matched(test, len(train.classes) if train.classes else None, train.classes)
+    return match_classes(test, len(train.classes) if train.classes else None, train.classes)
 
 
-def sibling(data: str) -> str | None:
+def held_out_split(data: str) -> str | None:
     """Return the data string of the held-out split of a training split's data set; None if there is none."""
     spec = DataString.parse(data)
     name, entry = spec.name, CATALOG.get(spec.name)

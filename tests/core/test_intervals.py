@@ -8,22 +8,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import beta, binom
 
-from robustkit.core.intervals import enough, exact, sequence, two_phase
+from robustkit.core.intervals import anytime_interval, clopper_pearson, images_for_width, two_phase_interval
 
 
 @given(st.integers(1, 3000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
 def test_sequence_is_where_the_posterior_is_dense_enough(counts: tuple[int, int]) -> None:
     hits, n = counts
-    low, high = sequence(hits, n)
+    low, high = anytime_interval(hits, n)
     assert 0 <= low <= hits / n <= high <= 1
     for end in {low, high} - {0.0, 1.0}:
         assert beta.logpdf(end, 1 + hits, 1 + n - hits) == pytest.approx(np.log(0.05), abs=1e-5)
 
 
 def test_sequence_of_nothing_says_nothing() -> None:
-    assert sequence(0, 0) == (0.0, 1.0)
-    assert sequence(0, 50)[0] == 0.0
-    assert sequence(50, 50)[1] == 1.0
+    assert anytime_interval(0, 0) == (0.0, 1.0)
+    assert anytime_interval(0, 50)[0] == 0.0
+    assert anytime_interval(50, 50)[1] == 1.0
 
 
 @pytest.mark.slow
@@ -33,7 +33,7 @@ def test_sequence_holds_at_all_times_at_once(share: float) -> None:
     missed = 0
     for row in draws:
         hits = row.cumsum()
-        looked = [sequence(int(hits[n - 1]), n) for n in range(10, 401, 10)]
+        looked = [anytime_interval(int(hits[n - 1]), n) for n in range(10, 401, 10)]
         missed += any(not low <= share <= high for low, high in looked)
     assert missed / len(draws) <= 0.05
     # Wilson's interval, looked at as often, does not hold.
@@ -50,12 +50,12 @@ def test_sequence_holds_at_all_times_at_once(share: float) -> None:
 
 
 def test_exact_is_clopper_and_pearson() -> None:
-    low, high = exact(3, 20)
+    low, high = clopper_pearson(3, 20)
     assert binom.sf(2, 20, low) == pytest.approx(0.025)
     assert binom.cdf(3, 20, high) == pytest.approx(0.025)
-    assert exact(0, 20)[0] == 0.0
-    assert exact(20, 20)[1] == 1.0
-    assert exact(0, 0) == (0.0, 1.0)
+    assert clopper_pearson(0, 20)[0] == 0.0
+    assert clopper_pearson(20, 20)[1] == 1.0
+    assert clopper_pearson(0, 0) == (0.0, 1.0)
 
 
 @pytest.mark.slow
@@ -66,17 +66,17 @@ def test_two_phases_cover_the_product() -> None:
     for _ in range(300):
         robust = int(rng.binomial(n, left))
         broken = int(rng.binomial(audited, 1 - survive))
-        low, high = two_phase(robust, n, broken, audited)
+        low, high = two_phase_interval(robust, n, broken, audited)
         covered += low <= left * survive <= high
     assert covered / 300 >= 0.95
-    assert two_phase(80, 200, 0, 40)[0] > two_phase(80, 200, 0, 4)[0]
+    assert two_phase_interval(80, 200, 0, 40)[0] > two_phase_interval(80, 200, 0, 4)[0]
 
 
 @pytest.mark.parametrize("width", [0.02, 0.1, 0.4])
 def test_enough_is_enough(width: float) -> None:
-    n = enough(0.3, width)
-    low, high = sequence(round(0.3 * n), n)
+    n = images_for_width(0.3, width)
+    low, high = anytime_interval(round(0.3 * n), n)
     assert high - low <= width
     fewer = n * 4 // 5
-    low, high = sequence(round(0.3 * fewer), fewer)
+    low, high = anytime_interval(round(0.3 * fewer), fewer)
     assert fewer < 8 or high - low > width

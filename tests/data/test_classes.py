@@ -11,7 +11,7 @@ import pytest
 
 from robustkit.core.errors import UsageError
 from robustkit.data import Samples, from_arrays, load_data
-from robustkit.data.classes import fixed, matched, read_order
+from robustkit.data.classes import match_classes, read_order, relabelled
 
 
 def samples(*names: str) -> Samples:
@@ -77,19 +77,19 @@ def test_an_order_that_is_not_there_or_lacks_a_class(tmp_path: Path) -> None:
 
 
 def test_names_that_the_model_knows_decide() -> None:
-    found = matched(samples("Cat_Fish", "dog"), 4, ("dog", "ape", "cat fish", "cow"))
+    found = match_classes(samples("Cat_Fish", "dog"), 4, ("dog", "ape", "cat fish", "cow"))
     assert found.labels.tolist() == [2, 0]
     assert not found.flags
     assert found.notes == ("the 2 classes of the data are matched by name to the model's 4",)
-    assert matched(found, 4, ("dog", "ape", "cat fish", "cow")) is found
+    assert match_classes(found, 4, ("dog", "ape", "cat fish", "cow")) is found
 
 
 def test_ids_of_imagenet_are_known_to_models_of_its_classes() -> None:
     # Tench, English springer and parachute, as in Imagenette.
     data = samples("n01440764", "n02102040", "n03888257")
-    assert matched(data, 1000, None).labels.tolist() == [0, 217, 701]
-    assert matched(data, 3, None) is data or not matched(data, 3, None).flags
-    assert matched(data, 1000, tuple(map(str, range(1000)))).labels.tolist() == [0, 217, 701]
+    assert match_classes(data, 1000, None).labels.tolist() == [0, 217, 701]
+    assert match_classes(data, 3, None) is data or not match_classes(data, 3, None).flags
+    assert match_classes(data, 1000, tuple(map(str, range(1000)))).labels.tolist() == [0, 217, 701]
 
 
 @pytest.mark.parametrize(
@@ -109,14 +109,14 @@ def test_ids_of_imagenet_are_known_to_models_of_its_classes() -> None:
 def test_doubtful_labels_are_flagged(
     names: tuple[str, ...], count: int | None, known: tuple[str, ...] | None, codes: list[str]
 ) -> None:
-    found = matched(samples(*names), count, known)
+    found = match_classes(samples(*names), count, known)
     assert [flag.code for flag in found.flags] == codes
     assert found.labels.tolist() == [sorted(names).index(name) for name in names]
 
 
 def test_numbers_that_somebody_gave_are_not_doubted() -> None:
-    assert not matched(replace(samples("ape", "bee"), by_name=False), 10, None).flags
-    assert not matched(replace(samples("10", "9"), fixed=True), 10, None).flags
+    assert not match_classes(replace(samples("ape", "bee"), by_name=False), 10, None).flags
+    assert not match_classes(replace(samples("10", "9"), fixed=True), 10, None).flags
 
 
 @pytest.mark.parametrize(
@@ -140,5 +140,5 @@ def test_a_list_of_other_length_than_the_model_has_classes_is_flagged(
     if "\n" in classes or classes[0] in "[{":
         (tmp_path / "names").write_text(classes)
         classes = str(tmp_path / "names")
-    found = matched(fixed(samples("cat", "dog"), read_order(classes)), 10, None)
+    found = match_classes(relabelled(samples("cat", "dog"), read_order(classes)), 10, None)
     assert [flag.code for flag in found.label_flags] == ["class-count"] * flagged

@@ -12,7 +12,7 @@ from nets import Small, labelled
 
 from robustkit import evaluate, verify
 from robustkit.core.errors import RunError, UsageError
-from robustkit.core.intervals import sequence
+from robustkit.core.intervals import anytime_interval
 from robustkit.engine.evaluation import early_stopping
 from robustkit.engine.evaluation.early_stopping import shuffled
 from robustkit.runs.evaluation_record import Report
@@ -50,7 +50,7 @@ def test_it_stops_when_the_interval_is_narrow_and_its_verdicts_are_those_of_the_
     assert part.n == len(part.verdicts) < 60
     rate = part.robust_accuracy
     assert rate.high - rate.low <= 0.45
-    assert (rate.low, rate.high) == sequence(round(rate.value * rate.n), rate.n)
+    assert (rate.low, rate.high) == anytime_interval(round(rate.value * rate.n), rate.n)
     order = shuffled(60, 0)
     assert {verdict.index for verdict in part.verdicts} == set(order[: part.n].tolist())
     assert same(part, whole)
@@ -72,7 +72,7 @@ def test_one_more_block_would_have_been_too_few() -> None:
     part = run(stop_at_width=0.45)
     robust = {verdict.index: verdict.robust for verdict in part.verdicts}
     order = shuffled(60, 0)[: part.n].tolist()
-    low, high = sequence(sum(robust[at] for at in order[:8]), 8)
+    low, high = anytime_interval(sum(robust[at] for at in order[:8]), 8)
     assert high - low > 0.45
 
 
@@ -158,10 +158,10 @@ def test_time_up_in_the_first_block_counts_unfinished_images_at_both_ends(
         assert part.stopped is not None
         left = part.stopped.unfinished
         assert part.n == 8
-        assert (part.clean_accuracy.value, part.clean_accuracy.low) == (7 / 8, sequence(7, 8)[0])
+        assert (part.clean_accuracy.value, part.clean_accuracy.low) == (7 / 8, anytime_interval(7, 8)[0])
         robust, rate = sum(verdict.robust for verdict in part.verdicts), part.robust_accuracy
         assert (rate.value, rate.n) == (robust / 8, 8)
-        assert (rate.low, rate.high) == (sequence(robust - left, 8)[0], sequence(robust, 8)[1])
+        assert (rate.low, rate.high) == (anytime_interval(robust - left, 8)[0], anytime_interval(robust, 8)[1])
         assert Report.from_json(part.to_json()) == replace(part, adversarial=None)
         (flag,) = [flag for flag in part.flags if flag.code == "unfinished-images"]
         assert (flag.value, flag.level) == (left, "warning")

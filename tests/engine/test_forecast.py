@@ -16,7 +16,7 @@ from nets import Small, labelled
 
 from robustkit import evaluate, plan
 from robustkit.core.errors import UsageError
-from robustkit.core.intervals import mean_of_all
+from robustkit.core.intervals import mean_cost_interval
 from robustkit.core.threat import ThreatModel
 from robustkit.data import from_arrays
 from robustkit.engine.evaluation.block_runner import BlockRunner
@@ -169,11 +169,11 @@ def test_one_clear_sentence(words: dict[str, object], said: str) -> None:
 
 
 def test_an_interval_for_a_mean_of_costs() -> None:
-    assert mean_of_all([1.0, 3.0], [1.0, 3.0], 2, most=9.0) == (2.0, 2.0)
-    low, high = mean_of_all([1.0, 3.0], [1.0, 5.0], 2, most=9.0)
+    assert mean_cost_interval([1.0, 3.0], [1.0, 3.0], 2, most=9.0) == (2.0, 2.0)
+    low, high = mean_cost_interval([1.0, 3.0], [1.0, 5.0], 2, most=9.0)
     assert (low, high) == (2.0, 3.0)
     # A few cheap images do not rule out that others are dear.
-    low, high = mean_of_all([2.0] * 10, [2.0] * 10, 10_000, most=1000.0)
+    low, high = mean_cost_interval([2.0] * 10, [2.0] * 10, 10_000, most=1000.0)
     assert low < 2
     assert 100 < high < 500
     rng = np.random.default_rng(1)
@@ -181,6 +181,6 @@ def test_an_interval_for_a_mean_of_costs() -> None:
     held = 0
     for _ in range(60):
         some = rng.choice(costs, 20, replace=False).tolist()
-        low, high = mean_of_all(some, some, 5000, most=1000.0, draws=400)
+        low, high = mean_cost_interval(some, some, 5000, most=1000.0, draws=400)
         held += low <= costs.mean() <= high
     assert held >= 54

@@ -11,7 +11,7 @@ import pytest
 
 from robustkit import UsageError
 from robustkit.attack_api import compose
-from robustkit.core.intervals import unseen
+from robustkit.core.intervals import prediction_interval
 from robustkit.registry import parse_attack
 from robustkit.reporting.html import craft as craft_page
 from robustkit.reporting.html.matrix import page
@@ -94,25 +94,25 @@ def test_the_identity_is_without_strings_and_targets() -> None:
 
 
 def test_an_unseen_group() -> None:
-    assert unseen([(3, 4)]) == (0.0, 1.0)
-    low, high = unseen([(90, 100), (92, 100), (88, 100), (91, 100)])
+    assert prediction_interval([(3, 4)]) == (0.0, 1.0)
+    low, high = prediction_interval([(90, 100), (92, 100), (88, 100), (91, 100)])
     assert 0.8 < low < 0.9 < high < 0.97
-    wide_low, wide_high = unseen([(97, 100), (96, 100), (98, 100), (5, 100)])
+    wide_low, wide_high = prediction_interval([(97, 100), (96, 100), (98, 100), (5, 100)])
     assert wide_low < 0.01
     assert wide_high > 0.99
     # equal shares are no certainty: their own counts are uncertain, and their mean is in
     for counts, narrow in (([(0, 1), (0, 1)], 0.9), ([(100, 100)] * 3, 0.05), ([(50, 100)] * 4, 0.2)):
-        low, high = unseen(counts)
+        low, high = prediction_interval(counts)
         assert low <= counts[0][0] / counts[0][1] <= high
         assert high - low > narrow
-    assert unseen([(100, 100)] * 3)[0] > 0.8
+    assert prediction_interval([(100, 100)] * 3)[0] > 0.8
     # coverage: groups drawn from one distribution, the last one held out, by exact counting of a seed
     rng = np.random.default_rng(0)
     inside = 0
     for _ in range(400):
         shares = 1 / (1 + np.exp(-rng.normal(1, 1, 5)))
         hits = rng.binomial(200, shares)
-        low, high = unseen([(int(hit), 200) for hit in hits[:4]])
+        low, high = prediction_interval([(int(hit), 200) for hit in hits[:4]])
         inside += low <= hits[4] / 200 <= high
     assert 0.92 <= inside / 400 <= 0.98
 

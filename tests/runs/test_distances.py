@@ -15,7 +15,7 @@ from rich.console import Console
 from scipy import stats
 
 from robustkit.core.errors import UsageError
-from robustkit.core.intervals import middle
+from robustkit.core.intervals import median_ranks
 from robustkit.reporting.exports.verdicts import SMALLEST, rows, to_csv
 from robustkit.reporting.html.evaluation import page
 from robustkit.reporting.paired import mcnemar
@@ -34,7 +34,7 @@ def with_minimum(distances: list[float | None], threat: str = "l2:min") -> Repor
 
 @pytest.mark.parametrize("n", [0, 1, 5, 6, 9, 10, 40, 301])
 def test_the_medians_interval_is_that_of_the_sign_test(n: int) -> None:
-    low, high = middle(n)
+    low, high = median_ranks(n)
     assert low + high == n - 1
     # Below the lower end lie at most `low` numbers with a chance of at most 2.5 %, and `low + 1` with more.
     assert low < 0 or stats.binom.cdf(low, n, 0.5) <= 0.025
@@ -44,7 +44,7 @@ def test_the_medians_interval_is_that_of_the_sign_test(n: int) -> None:
 def test_the_medians_interval_covers_as_often_as_it_says() -> None:
     rng = np.random.default_rng(0)
     draws = np.sort(rng.exponential(size=(2000, 41)))
-    low, high = middle(41)
+    low, high = median_ranks(41)
     covered = ((draws[:, low] <= math.log(2)) & (draws[:, high] >= math.log(2))).mean()
     assert 0.95 <= covered < 0.985
 

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, ClassVar, TypeVar
 
-from robustkit.core.errors import UsageError, possible
-from robustkit.core.limits import LARGE, Limits
+from robustkit.core.errors import UsageError, expand_path
+from robustkit.core.limits import MAX_STATED_LIMIT, Limits
 from robustkit.core.numbers import shown, whole
 
 T = TypeVar("T")
@@ -149,7 +149,7 @@ def _plain(name: str, value: Any, kind: str, expected: str) -> Any:
 
 def _path(name: str, value: str | os.PathLike[str]) -> Any:
     """Return a path with its ~ replaced; UsageError where no file can have the name or it cannot be reached."""
-    path = possible(value)
+    path = expand_path(value)
     try:
         os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -190,4 +190,8 @@ def from_text(declared: Field[Any], text: Any, name: str) -> Any:
 
 def range_text(limits: Limits) -> str:
     """Return a range for help texts, without an end that is a limit against slips of the hand."""
-    return str(limits if limits.high < LARGE else Limits(limits.low, open="low" if limits.open == "low" else ""))
+    return str(
+        limits
+        if limits.high < MAX_STATED_LIMIT
+        else Limits(limits.low, open="low" if limits.open == "low" else "")
+    )

@@ -15,7 +15,7 @@ from robustkit.core.devices import pick_device
 from robustkit.core.errors import UsageError
 from robustkit.core.threat import ThreatModel
 from robustkit.crafting.matrix import Grid
-from robustkit.data.classes import matched
+from robustkit.data.classes import match_classes
 from robustkit.engine.model.loaded_models import gather_both
 from robustkit.reporting.html.matrix import FILE, page
 from robustkit.reporting.terminal.transfer import show_matrix
@@ -34,7 +34,7 @@ def matrix(flags: MatrixFlags) -> int:
     grid = Grid(
         nets=nets,
         targets=targets,
-        samples=matched(samples, nets[0].classes, nets[0].class_names),
+        samples=match_classes(samples, nets[0].classes, nets[0].class_names),
         threat=threat,
         attack=flags.attack,
         targeted=flags.targeted,

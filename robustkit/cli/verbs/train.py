@@ -17,14 +17,14 @@ from robustkit.registry import make_method
 from robustkit.reporting.html.training import page
 from robustkit.reporting.terminal.training import show
 from robustkit.runs.run_folder import PAGE
-from robustkit.training.defaults import sibling
+from robustkit.training.defaults import held_out_split
 from robustkit.training.parallel import processes
 
 
 def train(flags: TrainFlags, method: str, fields: Mapping[str, str]) -> int:
     """Run the verb with a method and the texts of its fields."""
     values = make_method(method, **fields)
-    test = flags.test or sibling(flags.data)
+    test = flags.test or held_out_split(flags.data)
     samples = load_data(flags.data, root=flags.data_root, download=flags.download)
     announce(samples)
     held_out = load_data(test, root=flags.data_root, download=flags.download) if test else None

@@ -15,7 +15,7 @@ from robustkit.cli.verbs.craft import next_command, write_page
 from robustkit.core.devices import pick_device
 from robustkit.core.errors import UsageError
 from robustkit.crafting.rejudge import judge_more
-from robustkit.data.classes import matched
+from robustkit.data.classes import match_classes
 from robustkit.data.samples import Samples
 from robustkit.engine.model.loaded_models import gather
 from robustkit.models.recorded_data import recorded_data
@@ -52,7 +52,7 @@ def _crafted_data(flags: TransferFlags, record: Craft) -> Samples:
     surrogates = [net["string"] for net in spec.surrogates]
     samples = load_samples(surrogates, data, None, flags.data_root, False, flags.trust_code, source)
     # Labels are numbered as for the first surrogate.
-    samples = matched(samples, record.environment.get("classes"), record.environment.get("class_names"))
+    samples = match_classes(samples, record.environment.get("classes"), record.environment.get("class_names"))
     samples = samples.head(min(spec.data["n"], len(samples)))
     if samples.fingerprint != spec.data["fingerprint"]:
         now, then = samples.fingerprint[:12], str(spec.data["fingerprint"])[:12]

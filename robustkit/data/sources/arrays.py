@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from robustkit.core.errors import UsageError, named
+from robustkit.core.errors import UsageError, error_summary
 from robustkit.core.flags import Flag
 from robustkit.data.labels import class_numbers
 from robustkit.data.samples import Samples
@@ -94,7 +94,7 @@ def _as_array(images: Any, name: str) -> npt.NDArray[Any]:
         return np.asarray(images)
     except (TypeError, ValueError, RuntimeError) as error:
         raise UsageError(
-            f"{name}: the images x are no array ({named(error)}); write a tensor or an array."
+            f"{name}: the images x are no array ({error_summary(error)}); write a tensor or an array."
         ) from error
 
 

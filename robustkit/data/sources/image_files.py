@@ -10,7 +10,7 @@ import numpy as np
 
 from robustkit.core.errors import UsageError
 from robustkit.core.preprocess import Preprocess
-from robustkit.data.decoding import Pictures, check_interpolation, read_limited
+from robustkit.data.decoding import EncodedImages, check_interpolation, read_limited
 from robustkit.data.regular_files import open_regular
 from robustkit.data.samples import Samples
 from robustkit.data.sources.folder_listing import list_pictures
@@ -44,7 +44,7 @@ def image_folder(path: Path, name: str, preprocess: Preprocess | None, *, nested
 
 
 @dataclass(frozen=True, eq=False)
-class FileSource(Pictures):
+class FileSource(EncodedImages):
     """Image files.
 
     Attributes:

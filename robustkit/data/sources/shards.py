@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from robustkit.core.errors import UsageError
 from robustkit.core.preprocess import Preprocess
-from robustkit.data.decoding import Pictures, check_interpolation, read_limited
+from robustkit.data.decoding import EncodedImages, check_interpolation, read_limited
 from robustkit.data.regular_files import open_regular
 from robustkit.data.samples import Samples
 from robustkit.data.sources import tar_index
@@ -49,7 +49,7 @@ def webdataset(path: Path, name: str, preprocess: Preprocess | None, cache: Path
 
 
 @dataclass(frozen=True, eq=False)
-class ShardSource(Pictures):
+class ShardSource(EncodedImages):
     """Images inside tar files.
 
     Files are opened for each image, so that threads and processes share nothing.

@@ -11,7 +11,7 @@ import numpy as np
 
 from robustkit.core.errors import UsageError
 from robustkit.core.flags import Flag
-from robustkit.core.intervals import enough, sequence
+from robustkit.core.intervals import anytime_interval, images_for_width
 from robustkit.engine.evaluation.results import RunResults
 from robustkit.runs.evaluation_record import Stop
 
@@ -54,11 +54,13 @@ class Limits:
             taken = len(results.scope)
             size = min(max(FIRST_BLOCK, taken), results.n - taken)
             if self.width is not None and taken:
-                low, high = sequence(results.robust, taken)
+                low, high = anytime_interval(results.robust, taken)
                 if high - low <= self.width:
                     results.stopped = Stop("width", results.n)
                     return
-                size = min(size, max(FIRST_BLOCK // 2, enough(results.robust / taken, self.width) - taken))
+                size = min(
+                    size, max(FIRST_BLOCK // 2, images_for_width(results.robust / taken, self.width) - taken)
+                )
             if self.seconds is not None:
                 spent = time.perf_counter() - begun
                 if taken and spent >= self.seconds:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from robustkit.core.errors import RobustkitError, RunError, UsageError, named
+from robustkit.core.errors import RobustkitError, RunError, UsageError, error_summary
 from robustkit.core.writing import subfolder
 from robustkit.distributed.ray_pool import hire
 from robustkit.distributed.shared_pool import Bureau, Desk, Watched
@@ -56,8 +56,8 @@ def read_models(path: Path) -> list[NamedModel]:
         said = _COMMENT.sub("", line).strip()
         if not said:
             continue
-        named = _NAMED.fullmatch(said)
-        name, string = named.groups() if named else (said, said)
+        match = _NAMED.fullmatch(said)
+        name, string = match.groups() if match else (said, said)
         if not string:
             raise UsageError(f"{path}, line {number}: {said!r} names no model; write NAME=MODEL, or MODEL alone.")
         if name in found or any(string == entry.string for entry in found.values()):
@@ -116,8 +116,8 @@ class LeaderboardRun:
                 raise
             except Exception as error:
                 # Whatever a model's own code does, it stops no other.
-                progress.say(f"{entry.name}: {named(error)}")
-                raise RunError(named(error)) from error
+                progress.say(f"{entry.name}: {error_summary(error)}")
+                raise RunError(error_summary(error)) from error
             finally:
                 told.close()
             rate = report.robust_accuracy

@@ -6,7 +6,7 @@ import numpy as np
 
 from robustkit.core.errors import RunError, UsageError
 from robustkit.core.shapes import Logits
-from robustkit.core.threat import EXAMPLES, ThreatModel
+from robustkit.core.threat import EXAMPLE_EPS, ThreatModel
 
 
 def check_logits(logits: Logits, labels: np.ndarray, positions: np.ndarray) -> None:
@@ -49,5 +49,5 @@ def check_not_random(threat: ThreatModel, *, random: bool) -> None:
     if threat.minimal and random:
         raise UsageError(
             f"threat '{threat}' needs a model that answers an image in the same way each time, and this model is "
-            f"random; give an eps, e.g. {threat.norm}:{EXAMPLES[threat.norm]}."
+            f"random; give an eps, e.g. {threat.norm}:{EXAMPLE_EPS[threat.norm]}."
         )

@@ -12,7 +12,7 @@ from statistics import fmean
 import numpy as np
 
 from robustkit.core.errors import UsageError
-from robustkit.core.intervals import mean_of_all
+from robustkit.core.intervals import mean_cost_interval
 from robustkit.engine.planning.arm_costs import Play, forecast
 from robustkit.engine.planning.cost_probe import CostProbe, ProbeResult
 from robustkit.engine.planning.simulation import Course, Job, Site, extended, joined
@@ -154,7 +154,7 @@ class Costs:
             lows[~found.finished], highs[~found.finished], values[~found.finished] = spent, most, middle
             halfway = Job(worst.work * middle / most, math.ceil(worst.passes * middle / most))
             jobs = [job if done else halfway for job, done in zip(jobs, found.finished, strict=True)]
-        low, high = mean_of_all(lows.tolist(), highs.tolist(), n, float(most or highs.max()))
+        low, high = mean_cost_interval(lows.tolist(), highs.tolist(), n, float(most or highs.max()))
         value = float(values.mean())
         return cls(jobs, worst, Estimate(value, min(low, value), max(high, value)), most)
 

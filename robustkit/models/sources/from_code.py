@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
-from robustkit.core.errors import RobustkitError, UsageError, did_you_mean, named, possible
+from robustkit.core.errors import RobustkitError, UsageError, did_you_mean, error_summary, expand_path
 from robustkit.models.options import Options
 from robustkit.models.sources.built import Built
 from robustkit.models.sources.factory import is_factory
@@ -34,7 +34,7 @@ def build(spec: ModelString, options: Options, weights: WeightsFile | None) -> B
     """
     keywords = dict(options.keywords)
     if spec.kind == FILE:
-        path = possible(spec.source).absolute()
+        path = expand_path(spec.source).absolute()
         source, imported = read_source(path), own_imports(path, path.parent)
         with running(path) as module:
             net = _call(spec, getattr(module, spec.name, None), keywords)
@@ -64,7 +64,9 @@ def _import(spec: ModelString) -> ModuleType:
     except (Exception, SystemExit) as error:
         if isinstance(error, ModuleNotFoundError) and f"{spec.source}.".startswith(f"{error.name}."):
             raise _not_found(spec) from error
-        raise UsageError(f"importing {spec.source!r} failed with {named(error)}: correct it first.") from error
+        raise UsageError(
+            f"importing {spec.source!r} failed with {error_summary(error)}: correct it first."
+        ) from error
 
 
 def _not_found(spec: ModelString) -> UsageError:
@@ -92,7 +94,7 @@ def _call(spec: ModelString, factory: object, keywords: dict[str, object]) -> Ca
     except RobustkitError:
         raise
     except (Exception, SystemExit) as error:
-        raise UsageError(f"factory {spec.arch!r} failed with {named(error)}: correct it first.") from error
+        raise UsageError(f"factory {spec.arch!r} failed with {error_summary(error)}: correct it first.") from error
     if not callable(net):
         raise UsageError(
             f"factory {spec.arch!r} returned an object of type {type(net).__name__}: return a torch.nn.Module or "

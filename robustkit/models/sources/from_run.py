@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from robustkit import posterior
-from robustkit.core.errors import UsageError, possible
+from robustkit.core.errors import UsageError, expand_path
 from robustkit.core.limits import Limits
 from robustkit.core.schema import build, check_format, parse
 from robustkit.models.allowed_paths import refuse_code
@@ -275,7 +275,7 @@ class Run:
 def folder_of(spec: ModelString) -> Path:
     """Return the folder that a string names, with or without numbers."""
     path, sign, text = spec.arch.rpartition("#")
-    return possible(path if sign else text)
+    return expand_path(path if sign else text)
 
 
 def is_run(spec: ModelString) -> bool:

@@ -22,7 +22,7 @@ import safetensors
 import torch
 from torch.serialization import skip_data
 
-from robustkit.core.errors import UsageError, possible
+from robustkit.core.errors import UsageError, expand_path
 from robustkit.models.weights.inert_pickle import Harmful, InertPickle, StandIn
 
 Tensors = dict[str, torch.Tensor]
@@ -69,7 +69,7 @@ def read_weights(file: str | Path) -> WeightsFile:
     Raises:
         UsageError: A file is missing, damaged, of another kind, or names code that could do harm.
     """
-    path = possible(file).absolute()
+    path = expand_path(file).absolute()
     if path.name.endswith(INDEX):
         return _sharded(path)
     start = _first_bytes(path)
@@ -82,7 +82,7 @@ def read_weights(file: str | Path) -> WeightsFile:
 
 def files_of_weights(file: str | Path) -> list[Path]:
     """Return all files that belong to the one that a model string names."""
-    path = possible(file)
+    path = expand_path(file)
     return [path, *_shards(path)[0]] if path.name.endswith(INDEX) else [path]
 
 
