@@ -56,8 +56,8 @@ class Plugin:
             return getattr(importlib.import_module(self.module), self.attribute)
         except (Exception, SystemExit) as error:
             raise UsageError(
-                f"{self.name!r} of the package {self.package} cannot be imported ({error_summary(error)}): correct "
-                "or uninstall that package."
+                f"{self.name!r} of the package {self.package} cannot be imported ({error_summary(error)}): "
+                "correct or uninstall that package."
             ) from error
 
     def call(self, *values: Any, **fields: Any) -> Any:

@@ -16,10 +16,10 @@ from robustkit.sampling import (
     Moments,
     PreconditionedLangevin,
     cyclical,
+    is_evenly_spaced,
     linear,
     normal_like,
     polynomial,
-    spread,
 )
 
 CHAINS = 4000
@@ -198,7 +198,7 @@ def test_long_noise_does_not_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_chain_resumed_is_the_chain() -> None:
-    """C5 for optimisers: their state and the step's number are enough."""
+    """C5 for optimisers: their state and the step's number are check_count."""
     for kind in (Langevin, functools.partial(Langevin, momentum=0.9), PreconditionedLangevin):
         ends = []
         for stop in (0, 5):
@@ -230,11 +230,11 @@ def test_other_rates_and_steps_spread_evenly() -> None:
     assert [linear(step, 10, 1.0, 0.2) for step in (0, 5, 7, 9, 40)] == pytest.approx([1, 1, 0.6, 0.2, 0.2])
     assert polynomial(0, 0.5, 0.55) == 0.5
     assert polynomial(3, 0.5, 0.5) == pytest.approx(0.25)
-    picked = [step for step in range(-5, 25) if spread(step, 20, 4)]
+    picked = [step for step in range(-5, 25) if is_evenly_spaced(step, 20, 4)]
     assert picked == [4, 9, 14, 19]
     for length, count in ((7, 3), (50, 40), (5, 5)):
-        assert sum(spread(step, length, count) for step in range(length)) == count
-        assert spread(length - 1, length, count)
+        assert sum(is_evenly_spaced(step, length, count) for step in range(length)) == count
+        assert is_evenly_spaced(length - 1, length, count)
 
 
 def states(count: int) -> list[dict[str, Tensor]]:
@@ -285,7 +285,7 @@ def test_the_variance_of_nearly_equal_states_is_not_negative() -> None:
 
 @pytest.mark.parametrize("rank", [0, 4])
 def test_draws_have_the_fitted_covariance(rank: int) -> None:
-    """F: the spread of 1000 draws is the scale times the root of the variance; with columns, half and half."""
+    """F: the is_evenly_spaced of 1000 draws is the scale times the root of the variance; with columns, half and half."""
     moments = Moments(states(9), rank)
     drawn = torch.stack([moments.draw(number, 1.5, seed=0)["a.weight"].flatten() for number in range(1000)])
     diagonal = moments.variance()["a.weight"].flatten().diag()
