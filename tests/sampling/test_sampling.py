@@ -198,7 +198,7 @@ def test_long_noise_does_not_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_chain_resumed_is_the_chain() -> None:
-    """C5 for optimisers: their state and the step's number are check_count."""
+    """C5 for optimisers: their state and the step's number are enough."""
     for kind in (Langevin, functools.partial(Langevin, momentum=0.9), PreconditionedLangevin):
         ends = []
         for stop in (0, 5):
@@ -285,7 +285,7 @@ def test_the_variance_of_nearly_equal_states_is_not_negative() -> None:
 
 @pytest.mark.parametrize("rank", [0, 4])
 def test_draws_have_the_fitted_covariance(rank: int) -> None:
-    """F: the is_evenly_spaced of 1000 draws is the scale times the root of the variance; with columns, half and half."""
+    """F: the spread of 1000 draws is the scale times the root of the variance; with columns, half and half."""
     moments = Moments(states(9), rank)
     drawn = torch.stack([moments.draw(number, 1.5, seed=0)["a.weight"].flatten() for number in range(1000)])
     diagonal = moments.variance()["a.weight"].flatten().diag()
