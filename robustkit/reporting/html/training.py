@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from robustkit.registry.decorators import ORIGIN
 from robustkit.reporting.charts.lines import Chart, Series, count_marks
 from robustkit.reporting.html.command import commands, field
 from robustkit.reporting.html.render import render
@@ -63,9 +64,9 @@ def _facts(spec: TrainSpec, history: History, record: Trained | None) -> dict[st
 
 def command(spec: TrainSpec) -> str:
     """Return the shell command of a run."""
-    words = ["robustkit", "train", str(spec.method["name"])]
+    words = ["robustkit", "train", str(spec.method.get("string", spec.method["name"]))]
     for name in spec.method:
-        if name != "name":
+        if name not in ("name", *ORIGIN):
             words += [f"--{name.replace('_', '-')}", field(spec.method, name)]
     words += ["--arch", str(spec.arch["string"]), "--data", str(spec.data["string"])]
     words += ["--limit", str(spec.data["n"])]

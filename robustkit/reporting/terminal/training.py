@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from robustkit.registry.decorators import ORIGIN
 from robustkit.reporting.names import data_name
 from robustkit.reporting.terminal.evaluation import duration, flag_lines, interval, percent
 from robustkit.reporting.versions import made_in_parts
@@ -77,7 +78,7 @@ def show_history(spec: TrainSpec, history: Sequence[Mapping[str, Any]], console:
 
 def method_words(method: Mapping[str, Any]) -> str:
     """Return a method with its fields, as the command line reads it."""
-    fields = ",".join(f"{name}={value}" for name, value in method.items() if name != "name")
+    fields = ",".join(f"{name}={value}" for name, value in method.items() if name not in ("name", *ORIGIN))
     return f"{method['name']}({fields})" if fields else str(method["name"])
 
 
