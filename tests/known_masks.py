@@ -28,7 +28,7 @@ class Masked:
     """
 
     defense: nn.Module
-    stand_ins: dict[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    substitutes: dict[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
     own_attack: Callable[[Tensor, Tensor, float], Tensor] | None = None
 
     def __post_init__(self) -> None:
@@ -40,13 +40,13 @@ class Exporting(nn.Module):
 
     def __init__(self, masked: Masked) -> None:
         super().__init__()
-        self.defense, self.stand_ins = masked.defense, masked.stand_ins
+        self.defense, self.substitutes = masked.defense, masked.substitutes
 
     def forward(self, x: Tensor) -> Tensor:
         return self.defense(x)
 
     def views(self) -> dict[str, Callable[[Tensor], Tensor]]:
-        return self.stand_ins
+        return self.substitutes
 
 
 def kept_aside(name: str) -> bool:

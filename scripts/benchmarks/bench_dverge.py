@@ -5,7 +5,7 @@
 Three ResNet-20 on random images of CIFAR's size, ten steps of distillation, in one process and by turns; a step
 is all that happens to a batch: distillation, losses, backward passes, optimisers. The literal one is written
 below from the description of the algorithm (arXiv:2009.14720): it takes the target's features anew in each step
-of the distillation, goes back through the weights' gradients too, which nobody uses, and stops forward at its
+of the distillation, goes back through the weights' gradients too, which are unused, and stops forward at its
 layer. The mean is over the layers as the method draws them, each as likely as another. Seconds are of the
 processor on a CPU, since other jobs lengthen those of the clock, and of the clock on a GPU. Losses of the first
 steps are printed beside each other: literal, ours in the same memory layout, and in the one that the loop uses,

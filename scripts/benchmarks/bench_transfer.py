@@ -96,7 +96,7 @@ def batches(samples: Samples) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:
         yield at, samples.images(at), torch.from_numpy(samples.labels[at])
 
 
-class Bench:
+class Comparison:
     """Surrogates, images and targets, and what the targets said of the clean images."""
 
     def __init__(self, surrogates: list[Net], targets: list[Net], samples: Samples, combine: str) -> None:
@@ -112,8 +112,8 @@ class Bench:
 
     def said(self, net: Net, images: np.ndarray) -> np.ndarray:
         """Return the class that a target names for each image."""
-        jury = TargetEvaluator(self.samples, ThreatModel.parse("linf:0.1"), None, 0, CPU)
-        return np.array(jury.predictions(net, images))
+        evaluator = TargetEvaluator(self.samples, ThreatModel.parse("linf:0.1"), None, 0, CPU)
+        return np.array(evaluator.predictions(net, images))
 
     def row(self, name: str, steps: int, spent: float, seconds: float, images: np.ndarray) -> None:
         """Print what some images did."""
@@ -193,19 +193,19 @@ def main() -> None:
         f"torch {torch.__version__}, {torch.get_num_threads()} threads, {len(samples)} images from {given.first}"
     )
     for combine in given.combine:
-        bench = Bench(surrogates, targets, samples, combine)
+        comparison = Comparison(surrogates, targets, samples, combine)
         for wanted, budget in itertools.product(given.threat, given.budget):
             threat = ThreatModel.parse(wanted)
             names = "  ".join(f"{net.string.rpartition('/')[2]:<17}" for net in targets)
             print(f"\n{threat}, at most {budget} gradients per image, combine {combine}")
             print(f"{'attack':<44}{'steps':>5}{'grads':>7}{'img/s':>7}  {names}", flush=True)
             for attack in given.attack:
-                bench.ours(attack, threat, budget)
+                comparison.ours(attack, threat, budget)
             if given.torchattacks and combine == given.combine[0]:
                 import torchattacks
 
                 for name in THEIRS:
-                    bench.theirs(name, getattr(torchattacks, name), threat, budget)
+                    comparison.theirs(name, getattr(torchattacks, name), threat, budget)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ Robust accuracies are in percent:
     beneath     the net that a mask is put around, alone (suite `rapid`); a mask that changes what the net sees
                 may be truly a little better or worse
     truth       the defense after the strongest attacks known for it: long ascent on the gradients of stand-ins
-                made by somebody who knows the mask, or an attack of its own (ARC), and what the others found
+                written for the mask, or an attack of its own (ARC), and what the others found
     AutoAttack  the `standard` suite by the authors' package; with --fast its two APGDs alone
     auto        the default suite; with --fast all of `adaptive` without arms and Square
     flags       the warnings of `auto`
@@ -142,7 +142,7 @@ def judged(
         return row
     published, _ = standing(masked.defense, columns["autoattack"])
     truth = auto & published
-    if masked.stand_ins and truth.any():
+    if masked.substitutes and truth.any():
         truth = standing(Exporting(masked).eval(), known_attacks(norm), truth)[0]
     if masked.own_attack is not None:
         truth &= masked.own_attack(x, y, float(ThreatModel.parse(threat).eps))

@@ -211,13 +211,13 @@ def main() -> None:
         x, y = (torch.from_numpy(loaded[key][:4096]) for key in ("x", "y"))
         sets[name] = x.permute(0, 3, 1, 2).float() / 255, y
     settings = list(itertools.product(sets, ACTIVATIONS, POOLS, WEIGHTS, (False, True), (2, 3)))
-    dice = np.random.default_rng(0).permutation(len(settings))
+    order = np.random.default_rng(0).permutation(len(settings))
     alarms: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
     costs: dict[str, list[float]] = defaultdict(list)
     caught: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0, 0])
     begun = time.perf_counter()
     for number in range(arguments.nets):
-        data, activation, pool, weights, norm, depth = settings[dice[number]]
+        data, activation, pool, weights, norm, depth = settings[order[number]]
         scale, dtype = SCALES[number // 2 % len(SCALES)], TYPES[number // 2 % len(TYPES)]
         x, y = sets[data]
         torch.manual_seed(number)

@@ -195,7 +195,7 @@ class Study:
 
     @cached_property
     def surrogates(self) -> list[str]:
-        """Model strings of the baseline ensembles that nobody has seen."""
+        """Model strings of the baseline ensembles that no defense was trained on."""
         method, lr = self.scale.methods[BASELINE]
         for count in self.scale.surrogates:
             self.ensemble(f"surrogate-{count}", method, lr, count, self.seed + 1000 * count)

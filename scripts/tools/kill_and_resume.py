@@ -4,7 +4,7 @@
 
 Starts `robustkit evaluate` on the built-in net again and again, kills it after a random time, looks at the
 ledger after each kill, and at the end compares report.json (times aside) and adversarial.npz byte for byte
-with a run that nobody disturbed. Fails if a chunk that was in the ledger changes or is done again. About 4
+with an undisturbed run. Fails if a chunk that was in the ledger changes or is done again. About 4
 minutes for 20 kills on 2 cores.
 
     python scripts/tools/kill_and_resume.py --every 40 --sleep 0.2 --out /tmp/slow
@@ -129,7 +129,7 @@ def main() -> None:
     whole, killed = arguments.out / "whole", arguments.out / "killed"
     subprocess.run([*COMMAND, "--out", str(whole)], check=True, capture_output=True)
     work = json.loads((whole / "report.json").read_text())["cost"]["seconds"]
-    dice = random.Random(arguments.seed)
+    rng = random.Random(arguments.seed)
     known: dict[tuple[int, int], float] = {}
     for number in range(arguments.kills):
         process = subprocess.Popen(
@@ -137,10 +137,10 @@ def main() -> None:
         )
         # One in four hits the start, the others the work; it takes several to get through the work.
         if number % 4 == 0:
-            time.sleep(dice.uniform(0.1, 3))
+            time.sleep(rng.uniform(0.1, 3))
         else:
             wait_until_it_works(killed, process)
-            time.sleep(dice.uniform(0, work / 8))
+            time.sleep(rng.uniform(0, work / 8))
         process.kill()
         process.wait()
         now = chunks(killed) if (killed / "ledger.sqlite").exists() else {}

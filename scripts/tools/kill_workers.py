@@ -1,4 +1,4 @@
-"""Kill workers, and now and then the driver, of an evaluation at random; compare with one that nobody disturbed.
+"""Kill workers, and now and then the driver, of an evaluation at random; compare with an undisturbed one.
 
     python scripts/tools/kill_workers.py --kills 20 --out /tmp/kill_workers
 
@@ -91,7 +91,7 @@ def main() -> int:
     command = [*COMMAND, "--limit", str(asked.limit)]
     alone, shared = asked.out / "alone", asked.out / "shared"
     subprocess.run([*command, "--out", str(alone)], check=True, stdout=subprocess.DEVNULL)
-    dice, killed, drivers, runs = random.Random(asked.seed), 0, 0, 0
+    rng, killed, drivers, runs = random.Random(asked.seed), 0, 0, 0
     known: dict[tuple[int, int], tuple[float, list[int]]] = {}
     while not (shared / "report.json").exists():
         runs += 1
@@ -102,13 +102,13 @@ def main() -> int:
             if killed == asked.kills:
                 process.wait()
                 break
-            time.sleep(dice.uniform(0.2, asked.wait))
+            time.sleep(rng.uniform(0.2, asked.wait))
             if (killed + 1) % DRIVER_EVERY == 0:
                 process.kill()
                 drivers += process.wait() < 0
                 killed += 1
             elif hands := workers(process.pid):
-                subprocess.run(["kill", "-9", str(dice.choice(hands))], check=False)
+                subprocess.run(["kill", "-9", str(rng.choice(hands))], check=False)
                 killed += 1
         now = chunks(shared)
         if not known.items() <= now.items():

@@ -58,7 +58,7 @@ def test_no_known_mask_passes_for_robust_unflagged(name: str) -> None:
     found = evaluate(masked.defense, x, y, THREAT, suite="auto")
     standing = torch.tensor([verdict.robust for verdict in found.verdicts])
     truth = standing
-    if masked.stand_ins:
+    if masked.substitutes:
         known = evaluate(known_masks.Exporting(masked).eval(), x, y, THREAT, suite=KNOWN)
         truth = standing & torch.tensor([verdict.robust for verdict in known.verdicts])
     if masked.own_attack is not None:

@@ -14,9 +14,9 @@ from robustkit.reporting.terminal.evaluation import interval, percent
 from robustkit.reporting.terminal.leaderboard import difference_cells
 
 
-def page(board: Leaderboard) -> str:
+def page(leaderboard: Leaderboard) -> str:
     """Return the page."""
-    return render("leaderboard.html", _facts(board))
+    return render("leaderboard.html", _facts(leaderboard))
 
 
 def _row(row: Row) -> dict[str, Any]:
@@ -37,10 +37,10 @@ def _row(row: Row) -> dict[str, Any]:
     }
 
 
-def _headline(board: Leaderboard) -> str:
+def _headline(leaderboard: Leaderboard) -> str:
     """Return the first model and its robust accuracy, with what the test says of the second."""
-    title, rows = board.sections[0]
-    where = f"of {counted(board.data['n'])} of {str(board.data['string']).rpartition('/')[2]} at {board.threat}"
+    title, rows = leaderboard.sections[0]
+    where = f"of {counted(leaderboard.data['n'])} of {str(leaderboard.data['string']).rpartition('/')[2]} at {leaderboard.threat}"
     if title:
         return f"Every model has flags: each number {where} may be too high"
     first = [row for row in rows if row.rank == 1]
@@ -55,25 +55,25 @@ def _headline(board: Leaderboard) -> str:
     return f"{names}: {share} robust accuracy {where}{second}"
 
 
-def _facts(board: Leaderboard) -> dict[str, Any]:
-    versions = board.environment.get("versions", {})
+def _facts(leaderboard: Leaderboard) -> dict[str, Any]:
+    versions = leaderboard.environment.get("versions", {})
     facts = {
-        "data": board.data["string"],
-        "device": board.environment.get("device_name") or board.environment.get("device"),
-        "commit": board.environment.get("commit"),
+        "data": leaderboard.data["string"],
+        "device": leaderboard.environment.get("device_name") or leaderboard.environment.get("device"),
+        "commit": leaderboard.environment.get("commit"),
         "versions": ", ".join(f"{name} {number}" for name, number in versions.items() if number),
     }
     return {
-        "board": board,
-        "sections": [(title, [_row(row) for row in rows]) for title, rows in board.sections],
-        "headline": _headline(board),
+        "leaderboard": leaderboard,
+        "sections": [(title, [_row(row) for row in rows]) for title, rows in leaderboard.sections],
+        "headline": _headline(leaderboard),
         "rule": RULE,
-        "models": [f"{row.name}={row.model}" for row in board.rows],
+        "models": [f"{row.name}={row.model}" for row in leaderboard.rows],
         **commands(
-            board.environment,
-            f"robustkit evaluate --models models.txt --data {shlex.quote(str(board.data['string']))} \\\n"
-            f"    --limit {board.data['n']} --threat {board.threat} --seed {board.seed} \\\n"
-            f"    --suite {shlex.quote(suite(board.suite))}",
+            leaderboard.environment,
+            f"robustkit evaluate --models models.txt --data {shlex.quote(str(leaderboard.data['string']))} \\\n"
+            f"    --limit {leaderboard.data['n']} --threat {leaderboard.threat} --seed {leaderboard.seed} \\\n"
+            f"    --suite {shlex.quote(suite(leaderboard.suite))}",
         ),
         "facts": [(name, str(value)) for name, value in facts.items() if value not in (None, "")],
         "version": versions.get("robustkit") or "",

@@ -16,22 +16,24 @@ DIFFERENCE = (
 )
 
 
-def show(board: Leaderboard, console: Console, page: object = None, next_command: str | None = None) -> None:
+def show(leaderboard: Leaderboard, console: Console, page: object = None, next_command: str | None = None) -> None:
     """Print the leaderboard, flags, failed models, where the page is, and the next command."""
 
     def line(text: str) -> None:
         console.print(text, highlight=False, soft_wrap=True)
 
-    data = data_name(board.data["string"])
-    count = f"{len(board.rows)} model{'s' * (len(board.rows) != 1)}"
-    images = f"{board.data['n']} image{'s' * (board.data['n'] != 1)}"
-    line(f"leaderboard {board.id}   {count}   {images} of {data}   {board.threat}   seed {board.seed}\n")
+    data = data_name(leaderboard.data["string"])
+    count = f"{len(leaderboard.rows)} model{'s' * (len(leaderboard.rows) != 1)}"
+    images = f"{leaderboard.data['n']} image{'s' * (leaderboard.data['n'] != 1)}"
+    line(
+        f"leaderboard {leaderboard.id}   {count}   {images} of {data}   {leaderboard.threat}   seed {leaderboard.seed}\n"
+    )
     table = Table(box=None, pad_edge=False, header_style="", padding=(0, 3, 0, 0))
     table.add_column("", justify="right", no_wrap=True)
     table.add_column("model", no_wrap=True)
     for column in COLUMNS:
         table.add_column(column, justify="right", no_wrap=True)
-    for title, rows in board.sections:
+    for title, rows in leaderboard.sections:
         if title:
             table.add_row("", title)
         for row in rows:
@@ -48,10 +50,10 @@ def show(board: Leaderboard, console: Console, page: object = None, next_command
     console.print(table, highlight=False)
     line(DIFFERENCE)
     line(RULE)
-    for row in board.rows:
+    for row in leaderboard.rows:
         if row.warnings:
             line(f"flags    {row.name}: {', '.join(row.warnings)}")
-    for failure in board.failed:
+    for failure in leaderboard.failed:
         line(f"failed   {failure.name}: {failure.reason}")
     if page:
         line(f"\nreport   {page}")
