@@ -40,7 +40,8 @@ def _row(row: Row) -> dict[str, Any]:
 def _headline(leaderboard: Leaderboard) -> str:
     """Return the first model and its robust accuracy, with what the test says of the second."""
     title, rows = leaderboard.sections[0]
-    where = f"of {counted(leaderboard.data['n'])} of {str(leaderboard.data['string']).rpartition('/')[2]} at {leaderboard.threat}"
+    data = str(leaderboard.data["string"]).rpartition("/")[2]
+    where = f"of {counted(leaderboard.data['n'])} of {data} at {leaderboard.threat}"
     if title:
         return f"Every model has flags: each number {where} may be too high"
     first = [row for row in rows if row.rank == 1]

@@ -24,10 +24,9 @@ def show(leaderboard: Leaderboard, console: Console, page: object = None, next_c
 
     data = data_name(leaderboard.data["string"])
     count = f"{len(leaderboard.rows)} model{'s' * (len(leaderboard.rows) != 1)}"
-    images = f"{leaderboard.data['n']} image{'s' * (leaderboard.data['n'] != 1)}"
-    line(
-        f"leaderboard {leaderboard.id}   {count}   {images} of {data}   {leaderboard.threat}   seed {leaderboard.seed}\n"
-    )
+    images = f"{leaderboard.data['n']} image{'s' * (leaderboard.data['n'] != 1)} of {data}"
+    threat = f"{leaderboard.threat}   seed {leaderboard.seed}"
+    line(f"leaderboard {leaderboard.id}   {count}   {images}   {threat}\n")
     table = Table(box=None, pad_edge=False, header_style="", padding=(0, 3, 0, 0))
     table.add_column("", justify="right", no_wrap=True)
     table.add_column("model", no_wrap=True)
