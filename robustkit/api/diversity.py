@@ -13,7 +13,7 @@ from robustkit.api.verbs import verb
 from robustkit.core.devices import pick_device
 from robustkit.core.threat import ThreatModel
 from robustkit.data.samples import Samples
-from robustkit.diagnostics.ensemble_diversity import Comparison
+from robustkit.diagnostics.ensemble_diversity import DiversityRequest
 from robustkit.models import as_classifier, load_model
 from robustkit.models.classifier import Classifier
 from robustkit.models.label_matching import matched_to
@@ -57,9 +57,9 @@ def comparison(
     threat: ThreatModel,
     device: torch.device,
     positions: Sequence[int] | None,
-) -> Comparison:
+) -> DiversityRequest:
     """Return the comparison that these options ask for, on the images at these positions, or on all."""
-    return Comparison(
+    return DiversityRequest(
         model=model,
         samples=samples,
         threat=threat,

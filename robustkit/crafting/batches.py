@@ -1,4 +1,4 @@
-"""Where images are made: on a craft run's surrogates, batch by batch."""
+"""Crafts adversarial images on a craft run's surrogates, batch by batch."""
 
 from __future__ import annotations
 
@@ -27,49 +27,51 @@ from robustkit.runs.recorded_outputs import recording
 from robustkit.runs.unfinished_work import Store
 
 BATCH_CPU, BATCH_GPU = 64, 256
-# How many of the run's images the others may be mixed with.
-POOL = 256
-# The classes wanted by position; None for any other than the label.
+# The most images of the run that techniques may mix into others.
+MAX_POOL = 256
+# The target classes by position; None for an untargeted attack.
 Goals = Sequence[int] | Mapping[int, int] | None
 
 
 class Crafter:
-    """Surrogates and images; the batch shrinks when memory runs out."""
+    """Crafts images on surrogates; an out-of-memory error halves the batch."""
 
     def __init__(self, plan: CraftRequest, progress: Progress, store: Store) -> None:
-        """Set up; the surrogates are loaded when first asked for, and the store keeps unfinished batches."""
+        """Prepare; surrogates are loaded on first use, and the store keeps unfinished batches."""
         self.plan, self.progress, self.store = plan, progress, store
         self.samples, self.threat = plan.samples, plan.threat
         self.n = len(plan.samples)
         self.batch = min(plan.batch_size or (BATCH_CPU if plan.device.type == "cpu" else BATCH_GPU), self.n)
         self._ensemble: Ensemble | None = None
 
-    def note(self, ways: str) -> str:
-        """Return which way to run the surrogates counts, if this is the one chosen now."""
-        return ways
+    def note(self, configs: str) -> str:
+        """Return the execution configs (JSON) to use, given those chosen now."""
+        return configs
 
     @property
     def ensemble(self) -> Ensemble:
-        """The surrogates, loaded and tuned when first asked for."""
+        """The surrogates, loaded and tuned on first use."""
         if self._ensemble is None:
             plan = self.plan
             storage = Storage.of(plan.nets, self.batch, plan.device, plan.streaming)
             self._ensemble = Ensemble(plan.nets, plan.device, storage, plan.combine, plan.weights)
             x = self.samples.images(np.arange(self.batch)).to(plan.device)
-            # In eval mode: trials of a net in training would move its running statistics.
-            with self._ensemble.at_rest(), recording(self.store, "tune"):
+            # In eval mode: trials in training mode would change running statistics.
+            with self._ensemble.in_eval_mode(), recording(self.store, "tune"):
                 self._ensemble.tune(x, self.note, hooked=self._hooked())
         return self._ensemble
 
-    def keep(self, ensemble: Ensemble, ways: Mapping[str, Any]) -> None:
-        """Have these surrogates, run as it was chosen elsewhere."""
+    def use_ensemble(self, ensemble: Ensemble, configs: Mapping[str, Any]) -> None:
+        """Use these surrogates with execution configs chosen by another process."""
         self._ensemble = ensemble
-        with ensemble.at_rest():
-            ensemble.follow(dict(ways), self.samples.images(np.arange(min(POOL, self.n))).to(self.plan.device))
+        with ensemble.in_eval_mode():
+            ensemble.apply_configs(
+                dict(configs), self.samples.images(np.arange(min(MAX_POOL, self.n))).to(self.plan.device)
+            )
 
     def surrogates(self, members: Sequence[int] | None = None) -> Surrogates:
-        """Return the surrogates, or some, with the run's first images for techniques that mix others in."""
-        pool = self.samples.images(np.arange(min(POOL, self.n))).to(self.plan.device)
+        """Return all surrogates or some, with the run's first images for techniques that mix images."""
+        pool = self.samples.images(np.arange(min(MAX_POOL, self.n))).to(self.plan.device)
         return replace(self.ensemble.surrogates(members), pool=pool)
 
     def _hooked(self) -> bool:
@@ -78,7 +80,7 @@ class Crafter:
             bare = technique.prepare(bare)
         return bool(bare.forward_hooks)
 
-    def make(
+    def craft(
         self,
         stage: int,
         attack: Any,
@@ -86,31 +88,31 @@ class Crafter:
         goals: Goals,
         parts: Sequence[np.ndarray],
     ) -> Iterator[Chunk]:
-        """Yield these parts of a stage as chunks; out of memory cuts them further."""
+        """Yield chunks of these positions of a stage; an out-of-memory error makes them smaller."""
         surrogates = self.surrogates(members)
-        with self.ensemble.at_rest(), own_randomness(self.plan.seed, "craft", stage):
+        with self.ensemble.in_eval_mode(), own_randomness(self.plan.seed, "craft", stage):
             waiting = self._cut(parts)
             while waiting:
                 for at, x in read_ahead(self.samples, waiting):
                     try:
-                        with recording(self.store, f"craft-{stage}-{at[0]}") as answers:
+                        with recording(self.store, f"craft-{stage}-{at[0]}") as record:
                             chunk = self._chunk(stage, attack, surrogates, goals, at, x)
                     except (RuntimeError, MemoryError) as error:
                         if not is_out_of_memory(error):
                             raise RunError(f"crafting failed with {described(error)}.") from error
                         if len(at) == 1:
                             raise RunError(NO_MEMORY) from error
-                        answers.restart()
+                        record.restart()
                         self.batch = len(at) // 2
                         self.progress.say(f"out of memory: going on with {self.batch} images at a time")
                         waiting = self._cut(waiting)
                         break
                     waiting = waiting[1:]
-                    yield replace(chunk, seconds=answers.seconds)
-                    answers.restart()
+                    yield replace(chunk, seconds=record.seconds)
+                    record.restart()
 
     def _cut(self, parts: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Return the parts, those that are longer than a batch in pieces."""
+        """Return the parts cut into batches."""
         return [part[begin : begin + self.batch] for part in parts for begin in range(0, len(part), self.batch)]
 
     def _chunk(
@@ -120,8 +122,8 @@ class Crafter:
         begun, before = time.perf_counter(), self.ensemble.counts
         x = x.to(device)
         labels = torch.from_numpy(self.samples.labels[at].astype(np.int64)).to(device)
-        wanted = None if goals is None else torch.tensor([goals[place] for place in at], device=device)
-        goal = Goal(labels, wanted)
+        targets = None if goals is None else torch.tensor([goals[place] for place in at], device=device)
+        goal = Goal(labels, targets)
         rng = RowRng(self.plan.seed, "craft", torch.from_numpy(at).to(device))
         found = attack(surrogates, x, goal, self.threat, rng=rng)
         x_adv, finite = self._inside(found.detach().to(x), x)
@@ -129,12 +131,12 @@ class Crafter:
         with torch.no_grad():
             logits = surrogates(x_adv)
         hit = goal.reached(logits).tolist()
-        said, clean = logits.argmax(1).tolist(), x.float().cpu().numpy()
+        predictions, clean = logits.argmax(1).tolist(), x.float().cpu().numpy()
         rows = [
             Verdict(
                 int(place),
                 int(self.samples.labels[place]),
-                said[row] if finite[row] else -1,
+                predictions[row] if finite[row] else -1,
                 0.0,
                 bool(hit[row]),
                 hashlib.sha256(clean[row].tobytes()).hexdigest(),
@@ -145,7 +147,7 @@ class Crafter:
         return Chunk(stage, int(at[0]), forwards, backwards, time.perf_counter() - begun, rows)
 
     def _inside(self, found: Images, x: Images) -> tuple[Images, list[bool]]:
-        """Return the images inside ball and box, whatever an attack returned; the clean one for NaN."""
+        """Return images projected onto ball and box, and which were finite; the clean image for others."""
         finite = found.flatten(1).isfinite().all(1)
         whole = torch.where(finite.view(-1, *[1] * (x.dim() - 1)), found, x)
         point = self.threat.project(whole, x)

@@ -43,12 +43,12 @@ def work(brief: tasks.CraftBrief, link: Link) -> object:
     )
     storage = Storage(loaded=brief.loaded, held=brief.held)
     crafter = Crafter(plan, Voice(link), brief.store.here())
-    crafter.keep(Ensemble(nets, device, storage, brief.combine, brief.weights), brief.ways)
+    crafter.use_ensemble(Ensemble(nets, device, storage, brief.combine, brief.weights), brief.ways)
     link.send(tasks.Ready(time.perf_counter() - begun))
     while not isinstance(order := link.receive(), tasks.Briefing):
         if isinstance(order, tasks.Make):
             source.lent = dict(zip(order.positions.tolist(), order.images, strict=True))
-            for chunk in crafter.make(order.stage, order.attack, order.members, order.goals, [order.positions]):
+            for chunk in crafter.craft(order.stage, order.attack, order.members, order.goals, [order.positions]):
                 link.send(tasks.Done([chunk]))
             source.lent.clear()
             link.send(tasks.Idle())

@@ -1,4 +1,4 @@
-"""Nets as one ensemble: how they are kept in memory, how each is run fastest, what they were asked."""
+"""Surrogates as one ensemble: kept in memory or streamed, each run by its fastest config, passes counted."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from robustkit.engine.model.loaded_models import Net
 from robustkit.engine.model.profiling import MAX_TIME_SHARE, tune
 from robustkit.engine.model.stacked_models import StackedModels, stacked
 
-# Images on which nets run as one must answer as they do alone.
-TRIED = 8
-FAST = {False: torch.contiguous_format, True: torch.channels_last}
+# Images on which stacked nets must return the logits of the single nets.
+COMPARED_IMAGES = 8
+LAYOUTS = {False: torch.contiguous_format, True: torch.channels_last}
 
 
 @dataclass(frozen=True)
 class Storage:
     """How much of an ensemble is in memory at once.
 
-    `loaded`: all nets, else one at a time from where they lie. `held`: the graphs of all nets, else of one.
+    `loaded` is whether all nets are, else one at a time; `held` whether the graphs of all nets are, else of one.
     """
 
     loaded: bool
@@ -42,7 +42,7 @@ class Storage:
 
     @classmethod
     def of(cls, nets: Sequence[Net], batch: int, device: torch.device, streaming: bool | None) -> Storage:
-        """Return what fits into half of the free memory; `streaming` decides instead if it is not None."""
+        """Return what fits into half of the free memory, or what `streaming` says if it is not None."""
         if streaming is not None:
             return cls(loaded=not streaming, held=not streaming)
         room = free_memory(device) // 2
@@ -54,10 +54,10 @@ class Storage:
 
 @dataclass
 class Ensemble:
-    """Surrogates that count what they are asked, on a device.
+    """Surrogates on a device, with their passes counted.
 
-    `ways` says how each net is run (see `tune`), as plain values: a resumed run goes on in the same ways, since
-    another memory layout rounds otherwise and the sign of a gradient near 0 may turn.
+    `configs` says how each net is run (see `tune`), as plain values. A resumed run uses the same, since another
+    memory layout rounds differently, which can change the sign of a gradient near 0.
     """
 
     nets: Sequence[Net]
@@ -65,28 +65,28 @@ class Ensemble:
     storage: Storage
     combine: str
     weights: Sequence[float] | None = None
-    ways: dict[str, Any] = field(default_factory=dict)
+    configs: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Load what is to be loaded."""
-        shelf = None if self.storage.loaded else ModelSlot(self.device)
-        self._members = [self._member(net, shelf) for net in self.nets]
-        self._together: StackedModels | None = None
+        """Load the nets unless they are streamed."""
+        slot = None if self.storage.loaded else ModelSlot(self.device)
+        self._members = [self._member(net, slot) for net in self.nets]
+        self._stacked: StackedModels | None = None
 
-    def _member(self, net: Net, shelf: ModelSlot | None) -> InstrumentedModel | LazyModel | PosteriorMembers:
+    def _member(self, net: Net, slot: ModelSlot | None) -> InstrumentedModel | LazyModel | PosteriorMembers:
         if net.count > 1:
-            return PosteriorMembers(net, self.device, shelf)
-        return net.instrumented(net.load(self.device), self.device) if shelf is None else LazyModel(net, shelf)
+            return PosteriorMembers(net, self.device, slot)
+        return net.instrumented(net.load(self.device), self.device) if slot is None else LazyModel(net, slot)
 
     @property
     def counts(self) -> tuple[int, int]:
-        """Sample-propagations through all members so far, forwards and backwards."""
-        counted: list[Any] = [*self._members, *([self._together] if self._together else [])]
+        """Forward and backward passes of images through all members so far."""
+        counted: list[Any] = [*self._members, *([self._stacked] if self._stacked else [])]
         return sum(one.forwards for one in counted), sum(one.backwards for one in counted)
 
     @contextmanager
-    def at_rest(self) -> Iterator[None]:
-        """Have every net in eval mode, its parameters out of autograd, and torch on as many threads as pay off."""
+    def in_eval_mode(self) -> Iterator[None]:
+        """Put nets into eval mode without parameter gradients, and set the number of CPU threads, inside."""
         with ExitStack() as stack:
             for member in self._members:
                 model = member.whole if isinstance(member, PosteriorMembers) else getattr(member, "model", None)
@@ -96,23 +96,23 @@ class Ensemble:
             yield
 
     def surrogates(self, members: Sequence[int] | None = None) -> Surrogates:
-        """Return all of them, or some, for an attack."""
+        """Return all surrogates or some, as attacks take them."""
         whole = Surrogates(
             self._members,
             combine=self.combine,
             weights=self.weights,
             hold=self.storage.held,
-            together=self._together,
+            together=self._stacked,
         )
         return whole if members is None else whole.select(members)
 
     def tune(self, x: Images, note: Callable[[str], str], *, hooked: bool) -> None:
-        """Choose how to run each net, by trial on x: batch norms folded or not, memory layout, all as one or not.
+        """Choose how to run each net, by trial on x: folded batch norms, memory layout, all nets stacked.
 
         Args:
-            x: a batch as it will come.
-            note: is given the choice and returns the one that counts, made when the run began.
-            hooked: whether hooks will look for the nets' blocks, which folding and stacking would hide.
+            x: a batch of the run (B C H W).
+            note: takes the choice as JSON and returns the one to use, made when the run started.
+            hooked: whether techniques put hooks on the nets' modules, which folding and stacking would hide.
         """
         members = [member for member in self._members if not isinstance(member, LazyModel)]
         if not self.storage.loaded:
@@ -124,21 +124,21 @@ class Ensemble:
                 else:
                     images = len(x) if member.slow_batch is None else member.trial_batch
                     tune(member, x[:images], precision=False)
-        plain = {"members": [self._way_of(member, hooked) for member in members], "together": False}
-        self._take(members, plain, x)
+        plain = {"members": [self._config_of(member, hooked) for member in members], "together": False}
+        self._set_configs(members, plain, x)
         if not hooked and self.storage.held and len(members) > 1 and len({net.alike for net in self.nets}) == 1:
-            plain["together"] = self.nets[0].alike is not None and self._faster_together(x)
-        self.follow(json.loads(note(json.dumps(plain))), x)
+            plain["together"] = self.nets[0].alike is not None and self._faster_stacked(x)
+        self.apply_configs(json.loads(note(json.dumps(plain))), x)
 
-    def follow(self, ways: dict[str, Any], x: Images) -> None:
-        """Run each net as it was chosen for others like these, x being some images."""
-        self.ways = ways
-        if ways:
+    def apply_configs(self, configs: dict[str, Any], x: Images) -> None:
+        """Run each net by these configs; x are some images to verify stacking on."""
+        self.configs = configs
+        if configs:
             members = [member for member in self._members if not isinstance(member, LazyModel)]
-            self._take(members, ways, x)
-            self._forget()
+            self._set_configs(members, configs, x)
+            self._reset_counts()
 
-    def _way_of(self, member: InstrumentedModel | PosteriorMembers, hooked: bool) -> dict[str, bool]:
+    def _config_of(self, member: InstrumentedModel | PosteriorMembers, hooked: bool) -> dict[str, bool]:
         if isinstance(member, PosteriorMembers):
             return {"folded": False, "channels_last": member.layout == torch.channels_last}
         return {
@@ -146,22 +146,22 @@ class Ensemble:
             "channels_last": member.config.layout == torch.channels_last,
         }
 
-    def _take(
-        self, members: Sequence[InstrumentedModel | PosteriorMembers], ways: dict[str, Any], x: Images
+    def _set_configs(
+        self, members: Sequence[InstrumentedModel | PosteriorMembers], configs: dict[str, Any], x: Images
     ) -> None:
-        for member, way in zip(members, ways["members"], strict=True):
+        for member, config in zip(members, configs["members"], strict=True):
             if isinstance(member, PosteriorMembers):
-                member.layout = FAST[way["channels_last"]]
+                member.layout = LAYOUTS[config["channels_last"]]
                 continue
-            net = (folded(member.model, x[:1]) if way["folded"] else None) or member.model
-            member.config = ExecutionConfig(net, None, FAST[way["channels_last"]])
-        self._together = stacked(self._meters(), x[:TRIED]) if ways["together"] else None
+            net = (folded(member.model, x[:1]) if config["folded"] else None) or member.model
+            member.config = ExecutionConfig(net, None, LAYOUTS[config["channels_last"]])
+        self._stacked = stacked(self._instrumented(), x[:COMPARED_IMAGES]) if configs["together"] else None
 
-    def _meters(self) -> list[InstrumentedModel]:
+    def _instrumented(self) -> list[InstrumentedModel]:
         return [member for member in self._members if isinstance(member, InstrumentedModel)]
 
-    def _faster_together(self, x: Images) -> bool:
-        whole = stacked(self._meters(), x[:TRIED])
+    def _faster_stacked(self, x: Images) -> bool:
+        whole = stacked(self._instrumented(), x[:COMPARED_IMAGES])
         if whole is None:
             return False
         alone = self.surrogates()
@@ -179,9 +179,9 @@ class Ensemble:
             seconds.append(min(taken[1:]))
         return seconds[1] < MAX_TIME_SHARE * seconds[0]
 
-    def _forget(self) -> None:
+    def _reset_counts(self) -> None:
         for member in self._members:
             if isinstance(member, PosteriorMembers):
-                member.forget()
+                member.reset_counts()
             else:
                 member.forwards = member.backwards = 0

@@ -1,4 +1,4 @@
-"""What models make of crafted images: of the clean ones, of these, and of changes that nobody thought about."""
+"""Predictions of target models on crafted images, on the clean ones, and on controls."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from robustkit.runs.craft_record import Judgement
 from robustkit.runs.recorded_outputs import recording
 from robustkit.runs.unfinished_work import Store
 
-BATCH_SIZE = 256
+EVALUATION_BATCH_SIZE = 256
 
 
-class Stack(Protocol):
-    """Images (N C H W) that are read where they lie, by positions; an array is one."""
+class ImageArray(Protocol):
+    """Images (N C H W) indexed by positions, in memory or read on access."""
 
     def __getitem__(self, at: np.ndarray, /) -> np.ndarray:
         """Return the images at these positions."""
@@ -36,9 +36,10 @@ class Stack(Protocol):
 
 @dataclass(frozen=True)
 class TargetEvaluator:
-    """Asks models about images of these samples; `goals` are the classes wanted, None if any other will do.
+    """Evaluates models on images of these samples.
 
-    The `store` keeps the answers of unfinished judgements.
+    `goals` are target classes by position, None for an untargeted attack; the `store` keeps model outputs of
+    unfinished work.
     """
 
     samples: Samples
@@ -46,63 +47,67 @@ class TargetEvaluator:
     goals: Sequence[int] | None
     seed: int
     device: torch.device
-    batch: int = BATCH_SIZE
+    batch: int = EVALUATION_BATCH_SIZE
     store: Store = field(default_factory=lambda: Store(None))
 
-    def judge(self, net: Net, adversarial: Stack, *, floors: bool) -> Judgement:
-        """Return what a net makes of all images (N C H W), with the floors if asked to."""
-        asked: dict[str, Callable[[np.ndarray, Images], Images]] = {
+    def judge(self, net: Net, adversarial: ImageArray, *, controls: bool) -> Judgement:
+        """Return predictions on clean and adversarial images (N C H W); `controls` adds noise and transplants."""
+        images_by_name: dict[str, Callable[[np.ndarray, Images], Images]] = {
             "clean": lambda at, x: x,
-            "adversarial": lambda at, x: self._there(adversarial[at]),
+            "adversarial": lambda at, x: self._on_device(adversarial[at]),
         }
-        if floors:
-            asked["noise"] = self.noise
-        if floors and len(self.samples) > 1:
-            asked["transplant"] = lambda at, x: self.transplant(adversarial, at, x)
-        return Judgement.of(net.identity, self.samples.labels.tolist(), self.goals, self._ask(net, asked))
+        if controls:
+            images_by_name["noise"] = self.noise
+        if controls and len(self.samples) > 1:
+            images_by_name["transplant"] = lambda at, x: self.transplant(adversarial, at, x)
+        return Judgement.of(
+            net.identity, self.samples.labels.tolist(), self.goals, self._predict(net, images_by_name)
+        )
 
-    def predictions(self, net: Net, images: Stack) -> list[int]:
-        """Return the class that a net names for each image; -1 where its logits are not finite."""
-        said: list[int] = self._ask(net, {"images": lambda at, x: self._there(images[at])})["images"]
+    def predictions(self, net: Net, images: ImageArray) -> list[int]:
+        """Return a net's prediction for each image; -1 for non-finite logits."""
+        said: list[int] = self._predict(net, {"images": lambda at, x: self._on_device(images[at])})["images"]
         return said
 
     def noise(self, at: np.ndarray, x: Images) -> Images:
-        """Return the images at these positions plus random signs, scaled to eps in the threat's norm."""
+        """Return the images at these positions plus random signs of length eps in the threat's norm."""
         draws = RowRng(self.seed, "noise", torch.from_numpy(at).to(self.device)).uniform(*x.shape[1:])
         signs = torch.where(draws < 0.5, -1.0, 1.0).to(x)
         length = self.threat.distance(signs, torch.zeros_like(signs)).to(x)
         return self.threat.project(x + float(self.threat.eps) * signs / per_row(length, x), x)
 
-    def transplant(self, adversarial: Stack, at: np.ndarray, x: Images) -> Images:
-        """Return the images at these positions with the change that was made for the next one."""
+    def transplant(self, adversarial: ImageArray, at: np.ndarray, x: Images) -> Images:
+        """Return the images at these positions with the perturbation of the next one."""
         others = (at + 1) % len(self.samples)
-        change = self._there(adversarial[others]) - self.samples.images(others).to(self.device)
+        change = self._on_device(adversarial[others]) - self.samples.images(others).to(self.device)
         return self.threat.project(x + change, x)
 
-    def _ask(self, net: Net, asked: dict[str, Callable[[np.ndarray, Images], Images]]) -> dict[str, Any]:
+    def _predict(
+        self, net: Net, images_by_name: dict[str, Callable[[np.ndarray, Images], Images]]
+    ) -> dict[str, Any]:
         model = net.load(self.device)
         instrumented = InstrumentedModel(model, self.device)
-        said: dict[str, list[int]] = {name: [] for name in asked}
-        work = f"judge-{net.fingerprint[:12]}-{'-'.join(asked)}"
-        with evaluation_mode(model), threads(net.threads), recording(self.store, work) as answers:
+        said: dict[str, list[int]] = {name: [] for name in images_by_name}
+        work = f"judge-{net.fingerprint[:12]}-{'-'.join(images_by_name)}"
+        with evaluation_mode(model), threads(net.threads), recording(self.store, work) as record:
             measure(instrumented, self.samples.images([0]).to(self.device), self.batch)
             every = np.arange(len(self.samples))
             for at, images in read_ahead(self.samples, np.split(every, every[self.batch :: self.batch])):
                 x = images.to(self.device)
-                for name, make in asked.items():
+                for name, make in images_by_name.items():
                     with own_randomness(self.seed, "judge", name, int(at[0])):
                         logits = instrumented.logits_fp32(make(at, x))
                     finite = logits.isfinite().all(1)
                     said[name] += torch.where(finite, logits.argmax(1), -1).tolist()
-            answers.restart()
+            record.restart()
         return said
 
-    def _there(self, images: np.ndarray) -> Images:
+    def _on_device(self, images: np.ndarray) -> Images:
         return torch.from_numpy(np.ascontiguousarray(images)).to(self.device)
 
 
-def doubts_of(judgements: Sequence[Judgement], labels: Sequence[int], classes: int) -> list[Flag]:
-    """Return the flags of what several models say of the clean images."""
+def clean_flags(judgements: Sequence[Judgement], labels: Sequence[int], classes: int) -> list[Flag]:
+    """Return the flags of several models' predictions on the clean images."""
     return [
         flag for one in judgements for flag in clean_doubts(one.predictions["clean"], labels, classes, one.model)
     ]

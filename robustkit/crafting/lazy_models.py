@@ -14,47 +14,50 @@ from robustkit.engine.model.loaded_models import Net
 
 
 class InSlot(Protocol):
-    """What can be taken from a shelf."""
+    """What can be loaded into a slot."""
 
     net: Net
 
 
 class ModelSlot:
-    """The place for one loaded net. While the next is being loaded there are two, never more."""
+    """Holds one loaded net; two while the next one is loaded."""
 
     def __init__(self, device: torch.device) -> None:
-        """Begin empty."""
+        """Start empty."""
         self.device = device
-        self._of: InSlot | None = None
-        self._meter: InstrumentedModel | None = None
+        self._member: InSlot | None = None
+        self._instrumented: InstrumentedModel | None = None
 
     def take(self, member: InSlot) -> InstrumentedModel:
-        """Return the net of this member, loaded unless it was the last one asked for."""
-        if self._of is not member or self._meter is None:
-            if self._of is not None and self._of.net.model is not None:
-                self._of.net.model.cpu()
-            self._of = self._meter = None
-            self._meter, self._of = member.net.instrumented(member.net.load(self.device), self.device), member
-        return self._meter
+        """Return the net of this member, loaded unless it is in the slot."""
+        if self._member is not member or self._instrumented is None:
+            if self._member is not None and self._member.net.model is not None:
+                self._member.net.model.cpu()
+            self._member = self._instrumented = None
+            self._instrumented, self._member = (
+                member.net.instrumented(member.net.load(self.device), self.device),
+                member,
+            )
+        return self._instrumented
 
 
 class LazyModel:
     """A member of `Surrogates` that is loaded by `resident`; it counts over all its loads."""
 
-    def __init__(self, net: Net, shelf: ModelSlot) -> None:
-        """Share a shelf with the other members."""
-        self.net, self.shelf = net, shelf
+    def __init__(self, net: Net, slot: ModelSlot) -> None:
+        """Share a slot with the other members."""
+        self.net, self.slot = net, slot
         self.forwards = self.backwards = 0
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the logits, as any member does."""
+        """Return the logits (B K) of images x (B C H W)."""
         with self.resident() as model:
             return model(x)
 
     @contextmanager
     def resident(self) -> Iterator[InstrumentedModel]:
-        """Give the loaded net inside."""
-        instrumented = self.shelf.take(self)
+        """Yield the loaded net."""
+        instrumented = self.slot.take(self)
         forwards, backwards = instrumented.forwards, instrumented.backwards
         try:
             with evaluation_mode(instrumented.model):

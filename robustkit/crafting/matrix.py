@@ -1,4 +1,4 @@
-"""The matrix: images crafted on each of several models alone, judged on all of them."""
+"""The transfer matrix: images crafted on each of several models, evaluated on all of them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from robustkit.core.errors import RobustkitError, UsageError
 from robustkit.core.threat import ThreatModel
 from robustkit.core.writing import subfolder
-from robustkit.crafting.judging import doubts_of
+from robustkit.crafting.judging import clean_flags
 from robustkit.crafting.run import run_craft
 from robustkit.crafting.spec import CraftRequest
 from robustkit.data.samples import Samples
@@ -27,8 +27,8 @@ from robustkit.runs.opening import clear
 
 
 @dataclass(frozen=True)
-class Grid:
-    """What to craft on each of `nets` and judge on each of them and of `targets`.
+class MatrixRequest:
+    """Craft on each of `nets`, and evaluate on each of them and of `targets`.
 
     `workers` and `ray`, as in `Evaluation`, craft all rows at the same time.
     """
@@ -46,14 +46,14 @@ class Grid:
     ray: str | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what is no matrix."""
+        """Raise UsageError for fewer than two models, or models of different classes."""
         if len(self.nets) < 2:
             raise UsageError("a matrix needs at least two models; write --models A,B.")
         same_classes(self.nets, self.targets)
 
     @property
     def runs(self) -> list[CraftRequest]:
-        """The craft run behind each row."""
+        """The craft run of each row."""
         return [
             CraftRequest(
                 nets=[net],
@@ -75,15 +75,15 @@ class Grid:
         return hashlib.sha256("/".join(parts).encode()).hexdigest()[:8]
 
     def run(
-        self, out: Path, progress: Progress, lane: Callable[[str], Progress], overwrite: bool = False
+        self, out: Path, progress: Progress, progress_of: Callable[[str], Progress], overwrite: bool = False
     ) -> Matrix:
-        """Craft and judge row by row, each in a folder of its own; the same call resumes there.
+        """Craft and evaluate row by row, each in its own folder; the same call resumes.
 
         Args:
             out: the folder of the rows' folders.
-            progress: who to tell of the rows if there are no workers, else of these.
-            lane: who to tell of the row of a model's string if several are done at the same time.
-            overwrite: remove the matrix or run that `out` holds, and begin anew.
+            progress: receives the events of the rows; with workers, theirs.
+            progress_of: returns what receives the events of a model's row, where rows run at the same time.
+            overwrite: delete the matrix or run in `out` first.
         """
         if overwrite and out.is_dir():
             clear(out)
@@ -100,7 +100,7 @@ class Grid:
         else:
 
             def work(desk: Desk[Craft], number: int) -> Craft:
-                told = Watched(lane(self.nets[number].string), desk.turn)
+                told = Watched(progress_of(self.nets[number].string), desk.turn)
                 place = subfolder(out, folders[number])
                 return run_craft(runs[number], place, columns, progress=told, agency=desk)
 
@@ -143,13 +143,13 @@ class Grid:
             ],
             folders=folders,
             environment=first.environment,
-            flags=[*self.samples.flags, *doubts_of(clean, first.labels, self.nets[0].classes)],
+            flags=[*self.samples.flags, *clean_flags(clean, first.labels, self.nets[0].classes)],
         )
         run_folder.write_record(out, record)
         return record
 
     def _check_folder(self, out: Path) -> None:
-        """Refuse a folder with anything in it but this matrix."""
+        """Raise UsageError for a folder that holds anything but this matrix."""
         own = {run_folder.MATRIX, "matrix.html", *(f"craft-{run.spec.run_id}" for run in self.runs)}
         others = [file.name for file in out.iterdir() if file.name not in own] if out.is_dir() else []
         if others or (out.exists() and not out.is_dir()):

@@ -1,4 +1,4 @@
-"""Images as 8-bit files that are still inside the ball: rounded to grey levels, then held by whole numbers.
+"""Images as 8-bit files that are still inside the ball: rounded to grey levels, then bounded in whole levels.
 
 Rounding 255 x can add half a level to every pixel, and truncating, as is often done, up to a whole one. Here the
 change is counted in levels, from the clean image's own: in linf each is at most floor(255 eps + 1e-6), in l2 the
@@ -24,8 +24,8 @@ from robustkit.core.threat import ThreatModel
 from robustkit.core.writing import remove_drafts, write
 
 LEVELS = 255
-# So near to a level, in levels, float32 has what was one.
-ON = 1e-3
+# The distance, in levels, up to which a float32 value counts as a level.
+LEVEL_TOLERANCE = 1e-3
 LABELS = "labels.csv"
 
 
@@ -35,7 +35,7 @@ def levels(images: np.ndarray) -> np.ndarray:
 
 
 def allowance(threat: ThreatModel) -> int:
-    """Return the most that a change may measure: a level in linf, a sum of squares in l2, a sum in l1."""
+    """Return the bound of a change in levels: the largest in linf, the sum of squares in l2, the sum in l1."""
     eps = Fraction(threat.eps)
     if threat.norm == "linf":
         return math.floor(LEVELS * eps + Fraction(1, 10**6))
@@ -43,24 +43,27 @@ def allowance(threat: ThreatModel) -> int:
 
 
 def measure(change: np.ndarray, norm: str) -> np.ndarray:
-    """Return what each row's change in levels (N C H W) measures, to be compared with the allowance."""
+    """Return the size of each row's change in levels (N C H W), to compare with `allowance`."""
     rows = np.abs(change.reshape(len(change), -1))
     whole: np.ndarray = {"linf": rows.max(1), "l2": np.square(rows).sum(1), "l1": rows.sum(1)}[norm]
     return whole
 
 
-def quantised(adversarial: np.ndarray, clean: np.ndarray, threat: ThreatModel) -> np.ndarray:
+def quantized(adversarial: np.ndarray, clean: np.ndarray, threat: ThreatModel) -> np.ndarray:
     """Return images (N C H W) as levels, uint8, whose change from the clean levels is within the allowance.
 
-    In l2 and l1 the coordinates that rounding moved outwards go back by a level, the farthest first; where the
-    clean image lies between two levels that can be too little, and then all go back further.
+    In l2 and l1 the coordinates that rounding moved outwards go back by a level, the farthest first, and again
+    until the change is within the allowance.
     """
     base, most = levels(clean), allowance(threat)
     exact = adversarial.astype(np.float64) * LEVELS - base
     change = levels(adversarial) - base
     if threat.norm == "linf":
         middle = clean.astype(np.float64) * LEVELS
-        middle, reach = np.where(np.abs(middle - base) < ON, base, middle), float(LEVELS * threat.eps) + 1e-6
+        middle, reach = (
+            np.where(np.abs(middle - base) < LEVEL_TOLERANCE, base, middle),
+            float(LEVELS * threat.eps) + 1e-6,
+        )
         low = np.maximum(np.ceil(middle - reach) - base, -most)
         high = np.minimum(np.floor(middle + reach) - base, most)
         change = np.clip(change, np.minimum(low, 0), np.maximum(high, 0)).astype(np.int64)
@@ -73,7 +76,7 @@ def quantised(adversarial: np.ndarray, clean: np.ndarray, threat: ThreatModel) -
             saved = np.take_along_axis(gain, order, 1).cumsum(1)
             over = measure(change[rows], threat.norm) - most
             back = np.zeros_like(size)
-            # Up to and with the first coordinate by which enough is saved, or all.
+            # Up to the first coordinate with which the change is within the allowance, or all.
             np.put_along_axis(back, order, ((saved - np.take_along_axis(gain, order, 1)) < over[:, None]) * 1, 1)
             flat[rows] -= np.sign(flat[rows]) * back
     whole: np.ndarray = (base + change).astype(np.uint8)
@@ -81,8 +84,8 @@ def quantised(adversarial: np.ndarray, clean: np.ndarray, threat: ThreatModel) -
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """The PNG files of a folder, read by their numbers as from an array (N C H W) of float32 in [0, 1]."""
+class PngImages:
+    """The PNG files of a folder, indexed by number like an array (N C H W) of float32 in [0, 1]."""
 
     place: Path
 
@@ -97,14 +100,14 @@ def save(
     blocks: Iterable[tuple[np.ndarray, np.ndarray]],
     labels: Sequence[int],
     threat: ThreatModel,
-) -> tuple[Pictures, int]:
+) -> tuple[PngImages, int]:
     """Write PNG files and labels.csv into a folder, and read them again.
 
     Args:
         place: the folder.
         blocks: adversarial images with the clean ones (B C H W), in order.
         labels: the class of each.
-        threat: what a change has to stay within.
+        threat: the threat that changes must stay within.
 
     Returns:
         The files, and the largest change of a pixel in levels.
@@ -131,7 +134,7 @@ def save(
     for adversarial, clean in blocks:
         if clean.shape[1] not in (1, 3):
             raise UsageError(f"images of {clean.shape[1]} channels are no PNG files; leave --png out.")
-        whole = quantised(adversarial, clean, threat)
+        whole = quantized(adversarial, clean, threat)
         again = np.empty_like(whole)
         for row, image in enumerate(whole):
             name = _name(index)
@@ -146,7 +149,7 @@ def save(
             raise RunError(f"the files in {place} do not read back within {threat}; is the disk damaged?")
         largest = max(largest, int(np.abs(change).max()))
     write(place / LABELS, table.getvalue().encode())
-    return Pictures(place), largest
+    return PngImages(place), largest
 
 
 def _name(index: int) -> str:

@@ -1,6 +1,6 @@
-"""Posteriors and trained ensembles as members of an ensemble of surrogates: any of their nets, when it is asked.
+"""Posteriors and trained ensembles as members of an ensemble of surrogates: any of their nets on demand.
 
-Samples of a posterior take turns in one net, whose weights are swapped; what is not swapped in stays on the disk.
+Samples of a posterior share one net, whose weights are replaced; the other weights stay on disk.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from robustkit.models.ensembles.mixture import Mixture
 
 
 class PosteriorMembers:
-    """A `Population` of `attack_api.posterior_surrogates`: the nets of a mixture. It counts what all are asked.
+    """A `Population` of `attack_api.posterior_surrogates`: the nets of a mixture, with all their passes counted.
 
-    Without a shelf the mixture stays loaded; with one it is taken from there for every call. `layout` is the
-    memory layout of the images. Batch norms are never folded, since the weights under them change.
+    Without a slot the mixture stays loaded; with one it is loaded there for each call. `layout` is the memory
+    layout of the images. Batch norms are never folded, since the weights change.
     """
 
-    def __init__(self, net: Net, device: torch.device, shelf: ModelSlot | None = None) -> None:
-        """Load it, or wait until it is asked."""
-        self.net, self.device, self.shelf = net, device, shelf
+    def __init__(self, net: Net, device: torch.device, slot: ModelSlot | None = None) -> None:
+        """Load the mixture unless a slot is given."""
+        self.net, self.device, self.slot = net, device, slot
         self.layout = torch.contiguous_format
         self._forwards = self._backwards = 0
-        self.whole = net.load(device) if shelf is None else None
-        # Each net, by its identity, as the attack sees it.
-        self._meters: dict[int, InstrumentedModel] = {}
+        self.whole = net.load(device) if slot is None else None
+        # The instrumented model of each net, by `id`.
+        self._instrumented: dict[int, InstrumentedModel] = {}
 
     def __len__(self) -> int:
-        """How many nets."""
+        """Return how many nets there are."""
         return self.net.count
 
     def __call__(self, x: Images) -> Logits:
@@ -46,22 +46,22 @@ class PosteriorMembers:
             self._forwards += len(self) * len(x)
             return self.net.instrumented(whole, self.device)(x)
 
-    def sample(self, number: int) -> Sample:
+    def sample(self, number: int) -> PosteriorSample:
         """Return one of the nets as a member of its own."""
-        return Sample(self, number)
+        return PosteriorSample(self, number)
 
     def place(self, number: int) -> object:
-        """Return what nets share that are not to be asked at the same time."""
+        """Return an object that is the same for nets that cannot be used at the same time."""
         return self if self.whole is None else mixture_of(self.whole).place(number)
 
     @contextmanager
     def at(self, number: int) -> Iterator[InstrumentedModel]:
-        """Give one of the nets inside, loaded."""
+        """Yield one of the nets, loaded."""
         with self._loaded() as whole:
             net = mixture_of(whole).at(number)
-            if id(net) not in self._meters:
-                self._meters[id(net)] = self.net.instrumented(whole.with_net(net), self.device)
-            instrumented = self._meters[id(net)]
+            if id(net) not in self._instrumented:
+                self._instrumented[id(net)] = self.net.instrumented(whole.with_net(net), self.device)
+            instrumented = self._instrumented[id(net)]
             instrumented.config = ExecutionConfig(instrumented.model, None, self.layout)
             yield instrumented
 
@@ -74,61 +74,61 @@ class PosteriorMembers:
     @property
     def forwards(self) -> int:
         """Forward passes so far, one for each image and net."""
-        return self._forwards + sum(instrumented.forwards for instrumented in self._meters.values())
+        return self._forwards + sum(instrumented.forwards for instrumented in self._instrumented.values())
 
     @property
     def backwards(self) -> int:
         """Backward passes so far, one for each image and net."""
-        return self._backwards + sum(instrumented.backwards for instrumented in self._meters.values())
+        return self._backwards + sum(instrumented.backwards for instrumented in self._instrumented.values())
 
-    def forget(self) -> None:
-        """Count from nothing again."""
+    def reset_counts(self) -> None:
+        """Set the counts to 0."""
         self._forwards = self._backwards = 0
-        self._meters = {}
+        self._instrumented = {}
 
     @contextmanager
     def _loaded(self) -> Iterator[Classifier]:
         if self.whole is not None:
             yield self.whole
             return
-        if self.shelf is None:
-            raise RuntimeError("neither loaded nor on a shelf.")
-        whole = self.shelf.take(self).model
+        if self.slot is None:
+            raise RuntimeError("neither loaded nor with a slot.")
+        whole = self.slot.take(self).model
         try:
             with evaluation_mode(whole):
                 yield whole
         finally:
-            # What is kept here would stay in memory when the shelf takes another net.
+            # References kept here would keep the net in memory when the slot loads another.
             self._forwards, self._backwards = self.forwards, self.backwards
-            self._meters = {}
+            self._instrumented = {}
 
 
-class Sample:
-    """One net of a `Sampled`, put into its place by `resident`."""
+class PosteriorSample:
+    """One net of `PosteriorMembers`, loaded by `resident`."""
 
-    def __init__(self, of: PosteriorMembers, number: int) -> None:
-        """Name it."""
-        self.of, self.number = of, number
+    def __init__(self, members: PosteriorMembers, number: int) -> None:
+        """Take the net of this number."""
+        self.members, self.number = members, number
 
     @property
     def place(self) -> object:
-        """What it shares with others of its kind."""
-        return self.of.place(self.number)
+        """An object that is the same for nets that cannot be used at the same time."""
+        return self.members.place(self.number)
 
     def __call__(self, x: Images) -> Logits:
-        """Return its logits, as any member does."""
+        """Return the logits (B K) of images x (B C H W)."""
         with self.resident() as model:
             return model(x)
 
     @contextmanager
     def resident(self) -> Iterator[InstrumentedModel]:
-        """Give the net inside."""
-        with self.of.at(self.number) as instrumented:
+        """Yield the loaded net."""
+        with self.members.at(self.number) as instrumented:
             yield instrumented
 
 
 def mixture_of(classifier: Classifier) -> Mixture:
-    """Return the nets of a classifier that is several."""
+    """Return the nets of a classifier that consists of several."""
     if not isinstance(classifier.net, Mixture):
         raise RuntimeError(f"{classifier.string} is one net.")
     return classifier.net

@@ -1,4 +1,4 @@
-"""Judging crafted images again, from their folder alone."""
+"""Evaluates more targets on the images of a craft run's folder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from robustkit.core.errors import UsageError
 from robustkit.core.threat import ThreatModel
-from robustkit.crafting.judging import TargetEvaluator, doubts_of
+from robustkit.crafting.judging import TargetEvaluator, clean_flags
 from robustkit.data.samples import Samples
 from robustkit.engine.model.loaded_models import Net
 from robustkit.engine.progress import Progress
@@ -23,9 +23,9 @@ from robustkit.runs.opening import open_for_writing, require_writable
 def judge_more(
     path: Path, samples: Samples, targets: Sequence[Net], device: torch.device, progress: Progress
 ) -> Craft:
-    """Return the record of a craft run with these targets judged too, and write it.
+    """Evaluate these targets on the images of a craft run; write and return its record.
 
-    The images are checked first: their hash, and that each is inside ball and box exactly.
+    The images are checked first: their hash, and that each is inside ball and box.
 
     Raises:
         UsageError: if the folder holds no images, or others than its record says, or a target has other classes
@@ -45,8 +45,8 @@ def judge_more(
         progress.stage("targets", record.n * max(len(missing), 1), record.n, record.n)
         try:
             for number, net in enumerate(missing):
-                record = record.judged([judged := evaluator.judge(net, images, floors=True)])
-                record = replace(record, flags=[*record.flags, *doubts_of([judged], record.labels, net.classes)])
+                record = record.judged([judged := evaluator.judge(net, images, controls=True)])
+                record = replace(record, flags=[*record.flags, *clean_flags([judged], record.labels, net.classes)])
                 run_folder.write_record(path, record)
                 progress.advance(record.n * (number + 1), record.n)
         finally:

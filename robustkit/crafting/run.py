@@ -1,4 +1,4 @@
-"""One craft run from beginning to end: images made, judged on other models, forecast, priced, written down."""
+"""One craft run: craft images, evaluate targets on them, forecast, compute the budget curve, write the record."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from robustkit.core.errors import RunError, UsageError
 from robustkit.core.schema import MAX_INTEGER
 from robustkit.crafting import png_export
 from robustkit.crafting.image_store import IMAGES, WITHOUT, ResumableCrafter
-from robustkit.crafting.judging import Stack, TargetEvaluator, doubts_of
+from robustkit.crafting.judging import ImageArray, TargetEvaluator, clean_flags
 from robustkit.crafting.scheduler import DistributedCrafter
 from robustkit.crafting.spec import CraftRequest
 from robustkit.data.prefetch import read_ahead
@@ -32,8 +32,8 @@ from robustkit.runs.opening import open_for_writing, require_writable
 from robustkit.runs.unfinished_work import Store
 from robustkit.runs.versions import noted
 
-# How many images are made PNG files at once.
-PACKED = 256
+# Images written as PNG files at once.
+PNG_BATCH_SIZE = 256
 
 
 def run_craft(
@@ -48,22 +48,22 @@ def run_craft(
     agency: Agency | None = None,
     overwrite: bool = False,
 ) -> Craft:
-    """Craft, or resume, or take the stored images of a finished run; then judge them.
+    """Craft, or resume, or read the images of a finished run; then evaluate the targets on them.
 
     Args:
         plan: what to craft.
-        out: the run folder; without one nothing is written.
-        targets: models to judge the images on, beside those judged in earlier runs.
-        forecast: leave each surrogate out in turn, craft on the others, and judge on it.
-        curve: gradient budgets to craft at as well.
+        out: the run folder; None writes nothing.
+        targets: models to evaluate on the images, besides those evaluated by earlier calls.
+        forecast: leave each surrogate out in turn, craft on the others, and evaluate it.
+        curve: gradients per image to craft with as well.
         png: a folder for the images as 8-bit files.
-        progress: who to tell on the way.
-        agency: where workers come from, if other runs share them; else the run hires its own.
-        overwrite: remove the run that `out` holds, and begin anew.
+        progress: receives events.
+        agency: a pool of workers shared with other runs; None for a pool of this run's own.
+        overwrite: delete the run in `out` first.
 
     Raises:
-        UsageError: for a request that cannot be carried out.
-        RunError: when it fails on the way; the same call resumes.
+        UsageError: if models, targets or folder do not fit the request.
+        RunError: if it fails on the way; the same call resumes.
     """
     same_classes(plan.nets, targets)
     if forecast and len(plan.nets) < 2:
@@ -74,12 +74,12 @@ def run_craft(
     opened = open_for_writing(out, plan.spec, overwrite=overwrite, say=progress.say) if out else None
     with opened or nullcontext(True) as writable:
         try:
-            return _Job(plan, out, targets, progress, agency, writable).run(forecast, list(curve), png)
+            return _CraftRun(plan, out, targets, progress, agency, writable).run(forecast, list(curve), png)
         finally:
             progress.close()
 
 
-class _Job:
+class _CraftRun:
     """One call of `run_craft`."""
 
     def __init__(
@@ -105,7 +105,7 @@ class _Job:
             require_writable(self.out, self.writable, "what was asked for")
             with (
                 Ledger.open(self.out and self.out / run_folder.LEDGER, self.plan.spec.run_id) as ledger,
-                closing(self._workshop(ledger)) as self.shop,
+                closing(self._make_crafter(ledger)) as self.crafter,
             ):
                 ledger.require(self.n, self.samples.images([0]).nbytes, MAX_INTEGER)
                 ledger.check_chunks()
@@ -127,7 +127,7 @@ class _Job:
             record = self._keep(record) if self.writable else record
         return record
 
-    def _workshop(self, ledger: Ledger) -> ResumableCrafter:
+    def _make_crafter(self, ledger: Ledger) -> ResumableCrafter:
         if self.agency is None:
             return ResumableCrafter(self.plan, ledger, self.progress, self.store)
         return DistributedCrafter(self.plan, ledger, self.progress, self.store, self.agency)
@@ -143,7 +143,7 @@ class _Job:
     def _work_left(self, record: Craft, forecast: bool, curve: list[int]) -> bool:
         points = record.budgets or ()
         unknown = set(curve) - {point.budget for point in points}
-        # Targets may have come later, by `robustkit transfer`.
+        # `robustkit transfer` may have added targets later.
         short = any(point.steps and len(point.success) < len(record.targets) for point in points)
         return bool(
             (forecast and not record.forecast) or unknown or (curve and short) or self._targets_missing(record)
@@ -155,12 +155,12 @@ class _Job:
 
     def _main(self) -> Craft:
         plan = self.plan
-        shop, ledger = self.shop, self.shop.ledger
+        crafter, ledger = self.crafter, self.crafter.ledger
         done = len(ledger.said(IMAGES))
         if done:
             self.progress.say(f"resuming {plan.spec.run_id}: {done} of {self.n} images done")
-        goals = shop.goals()
-        shop.fill(IMAGES, plan.composed, None, goals, plan.spec.attack_name)
+        goals = crafter.goals()
+        crafter.craft_missing(IMAGES, plan.composed, None, goals, plan.spec.attack_name)
         forwards, backwards, seconds = ledger.cost(IMAGES)
         asked, most = backwards / self.n / len(plan.nets), max(net.count for net in plan.nets)
         if most > 1 and asked < most:
@@ -180,13 +180,13 @@ class _Job:
             said = np.array([label for _, label in ledger.said(IMAGES)], np.int64)
             shown = arrays(rows, said, ([], evenly(self.n)), self.samples, plan.threat)
             run_folder.write_examples(self.out, shown)
-        surroundings = environment(plan.device, "fp32", shop.batch) | {
-            "loaded": shop.ensemble.storage.loaded,
-            "held": shop.ensemble.storage.held,
+        surroundings = environment(plan.device, "fp32", crafter.batch) | {
+            "loaded": crafter.ensemble.storage.loaded,
+            "held": crafter.ensemble.storage.held,
             "classes": plan.nets[0].classes,
             "class_names": plan.nets[0].class_names,
             "training_flops": [net.training for net in plan.nets],
-            "ways": shop.ensemble.ways,
+            "ways": crafter.ensemble.configs,
         }
         return Craft(
             run_id=plan.spec.run_id,
@@ -207,42 +207,42 @@ class _Job:
             adversarial=rows.arrays() if self.out is None else run_folder.read_adversarial(self.out),
         )
 
-    # --- judging
+    # --- evaluation of targets
 
-    def _jury(self, goals: Sequence[int] | None) -> TargetEvaluator:
+    def _evaluator(self, goals: Sequence[int] | None) -> TargetEvaluator:
         return TargetEvaluator(
             self.samples, self.plan.threat, goals, self.plan.seed, self.plan.device, store=self.store
         )
 
     def _judge(self, record: Craft) -> Craft:
-        evaluator = self._jury(record.goals)
-        images = self.shop.images(IMAGES)
+        evaluator = self._evaluator(record.goals)
+        images = self.crafter.images(IMAGES)
         if not record.surrogates:
             own: list[Judgement] = []
             self.progress.stage("surrogates", self.n * len(self.plan.nets), self.n, self.n)
             for number, net in enumerate(self.plan.nets):
-                own.append(evaluator.judge(net, images, floors=False))
+                own.append(evaluator.judge(net, images, controls=False))
                 self.progress.advance(self.n * (number + 1), self.n)
             record = self._keep(replace(record, surrogates=own))
         missing = self._targets_missing(record)
         self.progress.stage("targets", self.n * max(len(missing), 1), self.n, self.n)
         for number, net in enumerate(missing):
-            record = self._keep(record.judged([evaluator.judge(net, images, floors=True)]))
+            record = self._keep(record.judged([evaluator.judge(net, images, controls=True)]))
             self.progress.advance(self.n * (number + 1), self.n)
         return record
 
     def _forecast(self, record: Craft) -> Craft:
-        evaluator = self._jury(record.goals)
+        evaluator = self._evaluator(record.goals)
         members = range(len(self.plan.nets))
         fooled, backwards = [], 0
         for left in members:
             stage = WITHOUT + left
             others = [number for number in members if number != left]
-            self.shop.fill(
+            self.crafter.craft_missing(
                 stage, self.plan.composed, others, record.goals, f"without {left + 1} of {len(members)}"
             )
-            backwards += self.shop.ledger.cost(stage)[1]
-            judged = evaluator.judge(self.plan.nets[left], self.shop.images(stage), floors=False)
+            backwards += self.crafter.ledger.cost(stage)[1]
+            judged = evaluator.judge(self.plan.nets[left], self.crafter.images(stage), controls=False)
             fooled.append(judged.fooled(record.labels, record.goals))
         return self._keep(replace(record, forecast=Forecast.of(fooled, backwards / self.n)))
 
@@ -254,16 +254,16 @@ class _Job:
         if same and set(wanted) <= old.keys():
             return record
         prices = gradient_budgets.Prices.of(
-            self.plan.composed, lambda attack: self.shop.spend(attack, record.goals)
+            self.plan.composed, lambda attack: self.crafter.gradients_per_image_of(attack, record.goals)
         )
-        evaluator = self._jury(record.goals)
+        evaluator = self._evaluator(record.goals)
         points: list[Point] = []
         for budget in wanted:
             point, attack = prices.point(self.plan.composed, budget, float(self.plan.threat.eps))
             if attack is not None:
                 stage = gradient_budgets.STAGE + budget
-                self.shop.fill(stage, attack, None, record.goals, f"{budget} gradients")
-                images = self.shop.images(stage)
+                self.crafter.craft_missing(stage, attack, None, record.goals, f"{budget} gradients")
+                images = self.crafter.images(stage)
                 rates: list[Rate | None] = []
                 for place, judged in enumerate(record.targets):
                     known = old[budget].success if budget in old else ()
@@ -271,13 +271,15 @@ class _Job:
                         rates.append(known[place])
                         continue
                     rates.append(self._rate(evaluator, judged, record, images))
-                spent = self.shop.ledger.cost(stage)[1] / self.n
+                spent = self.crafter.ledger.cost(stage)[1] / self.n
                 point = replace(point, gradients_per_image=spent, success=rates)
             points.append(point)
         return self._keep(replace(record, budgets=points))
 
-    def _rate(self, evaluator: TargetEvaluator, judged: Judgement, record: Craft, images: Stack) -> Rate | None:
-        """Return the success of other images on a target judged before; None if it is no longer to be had."""
+    def _rate(
+        self, evaluator: TargetEvaluator, judged: Judgement, record: Craft, images: ImageArray
+    ) -> Rate | None:
+        """Return the success of other images on a target evaluated before; None if it cannot be loaded again."""
         net = next((one for one in self.targets if one.fingerprint == judged.fingerprint), None)
         if net is None:
             try:
@@ -292,21 +294,21 @@ class _Job:
     def _png(self, record: Craft, place: Path) -> Craft:
         found = (record.adversarial or run_folder.read_adversarial(self.out or place))["x"]
         every = np.arange(self.n)
-        blocks = read_ahead(self.samples, np.split(every, every[PACKED::PACKED]))
+        blocks = read_ahead(self.samples, np.split(every, every[PNG_BATCH_SIZE::PNG_BATCH_SIZE]))
         pairs = ((found[at], x.numpy()) for at, x in blocks)
         images, largest = png_export.save(place, pairs, record.labels, self.plan.threat)
-        evaluator = self._jury(record.goals)
+        evaluator = self._evaluator(record.goals)
         rates = [self._rate(evaluator, judged, record, images) for judged in record.targets]
         return replace(record, png=Saved(str(place), largest, rates))
 
     # --- the record
 
     def _keep(self, record: Craft) -> Craft:
-        """Write transfer.json as it is now: its presence means that the images are done, not all judgements."""
+        """Write transfer.json as it is now; its presence means that the images are done, not all evaluations."""
         classes = self.plan.nets[0].classes
-        doubts = doubts_of([*record.surrogates, *record.targets], record.labels, classes)
+        label_flags = clean_flags([*record.surrogates, *record.targets], record.labels, classes)
         # A surrogate may be a target, too.
-        record = replace(record, flags=list(dict.fromkeys([*record.flags, *self.samples.flags, *doubts])))
+        record = replace(record, flags=list(dict.fromkeys([*record.flags, *self.samples.flags, *label_flags])))
         if self.out is None:
             return record
         if self.parts:

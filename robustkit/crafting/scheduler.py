@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from robustkit.crafting.batches import POOL, Goals
+from robustkit.crafting.batches import MAX_POOL, Goals
 from robustkit.crafting.image_store import ResumableCrafter
 from robustkit.crafting.spec import CraftRequest
 from robustkit.distributed.crew import Agency, Crew
@@ -53,7 +53,7 @@ class DistributedCrafter(ResumableCrafter):
     def _briefing(self) -> Callable[[Hiring, int], tasks.CraftBrief]:
         plan, storage = self.plan, self.ensemble.storage
         models = [_parcelled(net, plan) for net in plan.nets]
-        pool = self.samples.images(np.arange(min(POOL, self.n))).numpy()
+        pool = self.samples.images(np.arange(min(MAX_POOL, self.n))).numpy()
 
         def brief(hiring: Hiring, number: int) -> tasks.CraftBrief:
             return tasks.CraftBrief(
@@ -62,7 +62,7 @@ class DistributedCrafter(ResumableCrafter):
                 models=models,
                 loaded=storage.loaded,
                 held=storage.held,
-                ways=self.ensemble.ways,
+                ways=self.ensemble.configs,
                 device=hiring.device(plan.device, number),
                 threads=min(hiring.threads, max(net.threads for net in plan.nets)),
                 threat=str(plan.threat),
@@ -79,7 +79,7 @@ class DistributedCrafter(ResumableCrafter):
 
         return brief
 
-    def make(
+    def craft(
         self,
         stage: int,
         attack: Any,

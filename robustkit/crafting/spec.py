@@ -1,4 +1,4 @@
-"""What a craft run is: the surrogates, the images, the attack and how members are made one."""
+"""The request for a craft run: surrogates, images, attack, and how the surrogates are combined."""
 
 from __future__ import annotations
 
@@ -24,11 +24,24 @@ DEFAULT_ATTACK, DEFAULT_COMBINE = "auto", "consensus"
 
 @dataclass(frozen=True)
 class CraftRequest:
-    """What to craft and how; `spec` is its identity, before anything has run (see `craft_run.run_craft`).
+    """What to craft and how; `spec` identifies it before anything has run (see `crafting.run.run_craft`).
 
-    `streaming` has one net in memory at a time, or all with False; None decides by the memory there is. Neither it
-    nor `batch_size` changes what is crafted, up to float rounding; `workers` and `ray` (as in `Evaluation`) do not
-    at all. None of these is part of the identity.
+    Attributes:
+        nets: the surrogates.
+        samples: clean images and labels.
+        threat: the threat model.
+        attack: an attack with techniques, e.g. `mi-fgsm+di`.
+        combine: how the surrogates are made one, see `attack_api.surrogates`.
+        weights: of the surrogates; None for equal ones.
+        targeted: how target classes are chosen; None for an untargeted attack.
+        seed: of all random numbers.
+        device: where to compute.
+        batch_size: images at once; None for the default.
+        streaming: keep one net in memory at a time (True), or all (False); None decides by the free memory.
+        workers: processes that share the work.
+        ray: address of a Ray cluster on which the workers run.
+
+    The last four are not part of the identity: they change the images by float rounding at most.
     """
 
     nets: Sequence[Net]
@@ -46,7 +59,7 @@ class CraftRequest:
     ray: str | None = None
 
     def __post_init__(self) -> None:
-        """Refuse settings that cannot be meant."""
+        """Check the values; UsageError for one that is out of range or does not fit the others."""
         self.threat.bounded()
         if not self.nets:
             raise UsageError("no surrogate to craft on; give at least one with --surrogate.")
@@ -77,7 +90,7 @@ class CraftRequest:
 
     @cached_property
     def composed(self) -> Any:
-        """The attack as it is called."""
+        """The attack with its techniques as one callable."""
         return compose(self.parts)
 
     @cached_property

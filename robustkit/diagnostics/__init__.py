@@ -1,1 +1,1 @@
-"""Looks at a model, a machine or an ensemble, without an evaluation."""
+"""Diagnostics of a model, a device or an ensemble, without an evaluation."""

@@ -1,4 +1,4 @@
-"""A test of the machine at hand against truth in closed form: does this device give true verdicts, how fast?"""
+"""A test of the device against closed-form results: whether its verdicts are right, and how fast it is."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ DUAL = {"linf": 1.0, "l2": 2.0, "l1": torch.inf}
 
 
 @dataclass(frozen=True)
-class Trial:
-    """One norm: how many images should stand, how many did, and how many verdicts were false."""
+class NormTrial:
+    """One norm: how many images are robust by theory and by attack, and how many verdicts were false."""
 
     threat: str
     expected: int
@@ -37,10 +37,10 @@ class Speed:
     images_per_second: float
 
 
-def closed_form(device: torch.device) -> list[Trial]:
-    """Return PGD's verdicts on a linear classifier, whose distance to its boundary is known for each norm.
+def closed_form(device: torch.device) -> list[NormTrial]:
+    """Return PGD's verdicts on a linear classifier, whose distance to the decision boundary is known in each norm.
 
-    Images nearer to eps than 2 % are left out. The box is too far away to matter.
+    Images whose distance is within 2 % of eps are left out. The box is too far away to matter.
     """
     weight = torch.randn(CLASSES, SIDE * SIDE, generator=torch.Generator().manual_seed(0))
     x = 0.5 + 0.02 * torch.randn(IMAGES, 1, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
@@ -58,7 +58,7 @@ def closed_form(device: torch.device) -> list[Trial]:
         distance = (gaps / slopes.clamp(min=1e-9)).scatter(1, labels[:, None], torch.inf).amin(1)
         eps = float(distance.median()) * 1.03
         kept = (distance / eps - 1).abs() > 0.02
-        stands = distance[kept] > eps
+        robust_by_theory = distance[kept] > eps
         begun = time.perf_counter()
         plan = Evaluation(
             as_classifier(net),
@@ -69,11 +69,11 @@ def closed_form(device: torch.device) -> list[Trial]:
         )
         robust = torch.tensor([verdict.robust for verdict in plan.run().verdicts])
         trials.append(
-            Trial(
+            NormTrial(
                 str(plan.threat),
-                int(stands.sum()),
+                int(robust_by_theory.sum()),
                 int(robust.sum()),
-                int((robust != stands).sum()),
+                int((robust != robust_by_theory).sum()),
                 int(kept.sum()),
                 time.perf_counter() - begun,
             )

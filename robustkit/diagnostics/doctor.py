@@ -1,4 +1,4 @@
-"""The checks alone: a look at a model that costs seconds, before an evaluation that costs hours."""
+"""The checks alone: seconds of diagnosis before an evaluation of hours."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from robustkit.runs.evaluation_record import Cost
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What the checks found on `n` images of which the model gets `correct` right."""
+    """What the checks found on `n` images, `correct` of which the model classifies correctly."""
 
     model: str
     data: str
@@ -46,9 +46,13 @@ class Diagnosis:
 def examine(
     model: Classifier, samples: Samples, threat: ThreatModel, device: torch.device, seed: int = 0
 ) -> Diagnosis:
-    """Return the flags that a model raises on these images; leaves model and generators as they were.
+    """Run the checks on these images; model and random generators are left as they were.
 
-    It goes by the default suite where a check asks what attacks are to come. Raises as an evaluation would.
+    Checks that depend on the attacks use those of the default suite.
+
+    Raises:
+        UsageError: as an evaluation does.
+        RunError: likewise.
     """
     x = samples.images(range(len(samples))).to(device)
     labels = torch.from_numpy(samples.labels).to(device)
@@ -61,7 +65,7 @@ def examine(
             measure(instrumented, x[:1], len(x))
         except (RuntimeError, MemoryError) as error:
             raise RunError(NO_MEMORY if is_out_of_memory(error) else described(error)) from error
-        # Points can be planted only where gradients can be had.
+        # The binarization check needs gradients.
         probe = Probe(
             instrumented, x, labels, threat, attacks, seed, None if instrumented.backward_error else model
         )

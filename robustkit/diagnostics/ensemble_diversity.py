@@ -1,7 +1,7 @@
-"""The members of an ensemble against each other: who is fooled by whose adversarial images, and who sees alike.
+"""Diversity of an ensemble: which members adversarial images made on each member fool, and shared features.
 
 The protocol is that of DVERGE's evaluation (Yang et al. 2020, arXiv:2009.14720), with the bounds of an oracle
-beside it. The attack is `robustkit.diagnostics.ensemble_members`'s.
+in addition. The attack is `robustkit.diagnostics.ensemble_members`'s.
 """
 
 from __future__ import annotations
@@ -37,24 +37,24 @@ from robustkit.runs.evaluation_record import Cost, Rate
 from robustkit.runs.opening import open_for_writing
 from robustkit.training import ensemble_utils
 
-# Of the published protocol: pairs that share one draw of the layer; its distillation.
-PAIRS = 10
+# The published protocol: pairs per random layer, and the distillation.
+PAIRS_PER_LAYER = 10
 DISTILLATION: dict[str, Any] = {"eps": 0.07, "step_size": 0.1, "steps": 10, "inertia": 1.0}
 BATCH_CPU, BATCH_GPU = 250, 1000
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """What to compare, and how hard to attack.
+class DiversityRequest:
+    """The members to compare and the attack.
 
     Attributes:
         model: an ensemble.
-        samples: images to look at.
-        threat: what the attacker may do.
+        samples: images to attack.
+        threat: the threat model.
         steps: of each attack, each a fifth of eps.
         restarts: random starts for each image.
         seed: of every random number.
-        images: positions to look at, to compare ensembles on the same; None for all.
+        images: positions to use, to compare ensembles on the same ones; None for all.
         device: where to compute.
     """
 
@@ -68,7 +68,7 @@ class Comparison:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be meant."""
+        """Check the values; UsageError for one out of range."""
         for name, number in (("steps", self.steps), ("restarts", self.restarts)):
             if number < 1:
                 raise UsageError(f"--{name} {number}: write at least 1.")
@@ -90,15 +90,15 @@ class Comparison:
         )
 
     def run(self, out: Path | None = None, progress: Progress | None = None, overwrite: bool = False) -> Diversity:
-        """Attack, distil, compare; or return what a folder holds of the same.
+        """Attack, distil, compare; or return the stored record of the same run.
 
         Args:
-            out: the folder; without one nothing is written.
-            progress: who to tell on the way.
-            overwrite: remove the run that `out` holds, and begin anew.
+            out: the run folder; None writes nothing.
+            progress: receives events.
+            overwrite: delete the run in `out` first.
 
         Raises:
-            UsageError: for a request that cannot be carried out, or a folder of another run.
+            UsageError: if the model has no members, or `out` holds another run.
         """
         progress = progress or Progress()
         if out is None:
@@ -203,13 +203,13 @@ class Comparison:
     def _confusion(self, ensemble: EnsembleMembers, index: np.ndarray, most: int) -> tuple[Tensor, list[int]]:
         """Return L (N, N) and the layer of each group of pairs.
 
-        Each image is paired with the next one in an order drawn at random. In eval mode a sample does not know
-        its batch, so groups with the same layer go through it together.
+        Each image is paired with the next one in a random order. In eval mode a result does not depend on the
+        batch, so groups with the same layer run together.
         """
         rng = self._rng(index, "partners")
         order = rng.integers(2**31, 1)[:, 0].argsort(stable=True).cpu().numpy()
         source, target = index[order], index[np.roll(order, -1)]
-        groups = -(-len(index) // PAIRS)
+        groups = -(-len(index) // PAIRS_PER_LAYER)
         with torch.no_grad():
             depths = [
                 depth(ensemble.member(number).model, self._images(index[:1])) for number in range(ensemble.count)
@@ -217,13 +217,13 @@ class Comparison:
         draw = RowRng(self.seed, "diversity/layer", torch.arange(groups)).uniform(1)[:, 0].numpy()
         total = torch.zeros(ensemble.count, ensemble.count, dtype=torch.float64)
         for number, layers in enumerate(depths):
-            of_pair = np.repeat(1 + (draw * layers).astype(np.int64), PAIRS)[: len(index)]
+            of_pair = np.repeat(1 + (draw * layers).astype(np.int64), PAIRS_PER_LAYER)[: len(index)]
             for layer in np.unique(of_pair):
                 for at in _batches(np.flatnonzero(of_pair == layer), most):
                     x, t = self._images(source[at]), self._images(target[at])
                     made = distil(ensemble.member(number).model, x, t, int(layer), **DISTILLATION)
                     total[number] += each_loss(ensemble, made, self._labels(target[at]))
-        return total / len(index), [1 + int(word * depths[0]) for word in draw]
+        return total / len(index), [1 + int(one * depths[0]) for one in draw]
 
     def _cosine(self, ensemble: EnsembleMembers, index: np.ndarray, most: int) -> Tensor:
         total = torch.zeros(ensemble.count * (ensemble.count - 1) // 2, dtype=torch.float64)
@@ -261,7 +261,7 @@ def _share(hits: Mask) -> Rate:
 
 
 def _bounds(wrong: Mask, none: Mask) -> Bounds:
-    """Return the bounds of who is wrong (N + 1, n) and where no member is right (n)."""
+    """Return the bounds from who misclassifies (N + 1, n) and where no member is right (n)."""
     right = ~wrong[:-1]
     best: Any = max((_share(row) for row in right), key=lambda rate: rate.value)
     return Bounds(ensemble=_share(~wrong[-1]), best=best, any=_share(~none), all=_share(right.all(0)))

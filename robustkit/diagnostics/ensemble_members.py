@@ -1,7 +1,7 @@
-"""An ensemble as its members, asked one by one, and an attack on one of them judged by all.
+"""The members of an ensemble one by one, and an attack on one of them evaluated on all.
 
-The attack runs to its last step whether or not it has fooled the member it is made on, since images that only just
-fool that one fool few others. Images leave when no restart could change a number any more.
+The attack runs all its steps even after it has fooled the member it is made on, since images that barely fool it
+fool few others. An image is done when no further restart can change a result.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ STEP_SIZE = 0.2
 
 
 class EnsembleMembers:
-    """The members of an ensemble one by one, and the ensemble behind them, counted."""
+    """The members of an ensemble and the ensemble as a whole, with their passes counted."""
 
     def __init__(self, model: Classifier, device: torch.device) -> None:
         """Take an ensemble; UsageError if the model has no members."""
@@ -41,32 +41,35 @@ class EnsembleMembers:
             raise UsageError(f"{model.string} has a defense in front of its members; leave the defense out.")
         self.model, self.mixture, self.device = model, model.net, device
         self.count = len(self.mixture)
-        self.meters = [
+        self.instrumented_members = [
             InstrumentedModel(model.with_net(self.mixture.place(number)), device) for number in range(self.count)
         ]
         self.whole = InstrumentedModel(model, device)
 
     def measure(self, image: Images, most: int) -> None:
-        """Learn from one image how many fit into memory."""
+        """Learn from one image (1 C H W) how many fit into memory."""
         measure(self.whole, image, most)
-        for instrumented in self.meters:
+        for instrumented in self.instrumented_members:
             instrumented.micro_batch = self.whole.micro_batch
 
     def member(self, number: int) -> InstrumentedModel:
-        """Return a member, good until another is asked for."""
+        """Return a member, usable until the next call."""
         self.mixture.at(number)
-        return self.meters[number]
+        return self.instrumented_members[number]
 
     def predictions(self, x: Images) -> Tensor:
-        """Return the classes that the members, and last the ensemble, name (N + 1, B); -1 for NaN."""
+        """Return the predictions of the members, and last of the ensemble (N + 1, B); -1 for non-finite logits."""
         logits = [self.member(number).logits_fp32(x) for number in range(self.count)] + [self.whole.logits_fp32(x)]
         return torch.stack([torch.where(one.isfinite().all(1), one.argmax(1), -1) for one in logits])
 
     @property
     def counts(self) -> tuple[int, int]:
-        """Sample-propagations through members so far, forwards and backwards."""
-        forwards = sum(instrumented.forwards for instrumented in self.meters) + self.count * self.whole.forwards
-        return forwards, sum(instrumented.backwards for instrumented in self.meters)
+        """Forward and backward passes of images through members so far."""
+        forwards = (
+            sum(instrumented.forwards for instrumented in self.instrumented_members)
+            + self.count * self.whole.forwards
+        )
+        return forwards, sum(instrumented.backwards for instrumented in self.instrumented_members)
 
 
 def attack(
@@ -80,7 +83,11 @@ def attack(
     steps: int,
     restarts: int,
 ) -> tuple[Mask, Mask]:
-    """Return whom images made on a member fooled in any restart (N + 1, B), and where all members at once (B)."""
+    """Attack one member; return which members, and last the ensemble, were fooled in any restart.
+
+    Returns:
+        Whether each was fooled (N + 1, B), and whether one restart fooled all members at once (B).
+    """
     fooled = torch.zeros(ensemble.count + 1, len(x), dtype=torch.bool, device=x.device)
     lost = torch.zeros(len(x), dtype=torch.bool, device=x.device)
     for restart in range(restarts):
@@ -100,7 +107,7 @@ def attack(
 
 
 def transferred(fooled: Mask) -> Mask:
-    """Return who is fooled by images made on any other member (N + 1, n), of tables (N, N + 1, n)."""
+    """Return who is fooled by images made on any other member (N + 1, n), from results of each (N, N + 1, n)."""
     others = fooled.clone()
     members = torch.arange(len(fooled))
     others[members, members] = False

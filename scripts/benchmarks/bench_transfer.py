@@ -106,7 +106,7 @@ class Comparison:
         }
         x = self.pool = samples.images(np.arange(min(BATCH, len(samples))))
         for hooked, ensemble in self.ensembles.items():
-            ensemble.tune(x, lambda ways: ways, hooked=hooked)
+            ensemble.tune(x, lambda configs: configs, hooked=hooked)
         clean = np.concatenate([x.numpy() for _, x, _ in batches(samples)])
         self.right = {net.string: self.said(net, clean) == samples.labels for net in targets}
 
@@ -131,12 +131,12 @@ class Comparison:
         ensemble = self.ensembles[any(word in text for word in ("+ghost", "+sgm"))]
         few = next(batches(self.samples))
 
-        def spend(changed: Any) -> int:
+        def gradients_per_image_of(changed: Any) -> int:
             before = ensemble.counts[1]
             self._craft(changed, ensemble, threat, few[0][:1], few[1][:1], few[2][:1])
             return ensemble.counts[1] - before
 
-        point, changed = Prices.of(attack, spend).point(attack, budget)
+        point, changed = Prices.of(attack, gradients_per_image_of).point(attack, budget)
         if changed is None or point.steps is None:
             print(f"{text:<44}    – one step costs more than {budget}", flush=True)
             return
@@ -149,7 +149,7 @@ class Comparison:
     def _craft(
         self, attack: Any, ensemble: Ensemble, threat: ThreatModel, at: np.ndarray, x: Tensor, y: Tensor
     ) -> np.ndarray:
-        with ensemble.at_rest():
+        with ensemble.in_eval_mode():
             rng = RowRng(0, "bench", torch.from_numpy(at))
             surrogates = replace(ensemble.surrogates(), pool=self.pool)
             made: Tensor = attack(surrogates, x, Goal(y), threat, rng=rng)

@@ -255,7 +255,7 @@ def test_nets_of_one_architecture_as_one(data: tuple[torch.Tensor, torch.Tensor]
     x, y = data
     found = gather([Small(seed=1), Small(seed=2), Small(seed=3)], from_arrays(x, y), CPU)
     ensemble = Ensemble(found, CPU, Storage(True, True), "gradients")
-    ensemble.tune(x, lambda ways: json.dumps({**json.loads(ways), "together": True}), hooked=False)
+    ensemble.tune(x, lambda configs: json.dumps({**json.loads(configs), "together": True}), hooked=False)
     alone = Ensemble(found, CPU, Storage(True, True), "gradients")
     assert ensemble.surrogates().together is not None
     rng = RowRng(0, "test", torch.arange(len(x)))

@@ -16,7 +16,7 @@ from teams import Watch, as_threads
 from robustkit import UsageError, craft
 from robustkit.core.threat import ThreatModel
 from robustkit.crafting import batches
-from robustkit.crafting.matrix import Grid
+from robustkit.crafting.matrix import MatrixRequest
 from robustkit.data import from_arrays
 from robustkit.engine.evaluation import tasks
 from robustkit.engine.model.loaded_models import gather
@@ -119,7 +119,7 @@ def matrix(out: Path, workers: int | None) -> Matrix:
     samples = from_arrays(x, y)
     nets = gather([Small(seed=seed) for seed in range(3)], samples, torch.device("cpu"))
     place = torch.device("cpu")
-    grid = Grid(nets, [], samples, ThreatModel.parse(THREAT), "fgsm", None, 0, place, 4, workers=workers)
+    grid = MatrixRequest(nets, [], samples, ThreatModel.parse(THREAT), "fgsm", None, 0, place, 4, workers=workers)
     return grid.run(out, Progress(), lambda name: Progress())
 
 

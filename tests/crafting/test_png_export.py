@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from robustkit import ThreatModel, UsageError
-from robustkit.crafting.png_export import LABELS, allowance, levels, measure, quantised, save
+from robustkit.crafting.png_export import LABELS, allowance, levels, measure, quantized, save
 
 GREYS = np.arange(256, dtype=np.float32) / np.float32(255)
 
@@ -23,7 +23,7 @@ def test_every_grey_level_stays_within_eps(eps: int, share: float) -> None:
     threat = ThreatModel.parse(f"linf:{eps}/255")
     clean = torch.from_numpy(GREYS).view(1, 1, 16, 16)
     adversarial = threat.project(clean + share * eps / 255, clean)
-    whole = quantised(adversarial.numpy(), clean.numpy(), threat).astype(int)
+    whole = quantized(adversarial.numpy(), clean.numpy(), threat).astype(int)
     change = np.abs(whole - np.arange(256).reshape(1, 1, 16, 16))
     assert change.max() <= eps
     # and no level is given away: what rounding alone keeps inside is the nearest level
@@ -37,7 +37,7 @@ def test_images_between_levels_have_files_within_eps_of_themselves(eps: str) -> 
     clean = (torch.arange(17) / 16).repeat(2).view(1, 1, 2, 17)
     for sign in (-1, 1):
         adversarial = threat.project(clean + sign * torch.tensor([1.0, 0.3])[:, None], clean)
-        whole = quantised(adversarial.numpy(), clean.numpy(), threat).astype(np.int64)
+        whole = quantized(adversarial.numpy(), clean.numpy(), threat).astype(np.int64)
         change = np.abs(whole - 255 * clean.numpy().astype(np.float64))
         reach = 255 * float(Fraction(eps))
         assert change.max() <= (reach + 1e-5 if reach > 0.5 else 0.5)
@@ -65,7 +65,7 @@ def test_every_norm_counts_in_whole_numbers(norm: str, eps: Fraction, seed: int,
     if eight_bit:
         clean = (255 * clean).round() / 255
     adversarial = threat.project(clean + 0.6 * torch.randn(clean.shape, generator=generator), clean)
-    whole = quantised(adversarial.numpy(), clean.numpy(), threat)
+    whole = quantized(adversarial.numpy(), clean.numpy(), threat)
     change = whole.astype(np.int64) - levels(clean.numpy())
     assert (measure(change, norm) <= allowance(threat)).all()
     if eight_bit:
@@ -79,7 +79,7 @@ def test_every_norm_counts_in_whole_numbers(norm: str, eps: Fraction, seed: int,
 def test_an_image_at_rest_stays() -> None:
     clean = GREYS.reshape(1, 1, 16, 16)
     for threat in ("linf:0", "l2:0", "l1:0"):
-        assert (quantised(clean, clean, ThreatModel.parse(threat)) == np.arange(256).reshape(1, 1, 16, 16)).all()
+        assert (quantized(clean, clean, ThreatModel.parse(threat)) == np.arange(256).reshape(1, 1, 16, 16)).all()
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -89,7 +89,7 @@ def test_files_read_back(channels: int, tmp_path: Path) -> None:
     adversarial = np.clip(clean + np.float32(0.02), 0, 1)
     parts = [(adversarial[:3], clean[:3]), (adversarial[3:], clean[3:])]
     images, largest = save(tmp_path / "png", parts, [3, 1, 4, 1], threat)
-    assert (levels(images[np.arange(4)]) == quantised(adversarial, clean, threat)).all()
+    assert (levels(images[np.arange(4)]) == quantized(adversarial, clean, threat)).all()
     assert largest == 5
     assert (tmp_path / "png" / LABELS).read_text().splitlines()[:2] == ["file,index,label", "000000.png,0,3"]
     assert len(list((tmp_path / "png").glob("*.png"))) == 4

@@ -178,7 +178,7 @@ def test_two_nets_of_memory(runs: dict[str, str]) -> None:
     assert one.graph == alone.graph
     models = ensemble([runs["a"]])
     members = models.surrogates().members
-    with models.at_rest():
+    with models.in_eval_mode():
         places = {id(members[0].sample(number).place) for number in range(5)}
     assert len(places) == 1
 

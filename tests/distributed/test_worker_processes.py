@@ -139,7 +139,7 @@ def test_images_of_killed_workers(tmp_path: Path) -> None:
     assert process.returncode == 0, said
     alone.communicate()
     one, other = (tmp_path / name for name in ("alone", "shared"))
-    ways = [json.loads((run / "transfer.json").read_text())["environment"]["ways"] for run in (one, other)]
+    configs = [json.loads((run / "transfer.json").read_text())["environment"]["ways"] for run in (one, other)]
     first, second = (np.load(run / "adversarial.npz")["x"] for run in (one, other))
     # Two runs may choose another memory layout, which rounds otherwise.
-    assert np.array_equal(first, second) if ways[0] == ways[1] else np.isclose(first, second).mean() > 0.99
+    assert np.array_equal(first, second) if configs[0] == configs[1] else np.isclose(first, second).mean() > 0.99

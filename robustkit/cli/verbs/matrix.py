@@ -14,7 +14,7 @@ from robustkit.cli.streams import print_result
 from robustkit.core.devices import pick_device
 from robustkit.core.errors import UsageError
 from robustkit.core.threat import ThreatModel
-from robustkit.crafting.matrix import Grid
+from robustkit.crafting.matrix import MatrixRequest
 from robustkit.data.classes import match_classes
 from robustkit.engine.model.loaded_models import gather_both
 from robustkit.reporting.html.matrix import FILE, page
@@ -31,7 +31,7 @@ def matrix(flags: MatrixFlags) -> int:
     samples = load_samples(names, flags.data, flags.limit, flags.data_root, flags.download, flags.trust_code)
     threat = ThreatModel.parse(flags.threat) if flags.threat else usual_threat(flags.data or BUILT_IN_DATA)
     nets, targets = gather_both(names, flags.target, samples, device, None, "model", flags.trust_code)
-    grid = Grid(
+    grid = MatrixRequest(
         nets=nets,
         targets=targets,
         samples=match_classes(samples, nets[0].classes, nets[0].class_names),
