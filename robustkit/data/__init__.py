@@ -1,4 +1,4 @@
-"""Data strings to indexed samples. Importing this package, or its catalog, does not import torch."""
+"""Labelled images from data strings and arrays. Importing this package, or its catalog, does not import torch."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Samples", "from_arrays", "load_data"]
 
-_HOME = {"Samples": "samples", "from_arrays": "sources.arrays", "load_data": "load"}
+_MODULES = {"Samples": "samples", "from_arrays": "sources.arrays", "load_data": "load"}
 
 
 def __getattr__(name: str) -> object:
-    """Import the module of a public name when it is first asked for."""
-    if name not in _HOME:
+    """Import the module of a public name on first use."""
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

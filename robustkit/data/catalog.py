@@ -1,4 +1,4 @@
-"""What `--data` understands, as plain facts. Imports no torch, so that `robustkit list data` is instant."""
+"""The kinds of data that `--data` accepts. Imports no torch, so that `robustkit list data` is fast."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ class DataEntry:
     Attributes:
         name: the word before the colon.
         description: one line for `robustkit list data`.
-        example: a data string that works as it stands, or with PATH replaced.
-        splits: the words allowed after the colon; empty where there are none.
-        default_split: the split taken when none is written, or None.
-        threat: the threat evaluated when none is written, or None.
-        num_classes: how many classes, or None where the data decides.
-        input_shape: (C, H, W) in pixels, or None where images differ or the data decides.
-        needs_root: whether the files are looked for in `--data-root`.
+        example: a data string that works as written, or with PATH replaced.
+        splits: the splits that can be written after the colon; empty if there are none.
+        default_split: the split used if none is written, or None.
+        threat: the default threat, or None.
+        num_classes: number of classes, or None if it depends on the files.
+        input_shape: (C, H, W) in pixels, or None if images differ or it depends on the files.
+        needs_root: whether the files are in `--data-root`.
     """
 
     name: str

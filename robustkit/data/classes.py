@@ -1,6 +1,6 @@
-"""Which class of a model a class of the data is: by `?classes=`, by the names of both, or by ImageNet's ids.
+"""Matching of the data's classes with a model's: by `?classes=`, by the names of both, or by ImageNet's ids.
 
-Class folders are numbered as they sort, which is the model's order only if it was trained on the same folders.
+Class folders are numbered in sorted order, which is the model's order only if it was trained on the same folders.
 """
 
 from __future__ import annotations
@@ -24,15 +24,18 @@ from robustkit.data.samples import Samples
 WNID = re.compile(r"n\d{8}")
 _MAX_BYTES = 16 << 20
 _MAX_CLASSES = 1 << 20
-# Names that are written out in a remedy.
+# The most names that a remedy lists.
 _WRITTEN = 12
 
 
 @dataclass(frozen=True)
 class ClassOrder:
-    """Which name is which class of the model: `numbers` by name, and a name for each number.
+    """The order of a model's classes.
 
-    `listed` is whether the names came as a list, which is the model's only if it is as long.
+    Args:
+        numbers: the number of each name; several names may have one number.
+        names: one name for each number.
+        listed: whether the names were given as a list, which fits a model only if it has as many classes.
     """
 
     numbers: dict[str, int]
@@ -41,10 +44,10 @@ class ClassOrder:
 
     @classmethod
     def of(cls, pairs: Sequence[tuple[str, int]], source: str) -> ClassOrder:
-        """Return the order of pairs of name and number; several names may have one number.
+        """Return the order given by pairs of name and number; several names may have one number.
 
         Raises:
-            UsageError: there is none, a name is there twice, or a number is no class.
+            UsageError: there is no pair, a name has two numbers, or a number is out of range.
         """
         numbers: dict[str, int] = {}
         for name, number in pairs:
@@ -153,18 +156,18 @@ def relabelled(samples: Samples, order: ClassOrder) -> Samples:
 
 
 def match_classes(samples: Samples, count: int | None, names: Sequence[str] | None) -> Samples:
-    """Return the samples with labels that are the model's own numbers, as far as names tell, else with flags.
+    """Return the samples with labels renumbered as the model's classes if the names match, else with flags.
 
     Args:
-        samples: whose labels are numbers of their own `classes`.
-        count: how many classes the model has, if known.
-        names: what the model calls its classes, in its order, if known.
+        samples: samples with labels numbered as their `classes`.
+        count: number of the model's classes, if known.
+        names: the model's class names in its order, if known.
     """
     classes = samples.classes
     if classes is None:
         return samples
     if samples.fixed:
-        # Where there are numbers, those of some of the model's classes are enough.
+        # With explicit numbers, some of the model's classes are enough.
         if count is None or count == len(classes) or (len(classes) < count and not samples.listed):
             return samples
         return replace(samples, label_flags=(_other_length(len(classes), count),))
@@ -184,7 +187,7 @@ def _placed(samples: Samples, places: list[int], names: tuple[str, ...]) -> Samp
 
 
 def _found(classes: Sequence[str], order: Sequence[str]) -> list[int] | None:
-    """Return where the model has each class, None if it has not all of them under one name each."""
+    """Return the model's number of each class; None unless it has each of them under exactly one name."""
     for spelling in (str, _plain):
         known = [spelling(name) for name in order]
         wanted = [spelling(name) for name in classes]
@@ -198,10 +201,10 @@ def _plain(name: str) -> str:
 
 
 def _imagenet(classes: Sequence[str], count: int | None) -> list[str] | None:
-    """Return the ids of ImageNet's classes in the order of a model of so many, if the data has such names."""
+    """Return ImageNet's class ids in the order of a model with `count` classes, if the data has such names."""
     if count is None or not all(map(WNID.fullmatch, classes)):
         return None
-    # Takes seconds to import.
+    # The import takes seconds.
     from timm.data import ImageNetInfo, infer_imagenet_subset
 
     subset = infer_imagenet_subset({"num_classes": count})

@@ -1,4 +1,4 @@
-"""Encoded images (JPEG, PNG …) as tensors of one size: decoded by Pillow, and only when they are asked for."""
+"""Encoded images (JPEG, PNG …) as tensors of one size, decoded by Pillow when they are used."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from robustkit.core.preprocess import Preprocess
 from robustkit.data.sources.folder_listing import FORMATS
 
 T = TypeVar("T")
-# Pillow's own limit, 89,478,485: 256 MiB as RGB. A file that is larger than this in bytes is no sensible picture.
+# The most pixels of an image: Pillow's own limit, 256 MiB as RGB. The most bytes of a file.
 MAX_PIXELS = 1024**3 // 4 // 3
 MAX_BYTES = 256 << 20
-# The most threads that read and decode a block, and how many pictures a fingerprint reads at once.
+# The most threads that read and decode a block, and the images that a fingerprint reads at once.
 _THREADS = 8
 _CHUNK = 256
 _ORIENTATION = 274
-# Pillow turns TIFF pictures by itself when it reads them.
+# Pillow applies the EXIF rotation of TIFF images when it reads them.
 _TURNED = ("TIFF",)
 
 
@@ -49,16 +49,16 @@ class EncodedImages(ABC):
 
     @abstractmethod
     def title(self, row: int) -> str:
-        """Return what errors call that image."""
+        """Return the name of that image in errors."""
 
     def content(self, rows: npt.NDArray[np.int64]) -> Iterator[bytes]:
-        """Yield the preprocessing and the hash of each image's file; none is decoded for it."""
+        """Yield the preprocessing and the hash of each image file, without decoding."""
         yield repr(self.preprocess).encode()
         for start in range(0, len(rows), _CHUNK):
             yield from self._each(self._digest, rows[start : start + _CHUNK])
 
     def flags(self, rows: npt.NDArray[np.int64]) -> tuple[Flag, ...]:
-        """Return a flag if EXIF says that some of those images are to be turned, which is not done."""
+        """Return a flag if some of these images have an EXIF rotation, which is not applied."""
         turned = np.concatenate(
             [
                 np.asarray(list(self._each(self._is_turned, rows[start : start + _CHUNK])), dtype=bool)
@@ -92,7 +92,7 @@ class EncodedImages(ABC):
         return (raw.to(torch.float32) / 255).permute(0, 3, 1, 2).contiguous()
 
     def enlargement(self, row: int) -> float:
-        """Return how many times as long the sides of an image become when it is read; of it only the header is."""
+        """Return by which factor an image is enlarged when it is read; this reads only its header."""
         if self.preprocess is None:
             return 1.0
         with self._opened(row) as image:
@@ -101,7 +101,7 @@ class EncodedImages(ABC):
         return tall / height
 
     def _each(self, work: Callable[[int], T], rows: npt.NDArray[np.int64]) -> Iterator[T]:
-        """Yield what a function returns for each row; reading, hashing and decoding leave Python's lock."""
+        """Yield a function's result for each row, from threads: reading, hashing and decoding release the GIL."""
         with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
             yield from pool.map(work, rows.tolist())
 
@@ -120,7 +120,7 @@ class EncodedImages(ABC):
                 if image.format in _TURNED or "exif" not in image.info:
                     return False
                 return image.getexif().get(_ORIENTATION) in range(2, 9)
-        # A damaged picture is refused where it is decoded.
+        # A damaged image raises its error when it is decoded.
         except Exception:
             return False
 
@@ -166,13 +166,13 @@ class EncodedImages(ABC):
         try:
             with self._opened(row) as image:
                 mode = image.mode
-                # Pillow warns when transparency of a palette goes straight to RGB.
+                # Pillow warns if a palette with transparency is converted to RGB directly.
                 rgb: Image.Image = (image.convert("RGBA") if "transparency" in image.info else image).convert(
                     "RGB"
                 )
         except UsageError:
             raise
-        # What Pillow raises on a damaged or hostile file is not a closed list.
+        # The errors that Pillow raises for damaged or hostile files are not a closed list.
         except Exception as error:
             raise unreadable(self.title(row), error) from error
         if mode.startswith(("I", "F")):
@@ -183,19 +183,19 @@ class EncodedImages(ABC):
 
 
 def read_limited(file: BinaryIO, size: int) -> bytes:
-    """Return that many bytes of a file; OSError if they are more than a picture has."""
+    """Return that many bytes of a file; OSError if there are more than an image may have."""
     if size > MAX_BYTES:
         raise OSError(None, f"it has {size:,} bytes, more than the {MAX_BYTES:,} that are read")
     return file.read(size)
 
 
 def unreadable(title: str, reason: object) -> UsageError:
-    """Return the error for an image that is damaged or gone."""
+    """Return the error for an image that is damaged or missing."""
     return UsageError(f"{title} cannot be read as an image ({reason}); replace it or remove it.")
 
 
 def check_interpolation(preprocess: Preprocess | None) -> None:
-    """Refuse a resampling filter that torchvision has not."""
+    """Refuse a resampling filter that torchvision does not have."""
     from torchvision.transforms import InterpolationMode
 
     known = [mode.value for mode in InterpolationMode]
@@ -204,7 +204,7 @@ def check_interpolation(preprocess: Preprocess | None) -> None:
 
 
 def _fit(image: Image.Image, preprocess: Preprocess) -> Image.Image:
-    """Resize and crop the centre, to the pixel as torchvision does where the crop is a square."""
+    """Resize and crop the centre; for square crops the result equals torchvision's."""
     from torchvision.transforms import functional
 
     sides = _resized(image.height, image.width, preprocess)
@@ -216,7 +216,7 @@ def _fit(image: Image.Image, preprocess: Preprocess) -> Image.Image:
 
 
 def _resized(height: int, width: int, preprocess: Preprocess) -> tuple[int, int]:
-    """Return height and width of an image after resizing: as torchvision has it, but never less than the crop."""
+    """Return height and width of an image after resizing, as torchvision does but at least those of the crop."""
     if preprocess.resize is None:
         return height, width
     tall, wide = preprocess.size

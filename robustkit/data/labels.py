@@ -1,4 +1,4 @@
-"""Labels in the forms that people have them in, as whole numbers from 0 up."""
+"""Labels in various forms, converted to integers from 0."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import torch
 from robustkit.core.errors import UsageError
 from robustkit.data.sources.tensors import as_array
 
-_MOST = 2**31
+_MAX_CLASSES = 2**31
 
 
 def class_numbers(
     labels: Any, name: str, count: int, classes: tuple[str, ...] | None = None
 ) -> tuple[npt.NDArray[np.int64], tuple[str, ...] | None]:
-    """Return labels as numbers (N,), and the names of the classes if there are any.
+    """Return labels as integers (N,), and the names of the classes if there are any.
 
     Args:
         labels: a tensor, an array or a list of N whole numbers of any type, of shape (N,) or (N, 1); of N one-hot
@@ -48,7 +48,10 @@ def class_numbers(
         raise UsageError(
             f"{name}: the label at position {broken[0]} is {given[broken[0]]:g}; write whole numbers from 0 up."
         )
-    for bad, advice in ((given < 0, "classes from 0 up"), (given >= _MOST, f"classes below {_MOST:,}")):
+    for bad, advice in (
+        (given < 0, "classes from 0 up"),
+        (given >= _MAX_CLASSES, f"classes below {_MAX_CLASSES:,}"),
+    ):
         if bad.any():
             at = int(bad.argmax())
             raise UsageError(f"{name}: the label at position {at} is {given[at]:g}; write {advice}.")
@@ -85,7 +88,7 @@ def _array(labels: Any, name: str) -> npt.NDArray[Any]:
         raise UsageError(
             f"{name}: the labels y are rows of unequal lengths; write one label per image."
         ) from error
-    # A column of a data frame holds its numbers or names as objects.
+    # A column of a data frame has its numbers or names as objects.
     if given.dtype == object and given.ndim == 1:
         given = np.asarray(given.tolist()) if all(map(_is_plain, given)) else given
     return given

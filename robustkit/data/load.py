@@ -1,4 +1,4 @@
-"""From a data string to samples."""
+"""Samples from a data string."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from robustkit.data.samples import Samples
 from robustkit.data.strings import DataString
 from robustkit.registry.plugins import Plugin, plugins
 
-# Kinds of data whose rest is a path, however it ends.
+# Kinds of data whose part after the colon is a path.
 PATHS = ("folder", "webdataset")
 
 
@@ -23,19 +23,27 @@ def load_data(
 ) -> Samples:
     """Return the samples that a data string names.
 
-    The order is fixed: that of the file for arrays; a fixed shuffle for `digits`, `imagenet`, `folder:PATH` and
-    `webdataset:SHARDS`, whose own order is, or may be, by class.
+    The order is fixed: that of the file for arrays, and a fixed shuffle for `digits`, `imagenet`, `folder:PATH`
+    and `webdataset:SHARDS`, whose own order may be by class.
 
     Args:
         string: `NAME[:SPLIT]`, `folder:PATH`, `webdataset:SHARDS`, or a path that ends in `.npz`; with
             `?classes=` the names of the model's classes in its order (see `read_order`), and for arrays with
             `?layout=` NCHW or NHWC.
-        root: where downloaded sets are; the default is $ROBUSTKIT_DATA, else ~/.cache/robustkit/data.
-        download: fetch a set that is not there, where torchvision can.
-        preprocess: how the model wants image files brought to one size; arrays are taken as they are.
+        root: folder of downloaded data sets; the default is $ROBUSTKIT_DATA, else ~/.cache/robustkit/data.
+        download: whether a missing data set is downloaded, if torchvision can.
+        preprocess: how image files are resized and cropped for the model; arrays are not changed.
+
+    Returns:
+        The samples; images are read when they are used.
 
     Raises:
-        UsageError: an unknown name or split, or files that are absent or not what they say.
+        UsageError: an unknown name or split, or files that are missing or invalid.
+
+    Example:
+        >>> samples = load_data("digits:test").head(8)
+        >>> samples.images([0, 1]).shape, samples.labels.shape, samples.num_classes
+        (torch.Size([2, 1, 8, 8]), (8,), 10)
     """
     spec = DataString.parse(string)
     if "classes" in spec.options:
@@ -69,7 +77,7 @@ def _loaded(
 
 
 def data_root() -> Path:
-    """Return where downloaded sets are looked for when no root is given."""
+    """Return the default folder of downloaded data sets."""
     return _absolute(os.environ.get("ROBUSTKIT_DATA") or "~/.cache/robustkit/data")
 
 
@@ -139,5 +147,5 @@ def _unknown(string: str, name: str) -> UsageError:
 
 
 def _absolute(path: str | Path) -> Path:
-    """Return the path with ~ and .. resolved, without asking the disk."""
+    """Return the path with ~ and .. resolved, without reading the disk."""
     return Path(os.path.abspath(expand_path(path)))

@@ -1,4 +1,4 @@
-"""Images read before they are asked for, so that decoding them takes no time from the attack."""
+"""Prefetching of images, so that attacks do not wait for decoding."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def read_ahead(
 ) -> Iterator[tuple[npt.NDArray[np.int64], Images]]:
     """Yield the positions and the images of each block, in order.
 
-    While one is used the next is decoded in another thread: no more than three are ever in memory. Arrays, which
-    take no time to read, are read when their turn comes.
+    While one block is used the next one is decoded in another thread; at most three are in memory. Arrays are read
+    when they are used.
     """
     if not samples.source.slow:
         yield from ((block, samples.images(block)) for block in blocks)

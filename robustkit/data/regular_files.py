@@ -1,4 +1,4 @@
-"""Files opened for reading only if they are ordinary files. Imports no torch."""
+"""Opening of regular files only. Imports no torch."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _KINDS = {
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open an ordinary file, or a link to one.
+    """Open a regular file, or a link to one, for reading.
 
-    Opening a named pipe would wait for a writer, and a device may never end.
+    Opening a named pipe would wait for a writer, and reading a device may never end.
 
     Raises:
         OSError: the file is absent, may not be read, or is a pipe, a socket, a device or a folder.
@@ -28,7 +28,7 @@ def open_regular(path: Path) -> BinaryIO:
         _refuse(os.stat(path).st_mode)
     except ValueError as error:  # a NUL in its name
         raise OSError(None, str(error)) from error
-    # Another file may have taken its place since.
+    # The file may have been replaced since.
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     try:
         _refuse(os.fstat(descriptor).st_mode)

@@ -1,4 +1,4 @@
-"""Indexed samples: labels known at once, images read when asked for."""
+"""Indexed samples: labels in memory, images read when they are used."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from robustkit.core.errors import UsageError
 from robustkit.core.flags import Flag
 from robustkit.core.shapes import Images
 
-# Values outside of [0, 1] by less are there by rounding.
+# Values outside [0, 1] by less are rounding errors.
 _ROUNDING = 1e-5
 
 
 @runtime_checkable
 class Source(Protocol):
-    """Where the images of a set come from; rows are counted in the source's own order.
+    """Where the images of a set are read from; rows are numbered in the source's own order.
 
-    `slow` is whether reading takes so long that it is worth doing ahead (`robustkit.data.prefetch`).
+    `slow` is whether reading takes so long that prefetching is worth it (`robustkit.data.prefetch`).
     """
 
     slow: ClassVar[bool]
 
     def read(self, rows: npt.NDArray[np.int64]) -> torch.Tensor:
-        """Return those images, float32 (B, C, H, W), contiguous, newly allocated."""
+        """Return the images of these rows, float32 (B, C, H, W), contiguous, newly allocated."""
         ...
 
     def content(self, rows: npt.NDArray[np.int64]) -> Iterator[bytes]:
-        """Yield whatever determines those images, for the fingerprint."""
+        """Yield the bytes that determine these images, for the fingerprint."""
         ...
 
     def flags(self, rows: npt.NDArray[np.int64]) -> tuple[Flag, ...]:
-        """Return what to know about those images before a number about them is believed."""
+        """Return reasons to doubt results on these images."""
         ...
 
 
@@ -51,10 +51,10 @@ class Samples:
         labels: int64 (N,), in [0, K).
         classes: the names of the classes, if known.
         source: where the images are read from.
-        rows: int64 (N,), the row of the source behind each position.
-        by_name: whether labels are places in the sorted names of the classes, and not numbers that somebody gave.
-        fixed: whether `?classes=` has said which class is which.
-        listed: whether it did so by a list of names, whose places are the model's numbers.
+        rows: int64 (N,), the row of the source at each position.
+        by_name: whether labels are positions in the sorted names of the classes, not given numbers.
+        fixed: whether `?classes=` has assigned the classes.
+        listed: whether it did so by a list of names, whose positions are the model's numbers.
         notes: what was left out or changed, each as a sentence without its full stop.
         label_flags: doubts about the labels.
     """
@@ -75,11 +75,14 @@ class Samples:
 
     @property
     def num_classes(self) -> int:
-        """How many classes there are: the named ones, else as many as the largest label needs."""
+        """The number of classes: of named ones, or else the largest label plus 1."""
         return len(self.classes) if self.classes else int(self.labels.max(initial=-1)) + 1
 
     def images(self, positions: Sequence[int] | npt.NDArray[Any]) -> Images:
-        """Read the images at these positions, in this order.
+        """Return the images at these positions, in this order.
+
+        Args:
+            positions: integers (B,) from 0 to N - 1.
 
         Returns:
             float32 (B, C, H, W), contiguous, in [0, 1].
@@ -98,9 +101,13 @@ class Samples:
         return x
 
     def enlargements(self, most: int) -> list[float]:
-        """Return how many times as long the sides of image files become when read, of at most so many files.
+        """Return by which factors image files are enlarged when they are read.
 
-        They are spread evenly over the samples; arrays have none.
+        Args:
+            most: the largest number of files, evenly spaced over the samples.
+
+        Returns:
+            A factor for each of the files; arrays have none.
         """
         enlargement = getattr(self.source, "enlargement", None)
         if enlargement is None:
@@ -126,7 +133,7 @@ class Samples:
 
     @cached_property
     def fingerprint(self) -> str:
-        """The sha256, in hex, of what determines labels and images; where files lie does not count."""
+        """SHA-256 (hexadecimal) of labels and image contents; file locations do not count."""
         digest = hashlib.sha256(self.labels.astype("<i8").tobytes())
         for part in self.source.content(self.rows):
             digest.update(part)
@@ -134,14 +141,14 @@ class Samples:
 
     @cached_property
     def flags(self) -> tuple[Flag, ...]:
-        """Reasons to doubt a number about these samples: of their labels, and of their images' files."""
+        """Reasons to doubt results on these samples: of their labels, and of their image files."""
         return (*self.label_flags, *self.source.flags(self.rows))
 
     def _refuse_outside_box(self, x: torch.Tensor, positions: npt.NDArray[np.int64]) -> None:
         if x.numel() == 0:
             return
         low, high = (float(bound) for bound in x.aminmax())
-        if 0 <= low and high <= 1:  # false for NaN, which aminmax hands on
+        if 0 <= low and high <= 1:  # false for NaN, which aminmax propagates
             return
         bad = int((~((x >= 0) & (x <= 1)).flatten(1).all(1)).nonzero()[0])
         image = x[bad]

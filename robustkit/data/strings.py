@@ -9,7 +9,7 @@ from urllib.parse import parse_qsl, quote
 from robustkit.core.errors import UsageError, did_you_mean
 
 FIELDS = ("classes", "layout")
-# Kinds of data that are picture files, read at the size that a model asks for.
+# Kinds of data that are image files, read at the model's input size.
 _PICTURES = ("folder", "webdataset", "imagenet")
 _QUERY = re.compile(r"\?(?=[A-Za-z_]\w*=)")
 
@@ -48,21 +48,21 @@ class DataString:
 
     @property
     def name(self) -> str:
-        """What stands before the colon: `digits`, `folder`; for a path the whole of it."""
+        """The part before the colon: `digits`, `folder`; of a plain path the whole path."""
         return self.head.partition(":")[0]
 
     @property
     def rest(self) -> str | None:
-        """What stands behind the colon, a split or a path; None if there is no colon."""
+        """The part after the colon, a split or a path; None without a colon."""
         return self.head.partition(":")[2] if ":" in self.head else None
 
     @property
     def is_pictures(self) -> bool:
-        """Whether these are picture files."""
+        """Whether these are image files."""
         return self.name in _PICTURES
 
     @property
     def query(self) -> str:
-        """The query as it is written behind the head, with its `?`; empty if there is none."""
+        """The query with its `?`; empty if there is none."""
         fields = "&".join(f"{name}={quote(value, safe=',:/+ ')}" for name, value in self.options.items())
         return f"?{fields}" if fields else ""

@@ -69,14 +69,22 @@ def from_arrays(
         images: floats (N, C, H, W) in [0, 1], or uint8. A uint8 tensor is (N, C, H, W); a uint8 numpy array
             is (N, H, W, C) when its last axis is 1, 3 or 4 long, otherwise (N, C, H, W). Any of them may be the
             other way round where its shape leaves no doubt (`layout.channels_last`).
-        labels: see `class_numbers`: whole numbers (N,), one-hot rows (N, K), or names of classes.
-        name: what errors and records call these samples.
-        layout: `NCHW` or `NHWC`, where the above is not what is meant.
+        labels: see `class_numbers`: integers (N,), one-hot rows (N, K), or names of classes.
+        name: name of these samples in errors and records.
+        layout: `NCHW` or `NHWC`, to override the above.
         classes: the names of the classes, in the order of their numbers.
-        by_name: whether the numbers are places in the sorted names, as those of class folders are.
+        by_name: whether the numbers are positions in the sorted names, as those of class folders are.
+
+    Returns:
+        The samples; images are float32 (B, C, H, W) in [0, 1] when they are read.
 
     Raises:
-        UsageError: the arrays do not fit this description. Values outside [0, 1] are found when read.
+        UsageError: the arrays do not fit this description. Values outside [0, 1] raise when they are read.
+
+    Example:
+        >>> samples = from_arrays(np.zeros((5, 28, 28, 3), np.uint8), [0, 1, 2, 1, 0])
+        >>> len(samples), samples.num_classes, samples.images([0, 4]).shape
+        (5, 3, torch.Size([2, 3, 28, 28]))
     """
     array = _as_array(images, name)
     of_bytes = not isinstance(images, torch.Tensor) and array.dtype == np.uint8 and array.ndim == 4
