@@ -27,14 +27,14 @@ def with_robust(robust: list[bool]) -> Report:
         ((54, 0, 0, 0), -0.0664, 0.0664),
     ],
 )
-def test_interval_is_newcombes(cells: tuple[int, int, int, int], low: float, high: float) -> None:
+def test_interval_has_the_published_values(cells: tuple[int, int, int, int], low: float, high: float) -> None:
     both, first, second, neither = cells
     found = newcombe(both, first, second, sum((both, first, second, neither)))
     assert found == pytest.approx((low, high), abs=6e-5)
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 40])
-def test_interval_holds_the_difference_and_mirrors(n: int) -> None:
+def test_interval_contains_the_difference_and_is_antisymmetric(n: int) -> None:
     for both in range(n + 1):
         for first in range(n - both + 1):
             second = n - both - first
@@ -43,7 +43,7 @@ def test_interval_holds_the_difference_and_mirrors(n: int) -> None:
             assert newcombe(both, second, first, n) == pytest.approx((-high, -low))
 
 
-def test_interval_covers_as_often_as_it_says() -> None:
+def test_interval_has_its_nominal_coverage() -> None:
     rng = np.random.default_rng(0)
     shares, n = [0.4, 0.15, 0.1, 0.35], 120
     hits = 0
@@ -53,14 +53,14 @@ def test_interval_covers_as_often_as_it_says() -> None:
     assert 0.93 < hits / 1500 < 0.98
 
 
-def test_mcnemar_by_hand() -> None:
+def test_mcnemar_has_values_computed_by_hand() -> None:
     assert mcnemar(0, 6) == pytest.approx(2 / 64)
     assert mcnemar(1, 3) == pytest.approx(2 * (1 + 4) / 16)
     assert mcnemar(4000, 6000) < 1e-80
     assert mcnemar(0, 0) == mcnemar(5, 5) == 1
 
 
-def test_who_loses_what() -> None:
+def test_images_that_only_one_run_is_fooled_on() -> None:
     a = with_robust([True, True, False, False, True])
     b = with_robust([True, False, True, False, False])
     found = compare(a, b)

@@ -48,7 +48,7 @@ def craft(**changes: Any) -> Craft:
     return Craft(**{**body, **changes})
 
 
-def test_success_is_over_what_was_right() -> None:
+def test_success_is_over_correctly_classified_images() -> None:
     found = judgement([1, 1, -1, 1], noise=[0, 1, 1, 1], transplant=[1, 2, 0, 0])
     assert (found.n, found.clean_accuracy) == (3, 0.75)
     assert found.success == 1 / 3  # logits that are not finite fool nobody
@@ -57,16 +57,16 @@ def test_success_is_over_what_was_right() -> None:
     assert found.rate == Rate.of(1, 3)
 
 
-def test_a_goal_is_reached_or_not() -> None:
+def test_targeted_success_needs_the_target_class() -> None:
     assert judgement([1, 2, 3, 1], [1, 0, 3, 1]).fooled(LABELS, [1, 0, 3, 1]) == [True, False, True, None]
 
 
-def test_nothing_right_is_nothing_said() -> None:
+def test_no_correct_image_gives_no_rate() -> None:
     found = Judgement.of(NET, [0], None, {"clean": [1], "adversarial": [1]})
     assert (found.success, found.rate, found.noise, found.n) == (None, None, None, 0)
 
 
-def test_the_record_goes_there_and_back() -> None:
+def test_the_record_round_trips_through_json() -> None:
     forecast = Forecast.of([[True, False, None, None], [True, True, None, None]], 30.0)
     assert forecast.expected == 0.75
     assert forecast.images == [1.0, 0.5, None, None]
@@ -85,7 +85,7 @@ def test_the_record_goes_there_and_back() -> None:
             Craft.from_json(broken)
 
 
-def test_the_identity_is_without_strings_and_targets() -> None:
+def test_the_run_id_does_not_depend_on_strings_and_targets() -> None:
     record = craft()
     moved = {**record.to_json()["spec"], "surrogates": [{**NET, "string": "elsewhere"}]}
     assert CraftSpec(**moved).run_id == record.run_id
@@ -93,7 +93,7 @@ def test_the_identity_is_without_strings_and_targets() -> None:
         assert CraftSpec(**{**moved, name: value}).run_id != record.run_id
 
 
-def test_an_unseen_group() -> None:
+def test_the_interval_of_an_unseen_model() -> None:
     assert prediction_interval([(3, 4)]) == (0.0, 1.0)
     low, high = prediction_interval([(90, 100), (92, 100), (88, 100), (91, 100)])
     assert 0.8 < low < 0.9 < high < 0.97
@@ -117,7 +117,7 @@ def test_an_unseen_group() -> None:
     assert 0.92 <= inside / 400 <= 0.98
 
 
-def test_two_runs_in_pairs() -> None:
+def test_two_craft_runs_are_compared_in_pairs() -> None:
     a, b = craft(), craft(targets=[judgement([1, 1, 0, 3])])
     (found,) = differences(a, b)
     assert (found.n, found.value, found.only_a, found.only_b, found.p) == (3, 0.0, [1], [2], 1.0)
@@ -146,12 +146,12 @@ def test_short_names() -> None:
         ("adam-cwa", "adam-cwa"),
     ],
 )
-def test_a_recipe_says_what_it_stands_for(string: str, said: str) -> None:
+def test_a_recipe_is_printed_with_its_parts(string: str, said: str) -> None:
     attack = {**compose(parse_attack(string, "linf")).spec(), "string": string}
     assert attack_words(attack) == said
 
 
-def test_the_heat_map_is_one_file() -> None:
+def test_the_matrix_page_is_self_contained() -> None:
     evil = "robustkit:<script>alert(1)</script>"
     record = Matrix(
         run_id="12345678",

@@ -12,7 +12,7 @@ from robustkit.reporting.exports.verdicts import COLUMNS, rows, to_csv, to_parqu
 
 
 @pytest.mark.parametrize("with_examples", [True, False])
-def test_csv_there_and_back(with_examples: bool) -> None:
+def test_csv_round_trips(with_examples: bool) -> None:
     report = make_report(attacks=('a,"b"', "pgd"))
     examples = make_examples(report) if with_examples else None
     read = list(csv.DictReader(io.StringIO(to_csv(rows(report, examples)).decode(), newline="")))
@@ -31,7 +31,7 @@ def test_csv_there_and_back(with_examples: bool) -> None:
         assert (row["adversarial_prediction"] == "") == (distance is None)
 
 
-def test_parquet_there_and_back() -> None:
+def test_parquet_round_trips() -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
     report = make_report()
     table = rows(report, make_examples(report))

@@ -87,7 +87,7 @@ def read(report: Report, shape: tuple[int, ...] = (3, 32, 32)) -> Tree:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_every_page_is_whole_and_needs_nothing_else(case: str) -> None:
+def test_every_page_is_valid_and_self_contained(case: str) -> None:
     report, shape = CASES[case]
     text = page(report, make_examples(report, shape))
     assert len(text.encode()) < 2_000_000
@@ -107,7 +107,7 @@ def test_every_page_is_whole_and_needs_nothing_else(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_every_card_is_of_one_size(case: str) -> None:
+def test_every_card_has_the_same_size(case: str) -> None:
     report, _ = CASES[case]
     image = Image.open(io.BytesIO(card(report)))
     assert image.size == (1200, 630)
@@ -118,13 +118,13 @@ def test_every_card_is_of_one_size(case: str) -> None:
     assert (edges == 255).all()  # nothing is cut off
 
 
-def test_views_are_pure() -> None:
+def test_the_same_report_gives_the_same_bytes() -> None:
     report = make_report(flags=(FLAG,))
     assert card(report) == card(report)
     assert page(report, make_examples(report)) == page(report, make_examples(report))
 
 
-def test_golden_numbers() -> None:
+def test_the_page_has_the_numbers_of_the_report() -> None:
     text = read(make_report()).text
     assert "24 of 40 images stay correctly classified under every attack of this run." in text
     assert "Robust accuracy 60.0 % , 95 % interval 44.6 – 73.7 %." in text
@@ -137,7 +137,7 @@ def test_golden_numbers() -> None:
     assert "<title>60.0 % robust accuracy: robustkit:digits-cnn</title>" in page(make_report(), None)
 
 
-def test_the_order_is_number_trust_cascade_classes_distances_images_cost_command() -> None:
+def test_the_order_of_the_sections() -> None:
     text = page(make_report(flags=(FLAG,)), make_examples(make_report()))
     assert re.findall(r"<h2>(.*?)</h2>", text) == [
         "Can this number be trusted?",
@@ -156,7 +156,7 @@ def test_the_verdict_of_one_image() -> None:
     assert sentences.verdict(CASES["single, robust"][0]).startswith("The one image stays correctly classified")
 
 
-def test_a_run_without_examples_has_no_strip_but_everything_else() -> None:
+def test_a_run_without_examples_has_every_other_section() -> None:
     tree = Tree(page(make_report(), None))
     assert not tree.all("img")
     assert "This run folder has no examples.npz" in tree.text
@@ -302,11 +302,11 @@ def test_shares_of_cost_add_up() -> None:
         ("a/net.py:f@w.pt?size=8&defense=jpeg:75+bit-depth:4", "net.py:f@w.pt?defense=jpeg:75+bit-depth:4"),
     ],
 )
-def test_names_are_without_folders(text: str, name: str) -> None:
+def test_model_names_have_no_folders(text: str, name: str) -> None:
     assert sentences.model_name(make_report(model=text)) == name
 
 
-def test_the_command_is_the_run() -> None:
+def test_the_printed_command_reproduces_the_run_id() -> None:
     text = "pgd(steps=7,loss=ce,random_start=false),autoattack:apgd-t(steps=9),foolbox:L2DeepFoolAttack(steps=5)"
     records = [entry.spec for entry in parse_suite(text, "l2")]
     assert [entry.spec for entry in parse_suite(suite(records), "l2")] == records
@@ -324,7 +324,7 @@ def test_the_command_is_the_run() -> None:
 @pytest.mark.parametrize(
     ("largest", "factor"), [(8 / 255, 15.0), (0.5, 1.0), (1.0, 0.5), (0.3, 1.6), (0.0, 1.0), (1e-4, 5000.0)]
 )
-def test_the_factor_brings_the_largest_change_just_inside(largest: float, factor: float) -> None:
+def test_the_enlargement_factor_keeps_the_difference_in_range(largest: float, factor: float) -> None:
     assert enlargement(largest) == pytest.approx(factor)
     assert largest * enlargement(largest) <= 0.5 + 1e-9
 
@@ -348,13 +348,13 @@ def test_ticks_are_round(low: float, high: float, expected: list[float] | None) 
     assert 2 <= len(found) <= 8
 
 
-def test_it_is_in_the_light_and_in_the_dark_and_on_paper() -> None:
+def test_the_style_covers_light_dark_narrow_and_print() -> None:
     css = (Path(render.__file__).parent / "page.css").read_text()
     for media in ("prefers-color-scheme: dark", "max-width: 600px", "@media print"):
         assert media in css
 
 
-def test_a_template_leaves_the_frame_to_base() -> None:
+def test_every_template_extends_the_base() -> None:
     names = {file.name: file.read_text() for file in Path(render.__file__).parent.glob("*.html")}
     for shared in ("base.html", "parts.html"):
         del names[shared]

@@ -27,7 +27,7 @@ def board() -> Leaderboard:
     return Leaderboard.of("0a1b2c3d", found, [FAILED])
 
 
-def test_in_order_with_what_a_comparison_says() -> None:
+def test_rows_are_ordered_with_paired_differences() -> None:
     rows = board().rows
     assert [row.name for row in rows] == ["<firm>", "tied", "weak"]
     assert [row.robust_accuracy for row in rows[1:]] == [TIED.robust_accuracy, WEAK.robust_accuracy]
@@ -45,7 +45,7 @@ def test_in_order_with_what_a_comparison_says() -> None:
     assert rows[2].warnings == ["zero-gradient"]
 
 
-def test_flagged_models_are_ranked_apart_however_high_their_number() -> None:
+def test_flagged_models_are_ranked_separately() -> None:
     best = make_report(fooled=0, model="robustkit:e", flags=(FLAG,))
     info = make_report(fooled=4, model="robustkit:f", flags=(replace(FLAG, level="info"),))
     found = [("best", "1", best), ("weak", "2", WEAK), ("firm", "3", FIRM), ("told", "4", info)]
@@ -70,7 +70,7 @@ def test_ties_share_a_rank(fooled: tuple[int, ...], ranks: list[int]) -> None:
     assert ("are equal:" in page(board)) == (ranks[1] == 1)
 
 
-def test_headline_and_caption_go_by_p() -> None:
+def test_headline_and_caption_depend_on_p() -> None:
     """One image of 40 apart: p is 1, and nobody is called first for it."""
     near = [("one", "1", make_report(fooled=4)), ("two", "2", make_report(fooled=5))]
     far = [("one", "1", make_report(fooled=4)), ("two", "2", make_report(fooled=24))]
@@ -88,7 +88,7 @@ def _table(board: Leaderboard) -> str:
     return out.getvalue()
 
 
-def test_other_images_are_not_compared() -> None:
+def test_runs_on_different_images_are_not_compared() -> None:
     other = make_report(fooled=5, fingerprint="ef" * 32)
     apart = replace(make_report(fooled=6), verdicts=[replace(FIRM.verdicts[0], index=99)], n=1)
     for report in (other, apart):
@@ -96,7 +96,7 @@ def test_other_images_are_not_compared() -> None:
         assert [row.behind for row in rows] == [None, None]
 
 
-def test_its_json() -> None:
+def test_the_json_of_the_leaderboard() -> None:
     body = board().to_json()
     assert next(iter(body.items())) == ("format", 1)
     assert json.loads(json.dumps(body)) == body
@@ -104,7 +104,7 @@ def test_its_json() -> None:
     assert body["failed"] == [{"name": "gone", "model": FAILED[1], "reason": FAILED[2]}]
 
 
-def test_its_table() -> None:
+def test_the_table_of_the_leaderboard() -> None:
     out = io.StringIO()
     show(board(), Console(file=out, width=200, markup=False), "x/leaderboard.html", "robustkit compare a b")
     text = out.getvalue()
@@ -115,7 +115,7 @@ def test_its_table() -> None:
     assert text.endswith("report   x/leaderboard.html\nnext     robustkit compare a b\n")
 
 
-def test_its_page() -> None:
+def test_the_page_of_the_leaderboard() -> None:
     html = page(board())
     assert "&lt;firm&gt;: 80.0 % robust accuracy of 40 images of digits:test at linf:8/255" in html
     assert html.count('class="chart"') == 3

@@ -34,7 +34,7 @@ def printed(report: Report) -> list[str]:
     return out.getvalue().splitlines()
 
 
-def test_wrong_images_are_not_fooled_ones() -> None:
+def test_misclassified_images_are_not_counted_as_fooled() -> None:
     lines = {line.split("  ")[0]: line for line in printed(CHECKED)}
     assert re.search(r" 4 wrong  +\d", lines["clean"])
     assert re.search(r"  12  +\d", lines["worst case"])
@@ -46,7 +46,7 @@ def test_wrong_images_are_not_fooled_ones() -> None:
     assert "lost in this stage" not in page
 
 
-def test_the_first_bar_is_of_images_that_nothing_attacked() -> None:
+def test_the_first_bar_is_the_clean_stage() -> None:
     kinds = re.findall(r'class="(robust|fooled|clean)"', str(cascade(CHECKED)))
     assert kinds == ["robust", "clean", "robust", "fooled", "robust", "fooled"]
     assert re.findall(r'class="(robust|fooled|clean)"', str(cascade(make_report(wrong=0))))[:2] == [
@@ -69,7 +69,7 @@ def test_the_checks_have_a_row_of_their_own() -> None:
     assert "checks" not in make_report().to_json()
 
 
-def test_a_run_says_what_its_checks_cost_and_how_it_was_asked_for(
+def test_a_report_has_the_cost_of_the_checks_and_the_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -97,7 +97,7 @@ def test_the_command_is_recorded_without_logins_and_only_on_the_command_line() -
 
 
 @pytest.mark.parametrize("text", ["rm -rf ~", "robustkit 'evaluate", "echo robustkit", "", None, 7])
-def test_a_records_command_that_is_none_of_robustkits_is_not_shown(text: object) -> None:
+def test_a_recorded_command_that_is_not_robustkit_is_not_shown(text: object) -> None:
     assert commands({"command": text}, "robustkit evaluate m") == {
         "command": "robustkit evaluate m",
         "expanded": "",
@@ -108,7 +108,7 @@ def test_a_records_command_that_is_none_of_robustkits_is_not_shown(text: object)
     assert "'$(id)'" in shown
 
 
-def test_a_target_is_fooled_by_the_share_that_fools_it() -> None:
+def test_the_verdict_of_a_craft_run_names_the_targets() -> None:
     page = craft_page.page(craft(), None)
     assert re.search(r"66\.7 % of the images that \S+ classified correctly fool it\.", page)
     both = craft(targets=[judgement([1, 0, 2, 3]), judgement([0, 1, 2, 3])])

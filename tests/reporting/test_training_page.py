@@ -61,7 +61,7 @@ def curves(text: str) -> list[str]:
     return re.findall(r"</svg></svg>(.*?) <b>(.*?)</b>", text)
 
 
-def test_an_ensemble_has_the_white_box_beside_the_transfer() -> None:
+def test_an_ensembles_page_has_white_box_and_transfer_curves() -> None:
     text = page(SPEC, history(transfer=0.125, white_box=1.0, cosine=0.25, best_member=0.6), record())
     assert curves(text) == [
         ("test accuracy", "50 %"),
@@ -80,7 +80,7 @@ def test_an_ensemble_has_the_white_box_beside_the_transfer() -> None:
     assert "not measured in this run" in page(SPEC, history(transfer=0.1), record())
 
 
-def test_a_narrow_terminal_cuts_no_number() -> None:
+def test_a_narrow_terminal_truncates_no_number() -> None:
     """The table of several members is wider than eighty columns."""
     console = Console(file=io.StringIO(), width=60)
     facts = {"any_right": 0.951, "transfer": 0.25, "white_box": 1.0, "cosine": -0.25}
@@ -91,7 +91,7 @@ def test_a_narrow_terminal_cuts_no_number() -> None:
         assert shown in text
 
 
-def test_a_run_that_goes_on_has_what_there_is() -> None:
+def test_the_page_of_an_unfinished_training_run() -> None:
     text = page(SPEC, history()[:2], None)
     assert "2 of 4 epochs so far" in text
     assert 'class="number"' not in text
@@ -107,7 +107,7 @@ def test_samples_of_a_posterior_are_listed() -> None:
     assert "The mean of 2 classifies" in text
 
 
-def test_points_stand_where_their_values_are() -> None:
+def test_points_are_drawn_at_their_values() -> None:
     chart = Chart([Series("a", [(0.25, 0.0), (1.0, 2.0)]), Series("b", [(0.5, 1.0)])], "x", count_marks(4), str)
     drawn = str(chart.drawing)
     assert 'd="M250 180L1000 10"' in drawn

@@ -51,14 +51,14 @@ def levels(flags: Sequence[Flag]) -> dict[str, str]:
     return {flag.code: flag.level for flag in flags}
 
 
-def test_the_strongest_is_the_longest_that_can_be_asked() -> None:
+def test_the_strongest_attack_is_the_longest_single_gradient_attack() -> None:
     suite = "pgd(steps=9),apgd(loss=dlr,steps=90),apgd-t(steps=80),apgd(loss=ce,steps=30),square(queries=99)"
     attack = probe(Small(1), suite).strongest
     assert (attack.info.name, attack.steps, attack.loss) == ("apgd", 30, "ce")
     assert probe(Small(1), "square(queries=9),autoattack:apgd-ce(steps=2)").strongest is None
 
 
-def test_a_feeble_attack_is_not_alive_on_an_honest_net() -> None:
+def test_a_weak_attack_raises_attack_not_alive() -> None:
     good, feeble = (
         signs.alive(probe(Small(1), suite)) for suite in ("pgd(steps=30)", "pgd(steps=1,step_size=0.01eps)")
     )
@@ -67,7 +67,7 @@ def test_a_feeble_attack_is_not_alive_on_an_honest_net() -> None:
     assert feeble.value < 5
 
 
-def test_where_nothing_can_be_planted_it_says_so_and_warns_of_nothing() -> None:
+def test_planting_that_is_impossible_is_not_measured() -> None:
     noisy, headless = Around(lambda x: x + 0.05 * torch.randn_like(x)), Around()
     headless.net.body[-1] = torch.nn.Sequential(
         torch.nn.Unflatten(1, (32, 1, 1)), torch.nn.Conv2d(32, 10, 1), torch.nn.Flatten()
@@ -84,7 +84,7 @@ def test_where_nothing_can_be_planted_it_says_so_and_warns_of_nothing() -> None:
         assert word in flag.meaning
 
 
-def test_a_net_without_a_gradient_hides_what_is_planted() -> None:
+def test_a_net_without_a_gradient_raises_attack_not_alive() -> None:
     flag = signs.alive(probe(Around(torch.Tensor.detach)))
     assert (flag.level, flag.value) == ("warning", 0)
 
@@ -106,14 +106,14 @@ def test_an_unstable_loss_and_a_random_backward_pass() -> None:
     assert gradients.unlike(probe(Around(Dice.apply))).code == "unlike-gradients"
 
 
-def test_floors_and_ties_among_the_logits() -> None:
+def test_underflow_and_dlr_flat_on_tied_logits() -> None:
     assert outputs.underflow(probe(Small(1))) is outputs.dlr_flat(probe(Small(1))) is None
     floor = Around(after=lambda z: (9 * z).softmax(1).clamp(min=1e-3).log())
     assert outputs.underflow(probe(floor)).code == "underflow"
     assert outputs.dlr_flat(probe(Around(after=lambda z: z.clamp(max=-99)))).code == "dlr-flat"
 
 
-def test_a_random_model_is_judged_by_most_draws() -> None:
+def test_a_randomised_model_is_checked_by_the_majority_of_draws() -> None:
     """A wrong draw on the way, where right ones are as many, is no sign that it falls; noise is no mask."""
     torch.manual_seed(0)
     coin = Around(after=lambda z: z.detach() * (2 * (torch.rand(len(z), 1) < 0.8) - 1))
@@ -127,7 +127,7 @@ def test_a_random_model_is_judged_by_most_draws() -> None:
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_a_run_keeps_what_speaks_for_it_and_raises_the_rest(masked: bool) -> None:
+def test_a_run_records_passed_checks_and_raised_flags(masked: bool) -> None:
     net = Around(lambda x: (8 * x).round() / 8) if masked else Small(1)
     report = evaluate(net, *labelled(net, 16, (1, 9, 7)), "linf:0.05", suite="pgd(steps=20)")
     against, of_itself = levels(report.flags), levels(report.passed)
@@ -145,7 +145,7 @@ def test_a_run_keeps_what_speaks_for_it_and_raises_the_rest(masked: bool) -> Non
         assert measured >= {"attack-not-alive", "not-converged", "wrong-gradient"}
 
 
-def test_views_mask_nothing_where_no_gradient_was_climbed_before_them() -> None:
+def test_masked_gradient_needs_an_attack_on_the_own_gradient() -> None:
     """What a view fools first tells nothing of what the model's own gradients would have missed."""
     stages = [Stage(name, Rate.of(9 - fooled, 10), fooled, 9, 9, 1.0) for name, fooled in (("a", 1), ("b", 8))]
 
@@ -158,7 +158,7 @@ def test_views_mask_nothing_where_no_gradient_was_climbed_before_them() -> None:
         assert "came before" in flag(access, views).meaning
 
 
-def test_what_can_be_raised_can_be_vouched_for() -> None:
+def test_every_claim_belongs_to_a_known_flag() -> None:
     """Doubts that escalate are flags of checks; each check that measures has its line on the page."""
     assert {signs.unstable, signs.silent, signs.incomplete, signs.alive, gradients.unlike} <= set(BEFORE)
     assert {"attack-not-alive", "unstable-loss", "unlike-gradients", "underflow"} <= DOUBTS

@@ -24,7 +24,9 @@ from robustkit.registry.ranges import Positive, Share
 @technique("triage", paper="docs/transfer.md")
 @dataclass(frozen=True, slots=True)
 class Triage(Technique):
-    """Counts members that are not yet won `stake` times, and gives up those out of reach.
+    """Weights the surrogates for each image by their margins, and drops those out of reach.
+
+    A surrogate that is not fooled yet counts `stake` times.
 
     Margins are of each image's logits over their standard deviation, above 0 where the goal is reached: `safe` is
     the margin of a member that is won, `hope` the least one of a member that is kept after `after` of the steps.

@@ -79,7 +79,8 @@ class CraftOptions(RunFolder, CraftCompute, TrustCode, AttackOptions, section="A
 
     combine: str = option(
         "consensus",
-        "What is averaged over the surrogates: logits, probabilities, loss, gradients or consensus.",
+        "What is averaged over the surrogates: logits, probabilities, loss, gradients, or consensus (one loss "
+        "of their mean standardised logits, with gradients scaled to one size).",
         metavar="WHAT",
     )
     weights: Sequence[float] | None = option(

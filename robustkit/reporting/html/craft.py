@@ -115,7 +115,7 @@ def _verdict(record: Craft, names: Sequence[str]) -> str:
     if len(rates) == 1:
         rate, name = rates[0]
         return f"{percent(rate.value)} of the images that {name} classified correctly {what} it."
-    worst, best = (of(rates, key=lambda pair: pair[0].value) for of in (min, max))
+    worst, best = (choose(rates, key=lambda pair: pair[0].value) for choose in (min, max))
     return (
         f"Of the images that a target classified correctly, {percent(best[0].value)} {what} {best[1]}, the most "
         f"of {len(rates)} targets, and {percent(worst[0].value)} {what} {worst[1]}, the least."
