@@ -9,6 +9,7 @@ import torch
 
 from robustkit.api.inputs import model_list, samples_and_threat
 from robustkit.api.options.craft import CraftArguments, CraftOptions
+from robustkit.api.options.declare import build
 from robustkit.api.verbs import verb
 from robustkit.core.devices import pick_device
 from robustkit.core.threat import ThreatModel
@@ -66,18 +67,5 @@ def craft_request(
 ) -> CraftRequest:
     """Return the request that these options ask for; labels are numbered as for the first surrogate."""
     first = surrogates[0] if surrogates else None
-    return CraftRequest(
-        nets=surrogates,
-        samples=match_classes(samples, first.classes, first.class_names) if first else samples,
-        threat=threat,
-        device=device,
-        attack=options.attack,
-        combine=options.combine,
-        weights=options.weights,
-        targeted=options.targeted,
-        seed=options.seed,
-        batch_size=options.batch_size,
-        streaming=options.streaming,
-        workers=options.workers,
-        ray=options.ray,
-    )
+    samples = match_classes(samples, first.classes, first.class_names) if first else samples
+    return build(CraftRequest, options, nets=surrogates, samples=samples, threat=threat, device=device)

@@ -9,6 +9,7 @@ import torch
 
 from robustkit.api.inputs import samples_and_threat
 from robustkit.api.options.craft import DiversityArguments, DiversityOptions
+from robustkit.api.options.declare import build
 from robustkit.api.verbs import verb
 from robustkit.core.devices import pick_device
 from robustkit.core.threat import ThreatModel
@@ -59,13 +60,6 @@ def comparison(
     positions: Sequence[int] | None,
 ) -> DiversityRequest:
     """Return the comparison that these options ask for, on the images at these positions, or on all."""
-    return DiversityRequest(
-        model=model,
-        samples=samples,
-        threat=threat,
-        device=device,
-        images=positions,
-        steps=options.steps,
-        restarts=options.restarts,
-        seed=options.seed,
+    return build(
+        DiversityRequest, options, model=model, samples=samples, threat=threat, device=device, images=positions
     )

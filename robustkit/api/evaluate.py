@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from robustkit.api.inputs import place_of, samples_and_threat
+from robustkit.api.options.declare import build
 from robustkit.api.options.evaluate import EvaluateArguments, EvaluateOptions
 from robustkit.api.verbs import verb
 from robustkit.core.threat import ThreatModel
@@ -52,19 +53,13 @@ def evaluation(
     options: EvaluateOptions, model: Classifier, samples: Samples, threat: ThreatModel, device: torch.device
 ) -> Evaluation:
     """Return the evaluation that these options ask for."""
-    return Evaluation(
+    return build(
+        Evaluation,
+        options,
         model=model,
         samples=samples,
         threat=threat,
         device=device,
-        suite=options.suite,
-        seed=options.seed,
-        precision=options.precision,
-        batch_size=options.batch_size,
-        curve=options.curve,
-        audit=options.audit,
         strictness=read_strictness(options.strictness),
         limits=Limits(options.time_limit, options.stop_at_width),
-        workers=options.workers,
-        ray=options.ray,
     )

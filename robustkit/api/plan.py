@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from robustkit.api.inputs import place_of, samples_and_threat
+from robustkit.api.options.declare import build
 from robustkit.api.options.evaluate import PlanArguments, PlanOptions
 from robustkit.api.verbs import verb
 from robustkit.core.threat import ThreatModel
@@ -50,15 +51,13 @@ def cost_probe(
     options: PlanOptions, model: Classifier, samples: Samples, threat: ThreatModel, device: torch.device
 ) -> CostProbe:
     """Return the measurement that these options ask for."""
-    return CostProbe(
+    return build(
+        CostProbe,
+        options,
         model=model,
         samples=samples,
         threat=threat,
         device=device,
-        suite=options.suite,
-        seed=options.seed,
-        precision=options.precision,
-        batch_size=options.batch_size,
         strictness=read_strictness(options.strictness),
         budget=options.seconds,
     )

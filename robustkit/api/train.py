@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from robustkit.api.inputs import read_samples
+from robustkit.api.options.declare import build
 from robustkit.api.options.train import TrainArguments, TrainOptions
 from robustkit.api.verbs import verb
 from robustkit.core.devices import pick_device
@@ -48,23 +49,13 @@ def train(arguments: TrainArguments) -> Trained:
 
 def training(options: TrainOptions, method: Method, samples: Samples, test: Samples | None) -> Training:
     """Return the training run that these options ask for."""
-    return Training(
+    return build(
+        Training,
+        options,
         method=method,
         samples=samples.head(options.limit),
         test=None if test is None else match_labels(test, samples),
         device=pick_device(options.device),
-        arch=options.arch,
-        epochs=options.epochs,
-        batch_size=options.batch_size,
-        lr=options.lr,
-        members=options.members,
-        ema=options.ema,
-        augment=options.augment,
-        precision=options.precision,
-        seed=options.seed,
-        devices=options.devices,
-        parallel=options.parallel,
-        trust_code=options.trust_code,
     )
 
 

@@ -14,8 +14,13 @@ import robustkit
 from robustkit.api.options import craft, evaluate, runs, train
 from robustkit.api.options.declare import EXPECTED, Options, described
 from robustkit.cli import run
+from robustkit.crafting.matrix import MatrixRequest
+from robustkit.crafting.spec import CraftRequest
+from robustkit.diagnostics.ensemble_diversity import DiversityRequest
 from robustkit.engine.evaluation.run import Evaluation
+from robustkit.engine.planning.cost_probe import CostProbe
 from robustkit.registry import DEFAULT_SUITE
+from robustkit.training.train import Training
 
 VERBS = ("craft", "diversity", "evaluate", "minimum_norm", "plan", "train", "verify")
 CLASSES = {
@@ -52,11 +57,25 @@ def test_every_option_can_be_read_from_a_command_line(options: type[Options]) ->
             assert kind in (*EXPECTED, "Sequence[str]", "Sequence[Path]") or about.read
 
 
-def test_options_of_an_evaluation_have_the_types_of_the_engine() -> None:
-    shared = {field.name: field.type for field in fields(Evaluation)}
-    for field in fields(evaluate.EvaluateOptions):
-        if field.name in shared and field.name not in ("device", "strictness"):
-            assert field.type == str(shared[field.name]).removeprefix("registry.")
+@pytest.mark.parametrize(
+    ("options", "request_class"),
+    [
+        (evaluate.EvaluateOptions, Evaluation),
+        (evaluate.PlanOptions, CostProbe),
+        (craft.CraftOptions, CraftRequest),
+        (craft.MatrixFlags, MatrixRequest),
+        (craft.DiversityOptions, DiversityRequest),
+        (train.TrainOptions, Training),
+    ],
+)
+def test_options_have_the_types_of_the_request_that_they_are_passed_to(
+    options: type[Options], request_class: type
+) -> None:
+    types = {field.name: str(field.type).removeprefix("registry.") for field in fields(request_class)}
+    shared = {field.name: field.type for field in fields(options) if field.name in types}
+    assert len(shared) >= 4
+    for name in shared.keys() - {"device", "strictness", "threat"}:
+        assert shared[name] == types[name]
 
 
 def test_a_wrong_value_gets_the_same_sentence_from_python_and_from_the_command_line(

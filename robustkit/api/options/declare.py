@@ -15,6 +15,7 @@ from robustkit.core.limits import MAX_STATED_LIMIT, Limits
 from robustkit.core.numbers import shown, whole
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 PATH, NUMBERS, SUITE = "str | Path", "Sequence[float]", "Suite"
 # What a value must be, by the annotation of its field. Other values are checked where they are used.
@@ -186,6 +187,19 @@ def from_text(declared: Field[Any], text: Any, name: str) -> Any:
         expected = error if about.read else EXPECTED[kind]
         raise UsageError(f"{name} must be {expected}, got {shown(text)}.") from None
     return checked(declared, value, name)
+
+
+def build(request: type[R], options: Options, **others: Any) -> R:
+    """Create an engine's request from the options that have the names of its fields, and from other values.
+
+    Args:
+        request: a dataclass.
+        options: of a verb; a new option reaches the request by its name alone.
+        others: fields that are no options, or that are not passed as they are.
+    """
+    names = {one.name for one in fields(request)}  # type: ignore[arg-type]
+    same = {one.name: getattr(options, one.name) for one in fields(options) if one.name in names}
+    return request(**same | others)
 
 
 def range_text(limits: Limits) -> str:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from robustkit.api.options.craft import MatrixFlags
+from robustkit.api.options.declare import build
 from robustkit.cli.inputs import BUILT_IN_DATA, load_samples, usual_threat
 from robustkit.cli.model_lists import refuse_lists, split_models
 from robustkit.cli.output import save_page, wide_console
@@ -31,19 +32,8 @@ def matrix(flags: MatrixFlags) -> int:
     samples = load_samples(names, flags.data, flags.limit, flags.data_root, flags.download, flags.trust_code)
     threat = ThreatModel.parse(flags.threat) if flags.threat else usual_threat(flags.data or BUILT_IN_DATA)
     nets, targets = gather_both(names, flags.target, samples, device, None, "model", flags.trust_code)
-    grid = MatrixRequest(
-        nets=nets,
-        targets=targets,
-        samples=match_classes(samples, nets[0].classes, nets[0].class_names),
-        threat=threat,
-        attack=flags.attack,
-        targeted=flags.targeted,
-        seed=flags.seed,
-        device=device,
-        batch_size=flags.batch_size,
-        workers=flags.workers,
-        ray=flags.ray,
-    )
+    samples = match_classes(samples, nets[0].classes, nets[0].class_names)
+    grid = build(MatrixRequest, flags, nets=nets, targets=targets, samples=samples, threat=threat, device=device)
     folder = Path(flags.out or f"runs/matrix-{grid.run_id}")
     rows = MatrixDisplay()
     progress = rows if flags.workers or flags.ray else CraftDisplay()
