@@ -1,4 +1,4 @@
-"""What the attacker wants of each image: to leave its label, or to reach a target."""
+"""The attacker's goal for each image: any class but its label, or a target class."""
 
 from __future__ import annotations
 
@@ -15,8 +15,12 @@ from robustkit.core.shapes import Labels, Logits, Mask, PerRow
 class Goal:
     """True labels (B) and, for a targeted attack, the targets (B).
 
-    `clear` is by how much the goal must be reached, as a share of the largest logit or of 1 where all are smaller:
-    the nearest points of all lie at the boundary, where another machine may see them on the other side.
+    Args:
+        labels: true labels (B).
+        targets: target labels (B), or None for an untargeted attack.
+        clear: the margin by which the goal must be reached, as a share of the largest logit, or of 1 if all
+            logits are smaller. Minimum-norm points lie at the decision boundary, where rounding on another
+            machine could change the prediction.
     """
 
     labels: Labels
@@ -24,7 +28,7 @@ class Goal:
     clear: float = 0.0
 
     def reached(self, logits: Logits) -> Mask:
-        """Return which rows are where the attacker wants them; a row with NaN is not."""
+        """Return which rows (B) of logits (B K) reach the goal; rows with NaN do not."""
         prediction = logits.argmax(1)
         hit = prediction != self.labels if self.targets is None else prediction == self.targets
         if self.clear:
@@ -35,7 +39,7 @@ class Goal:
         return hit & ~logits.isnan().any(1)
 
     def loss(self, logits: Logits, name: str = "ce") -> PerRow:
-        """Return the named loss (`robustkit.core.losses`); it always rises towards success."""
+        """Return the named loss (B) of logits (B K), see `robustkit.core.losses`; it rises towards success."""
         loss = losses.LOSSES.get(name) or losses.loss(name)
         return loss(logits, self.labels, self.targets)
 

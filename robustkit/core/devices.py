@@ -1,4 +1,4 @@
-"""Where to compute: devices by name."""
+"""Devices by name."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from robustkit.core.errors import UsageError
 
 
 def pick_device(device: str | torch.device) -> torch.device:
-    """Return the device of that name; `auto` is CUDA where there is one. UsageError if it cannot be used."""
+    """Return the device of a name; `auto` is CUDA if available. UsageError if the device cannot be used."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    # What torch raises for a device that it knows but has not depends on the device.
+    # The error that torch raises for a known but missing device depends on the device.
     with suppress(Exception):
         place = torch.device(device)
-        # `meta` gives no number back; mps has no float64, which distances are in.
+        # `meta` returns no number; mps has no float64, which distances need.
         torch.ones(1, device=place, dtype=torch.float64).item()
         if place.type != "cpu" or not place.index:  # torch takes cpu:99 for the CPU
             return place
@@ -26,7 +26,7 @@ def pick_device(device: str | torch.device) -> torch.device:
 
 
 def model_device(model: nn.Module) -> torch.device:
-    """Return where a module's first parameter or buffer is; the CPU if it has none."""
+    """Return the device of a module's first parameter or buffer; the CPU if it has none."""
     for tensor in (*model.parameters(), *model.buffers()):
         return tensor.device
     return torch.device("cpu")

@@ -1,4 +1,4 @@
-"""The errors a person can cause, each one sentence: what is wrong, the value, what to write instead."""
+"""Errors that a user can cause; the message is one sentence with the value, what is wrong, and a remedy."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-# A path may be long, a number of thousands of digits says no more than its ends.
+# The most characters of a word in a message: enough for paths; longer numbers are shortened.
 MAX_WORD_LENGTH = 300
 
 
@@ -15,7 +15,7 @@ class RobustkitError(ValueError):
     """Base of every error that robustkit raises on purpose."""
 
     def __str__(self) -> str:
-        """Return the message, which may name what others have named, without control characters."""
+        """Return the message without control characters, which names of files and models may contain."""
         return printable(super().__str__(), keep="\n")
 
 
@@ -24,7 +24,7 @@ class UsageError(RobustkitError):
 
 
 class RunError(RobustkitError):
-    """The run failed on the way: bad logits, a full disk, no memory. Exit code 3."""
+    """The run failed: bad logits, a full disk, no memory. Exit code 3."""
 
 
 class ModelError(RunError):
@@ -32,14 +32,14 @@ class ModelError(RunError):
 
 
 def printable(text: str, keep: str = "") -> str:
-    """Return a text in which all that a terminal or page would not print as it stands is written as an escape.
+    """Return a text with non-printable characters escaped.
 
-    That is control characters (escape sequences begin with one), line breaks, signs that turn the direction of
-    writing, surrogates, and spaces that look like others.
+    These are control characters (with which escape sequences start), line breaks, characters that change the text
+    direction, surrogates, and spaces that look like others.
 
     Args:
-        text: any text, of a file's or model's name for instance.
-        keep: such characters to leave as they are, for example line breaks of our own.
+        text: any text, for example the name of a file or model.
+        keep: non-printable characters that are not escaped, for example line breaks.
     """
     if text.isprintable():
         return text
@@ -47,25 +47,25 @@ def printable(text: str, keep: str = "") -> str:
 
 
 def one_line(text: str) -> str:
-    """Return a message as one line that a terminal prints as it stands, its long words shortened.
+    """Return a message as one printable line, with long words shortened.
 
-    A file's name or a model's error may hold line breaks, control characters or thousands of digits.
+    The name of a file or the error of a model may contain line breaks, control characters or thousands of digits.
     """
     words = (word if len(word) <= MAX_WORD_LENGTH else f"{word[:60]}…{word[-20:]}" for word in text.split())
     return printable(" ".join(words))
 
 
 def error_summary(error: BaseException) -> str:
-    """Return an error's type and the first line of what it says."""
-    said = str(error).strip().partition("\n")[0].rstrip(".")
-    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+    """Return an error's type and the first line of its message."""
+    message = str(error).strip().partition("\n")[0].rstrip(".")
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 
 def expand_path(path: str | os.PathLike[str]) -> Path:
     """Return a path with its ~ replaced.
 
     Raises:
-        UsageError: if there is no such user, or a part of it holds NUL or is longer than 255 bytes.
+        UsageError: if there is no such user, or a part of it contains NUL or is longer than 255 bytes.
     """
     text = os.path.expanduser(os.fspath(path))
     if text.startswith("~"):
@@ -77,7 +77,14 @@ def expand_path(path: str | os.PathLike[str]) -> Path:
 
 
 def did_you_mean(kind: str, name: str, known: Iterable[str], more: Iterable[str] = ()) -> UsageError:
-    """Return the error for an unknown name, with the nearest one, of `more` names too, which are not listed."""
+    """Return the error for an unknown name.
+
+    Args:
+        kind: what the name should be, for example "attack".
+        name: the unknown name.
+        known: the known names, which the message lists.
+        more: further names that the nearest name can come from, but that are not listed.
+    """
     names = sorted(known)
     spelled = {other.lower(): other for other in (*names, *more)}
     near = difflib.get_close_matches(name.lower(), spelled, n=1, cutoff=0.5)

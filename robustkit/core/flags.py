@@ -1,4 +1,4 @@
-"""What checks say of a number: a reason to look twice, or what was measured where there is none. No torch."""
+"""Results of checks: a reason to doubt a result, or what was measured if there is none. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,10 +13,14 @@ OK, UNMEASURED = "ok", "not measured"
 
 @dataclass(frozen=True)
 class Flag:
-    """A reason to look twice at a number, or what a check has to say where it found none.
+    """The result of a check.
 
-    `level` is `info`, `warning` or `error`, and without a reason `ok` or `not measured`; `value` is what was
-    measured.
+    Args:
+        code: the name of the check.
+        level: `info`, `warning` or `error` for a reason to doubt the result; otherwise `ok` or `not measured`.
+        value: the measured value, if there is one.
+        meaning: what was found.
+        remedy: what to do about it.
     """
 
     code: str
@@ -27,20 +31,20 @@ class Flag:
 
     @property
     def raised(self) -> bool:
-        """Whether it is a reason to look twice."""
+        """Whether the check found a reason to doubt the result."""
         return self.level in LEVELS
 
     @property
     def warns(self) -> bool:
-        """Whether it puts the run's number in doubt."""
+        """Whether the reason makes the result of the run unreliable."""
         return self.level in ("warning", "error")
 
 
 def passed(code: str, value: int | float | None, meaning: str) -> Flag:
-    """Return what a check measured that found nothing."""
+    """Return the result of a check that found no problem."""
     return Flag(code, OK, value, meaning, "nothing to do")
 
 
 def unmeasured(code: str, meaning: str, remedy: str) -> Flag:
-    """Return why a check could not be made."""
+    """Return the result of a check that could not be made."""
     return Flag(code, UNMEASURED, None, meaning, remedy)

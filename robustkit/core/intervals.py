@@ -1,4 +1,4 @@
-"""Intervals for shares where Wilson's will not do: looked at on the way, in two phases, of a group unseen."""
+"""Confidence intervals beside Wilson's: anytime valid, exact, in two phases, of a mean cost, of a new group."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from collections.abc import Callable, Sequence
 
 
 def anytime_interval(hits: int, n: int, level: float = 0.95) -> tuple[float, float]:
-    """Return an interval for a share that holds at every n at once, so that one may look, and stop, at any time.
+    """Return an anytime-valid interval for a share: it holds for all n together, so a run can stop at any time.
 
-    All shares p whose uniform prior is less than 1 / (1 - level) times their posterior density after `hits` of n
-    independent draws: the prior-posterior-ratio martingale (Waudby-Smith & Ramdas 2020, arXiv:2006.04347). Wider
-    than Wilson's, by about a quarter at 1,000 images. For n = 0 it is (0, 1).
+    It contains all shares p whose prior density is less than 1 / (1 - level) times their posterior density
+    after `hits` of n independent draws, with a uniform prior: the prior-posterior-ratio martingale
+    (Waudby-Smith & Ramdas 2020, arXiv:2006.04347). It is wider than Wilson's, by about a quarter at 1,000
+    images. For n = 0 it is (0, 1).
     """
 
     def density(p: float) -> float:
@@ -27,7 +28,7 @@ def anytime_interval(hits: int, n: int, level: float = 0.95) -> tuple[float, flo
 
 
 def clopper_pearson(hits: int, n: int, level: float = 0.95) -> tuple[float, float]:
-    """Return the interval of Clopper and Pearson, which holds at least as often as it says. For n = 0: (0, 1)."""
+    """Return the interval of Clopper and Pearson, whose coverage is at least `level`. For n = 0 it is (0, 1)."""
     if not n:
         return 0.0, 1.0
     from scipy.stats import binomtest
@@ -37,10 +38,10 @@ def clopper_pearson(hits: int, n: int, level: float = 0.95) -> tuple[float, floa
 
 
 def median_ranks(n: int, level: float = 0.95) -> tuple[int, int]:
-    """Return the indices of the two of n sorted numbers between which the median lies with this confidence.
+    """Return the indices of two of n sorted numbers between which the median lies with this confidence.
 
-    These are order statistics: the binomial distribution gives their confidence, whatever the numbers' own
-    distribution is. (-1, n) if n is too small.
+    The confidence of order statistics follows from the binomial distribution, for any distribution of the
+    numbers. The result is (-1, n) if n is too small.
     """
     from scipy.stats import binom
 
@@ -49,10 +50,16 @@ def median_ranks(n: int, level: float = 0.95) -> tuple[int, int]:
 
 
 def two_phase_interval(robust: int, n: int, broken: int, audited: int, level: float = 0.95) -> tuple[float, float]:
-    """Return an interval for the share that a second attack would leave too, tried on some survivors of a first.
+    """Return an interval for the share of images robust against two attacks, the second run on a random subset.
 
-    `robust` of n images survived the first; the second broke `broken` of `audited` drawn from those at random.
-    Each phase gets half of the error, by Clopper and Pearson, so the product holds at least as often as it says.
+    Each phase gets half of the error, by Clopper and Pearson, so the coverage is at least `level`.
+
+    Args:
+        robust: number of images that are robust against the first attack.
+        n: number of images.
+        broken: number of images in the subset that the second attack fools.
+        audited: size of the subset, drawn from the robust images.
+        level: confidence.
     """
     half = (1 + level) / 2
     first, second = clopper_pearson(robust, n, half), clopper_pearson(broken, audited, half)
@@ -60,7 +67,7 @@ def two_phase_interval(robust: int, n: int, broken: int, audited: int, level: fl
 
 
 def images_for_width(share: float, width: float) -> int:
-    """Return about how many images bring a `sequence` of this share down to this width."""
+    """Return about how many images give an `anytime_interval` of this width for this share."""
     n = 8
     while (ends := anytime_interval(round(share * n), n))[1] - ends[0] > width:
         n += max(1, n // 16)
@@ -70,12 +77,18 @@ def images_for_width(share: float, width: float) -> int:
 def mean_cost_interval(
     lows: Sequence[float], highs: Sequence[float], n: int, most: float, level: float = 0.95, draws: int = 2000
 ) -> tuple[float, float]:
-    """Return an interval for the mean of n costs from 0 to `most`, some of them known, drawn at random.
+    """Return an interval for the mean of n costs from 0 to `most`, of which a random subset is known.
 
-    Of each of the known ones an interval is given, `lows` to `highs`. Gaffke's bound (as in Learned-Miller and
-    Thomas 2019, arXiv:1905.06208): what is not known is drawn from the known ones and one more, at an end, with
-    random weights. So it assumes nothing of the distribution, and is wide where few are known; with all n known
-    there is nothing left to draw.
+    It is Gaffke's bound (as in Learned-Miller and Thomas 2019, arXiv:1905.06208): the unknown costs are drawn
+    from the known ones and one at the end of the range, with random weights. It does not assume a distribution.
+
+    Args:
+        lows: lower ends of the known costs.
+        highs: upper ends of the known costs.
+        n: number of costs.
+        most: the largest possible cost.
+        level: confidence.
+        draws: number of random weights.
     """
     import numpy as np
 
@@ -101,12 +114,12 @@ def _root(density: Callable[[float], float], least: float, outside: float, insid
 
 
 def prediction_interval(counts: Sequence[tuple[int, int]], level: float = 0.95) -> tuple[float, float]:
-    """Return an interval that one more group's share falls into, from hits and sizes of groups of its kind.
+    """Return a prediction interval for the share of a new group, from hits and sizes of similar groups.
 
-    Student's prediction interval on the logits of the shares (half a hit added to each side), so it stays within
-    [0, 1]; no narrower than what counting alone would spread groups of these sizes, all of one share, and with the
-    mean of the shares in it. It assumes that the new group is like those: an adversarially trained model is not
-    like plain ones. With fewer than two groups nothing can be said: (0, 1).
+    It is Student's prediction interval on the logits of the shares (with half a hit added to both sides), so it
+    stays within [0, 1]. It is at least as wide as the binomial spread of groups of these sizes, and contains
+    the mean of the shares. It assumes that the new group is similar: an adversarially trained model is not
+    similar to plain ones. With fewer than two groups it is (0, 1).
     """
     if len(counts) < 2:
         return 0.0, 1.0

@@ -1,4 +1,4 @@
-"""Leave the process as it was found: generators, training mode and gradient switches are put back."""
+"""Contexts that restore the state of the process: generators, training mode, gradient modes, folder."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from robustkit.core.errors import RunError
 
 @contextmanager
 def own_randomness(*key: object) -> Iterator[None]:
-    """Seed all global generators (torch, numpy, random) from `key` inside, and restore them after.
+    """Seed all global generators (torch, numpy, random) from `key` inside, and restore them afterwards.
 
-    For attacks of other packages and for models that draw numbers; ours draw from `robustkit.core.rng`.
+    For attacks of other packages and for random models; robustkit's attacks draw from `robustkit.core.rng`.
     """
     seed = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:4], "little")
     before_numpy, before_random = np.random.get_state(), random.getstate()
@@ -53,7 +53,7 @@ def generators() -> dict[str, torch.Tensor]:
 
 
 def set_generators(states: Mapping[str, torch.Tensor]) -> None:
-    """Put all global generators into these states."""
+    """Set the states of all global generators."""
     torch.set_rng_state(states["torch"])
     *words, place, has = states["numpy"].tolist()
     np.random.set_state(("MT19937", np.array(words, np.uint32), place, has, float(states["numpy-normal"])))
@@ -67,7 +67,7 @@ def set_generators(states: Mapping[str, torch.Tensor]) -> None:
 
 @contextmanager
 def default_torch_modes() -> Iterator[None]:
-    """Have autograd on, inference mode and autocast off inside, whatever the caller has switched."""
+    """Switch autograd on, and inference mode and autocast off, inside."""
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
@@ -79,7 +79,7 @@ def default_torch_modes() -> Iterator[None]:
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """Let torch use this many CPU threads inside."""
+    """Set the number of torch's CPU threads inside."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -89,7 +89,7 @@ def threads(count: int) -> Iterator[None]:
 
 
 def switch_mode(module: nn.Module, training: bool) -> set[nn.Module]:
-    """Put a module into train or eval mode; return its parts that have no mode, such as an exported program."""
+    """Set a module to train or eval mode; return its parts without a mode, such as an exported program."""
     try:
         module.train(training)
     except NotImplementedError:
@@ -104,16 +104,16 @@ def switch_mode(module: nn.Module, training: bool) -> set[nn.Module]:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[bool]:
-    """Put every module into eval mode inside, parameters out of autograd; yield whether any was training.
+    """Set all modules to eval mode inside, without parameter gradients; yield whether any was in train mode.
 
-    Attacks need gradients of inputs alone: without this, one that calls `.backward()` would compute every
-    parameter's too and leave it in `.grad`.
+    Attacks need input gradients only. Without this, an attack that calls `.backward()` would also compute the
+    parameters' gradients and leave them in `.grad`.
     """
     # A frozen script module has no mode.
     training = {module: module.training for module in model.modules() if hasattr(module, "training")}
-    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     without_mode = switch_mode(model, False)
-    for parameter in learning:
+    for parameter in trained:
         parameter.requires_grad_(False)
     inner = training.keys() - without_mode - {model}
     try:
@@ -121,13 +121,13 @@ def evaluation_mode(model: nn.Module) -> Iterator[bool]:
     finally:
         for module, mode in training.items():
             module.training = mode
-        for parameter in learning:
+        for parameter in trained:
             parameter.requires_grad_(True)
 
 
 @contextmanager
 def same_folder() -> Iterator[None]:
-    """Return to the current folder after: code of others often goes to its own, and our paths are relative."""
+    """Return to the current folder afterwards: a user's code may change it, and robustkit's paths are relative."""
     before = Path.cwd()
     try:
         yield
@@ -137,14 +137,17 @@ def same_folder() -> Iterator[None]:
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Show nothing of what is written to stderr inside, for trials: a traced net prints why it failed."""
+    """Hide what is written to stderr inside, for trials: a traced net prints why it failed."""
     with redirect_stderr(io.StringIO()):
         yield
 
 
 @contextmanager
 def no_exit(what: str) -> Iterator[None]:
-    """Make sys.exit an error inside: the code of others must not end the process with an exit code of its own.
+    """Turn sys.exit into an error inside, so that a user's code cannot end the process.
+
+    Args:
+        what: what is run, for the message.
 
     Raises:
         RunError: `what` called sys.exit.
@@ -156,5 +159,5 @@ def no_exit(what: str) -> Iterator[None]:
 
 
 def training_count(model: nn.Module) -> int:
-    """Return how many of a model's modules are in training mode."""
+    """Return the number of a model's modules in train mode."""
     return sum(getattr(module, "training", False) for module in model.modules())

@@ -1,17 +1,17 @@
-"""Ranges of numbers, which the types of fields name, as `Annotated[int, Limits(1, 8)]`. Imports no torch."""
+"""Ranges of numbers in the types of fields, as in `Annotated[int, Limits(1, 8)]`. Imports no torch."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
-# More than anybody asks for: a limit against slips of the hand, of which messages do not speak.
+# Messages do not name upper limits from here on: they only guard against typing errors.
 MAX_STATED_LIMIT = 1_000_000
 
 
 @dataclass(frozen=True)
 class Limits:
-    """The numbers from `low` to `high`, without the ends that `open` names: `low`, `high` or `both`."""
+    """The numbers from `low` to `high`; `open` names the ends that are excluded: `low`, `high` or `both`."""
 
     low: float
     high: float = math.inf
@@ -29,7 +29,7 @@ class Limits:
         return lower if self.high == math.inf else f"{lower} and {upper}"
 
     def fault(self, number: float) -> str | None:
-        """Return what a number outside would have to be, the far end only where it is near; None inside."""
+        """Return what a number outside the range must be, for a message; None if it is inside."""
         if number in self:
             return None
         lower, upper = self._ends

@@ -1,6 +1,7 @@
-"""Losses that an attack ascends. Each rises towards success and is defined for every class count K >= 2.
+"""Losses that attacks maximise. Each rises towards success and is defined for every number of classes K >= 2.
 
-All take logits (B K), the true `labels` (B) and, for a targeted goal, `targets` (B); all return (B).
+All take logits (B K), the true `labels` (B) and, for a targeted goal, `targets` (B), and return one value per
+row (B).
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ from robustkit.core.shapes import Labels, Logits, PerRow
 
 Loss = Callable[[Logits, Labels, "Labels | None"], PerRow]
 
-TINY = 1e-12
+# Added to the denominator of `dlr`.
+EPSILON = 1e-12
 
 
 def finite(gradient: Tensor) -> Tensor:
-    """Return a gradient with 0 where it is infinite or no number, lest one pixel spoil an image's step."""
+    """Return a gradient with 0 in place of infinite values and NaN, which would spoil the whole image's step."""
     return gradient.nan_to_num(0.0, 0.0, 0.0)
 
 
@@ -32,7 +34,7 @@ def ce(logits: Logits, labels: Labels, targets: Labels | None = None) -> PerRow:
 
 
 def margin(logits: Logits, labels: Labels, targets: Labels | None = None) -> PerRow:
-    """Logit of the best other class, or of the target, minus that of the label; above 0 the label has lost."""
+    """Logit of the best other class, or of the target, minus that of the label; above 0 it is misclassified."""
     own = logits.gather(1, labels[:, None])[:, 0]
     if targets is not None:
         return logits.gather(1, targets[:, None])[:, 0] - own
@@ -43,15 +45,15 @@ def dlr(logits: Logits, labels: Labels, targets: Labels | None = None) -> PerRow
     """Difference of logits ratio (Croce & Hein 2020, arXiv:2003.01690): the margin over a gap of logits.
 
     The gap is first minus third largest, or first minus the mean of third and fourth for a target.
-    With fewer classes than that: first minus the mean of the other two (K = 3, targeted; over first minus
-    third the loss would stand still at -1 for the last class), no division (K = 2). The reference stops
-    with an IndexError there.
+    With fewer classes the gap is first minus the mean of the other two (K = 3, targeted; with first minus third
+    the loss would be constant at -1 for the last class), and there is no division for K = 2. The reference
+    raises an IndexError there.
     """
     if logits.shape[1] == 2:
         return margin(logits, labels, targets)
     top = logits.topk(min(4, logits.shape[1]), dim=1).values
     low = top[:, 2] if targets is None else top[:, -2:].mean(1)
-    return margin(logits, labels, targets) / (top[:, 0] - low + TINY)
+    return margin(logits, labels, targets) / (top[:, 0] - low + EPSILON)
 
 
 LOSSES: dict[str, Loss] = {"ce": ce, "margin": margin, "dlr": dlr}

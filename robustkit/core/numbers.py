@@ -1,4 +1,4 @@
-"""Numbers that a person writes: read exactly, and refused by their text alone where they are out of any range."""
+"""Exact reading of numbers that users write; texts that are too long or too large are refused."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import numbers
 import re
 from fractions import Fraction
 
-# Longer texts, and exponents and fractions of more digits, are refused: no field needs them, and the exact
-# fraction of 1e999999999 fills the memory. A fraction within the limits can be written out and read again.
+# Limits of texts, and of the digits of exponents and fractions: the exact fraction of 1e999999999 would fill the
+# memory. A fraction within the limits can be written and read again.
 MAX_LENGTH = 150
 MAX_DIGITS = 60
 
@@ -16,20 +16,20 @@ _DECIMAL = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE]([+-]?\d+))?", re.ASCII)
 
 
 def shown(value: object) -> str:
-    """Return how a message shows a value, however long it is."""
+    """Return a value as text for a message, shortened if it is long."""
     text = repr(value) if _short(value) else f"a whole number of more than {MAX_DIGITS} digits"
     return text if len(text) <= MAX_LENGTH else f"{text[:MAX_DIGITS]}…{text[-1]}"
 
 
 def _short(value: object) -> bool:
-    """Return whether a value can be written out: Python itself refuses whole numbers of thousands of digits."""
+    """Return whether a value can be converted to text: Python refuses integers of thousands of digits."""
     return not isinstance(value, int) or abs(value) < 10**MAX_DIGITS
 
 
 def exact(value: object) -> Fraction:
-    """Return a number as an exact fraction: `8/255`, `0.3/255`, `1e-2`, or one of Python's or numpy's.
+    """Return a number as an exact fraction: `8/255`, `0.3/255`, `1e-2`, or a number of Python or numpy.
 
-    A float stands for its shortest decimal.
+    A float is converted by its shortest decimal representation.
 
     Raises:
         ValueError: saying what is wrong with it, as the end of a sentence.

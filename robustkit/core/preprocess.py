@@ -1,4 +1,4 @@
-"""How a model wants image files turned into tensors on [0, 1]; normalisation lives inside the classifier."""
+"""Preprocessing of image files to tensors in [0, 1]; the normalisation is part of the classifier."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Preprocess:
-    """The way from an image file to a tensor on [0, 1].
+    """How an image file is converted to a tensor in [0, 1].
 
-    Attributes:
+    Args:
         size: Height and width of the centre crop, in pixels.
         resize: Length of the shorter side before the crop, in pixels, or more where the crop would not fit into
             the image; None leaves the image as it is.

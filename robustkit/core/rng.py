@@ -1,8 +1,8 @@
 """Random numbers by counter: a pure function of (seed, stream, sample, restart, step, position).
 
-An attack that draws from here gives a sample the same numbers whatever else is in the batch, in whatever
-order, on whatever shard, and after any resume. Philox-4x32-10 (Salmon et al. 2011, "Parallel random numbers:
-as easy as 1, 2, 3") in plain integer tensor operations, so that every device gives the same bits.
+A sample gets the same numbers in any batch, in any order, in any process, and after resuming. The generator is
+Philox-4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") in integer tensor operations,
+which gives the same bits on every device.
 """
 
 from __future__ import annotations
@@ -21,11 +21,17 @@ WEYL = (0x9E3779B9, 0xBB67AE85)
 
 @dataclass(frozen=True)
 class RowRng:
-    """One generator per row. `ids` (B) are the samples' own numbers, below 2**32; `seed` is the run's.
+    """One random generator per row.
 
-    `restart` and `step` are one number for all rows, or one each (B), so that rows at different places of their
-    attacks can draw together. It has no memory: drawing again gives the same numbers, and a uniform and a normal
-    draw share theirs. For fresh ones draw more at once, or go to another `step`.
+    It has no state: drawing again gives the same numbers, and a uniform and a normal draw use the same words.
+    For new numbers draw more at once, or use another `step`.
+
+    Args:
+        seed: seed of the run.
+        stream: name of the random numbers, for example of the attack.
+        ids: number (B) of each sample, below 2**32.
+        restart: one number for all rows, or one for each (B).
+        step: one number for all rows, or one for each (B), so that rows in different steps can draw together.
     """
 
     seed: int

@@ -1,4 +1,4 @@
-"""Shape aliases of the whole project: plain tensors to type checkers, jaxtyping at run time if installed."""
+"""Shape aliases: plain tensors for type checkers, jaxtyping at run time if it is installed."""
 
 from __future__ import annotations
 

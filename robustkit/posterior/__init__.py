@@ -1,4 +1,4 @@
-"""Samples of a net's weights in one file: written while it trains, mapped into memory when they are asked."""
+"""Posterior samples of a net's weights in one file: written during training, memory-mapped when they are used."""
 
 from robustkit.posterior.draft import Draft
 from robustkit.posterior.store import FILE, Posterior

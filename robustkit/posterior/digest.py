@@ -1,4 +1,4 @@
-"""A sha256 over what a file of state holds: a changed bit is found before anything goes on from it."""
+"""SHA-256 of a state, to detect damaged files before a run resumes from them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def digest(state: Any) -> str:
-    """Return the sha256 of nested mappings and lists of tensors, numbers, strings and None, in their order."""
+    """Return the SHA-256 of nested mappings and lists of tensors, numbers, strings and None, in their order."""
     total = hashlib.sha256()
     _add(total, state)
     return total.hexdigest()

@@ -1,4 +1,4 @@
-"""Posterior samples while a net is being trained: a file each, and one file for all at the end."""
+"""Posterior samples during training: one file each, and one file for all at the end."""
 
 from __future__ import annotations
 
@@ -31,29 +31,29 @@ FOLDER = "samples"
 
 
 class Draft:
-    """The samples of an unfinished training run, in a folder `samples` of the run's own.
+    """The samples of an unfinished training run, in the folder `samples` of the run.
 
-    A file appears only when it is whole. A run that is resumed writes the same samples again over those that it
-    had written before it was killed.
+    Files are written atomically. A resumed run overwrites the samples that it had written after its last
+    checkpoint with the same content.
     """
 
     def __init__(self, run: Path) -> None:
-        """Look at a run's folder, which may be new."""
+        """Use the folder of a run, which may be new."""
         self.run = Path(run)
 
     def __len__(self) -> int:
-        """How many samples there are, from the first without a gap."""
+        """The number of samples from the first one without a gap."""
         count = 0
         while self._file(count).is_file():
             count += 1
         return count
 
     def add(self, state: Mapping[str, Tensor], number: int | None = None) -> int:
-        """Write the next sample, or that of a number (from 0), and return its number.
+        """Write a sample and return its number.
 
         Args:
             state: a net's `state_dict()`.
-            number: which sample it is; by default the next.
+            number: number of the sample, from 0; by default the next.
 
         Raises:
             RunError: if a weight is NaN or infinite.
@@ -71,43 +71,43 @@ class Draft:
         return number
 
     def state(self, number: int) -> dict[str, Tensor]:
-        """Return a sample as it was written; RunError if its file is absent or has changed."""
+        """Return a sample as it was written; RunError if its file is missing or has changed."""
         path = self._file(number)
         try:
             with safetensors.safe_open(path, framework="pt") as file:
                 found = {name: file.get_tensor(name) for name in file.keys()}
-                said = (file.metadata() or {}).get("sha256")
+                recorded = (file.metadata() or {}).get("sha256")
         except (safetensors.SafetensorError, OSError) as error:
             raise RunError(f"{path} cannot be read ({error}); train again with --overwrite.") from error
-        if _digest(found) != said:
+        if _digest(found) != recorded:
             raise RunError(f"{path} has changed since it was written; train again with --overwrite.")
         return found
 
     def require(self, count: int) -> None:
-        """Raise RunError unless there are files of so many samples."""
+        """Raise RunError if there are fewer than `count` samples."""
         if len(self) < count:
             raise RunError(f"{self.run} lacks some of {count} states; train again with --overwrite.")
 
     def check(self, count: int) -> None:
-        """Raise RunError unless so many samples are there as they were written."""
+        """Raise RunError unless the first `count` samples are unchanged."""
         self.require(count)
         for number in range(count):
             self.state(number)
 
     def keep(self, count: int) -> None:
-        """Remove all samples but the first `count`, as a run does that goes on from before they were taken."""
+        """Remove all samples but the first `count`, as when a run resumes from an earlier step."""
         refuse_link(self.run / FOLDER)
         while self._file(count).is_file():
             self._file(count).unlink()
             count += 1
 
     def pack(self) -> Posterior:
-        """Make one file of all samples, remove those of their own, and return the posterior.
+        """Write one file of all samples, remove the single files, and return the posterior.
 
-        It may be called again after a crash at any point of it.
+        It can be called again after a crash at any point.
 
         Raises:
-            RunError: if there are no samples, or two have other tensors.
+            RunError: if there are no samples, or two have different tensors.
         """
         if not (self.run / FILE).is_file():
             self._write()
@@ -132,7 +132,7 @@ class Draft:
 
 
 class _Stack:
-    """One tensor of all samples, read anew in every pass: one of one sample is in memory at a time."""
+    """One tensor of all samples. Every pass reads it again, with the tensor of one sample in memory at a time."""
 
     def __init__(self, name: str, files: Sequence[Any]) -> None:
         self.name, self.files = name, files

@@ -1,9 +1,9 @@
-"""The posterior of a finished training run: the mean of its samples, and each sample as what it has on top.
+"""The posterior of a finished training run: the mean of its samples, and the difference of each sample to it.
 
-A matrix or a kernel is kept as float32 mean and, of each sample, float16 differences to it, with a scale of
-the sample's own so that nothing under- or overflows: half the bytes, for a rounding of 2**-12 of a difference.
-All else (biases, batch norms, whole numbers), a hundredth of a net's bytes, is kept as it is: a variance that
-rounding made negative would be no variance. The file is mapped into memory: what nobody asks for is not read.
+Matrices and kernels are stored as a float32 mean and float16 differences, with a scale for each sample that
+prevents underflow and overflow: half the bytes, for a rounding error of 2**-12 of a difference. Other tensors
+(biases, batch norms, integers), a hundredth of a net's bytes, are stored unchanged: rounding could make a variance
+negative. The file is memory-mapped, so only the samples that are used are read.
 """
 
 from __future__ import annotations
@@ -22,15 +22,16 @@ from robustkit.core.errors import UsageError
 FILE = "posterior.safetensors"
 FORMAT = "1"
 MEAN, DELTA, SCALE, EXACT = "mean/", "delta/", "scale/", "exact/"
-# Codes reach up to this. Half of float16's largest: small differences beside large ones keep their digits.
+# The largest code: half of float16's largest number, so that small differences beside large ones keep their
+# digits.
 MAX_CODE = 2.0**15
 
 
 class Posterior:
-    """Samples of the weights of one net, read when they are asked for."""
+    """Samples of the weights of one net, read when they are used."""
 
     def __init__(self, path: Path, tensors: Mapping[str, Tensor], count: int) -> None:
-        """Hold mapped tensors; see `open`."""
+        """Store memory-mapped tensors; see `open`."""
         self.path, self._tensors, self._count = path, tensors, count
         self._means: dict[torch.device, dict[str, Tensor]] = {}
 
@@ -60,16 +61,16 @@ class Posterior:
         return cls(path, tensors, count)
 
     def __len__(self) -> int:
-        """How many samples there are."""
+        """The number of samples."""
         return self._count
 
     def __deepcopy__(self, memo: object) -> Posterior:
-        """Return itself: it never changes, and a copy would be in memory as a whole."""
+        """Return itself: it is immutable, and a copy would load all samples into memory."""
         return self
 
     @cached_property
     def sha256(self) -> str:
-        """SHA-256 of the file's bytes, which hold nothing but the samples."""
+        """SHA-256 of the file."""
         about = self.path.stat()
         return _sha256(self.path, about.st_mtime_ns, about.st_size)
 
@@ -79,7 +80,7 @@ class Posterior:
         return sorted(name.partition("/")[2] for name in self._tensors if name.startswith((MEAN, EXACT)))
 
     def mean(self) -> dict[str, Tensor]:
-        """Return the mean of the samples; of whole numbers the last sample's."""
+        """Return the mean of the samples as a state dict; integers are those of the last sample."""
         found = {}
         for name in self.names:
             if MEAN + name in self._tensors:
@@ -90,7 +91,7 @@ class Posterior:
         return found
 
     def state(self, number: int) -> dict[str, Tensor]:
-        """Return a sample as a state dict, tensors of its own."""
+        """Return a sample, from 0, as a state dict of new tensors."""
         self._check(number)
         found = {}
         for name in self.names:
@@ -101,7 +102,7 @@ class Posterior:
         return found
 
     def put(self, net: nn.Module, number: int) -> None:
-        """Make a net's weights those of a sample, in place; the same as loading `state`, without a copy of it."""
+        """Load a sample into a net, in place; like loading `state`, without a copy."""
         self._check(number)
         with torch.no_grad():
             for name, tensor in net.state_dict().items():
@@ -119,7 +120,7 @@ class Posterior:
             out.copy_(whole)
 
     def _mean_on(self, device: torch.device) -> dict[str, Tensor]:
-        """Return the means on a device: mapped on the CPU, else copied there once."""
+        """Return the means on a device: memory-mapped on the CPU, copied once to others."""
         if device not in self._means:
             own = {name[len(MEAN) :]: of for name, of in self._tensors.items() if name.startswith(MEAN)}
             self._means[device] = {name: of.to(device) for name, of in own.items()}
@@ -131,7 +132,7 @@ class Posterior:
 
 
 def _whole(tensors: Mapping[str, Tensor], count: int) -> bool:
-    """Return whether each tensor is there for so many samples, with what it takes to read it."""
+    """Return whether all tensors have `count` samples, and all parts that reading them needs."""
     shapes = {name: tuple(of.shape) for name, of in tensors.items()}
     for name, shape in shapes.items():
         kind, sign, own = name.partition("/")
@@ -149,7 +150,7 @@ def _whole(tensors: Mapping[str, Tensor], count: int) -> bool:
 
 @lru_cache
 def _sha256(path: Path, changed: int, size: int) -> str:
-    """Return the hash of a file, which is read once as long as its time and size stay."""
+    """Return the hash of a file; it is read again only if its time or size changes."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while block := stream.read(1 << 20):
@@ -158,12 +159,12 @@ def _sha256(path: Path, changed: int, size: int) -> str:
 
 
 def is_coded(dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
-    """Return whether a tensor is kept as mean and differences, and not as it is."""
+    """Return whether a tensor is stored as mean and differences, not unchanged."""
     return dtype == torch.float32 and len(shape) > 1
 
 
 def encode_difference(difference: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a scale (1) and float16 codes whose product is the difference to the mean, rounded."""
+    """Return a scale (1) and float16 codes whose product is the rounded difference to the mean."""
     largest = difference.abs().amax() if difference.numel() else difference.new_zeros(())
     scale = largest / MAX_CODE
     code = difference / torch.where(scale > 0, scale, 1)

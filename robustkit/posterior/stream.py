@@ -1,4 +1,4 @@
-"""A safetensors file written tensor by tensor: a file of hundreds of nets is never in memory as a whole."""
+"""Writing of safetensors files tensor by tensor, so that a file of hundreds of nets is never in memory."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NAMES = {
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor to be written: `rows` gives it in pieces, in order, when its turn comes."""
+    """One tensor to be written; `rows` returns its pieces in order when it is written."""
 
     name: str
     dtype: torch.dtype
@@ -38,7 +38,7 @@ class TensorEntry:
 
     @classmethod
     def of(cls, name: str, tensor: Tensor) -> TensorEntry:
-        """Return the entry of a tensor that is in memory."""
+        """Return the entry of a tensor in memory."""
         return cls(name, tensor.dtype, tuple(tensor.shape), lambda: [tensor])
 
     @property
@@ -51,7 +51,7 @@ class TensorEntry:
 
 
 def write(path: Path, entries: Sequence[TensorEntry], metadata: Mapping[str, str]) -> None:
-    """Write the tensors to a file that appears under its name only when it is whole and on the disk."""
+    """Write the tensors to a file, atomically."""
     order = list(NAMES)
     entries = sorted(entries, key=lambda entry: order.index(entry.dtype))
     header: dict[str, object] = {"__metadata__": dict(metadata)}
@@ -71,5 +71,5 @@ def write(path: Path, entries: Sequence[TensorEntry], metadata: Mapping[str, str
 
 
 def write_tensors(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write tensors that are in memory: same tensors, same bytes, as safetensors' own writer does not promise."""
+    """Write tensors in memory. Equal tensors give equal bytes; safetensors' writer does not guarantee it."""
     write(path, [TensorEntry.of(name, tensor) for name, tensor in state.items()], metadata)

@@ -1,4 +1,4 @@
-"""What the fields of a sampler may be."""
+"""Checks of the fields of samplers."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ from robustkit.core.errors import UsageError
 
 
 def check_count(name: str, field: str, count: int, steps: int) -> None:
-    """Refuse more samples than there are steps to take them at."""
+    """Refuse more samples than there are steps."""
     if count > steps:
         raise UsageError(f"{name}: {field}={count} is more than the {steps} steps for it; write more --epochs.")

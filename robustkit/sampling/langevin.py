@@ -4,8 +4,8 @@ SGLD (Welling & Teh, ICML 2011), SGHMC (Chen et al. 2014, arXiv:1402.4102) and p
 arXiv:1512.07666). Each takes the gradient of a mean loss, as ordinary training does, and the noise is scaled by
 the size of the data set; so neither the batch size nor the number of batches sets the temperature.
 
-Before a step its parameter groups are told its `counter`, of which the noise is a function, and whether it is
-`noisy`; `robustkit.training.loop.take_step` does so.
+Before each step the parameter groups must be given its `counter`, of which the noise is a function, and whether
+it is `noisy`; `robustkit.training.loop.take_step` does this.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class Langevin(torch.optim.SGD):
     Where a step is not noisy, and at temperature 0, it is `torch.optim.SGD` to the last bit. On a quadratic of
     curvature k the weights' variance settles at T / (N k) / (1 - lr k / (2 (1 + momentum))).
 
-    The noise has a velocity of its own, in units of the weights, which rests where steps are not noisy. Code that
-    adds noise to the gradients instead does the same at a constant rate; but at the tiny rates of a cycle's end
-    it fills the momentum with huge gradients, which the first steps of the next cycle then carry out.
+    The noise has a velocity of its own, in units of the weights, which is reset when steps are not noisy.
+    Adding noise to the gradients is equivalent at a constant learning rate. At the small rates at the end of a
+    cycle it would fill the momentum with huge gradients, which the first steps of the next cycle would apply.
     """
 
     def __init__(
@@ -42,13 +42,13 @@ class Langevin(torch.optim.SGD):
         weight_decay: float = 0.0,
         seed: int = 0,
     ) -> None:
-        """Take over the parameters.
+        """Create the optimizer.
 
         Args:
             params: the weights.
             lr: the learning rate, which a schedule may change in the parameter groups.
-            samples: how many the loss is a mean of in all, N: the size of the data set.
-            temperature: T of the posterior aimed at.
+            samples: N, the size of the data set.
+            temperature: T, the temperature of the posterior.
             momentum: what each step keeps of the last one's velocity.
             weight_decay: precision of the normal prior, divided by N.
             seed: of the noise.
@@ -92,7 +92,7 @@ class PreconditionedLangevin(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         seed: int = 0,
     ) -> None:
-        """Take over the parameters; see `Langevin` for the arguments that both have.
+        """Create the optimizer; see `Langevin` for the arguments that both have.
 
         Args:
             params: the weights.

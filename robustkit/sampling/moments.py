@@ -16,18 +16,22 @@ from robustkit.sampling.noise import normal_like
 
 Weights = dict[str, Tensor]
 
-# Endings of a batch norm's running statistics, which are no weights.
+# Name endings of a batch norm's running statistics, which are not weights.
 STATISTICS = ("running_mean", "running_var")
 
 
 class Moments:
-    """Running moments of the weights in a net's states. `rank` is how many of the last deviations are kept.
+    """Running moments of the weights in a net's states.
 
-    What is no weight (running statistics, whole numbers) is kept as it last was.
+    Other tensors (running statistics, integers) are those of the last state.
+
+    Args:
+        states: the first states.
+        rank: number of last deviations from the mean that are kept.
     """
 
     def __init__(self, states: Iterable[Mapping[str, Tensor]] = (), rank: int = 0) -> None:
-        """Take in these states."""
+        """Start with these states."""
         self.rank = rank
         self.count = 0
         self.mean: Weights = {}
@@ -39,7 +43,7 @@ class Moments:
 
     @torch.no_grad()
     def add(self, state: Mapping[str, Tensor]) -> None:
-        """Take in a state; its deviation is from the mean with itself in it."""
+        """Add a state; its deviation is that from the mean which includes it."""
         weights = {name: tensor for name, tensor in state.items() if is_weight(name, tensor)}
         self.others = {name: tensor.clone() for name, tensor in state.items() if name not in weights}
         if not self.count:

@@ -1,4 +1,4 @@
-"""Learning rates as functions of the 0-based step, and steps spread evenly."""
+"""Learning rates as functions of the 0-based step, and evenly spaced steps."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def polynomial(time: float, peak: float, power: float) -> float:
 
 
 def linear(step: int, length: int, peak: float, floor: float) -> float:
-    """Return SWAG's way from `peak` to `floor` in `length` steps: level, from a half to nine tenths down, level.
+    """Return SWAG's learning rate (Maddox et al. 2019, arXiv:1902.02476).
 
-    Maddox et al. 2019, arXiv:1902.02476.
+    It is `peak` up to a half of `length`, falls linearly up to nine tenths, and is `floor` afterwards.
     """
     fallen = min(max((step / length - 0.5) / 0.4, 0.0), 1.0)
     return peak * (1 - fallen) + floor * fallen
 
 
 def is_evenly_spaced(step: int, length: int, count: int) -> bool:
-    """Return whether a step is one of `count` among `length` at equal distances, the last of them included."""
+    """Return whether a step is one of `count` evenly spaced steps among `length`, including the last one."""
     return 0 <= step < length and (step + 1) * count // length > step * count // length
