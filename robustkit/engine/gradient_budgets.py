@@ -1,4 +1,4 @@
-"""An attack at other gradient budgets: with as many steps as the budget pays for."""
+"""An attack at other gradient budgets: with as many steps as the budget allows."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ STAGE = 1_000_000
 
 @dataclass(frozen=True)
 class Prices:
-    """Gradients per image: `once` for a run, and for each of its steps."""
+    """Gradients per image: `once` for a run, and `step` for each of its steps."""
 
     once: int
     step: int
 
     @classmethod
     def of(cls, attack: Composition, spend: Callable[[Any], int]) -> Prices:
-        """Return the prices of an attack, from what one image costs (`spend`) in one step and in two.
+        """Return the prices of an attack, from the gradients of one image (`spend`) in one step and in two.
 
         Raises:
             UsageError: if a step costs no gradient.

@@ -16,8 +16,8 @@ MOST = np.array([[100.0, 100.0, 101.0], [300.0, 300.0, 101.0], [500.0, 0.0, 500.
 
 @pytest.fixture(autouse=True)
 def _few(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forecasting, "PLAYS", 3)
-    monkeypatch.setattr(forecasting, "MOST_PLAYED", 60)
+    monkeypatch.setattr(forecasting, "SIMULATIONS", 3)
+    monkeypatch.setattr(forecasting, "MAX_SIMULATED_IMAGES", 60)
 
 
 def seen(met: int, left: int = 10, images: int = 20, ended: bool = False) -> Observed:

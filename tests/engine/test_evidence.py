@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import poisson
 
-from robustkit.engine.allocation.evidence import Belief, learn, most
+from robustkit.engine.allocation.evidence import Belief, learn, upper_bound
 
 LEFT = np.linspace(0.01, 0.9, 12)
 
@@ -58,10 +58,10 @@ def test_beliefs_cover_the_truth_of_known_gains(some: float, typical: float, sha
 
 @pytest.mark.parametrize("expected", [0.0, 0.01, 0.05, 0.06, 0.7, 3.0, 40.0])
 def test_most_is_the_quantile_of_a_poisson_number(expected: float) -> None:
-    assert most(np.full(7, expected)) == poisson.ppf(0.95, expected).clip(0)
+    assert upper_bound(np.full(7, expected)) == poisson.ppf(0.95, expected).clip(0)
 
 
 def test_most_is_the_quantile_of_a_mixture_where_draws_differ() -> None:
     expected = np.array([0.1, 0.2, 9.0, 11.0])
-    m = most(expected)
+    m = upper_bound(expected)
     assert poisson.cdf(m - 1, expected).mean() < 0.95 <= poisson.cdf(m, expected).mean()

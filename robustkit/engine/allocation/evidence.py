@@ -1,11 +1,11 @@
-"""How likely an attack is to break an image, learned from what it gained on other images of the same net.
+"""How likely an attack is to fool an image, learned from what it gained on other images of the same net.
 
 A gain is how much lower an attack brings the margin than the cheap attacks, and the attacks listed before it,
 did, as a share of the clean margin: the unit is the image's own, so no constant is in logits or pixels. An
-image breaks where the gain is at least the share that is left. The model of gains: with some chance an attack
+image is fooled if the gain is at least the share that is left. The model of gains: with some probability an attack
 gains anything at all; if so, the gain exceeds g with the probability (1 + g / (shape * typical)) ** -shape, a
-Lomax distribution, which is close to an exponential one where the shape is large. Chance, typical gain and
-shape are unknown, and have a prior that was chosen on open nets of scripts/reproductions/train_zoo.py
+Lomax distribution, which is close to an exponential one for a large shape. Probability, typical gain
+and shape are unknown, with a prior that was chosen on open nets of scripts/reproductions/train_zoo.py
 (docs/rapid.md).
 """
 
@@ -16,17 +16,17 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import betaincinv, gammaincc
 
-# Draws from the posterior, by which all chances are averaged.
+# Draws from the posterior over which probabilities are averaged.
 DRAWS = 256
-# How many gains are held at the whole grid at once.
-AT_ONCE = 1024
+# Gains for which the whole grid is computed at once.
+GAINS_AT_ONCE = 1024
 GAINS = np.geomspace(1e-5, 1.0, 51)[:, None]
 SHAPES = np.array([2.0, 3.0, 5.0, 8.0, 16.0])[None, :]
 
 
 @dataclass(frozen=True)
 class Prior:
-    """What is believed of an attack before it was tried on a net.
+    """The prior of an attack on a net.
 
     Attributes:
         gained: pseudo-count of images on which it gained something.
@@ -47,38 +47,38 @@ class Prior:
         return density
 
 
-# Little weight on either side: on most nets an arm gains nothing at all, on the others often.
+# Little weight on either side: on most nets an arm gains nothing, on others often.
 PRIOR = Prior(gained=0.1, idle=0.4, typical=0.014, spread=0.8)
 
 
 @dataclass(frozen=True)
 class Belief:
-    """Draws (D 1) from the posterior of one attack on one net: chance of any gain, typical gain, shape."""
+    """Draws (D 1) from the posterior of one attack on one net: probability of any gain, typical gain, shape."""
 
     some: np.ndarray
     typical: np.ndarray
     shape: np.ndarray
 
     def chance(self, left: np.ndarray) -> np.ndarray:
-        """Return the chance (D, n) that the attack breaks images with these shares of the margin left (n)."""
+        """Return the probability (D, n) that the attack fools images with these shares of the margin left (n)."""
         chance: np.ndarray = self.some * (1 + left / (self.shape * self.typical)) ** -self.shape
         return chance
 
 
 def learn(gains: np.ndarray, left: np.ndarray, stream: int = 0, prior: Prior = PRIOR) -> Belief:
-    """Return what to believe of an attack after it was tried on n images.
+    """Return the posterior of an attack after it ran on n images.
 
     Args:
-        gains: what it gained on each image, a share of the clean margin (n); infinite where it broke the image.
-        left: what had been left of each image's margin before (n).
-        stream: sets the draws of several attacks apart.
-        prior: the belief before.
+        gains: what it gained on each image, a share of the clean margin (n); infinite where it fooled the image.
+        left: the share of each image's margin left before (n).
+        stream: separates the random draws of several attacks.
+        prior: of the attack.
     """
     broke = np.isinf(gains)
     inside = (gains > 0) & ~broke
     some = float(broke.sum() + inside.sum())
     logs = prior.grid - inside.sum() * np.log(GAINS) - (SHAPES + 1) * _logs(gains[inside])
-    # Of a broken image only a lower end of the gain is known.
+    # For a fooled image only a lower bound of the gain is known.
     logs = logs - SHAPES * _logs(left[broke])
     total = np.cumsum(np.exp(logs - logs.max()))
     order, levels = np.random.default_rng(stream), (np.arange(DRAWS) + 0.5) / DRAWS
@@ -90,17 +90,17 @@ def learn(gains: np.ndarray, left: np.ndarray, stream: int = 0, prior: Prior = P
 def _logs(gains: np.ndarray) -> np.ndarray:
     """Return the sum of log(1 + gain / (shape * typical)) over the gains (n), for each typical gain and shape."""
     total = np.zeros((len(GAINS), SHAPES.size))
-    for begin in range(0, len(gains), AT_ONCE):
-        part = gains[begin : begin + AT_ONCE, None, None]
+    for begin in range(0, len(gains), GAINS_AT_ONCE):
+        part = gains[begin : begin + GAINS_AT_ONCE, None, None]
         total += np.log1p(part / (SHAPES * GAINS)).sum(0)
     return total
 
 
-def most(expected: np.ndarray, level: float = 0.95) -> int:
-    """Return the least m such that at most m images break with probability `level`.
+def upper_bound(expected: np.ndarray, level: float = 0.95) -> int:
+    """Return the least m such that at most m images are fooled with probability `level`.
 
-    `expected` (D) is how many break on average, for each draw from the posterior; given it, their number is
-    Poisson's, of which the sum of independent rare events has no heavier tail.
+    `expected` (D) is the expected number of each draw from the posterior. Given it, the number is Poisson
+    distributed, whose tail is no lighter than that of a sum of independent rare events.
     """
     m = 0
     while gammaincc(m + 1, expected).mean() < level:

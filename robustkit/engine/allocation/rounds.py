@@ -1,4 +1,4 @@
-"""The rounds of a run whose suite has arms: decided by the verdicts so far, written down before they begin."""
+"""The rounds of a run whose suite has arms: decided from the verdicts so far, recorded before they start."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from robustkit.runs.run_folder import LEDGER
 
 @dataclass(frozen=True)
 class Decision:
-    """The arm of one round, by its stage, and the positions it is given to; `test` is whether these were drawn."""
+    """The stage of one round's arm and the positions it runs on; `test` is whether these were drawn."""
 
     stage: Count
     positions: Sequence[Count]
@@ -31,60 +31,62 @@ class Decision:
 
 @dataclass(frozen=True)
 class Rounds:
-    """Gives the arms of a suite to images, until the bound on what they would still break is low enough.
+    """Runs the arms of a suite on images until the bound on those that they would still fool is low enough.
 
-    `strictness` is that bound as a share of the images; unless it is 0, one image of a small set may stay in
-    doubt. A killed run reads its decisions back from the ledger.
+    `strictness` is that bound as a share of the images; unless it is 0, at least one image may stay in doubt. A
+    killed run reads its decisions from the ledger.
     """
 
     runner: BlockRunner
     ledger: Ledger
     strictness: float
 
-    def run(self, among: np.ndarray) -> None:
-        """Take these positions through as many rounds as are needed."""
-        left = left_for_arms(self.runner.results, among)
-        block = hashlib.sha256(np.sort(among).tobytes()).hexdigest()[:16]
+    def run(self, positions: np.ndarray) -> None:
+        """Run as many rounds over these positions as are needed."""
+        left = left_for_arms(self.runner.results, positions)
+        block = hashlib.sha256(np.sort(positions).tobytes()).hexdigest()[:16]
         drawn: set[int] = set()
         for number in itertools.count():
-            decision = self._decision(f"round {block} {number}", left, len(among), drawn)
+            decision = self._decision(f"round {block} {number}", left, len(positions), drawn)
             if decision is None:
                 return
             drawn.update(decision.positions if decision.test else ())
             self.runner.run_row_wise(decision.stage, 1, np.array(decision.positions, np.int64))
 
     def _decision(self, key: str, left: np.ndarray, n: int, drawn: Collection[int]) -> Decision | None:
-        """Return what was decided for a round before, else decide it; None where no more is needed."""
+        """Return the recorded decision of a round, or decide it; None if no more rounds are needed."""
         ledger, stages = self.ledger, self.stages
-        noted = ledger.read_note(key)
-        if noted is None:
+        recorded = ledger.read_note(key)
+        if recorded is None:
             chosen = following(self._evidence(left, n, drawn)) if len(left) and stages else None
             decision = chosen and Decision(stages[chosen.arm], left[chosen.images].tolist(), chosen.test)
-            noted = ledger.note(key, dumps(decision))
-        written: Decision | None = checked(Decision | None, parse(noted, LEDGER), LEDGER)
+            recorded = ledger.note(key, dumps(decision))
+        written: Decision | None = checked(Decision | None, parse(recorded, LEDGER), LEDGER)
         if written is not None and not (written.stage in stages and set(written.positions) <= set(left.tolist())):
             raise UsageError(f"{LEDGER} is damaged: its {key} is of another run; begin anew with --overwrite.")
         return written
 
-    def known(self, among: np.ndarray) -> Evidence | None:
-        """Return what is known of these positions as far as they came to the arms; None without any."""
-        return self._evidence(left_for_arms(self.runner.results, among), len(among)) if self.stages else None
+    def known(self, positions: np.ndarray) -> Evidence | None:
+        """Return the evidence on those of these positions that reached the arms; None for a suite without arms."""
+        return (
+            self._evidence(left_for_arms(self.runner.results, positions), len(positions)) if self.stages else None
+        )
 
-    def doubt(self, among: np.ndarray) -> Strictness | None:
-        """Return what is left of doubt in these positions; None of a random model, for which AutoAttack is not."""
+    def doubt(self, positions: np.ndarray) -> Strictness | None:
+        """Return the remaining doubt in these positions; None for a random model."""
         if self.runner.instrumented.random:
             return None
-        return in_doubt(self.runner.results, among, self.strictness)
+        return in_doubt(self.runner.results, positions, self.strictness)
 
     @property
     def stages(self) -> list[int]:
-        """The stages of the arms; scores of a random model are luck."""
+        """The stages of the arms; without score attacks for a random model."""
         entries, random = self.runner.settings.entries, self.runner.instrumented.random
         arms = self.runner.results.arms
         return [stage for stage in arms if not (random and entries[stage - 1].attack.info.access == "score")]
 
     def _evidence(self, left: np.ndarray, n: int, drawn: Collection[int] = ()) -> Evidence:
-        """Return what is known of these positions of n."""
+        """Return the evidence on these positions of n."""
         settings = self.runner.settings
         classes, norm = self.runner.instrumented.num_classes or 2, settings.threat.norm
         attacks = [settings.entries[stage - 1].attack for stage in self.stages]
@@ -94,7 +96,7 @@ class Rounds:
 
 
 def read_strictness(value: str | float | None) -> float | None:
-    """Return the share of the images that may be left in doubt; None, the usual one, where it is not given.
+    """Return the share of the images that may be left in doubt; None, for the default, if it is not given.
 
     Raises:
         UsageError: it is no share from 0 to 1.

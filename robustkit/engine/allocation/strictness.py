@@ -1,4 +1,4 @@
-"""What a ledger says of the arms of a suite: what they gained where, and what is left in doubt."""
+"""What a run's results say about the arms of a suite: their gains, and the remaining doubt."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ from robustkit.engine.evaluation.results import ROBUST, RunResults
 from robustkit.engine.evaluation.verdicts import sample_ids
 from robustkit.runs.evaluation_record import Strictness
 
-# The share of the images that the arms may still break, by the upper bound, where nobody says how many.
+# The default share of the images that the arms may still fool, by the upper bound.
 STRICTNESS = 0.002
-# AutoAttack's `standard` by its own package.
+# AutoAttack's `standard` version, by its own package.
 AUTOATTACK = {f"autoattack:{name}" for name in ("apgd-ce", "apgd-t", "fab-t", "square")}
 
 
-def left_for_arms(results: RunResults, among: np.ndarray) -> np.ndarray:
-    """Return the positions of these that the stages before the arms left."""
-    left: np.ndarray = among[(results.judged[among] >= 0) & (results.fell[among] >= min(results.arms, default=0))]
+def left_for_arms(results: RunResults, positions: np.ndarray) -> np.ndarray:
+    """Return those of these positions that the stages before the arms left robust."""
+    left: np.ndarray = positions[
+        (results.judged[positions] >= 0) & (results.fell[positions] >= min(results.arms, default=0))
+    ]
     return left
 
 
@@ -28,20 +30,20 @@ def evidence_on(
     left: np.ndarray,
     arms: Sequence[int],
     costs: np.ndarray,
-    may: int,
+    allowed_images: int,
     drawn: Collection[int] = (),
 ) -> Evidence:
-    """Return what is known of these positions.
+    """Return the evidence on these positions.
 
     Args:
         results: of the ledger.
-        left: positions that the stages before the arms left (n).
-        arms: the stages that count as arms (A).
-        costs: passes that each takes of an image (A).
-        may: how many images they may still break, by the upper bound.
-        drawn: positions that were in a round of the test.
+        left: positions that the stages before the arms left robust (n).
+        arms: the stages of the arms (A).
+        costs: passes of each on an image (A).
+        allowed_images: how many images they may still fool, by the upper bound.
+        drawn: positions that were in a test round.
     """
-    # A tie in the clean image's logits is a margin of 0; the mean of a random model's may be below it.
+    # The clean margin is 0 for a tie; the mean of a random model's may be below 0.
     clean = np.maximum(results.clean_margins[left], np.finfo(np.float32).tiny)
     reached = results.reached[[results.arms.index(stage) for stage in arms]][:, left]
     lowest = np.fmin.accumulate(np.concatenate([results.before[None, left], reached[:-1]]))
@@ -54,29 +56,29 @@ def evidence_on(
         keys=sample_ids([results.images[at] for at in left]).numpy(),
         drawn=np.isin(left, list(drawn)),
         costs=costs,
-        allowed=may,
+        allowed=allowed_images,
     )
 
 
-def in_doubt(results: RunResults, among: np.ndarray, strictness: float) -> Strictness | None:
-    """Return what is left of doubt in these positions; None where the suite has no arms.
+def in_doubt(results: RunResults, positions: np.ndarray, strictness: float) -> Strictness | None:
+    """Return the remaining doubt in these positions; None for a suite without arms.
 
     Args:
         results: of the ledger.
-        among: the positions that count (n).
+        positions: those that count (n).
         strictness: the share of the images that may be left in doubt.
     """
     if not results.arms:
         return None
-    left, may = left_for_arms(results, among), allowed(strictness, len(among))
-    evidence = evidence_on(results, left, results.arms, np.ones(len(results.arms)), may)
-    # After AutoAttack itself there is no doubt about it.
+    left, allowed_images = left_for_arms(results, positions), allowed(strictness, len(positions))
+    evidence = evidence_on(results, left, results.arms, np.ones(len(results.arms)), allowed_images)
+    # After AutoAttack itself nothing is left in doubt.
     sure = set(results.names) >= AUTOATTACK
     images = 0 if sure else evidence.bound
     in_full = evidence.standing & (sure | ~evidence.open.any(0))
     return Strictness(
         images=images,
-        bound=images / len(among),
+        bound=images / len(positions),
         allowed=strictness,
         standing=int(evidence.standing.sum()),
         in_full=int(in_full.sum()),

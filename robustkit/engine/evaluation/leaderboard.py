@@ -1,4 +1,4 @@
-"""Several models, each evaluated in a run of its own: one after another, or all at once by workers."""
+"""Several models, each evaluated in its own run: one after another, or at the same time by workers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from robustkit.engine.progress import Progress
 from robustkit.runs.evaluation_record import Report, dumps
 from robustkit.runs.opening import clear
 
-# A name in front of a model string has none of the signs that model strings are made of.
+# A name before a model string has none of the characters of model strings.
 _NAMED = re.compile(r"([^:/?@#=\[\];]+?)\s*=\s*(.*)")
 _COMMENT = re.compile(r"(^|\s)#.*")
 FIRST = "leaderboard."
@@ -26,16 +26,16 @@ FIRST = "leaderboard."
 
 @dataclass(frozen=True)
 class NamedModel:
-    """A model of a list: what it is called there, and its string."""
+    """A model of the list: its name there, and its string."""
 
     name: str
     string: str
 
 
 def read_models(path: Path) -> list[NamedModel]:
-    """Return the models of a text file: a model string on each line, or NAME=STRING; comments begin with #.
+    """Return the models of a text file: a model string on each line, or NAME=STRING; comments start with #.
 
-    A # within a word begins none: `runs/x/#2` is a model string. Relative paths are those of the command.
+    A # within a word starts none: `runs/x/#2` is a model string. Paths are relative to the working folder.
 
     Raises:
         UsageError: the file cannot be read, has no model, or one that is not named, or named twice.
@@ -53,13 +53,15 @@ def read_models(path: Path) -> list[NamedModel]:
         ) from error
     found: dict[str, NamedModel] = {}
     for number, line in enumerate(text.splitlines(), 1):
-        said = _COMMENT.sub("", line).strip()
-        if not said:
+        text_line = _COMMENT.sub("", line).strip()
+        if not text_line:
             continue
-        match = _NAMED.fullmatch(said)
-        name, string = match.groups() if match else (said, said)
+        match = _NAMED.fullmatch(text_line)
+        name, string = match.groups() if match else (text_line, text_line)
         if not string:
-            raise UsageError(f"{path}, line {number}: {said!r} names no model; write NAME=MODEL, or MODEL alone.")
+            raise UsageError(
+                f"{path}, line {number}: {text_line!r} names no model; write NAME=MODEL, or MODEL alone."
+            )
         if name in found or any(string == entry.string for entry in found.values()):
             raise UsageError(f"{path}, line {number}: {name!r} is in the list already; write each model once.")
         found[name] = NamedModel(name, string)
@@ -69,13 +71,13 @@ def read_models(path: Path) -> list[NamedModel]:
 
 
 def settings_id(**settings: object) -> str:
-    """Return eight hexadecimal digits of the hash of all that models are compared under, whichever they are."""
+    """Return eight hexadecimal digits of the hash of the settings that all models share."""
     return hashlib.sha256(dumps(settings).encode()).hexdigest()[:8]
 
 
 @dataclass(frozen=True)
 class LeaderboardRun:
-    """What to evaluate: `plan` loads a model of the list and says how; `workers` and `ray` as in `Evaluation`."""
+    """Models to evaluate: `plan` loads one and returns its evaluation; `workers` and `ray` as in `Evaluation`."""
 
     entries: Sequence[NamedModel]
     plan: Callable[[NamedModel], Evaluation]
@@ -85,16 +87,17 @@ class LeaderboardRun:
     def run(
         self, out: Path, progress: Progress, line: Callable[[str], Progress], overwrite: bool = False
     ) -> list[tuple[Path, Report] | RobustkitError]:
-        """Run, or resume, or take the stored results: of each model its folder within `out` and its report.
+        """Run, or resume, or read the stored reports: each model in its own folder within `out`.
 
         Args:
             out: the folder of the runs' folders.
-            progress: who to tell of workers and of models that are done.
-            line: who to tell of the model of a name.
-            overwrite: remove the runs that `out` holds, and begin anew.
+            progress: receives the events of workers and of finished models.
+            line: returns what receives the events of the model of a name.
+            overwrite: delete the runs in `out` first.
 
         Returns:
-            In the order of the list; of a model that cannot be loaded or evaluated the reason. It stops no other.
+            In the order of the list: folder and report of each model, or the error of one that cannot be loaded or
+            evaluated. It stops no other.
         """
         if overwrite and out.is_dir():
             clear(out)
@@ -103,37 +106,37 @@ class LeaderboardRun:
         taken: dict[str, str] = {}
 
         def work(entry: NamedModel, desk: Desk[tuple[Path, Report]] | None = None) -> tuple[Path, Report]:
-            told = line(entry.name) if desk is None else Watched(line(entry.name), desk.turn)
+            own_progress = line(entry.name) if desk is None else Watched(line(entry.name), desk.turn)
             try:
                 plan = self.plan(entry)
                 if plan.spec.run_id in taken:
                     raise UsageError(f"it is the model {taken[plan.spec.run_id]!r} once more; list it once.")
                 taken[plan.spec.run_id] = entry.name
                 place = subfolder(out, f"evaluate-{plan.spec.run_id}")
-                report = plan.run(place, told, desk)
+                report = plan.run(place, own_progress, desk)
             except RobustkitError as error:
                 progress.say(f"{entry.name}: {error}")
                 raise
             except Exception as error:
-                # Whatever a model's own code does, it stops no other.
+                # An error in one model's code does not stop the others.
                 progress.say(f"{entry.name}: {error_summary(error)}")
                 raise RunError(error_summary(error)) from error
             finally:
-                told.close()
+                own_progress.close()
             rate = report.robust_accuracy
             progress.say(f"{entry.name}: {100 * rate.value:.1f} % robust accuracy ({report.run_id})")
             return place, report
 
         try:
             if self.workers in (None, 1) and self.ray is None:
-                return [_tried(work, entry) for entry in self.entries]
+                return [_result_or_error(work, entry) for entry in self.entries]
             works = [partial(work, entry) for entry in self.entries]
             return Bureau(works, hire(self.workers, self.ray), progress).run()
         finally:
             progress.close()
 
 
-def _tried(
+def _result_or_error(
     work: Callable[[NamedModel], tuple[Path, Report]], entry: NamedModel
 ) -> tuple[Path, Report] | RobustkitError:
     try:
@@ -143,7 +146,7 @@ def _tried(
 
 
 def _check_folder(out: Path) -> None:
-    """Refuse a folder with anything in it but runs and their leaderboard."""
+    """Raise UsageError for a folder that holds anything but runs and their leaderboard."""
     known = ("evaluate-", FIRST, ".")
     others = [file.name for file in out.iterdir() if not file.name.startswith(known)] if out.is_dir() else []
     if others or (out.exists() and not out.is_dir()):

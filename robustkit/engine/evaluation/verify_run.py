@@ -1,4 +1,4 @@
-"""Check a finished run again, record by record: bytes, hashes, ball and box, and the model's word."""
+"""Checks a finished run again, record by record: bytes, hashes, ball and box, and the model's predictions."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ from robustkit.runs.ledger import Ledger
 from robustkit.version import __version__
 
 BATCH_SIZE = 256
-NOISE = Fraction(1, 10**5)
-# A model with few outcomes may give the same one twice.
-ASKED = 8
+FLOAT_NOISE = Fraction(1, 10**5)
+# Repeated passes by which a random model is recognised; one with few outcomes may give the same one twice.
+REPEATED_PASSES = 8
 
 
 @dataclass
 class Verification:
-    """What was found: `checked` adversarials, `bad` records by name, and `borderline` ones.
+    """The result: `checked` adversarial images, `bad` records by name, and `borderline` ones.
 
-    Borderline means a margin within float32 noise (1e-5 of the largest logit): another machine may see it on
-    the other side; or a random model that stands in the one draw made here. Neither is a fault of the record.
+    Borderline is a margin within float32 noise (1e-5 of the largest logit), which another machine may round to the
+    other side, or a random model that is right in the one draw made here. Neither is a fault of the record.
     `stopped` is whether hashes alone were checked, since they were wrong.
     """
 
@@ -60,17 +60,17 @@ def verify_run(
     data_root: Path | None = None,
     trust_code: bool = False,
 ) -> Verification:
-    """Return what a run folder's records are worth; model and data come from its spec unless given.
+    """Check the records of a run folder; model and data come from its spec unless given.
 
-    The hashes come first: where a file is not that of the run, nothing is loaded that the record names.
+    Hashes are checked first: if a file is not that of the run, nothing that the record names is loaded.
 
     Args:
         path: the run's folder.
         model: instead of the one that the record names.
         samples: instead of the data that the record names.
-        device: where to compute; None is where the model is.
+        device: where to compute; None for the model's device.
         data_root: where downloaded sets are.
-        trust_code: whether Python code that the record names is run.
+        trust_code: whether Python code that the record names may run.
 
     Raises:
         UsageError: if there is no finished run, or model or data cannot be loaded, or the record names code that
@@ -137,7 +137,7 @@ def _check_batch(
     inside, distance = threat.contains(x_adv, x).tolist(), threat.distance(x_adv, x).tolist()
     fooled = ((logits.argmax(1) != y) & logits.isfinite().all(1)).tolist()
     margin = margins(logits, y)
-    noise = float(NOISE) * logits.abs().amax(1).clamp(min=1)
+    noise = float(FLOAT_NOISE) * logits.abs().amax(1).clamp(min=1)
     close = (margin.abs() <= noise).tolist()
     stated = _stated(found.report)
     random = not all(fooled) and _is_random(instrumented, x_adv, logits)
@@ -165,7 +165,7 @@ def _check_batch(
 
 
 def _stated(report: Report) -> dict[int, float]:
-    """Return the distance that the report gives for each position, in a run for minimum norms."""
+    """Return the distance that the report states for each position, in a run for minimum norms."""
     if report.minimum is None:
         return {}
     pairs = zip(report.verdicts, report.minimum.distances, strict=True)
@@ -173,9 +173,9 @@ def _stated(report: Report) -> dict[int, float]:
 
 
 def _is_random(instrumented: InstrumentedModel, x: torch.Tensor, logits: torch.Tensor) -> bool:
-    """Return whether the model answers these images in another way when asked again, up to `ASKED` times."""
-    noise = float(NOISE) * logits.abs().amax().clamp(min=1)
-    return any(bool((instrumented.logits_fp32(x) - logits).abs().amax() > noise) for _ in range(ASKED))
+    """Return whether logits of these images change within `REPEATED_PASSES` repeated passes."""
+    noise = float(FLOAT_NOISE) * logits.abs().amax().clamp(min=1)
+    return any(bool((instrumented.logits_fp32(x) - logits).abs().amax() > noise) for _ in range(REPEATED_PASSES))
 
 
 def _ledger_faults(path: Path, report: Report, samples: Samples) -> Iterator[str]:

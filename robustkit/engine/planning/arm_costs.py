@@ -1,8 +1,8 @@
-"""What the arms of a suite will cost, from what a pilot saw of them.
+"""The cost of a suite's arms, forecast from what a cost probe measured of them.
 
-An arm's cost is not an image's own: the test is shared by all images of a set, and a small set is given more of
-every arm than a large one. So the rounds are played: images are drawn like those that the pilot's cheap attacks
-left, gains from what its rounds say of each arm, and `allocation.following` decides as it would in the run.
+An arm's cost is not a sum over images: the test is shared by all images, and in a small set every arm runs on a
+larger share. So the rounds are simulated: images are drawn like those that the probe's cheap attacks left robust,
+gains from what its rounds say of each arm, and `allocation.arms.following` decides as it does in the run.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from scipy.special import gammainccinv
 from robustkit.engine.allocation.arms import Evidence, allowed, following
 from robustkit.engine.allocation.evidence import Belief
 
-# One more play lies between the lowest and the highest of so many with a probability of 90 %; the interval of what
-# images cost before, whose ends are added, makes it more.
-PLAYS = 19
+# Another simulation lies between the lowest and the highest of so many with probability 90 %, and more with the
+# interval of the other attacks' costs added.
+SIMULATIONS = 19
 # Images beyond so many add to the rounds in proportion, but for those of the test.
-MOST_PLAYED = 200
+MAX_SIMULATED_IMAGES = 200
 
 
 @dataclass(frozen=True)
 class Observed:
-    """What a pilot saw of the arms.
+    """What a cost probe measured of the arms.
 
     Attributes:
-        evidence: of those of its images that the attacks before the arms left.
-        images: how many had met the attacks before the arms, those that fell to them included.
-        ended: whether its rounds came to their end.
-        spent: forwards and backwards that each arm took of an image on average (A 2); NaN where none has met it.
-        most: forwards, backwards and successive passes that each takes of an image at the most (A 3).
-        least: the share of them that each takes of an image which it does not break (A).
+        evidence: on those of its images that the attacks before the arms left robust.
+        images: how many the attacks before the arms ran on, fooled ones included.
+        ended: whether its rounds ended.
+        spent: mean forwards and backwards of each arm on an image (A 2); NaN if it did not run.
+        most: the most forwards, backwards and successive passes of each on an image (A 3).
+        least: the least share of these on an image that it does not fool (A).
     """
 
     evidence: Evidence
@@ -44,44 +44,46 @@ class Observed:
 
 
 @dataclass(frozen=True)
-class Play:
-    """Rounds as they may be: of each its arm and how many images it is given; what arms take of an image (A 2)."""
+class SimulatedRounds:
+    """Simulated rounds: the arm and number of images of each, and passes of each arm on an image (A 2)."""
 
     rounds: list[tuple[int, int]]
     spent: np.ndarray
 
     @property
     def cost(self) -> float:
-        """Propagations in all."""
+        """Passes in all."""
         return float(sum(count * self.spent[arm].sum() for arm, count in self.rounds))
 
 
-def forecast(seen: Observed, n: int, strictness: float, seed: int = 0) -> list[Play]:
-    """Return the rounds of a run of n images as they may be, in rising order of what they cost.
+def forecast(seen: Observed, n: int, strictness: float, seed: int = 0) -> list[SimulatedRounds]:
+    """Return simulated rounds of a run of n images, sorted by their cost.
 
     Args:
-        seen: what the pilot saw.
+        seen: what the probe measured.
         n: images of the whole run.
         strictness: the share of them that may be left in doubt.
-        seed: of all draws.
+        seed: of the simulation.
     """
     if seen.images == n and seen.ended:
         met = seen.evidence.met.sum(1).tolist()
-        return [Play([(arm, count) for arm, count in enumerate(met) if count], np.nan_to_num(seen.spent))]
+        return [
+            SimulatedRounds([(arm, count) for arm, count in enumerate(met) if count], np.nan_to_num(seen.spent))
+        ]
     rng = np.random.default_rng(seed)
-    plays = [_play(seen, n, allowed(strictness, n), rng) for _ in range(PLAYS)]
-    return sorted(plays, key=lambda play: play.cost)
+    simulations = [_simulate(seen, n, allowed(strictness, n), rng) for _ in range(SIMULATIONS)]
+    return sorted(simulations, key=lambda rounds: rounds.cost)
 
 
-def _play(seen: Observed, n: int, may: int, rng: np.random.Generator) -> Play:
+def _simulate(seen: Observed, n: int, may: int, rng: np.random.Generator) -> SimulatedRounds:
     cheap = _images(seen, n, rng)
-    played = min(len(cheap), MOST_PLAYED)
-    more, cheap = len(cheap) / max(played, 1), cheap[:played]
-    gains = np.stack([_gains(belief, played, rng) for belief in seen.evidence.beliefs])
-    reached, drawn = np.full(gains.shape, np.nan), np.zeros(played, bool)
-    keys, may = rng.permutation(played), _fewer(may, more)
+    simulated = min(len(cheap), MAX_SIMULATED_IMAGES)
+    more, cheap = len(cheap) / max(simulated, 1), cheap[:simulated]
+    gains = np.stack([_gains(belief, simulated, rng) for belief in seen.evidence.beliefs])
+    reached, drawn = np.full(gains.shape, np.nan), np.zeros(simulated, bool)
+    keys, may = rng.permutation(simulated), _fewer(may, more)
     rounds = []
-    while played:
+    while simulated:
         left = np.fmin.accumulate(np.concatenate([cheap[None], reached[:-1]]))
         broken = reached <= 0
         evidence = replace(
@@ -101,22 +103,22 @@ def _play(seen: Observed, n: int, may: int, rng: np.random.Generator) -> Play:
         reached[arm, images] = left[arm, images] - gains[arm, images]
         drawn[images] |= chosen.test
         rounds.append((arm, len(images) if chosen.test else round(more * len(images))))
-    return Play(rounds, _spent(seen, rng))
+    return SimulatedRounds(rounds, _spent(seen, rng))
 
 
 def _fewer(may: int, times: float) -> int:
-    """Return how many breaks of so many times fewer images ask for as few to be expected of each as `may` of all.
+    """Return the bound for `times` fewer images that allows the same expected share as `may` does for all.
 
-    Where few may be left, fewer still may be expected: 95 % bounds do not grow in proportion.
+    95 % bounds do not grow in proportion to the expected number.
     """
     expected = gammainccinv(np.arange(may + 1) + 1, 0.95)
     return max(int(np.abs(expected * times - expected[-1]).argmin()), min(may, 1))
 
 
 def _images(seen: Observed, n: int, rng: np.random.Generator) -> np.ndarray:
-    """Return the shares left of n images that the attacks before the arms leave: the pilot's, and more like them.
+    """Return the shares left of n images after the attacks before the arms: the probe's, and more like them.
 
-    Of those more, weights are drawn as well, with one image besides that is left with any share.
+    The others are drawn with random weights (a Bayesian bootstrap), with one further image of any share.
     """
     shares = seen.evidence.left[0]
     counts = rng.multinomial(n - seen.images, rng.dirichlet(np.ones(seen.images + 1)))
@@ -126,14 +128,14 @@ def _images(seen: Observed, n: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _gains(belief: Belief, n: int, rng: np.random.Generator) -> np.ndarray:
-    """Return what an arm gains on n images, by one draw from the belief."""
+    """Return what an arm gains on n images, by one draw from the posterior."""
     draw = rng.integers(len(belief.some))
-    some, typical, shape = (float(of[draw, 0]) for of in (belief.some, belief.typical, belief.shape))
+    some, typical, shape = (float(values[draw, 0]) for values in (belief.some, belief.typical, belief.shape))
     tail = typical * shape * ((1 - rng.random(n)) ** (-1 / shape) - 1)
     return np.where(rng.random(n) < some, tail, 0.0)
 
 
 def _spent(seen: Observed, rng: np.random.Generator) -> np.ndarray:
-    """Return what each arm takes of an image; where none has met it, drawn on a logarithmic scale."""
+    """Return the passes of each arm on an image; drawn on a logarithmic scale if it did not run."""
     share = seen.least ** rng.random(len(seen.least))
     return np.where(np.isnan(seen.spent), seen.most[:, :2] * share[:, None], seen.spent)

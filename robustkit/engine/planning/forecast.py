@@ -1,4 +1,4 @@
-"""From a pilot to what the whole evaluation takes, on one device and on several."""
+"""The forecast of an evaluation's cost and time from a cost probe, on one device and on several."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from robustkit.core.errors import UsageError
 from robustkit.core.intervals import mean_cost_interval
-from robustkit.engine.planning.arm_costs import Play, forecast
+from robustkit.engine.planning.arm_costs import SimulatedRounds, forecast
 from robustkit.engine.planning.cost_probe import CostProbe, ProbeResult
 from robustkit.engine.planning.simulation import Course, Job, Site, extended, joined
 from robustkit.engine.progress import Progress
@@ -30,12 +30,12 @@ from robustkit.runs.forecast_record import (
     refuse_devices,
 )
 
-# Images beyond so many a slot, and so many in all, add nothing that a simulation could show.
-ROUNDS, MOST_SIMULATED = 4, 20_000
-# Seconds until a worker process has what it needs to load the model (docs/scale.md: 5.9 to 8.6 with it).
-SPAWN = 5.0
-# Seconds that the driver takes for a message, for an image handed out and for a verdict written down, and of the
-# last two for each byte of the image: measured on one core of an AMD EPYC.
+# Images beyond so many per slot, and so many in all, do not change what the simulation shows.
+MAX_ROUNDS, MAX_SIMULATED = 4, 20_000
+# Seconds until a worker process can load the model (docs/scale.md: 5.9 to 8.6 with the model).
+SPAWN_SECONDS = 5.0
+# Seconds of the main process for a message, for an image sent and for a verdict written, and of the last two for
+# each byte of the image: measured on one core of an AMD EPYC.
 MESSAGE, HANDOUT, HANDOUT_BYTE, VERDICT, VERDICT_BYTE = 2e-4, 1e-5, 1e-9, 9e-5, 5e-9
 
 
@@ -45,7 +45,7 @@ def forecast_cost(
     price: float | None = None,
     progress: Progress | None = None,
 ) -> Plan:
-    """Measure, and return what the evaluation takes on each of these numbers of devices.
+    """Measure, and return the cost of the evaluation on each of these numbers of devices.
 
     Args:
         probe: the evaluation, and how long to measure.
@@ -55,7 +55,7 @@ def forecast_cost(
 
     Raises:
         UsageError: for a request that cannot be carried out.
-        RunError: when the pilot fails on the way.
+        RunError: if the probe fails on the way.
     """
     refuse_devices(devices, ",".join(map(str, devices)))
     if price is not None and not 0 <= price < float("inf"):
@@ -64,7 +64,7 @@ def forecast_cost(
     progress = progress or Progress()
     progress.say(f"measuring: the checks, then {probe.budget:g} s of attacks")
     found = probe.measure(progress)
-    costs, plays = Costs.of(found, n), list[Play]()
+    costs, plays = Costs.of(found, n), list[SimulatedRounds]()
     if found.arms is not None:
         progress.say(f"playing the rounds of {n:,} images")
         plays = forecast(found.arms, n, probe.allowed_doubt, probe.seed)
@@ -114,9 +114,9 @@ def forecast_cost(
 
 @dataclass(frozen=True)
 class Costs:
-    """What images take: a job for each of the pilot, the dearest there may be, and propagations on average.
+    """What images cost: a job for each of the probe, the most expensive one possible, and mean passes.
 
-    An image that the pilot left unfinished has taken at least what it has spent, and at most what the attacks may
+    An image that the probe left unfinished costs at least what it has spent, and at most what the attacks may
     spend; it is taken to be halfway on a logarithmic scale.
     """
 
@@ -127,7 +127,7 @@ class Costs:
 
     @classmethod
     def of(cls, found: ProbeResult, n: int) -> Costs:
-        """Return what a pilot on some of n images says.
+        """Return the costs of n images from a probe of some of them.
 
         Raises:
             UsageError: if it says nothing.
@@ -159,7 +159,7 @@ class Costs:
         return cls(jobs, worst, Estimate(value, min(low, value), max(high, value)), most)
 
     def sample(self, count: int, seed: int) -> tuple[list[Job], list[Job], list[Job]]:
-        """Return so many images: like the pilot's, and at both ends of the interval for their mean.
+        """Return so many images: like the probe's, and at both ends of the interval for their mean.
 
         At its low end some of them cost nothing, at its high end some cost the most there may be.
         """
@@ -176,21 +176,21 @@ class Costs:
 
 
 def site(found: ProbeResult, probe: CostProbe, devices: int) -> Site:
-    """Return where so many devices like the one measured do the whole evaluation."""
+    """Return the site of so many devices like the one measured."""
     n, slots = len(probe.samples), found.slots
     if devices == 1:
         return Site(1, slots, found.overhead, found.start, found.checks + found.clean * n)
     entered = int((found.finished & (found.forwards > 0)).sum())
     fooled = 1 - found.robust / max(entered, 1)
     handout = found.read + HANDOUT + found.image_bytes * HANDOUT_BYTE
-    # Workers share the clean pass where each has more than a batch of it; it stores no images.
+    # Workers share the clean pass if each gets more than a batch; it stores no images.
     shared = math.ceil(n / probe.chunk_size) > devices
     clean, reading = (found.clean * n, n * (handout + VERDICT)) if shared else (0.0, 0.0)
     return Site(
         devices=devices,
         slots=slots,
         overhead=found.overhead,
-        startup=SPAWN + found.start,
+        startup=SPAWN_SECONDS + found.start,
         opening=found.checks + found.clean * n * (not shared),
         clean=clean,
         reading=reading,
@@ -200,8 +200,8 @@ def site(found: ProbeResult, probe: CostProbe, devices: int) -> Site:
     )
 
 
-def _each(plays: Sequence[Play], n: int) -> Estimate | None:
-    """Return what the arms take for each of n images; None of a suite without."""
+def _each(plays: Sequence[SimulatedRounds], n: int) -> Estimate | None:
+    """Return the passes of the arms per image; None for a suite without arms."""
     if not plays:
         return None
     costs = [play.cost / n for play in plays]
@@ -209,16 +209,16 @@ def _each(plays: Sequence[Play], n: int) -> Estimate | None:
 
 
 def _courses(
-    costs: Costs, plays: Sequence[Play], found: ProbeResult, probe: CostProbe, devices: int
+    costs: Costs, plays: Sequence[SimulatedRounds], found: ProbeResult, probe: CostProbe, devices: int
 ) -> list[Course]:
-    """Return how the run goes as expected, and with images and arms at both ends of their intervals."""
+    """Return the simulated runs as expected, and with images and arms at both ends of their intervals."""
     place = site(found, probe, devices)
     courses = _ordinary(costs, found, probe, place)
     if found.arms is None or not plays:
         return courses
     passes = found.arms.most[:, 2].astype(int)
 
-    def seconds(play: Play) -> float:
+    def seconds(play: SimulatedRounds) -> float:
         laps = sum(math.ceil(count / place.slots) * passes[arm] for arm, count in play.rounds)
         work = sum(count * _work(found, *play.spent[arm]) for arm, count in play.rounds)
         return float(found.overhead * laps + work)
@@ -230,10 +230,10 @@ def _courses(
     ]
 
 
-def _rounds(play: Play, passes: np.ndarray, found: ProbeResult, place: Site) -> list[Course]:
-    """Return how the rounds of a play go, each after the one before."""
+def _rounds(play: SimulatedRounds, passes: np.ndarray, found: ProbeResult, place: Site) -> list[Course]:
+    """Return the simulated runs of the rounds, one after another."""
     place = replace(place, startup=0.0, opening=0.0, clean=0.0, reading=0.0)
-    most = min(MOST_SIMULATED, ROUNDS * place.devices * place.slots)
+    most = min(MAX_SIMULATED, MAX_ROUNDS * place.devices * place.slots)
 
     @cache
     def course(arm: int, count: int) -> Course:
@@ -244,15 +244,15 @@ def _rounds(play: Play, passes: np.ndarray, found: ProbeResult, place: Site) -> 
 
 
 def _ordinary(costs: Costs, found: ProbeResult, probe: CostProbe, place: Site) -> list[Course]:
-    """Return how the run goes but for the arms, as expected and at both ends."""
+    """Return the simulated runs without the arms, as expected and at both ends."""
     devices, n = place.devices, len(probe.samples)
-    count = min(n, max(MOST_SIMULATED, ROUNDS * devices * place.slots))
-    # What the model gets wrong as it is goes no further than the clean pass.
+    count = min(n, max(MAX_SIMULATED, MAX_ROUNDS * devices * place.slots))
+    # A misclassified clean image is done after the clean pass.
     lists = [[job for job in jobs if job.passes] for jobs in costs.sample(count, probe.seed)]
     totals = [round(n * len(jobs) / count) for jobs in lists]
     if not any(entry.attack.info.coupled for entry in probe.entries if not entry.spare):
         return [extended(jobs, place, total) for jobs, total in zip(lists, totals, strict=True)]
-    # Attacks whose random numbers depend on the batch are handed out batch by batch.
+    # Attacks whose random numbers depend on the batch are sent batch by batch.
     batch = probe.chunk_size
     whole = replace(place, slots=1, handout=place.handout * batch, verdict=place.verdict * batch)
     return [
@@ -273,6 +273,6 @@ def _mixed(jobs: list[Job], other: Job, share: float, rng: random.Random) -> lis
 
 
 def _work(found: ProbeResult, forwards: float, backwards: float) -> float:
-    """Return the seconds of so many propagations in full passes."""
+    """Return the seconds of so many passes in full batches."""
     forward, backward = found.speed.marginal
     return float(forwards * forward + backwards * backward) * found.drag
