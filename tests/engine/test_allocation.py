@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from robustkit.engine.allocation.arms import STRATA, Evidence, Round, allowed, following, spread
+from robustkit.engine.allocation.arms import STRATA_ENDS, Evidence, Round, allowed, following, spread
 
 COSTS = np.array([200.0, 600.0, 1800.0])
 
@@ -57,7 +57,7 @@ def test_the_test_takes_an_image_of_each_stratum_through_every_arm() -> None:
     tested = [chosen for _, chosen in rounds(known, np.zeros((3, 40))) if chosen.test]
     assert [chosen.arm for chosen in tested] == [0, 1, 2]
     for chosen in tested:
-        assert sorted(known.strata[chosen.images]) == list(range(len(STRATA)))
+        assert sorted(known.strata[chosen.images]) == list(range(len(STRATA_ENDS)))
 
 
 @pytest.mark.parametrize("arm", [0, 1, 2])
