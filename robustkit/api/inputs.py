@@ -14,6 +14,7 @@ from robustkit.core.threat import ThreatModel
 from robustkit.data import from_arrays
 from robustkit.data.samples import Samples
 from robustkit.data.sources.loaders import from_dataset, is_dataset
+from robustkit.models import as_classifier, load_model
 from robustkit.models.classifier import Classifier
 
 # A model string, or a function from images to logits.
@@ -51,6 +52,11 @@ def read_samples(images: Any, labels: Any) -> Samples:
     if labels is None:
         raise UsageError("the images have no labels; pass images and labels, a DataLoader, or a dataset of pairs.")
     return from_arrays(images, labels)
+
+
+def load_or_wrap(model: Model, trust_code: bool) -> Classifier:
+    """Return the classifier of a model string or of a function from images to logits."""
+    return load_model(model, trust_code=trust_code) if isinstance(model, str) else as_classifier(model)
 
 
 def place_of(model: Classifier, device: str | torch.device) -> torch.device:

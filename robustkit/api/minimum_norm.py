@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from robustkit.api.inputs import place_of, read_samples
+from robustkit.api.inputs import load_or_wrap, place_of, read_samples
 from robustkit.api.options.evaluate import MinimumNormArguments
 from robustkit.api.verbs import verb
 from robustkit.core.errors import UsageError
 from robustkit.core.threat import EXAMPLE_EPS, ThreatModel
 from robustkit.engine.evaluation.minimum_norm import MinimumNorm, nearest_points
-from robustkit.models import as_classifier, load_model
 from robustkit.models.label_matching import matched_to
 
 
@@ -33,8 +32,7 @@ def minimum_norm(arguments: MinimumNormArguments) -> MinimumNorm:
     """
     if arguments.norm.strip().lower() not in EXAMPLE_EPS:
         raise UsageError(f"norm must be linf, l2 or l1, got {arguments.norm!r}.")
-    given = arguments.model
-    model = load_model(given, trust_code=arguments.trust_code) if isinstance(given, str) else as_classifier(given)
+    model = load_or_wrap(arguments.model, arguments.trust_code)
     device = place_of(model, arguments.device)
     return nearest_points(
         model.to(device),

@@ -15,6 +15,7 @@ from robustkit.api.options.shared import (
     IMAGES,
     LABELS,
     MODEL_FORM,
+    THREAT,
     USUAL_THREAT,
     ImageFlags,
     JsonFlag,
@@ -35,7 +36,10 @@ if TYPE_CHECKING:
 
     import torch
 
+    from robustkit.core.threat import ThreatModel
     from robustkit.registry import Suite
+
+MODEL = "A model string, or any callable from images (B C H W) in [0, 1] to logits (B K)."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,12 +170,27 @@ class PlanFlags(JsonFlag, PlanOptions, TrustCode, ImageFlags, section="Input"):
 
 
 @dataclass(frozen=True)
+class AttackArguments(TrustCode, ModelDevice, Seed):
+    """The arguments of `robustkit.attack`."""
+
+    model: str | Callable[[torch.Tensor], Any] = field(metadata=about(MODEL))
+    x: Any = field(metadata=about(IMAGES))
+    y: Any = option(None, LABELS)
+    threat: ThreatModel | str | float | tuple[str, float | str] | None = option("linf:8/255", THREAT)
+    attack: Suite = option(
+        "pgd(steps=40)",
+        "One or several attacks, which run in turn on the images that are not fooled yet: names with parameters, "
+        "attack objects, or functions (model, x, y, eps) -> x_adv.",
+    )
+    _: KW_ONLY
+    batch_size: int = option(256, "Images that an attack gets at once.", Limits(1))
+
+
+@dataclass(frozen=True)
 class MinimumNormArguments(TrustCode, ModelDevice, Seed):
     """The arguments of `robustkit.minimum_norm`."""
 
-    model: str | Callable[[torch.Tensor], Any] = field(
-        metadata=about("A model string, or any callable from images (B C H W) in [0, 1] to logits (B K).")
-    )
+    model: str | Callable[[torch.Tensor], Any] = field(metadata=about(MODEL))
     x: Any = field(metadata=about(IMAGES))
     y: Any = option(None, LABELS)
     norm: str = option("l2", "linf, l2 or l1.")
