@@ -1,8 +1,8 @@
-"""Records as they are read: JSON text, and dataclasses built from it by the types of their fields.
+"""Reading of records: from JSON text to dataclasses, checked by the types of their fields.
 
-A field's type says all that is checked: `Annotated[int, Limits(0)]` is a whole number from 0 on,
-`Annotated[Mapping[str, Any], Keys(string=str)]` an object that has at least a text `string`. What holds between
-fields a dataclass says in its method `faults`. Imports no torch.
+`Annotated[int, Limits(0)]` is an integer of at least 0, `Annotated[Mapping[str, Any], Keys(string=str)]` an
+object with at least a text `string`. A dataclass checks conditions between its fields in its method `faults`.
+Imports no torch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ T = TypeVar("T")
 # The format of every record, which this version writes and reads.
 FORMAT = 1
 
-# Whole numbers of records fit into 64 bits, as SQLite's do. What has no type may be nested so deep.
+# Integers of records fit into 64 bits, as SQLite's do. Values without a type can be nested to this depth.
 MAX_INTEGER, MAX_DEPTH = 2**63 - 1, 32
 REMEDY = "restore it from a copy, or run the command again with another --out folder."
 WORDS = {str: "a text", bool: "true or false", int: "a whole number", float: "a number"}
@@ -31,16 +31,16 @@ WORDS = {str: "a text", bool: "true or false", int: "a whole number", float: "a 
 
 @dataclass(frozen=True, init=False, eq=False)
 class Keys:
-    """What an object must have under these names; it may have more. A type with `| None` may be absent."""
+    """The types of an object's keys; it may have more keys. A key whose type has `| None` may be missing."""
 
     types: Mapping[str, Any]
 
     def __init__(self, **types: Any) -> None:
-        """Name them."""
+        """Set the type of each key."""
         object.__setattr__(self, "types", types)
 
     def fault(self, value: Any) -> str | None:
-        """Check the values; `_Wrong` tells of one."""
+        """Check the values; raise `_Wrong` for an invalid one."""
         for name, kind in self.types.items():
             if name not in value and type(None) not in get_args(kind):
                 raise _Wrong("is missing", f".{name}")
@@ -54,28 +54,28 @@ class Keys:
 
 @dataclass(frozen=True)
 class As:
-    """The fields of a dataclass, which stay an object."""
+    """An object that has the fields of a dataclass but is not converted to it."""
 
     kind: Any
 
     def fault(self, value: Any) -> str | None:
-        """Check them; `_Wrong` tells of one."""
+        """Check the fields; raise `_Wrong` for an invalid one."""
         _reader(self.kind)(value)
         return None
 
 
 @dataclass(frozen=True, init=False)
 class OneOf:
-    """One of these values."""
+    """One of some values."""
 
     values: tuple[Any, ...]
 
     def __init__(self, *values: Any) -> None:
-        """Name them."""
+        """Set the values."""
         object.__setattr__(self, "values", values)
 
     def fault(self, value: Any) -> str | None:
-        """Return what the value must be if it is not."""
+        """Return what the value must be, for a message; None if it is valid."""
         if any(value == one and type(value) is type(one) for one in self.values):
             return None
         return " or ".join(map(json.dumps, self.values))
@@ -88,7 +88,7 @@ Amount = Annotated[float, Limits(0)]
 
 
 class _Wrong(ValueError):
-    """What is wrong, with the way to it from the outermost record."""
+    """What is wrong, with its path from the outermost record."""
 
     def __init__(self, what: str, *path: str) -> None:
         super().__init__(what)
@@ -99,7 +99,7 @@ def parse(text: str, name: str) -> Any:
     """Return the value of a JSON text.
 
     Raises:
-        UsageError: it is none, or says what JSON cannot: NaN, infinity, a key twice, too large a number.
+        UsageError: it is not valid JSON, or has NaN, infinity, a duplicate key, or a number that is too large.
     """
     try:
         return json.loads(text, parse_constant=_constant, parse_float=_float, object_pairs_hook=_once)
@@ -114,18 +114,18 @@ def parse(text: str, name: str) -> Any:
 
 
 def build(kind: type[T], value: Any, name: str) -> T:
-    """Return the dataclass that a parsed JSON value holds; see `checked`."""
+    """Return a dataclass from a parsed JSON value; see `checked`."""
     made: T = checked(kind, value, name)
     return made
 
 
 def checked(kind: Any, value: Any, name: str) -> Any:
-    """Return what a parsed JSON value is as a type: its dataclasses built, the rest as it is.
+    """Return a parsed JSON value converted to a type: objects to dataclasses, the rest unchanged.
 
     Args:
         kind: the type.
         value: the parsed JSON.
-        name: what to call it in errors, a file's path.
+        name: name of the value in errors, such as the path of the file.
 
     Raises:
         UsageError: a field is missing or not what its type says, or fields do not fit together.
@@ -160,7 +160,7 @@ Reader = Callable[[Any], Any]
 
 @cache
 def _reader(kind: Any) -> Reader:
-    """Return what checks a parsed value against a type and returns what stands for it."""
+    """Return a function that checks a parsed value against a type and converts it."""
     origin, parts = get_origin(kind), get_args(kind)
     if origin is Annotated:
         return _limited(_reader(parts[0]), parts[1:])
@@ -240,7 +240,7 @@ def _mapping(read: Reader) -> Reader:
 
 def _record(kind: Any) -> Reader:
     hints = get_type_hints(kind, include_extras=True)
-    # What a record carries in memory alone is no part of its file.
+    # Fields without repr exist in memory only, not in the file.
     known = [one for one in fields(kind) if one.repr]
     readers = {one.name: _reader(hints[one.name]) for one in known}
     needed = {one.name for one in known if one.default is MISSING and one.default_factory is MISSING}
@@ -269,7 +269,7 @@ def _record(kind: Any) -> Reader:
 
 
 def _plain(value: Any, depth: int = 0) -> Any:
-    """Return any JSON value that a person could have written; deeper ones end Python's stack later on."""
+    """Return a JSON value of limited depth; deeper values would exhaust Python's stack later."""
     if depth > MAX_DEPTH:
         raise _Wrong("is nested too deeply")
     if isinstance(value, Mapping):
@@ -280,7 +280,7 @@ def _plain(value: Any, depth: int = 0) -> Any:
 
 
 def check_format(body: Any, name: str) -> None:
-    """Refuse a record of another format, or none."""
+    """Refuse a record of another format, or without a format."""
     if not isinstance(body, Mapping) or body.get("format") != FORMAT:
         found = body.get("format") if isinstance(body, Mapping) else type(body).__name__
         raise UsageError(f"{name} has format {found!r}; this version of robustkit reads {FORMAT}.")

@@ -1,9 +1,9 @@
-"""The length of an attack's steps and its unit, for every attack, technique and method of training.
+"""The length of the steps of attacks, techniques and training methods, with its unit.
 
-`0.25eps` is a share of the threat's eps. `2/255px` is a length in pixel units of [0, 1], measured in the threat's
-norm, whatever eps is. A bare number is a share of eps, and refused where it is more likely meant in pixel units:
-written over 255 or 256, a float that is a number of grey levels, so small that all steps together do not lead from
-the image to the edge of the ball, or so large that one step crosses the ball.
+`0.25eps` is a share of the threat's eps. `2/255px` is a length in pixel units of [0, 1], measured in the
+threat's norm. A bare number is a share of eps. It is refused if it is more likely meant in pixel units: if it
+is written over 255 or 256, is a float equal to a number of grey levels, is so small that all steps together do
+not reach from the image to the edge of the ball, or so large that one step crosses the ball.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from robustkit.core.errors import UsageError
 from robustkit.core.numbers import exact
 
 UNITS = ("eps", "px")
-# Rounding may leave steps of 1 / N a little short of 1.
+# N steps of 1 / N may reach slightly less than 1 by rounding.
 REACH_TOLERANCE = 1e-6
-# Steps of a share of eps that lead from one edge of the ball to the other.
+# A step of this many eps crosses the ball.
 ACROSS = 2
-# Denominators that a number of grey levels over 255 has and a plain share of eps has not (17 / 255 is 1 / 15).
+# Denominators of grey levels over 255 that are unlikely for a share of eps (17 / 255 is 1 / 15).
 _LEVELS = (51, 85, 255)
 
 
 @dataclass(frozen=True)
 class StepSize:
-    """How far a step goes: `number` times eps, or with the unit `px` that length itself.
+    """The length of a step: `number` times eps, or `number` itself with the unit `px`.
 
     Args:
         number: above 0.
@@ -41,7 +41,7 @@ class StepSize:
     unit: str = "eps"
 
     def __post_init__(self) -> None:
-        """Refuse lengths that would lead away from the gradient, and unknown units."""
+        """Refuse lengths that are not above 0, and unknown units."""
         if not 0 < self.number < math.inf or self.unit not in UNITS:
             raise UsageError(
                 f"step_size={self.number:g}{self.unit} must be above 0; write it with a unit, "
@@ -66,12 +66,12 @@ class StepSize:
         return self.number * eps if self.unit == "eps" else self.number
 
     def share(self, eps: float) -> float:
-        """Return the length as a share of an eps; 0 where eps is, which leaves nowhere to go."""
+        """Return the length as a share of an eps; 0 if eps is 0."""
         return self.number if self.unit == "eps" else self.number / eps if eps else 0.0
 
     @property
     def record(self) -> float | str:
-        """How a record holds it: a bare number is a share of eps."""
+        """The value in records: a bare number is a share of eps."""
         return self.number if self.unit == "eps" else str(self)
 
     def __str__(self) -> str:
@@ -85,7 +85,7 @@ def check_bare(name: str, value: object, steps: int | None) -> None:
     """Refuse a bare number that is more likely meant in pixel units than as a share of eps.
 
     Args:
-        name: whose field it is, for the message.
+        name: name of the attack or method, for the message.
         value: as it was written.
         steps: how many such steps there are, if they lead from the image to the edge of the ball.
 
@@ -107,10 +107,10 @@ def check_bare(name: str, value: object, steps: int | None) -> None:
 
 
 def check_pixels(name: str, size: object, norm: str) -> None:
-    """Refuse a step in linf that is longer than all pixel values, as where 8-bit levels are meant.
+    """Refuse a step in linf that is longer than the range of pixel values, as if 8-bit levels were meant.
 
     Raises:
-        UsageError: with what to write for levels.
+        UsageError: with the spelling for 8-bit levels.
     """
     if norm == "linf" and isinstance(size, StepSize) and size.unit == "px" and size.number > 1:
         raise UsageError(
@@ -120,7 +120,7 @@ def check_pixels(name: str, size: object, norm: str) -> None:
 
 
 def _in_levels(value: object) -> bool:
-    """Return whether a bare number is written over 255 or 256, or is a float that is k / 255 to the last bit."""
+    """Return whether a bare number is written over 255 or 256, or is a float equal to k / 255."""
     if isinstance(value, str):
         return bool(re.search(r"/\s*25[56](\.0*)?$", value.strip()))
     near = Fraction(float(exact(value))).limit_denominator(max(_LEVELS))

@@ -1,4 +1,4 @@
-"""Threat models: what an attacker may do to an image. A norm ball around it, inside the [0, 1] box."""
+"""Threat models: the images that an attacker may use, a norm ball around the clean image inside the [0, 1] box."""
 
 from __future__ import annotations
 
@@ -15,22 +15,23 @@ from torch import Tensor
 
 from robustkit.core.errors import UsageError
 from robustkit.core.numbers import exact, shown
+from robustkit.core.projections import clip_l1, clip_l2, steepest_l1
 from robustkit.core.shapes import Images, Mask, PerRow
 
 MAX_EPS = 1e9
-# What stands in the place of eps where the nearest point of all is looked for.
+# Written in place of eps for minimum-norm attacks.
 MINIMAL = "min"
 EXAMPLE_EPS = {"linf": "8/255", "l2": "0.5", "l1": "12"}
-# Of a fraction that a float is taken for.
+# Floats are read as fractions with denominators up to this, such as 8/255.
 MAX_DENOMINATOR = 1000
 
-# Takes shifts (B, D), float64, into ball and box: (shift, low, high, radius (B, 1)), where low <= 0 <= high.
+# Projects shifts (B, D), float64, onto ball and box: (shift, low, high, radius (B, 1)), where low <= 0 <= high.
 Clip = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 @runtime_checkable
 class Draws(Protocol):
-    """The random numbers a start needs: one independent block per row (see `robustkit.core.rng`)."""
+    """Random numbers of a random start, independent for each row (see `robustkit.core.rng`)."""
 
     def uniform(self, *shape: int) -> Tensor:
         """Return draws from [0, 1), shape (B, *shape)."""
@@ -43,12 +44,13 @@ class Draws(Protocol):
 class ThreatModel(ABC):
     """All images within `eps` of the clean one in some norm, and inside [0, 1].
 
-    `eps` is an exact fraction in pixel units of [0, 1]. Membership is exact too: distances are computed in
-    float64 from the stored numbers and compared with `eps` without tolerance, and `project` returns points
-    that pass.
+    Membership is exact: distances are computed in float64 from the stored numbers and compared with `eps` without
+    tolerance, and `project` returns points that pass.
 
-    Where the threat is `minimal` the attacker looks for the nearest point of all; then eps only bounds the search,
-    which every image is within.
+    Args:
+        eps: radius, an exact fraction in pixel units of [0, 1].
+        minimal: whether the attacker looks for the nearest adversarial image; `eps` is then larger than any
+            distance.
     """
 
     eps: Fraction
@@ -56,7 +58,7 @@ class ThreatModel(ABC):
     norm: ClassVar[str]
 
     def __post_init__(self) -> None:
-        """Store eps as a fraction, a float by its shortest decimal; raise UsageError if it is no radius."""
+        """Store eps as a fraction, a float by its shortest decimal; raise UsageError for an invalid radius."""
         try:
             object.__setattr__(self, "eps", exact(self.eps))
         except ValueError as error:
@@ -96,9 +98,9 @@ class ThreatModel(ABC):
 
     @staticmethod
     def of(threat: ThreatModel | str | float | tuple[str, float | str]) -> ThreatModel:
-        """Return a threat given as such, as its string (see `parse`), as a pair (norm, eps), or as an eps in linf.
+        """Return a threat from a threat, a string (see `parse`), a pair (norm, eps), or an eps in linf.
 
-        A float that is a fraction of a small denominator, such as 8/255, is taken for that fraction.
+        A float close to a fraction with a small denominator, such as 8/255, is read as that fraction.
 
         Raises:
             UsageError: for anything else.
@@ -124,12 +126,12 @@ class ThreatModel(ABC):
         decimal, levels = f"{float(self.eps):.6g}", f"{float(255 * self.eps):.6g}"
         if Fraction(decimal) == self.eps:
             return f"{self.norm}:{decimal}"
-        # Part of an 8-bit level, such as 0.3/255, is better known so than as 1/850.
+        # Parts of 8-bit levels are written as 0.3/255 rather than 1/850.
         over = "." in levels and self.eps.denominator % 17 == 0 and Fraction(levels) == 255 * self.eps
         return f"{self.norm}:{f'{levels}/255' if over else self.eps}"
 
     def bounded(self) -> ThreatModel:
-        """Return the threat itself; raise UsageError if it is minimal and has no eps of its own."""
+        """Return the threat itself; raise UsageError if it is minimal."""
         if self.minimal:
             raise UsageError(
                 f"threat '{self}' asks for minimum norms, which evaluate, plan and verify find; an eps is needed "
@@ -138,26 +140,26 @@ class ThreatModel(ABC):
         return self
 
     def typical(self) -> ThreatModel:
-        """Return a threat of the same norm with an eps that papers use, for what needs some eps."""
+        """Return a threat of the same norm with an eps that papers use."""
         return type(self)(exact(EXAMPLE_EPS[self.norm]))
 
     def worth(self, x_adv: Images, x: Images) -> PerRow:
-        """Return what points that reach the goal are worth: infinity; where it is minimal 1 / distance."""
+        """Return the value (B) of successful points: infinity, or 1 / distance if the threat is minimal."""
         if self.minimal:
             return 1 / self.distance(x_adv, x)
         return torch.full((len(x),), math.inf, dtype=torch.float64, device=x.device)
 
     def distance(self, x_adv: Images, x: Images) -> PerRow:
-        """Return each row's distance, float64."""
+        """Return the distance (B) of each row, float64."""
         return self._length((x_adv.double() - x.double()).flatten(1))
 
     def contains(self, x_adv: Images, x: Images, radius: PerRow | None = None) -> Mask:
-        """Return which rows are inside ball and box, exactly. NaN is outside.
+        """Return which rows (B) are inside ball and box, exactly. NaN is outside.
 
         Args:
-            x_adv: the points.
-            x: the clean images.
-            radius: one for each row, if not eps.
+            x_adv: the points (B C H W).
+            x: the clean images (B C H W).
+            radius: a radius (B) for each row, if it is not eps.
         """
         inside_box = ((x_adv >= 0) & (x_adv <= 1)).flatten(1).all(1)
         return inside_box & (self.distance(x_adv, x) <= self._radii(x, radius))
@@ -166,19 +168,20 @@ class ThreatModel(ABC):
     def project(self, x_adv: Images, x: Images, radius: PerRow | None = None) -> Images:
         """Return the nearest points (Euclidean) in the intersection of ball and box.
 
-        Rows already inside come back bit for bit. Others end inside for certain: whatever rounding to the
-        image's dtype would add to a coordinate is taken off again.
+        Rows inside are returned bit for bit. Other rows are inside afterwards: rounding to the image's dtype never
+        increases a coordinate's distance.
 
         Args:
-            x_adv: the points.
-            x: the clean images.
-            radius: one for each row, if not eps.
+            x_adv: the points (B C H W).
+            x: the clean images (B C H W).
+            radius: a radius (B) for each row, if it is not eps.
         """
 
     def retract(self, x_adv: Images, x: Images, radius: PerRow | None = None) -> Images:
-        """Return points in the intersection as `project` does, though in l2 not the nearest.
+        """Return points in the intersection like `project`, in l2 by a faster method.
 
-        In l2 the change is scaled to the radius and then clipped to the box, which takes no sorting.
+        In l2 the perturbation is scaled to the radius and then clipped to the box. This needs no sorting, but the
+        result is not the nearest point.
         """
         return self.project(x_adv, x, radius)
 
@@ -195,19 +198,19 @@ class ThreatModel(ABC):
 
     @abstractmethod
     def ascent(self, gradient: Images, *, density: float = 0.0) -> Images:
-        """Return the direction of unit length that raises a linear loss most; zero where the gradient is.
+        """Return the direction (B C H W) of norm 1 that increases a linear loss most; zero for a zero gradient.
 
         Args:
-            gradient: of the loss with respect to the image.
-            density: for l1 only, whose steepest direction is a single coordinate: the share of coordinates,
-                largest gradients first, over which the step is spread evenly (SLIDE, arXiv:1904.13000).
+            gradient: gradient (B C H W) of the loss in the image.
+            density: for l1 only, whose steepest direction is a single coordinate: the share of the coordinates,
+                largest gradients first, over which the step is distributed evenly (SLIDE, arXiv:1904.13000).
         """
 
     def step(self, x: Images, gradient: Images, length: float, *, density: float = 0.0) -> Images:
-        """Return the images moved by the length along `ascent`, for `project` to take into ball and box.
+        """Return the images after a step of this length along `ascent`; `project` must follow.
 
-        In l1 no coordinate moves farther than the box reaches; those with the next largest gradients take the
-        rest of the length. So the step is the steepest in the box, too.
+        In l1 no coordinate moves outside the box; coordinates with the next largest gradients get the rest of the
+        length. So the step is the steepest one within the box.
         """
         return x + length * self.ascent(gradient, density=density)
 
@@ -223,24 +226,21 @@ class ThreatModel(ABC):
     def _length(self, flat: Tensor) -> Tensor: ...
 
     def _radii(self, x: Tensor, radius: PerRow | None) -> PerRow:
-        """Return the rows' radii, float64."""
+        """Return the radius (B) of each row, float64."""
         if radius is None:
             return torch.full((len(x),), self.radius, dtype=torch.float64, device=x.device)
         return radius.double()
 
     @property
     def radius(self) -> float:
-        """Eps as a number that float32 holds, rounded down.
-
-        Then a distance that somebody computes in float32 cannot come out above eps either.
-        """
+        """Eps rounded down to a float32 number, so that distances computed in float32 do not exceed eps either."""
         near = torch.tensor(float(self.eps), dtype=torch.float32)
         return float(near if float(near) <= self.eps else near.nextafter(torch.zeros_like(near)))
 
     def _shrink(self, shift: Tensor, radius: Tensor) -> Tensor:
-        """Scale shifts (B, D) down to the radius (B, 1) where they are above it, if only by rounding.
+        """Scale shifts (B, D) down to the radius (B, 1) if they exceed it, even by rounding.
 
-        The margin is for whoever sums in another order: other hardware, another batch size.
+        The margin covers other summation orders, as on other hardware or with another batch size.
         """
         length = self._length(shift)[:, None].clamp(min=1e-300)
         return shift * (radius * (1 - 1e-12) / length).clamp(max=1)
@@ -248,12 +248,12 @@ class ThreatModel(ABC):
 
 @dataclass(frozen=True)
 class Linf(ThreatModel):
-    """Every coordinate may change by eps."""
+    """Every coordinate may change by at most eps."""
 
     norm: ClassVar[str] = "linf"
 
     def __post_init__(self) -> None:
-        """Refuse eps above 1, which covers every image and is most often a forgotten /255."""
+        """Refuse eps above 1, which allows every image; usually /255 was forgotten."""
         super().__post_init__()
         if self.eps > 1:
             raise UsageError(
@@ -275,7 +275,7 @@ class Linf(ThreatModel):
         return flat.abs().amax(1)
 
     def project(self, x_adv: Images, x: Images, radius: PerRow | None = None) -> Images:  # noqa: D102
-        # Each coordinate has its own interval, whose ends the image's dtype holds: no distance is needed.
+        # Each coordinate has an interval with ends that the image's dtype can represent: no distance is needed.
         exact, radii = x.double(), per_row(self._radii(x, radius), x)
         low = (exact - radii).clamp(min=0).to(x.dtype)
         high = (exact + radii).clamp(max=1).to(x.dtype)
@@ -286,7 +286,7 @@ class Linf(ThreatModel):
 
 @dataclass(frozen=True)
 class L2(ThreatModel):
-    """The Euclidean length of the change is at most eps."""
+    """The Euclidean norm of the perturbation is at most eps."""
 
     norm: ClassVar[str] = "l2"
 
@@ -294,7 +294,7 @@ class L2(ThreatModel):
         return unit(gradient)
 
     def random_start(self, x: Images, rng: Draws) -> Images:  # noqa: D102
-        # A point drawn evenly from the sphere, less two of its coordinates, is even in the ball.
+        # A uniform point on the sphere, without two of its coordinates, is uniform in the ball.
         size = math.prod(x.shape[1:])
         draws = rng.normal(size + 2)
         shift = float(self.eps) * draws[:, :size] / draws.norm(dim=1, keepdim=True).clamp(min=1e-12)
@@ -307,7 +307,10 @@ class L2(ThreatModel):
         return flat.square().sum(1).sqrt()
 
     def project(self, x_adv: Images, x: Images, radius: PerRow | None = None) -> Images:  # noqa: D102
-        return self._into(x_adv, x, radius, self._clip)
+        def clip(shift: Tensor, low: Tensor, high: Tensor, radius: Tensor) -> Tensor:
+            return self._shrink(clip_l2(shift, low, high, radius), radius)
+
+        return self._into(x_adv, x, radius, clip)
 
     def retract(self, x_adv: Images, x: Images, radius: PerRow | None = None) -> Images:  # noqa: D102
         def clip(shift: Tensor, low: Tensor, high: Tensor, radius: Tensor) -> Tensor:
@@ -315,51 +318,22 @@ class L2(ThreatModel):
 
         return self._into(x_adv, x, radius, clip)
 
-    def _clip(self, shift: Tensor, low: Tensor, high: Tensor, radius: Tensor) -> Tensor:
-        # The nearest point is clip(s * shift, low, high) with the scale 0 < s <= 1 that gives length eps.
-        # The squared length is piecewise quadratic in s; its pieces end where a coordinate meets its bound.
-        bound = torch.where(shift > 0, high, low)
-        meets = torch.where(shift == 0, math.inf, bound / torch.where(shift == 0, 1.0, shift))
-        order = meets.argsort(dim=1)
-        ends = meets.gather(1, order)
-        held = bound.square().gather(1, order).cumsum(1)
-        free = shift.square().gather(1, order).flip(1).cumsum(1).flip(1)
-        held = torch.cat([torch.zeros_like(held[:, :1]), held[:, :-1]], 1)
-        # Piece k has the first k coordinates held and scales up to ends[k].
-        scale = ((radius**2 - held).clamp(min=0) / free.clamp(min=1e-300)).sqrt()
-        piece = (scale <= ends).to(torch.uint8).argmax(1, keepdim=True)
-        outside = torch.clamp(shift, low, high).norm(dim=1, keepdim=True) > radius
-        best = torch.where(outside, scale.gather(1, piece).clamp(max=1.0), 1.0)
-        clipped = torch.clamp(best * shift, low, high)
-        return self._shrink(clipped, radius)
-
 
 @dataclass(frozen=True)
 class L1(ThreatModel):
-    """The absolute changes sum to at most eps."""
+    """The sum of the absolute changes is at most eps."""
 
     norm: ClassVar[str] = "l1"
 
     def ascent(self, gradient: Images, *, density: float = 0.0) -> Images:  # noqa: D102
-        return self._spread(gradient, torch.full_like(gradient, math.inf), density)
+        return steepest_l1(gradient, torch.full_like(gradient, math.inf), density)
 
     def step(self, x: Images, gradient: Images, length: float, *, density: float = 0.0) -> Images:  # noqa: D102
         room = torch.where(gradient > 0, 1 - x, x).clamp(min=0) / max(length, 1e-300)
-        return x + length * self._spread(gradient, room, density)
-
-    def _spread(self, gradient: Images, room: Images, density: float) -> Images:
-        """Return the steepest direction of length 1 or, where there is no more room (B C H W), of less."""
-        size, order = gradient.flatten(1).abs().sort(dim=1, descending=True, stable=True)
-        most = min(max(1, round(density * size.shape[1])), size.shape[1])
-        count = (size > 0).sum(1, keepdim=True).clamp(1, most)
-        # In shares of 1 / count, so that whole shares add up without rounding.
-        part = (room.flatten(1).gather(1, order).double() * count).clamp(max=1) * (size > 0)
-        part = torch.minimum(part, (count - part.cumsum(1) + part).clamp(min=0)) / count
-        sizes = torch.zeros_like(size).scatter(1, order, part.to(size.dtype))
-        return sizes.view_as(gradient) * gradient.sign()
+        return x + length * steepest_l1(gradient, room, density)
 
     def random_start(self, x: Images, rng: Draws) -> Images:  # noqa: D102
-        # Normalised exponentials, one more than there are coordinates, fill the simplex evenly.
+        # Normalised exponentials, one more than there are coordinates, are uniform in the simplex.
         size = math.prod(x.shape[1:])
         draws = rng.uniform(2 * size + 1)
         weight = -torch.log1p(-draws[:, : size + 1])
@@ -374,35 +348,19 @@ class L1(ThreatModel):
         return flat.abs().sum(1)
 
     def project(self, x_adv: Images, x: Images, radius: PerRow | None = None) -> Images:  # noqa: D102
-        return self._into(x_adv, x, radius, self._clip)
+        def clip(shift: Tensor, low: Tensor, high: Tensor, radius: Tensor) -> Tensor:
+            return self._shrink(clip_l1(shift, low, high, radius), radius)
 
-    def _clip(self, shift: Tensor, low: Tensor, high: Tensor, radius: Tensor) -> Tensor:
-        # The nearest point has sizes min(max(|shift| - t, 0), room) with the threshold t >= 0 that makes
-        # them sum to eps. The sum falls piecewise linearly in t: a coordinate begins to shrink at
-        # |shift| - room and is gone at |shift|.
-        size = shift.abs()
-        room = torch.where(shift > 0, high, -low)
-        begins = (size - room).clamp(min=0)
-        knots, order = torch.cat([begins, size], 1).sort(dim=1)
-        change = torch.cat([-torch.ones_like(size), torch.ones_like(size)], 1).gather(1, order)
-        slope = change.cumsum(1)[:, :-1]
-        total = torch.minimum(size, room).sum(1, keepdim=True)
-        sums = torch.cat([total, total + (slope * knots.diff(dim=1)).cumsum(1)], 1)
-        piece = ((sums > radius).sum(1, keepdim=True) - 1).clamp(min=0, max=slope.shape[1] - 1)
-        fall = slope.gather(1, piece)
-        step = (radius - sums.gather(1, piece)) / torch.where(fall == 0, -1.0, fall)
-        threshold = torch.where(total > radius, knots.gather(1, piece) + step, 0.0)
-        sizes = torch.minimum((size - threshold).clamp(min=0), room)
-        return self._shrink(sizes * shift.sign(), radius)
+        return self._into(x_adv, x, radius, clip)
 
 
 def per_row(value: Tensor, like: Tensor) -> Tensor:
-    """Shape a (B,) tensor so that it works on the rows of `like`, whatever the other sizes are."""
+    """Return a (B,) tensor reshaped to (B, 1, ...) so that it broadcasts with `like`."""
     return value.view(-1, *[1] * (like.dim() - 1))
 
 
 def unit(gradient: Images) -> Images:
-    """Return each row divided by its Euclidean length; zero where the row is."""
+    """Return each row divided by its Euclidean norm; zero rows stay zero."""
     # Scaled first, so that tiny gradients do not underflow when squared; the largest is then 1.
     largest = gradient.flatten(1).abs().amax(1)
     scaled = gradient / per_row(torch.where(largest == 0, 1.0, largest), gradient)

@@ -1,8 +1,8 @@
-"""How files are written: whole ones by way of a draft, and none through a link that somebody else has put there.
+"""Safe writing of files: atomically through a temporary file, and never through links.
 
-A received folder may hold links under any name that is known beforehand. So a draft has a random name and is
-created exclusively; the finished file takes the place of whatever stands under its name, a link included. A file
-that is changed in place is refused where it is a link, for then another file would change.
+A folder received from someone else may contain links under predictable names. So the temporary file has a
+random name and is created exclusively, and the finished file replaces whatever has its name, including a link.
+A file that is changed in place must not be a link, because another file would change.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import BinaryIO
 
 from robustkit.core.errors import RunError, UsageError
 
-# What a kill may leave behind.
+# Names of the temporary files, which a killed process may leave.
 DRAFT = re.compile(r"\.robustkit-[0-9a-f]{16}\.part")
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
 _READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -28,14 +28,14 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 @contextmanager
 def replacing(path: Path, previous: Path | None = None) -> Iterator[BinaryIO]:
-    """Write a file whole or not at all: under its name it is only when all of it is on the disk.
+    """Write a file atomically: it gets its name only after all of it is on the disk.
 
     Args:
-        path: the file; a file or link under this name is replaced, not followed.
-        previous: the name under which the file that is replaced stays, in the same folder.
+        path: the file; a file or link of this name is replaced, not followed.
+        previous: new name, in the same folder, of the file that is replaced.
 
     Yields:
-        The open draft.
+        The open temporary file.
 
     Raises:
         RunError: if it cannot be written.
@@ -61,7 +61,7 @@ def replacing(path: Path, previous: Path | None = None) -> Iterator[BinaryIO]:
 
 
 def write(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all (see `replacing`), unless it has this content already."""
+    """Write a file atomically (see `replacing`), unless it already has this content."""
     with suppress(OSError):
         if path.is_file() and not path.is_symlink() and path.read_bytes() == content:
             return
@@ -70,7 +70,7 @@ def write(path: Path, content: bytes) -> None:
 
 
 def remove_drafts(folder: Path) -> None:
-    """Remove the drafts that killed processes have left in a folder where nobody else is writing."""
+    """Remove the temporary files of killed processes from a folder that no other process writes to."""
     for file in folder.iterdir():
         if DRAFT.fullmatch(file.name):
             file.unlink()
@@ -88,23 +88,23 @@ def not_written(path: Path, error: OSError) -> RunError:
 
 
 def reason(error: OSError) -> str:
-    """Return why a file cannot be written, as a part of a sentence."""
+    """Return why a file cannot be written, as part of a sentence."""
     if error.errno in _FULL:
         return "the disk is full"
     return error.strerror or str(error)
 
 
 def is_read_only(error: BaseException | None) -> bool:
-    """Return whether an error says that a file or folder may be read, not written."""
+    """Return whether an error means that a file or folder is read-only."""
     return isinstance(error, OSError) and error.errno in _READ_ONLY
 
 
 def subfolder(parent: Path, name: str) -> Path:
-    """Return a folder within a run folder, made if absent.
+    """Return a folder within a run folder, created if it is missing.
 
     Raises:
-        UsageError: if it is a link, through which files elsewhere would be written.
-        RunError: if it cannot be made.
+        UsageError: if it is a link: files would be written elsewhere.
+        RunError: if it cannot be created.
     """
     path = parent / name
     refuse_link(path)
@@ -116,10 +116,10 @@ def subfolder(parent: Path, name: str) -> Path:
 
 
 def refuse_link(*paths: Path) -> None:
-    """Refuse files that are to be changed in place, and folders that are to be written in, which are links.
+    """Refuse links among files that will be changed in place and folders that will be written to.
 
     Raises:
-        UsageError: if one is a link, has another name elsewhere, or is neither a file nor a folder.
+        UsageError: if one is a link or hard link, or neither a file nor a folder.
     """
     for path in paths:
         try:
@@ -138,7 +138,7 @@ def refuse_link(*paths: Path) -> None:
 
 
 def unlink_link(path: Path) -> None:
-    """Remove a file without content of its own, such as a lock, if it is a link or no regular file."""
+    """Remove a file without content, such as a lock, if it is a link or not a regular file."""
     try:
         refuse_link(path)
     except UsageError:
@@ -146,7 +146,7 @@ def unlink_link(path: Path) -> None:
 
 
 def _require_replaceable(path: Path) -> None:
-    """Raise OSError for what is no file: a folder, or a device, which nobody means to be replaced."""
+    """Raise OSError for folders and devices, which must not be replaced."""
     if path.is_dir() and not path.is_symlink():
         raise IsADirectoryError(errno.EISDIR, "it is a folder")
     if (path.exists() and not path.is_file() and not path.is_dir()) or path.absolute().parent == Path("/dev"):
@@ -154,7 +154,7 @@ def _require_replaceable(path: Path) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Have the disk know what a folder's files are called, where the system can."""
+    """Flush a folder's directory entries to the disk, if the system supports it."""
     if os.name != "posix":
         return
     with suppress(OSError):
