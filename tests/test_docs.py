@@ -50,3 +50,9 @@ def test_the_version_is_the_same_everywhere() -> None:
     version = robustkit.__version__
     assert f"version: {version}\n" in (ROOT / "CITATION.cff").read_text()
     assert f"## [{version}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_no_page_or_workflow_installs_the_other_robustkit() -> None:
+    """On PyPI the name robustkit belongs to another project; ours is adversarial-robustkit."""
+    files = [*PAGES, ROOT / "noxfile.py", *(ROOT / ".github").rglob("*.yml")]
+    assert [file.name for file in files if re.search(r"install\b[^\n`]*[ \"']robustkit\b", file.read_text())] == []
