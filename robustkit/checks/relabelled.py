@@ -13,7 +13,7 @@ from robustkit.core.flags import Flag
 # The chance that a model whose classes are the labels is flagged.
 LEVEL = 1e-4
 # An assignment of more classes takes minutes, and so many images of each are seldom there.
-MOST_CLASSES = 2_000
+MAX_CLASSES = 2_000
 _NAMED = 3
 
 
@@ -48,7 +48,7 @@ def relabelled(predictions: Sequence[int], labels: Sequence[int], model: str = "
     said, given = np.asarray(predictions, np.int64), np.asarray(labels, np.int64)
     said, given = said[said >= 0], given[said >= 0]
     kinds, places = np.unique(np.concatenate([given, said]), return_inverse=True)
-    if np.array_equal(said, given) or len(kinds) > MOST_CLASSES:
+    if np.array_equal(said, given) or len(kinds) > MAX_CLASSES:
         return None
     rows, columns = places[: len(given)], places[len(given) :]
     # Every other image of each label, in whatever order the labels come.

@@ -1,6 +1,6 @@
 """Models: from a string, or from any callable, to a classifier of images on [0, 1].
 
-The names below are imported on first use, so that `robustkit.models.zoo.catalog` answers without loading torch.
+The names below are imported on first use, so that `robustkit.models.zoo.catalog` can be imported without torch.
 """
 
 from __future__ import annotations

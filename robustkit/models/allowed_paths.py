@@ -1,7 +1,8 @@
-"""What a file may name. The words of a report, a run folder or a list of models are those of whoever made it.
+"""Which code and paths a string may name that was read from a file.
 
 A model string that the user typed on the command line, or passed in Python, is the user's own and runs the code
-that it names. A string that is read from a file runs none, unless the user says so with `--trust-code`, or
+that it names. A string that is read from a report, a run folder or a list of models was written by its author and
+runs none, unless the user passes `--trust-code`, or
 `trust_code=True` in Python. Imports no torch.
 """
 
@@ -27,7 +28,7 @@ def refuse_code(string: str, where: object) -> None:
 
     Args:
         string: the model string.
-        where: what it stands in, for the sentence.
+        where: the file that it was read from, for the error message.
 
     Raises:
         UsageError: it names code, in a member of an ensemble too.
@@ -35,7 +36,7 @@ def refuse_code(string: str, where: object) -> None:
     for code in _code_in(string):
         raise UsageError(
             f"{where} names Python code, {code!r}, which is not run because a file named it: give {FLAG} "
-            "(trust_code=True in Python) if you trust whoever made that file."
+            "(trust_code=True in Python) if you trust the author of that file."
         )
 
 

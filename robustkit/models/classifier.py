@@ -40,7 +40,7 @@ class Classifier(nn.Module):
         size: Height and width that images are resized to, in pixels; None leaves them.
         num_classes: Number of logits K, where known before a forward pass.
         in_channels: Number of channels of its images, where known.
-        defenses: What stands in front of all this, each a call `(model, images) -> logits`; an image meets the
+        defenses: Applied before all this, each a call `(model, images) -> logits`; an image meets the
             first one first.
         preprocess: How the net wants image files read, where known.
         reader: Finds the logits in what the net returns.
@@ -117,7 +117,7 @@ class Classifier(nn.Module):
 
     @property
     def weights_sha256(self) -> str:
-        """SHA-256 over the net's tensors alone, as they are now; a net that swaps its tensors says it itself."""
+        """SHA-256 over the net's tensors as they are now, or the net's own `weights_sha256` if it has one."""
         own: str | None = getattr(self.net, "weights_sha256", None)
         return own or state_sha256(self.net)
 
@@ -150,7 +150,7 @@ class Classifier(nn.Module):
         return twin.to(None if self.mean is None else self.mean.device)
 
     def expect(self, classes: int | None) -> Classifier:
-        """Return itself, told how many classes the data has, which helps to find the logits."""
+        """Set how many classes the data has, which helps to find the logits; return the classifier."""
         self.reader.classes = self.num_classes or classes
         return self
 
@@ -166,10 +166,10 @@ class Classifier(nn.Module):
                 output is not one row of at least two logits per image.
             ModelError: The net's code failed for another reason.
         """
-        answer = partial(self._undefended, layout=layout or self.layout)
+        predict = partial(self._undefended, layout=layout or self.layout)
         for defense in reversed(self.defenses):
-            answer = partial(defense, answer)
-        return answer(images)
+            predict = partial(defense, predict)
+        return predict(images)
 
     def _undefended(self, images: Images, layout: torch.memory_format) -> Logits:
         x = self._prepared(images)

@@ -31,7 +31,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of what an error says, or the line of code that raised it if it says nothing."""
+    """Return the first line of an error's message, or the line of code that raised it if it has none."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         frames = list(_frames(error))

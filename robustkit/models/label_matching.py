@@ -11,7 +11,7 @@ from robustkit.models.classifier import Classifier
 
 
 def matched_to(samples: Samples, model: Classifier) -> Samples:
-    """Return the samples with the model's own labels, as far as the names of classes tell (see `matched`)."""
+    """Return the samples with the model's own labels, as far as the class names determine them (see `matched`)."""
     if samples.classes is None or samples.fixed:
         return samples
     count = model.num_classes

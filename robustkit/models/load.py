@@ -58,8 +58,8 @@ def load_model(
     normalisation are taken from the query, else from the metadata of the weights file or the folder, else from
     timm's or torchvision's own record, else left out; image files are read at that size.
 
-    A string that names Python code, `module:factory` or `./net.py:factory`, runs it: give no string here that you
-    have read from a file of somebody else's. What a folder's own record names is run only with `trust_code`.
+    A string that names Python code, `module:factory` or `./net.py:factory`, runs it: pass no string that you
+    read from a file of another author. Code that a folder's own record names is run only with `trust_code`.
 
     Args:
         string: The model string.
@@ -68,7 +68,7 @@ def load_model(
         trust_code: Whether Python code that the record of a run folder names is run.
 
     Raises:
-        UsageError: A part of the string is not possible; the sentence says which, and what to write instead.
+        UsageError: A part of the string is not possible; the message names it, and what to write instead.
     """
     spec = ModelString.parse(string)
     if spec.kind == UNKNOWN:
@@ -94,11 +94,11 @@ def load_model(
     options = _with_metadata(options, weights, loaded)
     mean, std = options.mean or built.mean, options.std or built.std
     _check_channels(built, mean, std)
-    said = spec.options if options.noise is None else {**spec.options, "noise": options.noise}
-    if "defense" in said:
-        said = {**said, "defense": absolute_defenses(said["defense"])}
+    query = spec.options if options.noise is None else {**spec.options, "noise": options.noise}
+    if "defense" in query:
+        query = {**query, "defense": absolute_defenses(query["defense"])}
     path = str(weights.path) if weights and spec.weights else None
-    written = replace(spec, arch=built.arch, weights=path, options=said)
+    written = replace(spec, arch=built.arch, weights=path, options=query)
     classifier = Classifier(
         built.net,
         string=str(written),
@@ -131,13 +131,13 @@ def _weights(spec: ModelString, options: Options) -> WeightsFile | None:
 
 
 def _with_metadata(options: Options, weights: WeightsFile | None, loaded: Loaded | None) -> Options:
-    """Return the options, and what the weights file says where they say nothing."""
+    """Return the options; those that are not set are taken from the weights file."""
     if weights is None or loaded is None:
         return options
-    said, where = weights.metadata, f"the metadata of '{weights.path}'"
-    mean = read_mean(said["mean"], where) if "mean" in said else loaded.mean
-    std = read_std(said["std"], where) if "std" in said else loaded.std
-    size = read_size(said["size"], where) if "size" in said else None
+    metadata, where = weights.metadata, f"the metadata of '{weights.path}'"
+    mean = read_mean(metadata["mean"], where) if "mean" in metadata else loaded.mean
+    std = read_std(metadata["std"], where) if "std" in metadata else loaded.std
+    size = read_size(metadata["size"], where) if "size" in metadata else None
     return replace(options, mean=options.mean or mean, std=options.std or std, size=options.size or size)
 
 
@@ -160,7 +160,7 @@ def _check_finite(net: object, spec: ModelString) -> None:
 
 
 def _preprocess(size: tuple[int, int] | None, source: Preprocess | None) -> Preprocess | None:
-    """Return how image files are read: as the source has it, but for a size that was asked for."""
+    """Return how image files are read: as the source does, but at the size of the query if it has one."""
     if size is None or (source is not None and source.size == size):
         return source
     return Preprocess(size, min(size), source.interpolation if source else Preprocess.interpolation)
@@ -169,7 +169,7 @@ def _preprocess(size: tuple[int, int] | None, source: Preprocess | None) -> Prep
 def _no_model(spec: ModelString) -> UsageError:
     text, folder = str(spec), from_run.folder_of(spec)
     if spec.arch.partition("@")[0] in CATALOG:
-        return UsageError(f"model {text!r} does not say whose it is: write 'robustkit:{text}'.")
+        return UsageError(f"model {text!r} has no source: write 'robustkit:{text}'.")
     if any(folder.glob("checkpoint*")):
         return UsageError(
             f"the training in '{folder}' has not ended: give the same 'robustkit train' command again, and "

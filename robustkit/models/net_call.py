@@ -98,7 +98,7 @@ class NetCall:
         except RobustkitError:
             raise
         except (Exception, SystemExit) as error:
-            # Another layout is a trial, whose failure is its answer.
+            # Another layout is only tried; an error means that it does not work.
             if is_out_of_memory(error) or len(images) in taken or layout != STANDARD:
                 raise
             found = self._working(net, images, check, self._forms(images, taken, str(error)))
@@ -148,9 +148,9 @@ class NetCall:
         kinds = (TENSOR, DETACHED, *([] if images.device.type == "cpu" else [ON_CPU]), NUMPY)
         forms = [Form(dtype, kind) for dtype, kind in itertools.product(DTYPES, kinds)]
         yield from forms[1:]
-        told = [int(number) for number in re.findall(r"\d{1,4}", words)]
+        numbers = [int(number) for number in re.findall(r"\d{1,4}", words)]
         most = min(LARGEST_SIZE, MOST_BYTES // max(images[0].nbytes, 1))
-        sizes = dict.fromkeys(size for size in (*told, *SIZES) if 0 < size <= most and size != len(images))
+        sizes = dict.fromkeys(size for size in (*numbers, *SIZES) if 0 < size <= most and size != len(images))
         for form, size in itertools.product(forms, sizes):
             yield replace(form, batch=size)
 

@@ -22,13 +22,13 @@ _FIELDS = {
     ENSEMBLE: frozenset({"combine", "defense"}),
 }
 _BOOLEANS = {"true": True, "false": False}
-# More would be a slip or malice: a net, or an image, of gigabytes.
-MOST_PIXELS, MOST_CLASSES, MOST_CHANNELS, MOST_DEFENSES = 4_096, 100_000, 4_096, 8
+# Larger values are refused: they would be a mistake, or an attempt to allocate gigabytes.
+MAX_PIXELS, MAX_CLASSES, MAX_CHANNELS, MAX_DEFENSES = 4_096, 100_000, 4_096, 8
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a query asks for; None where it says nothing.
+    """The fields of a query; None for those that it does not have.
 
     Attributes:
         mean: Subtracted from each channel, in [0, 1] pixel units; one number serves every channel.
@@ -38,8 +38,8 @@ class Options:
         in_channels: Channels of the images, 1 to 4096.
         output: Where the logits are in what the net returns, as a key, attribute or index.
         binary: What a net of one number per image returns: `logit` or `probability`, of class 1.
-        defenses: What stands in front of the net, in the order that an image meets it.
-        combine: Name of what joins the answers of several nets (`robustkit.models.ensembles.aggregation`).
+        defenses: Transformations of the images before the net, in the order in which they are applied.
+        combine: Name of the aggregator of several nets (`robustkit.models.ensembles.aggregation`).
         noise: The policy of a trained net's own random numbers: `fresh`, `frozen`, `content`, `calm`.
         weights: Which set of tensors of the weights file is meant, where it holds several.
         pretrained: Whether the source's own trained weights are used where the string names no file.
@@ -83,8 +83,8 @@ class Options:
             mean=read_mean(taken["mean"], str(spec)) if "mean" in taken else None,
             std=read_std(taken["std"], str(spec)) if "std" in taken else None,
             size=read_size(taken["size"], str(spec)) if "size" in taken else None,
-            num_classes=_count("num_classes", taken, 1 if "binary" in taken else 2, MOST_CLASSES),
-            in_channels=_count("in_channels", taken, 1, MOST_CHANNELS),
+            num_classes=_count("num_classes", taken, 1 if "binary" in taken else 2, MAX_CLASSES),
+            in_channels=_count("in_channels", taken, 1, MAX_CHANNELS),
             output=_named("output", taken),
             weights=_named("weights", taken),
             binary=read_binary(taken["binary"]) if "binary" in taken else None,
@@ -100,7 +100,7 @@ def read_mean(text: str, where: str) -> tuple[float, ...]:
     """Return comma-separated channel means as numbers.
 
     Raises:
-        UsageError: A part is not a finite number; `where` tells the reader where it stands.
+        UsageError: A part is not a finite number; `where` names its place in the message.
     """
     try:
         numbers = tuple(float(part) for part in text.split(","))
@@ -118,7 +118,7 @@ def read_std(text: str, where: str) -> tuple[float, ...]:
     """Return comma-separated channel deviations as numbers.
 
     Raises:
-        UsageError: A part is not a finite number above 0; `where` tells the reader where it stands.
+        UsageError: A part is not a finite number above 0; `where` names its place in the message.
     """
     numbers = read_mean(text, where)
     if min(numbers) <= 0:
@@ -132,10 +132,10 @@ def read_binary(text: object) -> str:
     Raises:
         UsageError: It is neither `logit` nor `probability`.
     """
-    said = str(text)
-    if said not in (LOGIT, PROBABILITY):
-        raise did_you_mean("way to read a binary model:", said, (LOGIT, PROBABILITY))
-    return said
+    name = str(text)
+    if name not in (LOGIT, PROBABILITY):
+        raise did_you_mean("way to read a binary model:", name, (LOGIT, PROBABILITY))
+    return name
 
 
 def keyword_value(text: str) -> object:
@@ -154,8 +154,8 @@ def keyword_value(text: str) -> object:
 
 def _defenses(text: str) -> tuple[Any, ...]:
     count = text.count("+") + 1
-    if count > MOST_DEFENSES:
-        raise UsageError(f"defense={text[:30]}… names {count:,} defenses: write at most {MOST_DEFENSES}.")
+    if count > MAX_DEFENSES:
+        raise UsageError(f"defense={text[:30]}… names {count:,} defenses: write at most {MAX_DEFENSES}.")
     return parse_defenses(text)
 
 
@@ -163,19 +163,19 @@ def read_size(text: str, where: str) -> tuple[int, int]:
     """Return an image size as height and width in pixels.
 
     Raises:
-        UsageError: It is not one or two whole numbers; `where` tells the reader where it stands.
+        UsageError: It is not one or two whole numbers; `where` names its place in the message.
     """
-    sides = [whole_number(part, 1, MOST_PIXELS) for part in text.split(",")]
+    sides = [whole_number(part, 1, MAX_PIXELS) for part in text.split(",")]
     if len(sides) > 2 or sides[0] is None or sides[-1] is None:
         raise UsageError(
             f"{where}: size={text[:30]} is no image size: write pixels as size=N, or size=HEIGHT,WIDTH, from 1 to "
-            f"{MOST_PIXELS:,}."
+            f"{MAX_PIXELS:,}."
         )
     return sides[0], sides[-1]
 
 
 def whole_number(text: str, least: int, most: int) -> int | None:
-    """Return the whole number that a text says, None if it says none or one outside of these limits."""
+    """Return the whole number of a text; None if it is none, or outside of these limits."""
     try:
         number = whole(text)
     except ValueError:

@@ -77,7 +77,7 @@ class LogitsReader:
         return logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
 
     def _chosen(self, output: object, rows: int) -> Tensor:
-        """Return the tensor that holds the answer."""
+        """Return the tensor that holds the logits."""
         if isinstance(output, Tensor):
             if self.output is not None:
                 raise UsageError(
@@ -128,7 +128,7 @@ class LogitsReader:
             exact = [name for name in able if _as_rows(found[name], rows).shape[1] == self.classes]
         else:
             exact = able
-        # One number per image under such a name is an answer that `binary` must be written for.
+        # One number per image under such a name is an output that needs `binary`.
         known = [name for name in found if _last(name) in KNOWN and (name in able or name in single)]
         named = [name for name in known if _last(name) == LOGITS] or known
         if len(named) == 1 and (not exact or named[0] in exact):
@@ -153,7 +153,7 @@ class LogitsReader:
         )
 
     def _is_able(self, tensor: Tensor, rows: int) -> bool:
-        """Return whether a tensor has the shape of an answer."""
+        """Return whether a tensor has the shape of logits."""
         if self.binary is not None:
             return tensor.numel() == rows
         logits = _as_rows(tensor, rows)

@@ -1,6 +1,6 @@
-"""Where a net's random numbers come from: a policy that anyone may set, so that a gradient can hold dice still.
+"""Where a net's random numbers come from: a policy that can be set, so that gradients can use fixed draws.
 
-A net that draws carries the policy as its attribute `noise` and asks it for a generator in every pass.
+A net that draws random numbers has the policy as its attribute `noise` and takes a generator from it in each pass.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ def taken_instead(net: object, shape: Shape, takes: Callable[[Shape], bool]) -> 
     """Return a shape (C, H, W) that a net takes in the place of one that it does not; None if there is none.
 
     Args:
-        net: the net, whose first weights tell of its channels or pixels.
+        net: the net, whose first weights show its channels or pixels.
         shape: what it has failed on.
         takes: whether it takes a shape.
     """

@@ -1,7 +1,7 @@
 """Model strings: `ARCH[@WEIGHTS][?field=value&...]`, read and written back. Imports no torch.
 
 Several of them are one model as `ensemble:[A;B;C]?combine=logits`: each keeps its weights and its query inside the
-brackets, where an ensemble may stand, too.
+brackets; a member may be an ensemble itself.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from robustkit.registry.plugins import plugins
 ZOO, TIMM, TORCHVISION = "robustkit", "timm", "torchvision"
 FILE, MODULE, FOLDER, ENSEMBLE, INSTALLED = "file", "module", "folder", "ensemble", "installed"
 UNKNOWN = "unknown"
-# A string longer than this, an ensemble of more members or with more brackets inside one another, is a mistake.
-MOST_SIGNS, MOST_MEMBERS, MOST_LEVELS = 100_000, 1_000, 8
+# Longer strings, larger ensembles and deeper brackets are refused as mistakes.
+MAX_LENGTH, MAX_MEMBERS, MAX_DEPTH = 100_000, 1_000, 8
 
 _QUERY = re.compile(r"\?(?=[A-Za-z_]\w*=)")
 _WEIGHTS = (".safetensors", ".pt", ".pth", ".pth.tar", ".ckpt", ".bin", ".index.json")
@@ -46,14 +46,14 @@ class ModelString:
         """Return the parts of a model string.
 
         The query begins at the last `?` that a `field=` follows. The weights begin at the first `@` after the
-        first colon, so that a folder in front of `net.py:build` may contain one.
+        first colon, so that the folder of `net.py:build` may contain one.
 
         Raises:
-            UsageError: The text is empty or too long, or a part of it is, or a field stands in it twice.
+            UsageError: The text is empty or too long, or a part of it is, or it has a field twice.
         """
         text = text.strip()
-        if len(text) > MOST_SIGNS:
-            raise UsageError(f"a model string of {len(text):,} signs is too long: write at most {MOST_SIGNS:,}.")
+        if len(text) > MAX_LENGTH:
+            raise UsageError(f"a model string of {len(text):,} characters is too long: at most {MAX_LENGTH:,}.")
         if "\0" in text:
             raise UsageError(f"model {text[:60]!r} has a NUL character, which no name or path has: leave it out.")
         if text.startswith(f"{ENSEMBLE}:"):
@@ -77,9 +77,9 @@ class ModelString:
         depth, end = 0, 0
         for place, sign in enumerate(text):
             depth += (sign == "[") - (sign == "]")
-            if depth > MOST_LEVELS:
+            if depth > MAX_DEPTH:
                 raise UsageError(
-                    f"model {text[:60]!r}… has more than {MOST_LEVELS} brackets inside one another: write its "
+                    f"model {text[:60]!r}… has more than {MAX_DEPTH} brackets inside one another: write its "
                     "members side by side, as in 'ensemble:[A;B;C]'."
                 )
             if sign == "]" and depth == 0:
@@ -95,9 +95,9 @@ class ModelString:
         spec = cls(head, None, _fields(text, rest[1:]))
         if len(spec.members) < 2 or not all(spec.members):
             raise UsageError(f"model {text!r} joins fewer than two models: write two or more, as in [A;B].")
-        if len(spec.members) > MOST_MEMBERS:
+        if len(spec.members) > MAX_MEMBERS:
             raise UsageError(
-                f"model {text[:60]!r}… joins {len(spec.members):,} models: write at most {MOST_MEMBERS:,}."
+                f"model {text[:60]!r}… joins {len(spec.members):,} models: write at most {MAX_MEMBERS:,}."
             )
         return spec
 
@@ -135,12 +135,12 @@ class ModelString:
 
     @property
     def source(self) -> str:
-        """What stands before the colon: the library, the module, or the path of the file."""
+        """The part before the colon: the library, the module, or the path of the file."""
         return self._cut[0]
 
     @property
     def name(self) -> str:
-        """What stands after the colon: the net's name, or the factory's."""
+        """The part after the colon: the net's name, or the factory's."""
         return self._cut[1]
 
     @property

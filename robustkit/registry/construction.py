@@ -67,7 +67,7 @@ def make_again(kind: str, record: Mapping[str, Any], *, trust_code: bool = False
     if is_reference(name) and not trust_code:
         raise UsageError(
             f"this record names Python code, {name!r}, which is not run because a file named it: give "
-            "--trust-code (trust_code=True in Python) if you trust whoever made that file."
+            "--trust-code (trust_code=True in Python) if you trust the author of that file."
         )
     if "package" in record and name not in catalog(kind):
         raise UsageError(f"{kind} {name!r} is of the package {record['package']}, which is not installed here.")

@@ -1,4 +1,4 @@
-"""The decorators that register a thing, and what it says of itself by them."""
+"""The decorators that register attacks, techniques, recipes, suites, defenses and training methods."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from robustkit.registry.fields import checked
 T = TypeVar("T")
 
 KINDS = ("attack", "technique", "recipe", "suite", "defense", "method")
-# What a record says of where a thing's code comes from.
+# The keys of a record that identify code from outside robustkit.
 ORIGIN = ("code", "package", "string")
-# What a record says beside a thing's fields, which no field may be called.
+# The other keys of a record; no field of a registered class may have such a name.
 _RESERVED = (*ORIGIN, "view", "spare", "arm")
 
 
 @dataclass(frozen=True)
 class Info:
-    """What a registered thing says of itself.
+    """What a decorator declares about the class or function that it registers.
 
     `coupled` marks an attack whose random numbers depend on the batch it is run in. `family` marks a class
     that answers to every name `NAME:ANYTHING`, by its class method `member(tail, **fields)`. `ascent` marks an

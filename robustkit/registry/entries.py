@@ -45,7 +45,7 @@ def _own(folder: str) -> tuple[Entry, ...]:
 
 
 def catalog(kind: str) -> Mapping[str, Entry]:
-    """Return every registered name of a kind (a key of `FOLDERS`) with what its source says.
+    """Return every registered name of a kind (a key of `FOLDERS`) with its entry.
 
     A name of robustkit's own is not replaced by that of an installed package.
     """
@@ -75,7 +75,7 @@ def _plugin_entry(plugin: Plugin) -> Entry:
         text = plugin.file.read_text(encoding="utf-8") if plugin.file else ""
         entry = next((one for one in read_entries(text, plugin.module) if one.attribute == plugin.attribute), None)
     except (OSError, UnicodeDecodeError, SyntaxError, ValueError, IndexError, TypeError):
-        pass  # `find` says what is wrong when the name is used
+        pass  # `find` reports what is wrong when the name is used
     entry = entry or Entry(FunctionAttack.info, plugin.module, plugin.attribute, plugin.summary)
     return replace(entry, info=replace(entry.info, name=plugin.name), package=plugin.package)
 
@@ -134,5 +134,5 @@ def _of_kind(kind: str, thing: Any, name: str) -> Any:
     known = f"is a {info.kind}" if info is not None else "is not registered"
     raise UsageError(
         f"{name} {known}, not {'an' if kind == 'attack' else 'a'} {kind}: put @{kind}(...) of robustkit.registry "
-        "in front of its class."
+        "above its class."
     )

@@ -53,7 +53,7 @@ def _imported(file: Path, package: str) -> Iterator[str]:
     """Yield the names that a file imports anywhere in its text; each may be a module or something in one."""
     try:
         tree = ast.parse(file.read_bytes())
-    except (OSError, SyntaxError, ValueError, RecursionError):  # whoever runs it is told
+    except (OSError, SyntaxError, ValueError, RecursionError):  # reported when the file is run
         return
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):

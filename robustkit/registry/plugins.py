@@ -108,7 +108,7 @@ class Plugin:
 
     @functools.cached_property
     def record(self) -> dict[str, str]:
-        """What a run's record says of where it comes from: the package, and the SHA-256 of its code."""
+        """The keys that identify it in a run's record: the package, and the SHA-256 of its code."""
         file = self.file
         if file is None:
             return {"package": self.package}
@@ -148,7 +148,7 @@ def _scan(path: tuple[str, ...]) -> list[Plugin]:
 
 
 def _package(place: Path) -> str:
-    """Return a package's name and version, as its metadata says."""
+    """Return a package's name and version, from its metadata."""
     facts: dict[str, str] = {}
     for file in ("METADATA", "PKG-INFO"):
         try:

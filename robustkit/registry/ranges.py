@@ -17,7 +17,7 @@ Share = Annotated[float, Limits(0, 1)]
 PositiveShare = Annotated[float, Limits(0, 1, open="low")]
 ShareBelowOne = Annotated[float, Limits(0, 1, open="high")]
 
-# By their names, for who reads them in a source text.
+# By their names, to read them in a source text.
 NAMED: dict[str, Any] = {
     "Count": Count,
     "CountOrZero": CountOrZero,

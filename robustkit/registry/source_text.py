@@ -74,7 +74,7 @@ class Entry:
     """A registered class or function as its source text describes it.
 
     Attributes:
-        info: what its decorator says.
+        info: the arguments of its decorator.
         module: the module that defines it.
         attribute: its name in that module.
         summary: the first line of its docstring.

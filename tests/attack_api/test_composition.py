@@ -318,7 +318,10 @@ def test_attack_strings(text, expected):
         ("mi-fgsm(stesp=3)", "no field of mi-fgsm 'stesp'. Did you mean 'steps'?"),
         ("mi-fgsm(steps=0)", "mi-fgsm: steps=0 must be at least 1."),
         ("mi-fgsm(steps=ten)", "mi-fgsm: steps='ten' must be a whole number from 1 to 1000000."),
-        ("adam-cwa(steps=3)", "recipe 'adam-cwa' takes no fields; write what it stands for: 'cwa(update=adam)'."),
+        (
+            "adam-cwa(steps=3)",
+            "recipe 'adam-cwa' takes no fields; write the attack that it names: 'cwa(update=adam)'.",
+        ),
         ("autoattack", "no attack or recipe 'autoattack'."),
         *((text, f"attack {text!r}: write NAME") for text in ("", " ", "mi-fgsm+", "+mi-fgsm", "mi-fgsm++cwa")),
         ("mi-fgsm(3)", "attack 'mi-fgsm(3)': '3' is not field=value."),

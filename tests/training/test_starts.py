@@ -105,7 +105,7 @@ def test_members_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     other = f"robustkit:digits-cnn@{tmp_path}/w.safetensors?mean=0.1"
     with pytest.raises(UsageError, match="mean, std or size differ"):
         run(tmp_path / "x", f"ensemble:[{string}#0;{other}]")
-    with pytest.raises(UsageError, match="does not say whose it is: write 'robustkit:digits-cnn'"):
+    with pytest.raises(UsageError, match="has no source: write 'robustkit:digits-cnn'"):
         run(tmp_path / "x", "digits-cnn")
 
 

@@ -1,4 +1,4 @@
-"""How the answers of several predictors become one: each a function of their logits (B N K) to logits (B K).
+"""Aggregators: functions that combine the logits of several predictors (B N K) to logits (B K).
 
 `crossmax` is that of Fort & Lakshminarayanan 2024 (arXiv:2408.05446), Algorithm 1.
 """
@@ -80,7 +80,7 @@ def parse_aggregator(text: str) -> Aggregator:
         raise did_you_mean("combine", name, tuple(AGGREGATORS))
     if not sign:
         return AGGREGATORS[name]
-    # No ensemble has as many members as five digits say, and Python refuses to read thousands of them.
+    # No ensemble has a five-digit number of members, and Python refuses to read numbers of thousands of digits.
     if name != "crossmax" or not k.isdecimal() or len(k) > 4 or int(k) < 2:
         raise UsageError(
             f"combine={text[:30]} is not possible: only crossmax takes a number, from 2 to 9999, as in crossmax:3."

@@ -1,6 +1,6 @@
 """What an aggregator does, found by numbers: no data, no model, a few thousand random logits.
 
-Logits are standard normal, independent. What is found of them says how an aggregator behaves, not how well a
+Logits are standard normal, independent. The results show how an aggregator behaves, not how well a
 model with it does.
 """
 
@@ -30,7 +30,7 @@ class FactSheet:
         classes: K.
         draws: random logits (N K) that shares are of.
         invariances: what may be done to the logits, and whether the differences between classes stay; classes
-            that are renamed or raised take their answer along, and so does a common factor.
+            that are permuted or shifted have the result permuted or shifted, and likewise for a common factor.
         plateau: share of draws in which the score of the winning class has no gradient at all.
         ties: share of draws in which two classes or more share the highest score; the lower number then wins.
         unvoted: share of draws won by a class that no predictor names.
@@ -78,9 +78,9 @@ def fact_sheet(aggregator: str, predictors: int, classes: int, seed: int = 0) ->
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     stack = draw(DRAWS, predictors, classes).requires_grad_()
-    answer = combine(stack)
-    best, winner = answer.detach().max(1)
-    (slope,) = torch.autograd.grad(answer.gather(1, winner[:, None]).sum(), stack, materialize_grads=True)
+    combined = combine(stack)
+    best, winner = combined.detach().max(1)
+    (slope,) = torch.autograd.grad(combined.gather(1, winner[:, None]).sum(), stack, materialize_grads=True)
     touched = (slope != 0).flatten(1).sum(1)
     named = stack.detach().argmax(2)
     tied_by, taken_by = _breakdown(combine, draw(CASES, predictors, classes))
@@ -91,7 +91,7 @@ def fact_sheet(aggregator: str, predictors: int, classes: int, seed: int = 0) ->
         draws=DRAWS,
         invariances=_invariances(combine, stack.detach()[:CASES], draw, generator),
         plateau=_share(touched == 0),
-        ties=_share((answer.detach() == best[:, None]).sum(1) > 1),
+        ties=_share((combined.detach() == best[:, None]).sum(1) > 1),
         unvoted=_share(~(named == winner[:, None]).any(1)),
         partials=int(touched.max()),
         tied_by=tied_by,
@@ -126,7 +126,7 @@ def _alike(one: Tensor, other: Tensor) -> bool:
 
 
 def _breakdown(combine: Aggregator, stack: Tensor) -> tuple[int | None, int | None]:
-    """Return how many predictors, told to say class 1, tie with and beat the others that all say class 0."""
+    """Return how many predictors that predict class 1 tie with, and beat, the others, which predict class 0."""
     predictors = stack.shape[1]
     honest = stack.clone()
     honest[:, :, 0] = honest.amax(2) + LEAD
@@ -134,8 +134,8 @@ def _breakdown(combine: Aggregator, stack: Tensor) -> tuple[int | None, int | No
     forced[:, :, 1] = FORCE
     tied = taken = None
     for count in range(predictors - 1, 0, -1):
-        answer = combine(torch.cat([forced[:, :count], honest[:, count:]], 1))
-        ahead = answer[:, 1] - answer[:, 0]
+        combined = combine(torch.cat([forced[:, :count], honest[:, count:]], 1))
+        ahead = combined[:, 1] - combined[:, 0]
         tied = count if bool((ahead >= 0).any()) else tied
         taken = count if bool((ahead > 0).any()) else taken
     return tied, taken

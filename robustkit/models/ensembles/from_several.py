@@ -18,11 +18,11 @@ Load = Callable[[str, int], Classifier]
 
 
 class Joined(Members):
-    """Classifiers, each with everything that stands before its net; some may be several nets themselves."""
+    """Classifiers, each with its defenses and normalisation; a member may be an ensemble itself."""
 
     @property
     def weights_sha256(self) -> str:
-        """SHA-256 of the members' own: one that swaps its tensors says what they are."""
+        """SHA-256 over those of the members."""
         own = [net.weights_sha256 for net in self.nets if isinstance(net, Classifier)]
         return hashlib.sha256("".join(own).encode()).hexdigest()
 
@@ -71,7 +71,7 @@ def _check_alike(one: Classifier, other: Classifier) -> None:
 
 
 def _check_unlike(members: list[Classifier]) -> None:
-    """Refuse one net several times over: less what it says itself, nothing is left of any class."""
+    """Refuse one net several times: without its own output no evidence is left for any class."""
     if len({member.fingerprint for member in members}) == 1:
         raise UsageError(
             f"crossmax of {len(members)} times {members[0].string!r} is 0 for every class: join nets that differ."

@@ -1,4 +1,4 @@
-"""Several nets as one: an aggregator joins their answers, by default as Bayesian prediction has it."""
+"""Several nets as one: an aggregator combines their logits, by default as in Bayesian prediction."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ USUAL = "probabilities"
 
 
 def joined_by(text: str | None, count: int, where: str) -> Aggregator:
-    """Return the aggregator that `combine=` asks for, for so many nets.
+    """Return the aggregator of `combine=` for so many nets.
 
     Raises:
         UsageError: if there is none of that name, or it does not work for so many.
@@ -33,7 +33,7 @@ def joined_by(text: str | None, count: int, where: str) -> Aggregator:
 
 
 def way(text: str | None) -> dict[str, str]:
-    """Return what `combine=` adds to a model's identity; nothing where it asks for the usual way."""
+    """Return what `combine=` adds to a model's identity; nothing for the default."""
     return {} if text in (None, USUAL) else {"combine": str(text)}
 
 
@@ -41,12 +41,12 @@ class Mixture(nn.Module, ABC):
     """Nets side by side. As a model it predicts with all of them; `at` gives one.
 
     Attributes:
-        aggregate: makes one answer (B K) of all nets' logits (B N K).
+        aggregate: combines the logits of all nets (B N K) to logits (B K).
         reader: how the logits are found in what a net returns.
     """
 
     def __init__(self, aggregate: Aggregator = probabilities, reader: LogitsReader | None = None) -> None:
-        """Take what joins the answers, and how the logits are found in each."""
+        """Set the aggregator, and the reader that finds the logits in each output."""
         super().__init__()
         self.aggregate = aggregate
         self.reader = reader or LogitsReader("a net of an ensemble")
@@ -58,7 +58,7 @@ class Mixture(nn.Module, ABC):
 
     @abstractmethod
     def at(self, number: int) -> nn.Module:
-        """Return one of the nets, ready; one that has the place of another is good until that is asked for."""
+        """Return one of the nets, ready; it is valid until another net that shares its memory is requested."""
 
     @abstractmethod
     def place(self, number: int) -> nn.Module:
@@ -82,7 +82,7 @@ class Mixture(nn.Module, ABC):
         return torch.stack(logits, 1)
 
     def forward(self, x: Images) -> Logits:
-        """Return the answers joined."""
+        """Return the combined logits (B K)."""
         return self.aggregate(self.stacked(x))
 
 

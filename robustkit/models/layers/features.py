@@ -3,7 +3,7 @@
 Layers are numbered from 1 in the order in which they run: layer l is the input of the l-th activation, and the
 last layer is the logits. In a ResNet-20 these are the twenty layers of DVERGE (arXiv:2009.14720), sums of blocks
 before their activation among them, which are the output of no module. A layer can also be a module's name.
-Nothing runs beyond the layer asked for, and no hook stays.
+The pass ends at that layer, and no hook is left on the net.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ CLASSES = {
     *("InvertedResidual", "MBConv"),
 }
 SHORTCUTS = ("downsample", "shortcut", "convShortcut", "conv_shortcut", "skip", "proj")
-# Attributes that say of a block whether it has a skip at all.
+# Attributes that show whether a block has a skip connection.
 SWITCHES = ("use_res_connect", "has_skip", "has_residual")
 # Transformers' blocks: two additions, with a norm at the beginning of each branch and nothing after the second.
 PAIRS = (("norm1", "norm2"), ("ln_1", "ln_2"))
@@ -81,7 +81,7 @@ def eroded(model: Any, factors: Tensor) -> Iterator[None]:
 
 @contextmanager
 def damped(model: Any, gamma: float) -> Iterator[None]:
-    """Multiply by gamma the gradients that come back through the branches of a net; its answers stay."""
+    """Multiply by gamma the gradients that flow back through the branches of a net; its logits stay the same."""
     with _hooks() as keep:
         for block in blocks(model):
             _damp(block, gamma, keep)

@@ -20,7 +20,7 @@ class Built:
         net: Maps normalised images to its output.
         arch: How to write the architecture so that it is found from any folder.
         identity: What determines the net beside its tensors: its name, keyword arguments, hash of its code.
-        mean: Channel means that the source's own record says it was trained with.
+        mean: Channel means of its training, by the source's own record.
         std: Channel deviations, likewise.
         num_classes: Classes of its last layer, where the source knows.
         in_channels: Channels of its images, where the source knows.

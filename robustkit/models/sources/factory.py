@@ -1,4 +1,4 @@
-"""What may be called to build a net: a class of nets, or a function that is somebody's code for nets."""
+"""What may be called to build a net: a class of nets, or a function of a module about nets."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _INSTALLED = {"site-packages", "dist-packages"}
 
 
 def is_factory(value: object) -> bool:
-    """Return whether a value may be called to build a net, told without calling it.
+    """Return whether a value may be called to build a net, without calling it.
 
     That is a subclass of `torch.nn.Module`, or a function written in Python outside of the standard library and
-    torch; one of an installed package has to stand beside nets. What `functools.partial` or a decorator wraps
-    counts as what is inside it.
+    torch; one of an installed package must be in a module that has nets. `functools.partial` objects and decorated
+    functions are judged by the function inside.
     """
     while isinstance(value, functools.partial):
         value = value.func

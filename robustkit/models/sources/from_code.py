@@ -1,6 +1,6 @@
 """Nets given as Python code: `module:factory` and `file.py:factory`. Loading them runs that code.
 
-Whose word that may be is decided before (`robustkit.models.allowed_paths`).
+Whether a string may do so is decided before (`robustkit.models.allowed_paths`).
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ def build(spec: ModelString, options: Options, weights: WeightsFile | None) -> B
     """Return the net that a package's function builds.
 
     The function is called as `function(NAME, **fields)` with the query's other fields, and returns a callable on
-    images, such as a `torch.nn.Module`, or a `Built` that also says how images are normalised and read.
+    images, such as a `torch.nn.Module`, or a `Built`, which also has the normalisation and the size of images.
 
     Raises:
         UsageError: if the function cannot be imported, fails, or returns something else.

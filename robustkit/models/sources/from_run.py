@@ -1,7 +1,8 @@
 """Nets that `robustkit train` wrote: `runs/x/`, one of several members or posterior samples as `runs/x/#2`.
 
 Several of them are written `runs/x/#0+4+7` or `runs/x/#0-4`. A folder of members or samples, whole or in part, is
-one model that predicts with all of them, joined as `?combine=` says (see `robustkit.models.ensembles.mixture`).
+one model that predicts with all of them, combined by the aggregator of `?combine=`
+(see `robustkit.models.ensembles.mixture`).
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from robustkit.core.limits import Limits
 from robustkit.core.schema import build, check_format, parse
 from robustkit.models.allowed_paths import refuse_code
 from robustkit.models.ensembles.mixture import Members, Samples, joined_by, way
-from robustkit.models.options import MOST_CHANNELS, MOST_CLASSES, MOST_PIXELS, Options
+from robustkit.models.options import MAX_CHANNELS, MAX_CLASSES, MAX_PIXELS, Options
 from robustkit.models.outputs import LogitsReader
 from robustkit.models.randomness import Noise, drawing, set_noise
 from robustkit.models.sources.built import Built
-from robustkit.models.strings import ENSEMBLE, FOLDER, MOST_MEMBERS, TIMM, TORCHVISION, UNKNOWN, ZOO, ModelString
+from robustkit.models.strings import ENSEMBLE, FOLDER, MAX_MEMBERS, TIMM, TORCHVISION, UNKNOWN, ZOO, ModelString
 from robustkit.models.weights.files import WeightsFile, read_weights
 from robustkit.models.weights.loading import put_weights
 from robustkit.posterior import Posterior
@@ -35,7 +36,7 @@ from robustkit.registry.construction import make_again, origin
 FACTS, WEIGHTS = "model.json", "model.safetensors"
 # What of a run's folder makes up its nets, as far as it is there.
 PARTS = (FACTS, WEIGHTS, posterior.FILE)
-MOST_NETS = 100_000
+MAX_NETS = 100_000
 _NUMBERS = re.compile(r"\d{1,5}(-\d{1,5})?(\+\d{1,5}(-\d{1,5})?)*")
 
 # Builds a net by its string: the loader's own, for every kind but a folder.
@@ -46,14 +47,14 @@ Make = Callable[..., Built]
 
 @dataclass(frozen=True)
 class Facts:
-    """What a folder's model.json says of its nets; see `robustkit.runs.training_record.Trained`, which says more.
+    """The part of a folder's model.json that loading needs; the whole is `robustkit.runs.training_record.Trained`.
 
     Sizes are refused that no run has, before a net of them is made or a list of them is gone through.
     """
 
     arch: str
-    classes: Annotated[int, Limits(2, MOST_CLASSES)]
-    members: Annotated[int, Limits(1, MOST_MEMBERS)]
+    classes: Annotated[int, Limits(2, MAX_CLASSES)]
+    members: Annotated[int, Limits(1, MAX_MEMBERS)]
     mean: Sequence[float] | None
     std: Sequence[float] | None
     hashes: Mapping[str, str] = field(default_factory=dict)
@@ -64,15 +65,15 @@ class Facts:
 
     def faults(self) -> Iterator[str]:
         """Yield what is no run's."""
-        limits = (Limits(1, MOST_CHANNELS), Limits(1, MOST_PIXELS), Limits(1, MOST_PIXELS))
+        limits = (Limits(1, MAX_CHANNELS), Limits(1, MAX_PIXELS), Limits(1, MAX_PIXELS))
         if self.input is not None:
             fits = len(self.input) == len(limits) and all(
                 side in limit for side, limit in zip(self.input, limits, strict=True)
             )
             if not fits or self.method is None:
                 yield (
-                    f"has an input of {list(self.input)!s:.40}, which must be at most {MOST_CHANNELS:,} channels, "
-                    f"a height and a width of at most {MOST_PIXELS:,} pixels, beside a method"
+                    f"has an input of {list(self.input)!s:.40}, which must be at most {MAX_CHANNELS:,} channels, "
+                    f"a height and a width of at most {MAX_PIXELS:,} pixels, beside a method"
                 )
         spec = ModelString.parse(self.arch)
         archs = list(map(ModelString.parse, spec.members)) if spec.kind == ENSEMBLE else [spec]
@@ -89,7 +90,7 @@ class Run:
     Attributes:
         folder: Where it is, absolute.
         numbers: Which members or samples are meant; None for all.
-        facts: What its model.json says.
+        facts: The content of its model.json.
     """
 
     folder: Path
@@ -107,7 +108,7 @@ class Run:
         if sign and not _readable(text):
             raise UsageError(
                 f"model {str(spec)[:200]!r}: write numbers after '#', as in #2, #0-4 or #0+4+7, of at most "
-                f"{MOST_NETS:,} nets."
+                f"{MAX_NETS:,} nets."
             )
         folder = folder_of(spec).absolute()
         return cls(folder, _numbers(text) if sign else None, _facts(folder))
@@ -131,7 +132,7 @@ class Run:
         return ModelString.parse(spec.members[number]) if spec.kind == ENSEMBLE else spec
 
     def build(self, options: Options, make: Mapping[str, Build], trust_code: bool) -> tuple[Built, Options]:
-        """Return the net, and the options of the model's string, the folder's where those say nothing.
+        """Return the net, and the options of the model's string, completed by the folder's.
 
         Raises:
             UsageError: if a file is missing or not the one that was written, or has no such member or sample;
@@ -166,7 +167,7 @@ class Run:
             method.set_aggregator(_module(whole), options.combine)
             whole = replace(whole, identity={**whole.identity, "combine": options.combine})
         mean, std = (None if of is None else tuple(map(float, of)) for of in (self.facts.mean, self.facts.std))
-        whole, noise = self._drawing(whole, options.noise)
+        whole, noise = self._with_noise(whole, options.noise)
         names = tuple(self.facts.class_names or ())
         whole = replace(
             whole,
@@ -191,12 +192,12 @@ class Run:
         return self.facts.members, "members"
 
     def _own(self, inner: ModelString) -> Options:
-        """Return what an architecture's string asks for, its classes being the run's."""
+        """Return the options of an architecture's string, with the classes of the run."""
         own = Options.read(inner)
         if inner.kind in (ZOO, TIMM, TORCHVISION) and own.num_classes is None:
             own = replace(own, num_classes=self.facts.classes)
         if inner.kind == ZOO and self.facts.input is not None and own.in_channels is None:
-            # What is around the net may change its first layer: its weights do not tell what images have.
+            # A wrapper may change the first layer, so the weights do not determine the channels of the images.
             own = replace(own, in_channels=self.facts.input[0])
         return own
 
@@ -210,14 +211,14 @@ class Run:
         record.pop("string", None)
         return replace(built, net=net, identity={**built.identity, "method": record})
 
-    def _drawing(self, built: Built, asked: str | None) -> tuple[Built, str | None]:
-        """Return a net with the policy that was asked for, and the policy in force where a net draws."""
+    def _with_noise(self, built: Built, noise_text: str | None) -> tuple[Built, str | None]:
+        """Return a net with the noise policy of the query, and the policy in force if the net is random."""
         parts = drawing(built.net)
         if not parts:
-            if asked is not None:
-                raise UsageError(f"model '{self.arch}' draws no random numbers: leave noise={asked} out.")
+            if noise_text is not None:
+                raise UsageError(f"model '{self.arch}' draws no random numbers: leave noise={noise_text} out.")
             return built, None
-        noise = Noise.parse(asked or "fresh")
+        noise = Noise.parse(noise_text or "fresh")
         set_noise(built.net, noise)
         return replace(built, identity={**built.identity, "noise": str(noise)}), str(noise)
 
@@ -279,7 +280,7 @@ def folder_of(spec: ModelString) -> Path:
 
 
 def is_run(spec: ModelString) -> bool:
-    """Return whether that folder says that it is a run."""
+    """Return whether that folder is the run of a training."""
     return (folder_of(spec) / FACTS).is_file()
 
 
@@ -312,12 +313,12 @@ def _numbers(text: str) -> list[int]:
 
 
 def _readable(text: str) -> bool:
-    """Return whether this says numbers, and not too many: ranges that rise, of at most five digits."""
+    """Return whether a text is a list of numbers and rising ranges of at most five digits, and not too many."""
     if not _NUMBERS.fullmatch(text):
         return False
     ranges = [part.split("-") for part in text.split("+")]
     sizes = [int(one[-1]) - int(one[0]) + 1 for one in ranges]
-    return min(sizes) > 0 and sum(sizes) <= MOST_NETS
+    return min(sizes) > 0 and sum(sizes) <= MAX_NETS
 
 
 def _of_member(state: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from robustkit.models.weights.fitting import Convert, sizes_in
 
 
 def build(spec: ModelString, options: Options, weights: WeightsFile | None) -> Built:
-    """Return a net of timm, with its weights unless others are named or `pretrained=false` is said.
+    """Return a net of timm, with its pretrained weights unless a file or `pretrained=false` is given.
 
     Raises:
         UsageError: timm has no such net, no weights for it, or they could not be downloaded.

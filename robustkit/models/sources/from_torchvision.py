@@ -19,7 +19,7 @@ from robustkit.models.weights.fitting import sizes_in
 
 
 def build(spec: ModelString, options: Options, weights: WeightsFile | None) -> Built:
-    """Return a net of torchvision, with its weights unless others are named or `pretrained=false` is said.
+    """Return a net of torchvision, with its pretrained weights unless a file or `pretrained=false` is given.
 
     Raises:
         UsageError: torchvision has no such net, or its weights have other classes or could not be downloaded.

@@ -1,4 +1,4 @@
-"""What to say of a model string whose kind does not exist."""
+"""The error for a model string whose kind does not exist."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _FORMS = (
     "robustkit:NAME, timm:NAME, torchvision:NAME, ensemble:[A;B], ./FILE.py:FACTORY, MODULE:FACTORY or the folder "
     "of a training run"
 )
-# What people write in front of a name on Hugging Face's or torch's hub.
+# Prefixes of names on Hugging Face's or torch's hub.
 _HUBS = ("hf", "hf-hub", "hf_hub", "hub", "huggingface", "torch.hub", "torchhub")
 
 

@@ -15,7 +15,7 @@ _STALL_SECONDS = 30.0
 
 
 def reachable(url: str) -> bool:
-    """Return whether anything answers at the address within a few seconds."""
+    """Return whether a server responds at the address within a few seconds."""
     try:
         with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=_PROBE_SECONDS):
             return True

@@ -1,7 +1,7 @@
 """Weights files: every set of tensors in them, read without executing anything.
 
-What a file is, its first bytes say, whatever its name ends in: safetensors, or what `torch.save` wrote. Several
-files are one by their index, `*.index.json`, as Hugging Face shards large models.
+A file's first bytes determine its kind, whatever its name ends in: safetensors, or what `torch.save` wrote.
+Several files are one by their index, `*.index.json`, as Hugging Face shards large models.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _SHARD = re.compile(r"(.+)-\d+-of-\d+\.\w+")
 _DEPTH = 4
 # A tensor may repeat its numbers, as one that was expanded does, up to this many bytes.
 _REPEATED = 1 << 26
-# Of these every program makes use; to name them tells nobody anything.
+# Every program uses these; they are not worth a note.
 _COMMON = ("builtins", "_codecs", "collections", "copyreg")
 
 
@@ -121,7 +121,7 @@ def _is_torch(path: Path, start: bytes) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return any(name.endswith("data.pkl") for name in archive.namelist())
-    # It is looked at again by torch, which says that it is damaged.
+    # torch reads it again and reports that it is damaged.
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
         return True
 

@@ -1,4 +1,4 @@
-"""Which tensors of a weights file are a net's: found by the net's own names, whatever stands before them."""
+"""Which tensors of a weights file are a net's: found by the net's own names, whatever prefix they have."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Fit:
     """Tensors of a file that are all of a net's.
 
     Attributes:
-        name: The entry of the file and what stands before the tensors' names in it, joined by dots.
+        name: The entry of the file and the prefix of the tensors' names in it, joined by dots.
         state: The tensors by the net's names.
         beside: The other tensors of the entry, by the file's names.
     """
@@ -201,7 +201,7 @@ def _listed(tensors: Tensors, own: Mapping[str, torch.Size]) -> Tensors:
 
 
 def _prefixes(tensors: Tensors, plain: Mapping[str, str]) -> list[str]:
-    """Return what may stand before all of the net's names in an entry, the longest first; and nothing."""
+    """Return the possible prefixes of the net's names in an entry, the longest first, the empty one last."""
     counts: dict[str, int] = {}
     for name in tensors:
         parts = name.split(".")

@@ -31,15 +31,15 @@ _KEYS = (str, bytes, int, float, complex, type(None), torch.dtype, torch.Size)
 
 
 class Harmful(pickle.UnpicklingError):
-    """A file names a function that is of use to nobody but an attacker; `args[0]` is its name."""
+    """A file names a function that only an attack on the reader needs; `args[0]` is its name."""
 
 
 class StandIn:
-    """Something that is not built. A class of its own stands for each class or function of the file.
+    """Something that is not built. Each class or function of the file is represented by a class of its own.
 
     Attributes:
-        name: Module and name of what it stands for.
-        state: What the file says its attributes are.
+        name: Module and name of the class or function that it represents.
+        state: Its attributes in the file.
         entries: Items that the file puts into it, as into a dict.
     """
 
@@ -72,7 +72,7 @@ class StandIn:
 
 
 def _without_type(rebuild: Any, kind: object, arguments: Any, state: object) -> Any:
-    """Return the tensor that a subclass of Tensor holds: stands for `torch._tensor._rebuild_from_type_v2`."""
+    """Return the tensor that a subclass of Tensor holds: replaces `torch._tensor._rebuild_from_type_v2`."""
     return _made(rebuild, arguments)
 
 
@@ -107,7 +107,7 @@ _CALLABLE = [value for value in _REAL.values() if callable(value) and value is n
 
 
 def _is_stand_in(value: object) -> bool:
-    """Return whether this is a stand-in, or the class of some."""
+    """Return whether this is a stand-in, or the class of stand-ins."""
     return isinstance(value, StandIn) or (isinstance(value, type) and issubclass(value, StandIn))
 
 
@@ -130,7 +130,7 @@ def _is_harmful(module: str, name: str) -> bool:
     return name in _HARMFUL_BUILTINS if module == "builtins" else module.partition(".")[0] in _HARMFUL
 
 
-# The unpickler in C would call and fill whatever a file says; this one can be told not to.
+# The unpickler in C would call and fill whatever a file names; this one can be made not to.
 _Python: Any = pickle._Unpickler
 
 
@@ -141,7 +141,7 @@ class _Unpickler(_Python):  # type: ignore[misc]
     dispatch: ClassVar[dict[int, Any]] = dict(_Python.dispatch)
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return what a name means: something real, or a stand-in."""
+        """Return the object of a name: the real one, or a stand-in."""
         # Files of Python 2's protocols have Python 2's names.
         module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
         full = f"{module}.{name}"
@@ -174,7 +174,7 @@ class _Unpickler(_Python):  # type: ignore[misc]
         self.load_newobj()
 
     def load_build(self) -> None:
-        """Keep the attributes of a stand-in; real values have none that matter."""
+        """Keep the attributes of a stand-in; those of real values are not needed."""
         state = self.stack.pop()
         if isinstance(self.stack[-1], StandIn):
             self.stack[-1].state = state
@@ -236,7 +236,7 @@ class _Unpickler(_Python):  # type: ignore[misc]
             self.append(self.persistent_load(saved))
 
     def _target(self, kind: type) -> Any:
-        """Return what items are put into, a stand-in or a value of this type."""
+        """Return the container that items are added to, a stand-in or a value of this type."""
         target = self.stack[-1]
         if not isinstance(target, (kind, StandIn)):
             raise pickle.UnpicklingError(f"items are put into a {type(target).__name__}")
@@ -268,7 +268,7 @@ class InertPickle:
     """What `torch.load` takes as `pickle_module`, of one file.
 
     Attributes:
-        left_out: What stood-ins were made for, by name.
+        left_out: Names of the classes and functions that were replaced by stand-ins.
     """
 
     __name__ = "robustkit.models.weights.inert_pickle"

@@ -17,10 +17,10 @@ _COUNTER = "num_batches_tracked"
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a weights file says beside its tensors.
+    """What a weights file has beside its tensors.
 
     Attributes:
-        mean: Channel means of a normalisation layer that the file has in front of the net.
+        mean: Channel means of a normalisation layer that the file has before the net.
         std: Channel deviations, likewise.
         notes: Sentences for the user: what else the file holds, and what was not loaded.
     """
@@ -126,7 +126,7 @@ def _unfit(fit: Unfit, own: Mapping[str, torch.Size], file: WeightsFile, arch: s
     index = index_of(file.path)
     advice = f"write its index, '{index.name}'" if index else "write the architecture that it was saved from"
     if not fit.missing:
-        advice += ", or leave these out of the file if they are heads that take no part in the answer"
+        advice += ", or leave these out of the file if they are heads that are not used for the logits"
     return UsageError(f"weights file '{file.path}' does not fit {arch}: it {' and '.join(faults)}; {advice}.")
 
 
@@ -136,7 +136,7 @@ def _check_shapes(
     wrong = [name for name, tensor in state.items() if tensor.shape != own[name]]
     if not wrong:
         return
-    # The file's order may be alphabetical (bias first); a weight tells more about the layer than a bias.
+    # The file's order may be alphabetical (bias first); a weight's shape describes the layer better than a bias's.
     name = max(wrong, key=lambda name: len(own[name]))
     stored, wanted = tuple(state[name].shape), tuple(own[name])
     head_only = len({name.rpartition(".")[0] for name in wrong}) == 1
