@@ -79,7 +79,7 @@ def show(record: Craft, console: Console, next_command: str | None = None, page:
     if versions := made_in_parts(record.environment):
         line(versions)
     line("")
-    table = Table(box=None, pad_edge=False, header_style="", padding=(0, 3, 0, 0))
+    table = Table(box=None, pad_edge=False, header_style="", padding=(0, 2, 0, 0))
     table.add_column("model", no_wrap=True)
     for column in ("clean acc", "success", "95% interval", "n", "random signs", "other image"):
         table.add_column(column, justify="right", no_wrap=True)
