@@ -52,7 +52,7 @@ def test_a_row_has_its_numbers_in_any_company(kind):
     assert torch.equal(DRAWS[kind](rng.select(ids > 4)), whole[ids > 4])
 
 
-def test_everything_that_should_tell_draws_apart_does():
+def test_seed_stream_sample_restart_and_step_change_the_draws():
     # Each pair differs in one part; 2**32 apart ids and restarts once met in the same counter word.
     sets = [
         dict(seed=seed, stream=stream, ids=torch.tensor([number]), restart=restart, step=step)
@@ -66,7 +66,7 @@ def test_everything_that_should_tell_draws_apart_does():
     assert len(seen) == len(sets)
 
 
-def test_at_changes_what_it_is_told():
+def test_at_changes_restart_and_step():
     rng = RowRng(0, "a", torch.arange(2))
     assert (rng.at(restart=2).at(step=3).restart, rng.at(restart=2).at(step=3).step) == (2, 3)
     assert torch.equal(rng.at(step=1).at(step=0).uniform(4), rng.uniform(4))

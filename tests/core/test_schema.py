@@ -71,7 +71,7 @@ def test_what_is_right_is_built() -> None:
         ({"sure": 1}, "sure is 1 but must be true or false"),
     ],
 )
-def test_what_is_wrong_is_said(change: dict[str, Any], words: str) -> None:
+def test_errors_name_what_is_wrong(change: dict[str, Any], words: str) -> None:
     with pytest.raises(UsageError) as error:
         build(Whole, {**GOOD, **change}, "w.json")
     assert str(error.value).startswith("w.json is damaged: ")

@@ -139,6 +139,6 @@ def test_the_package_offers_its_three_names_only() -> None:
         (torch.zeros(2, 1, 8, 8).to("meta"), "on the device meta cannot be read"),
     ],
 )
-def test_what_is_no_array_is_told(images: Any, said: str) -> None:
+def test_values_that_are_no_array_are_refused(images: Any, said: str) -> None:
     with pytest.raises(UsageError, match=said):
         from_arrays(images, [1, 2])

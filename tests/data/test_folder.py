@@ -264,7 +264,7 @@ def test_only_documented_formats_of_a_sensible_size_are_decoded(
         load_data(f"folder:{tmp_path}").images([0])
 
 
-def test_a_rotation_by_exif_is_said_and_not_applied(tmp_path: Path) -> None:
+def test_exif_rotation_is_flagged_and_not_applied(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     exif = Image.Exif()
     exif[274] = 6

@@ -298,7 +298,7 @@ def test_labels_may_be_one_hot_whole_floats_or_names(tmp_path: Path) -> None:
     assert samples.labels.tolist() == Y.tolist()
 
 
-def test_the_layout_may_be_said(tmp_path: Path) -> None:
+def test_layout_can_be_set(tmp_path: Path) -> None:
     x = np.random.RandomState(0).randint(0, 256, (B, 13, 8, 8)).astype(np.uint8)
     path = written(tmp_path / "bands.npz", x=x, y=Y)
     with pytest.raises(UsageError, match=r"8 channels of 13 x 8 pixels; write bands\.npz\?layout=NCHW, or bands"):

@@ -50,7 +50,7 @@ def batch(step: int = 0, members: int = 3) -> Batch:
     return Batch(x, torch.arange(8) % 4, rng, step, memory=torch.zeros(8, members, 3, 7, 9, dtype=torch.int8))
 
 
-def test_a_step_goes_on_from_the_last_by_hand() -> None:
+def test_a_step_continues_from_the_stored_perturbation() -> None:
     """f = 2a - b - c/2; from (+, +, +) it is above its own value, so it climbs: +2, -1 and -1, in eps."""
     x = torch.full((1, 1, 1, 3), 0.5)
     memory = torch.ones(1, 2, 1, 1, 3, dtype=torch.int8)
@@ -78,7 +78,7 @@ def test_images_stay_in_ball_and_box_and_go_away() -> None:
             assert torch.equal(signs, ((x - one.x) / 0.06).round().to(torch.int8))
 
 
-def test_remembered_steps_go_further() -> None:
+def test_stored_perturbations_grow() -> None:
     """Features of frozen nets are further from the image's own after some epochs than after one."""
     nets, one = [net(seed).eval() for seed in range(3)], batch()
     method, far = fasten(layer="2"), []
@@ -124,7 +124,7 @@ def test_a_member_moves_by_its_own_loss_alone() -> None:
         torch.testing.assert_close(one.grad, other.grad)
 
 
-def test_how_far_answers_are_apart() -> None:
+def test_divergence_from_the_mean_by_hand() -> None:
     same = torch.randn(4, 5)
     assert float(divergence_from_mean(same, same)) == pytest.approx(0, abs=1e-6)
     one, other = torch.tensor([[0.75, 0.25]]), torch.tensor([[0.25, 0.75]])

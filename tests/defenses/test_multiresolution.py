@@ -132,7 +132,7 @@ def test_policies() -> None:
     assert torch.equal(before, torch.random.get_rng_state())
 
 
-def test_calm_is_the_middle() -> None:
+def test_noise_free_draws_are_means() -> None:
     """No jitter, factors and noise halfway."""
     x = images(2)
     calm = USUAL(x, Noise("calm").rng(x))

@@ -121,7 +121,7 @@ def test_layers_are_seen_as_they_are() -> None:
     assert not any(part._forward_hooks for part in model.modules())
 
 
-def test_usual_layers_are_late_blocks() -> None:
+def test_default_layers_are_late_blocks() -> None:
     resnet: Any = load_model("robustkit:cifar-resnet20?pretrained=false").net
     found = default_layers(resnet, torch.zeros(1, 3, 32, 32))
     assert found == ("layer1.2", *(f"layer{stage}.{block}" for stage in (2, 3) for block in range(3)))
@@ -131,7 +131,7 @@ def test_usual_layers_are_late_blocks() -> None:
         ensemble(layers="layer9")
 
 
-def test_answers_are_those_of_the_parts() -> None:
+def test_logits_are_those_of_the_parts() -> None:
     """`stacked` gives each predictor's logits; `combine` names what makes one answer of them."""
     whole, x = ensemble(layers="1+4"), images()
     set_noise(whole, Noise("frozen", 3))

@@ -177,7 +177,7 @@ INSIDE: dict[str, tuple[Callable[[], nn.Module], str]] = {
 
 
 @pytest.mark.parametrize("name", INSIDE)
-def test_what_a_net_hides_inside_is_found_and_told(name: str) -> None:
+def test_places_that_hide_gradients_are_found(name: str) -> None:
     make_one, what = INSIDE[name]
     model = as_classifier(Digits(make_one).eval())
     found = views(model, torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(0)))

@@ -54,7 +54,7 @@ def flipped(path: Path) -> None:
     path.write_bytes(bytes(content))
 
 
-def test_the_one_before_a_damaged_checkpoint_is_gone_on_from(tmp_path: Path) -> None:
+def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(tmp_path: Path) -> None:
     whole = train("standard", out=tmp_path / "whole", **SHORT)
     with pytest.raises(KeyboardInterrupt):
         train("standard", out=tmp_path / "cut", progress=Heard(7), **SHORT)
@@ -150,7 +150,7 @@ def test_a_changed_sample_is_not_packed(tmp_path: Path) -> None:
     assert not (tmp_path / "posterior.safetensors").exists()
 
 
-def test_parts_of_different_versions_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_versions_of_resumed_parts_are_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     here = continued([], "step 0")
     assert continued(here, "step 7") == here
     with Ledger.open(tmp_path / "l", "id") as ledger:

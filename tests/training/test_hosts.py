@@ -96,7 +96,7 @@ def test_there_must_be_as_many_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     assert processes.count_processes(torch.device("cpu"), 4) == 8
 
 
-def test_processes_part_before_they_end() -> None:
+def test_process_group_is_destroyed_before_exit() -> None:
     """A group that the interpreter's end takes down aborts a process now and then."""
     parted = []
 

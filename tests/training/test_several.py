@@ -145,7 +145,7 @@ def same(one: Path, other: Path) -> None:
 
 
 @pytest.mark.slow
-def test_members_apart_go_on_after_kill_9(tmp_path: Path) -> None:
+def test_member_parallel_training_resumes_after_kill_9(tmp_path: Path) -> None:
     """Three members on two processes, with what is remembered and an average; on as many again, or on one."""
     words = {**SHORT, "method": "fasten(baseline=0)", "members": 3, "ema": 0.9, "arch": DROPPING}
     test = load_data("digits:test").head(40)
@@ -180,7 +180,7 @@ EVERY = [
 
 
 @pytest.mark.slow
-def test_every_method_is_the_same_with_the_data_shared(tmp_path: Path) -> None:
+def test_every_method_is_the_same_with_data_parallelism(tmp_path: Path) -> None:
     """Batch norm, dropout, crops and noise included."""
     runs = [
         {**SHORT, "method": method, "members": members, "arch": DROPPING, "out": str(tmp_path / f"two{number}")}

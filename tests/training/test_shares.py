@@ -162,7 +162,7 @@ def test_every_member_has_one_process(members: int, processes: int) -> None:
         ("members", 2, "pgd-at", "pgd-at has one loss"),
     ],
 )
-def test_what_cannot_be_shared_is_refused(name: str, processes: int, method: str, sentence: str) -> None:
+def test_invalid_parallelism_is_refused(name: str, processes: int, method: str, sentence: str) -> None:
     with pytest.raises(UsageError, match=sentence):
         data_parallel.check(name, processes, make_method(method), PLAN)
 
@@ -192,7 +192,7 @@ def test_images_go_round_in_the_order_of_members(world: World) -> None:
         make_method("pgd-at", joint=False, steps=2),
     ],
 )
-def test_members_apart_move_as_side_by_side(world: World, method: Any) -> None:
+def test_member_parallelism_equals_one_process(world: World, method: Any) -> None:
     """To the bit, what is remembered too."""
     together, one = nets(), batch()
     loss = method.backward(together, one, PLAN)
@@ -266,7 +266,7 @@ def test_random_numbers_belong_to_places_in_the_batch(layout: torch.memory_forma
                     assert torch.equal(draw(x[part::2].contiguous(memory_format=layout)), whole[part::2])
 
 
-def test_members_are_collected(world: World) -> None:
+def test_members_are_synchronised(world: World) -> None:
     """Weights, momentum and averages of all, and what both counted, each once."""
 
     def work(fabric: Any) -> tuple[list[Tensor], list[Any], Tensor, int]:

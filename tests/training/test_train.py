@@ -163,7 +163,7 @@ def test_samples_are_states_of_the_run(tmp_path: Path) -> None:
     assert float(mean.float().mean()) == pytest.approx(record.accuracy["value"])
 
 
-def test_members_begin_apart_and_are_written_together(tmp_path: Path) -> None:
+def test_members_start_from_their_own_weights_and_are_written_together(tmp_path: Path) -> None:
     record = train("standard", out=tmp_path / "run", members=2, **SHORT)
     alone = train("standard", out=tmp_path / "alone", **SHORT)
     state, single = (load_file(tmp_path / name / "model.safetensors") for name in ("run", "alone"))
@@ -220,7 +220,7 @@ class Exploding(Method):
         return torch.tensor(torch.inf)
 
 
-def test_divergence_is_said(tmp_path: Path) -> None:
+def test_divergence_raises_run_error(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="the training has diverged"):
         train(Exploding(), out=tmp_path / "run", members=1, **SHORT)
     assert not (tmp_path / "run" / "model.json").exists()
@@ -279,7 +279,7 @@ def test_a_run_that_was_cut_off_while_it_drew_samples(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.slow
-def test_processes_share_what_is_remembered(tmp_path: Path) -> None:
+def test_processes_gather_the_stored_perturbations(tmp_path: Path) -> None:
     """Each image's signs are made by one process and read by another, in the next epoch."""
     one, two = (
         train("fasten(baseline=0,layer=4)", out=tmp_path / str(devices), members=2, devices=devices, **SHORT)

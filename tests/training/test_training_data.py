@@ -78,7 +78,7 @@ def test_moved_is_pad_crop_and_mirror(dtype: torch.dtype) -> None:
         ("/x/y.npz", 3, 32, "crop-flip"),
     ],
 )
-def test_usual_augmentation(data: str, channels: int, height: int, expected: str) -> None:
+def test_default_augmentation(data: str, channels: int, height: int, expected: str) -> None:
     assert augment.default_augmentation(data, channels, height) == expected
 
 

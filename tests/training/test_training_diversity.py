@@ -19,7 +19,7 @@ from robustkit.training.train import read_trained
 BETWEEN = {"best_member", "any_right", "all_right", "transfer", "white_box", "cosine"}
 
 
-def test_every_look_is_in_the_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_evaluation_is_in_the_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = {"limit": 64, "epochs": 3, "batch_size": 32, "device": "cpu", "precision": "fp32"}
     record = train("standard", members=2, out=tmp_path / "a", **words)
     lines = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
