@@ -36,7 +36,7 @@ def judge_more(
     threat = ThreatModel.parse(record.spec.threat)
     with open_for_writing(path, record.spec) as writable:
         require_writable(path, writable, "targets")
-        run_folder.refuse_broken(path, record)
+        run_folder.check_seals(path, record)
         images = run_folder.read_adversarial(path)["x"]
         _check_inside(images, samples, threat, path)
         known = {judged.fingerprint for judged in record.targets}

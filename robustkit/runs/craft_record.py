@@ -1,4 +1,4 @@
-"""What a craft run is and what its images did to models: spec.json and transfer.json. Imports no torch."""
+"""Spec and record of a craft run: spec.json and transfer.json. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from robustkit.core.limits import Limits
 from robustkit.core.schema import FORMAT, Amount, Count, Keys, OneOf, Positive, Share, build, check_format
 from robustkit.runs.evaluation_record import Data, Environment, Format, Model, Named, Rate, Spec, dumps
 
-# How the class that an image is to be taken for is chosen.
+# How the target class of an image is chosen.
 CHOICES = ("next", "random", "least-likely")
 Choice = Annotated[str, OneOf(*CHOICES)]
 Attack = Annotated[Mapping[str, Any], Keys(name=str, string=str, techniques=Sequence[Named] | None)]
-# A class as a model names it; -1 where its logits were not finite.
+# A predicted class; -1 for non-finite logits.
 Prediction = Annotated[int, Limits(-1)]
 
 
@@ -26,8 +26,7 @@ class CraftSpec(Spec):
     """Everything that determines the images of a craft run, and nothing else but where to find models and data.
 
     `surrogates` have `string` and `fingerprint`, in order; `attack` has name, fields and techniques, and the
-    `string` it was asked for by. `targeted` is one of `CHOICES`, or None. Which models the images are judged on
-    is not in it.
+    `string` that the user gave. `targeted` is one of `CHOICES`, or None. The targets are not part of it.
     """
 
     surrogates: Sequence[Model]
@@ -43,18 +42,17 @@ class CraftSpec(Spec):
 
     @property
     def attack_name(self) -> str:
-        """The attack with its techniques, as they are joined in an attack string."""
+        """The attack with its techniques, joined as in an attack string."""
         return "+".join(part["name"] for part in (self.attack, *self.attack.get("techniques", ())))
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """What one model made of the images: `success` is over the `n` that it classified correctly.
+    """One model's result on the images: `success` is over the `n` images that it classified correctly.
 
-    Intervals are 95 %. `noise` and `transplant` are the floors over the same n: the success of random signs, and
-    of another image's
-    perturbation, of the same norm. What cannot be said (n = 0, or one image alone) is None. `predictions` are the
-    classes it named, `clean` and `adversarial`, by position; -1 where its logits were not finite.
+    Intervals are 95 %. `noise` and `transplant` are the controls over the same n: the success of random signs and
+    of another image's perturbation, of the same norm. What is undefined (n = 0, or a single image) is None.
+    `predictions` are its classes on `clean` and `adversarial` images by position; -1 for non-finite logits.
     """
 
     model: str
@@ -84,7 +82,7 @@ class Judgement:
         goals: Sequence[int] | None,
         predictions: Mapping[str, Sequence[int]],
     ) -> Judgement:
-        """Return the judgement of predictions on `clean`, `adversarial`, and where asked `noise`, `transplant`."""
+        """Return the result of predictions on `clean`, `adversarial` and, if given, `noise` and `transplant`."""
         clean = [said == label for said, label in zip(predictions["clean"], labels, strict=True)]
         accuracy = Rate.of(sum(clean), len(labels))
         body: dict[str, Any] = {
@@ -108,12 +106,12 @@ class Judgement:
         return cls(**body)
 
     def fooled(self, labels: Sequence[int], goals: Sequence[int] | None) -> list[bool | None]:
-        """Return of each image whether it fooled the model; None where the model was wrong before."""
+        """Return whether each image fooled the model; None where the clean image is misclassified."""
         return _fooled(labels, goals, self.predictions, "adversarial")
 
     @property
     def rate(self) -> Rate | None:
-        """The success with its interval; None where the model classified no image correctly."""
+        """The success with its interval; None if the model classified no image correctly."""
         if self.success is None or self.success_low is None or self.success_high is None:
             return None
         return Rate(self.success, self.success_low, self.success_high, self.n)
@@ -139,9 +137,9 @@ def _fooled(
 
 
 def worst(sets: Sequence[Sequence[bool | None]]) -> Rate | None:
-    """Return the share fooled by any of several sets of images made of the same ones (see `Judgement.fooled`).
+    """Return the share fooled by any of several sets crafted from the same images (see `Judgement.fooled`).
 
-    None where the model classified no image correctly, or there is no set.
+    None if the model classified no image correctly, or there is no set.
     """
     right = [column for column in zip(*sets, strict=True) if column[0] is not None]
     return Rate.of(sum(any(column) for column in right), len(right)) if right else None
@@ -151,7 +149,7 @@ def worst(sets: Sequence[Sequence[bool | None]]) -> Rate | None:
 class Point:
     """Success at one gradient budget: with `steps` of `step_size`, in the order of the run's targets.
 
-    `steps` is None where one step alone costs more than the budget.
+    `steps` is None if one step costs more than the budget.
     """
 
     budget: Count
@@ -163,11 +161,11 @@ class Point:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What to expect of a model that is no surrogate: each surrogate in turn is left out and then attacked.
+    """The success to expect on a model that is no surrogate: each surrogate in turn is left out and then attacked.
 
     `left_out` are the rates of success, in the surrogates' order. `expected` is their mean; `low` and `high`
     hold one more model of their kind with 95 % (`intervals.unseen`). `images` is each image's share of the
-    left-out surrogates that it fooled, None where all were wrong before.
+    left-out surrogates that it fooled, None where all misclassify the clean image.
     """
 
     expected: Share | None
@@ -179,7 +177,7 @@ class Forecast:
 
     @classmethod
     def of(cls, fooled: Sequence[Sequence[bool | None]], gradients_per_image: float) -> Forecast:
-        """Return the forecast from what the images did to each left-out surrogate (members x images)."""
+        """Return the forecast from the results on each left-out surrogate (members x images)."""
         rates = []
         for member in fooled:
             right = [hit for hit in member if hit is not None]
@@ -196,7 +194,7 @@ class Forecast:
 
 @dataclass(frozen=True)
 class Saved:
-    """The images as 8-bit files: where, the largest change in grey levels, the success of the files as re-read."""
+    """The images as 8-bit files: the folder, the largest change in grey levels, the success of the files."""
 
     folder: str
     largest_change: Count
@@ -240,12 +238,12 @@ class Craft:
 
     @classmethod
     def from_json(cls, body: Any, name: str = "this record") -> Craft:
-        """Return the record of a parsed transfer.json; UsageError if it is none, or says what cannot be."""
+        """Return the record of a parsed transfer.json; UsageError if it is invalid."""
         check_format(body, name)
         return build(cls, body, name)
 
     def faults(self) -> Iterator[str]:
-        """Yield what does not fit together."""
+        """Yield contradictions in the record."""
         rows: dict[str, Sequence[object] | None] = {"labels": self.labels, "goals": self.goals}
         rows["forecasts"] = self.forecast.images if self.forecast else None
         for judged in (*self.surrogates, *self.targets):
@@ -262,16 +260,16 @@ class Craft:
             yield f"has budgets of more than its {len(self.targets)} targets"
 
     def judged(self, more: Sequence[Judgement]) -> Craft:
-        """Return the record with more targets behind those that it has."""
+        """Return the record with more targets after those that it has."""
         return replace(self, targets=[*self.targets, *more])
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """How images crafted on each of `models` alone do on each of them and on `targets`; matrix.json.
+    """The success of images crafted on each of `models`, on each of them and on `targets`; matrix.json.
 
     `success` has a row for each model and a column for each of `models` and then `targets`; `worst` is the share
-    of images fooled by any row but a model's own. `folders` are the craft runs behind the rows, beside the file.
+    of images fooled by any row but a model's own. `folders` are the craft runs of the rows, next to the file.
     """
 
     run_id: str
@@ -300,12 +298,12 @@ class Matrix:
 
     @classmethod
     def from_json(cls, body: Any, name: str = "this record") -> Matrix:
-        """Return the record of a parsed matrix.json; UsageError if it is none, or says what cannot be."""
+        """Return the record of a parsed matrix.json; UsageError if it is invalid."""
         check_format(body, name)
         return build(cls, body, name)
 
     def faults(self) -> Iterator[str]:
-        """Yield what does not fit together."""
+        """Yield contradictions in the record."""
         rows, columns = len(self.models), len(self.models) + len(self.targets)
         if {len(self.success), len(self.gradients_per_image), len(self.folders)} != {rows}:
             yield f"has rows that are not of its {rows} models"

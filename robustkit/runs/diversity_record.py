@@ -1,4 +1,4 @@
-"""How far the members of an ensemble share weaknesses: diversity.json. Imports no torch."""
+"""Record of how far the members of an ensemble share weaknesses: diversity.json. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from robustkit.runs.evaluation_record import Cost, Data, Environment, Format, Mo
 
 @dataclass(frozen=True)
 class DiversitySpec(Spec):
-    """Everything that determines the numbers. `images` are the positions looked at; None for all of the data."""
+    """Everything that determines the numbers. `images` are the positions used; None for all of the data."""
 
     model: Model
     data: Data
@@ -31,8 +31,8 @@ class DiversitySpec(Spec):
 class Bounds:
     """Accuracy of the ensemble, and of oracles that choose among its members.
 
-    `best` is the best single member. `any` knows for each image a member that is right, if there is one; `all`
-    counts the images on which every member is.
+    `best` is the best single member. `any` counts the images that at least one member classifies correctly,
+    `all` those that every member does.
     """
 
     ensemble: Rate
@@ -43,13 +43,13 @@ class Bounds:
 
 @dataclass(frozen=True)
 class Diversity:
-    """What is in diversity.json, of an ensemble of N members.
+    """The record in diversity.json, of an ensemble of N members.
 
     Attributes:
         run_id: of its spec.
         spec: see `DiversitySpec`.
         members: N.
-        n: images looked at.
+        n: images used.
         index: positions of the images that every member classifies correctly; all below but `clean` is on them.
         accuracy: of each member, and last of the ensemble, over all n.
         clean: bounds over all n.
@@ -58,7 +58,7 @@ class Diversity:
         worst: N + 1 shares fooled by images made on any other member (of the ensemble: on any).
         attacked: N bounds, under the attack on each member.
         confusion: N x N, L[i][j]: the mean cross-entropy of member j for the target's class on what member i
-            takes for the target; high where j does not see what i sees.
+            takes for the target; high if j does not use the features that i uses.
         diversity: N x N, the mean of L[i][j] and L[j][i].
         cosine: N x N, the mean cosine of two members' gradients in the image.
         distillation: how the images of `confusion` were made, and the layers drawn.
@@ -108,12 +108,12 @@ class Diversity:
 
     @classmethod
     def from_json(cls, body: Any, name: str = "this record") -> Diversity:
-        """Return the record of a parsed diversity.json; UsageError if it is none, or says what cannot be."""
+        """Return the record of a parsed diversity.json; UsageError if it is invalid."""
         check_format(body, name)
         return build(cls, body, name)
 
     def faults(self) -> Iterator[str]:
-        """Yield what does not fit together."""
+        """Yield contradictions in the record."""
         n = self.members
         square = (self.confusion, self.diversity, self.cosine)
         rows = {

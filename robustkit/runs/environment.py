@@ -1,4 +1,4 @@
-"""Where a run was made: versions, device, commit, precision. None of it is part of the run's identity."""
+"""The environment of a run: versions, device, commit, precision. None of it is part of the run's identity."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def environment(
 
 
 def versions() -> dict[str, str | None]:
-    """Return the versions of Python, robustkit and what it works with; None for what is not installed."""
+    """Return the versions of Python, robustkit and its dependencies; None for a package that is not installed."""
     return {
         "python": platform.python_version(),
         "robustkit": __version__,

@@ -1,4 +1,4 @@
-"""What a run is and what it found: RunSpec, Outcome, Flag, Report. JSON in and out; imports no torch."""
+"""Spec and report of an evaluation: RunSpec, Report and their parts, to and from JSON. Imports no torch."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from robustkit.runs.distances import Minimum
 
 AUDIT_BROKE = "audit-broke"
 CHANCE = "chance-accuracy"
-# Rates are compared with what they are of up to the rounding of a double.
+# Relative tolerance when a rate is compared with its hits.
 ROUNDING = 1e-9
 
 Format = Annotated[int, OneOf(FORMAT)]
-# A model, data, an attack or a method by what it is called and what it consists of.
+# A model, data, an attack or a method: its string and what determines it.
 Model = Annotated[Mapping[str, Any], Keys(string=str, fingerprint=str)]
 Data = Annotated[Mapping[str, Any], Keys(string=str, n=Positive, fingerprint=str)]
 Named = Annotated[Mapping[str, Any], Keys(name=str)]
@@ -42,7 +42,7 @@ Environment = Annotated[
 
 @dataclass(frozen=True)
 class Spec:
-    """What determines a run, to be subclassed; of what a field describes, `string` only says where it is found."""
+    """What determines a run, to be subclassed; the `string` of a part only says where it is found."""
 
     @property
     def run_id(self) -> str:
@@ -56,7 +56,7 @@ class Spec:
 
 
 def _content(part: Any) -> Any:
-    """Return a part of a spec without where it is found."""
+    """Return a part of a spec without its string."""
     if isinstance(part, Mapping):
         return {key: value for key, value in part.items() if key != "string"}
     return [_content(one) for one in part] if isinstance(part, list | tuple) else part
@@ -67,8 +67,8 @@ class RunSpec(Spec):
     """Everything that determines the numbers of a run, and nothing else but where to find model and data.
 
     `model` has `string` and `fingerprint`; `data` has `string`, `n` and `fingerprint`; `suite` is one record
-    of name and fields per attack; `batch_size` is given only where random numbers depend on it, `strictness` only
-    where a bound other than the usual one was asked for.
+    of name and fields per attack; `batch_size` is given only if random numbers depend on it, `strictness` only if
+    it is not the default.
     """
 
     model: Model
@@ -83,12 +83,12 @@ class RunSpec(Spec):
 
     @property
     def minimal(self) -> bool:
-        """Whether the run looks for minimum norms, under a threat such as `l2:min`."""
+        """Whether the run searches for minimum norms, under a threat such as `l2:min`."""
         return self.threat.endswith(":min")
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What is hashed; a strictness only where one was asked for, so that older runs keep their ids."""
+        """What is hashed; a strictness only if it is given, so that older runs keep their ids."""
         every = super().identity
         return {name: value for name, value in every.items() if name != "strictness" or value is not None}
 
@@ -120,16 +120,16 @@ class Rate:
 
     @classmethod
     def anytime(cls, hits: int, n: int, unknown: int = 0) -> Rate:
-        """Return hits / n with an interval that holds however n came about (`intervals.sequence`).
+        """Return hits / n with an interval that is valid whatever decided n (`intervals.sequence`).
 
-        `unknown` of the hits may turn out to be none: the interval begins where none of them is one.
+        `unknown` of the hits may turn out to be misses: the lower end counts them as such.
         """
         return cls(hits / n, anytime_interval(max(hits - unknown, 0), n)[0], anytime_interval(hits, n)[1], n)
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Sample-propagations through the model, verification included, and seconds."""
+    """Forward and backward passes of images, verification included, and seconds."""
 
     forwards: Count
     backwards: Count
@@ -138,14 +138,14 @@ class Cost:
 
 @dataclass(frozen=True)
 class Passes:
-    """Sample-propagations through the model, without the time that they took."""
+    """Forward and backward passes of images."""
 
     forwards: Count
     backwards: Count
 
     @property
     def total(self) -> int:
-        """Both together."""
+        """Forwards and backwards together."""
         return self.forwards + self.backwards
 
 
@@ -165,9 +165,9 @@ class Stage:
 class Outcome:
     """The verdict on one image.
 
-    `index` is its position in the data. `attack` is what settled it: `clean` where the clean image is wrong
-    already, None where it stood. `margin` is the label's logit minus the best other one, at the adversarial
-    that counted or, where it stood, the lowest that was judged.
+    `index` is its position in the data. `attack` is what fooled it: `clean` for a misclassified clean
+    image, None for a robust one. `margin` is the label's logit minus the best other one at the adversarial image,
+    or the lowest of all attacks for a robust image.
     """
 
     index: Count
@@ -182,8 +182,8 @@ class Outcome:
 class Curve:
     """Robust accuracy at each of the `radii`, in order, by the smallest distance that fooled each image.
 
-    `distances` has one entry per verdict: 0 where the clean image is wrong already, None where nothing within
-    the largest radius fooled the model. `cost` is that of the search, which the run's cost leaves out.
+    `distances` has one entry per verdict: 0 for a misclassified clean image, None if no image within the
+    largest radius fooled the model. `cost` is that of the search, which is not part of the run's cost.
     """
 
     radii: Sequence[Amount]
@@ -192,20 +192,20 @@ class Curve:
     cost: Cost
 
     def faults(self) -> Iterator[str]:
-        """Yield what cannot be."""
+        """Yield contradictions."""
         if len(self.radii) != len(self.robust_accuracy):
             yield f"has {len(self.robust_accuracy)} accuracies at {len(self.radii)} radii"
 
     @classmethod
     def of(cls, radii: Sequence[float], distances: Sequence[float | None], cost: Cost) -> Curve:
-        """Return the curve of these distances: an image stands at every radius below its own."""
+        """Return the curve of these distances: an image is robust at every radius below its own."""
         n = len(distances)
         rates = [Rate.of(sum(far is None or far > radius for far in distances), n) for radius in radii]
         return cls(radii, rates, distances, cost)
 
     @property
     def median(self) -> float | None:
-        """The median distance over the images that are right as they are; infinite beyond the largest radius."""
+        """The median distance of the correctly classified images; infinite beyond the largest radius."""
         right = [math.inf if far is None else far for far in self.distances if far != 0]
         return statistics.median(right) if right else None
 
@@ -214,8 +214,8 @@ class Curve:
 class Stop:
     """Why a run ended before it had all `images` of its data: its `reason` is `time-limit` or `width`.
 
-    The verdicts are then of images drawn at random, and the intervals hold whenever it was stopped. If time was up
-    in the first block, `unfinished` of its images have not met all attacks: they count as robust, and in the lower
+    The verdicts are then of random images, and the intervals are valid whenever it stopped. If the time was up in
+    the first block, `unfinished` of its images have not met all attacks: they count as robust, and in the lower
     ends of the intervals as fooled.
     """
 
@@ -226,11 +226,11 @@ class Stop:
 
 @dataclass(frozen=True)
 class Draws:
-    """A random model's robust accuracy three ways, each by fresh draws at the points that the attacks found.
+    """A random model's robust accuracy in three ways, each by new draws at the points that the attacks found.
 
-    `one` is by a single draw, `mean` the mean share of draws that are right, `majority` counts the images that
-    are right more often than not: the run's own. `gap` is how much higher the mean is than what an attack is
-    told that takes one wrong draw for a success.
+    `one` is by a single draw, `mean` the mean share of right draws, `majority` counts the images that are right in
+    more than half of the draws: the run's own. `gap` is the difference between the mean and what an attack sees
+    that counts one wrong draw as a success.
     """
 
     one: Rate
@@ -241,10 +241,10 @@ class Draws:
 
 @dataclass(frozen=True)
 class Audit:
-    """What full AutoAttack made of some survivors, drawn at random: the positions it `broke` of `audited`.
+    """Full AutoAttack on a random sample of robust images: the positions that it `broke` of `audited`.
 
-    `robust_accuracy` is what it would leave of all the run's images: survivors of both, with a 95 % interval
-    over both draws (`intervals.two_phase`). `cost` is its own, which the run's leaves out.
+    `robust_accuracy` estimates the share of all images that are robust to both, with a 95 % interval over both
+    samples (`intervals.two_phase`). `cost` is its own, which is not part of the run's cost.
     """
 
     audited: Sequence[Count]
@@ -254,7 +254,7 @@ class Audit:
 
     @classmethod
     def of(cls, audited: Sequence[int], broke: Sequence[int], robust: int, n: int, cost: Cost) -> Audit:
-        """Return the audit of a run that left `robust` of `n` images standing."""
+        """Return the audit of a run with `robust` robust images of `n`."""
         value = robust / n * (1 - len(broke) / len(audited)) if audited else 0.0
         low, high = two_phase_interval(robust, n, len(broke), len(audited))
         return cls(audited, broke, Rate(value, low, high, n), cost)
@@ -262,12 +262,12 @@ class Audit:
 
 @dataclass(frozen=True)
 class Strictness:
-    """What is left of doubt where a suite chose for each image which of its arms to give it.
+    """The remaining doubt of a suite that chose for each image which arms to run.
 
-    At most so many `images`, a share `bound` of the run's, would still fall to an arm that they have not met, with
-    a probability of 95 % by a model of what arms gain (docs/rapid.md); AutoAttack's attacks are among the arms of
-    `auto`. `allowed` is the share that was asked for. Of the `standing` images `in_full` have met every arm; where
-    all have, the bound is 0.
+    At most so many `images`, a share `bound` of the run's, would still be fooled by an arm that did not run on
+    them, with probability 95 % by a model of the arms' gains (docs/rapid.md); AutoAttack's attacks are among the
+    arms of `auto`. `allowed` is the share that was allowed. Of the `standing` (robust) images every arm ran on
+    `in_full`; if it did on all, the bound is 0.
     """
 
     images: Count

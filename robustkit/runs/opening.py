@@ -1,4 +1,4 @@
-"""A run folder opened for writing: by one process at a time, for one run; what stands there may be removed."""
+"""Opens a run folder for writing: one process at a time, for one run; may delete what is there."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from robustkit.runs.run_folder import Spec
 from robustkit.runs.training_record import CHECKPOINTS, CURVES, KEPT, METRICS, RECORD, WEIGHTS
 
 LOCK = ".lock"
-# The file by which a run of each verb is finished.
+# The file whose presence means that a run of each verb is finished.
 FINISHED = {
     "evaluate": run_folder.REPORT,
     "craft": run_folder.TRANSFER,
@@ -59,15 +59,15 @@ RUN = re.compile(r"(evaluate|craft)-[0-9a-f]{8}")
 def open_for_writing(
     path: Path, spec: Spec, *, overwrite: bool = False, say: Callable[[str], None] | None = None
 ) -> Iterator[bool]:
-    """Make or re-enter the folder of a run, alone.
+    """Create or reopen the folder of a run, locked against other processes.
 
-    A run with another spec gives way if no attack of it has judged an image, or no checkpoint was written.
+    A run with another spec is deleted if it has no verdict of an attack, or no checkpoint.
 
     Args:
         path: the folder.
         spec: of the run that is to be in it.
-        overwrite: remove the run that is in it, whichever and however far; files of others stay.
-        say: who is told that another run gives way.
+        overwrite: delete the run that is in it; other files stay.
+        say: receives the message that another run is deleted.
 
     Yields:
         Whether the folder can be written; it need not be if the run is finished.
@@ -99,13 +99,13 @@ def open_for_writing(
 
 
 def require_writable(path: Path | None, writable: bool, what: str) -> None:
-    """Refuse to begin what a folder that cannot be written has no room for."""
+    """Raise UsageError if a folder cannot be written."""
     if not writable:
         raise UsageError(f"{path} cannot be written, so {what} cannot be added; copy it to a folder that can be.")
 
 
 def clear(path: Path) -> None:
-    """Remove what robustkit has written into a folder of a run or of several; other files stay.
+    """Delete what robustkit has written into a folder of a run or of several; other files stay.
 
     Raises:
         UsageError: if the folder holds files, but no run.

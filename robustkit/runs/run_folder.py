@@ -1,4 +1,4 @@
-"""The files of a run folder: read as what they are, written whole or not at all."""
+"""Reads and writes the files of a run folder; a file is written whole or not at all."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from robustkit.runs.training_record import METRICS, RECORD, Epoch, Trained, Trai
 
 SPEC, LEDGER, REPORT, ADVERSARIAL = "spec.json", "ledger.sqlite", "report.json", "adversarial.npz"
 TRANSFER, MATRIX, DIVERSITY = "transfer.json", "matrix.json", "diversity.json"
-# Folders inside a run's, removed when it is done: of unfinished work, and of the run that audits its survivors.
+# Folders inside a run's, deleted when it is done: of unfinished work, and of the run that audits robust images.
 UNFINISHED, AUDIT = ".unfinished", ".audit"
 EXAMPLES, PAGE = "examples.npz", "report.html"
-# Their kinds of numbers, and shapes: M rows of fooled images, S of those that are shown.
+# Their kinds of numbers, and shapes: M fooled images, S shown ones.
 EXAMPLE_ARRAYS = {
     "index": ("i", "M"),
     "distance": ("f", "M"),
@@ -38,10 +38,10 @@ EXAMPLE_ARRAYS = {
     "classes": ("U", "K"),
 }
 ADVERSARIAL_ARRAYS = {"index": ("i", "M"), "x": ("f", "MCHW"), "y": ("i", "M")}
-# The file by which a run of each verb is known; that of an evaluation is its report.
+# The record that identifies a run of each verb; that of an evaluation is its report.
 RECORDS = {TRANSFER: "craft", MATRIX: "matrix", DIVERSITY: "diversity", RECORD: "train"}
 SEALED = (SPEC, LEDGER, ADVERSARIAL, EXAMPLES)
-# The ledger of a craft run grows with every forecast or budget asked for; it checks itself when it is opened.
+# The ledger of a craft run grows with each forecast or budget; its own hashes are checked when it is opened.
 CRAFT_SEALED = (SPEC, ADVERSARIAL)
 Spec = RunSpec | CraftSpec | TrainSpec | DiversitySpec
 SPECS = {"evaluate": RunSpec, "craft": CraftSpec, "train": TrainSpec, "diversity": DiversitySpec}
@@ -76,7 +76,7 @@ def is_craft(path: Path) -> bool:
 
 
 def kind(path: Path) -> str:
-    """Return the verb whose record a folder holds; of a training that goes on `train`, else `evaluate`."""
+    """Return the verb whose record a folder holds; `train` for an unfinished training, else `evaluate`."""
     for name, verb in RECORDS.items():
         if (path / name).is_file():
             return verb
@@ -85,7 +85,7 @@ def kind(path: Path) -> str:
 
 
 def read_report(path: Path, *, forged: bool = False) -> Report:
-    """Return the report of a finished run, one that contradicts itself only if it may be `forged`.
+    """Return the report of a finished run; `forged` accepts one that contradicts itself.
 
     Raises:
         UsageError: the folder holds none, or it is damaged.
@@ -133,14 +133,14 @@ def broken_seals(path: Path, report: Report | Craft) -> list[str]:
     return found
 
 
-def refuse_broken(path: Path, record: Craft) -> None:
+def check_seals(path: Path, record: Craft) -> None:
     """Raise UsageError if a file is not the one that the record of a craft run names."""
     if broken := broken_seals(path, record):
         raise UsageError(f"{broken[0]} Restore it, or craft anew in another folder.")
 
 
 def write_report(path: Path, report: Report) -> None:
-    """Write report.json, by which the run is finished."""
+    """Write report.json, whose presence means that the run is finished."""
     with replacing(path / REPORT) as file:
         for piece in report.text():
             file.write(piece.encode())

@@ -1,4 +1,4 @@
-"""What a training run is and what it made: spec.json and model.json. Imports no torch."""
+"""Spec and record of a training run: spec.json and model.json. Imports no torch."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from robustkit.core.flags import Flag
 from robustkit.core.schema import FORMAT, Amount, As, Count, Keys, OneOf, Positive, Share, build, check_format
 from robustkit.runs.evaluation_record import Data, Environment, Format, Model, Named, Spec
 
-# A run's record, by which it is finished, a line for each epoch, and the weights of a run without a posterior.
+# A run's record, present once it is finished; a line per epoch; the weights of a run without posterior.
 RECORD, METRICS, WEIGHTS = "model.json", "metrics.jsonl", "model.safetensors"
 # The state of an unfinished run, and the one before it, in case the newest is damaged.
 CHECKPOINTS = ("checkpoint.pt", "checkpoint.previous.pt")
-# Folders in a run's: states that wait for the method that makes its samples of them, curves for TensorBoard.
+# Folders in a run's: training states from which the method makes samples, curves for TensorBoard.
 KEPT, CURVES = "kept", "tensorboard"
 
 # Facts of an epoch, of a posterior sample, and of an accuracy (see `Trained`).
@@ -135,6 +135,6 @@ class Trained:
 
     @classmethod
     def from_json(cls, body: Any, name: str = "this record") -> Trained:
-        """Return the record of a parsed model.json; UsageError if it is none, or says what cannot be."""
+        """Return the record of a parsed model.json; UsageError if it is invalid."""
         check_format(body, name)
         return build(cls, body, name)

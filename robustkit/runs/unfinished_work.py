@@ -1,7 +1,7 @@
-"""Records of unfinished work in a run folder: one file for each piece of work, deleted when that piece is done.
+"""Records of unfinished work in a run folder: one file per task, deleted when the task is done.
 
-A record is plain values and tensors; nothing in it is executed when it is read. Each has its length and sha256
-before it: a record that was cut off by a kill, or changed, ends the file, and what came after it is done again.
+A record is plain values and tensors; nothing in it is executed when it is read. Its length and sha256 are stored
+before it: a record that was cut off by a kill, or changed, ends the file, and later work is repeated.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from robustkit.core.writing import not_written, refuse_link, replacing, subfolde
 
 Record = Mapping[str, Any]
 
-# The most bytes of one piece of work, and the most of what the disk has left.
+# The most bytes of one task, and the largest share of the free disk space.
 MAX_BYTES, MAX_DISK_SHARE = 4 << 30, 0.25
 
 
@@ -37,24 +37,24 @@ def decoded(body: bytes) -> dict[str, Any]:
 
 
 class Store:
-    """Records by the name of the work that they belong to; without a folder nothing is kept."""
+    """Records by the name of their task; without a folder nothing is kept."""
 
     def __init__(self, folder: Path | None, run_id: str = "") -> None:
-        """Keep those of this run in this folder, which is made when the first comes."""
+        """Keep the records of this run in this folder, created at the first one."""
         self.folder, self.run_id = folder, run_id
 
     @property
     def keeps(self) -> bool:
-        """Whether anything is kept."""
+        """Whether records are kept."""
         return self.folder is not None
 
     def here(self) -> Store:
-        """Return it as another process has it: one that keeps nothing where its folder cannot be reached."""
+        """Return the store for use in this process: one that keeps nothing if the folder does not exist here."""
         reached = self.folder is not None and self.folder.parent.is_dir()
         return self if reached else Store(None, self.run_id)
 
     def state(self, name: str) -> Record | None:
-        """Return the state that a piece of work was last begun from; None if there is none."""
+        """Return the state that a task last started from; None if it has none."""
         for body in self.read(name):
             record = decoded(body)
             state: Record | None = record["state"] if record["kind"] == "begin" else None
@@ -62,7 +62,7 @@ class Store:
         return None
 
     def names(self, prefix: str) -> list[str]:
-        """Return the names of work with records that begin so."""
+        """Return the names of tasks that start with the prefix."""
         if self.folder is None or not self.folder.is_dir():
             return []
         own = f"{self.run_id}."
@@ -70,7 +70,7 @@ class Store:
         return sorted(name for name in names if name.startswith(prefix))
 
     def read(self, name: str) -> Iterator[bytes]:
-        """Yield the records of a piece of work, up to the first that is damaged."""
+        """Yield the records of a task, up to the first damaged one."""
         if self.folder is None:
             return
         place = self._place(name)
@@ -84,7 +84,7 @@ class Store:
                 yield body
 
     def append(self, name: str, *bodies: bytes) -> None:
-        """Add records to a piece of work."""
+        """Append records to a task."""
         if self.folder is None or not bodies:
             return
         subfolder(self.folder.parent, self.folder.name)
@@ -98,7 +98,7 @@ class Store:
             raise not_written(place, error) from error
 
     def replace(self, name: str, *bodies: bytes) -> None:
-        """Have these records of a piece of work and no others; without any it is forgotten."""
+        """Replace the records of a task by these; without any the file is deleted."""
         if self.folder is None:
             return
         place = self._place(name)
@@ -115,13 +115,13 @@ class Store:
         return self.folder / f"{self.run_id}.{name}"
 
     def capacity(self) -> float:
-        """Return how many bytes a piece of work may have."""
+        """Return how many bytes a task may have."""
         if self.folder is None:
             return 0
         return min(MAX_BYTES, MAX_DISK_SHARE * shutil.disk_usage(self.folder.parent).free)
 
     def clear(self) -> None:
-        """Forget everything: the run is finished."""
+        """Delete all records: the run is finished."""
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
 

@@ -1,4 +1,4 @@
-"""Which versions made which part of a run that was resumed."""
+"""The versions that made each part of a resumed run."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ NOTE = "parts"
 
 
 def continued(parts: Sequence[Mapping[str, Any]], place: str) -> list[dict[str, Any]]:
-    """Return the parts of a run that this process goes on with.
+    """Return the parts of a run, this process's part included.
 
     Args:
-        parts: of those who made it so far: the place that each began `from`, and its versions.
-        place: where this one begins, such as `step 30`.
+        parts: so far: where each started (`from`), and its versions.
+        place: where this one starts, such as `step 30`.
     """
     here = versions()
     own = {name: here[name] for name in MAKERS}
@@ -29,7 +29,7 @@ def continued(parts: Sequence[Mapping[str, Any]], place: str) -> list[dict[str, 
 
 
 def noted(ledger: Ledger) -> list[dict[str, Any]]:
-    """Return the same for a run with a ledger, which keeps it."""
+    """Return the parts of a run with a ledger, which stores them."""
     parts = continued(json.loads(ledger.read_note(NOTE) or "[]"), f"chunk {ledger.count()}")
     ledger.write_note(NOTE, json.dumps(parts))
     return parts

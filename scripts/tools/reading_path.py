@@ -18,6 +18,7 @@ import argparse
 import ast
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -98,7 +99,11 @@ def train() -> Callable[[], object]:
     """Return the training, of the data by its name."""
     import robustkit
 
-    return lambda: robustkit.train("dverge", data="digits:train", epochs=2, device="cpu")
+    def command() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            robustkit.train("dverge", data="digits:train", epochs=2, device="cpu", out=f"{folder}/run")
+
+    return command
 
 
 def sizes(root: Path) -> str:

@@ -29,7 +29,7 @@ def transfer(flags: TransferFlags) -> int:
     refuse_lists("--target", flags.target)
     record = run_folder.read_craft(flags.folder)
     if flags.target:
-        run_folder.refuse_broken(flags.folder, record)
+        run_folder.check_seals(flags.folder, record)
         device = pick_device(flags.device)
         samples = _crafted_data(flags, record)
         nets = gather(
