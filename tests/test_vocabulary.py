@@ -15,7 +15,7 @@ EVERYWHERE = """
 Apart BatchWise Bench Deck Dice Doubts Flight Foreman Hire Jury Lane Meter NEAR Outlook PATIENCE Panel
 Passengers Peers Pilot Redrawn Rung Scout Scribe Sitting Tally Way Workforce Workshop abroad boarded bureau
 by_others company deepen deepened flights flown fly flying foreman gauges hiring jury landed landing last_resort
-lattice lookout mending mends meter noughts passengers props/img redraw redrawn rungs scout scribe
+lattice lookout mending mends meter noughts passengers pilot props/img redraw redrawn rungs scout scribe
 second_opinion stand_ins strays swapped tally usual_model withstand workforce workshop
 """.split()
 # Retired as names of functions, classes, methods and attributes only.
