@@ -47,7 +47,7 @@ class CSGLD(PosteriorMethod):
         return Size(epochs=(50 if samples > 5000 else 16) * self.cycles, batch_size=64, lr=0.5)
 
     def check_plan(self, plan: Plan) -> None:
-        """Refuse cycles that are not whole epochs, or too short for their samples."""
+        """Raise UsageError for cycles that are not whole epochs, or too short for their samples."""
         PosteriorMethod.check_plan(self, plan)
         name = self.info.name
         if plan.epochs % self.cycles:

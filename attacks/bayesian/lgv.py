@@ -27,7 +27,7 @@ class Collecting(PosteriorMethod):
     weight_decay: NonNegative
 
     def check_plan(self, plan: Plan) -> None:
-        """Refuse a run shorter than what is collected."""
+        """Raise UsageError for fewer epochs than are collected."""
         PosteriorMethod.check_plan(self, plan)
         name = self.info.name
         if self.collect_epochs > plan.epochs:
@@ -73,7 +73,7 @@ class LGV(Collecting):
         return Size(epochs=40 + self.collect_epochs, batch_size=batch_size, lr=0.05)
 
     def check_plan(self, plan: Plan) -> None:
-        """Refuse a run shorter than what is collected, or epochs with fewer steps than snapshots."""
+        """Raise UsageError for fewer epochs than are collected, or fewer steps in an epoch than snapshots."""
         Collecting.check_plan(self, plan)
         check_count(self.info.name, "snapshots_per_epoch", self.snapshots_per_epoch, plan.steps_per_epoch)
 

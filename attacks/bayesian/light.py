@@ -1,8 +1,8 @@
-"""How a posterior's samples are asked (Gubri et al., UAI 2022, arXiv:2011.05074): some at a time, or all.
+"""How a posterior's samples are used (Gubri et al., UAI 2022, arXiv:2011.05074): some at a time, or all.
 
 Without this technique a gradient is that of one sample of each posterior, the next one every time. The authors'
 code goes through the samples in an order shuffled once for all images, as this does; theirs averages logits, and
-here `combine` says what is averaged. Surrogates that are one net stay as they are.
+here `combine` sets what is averaged. Surrogates that are one net stay as they are.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from robustkit.registry.ranges import Count
 class Light(Technique):
     """Lets every gradient be that of `samples` fresh samples of each posterior, each a member of the ensemble.
 
-    The attack's loops over members go through them, too. `order` is `shuffled` or `listed`; `fresh` says when the
-    next samples come: for each `gradient`, or once in a `step`, whatever is asked in it.
+    The attack's loops over members go through them, too. `order` is `shuffled` or `listed`; `fresh` sets when the
+    next samples come: for each `gradient`, or once in a `step`.
     """
 
     samples: Count = 1
@@ -31,7 +31,7 @@ class Light(Technique):
     fresh: str = "gradient"
 
     def __post_init__(self) -> None:
-        """Refuse unknown words."""
+        """Raise UsageError for unknown words."""
         check_word("order", self.order, ORDERS)
         check_word("fresh", self.fresh, FRESH)
 

@@ -36,7 +36,7 @@ class SGLD(PosteriorMethod):
         return Size(epochs=250 if samples > 5000 else 80, batch_size=64, lr=0.5)
 
     def check_plan(self, plan: Plan) -> None:
-        """Refuse fields that make no chain, and more snapshots than steps."""
+        """Raise UsageError for invalid fields, and for more snapshots than steps."""
         PosteriorMethod.check_plan(self, plan)
         name = self.info.name
         check_count(name, "snapshots", self.snapshots, plan.steps - self._burnt(plan))

@@ -1,6 +1,6 @@
 """The common weakness attack (Chen et al. 2024, arXiv:2303.09105), MI-CWA: a step back, then `mi-cse`'s loop.
 
-Written after the paper's Algorithm 1 (`compat=paper`) and the authors' code (`compat=official`,
+Follows the paper's Algorithm 1 (`compat=paper`) and the authors' code (`compat=official`,
 huanranchen/AdversarialAttacks at cc24144), which sums logits in the step back, normalises the outer step (see
 `mi-cse`) and has five times the paper's beta. That code moves the caller's images; this does not. Its steps are
 fixed in pixels, for 16/255; here they are fractions of eps in both forms. Its SSA-CWA leaves the step back out,
@@ -32,13 +32,13 @@ class CWA(MICSE):
     reverse: NonNegative = 1 / 15
 
     @property
-    def usual_beta(self) -> float:
+    def default_beta(self) -> float:
         """What `beta` is if none is given."""
         return 10.27 if self.official else 2.05
 
     @property
     def cost(self) -> int:
-        """Gradients of all members that a step asks for, that of the step back included."""
+        """Gradients of all members that a step costs, that of the step back included."""
         return super(CWA, self).cost + bool(self.reverse)
 
     def start(

@@ -1,6 +1,6 @@
 """Cosine similarity encourager with momentum, the other half of the common weakness attack (arXiv:2303.09105).
 
-Written after the paper's section 3.4 and Algorithm 1 (`compat=paper`) and the authors' code (`compat=official`,
+Follows the paper's section 3.4 and Algorithm 1 (`compat=paper`) and the authors' code (`compat=official`,
 huanranchen/AdversarialAttacks at cc24144), which divides what the inner loop gained by its L1 norm. Their norm
 is that of the whole batch, NaN if one image has no gradient; here each image has its own, and rests at zero.
 """
@@ -39,7 +39,7 @@ class MICSE:
     gradient; none means 2.05, which is the paper's 50 at 16/255 and 224 pixels. `beta_raw` is it in pixel
     units. `raw` goes along the gradients as long as they are. `inner_momentum` is kept for the whole run.
     `order` of the members: `fixed` as listed, `random` anew in each step (the same for all images, so that a
-    member is asked once), `antithetic` there and back, averaged, for twice the gradients. `step_size` is
+    member is used once), `antithetic` there and back, averaged, for twice the gradients. `step_size` is
     `0.2eps` or `2/255px` (none: 2 eps / steps). `update=plain` takes the outer step without sign or norm, and
     `step_size`, which then has no unit, is the share taken of it (none: 1). `update=adam` takes it as Adam does,
     in the place of `momentum` and sign, of `step_size` (as published: `0.001px`, the official default) with
@@ -59,7 +59,7 @@ class MICSE:
     compat: str = "paper"
 
     def __post_init__(self) -> None:
-        """Refuse unknown words and two betas before anything runs."""
+        """Raise UsageError for unknown words and for two betas."""
         losses.loss(self.loss)
         check_word("order", self.order, ORDERS)
         check_word("update", self.update, UPDATES)
@@ -81,20 +81,20 @@ class MICSE:
         return self.compat == "official"
 
     @property
-    def usual_beta(self) -> float:
+    def default_beta(self) -> float:
         """What `beta` is if none is given."""
         return 2.05
 
     @property
     def cost(self) -> int:
-        """Gradients of all members that a step asks for."""
+        """Gradients of all members that a step costs."""
         return 2 if self.order == "antithetic" else 1
 
     def small_step(self, rows: Rows) -> float:
         """Return the length of an inner step in pixel units: in linf a fraction of the ball's half diagonal."""
         if self.beta_raw is not None:
             return self.beta_raw
-        beta = self.usual_beta if self.beta is None else self.beta
+        beta = self.default_beta if self.beta is None else self.beta
         corner = math.sqrt(math.prod(rows.x.shape[1:])) if rows.threat.norm == "linf" else 1.0
         return beta * float(rows.threat.eps) * corner
 
@@ -118,7 +118,7 @@ class MICSE:
         return _InnerLoop(oracle, self)
 
     def init(self, rows: Rows) -> State:
-        """Return the clean images, at rest."""
+        """Return the clean images, with velocity zero."""
         state = {"x": rows.x, "velocity": torch.zeros_like(rows.x)}
         if self.update == "adam":
             state |= {"square": torch.zeros_like(rows.x), "taken": rows.x.new_zeros(len(rows.x))}
@@ -177,16 +177,16 @@ class _InnerLoop(OracleWrapper):
         shares = self.surrogates.shares(chosen, weights, x)
         paces = dict(zip(chosen, shares / shares.mean(0), strict=True))
         start = rule.start(self.inner, rows, x, members, weights)
-        length, asked = rule.small_step(rows), 0
+        length, queries = rule.small_step(rows), 0
         ends = []
-        for way, order in enumerate(rule.orders(rows, chosen)):
-            point, velocity = start, self.velocities.get(way, torch.zeros_like(x))
+        for walk, order in enumerate(rule.orders(rows, chosen)):
+            point, velocity = start, self.velocities.get(walk, torch.zeros_like(x))
             for member in order:
-                gradient = self.inner.gradient(split_rng(rows, "cse", asked), point, [member])
+                gradient = self.inner.gradient(split_rng(rows, "cse", queries), point, [member])
                 along = gradient if rule.raw else unit(gradient)
                 velocity = rule.inner_momentum * velocity + per_row(paces[member], x) * along
                 point = rows.threat.retract(point + length * velocity, rows.x)
-                asked += 1
-            self.velocities[way] = velocity
+                queries += 1
+            self.velocities[walk] = velocity
             ends.append(point - x)
         return sum(ends[1:], ends[0]) / len(ends)

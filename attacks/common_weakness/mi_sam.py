@@ -1,6 +1,6 @@
 """Momentum on sharpness-aware steps, one half of the common weakness attack (Chen et al. 2024, arXiv:2303.09105).
 
-Written after the paper's section 3.3 (`compat=paper`) and the authors' code (`compat=official`,
+Follows the paper's section 3.3 (`compat=paper`) and the authors' code (`compat=official`,
 huanranchen/AdversarialAttacks at cc24144), which differs: logits are summed and not averaged, the gradient is
 that at the image plus that after the step back, the step back is not clipped and left out of targeted attacks,
 and the update is that of `mi-fgsm`. Their code shares one L1 norm among the batch; here each image has its own.
@@ -47,7 +47,7 @@ class MISAM:
     compat: str = "paper"
 
     def __post_init__(self) -> None:
-        """Refuse unknown words before anything runs."""
+        """Raise UsageError for unknown words."""
         losses.loss(self.loss)
         check_word("compat", self.compat, COMPAT)
 
@@ -67,7 +67,7 @@ class MISAM:
 
     @property
     def cost(self) -> int:
-        """Gradients that a step asks for."""
+        """Gradients that a step costs."""
         return 2
 
     def wrap(self, oracle: Oracle) -> Oracle:
@@ -75,7 +75,7 @@ class MISAM:
         return _Sharpness(oracle, self)
 
     def init(self, rows: Rows) -> State:
-        """Return the clean images, at rest."""
+        """Return the clean images, with velocity zero."""
         return {"x": rows.x, "velocity": torch.zeros_like(rows.x)}
 
     def step(self, rows: Rows, state: State, answer: Answer) -> State:

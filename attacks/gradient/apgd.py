@@ -37,7 +37,7 @@ class _APGD(RowWise):
     doubt: NonNegative | None = None
 
     def __post_init__(self) -> None:
-        """Refuse an unknown loss before anything runs."""
+        """Raise UsageError for an unknown loss."""
         losses.loss(self.loss)
 
     def loop_options(self, norm: str) -> LoopOptions:
@@ -51,7 +51,7 @@ class _APGD(RowWise):
         )
 
     def init(self, rows: Rows) -> State:
-        """Return the starting points; what else they set is set when their answers are there."""
+        """Return the starting points; the other values are set after the first query."""
         factor, _ = _stages(self.steps, rows.threat.norm, self.large_start)[0]
         zero = torch.zeros(len(rows.x), dtype=torch.float64, device=rows.x.device)
         return {
@@ -123,7 +123,7 @@ def _stages(steps: int, norm: str, large_start: bool | None) -> list[tuple[int, 
 
 @functools.cache
 def _plan(steps: int, norm: str, large_start: bool | None) -> tuple[tuple[int, bool, int, int], ...]:
-    """Return what to do with each answer: (radius in eps, begins its stage, window, next stage's radius).
+    """Return for each query (radius in eps, begins its stage, window, next stage's radius).
 
     The window is the number of steps since the last review of the step size where one is due, else 0; the
     next radius is 0 but at the end of a stage that another follows.
@@ -161,7 +161,7 @@ def _start(rows: Rows, radius: float) -> Images:
 
 
 def _record(state: State, answer: Answer, first: Mask, size: PerRow) -> State:
-    """Take down an answer: the best point so far and the count of rises; begin anew where a stage does."""
+    """Update the best point so far and the count of rises; reset them where a stage begins."""
     loss = answer.loss.double()
     better = first | (loss > state["best_loss"])
     return {
@@ -178,7 +178,7 @@ def _record(state: State, answer: Answer, first: Mask, size: PerRow) -> State:
 
 
 def _step(rows: Rows, state: State, answer: Answer, first: Mask, window: PerRow, rho: float) -> State:
-    """Halve step sizes that do not earn their keep, going back to the best point; then step with momentum."""
+    """Halve step sizes where the loss rises too seldom, and go back to the best point; then step with momentum."""
     x, threat, due = rows.x, rows.threat, window > 0
     stuck = ~state["halved"] & (state["reviewed_loss"] >= state["best_loss"])
     halve = due & (stuck | (state["rises"] <= rho * window))
@@ -203,7 +203,7 @@ def _step(rows: Rows, state: State, answer: Answer, first: Mask, window: PerRow,
 def _step_l1(
     rows: Rows, state: State, answer: Answer, due: Mask, renew: Mask, radius: PerRow, following: PerRow
 ) -> State:
-    """Step along the largest gradients, as many as the best point's sparsity tells, or go to the next stage.
+    """Step along the largest gradients, as many as the best point's sparsity sets, or go to the next stage.
 
     Where the best point has become sparser the step size is reset and the search goes back to it, else the
     step size shrinks.

@@ -21,7 +21,7 @@ class DDN(RowWise):
 
     `radius` is the first sphere's, in pixel units; `gamma` the share by which it changes at each step.
     Departures from the paper: images are not rounded to 256 levels; a point whose gradient is zero goes in a
-    random direction, as in foolbox, where the paper says nothing.
+    random direction, as in foolbox; the paper does not say.
     """
 
     steps: Count = 100
@@ -31,7 +31,7 @@ class DDN(RowWise):
     gamma: ShareBelowOne = 0.05
 
     def __post_init__(self) -> None:
-        """Refuse an unknown loss before anything runs."""
+        """Raise UsageError for an unknown loss."""
         losses.loss(self.loss)
 
     def loop_options(self, norm: str) -> LoopOptions:

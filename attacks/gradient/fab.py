@@ -1,9 +1,9 @@
 """Fast adaptive boundary attack (Croce & Hein 2020, arXiv:1907.02044).
 
 Departures from the authors' code: a row stops at its first point within eps; gradients are taken with respect
-to the input alone; a point that was asked for once is not asked again when the next step begins there; success
-is looked for at every point asked for; random starts are drawn for each row of its own; a goal may have a target,
-which the authors' attack does not take; a step overshoots by eta within the box, too.
+to the input alone; a point is not queried again when the next step begins there; success is checked at every
+query point; random starts are drawn for each row by itself; a goal may have a target, which the authors' attack
+does not take; a step overshoots by eta within the box, too.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class _FAB(RowWise):
 
         Where the goal itself has a target, passing the label is not enough: then it is the target's logit less the
         largest other one. Its gradient is that to a mean of the classes in the way, since past one of two equal
-        classes the target may be farther behind the other.
+        classes the target may be farther below the other.
         """
         labels = rows.aim.labels[:, None]
         if rows.goal.targets is not None:
@@ -77,9 +77,9 @@ class _FAB(RowWise):
     def step(self, rows: Rows, state: State, answer: Answer) -> State:
         """Step to the nearest linearised boundary, or back towards the clean image from beyond the real one.
 
-        After a step a row asks whether it has crossed (`probing`). If it has, it goes back and asks for the
-        gradient there; if not, it needs the gradient where it is. So a row asks for a gradient with its probe
-        where its last one had not crossed.
+        After a step a row checks whether it has crossed the boundary (`probing`). If it has, it goes back and
+        queries the gradient there; if not, it needs the gradient where it is. So a probe needs a gradient where
+        the last one had not crossed.
         """
         x = rows.x
         crossed = rows.goal.reached(answer.logits)

@@ -35,7 +35,7 @@ class FMN(RowWise):
     gamma: ShareBelowOne = 0.05
 
     def __post_init__(self) -> None:
-        """Refuse a step size that is a share of eps, which is a length in another norm."""
+        """Raise UsageError for a step size in shares of eps, which is a length in another norm."""
         if self.step_size.unit != "px":
             raise UsageError(
                 f"fmn: step_size={self.step_size} is an l2 length and no share of eps; write it in pixel units, "
@@ -61,7 +61,7 @@ class FMN(RowWise):
         return {"x": x, "radius": far, "nearest": far, "clock": torch.zeros_like(far, dtype=torch.int64)}
 
     def step(self, rows: Rows, state: State, answer: Answer) -> State:
-        """Return the radius that the answer suggests, and a gradient step within it."""
+        """Return the next radius by the linearised boundary, and a gradient step within it."""
         x, gradient = rows.x, answer.gradient
         share = (1 + torch.cos(math.pi * state["clock"].double() / self.steps)) / 2
         gamma = 0.001 + (self.gamma - 0.001) * share

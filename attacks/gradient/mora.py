@@ -37,7 +37,7 @@ class _MORA(RowWise):
     combine: str = "probabilities"
 
     def __post_init__(self) -> None:
-        """Refuse an unknown way of combining."""
+        """Raise UsageError for an unknown combination."""
         if self.combine not in SHARPNESS:
             raise did_you_mean("combine", self.combine, tuple(SHARPNESS))
 

@@ -23,7 +23,7 @@ from robustkit.core.threat import per_row
 from robustkit.registry import attack
 from robustkit.registry.ranges import Count, CountOrZero
 
-# How far a sum may grow, in linf and in times eps, before it is scaled back: what is beyond eps is cut off.
+# How far a sum may grow, in linf and in multiples of eps, before it is scaled back; what is beyond eps is cut off.
 REACH = 3.0
 
 
@@ -43,7 +43,7 @@ class MultiResPrior(RowWise):
     loss: str = "ce"
 
     def __post_init__(self) -> None:
-        """Refuse an unknown loss, or resolutions of which none is left."""
+        """Raise UsageError for an unknown loss, or if no resolution is left."""
         losses.loss(self.loss)
         if not 0 <= self.skip < self.scales:
             raise UsageError(
@@ -52,7 +52,7 @@ class MultiResPrior(RowWise):
             )
 
     def init(self, rows: Rows) -> State:
-        """Return the clean images, and sums of nothing."""
+        """Return the clean images, and sums of zero."""
         return {"x": rows.x, "sum": rows.x.new_zeros(rows.x.shape)}
 
     def step(self, rows: Rows, state: State, answer: Answer) -> State:
@@ -61,8 +61,10 @@ class MultiResPrior(RowWise):
         # Scaled first, so that tiny gradients do not underflow when squared.
         largest = answer.gradient.abs().flatten(1).amax(1)
         unit = answer.gradient / per_row(largest.where(largest > 0, 1), answer.gradient)
-        way = sum((coarse(unit, 2**scale) for scale in range(self.skip, self.scales)), start=unit.new_zeros(()))
-        whole = state["sum"] + self.step_size.length(eps) * way / _size(way, rows.threat.norm)
+        direction = sum(
+            (coarse(unit, 2**scale) for scale in range(self.skip, self.scales)), start=unit.new_zeros(())
+        )
+        whole = state["sum"] + self.step_size.length(eps) * direction / _size(direction, rows.threat.norm)
         if rows.threat.norm == "linf":
             length = whole.abs().flatten(1).amax(1) / REACH
         else:
@@ -80,8 +82,8 @@ def coarse(images: Images, factor: int) -> Images:
     return F.interpolate(small, images.shape[2:], mode="bicubic", align_corners=False)
 
 
-def _size(way: Tensor, norm: str) -> Tensor:
+def _size(direction: Tensor, norm: str) -> Tensor:
     """Return the mean size of each row's coordinates, in l2 its length; 1 where it is zero."""
-    flat = way.flatten(1)
+    flat = direction.flatten(1)
     size = flat.abs().mean(1) if norm == "linf" else flat.norm(dim=1)
-    return per_row(size.where(size > 0, 1), way)
+    return per_row(size.where(size > 0, 1), direction)

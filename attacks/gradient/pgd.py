@@ -33,7 +33,7 @@ class PGD(RowWise):
     density: Share = 0.01
 
     def __post_init__(self) -> None:
-        """Refuse an unknown loss before anything runs."""
+        """Raise UsageError for an unknown loss."""
         losses.loss(self.loss)
 
     def init(self, rows: Rows) -> State:

@@ -1,4 +1,4 @@
-"""Targets raced against each other: a few steps at each, then more at those that came nearest.
+"""Chooses among targets by short runs: a few steps at each, then more at those that came nearest.
 
 Multi-targeted ascent (Gowal et al. 2019, arXiv:1910.09338) of the plain logit margin (minimum-margin attack, Gao
 et al. 2022, arXiv:2206.07314), with the steps of one sample given to its own most promising targets. Departures
@@ -70,13 +70,13 @@ class Race(RowWise):
         }
 
     def objective(self, rows: Rows, state: State, logits: Logits) -> Tensor:
-        """Return the margin of the target in turn, at first the likeliest."""
+        """Return the margin of the present target, at first the likeliest one."""
         target = state["target"]
         target = torch.where(target < 0, _ranked(rows, logits, 1)[:, 0], target)
         return losses.margin(logits, rows.goal.labels, target)
 
     def step(self, rows: Rows, state: State, answer: Answer) -> State:
-        """Note how near the target in turn came; step on, or begin the next run, or leave."""
+        """Record the present target's margin; then step, begin the next run, or end."""
         x, clock = rows.x, state["clock"]
         ranked = _ranked(rows, answer.logits, self.targets)
         count = ranked.shape[1]
@@ -94,16 +94,16 @@ class Race(RowWise):
         order = torch.where(turn[:, None], scores.argsort(dim=1, descending=True, stable=True), _columns(scores))
         ranked, scores = ranked.gather(1, order), scores.gather(1, order)
         best = scores.amax(1)
-        way = -best / (best - clean).clamp(min=1e-12)
+        remaining = -best / (best - clean).clamp(min=1e-12)
         size = per_row((now.size * rows.threat.radius).to(x.dtype), x)
         stepped = rows.threat.retract(state["x"] + size * rows.threat.ascent(answer.gradient), x)
         new = per_row(torch.where(now.opens > 0, 1.0, MOMENTUM).to(x.dtype), x)
         moved = state["x"] + new * (stepped - state["x"]) + (1 - new) * (state["x"] - state["before"])
         random = following.random > 0
-        # On a CPU a look is free and a start is not; on a GPU it is the other way round.
+        # On a CPU reading a mask is free and a random start is not; on a GPU it is the other way round.
         idle = x.device.type == "cpu" and not random.any()
         start = x if idle else torch.where(per_row(random, x), rows.threat.random_start(x, rows.rng), x)
-        last = (turn & (way > following.gate)) | (clock + 1 >= len(plan) - 1)
+        last = (turn & (remaining > following.gate)) | (clock + 1 >= len(plan) - 1)
         return {
             "x": torch.where(per_row(following.opens > 0, x), start, rows.threat.retract(moved, x)),
             "before": state["x"],

@@ -41,7 +41,7 @@ class _ShrinkingPGD(RowWise):
     start: str = "clean"
 
     def __post_init__(self) -> None:
-        """Refuse an unknown start before anything runs."""
+        """Raise UsageError for an unknown start."""
         if self.start not in STARTS:
             raise did_you_mean("start", self.start, STARTS)
 
@@ -70,7 +70,7 @@ class _ShrinkingPGD(RowWise):
         return {"x": point, "radius": nearest * (1 - self.gamma), "nearest": nearest, "clock": clock}
 
     def step(self, rows: Rows, state: State, answer: Answer) -> State:
-        """Adapt the radius to the answer, and take a gradient step inside it."""
+        """Adapt the radius, and take a gradient step inside it."""
         x, threat, gradient = rows.x, rows.threat, answer.gradient
         share = (1 + torch.cos(math.pi * state["clock"].double() / self.steps)) / 2
         gamma = LAST_GAMMA + (self.gamma - LAST_GAMMA) * share

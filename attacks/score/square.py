@@ -76,7 +76,7 @@ class Square(RowWise):
         }
 
     def step(self, rows: Rows, state: State, answer: Answer) -> State:
-        """Keep the point asked for if it is better, and propose the best with a patch changed."""
+        """Keep the query point if it is better, and propose the best point with a patch changed."""
         x, score = rows.x, answer.loss.double()
         better = score > state["score"]
         best = torch.where(per_row(better, x), state["x"], state["best"])

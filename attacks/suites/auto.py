@@ -1,4 +1,4 @@
-"""What is done when nobody says how: the attack of `robustkit craft`, the suite of `robustkit evaluate`.
+"""The defaults: the attack of `robustkit craft` and the suite of `robustkit evaluate`.
 
 The attack was chosen on 192 CIFAR-10 test images from the thousandth on, within 80 gradients of four surrogates,
 one of them adversarially trained: see docs/transfer.md.
@@ -18,5 +18,5 @@ def auto() -> str:
 
 @suite("auto")
 def suited(norm: str) -> list[str]:
-    """`rapid`, and all of `adaptive` where a check or a view of the model says that its number is in doubt."""
+    """`rapid`, and all of `adaptive` where a check or a view of the model makes its number unreliable."""
     return [*find("suite", "rapid")(norm), *(f"{text}?" for text in adaptive.entries(norm))]

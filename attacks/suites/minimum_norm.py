@@ -1,4 +1,4 @@
-"""The suite for minimum norms: what `auto` stands for where a threat asks for the nearest point of all."""
+"""The suite for minimum norms: what `auto` means where the threat is minimal."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ class IFGSM(RowWise):
     loss: str = "ce"
 
     def __post_init__(self) -> None:
-        """Refuse an unknown loss before anything runs."""
+        """Raise UsageError for an unknown loss."""
         losses.loss(self.loss)
 
     def init(self, rows: Rows) -> State:

@@ -29,11 +29,11 @@ class MIFGSM(RowWise):
     loss: str = "ce"
 
     def __post_init__(self) -> None:
-        """Refuse an unknown loss before anything runs."""
+        """Raise UsageError for an unknown loss."""
         losses.loss(self.loss)
 
     def init(self, rows: Rows) -> State:
-        """Return the clean images, at rest."""
+        """Return the clean images, with velocity zero."""
         return {"x": rows.x, "velocity": torch.zeros_like(rows.x)}
 
     def step(self, rows: Rows, state: State, answer: Answer) -> State:

@@ -33,7 +33,7 @@ class NIFGSM:
     loss: str = "ce"
 
     def __post_init__(self) -> None:
-        """Refuse an unknown loss before anything runs."""
+        """Raise UsageError for an unknown loss."""
         losses.loss(self.loss)
 
     def __call__(self, model: Model, x: Images, goal: Goal, threat: ThreatModel, *, rng: RowRng) -> Images:
@@ -41,7 +41,7 @@ class NIFGSM:
         return ascend(self, model, x, goal, threat, rng)
 
     def init(self, rows: Rows) -> State:
-        """Return the clean images, at rest."""
+        """Return the clean images, with velocity zero."""
         return {"x": rows.x, "point": rows.x, "velocity": torch.zeros_like(rows.x)}
 
     def step(self, rows: Rows, state: State, answer: Answer) -> State:

@@ -1,6 +1,6 @@
 """Variance tuning on Nesterov's look ahead (Wang and He 2021, arXiv:2103.15571).
 
-Neighbours are drawn around the point looked at; popular code draws them around the point stood at.
+Neighbours are drawn around the query point; popular code draws them around the present point.
 """
 
 from __future__ import annotations

@@ -254,7 +254,7 @@ FAULTS = [
     Fault(
         "cwa: the inner momentum begins anew in each step",
         "attacks/common_weakness/mi_cse.py",
-        (("self.velocities.get(way, torch.zeros_like(x))", "torch.zeros_like(x)"),),
+        (("self.velocities.get(walk, torch.zeros_like(x))", "torch.zeros_like(x)"),),
         CWA,
         "golden or w2",
     ),
@@ -262,8 +262,8 @@ FAULTS = [
         "cwa: there and back share one momentum",
         "attacks/common_weakness/mi_cse.py",
         (
-            ("self.velocities.get(way,", "self.velocities.get(0,"),
-            ("self.velocities[way] =", "self.velocities[0] ="),
+            ("self.velocities.get(walk,", "self.velocities.get(0,"),
+            ("self.velocities[walk] =", "self.velocities[0] ="),
         ),
         CWA,
         "back",

@@ -22,7 +22,7 @@ from robustkit.registry import technique
 from robustkit.registry.ranges import NonNegative
 
 TINY = 1e-6
-MOST = 10.0
+MAX_RATIO = 10.0
 
 
 @technique("adaea", paper="arXiv:2308.02897")
@@ -32,7 +32,8 @@ class AdaEA(Technique):
 
     The weights are a softmax of `beta` times the sum of those losses, each over what the other's own step causes;
     a step is `step_size`. Pixels where the members' gradients have a mean cosine below `threshold` are
-    left out. Costs 2 gradients and n * n forward passes of n members. Asked for single members, it stands aside.
+    left out. Costs 2 gradients and n * n forward passes of n members. It leaves gradients of single members as
+    they are.
     """
 
     beta: NonNegative = 10.0
@@ -74,7 +75,7 @@ class _Adaptive(OracleWrapper):
         caused = torch.stack(losses).abs() + TINY
         alone = caused.diagonal().T[None]
         # Towards a target a loss is better the nearer it is to zero.
-        ratio = (caused / alone if rows.aim.targets is None else alone / caused).clamp(max=MOST)
+        ratio = (caused / alone if rows.aim.targets is None else alone / caused).clamp(max=MAX_RATIO)
         others = 1 - torch.eye(len(own), dtype=ratio.dtype, device=ratio.device)[:, :, None]
         return (self.technique.beta * (others * ratio).sum(1)).softmax(0)
 

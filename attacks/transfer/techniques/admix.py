@@ -39,7 +39,7 @@ class Admix(Technique):
         return surrogates
 
     def wrap(self, inner: Oracle) -> Oracle:
-        """Return an oracle that asks at each mix and scale."""
+        """Return an oracle that takes the gradient at each mix and scale."""
         pool = inner.surrogates.pool
         if pool is None:
             raise RuntimeError("prepare has not been called.")

@@ -39,7 +39,7 @@ class BlockShuffle(Technique):
         return self.copies
 
     def wrap(self, inner: Oracle) -> Oracle:
-        """Return an oracle that asks at each arrangement."""
+        """Return an oracle that takes the gradient at each arrangement."""
         return TransformedOracle(inner, "block-shuffle", self.copies, self._transform)
 
     def _transform(self, rows: Rows, x: Images, number: int) -> Images:
@@ -48,7 +48,7 @@ class BlockShuffle(Technique):
         across, down, turns = torch.split(draws, [2 * n, 2 * n * n, n * n], 1)
         strip, column = _cut(width, across.view(-1, 2, n))
         block, row = _cut(height, down.reshape(-1, 2, n))
-        # Of each pixel (B H W): its strip, then what its strip's own cut says.
+        # Of each pixel (B H W): its strip, then its block in the strip's own cut.
         strip = strip[:, None, :].expand(-1, height, -1)
         block, *row = (part.view(-1, n, height).transpose(1, 2).gather(2, strip) for part in (block, *row))
         column = [part[:, None, :].expand(-1, height, -1) for part in column]
@@ -89,6 +89,6 @@ def _cut(length: int, draws: Tensor) -> tuple[Tensor, list[Tensor]]:
     pixel = torch.arange(length, dtype=draws.dtype, device=draws.device)
     place = (pixel[None, :, None] >= new_ends[:, None, :]).sum(2)
     piece = order.gather(1, place)
-    mine = size.gather(1, piece)
-    local = pixel - (new_ends.gather(1, place) - mine)
-    return piece, [local - (mine - 1) / 2, middle.gather(1, piece), mine]
+    own_size = size.gather(1, piece)
+    local = pixel - (new_ends.gather(1, place) - own_size)
+    return piece, [local - (own_size - 1) / 2, middle.gather(1, piece), own_size]

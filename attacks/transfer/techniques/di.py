@@ -35,7 +35,7 @@ class DI(Technique):
     ratio: PositiveShare = 0.9
 
     def wrap(self, inner: Oracle) -> Oracle:
-        """Return an oracle that asks at diverse images."""
+        """Return an oracle that takes the gradient at diverse images."""
         return TransformedOracle(inner, "di", 1, self._transform)
 
     def _transform(self, rows: Rows, x: Images, number: int) -> Images:

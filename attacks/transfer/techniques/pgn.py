@@ -48,7 +48,7 @@ class PGN(Technique):
         return 2 * self.copies
 
     def wrap(self, inner: Oracle) -> Oracle:
-        """Return an oracle that asks around a point."""
+        """Return an oracle that takes gradients around a point."""
         return _Flat(inner, self)
 
 
@@ -60,12 +60,12 @@ class _Flat(OracleWrapper):
     def gradient(
         self, rows: Rows, x: Images, members: Sequence[int] | None = None, weights: Weights = None
     ) -> Images:
-        my, total = self.technique, torch.zeros_like(x)
-        step = my.step_size.length(per_pixel(rows.threat, x))
-        for number in range(my.copies):
+        settings, total = self.technique, torch.zeros_like(x)
+        step = settings.step_size.length(per_pixel(rows.threat, x))
+        for number in range(settings.copies):
             here, there = split_rng(rows, "pgn", 2 * number), split_rng(rows, "pgn", 2 * number + 1)
-            near = random_neighbour(here, x, my.radius)
+            near = random_neighbour(here, x, settings.radius)
             first = self.inner.gradient(here, near, members, weights)
             second = self.inner.gradient(there, near - step * mean_normalised(first), members, weights)
-            total = total + (1 - my.balance) * first + my.balance * second
-        return total / my.copies
+            total = total + (1 - settings.balance) * first + settings.balance * second
+        return total / settings.copies

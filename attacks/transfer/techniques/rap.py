@@ -38,7 +38,7 @@ class RAP(Technique):
         return self.steps + 1
 
     def wrap(self, inner: Oracle) -> Oracle:
-        """Return an oracle that asks where the attack is worst."""
+        """Return an oracle that takes the gradient where the attack is weakest nearby."""
         return _Reverse(inner, self)
 
 
@@ -50,14 +50,16 @@ class _Reverse(OracleWrapper):
     def gradient(
         self, rows: Rows, x: Images, members: Sequence[int] | None = None, weights: Weights = None
     ) -> Images:
-        my, threat = self.technique, rows.threat
-        if torch.as_tensor(rows.rng.step).max() <= my.late * self.steps:
+        settings, threat = self.technique, rows.threat
+        if torch.as_tensor(rows.rng.step).max() <= settings.late * self.steps:
             return self.inner.gradient(rows, x, members, weights)
-        shift = self._within(rows, random_neighbour(split_rng(rows, "rap-start"), x, my.radius) - x)
-        for number in range(my.steps):
+        shift = self._within(rows, random_neighbour(split_rng(rows, "rap-start"), x, settings.radius) - x)
+        for number in range(settings.steps):
             here = split_rng(rows, "rap", number)
             gradient = self.inner.gradient(here, (x + shift).clamp(0, 1), members, weights)
-            shift = self._within(rows, shift - my.step_size.length(float(threat.eps)) * threat.ascent(gradient))
+            shift = self._within(
+                rows, shift - settings.step_size.length(float(threat.eps)) * threat.ascent(gradient)
+            )
         return self.inner.gradient(rows, (x + shift).clamp(0, 1), members, weights)
 
     def _within(self, rows: Rows, shift: Images) -> Images:

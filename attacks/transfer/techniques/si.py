@@ -33,7 +33,7 @@ class SI(Technique):
         return self.copies
 
     def wrap(self, inner: Oracle) -> Oracle:
-        """Return an oracle that asks at each scale."""
+        """Return an oracle that takes the gradient at each scale."""
         return TransformedOracle(inner, "si", self.copies, self._transform)
 
     def _transform(self, rows: Rows, x: Images, number: int) -> Images:

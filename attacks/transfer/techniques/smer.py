@@ -35,12 +35,12 @@ TINY = 1e-12
 @technique("smer", paper="CVPR 2024 (Tang et al.)")
 @dataclass(frozen=True, slots=True)
 class SMER(Technique):
-    """Answers with the momentum of an inner run that asks each of n members once in each of `rounds` rounds.
+    """Returns the momentum of an inner run that uses each of n members once in each of `rounds` rounds.
 
     A step is `step_size`; `momentum` is the share of the sum that each keeps. A member's logits are
     multiplied by its weight, which begins at 1 and moves after every step to raise the logarithm of the weighted
     ensemble's loss: at `rate`, with `decay`. Costs `rounds` gradients and rounds * n forward passes of n members.
-    Asked for single members, it stands aside.
+    It leaves gradients of single members unchanged.
     """
 
     rounds: Count = 4
@@ -70,18 +70,18 @@ class _Stochastic(OracleWrapper):
     ) -> Images:
         if members is not None or weights is not None:
             return self.inner.gradient(rows, x, members, weights)
-        my, threat, count = self.technique, rows.threat, len(self.surrogates)
+        settings, threat, count = self.technique, rows.threat, len(self.surrogates)
         weight = (
             torch.ones(count, len(x), dtype=x.dtype, device=x.device) if self.weights is None else self.weights
         )
-        order = shared_rng(rows, "smer").uniform(my.rounds, count)[0].argsort(1).flatten().tolist()
-        point, velocity, size = x, torch.zeros_like(x), my.step_size.length(float(threat.eps))
+        order = shared_rng(rows, "smer").uniform(settings.rounds, count)[0].argsort(1).flatten().tolist()
+        point, velocity, size = x, torch.zeros_like(x), settings.step_size.length(float(threat.eps))
         for number, member in enumerate(order):
             mine = split_rng(rows, "smer", number)
             gradient = self.inner.gradient(mine, point, [member], weight[member : member + 1])
-            if my.rate:
+            if settings.rate:
                 weight = self._reweighed(rows, point, weight)
-            velocity = my.momentum * velocity + mean_normalised(gradient)
+            velocity = settings.momentum * velocity + mean_normalised(gradient)
             point = threat.project(point + size * threat.ascent(velocity), rows.x)
         self.weights = weight
         return velocity
@@ -93,5 +93,5 @@ class _Stochastic(OracleWrapper):
             loss = rows.aim.loss((at[:, :, None] * logits).mean(0), "ce")
             (slope,) = torch.autograd.grad(loss.sum(), at)
         slope = slope / loss.detach().abs().clamp(min=TINY)
-        my = self.technique
-        return (weight + my.rate * (slope - my.decay * weight)).clamp(min=TINY)
+        settings = self.technique
+        return (weight + settings.rate * (slope - settings.decay * weight)).clamp(min=TINY)

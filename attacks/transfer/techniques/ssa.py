@@ -37,7 +37,7 @@ class SSA(Technique):
         return self.copies
 
     def wrap(self, inner: Oracle) -> Oracle:
-        """Return an oracle that asks at each spectrum."""
+        """Return an oracle that takes the gradient at each spectrum."""
         return TransformedOracle(inner, "ssa", self.copies, self._transform)
 
     def _transform(self, rows: Rows, x: Images, number: int) -> Images:

@@ -1,6 +1,6 @@
 """Stochastic variance reduced ensemble (Xiong et al. 2022, arXiv:2111.10752): an inner run over members.
 
-Which member is asked when is drawn for all images alike, so that one forward pass serves them all. The members'
+The order of the members is drawn for all images alike, so that one forward pass serves them all. The members'
 gradients at the outer point are taken once, where the authors' code takes them anew in every inner step.
 """
 
@@ -30,11 +30,11 @@ from robustkit.registry.ranges import Count, Share
 @technique("svre", paper="arXiv:2111.10752")
 @dataclass(frozen=True, slots=True)
 class SVRE(Technique):
-    """Answers with the momentum of `rounds` times n inner steps with a random one of n members each.
+    """Returns the momentum of `rounds` times n inner steps with a random one of n members each.
 
     A step is `step_size` along the member's gradient, less its own and plus the ensemble's at the outer
     point; `momentum` is the share of the sum that each step keeps. Costs rounds + 2 gradients, the members' among
-    them. Asked for single members, it stands aside.
+    them. It leaves gradients of single members unchanged.
     """
 
     rounds: Count = 4
@@ -59,17 +59,17 @@ class _Reduced(OracleWrapper):
     def gradient(
         self, rows: Rows, x: Images, members: Sequence[int] | None = None, weights: Weights = None
     ) -> Images:
-        my, threat, count = self.technique, rows.threat, len(self.surrogates)
+        settings, threat, count = self.technique, rows.threat, len(self.surrogates)
         whole = self.inner.gradient(rows, x, members, weights)
-        steps = 0 if members is not None or weights is not None else my.rounds * count
+        steps = 0 if members is not None or weights is not None else settings.rounds * count
         if not steps:
             return whole
         own: dict[int, Images] = {}
-        point, velocity, size = x, torch.zeros_like(x), my.step_size.length(float(threat.eps))
+        point, velocity, size = x, torch.zeros_like(x), settings.step_size.length(float(threat.eps))
         for number, member in enumerate(shared_rng(rows, "svre").integers(count, steps)[0].tolist()):
             if member not in own:
                 own[member] = self.inner.gradient(rows, x, [member])
             gradient = self.inner.gradient(split_rng(rows, "svre", number), point, [member])
-            velocity = my.momentum * velocity + mean_normalised(gradient - own[member] + whole)
+            velocity = settings.momentum * velocity + mean_normalised(gradient - own[member] + whole)
             point = threat.project(point + size * threat.ascent(velocity), rows.x)
         return velocity

@@ -1,6 +1,6 @@
 """Translation invariance (Dong et al. 2019, arXiv:1904.02884): gradients smoothed by a Gaussian.
 
-Stands for the mean over shifted copies of the images, at no cost. The kernel reaches over three standard
+Approximates the mean over shifted copies of the images, at no cost. The kernel reaches over three standard
 deviations to each side, as the authors' does. Beyond the border the gradient counts as zero.
 """
 
@@ -38,12 +38,12 @@ class TI(Technique):
     kernel: Count | None = None
 
     def __post_init__(self) -> None:
-        """Refuse a kernel without a middle."""
+        """Raise UsageError for a kernel without a middle pixel."""
         if self.kernel is not None and self.kernel % 2 == 0:
             raise UsageError(f"ti: kernel={self.kernel} has no middle pixel; write an odd number.")
 
     def wrap(self, inner: Oracle) -> Oracle:
-        """Return an oracle that smooths what it is given."""
+        """Return an oracle that smooths gradients."""
         return _Smooth(inner, self)
 
     def width(self, height: int, width: int) -> int:

@@ -1,8 +1,8 @@
-"""Members weighed by what is at stake at them: those nearly won count most, those out of reach no more.
+"""Weights members by their margins: those almost fooled count most, those out of reach not at all.
 
 Ours. Where surrogates differ in kind, as adversarially trained ones do from others, one direction for all of them
-buys little at the hard ones on images where they cannot be had, and costs the easy ones there. So each image looks
-at each member's margin, in units of the spread of its logits: below `safe` the member counts `stake` times; and
+gains little on hard members that cannot be fooled on an image, and loses easy ones there. So the members are
+weighted for each image by their margins, in units of the spread of their logits: below `safe` the member counts `stake` times; and
 from half of the steps on, a member that is not near `hope` any more is given up for the rest of the run.
 """
 
@@ -29,8 +29,9 @@ class Triage(Technique):
     A surrogate that is not fooled yet counts `stake` times.
 
     Margins are of each image's logits over their standard deviation, above 0 where the goal is reached: `safe` is
-    the margin of a member that is won, `hope` the least one of a member that is kept after `after` of the steps.
-    Where no member is left all are kept. Costs nothing. Asked for single members, it stands aside.
+    the margin of a member that counts as fooled, `hope` the least one of a member that is kept after `after` of
+    the steps.
+    Where no member is left all are kept. Costs nothing. It leaves gradients of single members as they are.
     """
 
     stake: Positive = 4.0
@@ -58,13 +59,13 @@ class _Triage(OracleWrapper):
 
     def _weights(self, rows: Rows, logits: Tensor) -> Tensor:
         """Return the weights of the members, (n B), which sum to 1."""
-        my = self.technique
+        settings = self.technique
         margins = torch.stack([rows.aim.loss(member, "margin") for member in logits])
         margins = margins / logit_spread(logits)
         own = self.surrogates.shares(range(len(logits)), None, logits[0])
-        worth = own * torch.where(margins < my.safe, my.stake, 1.0)
-        if rows.rng.step > my.after * self.steps:
-            near = margins > my.hope
+        worth = own * torch.where(margins < settings.safe, settings.stake, 1.0)
+        if rows.rng.step > settings.after * self.steps:
+            near = margins > settings.hope
             self.kept = near if self.kept is None else self.kept & near
             worth = worth * (self.kept | ~self.kept.any(0))
         return worth / worth.sum(0)

@@ -30,7 +30,7 @@ class VMI(Technique):
     """Adds what the mean gradient of `copies` neighbours had over the gradient one step before.
 
     Neighbours are drawn evenly from within `beta` times eps. Costs copies + 1 gradients a step, but 1 in the last,
-    whose neighbours nobody asks for. Asked for single members, it keeps a memory for each.
+    whose neighbours are not needed. For gradients of single members it keeps a memory for each.
     """
 
     copies: Count = 20
@@ -66,9 +66,9 @@ class _Tuned(OracleWrapper):
     ) -> Images:
         total = torch.zeros_like(x)
         for number in range(1, self.technique.copies + 1):
-            mine = split_rng(rows, "vmi", number)
+            own = split_rng(rows, "vmi", number)
             total = total + self.inner.gradient(
-                mine, random_neighbour(mine, x, self.technique.beta), members, weights
+                own, random_neighbour(own, x, self.technique.beta), members, weights
             )
         return total / self.technique.copies - gradient
 
@@ -91,7 +91,7 @@ class VMIMean(Technique):
     of: str = "gradient"
 
     def __post_init__(self) -> None:
-        """Refuse an unknown word before anything runs."""
+        """Raise UsageError for an unknown word."""
         if self.of not in OF:
             raise did_you_mean("of", self.of, OF)
 
@@ -102,11 +102,11 @@ class VMIMean(Technique):
 
     @property
     def outermost(self) -> bool:
-        """Whether it stands around the rule."""
+        """Whether it wraps the whole rule."""
         return self.of == "step"
 
     def wrap(self, inner: Oracle) -> Oracle:
-        """Return an oracle that asks at each neighbour."""
+        """Return an oracle that takes the gradient at each neighbour."""
         return _Mean([inner] * self.copies, self)
 
     def wrap_each(self, make: Callable[[], Oracle]) -> Oracle:
@@ -126,6 +126,6 @@ class _Mean(OracleWrapper):
             return self.inner.gradient(rows, x, members, weights)
         total = torch.zeros_like(x)
         for number, oracle in enumerate(self.each):
-            mine = split_rng(rows, "vmi-mean", number)
-            total = total + oracle.gradient(mine, random_neighbour(mine, x, self.technique.beta), members, weights)
+            own = split_rng(rows, "vmi-mean", number)
+            total = total + oracle.gradient(own, random_neighbour(own, x, self.technique.beta), members, weights)
         return total / len(self.each)
