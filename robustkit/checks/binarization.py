@@ -1,15 +1,15 @@
-"""Does an attack find what is there?
+"""Test of an attack by planted adversarial points (binarization).
 
 Zimmermann et al. 2022, "Increasing Confidence in Adversarial Robustness Evaluations" (NeurIPS).
-For each image a new question is put to the model's own features: does it lie well inside the ball, or is it the
-point that was planted on the ball's edge? A linear readout in place of the head answers rightly, so there is an
-adversarial by construction, and an attack that misses it says nothing by missing others. Of an ensemble the
-features are those of all members.
+The model's head is replaced by a linear readout of its features for each image, which separates points well inside
+the ball from one point that was planted on the ball's surface. So there is an adversarial point by construction,
+and an attack that does not find it proves nothing by failing on other images. The features of an ensemble are
+those of all members.
 
-Departures from the authors' code: a control asks as many random points as the attack asked before it had found
-every answer; the readouts of all images are fitted, and attacked, together, each row with
-its own; classes are weighed alike in the fit; the boundary is moved to the planted point (their "tight" setting)
-unless one asks for the middle, where random points on small images do too well; in l-infinity the planted point
+Departures from the authors' code: a control evaluates as many random points as the attack queried before it had
+found every planted point; the readouts of all images are fitted, and attacked, together, each row with
+its own; classes have equal weights in the fit; the boundary is moved to the planted point (their "tight" setting)
+unless `tight` is false, where random points on small images do too well; in l-infinity the planted point
 is a corner of the ball whose signs keep it inside the box, where theirs rescales after clipping.
 """
 
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from robustkit.attack_api import Model, RowWise
-from robustkit.checks.indicators import trail
+from robustkit.checks.indicators import trace_attack
 from robustkit.core.criteria import Goal
 from robustkit.core.errors import UsageError
 from robustkit.core.rng import RowRng
@@ -57,7 +57,7 @@ class Binarization:
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked about each image: a readout (weights B D, bias B), and the planted points (B C H W)."""
+    """A binary question about each image: a readout (weights B D, bias B), and the planted points (B C H W)."""
 
     weight: Tensor
     bias: Tensor
@@ -83,18 +83,18 @@ def binarization(
     """Return how often an attack, as it is set, finds the planted adversarials of images x (B C H W).
 
     Args:
-        model: whose last linear layers are replaced; everything before them stays in the way.
+        model: whose last linear layers are replaced; everything before them stays.
         net: the module in it that has those layers.
         x: clean images.
         attack: with the settings of the evaluation; its first attempt is run.
         threat: that of the evaluation.
-        rng: the dice, one generator per image.
+        rng: random numbers, one generator per image.
         inner: points drawn within 95 % of the ball, which share the image's label.
         tight: move the boundary to the planted point, as far as it stays on its side.
 
     Raises:
         UsageError: if the model has no linear layer that gives its classes, or too many features, or no readout
-            tells the planted points from the others: then the test says nothing.
+            tells the planted points from the others: then the test has no result.
     """
     ends = heads(model, net, x[:1])
     with torch.no_grad():
@@ -104,7 +104,7 @@ def binarization(
             f"binarization: {width:,} features of an image are too many to keep those of all points about it; "
             f"the most are {MOST_FEATURES:,}."
         )
-    question = asked(model, ends, x, threat, rng, inner, tight)
+    question = binary_questions(model, ends, x, threat, rng, inner, tight)
 
     def binary(images: Images) -> Logits:
         # A net without a gradient has one of zero.
@@ -119,7 +119,7 @@ def binarization(
     return Binarization(float(found.double().mean()), float(corners.double().mean()), len(x))
 
 
-def asked(
+def binary_questions(
     model: Model,
     ends: Sequence[nn.Module],
     x: Images,
@@ -261,10 +261,10 @@ def _between(rows: Tensor, point: Tensor, weight: Tensor, share: float = 0.5) ->
 
 
 def _attacked(attack: RowWise, binary: Model, x: Images, threat: ThreatModel, rng: RowRng) -> tuple[Mask, int]:
-    """Return which rows any point on the attack's way answers 1, and how many it asked until all did.
+    """Return the rows in which any query point of the attack gets label 1, and how many queries that took.
 
     Rows keep their place: each has its readout.
     """
     goal = Goal(torch.zeros(len(x), dtype=torch.long, device=x.device))
-    fooled = trail(attack, binary, x, goal, threat, rng, enough=True).fooled
+    fooled = trace_attack(attack, binary, x, goal, threat, rng, enough=True).fooled
     return fooled.any(1), fooled.shape[1]

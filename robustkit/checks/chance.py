@@ -26,7 +26,7 @@ def chance_accuracy(correct: int, labels: Sequence[int], classes: int, model: st
         return None
     rate = Rate.of(correct, n)
     most = max(Counter(labels).values())
-    # Of images of one class alone, the share of that label says nothing.
+    # If all images are of one class, the share of that label is no chance level.
     chance = 1 / classes if most == n else max(1 / classes, Rate.of(most, n).low)
     if correct and rate.low > chance:
         return None
@@ -41,6 +41,6 @@ def chance_accuracy(correct: int, labels: Sequence[int], classes: int, model: st
         "warning",
         round(rate.value, 4),
         f"is the clean accuracy{whose} on {n} images: {found}",
-        "check that the labels are the model's class numbers (order of class folders, ?classes=FILE behind the "
-        "data), the normalisation (?mean=R,G,B&std=R,G,B behind the model) and that pixels are on [0, 1]",
+        "check that the labels are the model's class numbers (order of class folders, ?classes=FILE after the "
+        "data), the normalisation (?mean=R,G,B&std=R,G,B after the model) and that pixels are on [0, 1]",
     )

@@ -1,4 +1,4 @@
-"""The codes of all flags that a run can raise, for whoever names one. A test finds each in the source text."""
+"""The codes of all flags that a run can raise. A test finds each in the source text."""
 
 CODES = (
     "attack-not-alive",

@@ -24,7 +24,9 @@ ROUNDING = 4
 
 def broken(probe: Probe) -> Flag | None:
     """Images with a pixel whose gradient is infinite or no number, in either loss."""
-    sound = torch.stack([gradient.flatten(1).isfinite().all(1) for gradient in probe.raw.values()]).all(0)
+    sound = torch.stack([gradient.flatten(1).isfinite().all(1) for gradient in probe.raw_gradients.values()]).all(
+        0
+    )
     if sound.all():
         return None
     return Flag(
@@ -41,7 +43,9 @@ def zero(probe: Probe) -> Flag:
     """I1: images at which the margin's gradient is exactly zero."""
     code, gone = "zero-gradient", _sizes(probe, "margin") == 0
     if not len(gone):
-        return unmeasured(code, "the model is right on none of the first images", "give images that it knows")
+        return unmeasured(
+            code, "the model misclassifies all of the first images", "pass images that it classifies correctly"
+        )
     what = f"of {len(gone)} images have an input gradient of exactly zero"
     if not gone.any():
         return passed(code, 0, what)
@@ -79,7 +83,7 @@ def disagrees(probe: Probe) -> Flag:
     are called with the same seeds each time. Not for probabilities, whose slope is 0 where the model is certain,
     nor for models whose draws no seed repeats: those have flags of their own.
     """
-    code, rows = "wrong-gradient", probe.few[_sizes(probe, "margin") > 0]
+    code, rows = "wrong-gradient", probe.correct_rows[_sizes(probe, "margin") > 0]
     if not len(rows) or probabilities(probe):
         return unmeasured(
             code, "there is no slope to compare: zero gradients, or probabilities", "see their flags"
@@ -123,9 +127,9 @@ def disagrees(probe: Probe) -> Flag:
 
 
 def unlike(probe: Probe) -> Flag | None:
-    """Gradients that differ at the same point though answers do not: dice in the backward pass."""
-    rows = probe.fewest
-    if not len(rows) or not probe.steady:
+    """Gradients that differ at the same point though logits do not: random numbers in the backward pass."""
+    rows = probe.first_correct_rows
+    if not len(rows) or not probe.deterministic:
         return None
     again = query(probe.model, probe.x[rows], Goal(probe.labels[rows]), "margin").gradient
     value = lints.unlikeness(probe.gradients["margin"][: len(rows)], again)
@@ -158,4 +162,4 @@ def _precision(logits: Logits) -> float:
 
 def _sizes(probe: Probe, loss: str) -> PerRow:
     """Return the largest entry of each of the few rows' gradients."""
-    return probe.gradients[loss].flatten(1).abs().amax(1) if len(probe.few) else torch.zeros(0)
+    return probe.gradients[loss].flatten(1).abs().amax(1) if len(probe.correct_rows) else torch.zeros(0)

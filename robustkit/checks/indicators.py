@@ -28,8 +28,8 @@ LAST, GAIN = 10, 0.05
 
 
 @dataclass(frozen=True)
-class Trail:
-    """The way of an attack: losses and whether the model was fooled, both (B T), and the last points (B C H W)."""
+class AttackTrace:
+    """An attack's losses and whether the model was fooled, both (B T), and its last points (B C H W)."""
 
     losses: Tensor
     fooled: Tensor
@@ -60,7 +60,7 @@ def nearby(
 
 
 def silent(fooled: Tensor) -> Mask:
-    """I3: which rows of successes along the way (B T) end in failure though an earlier point was a success."""
+    """I3: which rows of successes at the queries (B T) end in failure though an earlier point was a success."""
     return fooled[:, :-1].any(1) & ~fooled[:, -1]
 
 
@@ -73,16 +73,16 @@ def incomplete(losses: Tensor) -> Mask:
 
 
 def untransferred(surrogate: Labels, target: Labels) -> Mask:
-    """I5: which adversarials (B) the attacked stand-in names otherwise than the deployed model."""
+    """I5: which adversarials (B) the attacked surrogate classifies otherwise than the deployed model."""
     return surrogate != target
 
 
 def unconstrained(fooled: Tensor, right: Mask) -> float:
-    """I6: the share of rows, right at first, that no point on the way (B T) without a limit fooled; must be 0."""
+    """I6: the share of rows, correct at first, that no query (B T) without a limit fooled; must be 0."""
     return float((right & ~fooled.any(1)).double().sum() / right.sum().clamp(min=1))
 
 
-def trail(
+def trace_attack(
     attack: RowWise,
     model: Model,
     x: Images,
@@ -91,8 +91,8 @@ def trail(
     rng: RowRng,
     loss: str = "margin",
     enough: bool = False,
-) -> Trail:
-    """Run one attempt of an attack on all rows to its end, whatever single ones find on the way.
+) -> AttackTrace:
+    """Run one attempt of an attack on all rows to its end, also for rows that succeed earlier.
 
     Args:
         attack: whose first attempt is run.
@@ -100,8 +100,8 @@ def trail(
         x: clean images.
         goal: of each row.
         threat: the rules.
-        rng: the dice.
-        loss: that is noted at each point; of a target, if the attack has any, it is the second likeliest's.
+        rng: random numbers.
+        loss: that is recorded at each query; with a target, if the attack has any, of the second likeliest class.
         enough: end once every row has had a success.
     """
     rows = Rows(x, goal, threat, rng, goal)
@@ -119,4 +119,4 @@ def trail(
         return None if enough and torch.stack(fooled).any(0).all() else (state, answer)
 
     last = drive(attack.init(rows), steps, query, step, observe)["x"]
-    return Trail(torch.stack(losses, 1), torch.stack(fooled, 1), last)
+    return AttackTrace(torch.stack(losses, 1), torch.stack(fooled, 1), last)

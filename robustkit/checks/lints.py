@@ -21,7 +21,7 @@ MEANINGS = {
     "dlr-flat": "of dlr: it divides by a gap of logits that is as good as zero",
     "probabilities": "of cross-entropy: outputs sum to 1, so it takes a second softmax",
     "zero-masking": "of margins that mask the label by 0: they have no slope where all outputs are below",
-    "underflow": "of every loss: classes stand at one floor, such as log(clamp(p)) has, and cannot move",
+    "underflow": "of every loss: classes share one lower bound, as log(clamp(p)) has, and have no gradient",
     "zero-gradient": "of the loss that was differentiated: its gradient is zero",
     "unlike-gradients": "of the loss that was differentiated: two gradients at the same point differ",
 }

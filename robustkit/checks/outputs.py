@@ -85,7 +85,7 @@ def dlr_flat(probe: Probe) -> Flag | None:
 
 
 def underflow(probe: Probe) -> Flag | None:
-    """Rows of which several classes, not all, stand at one floor."""
+    """Rows in which several classes, not all, share one lower bound."""
     share = lints.underflow(probe.logits)
     if share <= lints.YELLOW:
         return None

@@ -1,4 +1,4 @@
-"""What the diagnoses look at: a model, a first batch, and the rules of the run."""
+"""The input of the diagnoses: a model, a first batch, and the threat of the run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from robustkit.attack_api import Model, RowWise
-from robustkit.checks.indicators import Trail, trail
+from robustkit.checks.indicators import AttackTrace, trace_attack
 from robustkit.core.criteria import Goal
 from robustkit.core.losses import finite
 from robustkit.core.rng import RowRng
@@ -20,24 +20,24 @@ from robustkit.core.step_size import StepSize
 from robustkit.core.threat import ThreatModel
 from robustkit.registry import make
 
-# How many rows the dear diagnoses look at, and the dearest.
-FEW, FEWEST = 32, 8
+# How many rows the costly diagnoses use, and the costliest.
+MAX_ROWS, MAX_ROWS_COSTLY = 32, 8
 # Of the PGD whose thresholds were chosen at it; its own default has other steps.
 STEP_SIZE = StepSize(0.1)
 # How many draws of a random model decide here.
 DRAWS = 9
-# Answers that differ by a smaller share of the largest are the same.
+# Logits that differ by a smaller share of the largest are the same.
 NOISE = 1e-3
 # An attack of several stages takes a step more from each to the next.
-SPARE_STEPS = 2
+MAX_EXTRA_STEPS = 2
 
 
 @dataclass(frozen=True)
 class Probe:
     """A model under diagnosis, a first batch `x` (B C H W) with `labels` (B), and the run's attacks on it.
 
-    The dear diagnoses look at few rows only: the first 32 that the model gets right. `net` is the module that
-    the model is made of, if it is one.
+    The costly diagnoses use only the first 32 rows that the model classifies correctly. `net` is the module of the
+    model, if it has one.
     """
 
     model: Model
@@ -50,26 +50,26 @@ class Probe:
 
     @cached_property
     def logits(self) -> Logits:
-        """The model's answer to the whole batch."""
+        """The model's logits on the whole batch."""
         with torch.no_grad():
             return self.model(self.x)
 
     @cached_property
-    def few(self) -> torch.Tensor:
-        """Positions of the first rows that the model gets right."""
-        return (self.logits.argmax(1) == self.labels).nonzero()[:FEW, 0]
+    def correct_rows(self) -> torch.Tensor:
+        """Positions of the first rows that the model classifies correctly."""
+        return (self.logits.argmax(1) == self.labels).nonzero()[:MAX_ROWS, 0]
 
     @cached_property
     def gradients(self) -> dict[str, Images]:
-        """The few rows' input gradients of the losses `ce` and `margin`, as attacks use them."""
-        return {loss: finite(gradient) for loss, gradient in self.raw.items()}
+        """The correct rows' input gradients of the losses `ce` and `margin`, as attacks use them."""
+        return {loss: finite(gradient) for loss, gradient in self.raw_gradients.items()}
 
     @cached_property
-    def raw(self) -> dict[str, Images]:
+    def raw_gradients(self) -> dict[str, Images]:
         """The same as the model gives them."""
-        goal, losses = Goal(self.labels[self.few]), ("ce", "margin")
+        goal, losses = Goal(self.labels[self.correct_rows]), ("ce", "margin")
         with torch.enable_grad():
-            x = self.x[self.few].requires_grad_()
+            x = self.x[self.correct_rows].requires_grad_()
             logits = self.model(x)
             values = [goal.loss(logits, loss).sum() for loss in losses]
         return {
@@ -78,22 +78,22 @@ class Probe:
         }
 
     @cached_property
-    def fewest(self) -> torch.Tensor:
+    def first_correct_rows(self) -> torch.Tensor:
         """Positions of the first of the few rows."""
-        return self.few[:FEWEST]
+        return self.correct_rows[:MAX_ROWS_COSTLY]
 
     @cached_property
-    def steady(self) -> bool:
-        """Whether the model gives the same answers twice."""
+    def deterministic(self) -> bool:
+        """Whether the model returns the same logits twice."""
         with torch.no_grad():
-            one, other = (self.model(self.x[self.fewest]) for _ in range(2))
+            one, other = (self.model(self.x[self.first_correct_rows]) for _ in range(2))
         return agree(one, other)
 
     @cached_property
     def strongest(self) -> Any:
-        """The longest of the run's attacks that climb one gradient from one start, and not that of dlr; or None.
+        """The longest of the run's attacks with one gradient and one start, but none with the loss dlr; or None.
 
-        Of two classes, as the question of the planted points has, dlr knows no slope.
+        With two classes, as the planted points have, dlr has no gradient.
         """
         norm = self.threat.norm
         climbing = [
@@ -104,21 +104,21 @@ class Probe:
             and not (options := attack.loop_options(norm)).targets
             and not options.vector_objective
             and attack.loss != "dlr"
-            and options.steps <= attack.steps + SPARE_STEPS
+            and options.steps <= attack.steps + MAX_EXTRA_STEPS
         ]
         return max(climbing, key=lambda attack: attack.loop_options(norm).steps, default=None)
 
     @cached_property
     def left(self) -> torch.Tensor:
-        """Positions of the few rows that 20 steps of PGD leave."""
-        return self.left_by(self.threat, self.few, steps=20)
+        """Positions of the correct rows that 20 steps of PGD do not fool."""
+        return self.robust_under(self.threat, self.correct_rows, steps=20)
 
     @cached_property
-    def trail(self) -> Trail:
-        """The way of 40 steps of PGD on those, from the same starts, up to where all have been fooled."""
+    def trail(self) -> AttackTrace:
+        """40 steps of PGD on those, from the same starts, until all have been fooled."""
         x, goal = self.x[self.left], Goal(self.labels[self.left])
         rng = RowRng(self.seed, "checks", self.left)
-        return trail(
+        return trace_attack(
             make("pgd", loss="margin", steps=40, step_size=STEP_SIZE),
             self.model,
             x,
@@ -128,10 +128,10 @@ class Probe:
             enough=True,
         )
 
-    def left_by(self, threat: ThreatModel, rows: torch.Tensor, steps: int) -> torch.Tensor:
-        """Return which of these rows so many steps of PGD leave standing under a threat.
+    def robust_under(self, threat: ThreatModel, rows: torch.Tensor, steps: int) -> torch.Tensor:
+        """Return which of these rows so many steps of PGD do not fool under a threat.
 
-        Of a random model its last point counts, by most of a few draws: the first wrong draw on the way is luck.
+        For a random model its last point counts, by most of a few draws: one misclassified draw is chance.
         """
         if not len(rows):
             return rows
@@ -140,15 +140,15 @@ class Probe:
             make("pgd", loss="margin", steps=steps, step_size=STEP_SIZE),
             RowRng(self.seed, "checks", rows),
         )
-        if self.steady:
+        if self.deterministic:
             found, draws = attack(self.model, x, goal, threat, rng=rng), 1
         else:
-            found, draws = trail(attack, self.model, x, goal, threat, rng).last, DRAWS
+            found, draws = trace_attack(attack, self.model, x, goal, threat, rng).last, DRAWS
         with torch.no_grad():
             fooled = [goal.reached(self.model(found)) for _ in range(draws)]
         return rows[2 * torch.stack(fooled).sum(0) <= draws]
 
 
 def agree(one: Logits, other: Logits) -> bool:
-    """Return whether two answers are the same but for float noise."""
+    """Return whether two outputs are the same but for float noise."""
     return bool((one - other).abs().max() <= NOISE * one.abs().max())

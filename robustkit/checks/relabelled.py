@@ -17,8 +17,8 @@ MAX_CLASSES = 2_000
 _NAMED = 3
 
 
-def clean_doubts(predictions: Sequence[int], labels: Sequence[int], classes: int, model: str = "") -> list[Flag]:
-    """Return the flags of what a model says of clean images: that it guesses, or numbers the classes otherwise.
+def clean_flags(predictions: Sequence[int], labels: Sequence[int], classes: int, model: str = "") -> list[Flag]:
+    """Return the flags of a model's predictions on clean images: it guesses, or numbers the classes otherwise.
 
     Args:
         predictions: the classes that it names (N), -1 where its logits are not finite.
@@ -71,7 +71,7 @@ def relabelled(predictions: Sequence[int], labels: Sequence[int], model: str = "
         round(float((renamed == columns).mean()), 4),
         f"would be the clean accuracy{whose} if the labels had other numbers (label {', '.join(moved[:_NAMED])}"
         f"{more}), against {(rows == columns).mean():.4g} with those given",
-        "give the labels the model's own class numbers, with ?classes=FILE behind the data",
+        "give the labels the model's own class numbers, with ?classes=FILE after the data",
     )
 
 

@@ -33,7 +33,7 @@ BEFORE = (
     signs.alive,
 )
 
-# Flags of models whose answer to an image is not always the same.
+# Flags of models whose output for an image is not always the same.
 UNSTEADY = {"randomised", "batch-dependent"}
 # Flags that put the number of attacks on the model's own gradients in doubt.
 DOUBTS = {

@@ -1,8 +1,8 @@
-"""Diagnoses by the signs of failed attacks, and by planted adversarials: is an attack alive on this model?
+"""Diagnoses by indicators of attack failure, and by planted adversarials that the run's attack must find.
 
-What the signs are is in `indicators`; the ways are those of PGD on rows that it finds hard. Two more signs have
-diagnoses of their own: I1 is `zero-gradient`, I6 `survives-any-eps`. I5 cannot be: every success is judged on the
-model itself. The planted points are for the run's own attack, as it is set; see `binarization`.
+The indicators are computed on PGD runs on images that PGD finds hard. Two more have diagnoses of their own: I1 is
+`zero-gradient`, I6 is `survives-any-eps`. I5 cannot occur: every success is judged on the model itself. The
+planted points are for the run's own attack, with its parameters; see `binarization`.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from robustkit.core.shapes import Images, PerRow
 # Mean relative change of the margin that is too much, over so many draws: honest nets stay below a quarter.
 UNSTABLE, DRAWS = 0.5, 12
 INNER = 19
-NO_ATTACK = "the run has no row-wise attack that climbs one gradient from one start, which could be asked"
-NONE_RIGHT = "the model is right on none of the first images"
+NO_ATTACK = "the run has no row-wise attack with one gradient and one start to test"
+NONE_RIGHT = "the model misclassifies all of the first images"
 ADD_ONE = "add one: --suite 'rapid,...'"
 
 
 def unstable(probe: Probe) -> Flag:
-    """I2: a margin that is another one as soon as the image changes invisibly."""
-    code, rows = "unstable-loss", probe.fewest
+    """I2: a margin that changes as soon as the image changes invisibly."""
+    code, rows = "unstable-loss", probe.first_correct_rows
     if not len(rows):
-        return unmeasured(code, NONE_RIGHT, "give images that the model knows")
+        return unmeasured(code, NONE_RIGHT, "pass images that it classifies correctly")
     x, goal = probe.x[rows], Goal(probe.labels[rows])
 
     def margin(images: Images) -> PerRow:
@@ -46,13 +46,13 @@ def unstable(probe: Probe) -> Flag:
         code,
         "warning",
         value,
-        f"{what}: the gradient at a point says little of the next one (noise inside, or a shattered function)",
+        f"{what}: the gradient changes from point to point (noise inside, or a shattered function)",
         "average gradients over nearby points: --suite adaptive does so",
     )
 
 
 def silent(probe: Probe) -> Flag:
-    """I3: successes on the way that an attack's last point does not show; they count, so it is never a flag."""
+    """I3: successes before an attack's last point, which is none; they count, so it is never a flag."""
     code = "silent-success"
     if why := _no_way(probe, code):
         return why
@@ -60,13 +60,13 @@ def silent(probe: Probe) -> Flag:
     return passed(
         code,
         int(found.sum()),
-        f"of {len(found)} attacks of 40 steps fooled the model on the way but not at their last point; every "
-        "point on the way is judged, so these count",
+        f"of {len(found)} attacks of 40 steps fooled the model before but not at their last point; every "
+        "query is judged, so these count",
     )
 
 
 def incomplete(probe: Probe) -> Flag:
-    """I4: attacks that failed while their loss still rose. Of a random model it would tell but of its draws."""
+    """I4: attacks that failed while their loss still rose; not measured on random models."""
     code = "incomplete-optimisation"
     if why := _no_way(probe, code):
         return why
@@ -88,18 +88,18 @@ def incomplete(probe: Probe) -> Flag:
 
 def alive(probe: Probe) -> Flag:
     """Adversarials planted in the model's own features, which the run's attack must find."""
-    code, attack, rows = "attack-not-alive", probe.strongest, probe.fewest
+    code, attack, rows = "attack-not-alive", probe.strongest, probe.first_correct_rows
     if attack is None:
         return unmeasured(code, NO_ATTACK, ADD_ONE)
     if not len(rows):
-        return unmeasured(code, NONE_RIGHT, "give images that the model knows")
+        return unmeasured(code, NONE_RIGHT, "pass images that it classifies correctly")
     if probe.net is None or not probe.threat.eps:
         return unmeasured(code, "nothing can be planted without layers to read, or at eps 0", "nothing to do")
     if probe.threat.norm == "l1":
         return unmeasured(
             code, "in l1 no attack finds all planted points, which move every pixel", "go by the other checks"
         )
-    if not probe.steady:
+    if not probe.deterministic:
         return unmeasured(
             code,
             "the model is random, so that no planted point is one for sure",
@@ -132,11 +132,11 @@ def alive(probe: Probe) -> Flag:
 
 
 def _no_way(probe: Probe, code: str) -> Flag | None:
-    """Return why there is no way to look at, if so."""
-    if not len(probe.few):
-        return unmeasured(code, NONE_RIGHT, "give images that the model knows")
-    if not probe.steady:
-        return unmeasured(code, "the loss of a random model goes up and down by itself", "look at its draws")
+    """Return why there is no run of PGD to look at, if there is none."""
+    if not len(probe.correct_rows):
+        return unmeasured(code, NONE_RIGHT, "pass images that it classifies correctly")
+    if not probe.deterministic:
+        return unmeasured(code, "the loss of a random model changes from draw to draw", "look at its draws")
     if not len(probe.left):
         return passed(code, 0, "attacks failed: every image that was looked at fell within 20 steps")
     return None

@@ -1,4 +1,4 @@
-"""Diagnoses of how an attack fares: no eps is enough, or more steps find more."""
+"""Diagnoses of an attack's strength: no eps is enough, or more steps find more."""
 
 from __future__ import annotations
 
@@ -12,19 +12,21 @@ from robustkit.core.threat import ThreatModel
 from robustkit.runs.evaluation_record import Stage
 
 SQUARE_GAIN = 0.002
-# Where views of a model fool so many more of the images, its own gradients are no good guide.
+# Where views of a model fool so many more of the images, its own gradients are not reliable.
 VIEW_GAIN = 0.02
 
 
 def survives_everything(probe: Probe) -> Flag:
-    """I6: images that PGD leaves standing although every image is allowed; as many as chance has are no sign."""
+    """I6: images that PGD does not fool although every image is allowed, if they are more than by chance."""
     code = "survives-any-eps"
-    if not len(probe.few):
-        return unmeasured(code, "the model is right on none of the first images", "give images that it knows")
-    left = probe.left_by(_everything(probe), probe.few, steps=40)
+    if not len(probe.correct_rows):
+        return unmeasured(
+            code, "the model misclassifies all of the first images", "pass images that it classifies correctly"
+        )
+    left = probe.robust_under(_everything(probe), probe.correct_rows, steps=40)
     chance = 1 / probe.logits.shape[1]
-    what = f"of {len(probe.few)} images stand against gradient attacks that may turn them into any other image"
-    if len(left) <= chance * len(probe.few):
+    what = f"of {len(probe.correct_rows)} images are robust to gradient attacks without a limit of distance"
+    if len(left) <= chance * len(probe.correct_rows):
         return passed(code, len(left), what)
     return Flag(
         code,
@@ -36,15 +38,17 @@ def survives_everything(probe: Probe) -> Flag:
 
 
 def unconverged(probe: Probe) -> Flag:
-    """Images that fall to 40 steps of PGD but not to 20. Of a random model it would tell but of its draws."""
+    """Images that 40 steps of PGD fool but 20 do not; not measured on random models."""
     code = "not-converged"
-    if not len(probe.few):
-        return unmeasured(code, "the model is right on none of the first images", "give images that it knows")
-    if not probe.steady:
-        return unmeasured(code, "on a random model more steps are more draws to be lucky in", "look at its draws")
+    if not len(probe.correct_rows):
+        return unmeasured(
+            code, "the model misclassifies all of the first images", "pass images that it classifies correctly"
+        )
+    if not probe.deterministic:
+        return unmeasured(code, "on a random model more steps are more random draws", "look at its draws")
     gained = int(probe.trail.fooled.any(1).sum()) if len(probe.left) else 0
-    what = f"of {len(probe.few)} images fall to 40 steps of PGD but not to 20"
-    if gained < 3 or gained <= 0.1 * len(probe.few):
+    what = f"of {len(probe.correct_rows)} images fall to 40 steps of PGD but not to 20"
+    if gained < 3 or gained <= 0.1 * len(probe.correct_rows):
         return passed(code, gained, what)
     return Flag(
         code,
@@ -58,7 +62,7 @@ def unconverged(probe: Probe) -> Flag:
 def scores_beat_gradients(stages: Sequence[Stage], access: Sequence[str]) -> Flag:
     """Return whether a score-based stage fooled images that every gradient stage before it had left.
 
-    `access` says of each stage what its attack needs. AutoAttack's threshold, .2 points of accuracy, and more than
+    `access` is what each stage's attack needs. AutoAttack's threshold, .2 points of accuracy, and more than
     one image: one at the boundary may as well fall to an attack of any kind.
     """
     code, asked = "score-beats-gradient", []
@@ -92,10 +96,10 @@ def masked(
     places: Sequence[str],
     plain: bool = False,
 ) -> Flag:
-    """Return whether attacks on views of the model fooled images that its own gradients had left.
+    """Return whether attacks on views of the model fooled images that its own gradients had not fooled.
 
-    `access` says of each stage what its attack needs, `views` what it climbed on, if not the model itself;
-    `places` are suspects, in words; `plain` is whether views were looked for in vain. One image, or one in fifty,
+    `access` says of each stage what its attack needs, `views` the view that it used, empty for the model itself;
+    `places` are suspected places, in words; `plain` is whether none was found. One image, or one in fifty,
     may as well fall to another attack of any kind.
     """
     code, own, on_views = "masked-gradient", False, []
@@ -104,10 +108,12 @@ def masked(
             on_views.append(stage)
         own = own or (needs == "gradient" and not view and not on_views)
     if not on_views and plain:
-        return passed(code, 0, "places that stop or bend gradients were seen, so there was no stand-in to attack")
+        return passed(
+            code, 0, "places that stop or change gradients were found, so there was no substitute to attack"
+        )
     if not on_views:
         return unmeasured(
-            code, "no stand-in for the model's gradients was attacked", "--suite adaptive does so in any case"
+            code, "no substitute for the model's gradients was attacked", "--suite adaptive does so in any case"
         )
     if not own:
         return unmeasured(
@@ -131,20 +137,20 @@ def masked(
     )
 
 
-def unattacked(views: Sequence[str], there: Container[str], standing: int) -> Flag | None:
-    """Return a flag if every attack of a suite climbs a view that the model has not, and images stand for that.
+def unattacked(views: Sequence[str], there: Container[str], robust: int) -> Flag | None:
+    """Return a flag if every attack of a suite needs a view that the model does not have.
 
-    `views` says of each attack what it climbs, if not the model itself; `there` are the views that there are.
+    `views` is the view that each attack uses, empty for the model itself; `there` are the model's views.
     """
-    if not standing or not all(view and view not in there for view in views):
+    if not robust or not all(view and view not in there for view in views):
         return None
     return Flag(
         "not-attacked",
         "warning",
-        standing,
-        f"images stand because nothing attacked them: the model has no {' and no '.join(dict.fromkeys(views))} to "
-        "climb on",
-        "leave the @ and what follows it out of the suite, or write --suite auto, which takes what there is",
+        robust,
+        "images are robust because nothing attacked them: the model has no "
+        f"{' and no '.join(dict.fromkeys(views))} to attack",
+        "leave the @ and what follows it out of the suite, or use --suite auto, which uses the views there are",
     )
 
 

@@ -265,9 +265,9 @@ def test_fail_under(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
 
 def test_a_gradient_without_numbers_halts_nobody() -> None:
     """Pixels at 0 have none; the others lead as far as the bare net's do."""
-    few, suite = digits().head(24), "apgd(steps=20)"
+    images, suite = digits().head(24), "apgd(steps=20)"
     bare, broken = (
-        evaluate(Wrapped(fault).eval(), few, None, "linf:0.1", suite=suite) for fault in ("none", "root")
+        evaluate(Wrapped(fault).eval(), images, None, "linf:0.1", suite=suite) for fault in ("none", "root")
     )
     assert bare.robust_accuracy.value < bare.clean_accuracy.value - 0.1
     assert abs(broken.robust_accuracy.value - bare.robust_accuracy.value) < 0.15

@@ -1,4 +1,4 @@
-"""Signs of failed attacks: their worked values and properties; planted adversarials; lights before a run."""
+"""Indicators of attack failure: worked values and properties; planted adversarial points; lints of a model."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from robustkit.checks import indicators, lints
 from robustkit.checks.binarization import (
     Binarization,
     _direction,
-    asked,
     binarization,
+    binary_questions,
     edge,
     features,
     fitted,
@@ -91,12 +91,14 @@ def test_an_honest_net_and_attack_show_none() -> None:
     net, x = Flat(), torch.rand(8, 1, 8, 8)
     labels = net(x).argmax(1)
     attack, goal = make("pgd", steps=60, loss="margin"), Goal(labels)
-    way = indicators.trail(attack, net, x, goal, THREAT, rows(8))
+    way = indicators.trace_attack(attack, net, x, goal, THREAT, rows(8))
     assert way.losses.shape == way.fooled.shape == (8, 61)
     assert not indicators.incomplete(way.losses).any()
-    everywhere = indicators.trail(attack, net, x, goal, ThreatModel.parse("linf:1"), rows(8))
+    everywhere = indicators.trace_attack(attack, net, x, goal, ThreatModel.parse("linf:1"), rows(8))
     assert indicators.unconstrained(everywhere.fooled, torch.ones(8, dtype=torch.bool)) == 0
-    blind = indicators.trail(attack, lambda images: 0 * net(images) + net(x).detach(), x, goal, THREAT, rows(8))
+    blind = indicators.trace_attack(
+        attack, lambda images: 0 * net(images) + net(x).detach(), x, goal, THREAT, rows(8)
+    )
     assert indicators.unconstrained(blind.fooled, torch.ones(8, dtype=torch.bool)) == 1
 
 
@@ -104,7 +106,7 @@ def test_an_honest_net_and_attack_show_none() -> None:
 def test_what_is_planted_is_there(threat: str) -> None:
     rules, net, x = ThreatModel.parse(threat), Small(1), torch.rand(5, 1, 9, 7)
     ends = heads(net, net, x[:1])
-    question = asked(net, ends, x, rules, rows(5), inner=19)
+    question = binary_questions(net, ends, x, rules, rows(5), inner=19)
     assert rules.contains(question.witness, x).all()
     assert np.allclose(rules.distance(question.witness, x), float(rules.eps), atol=1e-6)
     with torch.no_grad():

@@ -120,7 +120,7 @@ def test_a_randomised_model_is_checked_by_the_majority_of_draws() -> None:
     look = probe(coin, teacher=Small(1))
     flag = strength.survives_everything(look)
     assert flag.level == "warning"
-    assert flag.value > 0.8 * len(look.few) > 5
+    assert flag.value > 0.8 * len(look.correct_rows) > 5
     honest = probe(Around(lambda x: x + 0.05 * torch.randn_like(x)), teacher=Small(1))
     assert strength.survives_everything(honest).level == "ok"
     assert strength.unconverged(honest).level == signs.incomplete(honest).level == "not measured"

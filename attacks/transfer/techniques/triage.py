@@ -1,9 +1,9 @@
 """Weights members by their margins: those almost fooled count most, those out of reach not at all.
 
-Ours. Where surrogates differ in kind, as adversarially trained ones do from others, one direction for all of them
-gains little on hard members that cannot be fooled on an image, and loses easy ones there. So the members are
-weighted for each image by their margins, in units of the spread of their logits: below `safe` the member counts `stake` times; and
-from half of the steps on, a member that is not near `hope` any more is given up for the rest of the run.
+Ours. Where surrogates differ in kind, as adversarially trained ones do from others, one direction for all of
+them gains little on hard members that cannot be fooled on an image, and loses easy ones there. So members are
+weighted for each image by their margins, in units of the spread of their logits: below `safe` a member counts
+`stake` times; and from half of the steps on, a member that is not near `hope` any more is given up for the rest of the run.
 """
 
 from __future__ import annotations
