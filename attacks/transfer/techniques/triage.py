@@ -3,7 +3,7 @@
 Ours. Where surrogates differ in kind, as adversarially trained ones do from others, one direction for all of
 them gains little on hard members that cannot be fooled on an image, and loses easy ones there. So members are
 weighted for each image by their margins, in units of the spread of their logits: below `safe` a member counts
-`stake` times; and from half of the steps on, a member that is not near `hope` any more is given up for the rest of the run.
+`stake` times; and from half of the steps on, a member below `hope` is left out for the rest of the run.
 """
 
 from __future__ import annotations
@@ -30,8 +30,7 @@ class Triage(Technique):
 
     Margins are of each image's logits over their standard deviation, above 0 where the goal is reached: `safe` is
     the margin of a member that counts as fooled, `hope` the least one of a member that is kept after `after` of
-    the steps.
-    Where no member is left all are kept. Costs nothing. It leaves gradients of single members as they are.
+    the steps. Where no member is left all are kept. Costs nothing. It leaves gradients of single members as they are.
     """
 
     stake: Positive = 4.0
