@@ -17,9 +17,7 @@ MAX_CLASSES = 2_000
 _NAMED = 3
 
 
-def prediction_flags(
-    predictions: Sequence[int], labels: Sequence[int], classes: int, model: str = ""
-) -> list[Flag]:
+def label_checks(predictions: Sequence[int], labels: Sequence[int], classes: int, model: str = "") -> list[Flag]:
     """Return the flags of a model's predictions on clean images: it guesses, or numbers the classes otherwise.
 
     Args:

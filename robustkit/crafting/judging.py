@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from robustkit.checks.relabelled import prediction_flags
+from robustkit.checks.relabelled import label_checks
 from robustkit.core.flags import Flag
 from robustkit.core.isolation import evaluation_mode, own_randomness, threads
 from robustkit.core.rng import RowRng
@@ -109,7 +109,5 @@ class TargetEvaluator:
 def clean_flags(judgements: Sequence[Judgement], labels: Sequence[int], classes: int) -> list[Flag]:
     """Return the flags of several models' predictions on the clean images."""
     return [
-        flag
-        for one in judgements
-        for flag in prediction_flags(one.predictions["clean"], labels, classes, one.model)
+        flag for one in judgements for flag in label_checks(one.predictions["clean"], labels, classes, one.model)
     ]

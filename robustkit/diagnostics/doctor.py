@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from robustkit.checks.probe import Probe
-from robustkit.checks.relabelled import prediction_flags
+from robustkit.checks.relabelled import label_checks
 from robustkit.checks.run import diagnose, training_mode
 from robustkit.core.errors import RunError
 from robustkit.core.flags import Flag
@@ -77,7 +77,7 @@ def examine(
         flags += enlarged_images(pixel_space(model, samples))
         predictions = probe.logits.argmax(1)
         correct = int((predictions == labels).sum())
-        flags += prediction_flags(predictions.tolist(), samples.labels.tolist(), probe.logits.shape[1])
+        flags += label_checks(predictions.tolist(), samples.labels.tolist(), probe.logits.shape[1])
         flags += samples.flags
     return Diagnosis(
         model=model.string,

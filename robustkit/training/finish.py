@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from robustkit.checks.relabelled import prediction_flags
+from robustkit.checks.relabelled import label_checks
 from robustkit.core.errors import RunError
 from robustkit.core.writing import write
 from robustkit.models.strings import ENSEMBLE, ModelString
@@ -65,7 +65,7 @@ def finish(
         predictions = evaluation.mean_of_probabilities(scores).argmax(1)
         hits = int((predictions == test.labels).sum())
         accuracy = json.loads(dumps(Rate.of(hits, len(test))))
-        doubts = prediction_flags(predictions.tolist(), test.labels.tolist(), job.plan.classes)
+        doubts = label_checks(predictions.tolist(), test.labels.tolist(), job.plan.classes)
     classifier = members[0].classifier
     mean, std = (None if of is None else of.flatten().tolist() for of in (classifier.mean, classifier.std))
     classifiers = [member.classifier for member in members]

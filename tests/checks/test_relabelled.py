@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from robustkit.checks.relabelled import prediction_flags, relabelled
+from robustkit.checks.relabelled import label_checks, relabelled
 
 CLASSES = 10
 TRUE = np.arange(200) % CLASSES
@@ -21,7 +21,7 @@ EXCHANGED = np.array([0, 1, 2, 5, 4, 3, 6, 7, 8, 9])
     ids=["shifted", "two exchanged", "some exchanged"],
 )
 def test_labels_with_other_numbers_are_found(order: np.ndarray, chance: bool) -> None:
-    flags = {flag.code: flag for flag in prediction_flags(SAID.tolist(), order[TRUE].tolist(), CLASSES)}
+    flags = {flag.code: flag for flag in label_checks(SAID.tolist(), order[TRUE].tolist(), CLASSES)}
     assert ("chance-accuracy" in flags) == chance
     assert flags["labels-renumbered"].value == pytest.approx((SAID == TRUE).mean(), abs=1e-4)
     assert "(label 3 is 5, 5 is 3)" in flags["labels-renumbered"].meaning or order is not EXCHANGED

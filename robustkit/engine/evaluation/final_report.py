@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from robustkit.checks.relabelled import prediction_flags
+from robustkit.checks.relabelled import label_checks
 from robustkit.core.flags import Flag
 from robustkit.data.samples import Samples
 from robustkit.engine import gradient_budgets
@@ -90,4 +90,4 @@ def _short_steps(entries: Sequence[SuiteEntry], eps: float) -> list[Flag]:
 def _data_flags(samples: Samples, results: RunResults, classes: int) -> list[Flag]:
     """Return the flags of the data, and of the clean predictions."""
     labels, predictions = samples.labels[results.scope].tolist(), results.predictions[results.scope].tolist()
-    return [*samples.pick(results.scope).flags, *prediction_flags(predictions, labels, classes)]
+    return [*samples.pick(results.scope).flags, *label_checks(predictions, labels, classes)]
