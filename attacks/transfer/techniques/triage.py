@@ -30,7 +30,7 @@ class Triage(Technique):
 
     Margins are of each image's logits over their standard deviation, above 0 where the goal is reached: `safe` is
     the margin of a member that counts as fooled, `hope` the least one of a member that is kept after `after` of
-    the steps. Where no member is left all are kept. Costs nothing. It leaves single members' gradients as they are.
+    the steps. Where no member is left all are kept. Costs nothing. Single members' gradients stay as they are.
     """
 
     stake: Positive = 4.0
