@@ -51,7 +51,7 @@ def attack(arguments: AttackArguments) -> Tensor:
     if rules.minimal:
         raise UsageError(f"threat '{rules}' has no eps; use robustkit.minimum_norm, or an eps such as linf:8/255.")
     entries = parse_suite(arguments.attack, rules.norm)
-    if any(entry.view or entry.spare or entry.arm for entry in entries):
+    if any(entry.view or entry.conditional or entry.arm for entry in entries):
         raise UsageError(
             "suites with views or with attacks that not every image gets, such as auto, need an evaluation: use "
             "robustkit.evaluate, or pass attacks such as 'pgd(steps=40),square'."

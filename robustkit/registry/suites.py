@@ -49,20 +49,20 @@ class SuiteEntry:
         attack: the attack.
         view: the view of the model whose gradients it uses; empty for the model's own. Whether an image is fooled
             is decided by the model itself, whatever the view.
-        spare: whether it is run only if the result is in doubt.
+        conditional: whether it is run only if the result is in doubt.
         arm: whether it is run only on the images on which it is likely to succeed, judged by what the arms of this
             run did so far.
     """
 
     attack: Any
     view: str = ""
-    spare: bool = False
+    conditional: bool = False
     arm: bool = False
 
     @property
     def spec(self) -> dict[str, Any]:
         """The attack's record, with its view and marks."""
-        more = {"view": self.view, "spare": self.spare, "arm": self.arm}
+        more = {"view": self.view, "spare": self.conditional, "arm": self.arm}
         return spec(self.attack) | {name: value for name, value in more.items() if value}
 
     @property
@@ -141,7 +141,7 @@ def _check_minimal(entry: SuiteEntry, norm: str) -> None:
             f"{entry.name} searches within an eps, which threat '{norm}:min' does not have; write "
             f"{', '.join(known)} or {DEFAULT_SUITE}."
         )
-    if entry.view or entry.spare or entry.arm:
+    if entry.view or entry.conditional or entry.arm:
         raise UsageError(
             f"{entry.name}: threat '{norm}:min' takes no views and no marks; leave out what follows "
             f"{entry.attack.info.name}."

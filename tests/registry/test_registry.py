@@ -201,7 +201,7 @@ def test_adaptive_climbs_every_view_that_there_may_be(norm):
     adaptive, auto = (registry.parse_suite(suite, norm) for suite in ("adaptive", "auto"))
     assert {entry.view for entry in adaptive} - {""} == wanted
     assert [entry.attack for entry in auto] == [entry.attack for entry in adaptive]
-    assert all(entry.spare for entry in auto if entry.view)
+    assert all(entry.conditional for entry in auto if entry.view)
 
 
 @pytest.mark.parametrize("suite", sorted(registry.catalog("suite")))

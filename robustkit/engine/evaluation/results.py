@@ -76,7 +76,7 @@ class RunResults:
 
     n: int
     names: list[str]
-    spare: frozenset[int] = frozenset()
+    conditional: frozenset[int] = frozenset()
     arms: Sequence[int] = ()
     chunks: set[tuple[int, int]] = field(default_factory=set)
     stopped: Stop | None = None
@@ -105,9 +105,9 @@ class RunResults:
     @classmethod
     def of(cls, n: int, suite: Sequence[Mapping[str, Any]]) -> RunResults:
         """Return empty results of a run on n images with this suite in its spec."""
-        spare = frozenset(number for number, record in enumerate(suite, 1) if record.get("spare"))
+        conditional = frozenset(number for number, record in enumerate(suite, 1) if record.get("spare"))
         arms = [number for number, record in enumerate(suite, 1) if record.get("arm")]
-        return cls(n, ["clean", *map(stage_name, suite)], spare, arms)
+        return cls(n, ["clean", *map(stage_name, suite)], conditional, arms)
 
     def add(self, chunk: Chunk) -> None:
         """Add a chunk. Any order gives the same results."""
@@ -179,7 +179,7 @@ class RunResults:
     @property
     def settled(self) -> int:
         """How many images have their final verdict: fooled, or robust after each unconditional stage."""
-        last = max(stage for stage in range(len(self.names)) if stage not in {*self.spare, *self.arms})
+        last = max(stage for stage in range(len(self.names)) if stage not in {*self.conditional, *self.arms})
         return int(((self.fell != ROBUST) | (self.judged >= last)).sum())
 
     @property
@@ -196,7 +196,7 @@ class RunResults:
     @property
     def reported(self) -> list[int]:
         """The numbers of the stages that a report lists."""
-        return [n for n, cost in enumerate(self.costs) if cost.forwards or n not in self.spare]
+        return [n for n, cost in enumerate(self.costs) if cost.forwards or n not in self.conditional]
 
     def stages(self, positions: np.ndarray) -> list[Stage]:
         """Return each stage's result on these images, the clean pass first, with its cost on all images."""

@@ -49,7 +49,7 @@ def _stop_in_first_block(runner: BlockRunner, limits: Limits, block: np.ndarray)
             f"no image was classified within {limits.seconds:g} seconds; run the same command again to "
             "go on, or give it more time."
         )
-    always = [stage for stage, entry in enumerate(entries, 1) if not (entry.spare or entry.arm)]
+    always = [stage for stage, entry in enumerate(entries, 1) if not (entry.conditional or entry.arm)]
     last = len(entries) if runner.reliability.doubtful() else max(always, default=0)
     return Stop("time-limit", results.n, results.unfinished(results.scope, last))
 
@@ -87,5 +87,5 @@ def run_suite(runner: BlockRunner, positions: np.ndarray, rounds: Rounds | None)
 def _kind(entry: SuiteEntry) -> tuple[bool, bool, bool, bool]:
     """Return (arm, conditional, row-wise, conditional score attack without warm start) to group attacks by."""
     refines = getattr(entry.attack, "refine", False)
-    score = entry.spare and entry.attack.info.access == "score" and not refines
-    return entry.arm, entry.spare, isinstance(entry.attack, RowWise), score
+    score = entry.conditional and entry.attack.info.access == "score" and not refines
+    return entry.arm, entry.conditional, isinstance(entry.attack, RowWise), score

@@ -179,7 +179,7 @@ class CostProbe(Evaluation):
         self, runner: ProfilingRunner, start: float, speed: Speed, seconds: float, read: float, memory: Memory
     ) -> ProbeResult:
         results, positions = runner.results, runner.results.scope
-        always = [number for number, entry in enumerate(self.entries, 1) if not (entry.spare or entry.arm)]
+        always = [number for number, entry in enumerate(self.entries, 1) if not (entry.conditional or entry.arm)]
         last = max([*always, runner.reached])
         robust = results.fell[positions] == ROBUST
         finished = ~robust | (results.judged[positions] >= last)
@@ -189,7 +189,7 @@ class CostProbe(Evaluation):
         expected = [
             entry
             for number, entry in enumerate(self.entries, 1)
-            if not entry.arm and (not entry.spare or number <= runner.reached)
+            if not entry.arm and (not entry.conditional or number <= runner.reached)
         ]
         return ProbeResult(
             positions=positions,

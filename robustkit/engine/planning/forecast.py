@@ -250,7 +250,7 @@ def _ordinary(costs: Costs, found: ProbeResult, probe: CostProbe, place: Site) -
     # A misclassified clean image is done after the clean pass.
     lists = [[job for job in jobs if job.passes] for jobs in costs.sample(count, probe.seed)]
     totals = [round(n * len(jobs) / count) for jobs in lists]
-    if not any(entry.attack.info.coupled for entry in probe.entries if not entry.spare):
+    if not any(entry.attack.info.coupled for entry in probe.entries if not entry.conditional):
         return [extended(jobs, place, total) for jobs, total in zip(lists, totals, strict=True)]
     # Attacks whose random numbers depend on the batch are sent batch by batch.
     batch = probe.chunk_size
