@@ -275,6 +275,7 @@ def test_an_interrupted_run_says_that_it_resumes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kills", [pytest.param(20, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_report(kills: int, tmp_path: Path) -> None:
     """kill -9, then the same command: same report but for times, and no finished chunk runs twice."""
     script = Path(__file__).parents[2] / "scripts" / "tools" / "kill_and_resume.py"

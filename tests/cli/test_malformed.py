@@ -244,7 +244,7 @@ CASES: dict[str, tuple[Callable[[], list[str]], tuple[str, ...], int]] = {
             f"{NETS}:small?channels=2&defense=jpeg",
             *with_(x=np.zeros((8, 2, 8, 8), np.float32))(),
         ],
-        ("2 channels", "1 (gray) or 3 (RGB)"),
+        ("1 (grey) or 3 (RGB) channels, got 2",),
         2,
     ),
     "model timm unknown": (args("timm:resnet5000", "--data", "digits"), ("resnet5000",), 2),

@@ -221,7 +221,7 @@ def test_two_ensembles_on_the_same_images(tmp_path: Path, capsys: pytest.Capture
     assert (tmp_path / "page.html").read_text() == page
     capsys.readouterr()
     assert run(["diversity", a, *flags, "--limit", "16", "--images-of", str(out["b"])]) == 2
-    assert "give the same --data" in capsys.readouterr().err
+    assert "use the same --data" in capsys.readouterr().err
 
 
 def test_samples_of_a_posterior_are_members_too(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from robustkit.core.rng import RowRng
 from robustkit.core.threat import ThreatModel
 from robustkit.engine.evaluation.verdicts import judge
 from robustkit.engine.model.instrumented_model import InstrumentedModel
-from robustkit.engine.model.random_verdicts import LEAST, MOST, majority_vote
+from robustkit.engine.model.random_verdicts import MAX_DRAWS, MIN_DRAWS, majority_vote
 from robustkit.gradient_views.discovery import discover_views
 from robustkit.gradient_views.views import MEAN_DRAWS
 from robustkit.models import as_classifier
@@ -242,7 +242,9 @@ def test_where_a_suite_has_the_mean_over_draws_it_goes_without_single_ones() -> 
     assert alone.stages[1].forwards
 
 
-@pytest.mark.parametrize(("share", "least", "most"), [(1.0, LEAST, LEAST), (0.0, LEAST, LEAST), (0.5, 30, MOST)])
+@pytest.mark.parametrize(
+    ("share", "least", "most"), [(1.0, MIN_DRAWS, MIN_DRAWS), (0.0, MIN_DRAWS, MIN_DRAWS), (0.5, 30, MAX_DRAWS)]
+)
 def test_draws_go_on_only_while_the_majority_is_open(share, least, most) -> None:
     labels = torch.zeros(40, dtype=torch.int64)
     generator = torch.Generator().manual_seed(0)
@@ -267,7 +269,7 @@ def test_who_is_fooled_by_luck_is_asked_again() -> None:
         for row in (x[:, 0, 0, 0] * 4).int().tolist():
             asked[row] += 1
             # The first is wrong at first, and right twice in three from then on.
-            right.append([asked[0] > LEAST and asked[0] % 3 > 0, False, True][row])
+            right.append([asked[0] > MIN_DRAWS and asked[0] % 3 > 0, False, True][row])
         return torch.stack([torch.tensor(right).float(), torch.full((len(x),), 0.5)], 1)
 
     x = torch.tensor([0.0, 0.25, 0.5]).view(3, 1, 1, 1).expand(3, 1, 2, 5)
@@ -276,5 +278,5 @@ def test_who_is_fooled_by_luck_is_asked_again() -> None:
     assert told.fooled.tolist() == [False, True, False]
     assert told.right[0] > 0.6
     assert told.right[1:].tolist() == [0.0, 1.0]
-    assert asked[0] > 2 * LEAST
-    assert told.forwards.tolist() == asked == [asked[0], 2 * LEAST, LEAST]
+    assert asked[0] > 2 * MIN_DRAWS
+    assert told.forwards.tolist() == asked == [asked[0], 2 * MIN_DRAWS, MIN_DRAWS]

@@ -55,7 +55,7 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(profiling, "PART_SECONDS", 0.0)
     monkeypatch.setattr(recorded_outputs, "WRITE_EVERY", 0.0)
     monkeypatch.setattr(recorded_outputs, "MAX_COST_SHARE", float("inf"))
-    monkeypatch.setattr(saved_rows, "LONG", 0.0)
+    monkeypatch.setattr(saved_rows, "LONG_STEP", 0.0)
     # The way to run a net is chosen by the clock, and another memory layout draws other noise.
     monkeypatch.setattr(block_runner, "tune", lambda model, x, precision: None)
 

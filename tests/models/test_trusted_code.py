@@ -136,6 +136,7 @@ def test_what_is_no_factory_is_not_called(name: str) -> None:
         load_model(f"{name}?command=exit&f=x&path=/tmp/none")
 
 
+@pytest.mark.slow
 def test_what_a_file_brings_from_elsewhere_is_no_factory(code: Path) -> None:
     for name in ("system", "run", "load", "npload", "hub", "jobload", "evil", "Plain", "made", "Path"):
         with pytest.raises(UsageError, match="not called"):

@@ -66,7 +66,7 @@ def test_the_first_host_of_a_list(hosts: str, first: str) -> None:
         ({**TORCHRUN, "WORLD_SIZE": "7"}, 1, "started 7 processes, 4 of them on this host"),
         ({**SRUN, "SLURM_STEP_NUM_TASKS": "7"}, 1, "srun started 7 processes, 3 of them on this host"),
         (TORCHRUN, 2, "--devices 2: torchrun started 4 processes on this host"),
-        ({}, 0, "--devices must be at least 1, got 0"),
+        ({}, 0, "devices must be from 1 to 1024, got 0"),
     ],
 )
 def test_wrong_settings_have_a_sentence(
