@@ -40,8 +40,17 @@ def _own(folder: str) -> tuple[Entry, ...]:
         for entry in read_entries(
             file.read_text(encoding="utf-8"),
             ".".join(("robustkit", folder, *file.relative_to(home).with_suffix("").parts)),
+            _plugin_text,
         )
     )
+
+
+@functools.cache
+def _plugin_text(module: str) -> str:
+    """Return the text of a module of attacks or defenses, empty for others: their classes have no fields."""
+    parts = module.split(".")
+    file = Path(__file__).parents[1].joinpath(*parts[1:]).with_suffix(".py")
+    return file.read_text(encoding="utf-8") if parts[1:2] in (["attacks"], ["defenses"]) else ""
 
 
 def catalog(kind: str) -> Mapping[str, Entry]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,8 +99,13 @@ class Entry:
         return f"{self.info.name}:{','.join(field.name for field in self.fields).upper()}"
 
 
-def read_entries(text: str, module: str) -> Iterator[Entry]:
+def read_entries(text: str, module: str, text_of: Callable[[str], str] = lambda module: "") -> Iterator[Entry]:
     """Yield an entry for each decorator of the registry in a file's text.
+
+    Args:
+        text: the file's.
+        module: its dotted name.
+        text_of: returns the text of a module that a base class is imported from; empty where that is not read.
 
     Raises:
         ValueError: if an argument of a decorator is no literal.
@@ -112,18 +117,39 @@ def read_entries(text: str, module: str) -> Iterator[Entry]:
                 continue
             for mark in node.decorator_list:
                 if isinstance(mark, ast.Call) and isinstance(mark.func, ast.Name) and mark.func.id in KINDS:
-                    yield _entry(node, mark, mark.func.id, module)
+                    yield _entry(node, mark, mark.func.id, module, _fields(node, text, text_of))
 
 
-def _entry(node: ast.ClassDef | ast.FunctionDef, mark: ast.Call, kind: str, module: str) -> Entry:
+def _entry(
+    node: ast.ClassDef | ast.FunctionDef, mark: ast.Call, kind: str, module: str, fields: Iterable[Field]
+) -> Entry:
     summary, _, detail = (ast.get_docstring(node) or "").partition("\n")
     options = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in mark.keywords}
-    fields = tuple(
-        Field.read(line.target.id, line.annotation, line.value)
-        for line in node.body
-        if isinstance(line, ast.AnnAssign)
-        and isinstance(line.target, ast.Name)
-        and "ClassVar" not in ast.unparse(line.annotation)
-    )
     info = Info(kind, ast.literal_eval(mark.args[0]), **options)
-    return Entry(info, module, node.name, summary, fields, detail.strip())
+    return Entry(info, module, node.name, summary, tuple(fields), detail.strip())
+
+
+def _fields(node: ast.ClassDef | ast.FunctionDef, text: str, text_of: Callable[[str], str]) -> Iterable[Field]:
+    """Return the fields of a class in the order that a dataclass gives them: those of its bases first."""
+    found: dict[str, Field] = {}
+    for base in reversed(node.bases) if isinstance(node, ast.ClassDef) else ():
+        inherited = _class_of(base.id, text, text_of) if isinstance(base, ast.Name) else None
+        if inherited is not None:
+            found |= {field.name: field for field in _fields(*inherited, text_of)}
+    for line in node.body:
+        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
+            if "ClassVar" not in ast.unparse(line.annotation):
+                found[line.target.id] = Field.read(line.target.id, line.annotation, line.value)
+    return found.values()
+
+
+def _class_of(name: str, text: str, text_of: Callable[[str], str]) -> tuple[ast.ClassDef, str] | None:
+    """Return the head of a dataclass, in this text or in a module that it is imported from, with that text."""
+    head = re.search(
+        rf"(?<=\n)@dataclass[^\n]*\nclass {name}\b.*?(?=^    (?:def |@)|^\S|\Z)", text, re.MULTILINE | re.DOTALL
+    )
+    if head:
+        (node,) = ast.parse(head[0]).body
+        return (node, text) if isinstance(node, ast.ClassDef) else None
+    imported = re.search(rf"^from (\S+) import [^\n]*\b{name}\b", text, re.MULTILINE)
+    return _class_of(name, there, text_of) if imported and (there := text_of(imported[1])) else None

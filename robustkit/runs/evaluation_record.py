@@ -348,7 +348,7 @@ class Report:
                     AUDIT_BROKE,
                     "warning",
                     len(audit.broke),
-                    f"AutoAttack broke this many of {len(audit.audited)} images that the suite had left standing",
+                    f"AutoAttack broke this many of {len(audit.audited)} images that were robust to the suite",
                     "run --suite rapid+autoattack, and quote its number",
                 )
             )

@@ -102,7 +102,9 @@ class Evaluation:
         if self.workers is not None and self.workers < 1:
             raise UsageError(f"workers {self.workers}: write how many processes shall share the work, e.g. 2.")
         if self.audit < 0:
-            raise UsageError(f"audit {self.audit}: write how many survivors AutoAttack shall try, e.g. 50.")
+            raise UsageError(
+                f"audit {self.audit}: write on how many robust images AutoAttack is to be run, e.g. 50."
+            )
         if self.threat.minimal:
             self._check_minimum_norm()
         if self.strictness is not None and not any(entry.arm for entry in self.entries):

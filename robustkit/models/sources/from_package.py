@@ -32,7 +32,6 @@ def build(spec: ModelString, options: Options, weights: WeightsFile | None) -> B
     number = built.num_classes or options.keywords.get("num_classes") or getattr(built.net, "num_classes", None)
     return replace(
         built,
-        arch=spec.arch,
         identity={**built.identity, "arch": spec.arch, **options.keywords, **plugin.record},
         num_classes=number if isinstance(number, int) else None,
     )
