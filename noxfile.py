@@ -38,3 +38,17 @@ def docs(session: nox.Session) -> None:
     """Run every example and check links, commands and words of the docs."""
     session.install(".[test]")
     session.run("pytest", "-n", "0", "tests/test_docs.py", "tests/test_examples.py", "tests/test_vocabulary.py")
+
+
+@nox.session
+def coverage(session: nox.Session) -> None:
+    """Run the default tests and fail if they cover less than setup.cfg says (`coverage:report`)."""
+    session.install(".[test]", "pytest-cov>=5")
+    session.run("pytest", "--cov", "--cov-report=term", *session.posargs)
+
+
+@nox.session
+def faults(session: nox.Session) -> None:
+    """Plant each fault of the mutation table and report the tests that find it; takes hours."""
+    session.install(".[test]")
+    session.run("python", "scripts/tools/mutation_table.py")

@@ -1,1 +1,1 @@
-"""What everything stands on: threats, losses, random numbers, errors. It imports no other room."""
+"""Threats, losses, random numbers, errors: what all other packages use. It imports none of them."""

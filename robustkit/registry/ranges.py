@@ -1,4 +1,4 @@
-"""What numbers the fields of registered things may have, written as their types: `steps: Count = 40`.
+"""Ranges of the fields of attacks, defenses and methods, written as their types: `steps: Count = 40`.
 
 A field of particular limits writes them itself: `bits: Annotated[int, Limits(1, 8)] = 4`. Imports no torch.
 """

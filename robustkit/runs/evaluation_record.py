@@ -390,7 +390,7 @@ class Report:
 
 
 def dumps(value: Any, *, indent: int | None = None) -> str:
-    """Return canonical JSON: sorted keys at the inside, no NaN, dataclasses as objects, nothing else bent."""
+    """Return canonical JSON: sorted keys at the inside, no NaN, dataclasses as objects, no other conversion."""
     return json.dumps(value, default=_encoded, sort_keys=indent is None, allow_nan=False, indent=indent)
 
 

@@ -222,7 +222,7 @@ def test_broken_logits_are_no_success(name, fields, norm):
 
 @own
 def test_rows_at_different_restarts_begin_as_they_would_alone(name, fields, norm):
-    """A flight mixes rows of all restarts, whose numbers are then a tensor."""
+    """A continuous batch mixes rows of all restarts, whose numbers are then a tensor."""
     if not issubclass(registry.find("attack", name), RowWise):
         return
     more = {"restarts": 2} if "restarts" in spec(make(name)) else {}

@@ -203,7 +203,7 @@ def build(request: type[R], options: Options, **others: Any) -> R:
 
 
 def range_text(limits: Limits) -> str:
-    """Return a range for help texts, without an end that is a limit against slips of the hand."""
+    """Return a range for help texts, without an upper end that only guards against typing errors."""
     return str(
         limits
         if limits.high < MAX_STATED_LIMIT
