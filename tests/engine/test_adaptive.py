@@ -274,7 +274,7 @@ def test_who_is_fooled_by_luck_is_asked_again() -> None:
 
     x = torch.tensor([0.0, 0.25, 0.5]).view(3, 1, 1, 1).expand(3, 1, 2, 5)
     labels, threat = torch.zeros(3, dtype=torch.int64), ThreatModel.parse("linf:0.1")
-    told = judge(SimpleNamespace(random=True, exact=answer), x, labels, x, threat)
+    told = judge(SimpleNamespace(random=True, logits_fp32=answer), x, labels, x, threat)
     assert told.fooled.tolist() == [False, True, False]
     assert told.right[0] > 0.6
     assert told.right[1:].tolist() == [0.0, 1.0]
