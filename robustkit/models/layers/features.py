@@ -151,6 +151,9 @@ def distil(
         steps: sign steps.
         inertia: the share of the sum of unit gradients that each step keeps.
         start: where to start, as numbers in [-1, 1] times eps; the source itself by default.
+
+    Raises:
+        UsageError: if the layer has no gradient with respect to the image.
     """
     with torch.no_grad():
         wanted = features(net, target, layer).float()
@@ -162,7 +165,14 @@ def distil(
             point = state[0].detach().requires_grad_()
             seen = features(net, point, layer)
             # Half the gradient of the squared error; its size is divided out below.
-            return torch.autograd.grad(seen, point, (seen.detach().float() - wanted).to(seen.dtype))[0]
+            weights = (seen.detach().float() - wanted).to(seen.dtype)
+            found = torch.autograd.grad(seen, point, weights, allow_unused=True)[0] if seen.requires_grad else None
+        if found is None:
+            raise UsageError(
+                f"layer {layer} has no gradient with respect to the image, so that no images can be made that it "
+                "takes for others: use a model without the transform in front of it that stops gradients."
+            )
+        return found
 
     def step(number: int, state: tuple[Images, Tensor], gradient: Tensor) -> tuple[Images, Tensor]:
         point, velocity = state
