@@ -46,7 +46,7 @@ def test_every_argument_is_documented_and_the_example_runs(
     assert doctest.DocTestRunner().run(example).failed == 0
 
 
-@pytest.mark.parametrize("options", CLASSES, ids=lambda options: options.__name__)
+@pytest.mark.parametrize("options", sorted(CLASSES, key=repr), ids=lambda options: options.__name__)
 def test_every_option_can_be_read_from_a_command_line(options: type[Options]) -> None:
     """Its type is one that texts are read for, or it says how."""
     for field in fields(options):
