@@ -36,7 +36,7 @@ def _own(folder: str) -> tuple[Entry, ...]:
     home = Path(__file__).parents[1] / folder
     return tuple(
         entry
-        for file in sorted(home.rglob("[!_]*.py"))
+        for file in sorted(home.rglob("[!_]*.py"), key=lambda file: file.stem)
         for entry in read_entries(
             file.read_text(encoding="utf-8"),
             ".".join(("robustkit", folder, *file.relative_to(home).with_suffix("").parts)),
