@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from robustkit.attacks.bayesian.csgld import CSGLD
 from robustkit.registry import method
-from robustkit.registry.ranges import Count, CountOrZero, NonNegative, ShareBelowOne
+from robustkit.registry.ranges import NonNegative, ShareBelowOne
 from robustkit.training.method import Size
 
 
@@ -20,13 +20,9 @@ from robustkit.training.method import Size
 class CSGHMC(CSGLD):
     """`csgld` with momentum: noise of friction 1 - momentum, the same posterior."""
 
-    cycles: Count = 5
-    samples_per_cycle: Count = 3
-    noise_epochs: CountOrZero = 3
     temperature: NonNegative = 0.05
     momentum: ShareBelowOne = 0.9
     weight_decay: NonNegative = 1e-4
-    batch_norm: str = "keep"
 
     def default_size(self, samples: int) -> Size:
         """Return the size of Gubri et al. on ImageNet with a ResNet-50; less on a small set."""

@@ -12,7 +12,7 @@ from torch import nn
 from robustkit.attacks.bayesian.sgld import SGLD
 from robustkit.core.limits import Limits
 from robustkit.registry import method
-from robustkit.registry.ranges import Count, NonNegative, ShareBelowOne
+from robustkit.registry.ranges import ShareBelowOne
 from robustkit.sampling import PreconditionedLangevin
 from robustkit.training.method import Plan, Size
 
@@ -25,14 +25,8 @@ class PSGLD(SGLD):
     `decay` is what the mean square keeps per step, `damping` is added to its root.
     """
 
-    snapshots: Count = 15
-    burn_in: ShareBelowOne = 0.7
-    power: NonNegative = 0.55
-    temperature: NonNegative = 0.08
-    weight_decay: NonNegative = 3e-4
     decay: ShareBelowOne = 0.99
     damping: Annotated[float, Limits(1e-12)] = 1e-5
-    batch_norm: str = "keep"
 
     def default_size(self, samples: int) -> Size:
         """Return the epochs of `csgld` on CIFAR-10, less on a small set, at the rate of the paper's order."""

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robustkit.core.errors import UsageError, did_you_mean
+from robustkit.core.errors import UsageError, check_choices
 from robustkit.core.shapes import Images
 from robustkit.core.step_size import StepSize
 from robustkit.core.threat import ThreatModel
@@ -63,12 +63,7 @@ class DVERGE(Method):
 
     def __post_init__(self) -> None:
         """Refuse unknown words."""
-        for field, known in (
-            ("draw", ensemble_utils.LAYER_DRAWS),
-            ("statistics", ensemble_utils.BATCH_NORM_POLICIES),
-        ):
-            if getattr(self, field) not in known:
-                raise did_you_mean(field, getattr(self, field), known)
+        check_choices(self, draw=ensemble_utils.LAYER_DRAWS, statistics=ensemble_utils.BATCH_NORM_POLICIES)
         ThreatModel.parse(self.threat).bounded()
 
     @property
@@ -165,26 +160,9 @@ class DVERGE(Method):
 @method("dverge+at", paper="arXiv:2009.14720")
 @dataclass(frozen=True, slots=True)
 class DVERGEAT(DVERGE):
-    """DVERGE with adversarial training of each member: `dverge --adversarial 1` under the paper's name for it.
+    """DVERGE with adversarial training of each member: `dverge --adversarial 1` under the paper's name for it."""
 
-    For the fields see `dverge`.
-    """
-
-    eps: Share = 0.07
-    step_size: StepSize = StepSize(0.1)
-    steps: Count = 10
-    inertia: Share = 1.0
-    random_start: bool = False
-    layer: str = "random"
-    draw: str = "epoch"
-    statistics: str = "train"
-    clean: NonNegative = 0.0
-    distinct: bool = False
-    baseline: ShareBelowOne = 0.5
     adversarial: NonNegative = 1.0
-    threat: str = "linf:8/255"
-    adversarial_steps: Count = 10
-    weight_decay: NonNegative = 1e-4
 
 
 def _mean(logits: Tensor, labels: Tensor, weight: Tensor) -> Tensor:

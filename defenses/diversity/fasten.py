@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robustkit.core.errors import UsageError, did_you_mean
+from robustkit.core.errors import UsageError, check_choices
 from robustkit.core.rng import RowRng
 from robustkit.core.shapes import Images, Logits
 from robustkit.core.step_size import StepSize
@@ -62,12 +62,7 @@ class FASTEN(Method):
 
     def __post_init__(self) -> None:
         """Refuse unknown words."""
-        for field, known in (
-            ("draw", ensemble_utils.LAYER_DRAWS),
-            ("statistics", ensemble_utils.BATCH_NORM_POLICIES),
-        ):
-            if getattr(self, field) not in known:
-                raise did_you_mean(field, getattr(self, field), known)
+        check_choices(self, draw=ensemble_utils.LAYER_DRAWS, statistics=ensemble_utils.BATCH_NORM_POLICIES)
 
     def default_size(self, samples: int) -> Size:
         """Return the size of `dverge`."""

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robustkit.core.errors import UsageError, did_you_mean
+from robustkit.core.errors import UsageError, check_choices
 from robustkit.core.limits import Limits
 from robustkit.core.rng import RowRng
 from robustkit.core.shapes import Images
@@ -70,9 +70,7 @@ class MultiRes(WrappingMethod):
 
     def __post_init__(self) -> None:
         """Refuse unknown values and constants out of range."""
-        for field, known in (("preset", tuple(PRESETS)), ("stem", STEMS), ("attack", ATTACKS)):
-            if getattr(self, field) not in known:
-                raise did_you_mean(field, getattr(self, field), known)
+        check_choices(self, preset=PRESETS, stem=STEMS, attack=ATTACKS)
         ThreatModel.parse(self.threat).bounded()
         self.stack(32)
 

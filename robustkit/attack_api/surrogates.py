@@ -17,7 +17,7 @@ from torch import Tensor
 
 from robustkit.attack_api.rows import Model
 from robustkit.core.criteria import Goal
-from robustkit.core.errors import UsageError, did_you_mean
+from robustkit.core.errors import UsageError, check_choices, did_you_mean
 from robustkit.core.losses import finite
 from robustkit.core.rng import RowRng
 from robustkit.core.shapes import Images, Logits
@@ -81,9 +81,7 @@ class Surrogates:
             raise UsageError("an ensemble of surrogates needs at least one model.")
         if self.combine not in COMBINATIONS:
             raise did_you_mean("combination", self.combine, COMBINATIONS)
-        for word, known in (("order", ORDERS), ("fresh", FRESH)):
-            if getattr(self, word) not in known:
-                raise did_you_mean(word, getattr(self, word), known)
+        check_choices(self, order=ORDERS, fresh=FRESH)
         if self.weights is not None and (
             len(self.weights) != len(self.members) or not all(0 < weight < float("inf") for weight in self.weights)
         ):

@@ -90,3 +90,18 @@ def did_you_mean(kind: str, name: str, known: Iterable[str], more: Iterable[str]
     near = difflib.get_close_matches(name.lower(), spelled, n=1, cutoff=0.5)
     hint = f" Did you mean {spelled[near[0]]!r}?" if near else ""
     return UsageError(f"no {kind} {name!r}.{hint} Known: {', '.join(names)}.")
+
+
+def check_choices(owner: object, **choices: Iterable[str]) -> None:
+    """Refuse an object with a field that has none of the values it may have.
+
+    Args:
+        owner: has the fields.
+        choices: for the name of each field the values it may have.
+
+    Raises:
+        UsageError: for the first such field, with the nearest value.
+    """
+    for field, known in choices.items():
+        if getattr(owner, field) not in known:
+            raise did_you_mean(field, getattr(owner, field), known)

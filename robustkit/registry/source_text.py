@@ -151,5 +151,5 @@ def _class_of(name: str, text: str, text_of: Callable[[str], str]) -> tuple[ast.
     if head:
         (node,) = ast.parse(head[0]).body
         return (node, text) if isinstance(node, ast.ClassDef) else None
-    imported = re.search(rf"^from (\S+) import [^\n]*\b{name}\b", text, re.MULTILINE)
+    imported = re.search(rf"^from (\S+) import (?:\([^)]*|[^\n]*)\b{name}\b", text, re.MULTILINE)
     return _class_of(name, there, text_of) if imported and (there := text_of(imported[1])) else None

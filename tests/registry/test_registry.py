@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ from robustkit import registry
 from robustkit.core.errors import UsageError
 from robustkit.core.step_size import StepSize
 from robustkit.registry import strings
+from robustkit.registry.source_text import read_entries
 
 ATTACKS = sorted(name for name, entry in registry.catalog("attack").items() if not entry.info.family)
 
@@ -329,3 +331,24 @@ def test_a_stranger_adds_one_file(tmp_path):
 def test_a_suite_has_an_end():
     with pytest.raises(UsageError, match=r"a suite of 100,000 attacks is too long: write at most 1,000"):
         registry.parse_suite(",".join(["pgd"] * 100_000), "linf")
+
+
+@pytest.mark.parametrize("kind", ["attack", "technique", "defense", "method"])
+def test_lists_name_every_field_inherited_ones_too(kind: str) -> None:
+    """They are read from source text, bases in other files included; the imported classes say what is true."""
+    for name, entry in registry.catalog(kind).items():
+        thing = registry.find(kind, name)
+        if dataclasses.is_dataclass(thing) and not entry.info.family:
+            assert [field.name for field in entry.fields] == [
+                f.name for f in dataclasses.fields(thing) if f.init
+            ], name
+
+
+def test_a_base_is_found_in_a_parenthesised_import() -> None:
+    base = "from dataclasses import dataclass\n\n\n@dataclass(frozen=True)\nclass Base:\n    steps: int = 4\n"
+    text = (
+        "from elsewhere import (\n    Base,\n)\n\n\n@attack('sub', norms=('linf',), access='gradient')\n"
+        "@dataclass(frozen=True)\nclass Sub(Base):\n    size: float = 0.5\n"
+    )
+    (entry,) = read_entries(text, "here", {"elsewhere": base}.__getitem__)
+    assert [(field.name, field.default) for field in entry.fields] == [("steps", "4"), ("size", "0.5")]
