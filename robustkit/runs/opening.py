@@ -172,7 +172,7 @@ def _gives_way(path: Path, spec: Spec, say: Callable[[str], None] | None) -> boo
     kept = (*FINISHED.values(), *CHECKPOINTS, WEIGHTS, POSTERIOR)
     if not any((path / name).exists() for name in kept) and Ledger.is_unattacked(path / run_folder.LEDGER):
         if say is not None:
-            say(f"run {old.run_id} in {path} has no result and gives way to run {spec.run_id}")
+            say(f"run {old.run_id} in {path} has no result and is replaced by run {spec.run_id}")
         return True
     advice = "give another --out folder, or remove that run with --overwrite."
     if old.verb != spec.verb:

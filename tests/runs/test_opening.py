@@ -1,4 +1,4 @@
-"""Whose a run folder is: a run without a result gives way, others on --overwrite; nothing of the user's goes."""
+"""Which run a folder holds: one without a result is replaced, others by --overwrite only; no other file goes."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_a_run_without_a_verdict_gives_way_and_says_so(tmp_path: Path, stages: t
         assert writable
     assert json.loads((path / "spec.json").read_text())["seed"] == NEW.seed
     assert names(path) == ["spec.json"]
-    assert said == [f"run {OLD.run_id} in {path} has no result and gives way to run {NEW.run_id}"]
+    assert said == [f"run {OLD.run_id} in {path} has no result and is replaced by run {NEW.run_id}"]
 
 
 def test_a_spec_alone_gives_way(tmp_path: Path) -> None:

@@ -64,8 +64,8 @@ def compare(flags: CompareFlags) -> int:
     )
     line(f"             {METHOD}")
     line(f"McNemar      exact two-sided p = {found.p:.3g}")
-    line(f"only A loses {_listed(found.only_a)}")
-    line(f"only B loses {_listed(found.only_b)}")
+    line(f"not robust in A only   {_listed(found.only_a)}")
+    line(f"not robust in B only   {_listed(found.only_b)}")
     return 0
 
 
