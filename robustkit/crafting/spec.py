@@ -59,7 +59,7 @@ class CraftRequest:
     ray: str | None = None
 
     def __post_init__(self) -> None:
-        """Check the values; UsageError for one that is out of range or does not fit the others."""
+        """Check that the values fit each other; the options of a verb check the range of each by itself."""
         self.threat.bounded()
         if not self.nets:
             raise UsageError("no surrogate to craft on; give at least one with --surrogate.")
@@ -67,14 +67,8 @@ class CraftRequest:
             raise did_you_mean("combination", self.combine, COMBINATIONS)
         if self.targeted is not None and self.targeted not in CHOICES:
             raise did_you_mean("choice of target classes", self.targeted, CHOICES)
-        if self.batch_size is not None and self.batch_size < 1:
-            raise UsageError(f"batch size {self.batch_size}: write at least 1, or auto.")
-        if self.workers is not None and self.workers < 1:
-            raise UsageError(f"workers {self.workers}: write how many processes shall share the work, e.g. 2.")
         if not len(self.samples):
             raise UsageError(f"{self.samples.name} holds no images.")
-        if not 0 <= self.seed < 2**63:
-            raise UsageError(f"seed {self.seed}: write a whole number from 0 to 2**63 - 1.")
         if self.parts[0].info.coupled:
             raise UsageError(
                 f"attack {self.attack!r} draws its random numbers by the batch, so a resumed run would differ; "

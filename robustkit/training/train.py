@@ -79,8 +79,6 @@ class Training(MethodOptions):
                 f"arch is a {kind}, and must be a model string, so that the run can be loaded again; "
                 "write for example ./net.py:factory."
             )
-        if not 0 <= self.seed < 2**63:
-            raise UsageError(f"seed {self.seed}: write a whole number from 0 to 2**63 - 1.")
         data_parallel.check(
             self.parallel, processes.count_processes(self.device, self.devices), self.method, self.plan
         )

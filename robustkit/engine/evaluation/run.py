@@ -90,21 +90,11 @@ class Evaluation:
     ray: str | None = None
 
     def __post_init__(self) -> None:
-        """Check the values; UsageError for one that is out of range or does not fit the others."""
+        """Check that the values fit each other; the options of a verb check the range of each by itself."""
         if self.precision not in ("auto", *DTYPES):
             raise UsageError(f"precision {self.precision!r}: write auto, {', '.join(DTYPES)}.")
-        if self.batch_size is not None and self.batch_size < 1:
-            raise UsageError(f"batch size {self.batch_size}: write at least 1, or auto.")
         if not len(self.samples):
             raise UsageError(f"{self.samples.name} holds no images.")
-        if not 0 <= self.seed < 2**63:
-            raise UsageError(f"seed {self.seed}: write a whole number from 0 to 2**63 - 1.")
-        if self.workers is not None and self.workers < 1:
-            raise UsageError(f"workers {self.workers}: write how many processes shall share the work, e.g. 2.")
-        if self.audit < 0:
-            raise UsageError(
-                f"audit {self.audit}: write on how many robust images AutoAttack is to be run, e.g. 50."
-            )
         if self.threat.minimal:
             self._check_minimum_norm()
         if self.strictness is not None and not any(entry.arm for entry in self.entries):
