@@ -86,7 +86,7 @@ def scores_beat_gradients(stages: Sequence[Stage], access: Sequence[str]) -> Fla
             "add one if the suite has none: --suite 'rapid,...'",
         )
     fooled = sum(stage.fooled for stage in asked)
-    return passed(code, fooled, "images that every gradient attack had left fell to score-based ones")
+    return passed(code, fooled, "is how many images no gradient attack and then a score-based one fooled")
 
 
 def masked(
@@ -124,7 +124,7 @@ def masked(
     fooled = {stage.attack: stage.fooled for stage in on_views}
     total = sum(fooled.values())
     if total <= max(1, VIEW_GAIN * stages[0].robust_accuracy.n):
-        return passed(code, total, "images that the model's own gradients had left fell to attacks on views of it")
+        return passed(code, total, "is how many images only attacks on views of the model fooled")
     best = max(fooled, key=lambda name: fooled[name])
     why = f"; {', '.join(places)}" if places else ""
     return Flag(

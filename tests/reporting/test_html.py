@@ -205,13 +205,13 @@ def test_the_page_lists_every_check_and_its_result() -> None:
     assert report.passed == [why, ok, passed("zero-gradient", 0, "is hidden by its flag")]
     found = trust.rows(report)
     assert len(found) == len(trust.CLAIMS) - 1
-    assert found[0] == ("Twice the steps find no more", ok)
+    assert found[0] == ("Twice the steps find little more", ok)
     assert [flag.level for _, flag in found] == ["ok"] + ["not measured"] * (len(found) - 1)
     text = read(report).text
     for part in (
-        "Twice the steps find no more ✓ ok 2 of 32 images fall late.",
+        "Twice the steps find little more ✓ ok 2 of 32 images fall late.",
         "The attack finds planted adversarial images ○ not measured Nothing could be planted. Go by the rest.",
-        "AutoAttack finds no more ○ not measured AutoAttack was not run on any robust image. Add --audit 50.",
+        "AutoAttack finds little more ○ not measured AutoAttack was not run on any robust image. Add --audit 50.",
         "Nothing is optimised at test time ○ not measured This run did not record it.",
     ):
         assert text.index(FLAG.code) < text.index(part) < text.index("Robust accuracy after each attack")

@@ -19,10 +19,10 @@ CLAIMS = {
     "incomplete-optimisation": "Attacks converge before they end (I4)",
     "not-transferred": "Successes hold on the model itself (I5)",
     "survives-any-eps": "Unbounded attacks fool every image (I6)",
-    "not-converged": "Twice the steps find no more",
-    "score-beats-gradient": "Score-based attacks find no more",
-    "masked-gradient": "Surrogate gradients find no more",
-    AUDIT_BROKE: "AutoAttack finds no more",
+    "not-converged": "Twice the steps find little more",
+    "score-beats-gradient": "Score-based attacks find little more",
+    "masked-gradient": "Surrogate gradients find little more",
+    AUDIT_BROKE: "AutoAttack finds little more",
     "randomised": "Outputs are deterministic",
     "batch-dependent": "Outputs do not depend on other images",
     "test-time-optimisation": "Nothing is optimised at test time",
@@ -68,7 +68,7 @@ def _run_results(report: Report) -> Sequence[Flag]:
             "not-transferred", "every success is verified on the model, but refused claims were not counted", ""
         )
     if audit is None and (bound := report.strictness) and has_autoattack(report.spec):
-        at_most = "more images at most would be fooled by AutoAttack's attacks, with a probability of 95 %"
+        at_most = "is the most images that AutoAttack's attacks would also fool, with a probability of 95 %"
         return [claims, passed(AUDIT_BROKE, bound.images, at_most)]
     if audit is None:
         return [claims, unmeasured(AUDIT_BROKE, "AutoAttack was not run on any robust image", "add --audit 50")]
