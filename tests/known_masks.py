@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 import torch.nn.functional as F
-from gauntlet import Activation, Behind, Digits, Several, trained
+from masked_defenses import Activation, Behind, Digits, Several, trained
 from torch import Tensor, nn
 
 Call = Callable[[nn.Module, Tensor], Tensor]

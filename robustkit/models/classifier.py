@@ -49,6 +49,7 @@ class Classifier(nn.Module):
         layout: Memory layout of the images that the net is given.
     """
 
+    net: nn.Module | Callable[[torch.Tensor], object]
     mean: torch.Tensor | None
     std: torch.Tensor | None
 

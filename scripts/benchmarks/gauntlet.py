@@ -5,7 +5,8 @@
         around any model
     python scripts/benchmarks/gauntlet.py --model MODEL --data FILE.npz --threat ... --honest  the model as it is
 
-The defenses are those of tests/gauntlet.py and tests/known_masks.py, on digits at linf 0.15, and honest nets.
+The defenses are those of tests/masked_defenses.py and tests/known_masks.py, on digits at linf 0.15, and honest
+nets.
 Robust accuracies are in percent:
 
     beneath     the net that a mask is put around, alone (suite `rapid`); a mask that changes what the net sees
@@ -37,8 +38,8 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 
-import gauntlet
 import known_masks
+import masked_defenses
 from known_masks import Exporting, Masked
 
 from robustkit import ThreatModel, evaluate, load_model
@@ -54,9 +55,9 @@ def around(net: nn.Module) -> Made:
     """Return how to make masks around a net, each with the net beneath."""
 
     def bare(call: known_masks.Call) -> Masked:
-        return Masked(gauntlet.Behind(net, call), {"bare": net})
+        return Masked(masked_defenses.Behind(net, call), {"bare": net})
 
-    made = {name: lambda call=call: (bare(call), net) for name, call in gauntlet.AROUND.items()}
+    made = {name: lambda call=call: (bare(call), net) for name, call in masked_defenses.AROUND.items()}
     return made | {name: lambda name=name: (known_masks.around(name, net), net) for name in known_masks.AROUND}
 
 
@@ -64,28 +65,30 @@ def small() -> Made:
     """Return how to make defenses around small nets of digits, and honest nets."""
     data = load_data("digits:train")
     x, y = data.images(range(len(data))), torch.from_numpy(data.labels)
-    plain = gauntlet.trained(gauntlet.Digits(), x, y)
+    plain = masked_defenses.trained(masked_defenses.Digits(), x, y)
 
     def winners(how: str) -> Row:
-        return Masked(gauntlet.trained(gauntlet.Digits(lambda: gauntlet.KWinners(how=how)), x, y)), plain
+        return Masked(
+            masked_defenses.trained(masked_defenses.Digits(lambda: masked_defenses.KWinners(how=how)), x, y)
+        ), plain
 
     def steep() -> Row:
-        net = gauntlet.trained(gauntlet.Digits(), x, y)
-        net.act1 = net.act2 = gauntlet.Activation(lambda z: torch.relu(z) + 0.05 * torch.tanh(1e4 * z))
+        net = masked_defenses.trained(masked_defenses.Digits(), x, y)
+        net.act1 = net.act2 = masked_defenses.Activation(lambda z: torch.relu(z) + 0.05 * torch.tanh(1e4 * z))
         return Masked(net, {"bare": plain}), plain
 
     def skipping() -> Row:
-        net = gauntlet.trained(gauntlet.Digits(), x, y)
+        net = masked_defenses.trained(masked_defenses.Digits(), x, y)
         net.skip = 0.7
         return Masked(net, {"bare": plain}), plain
 
-    def several(rule: Callable[[Tensor], Tensor]) -> gauntlet.Several:
-        nets = [gauntlet.trained(gauntlet.Digits(seed=seed), x, y, seed=seed) for seed in range(5)]
-        return gauntlet.Several(nets, rule)
+    def several(rule: Callable[[Tensor], Tensor]) -> masked_defenses.Several:
+        nets = [masked_defenses.trained(masked_defenses.Digits(seed=seed), x, y, seed=seed) for seed in range(5)]
+        return masked_defenses.Several(nets, rule)
 
     def crossmax() -> Row:
-        defense = several(gauntlet.crossmax)
-        mean = gauntlet.Several(list(defense.nets), lambda stack: stack.mean(1))
+        defense = several(masked_defenses.crossmax)
+        mean = masked_defenses.Several(list(defense.nets), lambda stack: stack.mean(1))
         return Masked(defense, {"mean": mean}), mean
 
     made = around(plain)
@@ -94,7 +97,7 @@ def small() -> Made:
     made |= {name: lambda make=make: (make(x, y), None) for name, make in known_masks.LEARNED.items()}
     made["honest: plain"] = lambda: (Masked(plain), None)
     made["honest: adversarially trained"] = lambda: (
-        Masked(gauntlet.trained(gauntlet.Digits(), x, y, attack=0.08)),
+        Masked(masked_defenses.trained(masked_defenses.Digits(), x, y, attack=0.08)),
         None,
     )
     made["honest: mean of five"] = lambda: (Masked(several(lambda stack: stack.mean(1))), None)

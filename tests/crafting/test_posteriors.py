@@ -26,7 +26,7 @@ from robustkit.reporting.terminal.transfer import show
 
 EPS, CPU = "linf:0.2", torch.device("cpu")
 # Some of these folders name nets of the tests' own code.
-craft, load_model = (partial(call, trust_code=True) for call in (robustkit.craft, robustkit.load_model))
+craft, load_model = partial(robustkit.craft, trust_code=True), partial(robustkit.load_model, trust_code=True)
 RESNET, SMALL = "robustkit:cifar-resnet20?num_classes=4&in_channels=1", "nets:small?channels=1&classes=4"
 X = torch.rand(11, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 Y = net(3)(X).argmax(1)

@@ -6,7 +6,7 @@ from functools import cache
 
 import pytest
 import torch
-from gauntlet import AROUND, Activation, Behind, Digits, KWinners, Several, crossmax, trained
+from masked_defenses import AROUND, Activation, Behind, Digits, KWinners, Several, crossmax, trained
 from torch import Tensor, nn
 
 from robustkit import evaluate, load_data

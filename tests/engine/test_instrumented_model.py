@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from gauntlet import AROUND, Behind
+from masked_defenses import AROUND, Behind
 from nets import Small
 from torch import Tensor
 

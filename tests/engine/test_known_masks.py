@@ -7,7 +7,7 @@ from functools import cache
 import known_masks
 import pytest
 import torch
-from gauntlet import Digits, trained
+from masked_defenses import Digits, trained
 from torch import Tensor, nn
 
 from robustkit import evaluate, load_data

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from gauntlet import AROUND, Activation, Behind, Digits, Estimated, KWinners
+from masked_defenses import AROUND, Activation, Behind, Digits, Estimated, KWinners
 from torch import nn
 
 from robustkit import load_data, load_model
