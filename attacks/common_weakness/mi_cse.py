@@ -16,7 +16,7 @@ import torch
 from robustkit.attack_api import Answer, Model, Oracle, OracleWrapper, Rows, State, Weights, ascend, split_rng
 from robustkit.attacks.common_weakness.mi_sam import COMPAT, check_word, default_stride
 from robustkit.attacks.transfer.mi_fgsm import MIFGSM
-from robustkit.core import losses
+from robustkit.core import criteria
 from robustkit.core.criteria import Goal
 from robustkit.core.errors import UsageError
 from robustkit.core.rng import RowRng
@@ -60,7 +60,7 @@ class MICSE:
 
     def __post_init__(self) -> None:
         """Raise UsageError for unknown words and for two betas."""
-        losses.loss(self.loss)
+        criteria.loss(self.loss)
         check_word("order", self.order, ORDERS)
         check_word("update", self.update, UPDATES)
         check_word("compat", self.compat, COMPAT)

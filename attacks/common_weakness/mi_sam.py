@@ -16,7 +16,7 @@ from torch import Tensor
 
 from robustkit.attack_api import Answer, Model, Oracle, OracleWrapper, Rows, State, Weights, ascend, split_rng
 from robustkit.attacks.transfer.mi_fgsm import MIFGSM
-from robustkit.core import losses
+from robustkit.core import criteria
 from robustkit.core.criteria import Goal
 from robustkit.core.errors import did_you_mean
 from robustkit.core.rng import RowRng
@@ -48,7 +48,7 @@ class MISAM:
 
     def __post_init__(self) -> None:
         """Raise UsageError for unknown words."""
-        losses.loss(self.loss)
+        criteria.loss(self.loss)
         check_word("compat", self.compat, COMPAT)
 
     def __call__(self, model: Model, x: Images, goal: Goal, threat: ThreatModel, *, rng: RowRng) -> Images:

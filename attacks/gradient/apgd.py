@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from robustkit.attack_api import Answer, LoopOptions, Rows, RowWise, State
-from robustkit.core import losses
+from robustkit.core import criteria
 from robustkit.core.shapes import Images, Mask, PerRow
 from robustkit.core.threat import per_row
 from robustkit.registry import attack
@@ -38,7 +38,7 @@ class _APGD(RowWise):
 
     def __post_init__(self) -> None:
         """Raise UsageError for an unknown loss."""
-        losses.loss(self.loss)
+        criteria.loss(self.loss)
 
     def loop_options(self, norm: str) -> LoopOptions:
         """Return the steps of all stages, and one from each stage to the next; larger balls lie outside."""

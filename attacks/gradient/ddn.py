@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from robustkit.attack_api import Answer, LoopOptions, Rows, RowWise, State
-from robustkit.core import losses
+from robustkit.core import criteria
 from robustkit.core.threat import per_row
 from robustkit.registry import attack
 from robustkit.registry.ranges import Count, Positive, ShareBelowOne
@@ -32,7 +32,7 @@ class DDN(RowWise):
 
     def __post_init__(self) -> None:
         """Raise UsageError for an unknown loss."""
-        losses.loss(self.loss)
+        criteria.loss(self.loss)
 
     def loop_options(self, norm: str) -> LoopOptions:
         """Return that queries may lie outside the threat."""

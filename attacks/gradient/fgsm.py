@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from robustkit.attack_api import Answer, Model, Rows, State, ascend
-from robustkit.core import losses
+from robustkit.core import criteria
 from robustkit.core.criteria import Goal
 from robustkit.core.rng import RowRng
 from robustkit.core.shapes import Images
@@ -22,7 +22,7 @@ class FGSM:
 
     def __post_init__(self) -> None:
         """Raise UsageError for an unknown loss."""
-        losses.loss(self.loss)
+        criteria.loss(self.loss)
 
     @property
     def steps(self) -> int:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from robustkit.attack_api import Answer, Rows, RowWise, State
-from robustkit.core import losses
+from robustkit.core import criteria
 from robustkit.core.errors import UsageError
 from robustkit.core.limits import Limits
 from robustkit.core.shapes import Images
@@ -44,7 +44,7 @@ class MultiResPrior(RowWise):
 
     def __post_init__(self) -> None:
         """Raise UsageError for an unknown loss, or if no resolution is left."""
-        losses.loss(self.loss)
+        criteria.loss(self.loss)
         if not 0 <= self.skip < self.scales:
             raise UsageError(
                 f"multires-prior: skip={self.skip} of scales={self.scales} leaves nothing; write from 0 to "

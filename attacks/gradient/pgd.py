@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from robustkit.attack_api import Answer, Rows, RowWise, State
-from robustkit.core import losses
+from robustkit.core import criteria
 from robustkit.core.step_size import StepSize
 from robustkit.registry import attack
 from robustkit.registry.ranges import Count, Share
@@ -34,7 +34,7 @@ class PGD(RowWise):
 
     def __post_init__(self) -> None:
         """Raise UsageError for an unknown loss."""
-        losses.loss(self.loss)
+        criteria.loss(self.loss)
 
     def init(self, rows: Rows) -> State:
         """Return the starting points."""

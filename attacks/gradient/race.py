@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from robustkit.attack_api import Answer, LoopOptions, Rows, RowWise, State, rank
-from robustkit.core import losses
+from robustkit.core import criteria
 from robustkit.core.shapes import Logits
 from robustkit.core.threat import per_row
 from robustkit.registry import attack
@@ -73,7 +73,7 @@ class Race(RowWise):
         """Return the margin of the present target, at first the likeliest one."""
         target = state["target"]
         target = torch.where(target < 0, _ranked(rows, logits, 1)[:, 0], target)
-        return losses.margin(logits, rows.goal.labels, target)
+        return criteria.margin(logits, rows.goal.labels, target)
 
     def step(self, rows: Rows, state: State, answer: Answer) -> State:
         """Record the present target's margin; then step, begin the next run, or end."""

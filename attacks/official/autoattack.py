@@ -3,7 +3,7 @@
 The kernels, the order and the hyper-parameters are pyautoattack's. A fresh attack object is made for every
 call, so nothing is carried from one batch or run to the next. Departures, each where the package would stop
 with an IndexError: targets are at most K - 1, and with K < 4 (targeted) or K < 3 classes the DLR loss is the
-one of `robustkit.core.losses`. A setting of None is AutoAttack's own in the `standard` suite of the norm.
+one of `robustkit.core.criteria`. A setting of None is AutoAttack's own in the `standard` suite of the norm.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import torch
 
 from robustkit.attack_api import Model
-from robustkit.core import losses
+from robustkit.core import criteria
 from robustkit.core.criteria import Goal
 from robustkit.core.errors import UsageError
 from robustkit.core.limits import Limits
@@ -77,7 +77,7 @@ class _APGD:
             **_common(x, threat, rng),
         )
         if _classes(model, x) < 3:
-            official.dlr_loss = losses.dlr
+            official.dlr_loss = criteria.dlr
         return _perturb(official, x, goal)
 
     def budget(self, num_classes: int, norm: str) -> int:
@@ -144,7 +144,7 @@ class APGDT:
         if classes < 4:
 
             def dlr_targeted(logits: Logits, labels: Labels) -> PerRow:
-                return losses.dlr(logits, labels, official.y_target)
+                return criteria.dlr(logits, labels, official.y_target)
 
             official.dlr_loss_targeted = dlr_targeted
         return _perturb(official, x, goal)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from robustkit.attack_api import Answer, Rows, RowWise, State
-from robustkit.core import losses
+from robustkit.core import criteria
 from robustkit.core.step_size import StepSize
 from robustkit.registry import attack
 from robustkit.registry.ranges import Count
@@ -22,7 +22,7 @@ class IFGSM(RowWise):
 
     def __post_init__(self) -> None:
         """Raise UsageError for an unknown loss."""
-        losses.loss(self.loss)
+        criteria.loss(self.loss)
 
     def init(self, rows: Rows) -> State:
         """Return the clean images."""

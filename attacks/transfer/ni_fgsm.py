@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from robustkit.attack_api import Answer, Model, Rows, State, ascend, mean_normalised
-from robustkit.core import losses
+from robustkit.core import criteria
 from robustkit.core.criteria import Goal
 from robustkit.core.rng import RowRng
 from robustkit.core.shapes import Images
@@ -34,7 +34,7 @@ class NIFGSM:
 
     def __post_init__(self) -> None:
         """Raise UsageError for an unknown loss."""
-        losses.loss(self.loss)
+        criteria.loss(self.loss)
 
     def __call__(self, model: Model, x: Images, goal: Goal, threat: ThreatModel, *, rng: RowRng) -> Images:
         """Return where the last step ends."""

@@ -83,7 +83,7 @@ class SurrogateOracle(Oracle):
 
         Args:
             surrogates: the models.
-            loss: a name of `robustkit.core.losses`.
+            loss: a name of `robustkit.core.criteria`.
             steps: how many steps the run takes.
             rng: shuffles the samples of posteriors; without it they come as listed.
         """

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from robustkit.attack_api.rows import Answer, Model, Rows, State, select_state
 from robustkit.core.criteria import Goal
-from robustkit.core.losses import finite
 from robustkit.core.shapes import Images, Labels, Logits
 
 if TYPE_CHECKING:
@@ -24,7 +23,7 @@ def query(model: Model, x: Images, goal: Goal, loss: str, with_gradient: bool = 
         model: from images to logits.
         x: images (B C H W).
         goal: the labels, and the targets if there are any.
-        loss: a name of `robustkit.core.losses`.
+        loss: a name of `robustkit.core.criteria`.
         with_gradient: whether to compute the gradient; else it is zero.
     """
     return _query(model, x, lambda logits: goal.loss(logits, loss), with_gradient)
@@ -69,6 +68,11 @@ def rank(logits: Logits, labels: Labels, count: int) -> Labels:
     """Return the likeliest classes other than the label, best first, (B, min(count, K - 1))."""
     others = logits.scatter(1, labels[:, None], -torch.inf)
     return others.sort(dim=1, descending=True, stable=True).indices[:, : min(count, logits.shape[1] - 1)]
+
+
+def finite(gradient: Tensor) -> Tensor:
+    """Return a gradient with 0 in place of infinite values and NaN, which would spoil the whole image's step."""
+    return gradient.nan_to_num(0.0, 0.0, 0.0)
 
 
 def _query(model: Model, x: Images, objective: Callable[[Logits], Tensor], with_gradient: bool) -> Answer:

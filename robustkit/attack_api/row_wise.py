@@ -87,7 +87,7 @@ class RowWise(ABC):
 
     @property
     def loss(self) -> str:
-        """The loss that `objective` computes, a name of `robustkit.core.losses`."""
+        """The loss that `objective` computes, a name of `robustkit.core.criteria`."""
         return "ce"
 
     def loop_options(self, norm: str) -> LoopOptions:

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from robustkit.attack_api.queries import finite
 from robustkit.attack_api.rows import Model
 from robustkit.core.criteria import Goal
 from robustkit.core.errors import UsageError, check_choices, did_you_mean
-from robustkit.core.losses import finite
 from robustkit.core.rng import RowRng
 from robustkit.core.shapes import Images, Logits
 from robustkit.core.threat import per_row
@@ -127,7 +127,7 @@ class Surrogates:
         Args:
             x: where the gradient is taken (B C H W).
             goal: the labels, and the targets if there are any; the loss rises towards the goal.
-            loss: a name of `robustkit.core.losses`.
+            loss: a name of `robustkit.core.criteria`.
             rng: the rows' random numbers, for members that are changed at random.
             members: which to use, all by default.
             weights: of those, in place of the ensemble's own; not normalised.

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from robustkit.attack_api import Model, RowWise
+from robustkit.attack_api.queries import finite
 from robustkit.checks.indicators import AttackTrace, trace_attack
 from robustkit.core.criteria import Goal
-from robustkit.core.losses import finite
 from robustkit.core.rng import RowRng
 from robustkit.core.shapes import Images, Labels, Logits
 from robustkit.core.step_size import StepSize

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from robustkit.attack_api import Rows
-from robustkit.core import losses
+from robustkit.core import criteria
 from robustkit.core.criteria import Goal
 from robustkit.core.errors import UsageError
 from robustkit.core.rng import RowRng
@@ -43,7 +43,7 @@ def test_without_members_share_it_is_cross_entropy_of_the_ensemble_over_its_gap(
     stack, labels = draw()
     whole = stack.log_softmax(2).logsumexp(1) - math.log(3)
     top = whole.topk(2).values
-    expected = losses.ce(whole / (top[:, :1] - top[:, 1:]), labels)
+    expected = criteria.ce(whole / (top[:, :1] - top[:, 1:]), labels)
     torch.testing.assert_close(slope(stack, labels, restart=1)[0], expected)
 
 
@@ -77,7 +77,7 @@ def test_a_member_that_is_surely_wrong_does_not_stop_the_others() -> None:
     _, pull = slope(stack, labels, restart=4)
     assert pull[0, :2].abs().sum() > 1e-3
     plain = stack.clone().requires_grad_()
-    whole = losses.ce(plain.log_softmax(2).logsumexp(1), labels)
+    whole = criteria.ce(plain.log_softmax(2).logsumexp(1), labels)
     assert torch.autograd.grad(whole.sum(), plain)[0][0, :2].abs().sum() < 1e-6
 
 
@@ -100,5 +100,5 @@ def test_towards_a_target_mean_logits_count_alone() -> None:
         attack = make("mora-t", combine=combine)
         whole = attack._whole(stack)
         top = whole.topk(2).values
-        expected = -losses.ce(whole / (top[:, :1] - top[:, 1:]), goal.aim.targets)
+        expected = -criteria.ce(whole / (top[:, :1] - top[:, 1:]), goal.aim.targets)
         assert torch.allclose(attack.objective(goal, {}, stack), expected) is alone

@@ -16,7 +16,7 @@ from torch import nn
 
 from robustkit import diversity, load_data, load_model
 from robustkit.cli import run
-from robustkit.core import losses
+from robustkit.core import criteria
 from robustkit.core.errors import UsageError
 from robustkit.core.rng import RowRng
 from robustkit.core.threat import ThreatModel
@@ -157,7 +157,7 @@ def test_images_that_leave_change_no_number() -> None:
         x = ensemble_utils.random_start(IMAGES, THREAT, rng.at(restart=restart))
         for _ in range(6):
             at = x.requires_grad_()
-            (slope,) = torch.autograd.grad(losses.ce(NETS[1](at), LABELS).sum(), at)
+            (slope,) = torch.autograd.grad(criteria.ce(NETS[1](at), LABELS).sum(), at)
             x = THREAT.project(x.detach() + STEP_SIZE * float(THREAT.eps) * slope.sign(), IMAGES)
         wrong.append(torch.stack([net(x).argmax(1) != LABELS for net in (*NETS, ensemble(NETS))]))
     assert fooled.equal(torch.stack(wrong).any(0))
@@ -177,7 +177,7 @@ def test_by_others_leaves_a_member_s_own_images_out() -> None:
 def test_a_margin_on_logarithms_of_probabilities_has_a_gradient(share: float) -> None:
     """A-P16 and trap 1: masked with 0 instead of -inf, the best other class of outputs below 0 is none."""
     logits = torch.log(torch.tensor([[[share, 1 - share, 1e-4]], [[share, 1 - share, 1e-3]]])).requires_grad_()
-    margin = losses.margin(ensemble_utils.ensemble_log_probabilities(logits), torch.tensor([0]))
+    margin = criteria.margin(ensemble_utils.ensemble_log_probabilities(logits), torch.tensor([0]))
     (slope,) = torch.autograd.grad(margin.sum(), logits)
     assert (slope[:, 0, :2].abs() > 1e-3).all()
     assert float(margin.detach()) == pytest.approx(np.log((1 - share) / share), abs=0.01)

@@ -13,7 +13,7 @@ from nets import Small, labelled
 from teams import Watch, as_threads
 
 from robustkit import RunError, UsageError, evaluate
-from robustkit.core.losses import margin
+from robustkit.core.criteria import margin
 from robustkit.core.threat import ThreatModel
 from robustkit.engine.batching.continuous_batch import ContinuousBatch
 from robustkit.engine.batching.samples import Admitted

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from robustkit import evaluate
 from robustkit.attack_api import Answer, Rows, RowWise, State
-from robustkit.core import losses
+from robustkit.core import criteria
 from robustkit.core.criteria import Goal
 from robustkit.core.rng import RowRng
 from robustkit.core.threat import ThreatModel
@@ -94,7 +94,7 @@ def test_all_jobs_at_once_fool_whom_they_fool_one_by_one(slots: int) -> None:
     net = Small().eval()
     x, y = labelled(net, 24, SHAPE)
     attacks = parse_suite("pgd(steps=3,restarts=4),apgd-t(steps=5,targets=4,restarts=2)", "linf")
-    clean = -losses.margin(net(x), y).detach()
+    clean = -criteria.margin(net(x), y).detach()
     told = []
     for wide in (False, True):
         waiting = np.arange(len(x))

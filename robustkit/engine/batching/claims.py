@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from robustkit.core import losses
+from robustkit.core import criteria
 from robustkit.core.shapes import Images, Labels, PerRow
 from robustkit.core.threat import ThreatModel, per_row
 from robustkit.engine.batching.attack_queue import AttackQueue
@@ -122,7 +122,7 @@ class ClaimJudge:
         """Return how far points are beyond the boundary, as the mean over fresh draws."""
 
         def margin() -> Tensor:
-            return losses.margin(self.instrumented.logits_fp32(point), labels).double()
+            return criteria.margin(self.instrumented.logits_fp32(point), labels).double()
 
         mean = torch.stack([self.retry(margin) for _ in range(COMPARISON_DRAWS)]).mean(0)
         return torch.where(mean.isnan(), -torch.inf, mean)

@@ -17,7 +17,7 @@ import torch
 
 from robustkit.attack_api import Answer, Rows, rank
 from robustkit.attack_api.driver import drive
-from robustkit.core import losses
+from robustkit.core import criteria
 from robustkit.core.criteria import Goal
 from robustkit.core.rng import RowRng
 from robustkit.core.shapes import Logits
@@ -269,7 +269,7 @@ class ContinuousBatch:
         queue, exact = query.queue, query.exact.to(logits.device)
         batch = queue.active
         part, state = batch.device, batch.state
-        margin = losses.margin(logits, part["labels"]).double()
+        margin = criteria.margin(logits, part["labels"]).double()
         if queue.options.queries_outside_ball:
             margin = torch.where(self.threat.contains(state["x"], part["x"]), margin, -torch.inf)
         nearer = margin > part["nearest"]

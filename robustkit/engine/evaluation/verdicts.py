@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from robustkit.core import losses
+from robustkit.core import criteria
 from robustkit.core.errors import RunError
 from robustkit.core.shapes import Images, Labels, Logits, Mask, PerRow
 from robustkit.core.threat import ThreatModel
@@ -122,7 +122,7 @@ def _by_vote(instrumented: InstrumentedModel, point: Images, labels: Labels, cho
 
 def margins(logits: Logits, labels: Labels) -> PerRow:
     """Return the label's logit minus the best other one (B); below 0 the model misclassifies."""
-    return -losses.margin(logits, labels)
+    return -criteria.margin(logits, labels)
 
 
 def image_hashes(images: Images) -> list[str]:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from robustkit.core import losses
+from robustkit.core import criteria
 from robustkit.core.shapes import Images, Labels, Logits, Mask, PerRow
 
 # Draws at least and at most, and the probability of rejecting a share that is one half.
@@ -76,7 +76,7 @@ def majority_vote(model: Callable[[Images], Logits], x: Images, labels: Labels) 
         votes[rows, predicted] += 1
         count[rows] += 1
         hits[rows] += right
-        total[rows] -= losses.margin(logits, labels[rows]).double()
+        total[rows] -= criteria.margin(logits, labels[rows]).double()
         if not draw:
             once = right
         if draw + 1 >= MIN_DRAWS:

@@ -7,9 +7,8 @@ import math
 import pytest
 import torch
 
-from robustkit.core.criteria import Goal
+from robustkit.core.criteria import LOSSES, Goal, ce, dlr, loss, margin
 from robustkit.core.errors import UsageError
-from robustkit.core.losses import LOSSES, ce, dlr, loss, margin
 
 COUNTS = (2, 3, 4, 5, 10)
 B = 64
