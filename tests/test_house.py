@@ -52,7 +52,7 @@ UPWARDS = {
 }
 # Only these may name the packages that are slow to import or belong to one adapter.
 ADAPTERS = {
-    "ray": {"distributed/ray_pool.py"},
+    "ray": {"distributed/ray_pool.py", "distributed/ray_actors.py"},
     "lightning_fabric": {
         "training/loop.py",
         "training/parallel/processes.py",
