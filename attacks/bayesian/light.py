@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from robustkit.attack_api import Oracle, Surrogates, Technique
 from robustkit.attack_api.posterior_surrogates import expand
-from robustkit.attack_api.surrogates import FRESH, ORDERS
+from robustkit.attack_api.surrogates import ORDERS, REDRAW_TIMES
 from robustkit.attacks.common_weakness.mi_sam import check_word
 from robustkit.registry import technique
 from robustkit.registry.ranges import Count
@@ -33,7 +33,7 @@ class Light(Technique):
     def __post_init__(self) -> None:
         """Raise UsageError for unknown words."""
         check_word("order", self.order, ORDERS)
-        check_word("fresh", self.fresh, FRESH)
+        check_word("fresh", self.fresh, REDRAW_TIMES)
 
     def prepare(self, surrogates: Surrogates) -> Surrogates:
         """Return the surrogates with so many members for each posterior."""

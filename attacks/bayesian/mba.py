@@ -27,7 +27,7 @@ from robustkit.training.method import Batch, Method, Plan, Size
 from robustkit.training.posterior_method import State
 
 # Sets of at most so many images are small.
-SMALL = 5000
+SMALL_DATA = 5000
 
 
 @method("mba", paper="arXiv:2302.05086")
@@ -52,14 +52,14 @@ class MBA(Collecting):
 
     def default_size(self, samples: int) -> Size:
         """Return a usual training with the paper's epochs after it, less on a small set."""
-        if samples > SMALL:
+        if samples > SMALL_DATA:
             return Size(epochs=100 + self.collect_epochs, batch_size=256, lr=0.1)
         return Size(epochs=40 + self.collect_epochs, batch_size=64, lr=0.05)
 
     def share(self, plan: Plan) -> float:
         """Return the rate of the last epochs as a share of `lr`."""
-        usual = 0.5 if plan.samples > SMALL else 0.1
-        return usual if self.collect_rate is None else self.collect_rate
+        default_rate = 0.5 if plan.samples > SMALL_DATA else 0.1
+        return default_rate if self.collect_rate is None else self.collect_rate
 
     def keeps(self, step: int, plan: Plan) -> bool:
         """Return whether a step is one of `snapshots` at equal distances in the last epochs; at most each is."""

@@ -91,8 +91,10 @@ class _MORA(RowWise):
         """Return the members' weights (B N), by the chain rule of the ensemble's margin; 0 for those fooled."""
         count = stack.shape[1]
         sharp, mean = (SHARPNESS[self.combine] * stack).softmax(2), members.softmax(2).mean(1)
-        own, other = (sharp.gather(2, of[:, None, None].expand(-1, count, 1))[:, :, 0] for of in (labels, rival))
-        right, wrong = (mean.gather(1, of[:, None]).clamp(min=TINY) for of in (labels, rival))
+        own, other = (
+            sharp.gather(2, index[:, None, None].expand(-1, count, 1))[:, :, 0] for index in (labels, rival)
+        )
+        right, wrong = (mean.gather(1, index[:, None]).clamp(min=TINY) for index in (labels, rival))
         weights = other * (own / right + (1 - other) / wrong)
         if self.combine == "logits":
             return weights

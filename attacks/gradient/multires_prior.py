@@ -24,7 +24,7 @@ from robustkit.registry import attack
 from robustkit.registry.ranges import Count, CountOrZero
 
 # How far a sum may grow, in linf and in multiples of eps, before it is scaled back; what is beyond eps is cut off.
-REACH = 3.0
+MAX_SUM_EPS = 3.0
 
 
 @attack("multires-prior", paper="arXiv:2408.05446", norms=("linf", "l2"), access="gradient", ascent=True)
@@ -66,7 +66,7 @@ class MultiResPrior(RowWise):
         )
         whole = state["sum"] + self.step_size.length(eps) * direction / _size(direction, rows.threat.norm)
         if rows.threat.norm == "linf":
-            length = whole.abs().flatten(1).amax(1) / REACH
+            length = whole.abs().flatten(1).amax(1) / MAX_SUM_EPS
         else:
             length = whole.flatten(1).norm(dim=1)
         whole = whole * per_row((eps / length.clamp(min=1e-30)).clamp(max=1), whole)

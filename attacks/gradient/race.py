@@ -81,7 +81,7 @@ class Race(RowWise):
         ranked = _ranked(rows, answer.logits, self.targets)
         count = ranked.shape[1]
         plan = torch.tensor(self._plan(count), dtype=torch.float64, device=x.device)
-        now, following = (_Turn(*plan[at.clamp(max=len(plan) - 1)].unbind(1)) for at in (clock, clock + 1))
+        now, following = (_Turn(*plan[step.clamp(max=len(plan) - 1)].unbind(1)) for step in (clock, clock + 1))
         first = clock == 0
         margin = rows.goal.loss(answer.logits, "margin").double()
         ranked = torch.where(first[:, None], ranked, state["ranked"][:, :count])

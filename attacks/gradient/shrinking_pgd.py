@@ -28,7 +28,7 @@ LAST_STEP = 0.01
 # By how much the radius changes at the end.
 LAST_GAMMA = 0.0005
 # Of a change of the radius, how near it grows to the nearest point found.
-BELOW = 0.2
+NEAREST_MARGIN = 0.2
 TINY = 1e-12
 
 
@@ -79,7 +79,7 @@ class _ShrinkingPGD(RowWise):
         nearest = torch.where(crossed, torch.minimum(distance, state["nearest"]), state["nearest"])
         slope = torch.linalg.vector_norm(gradient.flatten(1).double(), DUAL[threat.norm], dim=1)
         ahead = (distance + answer.loss.double().abs() / slope.clamp(min=TINY)) * (1 + gamma)
-        grown = torch.minimum(state["radius"] * (1 + gamma), nearest * (1 - BELOW * gamma))
+        grown = torch.minimum(state["radius"] * (1 + gamma), nearest * (1 - NEAREST_MARGIN * gamma))
         shrunk = torch.minimum(state["radius"], distance) * (1 - gamma)
         radius = torch.where(crossed, shrunk, torch.where(nearest.isinf(), ahead, grown))
         radius = torch.minimum(radius, threat.distance((x < 0.5).to(x.dtype), x))

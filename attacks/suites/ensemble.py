@@ -9,7 +9,7 @@ from __future__ import annotations
 from robustkit.registry import find, suite
 
 # The share of the way to the boundary that may be left for a second, longer attack.
-CLOSE = 0.1
+DOUBT = 0.1
 AGGREGATORS = ("mean-logit", "mean-log-probability", "top-k", "straight-through")
 
 
@@ -36,4 +36,4 @@ def climb(norm: str, view: str) -> list[str]:
     else:
         first = [f"race(targets=9,probe=4,finalists=2,steps=40,restarts=1,doubt=0.3)@{view}"]
     # Another loss and step rule, from other starts: what the first attack misses is mostly this close.
-    return [*first, f"apgd(loss=dlr,steps=100,restarts=2,large_start=false,doubt={CLOSE})@{view}"]
+    return [*first, f"apgd(loss=dlr,steps=100,restarts=2,large_start=false,doubt={DOUBT})@{view}"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from robustkit.registry import find, suite
 
-EASY = [
+FIRST_ATTACKS = [
     "pgd(steps=1,step_size=1,loss=margin,random_start=false)",
     "pgd(steps=5,step_size=0.5,loss=margin,random_start=false)",
 ]
@@ -34,7 +34,7 @@ def rapid(norm: str) -> list[str]:
             "race(targets=9,probe=4,finalists=2,steps=40,restarts=3,doubt=0.3)",
             "apgd(loss=ce,steps=30,restarts=1)",
         ]
-    return [*EASY, *hard, *ARMS]
+    return [*FIRST_ATTACKS, *hard, *ARMS]
 
 
 @suite("rapid+autoattack")

@@ -77,8 +77,8 @@ class TRS(Method):
         threat = Linf(Fraction(eps))
         x, y = batch.x[half:], batch.y[half:]
 
-        def size(at: Images) -> Tensor:
-            return _squares(ensemble_utils.losses_and_gradients(nets, at, y)[1]).mean(0)
+        def size(images: Images) -> Tensor:
+            return _squares(ensemble_utils.losses_and_gradients(nets, images, y)[1]).mean(0)
 
         start = ensemble_utils.random_start(x, threat, batch.rng.select(torch.arange(half, len(batch.x))))
         return torch.cat(

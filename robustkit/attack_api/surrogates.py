@@ -23,7 +23,7 @@ from robustkit.core.rng import RowRng
 from robustkit.core.shapes import Images, Logits
 from robustkit.core.threat import per_row
 
-ORDERS, FRESH = ("shuffled", "listed"), ("gradient", "step")
+ORDERS, REDRAW_TIMES = ("shuffled", "listed"), ("gradient", "step")
 COMBINATIONS = ("logits", "probabilities", "loss", "gradients", "consensus")
 # Those in which the gradient of one member depends on the logits of all, and those that normalise gradients.
 SHARED, SCALED = ("logits", "probabilities", "consensus"), ("gradients", "consensus")
@@ -81,7 +81,7 @@ class Surrogates:
             raise UsageError("an ensemble of surrogates needs at least one model.")
         if self.combine not in COMBINATIONS:
             raise did_you_mean("combination", self.combine, COMBINATIONS)
-        check_choices(self, order=ORDERS, fresh=FRESH)
+        check_choices(self, order=ORDERS, fresh=REDRAW_TIMES)
         if self.weights is not None and (
             len(self.weights) != len(self.members) or not all(0 < weight < float("inf") for weight in self.weights)
         ):

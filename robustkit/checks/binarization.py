@@ -32,11 +32,11 @@ from robustkit.core.shapes import Images, Logits, Mask
 from robustkit.core.threat import ThreatModel
 from robustkit.runs.recorded_outputs import not_recording
 
-PASSES, TOO_EASY = 0.95, 0.5
+MIN_RATE_TO_PASS, MAX_CONTROL_RATE = 0.95, 0.5
 GAP = Fraction(1, 20)
-FIT_STEPS, FIT_RATE, INERTIA, TIGHT, RIDGE = 1000, 0.05, 0.9, 0.999, 1e-3
+FIT_STEPS, FIT_RATE, INERTIA, BOUNDARY_POSITION, RIDGE = 1000, 0.05, 0.9, 0.999, 1e-3
 # Of an image, side by side: those of all points about it are in memory at once.
-MOST_FEATURES = 100_000
+MAX_FEATURES = 100_000
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,9 @@ class Binarization:
     @property
     def verdict(self) -> str:
         """`pass`, `fail`, or `too easy` where it passed, but random points do well too."""
-        if self.rate < PASSES:
+        if self.rate < MIN_RATE_TO_PASS:
             return "fail"
-        return "too easy" if self.control > TOO_EASY else "pass"
+        return "too easy" if self.control > MAX_CONTROL_RATE else "pass"
 
 
 @dataclass(frozen=True)
@@ -99,10 +99,10 @@ def binarization(
     ends = heads(model, net, x[:1])
     with torch.no_grad():
         width = features(model, ends, x[:1]).shape[1]
-    if width > MOST_FEATURES:
+    if width > MAX_FEATURES:
         raise UsageError(
             f"binarization: {width:,} features of an image are too many to keep those of all points about it; "
-            f"the most are {MOST_FEATURES:,}."
+            f"the most are {MAX_FEATURES:,}."
         )
     question = binary_questions(model, ends, x, threat, rng, inner, tight)
 
@@ -165,7 +165,7 @@ def fitted(inside: Tensor, planted: Tensor, tight: bool = True) -> tuple[Tensor,
     room, bias = _between(rows, point, weight)
     if (room <= 0).any():
         weight = _regressed(rows, point, weight, bias)
-    room, bias = _between(rows, point, weight, TIGHT if tight else 0.5)
+    room, bias = _between(rows, point, weight, BOUNDARY_POSITION if tight else 0.5)
     if (room <= 0).any():
         raise UsageError(
             f"binarization: {int((room <= 0).sum())} of {len(room)} planted points cannot be told from their "
@@ -184,8 +184,8 @@ def _direction(rows: Tensor, point: Tensor) -> Tensor:
     """
     count = rows.shape[1]
     ridge = RIDGE * count * torch.eye(count, dtype=rows.dtype, device=rows.device)
-    told = torch.linalg.solve(rows @ rows.mT + ridge, rows @ point.mT)
-    weight = (point - told.mT @ rows)[:, 0]
+    coefficients = torch.linalg.solve(rows @ rows.mT + ridge, rows @ point.mT)
+    weight = (point - coefficients.mT @ rows)[:, 0]
     unit: Tensor = weight / weight.norm(dim=1, keepdim=True).clamp(min=1e-12)
     return unit
 

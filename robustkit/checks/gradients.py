@@ -15,7 +15,7 @@ from robustkit.core.rng import RowRng
 from robustkit.core.shapes import Images, Logits, PerRow
 
 VANISHING = 1e-7
-MOST = 0.75
+MAX_VANISHED_SHARE = 0.75
 # At how many points at least a gradient is compared with finite differences.
 POINTS = 8
 # How many roundings of the largest logit a net's own arithmetic amounts to.
@@ -62,7 +62,7 @@ def vanishing(probe: Probe) -> Flag | None:
     """Images at which cross-entropy's gradient is tiny beside the margin's."""
     ce, margin = _sizes(probe, "ce"), _sizes(probe, "margin")
     gone = (ce < VANISHING * margin) & (margin > 0)
-    if not len(gone) or gone.float().mean() <= MOST:
+    if not len(gone) or gone.float().mean() <= MAX_VANISHED_SHARE:
         return None
     return Flag(
         "vanishing-gradient",

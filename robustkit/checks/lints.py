@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from robustkit.core.shapes import Images, Labels, Logits
 
-SURE = 1e-6
+MAX_OTHER_PROBABILITY = 1e-6
 FLAT = 1e-6
 # Shares of images, and 1 - cosine, from which a light is yellow and red.
 YELLOW, RED = 0.25, 0.75
@@ -58,7 +58,7 @@ def lints(logits: Logits, labels: Labels, gradient: Images, again: Images) -> li
 def ce_saturation(logits: Logits, labels: Labels) -> float:
     """Return the share of rows whose label has a probability within 1e-6 of 1."""
     others = logits.double().log_softmax(1).gather(1, labels[:, None])[:, 0]
-    return _share(-torch.expm1(others) < SURE)
+    return _share(-torch.expm1(others) < MAX_OTHER_PROBABILITY)
 
 
 def dlr_flatness(logits: Logits) -> float:

@@ -9,7 +9,7 @@ from robustkit.checks.probe import NOISE, Probe
 from robustkit.core.flags import Flag, passed, unmeasured
 
 ROUNDING = 1e-5
-MOST = 0.75  # ordinary overfitted nets saturate on up to half of the images
+MAX_SATURATED_SHARE = 0.75  # ordinary overfitted nets saturate on up to half of the images
 FLOAT16_LARGEST = 65504.0
 
 
@@ -44,7 +44,7 @@ def never_positive(probe: Probe) -> Flag | None:
 def saturated(probe: Probe) -> Flag | None:
     """Rows that cross-entropy cannot move because softmax is exactly 1 in float32."""
     certain = probe.logits.float().softmax(1).amax(1) == 1
-    if certain.float().mean() <= MOST:
+    if certain.float().mean() <= MAX_SATURATED_SHARE:
         return None
     return Flag(
         "saturated-softmax",

@@ -26,7 +26,7 @@ def label_checks(predictions: Sequence[int], labels: Sequence[int], classes: int
         classes: K.
         model: what to call the model where there are several.
     """
-    correct = sum(said == label for said, label in zip(predictions, labels, strict=True))
+    correct = sum(prediction == label for prediction, label in zip(predictions, labels, strict=True))
     found = (chance_accuracy(correct, labels, classes, model), relabelled(predictions, labels, model))
     return [flag for flag in found if flag is not None]
 
@@ -45,24 +45,24 @@ def relabelled(predictions: Sequence[int], labels: Sequence[int], model: str = "
     # Takes a while to import.
     from scipy.special import bdtrc
 
-    said, given = np.asarray(predictions, np.int64), np.asarray(labels, np.int64)
-    said, given = said[said >= 0], given[said >= 0]
-    kinds, places = np.unique(np.concatenate([given, said]), return_inverse=True)
-    if np.array_equal(said, given) or len(kinds) > MAX_CLASSES:
+    predicted, labelled = np.asarray(predictions, np.int64), np.asarray(labels, np.int64)
+    predicted, labelled = predicted[predicted >= 0], labelled[predicted >= 0]
+    classes, indices = np.unique(np.concatenate([labelled, predicted]), return_inverse=True)
+    if np.array_equal(predicted, labelled) or len(classes) > MAX_CLASSES:
         return None
-    rows, columns = places[: len(given)], places[len(given) :]
+    rows, columns = indices[: len(labelled)], indices[len(labelled) :]
     # Every other image of each label, in whatever order the labels come.
     half = np.argsort(np.argsort(rows, kind="stable")) % 2 == 0
     renamed = np.empty_like(rows)
     for fitted in (half, ~half):
-        renamed[~fitted] = _assignment(rows[fitted], columns[fitted], len(kinds))[rows[~fitted]]
+        renamed[~fitted] = _assignment(rows[fitted], columns[fitted], len(classes))[rows[~fitted]]
     gained = int(((renamed == columns) & (rows != columns)).sum())
     lost = int(((renamed != columns) & (rows == columns)).sum())
     # A sign test: were the labels right, more would be lost than gained.
     if gained <= lost or bdtrc(gained - 1, gained + lost, 0.5) >= LEVEL:
         return None
-    best = _assignment(rows, columns, len(kinds))
-    moved = [f"{kinds[row]} is {kinds[best[row]]}" for row in np.unique(rows) if best[row] != row]
+    best = _assignment(rows, columns, len(classes))
+    moved = [f"{classes[row]} is {classes[best[row]]}" for row in np.unique(rows) if best[row] != row]
     more = f" and {len(moved) - _NAMED} more" if len(moved) > _NAMED else ""
     whose = f" of {model}" if model else ""
     return Flag(

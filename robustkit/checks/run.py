@@ -8,7 +8,7 @@ from robustkit.checks import gradients, outputs, randomness, signs, strength
 from robustkit.checks.probe import Probe
 from robustkit.core.flags import Flag
 
-BEFORE = (
+BEFORE_ATTACKS = (
     outputs.probabilities,
     outputs.never_positive,
     outputs.saturated,
@@ -81,7 +81,7 @@ def diagnose(probe: Probe) -> list[Flag]:
     longest plain attack both ways, with as many forwards at random points, to find them; it ends where all have
     been found.
     """
-    found = (check(probe) for check in BEFORE)
+    found = (check(probe) for check in BEFORE_ATTACKS)
     return [_sound(flag) for flag in found if flag is not None]
 
 

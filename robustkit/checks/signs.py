@@ -22,7 +22,7 @@ from robustkit.core.shapes import Images, PerRow
 UNSTABLE, DRAWS = 0.5, 12
 INNER = 19
 NO_ATTACK = "the run has no row-wise attack with one gradient and one start to test"
-NONE_RIGHT = "the model misclassifies all of the first images"
+NO_CORRECT_IMAGE = "the model misclassifies all of the first images"
 ADD_ONE = "add one: --suite 'rapid,...'"
 
 
@@ -30,7 +30,7 @@ def unstable(probe: Probe) -> Flag:
     """I2: a margin that changes as soon as the image changes invisibly."""
     code, rows = "unstable-loss", probe.first_correct_rows
     if not len(rows):
-        return unmeasured(code, NONE_RIGHT, "pass images that it classifies correctly")
+        return unmeasured(code, NO_CORRECT_IMAGE, "pass images that it classifies correctly")
     x, goal = probe.x[rows], Goal(probe.labels[rows])
 
     def margin(images: Images) -> PerRow:
@@ -92,7 +92,7 @@ def alive(probe: Probe) -> Flag:
     if attack is None:
         return unmeasured(code, NO_ATTACK, ADD_ONE)
     if not len(rows):
-        return unmeasured(code, NONE_RIGHT, "pass images that it classifies correctly")
+        return unmeasured(code, NO_CORRECT_IMAGE, "pass images that it classifies correctly")
     if probe.net is None or not probe.threat.eps:
         return unmeasured(code, "nothing can be planted without layers to read, or at eps 0", "nothing to do")
     if probe.threat.norm == "l1":
@@ -134,7 +134,7 @@ def alive(probe: Probe) -> Flag:
 def _no_way(probe: Probe, code: str) -> Flag | None:
     """Return why there is no run of PGD to look at, if there is none."""
     if not len(probe.correct_rows):
-        return unmeasured(code, NONE_RIGHT, "pass images that it classifies correctly")
+        return unmeasured(code, NO_CORRECT_IMAGE, "pass images that it classifies correctly")
     if not probe.deterministic:
         return unmeasured(code, "the loss of a random model changes from draw to draw", "look at its draws")
     if not len(probe.left):

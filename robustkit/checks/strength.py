@@ -65,10 +65,10 @@ def scores_beat_gradients(stages: Sequence[Stage], access: Sequence[str]) -> Fla
     `access` is what each stage's attack needs. AutoAttack's threshold, .2 points of accuracy, and more than
     one image: one at the boundary may as well fall to an attack of any kind.
     """
-    code, asked = "score-beats-gradient", []
+    code, score_stages = "score-beats-gradient", []
     for number, stage in enumerate(stages):
         if access[number] == "score" and "gradient" in access[:number] and stage.forwards:
-            asked.append(stage)
+            score_stages.append(stage)
             if stage.fooled > max(1, SQUARE_GAIN * stage.robust_accuracy.n):
                 return Flag(
                     code,
@@ -78,14 +78,14 @@ def scores_beat_gradients(stages: Sequence[Stage], access: Sequence[str]) -> Fla
                     "those were too weak, or the gradients are masked",
                     "run stronger gradient attacks and square with more queries; try an adaptive attack",
                 )
-    if not asked:
+    if not score_stages:
         return unmeasured(
             code,
             "no score-based attack was run after a gradient one: there is none, nothing was left for it, or the "
             "model is random, where the score of one draw is luck",
             "add one if the suite has none: --suite 'rapid,...'",
         )
-    fooled = sum(stage.fooled for stage in asked)
+    fooled = sum(stage.fooled for stage in score_stages)
     return passed(code, fooled, "is how many images no gradient attack and then a score-based one fooled")
 
 

@@ -48,12 +48,12 @@ def _invoke(arguments: list[str]) -> int:
 
     from robustkit.cli.app import app
     from robustkit.cli.command import check_words
-    from robustkit.runs.invocation import asked_for_by
+    from robustkit.runs.invocation import record_command
 
     check_words(arguments)
     try:
         with typer.main.get_command(app).make_context("robustkit", list(arguments)) as context:
-            with asked_for_by(arguments):
+            with record_command(arguments):
                 return int(context.command.invoke(context) or DONE)
     except typer.Exit as end:
         return end.exit_code

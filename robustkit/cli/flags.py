@@ -14,7 +14,7 @@ from robustkit.cli.command import Command
 
 T = TypeVar("T", bound=Options)
 
-SEVERAL = ("Sequence[str]", "Sequence[Path]")
+LIST_TYPES = ("Sequence[str]", "Sequence[Path]")
 PLACEHOLDERS = {"int": "N", "float": "NUMBER", "str": "TEXT"}
 DEBUG = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
@@ -97,7 +97,7 @@ def _flag(field: Field[Any]) -> str:
 def _parameter(verb: str, field: Field[Any]) -> inspect.Parameter:
     kind, about = str(field.type).partition(" | ")[0], described(field)
     text = f"{about.help} {_default(field, verb)}".strip()
-    hint: Any = bool if kind == "bool" else list[str] if str(field.type) in SEVERAL else str
+    hint: Any = bool if kind == "bool" else list[str] if str(field.type) in LIST_TYPES else str
     if about.positional:
         # click names an argument by its metavar
         described_as: Any = typer.Argument(help=text, metavar=about.metavar or None)

@@ -30,7 +30,7 @@ from robustkit.models.strings import ModelString
 BUILT_IN_DATA = "digits:test"
 BUILT_IN_LIMIT = 200
 # The eps that papers report in a norm, for data whose usual threat has another norm.
-USUAL_THREATS = {"linf": "linf:8/255", "l2": "l2:0.5", "l1": "l1:12"}
+DEFAULT_THREATS = {"linf": "linf:8/255", "l2": "l2:0.5", "l1": "l1:12"}
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Inputs:
         announce(samples)
         if limit is None and largest is not None:
             limit = min(largest, len(samples))
-        return cls(classifier, samples.head(limit), rules or usual_threat(data), device)
+        return cls(classifier, samples.head(limit), rules or default_threat(data), device)
 
 
 def load_samples(
@@ -137,14 +137,14 @@ def announce(samples: Samples) -> None:
         print(f"warning: {value}{flag.meaning}; {flag.remedy}.", file=sys.stderr)
 
 
-def usual_of_norm(norm: str, data: str | None) -> str | None:
+def default_for_norm(norm: str, data: str | None) -> str | None:
     """Return the usual threat of a norm, that of the data if it has this norm; None for an unknown norm."""
     entry = CATALOG.get(DataString.parse(data or BUILT_IN_DATA).name)
     own = entry.threat if entry is not None else None
-    return own if own and own.partition(":")[0] == norm else USUAL_THREATS.get(norm)
+    return own if own and own.partition(":")[0] == norm else DEFAULT_THREATS.get(norm)
 
 
-def usual_threat(data: str) -> ThreatModel:
+def default_threat(data: str) -> ThreatModel:
     """Return the threat that papers use on this data; UsageError if none is known."""
     entry = CATALOG.get(DataString.parse(data).name)
     if entry is None or entry.threat is None:

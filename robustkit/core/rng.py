@@ -50,7 +50,9 @@ class RowRng:
 
     def select(self, index: Tensor) -> RowRng:
         """Return the generators of these rows, by position or mask."""
-        restart, step = (at[index] if isinstance(at, Tensor) else at for at in (self.restart, self.step))
+        restart, step = (
+            value[index] if isinstance(value, Tensor) else value for value in (self.restart, self.step)
+        )
         return replace(self, ids=self.ids[index], restart=restart, step=step)
 
     def uniform(self, *shape: int) -> Tensor:
@@ -77,8 +79,8 @@ class RowRng:
         blocks = torch.arange((count + 3) // 4, device=self.ids.device)[None, :].expand(len(self.ids), -1)
         ids = self.ids.to(torch.int64)[:, None].expand_as(blocks)
         restart, step = (
-            torch.zeros_like(blocks) + (at[:, None] if isinstance(at, Tensor) else at)
-            for at in (self.restart, self.step)
+            torch.zeros_like(blocks) + (value[:, None] if isinstance(value, Tensor) else value)
+            for value in (self.restart, self.step)
         )
         words = philox([blocks, ids, restart, step], key)
         return torch.stack(words, 2).flatten(1)[:, :count]

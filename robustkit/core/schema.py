@@ -178,8 +178,8 @@ def _reader(kind: Any) -> Reader:
 
 
 def _needed(value: Any, words: str) -> _Wrong:
-    said = json.dumps(value)
-    return _Wrong(f"is {said if len(said) <= 60 else said[:57] + '…'} but must be {words}")
+    text = json.dumps(value)
+    return _Wrong(f"is {text if len(text) <= 60 else text[:57] + '…'} but must be {words}")
 
 
 def _limited(read: Reader, limits: Sequence[Any]) -> Reader:

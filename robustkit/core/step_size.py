@@ -20,7 +20,7 @@ UNITS = ("eps", "px")
 # N steps of 1 / N may reach slightly less than 1 by rounding.
 REACH_TOLERANCE = 1e-6
 # A step of this many eps crosses the ball.
-ACROSS = 2
+MAX_USEFUL_EPS = 2
 # Denominators of grey levels over 255 that are unlikely for a share of eps (17 / 255 is 1 / 15).
 _LEVELS = (51, 85, 255)
 
@@ -96,10 +96,10 @@ def check_bare(name: str, value: object, steps: int | None) -> None:
         return
     share = float(exact(value))
     reach = None if steps is None else steps * share
-    if _in_levels(value) or (reach is not None and reach < 1 - REACH_TOLERANCE) or share >= ACROSS:
+    if _in_levels(value) or (reach is not None and reach < 1 - REACH_TOLERANCE) or share >= MAX_USEFUL_EPS:
         text = value.strip() if isinstance(value, str) else f"{share:.6g}"
         total = "" if steps is None else f", and {steps} steps of it reach {reach:.3g} of eps"
-        pixels = f"{text}/255px" if share >= ACROSS else f"{text}px"
+        pixels = f"{text}/255px" if share >= MAX_USEFUL_EPS else f"{text}px"
         raise UsageError(
             f"{name}: step_size={text} has no unit, so it would be a share of eps{total}; "
             f"write step_size={pixels} for pixel units of [0, 1], or {text}eps for a share of eps."

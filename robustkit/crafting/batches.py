@@ -93,17 +93,17 @@ class Crafter:
         with self.ensemble.in_eval_mode(), own_randomness(self.plan.seed, "craft", stage):
             waiting = self._cut(parts)
             while waiting:
-                for at, x in read_ahead(self.samples, waiting):
+                for positions, x in read_ahead(self.samples, waiting):
                     try:
-                        with recording(self.store, f"craft-{stage}-{at[0]}") as record:
-                            chunk = self._chunk(stage, attack, surrogates, goals, at, x)
+                        with recording(self.store, f"craft-{stage}-{positions[0]}") as record:
+                            chunk = self._chunk(stage, attack, surrogates, goals, positions, x)
                     except (RuntimeError, MemoryError) as error:
                         if not is_out_of_memory(error):
                             raise RunError(f"crafting failed with {described(error)}.") from error
-                        if len(at) == 1:
+                        if len(positions) == 1:
                             raise RunError(NO_MEMORY) from error
                         record.restart()
-                        self.batch = len(at) // 2
+                        self.batch = len(positions) // 2
                         self.progress.say(f"out of memory: going on with {self.batch} images at a time")
                         waiting = self._cut(waiting)
                         break
@@ -116,15 +116,15 @@ class Crafter:
         return [part[begin : begin + self.batch] for part in parts for begin in range(0, len(part), self.batch)]
 
     def _chunk(
-        self, stage: int, attack: Any, surrogates: Surrogates, goals: Goals, at: np.ndarray, x: Images
+        self, stage: int, attack: Any, surrogates: Surrogates, goals: Goals, positions: np.ndarray, x: Images
     ) -> Chunk:
         device = self.plan.device
         begun, before = time.perf_counter(), self.ensemble.counts
         x = x.to(device)
-        labels = torch.from_numpy(self.samples.labels[at].astype(np.int64)).to(device)
-        targets = None if goals is None else torch.tensor([goals[place] for place in at], device=device)
+        labels = torch.from_numpy(self.samples.labels[positions].astype(np.int64)).to(device)
+        targets = None if goals is None else torch.tensor([goals[place] for place in positions], device=device)
         goal = Goal(labels, targets)
-        rng = RowRng(self.plan.seed, "craft", torch.from_numpy(at).to(device))
+        rng = RowRng(self.plan.seed, "craft", torch.from_numpy(positions).to(device))
         found = attack(surrogates, x, goal, self.threat, rng=rng)
         x_adv, finite = self._inside(found.detach().to(x), x)
         forwards, backwards = (now - then for now, then in zip(self.ensemble.counts, before, strict=True))
@@ -142,9 +142,9 @@ class Crafter:
                 hashlib.sha256(clean[row].tobytes()).hexdigest(),
                 image.tobytes(),
             )
-            for row, (place, image) in enumerate(zip(at, x_adv.float().cpu().numpy(), strict=True))
+            for row, (place, image) in enumerate(zip(positions, x_adv.float().cpu().numpy(), strict=True))
         ]
-        return Chunk(stage, int(at[0]), forwards, backwards, time.perf_counter() - begun, rows)
+        return Chunk(stage, int(positions[0]), forwards, backwards, time.perf_counter() - begun, rows)
 
     def _inside(self, found: Images, x: Images) -> tuple[Images, list[bool]]:
         """Return images projected onto ball and box, and which were finite; the clean image for others."""

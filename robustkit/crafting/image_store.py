@@ -60,9 +60,9 @@ class ResumableCrafter(Crafter):
         found = []
         with self.ensemble.in_eval_mode(), torch.no_grad(), own_randomness(self.plan.seed, "goals"):
             for begin in range(0, self.n, self.batch):
-                at = np.arange(begin, min(begin + self.batch, self.n))
-                logits = self.ensemble.surrogates()(self.samples.images(at).to(self.plan.device)).cpu()
-                logits[torch.arange(len(at)), labels[at]] = torch.inf
+                positions = np.arange(begin, min(begin + self.batch, self.n))
+                logits = self.ensemble.surrogates()(self.samples.images(positions).to(self.plan.device)).cpu()
+                logits[torch.arange(len(positions)), labels[positions]] = torch.inf
                 found.append(logits.argmin(1))
         return torch.cat(found)
 
@@ -110,6 +110,6 @@ class LedgerImages:
     stage: int
     shape: tuple[int, ...]
 
-    def __getitem__(self, at: np.ndarray) -> np.ndarray:
-        blob = bytearray().join(self.ledger.image(self.stage, position) for position in at.tolist())
-        return np.frombuffer(blob, np.float32).reshape(len(at), *self.shape)
+    def __getitem__(self, positions: np.ndarray) -> np.ndarray:
+        blob = bytearray().join(self.ledger.image(self.stage, position) for position in positions.tolist())
+        return np.frombuffer(blob, np.float32).reshape(len(positions), *self.shape)

@@ -30,7 +30,7 @@ EVALUATION_BATCH_SIZE = 256
 class ImageArray(Protocol):
     """Images (N C H W) indexed by positions, in memory or read on access."""
 
-    def __getitem__(self, at: np.ndarray, /) -> np.ndarray:
+    def __getitem__(self, positions: np.ndarray, /) -> np.ndarray:
         """Return the images at these positions."""
 
 
@@ -53,32 +53,34 @@ class TargetEvaluator:
     def judge(self, net: Net, adversarial: ImageArray, *, controls: bool) -> Judgement:
         """Return predictions on clean and adversarial images (N C H W); `controls` adds noise and transplants."""
         images_by_name: dict[str, Callable[[np.ndarray, Images], Images]] = {
-            "clean": lambda at, x: x,
-            "adversarial": lambda at, x: self._on_device(adversarial[at]),
+            "clean": lambda positions, x: x,
+            "adversarial": lambda positions, x: self._on_device(adversarial[positions]),
         }
         if controls:
             images_by_name["noise"] = self.noise
         if controls and len(self.samples) > 1:
-            images_by_name["transplant"] = lambda at, x: self.transplant(adversarial, at, x)
+            images_by_name["transplant"] = lambda positions, x: self.transplant(adversarial, positions, x)
         return Judgement.of(
             net.identity, self.samples.labels.tolist(), self.goals, self._predict(net, images_by_name)
         )
 
     def predictions(self, net: Net, images: ImageArray) -> list[int]:
         """Return a net's prediction for each image; -1 for non-finite logits."""
-        said: list[int] = self._predict(net, {"images": lambda at, x: self._on_device(images[at])})["images"]
-        return said
+        predictions: list[int] = self._predict(
+            net, {"images": lambda positions, x: self._on_device(images[positions])}
+        )["images"]
+        return predictions
 
-    def noise(self, at: np.ndarray, x: Images) -> Images:
+    def noise(self, positions: np.ndarray, x: Images) -> Images:
         """Return the images at these positions plus random signs of length eps in the threat's norm."""
-        draws = RowRng(self.seed, "noise", torch.from_numpy(at).to(self.device)).uniform(*x.shape[1:])
+        draws = RowRng(self.seed, "noise", torch.from_numpy(positions).to(self.device)).uniform(*x.shape[1:])
         signs = torch.where(draws < 0.5, -1.0, 1.0).to(x)
         length = self.threat.distance(signs, torch.zeros_like(signs)).to(x)
         return self.threat.project(x + float(self.threat.eps) * signs / per_row(length, x), x)
 
-    def transplant(self, adversarial: ImageArray, at: np.ndarray, x: Images) -> Images:
+    def transplant(self, adversarial: ImageArray, positions: np.ndarray, x: Images) -> Images:
         """Return the images at these positions with the perturbation of the next one."""
-        others = (at + 1) % len(self.samples)
+        others = (positions + 1) % len(self.samples)
         change = self._on_device(adversarial[others]) - self.samples.images(others).to(self.device)
         return self.threat.project(x + change, x)
 
@@ -87,20 +89,20 @@ class TargetEvaluator:
     ) -> dict[str, Any]:
         model = net.load(self.device)
         instrumented = InstrumentedModel(model, self.device)
-        said: dict[str, list[int]] = {name: [] for name in images_by_name}
+        predictions: dict[str, list[int]] = {name: [] for name in images_by_name}
         work = f"judge-{net.fingerprint[:12]}-{'-'.join(images_by_name)}"
         with evaluation_mode(model), threads(net.threads), recording(self.store, work) as record:
             measure(instrumented, self.samples.images([0]).to(self.device), self.batch)
             every = np.arange(len(self.samples))
-            for at, images in read_ahead(self.samples, np.split(every, every[self.batch :: self.batch])):
+            for positions, images in read_ahead(self.samples, np.split(every, every[self.batch :: self.batch])):
                 x = images.to(self.device)
                 for name, make in images_by_name.items():
-                    with own_randomness(self.seed, "judge", name, int(at[0])):
-                        logits = instrumented.logits_fp32(make(at, x))
+                    with own_randomness(self.seed, "judge", name, int(positions[0])):
+                        logits = instrumented.logits_fp32(make(positions, x))
                     finite = logits.isfinite().all(1)
-                    said[name] += torch.where(finite, logits.argmax(1), -1).tolist()
+                    predictions[name] += torch.where(finite, logits.argmax(1), -1).tolist()
             record.restart()
-        return said
+        return predictions
 
     def _on_device(self, images: np.ndarray) -> Images:
         return torch.from_numpy(np.ascontiguousarray(images)).to(self.device)

@@ -89,8 +89,8 @@ class PngImages:
 
     place: Path
 
-    def __getitem__(self, at: np.ndarray) -> np.ndarray:
-        pixels = [_read(self.place / _name(index)) for index in at.tolist()]
+    def __getitem__(self, positions: np.ndarray) -> np.ndarray:
+        pixels = [_read(self.place / _name(index)) for index in positions.tolist()]
         found: np.ndarray = np.stack(pixels).astype(np.float32) / np.float32(LEVELS)
         return found
 

@@ -66,8 +66,8 @@ def _check_classes(record: Craft, targets: Sequence[Net]) -> None:
 
 def _check_inside(images: np.ndarray, samples: Samples, threat: ThreatModel, path: Path) -> None:
     for begin in range(0, len(samples), 256):
-        at = np.arange(begin, min(begin + 256, len(samples)))
-        inside = threat.contains(torch.from_numpy(images[at]), samples.images(at))
+        positions = np.arange(begin, min(begin + 256, len(samples)))
+        inside = threat.contains(torch.from_numpy(images[positions]), samples.images(positions))
         if not bool(inside.all()):
             place = begin + int((~inside).nonzero()[0])
             raise UsageError(

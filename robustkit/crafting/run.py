@@ -177,8 +177,8 @@ class _CraftRun:
         )
         if self.out is not None:
             run_folder.write_adversarial(self.out, rows)
-            said = np.array([label for _, label in ledger.said(IMAGES)], np.int64)
-            shown = arrays(rows, said, ([], evenly(self.n)), self.samples, plan.threat)
+            prediction = np.array([label for _, label in ledger.said(IMAGES)], np.int64)
+            shown = arrays(rows, prediction, ([], evenly(self.n)), self.samples, plan.threat)
             run_folder.write_examples(self.out, shown)
         surroundings = environment(plan.device, "fp32", crafter.batch) | {
             "loaded": crafter.ensemble.storage.loaded,
@@ -197,7 +197,7 @@ class _CraftRun:
             seconds=seconds,
             labels=self.samples.labels.tolist(),
             goals=goals,
-            not_finite=sum(said == -1 for _, said in ledger.said(IMAGES)),
+            not_finite=sum(prediction == -1 for _, prediction in ledger.said(IMAGES)),
             surrogates=[],
             targets=[],
             environment=surroundings,
@@ -288,14 +288,14 @@ class _CraftRun:
                 return None
             if net.fingerprint != judged.fingerprint:
                 return None
-        said = {"clean": judged.predictions["clean"], "adversarial": evaluator.predictions(net, images)}
-        return Judgement.of(net.identity, record.labels, record.goals, said).rate
+        prediction = {"clean": judged.predictions["clean"], "adversarial": evaluator.predictions(net, images)}
+        return Judgement.of(net.identity, record.labels, record.goals, prediction).rate
 
     def _png(self, record: Craft, place: Path) -> Craft:
         found = (record.adversarial or run_folder.read_adversarial(self.out or place))["x"]
         every = np.arange(self.n)
         blocks = read_ahead(self.samples, np.split(every, every[PNG_BATCH_SIZE::PNG_BATCH_SIZE]))
-        pairs = ((found[at], x.numpy()) for at, x in blocks)
+        pairs = ((found[positions], x.numpy()) for positions, x in blocks)
         images, largest = png_export.save(place, pairs, record.labels, self.plan.threat)
         evaluator = self._evaluator(record.goals)
         rates = [self._rate(evaluator, judged, record, images) for judged in record.targets]

@@ -53,13 +53,13 @@ def class_numbers(
         (given >= _MAX_CLASSES, f"classes below {_MAX_CLASSES:,}"),
     ):
         if bad.any():
-            at = int(bad.argmax())
-            raise UsageError(f"{name}: the label at position {at} is {given[at]:g}; write {advice}.")
+            row = int(bad.argmax())
+            raise UsageError(f"{name}: the label at position {row} is {given[row]:g}; write {advice}.")
     numbers = given.astype(np.int64)
     if classes is not None and numbers.max() >= len(classes):
-        at = int(numbers.argmax())
+        row = int(numbers.argmax())
         raise UsageError(
-            f"{name}: the label at position {at} is {numbers[at]}, but there are {len(classes)} "
+            f"{name}: the label at position {row} is {numbers[row]}, but there are {len(classes)} "
             f"class names; write labels from 0 to {len(classes) - 1}, or more names."
         )
     return numbers, classes
@@ -106,10 +106,10 @@ def _named(
     texts = [one.decode(errors="replace") if isinstance(one, bytes) else str(one) for one in given]
     order = classes if classes is not None else tuple(sorted(set(texts)))
     places = {text: number for number, text in enumerate(order)}
-    for at, text in enumerate(texts):
+    for row, text in enumerate(texts):
         if text not in places:
             raise UsageError(
-                f"{name}: the label at position {at} is {text!r}, which is none of the {len(order)} class names; "
+                f"{name}: the label at position {row} is {text!r}, which is none of the {len(order)} class names; "
                 "write one of them, or add it."
             )
     return np.array([places[text] for text in texts], np.int64), order

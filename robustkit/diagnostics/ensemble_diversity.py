@@ -138,7 +138,8 @@ class DiversityRequest:
         self, ensemble: EnsembleMembers, places: np.ndarray, most: int, progress: Progress, begun: float
     ) -> Diversity:
         clean = torch.cat(
-            [ensemble.predictions(self._images(at)) != self._labels(at) for at in _batches(places, most)], 1
+            [ensemble.predictions(self._images(part)) != self._labels(part) for part in _batches(places, most)],
+            1,
         ).cpu()
         index = places[~clean[:-1].any(0).numpy()]
         if len(index) < 2:
@@ -150,15 +151,15 @@ class DiversityRequest:
         for number in range(ensemble.count):
             progress.stage(f"on member {number}", len(index), len(index), len(index))
             rows = []
-            for at in _batches(index, most):
+            for part in _batches(index, most):
                 rows.append(
                     attack(
                         ensemble,
                         number,
-                        self._images(at),
-                        self._labels(at),
+                        self._images(part),
+                        self._labels(part),
                         self.threat,
-                        self._rng(at),
+                        self._rng(part),
                         steps=self.steps,
                         restarts=self.restarts,
                     )
@@ -219,16 +220,16 @@ class DiversityRequest:
         for number, layers in enumerate(depths):
             of_pair = np.repeat(1 + (draw * layers).astype(np.int64), PAIRS_PER_LAYER)[: len(index)]
             for layer in np.unique(of_pair):
-                for at in _batches(np.flatnonzero(of_pair == layer), most):
-                    x, t = self._images(source[at]), self._images(target[at])
+                for part in _batches(np.flatnonzero(of_pair == layer), most):
+                    x, t = self._images(source[part]), self._images(target[part])
                     made = distil(ensemble.member(number).model, x, t, int(layer), **DISTILLATION)
-                    total[number] += each_loss(ensemble, made, self._labels(target[at]))
+                    total[number] += each_loss(ensemble, made, self._labels(target[part]))
         return total / len(index), [1 + int(one * depths[0]) for one in draw]
 
     def _cosine(self, ensemble: EnsembleMembers, index: np.ndarray, most: int) -> Tensor:
         total = torch.zeros(ensemble.count * (ensemble.count - 1) // 2, dtype=torch.float64)
-        for at in _batches(index, most):
-            x, labels = self._images(at), self._labels(at)
+        for part in _batches(index, most):
+            x, labels = self._images(part), self._labels(part)
             slopes = torch.stack([_slope(ensemble.member(number), x, labels) for number in range(ensemble.count)])
             total += ensemble_utils.pairwise_cosines(slopes).double().sum(1).cpu()
         table = torch.eye(ensemble.count, dtype=torch.float64)
@@ -248,8 +249,8 @@ class DiversityRequest:
 
 def _slope(model: Callable[[Images], Tensor], x: Images, labels: Labels) -> Tensor:
     with torch.enable_grad():
-        at = x.detach().requires_grad_()
-        return torch.autograd.grad(loss(model, labels, at).sum(), at)[0].flatten(1)
+        point = x.detach().requires_grad_()
+        return torch.autograd.grad(loss(model, labels, point).sum(), point)[0].flatten(1)
 
 
 def _batches(places: np.ndarray, most: int) -> list[np.ndarray]:

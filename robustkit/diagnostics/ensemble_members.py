@@ -91,18 +91,18 @@ def attack(
     fooled = torch.zeros(ensemble.count + 1, len(x), dtype=torch.bool, device=x.device)
     lost = torch.zeros(len(x), dtype=torch.bool, device=x.device)
     for restart in range(restarts):
-        at = (~(fooled.all(0) & lost)).nonzero()[:, 0]
-        if not len(at):
+        rows = (~(fooled.all(0) & lost)).nonzero()[:, 0]
+        if not len(rows):
             break
-        own = rng.select(at).at(restart=restart)
+        own = rng.select(rows).at(restart=restart)
         model = ensemble.member(number)
-        value = partial(loss, model, labels[at])
-        start = ensemble_utils.random_start(x[at], threat, own)
-        found = ensemble_utils.ascend(value, start, x[at], threat, steps=steps, step_size=STEP_SIZE)
+        value = partial(loss, model, labels[rows])
+        start = ensemble_utils.random_start(x[rows], threat, own)
+        found = ensemble_utils.ascend(value, start, x[rows], threat, steps=steps, step_size=STEP_SIZE)
         predictions = ensemble.predictions(found)
-        wrong = (predictions != labels[at]) & (predictions >= 0)
-        fooled[:, at] |= wrong
-        lost[at] |= wrong[:-1].all(0)
+        wrong = (predictions != labels[rows]) & (predictions >= 0)
+        fooled[:, rows] |= wrong
+        lost[rows] |= wrong[:-1].all(0)
     return fooled, lost
 
 

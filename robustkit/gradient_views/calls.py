@@ -143,10 +143,10 @@ class SmoothCalls:
             return None
         if name == "one_hot":
             picked = self.surrogates.chosen.get(args[0])
-            at = self.surrogates.of(args[0])
+            point = self.surrogates.of(args[0])
             code = picked.code(real.shape[-1]) if picked is not None else None
-            if code is None and at is not None:
-                code = smooth_rules.smooth_one_hot(at, real.shape[-1])
+            if code is None and point is not None:
+                code = smooth_rules.smooth_one_hot(point, real.shape[-1])
             return None if code is None else self._noted("chooses", code)
         base, dim, index, value = (*args, *kwargs.values())[:4]
         picked = self.surrogates.chosen.get(index)

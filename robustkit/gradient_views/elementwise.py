@@ -32,9 +32,9 @@ def has_misleading_gradient(module: nn.Module, x: Tensor, out: Tensor) -> bool:
         if not torch.equal(moved[:, ~half], out.detach()[:, ~half]):
             return False
     with torch.enable_grad():
-        at = x.clone().requires_grad_()
-        again = module.forward(at)
-        slope = torch.autograd.grad(again.sum(), at)[0] if again.requires_grad else torch.zeros_like(x)
+        point = x.clone().requires_grad_()
+        again = module.forward(point)
+        slope = torch.autograd.grad(again.sum(), point)[0] if again.requires_grad else torch.zeros_like(x)
     wide = mean_secant(module, x).flatten(1)
     like = F.cosine_similarity(slope.flatten(1).nan_to_num(0, 0, 0), wide, eps=1e-30)
     return bool((like < MIN_COSINE).float().mean() > 0.5) and bool(wide.any())

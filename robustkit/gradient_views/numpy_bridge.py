@@ -12,7 +12,17 @@ from robustkit.gradient_views.findings import Findings
 from robustkit.gradient_views.straight_through import rearranged
 from robustkit.gradient_views.surrogate_gradients import SurrogateGradients
 
-LEAVING = ("numpy", "__array__", "item", "tolist", "__float__", "__int__", "__bool__", "__index__", "__complex__")
+TO_NUMPY = (
+    "numpy",
+    "__array__",
+    "item",
+    "tolist",
+    "__float__",
+    "__int__",
+    "__bool__",
+    "__index__",
+    "__complex__",
+)
 
 
 class NumpyBridge:

@@ -26,7 +26,7 @@ MAX_SPREAD = 1 / STEP_WIDTH
 # The gradient of a wave with a larger range, in radians, is useless.
 MAX_WAVE_RADIANS = 100.0
 # Shares of clamped entries in a row above which the clamp is left out, and above which it is replaced by a step.
-MIN_CLAMPED, NEARLY_ALL = 0.5, 0.9
+MIN_CLAMPED, MIN_REPLACED_SHARE = 0.5, 0.9
 SIGN_TOLERANCE = 1e-2
 
 
@@ -144,7 +144,7 @@ def clamped(x: Tensor, *limits: Any, **more: Any) -> Tensor | None:
     if not (gone > MIN_CLAMPED).any():
         return None
     low, high = inside.detach().amin(), inside.detach().amax()
-    wide = torch.where(gone > NEARLY_ALL, low + (high - low) * smooth_step(x - (low + high) / 2), x)
+    wide = torch.where(gone > MIN_REPLACED_SHARE, low + (high - low) * smooth_step(x - (low + high) / 2), x)
     return torch.where(gone > MIN_CLAMPED, wide, inside)
 
 
@@ -155,7 +155,7 @@ def unit(function: Callable[..., Tensor]) -> Rule:
         if not all(isinstance(part, Tensor) and part.requires_grad for part in (x, y)) or x.shape != y.shape:
             return None
         size = function(x, y).detach().abs()
-        return smooth_sign(x) if ((size - 1).abs() < SIGN_TOLERANCE).float().mean() > NEARLY_ALL else None
+        return smooth_sign(x) if ((size - 1).abs() < SIGN_TOLERANCE).float().mean() > MIN_REPLACED_SHARE else None
 
     return signed
 

@@ -33,7 +33,7 @@ from robustkit.gradient_views.elementwise import has_misleading_gradient, with_s
 from robustkit.gradient_views.findings import Finding, Findings
 from robustkit.gradient_views.heads import Heads, tensors
 from robustkit.gradient_views.indexing import SELECTING
-from robustkit.gradient_views.numpy_bridge import LEAVING, NumpyBridge
+from robustkit.gradient_views.numpy_bridge import TO_NUMPY, NumpyBridge
 from robustkit.gradient_views.random_means import RANDOM_FUNCTIONS
 from robustkit.gradient_views.surrogate_gradients import SurrogateGradients
 
@@ -157,9 +157,9 @@ class Tracer(TorchFunctionMode):
             return func(*args, **kwargs) if reconnected is None else reconnected
         if name in ("get", "detach", "alias_copy"):
             return self._kept(first, func, args, kwargs)
-        if self.sources is not None and (raw in LEAVING or name in SELECTING):
+        if self.sources is not None and (raw in TO_NUMPY or name in SELECTING):
             self.sources += [x for x in tensors(self._surrogates.substituted(first)) if x.requires_grad]
-        if raw in LEAVING and isinstance(first, Tensor):
+        if raw in TO_NUMPY and isinstance(first, Tensor):
             return self._numpy.leave(raw, func, first, args, kwargs)
         if name in ("requires_grad", "set") and isinstance(first, Tensor):
             return first

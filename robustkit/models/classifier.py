@@ -129,7 +129,7 @@ class Classifier(nn.Module):
 
     def with_net(self, net: nn.Module) -> Classifier:
         """Return the same around another net that computes the same function."""
-        mean, std = (None if of is None else tuple(of.flatten().tolist()) for of in (self.mean, self.std))
+        mean, std = (None if value is None else tuple(value.flatten().tolist()) for value in (self.mean, self.std))
         twin = Classifier(
             net,
             string=self.string,
@@ -215,10 +215,10 @@ class Classifier(nn.Module):
         return _as_logits if isinstance(self.net, Mixture) else self.reader.read
 
     def _normalised(self, x: torch.Tensor) -> torch.Tensor:
-        for name, values in (("mean", self.mean), ("std", self.std)):
-            if values is not None and values.shape[1] not in (1, x.shape[1]):
+        for name, value in (("mean", self.mean), ("std", self.std)):
+            if value is not None and value.shape[1] not in (1, x.shape[1]):
                 raise UsageError(
-                    f"model {self.string!r} has {values.shape[1]} numbers as {name} but the images have "
+                    f"model {self.string!r} has {value.shape[1]} numbers as {name} but the images have "
                     f"{x.shape[1]} channels: write one number per channel, or one for all."
                 )
         if self.mean is not None:
@@ -268,5 +268,5 @@ def _as_logits(output: object, rows: int) -> Logits:
     return cast(torch.Tensor, output)
 
 
-def _per_channel(values: tuple[float, ...] | None) -> torch.Tensor | None:
-    return None if values is None else torch.tensor(values).view(1, -1, 1, 1)
+def _per_channel(value: tuple[float, ...] | None) -> torch.Tensor | None:
+    return None if value is None else torch.tensor(value).view(1, -1, 1, 1)

@@ -24,8 +24,8 @@ def _count(model: Classifier, samples: Samples) -> int | None:
     """Return how many logits the model gives for the first image; None if it fails, which the run then reports."""
     try:
         image = samples.images([0])
-        place = next((of.device for of in (*model.parameters(), *model.buffers())), image.device)
+        device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), image.device)
         with torch.no_grad(), own_randomness("classes"), evaluation_mode(model):
-            return int(model(image.to(place)).shape[1])
+            return int(model(image.to(device)).shape[1])
     except Exception:
         return None

@@ -32,10 +32,10 @@ DTYPES = (None, torch.float16, torch.bfloat16, torch.float64)
 TENSOR, DETACHED, ON_CPU, NUMPY = "tensor", "detached", "detached-cpu", "numpy"
 # Batch sizes that a net may have been made for, tried in this order as long as there is time and memory for it.
 SIZES = (1, *range(2, 129), 256, 512, 1024, 200, 250, 500, 1000, 150, 300, 400, 2048)
-MOST_SECONDS, MOST_BYTES = 1.5, 1 << 26
-LARGEST_SIZE = 4096
+MAX_SECONDS, MAX_BYTES = 1.5, 1 << 26
+MAX_BATCH_SIZE = 4096
 # How many batch sizes are remembered.
-MOST_SIZES = 64
+MAX_KNOWN_SIZES = 64
 STANDARD = torch.contiguous_format
 
 
@@ -107,7 +107,7 @@ class NetCall:
             # Once more, with the caller's switches of autograd.
             logits = found.call(net, images, layout, check)
             self.form = found
-        if len(taken) < MOST_SIZES:
+        if len(taken) < MAX_KNOWN_SIZES:
             taken.add(len(images))
         return logits
 
@@ -124,7 +124,7 @@ class NetCall:
     @staticmethod
     def _working(net: Net, images: Images, check: Check, forms: Iterable[Form]) -> Form | None:
         """Return the first form in which the net takes these images."""
-        deadline = time.perf_counter() + MOST_SECONDS
+        deadline = time.perf_counter() + MAX_SECONDS
         for form in forms:
             if time.perf_counter() > deadline:
                 return None
@@ -149,7 +149,7 @@ class NetCall:
         forms = [Form(dtype, kind) for dtype, kind in itertools.product(DTYPES, kinds)]
         yield from forms[1:]
         numbers = [int(number) for number in re.findall(r"\d{1,4}", words)]
-        most = min(LARGEST_SIZE, MOST_BYTES // max(images[0].nbytes, 1))
+        most = min(MAX_BATCH_SIZE, MAX_BYTES // max(images[0].nbytes, 1))
         sizes = dict.fromkeys(size for size in (*numbers, *SIZES) if 0 < size <= most and size != len(images))
         for form, size in itertools.product(forms, sizes):
             yield replace(form, batch=size)

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from torch import nn
 
 # Heights and widths of the field's data sets and nets, in pixels.
-USUAL_SIZES = (8, 28, 32, 64, 96, 128, 160, 224, 256, 299, 384)
-USUAL_CHANNELS = (1, 3, 4)
+COMMON_SIZES = (8, 28, 32, 64, 96, 128, 160, 224, 256, 299, 384)
+COMMON_CHANNELS = (1, 3, 4)
 
 Shape = tuple[int, int, int]
 
@@ -22,7 +22,7 @@ def taken_instead(net: object, shape: Shape, takes: Callable[[Shape], bool]) -> 
         shape: what it has failed on.
         takes: whether it takes a shape.
     """
-    candidates = dict.fromkeys([*_by_weights(net, shape), *_usual(shape)])
+    candidates = dict.fromkeys([*_by_weights(net, shape), *_common_shapes(shape)])
     return next((other for other in candidates if other != shape and takes(other)), None)
 
 
@@ -33,18 +33,18 @@ def _by_weights(net: object, shape: Shape) -> Iterator[Shape]:
     channels, height, width = shape
     if isinstance(first, nn.Conv2d):
         yield first.in_channels, height, width
-        yield from ((first.in_channels, size, size) for size in USUAL_SIZES)
+        yield from ((first.in_channels, size, size) for size in COMMON_SIZES)
     elif first is not None:
         pixels = first.in_features
         if pixels % (height * width) == 0:
             yield pixels // (height * width), height, width
-        for number in (channels, *USUAL_CHANNELS):
+        for number in (channels, *COMMON_CHANNELS):
             side = math.isqrt(pixels // number)
             if number * side**2 == pixels:
                 yield number, side, side
 
 
-def _usual(shape: Shape) -> Iterator[Shape]:
+def _common_shapes(shape: Shape) -> Iterator[Shape]:
     channels, height, width = shape
-    yield from ((number, height, width) for number in USUAL_CHANNELS)
-    yield from ((number, size, size) for number in (channels, *USUAL_CHANNELS) for size in USUAL_SIZES)
+    yield from ((number, height, width) for number in COMMON_CHANNELS)
+    yield from ((number, size, size) for number in (channels, *COMMON_CHANNELS) for size in COMMON_SIZES)

@@ -61,11 +61,11 @@ class ModelString:
         marks = list(_QUERY.finditer(text))
         head, query = (text[: marks[-1].start()], text[marks[-1].end() :]) if marks else (text, "")
         source, colon, rest = head.partition(":")
-        name, at, weights = rest.partition("@")
+        name, separator, weights = rest.partition("@")
         arch = source + colon + name
         if not source or (colon and not name):
             raise UsageError(f"model {text!r} names no net: write for example robustkit:digits-cnn.")
-        if at and not weights:
+        if separator and not weights:
             raise UsageError(
                 f"model {text!r} names no weights file after '@': write {arch}@FILE, or leave '@' out."
             )
@@ -164,8 +164,8 @@ def _fields(text: str, query: str) -> dict[str, str]:
             raise UsageError(f"model {text!r} has a field named {name!r}: write fields as NAME=VALUE.")
         if name in options:
             raise UsageError(f"model {text!r} has the field {name!r} twice: write it once.")
-        _, at, weights = value.rpartition("@")
-        if at and weights.endswith(_WEIGHTS):
+        _, separator, weights = value.rpartition("@")
+        if separator and weights.endswith(_WEIGHTS):
             raise UsageError(f"model {text!r} has its weights in the query: write @{weights} in front of the '?'.")
         options[name] = value
     return options

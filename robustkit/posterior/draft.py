@@ -176,4 +176,4 @@ def _whole(name: str, tensor: Tensor) -> TensorEntry:
 
 def _shapes(file: Any) -> dict[str, tuple[str, list[int]]]:
     slices = {name: file.get_slice(name) for name in file.keys()}
-    return {name: (of.get_dtype(), of.get_shape()) for name, of in slices.items()}
+    return {name: (view.get_dtype(), view.get_shape()) for name, view in slices.items()}

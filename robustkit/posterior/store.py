@@ -45,15 +45,15 @@ class Posterior:
         path = Path(run) / FILE
         try:
             with safetensors.safe_open(path, framework="pt", device="cpu") as file:
-                said = file.metadata() or {}
+                metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
         except FileNotFoundError as error:
             raise UsageError(f"there is no posterior '{path}': give a folder that a sampler wrote.") from error
         except (safetensors.SafetensorError, OSError) as error:
             raise UsageError(f"posterior '{path}' is damaged: train it again in another folder.") from error
-        samples = said.get("samples", "")
-        if said.get("format") != FORMAT or not samples.isdecimal():
-            raise UsageError(f"posterior '{path}' has format {said.get('format')!r}, not {FORMAT!r}.")
+        samples = metadata.get("samples", "")
+        if metadata.get("format") != FORMAT or not samples.isdecimal():
+            raise UsageError(f"posterior '{path}' has format {metadata.get('format')!r}, not {FORMAT!r}.")
         # More samples than nine digits say are in no file, and Python refuses to read thousands of digits.
         count = int(samples) if len(samples) < 10 else 0
         if not count or not _whole(tensors, count):
@@ -122,8 +122,8 @@ class Posterior:
     def _mean_on(self, device: torch.device) -> dict[str, Tensor]:
         """Return the means on a device: memory-mapped on the CPU, copied once to others."""
         if device not in self._means:
-            own = {name[len(MEAN) :]: of for name, of in self._tensors.items() if name.startswith(MEAN)}
-            self._means[device] = {name: of.to(device) for name, of in own.items()}
+            own = {name[len(MEAN) :]: tensor for name, tensor in self._tensors.items() if name.startswith(MEAN)}
+            self._means[device] = {name: tensor.to(device) for name, tensor in own.items()}
         return self._means[device]
 
     def _check(self, number: int) -> None:
@@ -133,7 +133,7 @@ class Posterior:
 
 def _whole(tensors: Mapping[str, Tensor], count: int) -> bool:
     """Return whether all tensors have `count` samples, and all parts that reading them needs."""
-    shapes = {name: tuple(of.shape) for name, of in tensors.items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     for name, shape in shapes.items():
         kind, sign, own = name.partition("/")
         like = shapes.get(MEAN + own)

@@ -83,7 +83,7 @@ class Judgement:
         predictions: Mapping[str, Sequence[int]],
     ) -> Judgement:
         """Return the result of predictions on `clean`, `adversarial` and, if given, `noise` and `transplant`."""
-        clean = [said == label for said, label in zip(predictions["clean"], labels, strict=True)]
+        clean = [prediction == label for prediction, label in zip(predictions["clean"], labels, strict=True)]
         accuracy = Rate.of(sum(clean), len(labels))
         body: dict[str, Any] = {
             "model": model["string"],
@@ -124,15 +124,15 @@ def _fooled(
     what: str,
 ) -> list[bool | None]:
     found: list[bool | None] = []
-    for place, (clean, said, label) in enumerate(
+    for place, (clean, prediction, label) in enumerate(
         zip(predictions["clean"], predictions[what], labels, strict=True)
     ):
         if clean != label:
             found.append(None)
         elif goals is None:
-            found.append(said not in (label, -1))
+            found.append(prediction not in (label, -1))
         else:
-            found.append(said == goals[place])
+            found.append(prediction == goals[place])
     return found
 
 
@@ -253,8 +253,8 @@ class Craft:
                 yield f"has {len(row)} {what} of {self.n} images"
         for judged in (*self.surrogates, *self.targets):
             hits = [hit for hit in judged.fooled(self.labels, self.goals) if hit is not None]
-            told = judged.rate.is_of(sum(hits), len(hits)) if judged.rate else not hits
-            if judged.n != len(hits) or not told:
+            consistent = judged.rate.is_of(sum(hits), len(hits)) if judged.rate else not hits
+            if judged.n != len(hits) or not consistent:
                 yield f"says of {judged.model} what its predictions do not: {sum(hits)} of {len(hits)} fooled it"
         if any(point.steps is not None and len(point.success) > len(self.targets) for point in self.budgets or ()):
             yield f"has budgets of more than its {len(self.targets)} targets"

@@ -120,7 +120,7 @@ class Diversity:
             len(self.transfer),
             len(self.attacked),
             *map(len, square),
-            *(len(row) for of in square for row in of),
+            *(len(row) for matrix in square for row in matrix),
         }
         if rows != {n} or {len(self.accuracy), len(self.worst), *map(len, self.transfer)} != {n + 1}:
             yield f"has tables that are not of its {n} members"

@@ -30,7 +30,7 @@ def environment(
         "commit": _commit(),
         "precision": precision,
         "images_at_once": piece,
-        **({"command": asked} if (asked := command()) else {}),
+        **({"command": words} if (words := command()) else {}),
     }
 
 

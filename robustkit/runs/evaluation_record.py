@@ -331,8 +331,8 @@ class Report:
 
     def _body(self) -> dict[str, Any]:
         names = ("curve", "audit", "draws", "checks", "stopped", "strictness", "minimum")
-        asked_for = {name for name in names if getattr(self, name) is None}
-        left_out = {"adversarial", "format"} | asked_for
+        absent = {name for name in names if getattr(self, name) is None}
+        left_out = {"adversarial", "format"} | absent
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
 
     def with_curve(self, curve: Curve, flags: Sequence[Flag]) -> Report:

@@ -19,26 +19,26 @@ from robustkit.core.threat import ThreatModel
 from robustkit.data.samples import Samples
 from robustkit.runs.run_folder import Adversarials
 
-EACH, SOME = 8, 12
+EXTREMES_SHOWN, CRAFTED_SHOWN = 8, 12
 LARGEST_SIDE = 96
 BATCH_SIZE = 256
 
 
-def choose(index: np.ndarray, fell: np.ndarray, margins: np.ndarray) -> tuple[list[int], list[int]]:
+def choose(index: np.ndarray, fooled_at: np.ndarray, margins: np.ndarray) -> tuple[list[int], list[int]]:
     """Return the positions of the hardest and the easiest of the fooled images `index`; none is in both.
 
-    The hardest fell to the latest stage, by the smallest margin; the easiest to the earliest, by the largest.
-    `fell` and `margins` are of all images.
+    The hardest were fooled by the latest stage, with the smallest margin; the easiest by the earliest, with the
+    largest. `fooled_at` (the stage that fooled each image) and `margins` are of all images.
     """
-    order = index[np.lexsort((index, np.abs(margins[index]), -fell[index]))].tolist()
-    hardest = order[: min(EACH, (len(order) + 1) // 2)]
-    easiest = order[len(hardest) :][::-1][:EACH]
+    order = index[np.lexsort((index, np.abs(margins[index]), -fooled_at[index]))].tolist()
+    hardest = order[: min(EXTREMES_SHOWN, (len(order) + 1) // 2)]
+    easiest = order[len(hardest) :][::-1][:EXTREMES_SHOWN]
     return hardest, easiest
 
 
 def evenly(n: int) -> list[int]:
     """Return the positions of some of n images, evenly from the first to the last."""
-    return sorted(set(np.linspace(0, n - 1, SOME).round().astype(int).tolist()))
+    return sorted(set(np.linspace(0, n - 1, CRAFTED_SHOWN).round().astype(int).tolist()))
 
 
 def arrays(
@@ -69,8 +69,8 @@ def arrays(
         "prediction": predictions,
         "shown": np.array(shown, np.int64),
         "hard": np.arange(len(shown)) < len(hardest),
-        "clean": _thumbnails([pairs[at][0] for at in shown], rows.shape),
-        "adversarial": _thumbnails([pairs[at][1] for at in shown], rows.shape),
+        "clean": _thumbnails([pairs[position][0] for position in shown], rows.shape),
+        "adversarial": _thumbnails([pairs[position][1] for position in shown], rows.shape),
         "shape": np.array(rows.shape, np.int64),
         "classes": np.array(samples.classes or [], np.str_),
     }

@@ -12,7 +12,7 @@ from robustkit.core.schema import FORMAT
 from robustkit.runs.evaluation_record import dumps
 
 DEVICES = (1, 8, 64)
-MOST_DEVICES = 1024
+MAX_DEVICES = 1024
 
 
 @dataclass(frozen=True)
@@ -129,5 +129,5 @@ class Plan:
 
 def refuse_devices(devices: Sequence[int], text: object) -> None:
     """Raise UsageError unless they are numbers of devices that can be meant."""
-    if not devices or min(devices) < 1 or max(devices) > MOST_DEVICES:
-        raise UsageError(f"devices {text!r}: write whole numbers from 1 to {MOST_DEVICES:,}, e.g. 1,8,64.")
+    if not devices or min(devices) < 1 or max(devices) > MAX_DEVICES:
+        raise UsageError(f"devices {text!r}: write whole numbers from 1 to {MAX_DEVICES:,}, e.g. 1,8,64.")

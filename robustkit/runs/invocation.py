@@ -14,7 +14,7 @@ _LOGIN = re.compile(r"(://)[^/@\s]+@")
 
 
 @contextmanager
-def asked_for_by(words: Sequence[str]) -> Iterator[None]:
+def record_command(words: Sequence[str]) -> Iterator[None]:
     """Let `command` return these words while the block runs."""
     token = _words.set(tuple(words))
     try:

@@ -66,10 +66,10 @@ class Verdict:
     """One judged image in one stage. Stage 0 is the clean pass, stage s > 0 the suite's attack s - 1.
 
     `image` is the sha256 of the clean image's float32 bytes; `adversarial` the float32 bytes of the fooling
-    one. `margin` is the label's logit minus the best other. Of a random model they are means, and three more are
-    told: the share of fresh draws that were `right`, whether the first was (`once`), and whether any single draw
-    on the attack's way was wrong (`struck`). In runs for minimum norms `distance` is
-    that of the fooling image.
+    one. `margin` is the label's logit minus the largest other. Of a random model both are means over draws, and
+    three more values are stored: the share of fresh draws that were correct (`right`), whether the first draw was
+    (`once`), and whether any single draw during the attack was wrong (`struck`). In runs for minimum norms
+    `distance` is that of the fooling image. The names of the fields are part of the digests in stored ledgers.
     """
 
     position: int

@@ -108,13 +108,13 @@ def train_briefly(
 class Interrupt(TrainProgress):
     """Stops a run after a step, as Ctrl-C does."""
 
-    def __init__(self, at: int) -> None:
+    def __init__(self, epoch: int) -> None:
         """Stop after the step of this number."""
-        self.at = at
+        self.stop_epoch = epoch
 
     def step(self, done: int) -> None:
         """Raise KeyboardInterrupt at that step."""
-        if done == self.at:
+        if done == self.stop_epoch:
             raise KeyboardInterrupt
 
 

@@ -163,9 +163,9 @@ def two_phase_decay(step: int, baseline: int, plan: Plan) -> float:
 def losses_and_gradients(nets: Sequence[nn.Module], x: Images, labels: Labels) -> tuple[Tensor, Tensor]:
     """Return the members' losses (n) and their input gradients (n B D); both are differentiable."""
     with torch.enable_grad():
-        at = x if x.requires_grad else x.detach().requires_grad_()
-        losses = torch.stack([F.cross_entropy(net(at), labels) for net in nets])
-        slopes = [torch.autograd.grad(loss, at, create_graph=True)[0].flatten(1) for loss in losses]
+        point = x if x.requires_grad else x.detach().requires_grad_()
+        losses = torch.stack([F.cross_entropy(net(point), labels) for net in nets])
+        slopes = [torch.autograd.grad(loss, point, create_graph=True)[0].flatten(1) for loss in losses]
     return losses, torch.stack(slopes)
 
 

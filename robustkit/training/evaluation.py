@@ -25,7 +25,7 @@ def log_probabilities(net: nn.Module, images: ImageSet) -> Tensor:
     before = net.training
     net.eval()
     with drawn(net, Noise("content")):
-        found = [net(images.at(slice(at, at + _CHUNK))).log_softmax(1) for at in range(0, len(images), _CHUNK)]
+        found = [net(images.at(slice(row, row + _CHUNK))).log_softmax(1) for row in range(0, len(images), _CHUNK)]
     net.train(before)
     return torch.cat(found)
 
@@ -75,8 +75,8 @@ def re_estimate_batch_norms(
         norm.momentum = None  # a plain mean over batches
     before = net.training
     net.train()
-    for start in range(0, len(images) - batch_size + 1, batch_size):
-        rows = slice(start, start + batch_size)
+    for row in range(0, len(images) - batch_size + 1, batch_size):
+        rows = slice(row, row + batch_size)
         net(images.at(rows if order is None else order[rows]))
     net.train(before)
     for norm, momentum in zip(norms, momenta, strict=True):

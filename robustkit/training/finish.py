@@ -67,7 +67,9 @@ def finish(
         accuracy = json.loads(dumps(Rate.of(hits, len(test))))
         doubts = label_checks(predictions.tolist(), test.labels.tolist(), job.plan.classes)
     classifier = members[0].classifier
-    mean, std = (None if of is None else of.flatten().tolist() for of in (classifier.mean, classifier.std))
+    mean, std = (
+        None if value is None else value.flatten().tolist() for value in (classifier.mean, classifier.std)
+    )
     classifiers = [member.classifier for member in members]
     arch = architecture_string(classifiers)
     # Members of one architecture have the same cost.
@@ -183,9 +185,9 @@ def _save(job: TrainingJob, members: Sequence[Member]) -> None:
     classifier = members[0].classifier
     about: Mapping[str, Tensor | None] = {"mean": classifier.mean, "std": classifier.std}
     metadata = {
-        name: ",".join(f"{number:g}" for number in of.flatten().tolist())
-        for name, of in about.items()
-        if of is not None
+        name: ",".join(f"{number:g}" for number in value.flatten().tolist())
+        for name, value in about.items()
+        if value is not None
     }
     metadata |= {
         "arch": architecture_string([member.classifier for member in members]),

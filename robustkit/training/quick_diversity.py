@@ -81,8 +81,8 @@ def _transfer(nets: Sequence[nn.Module], start: Images, x: Images, labels: Label
     hits = tries = torch.zeros((), device=x.device)
     for number, net in enumerate(nets):
 
-        def value(at: Images, net: nn.Module = net) -> Tensor:
-            return F.cross_entropy(net(at), labels, reduction="none")
+        def value(images: Images, net: nn.Module = net) -> Tensor:
+            return F.cross_entropy(net(images), labels, reduction="none")
 
         made = ensemble_utils.ascend(value, start, x, threat, steps=ATTACK_STEPS, step_size=0.4)
         with torch.no_grad():
@@ -96,11 +96,11 @@ def _transfer(nets: Sequence[nn.Module], start: Images, x: Images, labels: Label
 def _white_box(nets: Sequence[nn.Module], start: Images, x: Images, labels: Labels, threat: ThreatModel) -> float:
     """Return the rate at which correctly classified images of the mean probabilities are fooled; 0 for none."""
 
-    def mean_output(at: Images) -> Tensor:
-        return ensemble_utils.ensemble_log_probabilities(torch.stack([net(at) for net in nets]))
+    def mean_output(images: Images) -> Tensor:
+        return ensemble_utils.ensemble_log_probabilities(torch.stack([net(images) for net in nets]))
 
-    def value(at: Images) -> Tensor:
-        return F.nll_loss(mean_output(at), labels, reduction="none")
+    def value(images: Images) -> Tensor:
+        return F.nll_loss(mean_output(images), labels, reduction="none")
 
     made = ensemble_utils.ascend(value, start, x, threat, steps=ATTACK_STEPS, step_size=0.4)
     with torch.no_grad():

@@ -43,19 +43,19 @@ def literal_features(net: nn.Module, x: Tensor, layer: int) -> Tensor:
     out = net.bn1(net.conv1(x))
     if layer == 1:
         return out
-    out, at = F.relu(out), 1
+    out, depth = F.relu(out), 1
     for block in [*net.layer1, *net.layer2, *net.layer3]:
         inner = block.bn1(block.conv1(out))
-        at += 1
-        if at == layer:
+        depth += 1
+        if depth == layer:
             return inner
         inner = block.bn2(block.conv2(F.relu(inner)))
         shortcut = out
         if block.stride > 1:
             shortcut = F.pad(out[:, :, ::2, ::2], (0, 0, 0, 0, block.pad, block.pad))
         out = inner + shortcut
-        at += 1
-        if at == layer:
+        depth += 1
+        if depth == layer:
             return out
         out = F.relu(out)
     return net.linear(out.mean((2, 3)))

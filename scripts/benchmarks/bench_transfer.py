@@ -92,8 +92,8 @@ class Mean(nn.Module):
 
 def batches(samples: Samples) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:
     """Yield positions, images and labels."""
-    for at in np.split(np.arange(len(samples)), range(BATCH, len(samples), BATCH)):
-        yield at, samples.images(at), torch.from_numpy(samples.labels[at])
+    for positions in np.split(np.arange(len(samples)), range(BATCH, len(samples), BATCH)):
+        yield positions, samples.images(positions), torch.from_numpy(samples.labels[positions])
 
 
 class Comparison:
@@ -108,9 +108,9 @@ class Comparison:
         for hooked, ensemble in self.ensembles.items():
             ensemble.tune(x, lambda configs: configs, hooked=hooked)
         clean = np.concatenate([x.numpy() for _, x, _ in batches(samples)])
-        self.right = {net.string: self.said(net, clean) == samples.labels for net in targets}
+        self.right = {net.string: self.predictions(net, clean) == samples.labels for net in targets}
 
-    def said(self, net: Net, images: np.ndarray) -> np.ndarray:
+    def predictions(self, net: Net, images: np.ndarray) -> np.ndarray:
         """Return the class that a target names for each image."""
         evaluator = TargetEvaluator(self.samples, ThreatModel.parse("linf:0.1"), None, 0, CPU)
         return np.array(evaluator.predictions(net, images))
@@ -120,7 +120,9 @@ class Comparison:
         cells = []
         for net in self.targets:
             right = self.right[net.string]
-            rate = Rate.of(int((self.said(net, images) != self.samples.labels)[right].sum()), int(right.sum()))
+            rate = Rate.of(
+                int((self.predictions(net, images) != self.samples.labels)[right].sum()), int(right.sum())
+            )
             cells.append(f"{100 * rate.value:5.1f} ({100 * rate.low:4.1f}-{100 * rate.high:4.1f})")
         speed = len(images) / seconds
         print(f"{name:<44}{steps:>5}{spent:>7.0f}{speed:>7.1f}  " + "  ".join(cells), flush=True)
@@ -147,10 +149,10 @@ class Comparison:
         self.row(text, point.steps, spent, seconds, np.concatenate(parts))
 
     def _craft(
-        self, attack: Any, ensemble: Ensemble, threat: ThreatModel, at: np.ndarray, x: Tensor, y: Tensor
+        self, attack: Any, ensemble: Ensemble, threat: ThreatModel, positions: np.ndarray, x: Tensor, y: Tensor
     ) -> np.ndarray:
         with ensemble.in_eval_mode():
-            rng = RowRng(0, "bench", torch.from_numpy(at))
+            rng = RowRng(0, "bench", torch.from_numpy(positions))
             surrogates = replace(ensemble.surrogates(), pool=self.pool)
             made: Tensor = attack(surrogates, x, Goal(y), threat, rng=rng)
         return made.numpy()

@@ -69,16 +69,20 @@ def main() -> None:
     parser.add_argument("--threat", default="linf:8/255")
     parser.add_argument("--suite", default="rapid")
     parser.add_argument("--ray", help="run two workers at this address of a Ray cluster as well, e.g. local")
-    asked = parser.parse_args()
+    arguments = parser.parse_args()
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} before")
     found = []
     for workers in (1, 2):
         torch.set_num_threads(workers)  # which the workers share
-        found.append(timed(asked.model, asked.data, asked.limit, asked.threat, asked.suite, workers))
+        found.append(
+            timed(arguments.model, arguments.data, arguments.limit, arguments.threat, arguments.suite, workers)
+        )
     (one, alone), (two, shared) = found
     equal = [v.robust for v in one.verdicts] == [v.robust for v in two.verdicts] and one.run_id == two.run_id
-    if asked.ray:
-        _, there = timed(asked.model, asked.data, asked.limit, asked.threat, asked.suite, 2, asked.ray)
+    if arguments.ray:
+        _, there = timed(
+            arguments.model, arguments.data, arguments.limit, arguments.threat, arguments.suite, 2, arguments.ray
+        )
         print(f"{there / shared:.2f} of the time of two processes is what two workers on Ray take")
     print(f"{alone / shared:.2f} times as fast; verdicts and run_id {'equal' if equal else 'DIFFER'}")
 

@@ -126,8 +126,8 @@ def table(records: dict[str, dict[str, Any]], norm: str) -> list[str]:
         )
     excess, names = found["robustkit:auto"] / best - 1, list(found)
     behind = [int(image) for image in excess.argsort(descending=True) if excess[image] > BEHIND]
-    told = ", ".join(f"{image} +{excess[image]:.1%} {names[int(by[image])]}" for image in behind)
-    return [*lines, f"auto is more than {BEHIND:.0%} behind the best on image: {told or 'none'}", ""]
+    missed = ", ".join(f"{image} +{excess[image]:.1%} {names[int(by[image])]}" for image in behind)
+    return [*lines, f"auto is more than {BEHIND:.0%} behind the best on image: {missed or 'none'}", ""]
 
 
 def main() -> None:

@@ -75,8 +75,8 @@ def fit(net: nn.Module, x: Tensor, y: Tensor, adversarial: bool, steps: int = 80
         rows = torch.arange(64 * step, 64 * (step + 1)) % len(x)
         images = x[rows]
         if adversarial:
-            at = images.clone().requires_grad_()
-            slope = torch.autograd.grad(F.cross_entropy(net(at), y[rows]), at)[0]
+            points = images.clone().requires_grad_()
+            slope = torch.autograd.grad(F.cross_entropy(net(points), y[rows]), points)[0]
             images = (images + eps * slope.sign()).clamp(0, 1)
         loss = F.cross_entropy(net(images) / getattr(net, "scale", 1), y[rows])
         optimizer.zero_grad()
@@ -227,10 +227,10 @@ def main() -> None:
             fit(net, x, y, weights == "adversarial")
         net.eval().to(dtype)
         with torch.no_grad():
-            said = net(x[-256:]).argmax(1)
-        labels = said if weights == "random" else y[-256:]
+            predictions = net(x[-256:]).argmax(1)
+        labels = predictions if weights == "random" else y[-256:]
         side = "held out" if number % 2 else "design"
-        right = (said == labels).nonzero()[:, 0]
+        right = (predictions == labels).nonzero()[:, 0]
         for images in (32, *([1] * SINGLES)):
             rows, right = right[:images], right[images:] if images == 1 else right
             told, cost = flagged(net, x[-256:][rows], labels[rows])
@@ -241,10 +241,10 @@ def main() -> None:
                 print(number, data, activation, pool, weights, norm, depth, scale, dtype, images, told)
         if dtype is torch.float32 and weights != "random" and len(right) >= 32:
             for fault, put in FAULTS.items():
-                for at, rows in enumerate((right[:32], right[:1])):
+                for points, rows in enumerate((right[:32], right[:1])):
                     told, _ = flagged(put(net), x[-256:][rows], labels[rows])
-                    caught[fault][2 * at] += told == "flag"
-                    caught[fault][2 * at + 1] += 1
+                    caught[fault][2 * points] += told == "flag"
+                    caught[fault][2 * points + 1] += 1
     print(f"{arguments.nets} nets with a correct gradient, {time.perf_counter() - begun:.0f} s")
     for place, (fine, unknown, raised) in sorted(alarms.items()):
         mean = sum(costs[place]) / len(costs[place])

@@ -36,7 +36,7 @@ def seconds(models: list[torch.nn.Module], x: torch.Tensor) -> list[float]:
     return [statistics.median(times[1:]) for times in spent]
 
 
-def told(rate: Rate) -> str:
+def text(rate: Rate) -> str:
     """Return a rate in percent, with its interval."""
     return f"{100 * rate.value:5.1f} ({100 * rate.low:.0f}-{100 * rate.high:.0f})"
 
@@ -62,7 +62,7 @@ def main() -> None:
     for string, model, cost in zip(given.models, models, costs, strict=True):
         report = evaluate(model, samples, None, given.threat, suite=given.suite)
         own = list(itertools.takewhile(lambda stage: "@" not in stage.attack, report.stages))
-        cells = [told(rate) for rate in (report.clean_accuracy, own[-1].robust_accuracy, report.robust_accuracy)]
+        cells = [text(rate) for rate in (report.clean_accuracy, own[-1].robust_accuracy, report.robust_accuracy)]
         flags = ", ".join(sorted(flag.code for flag in report.flags))
         print(
             f"{string:{width}}{''.join(f'{cell:>17}' for cell in cells)}{cost / costs[0]:7.1f}  {flags}",

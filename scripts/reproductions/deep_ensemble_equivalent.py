@@ -52,7 +52,7 @@ def deep_ensemble_equivalent(
     values = [_interpolated(counts, row[:-1], row[-1]) for row in (hits.mean(1), *drawn)]
     tail = (1 - level) / 2
     # No mean of neighbours: one of them may be infinite.
-    low, high = (float(np.quantile(values[1:], at, method="nearest")) for at in (tail, 1 - tail))
+    low, high = (float(np.quantile(values[1:], quantile, method="nearest")) for quantile in (tail, 1 - tail))
     return Equivalent(values[0], low, high, counts[-1])
 
 

@@ -191,7 +191,9 @@ class Study:
         first = models[0]
         if count == 1:
             return strings[0]
-        mean, std = (None if of is None else tuple(of.flatten().tolist()) for of in (first.mean, first.std))
+        mean, std = (
+            None if values is None else tuple(values.flatten().tolist()) for values in (first.mean, first.std)
+        )
         return Classifier(
             Members([model.net for model in models]),
             string=" ".join(strings),
@@ -356,8 +358,8 @@ def temperature_table(study: Study) -> None:
         name = f"csgld-t{temperature:g}"
         record = study.posterior(temperature, name)
         each = [100 * sample["accuracy"] for sample in record.samples if sample["accuracy"] is not None]
-        told = f"temperature {temperature:g}   a sample {sum(each) / len(each):.1f} % accurate"
-        rows[told] = [study.attack(name, study.store(name=name), rule, threat) for threat in scale.threats]
+        heading = f"temperature {temperature:g}   a sample {sum(each) / len(each):.1f} % accurate"
+        rows[heading] = [study.attack(name, study.store(name=name), rule, threat) for threat in scale.threats]
     grid(study, "temperatures", rows, list(scale.threats))
 
 
@@ -420,8 +422,8 @@ def show(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     for row in (head, *rows):
         print(
             "  ".join(
-                cell.ljust(w) if not at else cell.rjust(w)
-                for at, (cell, w) in enumerate(zip(row, widths, strict=True))
+                cell.ljust(w) if not column else cell.rjust(w)
+                for column, (cell, w) in enumerate(zip(row, widths, strict=True))
             )
         )
 

@@ -400,7 +400,8 @@ def show(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     widths = [max(len(row[place]) for row in (head, *rows)) for place in range(len(head))]
     for row in (head, *rows):
         cells = (
-            text.rjust(w) if at else text.ljust(w) for at, (text, w) in enumerate(zip(row, widths, strict=True))
+            text.rjust(w) if column else text.ljust(w)
+            for column, (text, w) in enumerate(zip(row, widths, strict=True))
         )
         print("  ".join(cells))
 

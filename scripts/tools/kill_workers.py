@@ -87,11 +87,11 @@ def main() -> int:
     parser.add_argument("--wait", type=float, default=12.0, help="most seconds between two kills")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
-    asked = parser.parse_args()
-    command = [*COMMAND, "--limit", str(asked.limit)]
-    alone, shared = asked.out / "alone", asked.out / "shared"
+    arguments = parser.parse_args()
+    command = [*COMMAND, "--limit", str(arguments.limit)]
+    alone, shared = arguments.out / "alone", arguments.out / "shared"
     subprocess.run([*command, "--out", str(alone)], check=True, stdout=subprocess.DEVNULL)
-    rng, killed, drivers, runs = random.Random(asked.seed), 0, 0, 0
+    rng, killed, drivers, runs = random.Random(arguments.seed), 0, 0, 0
     known: dict[tuple[int, int], tuple[float, list[int]]] = {}
     while not (shared / "report.json").exists():
         runs += 1
@@ -99,10 +99,10 @@ def main() -> int:
             [*command, "--workers", "2", "--out", str(shared)], stdout=subprocess.DEVNULL, stderr=sys.stderr
         )
         while process.poll() is None:
-            if killed == asked.kills:
+            if killed == arguments.kills:
                 process.wait()
                 break
-            time.sleep(rng.uniform(0.2, asked.wait))
+            time.sleep(rng.uniform(0.2, arguments.wait))
             if (killed + 1) % DRIVER_EVERY == 0:
                 process.kill()
                 drivers += process.wait() < 0

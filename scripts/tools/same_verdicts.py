@@ -97,11 +97,11 @@ def main() -> None:
         seconds[name] = time.perf_counter() - begun
         robust = sum(stands for stands, _ in runs[name].values())
         print(f"{name}: {robust} robust, {seconds[name]:.0f} s", flush=True)
-    differ = [at for at in every.tolist() if len({told[at][0] for told in runs.values()}) > 1]
-    for at in differ:
-        print(f"  image {at}: " + ", ".join(f"{name} {told[at][1]:+.5f}" for name, told in runs.items()))
-    same = [at for at in every.tolist() if at not in differ]
-    shift = max(abs(told[at][1] - runs[first][at][1]) for told in runs.values() for at in same)
+    differ = [image for image in every.tolist() if len({found[image][0] for found in runs.values()}) > 1]
+    for image in differ:
+        print(f"  image {image}: " + ", ".join(f"{name} {found[image][1]:+.5f}" for name, found in runs.items()))
+    same = [image for image in every.tolist() if image not in differ]
+    shift = max(abs(found[image][1] - runs[first][image][1]) for found in runs.values() for image in same)
     print(f"{len(differ)} images differ; the largest difference of a margin among the others is {shift:.2g}")
 
 

@@ -119,8 +119,16 @@ def ledger_speed(place: Path, count: int, stored: bool) -> str:
         begun, busy = time.perf_counter(), time.process_time()
         for number, begin in enumerate(range(0, count, BATCH)):
             rows = [
-                Verdict(at, at % CLASSES, 0, 0.123, at % 2 == 0, "0" * 64, image if at % 2 == 0 else None)
-                for at in range(begin, min(begin + BATCH, count))
+                Verdict(
+                    position,
+                    position % CLASSES,
+                    0,
+                    0.123,
+                    position % 2 == 0,
+                    "0" * 64,
+                    image if position % 2 == 0 else None,
+                )
+                for position in range(begin, min(begin + BATCH, count))
             ]
             ledger.write(Chunk(1, number, BATCH, BATCH, 1.0, rows))
         seconds, busy = time.perf_counter() - begun, time.process_time() - busy
@@ -169,18 +177,18 @@ def main() -> None:
     parser.add_argument("--workers", type=int)
     parser.add_argument("--work", type=Path, required=True, help="folder for shards, index and run")
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
-    asked = parser.parse_args()
-    count = asked.limit or asked.images
-    shards = asked.work / "shards"
-    write_shards(shards, asked.images)
-    (asked.work / "net.py").write_text(NET)
+    arguments = parser.parse_args()
+    count = arguments.limit or arguments.images
+    shards = arguments.work / "shards"
+    write_shards(shards, arguments.images)
+    (arguments.work / "net.py").write_text(NET)
     begun = time.perf_counter()
-    samples = load_data(f"webdataset:{shards}", root=asked.work)
+    samples = load_data(f"webdataset:{shards}", root=arguments.work)
     indexed = time.perf_counter() - begun
-    name = f"run-{count}" + (f"-{asked.workers}" if asked.workers else "")
-    run = asked.work / f"{name}-{time.time_ns()}"
-    command = [sys.executable, "-m", "robustkit", "evaluate", f"{asked.work / 'net.py'}:build"]
-    command += ["--data", f"webdataset:{shards}", "--data-root", str(asked.work), "--limit", str(count)]
+    name = f"run-{count}" + (f"-{arguments.workers}" if arguments.workers else "")
+    run = arguments.work / f"{name}-{time.time_ns()}"
+    command = [sys.executable, "-m", "robustkit", "evaluate", f"{arguments.work / 'net.py'}:build"]
+    command += ["--data", f"webdataset:{shards}", "--data-root", str(arguments.work), "--limit", str(count)]
     command += [
         "--threat",
         "linf:0.002",
@@ -191,12 +199,12 @@ def main() -> None:
         "--device",
         "cpu",
     ]
-    command += ["--workers", str(asked.workers)] if asked.workers else []
+    command += ["--workers", str(arguments.workers)] if arguments.workers else []
     rows = list(watch(command, run))
-    place = asked.out / "stream_memory"
+    place = arguments.out / "stream_memory"
     draw(rows, count, place.with_suffix(".png"))
     bare, full = (
-        ledger_speed(asked.work / "speed.sqlite", min(count, 50_000), stored) for stored in (False, True)
+        ledger_speed(arguments.work / "speed.sqlite", min(count, 50_000), stored) for stored in (False, True)
     )
     clean, low = (next(row[2] for row in rows if row[1] >= share * count) for share in (0.1, 1.1))
     last, end = next(row[2] for row in reversed(rows) if row[1] < 2 * count), max(row[2] for row in rows)
@@ -210,7 +218,7 @@ def main() -> None:
         f"  from a tenth of the attack on {(last - low) * MIB / (0.9 * count):.0f} bytes for each further image, "
         f"and {(end - last) * MIB / count:.0f} for each image at the end",
         "",
-        "  verdicts  seconds driver MiB" + (" worker MiB" if asked.workers else ""),
+        "  verdicts  seconds driver MiB" + (" worker MiB" if arguments.workers else ""),
         *table(rows, 20_000),
     ]
     place.with_suffix(".txt").write_text("\n".join(text) + "\n")

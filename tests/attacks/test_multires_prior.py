@@ -12,7 +12,7 @@ from PIL import Image
 
 from robustkit import load_model
 from robustkit.attack_api import Answer, Rows
-from robustkit.attacks.gradient.multires_prior import REACH, coarse
+from robustkit.attacks.gradient.multires_prior import MAX_SUM_EPS, coarse
 from robustkit.cli import run
 from robustkit.core.criteria import Goal
 from robustkit.core.errors import UsageError
@@ -67,7 +67,7 @@ def test_steps_are_shares_of_eps() -> None:
         for _ in range(100):
             state = attack.step(rules, state, answer())
         if norm == "linf":
-            assert float(state["sum"].abs().max()) == pytest.approx(REACH * 0.3, rel=1e-4)
+            assert float(state["sum"].abs().max()) == pytest.approx(MAX_SUM_EPS * 0.3, rel=1e-4)
         else:
             assert size(state["sum"]).tolist() == pytest.approx([0.3] * 3, rel=1e-4)
 

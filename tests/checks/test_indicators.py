@@ -142,7 +142,7 @@ def test_the_direction_is_fishers_however_many_features_there_are() -> None:
 
 
 def test_too_many_features_are_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("robustkit.checks.binarization.MOST_FEATURES", 31)
+    monkeypatch.setattr("robustkit.checks.binarization.MAX_FEATURES", 31)
     net, x = Small(1), torch.rand(1, 1, 8, 8)
     with pytest.raises(UsageError, match="32 features of an image are too many"):
         binarization(net, net, x, make("pgd"), THREAT, rng=rows(1))

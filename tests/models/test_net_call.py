@@ -97,7 +97,7 @@ def test_compiled_and_parallel_nets_are_those_inside() -> None:
 def test_an_error_inside_is_told_with_its_place_and_not_as_a_matter_of_shapes(
     how: str, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("robustkit.models.net_call.MOST_SECONDS", 0.2)
+    monkeypatch.setattr("robustkit.models.net_call.MAX_SECONDS", 0.2)
     with pytest.raises(ModelError) as caught:
         as_classifier(Breaking(how))(GREY)
     message = str(caught.value)

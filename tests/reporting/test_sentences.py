@@ -91,7 +91,7 @@ def test_a_report_has_the_cost_of_the_checks_and_the_command(
 
 def test_the_command_is_recorded_without_logins_and_only_on_the_command_line() -> None:
     assert invocation.command() is None
-    with invocation.asked_for_by(["evaluate", "a b", "--ray", "ray://me:secret@host:1"]):
+    with invocation.record_command(["evaluate", "a b", "--ray", "ray://me:secret@host:1"]):
         assert invocation.command() == "robustkit evaluate 'a b' --ray 'ray://…@host:1'"
     assert invocation.command() is None
 

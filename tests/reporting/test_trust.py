@@ -11,7 +11,7 @@ from nets import Small, labelled
 from robustkit import evaluate
 from robustkit.checks import gradients, outputs, signs, strength
 from robustkit.checks.probe import Probe
-from robustkit.checks.run import BEFORE, DOUBTS
+from robustkit.checks.run import BEFORE_ATTACKS, DOUBTS
 from robustkit.core.flags import Flag
 from robustkit.core.threat import ThreatModel
 from robustkit.engine.model.instrumented_model import InstrumentedModel
@@ -160,5 +160,5 @@ def test_masked_gradient_needs_an_attack_on_the_own_gradient() -> None:
 
 def test_every_claim_belongs_to_a_known_flag() -> None:
     """Doubts that escalate are flags of checks; each check that measures has its line on the page."""
-    assert {signs.unstable, signs.silent, signs.incomplete, signs.alive, gradients.unlike} <= set(BEFORE)
+    assert {signs.unstable, signs.silent, signs.incomplete, signs.alive, gradients.unlike} <= set(BEFORE_ATTACKS)
     assert {"attack-not-alive", "unstable-loss", "unlike-gradients", "underflow"} <= DOUBTS

@@ -71,7 +71,7 @@ class _Adaptive(OracleWrapper):
         losses = []
         for gradient in own:
             moved = threat.project(x + size * threat.ascent(gradient), rows.x)
-            losses.append(torch.stack([rows.aim.loss(of, "ce") for of in self.surrogates.logits(moved)]))
+            losses.append(torch.stack([rows.aim.loss(logits, "ce") for logits in self.surrogates.logits(moved)]))
         caused = torch.stack(losses).abs() + TINY
         alone = caused.diagonal().T[None]
         # Towards a target a loss is better the nearer it is to zero.

@@ -59,12 +59,12 @@ class BlockShuffle(Technique):
         source_down = angle.cos() * down_by - angle.sin() * right_by
         source_right = angle.sin() * down_by + angle.cos() * right_by
         bare = (source_down.abs() > row[2] / 2) | (source_right.abs() > column[2] / 2)
-        at = [
+        target = [
             # Inside the block, so that its neighbours in the image do not show at its edge.
             middle + offset.clamp(min=-(size - 1) / 2, max=(size - 1) / 2)
             for offset, (_, middle, size) in ((source_right, column), (source_down, row))
         ]
-        grid = [2 * place / max(length - 1, 1) - 1 for place, length in zip(at, (width, height), strict=True)]
+        grid = [2 * place / max(length - 1, 1) - 1 for place, length in zip(target, (width, height), strict=True)]
         moved = F.grid_sample(x, torch.stack(grid, 3), padding_mode="border", align_corners=True)
         return torch.where(bare[:, None], 0, moved)
 

@@ -77,8 +77,8 @@ class _Stochastic(OracleWrapper):
         order = shared_rng(rows, "smer").uniform(settings.rounds, count)[0].argsort(1).flatten().tolist()
         point, velocity, size = x, torch.zeros_like(x), settings.step_size.length(float(threat.eps))
         for number, member in enumerate(order):
-            mine = split_rng(rows, "smer", number)
-            gradient = self.inner.gradient(mine, point, [member], weight[member : member + 1])
+            member_rows = split_rng(rows, "smer", number)
+            gradient = self.inner.gradient(member_rows, point, [member], weight[member : member + 1])
             if settings.rate:
                 weight = self._reweighed(rows, point, weight)
             velocity = settings.momentum * velocity + mean_normalised(gradient)
@@ -89,9 +89,9 @@ class _Stochastic(OracleWrapper):
     def _reweighed(self, rows: Rows, x: Images, weight: Tensor) -> Tensor:
         logits = self.surrogates.logits(x)
         with torch.enable_grad():
-            at = weight.detach().requires_grad_()
-            loss = rows.aim.loss((at[:, :, None] * logits).mean(0), "ce")
-            (slope,) = torch.autograd.grad(loss.sum(), at)
+            variable = weight.detach().requires_grad_()
+            loss = rows.aim.loss((variable[:, :, None] * logits).mean(0), "ce")
+            (slope,) = torch.autograd.grad(loss.sum(), variable)
         slope = slope / loss.detach().abs().clamp(min=TINY)
         settings = self.technique
         return (weight + settings.rate * (slope - settings.decay * weight)).clamp(min=TINY)

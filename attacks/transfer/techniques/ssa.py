@@ -51,7 +51,7 @@ class SSA(Technique):
 @functools.cache
 def cosines(length: int) -> Tensor:
     """Return the orthogonal matrix of the cosine transform (DCT-II)."""
-    at = torch.arange(length, dtype=torch.float64)
-    matrix = math.sqrt(2 / length) * torch.cos(math.pi / length * (at[None, :] + 0.5) * at[:, None])
+    positions = torch.arange(length, dtype=torch.float64)
+    matrix = math.sqrt(2 / length) * torch.cos(math.pi / length * (positions[None, :] + 0.5) * positions[:, None])
     matrix[0] /= math.sqrt(2)
     return matrix

@@ -67,8 +67,10 @@ class _Smooth(OracleWrapper):
 
 def gaussian(width: int) -> Tensor:
     """Return the weights of a Gaussian cut off at three standard deviations; they sum to 1."""
-    at = torch.linspace(-3, 3, width, dtype=torch.float64) if width > 1 else torch.zeros(1, dtype=torch.float64)
-    weight = (-at.square() / 2).exp()
+    positions = (
+        torch.linspace(-3, 3, width, dtype=torch.float64) if width > 1 else torch.zeros(1, dtype=torch.float64)
+    )
+    weight = (-positions.square() / 2).exp()
     return weight / weight.sum()
 
 

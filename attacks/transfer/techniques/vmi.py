@@ -74,7 +74,7 @@ class _Tuned(OracleWrapper):
 
 
 # Which gradients `vmi-mean` takes the mean of.
-OF = ("gradient", "member", "step")
+VARIANCE_OF = ("gradient", "member", "step")
 
 
 @technique("vmi-mean", paper="arXiv:2303.09105")
@@ -92,8 +92,8 @@ class VMIMean(Technique):
 
     def __post_init__(self) -> None:
         """Raise UsageError for an unknown word."""
-        if self.of not in OF:
-            raise did_you_mean("of", self.of, OF)
+        if self.of not in VARIANCE_OF:
+            raise did_you_mean("of", self.of, VARIANCE_OF)
 
     @property
     def cost(self) -> int:

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 from robustkit.api.options import texts
 from robustkit.api.options.declare import about, option
 from robustkit.api.options.shared import (
+    DATA_DEFAULT,
     DEFAULT_MODEL,
     DEFAULT_SUITE,
     IMAGES,
     LABELS,
     MODEL_FORM,
     THREAT,
-    USUAL_THREAT,
     ImageFlags,
     JsonFlag,
     ModelAndImages,
@@ -119,7 +119,7 @@ class EvaluateFlags(EvaluateOutput, EvaluateOptions, TrustCode, ImageFlags, sect
         "NORM:EPS, e.g. linf:8/255 or l2:0.5; NORM:curve sets --curve and the usual eps; NORM:min searches for "
         "the smallest perturbation of each image.",
         metavar="THREAT",
-        shown_default=USUAL_THREAT,
+        shown_default=DATA_DEFAULT,
     )
 
 
@@ -165,7 +165,7 @@ class PlanFlags(JsonFlag, PlanOptions, TrustCode, ImageFlags, section="Input"):
 
     model: str = option(DEFAULT_MODEL, MODEL_FORM, positional=True)
     threat: str | None = option(
-        None, "NORM:EPS or NORM:min, e.g. linf:8/255 or l2:0.5.", metavar="THREAT", shown_default=USUAL_THREAT
+        None, "NORM:EPS or NORM:min, e.g. linf:8/255 or l2:0.5.", metavar="THREAT", shown_default=DATA_DEFAULT
     )
 
 

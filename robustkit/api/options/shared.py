@@ -24,7 +24,7 @@ DEFAULT_SUITE = "auto"
 DEFAULT_MODEL = "robustkit:digits-cnn"
 MODEL_FORM = "ARCH[@WEIGHTS][?mean=r,g,b&std=r,g,b&size=N&num_classes=K&defense=D]"
 DATA_FORM = "NAME[:SPLIT], folder:PATH, webdataset:PATH or FILE.npz."
-USUAL_THREAT = "the usual one of the data"
+DATA_DEFAULT = "the usual one of the data"
 LARGEST_SEED = 2**63 - 1
 
 IMAGES = (
@@ -71,7 +71,7 @@ class ImageFlags(Options, section="Input"):
     data: str | None = option(None, DATA_FORM, metavar="DATA", shown_default="digits:test")
     limit: int | None = option(None, "Use only the first N images.", Limits(1), metavar="N")
     threat: str | None = option(
-        None, "NORM:EPS, e.g. linf:8/255 or l2:0.5.", metavar="THREAT", shown_default=USUAL_THREAT
+        None, "NORM:EPS, e.g. linf:8/255 or l2:0.5.", metavar="THREAT", shown_default=DATA_DEFAULT
     )
     data_root: Path | None = option(
         None, "Folder of downloaded data sets.", metavar="DIR", shown_default="~/.cache/robustkit/data"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from robustkit.api.craft import craft_request
 from robustkit.api.options.craft import CraftFlags
-from robustkit.cli.inputs import BUILT_IN_DATA, load_samples, usual_threat
+from robustkit.cli.inputs import BUILT_IN_DATA, default_threat, load_samples
 from robustkit.cli.model_lists import refuse_lists
 from robustkit.cli.output import save_page, wide_console
 from robustkit.cli.progress import CraftDisplay
@@ -32,7 +32,7 @@ def craft(flags: CraftFlags) -> int:
     samples = load_samples(
         flags.surrogate, flags.data, flags.limit, flags.data_root, flags.download, flags.trust_code
     )
-    threat = ThreatModel.parse(flags.threat) if flags.threat else usual_threat(flags.data or BUILT_IN_DATA)
+    threat = ThreatModel.parse(flags.threat) if flags.threat else default_threat(flags.data or BUILT_IN_DATA)
     surrogates, targets = gather_both(
         flags.surrogate, flags.target, samples, device, flags.streaming, trust_code=flags.trust_code
     )

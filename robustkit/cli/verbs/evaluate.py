@@ -11,7 +11,7 @@ from robustkit.api.evaluate import evaluation
 from robustkit.api.options.evaluate import EvaluateFlags
 from robustkit.api.options.shared import DEFAULT_MODEL
 from robustkit.cli.gates import Gate
-from robustkit.cli.inputs import Inputs, usual_of_norm, usual_threat
+from robustkit.cli.inputs import Inputs, default_for_norm, default_threat
 from robustkit.cli.output import result_console
 from robustkit.cli.progress import Display
 from robustkit.cli.streams import print_result
@@ -31,7 +31,7 @@ from robustkit.runs.run_folder import PAGE
 def evaluate(flags: EvaluateFlags) -> int:
     """Run the verb; return 1 if the result does not pass --fail-under or --fail-on-flag, else 0."""
     gate = Gate.read(flags.fail_under, flags.confident, flags.fail_on_flag)
-    flags = _with_usual_eps(flags)
+    flags = _with_default_eps(flags)
     if flags.threat and flags.threat.partition(":")[2].strip().lower() == MINIMAL:
         _refuse_eps(flags)
 
@@ -45,11 +45,11 @@ def evaluate(flags: EvaluateFlags) -> int:
     return _one(request(flags.model or DEFAULT_MODEL), flags, result)
 
 
-def _with_usual_eps(flags: EvaluateFlags) -> EvaluateFlags:
+def _with_default_eps(flags: EvaluateFlags) -> EvaluateFlags:
     """Return the flags with `NORM:curve` replaced by the usual eps of the norm and --curve."""
     norm, _, eps = (flags.threat or "").partition(":")
-    if eps == "curve" and (usual := usual_of_norm(norm, flags.data)):
-        return replace(flags, threat=usual, curve=True)
+    if eps == "curve" and (default := default_for_norm(norm, flags.data)):
+        return replace(flags, threat=default, curve=True)
     return flags
 
 
@@ -68,7 +68,7 @@ def _models(
         raise UsageError(f"both a model, {flags.model}, and a list of models; put the model into {file} instead.")
     if flags.data is None:
         raise UsageError("no data for the list of models; use --data, e.g. --data cifar10:test.")
-    entries, threat = shortened(read_models(file)), flags.threat or str(usual_threat(flags.data))
+    entries, threat = shortened(read_models(file)), flags.threat or str(default_threat(flags.data))
     parse_suite(flags.suite, threat.partition(":")[0])
     share = read_strictness(flags.strictness)
     more = {} if share is None else {"strictness": share}

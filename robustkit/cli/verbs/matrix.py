@@ -7,7 +7,7 @@ from pathlib import Path
 
 from robustkit.api.options.craft import MatrixFlags
 from robustkit.api.options.declare import build
-from robustkit.cli.inputs import BUILT_IN_DATA, load_samples, usual_threat
+from robustkit.cli.inputs import BUILT_IN_DATA, default_threat, load_samples
 from robustkit.cli.model_lists import refuse_lists, split_models
 from robustkit.cli.output import save_page, wide_console
 from robustkit.cli.progress import CraftDisplay, MatrixDisplay
@@ -30,7 +30,7 @@ def matrix(flags: MatrixFlags) -> int:
     refuse_lists("--target", flags.target)
     device = pick_device(flags.device)
     samples = load_samples(names, flags.data, flags.limit, flags.data_root, flags.download, flags.trust_code)
-    threat = ThreatModel.parse(flags.threat) if flags.threat else usual_threat(flags.data or BUILT_IN_DATA)
+    threat = ThreatModel.parse(flags.threat) if flags.threat else default_threat(flags.data or BUILT_IN_DATA)
     nets, targets = gather_both(names, flags.target, samples, device, None, "model", flags.trust_code)
     samples = match_classes(samples, nets[0].classes, nets[0].class_names)
     grid = build(MatrixRequest, flags, nets=nets, targets=targets, samples=samples, threat=threat, device=device)

@@ -36,13 +36,13 @@ def headers(file: BinaryIO, length: int) -> Iterator[Header]:
     Raises:
         TarError: a header is damaged, a member does not lie inside the file, or one is sparse.
     """
-    at, extended = 0, dict[str, str]()
+    offset, extended = 0, dict[str, str]()
     while True:
-        block = _read(file, at, _BLOCK)
+        block = _read(file, offset, _BLOCK)
         if block == bytes(_BLOCK):
             return
         _check_sum(block)
-        kind, start = block[156:157], at + _BLOCK
+        kind, start = block[156:157], offset + _BLOCK
         size = 0 if kind in _EMPTY else _number(block[124:136])
         if kind not in (_PAX, _PAX_GLOBAL, _LONG_NAME, _LONG_LINK):
             if "size" in extended and kind not in _EMPTY:
@@ -63,11 +63,11 @@ def headers(file: BinaryIO, length: int) -> Iterator[Header]:
                 extended |= _records(content)
             elif kind == _LONG_NAME:
                 extended["path"] = _text(content)
-        at = start + -(-size // _BLOCK) * _BLOCK
+        offset = start + -(-size // _BLOCK) * _BLOCK
 
 
-def _read(file: BinaryIO, at: int, size: int) -> bytes:
-    file.seek(at)
+def _read(file: BinaryIO, offset: int, size: int) -> bytes:
+    file.seek(offset)
     content = file.read(size)
     if len(content) != size:
         raise TarError("it is cut off or damaged")

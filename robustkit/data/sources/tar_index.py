@@ -29,7 +29,7 @@ ENTRY = np.dtype([("shard", "<i4"), ("offset", "<i8"), ("size", "<i8"), ("label"
 # Changes with what an index holds; older ones are then not found.
 _FORMAT = 2
 _LONGEST_LABEL = 32
-_MOST_CLASSES = 2**31
+_MAX_CLASSES = 2**31
 
 
 class Member(NamedTuple):
@@ -115,7 +115,7 @@ def _entries(shards: Sequence[Path]) -> Iterator[tuple[int, int, int, int]]:
 def _label(shard: Path, file: Member) -> int:
     try:
         label = int(file.text)
-        if not 0 <= label < _MOST_CLASSES or file.size > _LONGEST_LABEL:
+        if not 0 <= label < _MAX_CLASSES or file.size > _LONGEST_LABEL:
             raise ValueError
         return label
     except ValueError:

@@ -20,7 +20,7 @@ AUTOATTACK = {f"autoattack:{name}" for name in ("apgd-ce", "apgd-t", "fab-t", "s
 def left_for_arms(results: RunResults, positions: np.ndarray) -> np.ndarray:
     """Return those of these positions that the stages before the arms left robust."""
     left: np.ndarray = positions[
-        (results.judged[positions] >= 0) & (results.fell[positions] >= min(results.arms, default=0))
+        (results.judged[positions] >= 0) & (results.fooled_at[positions] >= min(results.arms, default=0))
     ]
     return left
 
@@ -47,13 +47,13 @@ def evidence_on(
     clean = np.maximum(results.clean_margins[left], np.finfo(np.float32).tiny)
     reached = results.reached[[results.arms.index(stage) for stage in arms]][:, left]
     lowest = np.fmin.accumulate(np.concatenate([results.before[None, left], reached[:-1]]))
-    broken = results.fell[left] == np.array(arms)[:, None]
+    broken = results.fooled_at[left] == np.array(arms)[:, None]
     return Evidence(
         left=np.clip(lowest / clean, 0, 1),
         now=np.clip(results.margins[left] / clean, 0, 1),
         gains=np.where(broken, np.inf, (lowest - reached) / clean),
-        standing=results.fell[left] == ROBUST,
-        keys=sample_ids([results.images[at] for at in left]).numpy(),
+        standing=results.fooled_at[left] == ROBUST,
+        keys=sample_ids([results.images[position] for position in left]).numpy(),
         drawn=np.isin(left, list(drawn)),
         costs=costs,
         allowed=allowed_images,

@@ -351,8 +351,8 @@ class ContinuousBatch:
         gone = np.isin(position, samples)
         if queue.parallel_jobs:
             every = queue.with_waiting(batch.select(np.flatnonzero(gone)).with_state({}), samples).merged()
-            at = np.searchsorted(every.host["position"], fooled.host["position"])
-            fooled.host["spent"] = every.host["spent"][at]
+            columns = np.searchsorted(every.host["position"], fooled.host["position"])
+            fooled.host["spent"] = every.host["spent"][columns]
         self._finish(fooled, queue.number, self.judge.refine(queue, fooled, judged.select(mask)))
         return gone
 

@@ -83,11 +83,11 @@ def _run_separately(query: Query, instrumented: InstrumentedModel) -> tuple[Answ
         return answer, answer.logits
     number = torch.as_tensor(rows.rng.restart) // queue.attempts(instrumented)
     parts = []
-    for at in torch.unique(number).tolist():
-        index = (number == at).nonzero()[:, 0]
+    for draw in torch.unique(number).tolist():
+        index = (number == draw).nonzero()[:, 0]
         part = {name: of_rows[index] for name, of_rows in state.items()}
         parts.append(
-            (index, query_rows(queue.attack, instrumented.view(queue.view, at), rows.select(index), part, True))
+            (index, query_rows(queue.attack, instrumented.view(queue.view, draw), rows.select(index), part, True))
         )
     answer = merge_answers(parts)
     count = deployed_passes(queue.view, random=instrumented.random)

@@ -66,8 +66,12 @@ class RowBatch:
         order = np.lexsort((-self.device["nearest"].cpu().numpy(), self.host["position"]))
         samples, first = np.unique(self.host["position"][order], return_index=True)
         rows = self.select(order[first])
-        rows.host["spent"] = np.stack([self.host["spent"][self.host["position"] == at].sum(0) for at in samples])
-        broken = [self.device["broken"][torch.from_numpy(self.host["position"] == at)].any() for at in samples]
+        rows.host["spent"] = np.stack(
+            [self.host["spent"][self.host["position"] == sample].sum(0) for sample in samples]
+        )
+        broken = [
+            self.device["broken"][torch.from_numpy(self.host["position"] == sample)].any() for sample in samples
+        ]
         rows.device["broken"] = torch.stack(broken)
         return rows
 

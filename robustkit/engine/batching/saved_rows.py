@@ -46,7 +46,7 @@ class SavedRows:
     @property
     def positions(self) -> list[int]:
         """The positions of the samples."""
-        return [at for *_, batch in self.active for at in batch.host["position"].tolist()]
+        return [number for *_, batch in self.active for number in batch.host["position"].tolist()]
 
     def record(self, batches: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Return it as plain values, with these rows (see `ContinuousBatch.record`)."""
@@ -76,7 +76,7 @@ class SavedRows:
                 active.append((part["lane"], part["parked"], _rows_of(part, position, worker).select(kept)))
         return cls(
             record["again"],
-            {at: spent for at, spent in near if at in left},
+            {number: spent for number, spent in near if number in left},
             record["seconds"],
             record["refused"],
             record["detached"],

@@ -160,7 +160,7 @@ class BatchRunner:
                         number,
                         *spent,
                         seconds * sum(spent) / total,
-                        [rows[at] for at in np.flatnonzero(attacks == stage - 1)],
+                        [rows[index] for index in np.flatnonzero(attacks == stage - 1)],
                         flags if stage == 1 else [],
                     )
                     for stage, spent in enumerate(found.spent, 1)
@@ -174,7 +174,7 @@ class BatchRunner:
         depend on the batch gets the same batches in any order, and after a resume.
         """
         size = self.settings.batch_size
-        entering = positions[self.results.fell[positions] >= stage]
+        entering = positions[self.results.fooled_at[positions] >= stage]
         taken = {chunk for number, chunk in self.results.chunks if number == stage}
         free, chunks = self.results.next_chunk(stage), []
         for index, begin in enumerate(range(0, len(entering), size)):

@@ -92,5 +92,5 @@ def unfinished_images(results: RunResults) -> list[Flag]:
 
 def shuffled(n: int, seed: int) -> np.ndarray:
     """Return the positions 0 to n - 1 in an order that depends on n and the seed alone."""
-    keys = [hashlib.sha256(f"{seed}/{n}/{at}".encode()).digest() for at in range(n)]
+    keys = [hashlib.sha256(f"{seed}/{n}/{position}".encode()).digest() for position in range(n)]
     return np.array(sorted(range(n), key=keys.__getitem__), np.int64)

@@ -66,7 +66,7 @@ def write_report(
     run_folder.write_adversarial(out, rows)
     # The hardest first: by stage, then margin; for minimum norms by distance.
     minimal = settings.threat.minimal
-    ranking = (results.distances, np.zeros(results.n)) if minimal else (results.fell, results.margins)
+    ranking = (results.distances, np.zeros(results.n)) if minimal else (results.fooled_at, results.margins)
     chosen = examples.choose(rows.index, *ranking)
     run_folder.write_examples(out, examples.arrays(rows, predictions, chosen, samples, settings.threat))
     ledger.seal()

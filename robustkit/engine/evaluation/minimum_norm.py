@@ -112,10 +112,10 @@ def search(
             before[1] + found["backwards"],
         )
         judged = judge(instrumented, x, labels, found["x"], threat)
-        far = torch.where(judged.fooled, threat.distance(judged.x, x), torch.inf)
-        nearer = (far < distance).nonzero()[:, 0]
-        best = best.replaced(nearer, judged.select((far < distance).cpu().numpy()))
-        distance, found_by = torch.minimum(far, distance), found_by.index_fill(0, nearer, number)
+        length = torch.where(judged.fooled, threat.distance(judged.x, x), torch.inf)
+        nearer = (length < distance).nonzero()[:, 0]
+        best = best.replaced(nearer, judged.select((length < distance).cpu().numpy()))
+        distance, found_by = torch.minimum(length, distance), found_by.index_fill(0, nearer, number)
         spent.append((instrumented.forwards - before[0], instrumented.backwards - before[1]))
     return Nearest(best, distance, found_by, spent)
 
@@ -165,12 +165,12 @@ def nearest_points(
                 right = (logits.argmax(1) == y).nonzero()[:, 0]
                 ids = sample_ids(image_hashes(x)).to(device)
                 found = search(instrumented, entries, x[right], y[right], threat, seed=seed, ids=ids[right])
-                far = torch.zeros(len(x), dtype=torch.float64, device=device)
+                length = torch.zeros(len(x), dtype=torch.float64, device=device)
                 points.append(x.index_copy(0, right, found.judged.x))
-                distances.append(far.index_copy(0, right, found.distance))
+                distances.append(length.index_copy(0, right, found.distance))
                 found_by: list[str | None] = ["clean"] * len(x)
-                for at, number in zip(right.tolist(), found.attack.tolist(), strict=True):
-                    found_by[at] = entries[number].name if number >= 0 else None
+                for row, number in zip(right.tolist(), found.attack.tolist(), strict=True):
+                    found_by[row] = entries[number].name if number >= 0 else None
                 names += found_by
     return MinimumNorm(
         torch.cat(points), torch.cat(distances), names, instrumented.forwards, instrumented.backwards

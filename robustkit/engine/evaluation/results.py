@@ -59,13 +59,13 @@ class RunResults:
         arms: stages that run on some of the images only.
         chunks: (stage, number) of the chunks so far.
         stopped: why a run ended early; None for others.
-        fell: the stage that fooled each image; ROBUST for the others.
+        fooled_at: the stage that fooled each image; ROBUST for the others.
         labels, predictions, clean_margins, images: of the clean pass; `images` are sha256 digests.
         margins: the lowest so far.
         before: the lowest margin in the stages before the arms.
         reached: the lowest margin in each arm's attack (A n), NaN where it did not run.
         judged: the last stage with a verdict, -1 for none.
-        right, once, struck: of a random model, the lowest share of right draws, whether the first draw there was
+        right, once, confirmed: of a random model, the lowest share of right draws, whether the first draw there was
             right, and whether any verdict was confirmed or refused by further draws.
         distances: of the fooling image from the clean one, for minimum norms.
         costs: of each stage.
@@ -83,7 +83,7 @@ class RunResults:
 
     def __post_init__(self) -> None:
         """Allocate the arrays."""
-        self.fell = np.full(self.n, ROBUST)
+        self.fooled_at = np.full(self.n, ROBUST)
         self.labels = np.zeros(self.n, np.int64)
         self.predictions = np.zeros(self.n, np.int64)
         self.margins = np.full(self.n, np.inf)
@@ -93,7 +93,7 @@ class RunResults:
         self.judged = np.full(self.n, -1)
         self.right = np.full(self.n, np.nan)
         self.once = np.zeros(self.n, bool)
-        self.struck = np.zeros(self.n, bool)
+        self.confirmed = np.zeros(self.n, bool)
         self.distances = np.full(self.n, np.inf)
         self.images = Hashes(self.n)
         self.costs = [Cost(0, 0, 0.0) for _ in self.names]
@@ -121,22 +121,22 @@ class RunResults:
         if (chunk.stage, chunk.chunk) == (0, CHECKING):
             self.checks = Passes(chunk.forwards, chunk.backwards)
         for verdict in chunk.verdicts:
-            at = verdict.position
+            position = verdict.position
             if chunk.stage == 0:
-                self.labels[at], self.predictions[at] = verdict.label, verdict.prediction
-                self.images[at], self.clean_margins[at] = verdict.image, verdict.margin
+                self.labels[position], self.predictions[position] = verdict.label, verdict.prediction
+                self.images[position], self.clean_margins[position] = verdict.image, verdict.margin
             if verdict.fooled:
-                self.fell[at] = chunk.stage
-                self.distances[at] = 0.0 if verdict.distance is None else verdict.distance
-            self.margins[at] = min(self.margins[at], verdict.margin)
+                self.fooled_at[position] = chunk.stage
+                self.distances[position] = 0.0 if verdict.distance is None else verdict.distance
+            self.margins[position] = min(self.margins[position], verdict.margin)
             if chunk.stage in self.arms:
-                self.reached[self.arms.index(chunk.stage), at] = verdict.margin
+                self.reached[self.arms.index(chunk.stage), position] = verdict.margin
             elif not self.arms or chunk.stage < self.arms[0]:
-                self.before[at] = min(self.before[at], verdict.margin)
-            self.judged[at] = max(self.judged[at], chunk.stage)
-            if verdict.right is not None and not verdict.right >= self.right[at]:
-                self.right[at], self.once[at] = verdict.right, bool(verdict.once)
-            self.struck[at] |= bool(verdict.struck)
+                self.before[position] = min(self.before[position], verdict.margin)
+            self.judged[position] = max(self.judged[position], chunk.stage)
+            if verdict.right is not None and not verdict.right >= self.right[position]:
+                self.right[position], self.once[position] = verdict.right, bool(verdict.once)
+            self.confirmed[position] |= bool(verdict.struck)
         for flag in chunk.flags:
             self.raise_flag(flag)
 
@@ -157,30 +157,30 @@ class RunResults:
         """
         if stage in self.arms:
             reached = self.reached[self.arms.index(stage), positions]
-            mask = (self.fell[positions] == ROBUST) & np.isnan(reached)
+            mask = (self.fooled_at[positions] == ROBUST) & np.isnan(reached)
         else:
-            mask = (self.fell[positions] >= stage) & (self.judged[positions] < stage)
+            mask = (self.fooled_at[positions] >= stage) & (self.judged[positions] < stage)
         left: np.ndarray = positions[mask]
         return left
 
     def next_chunk(self, stage: int) -> int:
         """Return the number of the stage's next chunk."""
-        return 1 + max((number for at, number in self.chunks if at == stage), default=-1)
+        return 1 + max((number for position, number in self.chunks if position == stage), default=-1)
 
     def unfinished(self, positions: np.ndarray, last: int) -> int:
         """Return how many of these images are robust without a verdict from stage `last` yet."""
-        return int(((self.fell[positions] == ROBUST) & (self.judged[positions] < last)).sum())
+        return int(((self.fooled_at[positions] == ROBUST) & (self.judged[positions] < last)).sum())
 
     @property
     def robust(self) -> int:
         """How many images in scope are robust so far."""
-        return int((self.fell[self.scope] == ROBUST).sum())
+        return int((self.fooled_at[self.scope] == ROBUST).sum())
 
     @property
     def settled(self) -> int:
         """How many images have their final verdict: fooled, or robust after each unconditional stage."""
         last = max(stage for stage in range(len(self.names)) if stage not in {*self.conditional, *self.arms})
-        return int(((self.fell != ROBUST) | (self.judged >= last)).sum())
+        return int(((self.fooled_at != ROBUST) | (self.judged >= last)).sum())
 
     @property
     def seen(self) -> np.ndarray:
@@ -200,12 +200,12 @@ class RunResults:
 
     def stages(self, positions: np.ndarray) -> list[Stage]:
         """Return each stage's result on these images, the clean pass first, with its cost on all images."""
-        fell, reported = self.fell[positions], set(self.reported)
+        fooled_at, reported = self.fooled_at[positions], set(self.reported)
         return [
             Stage(
                 name,
-                self._rate(int((fell > number).sum()), len(positions), number),
-                int((fell == number).sum()),
+                self._rate(int((fooled_at > number).sum()), len(positions), number),
+                int((fooled_at == number).sum()),
                 self.costs[number].forwards,
                 self.costs[number].backwards,
                 self.costs[number].seconds,
@@ -245,14 +245,14 @@ class RunResults:
             flags=[*self.flags.values(), *raised],
             verdicts=[
                 Outcome(
-                    index=at,
-                    label=int(self.labels[at]),
-                    clean_prediction=int(self.predictions[at]),
-                    robust=bool(self.fell[at] == ROBUST),
-                    attack=None if self.fell[at] == ROBUST else self.names[self.fell[at]],
-                    margin=float(self.margins[at]),
+                    index=position,
+                    label=int(self.labels[position]),
+                    clean_prediction=int(self.predictions[position]),
+                    robust=bool(self.fooled_at[position] == ROBUST),
+                    attack=None if self.fooled_at[position] == ROBUST else self.names[self.fooled_at[position]],
+                    margin=float(self.margins[position]),
                 )
-                for at in sorted(self.scope.tolist())
+                for position in sorted(self.scope.tolist())
             ],
             environment=environment,
             files=files,
@@ -267,7 +267,7 @@ class RunResults:
 
     def _minimum(self) -> Minimum:
         """Return the distance of each image's nearest fooling image; 0 where the clean image is misclassified."""
-        distances = np.where(self.fell == 0, 0.0, self.distances)[np.sort(self.scope)]
+        distances = np.where(self.fooled_at == 0, 0.0, self.distances)[np.sort(self.scope)]
         return Minimum.of([value if np.isfinite(value) else None for value in distances.tolist()])
 
     def _draws(self) -> Draws | None:
@@ -275,7 +275,7 @@ class RunResults:
         right = self.right[self.scope]
         if np.isnan(right).any():
             return None
-        inside = (self.fell[self.scope] > 0) & ~self.struck[self.scope]
+        inside = (self.fooled_at[self.scope] > 0) & ~self.confirmed[self.scope]
         return Draws(
             one=self._rate(int(self.once[self.scope].sum()), len(self.scope), len(self.names) - 1),
             mean=float(right.mean()),

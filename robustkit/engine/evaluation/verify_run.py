@@ -192,9 +192,9 @@ def _ledger_faults(path: Path, report: Report, samples: Samples) -> Iterator[str
     results.scope = np.array([verdict.index for verdict in report.verdicts], np.int64)
     results.stopped = report.stopped
     again = results.report(report.spec, [], report.environment, report.files)
-    for told, ours in zip(report.verdicts, again.verdicts, strict=True):
-        if told != ours:
-            yield f"record {ours.index}: report.json says {told}, the ledger {ours}."
+    for stated, ours in zip(report.verdicts, again.verdicts, strict=True):
+        if stated != ours:
+            yield f"record {ours.index}: report.json says {stated}, the ledger {ours}."
     if (report.stages, report.robust_accuracy, report.clean_accuracy, report.cost) != (
         again.stages,
         again.robust_accuracy,
@@ -215,27 +215,24 @@ def _ledger_faults(path: Path, report: Report, samples: Samples) -> Iterator[str
 
 
 def _doubt_faults(report: Report, results: RunResults) -> Iterator[str]:
-    """Yield what the report says is left in doubt, if the ledger says something else.
-
-    Of a random model nothing is said.
-    """
+    """Yield the report's bound on images left in doubt, if the ledger gives another; none for a random model."""
     if report.draws:
         return
-    told = report.strictness
-    usual = told.allowed if told else STRICTNESS
-    strictness = usual if report.spec.strictness is None else report.spec.strictness
+    stated = report.strictness
+    allowed = stated.allowed if stated else STRICTNESS
+    strictness = allowed if report.spec.strictness is None else report.spec.strictness
     again = in_doubt(results, results.scope, strictness)
     versions = report.environment.get("versions") or {}
-    if told and again and versions.get("robustkit") != __version__:
-        # Another version may have believed something else before the run; what it counted is the same.
-        again = replace(again, images=told.images, bound=told.images / report.n)
-    if told != again:
-        yield f"report.json: it says that {_said(told)}, by the ledger {_said(again)}."
+    if stated and again and versions.get("robustkit") != __version__:
+        # Another version may use another prior, but counts the same images.
+        again = replace(again, images=stated.images, bound=stated.images / report.n)
+    if stated != again:
+        yield f"report.json: it says that {_in_words(stated)}, by the ledger {_in_words(again)}."
 
 
-def _said(doubt: Strictness | None) -> str:
+def _in_words(doubt: Strictness | None) -> str:
     if doubt is None:
-        return "nothing is told of doubt"
+        return "it states no strictness"
     return (
         f"{doubt.images} images ({doubt.bound:.6g}, allowed {doubt.allowed:.6g}) are left in doubt and "
         f"{doubt.in_full} of {doubt.standing} met all attacks"

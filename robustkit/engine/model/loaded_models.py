@@ -241,5 +241,5 @@ def _alike(classifier: Classifier) -> str | None:
     if not isinstance(net, torch.nn.Module) or isinstance(net, Mixture):
         return None
     shapes = [(name, tuple(tensor.shape)) for name, tensor in classifier.state_dict().items()]
-    outer = [None if of is None else tuple(of.shape) for of in (classifier.mean, classifier.std)]
+    outer = [None if values is None else tuple(values.shape) for values in (classifier.mean, classifier.std)]
     return repr((repr(net), shapes, outer, classifier.size))

@@ -137,7 +137,7 @@ class CostProbe(Evaluation):
                 config = runner.config or instrumented.config
                 with instrumented.using(config), own_randomness(self.seed, "speed"):
                     speed = instrumented.speed(x.to(self.device), largest, MAX_BATCH_SHARE * self.budget)
-                memory.look()
+                memory.observe()
                 begun = self.clock()
                 runner.start(begun + self.budget)
                 stopwatch.restart()
@@ -181,7 +181,7 @@ class CostProbe(Evaluation):
         results, positions = runner.results, runner.results.scope
         always = [number for number, entry in enumerate(self.entries, 1) if not (entry.conditional or entry.arm)]
         last = max([*always, runner.reached])
-        robust = results.fell[positions] == ROBUST
+        robust = results.fooled_at[positions] == ROBUST
         finished = ~robust | (results.judged[positions] >= last)
         costs = [counts[positions] for counts in (runner.forwards, runner.backwards, runner.passes)]
         forwards, backwards, passes = (np.where(finished, cost, 0) for cost in costs)

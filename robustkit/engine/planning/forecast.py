@@ -164,7 +164,7 @@ class Costs:
         At its low end some of them cost nothing, at its high end some cost the most there may be.
         """
         rng = random.Random(seed)
-        like = [self.jobs[at % len(self.jobs)] for at in range(count)]
+        like = [self.jobs[index % len(self.jobs)] for index in range(count)]
         rng.shuffle(like)
         value, low, high = self.mean.value, self.mean.low, self.mean.high
         free = 1 - low / value if value else 0.0
@@ -262,14 +262,14 @@ def _ordinary(costs: Costs, found: ProbeResult, probe: CostProbe, place: Site) -
 
 
 def _batches(jobs: list[Job], size: int) -> list[Job]:
-    parts = [jobs[at : at + size] for at in range(0, len(jobs), size)]
+    parts = [jobs[index : index + size] for index in range(0, len(jobs), size)]
     return [Job(sum(job.work for job in part), max(job.passes for job in part)) for part in parts]
 
 
 def _mixed(jobs: list[Job], other: Job, share: float, rng: random.Random) -> list[Job]:
     """Return the jobs with this share of them, drawn at random, replaced by another."""
     changed = set(rng.sample(range(len(jobs)), min(len(jobs), round(share * len(jobs)))))
-    return [other if at in changed else job for at, job in enumerate(jobs)]
+    return [other if index in changed else job for index, job in enumerate(jobs)]
 
 
 def _work(found: ProbeResult, forwards: float, backwards: float) -> float:

@@ -120,7 +120,7 @@ class Memory:
             return _most_resident()
         return pages * os.sysconf("SC_PAGE_SIZE")
 
-    def look(self) -> None:
+    def observe(self) -> None:
         """Note what is in use now."""
         self.seen = max(self.seen, self.now())
 
@@ -163,7 +163,7 @@ class Stopwatch(Progress):
         self.last: np.ndarray = np.array([self.clock(), *self.instrumented.counts])
 
     def advance(self, done: float, robust: int) -> None:  # noqa: D102
-        self.memory.look()
+        self.memory.observe()
         now = np.array([self.clock(), *self.instrumented.counts])
         if self.end < math.inf:
             self.steps.append(now - self.last)

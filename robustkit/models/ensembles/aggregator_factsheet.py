@@ -17,7 +17,7 @@ from robustkit.models.ensembles.aggregation import Aggregator, parse_aggregator
 
 DRAWS, CASES = 4000, 200
 # The logits of predictors that were taken over, and how far honest ones are ahead in their class.
-FORCE, LEAD = 1e6, 10.0
+FORCED_LOGIT, CORRECT_LEAD = 1e6, 10.0
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class FactSheet:
 
 
 # Of all predictors for one image; a few thousand images are drawn.
-MOST_SCORES = 20_000
+MAX_SCORES = 20_000
 
 
 def fact_sheet(aggregator: str, predictors: int, classes: int, seed: int = 0) -> FactSheet:
@@ -67,9 +67,9 @@ def fact_sheet(aggregator: str, predictors: int, classes: int, seed: int = 0) ->
         raise UsageError(
             f"{predictors} predictors and {classes} classes: an aggregator needs two of each; write 2 or more."
         )
-    if predictors * classes > MOST_SCORES:
+    if predictors * classes > MAX_SCORES:
         raise UsageError(
-            f"{predictors} predictors of {classes} classes: write numbers with a product up to {MOST_SCORES}."
+            f"{predictors} predictors of {classes} classes: write numbers with a product up to {MAX_SCORES}."
         )
     combine = parse_aggregator(aggregator)
     generator = torch.Generator().manual_seed(seed)
@@ -128,18 +128,18 @@ def _alike(one: Tensor, other: Tensor) -> bool:
 def _breakdown(combine: Aggregator, stack: Tensor) -> tuple[int | None, int | None]:
     """Return how many predictors that predict class 1 tie with, and beat, the others, which predict class 0."""
     predictors = stack.shape[1]
-    honest = stack.clone()
-    honest[:, :, 0] = honest.amax(2) + LEAD
-    forced = torch.full_like(honest, -FORCE)
-    forced[:, :, 1] = FORCE
+    correct = stack.clone()
+    correct[:, :, 0] = correct.amax(2) + CORRECT_LEAD
+    forced = torch.full_like(correct, -FORCED_LOGIT)
+    forced[:, :, 1] = FORCED_LOGIT
     tied = taken = None
     for count in range(predictors - 1, 0, -1):
-        combined = combine(torch.cat([forced[:, :count], honest[:, count:]], 1))
+        combined = combine(torch.cat([forced[:, :count], correct[:, count:]], 1))
         ahead = combined[:, 1] - combined[:, 0]
         tied = count if bool((ahead >= 0).any()) else tied
         taken = count if bool((ahead > 0).any()) else taken
     return tied, taken
 
 
-def _share(of: Tensor) -> float:
-    return float(of.double().mean())
+def _share(values: Tensor) -> float:
+    return float(values.double().mean())

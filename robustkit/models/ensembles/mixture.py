@@ -16,7 +16,7 @@ from robustkit.models.ensembles.aggregation import Aggregator, parse_aggregator,
 from robustkit.models.outputs import LogitsReader
 from robustkit.posterior import Posterior
 
-USUAL = "probabilities"
+DEFAULT_AVERAGE = "probabilities"
 
 
 def joined_by(text: str | None, count: int, where: str) -> Aggregator:
@@ -27,14 +27,14 @@ def joined_by(text: str | None, count: int, where: str) -> Aggregator:
     """
     if text is not None and count < 2:
         raise UsageError(f"{where} is one net: combine={text} joins several; leave it out.")
-    aggregate = parse_aggregator(USUAL if text is None else text)
+    aggregate = parse_aggregator(DEFAULT_AVERAGE if text is None else text)
     aggregate(torch.zeros(1, count, 2))
     return aggregate
 
 
 def way(text: str | None) -> dict[str, str]:
     """Return what `combine=` adds to a model's identity; nothing for the default."""
-    return {} if text in (None, USUAL) else {"combine": str(text)}
+    return {} if text in (None, DEFAULT_AVERAGE) else {"combine": str(text)}
 
 
 class Mixture(nn.Module, ABC):

@@ -29,7 +29,7 @@ SWITCHES = ("use_res_connect", "has_skip", "has_residual")
 # Transformers' blocks: two additions, with a norm at the beginning of each branch and nothing after the second.
 PAIRS = (("norm1", "norm2"), ("ln_1", "ln_2"))
 # Blocks with such norms at the branches' ends.
-AFTERWARDS = ("V2", "Post")
+POST_NORM_MARKS = ("V2", "Post")
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def _block(module: nn.Module) -> Block | None:
     if not all(getattr(module, switch, True) for switch in SWITCHES):
         return None
     for pair in PAIRS:
-        if {*pair, "mlp"} <= parts.keys() and not any(word in name for word in AFTERWARDS):
+        if {*pair, "mlp"} <= parts.keys() and not any(word in name for word in POST_NORM_MARKS):
             return Block(module, tuple(parts[norm] for norm in pair))
     convolutions = sum(isinstance(part, nn.Conv2d) for part in parts.values())
     shaped = convolutions >= 2 and any(hasattr(module, word) for word in SHORTCUTS)

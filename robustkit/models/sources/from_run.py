@@ -166,7 +166,9 @@ class Run:
         if method is not None and alone and options.combine is not None:
             method.set_aggregator(_module(whole), options.combine)
             whole = replace(whole, identity={**whole.identity, "combine": options.combine})
-        mean, std = (None if of is None else tuple(map(float, of)) for of in (self.facts.mean, self.facts.std))
+        mean, std = (
+            None if value is None else tuple(map(float, value)) for value in (self.facts.mean, self.facts.std)
+        )
         whole, noise = self._with_noise(whole, options.noise)
         names = tuple(self.facts.class_names or ())
         whole = replace(

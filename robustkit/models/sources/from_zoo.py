@@ -39,8 +39,8 @@ def build(spec: ModelString, options: Options, weights: WeightsFile | None) -> B
     num_classes, in_channels = options.num_classes, options.in_channels
     if weights is not None:
         with torch.device("meta"):
-            usual = make(num_classes=entry.num_classes, in_channels=channels)
-        found = sizes_in(weights, usual, options.weights)
+            net = make(num_classes=entry.num_classes, in_channels=channels)
+        found = sizes_in(weights, net, options.weights)
         num_classes, in_channels = num_classes or found[0], in_channels or found[1]
     sizes = {"num_classes": num_classes or entry.num_classes, "in_channels": in_channels or channels}
     return Built(

@@ -19,7 +19,7 @@ _WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoi
 _AVERAGE = re.compile(r"(^|[._])(w?ema|shadow|averaged?|swa|avg)([._]|$)", re.IGNORECASE)
 _MEANS = ("mean", "new_mean", "image_mean", "pixel_mean", "img_mean", "mu")
 _STDS = ("std", "new_std", "image_std", "pixel_std", "img_std", "sigma")
-_MOST_CHANNELS = 16
+_MAX_CHANNELS = 16
 
 # Turns the tensors of another library's checkpoint into those of a net.
 Convert = Callable[[Tensors], Tensors]
@@ -161,7 +161,7 @@ def _pairs(tensors: Tensors) -> Iterator[tuple[str, str]]:
         if last not in _MEANS:
             continue
         other = f"{parent}{dot}{_STDS[_MEANS.index(last)]}"
-        if other in tensors and 1 <= tensor.numel() == tensors[other].numel() <= _MOST_CHANNELS:
+        if other in tensors and 1 <= tensor.numel() == tensors[other].numel() <= _MAX_CHANNELS:
             yield name, other
 
 

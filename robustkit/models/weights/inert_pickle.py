@@ -25,7 +25,7 @@ _HARMFUL = frozenset(
 )
 _HARMFUL_BUILTINS = frozenset({"eval", "exec", "compile", "__import__", "open", "input", "breakpoint"})
 # More names than this, or longer ones, no program has.
-_MOST_NAMES, _LONGEST_NAME = 10_000, 1_000
+_MAX_NAMES, _MAX_NAME_LENGTH = 10_000, 1_000
 # What a key may be: whatever is hashed at once. Tuples of these may be one, too.
 _KEYS = (str, bytes, int, float, complex, type(None), torch.dtype, torch.Size)
 
@@ -150,7 +150,7 @@ class _Unpickler(_Python):  # type: ignore[misc]
         if full in _REAL:
             return _REAL[full]
         if full not in self.left_out:
-            if len(full) > _LONGEST_NAME or len(self.left_out) == _MOST_NAMES:
+            if len(full) > _MAX_NAME_LENGTH or len(self.left_out) == _MAX_NAMES:
                 raise pickle.UnpicklingError("too many or too long names")
             self.left_out[full] = type("StandIn", (StandIn,), {"name": full})
         return self.left_out[full]

@@ -11,7 +11,7 @@ from robustkit.core.errors import UsageError, did_you_mean
 _HOME = "robustkit.models.zoo"
 _WRN = re.compile(r"wrn-0*(\d+)-0*(\d+)", re.ASCII)
 # More layers take minutes to make, more parameters 4 GB; the largest in the literature is wrn-94-16.
-MOST_LAYERS, MOST_PARAMETERS = 1_000, 10**9
+MAX_LAYERS, MAX_PARAMETERS = 1_000, 10**9
 
 
 @dataclass(frozen=True)
@@ -129,11 +129,11 @@ def lookup(name: str) -> ZooEntry:
         raise did_you_mean("robustkit model", name, ZOO)
     # By its digits first: Python refuses to read a number of thousands of them.
     digits = max(map(len, wide.groups()))
-    depth, width = map(int, wide.groups()) if digits < 5 else (MOST_LAYERS + 1, 1)
-    if depth > MOST_LAYERS or _wide_parameters(depth, width) > MOST_PARAMETERS:
+    depth, width = map(int, wide.groups()) if digits < 5 else (MAX_LAYERS + 1, 1)
+    if depth > MAX_LAYERS or _wide_parameters(depth, width) > MAX_PARAMETERS:
         raise UsageError(
-            f"wide ResNet {name[:30]!r} is too large: write at most {MOST_LAYERS:,} layers and "
-            f"{MOST_PARAMETERS:,} parameters, as in wrn-70-16."
+            f"wide ResNet {name[:30]!r} is too large: write at most {MAX_LAYERS:,} layers and "
+            f"{MAX_PARAMETERS:,} parameters, as in wrn-70-16."
         )
     if depth < 10 or (depth - 4) % 6 or width < 1:
         raise UsageError(

@@ -17,7 +17,7 @@ from robustkit.runs.evaluation_record import Report
 
 INK, SOFT, RULE = "#1a1d23", "#59616e", "#d9dde4"
 ROBUST, FOOLED, FOOLED_GROUND = "#2a6ea6", "#c2501b", "#fbe4d6"
-LEFT, MAX_STAGES = 0.045, 8
+MARGIN_LEFT, MAX_STAGES = 0.045, 8
 BOLD: dict[str, Any] = {"weight": "bold", "color": INK, "parse_math": False}
 SOFT_TEXT: dict[str, Any] = {"color": SOFT, "parse_math": False}
 
@@ -29,10 +29,10 @@ def card(report: Report) -> bytes:
     name = shortened(sentences.model_name(report), 100)
     title = textwrap.wrap(name, 50, break_on_hyphens=False)
     size = 26 if len(title) == 1 else 21
-    heading = figure.text(LEFT, 0.93, "\n".join(title), size=size, va="top", **BOLD)
+    heading = figure.text(MARGIN_LEFT, 0.93, "\n".join(title), size=size, va="top", **BOLD)
     width = heading.get_window_extent().width / figure.bbox.width
-    heading.set_fontsize(size * min(1.0, (1 - 2 * LEFT) / width))
-    figure.text(LEFT, 0.615, percent(report.robust_accuracy.value), size=68, va="center", **BOLD)
+    heading.set_fontsize(size * min(1.0, (1 - 2 * MARGIN_LEFT) / width))
+    figure.text(MARGIN_LEFT, 0.615, percent(report.robust_accuracy.value), size=68, va="center", **BOLD)
     beside = [
         "robust accuracy",
         sentences.interval(report.robust_accuracy.low, report.robust_accuracy.high),
@@ -41,10 +41,10 @@ def card(report: Report) -> bytes:
         shortened(sentences.data_name(report), 36),
     ]
     for row, line in enumerate(beside):
-        figure.text(LEFT, 0.46 - 0.058 * row, line, size=16, **SOFT_TEXT)
+        figure.text(MARGIN_LEFT, 0.46 - 0.058 * row, line, size=16, **SOFT_TEXT)
     _cascade(report, figure)
     below = f"robustkit   run {report.run_id}   {sentences.trust(report)}"
-    figure.text(LEFT, 0.03, below, size=13, **SOFT_TEXT)
+    figure.text(MARGIN_LEFT, 0.03, below, size=13, **SOFT_TEXT)
     file = io.BytesIO()
     figure.savefig(file, format="png", metadata={"Software": None})
     return file.getvalue()

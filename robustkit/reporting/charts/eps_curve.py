@@ -27,9 +27,9 @@ def chart(report: Report, curve: Curve) -> Markup:
     parts.append(svg.area(high, low, "band"))
     parts += [svg.line(*left, *right, "curve") for left, right in pairwise(points)]
     parts += [svg.dot(*point, "robust") for point in points]
-    at, name = sentences.eps(report) / widest, f"eps {report.spec.threat.partition(':')[2]}"
-    parts += [svg.line(0, FLOOR, 1, FLOOR, "axis"), svg.line(at, TOP - 12, at, FLOOR, "mark")]
-    parts.append(svg.text(at, TOP - 16, name, anchor="end" if at > 0.8 else "middle", kind="name"))
+    x, name = sentences.eps(report) / widest, f"eps {report.spec.threat.partition(':')[2]}"
+    parts += [svg.line(0, FLOOR, 1, FLOOR, "axis"), svg.line(x, TOP - 12, x, FLOOR, "mark")]
+    parts.append(svg.text(x, TOP - 16, name, anchor="end" if x > 0.8 else "middle", kind="name"))
     spoken = "; ".join(
         f"{radius:.4g} {percent(rate.value)}"
         for radius, rate in zip(curve.radii, curve.robust_accuracy, strict=True)

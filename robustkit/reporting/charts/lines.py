@@ -68,17 +68,17 @@ class Chart:
         for level in svg.ticks(low, high, 4):
             parts.append(svg.line(0, down(level), 1, down(level), "grid"))
             parts.append(svg.text(0, down(level) + 4, self.text(level), anchor="end", kind="tick", dx=-6))
-        for at, words in self.marks:
-            anchor = "end" if at > 0.98 else "middle"
-            parts.append(svg.line(at, FLOOR, at, FLOOR + 4, "axis"))
-            parts.append(svg.text(at, FLOOR + 17, words, anchor=anchor, kind="tick"))
+        for x, words in self.marks:
+            anchor = "end" if x > 0.98 else "middle"
+            parts.append(svg.line(x, FLOOR, x, FLOOR + 4, "axis"))
+            parts.append(svg.text(x, FLOOR + 17, words, anchor=anchor, kind="tick"))
         parts.append(svg.line(0, FLOOR, 1, FLOOR, "axis"))
         parts.append(svg.text(1, FLOOR + 34, self.across, anchor="end", kind="tick"))
         for number, series in enumerate(self.series):
-            points = [(at, down(value)) for at, value in series.points]
+            points = [(x, down(value)) for x, value in series.points]
             parts.append(svg.path(points, f"s{number}"))
             marked = points if len(points) <= MAX_MARKERS else points[-1:]
-            parts += [svg.marker(at, y, MARKERS[number], f"s{number} sign") for at, y in marked]
+            parts += [svg.marker(x, y, MARKERS[number], f"s{number} sign") for x, y in marked]
         spoken = "; ".join(f"{series.name} ends at {self.text(series.last)}" for series in self.series)
         return svg.drawing(parts, FLOOR + 38, spoken)
 

@@ -47,17 +47,17 @@ def strip(report: Report, examples: Mapping[str, np.ndarray]) -> list[Example]:
     rows = {int(index): row for row, index in enumerate(examples["index"])}
     verdicts = {verdict.index: verdict for verdict in report.verdicts}
     found = []
-    for (at, pictures), hard in zip(shown(examples), examples["hard"].tolist(), strict=True):
-        image = verdicts[at]
+    for (position, pictures), hard in zip(shown(examples), examples["hard"].tolist(), strict=True):
+        image = verdicts[position]
         found.append(
             Example(
                 pictures=pictures,
-                index=at,
+                index=position,
                 label=class_name(names, image.label),
-                prediction=class_name(names, int(examples["prediction"][rows[at]])),
+                prediction=class_name(names, int(examples["prediction"][rows[position]])),
                 attack=str(image.attack),
                 margin=image.margin,
-                distance=float(examples["distance"][rows[at]]),
+                distance=float(examples["distance"][rows[position]]),
                 hard=hard,
             )
         )
@@ -67,10 +67,10 @@ def strip(report: Report, examples: Mapping[str, np.ndarray]) -> list[Example]:
 def shown(examples: Mapping[str, np.ndarray]) -> Iterator[tuple[int, Pictures]]:
     """Yield the position and the pictures of each image to show."""
     pairs = zip(examples["shown"].tolist(), examples["clean"], examples["adversarial"], strict=True)
-    for at, clean, changed in pairs:
+    for position, clean, changed in pairs:
         change = changed - clean
         factor = enlargement(float(np.abs(change).max()))
-        yield at, Pictures(picture(clean), picture(changed), picture(0.5 + factor * change), f"{factor:,g}")
+        yield position, Pictures(picture(clean), picture(changed), picture(0.5 + factor * change), f"{factor:,g}")
 
 
 def scaled(examples: Mapping[str, np.ndarray]) -> bool:

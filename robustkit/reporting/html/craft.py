@@ -163,13 +163,13 @@ def _charts(record: Craft, names: Sequence[str]) -> list[Chart]:
     if len(points) < 2:
         return []
     places = log_positions([point.gradients_per_image or 1 for point in points])
-    marks = [(at, f"{point.gradients_per_image:,.0f}") for at, point in zip(places, points, strict=True)]
+    marks = [(x, f"{point.gradients_per_image:,.0f}") for x, point in zip(places, points, strict=True)]
     found = []
     for first in range(0, len(names), MAX_CURVES):
         series = []
         for target in range(first, min(first + MAX_CURVES, len(names))):
             rates = [point.success[target] if target < len(point.success) else None for point in points]
-            known = [(at, rate.value) for at, rate in zip(places, rates, strict=True) if rate]
+            known = [(x, rate.value) for x, rate in zip(places, rates, strict=True) if rate]
             series += [Series(names[target], known)] if known else []
         if series:
             found.append(Chart(series, "gradients per image", marks, percent_tick, 0.0, 1.0))
@@ -208,14 +208,14 @@ def _strip(
     return [
         CraftedImage(
             pictures=pictures,
-            index=at,
+            index=x,
             label=class_name(classes, label),
             predictions="; ".join(
-                f"{name}: {_predictions(judged, at, label, classes)}" for name, judged in targets
+                f"{name}: {_predictions(judged, x, label, classes)}" for name, judged in targets
             ),
-            distance=f"{float(examples['distance'][at]):.4g}",
+            distance=f"{float(examples['distance'][x]):.4g}",
         )
-        for (at, pictures), label in ((one, record.labels[one[0]]) for one in shown(examples))
+        for (x, pictures), label in ((one, record.labels[one[0]]) for one in shown(examples))
     ]
 
 

@@ -34,8 +34,8 @@ def short_names(strings: Sequence[str]) -> list[str]:
 def _short(string: str) -> str:
     head, mark, query = string.partition("?")
     source, _, rest = head.partition(":")
-    name, at, weights = rest.partition("@")
-    stem = PurePosixPath(weights).stem if at else name or _run_name(source)
+    name, separator, weights = rest.partition("@")
+    stem = PurePosixPath(weights).stem if separator else name or _run_name(source)
     defense = re.search(r"(?:^|&)defense=([^&]+)", query) if mark else None
     return f"{stem}?{defense[1]}" if defense else stem
 
