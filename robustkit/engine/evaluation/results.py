@@ -65,8 +65,8 @@ class RunResults:
         before: the lowest margin in the stages before the arms.
         reached: the lowest margin in each arm's attack (A n), NaN where it did not run.
         judged: the last stage with a verdict, -1 for none.
-        right, once, confirmed: of a random model, the lowest share of right draws, whether the first draw there was
-            right, and whether any verdict was confirmed or refused by further draws.
+        right, once, confirmed: of a random model, the lowest share of correct draws, whether the first draw there
+            was correct, and whether further draws decided any verdict.
         distances: of the fooling image from the clean one, for minimum norms.
         costs: of each stage.
         checks: passes of the checks, which are part of the clean stage.
