@@ -101,7 +101,10 @@ class ContinuousBatch:
         return self._slots_used / (self._steps * self.slots) if self._steps else None
 
     def run(self) -> Iterator[list[Finished]]:
-        """Yield the samples that have finished since, after every read from the device, until all have."""
+        """Yield the samples that have finished since, after every read from the device, until all have.
+
+        While more may come it yields empty lists.
+        """
         while True:
             self._admit_samples()
             busy = [queue for queue in self.queues if queue.batch is not None]
@@ -111,7 +114,7 @@ class ContinuousBatch:
                 self._judge_claims(busy)
             finished, self.finished = self.finished, []
             yield finished
-            if not busy and not finished:
+            if not busy and not finished and not self.more_samples:
                 return
 
     def _admit_samples(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -45,7 +45,8 @@ class BlockRunner(BatchRunner):
     """Runs one run's chunks; see `BatchRunner` for its fields.
 
     `slots` are the rows of a pass, `config` is how the model is run in a search, `search_facts` is what the run's
-    record says of the searches, `write_every` are the most seconds that verdicts wait to be written.
+    record says of the searches, `batch` has the samples of the search that runs, `write_every` are the most seconds
+    that verdicts wait to be written.
     """
 
     write_every = WRITE_EVERY
@@ -63,6 +64,7 @@ class BlockRunner(BatchRunner):
         )
         self.search_facts: dict[str, Any] = {}
         self.config: ExecutionConfig | None = None
+        self.batch: ContinuousBatch | None = None
         self.slots = self.settings.slots
 
     def prepare(self) -> None:
@@ -95,7 +97,8 @@ class BlockRunner(BatchRunner):
             return self._admission(waiting[~np.isin(waiting, taken)])
 
         if len(waiting):
-            self.run_admitted(first, count, admission, waiting)
+            for _ in self.run_admitted(first, count, admission, waiting):
+                pass
 
     def _title(self, first: int, count: int) -> str:
         names = self.results.names[first : first + count]
@@ -108,11 +111,11 @@ class BlockRunner(BatchRunner):
         admission: Callable[[Sequence[int]], Callable[[int], Admitted]],
         examples: np.ndarray,
         active: Sequence[tuple[int, RowBatch]] = (),
-    ) -> None:
-        """Run `count` attacks from stage `first` on; a resumed run goes on with the samples that it had started.
+    ) -> Iterator[None]:
+        """Run `count` attacks from stage `first` on, and yield after every read of results from the device.
 
-        Arms run in float32. Robust images that a search of lower precision left near the boundary are attacked
-        again in float32.
+        A resumed run goes on with the samples that it had started. Arms run in float32. Robust images that a search
+        of lower precision left near the boundary are attacked again in float32.
 
         Args:
             first: the stage of the first attack.
@@ -133,14 +136,14 @@ class BlockRunner(BatchRunner):
                     if not saved.again:
                         admit = admission([*saved.positions, *near])
                         with self.instrumented.using(float32 if arms else self.config):
-                            near = self._search(first, count, admit, saved.with_active(active), record)
+                            near = yield from self._search(first, count, admit, saved.with_active(active), record)
                         saved = SavedRows(again=bool(near), near=near)
                         record.restart(saved.record([]))
                     if saved.again:
                         self.search_facts["searched_again"] += len(near)
                         admit = self._admission(np.array(sorted(near.keys() - set(saved.positions)), np.int64))
                         with self.instrumented.using(float32):
-                            self._search(first, count, admit, saved, record)
+                            yield from self._search(first, count, admit, saved, record)
                     record.restart()
             except (RobustkitError, TimeUp):
                 raise
@@ -168,8 +171,8 @@ class BlockRunner(BatchRunner):
 
     def _search(
         self, first: int, count: int, admit: Callable[[int], Admitted], saved: SavedRows, record: OutputRecord
-    ) -> dict[int, np.ndarray]:
-        """Run one continuous batch to its end and write its verdicts, but for borderline samples.
+    ) -> Generator[None, None, dict[int, np.ndarray]]:
+        """Run one continuous batch to its end and write its verdicts, but for borderline samples; yield as above.
 
         Borderline are robust samples that a search of low precision brought within `BORDERLINE_SHARE` of the way
         to the boundary. Boundary attacks are left to the search after it, which is in float32.
@@ -178,7 +181,7 @@ class BlockRunner(BatchRunner):
             What the borderline samples have cost, by position.
         """
         earlier: Mapping[int, np.ndarray] = saved.near if saved.again else {}
-        batch = self._continuous_batch(first, count, admit, parallel_jobs=bool(earlier))
+        batch = self.batch = self._continuous_batch(first, count, admit, parallel_jobs=bool(earlier))
         saved.restore_into(batch)
         number = self.results.next_chunk(first)
         begun, finished, done = time.perf_counter() - saved.seconds, list[Finished](), 0
@@ -203,7 +206,8 @@ class BlockRunner(BatchRunner):
                 record.restart(state.record(batch.record()), on=clock.slow or self.instrumented.random)
                 clock.saved(now)
             self._check_deadline()
-            self._share_samples(batch)
+            yield
+        self.batch = None
         self.search_facts["claims_refused"] += batch.claims_refused
         if not (earlier or self.settings.entries[first - 1].arm):
             self.search_facts |= {
@@ -246,9 +250,6 @@ class BlockRunner(BatchRunner):
             borderline = ~part.judged.fooled.cpu().numpy() & (part.judged.margin.cpu().numpy() < limit)
         near |= dict(zip(part.position[borderline].tolist(), part.spent[borderline], strict=True))
         return part.select(~borderline)
-
-    def _share_samples(self, batch: ContinuousBatch) -> None:
-        """Give samples to an idle worker; the main process alone has none."""
 
     def choose_config(self, positions: np.ndarray) -> None:
         """Choose how to run the model in row-wise searches, once; batch attacks use the model as it is."""

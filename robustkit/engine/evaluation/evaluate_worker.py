@@ -168,7 +168,9 @@ class EvaluationWorker(BlockRunner):
                 )
             active = [(queue, table.to(self.instrumented.device)) for queue, table in order.active]
             self.asked = False
-            self.run_admitted(order.first, order.count, lambda taken: self._board, examples, active)
+            for _ in self.run_admitted(order.first, order.count, lambda taken: self._board, examples, active):
+                if self.batch is not None:
+                    self._share_samples(self.batch)
         elif isinstance(order, tasks.Block):
             self._receive(order.parcel)
             positions = order.parcel.positions

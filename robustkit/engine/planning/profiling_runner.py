@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -72,8 +72,8 @@ class ProfilingRunner(BlockRunner):
         admission: Callable[[Sequence[int]], Callable[[int], Admitted]],
         examples: np.ndarray,
         active: object = (),
-    ) -> None:
-        """Run `count` attacks from stage `first` on.
+    ) -> Iterator[None]:
+        """Run `count` attacks from stage `first` on, and yield after every read of results from the device.
 
         An arm's verdicts are held back until all are there: the first to finish are those that it fools.
         """
@@ -81,7 +81,7 @@ class ProfilingRunner(BlockRunner):
             self.reached = max(self.reached, first + count - 1)
         self.admitted = {}
         self.held: list[tuple[int, int, int, list[Finished], float]] = []
-        super().run_admitted(first, count, admission, examples)
+        yield from super().run_admitted(first, count, admission, examples)
         for finished in self.held:
             super()._write_finished(*finished)
 
