@@ -45,8 +45,8 @@ class BlockRunner(BatchRunner):
     """Runs one run's chunks; see `BatchRunner` for its fields.
 
     `slots` are the rows of a pass, `config` is how the model is run in a search, `search_facts` is what the run's
-    record says of the searches, `batch` has the samples of the search that runs, `write_every` are the most seconds
-    that verdicts wait to be written.
+    record says of the searches, `batch` has the samples of the search that runs, `write_every` are the most
+    seconds that verdicts wait to be written.
     """
 
     write_every = WRITE_EVERY
@@ -114,8 +114,8 @@ class BlockRunner(BatchRunner):
     ) -> Iterator[None]:
         """Run `count` attacks from stage `first` on, and yield after every read of results from the device.
 
-        A resumed run goes on with the samples that it had started. Arms run in float32. Robust images that a search
-        of lower precision left near the boundary are attacked again in float32.
+        A resumed run goes on with the samples that it had started. Arms run in float32. Robust images that a
+        search of lower precision left near the boundary are attacked again in float32.
 
         Args:
             first: the stage of the first attack.
