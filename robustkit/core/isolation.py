@@ -36,6 +36,17 @@ def own_randomness(*key: object) -> Iterator[None]:
             random.setstate(before_random)
 
 
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Let torch draw the same initial weights every time, and leave the caller's generator as it was."""
+    before = torch.get_rng_state()
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(before)
+
+
 def generators() -> dict[str, torch.Tensor]:
     """Return the states of all global generators (torch, numpy, random, CUDA devices) as tensors by name."""
     _, words, place, has, value = np.random.get_state()

@@ -14,13 +14,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from robustkit.core.errors import UsageError
-from robustkit.models.strings import ENSEMBLE, FILE, FOLDER, MODULE, ModelString
+from robustkit.models.strings import ENSEMBLE, FILE, FOLDER, MODULE, SOURCE, ModelString
 from robustkit.registry.strings import defense_files
 
 FLAG = "--trust-code"
 # Where a path names no file of a disk: another machine, another program.
 _ELSEWHERE = re.compile(r"[\\/]{2}|\w{2,}:")
 _DEVICES = (("dev",), ("proc",), ("sys",))
+# Files that a package's model source may run or unpickle; of weights after `@`, robustkit does neither.
+_CODE_FILE = re.compile(r"\.(py|pyc|pkl|pickle|joblib|dill|pt2?|pth|ckpt|bin|tar|npy)(?!\w)", re.IGNORECASE)
+_PATH = re.compile(r"[/\\.~]|\w+:[/\\]")
 
 
 def refuse_code(string: str, where: object) -> None:
@@ -52,6 +55,8 @@ def recorded_model(string: str, where: object, trust_code: bool) -> str:
         path = spec.arch.partition("#")[0] if spec.kind == FOLDER else spec.weights
         if path is not None:
             check_path(path, where, "--model")
+        for text in filter(_PATH.match, _texts(spec)):
+            check_path(text, where, "--model")
     return string
 
 
@@ -61,11 +66,19 @@ def names_code(string: str) -> bool:
 
 
 def _code_in(string: str) -> Iterator[str]:
-    """Yield the Python code that a model string names: the nets of its models, and their defenses."""
+    """Yield the Python code and pickles that a model string names: as its nets, for its nets, and as defenses."""
     for spec in _parts(string):
         if spec.kind in (FILE, MODULE):
             yield spec.arch
+        yield from filter(_CODE_FILE.search, _texts(spec))
         yield from defense_files(spec.options.get("defense", ""))
+
+
+def _texts(spec: ModelString) -> Iterator[str]:
+    """Yield what a model source is given: the name of the net, and the values of the query but defenses."""
+    if spec.kind == SOURCE:
+        yield spec.name
+        yield from (value for name, value in spec.options.items() if name != "defense")
 
 
 def _parts(string: str) -> Iterator[ModelString]:

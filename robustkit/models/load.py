@@ -10,40 +10,20 @@ from torch import nn
 
 from robustkit.core.devices import pick_device
 from robustkit.core.errors import UsageError
-from robustkit.core.isolation import default_torch_modes, same_folder, switch_mode
+from robustkit.core.isolation import default_torch_modes, same_folder, seeded, switch_mode
 from robustkit.core.preprocess import Preprocess
 from robustkit.models.bare import bare, with_numbers
 from robustkit.models.classifier import Classifier
 from robustkit.models.ensembles import from_several
 from robustkit.models.options import Options, read_mean, read_size, read_std
-from robustkit.models.sources import from_code, from_package, from_run, from_timm, from_torchvision, from_zoo
-from robustkit.models.sources.built import Built, seeded
+from robustkit.models.sources import from_code, from_run
+from robustkit.models.sources.built import Built
 from robustkit.models.sources.kinds import no_such_kind
-from robustkit.models.strings import (
-    ENSEMBLE,
-    FILE,
-    FOLDER,
-    INSTALLED,
-    MODULE,
-    TIMM,
-    TORCHVISION,
-    UNKNOWN,
-    ZOO,
-    ModelString,
-)
+from robustkit.models.sources.source import find_source, own_sources
+from robustkit.models.strings import ENSEMBLE, FOLDER, SOURCE, UNKNOWN, ModelString
 from robustkit.models.weights.files import WeightsFile, read_weights
 from robustkit.models.weights.loading import Loaded, put_weights
-from robustkit.models.zoo.catalog import ZOO as CATALOG
 from robustkit.registry.strings import absolute_defenses
-
-_BUILD = {
-    ZOO: from_zoo.build,
-    TIMM: from_timm.build,
-    TORCHVISION: from_torchvision.build,
-    INSTALLED: from_package.build,
-    FILE: from_code.build,
-    MODULE: from_code.build,
-}
 
 
 @default_torch_modes()
@@ -80,11 +60,11 @@ def load_model(
     weights = _weights(spec, options)
     with seeded(seed), same_folder():
         if spec.kind == FOLDER:
-            built, options = from_run.Run.read(spec).build(options, _BUILD, trust_code)
+            built, options = from_run.Run.read(spec).build(options, _net, trust_code)
         elif spec.kind == ENSEMBLE:
             built = from_several.build(spec, options, partial(_member, trust_code=trust_code), seed)
         else:
-            built = _BUILD[spec.kind](spec, options, weights)
+            built = _net(spec, options, weights)
     built = replace(built, net=bare(built.net))
     loaded = None
     if weights is not None:
@@ -124,10 +104,16 @@ def _member(string: str, seed: int, trust_code: bool) -> Classifier:
     return load_model(string, seed=seed, trust_code=trust_code)
 
 
+def _net(spec: ModelString, options: Options, weights: WeightsFile | None) -> Built:
+    """Return the net of a model source or of Python code."""
+    build = find_source(spec.source).build if spec.kind == SOURCE else from_code.build
+    return build(spec, options, weights)
+
+
 def _weights(spec: ModelString, options: Options) -> WeightsFile | None:
     if spec.weights is not None:
         return read_weights(spec.weights)
-    return from_zoo.own_weights(spec) if spec.kind == ZOO and options.pretrained else None
+    return find_source(spec.source).own_weights(spec) if spec.kind == SOURCE and options.pretrained else None
 
 
 def _with_metadata(options: Options, weights: WeightsFile | None, loaded: Loaded | None) -> Options:
@@ -168,8 +154,9 @@ def _preprocess(size: tuple[int, int] | None, source: Preprocess | None) -> Prep
 
 def _no_model(spec: ModelString) -> UsageError:
     text, folder = str(spec), from_run.folder_of(spec)
-    if spec.arch.partition("@")[0] in CATALOG:
-        return UsageError(f"model {text!r} has no source: write 'robustkit:{text}'.")
+    for source in own_sources():
+        if spec.arch.partition("@")[0] in source.nets:
+            return UsageError(f"model {text!r} has no source: write '{source.prefix}:{text}'.")
     if any(folder.glob("checkpoint*")):
         return UsageError(
             f"the training in '{folder}' has not ended: give the same 'robustkit train' command again, and "

@@ -8,15 +8,13 @@ from typing import Any
 
 from robustkit.core.errors import UsageError, did_you_mean
 from robustkit.core.numbers import whole
-from robustkit.models.strings import ENSEMBLE, FOLDER, TIMM, TORCHVISION, ZOO, ModelString
+from robustkit.models.sources.source import find_source
+from robustkit.models.strings import ENSEMBLE, FOLDER, SOURCE, ModelString
 from robustkit.registry import parse_defenses
 
 LOGIT, PROBABILITY = "logit", "probability"
 _EVERY_KIND = frozenset({"mean", "std", "size", "output", "binary", "defense"})
 _FIELDS = {
-    ZOO: _EVERY_KIND | {"num_classes", "in_channels", "pretrained"},
-    TIMM: _EVERY_KIND | {"num_classes", "pretrained"},
-    TORCHVISION: _EVERY_KIND | {"num_classes", "pretrained"},
     FOLDER: _EVERY_KIND | {"combine", "noise"},
     # Its members have normalisations and sizes of their own.
     ENSEMBLE: frozenset({"combine", "defense"}),
@@ -68,17 +66,21 @@ class Options:
             UsageError: A field is unknown to this kind of net, or its value cannot be read.
         """
         given = dict(spec.options)
-        legal = _FIELDS.get(spec.kind, _EVERY_KIND)
+        kind, fields = spec.kind, _FIELDS.get(spec.kind)
+        if spec.kind == SOURCE:
+            kind, own = spec.source, find_source(spec.source).fields
+            fields = None if own is None else _EVERY_KIND | own
+        legal = _EVERY_KIND if fields is None else fields
         # Without a file of weights the word is a factory's.
         legal = legal if spec.weights is None else legal | {"weights"}
         taken = {name: given.pop(name) for name in legal if name in given}
-        if "weights" in given and spec.kind in _FIELDS:
+        if "weights" in given and fields is not None:
             raise UsageError(
                 f"{str(spec)!r} names no weights file in which weights={given['weights']} could choose: write "
                 f"{spec.arch}@FILE?weights={given['weights']}, or leave it out."
             )
-        if given and spec.kind in _FIELDS:
-            raise did_you_mean(f"field of {spec.kind} models", next(iter(given)), legal)
+        if given and fields is not None:
+            raise did_you_mean(f"field of {kind} models", next(iter(given)), legal)
         return cls(
             mean=read_mean(taken["mean"], str(spec)) if "mean" in taken else None,
             std=read_std(taken["std"], str(spec)) if "std" in taken else None,

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from urllib.parse import parse_qsl, quote
 
 from robustkit.core.errors import UsageError
-from robustkit.registry.plugins import plugins
+from robustkit.models.sources.source import is_prefix
 
-ZOO, TIMM, TORCHVISION = "robustkit", "timm", "torchvision"
-FILE, MODULE, FOLDER, ENSEMBLE, INSTALLED = "file", "module", "folder", "ensemble", "installed"
+# What a model string names: a net of a source (`timm:NAME`), Python code, a folder of a training, an ensemble.
+SOURCE, FILE, MODULE, FOLDER, ENSEMBLE = "source", "file", "module", "folder", "ensemble"
 UNKNOWN = "unknown"
 # Longer strings, larger ensembles and deeper brackets are refused as mistakes.
 MAX_LENGTH, MAX_MEMBERS, MAX_DEPTH = 100_000, 1_000, 8
@@ -125,12 +125,10 @@ class ModelString:
             return ENSEMBLE
         if ":" not in self.arch:
             return FOLDER
-        if self.source in (ZOO, TIMM, TORCHVISION):
-            return self.source
+        if is_prefix(self.source):
+            return SOURCE
         if self.source.endswith(".py"):
             return FILE
-        if self.source in plugins("models"):
-            return INSTALLED
         return MODULE if _MODULE.fullmatch(self.source) and self.name.isidentifier() else UNKNOWN
 
     @property

@@ -96,7 +96,7 @@ class Plugin:
 
     @functools.cached_property
     def summary(self) -> str:
-        """The first line of its docstring, read from its source text; empty if it has none."""
+        """The first line of its docstring, or the `help=` of its declaration, read from its text; else empty."""
         try:
             tree = ast.parse(self.file.read_bytes() if self.file else b"")
         except (OSError, SyntaxError, ValueError):
@@ -104,6 +104,10 @@ class Plugin:
         for node in tree.body:
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == self.attribute:
                 return (ast.get_docstring(node) or "").partition("\n")[0]
+            if isinstance(node, ast.Assign) and self.attribute in map(ast.unparse, node.targets):
+                for word in getattr(node.value, "keywords", ()):
+                    if word.arg == "help" and isinstance(word.value, ast.Constant):
+                        return str(word.value.value)
         return ""
 
     @functools.cached_property

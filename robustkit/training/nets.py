@@ -13,16 +13,16 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from robustkit.core.errors import UsageError
+from robustkit.core.isolation import seeded
 from robustkit.core.shapes import Images, Logits
 from robustkit.data.strings import DataString
 from robustkit.models import Classifier, load_model
 from robustkit.models.ensembles.mixture import Mixture
 from robustkit.models.layers.features import Reached
 from robustkit.models.randomness import Noise, drawn
-from robustkit.models.sources.built import seeded
 from robustkit.models.sources.from_run import Run, is_run
-from robustkit.models.strings import ENSEMBLE, FOLDER, TIMM, TORCHVISION, ZOO, ModelString, joined
-from robustkit.models.zoo.catalog import lookup
+from robustkit.models.sources.source import find_source
+from robustkit.models.strings import ENSEMBLE, FOLDER, SOURCE, ModelString, joined
 from robustkit.registry import spec as record_of
 from robustkit.training.method import Method
 from robustkit.training.whole_batches import WholeBatchMode
@@ -152,9 +152,10 @@ def complete_arch(text: str, classes: int, channels: int) -> ModelString:
     options = dict(spec.options)
     if "defense" in options:
         raise UsageError(f"--arch {text}: a defense is not trained; add it when the net is evaluated.")
-    if spec.kind in (ZOO, TIMM, TORCHVISION) and spec.weights is None:
+    source = find_source(spec.source) if spec.kind == SOURCE and spec.weights is None else None
+    if source is not None and source.takes("pretrained"):
         options.setdefault("pretrained", "false")
-        own = lookup(spec.name) if spec.kind == ZOO else None
+        own = source.facts(spec.name)
         outputs = 1 if "binary" in options else classes
         if own is None or own.num_classes != outputs:
             options.setdefault("num_classes", str(outputs))

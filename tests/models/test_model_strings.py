@@ -11,15 +11,15 @@ from hypothesis import strategies as st
 
 from robustkit.core.errors import UsageError
 from robustkit.models.options import Options
-from robustkit.models.strings import FILE, FOLDER, MODULE, TIMM, TORCHVISION, ZOO, ModelString
+from robustkit.models.strings import FILE, FOLDER, MODULE, SOURCE, ModelString
 
 
 @pytest.mark.parametrize(
     ("text", "arch", "weights", "options", "kind"),
     [
-        ("robustkit:digits-cnn", "robustkit:digits-cnn", None, {}, ZOO),
-        ("timm:resnet50.a1_in1k", "timm:resnet50.a1_in1k", None, {}, TIMM),
-        ("torchvision:resnet50@w.pt", "torchvision:resnet50", "w.pt", {}, TORCHVISION),
+        ("robustkit:digits-cnn", "robustkit:digits-cnn", None, {}, SOURCE),
+        ("timm:resnet50.a1_in1k", "timm:resnet50.a1_in1k", None, {}, SOURCE),
+        ("torchvision:resnet50@w.pt", "torchvision:resnet50", "w.pt", {}, SOURCE),
         ("a.b:Net@m.pt?size=8", "a.b:Net", "m.pt", {"size": "8"}, MODULE),
         ("./net.py:build@w.pt", "./net.py:build", "w.pt", {}, FILE),
         ("./@lib/net.py:build@w.pt", "./@lib/net.py:build", "w.pt", {}, FILE),
@@ -29,7 +29,7 @@ from robustkit.models.strings import FILE, FOLDER, MODULE, TIMM, TORCHVISION, ZO
         ("m:f?text=a%20b%3F&n=3", "m:f", None, {"text": "a b?", "n": "3"}, MODULE),
         ("m:f?defense=a:1+b:2,3&n=4", "m:f", None, {"defense": "a:1+b:2,3", "n": "4"}, MODULE),
         ("runs/train-3f9c/#2", "runs/train-3f9c/#2", None, {}, FOLDER),
-        ("  robustkit:wrn-28-10 ", "robustkit:wrn-28-10", None, {}, ZOO),
+        ("  robustkit:wrn-28-10 ", "robustkit:wrn-28-10", None, {}, SOURCE),
     ],
 )
 def test_parse(text, arch, weights, options, kind):

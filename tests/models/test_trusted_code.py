@@ -319,7 +319,7 @@ def test_what_an_honest_record_names() -> None:
 
 
 def test_kinds_are_told_by_what_stands_in_front() -> None:
-    assert ModelString.parse("timm:hf-hub:a/b").kind == "timm"
+    assert ModelString.parse("timm:hf-hub:a/b").kind == "source"
     assert ModelString.parse("C:/a/net.py:build").kind == "file"
     assert ModelString.parse("a.b:c").kind == "module"
     assert ModelString.parse("onnx:net.onnx").kind == "unknown"

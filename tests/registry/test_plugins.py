@@ -6,6 +6,7 @@ import json
 import pickle
 import re
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ import torch
 import robustkit
 from robustkit import UsageError, registry
 from robustkit.cli import run
+from robustkit.models.allowed_paths import recorded_model
 from robustkit.registry.functions import FunctionAttack
 from robustkit.registry.plugins import plugins
+from robustkit.training.nets import complete_arch
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "plugins.md").read_text()
@@ -193,3 +196,46 @@ def test_two_workers_run_a_file_and_a_killed_run_continues(folder: Path) -> None
     (folder / "one" / "report.json").unlink()  # what a run that was killed at its end leaves
     assert shell(command, "--out", "one") == 0
     assert json.loads((folder / "one" / "report.json").read_text())["verdicts"] == one["verdicts"]
+
+
+@pytest.mark.parametrize(
+    "string",
+    ["stranger:./net.py", "stranger:8?path=/a/nets.PKL", "stranger:8?code=net.py:build", "stranger:/a/w.pt"],
+)
+def test_files_that_a_record_gives_to_a_package_need_trust(string: str, installed: Path) -> None:
+    with pytest.raises(UsageError, match="names Python code"):
+        recorded_model(string, "report.json", False)
+    with pytest.raises(UsageError, match="is not the absolute path"):
+        recorded_model("stranger:8?folder=../nets", "report.json", True)
+    assert recorded_model("stranger:8?folder=/nets&name=v1.5", "report.json", False)
+
+
+def test_a_package_declares_its_model_source_as_built_in_ones_do(
+    installed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (installed / "stranger_models.py").write_text(SOURCE)
+    monkeypatch.delitem(sys.modules, "stranger_models", raising=False)
+    model = robustkit.load_model("stranger:64?num_classes=3", seed=1)
+    assert model(torch.zeros(2, 1, 8, 8)).shape == (2, 3)
+    assert model.fingerprint != robustkit.load_model("stranger:64?num_classes=2").fingerprint
+    with pytest.raises(UsageError, match=r"no field of stranger models 'classes'. Did you mean 'num_classes'"):
+        robustkit.load_model("stranger:64?classes=3")
+    with pytest.raises(UsageError, match="did you mean 'robustkit:digits-cnn'"):
+        robustkit.load_model("robustkitt:digits-cnn")
+    assert plugins("models")["stranger"].summary == "linear nets"
+    arch = complete_arch("stranger:64", classes=5, channels=1)
+    assert arch.options == {"pretrained": "false", "num_classes": "5"}
+
+
+SOURCE = """
+from torch import nn
+from robustkit.models.sources.built import Built
+from robustkit.models.sources.source import ModelSource
+
+def linear(spec, options, weights):
+    classes = options.num_classes or 10
+    net = nn.Sequential(nn.Flatten(), nn.Linear(int(spec.name), classes))
+    return Built(net, spec.arch, {"num_classes": classes}, num_classes=classes)
+
+build = ModelSource("stranger", help="linear nets", build=linear, fields=frozenset({"num_classes", "pretrained"}))
+"""

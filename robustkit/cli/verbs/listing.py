@@ -13,7 +13,8 @@ from robustkit.cli.streams import print_result, results
 from robustkit.cli.verbs import about
 from robustkit.core.errors import did_you_mean
 from robustkit.data.catalog import CATALOG
-from robustkit.models.zoo.catalog import ZOO
+from robustkit.models.sources.kinds import FORMS
+from robustkit.models.sources.source import own_sources
 from robustkit.registry.plugins import plugins
 
 Rows = list[dict[str, str]]
@@ -99,24 +100,20 @@ def _methods() -> Rows:
 
 
 def _models() -> Rows:
-    rows = [
-        {
-            "name": f"robustkit:{name}",
-            "input": "x".join(map(str, entry.input)),
-            "package": "",
-            "what": entry.description,
-        }
-        for name, entry in ZOO.items()
-    ]
-    others = {
-        "timm:NAME": "any timm model, pretrained unless @WEIGHTS or ?pretrained=false",
-        "torchvision:NAME": "any torchvision classifier, likewise",
-        "MODULE:FACTORY": "what an importable function returns",
-        "FILE.py:FACTORY": "what a function in a file returns",
-    }
-    installed = [(f"{name}:NAME", plugin.package, plugin.summary) for name, plugin in plugins("models").items()]
-    more = [*installed, *((name, "", what) for name, what in others.items())]
-    return rows + [{"name": name, "input": "", "package": package, "what": what} for name, package, what in more]
+    def row(name: str, what: str, size: str = "", package: str = "") -> dict[str, str]:
+        return {"name": name, "input": size, "package": package, "what": what}
+
+    rows: Rows = []
+    installed: Rows = []
+    unlisted: Rows = []
+    for source in own_sources():
+        for name, net in source.nets.items():
+            rows.append(row(f"{source.prefix}:{name}", net.description, "x".join(map(str, net.input))))
+        if not source.nets:
+            unlisted.append(row(f"{source.prefix}:NAME", source.help))
+    for prefix, plugin in plugins("models").items():
+        installed.append(row(f"{prefix}:NAME", plugin.summary, package=plugin.package))
+    return [*rows, *installed, *unlisted, *(row(form, what) for form, what in FORMS.items())]
 
 
 def _data() -> Rows:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-
-import torch
+from typing import TYPE_CHECKING
 
 from robustkit.core.preprocess import Preprocess
-from robustkit.models.weights.fitting import Convert
+
+if TYPE_CHECKING:
+    import torch
+
+    from robustkit.models.weights.fitting import Convert
 
 
 @dataclass(frozen=True)
@@ -39,14 +41,3 @@ class Built:
     preprocess: Preprocess | None = None
     convert: Convert | None = None
     class_names: tuple[str, ...] | None = None
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Let torch draw the same initial weights every time, and leave the caller's generator as it was."""
-    before = torch.get_rng_state()
-    torch.default_generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        torch.set_rng_state(before)

@@ -27,7 +27,8 @@ from robustkit.models.options import MAX_CHANNELS, MAX_CLASSES, MAX_PIXELS, Opti
 from robustkit.models.outputs import LogitsReader
 from robustkit.models.randomness import Noise, drawing, set_noise
 from robustkit.models.sources.built import Built
-from robustkit.models.strings import ENSEMBLE, FOLDER, MAX_MEMBERS, TIMM, TORCHVISION, UNKNOWN, ZOO, ModelString
+from robustkit.models.sources.source import find_source
+from robustkit.models.strings import ENSEMBLE, FOLDER, MAX_MEMBERS, SOURCE, UNKNOWN, ModelString
 from robustkit.models.weights.files import WeightsFile, read_weights
 from robustkit.models.weights.loading import put_weights
 from robustkit.posterior import Posterior
@@ -39,7 +40,7 @@ PARTS = (FACTS, WEIGHTS, posterior.FILE)
 MAX_NETS = 100_000
 _NUMBERS = re.compile(r"\d{1,5}(-\d{1,5})?(\+\d{1,5}(-\d{1,5})?)*")
 
-# Builds a net by its string: the loader's own, for every kind but a folder.
+# Builds the net of a string that is no folder and no ensemble.
 Build = Callable[[ModelString, Options, WeightsFile | None], Built]
 # Builds a member or sample of a run, given its weights and its number.
 Make = Callable[..., Built]
@@ -131,7 +132,7 @@ class Run:
         spec = ModelString.parse(self.facts.arch)
         return ModelString.parse(spec.members[number]) if spec.kind == ENSEMBLE else spec
 
-    def build(self, options: Options, make: Mapping[str, Build], trust_code: bool) -> tuple[Built, Options]:
+    def build(self, options: Options, make: Build, trust_code: bool) -> tuple[Built, Options]:
         """Return the net, and the options of the model's string, completed by the folder's.
 
         Raises:
@@ -146,7 +147,7 @@ class Run:
 
         def net(state: dict[str, Tensor], number: int = 0) -> Built:
             inner, weights = self.arch_of(number), WeightsFile(self.folder / WEIGHTS, {"": state})
-            built = self._wrapped(make[inner.kind](inner, self._own(inner), weights), method)
+            built = self._wrapped(make(inner, self._own(inner), weights), method)
             put_weights(built.net, weights, inner.arch)
             return built
 
@@ -196,9 +197,12 @@ class Run:
     def _own(self, inner: ModelString) -> Options:
         """Return the options of an architecture's string, with the classes of the run."""
         own = Options.read(inner)
-        if inner.kind in (ZOO, TIMM, TORCHVISION) and own.num_classes is None:
+        if inner.kind != SOURCE:
+            return own
+        source = find_source(inner.source)
+        if source.takes("num_classes") and own.num_classes is None:
             own = replace(own, num_classes=self.facts.classes)
-        if inner.kind == ZOO and self.facts.input is not None and own.in_channels is None:
+        if source.takes("in_channels") and self.facts.input is not None and own.in_channels is None:
             # A wrapper may change the first layer, so the weights do not determine the channels of the images.
             own = replace(own, in_channels=self.facts.input[0])
         return own

@@ -7,16 +7,19 @@ import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from robustkit.core.errors import UsageError, did_you_mean
 from robustkit.core.preprocess import Preprocess
-from robustkit.models.options import Options
 from robustkit.models.sources.built import Built
 from robustkit.models.sources.network import quiet, reachable
-from robustkit.models.strings import ModelString
-from robustkit.models.weights.files import WeightsFile
-from robustkit.models.weights.fitting import Convert, sizes_in
+from robustkit.models.sources.source import ModelSource
+
+if TYPE_CHECKING:
+    from robustkit.models.options import Options
+    from robustkit.models.strings import ModelString
+    from robustkit.models.weights.files import WeightsFile
+    from robustkit.models.weights.fitting import Convert
 
 
 def build(spec: ModelString, options: Options, weights: WeightsFile | None) -> Built:
@@ -25,6 +28,8 @@ def build(spec: ModelString, options: Options, weights: WeightsFile | None) -> B
     Raises:
         UsageError: timm has no such net, no weights for it, or they could not be downloaded.
     """
+    from robustkit.models.weights.fitting import sizes_in
+
     with quiet():
         from timm.data import resolve_data_config
 
@@ -118,3 +123,12 @@ def _preprocess(data: dict[str, Any]) -> Preprocess:
     _, height, width = data["input_size"]
     resize = math.floor(min(height, width) / data["crop_pct"])
     return Preprocess((height, width), resize, data["interpolation"])
+
+
+SOURCE = ModelSource(
+    prefix="timm",
+    help="any timm model, pretrained unless @WEIGHTS or ?pretrained=false",
+    build=build,
+    fields=frozenset({"num_classes", "pretrained"}),
+    names=names,
+)

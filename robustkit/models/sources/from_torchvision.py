@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import difflib
 import os
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from robustkit.core.errors import UsageError
 from robustkit.core.preprocess import Preprocess
-from robustkit.models.options import Options
 from robustkit.models.sources.built import Built
 from robustkit.models.sources.network import quiet, reachable
-from robustkit.models.strings import ModelString
-from robustkit.models.weights.files import WeightsFile
-from robustkit.models.weights.fitting import sizes_in
+from robustkit.models.sources.source import ModelSource
+
+if TYPE_CHECKING:
+    from robustkit.models.options import Options
+    from robustkit.models.strings import ModelString
+    from robustkit.models.weights.files import WeightsFile
 
 
 def build(spec: ModelString, options: Options, weights: WeightsFile | None) -> Built:
@@ -25,6 +25,8 @@ def build(spec: ModelString, options: Options, weights: WeightsFile | None) -> B
         UsageError: torchvision has no such net, or its weights have other classes or could not be downloaded.
     """
     from torchvision import models
+
+    from robustkit.models.weights.fitting import sizes_in
 
     names = models.list_models(module=models)
     if spec.name not in names:
@@ -76,9 +78,19 @@ def _create(spec: ModelString, record: Any, num_classes: int) -> Any:
 
 
 def _cached(url: str) -> bool:
+    import torch
+
     return os.path.exists(os.path.join(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2]))
 
 
 def _preprocess(transforms: Any) -> Preprocess:
     (crop,), (resize,) = transforms.crop_size, transforms.resize_size
     return Preprocess((crop, crop), resize, transforms.interpolation.value)
+
+
+SOURCE = ModelSource(
+    prefix="torchvision",
+    help="any torchvision classifier, likewise",
+    build=build,
+    fields=frozenset({"num_classes", "pretrained"}),
+)

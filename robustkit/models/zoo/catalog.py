@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from robustkit.core.errors import UsageError, did_you_mean
+from robustkit.models.sources.source import NetFacts
 
 _HOME = "robustkit.models.zoo"
 _WRN = re.compile(r"wrn-0*(\d+)-0*(\d+)", re.ASCII)
@@ -15,23 +16,17 @@ MAX_LAYERS, MAX_PARAMETERS = 1_000, 10**9
 
 
 @dataclass(frozen=True)
-class ZooEntry:
+class ZooEntry(NetFacts):
     """One net of the zoo.
 
     Attributes:
         factory: Where it is built, as `module:attribute`; called with `kwargs`, `num_classes`, `in_channels`.
-        input: Channels, height and width of the images it was designed for.
-        num_classes: Classes unless the query or the weights say otherwise.
-        description: One line for people.
         source: The paper.
         kwargs: What makes this member of its family.
         weights: File of trained weights inside the package; None where the net comes untrained.
     """
 
     factory: str
-    input: tuple[int, int, int]
-    num_classes: int
-    description: str
     source: str
     kwargs: Mapping[str, int] = field(default_factory=dict)
     weights: str | None = None

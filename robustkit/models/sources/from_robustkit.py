@@ -5,16 +5,17 @@ from __future__ import annotations
 from functools import partial
 from importlib import import_module, resources
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from robustkit.core.preprocess import Preprocess
-from robustkit.models.options import Options
 from robustkit.models.sources.built import Built
-from robustkit.models.strings import ModelString
-from robustkit.models.weights.files import WeightsFile, read_weights
-from robustkit.models.weights.fitting import sizes_in
-from robustkit.models.zoo.catalog import lookup
+from robustkit.models.sources.source import ModelSource
+from robustkit.models.zoo.catalog import ZOO, lookup
+
+if TYPE_CHECKING:
+    from robustkit.models.options import Options
+    from robustkit.models.strings import ModelString
+    from robustkit.models.weights.files import WeightsFile
 
 
 def own_weights(spec: ModelString) -> WeightsFile | None:
@@ -22,6 +23,8 @@ def own_weights(spec: ModelString) -> WeightsFile | None:
     entry = lookup(spec.name)
     if entry.weights is None:
         return None
+    from robustkit.models.weights.files import read_weights
+
     with resources.as_file(resources.files("robustkit") / "weights" / entry.weights) as path:
         return read_weights(Path(path))
 
@@ -32,6 +35,10 @@ def build(spec: ModelString, options: Options, weights: WeightsFile | None) -> B
     Raises:
         UsageError: The zoo has no such net.
     """
+    import torch
+
+    from robustkit.models.weights.fitting import sizes_in
+
     entry = lookup(spec.name)
     channels, height, width = entry.input
     module, _, factory = entry.factory.partition(":")
@@ -51,3 +58,15 @@ def build(spec: ModelString, options: Options, weights: WeightsFile | None) -> B
         in_channels=sizes["in_channels"],
         preprocess=Preprocess((height, width), resize=min(height, width)),
     )
+
+
+SOURCE = ModelSource(
+    prefix="robustkit",
+    help="a net of robustkit's own",
+    build=build,
+    fields=frozenset({"num_classes", "in_channels", "pretrained"}),
+    own_weights=own_weights,
+    nets=ZOO,
+    facts=lookup,
+    names=lambda: ZOO,
+)

@@ -1,0 +1,148 @@
+"""Model sources: each builds the nets of one prefix, as `timm:NAME`. Imports no torch.
+
+A file of this folder registers its source as `SOURCE = ModelSource(prefix="...", ...)`; an installed package by an
+entry point of the group `robustkit.models`, which names a `ModelSource` or a function `(name, **fields) -> net`.
+Lists, spelling hints, fields of queries, training and the loader read nothing but this declaration.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from robustkit.core.errors import UsageError
+from robustkit.registry.plugins import Plugin, plugins
+
+if TYPE_CHECKING:
+    from robustkit.models.options import Options
+    from robustkit.models.sources.built import Built
+    from robustkit.models.strings import ModelString
+    from robustkit.models.weights.files import WeightsFile
+
+# The declaration is found in the text of a file, which is imported only when its prefix is used.
+_DECLARATION = re.compile(r'^SOURCE = ModelSource\(\s*prefix="([\w-]+)"', re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class NetFacts:
+    """A net of a source that lists its nets.
+
+    Attributes:
+        input: Channels, height and width of the images it was designed for.
+        num_classes: Classes unless the query or the weights say otherwise.
+        description: One line for `robustkit list models`.
+    """
+
+    input: tuple[int, int, int]
+    num_classes: int
+    description: str
+
+
+def _no_weights(spec: ModelString) -> WeightsFile | None:
+    return None
+
+
+def _no_facts(name: str) -> NetFacts | None:
+    return None
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Builds the nets whose model strings begin with its prefix.
+
+    Attributes:
+        prefix: The word before the colon, with hyphens.
+        help: One line for `robustkit list models`.
+        build: Returns the net of a model string, with as many classes as its options and its weights file need;
+            the loader puts the weights into the net. Heavy imports belong inside.
+        fields: Fields of the query that it reads beside those of every model: `num_classes`, `in_channels`,
+            `pretrained`. None: every other field reaches `build` in `options.keywords`.
+        own_weights: Returns the weights file that comes with a net; used unless the string names one or has
+            `pretrained=false`.
+        nets: The nets that are listed one by one, by name; empty for a source that does not list them.
+        facts: Returns the facts of one net, which training needs to fit classes and channels to the data; None
+            where they are unknown.
+        names: Returns the names of its nets for spelling hints; may take seconds.
+    """
+
+    prefix: str
+    help: str
+    build: Callable[[ModelString, Options, WeightsFile | None], Built]
+    fields: frozenset[str] | None = None
+    own_weights: Callable[[ModelString], WeightsFile | None] = _no_weights
+    nets: Mapping[str, NetFacts] = field(default_factory=dict)
+    facts: Callable[[str], NetFacts | None] = _no_facts
+    names: Callable[[], Iterable[str]] = tuple
+
+    def takes(self, name: str) -> bool:
+        """Return whether its queries have this field beside those of every model."""
+        return self.fields is not None and name in self.fields
+
+
+@functools.cache
+def _own_modules() -> Mapping[str, str]:
+    """Return the modules of robustkit's own sources by their prefixes."""
+    found = {}
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        declaration = _DECLARATION.search(file.read_text(encoding="utf-8"))
+        if declaration:
+            found[declaration[1]] = f"{__package__}.{file.stem}"
+    return found
+
+
+def is_prefix(text: str) -> bool:
+    """Return whether a model source has this prefix, without importing it."""
+    return text in _own_modules() or text in plugins("models")
+
+
+def own_sources() -> Iterator[ModelSource]:
+    """Yield robustkit's own sources."""
+    yield from map(find_source, _own_modules())
+
+
+def find_source(prefix: str) -> ModelSource:
+    """Return the source of a prefix; one of an installed package does not replace robustkit's own.
+
+    Raises:
+        UsageError: The module of an installed package cannot be imported.
+    """
+    if prefix in _own_modules():
+        source: ModelSource = importlib.import_module(_own_modules()[prefix]).SOURCE
+        return source
+    plugin = plugins("models")[prefix]
+    found = plugin.load()
+    if isinstance(found, ModelSource):
+        return replace(found, prefix=prefix, build=functools.partial(_recorded, plugin, found))
+    return ModelSource(prefix, plugin.summary, functools.partial(_call, plugin))
+
+
+def _recorded(
+    plugin: Plugin, source: ModelSource, spec: ModelString, options: Options, weights: WeightsFile | None
+) -> Built:
+    """Return what the source of a package builds, identified by its package and code too."""
+    built = source.build(spec, options, weights)
+    return replace(built, identity={**built.identity, "arch": spec.arch, **plugin.record})
+
+
+def _call(plugin: Plugin, spec: ModelString, options: Options, weights: WeightsFile | None) -> Built:
+    """Return the net of a package's function, called with the name and the other fields of the query."""
+    from robustkit.models.sources.built import Built
+
+    found = plugin.call(spec.name, **options.keywords)
+    built = found if isinstance(found, Built) else Built(net=found, arch=spec.arch)
+    if not callable(built.net):
+        raise UsageError(
+            f"{plugin.module}:{plugin.attribute} of the package {plugin.package} returned an object of type "
+            f"{type(found).__name__}: return a torch.nn.Module, or a robustkit.models.sources.built.Built."
+        )
+    number = built.num_classes or options.keywords.get("num_classes") or getattr(built.net, "num_classes", None)
+    return replace(
+        built,
+        identity={**built.identity, "arch": spec.arch, **options.keywords, **plugin.record},
+        num_classes=number if isinstance(number, int) else None,
+    )
