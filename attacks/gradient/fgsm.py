@@ -39,5 +39,4 @@ class FGSM:
 
     def step(self, rows: Rows, state: State, answer: Answer) -> State:
         """Return x moved by eps, projected onto ball and box."""
-        moved = rows.threat.step(rows.x, answer.gradient, float(rows.threat.eps))
-        return {"x": rows.threat.project(moved, rows.x)}
+        return {"x": rows.threat.step_inside(rows.x, rows.x, answer.gradient, float(rows.threat.eps))}

@@ -45,5 +45,5 @@ class PGD(RowWise):
         x, gradient = state["x"], answer.gradient
         blocked = ((x <= 0) & (gradient < 0)) | ((x >= 1) & (gradient > 0))
         length = (self.step_size or StepSize(2.5 / self.steps)).length(float(rows.threat.eps))
-        moved = rows.threat.step(x, torch.where(blocked, 0, gradient), length, density=self.density)
-        return {"x": rows.threat.project(moved, rows.x)}
+        upwards = torch.where(blocked, 0, gradient)
+        return {"x": rows.threat.step_inside(x, rows.x, upwards, length, density=self.density)}

@@ -11,8 +11,7 @@ from robustkit.attack_api.oracles import (
     shared_rng,
     split_rng,
 )
-from robustkit.attack_api.queries import query, query_rows, rank
-from robustkit.attack_api.row_wise import LoopOptions, RowWise
+from robustkit.attack_api.row_wise import LoopOptions, RowWise, query, query_rows, rank
 from robustkit.attack_api.rows import Answer, Model, Rows, State
 from robustkit.attack_api.surrogates import Surrogates, Weights, mean_normalised
 

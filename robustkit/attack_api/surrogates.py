@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robustkit.attack_api.queries import finite
+from robustkit.attack_api.row_wise import finite
 from robustkit.attack_api.rows import Model
 from robustkit.core.criteria import Goal
 from robustkit.core.errors import UsageError, check_choices, did_you_mean

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from robustkit.attack_api import Model, RowWise
-from robustkit.checks.indicators import trace_attack
+from robustkit.attack_api.driver import trace_attack
 from robustkit.core.criteria import Goal
 from robustkit.core.errors import UsageError
 from robustkit.core.rng import RowRng

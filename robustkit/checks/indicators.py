@@ -9,31 +9,17 @@ of a path whose maximum is 0, divides by zero on a constant one, and changes the
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from robustkit.attack_api import Answer, Model, Rows, RowWise, State, query_rows
-from robustkit.attack_api.driver import drive
-from robustkit.core.criteria import Goal
 from robustkit.core.rng import RowRng
 from robustkit.core.shapes import Images, Labels, Mask, PerRow
-from robustkit.core.threat import ThreatModel
 
 # Width of the noise of I2, in [0, 1] pixel units, and its draws.
 RHO, DRAWS = 8 / 255, 100
 # The last steps that I4 looks at, and the share of the whole rise that they may still gain.
 LAST, GAIN = 10, 0.05
-
-
-@dataclass(frozen=True)
-class AttackTrace:
-    """An attack's losses and whether the model was fooled, both (B T), and its last points (B C H W)."""
-
-    losses: Tensor
-    fooled: Tensor
-    last: Images
 
 
 def unavailable(gradients: Images) -> Mask:
@@ -80,43 +66,3 @@ def untransferred(surrogate: Labels, target: Labels) -> Mask:
 def unconstrained(fooled: Tensor, right: Mask) -> float:
     """I6: the share of rows, correct at first, that no query (B T) without a limit fooled; must be 0."""
     return float((right & ~fooled.any(1)).double().sum() / right.sum().clamp(min=1))
-
-
-def trace_attack(
-    attack: RowWise,
-    model: Model,
-    x: Images,
-    goal: Goal,
-    threat: ThreatModel,
-    rng: RowRng,
-    loss: str = "margin",
-    enough: bool = False,
-) -> AttackTrace:
-    """Run one attempt of an attack on all rows to its end, also for rows that succeed earlier.
-
-    Args:
-        attack: whose first attempt is run.
-        model: what is attacked.
-        x: clean images.
-        goal: of each row.
-        threat: the rules.
-        rng: random numbers.
-        loss: that is recorded at each query; with a target, if the attack has any, of the second likeliest class.
-        enough: end once every row has had a success.
-    """
-    rows = Rows(x, goal, threat, rng, goal)
-    losses, fooled, steps = list[Tensor](), list[Tensor](), attack.loop_options(threat.norm).steps
-
-    def query(number: int, state: State) -> Answer:
-        return query_rows(attack, model, replace(rows, rng=rng.at(step=number)), state, number < steps)
-
-    def step(number: int, state: State, answer: Answer) -> State:
-        return attack.step(replace(rows, rng=rng.at(step=number + 1)), state, answer)
-
-    def observe(state: State, answer: Answer) -> tuple[State, Answer] | None:
-        losses.append(goal.loss(answer.logits, loss))
-        fooled.append(goal.reached(answer.logits) & threat.contains(state["x"], x))
-        return None if enough and torch.stack(fooled).any(0).all() else (state, answer)
-
-    last = drive(attack.init(rows), steps, query, step, observe)["x"]
-    return AttackTrace(torch.stack(losses, 1), torch.stack(fooled, 1), last)

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from robustkit.attack_api import Model, RowWise
-from robustkit.attack_api.queries import finite
-from robustkit.checks.indicators import AttackTrace, trace_attack
+from robustkit.attack_api.driver import AttackTrace, trace_attack
+from robustkit.attack_api.row_wise import finite
 from robustkit.core.criteria import Goal
 from robustkit.core.rng import RowRng
 from robustkit.core.shapes import Images, Labels, Logits

@@ -214,6 +214,12 @@ class ThreatModel(ABC):
         """
         return x + length * self.ascent(gradient, density=density)
 
+    def step_inside(
+        self, x: Images, clean: Images, gradient: Images, length: float, *, density: float = 0.0
+    ) -> Images:
+        """Return the images after `step`, projected onto ball and box around the clean images."""
+        return self.project(self.step(x, gradient, length, density=density), clean)
+
     @abstractmethod
     def random_start(self, x: Images, rng: Draws) -> Images:
         """Return points drawn uniformly from the ball, then projected onto ball and box."""

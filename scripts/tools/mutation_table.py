@@ -58,15 +58,20 @@ FAULTS = [
     ),
     Fault(
         "an attack returns its input",
-        "robustkit/attack_api/attempts.py",
+        "robustkit/attack_api/driver.py",
         (("self.x[position] = torch.where(per_row(better, x), x, self.x[position])", "pass"),),
         CONTRACT,
         "succeeds_where_possible",
     ),
     Fault(
         "the last step leaves the ball",
-        "attacks/gradient/pgd.py",
-        (("rows.threat.project(moved, rows.x)", "moved"),),
+        "robustkit/core/threat.py",
+        (
+            (
+                "return self.project(self.step(x, gradient, length, density=density), clean)",
+                "return self.step(x, gradient, length, density=density)",
+            ),
+        ),
         CONTRACT,
         "pgd",
     ),
@@ -107,26 +112,26 @@ FAULTS = [
     ),
     Fault(
         "success is judged by the attack's own target",
-        "robustkit/attack_api/attempts.py",
+        "robustkit/attack_api/driver.py",
         (("reached = rows.goal.reached(answer", "reached = rows.aim.reached(answer"),),
         ROWS,
     ),
     Fault(
         "a success outside the ball counts",
-        "robustkit/attack_api/attempts.py",
+        "robustkit/attack_api/driver.py",
         (("if self.options.queries_outside_ball:", "if False:"),),
         ROWS,
     ),
     Fault(
         "only the first restart is run",
-        "robustkit/attack_api/attempts.py",
+        "robustkit/attack_api/driver.py",
         (("range(options.restarts * (", "range(1 * ("),),
         CONTRACT,
         "budget or counts",
     ),
     Fault(
         "rows that succeeded go on",
-        "robustkit/attack_api/attempts.py",
+        "robustkit/attack_api/driver.py",
         (("leave = self.margin == torch.inf", "leave = self.margin > torch.inf"),),
         ROWS,
         "asked_no_more",
@@ -161,7 +166,7 @@ FAULTS = [
     ),
     Fault(
         "apgd: step size and best point go by the last draw",
-        "robustkit/attack_api/queries.py",
+        "robustkit/attack_api/row_wise.py",
         (("torch.stack(parts).mean(0)", "parts[-1]"),),
         ROWS,
     ),
@@ -229,7 +234,7 @@ FAULTS = [
     ),
     Fault(
         "queries: answers are in another order",
-        "robustkit/attack_api/queries.py",
+        "robustkit/attack_api/row_wise.py",
         (("torch.cat(fields)[order]", "torch.cat(fields)"),),
         BATCH,
     ),

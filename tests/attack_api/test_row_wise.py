@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from robustkit.attack_api import Answer, LoopOptions, Rows, RowWise, query, rank
-from robustkit.attack_api.attempts import run_attempts
+from robustkit.attack_api.driver import run_attempts
 from robustkit.core.criteria import Goal
 from robustkit.core.rng import RowRng
 from robustkit.core.threat import ThreatModel

@@ -7,6 +7,7 @@ import pytest
 import torch
 from nets import Flat, Small
 
+from robustkit.attack_api.driver import trace_attack
 from robustkit.checks import indicators, lints
 from robustkit.checks.binarization import (
     Binarization,
@@ -91,14 +92,12 @@ def test_an_honest_net_and_attack_show_none() -> None:
     net, x = Flat(), torch.rand(8, 1, 8, 8)
     labels = net(x).argmax(1)
     attack, goal = make("pgd", steps=60, loss="margin"), Goal(labels)
-    way = indicators.trace_attack(attack, net, x, goal, THREAT, rows(8))
+    way = trace_attack(attack, net, x, goal, THREAT, rows(8))
     assert way.losses.shape == way.fooled.shape == (8, 61)
     assert not indicators.incomplete(way.losses).any()
-    everywhere = indicators.trace_attack(attack, net, x, goal, ThreatModel.parse("linf:1"), rows(8))
+    everywhere = trace_attack(attack, net, x, goal, ThreatModel.parse("linf:1"), rows(8))
     assert indicators.unconstrained(everywhere.fooled, torch.ones(8, dtype=torch.bool)) == 0
-    blind = indicators.trace_attack(
-        attack, lambda images: 0 * net(images) + net(x).detach(), x, goal, THREAT, rows(8)
-    )
+    blind = trace_attack(attack, lambda images: 0 * net(images) + net(x).detach(), x, goal, THREAT, rows(8))
     assert indicators.unconstrained(blind.fooled, torch.ones(8, dtype=torch.bool)) == 1
 
 

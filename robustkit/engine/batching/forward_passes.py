@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from robustkit.attack_api import Answer, Rows, State, query_rows
-from robustkit.attack_api.queries import finite, merge_answers
+from robustkit.attack_api.row_wise import finite, merge_answers
 from robustkit.core.shapes import Logits
 from robustkit.engine.batching.attack_queue import AttackQueue
 from robustkit.engine.model.instrumented_model import InstrumentedModel
