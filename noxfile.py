@@ -21,9 +21,9 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def types(session: nox.Session) -> None:
-    """Check types with mypy in strict mode."""
+    """Check types with mypy: the package in strict mode, and tests, scripts and examples."""
     session.install(".[test,dev]")
-    session.run("mypy", "-p", "robustkit")
+    session.run("mypy")
 
 
 @nox.session

@@ -37,7 +37,7 @@ def _other_norms(items):
     Cases are of one problem if they differ in `norm` or `threat` alone. A module or test marked `every_norm` tests
     code that each norm has of its own.
     """
-    problems = {}
+    problems: dict[str, list[pytest.Item]] = {}
     for item in items:
         params = item.callspec.params if hasattr(item, "callspec") else {}
         norm = params.get("norm", params.get("threat"))

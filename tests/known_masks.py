@@ -10,6 +10,7 @@ import copy
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,7 +63,7 @@ def blurred(net: nn.Module, x: Tensor) -> Tensor:
 def noisy_votes(net: nn.Module, x: Tensor, copies: int = 5) -> Tensor:
     """How many of the noisy copies are of each class (Lecuyer et al. 2018, arXiv:1802.03471)."""
     ballots = [net(x + 0.1 * torch.randn_like(x)) for _ in range(copies)]
-    return sum(F.one_hot(ballot.argmax(1), ballot.shape[1]).float() for ballot in ballots)
+    return torch.stack([F.one_hot(ballot.argmax(1), ballot.shape[1]).float() for ballot in ballots]).sum(0)
 
 
 def noisy_mean(net: nn.Module, x: Tensor) -> Tensor:
@@ -159,7 +160,7 @@ class Jump(nn.Module):
 
 def jump(x: Tensor, y: Tensor) -> Masked:
     """A jump at zero that grows as the net is trained (Goodfellow 2018, unpublished)."""
-    net = Digits(Jump)
+    net: Any = Digits(Jump)
     for stage in range(6):
         for activation in (net.act1, net.act2, net.act3):
             activation.height = float(stage)

@@ -14,6 +14,7 @@ from robustkit.distributed.process_pool import Door
 from robustkit.engine.evaluation import scheduler
 from robustkit.engine.evaluation.block_runner import BlockRunner
 from robustkit.engine.progress import Progress
+from robustkit.models import load_model
 
 
 class Threads:
@@ -59,7 +60,7 @@ def as_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     # What seeds the global generators shares them with other threads, as it does not with processes.
     for name in ("prepare", "_run_chunk", "_run_minimum_norm_chunk"):
         monkeypatch.setattr(BlockRunner, name, in_turn(getattr(BlockRunner, name)))
-    monkeypatch.setattr(model_files, "load_model", in_turn(model_files.load_model))
+    monkeypatch.setattr(model_files, "load_model", in_turn(load_model))
     monkeypatch.setattr(ray_pool, "Local", Threads)
     monkeypatch.setattr(scheduler, "SPLIT_EVERY", 0.0)
     monkeypatch.setattr(scheduler, "WORTH_SPLITTING", 2)

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -324,7 +325,7 @@ def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     data = load_data("digits:test").head(3)
     images, labels = data.images(range(3)), data.labels
-    names = {"model": load_model("robustkit:digits-cnn"), "images": images, "labels": labels}
+    names: dict[str, Any] = {"model": load_model("robustkit:digits-cnn"), "images": images, "labels": labels}
     names["loader"] = [(images[:2], labels[:2]), (images[2:], labels[2:])]
     ran = 0
     for block in blocks("python"):

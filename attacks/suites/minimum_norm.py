@@ -1,4 +1,4 @@
-"""The suite for minimum norms: what `auto` means for a threat NORM:min."""
+"""The suite for minimum norms: what `auto` means where the threat is minimal."""
 
 from __future__ import annotations
 

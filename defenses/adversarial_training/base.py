@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import ClassVar
 
@@ -51,9 +50,9 @@ class RobustTraining(Method):
         """Return the mean loss over the batch of each member."""
         return [self.loss(net, batch, plan) for net in nets]
 
-    @abstractmethod
     def loss(self, net: nn.Module, batch: Batch, plan: Plan) -> Tensor:
         """Return the mean loss of one member over the batch."""
+        raise NotImplementedError(f"{type(self).__name__} defines neither `loss` nor `losses`.")
 
 
 class PerturbedTraining(RobustTraining):

@@ -18,6 +18,8 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,16 +31,16 @@ from robustkit.models import Classifier
 from robustkit.registry import make_method
 from robustkit.training.loop import take_step
 from robustkit.training.method import Batch, Method, Plan
-from robustkit.training.nets import Member
+from robustkit.training.nets import Member, net_of
 
 MEMBERS, LAYERS, EPS, STEPS, LR = 3, 20, 0.07, 10, 0.01
-SGD = {"lr": LR, "momentum": 0.9, "weight_decay": 1e-4}
+SGD: dict[str, Any] = {"lr": LR, "momentum": 0.9, "weight_decay": 1e-4}
 
 
 # --- the literal one
 
 
-def literal_features(net: nn.Module, x: Tensor, layer: int) -> Tensor:
+def literal_features(net: Any, x: Tensor, layer: int) -> Tensor:
     """Return a layer of a ResNet-20 before its activation, going no further."""
     out = net.bn1(net.conv1(x))
     if layer == 1:
@@ -69,7 +71,7 @@ def literal_distilled(net: nn.Module, source: Tensor, target: Tensor, layer: int
         loss = F.mse_loss(literal_features(net, x, layer), literal_features(net, target, layer).detach())
         net.zero_grad()
         loss.backward()
-        gradient = x.grad
+        gradient: Any = x.grad
         norm = gradient.abs().flatten(1).sum(1).clamp(min=1e-12)
         momentum = momentum + gradient / norm.view(-1, 1, 1, 1)
         x = x - EPS / STEPS * momentum.sign()
@@ -132,7 +134,7 @@ class Rivals:
         self.source, self.target = (one.contiguous(memory_format=layout) for one in pixels)
         self.ids = torch.arange(size, device=device)
         nets = [self._net(number) for number in range(MEMBERS)]
-        self.plain = [net.net for net in nets]
+        self.plain = [net_of(net) for net in nets]
         self.plain_optimizers = [torch.optim.SGD(net.parameters(), **SGD) for net in self.plain]
         self.ours = [
             Member(self._net(number).to(memory_format=layout).train()).train() for number in range(MEMBERS)
@@ -189,8 +191,8 @@ def main() -> None:
     for layer in range(1, LAYERS + 1):
         pairs = [
             (
-                seconds(lambda layer=layer: rivals.literal(layer), given.device),
-                seconds(lambda layer=layer: rivals.robustkit(layer), given.device),
+                seconds(partial(rivals.literal, layer), given.device),
+                seconds(partial(rivals.robustkit, layer), given.device),
             )
             for _ in range(given.rounds)
         ]

@@ -16,6 +16,7 @@ import argparse
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from pyautoattack import AutoAttack
@@ -27,6 +28,7 @@ from robustkit.engine.evaluation.run import Evaluation
 from robustkit.engine.model.instrumented_model import InstrumentedModel
 from robustkit.models import load_model
 from robustkit.models.classifier import Classifier
+from robustkit.runs.evaluation_record import Report
 
 NORMS = {"linf": "Linf", "l2": "L2", "l1": "L1"}
 
@@ -50,7 +52,7 @@ def by_hand(
 
 def by_robustkit(
     model: Classifier, samples: Samples, threat: ThreatModel, seed: int
-) -> tuple[set[int], float, object]:
+) -> tuple[set[int], float, Report]:
     """Return the robust positions, the seconds and the report of robustkit, run folder and all."""
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -75,7 +77,7 @@ def main() -> None:
     samples = load_data(arguments.data).head(arguments.limit)
     threat = ThreatModel.parse(arguments.threat)
     seconds = {by_hand: 0.0, by_robustkit: 0.0}
-    result: dict[object, tuple[set[int], float, object]] = {}
+    result: dict[object, tuple[set[int], float, Any]] = {}
     for number in range(arguments.rounds):
         for run in (by_hand, by_robustkit) if number % 2 == 0 else (by_robustkit, by_hand):
             result[run] = run(model, samples, threat, arguments.seed)

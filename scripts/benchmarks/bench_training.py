@@ -24,6 +24,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,7 +41,7 @@ BATCH = 128
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)
 
 
-class Pictures(Dataset):
+class Pictures(Dataset[Any]):
     """What torchvision's CIFAR10 is: arrays that become PIL images one by one."""
 
     def __init__(self, x: np.ndarray, y: np.ndarray) -> None:
@@ -197,9 +198,9 @@ def main() -> None:
     middle = {
         loop: [statistics.median(kind) for kind in zip(*speeds, strict=True)] for loop, speeds in found.items()
     }
-    for loop, (wall, processor) in middle.items():
+    for label, (wall, processor) in middle.items():
         share = f"{processor / middle['model alone'][1]:.1%} of the model alone"
-        print(f"{loop:<24}{wall:>8,.0f} images/s{processor:>8,.0f} per processor second   {share}")
+        print(f"{label:<24}{wall:>8,.0f} images/s{processor:>8,.0f} per processor second   {share}")
 
 
 if __name__ == "__main__":

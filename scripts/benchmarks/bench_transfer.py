@@ -138,7 +138,7 @@ class Comparison:
             self._craft(changed, ensemble, threat, few[0][:1], few[1][:1], few[2][:1])
             return ensemble.counts[1] - before
 
-        point, changed = Prices.of(attack, gradients_per_image_of).point(attack, budget)
+        point, changed = Prices.of(attack, gradients_per_image_of).point(attack, budget, float(threat.eps))
         if changed is None or point.steps is None:
             print(f"{text:<44}    – one step costs more than {budget}", flush=True)
             return

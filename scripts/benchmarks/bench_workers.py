@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
+from typing import Any
 
 import torch
 
@@ -52,7 +53,13 @@ def timed(
     """Return a run's report and the seconds that its attacks took."""
     net, samples = load_model(model), load_data(data).head(limit)
     clock = Clock()
-    words = {"suite": suite, "precision": "fp32", "workers": workers, "ray": ray, "progress": clock}
+    words: dict[str, Any] = {
+        "suite": suite,
+        "precision": "fp32",
+        "workers": workers,
+        "ray": ray,
+        "progress": clock,
+    }
     report = evaluate(net, samples, None, threat, **words)
     attacks = clock.last - clock.attacks
     where = " on Ray" if ray else ""

@@ -29,6 +29,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +55,14 @@ Made = dict[str, Callable[[], Row]]
 def around(net: nn.Module) -> Made:
     """Return how to make masks around a net, each with the net beneath."""
 
-    def bare(call: known_masks.Call) -> Masked:
-        return Masked(masked_defenses.Behind(net, call), {"bare": net})
+    def bare(call: known_masks.Call) -> Row:
+        return Masked(masked_defenses.Behind(net, call), {"bare": net}), net
 
-    made = {name: lambda call=call: (bare(call), net) for name, call in masked_defenses.AROUND.items()}
-    return made | {name: lambda name=name: (known_masks.around(name, net), net) for name in known_masks.AROUND}
+    def known(name: str) -> Row:
+        return known_masks.around(name, net), net
+
+    made: Made = {name: partial(bare, call) for name, call in masked_defenses.AROUND.items()}
+    return made | {name: partial(known, name) for name in known_masks.AROUND}
 
 
 def small() -> Made:
@@ -78,7 +82,7 @@ def small() -> Made:
         return Masked(net, {"bare": plain}), plain
 
     def skipping() -> Row:
-        net = masked_defenses.trained(masked_defenses.Digits(), x, y)
+        net: Any = masked_defenses.trained(masked_defenses.Digits(), x, y)
         net.skip = 0.7
         return Masked(net, {"bare": plain}), plain
 
@@ -91,10 +95,13 @@ def small() -> Made:
         mean = masked_defenses.Several(list(defense.nets), lambda stack: stack.mean(1))
         return Masked(defense, {"mean": mean}), mean
 
+    def learned(make: Callable[[Tensor, Tensor], Masked]) -> Row:
+        return make(x, y), None
+
     made = around(plain)
-    made |= {f"k-winners-{how}": lambda how=how: winners(how) for how in ("threshold", "scatter")}
+    made |= {f"k-winners-{how}": partial(winners, how) for how in ("threshold", "scatter")}
     made |= {"steep-activation": steep, "stochastic-depth": skipping, "crossmax": crossmax}
-    made |= {name: lambda make=make: (make(x, y), None) for name, make in known_masks.LEARNED.items()}
+    made |= {name: partial(learned, make) for name, make in known_masks.LEARNED.items()}
     made["honest: plain"] = lambda: (Masked(plain), None)
     made["honest: adversarially trained"] = lambda: (
         Masked(masked_defenses.trained(masked_defenses.Digits(), x, y, attack=0.08)),

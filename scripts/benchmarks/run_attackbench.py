@@ -70,8 +70,9 @@ def rival(name: str, norm: str) -> Callable[..., Tensor]:
     """Return an attack of another library with AttackBench's settings, those of the norm where there are any."""
     library, _, attack = name.partition(":")
     configs, prefix = import_module(f"attackbench.attacks.{library}.configs"), PREFIX[library]
-    common = getattr(configs, f"{prefix}_{attack}", None)
-    settings = {**getattr(configs, f"{prefix}_{attack}_{norm}", common)(), "threat_model": norm}
+    common = f"{prefix}_{attack}"
+    own = f"{common}_{norm}"
+    settings = {**getattr(configs, own if hasattr(configs, own) else common)(), "threat_model": norm}
     if library == "adv_lib" and norm == "l1" and "use_large_reps" in settings:
         # As the settings' own comment says.
         settings["use_large_reps"] = True

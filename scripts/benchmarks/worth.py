@@ -15,6 +15,7 @@ import argparse
 import itertools
 import statistics
 import time
+from collections.abc import Sequence
 
 import torch
 
@@ -24,7 +25,7 @@ from robustkit.runs.evaluation_record import Rate
 TURNS, BATCH = 9, 64
 
 
-def seconds(models: list[torch.nn.Module], x: torch.Tensor) -> list[float]:
+def seconds(models: Sequence[torch.nn.Module], x: torch.Tensor) -> list[float]:
     """Return the median processor seconds of a pass of each."""
     spent: list[list[float]] = [[] for _ in models]
     with torch.inference_mode():

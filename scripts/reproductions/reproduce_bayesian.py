@@ -32,6 +32,7 @@ from robustkit.models import Classifier
 from robustkit.models.ensembles.mixture import Members
 from robustkit.runs.craft_record import Craft, Judgement
 from robustkit.runs.training_record import Trained
+from robustkit.training.nets import net_of
 
 TABLES = ("main", "attacks", "iterations", "cycles", "techniques", "weakness", "temperature")
 RULE = "i-fgsm(steps={steps},step_size={size:g}eps)"
@@ -195,7 +196,7 @@ class Study:
             None if values is None else tuple(values.flatten().tolist()) for values in (first.mean, first.std)
         )
         return Classifier(
-            Members([model.net for model in models]),
+            Members([net_of(model) for model in models]),
             string=" ".join(strings),
             identity={"members": [model.fingerprint for model in models]},
             mean=mean,
@@ -264,9 +265,9 @@ def main_table(study: Study) -> None:
                 n: _fooled(rows[n - 1][2][column] or rows[n - 1][2][column.replace("full", "light")], place)
                 for n in range(1, scale.nets + 1)
             }
-            found = _fooled(final[column], place)
-            right = any(hit is not None for hit in found)
-            cells.append(str(deep_ensemble_equivalent(nets, found)) if right else "–")
+            of_posterior = _fooled(final[column], place)
+            right = any(hit is not None for hit in of_posterior)
+            cells.append(str(deep_ensemble_equivalent(nets, of_posterior)) if right else "–")
         show(["", *columns], [["cSGLD", *cells]])
 
 
@@ -336,7 +337,7 @@ def cycles_table(study: Study) -> None:
     scale = study.scale
     study.posterior(scale.temperature)
     rule, each = RULE.format(steps=scale.steps, size=0.1), scale.samples
-    choices = {
+    choices: dict[str, Sequence[int]] = {
         f"{cycles} cycles, {each} samples each": range(cycles * each) for cycles in range(1, scale.cycles + 1)
     }
     for kept in range(1, each):
@@ -372,7 +373,7 @@ def weakness_table(study: Study, others: Sequence[str]) -> None:
     one = study.store(range(scale.cycles * scale.samples))
     light = f"light(samples={members})"
     turned = round(steps * 2 / 3)
-    runs = {
+    runs: dict[str, tuple[Sequence[Surrogate], str]] = {
         f"CWA on {members} nets": (nets, f"cwa(steps={steps})"),
         f"CWA on {members} nets, antithetic": (nets, f"cwa(steps={turned},order=antithetic)"),
         "light-CWA": ([one], f"cwa(steps={steps})+{light}"),

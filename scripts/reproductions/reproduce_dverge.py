@@ -26,6 +26,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 from zlib import crc32
 
 import numpy as np
@@ -208,8 +209,9 @@ class Study:
         right = torch.ones_like(labels, dtype=torch.bool)
         for name in names:
             model = load_model(f"{self.out}/{name}/", device=x.device)
-            for number in range(len(model.net)):
-                member = model.with_net(model.net.at(number)).eval()
+            nets: Any = model.net
+            for number in range(len(nets)):
+                member = model.with_net(nets.at(number)).eval()
                 with torch.no_grad():
                     right &= torch.cat([member(part) for part in x.split(500)]).argmax(1) == labels
         return right.nonzero()[:, 0].tolist()
@@ -253,7 +255,7 @@ class Study:
             sets = [self.crafted(one, attack, eps) for one in self.surrogates for attack in self.scale.attacks]
             for name, found in stands.items():
                 fooled = [self._judged(one, name).fooled(one.labels, one.goals) for one in sets]
-                found.append(np.array([[hit is False for hit in row] for row in fooled]).all(0))
+                found.append(np.all([[hit is False for hit in row] for row in fooled], axis=0))
         return stands
 
     def _judged(self, record: Craft, name: str) -> Judgement:
@@ -331,11 +333,11 @@ def transfer_table(study: Study) -> None:
     show(["", "on another member", "on the ensemble", "any member right", "d", "cosine"], rows)
     if {BASELINE, DVERGE} <= found.keys():
         points = 100 * (found[BASELINE].between - found[DVERGE].between)
-        one, other = (study.trained[name].accuracy for name in (DVERGE, BASELINE))
+        accuracies = [study.trained[name].accuracy for name in (DVERGE, BASELINE)]
         lost = (
             ""
-            if one is None or other is None
-            else f", clean accuracy by {100 * (one['value'] - other['value']):+.1f}"
+            if accuracies[0] is None or accuracies[1] is None
+            else f", clean accuracy by {100 * (accuracies[0]['value'] - accuracies[1]['value']):+.1f}"
         )
         print(f"\nDVERGE changes transfer between members by {-points:+.1f} points{lost}.")
 

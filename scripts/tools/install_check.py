@@ -67,9 +67,9 @@ def main() -> None:
         packages = next((place / "venv").glob("lib/python*/site-packages"))
         # The dependencies of the present environment; of robustkit only what is installed below.
         (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
-        install = [binaries / "python", "-m", "pip", "install", "--no-deps", "--no-build-isolation", "-q"]
+        install = [str(binaries / "python"), "-m", "pip", "install", "--no-deps", "--no-build-isolation", "-q"]
         for source in ("clone", "stranger"):
-            subprocess.run([*install, place / source], check=True, cwd=place, env={"PATH": str(binaries)})
+            subprocess.run([*install, str(place / source)], check=True, cwd=place, env={"PATH": str(binaries)})
         print(f"installed into a new environment: {sorted(one.name for one in packages.glob('*.dist-info'))}")
         work = place / "work"
         work.mkdir()

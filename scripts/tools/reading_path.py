@@ -72,7 +72,10 @@ class Trace:
 
     def summary(self) -> str:
         """Return the counts as one line."""
-        names = {(code.co_filename, code.co_qualname.rpartition(".")[0]) for code in self.functions}
+        names = {
+            (code.co_filename, getattr(code, "co_qualname", code.co_name).rpartition(".")[0])
+            for code in self.functions
+        }
         classes = {(file, name) for file, name in names if name and "<locals>" not in name}
         files = {self._file(code) for code in self.functions}
         modules = [name for name in sys.modules if name.partition(".")[0] == "robustkit"]

@@ -22,6 +22,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,9 +47,9 @@ Row = tuple[float, int, float, float]
 def write_shards(place: Path, count: int) -> None:
     """Write shards of random images with the net's own labels, unless they are there."""
     place.mkdir(parents=True, exist_ok=True)
-    code: dict[str, object] = {}
+    code: dict[str, Any] = {}
     exec(NET, code)
-    net = code["build"]()  # type: ignore[operator]
+    net = code["build"]()
     for number, begin in enumerate(range(0, count, SHARD)):
         shard = place / f"{number:03d}.tar"
         if shard.exists():
@@ -164,7 +165,7 @@ def draw(rows: list[Row], count: int, place: Path) -> None:
     twin.plot(seconds, done, color="tab:green", ls="--", label="verdicts")
     twin.set(ylabel="verdicts in the ledger", ylim=(0, None))
     lines = [*axes.get_lines(), *twin.get_lines()]
-    axes.legend(lines, [line.get_label() for line in lines], loc="center right")
+    axes.legend(lines, [str(line.get_label()) for line in lines], loc="center right")
     axes.set_title(f"{count:,} images streamed from tar shards, clean pass and PGD of one step")
     figure.savefig(place, dpi=120)
 

@@ -13,6 +13,7 @@ import pytest
 import robustkit
 from robustkit.api.options import craft, evaluate, runs, train
 from robustkit.api.options.declare import EXPECTED, Options, described
+from robustkit.api.options.shared import SearchOptions
 from robustkit.cli import run
 from robustkit.crafting.matrix import MatrixRequest
 from robustkit.crafting.spec import CraftRequest
@@ -96,7 +97,7 @@ def test_a_wrong_value_gets_the_same_sentence_from_python_and_from_the_command_l
 
 
 def test_the_default_suite_is_that_of_the_registry() -> None:
-    assert {evaluate.SearchOptions.suite, evaluate.MinimumNormArguments.attack} == {DEFAULT_SUITE}
+    assert {SearchOptions.suite, evaluate.MinimumNormArguments.attack} == {DEFAULT_SUITE}
 
 
 def test_dir_shows_the_public_names_and_no_others() -> None:

@@ -6,6 +6,7 @@ import json
 import re
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -76,7 +77,7 @@ class Telling(Technique):
     """Asks twice for one, notes who asks, and puts itself around the surrogates."""
 
     word: str
-    notes: list
+    notes: list[Any]
     info = Info("technique", "telling")
 
     def prepare(self, surrogates):
@@ -163,7 +164,7 @@ def test_rows_without_gradient_rest_where_the_rule_began(name):
 
 
 def test_the_dice_of_a_step_are_its_own():
-    notes = []
+    notes: list[Any] = []
     run(Composition(make("mi-fgsm", steps=3), (Telling("a", notes),)))
     assert [note[3] for note in notes if note[0] == "a"] == [1, 2, 3]
 
@@ -203,7 +204,7 @@ def test_nothing_of_the_caller_is_touched():
 
 
 def test_the_leftmost_technique_is_the_outermost():
-    notes = []
+    notes: list[Any] = []
     net = Net()
     attack = Composition(make("i-fgsm", steps=2), (Telling("a", notes), Telling("b", notes)))
     run(attack, net)
@@ -219,7 +220,7 @@ def test_the_leftmost_technique_is_the_outermost():
 
 
 def test_an_oracle_remembers_one_run_only():
-    notes = []
+    notes: list[Any] = []
     attack = Composition(make("i-fgsm", steps=3), (Telling("a", notes),))
     run(attack)
     run(attack)
@@ -228,7 +229,7 @@ def test_an_oracle_remembers_one_run_only():
 
 def test_a_rules_own_loop_asks_the_techniques():
     """CWA's inner loop, of 1 + 2 questions a step, asks the technique for each."""
-    notes = []
+    notes: list[Any] = []
     net = Net()
     run(Composition(make("cwa", steps=2), (Telling("a", notes),)), Surrogates([net, net]))
     streams = [note[2] for note in notes if note[0] == "a"]
@@ -257,6 +258,7 @@ def test_questions_of_one_step_have_dice_of_their_own():
 
 def test_direct_is_the_surrogates_gradient_of_the_aim():
     nets = Surrogates([Net(1), Net(2)])
+    assert GOAL.targets is not None
     other = Goal(GOAL.targets)
     rows = Rows(X, GOAL, THREAT, RNG, other)
     oracle = SurrogateOracle(nets, "margin")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 
 from robustkit.attack_api import Answer, LoopOptions, Rows, RowWise, query, rank
 from robustkit.attack_api.driver import run_attempts
+from robustkit.attacks.gradient.apgd import APGD
 from robustkit.core.criteria import Goal
 from robustkit.core.rng import RowRng
 from robustkit.core.threat import ThreatModel
@@ -35,7 +37,7 @@ class Linear:
 class Drift(RowWise):
     """Moves a little at each step; notes what it was given."""
 
-    notes: list
+    notes: list[Any]
     steps: int = 3
     restarts: int = 1
     loss: str = "margin"
@@ -182,13 +184,12 @@ def test_draws_are_averaged():
 
     x = images()
     goal = right(model, x)
-    attack = make("apgd", steps=1, eot_iter=2)
     seen = []
 
-    class Spy(type(attack)):
+    class Spy(APGD):
         def step(self, rows, state, answer):
             seen.append(answer)
-            return super(type(attack), self).step(rows, state, answer)
+            return APGD.step(self, rows, state, answer)
 
     rows_attack = Spy(steps=1, eot_iter=2, loss="margin")
     start = rows_attack.init(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from contextlib import contextmanager
+from typing import Any, cast
 
 import pytest
 import torch
@@ -189,8 +190,8 @@ def test_the_size_of_weights_does_not_matter(combine):
 @combinations
 def test_a_row_has_the_same_gradient_in_any_company(combine):
     x, goal = images(), GOALS["targeted"]
-    for words in ({}, {"hold": False}):
-        surrogates = Surrogates(NETS, combine, **words)
+    for hold in (True, False):
+        surrogates = Surrogates(NETS, combine, hold=hold)
         whole = gradient(surrogates, x, goal)
         for order in ([4, 2, 0, 3, 1], [3], [1, 2]):
             index = torch.tensor(order)
@@ -338,7 +339,7 @@ def test_scaled_rows_have_mean_size_1_whatever_they_had(size, dtype):
 
 def test_a_member_with_tiny_gradients_weighs_as_much_as_another():
     x = images()
-    nets = [NETS[0], lambda x: 1e-30 * NETS[1](x)]
+    nets: list[Any] = [NETS[0], lambda x: 1e-30 * NETS[1](x)]
     found = gradient(Surrogates(nets, "gradients"), x, loss="margin")
     close(found, gradient(Surrogates(NETS[:2], "gradients"), x, loss="margin"))
 
@@ -347,7 +348,11 @@ def test_a_member_with_tiny_gradients_weighs_as_much_as_another():
 @pytest.mark.parametrize("hold", [True, False])
 def test_members_without_a_gradient_give_zero(combine, hold):
     x = images()
-    nets = [NETS[0], lambda x: NETS[1](x).detach(), lambda x: NETS[2](x) * 0]
+    nets: list[Any] = [
+        NETS[0],
+        lambda x: NETS[1](x).detach(),
+        lambda x: NETS[2](x) * 0,
+    ]
     found = gradient(Surrogates(nets, combine, hold=hold), x)
     assert found.isfinite().all()
     assert found.abs().sum() > 0
@@ -381,7 +386,7 @@ class Counted:
     ],
 )
 def test_what_a_gradient_costs_and_in_which_order(combine, hold, expected):
-    log = []
+    log: list[str] = []
     surrogates = Surrogates([Counted(net, log) for net in NETS], combine, hold=hold)
     gradient(surrogates, images())
     assert log == expected
@@ -432,7 +437,8 @@ class Guest:
 @combinations
 def test_one_member_is_on_the_device_at_a_time(combine):
     x = images()
-    guests = Surrogates([Guest(net) for net in NETS], combine, hold=False)
+    members: list[Any] = [Guest(net) for net in NETS]
+    guests = Surrogates(members, combine, hold=False)
     Guest.most = 0
     close(gradient(guests, x), gradient(Surrogates(NETS, combine), x))
     close(guests(x), Surrogates(NETS, combine)(x))
@@ -442,14 +448,14 @@ def test_one_member_is_on_the_device_at_a_time(combine):
         raise ValueError("this net has a bug")
 
     with pytest.raises(ValueError, match="bug"):
-        gradient(Surrogates([Guest(broken)], combine, hold=False), x)
+        gradient(Surrogates(cast(Any, [Guest(broken)]), combine, hold=False), x)
     assert Guest.here == 0
 
 
 @combinations
 @pytest.mark.parametrize("hold", [True, False])
 def test_what_is_around_a_forward_gets_the_model_and_the_dice(combine, hold):
-    seen = []
+    seen: list[Any] = []
 
     def hook(number):
         @contextmanager
@@ -497,11 +503,13 @@ def test_what_cannot_be_meant_gets_one_sentence(words, sentence):
 def test_targets_are_reached_by_following_the_gradient():
     """The sign: up is towards success, whatever is averaged."""
     x, goal = images(), GOALS["targeted"]
+    assert goal.targets is not None
+    targets = goal.targets
     for combine in COMBINATIONS:
         surrogates = Surrogates(NETS, combine)
         step = 1e-3 * mean_normalised(gradient(surrogates, x, goal))
         before, after = (
-            torch.stack([-F.cross_entropy(net(at), goal.targets, reduction="none") for net in NETS]).mean(0)
+            torch.stack([-F.cross_entropy(net(at), targets, reduction="none") for net in NETS]).mean(0)
             for at in (x, x + step)
         )
         assert (after > before).float().mean() > 0.7

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from scipy import optimize
@@ -13,6 +15,7 @@ from robustkit.registry import make
 
 pytestmark = pytest.mark.every_norm
 NORMS = ("linf", "l2", "l1")
+UNUSED: Any = None
 
 
 def case(count, size, seed, *, reach):
@@ -33,13 +36,17 @@ def shortest(point, weight, value, norm):
     size, bounds = len(point), [(-p, 1 - p) for p in point.tolist()]
     if norm == "l2":
         start = torch.zeros(size).numpy()
-        plane = {"type": "eq", "fun": lambda d: float(value) + weight.numpy() @ d, "jac": lambda d: weight.numpy()}
+        constraint = {
+            "type": "eq",
+            "fun": lambda d: float(value) + weight.numpy() @ d,
+            "jac": lambda d: weight.numpy(),
+        }
         found = optimize.minimize(
             lambda d: d @ d,
             start,
             jac=lambda d: 2 * d,
             bounds=bounds,
-            constraints=[plane],
+            constraints=[constraint],
             method="SLSQP",
             tol=1e-14,
         )
@@ -122,7 +129,7 @@ def test_a_target_s_lead_is_exact_and_its_gradient_counts_the_classes_in_the_way
         [[4.0, 4.0, 1.0, -9.0], [4.0, 0.0, 1.0, -9.0], [0.0, 2.5, 3.0, -9.0]], requires_grad=True
     )
     rows = Goal(torch.tensor([0, 0, 0]), torch.tensor([2, 2, 2]))
-    lead = make("fab-t").objective(Rows(None, rows, None, None, rows), {}, logits)
+    lead = make("fab-t").objective(Rows(UNUSED, rows, UNUSED, UNUSED, rows), {}, logits)
     assert lead[:, 0].tolist() == [-3.0, -3.0, 0.5]
     (slope,) = torch.autograd.grad(lead.sum(), logits)
     expected = torch.tensor([[-0.5, -0.5, 1.0, 0.0], [-1.0, 0.0, 1.0, 0.0], [0.0, -1.0, 1.0, 0.0]])
@@ -132,6 +139,6 @@ def test_a_target_s_lead_is_exact_and_its_gradient_counts_the_classes_in_the_way
 def test_a_tie_of_the_target_has_a_finite_gradient():
     logits = torch.tensor([[2.0, 2.0, 2.0]], requires_grad=True)
     goal = Goal(torch.tensor([0]), torch.tensor([1]))
-    lead = make("fab").objective(Rows(None, goal, None, None, goal), {}, logits)
+    lead = make("fab").objective(Rows(UNUSED, goal, UNUSED, UNUSED, goal), {}, logits)
     assert lead.item() == 0
     assert torch.autograd.grad(lead.sum(), logits)[0].tolist() == [[-0.5, 1.0, -0.5]]

@@ -230,6 +230,7 @@ def test_flatness_adds_the_hessian_along_the_gradient(monkeypatch: pytest.Monkey
     flatten(model, batch(0), 0.7, 0.1)
     assert torch.equal(model.weight.detach(), before)
     wanted = gradient + 0.7 * curvature @ gradient / gradient.norm()
+    assert model.weight.grad is not None
     assert torch.allclose(model.weight.grad, wanted, rtol=1e-12)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,6 +39,7 @@ from robustkit.registry import make, make_technique, parse_attack
 
 SHAPE = (5, 3, 8, 10)
 LINF = ThreatModel.parse("linf:0.1")
+UNUSED: Any = None
 
 
 class Net(nn.Module):
@@ -126,7 +129,7 @@ def test_di_resizes_as_torch_does_and_pads(size, place):
 
 def test_di_changes_about_as_many_as_p_says_each_its_own_way():
     x = images(0, (1, 1, 20, 20)).expand(400, -1, -1, -1)
-    rows = Rows(x, None, LINF, RowRng(0, "di", torch.arange(400)), None)
+    rows = Rows(x, UNUSED, LINF, RowRng(0, "di", torch.arange(400)), UNUSED)
     moved = DI(p=0.3)._transform(rows, x, 0)
     changed = (moved != x).flatten(1).any(1)
     assert 80 < changed.sum() < 160
@@ -193,7 +196,7 @@ def test_admix_without_others_is_si():
 
 def test_admix_mixes_each_rows_own_draw_from_the_pool():
     surrogates, rows = problem()
-    oracle = Admix().wrap(SurrogateOracle(surrogates, "ce"))
+    oracle: Any = Admix().wrap(SurrogateOracle(surrogates, "ce"))
     seen = [split_rng(rows, "admix", mix).rng.integers(len(surrogates.pool)) for mix in range(3) for _ in range(5)]
     for number, partner in enumerate(seen):
         expected = (rows.x + 0.2 * surrogates.pool[partner]) / 2 ** (number % 5)
@@ -222,7 +225,7 @@ def test_the_cosine_transform_is_scipys(length):
 
 def test_ssa_without_change_is_the_identity():
     surrogates, rows = problem()
-    oracle = SSA(rho=0.0, sigma=0.0).wrap(SurrogateOracle(surrogates, "ce"))
+    oracle: Any = SSA(rho=0.0, sigma=0.0).wrap(SurrogateOracle(surrogates, "ce"))
     torch.testing.assert_close(oracle.transform(rows, rows.x, 0), rows.x, rtol=0, atol=1e-12)
     torch.testing.assert_close(
         gradient(SSA(copies=2, rho=0.0, sigma=0.0), surrogates, rows), gradient(SI(copies=1), surrogates, rows)
@@ -232,7 +235,7 @@ def test_ssa_without_change_is_the_identity():
 @pytest.mark.parametrize(("threat", "size"), [("linf:0.1", 0.1), ("l2:2", 2 / math.sqrt(3000))])
 def test_ssas_noise_and_scales_are_of_their_sizes(threat, size):
     x = torch.zeros(40, 3, 25, 40, dtype=torch.float64)
-    rows = Rows(x, None, ThreatModel.parse(threat), RowRng(0, "s", torch.arange(40)), None)
+    rows = Rows(x, UNUSED, ThreatModel.parse(threat), RowRng(0, "s", torch.arange(40)), UNUSED)
     noise = SSA(rho=0.0, sigma=0.5)._transform(rows, x, 0)
     assert noise.std().item() == pytest.approx(0.5 * size, rel=0.02)
     flat = torch.zeros_like(x)
@@ -249,14 +252,14 @@ def test_ssas_noise_and_scales_are_of_their_sizes(threat, size):
 
 def test_block_shuffle_of_one_unturned_block_is_the_identity():
     surrogates, rows = problem()
-    oracle = BlockShuffle(blocks=1, degrees=0.0).wrap(SurrogateOracle(surrogates, "ce"))
+    oracle: Any = BlockShuffle(blocks=1, degrees=0.0).wrap(SurrogateOracle(surrogates, "ce"))
     torch.testing.assert_close(oracle.transform(rows, rows.x, 0), rows.x)
 
 
 @pytest.mark.parametrize("blocks", [2, 3])
 def test_block_shuffle_without_turns_keeps_every_pixel(blocks):
     x = images(0, (30, 2, 11, 13))
-    rows = Rows(x, None, LINF, RowRng(0, "b", torch.arange(30)), None)
+    rows = Rows(x, UNUSED, LINF, RowRng(0, "b", torch.arange(30)), UNUSED)
     moved = BlockShuffle(blocks=blocks, degrees=0.0)._transform(rows, x, 0)
     torch.testing.assert_close(moved.flatten(2).sort(2).values, x.flatten(2).sort(2).values)
     assert (moved - x).abs().flatten(1).amax(1).gt(0.1).float().mean() > 0.5
@@ -271,7 +274,7 @@ def test_block_shuffle_without_turns_keeps_every_pixel(blocks):
 
 def test_block_shuffle_turns_a_block_as_scipy_does():
     x = images(0, (1, 1, 9, 9)).expand(20, -1, -1, -1)
-    rows = Rows(x, None, LINF, RowRng(0, "b", torch.arange(20)), None)
+    rows = Rows(x, UNUSED, LINF, RowRng(0, "b", torch.arange(20)), UNUSED)
     technique = BlockShuffle(blocks=1, degrees=24.0)
     moved = technique._transform(rows, x, 0)
     angles = 24 * (2 * split_rng(rows, "block-shuffle", 0).rng.uniform(5)[:, 4] - 1)
@@ -408,8 +411,8 @@ def test_adaea_prefers_the_member_whose_steps_transfer(targeted):
     blind = Surrogates([lambda x: surrogates.members[0](x), lambda x: surrogates.members[0](1 - x) * 1e-3])
     goal = Goal(rows.goal.labels, (rows.goal.labels + 1) % 4) if targeted else rows.goal
     rows = replace(rows, goal=goal, aim=goal)
-    technique = AdaEA(step_size=1.0)
-    oracle = technique.wrap(SurrogateOracle(blind, "ce"))
+    technique = AdaEA(step_size=StepSize(1.0))
+    oracle: Any = technique.wrap(SurrogateOracle(blind, "ce"))
     own = [blind.gradient(rows.x, goal, "ce", rows.rng, [member]) for member in (0, 1)]
     weights = oracle._weights(rows, rows.x, own)
     torch.testing.assert_close(weights.sum(0), torch.ones(5, dtype=torch.float64))
@@ -434,7 +437,11 @@ def test_triage_without_stakes_and_with_hope_is_the_ensemble(combine):
 
 def fixed(*logits):
     """Return members that say the same of every image."""
-    return Surrogates([lambda x, own=own: torch.tensor(own).double().expand(len(x), -1) for own in logits])
+
+    def constant(own: list[float]) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda x: torch.tensor(own).double().expand(len(x), -1)
+
+    return Surrogates([constant(own) for own in logits])
 
 
 @pytest.mark.parametrize("targeted", [False, True])
@@ -447,7 +454,7 @@ def test_triage_weighs_by_margins_in_spreads_of_logits(targeted):
     rows = replace(rows, goal=goal, aim=goal)
     logits = surrogates.logits(rows.x)
     for step, late in ((1, False), (10, True)):
-        oracle = Triage(stake=3.0).wrap(SurrogateOracle(surrogates, "ce", steps=10))
+        oracle: Any = Triage(stake=3.0).wrap(SurrogateOracle(surrogates, "ce", steps=10))
         found = oracle._weights(replace(rows, rng=rows.rng.at(step=step)), logits)
         for row, label in enumerate(labels.tolist()):
             worth = []
@@ -456,13 +463,13 @@ def test_triage_weighs_by_margins_in_spreads_of_logits(targeted):
                 margin = (max(others) - own[label]) / max(own)
                 worth.append((1 if margin >= 1 else 3) * (not late or margin > -0.25))
             # The first two are nobody's -2 in any row, so somebody is left.
-            worth = torch.tensor(worth if any(worth) else [3.0] * 3).double()
-            torch.testing.assert_close(found[:, row], worth / worth.sum())
+            weights = torch.tensor(worth if any(worth) else [3.0] * 3).double()
+            torch.testing.assert_close(found[:, row], weights / weights.sum())
 
 
 def test_triage_gives_members_up_for_good_but_never_all():
     surrogates, rows = problem(members=2)
-    oracle = Triage(stake=1.0).wrap(SurrogateOracle(surrogates, "ce", steps=4))
+    oracle: Any = Triage(stake=1.0).wrap(SurrogateOracle(surrogates, "ce", steps=4))
     labels = rows.goal.labels
     lost, won = (sign * F.one_hot(labels, 4).double() for sign in (1, -1))
     late = replace(rows, rng=rows.rng.at(step=3))
@@ -509,7 +516,7 @@ def test_smers_weights_move_to_raise_the_ensembles_loss(targeted):
     surrogates, rows = problem(members=3)
     goal = Goal(rows.goal.labels, (rows.goal.labels + 1) % 4) if targeted else rows.goal
     rows = replace(rows, goal=goal, aim=goal)
-    oracle = SMER(decay=0.0, rate=1e-3).wrap(SurrogateOracle(surrogates, "ce"))
+    oracle: Any = SMER(decay=0.0, rate=1e-3).wrap(SurrogateOracle(surrogates, "ce"))
     before = torch.ones(3, 5, dtype=torch.float64)
     after = oracle._reweighed(rows, rows.x, before)
     logits = surrogates.logits(rows.x)
@@ -556,7 +563,7 @@ def test_costs(text, gradients):
         ("mi-fgsm+dj", "Did you mean 'di'"),
         ("mi-fgsm+di(p=2)", "di: p=2 must be from 0 to 1"),
         ("mi-fgsm+di(ratio=0)", "di: ratio=0 must be above 0 and at most 1"),
-        ("mi-fgsm+ti(kernel=4)", "must be odd"),
+        ("mi-fgsm+ti(kernel=4)", "write an odd number"),
         ("mi-fgsm+vmi(copies=0)", "must be at least 1"),
         ("mi-fgsm+triage(stake=0)", "stake=0 must be above 0"),
         ("mi-fgsm+triage(after=2)", "after=2 must be from 0 to 1"),

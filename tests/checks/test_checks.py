@@ -66,7 +66,7 @@ def halves() -> Samples:
 
 
 @pytest.mark.parametrize("threat", THREATS)
-def test_an_honest_net_raises_none(threat: str) -> None:
+def test_an_unmasked_net_raises_no_flag(threat: str) -> None:
     assert codes(Wrapped("none"), threat) == set()
     net = Small(1)
     assert look(net, threat, from_arrays(*labelled(net, 48, (1, 9, 7)))).flags == []
@@ -74,7 +74,7 @@ def test_an_honest_net_raises_none(threat: str) -> None:
 
 @pytest.mark.parametrize("fault", OWN)
 @pytest.mark.parametrize("threat", THREATS)
-def test_a_broken_one_raises_its_own(fault: str, threat: str) -> None:
+def test_each_fault_raises_its_own_flag(fault: str, threat: str) -> None:
     flags = {flag.code: flag for flag in look(Wrapped(fault).eval(), threat).flags}
     code, words = OWN[fault]
     assert code in flags
@@ -84,14 +84,14 @@ def test_a_broken_one_raises_its_own(fault: str, threat: str) -> None:
 
 
 @pytest.mark.parametrize("fault", ["softmax", "torch-noise", "numpy-noise", "random-noise"])
-def test_one_fault_is_not_taken_for_another(fault: str) -> None:
+def test_a_fault_raises_no_flag_of_another_fault(fault: str) -> None:
     """Finite differences and short attacks of these fail for the reason that their own flag names."""
     found = codes(Wrapped(fault))
     assert OWN[fault][0] in found
     assert not found & {"wrong-gradient", "not-converged"}
 
 
-def test_draws_that_no_seed_repeats_are_not_taken_for_a_wrong_gradient() -> None:
+def test_unseeded_random_draws_raise_no_wrong_gradient_flag() -> None:
     own, net = torch.Generator(), Wrapped("none")
     noisy = as_classifier(lambda x: net(x + 0.1 * torch.randn(x.shape, generator=own)))
     flags = examine(noisy, digits(), ThreatModel.parse("linf:0.15"), torch.device("cpu")).flags
@@ -100,14 +100,14 @@ def test_draws_that_no_seed_repeats_are_not_taken_for_a_wrong_gradient() -> None
 
 
 @pytest.mark.slow
-def test_either_order_in_one_process() -> None:
+def test_flags_are_independent_of_the_order_of_checked_models() -> None:
     honest = Wrapped("none")
     for fault in OWN:
         assert OWN[fault][0] in codes(Wrapped(fault))
         assert codes(honest) == set()
 
 
-def test_every_fault_is_shown() -> None:
+def test_every_fault_is_tested() -> None:
     assert set(FAULTS) == {*OWN, "none", "two-classes", "one-off"}
 
 
@@ -123,7 +123,7 @@ def test_training_mode_and_few_classes() -> None:
     assert "few-classes" in {flag.code for flag in report.flags}
 
 
-def test_parts_that_stay_in_training_mode() -> None:
+def test_submodules_in_training_mode_are_flagged() -> None:
     class Stubborn(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -141,7 +141,7 @@ def test_parts_that_stay_in_training_mode() -> None:
     assert not net.drop.training
 
 
-def test_doctor_refuses_what_an_evaluation_would(capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor_refuses_the_input_that_evaluate_refuses(capsys: pytest.CaptureFixture[str]) -> None:
     net = Wrapped("none").eval()
     with pytest.raises(RunError, match="NaN"):
         look(as_classifier(lambda x: net(x) * torch.nan))
@@ -168,15 +168,16 @@ def test_float16_overflow_and_dim_images() -> None:
     assert "dim-images" in {flag.code for flag in look(Wrapped("none").eval(), samples=dim).flags}
 
 
-def test_a_random_net_is_not_flagged_as_random_where_the_suite_averages() -> None:
+def test_a_randomised_net_is_not_flagged_if_the_suite_averages_over_draws() -> None:
     suite = "autoattack:apgd-ce(steps=2,eot_iter=2)"
     report = evaluate(Wrapped("torch-noise").eval(), digits(), None, "linf:0.1", suite=suite)
     assert "randomised" not in {flag.code for flag in report.flags}
 
 
-def test_a_look_changes_nothing() -> None:
+def test_diagnosis_changes_no_state() -> None:
     net = Wrapped("torch-noise").train()
-    net.net.net.conv1.weight.grad = torch.ones_like(net.net.net.conv1.weight)
+    weight = net.get_parameter("net.net.conv1.weight")
+    weight.grad = torch.ones_like(weight)
     before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
     modes = [module.training for module in net.modules()]
     gradient_functions = torch.autograd.grad, torch.autograd.backward, torch.Tensor.backward
@@ -185,11 +186,11 @@ def test_a_look_changes_nothing() -> None:
     assert before[1:] == (np.random.get_state()[1].tolist(), random.getstate())
     assert modes == [module.training for module in net.modules()]
     assert all(parameter.requires_grad for parameter in net.parameters())
-    assert (net.net.net.conv1.weight.grad == 1).all()
+    assert weight.grad.eq(1).all()
     assert gradient_functions == (torch.autograd.grad, torch.autograd.backward, torch.Tensor.backward)
 
 
-def test_score_attack_beating_gradient_attacks() -> None:
+def test_a_score_attack_that_beats_gradient_attacks_raises_a_flag() -> None:
     from robustkit.checks.strength import scores_beat_gradients
 
     def stages(*fooled: int) -> list[Stage]:
@@ -211,7 +212,7 @@ def test_score_attack_beating_gradient_attacks() -> None:
 
 
 @pytest.mark.slow
-def test_a_masked_net_is_caught_by_square_in_a_run() -> None:
+def test_square_fools_a_masked_net_in_a_run() -> None:
     """Gradients see nothing, scores do: the run's own result raises the flag."""
     suite = "autoattack:apgd-ce(steps=5),autoattack:square(queries=300)"
     report = evaluate(Wrapped("rounded-input").eval(), digits(), None, "linf:0.15", suite=suite)
@@ -219,14 +220,14 @@ def test_a_masked_net_is_caught_by_square_in_a_run() -> None:
 
 
 @pytest.mark.parametrize("fault", OWN)
-def test_doctor_says_so_on_the_command_line(fault: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor_prints_the_flags_on_the_command_line(fault: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["doctor", f"{NETS}:wrapped?fault={fault}", "--data", "digits:test"]) == 0
     out = capsys.readouterr().out
     assert f"{OWN[fault][0]}: " in out
     assert OWN[fault][1] in out
 
 
-def test_doctor_on_an_honest_net(capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor_on_an_unmasked_net(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["doctor", "robustkit:digits-cnn"]) == 0
     assert "no flag raised" in capsys.readouterr().out
     assert run(["doctor", "robustkit:digits-cnn", "--json"]) == 0
@@ -263,7 +264,7 @@ def test_fail_under(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert "is raised, and --fail-on-flag was given" in printed.err
 
 
-def test_a_gradient_without_numbers_halts_nobody() -> None:
+def test_a_gradient_that_is_not_finite_does_not_stop_the_run() -> None:
     """Pixels at 0 have none; the others lead as far as the bare net's do."""
     images, suite = digits().head(24), "apgd(steps=20)"
     bare, broken = (
@@ -295,26 +296,26 @@ def gradient_flag(net: torch.nn.Module, x: torch.Tensor) -> Flag:
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_the_gradient_of_a_net_at_its_kinks_is_not_wrong(channels: int) -> None:
+def test_gradients_at_points_without_a_derivative_raise_no_flag(channels: int) -> None:
     flag = gradient_flag(*pooled(channels))
     assert not flag.raised
     assert flag.value is not None
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1e-3, 1e6])
-def test_the_scale_of_the_logits_makes_no_gradient_wrong(scale: float) -> None:
+def test_the_scale_of_the_logits_raises_no_wrong_gradient_flag(scale: float) -> None:
     net, x = pooled(3)
     assert not gradient_flag(torch.nn.Sequential(net, Times(scale)).eval(), x).raised
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-def test_the_precision_of_a_net_makes_no_gradient_wrong(dtype: torch.dtype) -> None:
+def test_the_precision_of_a_net_raises_no_wrong_gradient_flag(dtype: torch.dtype) -> None:
     net, x = pooled(3)
     assert not gradient_flag(torch.nn.Sequential(Cast(dtype), net.to(dtype)).eval(), x).raised
 
 
 @pytest.mark.parametrize("fault", ["detached", "twice", "short", "rounded", "negated"])
-def test_one_image_shows_a_wrong_gradient(fault: str) -> None:
+def test_one_image_is_enough_to_find_a_wrong_gradient(fault: str) -> None:
     net, x = pooled(3)
     flag = gradient_flag(Misleading(net, fault).eval(), x)
     assert (flag.code, flag.raised) == ("wrong-gradient", True)

@@ -47,7 +47,7 @@ def test_incomplete_optimisation_by_its_worked_values() -> None:
     assert not indicators.incomplete(torch.tensor([[5.0]])).any()
 
 
-def test_the_path_is_not_changed() -> None:
+def test_measuring_the_path_does_not_change_it() -> None:
     path = torch.rand(3, 15)
     before = path.clone()
     indicators.incomplete(path)
@@ -62,7 +62,7 @@ def test_instability_by_its_worked_values() -> None:
     assert not torch.allclose(indicators.unstable(loss + 1, around + 1), torch.tensor([0.5, 1.0, 0.0, 0.0]))
 
 
-def test_no_width_shows_hidden_noise_alone() -> None:
+def test_width_zero_measures_model_noise_only() -> None:
     net, x = Small(1), torch.rand(4, 1, 8, 8)
     goal = Goal(torch.arange(4))
     for noise, shown in ((0.0, False), (0.1, True)):
@@ -74,12 +74,12 @@ def test_no_width_shows_hidden_noise_alone() -> None:
         assert bool((indicators.unstable(loss(x).detach(), around) > 0).all()) is shown
 
 
-def test_silent_successes_are_those_passed_over() -> None:
+def test_silent_successes_are_iterates_that_fooled_the_model_and_were_not_returned() -> None:
     fooled = torch.tensor([[0, 1, 0], [0, 0, 0], [0, 1, 1], [0, 0, 1]]).bool()
     assert indicators.silent(fooled).tolist() == [True, False, False, False]
 
 
-def test_the_other_signs() -> None:
+def test_remaining_indicators_by_their_worked_values() -> None:
     gradients = torch.rand(3, 1, 2, 2)
     gradients[1] = 0
     assert indicators.unavailable(gradients).tolist() == [False, True, False]
@@ -88,7 +88,7 @@ def test_the_other_signs() -> None:
     assert indicators.unconstrained(fooled, torch.tensor([True, True, False])) == 0.5
 
 
-def test_an_honest_net_and_attack_show_none() -> None:
+def test_an_unmasked_net_and_a_sound_attack_raise_no_indicator() -> None:
     net, x = Flat(), torch.rand(8, 1, 8, 8)
     labels = net(x).argmax(1)
     attack, goal = make("pgd", steps=60, loss="margin"), Goal(labels)
@@ -102,7 +102,7 @@ def test_an_honest_net_and_attack_show_none() -> None:
 
 
 @pytest.mark.parametrize("threat", ["linf:0.1", "l2:0.5", "l1:4"])
-def test_what_is_planted_is_there(threat: str) -> None:
+def test_planted_adversarial_points_fool_the_model(threat: str) -> None:
     rules, net, x = ThreatModel.parse(threat), Small(1), torch.rand(5, 1, 9, 7)
     ends = heads(net, net, x[:1])
     question = binary_questions(net, ends, x, rules, rows(5), inner=19)
@@ -114,7 +114,7 @@ def test_what_is_planted_is_there(threat: str) -> None:
     assert len(edge(x, rules, rows(5))) == 5
 
 
-def test_what_cannot_be_told_apart_is_refused() -> None:
+def test_planting_at_inseparable_features_is_refused() -> None:
     inside = torch.rand(2, 10, 4)
     with pytest.raises(UsageError, match="2 of 2 planted points"):
         fitted(inside, inside[:, 0])
@@ -122,7 +122,7 @@ def test_what_cannot_be_told_apart_is_refused() -> None:
         heads(torch.nn.Flatten(), torch.nn.Flatten(), torch.rand(1, 1, 2, 2))
 
 
-def test_a_tight_boundary_keeps_the_planted_on_its_side() -> None:
+def test_the_fitted_boundary_separates_the_planted_points() -> None:
     inside, planted = torch.randn(3, 10, 16), torch.randn(3, 16)
     for tight in (False, True):
         weight, bias = fitted(inside, planted, tight)
@@ -130,7 +130,7 @@ def test_a_tight_boundary_keeps_the_planted_on_its_side() -> None:
         assert ((inside @ weight[:, :, None])[:, :, 0] + bias[:, None] < 0).all()
 
 
-def test_the_direction_is_fishers_however_many_features_there_are() -> None:
+def test_the_direction_is_fishers_for_any_number_of_features() -> None:
     rows, point = torch.randn(2, 10, 30, dtype=torch.float64), torch.randn(2, 1, 30, dtype=torch.float64)
     rows = rows - rows.mean(1, keepdim=True)
     scatter = rows.mT @ rows / 10 + 1e-3 * torch.eye(30, dtype=torch.float64)
@@ -140,14 +140,14 @@ def test_the_direction_is_fishers_however_many_features_there_are() -> None:
     assert weight.isfinite().all()
 
 
-def test_too_many_features_are_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_features_raise_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("robustkit.checks.binarization.MAX_FEATURES", 31)
     net, x = Small(1), torch.rand(1, 1, 8, 8)
     with pytest.raises(UsageError, match="32 features of an image are too many"):
         binarization(net, net, x, make("pgd"), THREAT, rng=rows(1))
 
 
-def test_a_good_attack_passes_and_a_feeble_one_fails() -> None:
+def test_a_strong_attack_passes_and_a_weak_one_fails() -> None:
     net, x = Small(1), torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     good = binarization(net, net, x, make("pgd", steps=30, loss="margin"), THREAT, rng=rows(8), inner=29)
     assert good.verdict == "pass"
@@ -158,13 +158,13 @@ def test_a_good_attack_passes_and_a_feeble_one_fails() -> None:
     assert again == good
 
 
-def test_verdicts() -> None:
+def test_verdict_of_the_planting_test() -> None:
     assert Binarization(1.0, 0.6, 10).verdict == "too easy"
     assert Binarization(0.94, 0.0, 10).verdict == "fail"
     assert Binarization(0.95, 0.5, 10).verdict == "pass"
 
 
-def test_lights() -> None:
+def test_each_fault_of_logits_and_gradients_has_its_light() -> None:
     logits, labels = torch.randn(6, 5, generator=torch.Generator().manual_seed(0)), torch.zeros(6).long()
     gradient = torch.rand(6, 1, 3, 3)
 

@@ -20,7 +20,7 @@ EXCHANGED = np.array([0, 1, 2, 5, 4, 3, 6, 7, 8, 9])
     [(SHIFTED, True), (EXCHANGED, False), (np.array([0, 9, 8, 7, 6, 5, 4, 3, 2, 1]), False)],
     ids=["shifted", "two exchanged", "some exchanged"],
 )
-def test_labels_with_other_numbers_are_found(order: np.ndarray, chance: bool) -> None:
+def test_permuted_labels_are_found(order: np.ndarray, chance: bool) -> None:
     flags = {flag.code: flag for flag in label_checks(SAID.tolist(), order[TRUE].tolist(), CLASSES)}
     assert ("chance-accuracy" in flags) == chance
     assert flags["labels-renumbered"].value == pytest.approx((SAID == TRUE).mean(), abs=1e-4)
@@ -40,5 +40,5 @@ def test_labels_with_other_numbers_are_found(order: np.ndarray, chance: bool) ->
     ],
     ids=["good", "perfect", "constant", "not finite", "guessed", "confused"],
 )
-def test_a_weak_model_is_not_one_with_other_numbers(said: np.ndarray) -> None:
+def test_a_weak_model_is_not_reported_as_permuted_labels(said: np.ndarray) -> None:
     assert relabelled(said.tolist(), TRUE.tolist()) is None

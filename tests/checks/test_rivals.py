@@ -56,7 +56,7 @@ def test_adp_is_as_computed_by_hand() -> None:
     assert 2 * float(loss) == pytest.approx(-0.413444, abs=1e-5)
 
 
-def test_adp_is_finite_where_members_are_sure() -> None:
+def test_adp_is_finite_if_members_are_certain() -> None:
     """Probabilities of wrong classes underflow, their directions do not."""
     logits = torch.tensor([[[300.0, 0.0, 1.0]], [[300.0, 1.0, 0.0]]], requires_grad=True)
     value = volume(logits, torch.tensor([0]))
@@ -68,7 +68,7 @@ def test_adp_is_finite_where_members_are_sure() -> None:
         make_method("adp").check_plan(replace(PLAN, members=4))
 
 
-def test_adp_is_finite_where_members_are_alike() -> None:
+def test_adp_is_finite_if_members_are_equal() -> None:
     """What equal members span is nothing but the 1e-6 on the diagonal."""
     for count in (2, 3, 8):
         one = torch.randn(64, 10, generator=torch.Generator().manual_seed(0))
@@ -93,7 +93,7 @@ def test_one_member_is_refused(name: str) -> None:
         make_method(name).check_plan(replace(PLAN, members=1))
 
 
-def test_gradients_flow_through_gradients() -> None:
+def test_coherence_is_differentiable_through_input_gradients() -> None:
     """GAL's and TRS's penalties reach the weights: without the cross-entropy's part something is left."""
     for name, off in (("gal", {"weight": 0.0}), ("trs", {"scale": 0.0})):
         found = []
@@ -108,7 +108,7 @@ def test_gradients_flow_through_gradients() -> None:
 
 
 @pytest.mark.parametrize("count", [2, 4])
-def test_trs_is_the_authors_sum_for_any_number_of_members(count: int) -> None:
+def test_trs_equals_the_authors_sum_for_any_number_of_members(count: int) -> None:
     """A.6: mean |cosine| of all pairs, twice the mean squared length; all pairs, and means over all members."""
     method, one, plan = make_method("trs", steps=2), batch(), replace(PLAN, members=count)
     members, others = ([net(seed) for seed in range(count)] for _ in range(2))
@@ -128,7 +128,7 @@ def test_trs_is_the_authors_sum_for_any_number_of_members(count: int) -> None:
     assert count * found == pytest.approx(expected, rel=1e-5)
 
 
-def test_trs_climbs_anew_at_each_step() -> None:
+def test_trs_searches_new_adversarial_points_at_each_step() -> None:
     """The authors' ascent adds the gradients of all steps up; here the last step goes by its own."""
     models, one = [net(seed) for seed in range(2)], batch()
     last, before = (make_method("trs", steps=steps)._steepest(models, one, PLAN)[4:] for steps in (3, 2))
@@ -142,7 +142,7 @@ def test_trs_climbs_anew_at_each_step() -> None:
     assert all(weight.grad is None for model in models for weight in model.parameters())
 
 
-def test_ascent_stays_in_the_ball_and_climbs() -> None:
+def test_ascent_stays_in_the_ball_and_raises_the_loss() -> None:
     one, threat = batch(), ThreatModel.parse("linf:8/255")
     with ensemble_utils.batch_norm_policy([model := net(0)], "frozen"):
         start = ensemble_utils.random_start(one.x, threat, one.rng)
@@ -162,10 +162,10 @@ def test_attacked_images_leave_running_statistics_to_the_update(name: str) -> No
     """Two passes of an update at most move them, whatever the number of steps."""
     model = net(0)
     make_method(name).backward([model], batch(), replace(PLAN, members=1))
-    assert int(model[1].num_batches_tracked) == (1 if name == "pgd-at" else 2)
+    assert int(model.get_buffer("1.num_batches_tracked")) == (1 if name == "pgd-at" else 2)
 
 
-def test_trades_without_a_neighbourhood_is_plain() -> None:
+def test_trades_at_eps_zero_is_plain_training() -> None:
     one, two = net(0), net(0)
     loss = make_method("trades", beta=0.0, steps=1).backward([one], batch(), PLAN)
     assert float(loss) == pytest.approx(float(F.cross_entropy(two(batch().x), batch().y).detach()), rel=1e-5)

@@ -30,8 +30,7 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def with_curve(report: Report) -> Report:
     """A hand-made report with distances that fit its verdicts."""
     far = {"clean": 0.0, None: 1.7 * EPS}
-    distances = [far.get(verdict.attack, 0.4 * EPS) for verdict in report.verdicts]
-    distances[-1] = None
+    distances = [*(far.get(verdict.attack, 0.4 * EPS) for verdict in report.verdicts[:-1]), None]
     radii = [EPS * k / 8 for k in range(1, 17)]
     return replace(report, curve=Curve.of(radii, distances, Cost(400, 300, 0.5)))
 
@@ -62,7 +61,7 @@ def test_a_curve_added_later_updates_the_page() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("norm", "threat"), [("l2", "l2:0.5"), ("l1", "l1:12"), ("linf", "linf:0.15")])
-def test_the_usual_eps_of_a_norm(norm: str, threat: str) -> None:
+def test_the_default_eps_of_a_norm(norm: str, threat: str) -> None:
     words = ["evaluate", "--limit", "6", "--suite", "fgsm" if norm != "l1" else "pgd(steps=2)", "--no-html"]
     assert run([*words, "--threat", f"{norm}:curve", "--out", "r"]) == 0
     report = json.loads(Path("r/report.json").read_text())
@@ -77,7 +76,9 @@ def test_the_usual_eps_of_a_norm(norm: str, threat: str) -> None:
         ("l3:curve", "write NORM:EPS with a norm of linf, l2 or l1, e.g. linf:8/255 or l2:0.5."),
     ],
 )
-def test_an_unknown_eps_is_one_sentence(threat: str, sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_eps_is_refused_in_one_sentence(
+    threat: str, sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run([*SMALL, "--threat", threat]) == 2
     assert capsys.readouterr().err == f"error: threat '{threat}': {sentence}\n"
 

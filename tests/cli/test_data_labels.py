@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -39,19 +40,19 @@ def digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "set"
 
 
-def crafted(capsys: pytest.CaptureFixture[str], *more: str) -> tuple[dict[str, object], str]:
+def crafted(capsys: pytest.CaptureFixture[str], *more: str) -> tuple[dict[str, Any], str]:
     assert run([*CRAFT, *more]) == 0
     told = capsys.readouterr()
     return json.loads(told.out), told.err
 
 
-def test_doubtful_labels_are_flagged_and_can_be_mapped(digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mismatched_labels_are_flagged_and_can_be_mapped(digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record, told = crafted(capsys, "--data", "folder:set")
-    codes = [flag["code"] for flag in record["flags"]]  # type: ignore[attr-defined]
+    codes = [flag["code"] for flag in record["flags"]]
     assert codes == ["class-order", "chance-accuracy", "labels-renumbered"]
     assert "sorted as text, as torchvision's ImageFolder does (1, 10, 2, ...)" in told
     record, told = crafted(capsys, "--data", "folder:set?classes=1,2,3,4,5,6,7,8,9,10")
-    assert record["surrogates"][0]["clean_accuracy"] > 0.9  # type: ignore[index]
+    assert record["surrogates"][0]["clean_accuracy"] > 0.9
     assert not record.get("flags")
     assert "warning" not in told
     assert run(["doctor", "./net.py:Grey", "--data", "folder:set", "--threat", "linf:0.02"]) == 0
@@ -59,7 +60,7 @@ def test_doubtful_labels_are_flagged_and_can_be_mapped(digits: Path, capsys: pyt
 
 
 @pytest.mark.slow
-def test_changed_images_are_another_run(digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_changed_images_give_another_run_id(digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = ("--data", "folder:set?classes=1,2,3,4,5,6,7,8,9,10")
     first, _ = crafted(capsys, *data)
     again, told = crafted(capsys, *data)

@@ -121,7 +121,7 @@ def test_an_ascii_stream_gets_replaced_characters() -> None:
     assert (done.returncode, done.stdout) == (0, b"1 - 2 ... \\xe9\n3 - 4\n"), done.stderr
 
 
-def test_a_model_that_prints_or_exits(
+def test_a_model_that_prints_or_exits_is_contained(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -137,7 +137,7 @@ def test_a_model_that_prints_or_exits(
 
 
 @pytest.mark.parametrize("how", ["close", "elsewhere"])
-def test_a_model_that_closes_streams_or_changes_the_folder(
+def test_a_model_that_closes_streams_or_changes_the_folder_does_no_harm(
     how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -147,7 +147,7 @@ def test_a_model_that_closes_streams_or_changes_the_folder(
     assert Path("run/report.json").is_file()
 
 
-def test_an_exit_of_a_model_is_an_error_in_python() -> None:
+def test_an_exit_of_a_model_raises_an_error_in_python() -> None:
     import torch
 
     from robustkit.core.errors import RunError

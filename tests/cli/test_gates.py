@@ -49,7 +49,7 @@ INFO = Flag("few-classes", "info", 2, "there are few classes", "nothing to do")
         (Gate(fail_on=("few-classes",)), [INFO], ["flag few-classes is raised, and --fail-on-flag was given"]),
     ],
 )
-def test_which_results_pass(
+def test_results_that_pass_and_fail_a_gate(
     gate: Gate, flags: list[Flag], reasons: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert gate.reasons(RATE, flags) == reasons
@@ -79,7 +79,7 @@ def test_a_pass_with_warnings_has_a_remark(capsys: pytest.CaptureFixture[str]) -
         ((None, False, ("no-gradient,",)), "no flag ''"),
     ],
 )
-def test_impossible_gates_are_refused(options: Any, sentence: str) -> None:
+def test_invalid_gates_are_refused(options: Any, sentence: str) -> None:
     with pytest.raises(UsageError) as error:
         Gate.read(*options)
     assert str(error.value).startswith(sentence)

@@ -8,6 +8,7 @@ import pickle
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ class Malice:
         return os.system, (f"touch {MARKER}",)
 
 
-def npz(path: str, **arrays: np.ndarray) -> str:
+def npz(path: str, **arrays: Any) -> str:
     np.savez(path, **arrays)
     return path
 
@@ -70,7 +71,7 @@ def without(name: str) -> Callable[[], list[str]]:
     return make
 
 
-def weights(change: Callable[[dict[str, torch.Tensor]], None], name: str = "w.safetensors") -> list[str]:
+def weights(change: Callable[[dict[str, torch.Tensor]], object], name: str = "w.safetensors") -> list[str]:
     state = {key: value.clone() for key, value in load_model("robustkit:digits-cnn").net.state_dict().items()}
     change(state)
     save_file(state, name)
@@ -270,7 +271,7 @@ CASES: dict[str, tuple[Callable[[], list[str]], tuple[str, ...], int]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_one_clear_sentence(
+def test_bad_input_is_one_sentence(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -385,7 +386,7 @@ VERIFY_CASES: dict[str, tuple[tuple[str, ...], str]] = {
 
 
 @pytest.mark.parametrize("case", VERIFY_CASES)
-def test_errors_of_other_verbs(
+def test_errors_of_other_verbs_are_one_sentence(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -396,7 +397,7 @@ def test_errors_of_other_verbs(
     assert word in err
 
 
-def test_unwritable_folders(
+def test_unwritable_folders_are_one_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     # /proc refuses new folders even to root, who may write into read-only ones.

@@ -17,7 +17,7 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def test_a_minimum_norm_run_and_its_views(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_minimum_norm_run_is_verified_compared_and_exported(capsys: pytest.CaptureFixture[str]) -> None:
     for name, suite in (("a", "ddn(steps=8)"), ("b", "fmn(steps=8)")):
         assert run([*SMALL, suite, "--out", name]) == 0
     out = capsys.readouterr().out

@@ -22,7 +22,7 @@ def command(zoo: Path, *more: str) -> list[str]:
     return [*asked, "--out", str(zoo.parent / "runs"), *more]
 
 
-def test_a_list_resumes_and_may_grow(zoo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_list_of_models_resumes_and_may_grow(zoo: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(command(zoo)) == 0
     out, told = capsys.readouterr()
     # The coarse one hides its gradient: whatever its number, it is ranked separately.
@@ -62,7 +62,9 @@ def test_a_list_resumes_and_may_grow(zoo: Path, capsys: pytest.CaptureFixture[st
         ),
     ],
 )
-def test_one_clear_sentence(zoo: Path, more: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_input_is_one_sentence(
+    zoo: Path, more: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run(command(zoo, *more)) == 2
     assert sentence in capsys.readouterr().err
 

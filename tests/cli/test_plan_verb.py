@@ -45,6 +45,6 @@ def test_json_is_the_record(capsys: pytest.CaptureFixture[str]) -> None:
         (["--seconds", "nan"], "--seconds must be a finite number, got nan."),
     ],
 )
-def test_one_clear_sentence(flags: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_input_is_one_sentence(flags: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["plan", "--limit", "4", *flags]) == 2
     assert capsys.readouterr().err == f"error: {said}\n"

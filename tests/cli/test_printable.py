@@ -55,7 +55,7 @@ def test_columns_of_a_live_display_are_escaped() -> None:
     lane = runs.of_run(f"[red]{EVIL}")
     lane.stage(EVIL, 4, 3, 4)
     lane.advance(2.0, 3)
-    runs.bar.refresh()  # type: ignore[union-attr]
+    runs.bar.refresh()
     lane.close()
     runs.close()
     assert "[red]" in file.getvalue()

@@ -119,7 +119,7 @@ def test_the_page_has_the_command_that_trains_it_again(specs: list[dict[str, Any
         assert {**specs[1], **first} == specs[1]
 
 
-def test_the_help_says_what_fields_mean(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_help_describes_every_field(capsys: pytest.CaptureFixture[str]) -> None:
     """The whole docstring of the method, which has the words that a field may be."""
     assert run(["train", "dverge", "--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())
@@ -186,7 +186,7 @@ def test_every_field_of_a_method_is_a_flag(
         (["csgld", "--cycles", "7", "--epochs", "8"], "8 epochs are not 7 equal cycles"),
     ],
 )
-def test_mistakes_are_one_sentence(
+def test_bad_input_is_one_sentence(
     words: list[str], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -10,6 +10,7 @@ from runs import write_members
 
 from robustkit import UsageError, craft, diversity, load_data, load_model, train, verify
 from robustkit.cli import run
+from robustkit.training.nets import net_of
 
 CODE = """
 from pathlib import Path
@@ -29,7 +30,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with `net.py`, which leaves a file when it is run, and `received`, two members of it."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "net.py").write_text(CODE)
-    nets = [load_model("robustkit:digits-cnn?pretrained=false", seed=seed).net for seed in range(2)]
+    nets = [net_of(load_model("robustkit:digits-cnn?pretrained=false", seed=seed)) for seed in range(2)]
     write_members(tmp_path / "received", nets, arch=f"{tmp_path}/net.py:build", classes=10)
     (tmp_path / "zoo.txt").write_text(f"{tmp_path}/net.py:build\nensemble:[received/;robustkit:digits-cnn]\n")
     return tmp_path
@@ -77,7 +78,9 @@ def test_no_function_runs_code_of_a_file(place: Path) -> None:
     assert (place / "ran").exists()
 
 
-def test_typed_code_runs_and_recorded_code_does_not(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_code_named_on_the_command_line_runs_and_recorded_code_does_not(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run(["evaluate", "./net.py:build", *DATA, "--suite", "fgsm", "--out", "r"]) == 0
     assert "robustkit verify r --trust-code" in capsys.readouterr().out
     (place / "ran").unlink()
@@ -140,7 +143,7 @@ def test_crafted_images_are_evaluated_without_their_surrogate(
     assert "--trust-code" in capsys.readouterr().err
 
 
-def test_weights_that_a_list_names_are_files(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_weights_named_in_a_list_are_paths(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import os
 
     os.mkfifo(place / "w.safetensors")

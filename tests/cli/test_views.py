@@ -123,7 +123,7 @@ def test_views_import_no_torch() -> None:
         assert done.returncode == 0, done.stderr
 
 
-def test_an_old_folder_still_renders() -> None:
+def test_a_folder_of_an_earlier_version_renders() -> None:
     finished("r", examples=False)
     assert run(["report", "r"]) == 0
     assert run(["export", "r", "--csv", "v.csv"]) == 0

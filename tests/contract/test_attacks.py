@@ -6,6 +6,7 @@ The checks are those of `robustkit.testing`; the mutants at the end show that th
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -73,7 +74,7 @@ PLANES_ONLY = {"fgsm"}
 
 def cases(*, own=None, reduced=True):
     """Return (name, fields, norm) for every registered attack and norm."""
-    found = []
+    found: list[tuple[Any, ...]] = []
     for name, entry in registry.catalog("attack").items():
         if own is not None and own == entry.info.coupled:
             continue
@@ -137,7 +138,7 @@ def test_one_image_is_enough(name, fields, norm):
 
 
 @every
-def test_same_seed_same_bytes(name, fields, norm):
+def test_the_same_seed_gives_the_same_bytes(name, fields, norm):
     problem = sphere()
     check_repeatable(make(name, **fields), problem, threat_at(problem, norm, 0.9))
 
@@ -151,7 +152,7 @@ def test_no_side_effects(name, fields, norm):
 
 @own
 @pytest.mark.parametrize("factor", [0.9, 1.5])
-def test_same_result_in_any_company(name, fields, norm, factor):
+def test_result_is_independent_of_the_batch(name, fields, norm, factor):
     problem = plane(5)
     check_row_independent(make(name, **fields), problem, threat_at(problem, norm, factor))
 
@@ -181,7 +182,7 @@ def test_targeted_succeeds_and_fails(name, fields, norm):
 
 
 @own
-def test_costs_what_its_budget_says(name, fields, norm):
+def test_passes_are_those_of_the_budget(name, fields, norm):
     attack = make(name, **fields)
     if not isinstance(attack, RowWise):
         pytest.skip("no iterative attack")
@@ -195,7 +196,7 @@ def test_zero_eps_returns_the_clean_images(name, fields, norm):
 
 
 @own
-def test_inputs_that_want_gradients_and_callers_without(name, fields, norm):
+def test_inputs_with_requires_grad_and_callers_under_no_grad(name, fields, norm):
     problem = plane(3)
     threat = threat_at(problem, norm, 0.9)
     expected = run(make(name, **fields), problem, threat)
@@ -208,7 +209,7 @@ def test_inputs_that_want_gradients_and_callers_without(name, fields, norm):
 
 
 @own
-def test_broken_logits_are_no_success(name, fields, norm):
+def test_logits_that_are_not_finite_are_no_success(name, fields, norm):
     problem = plane(3)
     threat = threat_at(problem, norm, 0.9)
 
@@ -221,7 +222,7 @@ def test_broken_logits_are_no_success(name, fields, norm):
 
 
 @own
-def test_rows_at_different_restarts_begin_as_they_would_alone(name, fields, norm):
+def test_rows_at_different_restarts_start_as_they_do_alone(name, fields, norm):
     """A continuous batch mixes rows of all restarts, whose numbers are then a tensor."""
     if not issubclass(registry.find("attack", name), RowWise):
         return
@@ -257,13 +258,13 @@ def test_pgd_and_fgsm_with_every_loss(norm, loss, problem):
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_pgd_counts_its_steps(norm):
+def test_pgd_takes_the_stated_number_of_steps(norm):
     check_steps_count(make("pgd"), plane(3), norm)
 
 
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("size", [0, 5])
-def test_the_loop_ends_when_nobody_is_left(norm, size):
+def test_the_loop_ends_when_no_row_is_active(norm, size):
     problem = plane(3).rows(torch.arange(size))
     threat = ThreatModel.parse({"linf": "linf:0.3", "l2": "l2:3", "l1": "l1:20"}[norm])
     attack = make("pgd", steps=1, restarts=3, step_size=1, density=0.3, random_start=False)
@@ -454,7 +455,7 @@ class LeavesHook(Mutant):
 class CarriesMomentum(Mutant):
     """The momentum of one call is where the next begins."""
 
-    kept = {}  # noqa: RUF012
+    kept: ClassVar[dict[Any, Any]] = {}
 
     def finish(self, threat, x, point, step):
         velocity = 0.5 * self.kept.get(x.shape, torch.zeros_like(x)) + (point - x)
@@ -485,7 +486,7 @@ def every_check(attack, norm):
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_the_mutants_parent_is_sound(norm):
+def test_the_attack_that_mutants_change_passes_every_check(norm):
     every_check(Mutant(), norm)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from typing import Any
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ LESS = {"steps": 3, "restarts": 1, "queries": 30}
 LITTLE = {"copies": 2, "mixes": 2, "scales": 1, "rounds": 3, "steps": 1}
 
 # What takes more effort, a larger budget or no target, and why.
-FIELDS = {
+FIELDS: dict[str, dict[str, Any]] = {
     # The sphere begins with a radius of 1 and shrinks by 5 % a step: ten do not reach distances of 0.14.
     "ddn": {"steps": 50},
     # Its step is a fortieth of eps by default: ten steps end at a quarter of it.
@@ -139,7 +140,7 @@ both = pytest.mark.parametrize("case", CASES, ids=["1x4x6", "5x7x7"])
 
 @both
 @pytest.mark.parametrize(("name", "norm", "targeted"), goals(attacks()))
-def test_a_budget_is_enough_at_a_quarter_above_the_distance(name, norm, targeted, case):
+def test_attacks_succeed_at_1_25_times_the_exact_distance(name, norm, targeted, case):
     skip_where_it_stops(name, norm, case)
     model, x, goal, distance = problem(case, norm, targeted)
     threat = threat_of(norm, FACTORS.get((name, norm), BUDGET) * distance.max().item())
@@ -147,7 +148,7 @@ def test_a_budget_is_enough_at_a_quarter_above_the_distance(name, norm, targeted
 
 
 @pytest.mark.parametrize(("name", "norm", "targeted"), goals(attacks()))
-def test_nothing_is_found_within_the_distance(name, norm, targeted):
+def test_attacks_fail_below_the_exact_distance(name, norm, targeted):
     model, x, goal, distance = problem(CASES[1], norm, targeted)
     found = run(prepared(name, LESS), model, x, goal, threat_of(norm, 0.95 * distance.min().item()))
     assert not goal.reached(model(found)).any()
@@ -155,7 +156,7 @@ def test_nothing_is_found_within_the_distance(name, norm, targeted):
 
 @both
 @pytest.mark.parametrize(("name", "norm", "targeted"), goals(attacks(minimal=True)))
-def test_minimum_norm_attacks_end_at_the_distance(name, norm, targeted, case):
+def test_minimum_norm_attacks_reach_the_exact_distance(name, norm, targeted, case):
     model, x, goal, distance = problem(case, norm, targeted)
     threat = ThreatModel.parse(f"{norm}:min")
     found = run(prepared(name), model, x, goal, threat)
@@ -165,7 +166,7 @@ def test_minimum_norm_attacks_end_at_the_distance(name, norm, targeted, case):
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
-def test_fab_goes_beyond_the_boundary_by_more_than_rounding(norm):
+def test_fab_crosses_the_boundary_by_more_than_rounding(norm):
     """Successes are verified in another batch; one right at the boundary is lost there."""
     model, x, goal, distance = problem((10, (3, 32, 32), 0.55, 0.01, 3), norm, False)
     found = minimum_norm(model, x, goal.labels, norm, attack="fab(steps=10,restarts=1)")
@@ -174,7 +175,7 @@ def test_fab_goes_beyond_the_boundary_by_more_than_rounding(norm):
 
 @pytest.mark.parametrize("targeted", [False, True], ids=["untargeted", "targeted"])
 @pytest.mark.parametrize("name", sorted(set(registry.catalog("technique")) - NEED_BLOCKS))
-def test_transfer_techniques_reach_it_too(name, targeted):
+def test_transfer_techniques_succeed_above_the_exact_distance(name, targeted):
     model, x, goal, distance = problem((3, (1, 7, 9), 0.75, 0.03, 4), "linf", targeted)
     known = spec(make_technique(name))
     technique = make_technique(name, **{field: value for field, value in LITTLE.items() if field in known})

@@ -112,7 +112,8 @@ def outcome(method: Method, plan: Plan = PLAN) -> list[dict[str, Tensor]]:
         memory[rows] = known
         if isinstance(method, PosteriorMethod) and method.keeps(step, plan):
             kept.append({name: tensor.clone() for name, tensor in net.state_dict().items()})
-    return [net.state_dict(), *(method.samples(iter(kept), plan) if isinstance(method, PosteriorMethod) else [])]
+    samples = method.samples(iter(kept), plan) if isinstance(method, PosteriorMethod) else []
+    return [net.state_dict(), *(dict(sample) for sample in samples)]
 
 
 def same(one: list[dict[str, Tensor]], two: list[dict[str, Tensor]]) -> bool:
@@ -135,7 +136,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Trai
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_run_leaves_what_the_contract_says(name: str, runs: dict[str, tuple[Path, Trained]]) -> None:
+def test_a_run_writes_the_files_of_the_contract(name: str, runs: dict[str, tuple[Path, Trained]]) -> None:
     folder, record = runs[name]
     method = small(name)
     check_run(method, record, folder)
@@ -145,7 +146,7 @@ def test_a_run_leaves_what_the_contract_says(name: str, runs: dict[str, tuple[Pa
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_folder_is_a_model(name: str, runs: dict[str, tuple[Path, Trained]]) -> None:
+def test_a_run_folder_loads_as_a_model(name: str, runs: dict[str, tuple[Path, Trained]]) -> None:
     """C7: and each stored sample reproduces its recorded accuracy and loss."""
     folder, record = runs[name]
     test = toy(1, 40)
@@ -168,7 +169,7 @@ def test_a_folder_is_a_model(name: str, runs: dict[str, tuple[Path, Trained]]) -
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_steps_of_samples_are_those_kept(name: str, runs: dict[str, tuple[Path, Trained]]) -> None:
+def test_recorded_steps_of_samples_are_those_kept(name: str, runs: dict[str, tuple[Path, Trained]]) -> None:
     """Facts of a state of the run say when it was; a drawn one was at no step."""
     _, record = runs[name]
     method = small(name)
@@ -186,18 +187,22 @@ def test_steps_of_samples_are_those_kept(name: str, runs: dict[str, tuple[Path, 
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_resumed_run_is_the_run(name: str, runs: dict[str, tuple[Path, Trained]], tmp_path: Path) -> None:
+def test_a_resumed_run_has_the_weights_of_an_uninterrupted_one(
+    name: str, runs: dict[str, tuple[Path, Trained]], tmp_path: Path
+) -> None:
     """C5: cut within an epoch it ends in the same bytes; the caller's generators stay where they were."""
     check_resumes(small(name), runs[name][1], tmp_path)
 
 
 @pytest.mark.parametrize("name", ["standard", "csgld"])
-def test_another_seed_is_another_run(name: str, runs: dict[str, tuple[Path, Trained]], tmp_path: Path) -> None:
+def test_another_seed_gives_other_weights(
+    name: str, runs: dict[str, tuple[Path, Trained]], tmp_path: Path
+) -> None:
     assert train_briefly(small(name), tmp_path, seed=1).hashes != runs[name][1].hashes
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_backward_gives_gradients_and_leaves_the_net(name: str) -> None:
+def test_backward_sets_gradients_and_changes_no_weights(name: str) -> None:
     check_backward(small(name))
 
 
@@ -209,9 +214,9 @@ def is_another(name: str) -> bool:
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if not is_another(name)])
-def test_every_field_counts(name: str) -> None:
+def test_every_field_changes_the_result(name: str) -> None:
     """A field that changes nothing is no field. Running statistics are the loop's; see the next test."""
-    method = small(name)
+    method: Any = small(name)
     # Two epochs show a difference where neither samples nor probes wait for their time.
     plan = PLAN if isinstance(method, PosteriorMethod | WrappingMethod) else dataclasses.replace(PLAN, epochs=2)
     plain = outcome(method, plan)
@@ -235,11 +240,12 @@ def test_every_field_counts(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if isinstance(make_method(name), PosteriorMethod)])
-def test_the_policy_for_batch_norms_is_carried_out(
+def test_the_batch_norm_policy_sets_the_running_statistics(
     name: str, runs: dict[str, tuple[Path, Trained]], tmp_path: Path
 ) -> None:
     """The weights are the same, the running statistics are those on the training images or not."""
-    other = "keep" if small(name).batch_norm == "re-estimate" else "re-estimate"
+    default: Any = small(name)
+    other = "keep" if default.batch_norm == "re-estimate" else "re-estimate"
     train_briefly(small(name, batch_norm=other), tmp_path)
     one, two = Posterior.open(runs[name][0]), Posterior.open(tmp_path)
     assert len(one) == len(two)
@@ -256,7 +262,7 @@ HEATED = [name for name in METHODS if hasattr(make_method(name), "temperature")]
 
 
 @pytest.mark.parametrize("name", HEATED)
-def test_at_temperature_0_it_is_its_noise_free_twin(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_temperature_0_equals_the_noise_free_method(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """C4, bitwise; and heat moves it."""
     method = small(name, temperature=1.0)
     cold, warm = outcome(small(name, temperature=0.0)), outcome(method)
@@ -266,7 +272,7 @@ def test_at_temperature_0_it_is_its_noise_free_twin(name: str, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_members_are_trained_or_refused(name: str, tmp_path: Path) -> None:
+def test_several_members_are_trained_or_refused(name: str, tmp_path: Path) -> None:
     method = small(name)
     if not method.ensembles:
         with pytest.raises(UsageError, match=f"{name} trains one net"):
@@ -281,7 +287,7 @@ def test_members_are_trained_or_refused(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
-def test_defaults_learn_the_digits(name: str, tmp_path: Path) -> None:
+def test_default_options_train_an_accurate_net_on_digits(name: str, tmp_path: Path) -> None:
     """Every sample and every member knows them; the contract gives each method 3 minutes on 2 cores."""
     record = train(name, "digits:train", out=tmp_path)
     assert record.accuracy is not None
@@ -292,7 +298,7 @@ def test_defaults_learn_the_digits(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_the_usual_size_can_be_carried_out(name: str) -> None:
+def test_the_default_size_passes_check_plan(name: str) -> None:
     method = make_method(name)
     for samples in (200, 1437, 50_000, 1_281_167):
         size = method.default_size(samples)

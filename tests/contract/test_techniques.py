@@ -120,7 +120,7 @@ def rise(surrogates, x, found, goal):
 @every
 @both
 @pytest.mark.parametrize("rule", RULES)
-def test_ends_inside_and_raises_the_loss(name, norm, rule):
+def test_result_is_inside_the_ball_and_raises_the_loss(name, norm, rule):
     surrogates, x, goal = problem()
     found = run(rule_of(rule), [technique(name)], surrogates, x, goal, norm)
     assert found.shape == x.shape
@@ -133,7 +133,7 @@ def test_ends_inside_and_raises_the_loss(name, norm, rule):
 @every
 @both
 @pytest.mark.parametrize("rule", ["mi-fgsm", "member by member"])
-def test_same_result_in_any_company(name, norm, rule):
+def test_result_is_independent_of_the_batch(name, norm, rule):
     surrogates, x, goal = problem()
     rng = RowRng(3, "contract", torch.tensor([7, 1, 4, 9, 2]))
     whole = run(rule_of(rule), [technique(name)], surrogates, x, goal, norm, rng)
@@ -148,7 +148,7 @@ def test_same_result_in_any_company(name, norm, rule):
 
 
 @every
-def test_what_is_random_moves_with_seed_and_sample(name):
+def test_random_draws_depend_on_seed_and_sample(name):
     surrogates, x, goal = problem()
     rngs = [RowRng(seed, "contract", torch.arange(first, first + 5)) for seed, first in ((0, 0), (1, 0), (0, 50))]
     runs = [run(rule_of("mi-fgsm"), [technique(name)], surrogates, x, goal, "l2", rng) for rng in rngs]
@@ -172,7 +172,7 @@ def test_what_is_random_moves_with_seed_and_sample(name):
 @every
 @both
 @pytest.mark.parametrize("rule", ["mi-fgsm", "member by member"])
-def test_a_row_without_gradient_stays(name, norm, rule):
+def test_a_row_without_gradient_does_not_move(name, norm, rule):
     surrogates, x, goal = problem()
     still = torch.tensor([False, True, False, False, True])
     frozen = replace(surrogates, members=[Net(seed, still) for seed in (1, 2)])
@@ -226,7 +226,7 @@ def _raise(*args):
 
 
 @every
-def test_float32_goes_the_same_way(name):
+def test_float32_gives_the_result_of_float64(name):
     found = {}
     for dtype in (torch.float32, torch.float64):
         surrogates, x, goal = problem(dtype)
@@ -237,7 +237,7 @@ def test_float32_goes_the_same_way(name):
 
 @every
 @pytest.mark.parametrize("others", [(), ("vmi",)])
-def test_costs_what_it_says(name, others):
+def test_gradients_are_those_of_the_declared_cost(name, others):
     surrogates, x, goal = problem()
     spent = []
 
@@ -259,7 +259,7 @@ def test_costs_what_it_says(name, others):
 
 
 @every
-def test_targets_are_neared(name):
+def test_targeted_attacks_move_towards_the_target(name):
     surrogates, x, goal = problem()
     aim = Goal(goal.labels, (goal.labels + 1) % CLASSES)
     found = run(rule_of("mi-fgsm"), [technique(name)], surrogates, x, aim, "linf")
@@ -267,7 +267,7 @@ def test_targets_are_neared(name):
 
 
 @every
-def test_one_model_is_an_ensemble_too(name):
+def test_one_model_is_an_ensemble_of_one(name):
     surrogates, x, goal = problem()
     single = surrogates.select([0])
     found = run(rule_of("mi-fgsm"), [technique(name)], single, x, goal, "linf")
@@ -279,7 +279,7 @@ def test_one_model_is_an_ensemble_too(name):
     ("combine", "hold"),
     [("logits", False), ("probabilities", True), ("loss", False), ("gradients", True), ("consensus", False)],
 )
-def test_works_with_every_combination(name, combine, hold):
+def test_every_way_to_combine_surrogates_is_supported(name, combine, hold):
     surrogates, x, goal = problem()
     surrogates = replace(surrogates, combine=combine, hold=hold)
     found = run(rule_of("mi-fgsm"), [technique(name)], surrogates, x, goal, "linf")
@@ -287,7 +287,7 @@ def test_works_with_every_combination(name, combine, hold):
 
 
 @every
-def test_specs_make_the_same_technique_again(name):
+def test_specs_rebuild_the_same_technique(name):
     first = make_technique(name)
     assert make_technique(**spec(first)) == first
     assert hash(first) == hash(make_technique(**spec(first)))
@@ -299,7 +299,7 @@ def test_specs_make_the_same_technique_again(name):
 
 @every
 @pytest.mark.parametrize("size", [1, 0])
-def test_small_batches(name, size):
+def test_small_batches_are_accepted(name, size):
     surrogates, x, goal = problem()
     index = torch.arange(size)
     found = run(rule_of("mi-fgsm"), [technique(name)], surrogates, x[:size], goal.select(index), "linf")
@@ -307,7 +307,7 @@ def test_small_batches(name, size):
 
 
 @pytest.mark.parametrize("name", sorted(registry.catalog("recipe")))
-def test_recipes_are_attacks(name):
+def test_recipes_combine_with_techniques(name):
     surrogates, x, goal = problem()
     attack = compose(registry.parse_attack(f"{name}+di", "linf"))
     attack = replace(attack, rule=replace(attack.rule, steps=2, step_size=0.5))

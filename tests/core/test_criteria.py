@@ -138,5 +138,6 @@ def test_select_by_position_and_mask():
     for index in (torch.tensor([2, 0]), torch.tensor([True, False, True])):
         part = goal.select(index)
         assert torch.equal(part.labels, goal.labels[index])
+        assert part.targets is not None
         assert torch.equal(part.targets, goal.targets[index])
     assert Goal(goal.labels).select(torch.tensor([0])).targets is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -54,7 +55,7 @@ def test_a_row_has_its_numbers_in_any_company(kind):
 
 def test_seed_stream_sample_restart_and_step_change_the_draws():
     # Each pair differs in one part; 2**32 apart ids and restarts once met in the same counter word.
-    sets = [
+    sets: list[dict[str, Any]] = [
         dict(seed=seed, stream=stream, ids=torch.tensor([number]), restart=restart, step=step)
         for seed in (0, 1, -1, 2**63)
         for stream in ("pgd", "pgd/0", "")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import fields, replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -73,15 +73,16 @@ def test_a_step_in_pixels_goes_as_far_as_it_says(rule: str, norm: str) -> None:
 
 
 def test_pgd_takes_two_and_a_half_times_eps_over_its_steps() -> None:
-    rows = SimpleNamespace(
+    rows: Any = SimpleNamespace(
         x=torch.full(SHAPE, 0.5), threat=ThreatModel.parse("linf:0.1"), rng=RowRng(0, "a", torch.arange(5))
     )
+    upwards: Any = SimpleNamespace(gradient=torch.ones(SHAPE))
     for steps in (5, 10, 40):
-        moved = PGD(steps=steps).step(rows, {"x": rows.x}, SimpleNamespace(gradient=torch.ones(SHAPE)))["x"]
+        moved = PGD(steps=steps).step(rows, {"x": rows.x}, upwards)["x"]
         assert float(moved.max()) - 0.5 == pytest.approx(0.25 / steps, abs=1e-6)
         # The papers' eps / steps.
         state = {"x": rows.x, "velocity": torch.zeros(SHAPE)}
-        moved = MIFGSM(steps=steps).step(rows, state, SimpleNamespace(gradient=torch.ones(SHAPE)))["x"]
+        moved = MIFGSM(steps=steps).step(rows, state, upwards)["x"]
         assert float(moved.max()) - 0.5 == pytest.approx(0.1 / steps, abs=1e-6)
 
 
@@ -103,7 +104,7 @@ def test_a_bare_share_that_reaches_the_edge_stays_one() -> None:
     with pytest.raises(UsageError, match=r"3 steps of it reach 0\.3 of eps"):
         make("mi-fgsm", steps=3, step_size=0.1)
     with pytest.raises(UsageError, match=r"svre: step_size=2/255 has no unit"):
-        SVRE(step_size="2/255")
+        SVRE(step_size=cast(Any, "2/255"))
 
 
 @pytest.mark.parametrize("bare", ["2/255", "2/255.0", "2/ 255", 1 / 255, 2 / 255, 3 / 255])

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ from robustkit.core.threat import L1, L2, Linf, ThreatModel
 
 pytestmark = pytest.mark.every_norm
 NORMS = ("linf", "l2", "l1")
-KINDS = {"linf": Linf, "l2": L2, "l1": L1}
+KINDS: dict[str, Callable[[Any], ThreatModel]] = {"linf": Linf, "l2": L2, "l1": L1}
 SHAPES = ((5, 3, 7, 9), (3, 1, 2, 2), (9, 3, 5, 9), (1, 1, 1, 1), (4, 2, 1, 3))
 RADII = {
     "linf": ("0", "1/1000000", "8/255", "0.3", "1"),
@@ -124,8 +126,9 @@ def test_linf_eps_of_eight_asks_about_the_missing_255():
 def test_threats_are_values():
     assert Linf(Fraction(8, 255)) == ThreatModel.parse("linf:8/255")
     assert len({Linf(Fraction(1, 2)), Linf(Fraction(1, 2)), L2(Fraction(1, 2))}) == 2
+    threat: Any = Linf(Fraction(1, 2))
     with pytest.raises(AttributeError):
-        Linf(Fraction(1, 2)).eps = Fraction(1)
+        threat.eps = Fraction(1)
 
 
 @pytest.mark.parametrize("norm", NORMS)

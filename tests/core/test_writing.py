@@ -6,10 +6,10 @@ import errno
 import os
 import stat
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
-from robustkit.core import writing
 from robustkit.core.errors import RunError, UsageError
 from robustkit.core.writing import DRAFT, refuse_link, remove_drafts, replacing, subfolder, write
 
@@ -51,7 +51,7 @@ def test_drafts_have_names_that_nobody_can_have_prepared(tmp_path: Path) -> None
 def test_a_draft_is_not_opened_through_a_link(
     tmp_path: Path, victim: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writing.secrets, "token_hex", lambda n: "0" * 2 * n)
+    monkeypatch.setattr("robustkit.core.writing.secrets.token_hex", lambda n: "0" * 2 * n)
     (tmp_path / f".robustkit-{'0' * 16}.part").symlink_to(victim)
     with pytest.raises(RunError, match="cannot write"):
         write(tmp_path / "a", b"new")
@@ -61,7 +61,7 @@ def test_a_draft_is_not_opened_through_a_link(
 def test_an_error_leaves_the_old_file_and_no_draft(tmp_path: Path) -> None:
     write(tmp_path / "a", b"old")
     with pytest.raises(TypeError), replacing(tmp_path / "a") as file:
-        file.write("no bytes")
+        cast(Any, file).write("no bytes")
     assert [(one.name, one.read_bytes()) for one in tmp_path.iterdir()] == [("a", b"old")]
 
 

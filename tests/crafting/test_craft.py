@@ -53,7 +53,7 @@ def data() -> tuple[torch.Tensor, torch.Tensor]:
     return labelled(Small(), 21, SHAPE)
 
 
-def test_the_record_says_what_was_done(data: tuple[torch.Tensor, torch.Tensor]) -> None:
+def test_the_record_holds_spec_costs_and_success(data: tuple[torch.Tensor, torch.Tensor]) -> None:
     x, y = data
     before = x.clone()
     members, target = [Small(seed=1).train(), Small(seed=2)], Small()
@@ -80,7 +80,7 @@ def test_the_record_says_what_was_done(data: tuple[torch.Tensor, torch.Tensor]) 
     assert torch.equal(x, before)
 
 
-def test_running_statistics_stay(data: tuple[torch.Tensor, torch.Tensor]) -> None:
+def test_running_statistics_are_unchanged(data: tuple[torch.Tensor, torch.Tensor]) -> None:
     """Trials that choose how to run a net are not to train it."""
     x, y = data
     net = nn.Sequential(nn.BatchNorm2d(3), Small()).train()
@@ -111,7 +111,7 @@ def test_gradients_are_those_of_an_independent_counter(data: tuple[torch.Tensor,
 
 
 @pytest.mark.parametrize("attack", ["mi-fgsm(steps=4)", "pgd(steps=3)"])
-def test_same_bytes_whatever_the_batch(attack: str, data: tuple[torch.Tensor, torch.Tensor]) -> None:
+def test_images_are_independent_of_the_batch_size(attack: str, data: tuple[torch.Tensor, torch.Tensor]) -> None:
     x, y = data
     found = [
         craft([Double(1), Double(2)], x, y, EPS, attack=attack, batch_size=size, combine="gradients")
@@ -123,7 +123,7 @@ def test_same_bytes_whatever_the_batch(attack: str, data: tuple[torch.Tensor, to
 
 
 @pytest.mark.parametrize("choice", ["next", "random", "least-likely"])
-def test_targeted(choice: str, data: tuple[torch.Tensor, torch.Tensor]) -> None:
+def test_targeted_crafting_records_goals_and_success(choice: str, data: tuple[torch.Tensor, torch.Tensor]) -> None:
     x, y = data
     found = [
         craft([Double(1)], x, y, "linf:0.5", targeted=choice, targets=[Double(1)][:0], batch_size=size, seed=3)
@@ -147,7 +147,7 @@ def test_targeted(choice: str, data: tuple[torch.Tensor, torch.Tensor]) -> None:
 
 
 @pytest.mark.parametrize("norm", ["linf:0.05", "l2:0.7", "l1:5"])
-def test_floors_are_of_the_same_norm(norm: str) -> None:
+def test_noise_floors_have_the_norm_of_the_threat(norm: str) -> None:
     from robustkit.crafting.judging import TargetEvaluator
 
     threat = ThreatModel.parse(norm)
@@ -162,7 +162,7 @@ def test_floors_are_of_the_same_norm(norm: str) -> None:
 
 
 @pytest.mark.slow
-def test_the_forecast_is_crafting_without_one(data: tuple[torch.Tensor, torch.Tensor]) -> None:
+def test_the_forecast_leaves_each_surrogate_out(data: tuple[torch.Tensor, torch.Tensor]) -> None:
     x, y = data
     members = [Double(seed) for seed in (1, 2, 3)]
     record = craft(members, x, y, EPS, forecast=True)
@@ -206,7 +206,7 @@ def test_budgets_are_met(data: tuple[torch.Tensor, torch.Tensor], tmp_path: Path
         ("square(queries=3)", None),
     ],
 )
-def test_steps_that_cannot_reach_eps_are_said(
+def test_steps_that_cannot_reach_eps_raise_a_flag(
     attack: str, said: str | None, data: tuple[torch.Tensor, torch.Tensor]
 ) -> None:
     x, y = data
@@ -232,7 +232,7 @@ def test_one_model_is_a_list_of_one(data: tuple[torch.Tensor, torch.Tensor]) -> 
     assert len(craft(layers, x, y, EPS, attack="fgsm").surrogates) == 2
 
 
-def test_a_net_of_python_stays_where_others_are_let_go(data: tuple[torch.Tensor, torch.Tensor]) -> None:
+def test_a_net_from_python_is_kept_while_others_are_freed(data: tuple[torch.Tensor, torch.Tensor]) -> None:
     x, y = data[0][:3, :1], data[1][:3]
     net, string = nn.Sequential(nn.Flatten(), nn.Linear(48, 10)), "robustkit:digits-cnn"
     found = [craft([net, string], x, y, EPS, attack="fgsm", streaming=streaming) for streaming in (True, False)]
@@ -240,7 +240,7 @@ def test_a_net_of_python_stays_where_others_are_let_go(data: tuple[torch.Tensor,
 
 
 @pytest.mark.slow
-def test_nets_of_strings_are_let_go_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nets_loaded_from_strings_are_freed_if_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
     """From Python as from the command line: `streaming=None` goes by the memory there is."""
     samples = from_arrays(torch.rand(2, 1, 8, 8), torch.tensor([0, 1]))
     string = "robustkit:digits-cnn"
@@ -251,7 +251,7 @@ def test_nets_of_strings_are_let_go_where_memory_is_short(monkeypatch: pytest.Mo
         assert judges[0].model is None or (free and held)
 
 
-def test_nets_of_one_architecture_as_one(data: tuple[torch.Tensor, torch.Tensor]) -> None:
+def test_nets_of_one_architecture_run_as_one_batched_net(data: tuple[torch.Tensor, torch.Tensor]) -> None:
     x, y = data
     found = gather([Small(seed=1), Small(seed=2), Small(seed=3)], from_arrays(x, y), CPU)
     ensemble = Ensemble(found, CPU, Storage(True, True), "gradients")
@@ -310,7 +310,7 @@ def test_streaming_gives_the_same_images(
 
 
 @pytest.mark.slow
-def test_stopped_in_the_middle_it_goes_on(tmp_path: Path, data: tuple[torch.Tensor, torch.Tensor]) -> None:
+def test_an_interrupted_craft_run_resumes(tmp_path: Path, data: tuple[torch.Tensor, torch.Tensor]) -> None:
     x, y = data
     members, target = [Double(1), Double(2)], Double(0)
 
@@ -391,7 +391,7 @@ class Nan(Small):
         return torch.where(dark, torch.nan, 1.0) * super().forward(x)
 
 
-def test_not_finite_images_are_the_clean_ones() -> None:
+def test_images_that_are_not_finite_are_replaced_by_the_clean_ones() -> None:
     x, y = labelled(Small(), 6, SHAPE)
     x[3] = 0.1
     record = craft([Nan()], x, y, EPS, attack="mi-fgsm")

@@ -31,7 +31,7 @@ def test_every_grey_level_stays_within_eps(eps: int, share: float) -> None:
 
 
 @pytest.mark.parametrize("eps", ["0.15", "8/255", "1/500"])
-def test_images_between_levels_have_files_within_eps_of_themselves(eps: str) -> None:
+def test_files_of_images_between_levels_stay_within_eps(eps: str) -> None:
     """Digits are sixteenths: rounded, then changed by whole levels, they would end up to half a level too far."""
     threat = ThreatModel.parse(f"linf:{eps}")
     clean = (torch.arange(17) / 16).repeat(2).view(1, 1, 2, 17)
@@ -45,7 +45,7 @@ def test_images_between_levels_have_files_within_eps_of_themselves(eps: str) -> 
 
 
 @pytest.mark.parametrize("eps", [4, 8, 16])
-def test_truncation_as_others_do_it_would_not(eps: int) -> None:
+def test_plain_truncation_would_leave_the_ball(eps: int) -> None:
     down = np.maximum(GREYS - np.float32(eps / 255), 0)
     truncated = (np.float32(255) * down).astype(np.uint8).astype(int)
     assert np.abs(truncated - np.arange(256)).max() == eps + 1
@@ -57,7 +57,9 @@ def test_truncation_as_others_do_it_would_not(eps: int) -> None:
     seed=st.integers(0, 10**6),
     eight_bit=st.booleans(),
 )
-def test_every_norm_counts_in_whole_numbers(norm: str, eps: Fraction, seed: int, eight_bit: bool) -> None:
+def test_distances_of_every_norm_are_exact_in_whole_levels(
+    norm: str, eps: Fraction, seed: int, eight_bit: bool
+) -> None:
     eps = eps * {"linf": 1, "l2": 4, "l1": 40}[norm]
     threat = ThreatModel.parse(f"{norm}:{min(eps, Fraction(1)) if norm == 'linf' else eps}")
     generator = torch.Generator().manual_seed(seed)
@@ -76,14 +78,14 @@ def test_every_norm_counts_in_whole_numbers(norm: str, eps: Fraction, seed: int,
         assert all(total(row) <= most + Fraction(1, 10**8) for row in flat)
 
 
-def test_an_image_at_rest_stays() -> None:
+def test_an_unperturbed_image_is_exported_unchanged() -> None:
     clean = GREYS.reshape(1, 1, 16, 16)
     for threat in ("linf:0", "l2:0", "l1:0"):
         assert (quantized(clean, clean, ThreatModel.parse(threat)) == np.arange(256).reshape(1, 1, 16, 16)).all()
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_files_read_back(channels: int, tmp_path: Path) -> None:
+def test_exported_files_read_back_as_the_same_images(channels: int, tmp_path: Path) -> None:
     clean = np.random.default_rng(0).integers(0, 256, (4, channels, 5, 7)).astype(np.float32) / np.float32(255)
     threat = ThreatModel.parse("linf:8/255")
     adversarial = np.clip(clean + np.float32(0.02), 0, 1)
@@ -100,7 +102,7 @@ def test_files_read_back(channels: int, tmp_path: Path) -> None:
         save(tmp_path / "png", parts[:1], [3, 1, 4], threat)
 
 
-def test_what_is_no_picture_or_no_place(tmp_path: Path) -> None:
+def test_images_and_folders_that_cannot_be_exported_are_refused(tmp_path: Path) -> None:
     threat = ThreatModel.parse("linf:8/255")
     two = np.zeros((1, 2, 5, 7), np.float32)
     (tmp_path / "thesis.tex").write_text("precious")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -88,7 +90,9 @@ def expected(groups: list[list[str]], attack: str, combine: str = "gradients", s
         ("pgd(steps=3)+di+ti", False),
     ],
 )
-def test_crafting_on_stores(runs: dict[str, str], attack: str, combine: str, streaming: bool) -> None:
+def test_crafting_on_posteriors_equals_the_attack_on_loaded_nets(
+    runs: dict[str, str], attack: str, combine: str, streaming: bool
+) -> None:
     """Swapped into one net, loaded or streamed: the same images as with all nets in memory."""
     strings = [runs["a"], runs["b"], "robustkit:digits-cnn?num_classes=4&pretrained=false"]
     record = craft(strings, X, Y, EPS, attack=attack, combine=combine, batch_size=4, streaming=streaming)
@@ -99,8 +103,8 @@ def test_crafting_on_stores(runs: dict[str, str], attack: str, combine: str, str
     assert same.float().mean() > 0.99
 
 
-def test_counts(runs: dict[str, str]) -> None:
-    def spent(attack: str, *strings: str, **words: object) -> float:
+def test_gradients_per_image_of_posteriors(runs: dict[str, str]) -> None:
+    def spent(attack: str, *strings: str, **words: Any) -> float:
         return craft(list(strings), X, Y, EPS, attack=attack, batch_size=5, **words).gradients_per_image
 
     assert spent("i-fgsm(steps=4)", runs["a"]) == 4
@@ -123,13 +127,13 @@ class Heard(Progress):
     ("attack", "warned"),
     [("i-fgsm(steps=4)", True), ("i-fgsm(steps=5)", False), ("i-fgsm(steps=3)+light(samples=2)", False)],
 )
-def test_too_few_steps_for_all_samples_is_said(runs: dict[str, str], attack: str, warned: bool) -> None:
+def test_too_few_steps_for_all_samples_raise_a_flag(runs: dict[str, str], attack: str, warned: bool) -> None:
     heard = Heard()
     craft([runs["a"], runs["b"]], X[:2], Y[:2], EPS, attack=attack, progress=heard)
     assert any("did not reach all 5 nets of a run folder" in text for text in heard.said) == warned
 
 
-def test_single_nets_that_nobody_asks_for_gradients_are_no_run_folder(runs: dict[str, str]) -> None:
+def test_score_attacks_on_a_single_net_print_no_warning(runs: dict[str, str]) -> None:
     heard = Heard()
     craft(
         ["robustkit:digits-cnn?num_classes=4&pretrained=false"],
@@ -143,13 +147,13 @@ def test_single_nets_that_nobody_asks_for_gradients_are_no_run_folder(runs: dict
 
 
 @pytest.mark.parametrize("attack", ["mi-fgsm(steps=4)", "cwa(steps=2)+light(samples=2)"])
-def test_an_image_is_the_same_in_any_batch(runs: dict[str, str], attack: str) -> None:
+def test_images_are_independent_of_the_batch_size(runs: dict[str, str], attack: str) -> None:
     found = [craft([runs["a"]], X, Y, EPS, attack=attack, batch_size=size).adversarial["x"] for size in (1, 4, 11)]
     for other in found[1:]:
         assert (abs(other - found[0]) < 1e-5).mean() > 0.99
 
 
-def test_a_trained_ensemble_is_asked_member_by_member(runs: dict[str, str]) -> None:
+def test_light_attacks_use_the_members_of_a_trained_ensemble(runs: dict[str, str]) -> None:
     record = craft([runs["members"]], X, Y, EPS, attack="i-fgsm(steps=4)", combine="logits")
     groups = [[f"{runs['members']}#{k}" for k in range(3)]]
     found = torch.from_numpy(record.adversarial["x"])
@@ -162,14 +166,14 @@ def test_a_trained_ensemble_is_asked_member_by_member(runs: dict[str, str]) -> N
 
 
 @pytest.mark.parametrize("technique", ["ghost", "sgm", "ghost+di+light(samples=2)", "ghost+full"])
-def test_techniques_on_blocks(runs: dict[str, str], technique: str) -> None:
+def test_techniques_on_residual_blocks_work_on_posteriors(runs: dict[str, str], technique: str) -> None:
     plain = craft([runs["resnet"]], X, Y, EPS, attack="mi-fgsm(steps=2)")
     record = craft([runs["resnet"]], X, Y, EPS, attack=f"mi-fgsm(steps=2)+{technique}")
     assert ThreatModel.parse(EPS).contains(torch.from_numpy(record.adversarial["x"]), X).all()
     assert (record.adversarial["x"] != plain.adversarial["x"]).any()
 
 
-def test_two_nets_of_memory(runs: dict[str, str]) -> None:
+def test_samples_of_a_posterior_share_one_resident_net(runs: dict[str, str]) -> None:
     """However many samples there are, one net's weights are there to be asked; more are only mapped."""
     (one,) = gather([runs["a"]], DATA, CPU)
     (alone,) = gather([f"{runs['a']}#0"], DATA, CPU)
@@ -177,18 +181,18 @@ def test_two_nets_of_memory(runs: dict[str, str]) -> None:
     assert one.parameters == alone.parameters
     assert one.graph == alone.graph
     models = ensemble([runs["a"]])
-    members = models.surrogates().members
+    members: Sequence[Any] = models.surrogates().members
     with models.in_eval_mode():
         places = {id(members[0].sample(number).place) for number in range(5)}
     assert len(places) == 1
 
 
-def test_streaming_holds_one_net(runs: dict[str, str]) -> None:
+def test_streaming_keeps_one_net_in_memory(runs: dict[str, str]) -> None:
     import gc
     import weakref
 
     models = ensemble([runs["a"], runs["b"]], loaded=False, held=False)
-    members = models.surrogates().members
+    members: Sequence[Any] = models.surrogates().members
     seen = []
     for member in (members[0], members[1], members[0]):
         for number in (0, 2):
@@ -200,15 +204,15 @@ def test_streaming_holds_one_net(runs: dict[str, str]) -> None:
     assert models.counts == (6 * len(X), 0)
 
 
-def test_a_killed_run_goes_on(runs: dict[str, str], tmp_path: Path) -> None:
+def test_a_killed_run_resumes(runs: dict[str, str], tmp_path: Path) -> None:
     from robustkit.engine.progress import Progress
 
     class Stop(Progress):
-        def advance(self, done: int, robust: int) -> None:
+        def advance(self, done: float, robust: int) -> None:
             if done >= 8:
                 raise KeyboardInterrupt
 
-    words = {"attack": "mi-fgsm(steps=3)", "batch_size": 4}
+    words: dict[str, Any] = {"attack": "mi-fgsm(steps=3)", "batch_size": 4}
     whole = craft([runs["a"]], X, Y, EPS, **words)
     with pytest.raises(KeyboardInterrupt):
         craft([runs["a"]], X, Y, EPS, out=tmp_path, progress=Stop(), **words)
@@ -218,7 +222,7 @@ def test_a_killed_run_goes_on(runs: dict[str, str], tmp_path: Path) -> None:
     assert json.loads((tmp_path / "transfer.json").read_text())["surrogates"][0]["model"] == runs["a"]
 
 
-def test_a_posterior_is_judged_as_its_mean(runs: dict[str, str]) -> None:
+def test_a_posterior_as_target_predicts_by_its_mean(runs: dict[str, str]) -> None:
     record = craft([f"{runs['b']}#0"], X, Y, EPS, attack="fgsm", targets=[runs["a"], runs["members"]])
     found = torch.from_numpy(record.adversarial["x"])
     for judged, string in zip(record.targets, (runs["a"], runs["members"]), strict=True):
@@ -227,9 +231,7 @@ def test_a_posterior_is_judged_as_its_mean(runs: dict[str, str]) -> None:
         craft([runs["a"], runs["a"]], X, Y, EPS)
 
 
-def test_the_price_of_the_training_stands_beside_success(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_training_cost_is_printed_with_success(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trained = write_posterior(tmp_path / "p", [net(seed) for seed in range(2)], cost={"flops": 4_340_000_000})
     other = "robustkit:digits-cnn?num_classes=4&pretrained=false"
     record = craft([f"{trained}#1", other], X[:2], Y[:2], EPS, attack="fgsm")
@@ -241,7 +243,7 @@ def test_the_price_of_the_training_stands_beside_success(
     assert "trained for" not in capsys.readouterr().out
 
 
-def test_it_is_evaluated_as_its_mean(runs: dict[str, str]) -> None:
+def test_a_posterior_is_evaluated_as_its_mean(runs: dict[str, str]) -> None:
     for name in ("b", "members"):
         model = load_model(runs[name])
         report = evaluate(model, X, model(X).argmax(1), "linf:0.9", suite="pgd(steps=20)")

@@ -55,7 +55,7 @@ def test_round_trip(data: st.DataObject, last: bool, packed: bool, fortran: bool
     elements = None if last else st.floats(0, 1, width=16)
     x = data.draw(hnp.arrays(kind, shape, elements=elements))
     y = data.draw(
-        hnp.arrays(data.draw(st.sampled_from([np.int64, np.uint8, ">i4"])), n, elements=st.integers(0, 9))
+        hnp.arrays(np.dtype(data.draw(st.sampled_from(["int64", "uint8", ">i4"]))), n, elements=st.integers(0, 9))
     )
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_MAP_FROM", threshold)
@@ -246,7 +246,7 @@ def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def refuse(*_: object) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(module.zipfile, "ZipFile", refuse)
+    monkeypatch.setattr("robustkit.data.sources.archive.zipfile.ZipFile", refuse)
     with pytest.raises(UsageError, match=r"cannot be read \(Permission denied\); check"):
         load_data(str(path))
 

@@ -7,8 +7,9 @@ import os
 import tarfile
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -277,7 +278,7 @@ def test_a_wrong_string_says_what_to_write(
 class Watched:
     """A slow source that notes what is read, and when."""
 
-    slow = True
+    slow: ClassVar[bool] = True
 
     def __init__(self) -> None:
         self.read_so_far: list[int] = []
@@ -290,8 +291,8 @@ class Watched:
         self.read_so_far.append(int(rows[0]))
         return torch.full((len(rows), 1, 2, 2), 0.5)
 
-    def content(self, rows: npt.NDArray[np.int64]) -> Iterable[bytes]:
-        return [rows.tobytes()]
+    def content(self, rows: npt.NDArray[np.int64]) -> Iterator[bytes]:
+        yield rows.tobytes()
 
     def flags(self, rows: npt.NDArray[np.int64]) -> tuple[Flag, ...]:
         return ()
@@ -304,7 +305,7 @@ def blocks(count: int) -> list[npt.NDArray[np.int64]]:
 def test_the_next_block_is_read_while_one_is_used_and_no_more() -> None:
     source = Watched()
     samples = Samples("watched", np.zeros(40, np.int64), None, source, np.arange(40))
-    found = read_ahead(samples, blocks(20))
+    found: Any = read_ahead(samples, blocks(20))
     for number in range(3):
         positions, x = next(found)
         assert positions.tolist() == [2 * number, 2 * number + 1]

@@ -214,7 +214,8 @@ def test_labels_of_targets_count_only_where_pairs_are_left_out() -> None:
 
 def test_the_scale_of_features_does_not_matter() -> None:
     """A-P9: a power of two, so that rounding is the same."""
-    one, model = batch(), nets(1)[0].eval()
+    one = batch()
+    model: Any = nets(1)[0].eval()
     options: dict[str, Any] = {"eps": 0.07, "step_size": 0.1, "steps": 5, "inertia": 1.0}
     assert one.partners is not None
     before = distil(model, one.x, one.partners, 3, **options)

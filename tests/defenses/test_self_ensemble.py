@@ -252,7 +252,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_is_a_model(run: Path) -> None:
     """The policy stands in the string and in the fingerprint; a member is a self-ensemble, all of them several."""
     whole, one = load_model(f"{run}/"), load_model(f"{run}/#1")
-    assert [type(part) for part in whole.net.nets] == [SelfEnsemble] * 2  # type: ignore[union-attr]
+    assert [type(part) for part in whole.net.nets] == [SelfEnsemble] * 2
     assert self_ensemble(one).combine == "crossmax:2"
     x = torch.rand(4, 1, 8, 8)
     frozen = load_model(f"{run}/#1?noise=frozen:3")

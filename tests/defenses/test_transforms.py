@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,7 @@ def images(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> to
     return torch.rand(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-def defended(text: str, net: object = None) -> Classifier:
+def defended(text: str, net: Callable[[torch.Tensor], torch.Tensor] | None = None) -> Classifier:
     return Classifier(
         net or Small(classes=4).requires_grad_(False), string="", identity={}, defenses=parse_defenses(text)
     )

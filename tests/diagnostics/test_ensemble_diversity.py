@@ -7,6 +7,7 @@ import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,7 +43,7 @@ def like(seed: int) -> nn.Module:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for weight in net.parameters():
-            weight += 0.35 * weight.std() * torch.randn(weight.shape, generator=generator)
+            weight.add_(0.35 * weight.std() * torch.randn(weight.shape, generator=generator))
     return net
 
 
@@ -64,7 +65,7 @@ def ensemble(nets: Sequence[nn.Module]) -> Classifier:
     return Classifier(Members(nets), string="these", identity={"members": len(nets)}).eval()
 
 
-def found(nets: Sequence[nn.Module] = NETS, restarts: int = 1, **words: object) -> Diversity:
+def found(nets: Sequence[nn.Module] = NETS, restarts: int = 1, **words: Any) -> Diversity:
     return diversity(ensemble(nets), DATA, None, THREAT, steps=5, restarts=restarts, device="cpu", **words)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -37,14 +39,14 @@ class Removing(Progress):
                 self.take()
 
 
-def run(**settings: object) -> Report:
+def run(**settings: Any) -> Report:
     samples = load_data("digits:test").head(24)
     return evaluate(
         load_model("robustkit:digits-cnn"), samples, None, "linf:0.12", suite=SUITE, precision="fp32", **settings
     )
 
 
-def crafted(**settings: object) -> Craft:
+def crafted(**settings: Any) -> Craft:
     samples = load_data("digits:test").head(24)
     # Streamed nets are run as they are; of others two runs may choose another memory layout.
     said = {"attack": "mi-fgsm(steps=5)+di", "batch_size": 4, "streaming": True, **settings}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,11 +36,11 @@ def _threads(monkeypatch: pytest.MonkeyPatch) -> None:
     as_threads(monkeypatch)
 
 
-def run(workers: int, suite: str = ROWS, n: int = 30, **settings: object) -> Report:
+def run(workers: int, suite: str = ROWS, n: int = 30, **settings: Any) -> Report:
     net = Small()
     x, y = labelled(net, n, SHAPE)
     y[3] = (y[3] + 1) % 10
-    said = {"precision": "fp32", "batch_size": 8, **settings}
+    said: dict[str, Any] = {"precision": "fp32", "batch_size": 8, **settings}
     return evaluate(net, x, y, "linf:0.02", suite=suite, workers=workers, **said)
 
 
@@ -51,7 +52,7 @@ def same(one: Report, other: Report) -> None:
     assert [stage.fooled for stage in one.stages] == [stage.fooled for stage in other.stages]
     assert [flag.code for flag in one.flags] == [flag.code for flag in other.flags]
     passes = [[stage.forwards + stage.backwards for stage in report.stages] for report in (one, other)]
-    assert np.allclose(*passes, rtol=0.05)
+    assert np.allclose(passes[0], passes[1], rtol=0.05)
 
 
 @pytest.mark.parametrize(
@@ -74,7 +75,8 @@ def test_as_many_as_one(suite: str, counts: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(("suite", "n"), [(ROWS, 16), (COUPLED, 16), ("pgd(steps=2)", 40)])
 def test_what_a_dead_worker_had_is_done_by_others(suite: str, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of enough images workers do the clean pass as well, and die in it."""
-    write, deaths = evaluate_worker.Outbox.write, []
+    write = evaluate_worker.Outbox.write
+    deaths: list[Any] = []
 
     def dying(box: evaluate_worker.Outbox, *chunks: Chunk) -> None:
         if len(deaths) < 3:
@@ -165,11 +167,15 @@ def test_samples_go_from_flight_to_flight_in_the_middle(after: int) -> None:
             return Admitted(part, torch.from_numpy(part), x[part], y[part], -clean[part], -clean[part])
 
         names = [entry.attack.info.name for entry in entries]
+
+        def recover(error: Exception) -> None:
+            raise error
+
         return ContinuousBatch(
-            instrumented, ThreatModel.parse("linf:0.02"), entries, names, 0, 64, admit, recover=pytest.fail
+            instrumented, ThreatModel.parse("linf:0.02"), entries, names, 0, 64, admit, recover=recover
         )
 
-    def told(groups: list) -> dict[int, tuple[bool, int]]:
+    def told(groups: list[Any]) -> dict[int, tuple[bool, int]]:
         parts = [part for group in groups for part in group]
         return {
             at: (fooled, stage)

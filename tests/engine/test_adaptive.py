@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -70,7 +71,7 @@ def labelled(net: nn.Module, count: int = 16) -> tuple[torch.Tensor, torch.Tenso
         return x, net(x).argmax(1)
 
 
-def test_a_view_shows_the_way_where_the_model_shows_none() -> None:
+def test_a_gradient_view_gives_a_direction_where_the_model_has_no_gradient() -> None:
     """Rounded logits: PGD finds next to nothing on the model, on its mended view what it finds beneath."""
     net = Rounded()
     x, y = labelled(net)
@@ -87,7 +88,7 @@ def test_a_view_shows_the_way_where_the_model_shows_none() -> None:
 
 
 @pytest.mark.slow
-def test_crossmax_falls_as_far_as_the_mean_of_its_members_does() -> None:
+def test_crossmax_is_as_robust_as_the_mean_of_its_members() -> None:
     """What transfer from the mean logit fools, attacks on views fool as well."""
     net = Ensemble("crossmax")
     x, y = labelled(net, 24)
@@ -105,7 +106,7 @@ def test_crossmax_falls_as_far_as_the_mean_of_its_members_does() -> None:
     }
 
 
-def test_an_honest_net_pays_nothing_for_auto() -> None:
+def test_auto_costs_no_more_than_rapid_on_an_unmasked_net() -> None:
     """Same stages, same verdicts, same passes as `rapid`."""
     net = Small()
     x, y = labelled(net)
@@ -116,7 +117,7 @@ def test_an_honest_net_pays_nothing_for_auto() -> None:
     assert "masked-gradient" not in {flag.code for flag in auto.flags}
 
 
-def test_scores_go_on_from_where_a_view_led() -> None:
+def test_a_score_attack_starts_from_the_point_that_a_gradient_view_found() -> None:
     """Square from the nearest point is there at once: few queries do what from stripes they do not."""
     net = Rounded()
     x, y = labelled(net, 24)
@@ -125,7 +126,7 @@ def test_scores_go_on_from_where_a_view_led() -> None:
     assert refined.robust_accuracy.value < anew.robust_accuracy.value
 
 
-def test_views_that_a_model_lacks_are_left_out() -> None:
+def test_attacks_on_views_that_a_model_lacks_are_left_out() -> None:
     net = Small()
     x, y = labelled(net)
     report = evaluate(net, x, y, EPS, suite=f"{QUICK}@mean-logit,{QUICK}")
@@ -135,7 +136,7 @@ def test_views_that_a_model_lacks_are_left_out() -> None:
     assert "not-attacked" not in {flag.code for flag in report.flags}
 
 
-def test_a_number_without_an_attack_is_flagged() -> None:
+def test_a_run_without_an_applicable_attack_is_flagged() -> None:
     """A suite of nothing but views that the model lacks leaves all images, and says why."""
     net = Small()
     x, y = labelled(net)
@@ -146,7 +147,7 @@ def test_a_number_without_an_attack_is_flagged() -> None:
     assert "no stack and no members" in flag.meaning
 
 
-def test_other_packages_attacks_may_be_spare_and_on_views() -> None:
+def test_attacks_of_other_packages_may_be_conditional_and_on_views() -> None:
     """AutoAttack's have no fields of ours, and are spared a view that the model lacks like any other."""
     net = Small()
     x, y = labelled(net)
@@ -158,7 +159,7 @@ def test_other_packages_attacks_may_be_spare_and_on_views() -> None:
     assert seen.stages[1].fooled
 
 
-def test_the_verdict_on_a_random_model_is_by_majority() -> None:
+def test_the_verdict_on_a_randomised_model_is_by_majority() -> None:
     """Three accuracies are told, and each fooling image is wrong in most fresh draws."""
     net = Noisy()
     x, y = labelled(net.net)
@@ -187,7 +188,7 @@ class Shaken(Ensemble):
         return {"still": self.members[0]}
 
 
-def test_views_of_a_random_model_are_means_over_draws_where_they_draw() -> None:
+def test_views_of_a_randomised_model_average_over_draws() -> None:
     model, x = as_classifier(Shaken("crossmax").eval()), labelled(Small())[0]
     drawn, steady = (
         discover_views(model, x, random=True).views,
@@ -215,14 +216,14 @@ class Picking(Ensemble):
         return self.members[int(torch.rand(()) < 0.5)](x)
 
 
-def test_a_model_of_few_outcomes_has_its_mean_whatever_the_coin_says() -> None:
+def test_a_model_with_few_outcomes_has_an_averaged_view_for_every_seed() -> None:
     model, x = as_classifier(Picking("logits")), labelled(Small())[0]
     for seed in range(4):
         torch.manual_seed(seed)
         assert "averaged-mended" in discover_views(model, x, random=True).views
 
 
-def test_scores_alone_stay_alone_on_a_random_model() -> None:
+def test_a_score_attack_on_a_randomised_model_costs_no_backward_pass() -> None:
     net = Noisy()
     x, y = labelled(net.net)
     report = evaluate(net, x, y, EPS, suite=f"{QUICK}@top-k,square(queries=60)")
@@ -232,7 +233,7 @@ def test_scores_alone_stay_alone_on_a_random_model() -> None:
 
 
 @pytest.mark.slow
-def test_where_a_suite_has_the_mean_over_draws_it_goes_without_single_ones() -> None:
+def test_a_suite_with_the_mean_over_draws_leaves_out_single_draws() -> None:
     x, y = labelled(Ensemble("crossmax"))
     suite = f"{QUICK}@mean-logit,{QUICK}@averaged-mean-logit,{QUICK}"
     for net, idle in ((Shaken("crossmax"), 1), (Ensemble("crossmax"), 2)):
@@ -245,7 +246,7 @@ def test_where_a_suite_has_the_mean_over_draws_it_goes_without_single_ones() -> 
 @pytest.mark.parametrize(
     ("share", "least", "most"), [(1.0, MIN_DRAWS, MIN_DRAWS), (0.0, MIN_DRAWS, MIN_DRAWS), (0.5, 30, MAX_DRAWS)]
 )
-def test_draws_go_on_only_while_the_majority_is_open(share, least, most) -> None:
+def test_no_more_draws_are_made_once_the_majority_is_certain(share, least, most) -> None:
     labels = torch.zeros(40, dtype=torch.int64)
     generator = torch.Generator().manual_seed(0)
 
@@ -260,7 +261,7 @@ def test_draws_go_on_only_while_the_majority_is_open(share, least, most) -> None
         assert (told.prediction == (1 - int(share))).all()
 
 
-def test_who_is_fooled_by_luck_is_asked_again() -> None:
+def test_the_reported_share_is_of_draws_other_than_those_that_found_the_success() -> None:
     """A share of draws that made a point a success is not the share that is told: that is of other draws."""
     asked = [0, 0, 0]
 
@@ -274,7 +275,8 @@ def test_who_is_fooled_by_luck_is_asked_again() -> None:
 
     x = torch.tensor([0.0, 0.25, 0.5]).view(3, 1, 1, 1).expand(3, 1, 2, 5)
     labels, threat = torch.zeros(3, dtype=torch.int64), ThreatModel.parse("linf:0.1")
-    told = judge(SimpleNamespace(random=True, logits_fp32=answer), x, labels, x, threat)
+    random: Any = SimpleNamespace(random=True, logits_fp32=answer)
+    told = judge(random, x, labels, x, threat)
     assert told.fooled.tolist() == [False, True, False]
     assert told.right[0] > 0.6
     assert told.right[1:].tolist() == [0.0, 1.0]

@@ -52,7 +52,7 @@ def met(known: Evidence, gains: np.ndarray) -> Counter[tuple[int, int]]:
     return Counter((chosen.arm, int(at)) for _, chosen in rounds(known, gains) for at in chosen.images)
 
 
-def test_the_test_takes_an_image_of_each_stratum_through_every_arm() -> None:
+def test_an_image_of_each_stratum_meets_every_arm() -> None:
     known = evidence(40)
     tested = [chosen for _, chosen in rounds(known, np.zeros((3, 40))) if chosen.test]
     assert [chosen.arm for chosen in tested] == [0, 1, 2]
@@ -61,7 +61,7 @@ def test_the_test_takes_an_image_of_each_stratum_through_every_arm() -> None:
 
 
 @pytest.mark.parametrize("arm", [0, 1, 2])
-def test_an_arm_that_breaks_an_image_drawn_is_given_to_its_whole_stratum(arm: int) -> None:
+def test_an_arm_that_fools_a_sampled_image_runs_on_its_whole_stratum(arm: int) -> None:
     known = evidence(64)
     gains = np.zeros((3, 64))
     at = known.sample()[2]
@@ -73,7 +73,7 @@ def test_an_arm_that_breaks_an_image_drawn_is_given_to_its_whole_stratum(arm: in
     assert all(pairs[other, int(at)] <= (other < arm) for other in range(3) if other != arm)
 
 
-def test_no_pair_comes_twice_and_nothing_broken_comes_again() -> None:
+def test_no_pair_is_scheduled_twice_and_no_fooled_image_again() -> None:
     rng = np.random.default_rng(3)
     gains = np.where(rng.random((3, 50)) < 0.2, np.inf, rng.exponential(0.02, (3, 50)))
     known = evidence(50)
@@ -84,7 +84,7 @@ def test_no_pair_comes_twice_and_nothing_broken_comes_again() -> None:
     assert max(met(known, gains).values()) == 1
 
 
-def test_it_ends_with_the_bound_no_higher_than_allowed() -> None:
+def test_allocation_ends_with_the_bound_within_the_allowance() -> None:
     known = evidence(200, may=2)
     for before, chosen in rounds(known, np.zeros((3, 200))):
         assert chosen.test or before.bound > 2
@@ -93,7 +93,7 @@ def test_it_ends_with_the_bound_no_higher_than_allowed() -> None:
     assert known.open.any()
 
 
-def test_what_has_met_all_arms_is_in_no_doubt() -> None:
+def test_images_that_met_all_arms_add_nothing_to_the_bound() -> None:
     known = replace(evidence(9), gains=np.zeros((3, 9)))
     assert (known.bound, following(known)) == (0, None)
     broken = replace(evidence(9), standing=np.zeros(9, bool))
@@ -101,14 +101,14 @@ def test_what_has_met_all_arms_is_in_no_doubt() -> None:
 
 
 @pytest.mark.parametrize("n", [1, 2, 30])
-def test_where_nothing_may_be_left_every_standing_image_meets_every_arm(n: int) -> None:
+def test_at_allowance_zero_every_robust_image_meets_every_arm(n: int) -> None:
     gains = np.zeros((3, n))
     gains[1, 0] = np.inf
     pairs = met(evidence(n, may=0), gains)
     assert pairs == Counter({(arm, at): 1 for arm in range(3) for at in range(n) if (arm, at) != (2, 0)})
 
 
-def test_sets_without_an_image_and_with_one() -> None:
+def test_sets_of_no_image_and_of_one_image() -> None:
     assert following(evidence(0)) is None
     assert following(evidence(0, may=0)) is None
     assert all(chosen.images.tolist() == [0] for _, chosen in rounds(evidence(1), np.zeros((3, 1))))
@@ -124,13 +124,13 @@ def test_decisions_do_not_depend_on_the_order_of_the_images() -> None:
     assert here == there
 
 
-def test_so_many_of_a_set_may_be_left() -> None:
+def test_the_allowance_is_the_stated_share_of_the_set() -> None:
     assert [allowed(0.002, n) for n in (1, 499, 1000, 10_000)] == [1, 1, 2, 20]
     assert [allowed(share, 300) for share in (0.0, 1e-9, 1.0)] == [0, 1, 300]
 
 
 @pytest.mark.parametrize("count", [1, 5, 16, 40])
-def test_an_audit_is_spread_over_nearness(count: int) -> None:
+def test_audited_images_are_spread_over_margins(count: int) -> None:
     rng = np.random.default_rng(2)
     left, keys = rng.uniform(0, 1, 16), rng.permutation(16)
     chosen = spread(left, keys, count)

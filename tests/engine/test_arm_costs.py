@@ -39,13 +39,13 @@ def seen(met: int, left: int = 10, images: int = 20, ended: bool = False) -> Obs
     return Observed(evidence, images, ended, spent, MOST, np.array([1.0, 1.0, 0.1]))
 
 
-def test_a_pilot_of_all_images_leaves_nothing_to_play() -> None:
+def test_a_probe_of_all_images_leaves_nothing_to_simulate() -> None:
     (play,) = forecast(seen(4, ended=True), 20, 0.002)
     assert play.rounds == [(0, 4), (1, 4), (2, 4)]
     assert play.cost == 4 * (199 + 597 + 60)
 
 
-def test_where_nothing_may_be_left_each_image_left_meets_all_arms() -> None:
+def test_at_allowance_zero_each_remaining_image_meets_all_arms() -> None:
     for play in forecast(seen(6, left=20), 2000, strictness=0.0):
         given = [sum(count for arm, count in play.rounds if arm == number) for number in range(3)]
         # But for those that an arm before it is played to break.
@@ -68,7 +68,7 @@ def test_no_arm_costs_more_than_all_images_would_take_in_full() -> None:
         assert (play.spent[:2] == MOST[:2, :2]).all()
 
 
-def test_where_all_fell_before_the_arms_few_are_feared_to_stand() -> None:
+def test_few_robust_images_are_expected_where_all_were_fooled_before_the_arms() -> None:
     observed = seen(0, left=0, images=40)
     assert all(sum(count for _, count in play.rounds) < 400 * 3 for play in forecast(observed, 400, 0.002))
     assert forecast(replace(observed, ended=True), 40, 0.002)[0].cost == 0

@@ -26,7 +26,7 @@ def net() -> nn.Sequential:
 X = torch.rand(2, 3, 7, 9, generator=torch.Generator().manual_seed(1))
 
 
-def test_it_is_the_same_function_and_the_net_is_left_alone() -> None:
+def test_the_folded_net_is_the_same_function_and_the_original_is_unchanged() -> None:
     model = Classifier(net(), string="x", identity={}, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4)).eval()
     before = {name: value.clone() for name, value in model.net.state_dict().items()}
     twin = folded(model, X)
@@ -60,11 +60,11 @@ def hooked() -> nn.Module:
 @pytest.mark.parametrize(
     "make", [Noisy, Branching, hooked, lambda: nn.Sequential(nn.Flatten(), nn.Linear(189, 6))]
 )
-def test_what_tracing_could_change_is_left_alone(make: type[nn.Module]) -> None:
+def test_nets_that_tracing_could_change_are_not_folded(make: type[nn.Module]) -> None:
     assert folded(as_classifier(make().eval()), X) is None
 
 
-def test_a_search_that_is_tuned_gives_the_same_logits() -> None:
+def test_tuning_the_search_keeps_the_logits() -> None:
     model = as_classifier(net())
     instrumented = InstrumentedModel(model, torch.device("cpu"))
     plain = instrumented(X)

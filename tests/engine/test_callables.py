@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -59,7 +60,7 @@ def test_an_exported_net_and_one_in_eval_mode_are_the_same(plain: Report) -> Non
 
 
 @pytest.mark.parametrize("how", ["by-numpy", "detached", "no-backward"])
-def test_where_there_is_no_gradient_scores_are_searched_and_a_flag_says_so(how: str) -> None:
+def test_without_a_gradient_score_attacks_run_and_a_flag_is_raised(how: str) -> None:
     report = evaluated(as_function(how))
     assert "no-gradient" in codes(report)
     assert report.clean_accuracy.value == 1
@@ -67,13 +68,13 @@ def test_where_there_is_no_gradient_scores_are_searched_and_a_flag_says_so(how: 
     assert ("NotImplementedError: no backward pass" in flag.meaning) == (how == "no-backward")
 
 
-def test_square_asks_a_function_of_arrays_for_no_gradient() -> None:
+def test_square_needs_no_gradient_of_a_function_of_arrays() -> None:
     report = evaluated(on_arrays, "square(queries=200)")
     assert report.robust_accuracy.value < 1
     assert report.cost.backwards == 0 or "zero-gradient" in codes(report)
 
 
-def test_no_numbers_under_attack_are_flags(plain: Report) -> None:
+def test_logits_that_are_not_finite_under_attack_raise_a_flag(plain: Report) -> None:
     net, clean = viewing(), images(1)
 
     def breaks(x: torch.Tensor) -> torch.Tensor:
@@ -87,7 +88,7 @@ def test_no_numbers_under_attack_are_flags(plain: Report) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("channels", [1, 3])
-def test_every_verb_takes_bytes_and_a_net_that_uses_view(
+def test_every_verb_accepts_uint8_images_and_a_net_that_uses_view(
     channels: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -107,11 +108,11 @@ def test_a_surrogate_without_a_backward_pass_is_refused() -> None:
     x = images(1)
     with pytest.raises(UsageError, match="has no gradient"):
         craft(lambda x: viewing()(NoBackward.apply(x)), x, [0] * 6, 0.1)
-    made = craft(viewing(), x, [0] * 6, 0.1, attack="fgsm", targets=[on_arrays])
+    made = craft(viewing(), x, [0] * 6, 0.1, attack="fgsm", targets=cast(Any, [on_arrays]))
     assert [target.model for target in made.targets] == ["python:on_arrays"]
 
 
-def test_the_doctor_says_why_there_is_no_gradient(
+def test_doctor_names_the_reason_for_a_missing_gradient(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -120,7 +121,7 @@ def test_the_doctor_says_why_there_is_no_gradient(
     assert "backward pass fails with NotImplementedError" in capsys.readouterr().out
 
 
-def test_the_caller_may_be_in_inference_mode(tmp_path: Path) -> None:
+def test_evaluate_works_in_inference_mode(tmp_path: Path) -> None:
     with torch.inference_mode():
         x = images(1)
         y = as_classifier(viewing())(x).argmax(1)

@@ -43,7 +43,7 @@ def told(report: Report) -> list[tuple[bool, str | None]]:
 
 
 @pytest.mark.parametrize("norm", EPS)
-def test_same_verdicts_whatever_the_batch(norm: str) -> None:
+def test_verdicts_are_independent_of_the_batch_size(norm: str) -> None:
     net = Small().eval()
     x, y = labelled(net, 24, SHAPE)
     suite = MIXED if norm != "l1" else ",".join(a for a in MIXED.replace(",race", ";race").split(";")[:1])
@@ -54,14 +54,14 @@ def test_same_verdicts_whatever_the_batch(norm: str) -> None:
     for other in reports[1:]:
         assert told(other) == told(reports[0])
         margins = [[v.margin for v in report.verdicts] for report in (reports[0], other)]
-        assert np.allclose(*margins, atol=1e-4)
+        assert np.allclose(margins[0], margins[1], atol=1e-4)
         # A success may come a step sooner or later where rounding decides.
         costs = [[s.forwards + s.backwards for s in report.stages[1:]] for report in (reports[0], other)]
-        assert np.allclose(*costs, rtol=0.05)
+        assert np.allclose(costs[0], costs[1], rtol=0.05)
 
 
 @pytest.mark.parametrize("norm", EPS)
-def test_same_verdicts_whatever_the_order_and_in_parts(norm: str) -> None:
+def test_verdicts_are_independent_of_order_and_split(norm: str) -> None:
     net = Small().eval()
     x, y = labelled(net, 24, SHAPE)
     suite = MIXED if norm != "l1" else "pgd(steps=4,restarts=2),apgd-t(steps=4,targets=3),square(queries=30)"
@@ -72,10 +72,10 @@ def test_same_verdicts_whatever_the_order_and_in_parts(norm: str) -> None:
     )
     assert [told(whole)[i] for i in order.tolist()] == told(mixed) == told(first) + told(second)
     shifted = [[whole.verdicts[i].margin for i in order.tolist()], [v.margin for v in mixed.verdicts]]
-    assert np.allclose(*shifted, atol=1e-4)
+    assert np.allclose(shifted[0], shifted[1], atol=1e-4)
 
 
-def test_each_attack_does_what_it_does_alone() -> None:
+def test_an_attack_in_a_batch_has_the_result_of_the_attack_alone() -> None:
     net = Small().eval()
     x, y = labelled(net, 24, SHAPE)
     threat = ThreatModel.parse(EPS["linf"])
@@ -90,7 +90,7 @@ def test_each_attack_does_what_it_does_alone() -> None:
 
 
 @pytest.mark.parametrize("slots", [1, 7, 64])
-def test_all_jobs_at_once_fool_whom_they_fool_one_by_one(slots: int) -> None:
+def test_parallel_jobs_fool_the_same_images_as_sequential_jobs(slots: int) -> None:
     net = Small().eval()
     x, y = labelled(net, 24, SHAPE)
     attacks = parse_suite("pgd(steps=3,restarts=4),apgd-t(steps=5,targets=4,restarts=2)", "linf")
@@ -108,7 +108,7 @@ def test_all_jobs_at_once_fool_whom_they_fool_one_by_one(slots: int) -> None:
         measure(instrumented, x[:1], 64)
         threat = ThreatModel.parse(EPS["linf"])
         batch = ContinuousBatch(
-            instrumented, threat, attacks, ["a", "b"], 0, slots, admit, recover=pytest.fail, parallel_jobs=wide
+            instrumented, threat, attacks, ["a", "b"], 0, slots, admit, recover=recover, parallel_jobs=wide
         )
         finished = [part for group in batch.run() for part in group]
         position = np.concatenate([part.position for part in finished])
@@ -185,16 +185,18 @@ class Dice(RowWise):
 def once(x: Tensor, ids: Tensor, margin: float) -> Callable[[int], Admitted]:
     """Board these images of class 0 at the first call, none at later ones."""
     far = torch.full((len(x),), -margin)
-    whole = Admitted(ids.numpy(), ids, x, torch.zeros(len(x), dtype=torch.int64), far, far)
+    labels = torch.zeros(len(x), dtype=torch.int64)
+    whole = Admitted(ids.numpy(), ids, x, labels, far, far)
     calls = iter([whole])
-    return lambda free: next(calls, Admitted(*(part[:0] for part in whole[:6])))
+    none = Admitted(ids[:0].numpy(), ids[:0], x[:0], labels[:0], far[:0], far[:0])
+    return lambda free: next(calls, none)
 
 
 def recover(error: Exception) -> None:
     raise error
 
 
-def test_every_job_and_step_has_its_own_dice() -> None:
+def test_every_job_and_step_has_its_own_random_draws() -> None:
     asked: list[Tensor] = []
 
     class Listening(InstrumentedModel):
@@ -243,7 +245,9 @@ class Luck(torch.nn.Module):
 
 @pytest.mark.parametrize("view", ["", "averaged-mended", "loosened"])
 @pytest.mark.parametrize("order", [(0.2, -0.2), (-0.2, 0.2)])
-def test_the_nearest_point_of_a_random_model_is_not_the_luckiest(order: tuple[float, ...], view: str) -> None:
+def test_the_nearest_point_of_a_randomised_model_is_fooled_by_the_majority(
+    order: tuple[float, ...], view: str
+) -> None:
     """Single draws at the brighter point are wrong at times, but the darker one is nearer on average."""
     model = as_classifier(Luck())
     instrumented = InstrumentedModel(model, torch.device("cpu"))
@@ -274,7 +278,7 @@ def test_the_nearest_point_of_a_random_model_is_not_the_luckiest(order: tuple[fl
     assert finished.spent.sum((0, 1)).tolist() == [instrumented.forwards, instrumented.backwards]
 
 
-def test_a_point_that_stays_is_not_weighed_again() -> None:
+def test_a_point_that_does_not_move_is_not_evaluated_again() -> None:
     """Nor are attacks billed that were not run."""
     instrumented = InstrumentedModel(as_classifier(Luck()), torch.device("cpu"))
     instrumented.random = True
@@ -305,7 +309,7 @@ class Faded(torch.nn.Module):
 
 
 @pytest.mark.parametrize("view", ["", "averaged-mended"])
-def test_who_wins_against_a_random_model_goes_on(view: str) -> None:
+def test_a_row_that_fools_a_randomised_model_continues(view: str) -> None:
     """The point that won is right in four of ten draws, the one that is told of in one of ten."""
     model = as_classifier(Faded())
     instrumented = InstrumentedModel(model, torch.device("cpu"))
@@ -326,7 +330,7 @@ def test_who_wins_against_a_random_model_goes_on(view: str) -> None:
     assert spent.tolist() == [instrumented.forwards, instrumented.backwards]
 
 
-def test_a_refused_claim_goes_on() -> None:
+def test_a_row_whose_success_is_refused_continues() -> None:
     net = Rounded()
     model = as_classifier(net)
 
@@ -381,7 +385,7 @@ class Dies(torch.nn.Module):
         return out
 
 
-def test_interrupted_and_resumed_is_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_resumes_to_the_same_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(block_runner.BlockRunner, "write_every", 0.0)
     net = Dies(Small().eval())
     x, y = labelled(net, 40, SHAPE)
@@ -401,12 +405,13 @@ def test_interrupted_and_resumed_is_one_run(tmp_path: Path, monkeypatch: pytest.
             interruptions += 1
     assert interruptions > 1
     assert told(pieces) == told(whole)
-    assert np.allclose(*([v.margin for v in r.verdicts] for r in (pieces, whole)), atol=1e-4)
+    assert np.allclose([v.margin for v in pieces.verdicts], [v.margin for v in whole.verdicts], atol=1e-4)
     assert [s.fooled for s in pieces.stages] == [s.fooled for s in whole.stages]
-    assert np.allclose(*([s.forwards + s.backwards for s in r.stages] for r in (pieces, whole)), rtol=0.05)
+    costs = [[stage.forwards + stage.backwards for stage in report.stages] for report in (pieces, whole)]
+    assert np.allclose(costs[0], costs[1], rtol=0.05)
 
 
-def test_out_of_memory_halves_the_pieces_and_changes_nothing() -> None:
+def test_out_of_memory_halves_the_pieces_and_keeps_the_verdicts() -> None:
     class Cramped(torch.nn.Module):
         """Refuses more than so many images at once, once it is under attack."""
 
@@ -441,7 +446,7 @@ def test_slots_stay_full_while_samples_wait() -> None:
 
 
 @pytest.mark.parametrize("fault", ["quantised", "zero"])
-def test_nets_without_a_useful_gradient_fall_to_square(fault: str) -> None:
+def test_square_fools_nets_without_a_useful_gradient(fault: str) -> None:
     net = {"quantised": lambda: Stairs(), "zero": lambda: Stairs(levels=40)}[fault]()
     x, y = labelled(net, 12, (1, 6, 8))
     report = evaluate(net, x, y, "linf:0.15", suite="rapid")
@@ -462,14 +467,14 @@ class Stairs(torch.nn.Module):
         return torch.floor((x - 0.5).flatten(1) @ self.weight.T * self.levels) / self.levels
 
 
-def test_a_random_net_is_flagged() -> None:
+def test_a_randomised_net_is_flagged() -> None:
     net = Faulty("random")
     x, y = labelled(Small(1), 8, (1, 6, 8))
     report = evaluate(net, x, y, "linf:0.01", suite="rapid")
     assert "randomised" in {flag.code for flag in report.flags}
 
 
-def test_the_last_query_is_its_own_verdict_where_the_model_gives_one_answer() -> None:
+def test_the_last_query_is_the_verdict_of_a_deterministic_model() -> None:
     suite = "pgd(steps=1,step_size=1,loss=margin,random_start=false)"
     for net, again in ((Small(), False), (Faulty("random", channels=3), True)):
         x, y = labelled(Small(), 30, SHAPE)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,19 +32,19 @@ def same(one: Report, other: Report) -> bool:
     """Whether their verdicts are the same on the images that both have; margins but for rounding."""
     theirs = {verdict.index: verdict for verdict in other.verdicts}
     pairs = [(verdict, theirs[verdict.index]) for verdict in one.verdicts]
-    margins = np.array([[a.margin, b.margin] for a, b in pairs])
+    own, of_other = np.array([[a.margin, b.margin] for a, b in pairs]).T
     return all(replace(a, margin=0) == replace(b, margin=0) for a, b in pairs) and np.allclose(
-        *margins.T, atol=1e-4
+        own, of_other, atol=1e-4
     )
 
 
-def run(out: Path | None = None, n: int = 60, **options: object) -> Report:
+def run(out: Path | None = None, n: int = 60, **options: Any) -> Report:
     net = Small().eval()
     x, y = labelled(net, n, SHAPE)
-    return evaluate(net, x, y, THREAT, suite=SUITE, precision="fp32", out=out, **options)  # type: ignore[arg-type]
+    return evaluate(net, x, y, THREAT, suite=SUITE, precision="fp32", out=out, **options)
 
 
-def test_it_stops_when_the_interval_is_narrow_and_its_verdicts_are_those_of_the_whole_run() -> None:
+def test_a_run_stopped_at_width_has_the_verdicts_of_the_whole_run() -> None:
     whole, part = run(), run(stop_at_width=0.45)
     assert part.stopped is not None
     assert (part.stopped.reason, part.stopped.images) == ("width", 60)
@@ -57,7 +58,7 @@ def test_it_stops_when_the_interval_is_narrow_and_its_verdicts_are_those_of_the_
     assert Report.from_json(part.to_json()) == replace(part, adversarial=None)
 
 
-def test_spare_attacks_are_called_for_by_the_block_in_work() -> None:
+def test_conditional_attacks_are_decided_by_the_current_block() -> None:
     """In the first there is nothing in scope to judge by."""
     net = Small().eval()
     x, y = labelled(net, 60, SHAPE)
@@ -68,7 +69,7 @@ def test_spare_attacks_are_called_for_by_the_block_in_work() -> None:
     assert part.stages[-1].forwards > 0
 
 
-def test_one_more_block_would_have_been_too_few() -> None:
+def test_the_run_stops_at_the_first_block_that_is_narrow_enough() -> None:
     part = run(stop_at_width=0.45)
     robust = {verdict.index: verdict.robust for verdict in part.verdicts}
     order = shuffled(60, 0)[: part.n].tolist()
@@ -77,14 +78,14 @@ def test_one_more_block_would_have_been_too_few() -> None:
 
 
 @pytest.mark.slow
-def test_all_images_are_done_where_no_width_is_reached() -> None:
+def test_all_images_are_evaluated_if_the_width_is_never_reached() -> None:
     part = run(stop_at_width=0.01)
     assert part.stopped is None
     assert part.to_json().keys() == run().to_json().keys()
     assert part.robust_accuracy == run().robust_accuracy
 
 
-def test_the_stopped_run_is_verified_and_goes_on(tmp_path: Path) -> None:
+def test_a_stopped_run_verifies_and_can_be_continued(tmp_path: Path) -> None:
     net = Small().eval()
     x, y = labelled(net, 60, SHAPE)
     part = run(tmp_path / "run", stop_at_width=0.45)
@@ -99,7 +100,7 @@ def test_the_stopped_run_is_verified_and_goes_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_time_up_reports_whole_blocks_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_time_limit_reports_whole_blocks_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     now = [0.0]
 
     def clock() -> float:
@@ -123,7 +124,7 @@ def test_time_up_reports_whole_blocks_alone(monkeypatch: pytest.MonkeyPatch, tmp
     assert same(more, run())
 
 
-def test_time_up_in_the_first_block_counts_unfinished_images_at_both_ends(
+def test_the_time_limit_in_the_first_block_counts_unfinished_images_both_ways(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     now = [0.0]
@@ -169,7 +170,7 @@ def test_time_up_in_the_first_block_counts_unfinished_images_at_both_ends(
     assert not [flag for part in seen if part not in early for flag in part.flags if flag.code.startswith("unfin")]
 
 
-def test_orders_are_orders() -> None:
+def test_shuffled_orders_are_seeded_permutations() -> None:
     assert sorted(shuffled(50, 3).tolist()) == list(range(50))
     assert shuffled(50, 3).tolist() == shuffled(50, 3).tolist()
     assert shuffled(50, 3).tolist() != shuffled(50, 4).tolist()
@@ -184,7 +185,7 @@ def test_orders_are_orders() -> None:
         ({"audit": -1}, "audit must be at least 0, got -1."),
     ],
 )
-def test_nonsense_is_refused(options: dict[str, object], said: str) -> None:
+def test_stopping_options_out_of_range_are_refused(options: dict[str, Any], said: str) -> None:
     with pytest.raises(UsageError, match=said):
         run(**options)
 

@@ -59,7 +59,7 @@ def test_distances_are_those_of_the_closed_form(norm: str) -> None:
 
 
 @pytest.mark.parametrize("norm", ["linf:0.05", "l2:0.5", "l1:4"])
-def test_it_falls_and_agrees_with_the_run_at_eps(norm: str) -> None:
+def test_the_curve_is_decreasing_and_agrees_with_the_run_at_eps(norm: str) -> None:
     net = Small().eval()
     x, y = labelled(net, 30, SHAPE)
     y[:3] = (y[:3] + 1) % 10
@@ -77,7 +77,7 @@ def test_it_falls_and_agrees_with_the_run_at_eps(norm: str) -> None:
     assert curve.cost.forwards > 0
 
 
-def test_what_the_suite_missed_counts_as_standing_and_is_said() -> None:
+def test_images_that_the_suite_missed_count_as_robust_and_raise_a_flag() -> None:
     net, x, y, truth = linear("linf")
     eps = 1.5 * float(truth.median())
     report = evaluate(net, x, y, f"linf:{eps:.6f}", suite="pgd(steps=1,step_size=0.01eps)", curve=True)
@@ -89,14 +89,14 @@ def test_what_the_suite_missed_counts_as_standing_and_is_said() -> None:
     assert [flag.value for flag in missed] == [len(inside)]
 
 
-def test_the_grid_ends_where_images_do() -> None:
+def test_the_grid_ends_at_the_largest_possible_distance() -> None:
     net, x, y, _ = linear("linf")
     assert found(evaluate(net, x, y, "linf:0.8", suite="pgd(steps=3)", curve=True)).radii == pytest.approx(
         [k / 10 for k in range(1, 11)]
     )
 
 
-def test_all_wrong_and_all_standing() -> None:
+def test_curves_of_all_misclassified_and_of_all_robust_images() -> None:
     net, x, y, _ = linear("linf")
     wrong = found(evaluate(net, x, 1 - y, "linf:0.01", suite="fgsm", curve=True))
     assert set(wrong.distances) == {0.0}
@@ -106,7 +106,7 @@ def test_all_wrong_and_all_standing() -> None:
     assert (set(rates(standing)), standing.median) == ({1.0}, math.inf)
 
 
-def test_batches_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_distances_are_independent_of_the_batch_size(monkeypatch: pytest.MonkeyPatch) -> None:
     net, x, y, _ = linear("l2")
     whole = found(evaluate(net, x, y, "l2:0.02", suite="pgd(steps=5)", curve=True))
     monkeypatch.setattr(engine, "BATCH_SIZE", 7)
@@ -135,7 +135,7 @@ class Said(Progress):
         self.lines.append(text)
 
 
-def test_out_of_memory_halves_and_goes_on(tmp_path: Path) -> None:
+def test_out_of_memory_halves_the_batch_and_continues(tmp_path: Path) -> None:
     net, (x, y) = Greedy(144, 2).eval(), linear("linf")[1:3]
     evaluate(net, x, y, "linf:0.01", suite="pgd(steps=5)", out=tmp_path / "r")
     roomy = found(evaluate(net, x, y, "linf:0.01", suite="pgd(steps=5)", curve=True))
@@ -149,7 +149,7 @@ def test_out_of_memory_halves_and_goes_on(tmp_path: Path) -> None:
     assert found(tight).cost.forwards == roomy.cost.forwards
 
 
-def test_asked_for_later_it_is_the_same_and_then_it_is_stored(tmp_path: Path) -> None:
+def test_a_curve_added_later_is_the_same_and_is_stored(tmp_path: Path) -> None:
     net = Small().eval()
     x, y = labelled(net, 20, SHAPE)
     plain = evaluate(net, x, y, "linf:0.05", suite="pgd(steps=5)", out=tmp_path / "r")
@@ -170,7 +170,7 @@ def test_asked_for_later_it_is_the_same_and_then_it_is_stored(tmp_path: Path) ->
     assert verify(tmp_path / "r", net, x, y).bad == []
 
 
-def test_the_record_goes_out_and_in() -> None:
+def test_the_curve_round_trips_through_json() -> None:
     net, x, y, _ = linear("linf")
     report = evaluate(net, x, y, "linf:0.01", suite="fgsm", curve=True)
     assert Report.from_json(json.loads(dumps(report.to_json()))) == report
@@ -185,7 +185,7 @@ def test_the_record_goes_out_and_in() -> None:
 
 
 @pytest.mark.parametrize("fault", ["rate", "distance", "radii", "at eps", "rising", "too few"])
-def test_verify_reads_the_curve(fault: str, tmp_path: Path) -> None:
+def test_verify_checks_the_curve(fault: str, tmp_path: Path) -> None:
     net, x, y, truth = linear("linf")
     eps = float(truth.median())
     evaluate(net, x, y, f"linf:{eps:.6f}", suite="pgd(steps=40)", out=tmp_path / "r", curve=True)

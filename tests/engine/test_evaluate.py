@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -80,7 +81,7 @@ def test_counts_are_those_of_an_independent_counter() -> None:
 
 @pytest.mark.parametrize("classes", [2, 3, 4, 5])
 @pytest.mark.parametrize("norm", ["linf:0.05", "l2:0.5", "l1:4"])
-def test_few_classes_run(classes: int, norm: str) -> None:
+def test_models_with_few_classes_are_evaluated(classes: int, norm: str) -> None:
     net = Small(classes=classes)
     x, y = labelled(net, 6, SHAPE)
     suite = QUICK_SUITE + ",autoattack:apgd-dlr(steps=4),autoattack:fab(steps=3,restarts=1)"
@@ -120,7 +121,7 @@ def test_the_suites_are_autoattacks(suite: str) -> None:
                 assert (attack.queries, attack.restarts) == (theirs.n_queries, theirs.n_restarts)
 
 
-def test_nothing_leaks_into_a_second_run() -> None:
+def test_a_second_run_in_the_process_has_the_same_flags() -> None:
     net, dynamic = Small(1), Faulty("dynamic")
     x, y = labelled(net, 6, (1, 6, 8))
 
@@ -148,7 +149,7 @@ def test_eps_zero_is_clean_accuracy_and_more_eps_is_less_accuracy() -> None:
     assert left[-1] < 0.2
 
 
-def test_exact_on_a_linear_net() -> None:
+def test_robust_accuracy_of_a_linear_net_is_exact() -> None:
     """Robust exactly where the closed-form distance to every other class exceeds eps."""
     net = Flat(size=144)
     x, y = labelled(net, 40, SHAPE)
@@ -191,7 +192,7 @@ def timeless(path: Path) -> str:
     return json.dumps(body)
 
 
-def test_interrupted_anywhere_and_resumed_is_the_same(tmp_path: Path) -> None:
+def test_a_run_interrupted_anywhere_resumes_to_the_same_report(tmp_path: Path) -> None:
     net = Small()
     x, y = labelled(net, 20, SHAPE)
 
@@ -219,7 +220,7 @@ def test_interrupted_anywhere_and_resumed_is_the_same(tmp_path: Path) -> None:
         ).read_bytes()
 
 
-def test_finished_run_is_not_run_again(tmp_path: Path) -> None:
+def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:
     net = Small()
     x, y = labelled(net, 5, SHAPE)
     first = evaluate(net, x, y, "linf:0.02", suite="fgsm", out=tmp_path / "r")
@@ -237,10 +238,10 @@ def test_finished_run_is_not_run_again(tmp_path: Path) -> None:
         ({"seed": 1}, "seed"),
     ],
 )
-def test_another_run_in_the_folder_is_refused(change: dict[str, object], word: str, tmp_path: Path) -> None:
+def test_another_run_in_the_folder_is_refused(change: dict[str, Any], word: str, tmp_path: Path) -> None:
     net = Small()
     x, y = labelled(net, 5, SHAPE)
-    settings: dict[str, object] = {"threat": "linf:0.02", "suite": "fgsm", "seed": 0}
+    settings: dict[str, Any] = {"threat": "linf:0.02", "suite": "fgsm", "seed": 0}
     evaluate(net, x, y, out=tmp_path / "r", **settings)
     with pytest.raises(UsageError, match=f"differs in {word};"):
         evaluate(net, x, y, out=tmp_path / "r", **{**settings, **change})
@@ -250,7 +251,7 @@ def test_another_run_in_the_folder_is_refused(change: dict[str, object], word: s
         evaluate(net, x + 1e-4 * (x < 0.5), y, out=tmp_path / "r", **settings)
 
 
-def test_two_in_one_folder(tmp_path: Path) -> None:
+def test_two_runs_cannot_share_a_folder(tmp_path: Path) -> None:
     net = Small()
     x, y = labelled(net, 5, SHAPE)
 
@@ -279,7 +280,7 @@ class Hungry(Small):
         return super().forward(x)
 
 
-def test_out_of_memory_goes_on_with_smaller_pieces_and_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_continues_with_smaller_pieces_and_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     net = Hungry()
     x, y = labelled(net, 16, SHAPE)
     suite = QUICK_SUITE + ",autoattack:fab(steps=3,restarts=2),pgd(steps=4)"
@@ -297,11 +298,12 @@ def test_out_of_memory_goes_on_with_smaller_pieces_and_the_same_numbers(monkeypa
         evaluate(net, x, y, "linf:0.02", suite=suite)
 
 
-def test_the_process_is_left_as_it_was() -> None:
+def test_an_evaluation_changes_no_global_state() -> None:
     net = Small()
     x, y = labelled(net, 6, SHAPE)
     net.train()
-    net.body[0].weight.grad = torch.ones_like(net.body[0].weight)
+    weight = net.get_parameter("body.0.weight")
+    weight.grad = torch.ones_like(weight)
     net.body[1].eval()
     net.body[2].weight.requires_grad_(False)
     modes = [module.training for module in net.modules()]
@@ -314,13 +316,13 @@ def test_the_process_is_left_as_it_was() -> None:
     assert generators[2] == random.getstate()
     assert modes == [module.training for module in net.modules()]
     assert [p.requires_grad for p in net.parameters()] == [True, True, False, True, True, True]
-    assert torch.equal(net.body[0].weight.grad, torch.ones_like(net.body[0].weight))
+    assert torch.equal(weight.grad, torch.ones_like(weight))
     assert all(torch.equal(state[name], value) for name, value in net.state_dict().items())
     assert torch.equal(x, x_before)
     assert {flag.code for flag in report.flags} == {"training-mode"}
 
 
-def test_own_attacks_do_not_depend_on_the_batch() -> None:
+def test_own_attacks_are_independent_of_the_batch_size() -> None:
     net = Small().double()
     x, y = labelled(Small(), 23, SHAPE)
     runs = [
@@ -338,7 +340,7 @@ def test_outputs_that_hold_the_logits(wrap: object) -> None:
     assert evaluate(lambda images: wrap(net(images)), x, y, "linf:0", suite="fgsm").robust_accuracy.value == 1
 
 
-def test_adversarials_are_what_was_verified(tmp_path: Path) -> None:
+def test_stored_adversarials_are_the_verified_points(tmp_path: Path) -> None:
     net = Small()
     x, y = labelled(net, 20, SHAPE)
     report = evaluate(net, x, y, "linf:4/255", suite=QUICK_SUITE, out=tmp_path / "r")
@@ -356,7 +358,7 @@ def test_adversarials_are_what_was_verified(tmp_path: Path) -> None:
     assert (report.clean_accuracy.n, report.n) == (20, 20)
 
 
-def test_in_memory_run_hands_out_its_adversarials() -> None:
+def test_a_run_in_memory_returns_its_adversarials() -> None:
     net = Small()
     x, y = labelled(net, 8, SHAPE)
     report = evaluate(net, x, y, "linf:0.1", suite="pgd(steps=5)")
@@ -364,7 +366,7 @@ def test_in_memory_run_hands_out_its_adversarials() -> None:
     assert len(report.adversarial["index"]) == sum(not r for r in robust(report)) > 0
 
 
-def test_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_raises_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     net = Small()
     x, y = labelled(net, 40, SHAPE)
     create = Ledger.open.__func__  # type: ignore[attr-defined]
@@ -384,7 +386,7 @@ def test_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         evaluate(net, x, y, "linf:0.1", suite="pgd(steps=4)", out=tmp_path / "s")
 
 
-def test_an_attack_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_in_an_attack_names_the_attack(monkeypatch: pytest.MonkeyPatch) -> None:
     net = Small()
     x, y = labelled(net, 5, SHAPE)
     monkeypatch.setattr("robustkit.attacks.gradient.fgsm.ascend", lambda *a: 1 / 0)
@@ -402,7 +404,7 @@ def test_bf16_search_float32_verdict() -> None:
     assert (net(found).argmax(1).numpy() != report.adversarial["y"]).all()
 
 
-def test_auto_piece_fits_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_automatic_batch_size_fits_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     net = Small()
     x, y = labelled(net, 12, SHAPE)
     monkeypatch.setattr(profiling, "free_memory", lambda device: 100_000)

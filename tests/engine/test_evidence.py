@@ -16,12 +16,12 @@ def idle(n: int) -> Belief:
     return learn(np.zeros(n), np.full(n, 0.5))
 
 
-def test_more_idle_images_lower_every_chance() -> None:
+def test_more_images_without_success_lower_every_probability() -> None:
     chances = [idle(n).chance(LEFT).mean(0) for n in (0, 1, 4, 16, 64, 256)]
     assert (np.diff(chances, axis=0) < 0).all()
 
 
-def test_a_break_raises_every_chance_and_more_so_of_an_image_far_from_the_boundary() -> None:
+def test_a_success_raises_every_probability_more_if_the_image_had_a_large_margin() -> None:
     left = np.full(8, 0.5)
     gains = np.zeros(8)
     before = learn(gains, left).chance(LEFT).mean(0)
@@ -33,7 +33,7 @@ def test_a_break_raises_every_chance_and_more_so_of_an_image_far_from_the_bounda
     assert (found[1] > found[0]).all()
 
 
-def test_the_chance_falls_with_what_is_left() -> None:
+def test_the_probability_falls_with_the_remaining_images() -> None:
     belief = learn(np.array([0.01, 0.02, 0.0, np.inf]), np.full(4, 0.05))
     chance = belief.chance(LEFT)
     assert chance.shape == (len(belief.some), len(LEFT))
@@ -42,7 +42,7 @@ def test_the_chance_falls_with_what_is_left() -> None:
 
 
 @pytest.mark.parametrize(("some", "typical", "shape"), [(0.6, 0.01, 3.0), (0.3, 0.03, 8.0), (0.9, 0.003, 2.0)])
-def test_beliefs_cover_the_truth_of_known_gains(some: float, typical: float, shape: float) -> None:
+def test_posterior_intervals_cover_known_success_rates(some: float, typical: float, shape: float) -> None:
     """The true chance lies within the middle 95 % of the draws, about as often as that says."""
     rng = np.random.default_rng(1)
     held = 0
@@ -57,11 +57,11 @@ def test_beliefs_cover_the_truth_of_known_gains(some: float, typical: float, sha
 
 
 @pytest.mark.parametrize("expected", [0.0, 0.01, 0.05, 0.06, 0.7, 3.0, 40.0])
-def test_most_is_the_quantile_of_a_poisson_number(expected: float) -> None:
+def test_the_upper_bound_is_the_quantile_of_a_poisson_number(expected: float) -> None:
     assert upper_bound(np.full(7, expected)) == poisson.ppf(0.95, expected).clip(0)
 
 
-def test_most_is_the_quantile_of_a_mixture_where_draws_differ() -> None:
+def test_the_upper_bound_is_the_quantile_of_a_mixture_if_rates_differ() -> None:
     expected = np.array([0.1, 0.2, 9.0, 11.0])
     m = upper_bound(expected)
     assert poisson.cdf(m - 1, expected).mean() < 0.95 <= poisson.cdf(m, expected).mean()

@@ -8,6 +8,7 @@ from dataclasses import FrozenInstanceError, replace
 from functools import cache
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -73,7 +74,7 @@ def whole(suite: str) -> float:
 
 
 @pytest.mark.parametrize("suite", [FLOWN, ARMED, COUPLED])
-def test_with_time_enough_it_knows_what_every_image_costs(suite: str) -> None:
+def test_a_probe_without_a_time_limit_measures_every_image(suite: str) -> None:
     found = measure(probe(suite, budget=1e9))
     assert (found.trial.images, found.trial.through) == (N, N)
     assert found.propagations.low == pytest.approx(found.propagations.high)
@@ -84,7 +85,7 @@ def test_with_time_enough_it_knows_what_every_image_costs(suite: str) -> None:
 
 
 @pytest.mark.parametrize(("suite", "looks"), [(FLOWN, 4), (FLOWN, 40), (ARMED, 8), (ARMED, 16), (COUPLED, 30)])
-def test_cut_short_its_interval_holds_the_truth(suite: str, looks: int) -> None:
+def test_the_interval_of_a_shortened_probe_covers_the_measured_cost(suite: str, looks: int) -> None:
     found = measure(probe(suite, budget=looks, step=1.0))
     assert found.trial.images < N or found.trial.through < N
     assert found.propagations.low <= whole(suite) <= found.propagations.high
@@ -93,7 +94,7 @@ def test_cut_short_its_interval_holds_the_truth(suite: str, looks: int) -> None:
         assert 0 < scale.seconds.low <= scale.seconds.value <= scale.seconds.high
 
 
-def test_the_record_says_what_a_person_asked() -> None:
+def test_the_record_holds_the_requested_devices_and_prices() -> None:
     net = Small().eval()
     x, y = labelled(net, N, SHAPE)
     found = plan(net, x, y, "linf:0.02", suite="fgsm", seconds=0.2, devices=[1, 4], price=3.0)
@@ -108,13 +109,12 @@ def test_the_record_says_what_a_person_asked() -> None:
     assert next(iter(body)) == "format"
     assert body["scales"][1]["seconds"]["value"] == found.scales[1].seconds.value
     assert found.memory.peak >= found.memory.held > 0
+    unlocked: Any = found
     with pytest.raises(FrozenInstanceError):
-        found.n = 3  # type: ignore[misc]
+        unlocked.n = 3
 
 
-def test_it_leaves_the_process_and_the_folder_as_they_were(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_plan_changes_no_global_state_and_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     net = Small().train()
     x, y = labelled(net.eval(), N, SHAPE)
@@ -133,7 +133,7 @@ def findings() -> ProbeResult:
     return probe("pgd(steps=4)", budget=1e9, step=0.001, n=12).measure()
 
 
-def test_attacks_that_do_not_say_how_long_they_may_last() -> None:
+def test_attacks_without_a_bound_on_their_length_are_forecast() -> None:
     known = replace(findings(), max_costs=None)
     costs = Costs.of(known, 100)
     assert costs.mean.low <= costs.mean.value <= costs.mean.high
@@ -142,7 +142,7 @@ def test_attacks_that_do_not_say_how_long_they_may_last() -> None:
         Costs.of(replace(known, finished=np.arange(12) > 3), 100)
 
 
-def test_the_ends_of_the_interval_are_simulated_with_its_means() -> None:
+def test_the_ends_of_the_interval_are_simulated_with_their_mean_costs() -> None:
     costs = Costs.of(findings(), 100)
     assert costs.worst is not None
     each = costs.worst.work / costs.most if costs.most else 0.0
@@ -161,11 +161,11 @@ def test_the_ends_of_the_interval_are_simulated_with_its_means() -> None:
         ({"suite": "nothing"}, "no suite or attack 'nothing'"),
     ],
 )
-def test_one_clear_sentence(words: dict[str, object], said: str) -> None:
+def test_bad_input_is_one_sentence(words: dict[str, Any], said: str) -> None:
     net = Small().eval()
     x, y = labelled(net, 4, SHAPE)
     with pytest.raises(UsageError, match=said):
-        plan(net, x, y, "linf:0.02", **words)  # type: ignore[arg-type]
+        plan(net, x, y, "linf:0.02", **words)
 
 
 def test_an_interval_for_a_mean_of_costs() -> None:

@@ -41,13 +41,13 @@ def folder(tmp_path):
         ("&size=24,32", Preprocess((24, 32), 24, "bilinear")),
     ],
 )
-def test_files_are_read_at_the_size_that_the_query_says(folder, query, preprocess):
+def test_the_query_sets_the_size_of_image_files(folder, query, preprocess):
     model = load_model(TIMM + query)
     assert model.preprocess == preprocess
     assert load_data(folder, preprocess=model.preprocess).images([0]).shape[2:] == preprocess.size
 
 
-def test_then_the_weights_say_the_size_then_the_source(tmp_path):
+def test_without_a_query_the_weights_set_the_size_and_then_the_source(tmp_path):
     net = load_model("torchvision:squeezenet1_1?pretrained=false&num_classes=3").net
     save_file(net.state_dict(), tmp_path / "w.safetensors", {"size": "40,48"})
     string = f"torchvision:squeezenet1_1@{tmp_path}/w.safetensors"
@@ -60,7 +60,7 @@ def test_then_the_weights_say_the_size_then_the_source(tmp_path):
 
 
 @pytest.mark.parametrize(("height", "width"), [(20, 30), (30, 20), (7, 90), (41, 41), (24, 32)])
-def test_any_image_covers_a_crop_of_any_form(height, width):
+def test_an_image_of_any_shape_covers_the_crop(height, width):
     image = Image.fromarray(np.full((height, width, 3), 255, np.uint8))
     for size, resize in (((24, 32), 24), ((32, 24), 27), ((16, 16), 18), ((40, 40), 40), ((5, 4), 6)):
         fitted = _fit(image, Preprocess(size, resize))
@@ -80,7 +80,7 @@ def run(folder, size):
     return evaluate(net, samples, samples.labels, "linf:1/255", suite="fgsm")
 
 
-def test_files_that_were_enlarged_are_told_of(folder):
+def test_enlarged_image_files_raise_a_flag(folder):
     report = run(folder, (48, 48))
     assert report.environment["pixels"] == {
         "attacked": [48, 48],
@@ -97,7 +97,7 @@ def test_files_that_were_enlarged_are_told_of(folder):
     assert "enlarged-images" in [flag.code for flag in found.flags]
 
 
-def test_files_at_their_own_size_are_not(folder):
+def test_image_files_at_their_own_size_raise_no_flag(folder):
     report = run(folder, (24, 32))
     assert report.environment["pixels"]["attacked"] == [24, 32]
     assert report.environment["pixels"]["enlarged"] == 0

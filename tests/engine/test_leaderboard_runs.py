@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,12 +14,12 @@ from teams import as_threads
 from robustkit import RunError, UsageError
 from robustkit.core.threat import ThreatModel
 from robustkit.data import from_arrays
-from robustkit.distributed import model_files
 from robustkit.distributed.model_files import Parcelled
 from robustkit.engine.evaluation import evaluate_worker, tasks
 from robustkit.engine.evaluation.leaderboard import LeaderboardRun, NamedModel, read_models
 from robustkit.engine.evaluation.run import Evaluation
 from robustkit.engine.progress import Progress
+from robustkit.models import load_model
 from robustkit.runs.evaluation_record import Report
 from robustkit.runs.ledger import Chunk
 
@@ -46,7 +47,7 @@ class Watch(Progress):
 
 def plan(entry: NamedModel, suite: str = ROWS) -> Evaluation:
     return Evaluation(
-        model_files.load_model(entry.string),
+        load_model(entry.string),
         from_arrays(X, Y),
         ThreatModel.parse("linf:0.02"),
         suite=suite,
@@ -57,7 +58,7 @@ def plan(entry: NamedModel, suite: str = ROWS) -> Evaluation:
 
 def sweep(
     out: Path, workers: int, entries: list[NamedModel] = MODELS, watch: Progress | None = None, suite: str = ROWS
-) -> list[Report]:
+) -> list[Any]:
     watch = watch or Progress()
     made = LeaderboardRun(entries, lambda entry: plan(entry, suite), workers=workers)
     found = made.run(out, watch, lambda name: Progress())
@@ -99,7 +100,8 @@ def test_attacks_by_the_batch(tmp_path: Path) -> None:
 def test_what_a_dead_worker_had_is_done_by_others(
     alone: list[Report], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write, deaths = evaluate_worker.Outbox.write, []
+    write = evaluate_worker.Outbox.write
+    deaths: list[Any] = []
 
     def dying(box: evaluate_worker.Outbox, *chunks: Chunk) -> None:
         if len(deaths) < 3:
@@ -134,9 +136,10 @@ def test_a_bad_model_stops_no_other(workers: int, alone: list[Report], tmp_path:
 
 
 def test_nor_does_one_whose_code_fails(tmp_path: Path) -> None:
-    found = LeaderboardRun([BAD], lambda entry: 1 / 0, workers=2).run(
-        tmp_path, Progress(), lambda name: Progress()
-    )
+    def fails(entry: NamedModel) -> Evaluation:
+        raise ZeroDivisionError("division by zero")
+
+    found = LeaderboardRun([BAD], fails, workers=2).run(tmp_path, Progress(), lambda name: Progress())
     assert isinstance(found[0], RunError)
     assert str(found[0]) == "ZeroDivisionError: division by zero"
 
@@ -146,7 +149,7 @@ def test_a_model_that_fails_in_a_worker_stops_no_other(
 ) -> None:
     unpack = Parcelled.unpack
 
-    def other(model: Parcelled, *place: object) -> object:
+    def other(model: Parcelled, *place: Any) -> object:
         return unpack(replace(model, string=model.string.replace("seed=2", "seed=1")), *place)
 
     monkeypatch.setattr(Parcelled, "unpack", other)

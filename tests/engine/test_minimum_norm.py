@@ -91,7 +91,7 @@ def test_distances_of_linear_models_are_exact(shape, classes, norm):
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_auto_takes_the_nearest_of_all(norm):
+def test_auto_returns_the_nearest_point_of_all_attacks(norm):
     model, x, y = problem((3, 3, 2, 4), 3, seed=5)
     found = robustkit.minimum_norm(model, x, y, norm)
     truth = exact(model.weight, x, y, norm)
@@ -111,7 +111,7 @@ def test_no_distance_is_below_the_exact_one(attack, seed, channels, classes):
     assert torch.equal(found.distance.isfinite(), (model(found.x).argmax(1) != y))
 
 
-def test_images_that_are_wrong_are_at_no_distance_and_others_may_have_none():
+def test_misclassified_images_have_distance_zero_and_unfooled_images_have_none():
     model, x, y = problem((4, 3, 2, 5), 3, seed=1)
     wrong = (y + torch.tensor([1, 0, 1, 0])) % 3
     found = robustkit.minimum_norm(model, x, wrong, "l2", attack="ddn(steps=20)")
@@ -125,14 +125,14 @@ def test_images_that_are_wrong_are_at_no_distance_and_others_may_have_none():
 
 
 @pytest.mark.parametrize("norm", ["l3", "l2:0.5"])
-def test_other_norms_are_one_sentence(norm):
+def test_norms_without_an_attack_are_refused_in_one_sentence(norm):
     model, x, y = problem((2, 1, 3, 4), 3, seed=1)
     with pytest.raises(UsageError, match=rf"^norm must be linf, l2 or l1, got '{norm}'\.$"):
         robustkit.minimum_norm(model, x, y, norm)
 
 
 @pytest.mark.parametrize("attack", ["pgd", "fmn@mean-logit", "fmn?", "fnm"])
-def test_attacks_that_find_no_minimum_are_one_sentence(attack):
+def test_attacks_that_find_no_minimum_are_refused_in_one_sentence(attack):
     model, x, y = problem((2, 1, 3, 4), 3, seed=1)
     with pytest.raises(UsageError, match=r"^[^\n]+\.$"):
         robustkit.minimum_norm(model, x, y, "l2", attack=attack)
@@ -158,7 +158,7 @@ def whole(tmp_path_factory):
     return run(out=out), out
 
 
-def test_a_run_says_how_far_every_image_is(whole):
+def test_a_run_reports_the_distance_of_every_image(whole):
     report, out = whole
     far = report.minimum.distances
     assert far[3] == 0
@@ -205,7 +205,7 @@ class Dies(nn.Module):
         return self.net(x)
 
 
-def test_a_killed_run_goes_on(tmp_path, monkeypatch):
+def test_a_killed_run_resumes(tmp_path, monkeypatch):
     for module in (instrumented_model, profiling):
         monkeypatch.setattr(module, "SLOW_BATCH_SECONDS", 0.0)
         monkeypatch.setattr(module, "PART_SECONDS", 0.0)
@@ -226,7 +226,7 @@ def test_a_killed_run_goes_on(tmp_path, monkeypatch):
     assert found.cost.forwards == expected.cost.forwards
 
 
-def test_verify_measures_again(whole):
+def test_verify_recomputes_the_distances(whole):
     _, out = whole
     x, y = labelled(Small().eval(), 10, (3, 6, 8))
     y[3] = (y[3] + 1) % 10
@@ -235,7 +235,7 @@ def test_verify_measures_again(whole):
 
 
 @pytest.mark.parametrize("part", ["distances", "median"])
-def test_verify_finds_a_stated_distance_that_is_too_small(part, whole, tmp_path):
+def test_verify_finds_a_recorded_distance_that_is_too_small(part, whole, tmp_path):
     report, out = whole
     x, y = labelled(Small().eval(), 10, (3, 6, 8))
     y[3] = (y[3] + 1) % 10
@@ -275,7 +275,7 @@ class Random(nn.Module):
     ],
     ids=["curve", "audit", "strictness", "width", "precision", "pgd", "rapid", "random"],
 )
-def test_what_needs_an_eps_is_refused(settings, word):
+def test_options_that_need_an_eps_are_refused(settings, word):
     with pytest.raises(UsageError, match=rf"^[^\n]*{word}[^\n]*\.$"):
         run(**settings)
 
@@ -289,7 +289,7 @@ def test_other_verbs_need_an_eps():
         robustkit.train("pgd-at(threat=linf:min)", x, y)
 
 
-def test_a_plan_of_a_run_for_minimum_norms():
+def test_plan_forecasts_a_minimum_norm_run():
     x, y = labelled(Small().eval(), 9, (3, 6, 8))
     found = robustkit.plan(Small().eval(), x, y, "l2:min", suite=SUITE, seconds=20.0)
     # Steps and an answer more of each attempt, backwards for all but one; a ranking pass; verdicts.

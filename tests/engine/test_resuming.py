@@ -82,7 +82,7 @@ def told(report: Report) -> list[Any]:
     ]
 
 
-CASES = [
+CASES: list[Any] = [
     ("pgd(steps=2),square(queries=6)", 0.0, {}),
     ("autoattack:apgd-ce(steps=4),autoattack:square(queries=6)", 0.0, {}),
     ("foolbox:LinfPGD(steps=4)", 0.0, {}),
@@ -95,7 +95,7 @@ CASES = [
 @pytest.mark.usefixtures("slow")
 @pytest.mark.parametrize("checked", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("suite", "noise", "more"), CASES)
-def test_few_answers_between_two_kills_are_enough(
+def test_a_run_killed_after_every_few_passes_ends_with_the_same_result(
     suite: str, noise: float, more: dict[str, Any], checked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not checked:
@@ -116,7 +116,7 @@ def test_few_answers_between_two_kills_are_enough(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("slow")
-def test_so_are_few_answers_of_surrogates_and_targets(tmp_path: Path) -> None:
+def test_a_craft_run_killed_after_every_few_passes_ends_with_the_same_result(tmp_path: Path) -> None:
     nets = [Dies(), Dies(seed=1), Dies(seed=2)]
     x, y = labelled(nets[0].net, 3, SHAPE)
 
@@ -135,7 +135,7 @@ def test_so_are_few_answers_of_surrogates_and_targets(tmp_path: Path) -> None:
     assert not list((tmp_path / "pieces").glob(".unfinished*"))
 
 
-def test_a_damaged_record_ends_what_is_known(tmp_path: Path) -> None:
+def test_records_after_a_damaged_one_are_not_used(tmp_path: Path) -> None:
     store = Store(tmp_path / "work", "abcd1234")
     with recording(store, "work") as record:
         for value in (1.0, 2.0, 3.0):
@@ -157,7 +157,7 @@ def test_a_damaged_record_ends_what_is_known(tmp_path: Path) -> None:
     assert len(calls) == 2
 
 
-def test_a_record_of_another_query_is_not_taken(tmp_path: Path) -> None:
+def test_a_record_of_another_query_is_not_used(tmp_path: Path) -> None:
     store = Store(tmp_path / "work", "abcd1234")
     with recording(store, "work") as record:
         record.call(lambda x: x, torch.zeros(1, 2), differentiable=False, keep=True)
@@ -166,7 +166,7 @@ def test_a_record_of_another_query_is_not_taken(tmp_path: Path) -> None:
         assert bool((record.call(lambda x: x + 1, torch.ones(1, 2), differentiable=False, keep=True) == 2).all())
 
 
-def test_a_link_in_the_place_of_a_record_is_not_followed(tmp_path: Path) -> None:
+def test_a_symlink_in_place_of_a_record_is_not_followed(tmp_path: Path) -> None:
     store, precious = Store(tmp_path / "work", "abcd1234"), tmp_path / "precious"
     precious.write_text("mine")
     (tmp_path / "work").mkdir()
@@ -177,7 +177,7 @@ def test_a_link_in_the_place_of_a_record_is_not_followed(tmp_path: Path) -> None
     assert precious.read_text() == "mine"
 
 
-def test_generators_continue_where_they_were(tmp_path: Path) -> None:
+def test_random_generators_resume_at_their_state(tmp_path: Path) -> None:
     store = Store(tmp_path / "work", "abcd1234")
 
     def noisy(x: Tensor) -> Tensor:

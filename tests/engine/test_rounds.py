@@ -54,7 +54,7 @@ def facts(report: Report, order: np.ndarray | None = None) -> list[tuple[Any, ..
     return rows if order is None else [rows[at] for at in np.argsort(order)]
 
 
-def test_some_images_met_an_arm_and_others_did_not() -> None:
+def test_only_some_images_meet_each_arm() -> None:
     doubt = whole().strictness
     assert doubt is not None
     assert 0 < doubt.in_full < doubt.standing == sum(v.robust for v in whole().verdicts)
@@ -62,7 +62,7 @@ def test_some_images_met_an_arm_and_others_did_not() -> None:
     assert (doubt.bound, doubt.allowed) == (doubt.images / N, 0.002)
 
 
-def test_verdicts_do_not_depend_on_batches_or_order() -> None:
+def test_verdicts_are_independent_of_batch_size_and_order() -> None:
     order = np.random.default_rng(4).permutation(N)
     for report, by in ((ran(batch_size=7), None), (ran(order), order)):
         assert facts(report, by) == facts(whole())
@@ -70,13 +70,13 @@ def test_verdicts_do_not_depend_on_batches_or_order() -> None:
 
 
 @pytest.mark.slow
-def test_two_workers_give_the_same() -> None:
+def test_two_workers_give_the_same_report() -> None:
     report = ran(workers=2)
     assert (facts(report), report.strictness) == (facts(whole()), whole().strictness)
 
 
 @pytest.mark.parametrize(("at", "after"), [(0, True), (1, False), (2, True), (3, False)])
-def test_killed_in_any_round_and_resumed_it_is_as_if_never_killed(
+def test_a_run_killed_in_any_round_resumes_to_the_same_report(
     at: int, after: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_row_wise: Callable[..., None] = BlockRunner.run_row_wise
@@ -100,7 +100,7 @@ def test_killed_in_any_round_and_resumed_it_is_as_if_never_killed(
     assert spent == [(stage.forwards, stage.backwards) for stage in whole().stages[1:]]
 
 
-def test_where_nothing_may_be_left_every_robust_image_met_every_arm() -> None:
+def test_at_strictness_zero_every_robust_image_met_every_arm() -> None:
     report = ran(strictness=0)
     doubt = report.strictness
     assert doubt is not None
@@ -108,7 +108,7 @@ def test_where_nothing_may_be_left_every_robust_image_met_every_arm() -> None:
     assert doubt.in_full == doubt.standing > 0
 
 
-def test_what_is_asked_for_is_of_the_identity_and_repeated_by_the_command() -> None:
+def test_strictness_is_part_of_the_run_id_and_of_the_printed_command() -> None:
     strict, usual = ran(strictness="5 %"), whole()
     assert strict.spec.strictness == 0.05
     assert strict.run_id != usual.run_id
@@ -118,7 +118,7 @@ def test_what_is_asked_for_is_of_the_identity_and_repeated_by_the_command() -> N
     assert RunSpec(**usual.spec.identity).run_id == usual.run_id
 
 
-def test_the_folder_keeps_it_and_verify_recomputes_it(tmp_path: Path) -> None:
+def test_the_run_folder_records_the_bound_and_verify_recomputes_it(tmp_path: Path) -> None:
     net, x, y = subject()
     report = ran(out=tmp_path / "r")
     file = tmp_path / "r" / run_folder.REPORT
@@ -146,7 +146,7 @@ def test_the_folder_keeps_it_and_verify_recomputes_it(tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("verb", ["evaluate", "plan"])
-def test_a_strictness_that_cannot_be_meant(
+def test_an_invalid_strictness_is_refused(
     verb: str, words: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run([verb, "--limit", "2", *words]) == 2
@@ -155,7 +155,7 @@ def test_a_strictness_that_cannot_be_meant(
     assert "Traceback" not in error
 
 
-def test_python_refuses_the_same() -> None:
+def test_an_invalid_strictness_is_refused_in_python() -> None:
     for value in (3, -1.0, float("nan"), "x %"):
         with pytest.raises(UsageError, match=r"strictness .* write a share of the images"):
             ran(strictness=value)

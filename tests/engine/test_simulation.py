@@ -19,13 +19,13 @@ def mixed(count: int, seed: int = 0) -> list[Job]:
 
 @pytest.mark.parametrize("devices", DEVICES)
 @pytest.mark.parametrize("passes", [1, 7])
-def test_equal_images_one_at_a_time_go_in_rounds(devices: int, passes: int) -> None:
+def test_equal_images_run_in_equal_rounds(devices: int, passes: int) -> None:
     course = simulate([Job(3.0, passes)] * 10, Site(devices, slots=1))
     assert course.seconds == pytest.approx(-(-10 // devices) * 3.0)
     assert course.shares["work"] == pytest.approx(30 / (devices * course.seconds))
 
 
-def test_a_pass_takes_its_own_time_and_that_of_all_on_board() -> None:
+def test_a_pass_takes_a_fixed_time_and_the_time_of_its_images() -> None:
     # 10 images of 4 passes, 5 on board: twice 4 passes of 0.5 s and 5 x 0.1 s.
     course = simulate([Job(0.4, 4)] * 10, Site(1, slots=5, overhead=0.5))
     assert course.seconds == pytest.approx(2 * 4 * (0.5 + 5 * 0.1))
@@ -33,7 +33,7 @@ def test_a_pass_takes_its_own_time_and_that_of_all_on_board() -> None:
 
 
 @pytest.mark.parametrize("devices", DEVICES)
-def test_one_long_image_bounds_the_time(devices: int) -> None:
+def test_the_longest_image_bounds_the_time(devices: int) -> None:
     jobs = [Job(0.01, 2)] * 50 + [Job(9.0, 900)]
     course = simulate(jobs, Site(devices, slots=8, overhead=0.01))
     assert course.seconds >= 9.0 + 900 * 0.01 - 1e-9
@@ -44,7 +44,7 @@ def test_one_long_image_bounds_the_time(devices: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_more_devices_are_faster_and_no_better_than_their_number(seed: int) -> None:
+def test_the_speed_up_is_at_most_the_number_of_devices(seed: int) -> None:
     jobs = mixed(400, seed)
     longest = max(job.work + 0.001 * job.passes for job in jobs)
     before = None
@@ -61,14 +61,14 @@ def test_more_devices_are_faster_and_no_better_than_their_number(seed: int) -> N
         before = course.seconds
 
 
-def test_the_last_images_are_shared_out() -> None:
+def test_the_last_images_are_divided_among_devices() -> None:
     # 64 images are on board of the first to ask, unless some are given away.
     jobs = [Job(1.0, 100)] * 64
     course = simulate(jobs, Site(4, slots=64, overhead=0.001))
     assert course.seconds < 1.4 * 64 / 4
 
 
-def test_start_up_and_the_driver_bound_what_devices_can_do() -> None:
+def test_start_up_and_driver_time_bound_the_speed_up() -> None:
     jobs = [Job(0.1, 1)] * 100
     late = simulate(jobs, Site(50, slots=4, startup=20.0, opening=5.0))
     assert late.bound == "start"
@@ -83,7 +83,7 @@ def test_start_up_and_the_driver_bound_what_devices_can_do() -> None:
 
 
 @pytest.mark.parametrize("devices", [1, 4])
-def test_images_beyond_those_simulated_go_at_the_steady_pace(devices: int) -> None:
+def test_images_beyond_the_simulated_ones_run_at_the_steady_rate(devices: int) -> None:
     site = Site(devices, slots=8, overhead=0.01, startup=2.0)
     whole = simulate(mixed(8000), site)
     part = extended(mixed(2000), site, 8000)
@@ -92,5 +92,5 @@ def test_images_beyond_those_simulated_go_at_the_steady_pace(devices: int) -> No
     assert part.shares["work"] == pytest.approx(whole.shares["work"], abs=0.1)
 
 
-def test_nothing_to_do_takes_no_time() -> None:
+def test_no_images_take_no_time() -> None:
     assert simulate([], Site(2, slots=4)).seconds == 0

@@ -60,7 +60,7 @@ def arrays(shards: Samples) -> Samples:
 
 
 @pytest.mark.parametrize("suite", ["pgd(steps=3)", "fgsm"])
-def test_an_evaluation_of_shards_is_that_of_arrays(
+def test_an_evaluation_of_shards_equals_that_of_arrays(
     shards: Samples, arrays: Samples, suite: str, tmp_path: Path
 ) -> None:
     model = as_classifier(Small())
@@ -73,7 +73,7 @@ def test_an_evaluation_of_shards_is_that_of_arrays(
     assert found.checked == sum(stage.fooled for stage in streamed.stages[1:]) > 0
 
 
-def test_crafting_on_shards_is_crafting_on_arrays(
+def test_crafting_on_shards_equals_crafting_on_arrays(
     shards: Samples, arrays: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(archive, "_MAP_FROM", 1)
@@ -95,9 +95,7 @@ def test_training_reads_shards_into_memory(shards: Samples, arrays: Samples) -> 
     assert torch.equal(ImageSet.read(shards).pixels, ImageSet.read(arrays).pixels)
 
 
-def test_a_large_x_is_mapped_and_what_is_written_into_it_stays_out_of_the_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_large_x_is_mapped_copy_on_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     x = np.random.RandomState(0).rand(3, 1, 2, 2).astype(np.float32)
     rows = run_folder.Adversarials(
         np.arange(3), np.zeros(3, np.int64), (1, 2, 2), lambda: (row.tobytes() for row in x)
@@ -114,13 +112,13 @@ def test_a_large_x_is_mapped_and_what_is_written_into_it_stays_out_of_the_file(
     assert (run_folder.read_adversarial(tmp_path)["x"] == x).all()
 
 
-def test_hashes_are_what_was_put_in() -> None:
+def test_stored_hashes_are_returned_unchanged() -> None:
     hashes = Hashes(3)
     hashes[1] = "00ff" * 16
     assert [hashes[0], hashes[1]] == ["0" * 64, "00ff" * 16]
 
 
-def test_a_ledger_finds_a_chunks_rows_and_gives_images_in_order(tmp_path: Path) -> None:
+def test_a_ledger_returns_the_rows_of_a_chunk_in_image_order(tmp_path: Path) -> None:
     with Ledger.open(tmp_path / "l", "run") as ledger:
         for number, positions in enumerate(([5, 1], [4, 0, 3])):
             rows = [Verdict(at, 0, 1, 0.5, at != 3, "", bytes([at]) if at != 3 else None) for at in positions]
@@ -134,7 +132,7 @@ def test_a_ledger_finds_a_chunks_rows_and_gives_images_in_order(tmp_path: Path) 
         assert "rows_of_chunk" in plan[-1]
 
 
-def test_a_worker_keeps_no_image_that_has_its_verdict() -> None:
+def test_a_worker_frees_images_that_have_a_verdict() -> None:
     class Silent:
         def send(self, message: object) -> None:
             pass

@@ -38,11 +38,11 @@ def _records(suite: str) -> list[dict[str, object]]:
         (2, 3, "pgd,apgd(loss=margin)*", "the attacks marked * that were not run on them would fool"),
     ],
 )
-def test_the_sentence_names_what_the_bound_is_of(images: int, in_full: int, suite: str, words: str) -> None:
+def test_the_sentence_names_the_quantity_of_the_bound(images: int, in_full: int, suite: str, words: str) -> None:
     assert words in unresolved(Strictness(images, images / 1000, 0.002, 7, in_full), spec(suite))
 
 
-def test_table_and_page_of_a_run_end_with_its_bound() -> None:
+def test_table_and_page_end_with_the_bound() -> None:
     net = Small().eval()
     x, y = labelled(net, 12, (3, 9, 7))
     found = evaluate(net, x, y, "linf:0.05", suite="pgd(steps=2),apgd(loss=ce,steps=3)*,apgd-t(steps=3)*")
@@ -57,7 +57,7 @@ def test_table_and_page_of_a_run_end_with_its_bound() -> None:
     assert dict((flag.code, flag) for _, flag in rows(found))["audit-broke"].level == "not measured"
 
 
-def test_a_page_of_minimum_norms_asks_nothing_that_only_a_run_at_an_eps_can_answer() -> None:
+def test_a_minimum_norm_page_leaves_out_questions_about_an_eps() -> None:
     net = Small().eval()
     x, y = labelled(net, 6, (3, 9, 7))
     found = evaluate(net, x, y, "l2:min", suite="fmn(steps=20)")

@@ -51,14 +51,14 @@ def found_by_verify(path: Path) -> bool:
         return True
 
 
-def test_an_honest_run_is_all_good(finished: Path) -> None:
+def test_an_unchanged_run_verifies(finished: Path) -> None:
     result = verify(finished / "r")
     assert result.bad == []
     assert result.checked == sum(not v.robust and v.attack != "clean" for v in result.report.verdicts) > 3
 
 
 @pytest.mark.parametrize("name", ["adversarial.npz", "ledger.sqlite", "spec.json"])
-def test_a_flipped_byte_anywhere_is_found(name: str, finished: Path, tmp_path: Path) -> None:
+def test_a_changed_byte_in_any_file_is_found(name: str, finished: Path, tmp_path: Path) -> None:
     size = (finished / "r" / name).stat().st_size
     places = [0, size - 1, *random.Random(0).sample(range(size), 12)]
     for at in places:
@@ -68,7 +68,7 @@ def test_a_flipped_byte_anywhere_is_found(name: str, finished: Path, tmp_path: P
         assert found_by_verify(copy), f"byte {at} of {name}"
 
 
-def test_a_flipped_byte_is_found_by_the_next_run(
+def test_a_changed_byte_is_found_when_the_run_is_resumed(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     spec = json.loads((finished / "r" / "spec.json").read_text())
@@ -91,7 +91,7 @@ def test_a_flipped_byte_is_found_by_the_next_run(
         assert f"{name} has changed since the run" in capsys.readouterr().err
 
 
-def test_flipped_weights_are_found(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_changed_weights_are_found(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(finished, tmp_path / "all")
     weights = tmp_path / "all" / "w.safetensors"
     flip(weights, weights.stat().st_size - 1001)
@@ -104,7 +104,7 @@ def test_flipped_weights_are_found(finished: Path, tmp_path: Path, capsys: pytes
     assert "differs in model" in capsys.readouterr().err
 
 
-def test_moved_weights_verify(finished: Path, tmp_path: Path) -> None:
+def test_weights_in_another_folder_verify(finished: Path, tmp_path: Path) -> None:
     shutil.copy(finished / "w.safetensors", tmp_path / "elsewhere.safetensors")
     model = f"robustkit:digits-cnn@{tmp_path / 'elsewhere.safetensors'}"
     assert run(["verify", str(finished / "r"), "--model", model]) == 0
@@ -114,7 +114,7 @@ def rewritten(path: Path, change: object) -> Path:
     """Change adversarial.npz and report.json's seal of it: a forger who knows the seals."""
     with np.load(path / "adversarial.npz") as stored:
         arrays = dict(stored)
-    change(arrays)  # type: ignore[operator]
+    change(arrays)
     np.savez(path / "adversarial.npz", **arrays)
     body = json.loads((path / "report.json").read_text())
     body["files"]["adversarial.npz"] = run_folder.sha256(path / "adversarial.npz")
@@ -176,7 +176,7 @@ def test_a_forged_report_is_found(finished: Path, tmp_path: Path) -> None:
         assert verify(copy).bad
 
 
-def test_borderline_records_are_no_fault(tmp_path: Path) -> None:
+def test_verdicts_within_rounding_of_the_boundary_verify(tmp_path: Path) -> None:
     """A margin within float noise is listed, whichever side of 0 it is on when looked at again."""
     net = Small()
     x, y = labelled(net, 12, SHAPE)
@@ -204,7 +204,7 @@ def test_python_runs_are_verified_from_python(tmp_path: Path, capsys: pytest.Cap
     assert verify(tmp_path / "r", net, x.flip(0), y).bad
 
 
-def test_unfinished_run(tmp_path: Path) -> None:
+def test_an_unfinished_run_is_refused(tmp_path: Path) -> None:
     net = Small()
     x, y = labelled(net, 12, SHAPE)
     evaluate(net, x, y, "linf:0.05", suite="fgsm", out=tmp_path / "r")
@@ -237,6 +237,6 @@ def test_changed_data_stops_a_resumed_run(tmp_path: Path) -> None:
         evaluate(net, samples, None, "linf:0.05", suite="pgd(steps=5)", out=tmp_path / "r")
 
 
-def test_report_reads_back(finished: Path) -> None:
+def test_the_report_round_trips_through_json(finished: Path) -> None:
     report = run_folder.read_report(finished / "r")
     assert Report.from_json(report.to_json()) == report

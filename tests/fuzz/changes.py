@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 DEEP: Any = 1
 for _ in range(60):
     DEEP = [DEEP]
-VALUES = (
+VALUES: tuple[Any, ...] = (
     *(
         None,
         True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,8 +40,8 @@ RIGHT: dict[str, tuple[str, ...]] = {
 APART = {"help", "download", "debug", "ray", "workers", "devices", "trust_code"}
 
 
-def parameters(verb: str) -> list[object]:
-    command = typer.main.get_command(app)
+def parameters(verb: str) -> list[Any]:
+    command: Any = typer.main.get_command(app)
     for name in verb.split():
         command = command.get_command(typer.Context(command), name)
     return [one for one in command.params if one.name not in APART]
@@ -59,11 +60,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def commands(draw: st.DrawFn, verb: str) -> list[str]:
     words = [*verb.split(), *RIGHT[verb]]
     for one in draw(st.lists(st.sampled_from(parameters(verb)), min_size=1, max_size=2)):
-        option = one.opts[0]  # type: ignore[attr-defined]
+        option = one.opts[0]
         if getattr(one, "is_flag", False):
             words += [option]
             continue
-        kind = strings(one.name) if one.type.name in ("text", "str") else st.sampled_from(HOSTILE)  # type: ignore[attr-defined]
+        kind = strings(one.name) if one.type.name in ("text", "str") else st.sampled_from(HOSTILE)
         value = draw(kind)
         if not option.startswith("-"):
             words[len(verb.split())] = value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
@@ -22,8 +23,10 @@ from robustkit.models import as_classifier
 from robustkit.models.classifier import Classifier
 from robustkit.registry import make
 
-COARSE = ("jpeg", "resize-pad", "numpy-median", "bit-depth", "blunt", "thermometer", "one-hot", "lookup")
-COARSE += ("completed", "sparse-spectrum")
+COARSE = (
+    *("jpeg", "resize-pad", "numpy-median", "bit-depth", "blunt", "thermometer", "one-hot", "lookup"),
+    *("completed", "sparse-spectrum"),
+)
 # Dice that cannot be taken out: the mean over draws is what there is.
 NOISY = ("numpy-noise",)
 THREAT = ThreatModel.parse("linf:0.1")
@@ -40,7 +43,7 @@ def images() -> tuple[torch.Tensor, torch.Tensor]:
     return data.images(range(24)), torch.as_tensor(data.labels)
 
 
-def test_an_honest_net_has_none(net: Classifier, images: tuple[torch.Tensor, torch.Tensor]) -> None:
+def test_an_unmasked_net_has_no_view(net: Classifier, images: tuple[torch.Tensor, torch.Tensor]) -> None:
     found = views(net, images[0])
     assert found == {}
     assert found.findings == ()
@@ -52,7 +55,7 @@ def slope(view: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, labels:
 
 
 @pytest.mark.parametrize("name", AROUND)
-def test_a_masked_one_has_one_whose_gradient_is_the_bare_nets(
+def test_the_view_of_a_masked_net_has_the_gradient_of_the_unmasked_net(
     name: str, net: Classifier, images: tuple[torch.Tensor, torch.Tensor]
 ) -> None:
     """Nearly; what is blurred or coarse has another, of which part is the same."""
@@ -71,7 +74,7 @@ def test_a_masked_one_has_one_whose_gradient_is_the_bare_nets(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", AROUND)
-def test_a_masked_one_has_one_that_finds_what_there_is(
+def test_attacks_on_the_view_of_a_masked_net_succeed(
     name: str, net: Classifier, images: tuple[torch.Tensor, torch.Tensor]
 ) -> None:
     """Within what 20 steps differ by, the worst over the views is the bare net's robust accuracy."""
@@ -93,7 +96,7 @@ def test_a_masked_one_has_one_that_finds_what_there_is(
 
 
 @pytest.mark.parametrize("name", AROUND)
-def test_the_values_inside_are_the_models_own(
+def test_views_have_the_outputs_of_the_model(
     name: str, net: Classifier, images: tuple[torch.Tensor, torch.Tensor]
 ) -> None:
     model = as_classifier(Behind(net, AROUND[name]).eval())
@@ -110,7 +113,7 @@ def test_the_values_inside_are_the_models_own(
     assert torch.equal(*answers)
 
 
-def test_everything_is_left_as_found(net: Classifier, images: tuple[torch.Tensor, torch.Tensor]) -> None:
+def test_finding_views_changes_no_state(net: Classifier, images: tuple[torch.Tensor, torch.Tensor]) -> None:
     x = images[0]
     before = x.clone()
     for parameter in net.parameters():
@@ -149,7 +152,7 @@ class Ensemble(nn.Module):
         return (apart - apart.amax(1, keepdim=True)).median(1).values
 
 
-def test_an_ensemble_is_taken_apart(net: Classifier, images: tuple[torch.Tensor, torch.Tensor]) -> None:
+def test_an_ensemble_has_views_of_its_members(net: Classifier, images: tuple[torch.Tensor, torch.Tensor]) -> None:
     x = images[0]
     model = as_classifier(Ensemble(net).eval())
     found = views(model, x)
@@ -171,13 +174,13 @@ INSIDE: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "clamped": (lambda: Activation(lambda h: (1e6 * h).clamp(-1, 1)), "clamps"),
     "straight-through": (lambda: Activation(Estimated.apply), "writes its own backward pass"),
     "rounded": (lambda: Activation(lambda h: h.relu().round()), "rounds"),
-    **{how: (lambda how=how: KWinners(0.2, how), "compares") for how in ("threshold", "where", "fill", "assign")},
+    **{how: (partial(KWinners, 0.2, how), "compares") for how in ("threshold", "where", "fill", "assign")},
     "scatter": (lambda: KWinners(0.2, "scatter"), "chooses"),
 }
 
 
 @pytest.mark.parametrize("name", INSIDE)
-def test_places_that_hide_gradients_are_found(name: str) -> None:
+def test_operations_that_mask_gradients_are_found(name: str) -> None:
     make_one, what = INSIDE[name]
     model = as_classifier(Digits(make_one).eval())
     found = views(model, torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(0)))
@@ -188,7 +191,7 @@ def test_places_that_hide_gradients_are_found(name: str) -> None:
 
 
 @pytest.mark.slow
-def test_what_cannot_be_seen_is_left_alone(images: tuple[torch.Tensor, torch.Tensor]) -> None:
+def test_models_that_cannot_be_traced_have_no_view(images: tuple[torch.Tensor, torch.Tensor]) -> None:
     """A traced net runs where nobody sees it; one that raises has no views and breaks nothing."""
     import warnings
 
@@ -206,7 +209,7 @@ def test_what_cannot_be_seen_is_left_alone(images: tuple[torch.Tensor, torch.Ten
     assert views(as_classifier(shaky), x) == {}
 
 
-def test_what_a_net_exports_is_taken(net: Classifier, images: tuple[torch.Tensor, torch.Tensor]) -> None:
+def test_views_that_a_net_exports_are_used(net: Classifier, images: tuple[torch.Tensor, torch.Tensor]) -> None:
     class Exporting(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -27,7 +27,7 @@ def test_the_worked_example() -> None:
     assert swapped.sort(1, descending=True).values[:, 1].tolist() == [[0, 0, 0]]
 
 
-def test_a_class_that_nobody_ranks_first_can_win() -> None:
+def test_a_class_that_no_member_ranks_first_can_win() -> None:
     """B-P20."""
     z = torch.tensor([[[2.0, 1, 0], [0, 3, 3 - 2.01], [4, 0, 4 - 2.02]]])
     assert crossmax(z, 3).argmax(1).item() == 2
@@ -35,7 +35,7 @@ def test_a_class_that_nobody_ranks_first_can_win() -> None:
 
 
 @pytest.mark.parametrize("k", [None, 2, 3, 8])
-def test_invariances(k) -> None:
+def test_crossmax_is_invariant_to_shifts_scale_and_order_of_members(k) -> None:
     """B-P1 to B-P6: shifts of a predictor, scale, permutations; never above 0; not shifts of a class."""
     z = stacks()
     y = crossmax(z, k)
@@ -51,7 +51,7 @@ def test_invariances(k) -> None:
         assert (y <= crossmax(z, k - 1)).all()
 
 
-def test_votes_make_a_plateau() -> None:
+def test_a_class_with_k_first_ranks_has_score_0_and_no_gradient() -> None:
     """B-P6: a class with k first places has score 0 and no gradient; others depend on at most four logits."""
     z = stacks().requires_grad_()
     y = crossmax(z, 3)
@@ -89,7 +89,7 @@ def test_the_median_of_an_even_number_is_the_lower_middle_one() -> None:
 
 
 @pytest.mark.parametrize("k", [2, 3, 5, 8])
-def test_what_all_rank_first_wins(k) -> None:
+def test_a_class_that_all_members_rank_first_wins(k) -> None:
     """B-P7, where no other class has k gaps equal to its best."""
     z = stacks(rows=4000)
     z[:, :, 6] = z.amax(2) + stacks(8, 1, rows=4000, seed=3)[:, :, 0].abs() + 1e-6
@@ -108,7 +108,7 @@ def test_rows_are_independent_and_members_exchangeable(name) -> None:
     torch.testing.assert_close(aggregate(z.flip(1)), whole)
 
 
-def test_the_mean_of_probabilities_is_safe() -> None:
+def test_the_mean_of_probabilities_is_finite_for_any_logits() -> None:
     """The oracle of A.11, a sum of 1, and gradients where a clamp would have none."""
     z = torch.tensor([[[0.0, 0], [math.log(3), 0]]], dtype=torch.float64)
     torch.testing.assert_close(

@@ -25,7 +25,7 @@ def test_ties_of_crossmax(k: int, predictors: int, classes: int, ties: float) ->
     assert sheet.partials <= 4
 
 
-def test_crossmax() -> None:
+def test_fact_sheet_of_crossmax() -> None:
     sheet = fact_sheet("crossmax:3", 8, 10)
     changes = {"constant on one class", "factor on one predictor"}
     assert {name for name, stays in sheet.invariances.items() if not stays} == changes
@@ -40,7 +40,7 @@ def test_the_mean_is_taken_by_one() -> None:
     assert {name for name, stays in sheet.invariances.items() if not stays} == {"factor on one predictor"}
 
 
-def test_the_others() -> None:
+def test_fact_sheets_of_other_aggregators() -> None:
     """The lower of two middle logits falls with a half of the predictors, and so do votes and probabilities."""
     median, vote, mean = (fact_sheet(name, 8, 10) for name in ("median", "vote", "probabilities"))
     assert median.taken_by == vote.taken_by == mean.taken_by == 4
@@ -53,7 +53,7 @@ def test_the_others() -> None:
     assert all(sheet.invariances["order of predictors"] for sheet in (median, vote, mean))
 
 
-def test_impossible_sheets() -> None:
+def test_impossible_fact_sheets_are_refused() -> None:
     for name, predictors, classes, words in (
         ("crossmax:9", 8, 10, "k = 9"),
         ("logits", 1, 10, "2 or more"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -21,11 +22,11 @@ NORM = {"mean": [0.4], "std": [0.2]}
 RESNET = "robustkit:cifar-resnet20?num_classes=4"
 
 
-def mean_of(models: list[torch.nn.Module], x: torch.Tensor) -> torch.Tensor:
+def mean_of(models: Sequence[torch.nn.Module], x: torch.Tensor) -> torch.Tensor:
     return torch.stack([model(x).double().softmax(1) for model in models]).mean(0).log()
 
 
-def test_one_net(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_of_one_net_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     string = write_single(tmp_path / "one", NETS[1], **NORM)
     model = load_model(string)
     torch.testing.assert_close(model(X), NETS[1]((X - 0.4) / 0.2))
@@ -42,7 +43,7 @@ def test_one_net(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         load_model("one?num_classes=3")
 
 
-def test_it_is_the_net_under_its_own_string(tmp_path: Path) -> None:
+def test_a_run_has_the_fingerprint_of_its_net(tmp_path: Path) -> None:
     string = write_single(tmp_path / "one", NETS[1])
     assert (
         load_model(string).fingerprint
@@ -50,7 +51,7 @@ def test_it_is_the_net_under_its_own_string(tmp_path: Path) -> None:
     )
 
 
-def test_members(tmp_path: Path) -> None:
+def test_members_load_together_and_by_number(tmp_path: Path) -> None:
     string = write_members(tmp_path / "several", NETS[:3])
     torch.testing.assert_close(load_model(string)(X).double(), mean_of(NETS[:3], X), rtol=1e-4, atol=1e-5)
     for number in range(3):
@@ -62,7 +63,7 @@ def test_members(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("arch", [ARCH, RESNET])
-def test_samples(tmp_path: Path, arch: str) -> None:
+def test_samples_load_together_and_by_number(tmp_path: Path, arch: str) -> None:
     nets = [net(seed, arch) for seed in range(5)]
     x = X if arch == ARCH else torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     string = write_posterior(tmp_path / "posterior", nets, arch=arch)
@@ -94,7 +95,7 @@ def test_the_gradient_through_samples(tmp_path: Path) -> None:
     assert all(parameter.grad is None for parameter in whole.parameters())
 
 
-def test_probabilities_of_any_size(tmp_path: Path) -> None:
+def test_mean_probabilities_are_finite_for_any_logits(tmp_path: Path) -> None:
     nets = [net(seed) for seed in range(2)]
     for one in nets:
         one.linear.weight.data.mul_(1e5)
@@ -107,7 +108,7 @@ def test_probabilities_of_any_size(tmp_path: Path) -> None:
         assert x.grad.isfinite().all()
 
 
-def test_the_fingerprint_is_of_all_samples(tmp_path: Path) -> None:
+def test_the_fingerprint_covers_all_samples(tmp_path: Path) -> None:
     string = write_posterior(tmp_path / "a", NETS)
     model = load_model(string)
     first = model.fingerprint
@@ -118,7 +119,7 @@ def test_the_fingerprint_is_of_all_samples(tmp_path: Path) -> None:
     assert load_model(f"{string}#3").weights_sha256 != load_model(f"{string}#2").weights_sha256
 
 
-def test_a_copy_is_its_own_net_over_the_same_store(tmp_path: Path) -> None:
+def test_a_copy_has_its_own_net_and_shares_the_posterior(tmp_path: Path) -> None:
     model = load_model(write_posterior(tmp_path / "a", NETS))
     twin = copy.deepcopy(model)
     expected = model(X)
@@ -150,13 +151,13 @@ def test_a_mixture_is_never_traced(tmp_path: Path) -> None:
         ({"hashes": {"model.safetensors": "0"}}, "is not the file that the training wrote"),
     ],
 )
-def test_a_folder_that_is_not_as_written(tmp_path: Path, change: dict[str, object], sentence: str) -> None:
+def test_a_changed_run_folder_is_refused(tmp_path: Path, change: dict[str, object], sentence: str) -> None:
     string = write_single(tmp_path / "one", NETS[0], **change)
     with pytest.raises(UsageError, match=sentence):
         load_model(string)
 
 
-def test_numbers_that_are_not_there(tmp_path: Path) -> None:
+def test_numbers_of_missing_members_are_refused(tmp_path: Path) -> None:
     strings = [write_posterior(tmp_path / "a", NETS[:2]), write_members(tmp_path / "b", NETS[:2])]
     for string, what in zip(strings, ("samples", "members"), strict=True):
         with pytest.raises(UsageError, match=f"names number 2 but 2 {what}: write numbers from 0 to 1"):
@@ -168,7 +169,7 @@ def test_numbers_that_are_not_there(tmp_path: Path) -> None:
                 load_model(f"{string}{text}")
 
 
-def test_damaged_files(tmp_path: Path) -> None:
+def test_damaged_files_are_refused(tmp_path: Path) -> None:
     string = write_posterior(tmp_path / "a", NETS[:2])
     body = bytearray((tmp_path / "a" / "posterior.safetensors").read_bytes())
     body[-1] ^= 1

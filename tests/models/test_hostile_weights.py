@@ -125,7 +125,7 @@ def events():
     return during
 
 
-def test_nothing_that_a_file_names_happens(tmp_path, events):
+def test_no_function_that_a_file_names_is_called(tmp_path, events):
     path = tmp_path / "w.pt"
     for form in (in_zip, in_stream):  # what torch itself imports, it imports here
         path.write_bytes(form(b"N"))
@@ -137,7 +137,7 @@ def test_nothing_that_a_file_names_happens(tmp_path, events):
                 assert events(path) == [], (how, name, form)
 
 
-def test_what_is_called_is_a_part_of_what_weights_only_calls():
+def test_only_functions_that_weights_only_allows_are_called():
     called = {name: value for name, value in inert_pickle._REAL.items() if value in inert_pickle._CALLABLE}
     assert called.keys() <= _weights_only_unpickler._get_allowed_globals().keys()
     own = inert_pickle._ordered, inert_pickle._size, inert_pickle._without_type
@@ -173,13 +173,13 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_no_more_is_made_than_the_file_holds(tmp_path, name):
+def test_no_more_memory_is_allocated_than_the_file_holds(tmp_path, name):
     (tmp_path / "w.pt").write_bytes(HOSTILE[name])
     with pytest.raises(UsageError, match="truncated or damaged"):
         read_weights(tmp_path / "w.pt")
 
 
-def test_archives_of_other_kinds(tmp_path):
+def test_archives_of_other_formats_are_refused(tmp_path):
     path = tmp_path / "w.pt"
     for content, sentence in (
         (in_zip(entry(tensor(4)), zipfile.ZIP_DEFLATED, bytes(10**7)), r"has [\d,]+ bytes and unpacks to 10,000"),
@@ -193,7 +193,7 @@ def test_archives_of_other_kinds(tmp_path):
             read_weights(path)
 
 
-def test_what_lies_deep_or_has_odd_names_is_passed_over(tmp_path):
+def test_deeply_nested_and_oddly_named_entries_are_ignored(tmp_path):
     path = tmp_path / "w.pt"
     path.write_bytes(in_zip(b"}" + 20_000 * (text("") + b"}") + 20_000 * b"s"))
     assert read_weights(path).sets == {}
@@ -201,7 +201,7 @@ def test_what_lies_deep_or_has_odd_names_is_passed_over(tmp_path):
     assert read_weights(path).content == "a dict of 2 entries without names"
 
 
-def test_integers_are_no_weights(tmp_path):
+def test_integer_tensors_are_refused_as_weights(tmp_path):
     state = load_model("robustkit:digits-cnn").net.state_dict()
     for kind in (torch.int8, torch.complex64, torch.bool):
         torch.save({name: value.to(kind) for name, value in state.items()}, tmp_path / "w.pt")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -21,12 +22,12 @@ NETS = [net(seed) for seed in range(4)]
 WAYS = ["probabilities", "logits", "vote", "median", "crossmax", "crossmax:2"]
 
 
-def stack(models: list[torch.nn.Module], x: torch.Tensor) -> torch.Tensor:
+def stack(models: Sequence[torch.nn.Module], x: torch.Tensor) -> torch.Tensor:
     return torch.stack([model(x) for model in models], 1)
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_members_and_samples_are_joined_as_asked(tmp_path: Path, way: str) -> None:
+def test_members_and_samples_are_aggregated_as_requested(tmp_path: Path, way: str) -> None:
     """Values and gradients are those of the aggregator over nets which are all there."""
     aggregate = parse_aggregator(way)
     slopes = torch.rand(3, 4, generator=torch.Generator().manual_seed(1))
@@ -46,7 +47,7 @@ def test_members_and_samples_are_joined_as_asked(tmp_path: Path, way: str) -> No
         assert load_model(whole.string).fingerprint == whole.fingerprint
 
 
-def test_the_way_is_part_of_what_a_model_is(tmp_path: Path) -> None:
+def test_the_aggregator_is_part_of_the_fingerprint(tmp_path: Path) -> None:
     for write in (write_members, write_posterior):
         string = write(tmp_path / write.__name__, NETS)
         prints = [load_model(f"{string}?combine={way}").fingerprint for way in WAYS]
@@ -75,21 +76,21 @@ def test_fingerprints_are_those_of_earlier_versions(tmp_path: Path) -> None:
         ("?combine=", "no combine ''"),
     ],
 )
-def test_ways_that_there_are_not(tmp_path: Path, query: str, sentence: str) -> None:
+def test_unknown_aggregators_are_refused(tmp_path: Path, query: str, sentence: str) -> None:
     for write in (write_members, write_posterior):
         string = write(tmp_path / write.__name__, NETS)
         with pytest.raises(UsageError, match=sentence):
             load_model(string + query)
 
 
-def test_one_net_is_not_joined(tmp_path: Path) -> None:
+def test_combine_is_refused_for_one_net(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is one net: combine=vote"):
         load_model(write_single(tmp_path / "one", NETS[0]) + "?combine=vote")
     with pytest.raises(UsageError, match="no field of robustkit models 'combine'"):
         load_model(f"{ARCH}&pretrained=false&combine=vote")
 
 
-def test_samples_in_bfloat16_are_each_their_own(tmp_path: Path) -> None:
+def test_each_sample_uses_its_own_weights_under_autocast(tmp_path: Path) -> None:
     """Autocast remembers a net's weights, which are swapped here."""
     string = write_posterior(tmp_path / "posterior", NETS)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
@@ -105,7 +106,7 @@ def written(folder: Path, seed: int) -> str:
     return f"robustkit:digits-cnn@{path}?mean=0.{seed}&std=0.5"
 
 
-def test_independent_files_are_one_model(tmp_path: Path) -> None:
+def test_independent_files_load_as_one_model(tmp_path: Path) -> None:
     """Each has its normalisation; the string loads the same from anywhere."""
     strings = [written(tmp_path, seed) for seed in range(3)]
     singles = [load_model(string) for string in strings]
@@ -128,7 +129,7 @@ def test_independent_files_are_one_model(tmp_path: Path) -> None:
     assert whole.defenses
 
 
-def test_ensembles_of_ensembles(tmp_path: Path) -> None:
+def test_ensembles_of_ensembles_load(tmp_path: Path) -> None:
     """Files, members and samples inside one another; and what is asked of samples changes no fingerprint."""
     files = [written(tmp_path, seed) for seed in range(2)]
     members = write_members(tmp_path / "members", NETS[:3])
@@ -136,6 +137,7 @@ def test_ensembles_of_ensembles(tmp_path: Path) -> None:
     inner = f"ensemble:[{files[0]};{files[1]}]?combine=logits"
     parts = [inner, f"{members}?combine=median", f"{samples}#0+2"]
     whole = load_model(f"ensemble:[{';'.join(parts)}]?combine=crossmax")
+    assert isinstance(whole.net, Members)
     assert len(whole.net) == 3
     before = whole.fingerprint
     found, expected = (x.requires_grad_() for x in (X.clone(), X.clone()))
@@ -159,7 +161,7 @@ def test_members_of_other_classes_or_images_are_refused(tmp_path: Path) -> None:
         unknown(X)
 
 
-def test_a_net_is_not_weighed_against_itself(tmp_path: Path) -> None:
+def test_crossmax_of_equal_nets_is_refused(tmp_path: Path) -> None:
     """B-P5: CrossMax of equal predictors is 0 for every class; other ways of joining are not."""
     one, other = (written(tmp_path, seed) for seed in (1, 2))
     for way in ("crossmax", "crossmax:2"):
@@ -181,7 +183,7 @@ def test_a_net_is_not_weighed_against_itself(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_strings_of_ensembles(text: str, members: list[str], options: dict[str, str]) -> None:
+def test_strings_of_ensembles_parse(text: str, members: list[str], options: dict[str, str]) -> None:
     spec = ModelString.parse(text)
     assert (spec.kind, spec.members, spec.options) == (ENSEMBLE, members, options)
     assert ModelString.parse(str(spec)) == spec
@@ -200,6 +202,6 @@ def test_strings_of_ensembles(text: str, members: list[str], options: dict[str, 
         ("ensemble:[robustkit:digits-cnn;robustkit:digits-cnm]", "Did you mean 'digits-cnn'"),
     ],
 )
-def test_strings_that_are_no_ensemble(text: str, sentence: str) -> None:
+def test_malformed_ensemble_strings_are_refused(text: str, sentence: str) -> None:
     with pytest.raises(UsageError, match=sentence):
         load_model(text)

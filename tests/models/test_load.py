@@ -121,7 +121,7 @@ def test_logits_are_found_in_whatever_the_net_returns(wrap):
         (lambda z: z[:2], r"returned shape \(2, 3\)"),
     ],
 )
-def test_outputs_that_are_no_logits(wrap, sentence):
+def test_outputs_that_are_not_logits_are_refused(wrap, sentence):
     with pytest.raises(UsageError, match=sentence):
         as_classifier(Wrapped(wrap))(IMAGES)
 
@@ -144,7 +144,7 @@ def test_normalisation_and_resizing_are_inside_and_differentiable():
     assert not model.state_dict()
 
 
-def test_grayscale_takes_one_number():
+def test_normalisation_of_grayscale_takes_one_number():
     model = Classifier(Wrapped(lambda z: z.repeat(1, 2)), string="", identity={}, mean=(0.5,), std=(0.5,))
     torch.testing.assert_close(model(torch.full((2, 1, 3, 4), 0.75)), torch.full((2, 2), 0.5))
 
@@ -165,7 +165,7 @@ def test_images_of_another_shape_are_named():
     assert load_model("robustkit:mnist-cnn?size=28")(IMAGES[:, :1]).shape == (5, 10)
 
 
-def test_a_lack_of_memory_is_the_engines_to_mend():
+def test_out_of_memory_errors_are_passed_on():
     def net(x):
         raise RuntimeError("out of memory: tried to allocate a tensor of size 3")
 
@@ -176,7 +176,7 @@ def test_a_lack_of_memory_is_the_engines_to_mend():
 # as_classifier
 
 
-def test_as_classifier_leaves_the_mode_and_a_classifier_alone():
+def test_as_classifier_keeps_the_mode_and_returns_a_classifier_unchanged():
     net = nn.Sequential(nn.Flatten(), nn.Linear(189, 4))
     for mode in (True, False):
         net.train(mode)
@@ -308,7 +308,7 @@ def test_the_zoo_takes_classes_and_channels_from_the_weights(tmp_path):
         lambda s: {name: nn.Parameter(tensor) for name, tensor in s.items()},
     ],
 )
-def test_torch_files(tmp_path, state, wrap, suffix):
+def test_torch_files_load(tmp_path, state, wrap, suffix):
     path = (tmp_path / "w").with_suffix(suffix)
     torch.save(wrap(state), path)
     save_file(state, tmp_path / "w.safetensors")
@@ -316,7 +316,7 @@ def test_torch_files(tmp_path, state, wrap, suffix):
     assert load_model(f"{DIGITS}@{path}").fingerprint == expected
 
 
-def test_the_old_format_of_torch(tmp_path, state):
+def test_files_of_torchs_old_format_load(tmp_path, state):
     torch.save(state, tmp_path / "w.pt", _use_new_zipfile_serialization=False)
     assert load_model(f"{DIGITS}@{tmp_path}/w.pt")
 
@@ -332,7 +332,7 @@ def test_a_header_whose_length_looks_like_a_pickle(tmp_path, state):
     assert load_model(f"{DIGITS}@{path}")
 
 
-def test_counters_of_batch_norm_may_be_missing_or_left_over(tmp_path):
+def test_counters_of_batch_norm_may_be_missing_or_unused(tmp_path):
     net = load_model("robustkit:cifar-resnet20").net
     full = net.state_dict()
     bare = {name: tensor for name, tensor in full.items() if "num_batches" not in name}
@@ -420,14 +420,14 @@ def _write(path, kind, state):
         ("w.safetensors", "nan", "NaN or infinite values in 'conv2.bias'"),
     ],
 )
-def test_files_that_are_no_weights(tmp_path, state, name, kind, sentence):
+def test_files_without_weights_are_refused(tmp_path, state, name, kind, sentence):
     _write(tmp_path / name, kind, state)
     with pytest.raises(UsageError, match=sentence) as caught:
         load_model(f"{DIGITS}@{tmp_path / name}")
     assert "\n" not in str(caught.value)
 
 
-def test_torchscript_is_code(tmp_path):
+def test_torchscript_files_are_refused_as_code(tmp_path):
     script = "import sys, torch; torch.jit.save(torch.jit.script(torch.nn.ReLU()), sys.argv[1])"
     path = tmp_path / "w.pt"
     subprocess.run([sys.executable, "-W", "ignore", "-c", script, str(path)], check=True)
@@ -457,14 +457,14 @@ def test_torchscript_is_code(tmp_path):
         ),
     ],
 )
-def test_weights_of_another_net(tmp_path, state, change, query, sentence):
+def test_weights_of_another_net_are_refused(tmp_path, state, change, query, sentence):
     change(state)
     save_file(state, tmp_path / "w.safetensors")
     with pytest.raises(UsageError, match=sentence):
         load_model(f"{DIGITS}@{tmp_path}/w.safetensors{query}")
 
 
-def test_metadata_that_is_no_normalisation(tmp_path, state):
+def test_invalid_normalisation_metadata_is_refused(tmp_path, state):
     save_file(state, tmp_path / "w.safetensors", {"mean": "black"})
     with pytest.raises(UsageError, match=r"metadata of .*not 'black'"):
         load_model(f"{DIGITS}@{tmp_path}/w.safetensors")
@@ -473,7 +473,7 @@ def test_metadata_that_is_no_normalisation(tmp_path, state):
 # Python code
 
 
-def test_functions_from_a_file(code):
+def test_models_load_from_functions_of_a_file(code):
     model = load_model(f"{code}:means?mean=0.5&size=9")
     torch.testing.assert_close(model(IMAGES), IMAGES.mean((2, 3)) - 0.5, rtol=0, atol=0.1)
     assert model.preprocess == Preprocess((9, 9), 9)
@@ -491,13 +491,13 @@ def test_functions_from_a_file(code):
         (":means?scale=2", "takes no fields: leave out scale="),
     ],
 )
-def test_factories_that_do_not_work(code, tail, sentence):
+def test_factories_that_fail_are_one_sentence(code, tail, sentence):
     with pytest.raises(UsageError, match=sentence) as caught:
         load_model(f"{code}{tail}")
     assert "\n" not in str(caught.value)
 
 
-def test_files_that_are_no_code(tmp_path, state):
+def test_files_without_code_are_refused(tmp_path, state):
     with pytest.raises(UsageError, match="there is no file"):
         load_model(f"{tmp_path}/net.py:build")
     (tmp_path / "net.py").write_text("def build(:\n")
@@ -519,7 +519,7 @@ def test_files_that_are_no_code(tmp_path, state):
 
 
 @pytest.mark.slow
-def test_modules(tmp_path, monkeypatch):
+def test_models_load_from_importable_modules(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="did you mean 'robustkit:digits-cnn'"):
         load_model("robstkit:digits-cnn")
     with pytest.raises(UsageError, match="no kind of model 'no_such_module_here', nor a module of that name"):
@@ -536,7 +536,7 @@ def test_modules(tmp_path, monkeypatch):
     )
 
 
-def test_the_example_of_pyautoattack():
+def test_the_example_model_of_pyautoattack_loads():
     examples = pytest.importorskip("pyautoattack.examples.resnet")
     weights = Path(examples.__file__).with_name("model_test.pt")
     model = load_model(f"pyautoattack.examples.resnet:ResNet18@{weights}")
@@ -548,7 +548,7 @@ def test_the_example_of_pyautoattack():
 # Libraries
 
 
-def test_timm(monkeypatch):
+def test_timm_models_load(monkeypatch):
     model = load_model("timm:test_resnet.r160_in1k?pretrained=false&num_classes=7")
     with torch.no_grad():
         assert model(torch.rand(2, 3, 33, 35)).shape == (2, 7)
@@ -563,7 +563,7 @@ def test_timm(monkeypatch):
         load_model("timm:test_resnet?num_clases=7")
 
 
-def test_torchvision():
+def test_torchvision_models_load():
     model = load_model("torchvision:squeezenet1_1?pretrained=false&num_classes=7&size=40")
     with torch.no_grad():
         assert model(IMAGES).shape == (5, 7)
@@ -579,7 +579,7 @@ def test_torchvision():
     ("adapter", "string"),
     [("from_timm", "timm:test_resnet"), ("from_torchvision", "torchvision:squeezenet1_1")],
 )
-def test_weights_that_cannot_be_downloaded(adapter, string, tmp_path, monkeypatch, capfd):
+def test_weights_that_cannot_be_downloaded_are_one_sentence(adapter, string, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(f"robustkit.models.sources.{adapter}.reachable", lambda url: False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
@@ -589,14 +589,14 @@ def test_weights_that_cannot_be_downloaded(adapter, string, tmp_path, monkeypatc
     assert capfd.readouterr() == ("", "")
 
 
-def test_an_address_that_nobody_answers():
+def test_an_unreachable_address_is_one_sentence():
     assert not reachable("http://localhost:9/")
 
 
 # Folders and devices
 
 
-def test_folders(tmp_path):
+def test_folders_and_names_without_a_model_are_refused(tmp_path):
     with pytest.raises(UsageError, match=r"has no model\.json"):
         load_model(f"{tmp_path}/")
     (tmp_path / "checkpoint.pt").touch()
@@ -608,7 +608,7 @@ def test_folders(tmp_path):
         load_model("resnet50")
 
 
-def test_devices(monkeypatch):
+def test_models_load_onto_available_devices_only(monkeypatch):
     assert next(load_model(DIGITS, device="cpu").parameters()).device.type == "cpu"
     with pytest.raises(UsageError, match="device 'gpu' cannot be used here"):
         load_model(DIGITS, device="gpu")

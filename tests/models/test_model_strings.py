@@ -32,14 +32,14 @@ from robustkit.models.strings import FILE, FOLDER, MODULE, SOURCE, ModelString
         ("  robustkit:wrn-28-10 ", "robustkit:wrn-28-10", None, {}, SOURCE),
     ],
 )
-def test_parse(text, arch, weights, options, kind):
+def test_model_strings_parse(text, arch, weights, options, kind):
     spec = ModelString.parse(text)
     assert (spec.arch, spec.weights, spec.options, spec.kind) == (arch, weights, options, kind)
     assert ModelString.parse(str(spec)) == spec
 
 
 @given(st.text(alphabet=st.characters(exclude_categories=["Cs"])) | st.text("ab:@?=&%/. 1"))
-def test_what_was_parsed_is_written_so_that_it_is_parsed_again(text):
+def test_parsed_strings_round_trip(text):
     try:
         spec = ModelString.parse(text)
     except UsageError:
@@ -48,7 +48,7 @@ def test_what_was_parsed_is_written_so_that_it_is_parsed_again(text):
 
 
 @given(st.dictionaries(st.from_regex(r"[a-z_]\w{0,5}", fullmatch=True).filter(str.isidentifier), st.text()))
-def test_any_value_of_a_field_survives(options):
+def test_any_field_value_round_trips(options):
     spec = ModelString("m:f", "w.pt", options)
     assert ModelString.parse(str(spec)) == spec
 
@@ -64,12 +64,12 @@ def test_any_value_of_a_field_survives(options):
         ("m:f?a=1&b c=2", "has a field named 'b c'"),
     ],
 )
-def test_texts_that_are_no_model_string(text, sentence):
+def test_malformed_model_strings_are_refused(text, sentence):
     with pytest.raises(UsageError, match=sentence):
         ModelString.parse(text)
 
 
-def test_fields_have_types():
+def test_field_values_have_types():
     options = Options.read(ModelString.parse("m:f?mean=0.5&std=1,2,3&size=8,9&depth=3&p=1e-1&on=true&how=nan"))
     assert options == Options(
         mean=(0.5,),
@@ -96,11 +96,11 @@ def test_fields_have_types():
         ("num_clases=3", "Did you mean 'num_classes'"),
     ],
 )
-def test_values_that_a_field_cannot_have(query, sentence):
+def test_invalid_field_values_are_refused(query, sentence):
     with pytest.raises(UsageError, match=sentence):
         Options.read(ModelString.parse(f"robustkit:digits-cnn?{query}"))
 
 
-def test_the_catalog_answers_without_torch():
+def test_the_catalog_imports_no_torch():
     code = "import sys, robustkit.models.zoo.catalog, robustkit.models.options; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,7 +38,7 @@ def truth(x: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("how", HABITS)
 @pytest.mark.parametrize("rows", [7, 1, 0])
-def test_every_habit_gives_the_logits_and_leaves_the_images_alone(how: str, rows: int) -> None:
+def test_every_calling_convention_gives_the_logits_and_keeps_the_images(how: str, rows: int) -> None:
     model, x = as_classifier(shaped(how)), GREY[:rows]
     for images in (x.clone(), x.clone().requires_grad_(), GREY[:3]):
         logits = model(images)
@@ -52,7 +53,7 @@ def test_every_habit_gives_the_logits_and_leaves_the_images_alone(how: str, rows
 
 
 @pytest.mark.parametrize("how", ["exported", "exported-for-4", "inside-exported", "traced", "frozen"])
-def test_what_torchs_tools_leave(how: str) -> None:
+def test_nets_made_by_torchs_export_tools_are_called(how: str) -> None:
     model = as_classifier(of_torch(how))
     for rows in (1, 4, 7):
         torch.testing.assert_close(model(GREY[:rows]).detach(), truth(GREY[:rows]))
@@ -75,10 +76,11 @@ def test_images_in_any_layout_reach_a_net_that_uses_view(channels: int, laid: st
     torch.testing.assert_close(model(x).detach(), truth(x.clone(memory_format=torch.contiguous_format)))
 
 
-def test_compiled_and_parallel_nets_are_those_inside() -> None:
+def test_compiled_and_parallel_nets_are_unwrapped() -> None:
     net = viewing()
     assert as_classifier(torch.compile(net)).net is net
-    assert as_classifier(nn.DataParallel(torch.compile(net))).fingerprint == as_classifier(net).fingerprint
+    compiled: Any = torch.compile(net)
+    assert as_classifier(nn.DataParallel(compiled)).fingerprint == as_classifier(net).fingerprint
 
 
 @pytest.mark.parametrize(
@@ -94,7 +96,7 @@ def test_compiled_and_parallel_nets_are_those_inside() -> None:
         ("other", "TypeError: Viewing.forward() takes 2 positional arguments but 3 were given"),
     ],
 )
-def test_an_error_inside_is_told_with_its_place_and_not_as_a_matter_of_shapes(
+def test_an_error_inside_the_net_is_reported_with_its_location(
     how: str, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("robustkit.models.net_call.MAX_SECONDS", 0.2)
@@ -116,13 +118,13 @@ def test_an_error_inside_is_told_with_its_place_and_not_as_a_matter_of_shapes(
         (nn.Sequential(nn.Flatten(), nn.Linear(13 * 64, 4)), (13, 8, 8)),
     ],
 )
-def test_a_wrong_shape_is_told_with_one_that_works(net: nn.Module, taken: tuple[int, int, int]) -> None:
+def test_a_wrong_shape_is_reported_with_one_that_works(net: nn.Module, taken: tuple[int, int, int]) -> None:
     with pytest.raises(UsageError, match="does not take images of shape") as caught:
         as_classifier(net)(GREY)
     assert f"(1, 8, 8) but of {taken}: " in str(caught.value)
 
 
-def test_nets_without_numbers_are_refused() -> None:
+def test_nets_without_values_are_refused() -> None:
     with pytest.raises(UsageError, match="is on the device 'meta'"):
         as_classifier(Viewing().to("meta"))
     with pytest.raises(UsageError, match=r"has no values in '1\.weight' yet"):
@@ -130,7 +132,7 @@ def test_nets_without_numbers_are_refused() -> None:
 
 
 @pytest.mark.parametrize("switch", [torch.inference_mode, torch.no_grad])
-def test_verbs_run_whatever_the_caller_has_switched(switch: type) -> None:
+def test_verbs_run_under_any_gradient_mode_of_the_caller(switch: type) -> None:
     with switch():
         report = evaluate(viewing(), GREY, truth(GREY).argmax(1), ("linf", 0.1), suite="pgd(steps=3)")
         assert torch.is_inference_mode_enabled() == (switch is torch.inference_mode)
@@ -157,9 +159,9 @@ def test_verbs_run_whatever_the_caller_has_switched(switch: type) -> None:
         ({"out": "~nobody-of-this-name/x"}, "begins with ~ and no user's name"),
     ],
 )
-def test_arguments_of_a_wrong_kind_are_refused(words: dict[str, object], said: str) -> None:
+def test_arguments_of_a_wrong_type_are_refused(words: dict[str, Any], said: str) -> None:
     with pytest.raises(UsageError, match=said.replace("(", r"\(")):
-        evaluate(viewing(), GREY, [0] * 7, **{"threat": 0.1, **words})  # type: ignore[arg-type]
+        evaluate(viewing(), GREY, [0] * 7, **{"threat": 0.1, **words})
 
 
 @pytest.mark.parametrize(
@@ -169,9 +171,9 @@ def test_arguments_of_a_wrong_kind_are_refused(words: dict[str, object], said: s
         ({"targets": 3}, "models must be model strings, torch.nn.Modules or functions .* got int"),
     ],
 )
-def test_arguments_of_craft_of_a_wrong_kind_are_refused(words: dict[str, object], said: str) -> None:
+def test_arguments_of_craft_of_a_wrong_type_are_refused(words: dict[str, Any], said: str) -> None:
     with pytest.raises(UsageError, match=said):
-        craft(viewing(), GREY, [0] * 7, 0.1, **words)  # type: ignore[arg-type]
+        craft(viewing(), GREY, [0] * 7, 0.1, **words)
 
 
 def test_a_threat_may_be_a_number_or_a_pair() -> None:
@@ -188,17 +190,19 @@ def test_a_threat_may_be_a_number_or_a_pair() -> None:
         (lambda logits: logits[:, : 10 - 5 * bool(logits.shape[0] > 1)], "returned 5 logits per image, and 10 in"),
     ],
 )
-def test_answers_that_are_no_logits_are_told(answer: Callable[[torch.Tensor], torch.Tensor], said: str) -> None:
+def test_outputs_that_are_not_logits_are_reported(
+    answer: Callable[[torch.Tensor], torch.Tensor], said: str
+) -> None:
     model = as_classifier(lambda x: answer(viewing()(x)))
     with pytest.raises(UsageError, match=said):
         [model(GREY[:rows]) for rows in (1, 7)]
 
 
-def test_sparse_answers_are_read() -> None:
+def test_sparse_outputs_are_read() -> None:
     torch.testing.assert_close(as_classifier(lambda x: viewing()(x).to_sparse())(GREY).detach(), truth(GREY))
 
 
-def test_a_net_that_switches_gradients_off_leaves_them_on_elsewhere() -> None:
+def test_a_net_that_disables_gradients_does_not_disable_them_elsewhere() -> None:
     net = viewing()
 
     def answer(x: torch.Tensor) -> torch.Tensor:
@@ -209,7 +213,7 @@ def test_a_net_that_switches_gradients_off_leaves_them_on_elsewhere() -> None:
     assert torch.is_grad_enabled()
 
 
-def test_a_class_of_nets_is_no_model() -> None:
+def test_a_class_instead_of_a_net_is_refused() -> None:
     with pytest.raises(UsageError, match=r"Viewing is a class: give an instance of it, Viewing\(\.\.\.\)"):
         as_classifier(Viewing)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ class Plain:
         self.h, self.prediction = FEATURES, LOGITS
 
 
-class ModelOutput(collections.OrderedDict):
+class ModelOutput(collections.OrderedDict[str, Any]):
     """As transformers': a mapping that is a dataclass, too."""
 
 
@@ -55,7 +56,7 @@ CLEAR = {
 
 
 @pytest.mark.parametrize("name", CLEAR)
-def test_the_logits_are_found_where_it_is_clear_which_they_are(name):
+def test_the_logits_are_found_if_they_are_unambiguous(name):
     torch.testing.assert_close(LogitsReader(classes=3).read(CLEAR[name], 5), LOGITS, rtol=0, atol=0)
 
 
@@ -69,7 +70,7 @@ def test_the_logits_are_found_where_it_is_clear_which_they_are(name):
         (FEATURES, LOGITS[:, 0]),
     ],
 )
-def test_where_it_is_not_clear_all_are_named(output):
+def test_ambiguous_outputs_name_all_candidates(output):
     sentence = r"returned '\w+' \(5, \d+\), '\w+' \(5,.*\) for 5 images.*not clear which.*output="
     with pytest.raises(UsageError, match=sentence) as caught:
         LogitsReader("m", classes=3).read(output, 5)
@@ -88,11 +89,11 @@ def test_where_it_is_not_clear_all_are_named(output):
         ((2 * LOGITS, {"x": FEATURES, "y": LOGITS}), "1"),
     ],
 )
-def test_a_choice_is_kept_to(output, choice):
+def test_the_chosen_output_is_used(output, choice):
     torch.testing.assert_close(LogitsReader(output=choice, classes=3).read(output, 5), LOGITS, rtol=0, atol=0)
 
 
-def test_choices_that_cannot_be():
+def test_impossible_choices_are_refused():
     with pytest.raises(UsageError, match=r"no tensor 'out' but '0' \(5, 12\), '1' \(5, 3\): write output="):
         LogitsReader(output="out").read((FEATURES, LOGITS), 5)
     with pytest.raises(UsageError, match="returns one tensor, so there is nothing to choose: leave output=1 out"):
@@ -101,7 +102,7 @@ def test_choices_that_cannot_be():
         LogitsReader().read({"out": LOGITS[..., None].expand(5, 3, 2), "features": FEATURES, "more": FEATURES}, 5)
 
 
-def test_the_place_is_that_of_the_first_pass():
+def test_the_output_is_chosen_at_the_first_pass():
     reader = LogitsReader(classes=3)
     reader.read((FEATURES, LOGITS), 5)
     torch.testing.assert_close(reader.read((LOGITS, 2 * LOGITS), 5), 2 * LOGITS)
@@ -112,7 +113,7 @@ def test_the_place_is_that_of_the_first_pass():
         reader.read({"a": LOGITS}, 5)
 
 
-def test_one_image_that_was_squeezed():
+def test_squeezed_logits_of_one_image_are_read():
     torch.testing.assert_close(LogitsReader().read(LOGITS[0], 1), LOGITS[:1])
     torch.testing.assert_close(LogitsReader(binary="logit").read(torch.tensor(3.0), 1), torch.tensor([[0.0, 3.0]]))
 
@@ -172,7 +173,7 @@ def test_probabilities_of_one_class(net):
         load_model(f"{net}?what=column&binary=probability")(x)
 
 
-def test_what_is_chosen_is_part_of_the_model(net):
+def test_the_choice_is_part_of_the_fingerprint(net):
     strings = [f"{net}?what=pair", f"{net}?what=pair&output=1", f"{net}?what=pair&output=0"]
     assert len({load_model(string).fingerprint for string in strings}) == 3
     assert load_model(strings[1]).string == strings[1]
@@ -194,12 +195,12 @@ def test_what_is_chosen_is_part_of_the_model(net):
         ("what=pair", r"'0' \(5, 2\), '1' \(5, 2\) for 5 images.*write output=0 in the query"),
     ],
 )
-def test_what_to_write_instead(net, query, sentence):
+def test_errors_name_the_field_to_set(net, query, sentence):
     with pytest.raises(UsageError, match=sentence):
         load_model(f"{net}?{query}")(torch.rand(5, 1, 3, 4))
 
 
-def test_fields_that_cannot_be(net):
+def test_impossible_fields_are_refused(net):
     with pytest.raises(UsageError, match="Did you mean 'logit'"):
         load_model(f"{net}?binary=logits")
     with pytest.raises(UsageError, match="output= is empty"):

@@ -32,7 +32,7 @@ def no_helper_stays() -> None:
         del sys.modules[name]
 
 
-def test_imports_are_followed_inside_the_folder_alone(tmp_path: Path) -> None:
+def test_imports_are_followed_inside_the_folder_only(tmp_path: Path) -> None:
     write(
         tmp_path,
         net="import os, torch, helper\nfrom parts.deep import thing\n",
@@ -52,7 +52,7 @@ def test_imports_are_followed_inside_the_folder_alone(tmp_path: Path) -> None:
     }
 
 
-def test_a_package_is_followed_and_installed_neighbours_are_not(tmp_path: Path) -> None:
+def test_own_packages_are_followed_and_installed_ones_are_not(tmp_path: Path) -> None:
     write(
         tmp_path, pkg__net="from . import a\nimport other\nfrom pkg.b import c\n", pkg__a="", pkg__b="", other=""
     )
@@ -64,7 +64,7 @@ def test_a_package_is_followed_and_installed_neighbours_are_not(tmp_path: Path) 
     assert own_imports_of_module("net", tmp_path / "site-packages" / "net.py") == {}
 
 
-def test_a_changed_helper_is_another_model_and_its_code_is_run(tmp_path: Path) -> None:
+def test_a_changed_helper_changes_the_fingerprint_and_is_reloaded(tmp_path: Path) -> None:
     write(tmp_path, net=NET, helper="from later import w\ndef width():\n    return w\n", later="w = 4")
     string = f"{tmp_path}/net.py:build"
     first = load_model(string)
@@ -72,13 +72,13 @@ def test_a_changed_helper_is_another_model_and_its_code_is_run(tmp_path: Path) -
     write(tmp_path, later="w = 5  # changed")
     second = load_model(string)
     assert second.fingerprint != first.fingerprint
-    assert second.net[1].out_features == 5  # type: ignore[index]
+    assert second.net[1].out_features == 5
     write(tmp_path, unrelated="import torch")
     assert load_model(string).fingerprint == second.fingerprint
 
 
-def test_helpers_of_one_name_in_two_folders_are_kept_apart(tmp_path: Path) -> None:
+def test_helpers_of_one_name_in_two_folders_are_separate(tmp_path: Path) -> None:
     for number in (4, 6):
         write(tmp_path / str(number), net=NET, helper=f"def width():\n    return {number}\n")
         net = load_model(f"{tmp_path}/{number}/net.py:build").net
-        assert net[1].out_features == number  # type: ignore[index]
+        assert net[1].out_features == number

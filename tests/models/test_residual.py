@@ -98,7 +98,7 @@ BLOCKS = [
 
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: type(block).__name__)
 @pytest.mark.parametrize("gamma", [0.0, 0.3, 1.0])
-def test_blocks_are_changed_as_written_out(block, gamma):
+def test_hooks_equal_blocks_with_the_change_written_out(block, gamma):
     block = seeded(block)
     x = torch.randn(3, 4, 6, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     factors = torch.tensor([[0.8], [1.0], [1.2]], dtype=torch.float64)
@@ -128,7 +128,7 @@ def test_skips_of_a_transformer_are_found():
     check_net(tiny_vit(), 4, 32)
 
 
-def test_a_transformer_is_changed_as_written_out():
+def test_hooks_equal_a_transformer_with_the_change_written_out():
     block = tiny_vit().blocks[0].double()
     x = torch.rand(2, 5, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     factors = torch.tensor([[0.8, 1.1], [1.3, 0.7]], dtype=torch.float64)
@@ -203,7 +203,7 @@ def test_without_branches_the_gradient_is_that_of_the_skips():
     assert torch.equal(torch.autograd.grad(found, x, slope)[0], slope)
 
 
-def test_wrappers_are_looked_into_and_others_refused():
+def test_wrapped_nets_are_unwrapped_and_unknown_ones_refused():
     class Wrapper:
         def __init__(self, model):
             self.model = model
@@ -215,7 +215,7 @@ def test_wrappers_are_looked_into_and_others_refused():
             residual.skips(model)
 
 
-def test_hooks_go_when_the_net_fails():
+def test_hooks_are_removed_if_the_net_fails():
     net = load_model("robustkit:cifar-resnet20")
     with pytest.raises(RuntimeError), residual.damped(net, 0.5), residual.eroded(net, torch.ones(1, 9)):
         net.net(torch.rand(1, 4, 8, 8))

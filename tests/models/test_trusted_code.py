@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from robustkit.models.randomness import Noise
 from robustkit.models.recorded_data import recorded_data
 from robustkit.models.strings import ModelString
 from robustkit.runs import run_folder
+from robustkit.training.nets import net_of
 
 LINEAR = "torch.nn:Linear?in_features=9&out_features=4"
 CODE = """
@@ -85,7 +87,7 @@ def received(place: Path, arch: str, members: int = 1) -> str:
     ["{a}", "{a}#0", "{several}", "{several}#1", "{a}?mean=0.5", "ensemble:[robustkit:digits-cnn;{a}]"],
 )
 @pytest.mark.parametrize("arch", ["{code}:build", "os:system?command=touch {ran}", "builtins:exec?source=1"])
-def test_a_record_runs_no_code(form: str, arch: str, code: Path, tmp_path: Path) -> None:
+def test_loading_a_record_runs_no_code(form: str, arch: str, code: Path, tmp_path: Path) -> None:
     arch = arch.format(code=code, ran=code.parent / "ran")
     names = {
         "a": received(tmp_path / "a", arch),
@@ -97,19 +99,20 @@ def test_a_record_runs_no_code(form: str, arch: str, code: Path, tmp_path: Path)
     assert not (code.parent / "ran").exists()
 
 
-def test_code_of_a_record_that_is_trusted(code: Path, tmp_path: Path) -> None:
+def test_code_of_a_trusted_record_runs(code: Path, tmp_path: Path) -> None:
     typed = load_model(f"{code}:build")
-    string = write_single(tmp_path / "a", typed.net, arch=f"{code}:build")
+    string = write_single(tmp_path / "a", net_of(typed), arch=f"{code}:build")
     model = load_model(string, trust_code=True)
     x = torch.rand(2, 1, 3, 3)
     assert torch.equal(model(x), typed(x))
     joined = load_model(f"ensemble:[{string};{code}:build]", trust_code=True)
+    unused: Any = None
     # Workers have the driver's leave, no more and no less; so has a copy of the model.
-    for one in (model, joined, model.with_net(typed.net)):
+    for one in (model, joined, model.with_net(net_of(typed))):
         assert one.trust_code
-        assert Parcelled.of(one).unpack(torch.device("cpu"), None).trust_code
+        assert Parcelled.of(one).unpack(torch.device("cpu"), unused).trust_code
     with pytest.raises(UsageError, match="--trust-code"):
-        replace(Parcelled.of(model), trust_code=False).unpack(torch.device("cpu"), None)
+        replace(Parcelled.of(model), trust_code=False).unpack(torch.device("cpu"), unused)
     assert not Parcelled.of(typed).trust_code
 
 
@@ -129,7 +132,7 @@ def test_code_of_a_record_that_is_trusted(code: Path, tmp_path: Path) -> None:
         *("robustkit.cli:run", "robustkit.models:load_model", "sys:exit", "os:_exit", "webbrowser:open"),
     ],
 )
-def test_what_is_no_factory_is_not_called(name: str) -> None:
+def test_objects_that_are_no_factory_are_not_called(name: str) -> None:
     with pytest.raises(
         UsageError, match=r"neither a torch\.nn\.Module class nor a function of yours .* not called"
     ):
@@ -137,7 +140,7 @@ def test_what_is_no_factory_is_not_called(name: str) -> None:
 
 
 @pytest.mark.slow
-def test_what_a_file_brings_from_elsewhere_is_no_factory(code: Path) -> None:
+def test_names_imported_by_a_file_are_no_factories(code: Path) -> None:
     for name in ("system", "run", "load", "npload", "hub", "jobload", "evil", "Plain", "made", "Path"):
         with pytest.raises(UsageError, match="not called"):
             load_model(f"{code}:{name}")
@@ -166,7 +169,7 @@ def test_what_a_file_brings_from_elsewhere_is_no_factory(code: Path) -> None:
         ("a b:c", None),
     ],
 )
-def test_kinds_that_do_not_exist(string: str, near: str | None) -> None:
+def test_unknown_kinds_are_refused(string: str, near: str | None) -> None:
     with pytest.raises(UsageError, match="there is no kind of model") as caught:
         load_model(string)
     said = str(caught.value)
@@ -177,7 +180,7 @@ def test_kinds_that_do_not_exist(string: str, near: str | None) -> None:
 
 
 @pytest.mark.parametrize("name", ["hf-hub:microsoft/resnet-18", "hf_hub:x/y", "local-dir:/tmp", "resnet18@x:y"])
-def test_timm_is_asked_for_nothing_but_its_own_nets(name: str) -> None:
+def test_only_timms_own_nets_are_built(name: str) -> None:
     with pytest.raises(UsageError, match=r"timm has no model|weights file"):
         load_model(f"timm:{name}")
 
@@ -206,7 +209,7 @@ DEEP = "ensemble:[" * 9 + "robustkit:digits-cnn;robustkit:digits-cnn" + "]" * 9
         ("ensemble:[robustkit:digits-cnn;robustkit:digits-cnn]?combine=crossmax:" + "9" * 5000, "2 to 9999"),
     ],
 )
-def test_sizes_are_looked_at_before_anything_is_made(string: str, limit: str) -> None:
+def test_sizes_are_checked_before_anything_is_allocated(string: str, limit: str) -> None:
     with pytest.raises(UsageError, match=limit) as caught:
         load_model(string)
     assert len(str(caught.value)) < 400
@@ -232,14 +235,14 @@ def test_the_largest_nets_of_the_literature_are_within_the_limits() -> None:
         ({"arch": "hf:microsoft/resnet-18"}, "which is no net's"),
     ],
 )
-def test_sizes_of_a_record(words: dict[str, object], sentence: str, tmp_path: Path) -> None:
+def test_sizes_in_a_record_are_checked(words: dict[str, Any], sentence: str, tmp_path: Path) -> None:
     string = write_single(tmp_path / "a", net())
     (tmp_path / "a" / "model.json").write_text(json.dumps(facts(**words)))
     with pytest.raises(UsageError, match=sentence):
         load_model(string)
 
 
-def test_many_numbers_take_no_time(tmp_path: Path) -> None:
+def test_ranges_of_many_numbers_are_refused_quickly(tmp_path: Path) -> None:
     string = write_members(tmp_path / "a", [net(0), net(1)])
     with pytest.raises(UsageError, match="names number 2 but 2 members"):
         load_model(f"{string}#0-99999")
@@ -264,7 +267,7 @@ RECORD = "runs/x/report.json"
         "ensemble:[robustkit:digits-cnn;robustkit:digits-cnn@~/w.pt]",
     ],
 )
-def test_paths_of_a_record(string: str) -> None:
+def test_unsafe_model_paths_in_a_record_are_refused(string: str) -> None:
     with pytest.raises(
         UsageError, match="not the absolute path of a file on a disk of this machine: give --model"
     ):
@@ -291,12 +294,12 @@ def test_paths_of_a_record(string: str) -> None:
         "digits:test?classes=~/.netrc",
     ],
 )
-def test_data_of_a_record(string: str) -> None:
+def test_unsafe_data_strings_in_a_record_are_refused(string: str) -> None:
     with pytest.raises(UsageError, match="give --data"):
         recorded_data(string, RECORD)
 
 
-def test_what_an_honest_record_names() -> None:
+def test_ordinary_strings_in_a_record_are_accepted() -> None:
     for string in (
         "robustkit:digits-cnn@/home/me/a/../w.pt",
         "timm:resnet50",
@@ -318,14 +321,14 @@ def test_what_an_honest_record_names() -> None:
         assert recorded_data(string, RECORD) == string
 
 
-def test_kinds_are_told_by_what_stands_in_front() -> None:
+def test_kinds_are_recognised_by_their_prefix() -> None:
     assert ModelString.parse("timm:hf-hub:a/b").kind == "source"
     assert ModelString.parse("C:/a/net.py:build").kind == "file"
     assert ModelString.parse("a.b:c").kind == "module"
     assert ModelString.parse("onnx:net.onnx").kind == "unknown"
 
 
-def test_files_that_a_report_names_are_those_of_a_run(tmp_path: Path) -> None:
+def test_files_named_by_a_report_are_files_of_the_run(tmp_path: Path) -> None:
     files = {"../secret": "0" * 64, "/etc/passwd": "0" * 64, "ledger.sqlite": "0" * 64}
     (tmp_path / "secret").touch()
     place = tmp_path / "run"

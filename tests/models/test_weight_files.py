@@ -14,6 +14,7 @@ import pathlib
 import pickle
 import re
 import subprocess
+from typing import Any
 
 import numpy as np
 import pytest
@@ -57,7 +58,7 @@ class Colour(enum.Enum):
     RED = 1
 
 
-class Config(dict):
+class Config(dict[str, Any]):
     """As EasyDict or yacs: a dict whose items are attributes, too."""
 
     def __init__(self, **items):
@@ -117,7 +118,7 @@ def save(content, path, **options):
 
 
 @pytest.mark.parametrize("wrapping", WRAPPINGS)
-def test_the_tensors_are_found_wherever_they_are(tmp_path, state, print_of, wrapping):
+def test_tensors_are_found_at_any_key(tmp_path, state, print_of, wrapping):
     model = load_model(save(WRAPPINGS[wrapping](state), tmp_path / "w.pth.tar"))
     norm = {"madry": "?mean=0&std=1"}.get(wrapping, "")
     assert (model.fingerprint if not norm else model.weights_sha256) == (
@@ -129,20 +130,20 @@ def test_the_tensors_are_found_wherever_they_are(tmp_path, state, print_of, wrap
 @pytest.mark.parametrize(
     "options", [{}, {"_use_new_zipfile_serialization": False}, {"pickle_protocol": 4}], ids=["zip", "old", "4"]
 )
-def test_what_lies_beside_does_not_matter(tmp_path, state, print_of, beside, options):
+def test_other_entries_do_not_matter(tmp_path, state, print_of, beside, options):
     optimiser = torch.optim.Adam([nn.Parameter(torch.ones(3))])
     content = {"beside": BESIDE[beside], "net": state, "optimizer": optimiser.state_dict()}
     assert load_model(save(content, tmp_path / "w.ckpt", **options)).fingerprint == print_of[0]
 
 
-def test_the_name_of_a_file_says_nothing(tmp_path, state, print_of):
+def test_the_file_format_is_independent_of_its_name(tmp_path, state, print_of):
     for name in ("w.bin", "w", "w.safetensors", "w.pth"):
         assert load_model(save(state, tmp_path / name)).fingerprint == print_of[0]
     save_file(state, tmp_path / "w.pt")
     assert load_model(f"{DIGITS}@{tmp_path}/w.pt").fingerprint == print_of[0]
 
 
-def test_what_is_not_loaded_is_told(tmp_path, state):
+def test_unused_entries_are_reported(tmp_path, state):
     content = {"net": state, "args": argparse.Namespace(a=1), "n": np.float64(1), "colour": Colour.RED}
     (note,) = load_model(save(content, tmp_path / "w.pt")).notes
     assert "holds Python objects, which are not loaded" in note
@@ -153,7 +154,7 @@ def test_what_is_not_loaded_is_told(tmp_path, state):
 # Several sets
 
 
-def test_a_moving_average_is_told_of_and_chosen(tmp_path, state, other, print_of):
+def test_a_moving_average_is_reported_and_can_be_chosen(tmp_path, state, other, print_of):
     for number, content in enumerate(
         (
             {"model": state, "model_ema": other},
@@ -170,7 +171,7 @@ def test_a_moving_average_is_told_of_and_chosen(tmp_path, state, other, print_of
         assert load_model(average.string).fingerprint == average.fingerprint
 
 
-def test_an_average_of_parameters_alone_takes_the_statistics_of_the_net(tmp_path):
+def test_an_average_of_parameters_uses_the_statistics_of_the_net(tmp_path):
     net = load_model("robustkit:cifar-resnet20").net
     average = {name: 2 * parameter for name, parameter in net.named_parameters()}
     torch.save({"model": net.state_dict(), "ema": {"decay": 0.9, "shadow": average}}, tmp_path / "w.pt")
@@ -179,7 +180,7 @@ def test_an_average_of_parameters_alone_takes_the_statistics_of_the_net(tmp_path
         torch.testing.assert_close(found[name], average.get(name, tensor))
 
 
-def test_an_average_without_names_is_of_the_parameters_in_order(tmp_path):
+def test_an_unnamed_average_is_read_in_the_order_of_parameters(tmp_path):
     """As torch_ema and diffusers write it."""
     net = load_model("robustkit:cifar-resnet20?num_classes=7").net
     shadow = [2 * parameter for parameter in net.parameters()]
@@ -192,12 +193,12 @@ def test_an_average_without_names_is_of_the_parameters_in_order(tmp_path):
         load_model(f"robustkit:cifar-resnet20@{tmp_path}/w.pt?weights=ema")
 
 
-def test_heads_that_the_net_has_not_are_told(tmp_path, state):
+def test_heads_that_the_net_lacks_are_reported(tmp_path, state):
     with pytest.raises(UsageError, match=r"has 1 that it does not know .*leave these out of the file if they are"):
         load_model(save({**state, "rotation.weight": torch.ones(4, 3)}, tmp_path / "w.pt"))
 
 
-def test_of_several_that_fit_one_is_chosen(tmp_path, state, other, print_of):
+def test_one_of_several_matching_entries_is_chosen(tmp_path, state, other, print_of):
     string = save({"generator": state, "classifier": other}, tmp_path / "w.pt")
     with pytest.raises(UsageError, match=r"several sets of tensors that fit \(classifier, generator\).*weights="):
         load_model(string)
@@ -208,7 +209,7 @@ def test_of_several_that_fit_one_is_chosen(tmp_path, state, other, print_of):
         load_model(f"{DIGITS}?weights=ema")
 
 
-def test_the_same_or_another_net_beside_is_no_choice(tmp_path, state, print_of):
+def test_equal_or_mismatched_entries_need_no_choice(tmp_path, state, print_of):
     same = copy.deepcopy(state)
     odd = {"conv1.weight": torch.ones(3, 3)}
     shapes = {name: torch.zeros(*tensor.shape, 2) for name, tensor in state.items()}
@@ -220,7 +221,7 @@ def test_the_same_or_another_net_beside_is_no_choice(tmp_path, state, print_of):
 
 
 @pytest.mark.parametrize("scale", [1, 255])
-def test_a_normaliser_in_front_of_the_net_is_used(tmp_path, state, scale):
+def test_a_normalisation_layer_before_the_net_is_used(tmp_path, state, scale):
     content = {
         **prefixed("1.", state),
         "0.mean": torch.tensor([[[0.25 * scale]]]),
@@ -233,7 +234,7 @@ def test_a_normaliser_in_front_of_the_net_is_used(tmp_path, state, scale):
     assert load_model(f"{string}?mean=0.75").mean.item() == 0.75
 
 
-def test_the_last_layer_says_how_many_classes_there_are(tmp_path):
+def test_the_last_layer_sets_the_number_of_classes(tmp_path):
     for arch in ("torchvision:squeezenet1_1", "timm:test_vit", "robustkit:wrn-10-1"):
         net = load_model(f"{arch}?pretrained=false&num_classes=7").net
         torch.save({"state_dict": prefixed("module.", net.state_dict())}, tmp_path / "w.pth.tar")
@@ -242,7 +243,7 @@ def test_the_last_layer_says_how_many_classes_there_are(tmp_path):
         assert model.fingerprint == load_model(f"{arch}@{tmp_path}/w.pth.tar?num_classes=7").fingerprint
 
 
-def test_timm_translates_what_authors_published(tmp_path):
+def test_timm_converts_weights_published_by_authors(tmp_path):
     """ConvNeXt's own names, which timm's filter knows."""
     net = load_model("timm:convnext_atto?pretrained=false&num_classes=3").net
     published = {}
@@ -267,9 +268,9 @@ def test_timm_translates_what_authors_published(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
-def test_shards_are_one_by_their_index(tmp_path, state, print_of, kind):
+def test_shards_load_by_their_index(tmp_path, state, print_of, kind):
     names = list(state)
-    places = {}
+    places: dict[str, str] = {}
     for number, part in enumerate((names[:3], names[3:])):
         file = f"model-{number + 1:05d}-of-00002.{kind}"
         tensors = {name: state[name] for name in part}
@@ -284,6 +285,7 @@ def test_shards_are_one_by_their_index(tmp_path, state, print_of, kind):
         UsageError, match=rf"is a folder: write the file in it, for example model.{kind}.index.json"
     ):
         load_model(f"{DIGITS}@{tmp_path}/")
+    bad: Any
     for bad in (
         {**places, "x": "../up.safetensors"},
         {**places, "x": places["conv1.bias"]},
@@ -327,7 +329,7 @@ def test_nothing_is_called_or_imported(tmp_path, state, print_of, protocol, new)
 
 
 @pytest.mark.parametrize("function", [eval, exec, open, __import__, subprocess.Popen])
-def test_functions_that_can_only_harm_are_refused(tmp_path, state, function):
+def test_dangerous_functions_are_refused(tmp_path, state, function):
     string = save({"net": state, "x": Calls(function, "x")}, tmp_path / "w.pt")
     with pytest.raises(
         UsageError, match=rf"Python object \w+\.{function.__name__} beside tensors.*could run code"
@@ -361,13 +363,13 @@ def test_whole_modules_are_refused(tmp_path):
                 load_model(string)
 
 
-def test_tensors_that_claim_more_than_the_file_holds(tmp_path, state):
+def test_tensors_larger_than_the_file_are_refused(tmp_path, state):
     huge = torch.zeros(1).expand(10**9, 64)
     with pytest.raises(UsageError, match="truncated or damaged"):
         load_model(save({**state, "linear.weight": huge}, tmp_path / "w.pt"))
 
 
-def test_files_of_other_kinds(tmp_path):
+def test_files_of_other_formats_are_refused(tmp_path):
     path = tmp_path / "w.pth"
     for content, sentence in (
         (b"\x1f\x8b\x08\x00 and so on and on", "compressed by gzip: unpack it"),
@@ -383,7 +385,7 @@ def test_files_of_other_kinds(tmp_path):
         load_model(f"{DIGITS}@{tmp_path}/w.npz")
 
 
-def test_arrays_of_numpy_are_said_to_be(tmp_path, state):
+def test_numpy_arrays_are_named_in_the_error(tmp_path, state):
     for content in ({"w": state["conv1.weight"].numpy()}, {"net": {k: v.numpy() for k, v in state.items()}}):
         with pytest.raises(
             UsageError, match=r"holds arrays of numpy.*save them by torch\.save\(\{name: torch\.as"

@@ -29,7 +29,7 @@ def build(name, **kwargs):
         *("cifar-preresnet20", "cifar-preresnet110", "cifar-vgg", "cifar-mobilenet"),
     ],
 )
-def test_any_batch_channels_height_and_width(name):
+def test_nets_accept_any_batch_channels_height_and_width(name):
     net = build(name, num_classes=6, in_channels=2).eval()
     assert net(torch.rand(5, 2, 7, 9)).shape == (5, 6)
 
@@ -54,7 +54,7 @@ def test_mnist_cnn_takes_28_pixels():
         ("mnist-cnn", 0.31),
     ],
 )
-def test_parameters_are_as_many_as_published(name, millions):
+def test_parameter_counts_are_the_published_ones(name, millions):
     with torch.device("meta"):
         net = build(name)
     assert round(sum(p.numel() for p in net.parameters()) / 1e6, 2) == millions
@@ -81,7 +81,7 @@ def test_the_shortcut_pads_channels_on_both_sides():
         ("wrn-4-10", "DEPTH must be"),
     ],
 )
-def test_unknown_names(name, sentence):
+def test_unknown_names_are_refused(name, sentence):
     with pytest.raises(UsageError, match=sentence):
         lookup(name)
 
@@ -96,14 +96,14 @@ def test_the_default_model_is_trained():
     assert right.float().mean() >= 0.97
 
 
-def test_the_default_model_can_be_had_untrained():
+def test_the_default_model_loads_untrained():
     plain = load_model("robustkit:digits-cnn?pretrained=false&num_classes=3&in_channels=2")
     assert plain(torch.rand(4, 2, 5, 6)).shape == (4, 3)
     with pytest.raises(UsageError, match=r"write num_classes=10|pretrained=false"):
         load_model("robustkit:digits-cnn?num_classes=3")
 
 
-def test_untrained_nets_are_the_same_every_time_and_draw_nothing_from_the_caller():
+def test_untrained_nets_are_seeded_and_do_not_use_the_global_generator():
     before = torch.get_rng_state()
     first = load_model("robustkit:cifar-resnet20")
     torch.rand(3)
@@ -127,7 +127,7 @@ def test_untrained_nets_are_the_same_every_time_and_draw_nothing_from_the_caller
         ("resnet32-at", 32, 0.4914),
     ],
 )
-def test_real_weights_load_as_they_are(file, depth, mean):
+def test_published_weights_load_unchanged(file, depth, mean):
     model = load_model(f"robustkit:cifar-resnet{depth}@{SHARED / file}.safetensors")
     assert model.mean is not None
     assert model.mean.flatten()[0].item() == pytest.approx(mean)

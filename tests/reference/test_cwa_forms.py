@@ -7,6 +7,8 @@ description of the authors' code where the paper is silent (VMI).
 from __future__ import annotations
 
 import math
+from fractions import Fraction
+from typing import Any
 
 import pytest
 import torch
@@ -47,7 +49,7 @@ NETS = [net(*weights) for weights in WEIGHTS]
 
 def found(text):
     attack = compose(parse_attack(text, "linf"))
-    return attack(Surrogates(NETS), X, Goal(LABELS), Exact("16/255"), rng=RNG)
+    return attack(Surrogates(NETS), X, Goal(LABELS), Exact(Fraction(16, 255)), rng=RNG)
 
 
 def slope(models, x):
@@ -123,7 +125,7 @@ def spectra(models, x, call, step):
 
 def variance_tuned():
     """Wang and He's recursion for each member, and for all together in the step back."""
-    last = {}
+    last: dict[Any, Any] = {}
 
     def gradient(models, x, call, step):
         who = "all" if len(models) > 1 else models[0]
@@ -189,14 +191,20 @@ def test_adam_cwa_is_adam_on_what_the_loop_gains():
 def test_the_price_of_the_forms():
     """W7, of three members: VMI_Inner T (n + 8n), VMI_Outer T (8n + 8n), CSE Tn."""
     for text, price in (("cse", 30), ("vmi-inner-cwa", 10 * (3 + 24)), ("vmi-outer-cwa", 10 * (24 + 24))):
-        asked = []
+        asked: list[Any] = []
 
         def counted(model, asked=asked):
             return lambda x: asked.append(len(x)) or model(x)
 
         attack = compose(parse_attack(text, "linf"))
         one = torch.tensor([0])
-        attack(Surrogates([counted(m) for m in NETS]), X[one], Goal(LABELS[one]), Exact(EPS), rng=RNG.select(one))
+        attack(
+            Surrogates([counted(m) for m in NETS]),
+            X[one],
+            Goal(LABELS[one]),
+            Exact(Fraction(EPS)),
+            rng=RNG.select(one),
+        )
         assert sum(asked) == price
         assert price <= 3 * attack.gradients <= 2 * price
 

@@ -7,6 +7,8 @@ samples in the order 1, 2, 3, 1, …
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any
 
 import pytest
 import torch
@@ -40,7 +42,8 @@ class Posterior:
     """Nets as a population; it tells which were asked for a gradient, and with how many rows."""
 
     def __init__(self, nets: Sequence[object]) -> None:
-        self.nets, self.asked, self.backwards = nets, [], 0
+        self.nets, self.backwards = nets, 0
+        self.asked: list[Any] = []
 
     def __len__(self) -> int:
         return len(self.nets)
@@ -140,7 +143,7 @@ def test_golden_full():
 )
 def test_golden_linf(steps, delta):
     attack = f"i-fgsm(steps={steps},step_size=0.1eps)+light(order=listed)"
-    found = (craft(attack, NETS, threat=Exact("4/255")) - X) * 255
+    found = (craft(attack, NETS, threat=Exact(Fraction(4, 255))) - X) * 255
     torch.testing.assert_close(found.flatten(), torch.tensor(delta).double(), rtol=0, atol=1e-5)
 
 
@@ -272,7 +275,7 @@ def test_l8_what_gradients_are_divided_by_is_a_constant_factor(norm):
 
 def test_l9_fgsm_moves_every_pixel_by_eps():
     x = some_images()
-    found = craft("fgsm+full", some_nets(3), x=x, goal=some_goal(), threat=Exact("16/255"))
+    found = craft("fgsm+full", some_nets(3), x=x, goal=some_goal(), threat=Exact(Fraction(16, 255)))
     free = (x > EPS) & (x < 1 - EPS)
     torch.testing.assert_close((found - x)[free].abs(), torch.full_like(x, EPS)[free])
 

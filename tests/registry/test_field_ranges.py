@@ -53,7 +53,7 @@ def test_what_no_field_may_be_is_refused_in_one_sentence(kind: str, name: str) -
         if not numeric(wanted):
             continue
         limits = range_of(wanted) or Limits(-math.inf)
-        beyond = [end for end in (limits.low - 1, limits.high + 1) if math.isfinite(end)]
+        beyond: list[Any] = [end for end in (limits.low - 1, limits.high + 1) if math.isfinite(end)]
         ends = {"low": [limits.low], "high": [limits.high], "both": [limits.low, limits.high]}
         if int in plain_types(wanted):
             beyond += [0.5, "0.5", "1e0"]
@@ -74,9 +74,11 @@ def test_what_no_field_may_be_is_refused_in_one_sentence(kind: str, name: str) -
 
 
 def test_values_are_brought_to_their_types_in_python_too() -> None:
-    made = PGD("7", restarts=np.int64(2), density=np.float32(0.5), random_start="false")
+    from_text: Any = PGD
+    made = from_text("7", restarts=np.int64(2), density=np.float32(0.5), random_start="false")
     assert (made.steps, made.restarts, made.density, made.random_start) == (7, 2, 0.5, False)
-    assert Smoothing("1/4", "3") == Smoothing(0.25, 3)
+    from_text = Smoothing
+    assert from_text("1/4", "3") == Smoothing(0.25, 3)
     assert dataclasses.replace(made, steps="8").steps == 8
 
 

@@ -163,6 +163,7 @@ def test_a_function_is_an_attack_and_an_unregistered_class_is_none() -> None:
     first, second = registry.parse_suite([shift, "fgsm"], "linf")
     assert isinstance(first.attack, FunctionAttack)
     assert (first.name, second.name) == ("shift", "fgsm")
+    wrong: Any
     for wrong in (Unregistered, Unregistered(), 3):
         with pytest.raises(UsageError, match="is no attack: pass a name"):
             registry.parse_suite([wrong], "linf")

@@ -80,6 +80,7 @@ def test_the_record_round_trips_through_json() -> None:
     assert Craft.from_json(body).to_json() == body
     assert next(iter(body)) == "format"
     assert {"model", "clean_accuracy", "success", "success_low", "success_high", "n"} <= body["targets"][0].keys()
+    broken: Any
     for broken in ({**body, "format": 2}, {**body, "n": 5}, {**body, "targets": [{}]}, []):
         with pytest.raises(UsageError):
             Craft.from_json(broken)

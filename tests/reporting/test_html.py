@@ -271,7 +271,7 @@ def test_margin_bars_count_every_image_once_and_separate_right_from_wrong() -> N
         r'<rect x="([\d.-]+)%" y="[\d.-]+" width="[\d.]+%" height="([\d.]+)" class="(\w+)"', chart
     ):
         heights[kind] = heights.get(kind, 0.0) + float(height)
-        mark = float(re.search(r'<line x1="([\d.]+)%"[^>]*class="mark"', chart)[1])  # type: ignore[index]
+        mark = float(re.search(r'<line x1="([\d.]+)%"[^>]*class="mark"', chart)[1])
         assert (float(x) >= mark) == (kind == "robust")
     per_image = sum(heights.values()) / 400
     assert {kind: round(total / per_image) for kind, total in heights.items()} == {

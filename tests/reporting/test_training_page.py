@@ -57,7 +57,7 @@ def record(**more: Any) -> Trained:
     return Trained(**{**body, **more})
 
 
-def curves(text: str) -> list[str]:
+def curves(text: str) -> list[tuple[str, str]]:
     return re.findall(r"</svg></svg>(.*?) <b>(.*?)</b>", text)
 
 

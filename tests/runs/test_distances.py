@@ -41,7 +41,7 @@ def test_the_medians_interval_is_that_of_the_sign_test(n: int) -> None:
     assert stats.binom.cdf(low + 1, n, 0.5) > 0.025
 
 
-def test_the_medians_interval_covers_as_often_as_it_says() -> None:
+def test_the_medians_interval_has_its_nominal_coverage() -> None:
     rng = np.random.default_rng(0)
     draws = np.sort(rng.exponential(size=(2000, 41)))
     low, high = median_ranks(41)
@@ -50,12 +50,12 @@ def test_the_medians_interval_covers_as_often_as_it_says() -> None:
 
 
 @pytest.mark.parametrize("share", [0, 0.05, 0.25, 0.5, 0.95, 1])
-def test_quantiles_are_numpys(share: float) -> None:
+def test_quantiles_equal_numpys(share: float) -> None:
     numbers = sorted(np.random.default_rng(1).random(17).tolist())
     assert quantile(numbers, share) == pytest.approx(np.quantile(numbers, share))
 
 
-def test_distances_that_are_infinite_or_missing() -> None:
+def test_infinite_and_missing_distances() -> None:
     found = Minimum.of([0, 0.5, None, 0.25, 0.75])
     assert found.right == [0.25, 0.5, 0.75, math.inf]
     assert found.quantiles == {
@@ -93,7 +93,7 @@ def test_runs_of_other_threats_are_not_compared() -> None:
 
 
 @pytest.mark.parametrize("distances", [[0, 0.5, None, 0.25], [0, 0], [None], [1e-9, 2e7]], ids=str)
-def test_records_page_and_table(distances: list[float | None]) -> None:
+def test_distances_are_in_record_page_and_table(distances: list[float | None]) -> None:
     report = with_minimum(distances)
     assert Report.from_json(report.to_json()) == report
     text = page(report, make_examples(report))

@@ -36,7 +36,7 @@ def names(path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("stages", [(), (0,)])
-def test_a_run_without_a_verdict_gives_way_and_says_so(tmp_path: Path, stages: tuple[int, ...]) -> None:
+def test_a_run_without_a_verdict_is_replaced_with_a_message(tmp_path: Path, stages: tuple[int, ...]) -> None:
     said: list[str] = []
     path = holding(tmp_path / "r", *stages)
     with open_for_writing(path, NEW, say=said.append) as writable:
@@ -46,14 +46,14 @@ def test_a_run_without_a_verdict_gives_way_and_says_so(tmp_path: Path, stages: t
     assert said == [f"run {OLD.run_id} in {path} has no result and is replaced by run {NEW.run_id}"]
 
 
-def test_a_spec_alone_gives_way(tmp_path: Path) -> None:
+def test_a_folder_with_a_spec_only_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "spec.json").write_text(dumps(OLD))
     with open_for_writing(tmp_path, NEW):
         assert RunSpec(**json.loads((tmp_path / "spec.json").read_text())).run_id == NEW.run_id
 
 
 @pytest.mark.parametrize("name", ["report.json", "model.json", "checkpoint.pt", "checkpoint.previous.pt"])
-def test_a_result_or_checkpoint_does_not_give_way(name: str, tmp_path: Path) -> None:
+def test_a_folder_with_a_result_or_checkpoint_is_not_replaced(name: str, tmp_path: Path) -> None:
     path = holding(tmp_path / "r")
     (path / name).touch()
     refusal = pytest.raises(UsageError, match=r"differs in .*remove that run with --overwrite")
@@ -62,7 +62,7 @@ def test_a_result_or_checkpoint_does_not_give_way(name: str, tmp_path: Path) -> 
     assert (path / name).exists()
 
 
-def test_verdicts_of_an_attack_do_not_give_way_but_to_overwrite(tmp_path: Path) -> None:
+def test_verdicts_of_an_attack_are_replaced_with_overwrite_only(tmp_path: Path) -> None:
     path = holding(tmp_path / "r", 0, 1)
     (path / "notes.txt").write_text("mine")
     before = (path / "ledger.sqlite").read_bytes()
@@ -81,13 +81,13 @@ def test_verdicts_in_a_write_ahead_log_count(tmp_path: Path) -> None:
         assert not Ledger.is_unattacked(path / "ledger.sqlite")
 
 
-def test_overwrite_begins_the_same_run_anew(tmp_path: Path) -> None:
+def test_overwrite_restarts_the_same_run(tmp_path: Path) -> None:
     path = holding(tmp_path / "r", 0, 1)
     with open_for_writing(path, OLD, overwrite=True):
         assert names(path) == ["spec.json"]
 
 
-def test_overwrite_of_a_damaged_ledger(tmp_path: Path) -> None:
+def test_overwrite_replaces_a_damaged_ledger(tmp_path: Path) -> None:
     path = holding(tmp_path / "r", 0, 1)
     (path / "ledger.sqlite").write_bytes(b"no database" * 99)
     with pytest.raises(UsageError, match="start again with --overwrite"), open_for_writing(path, NEW):
@@ -105,7 +105,7 @@ def test_overwrite_removes_nothing_from_a_folder_without_a_run(content: str, tmp
     assert names(tmp_path) == ["report.json", "spec.json"]
 
 
-def test_overwrite_of_a_new_or_empty_folder(tmp_path: Path) -> None:
+def test_overwrite_accepts_a_new_or_empty_folder(tmp_path: Path) -> None:
     with open_for_writing(tmp_path / "new" / "deep", NEW, overwrite=True) as writable:
         assert writable
 
@@ -133,7 +133,7 @@ def test_overwrite_removes_what_robustkit_wrote_and_no_link_is_followed(tmp_path
     assert names(outside) == ["0000.safetensors"]
 
 
-def test_a_run_under_way_is_not_overwritten(tmp_path: Path) -> None:
+def test_a_running_run_is_not_overwritten(tmp_path: Path) -> None:
     path = holding(tmp_path / "r", 1)
     with (
         open_for_writing(path, OLD),
@@ -145,7 +145,7 @@ def test_a_run_under_way_is_not_overwritten(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.EPERM])
-def test_a_finished_run_in_a_folder_that_can_only_be_read(
+def test_a_finished_run_in_a_read_only_folder_is_read(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(path: Path) -> None:
@@ -166,7 +166,7 @@ def test_a_finished_run_in_a_folder_that_can_only_be_read(
             pass
 
 
-def test_after_a_mended_model_the_same_command_runs(
+def test_the_same_command_runs_after_the_model_is_corrected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -32,7 +32,7 @@ TABLES = {
 
 
 @pytest.mark.parametrize("kind", TABLES)
-def test_a_ledger_has_its_own_tables_alone(kind: str, tmp_path: Path) -> None:
+def test_a_ledger_with_other_tables_is_refused(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "ledger.sqlite"
     with Ledger.open(path, "run") as ledger:
         ledger.seal()
@@ -60,9 +60,7 @@ CHANGES: dict[str, Callable[[dict[str, Any]], object]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_examples_are_what_they_are_said_to_be(
-    change: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_changed_examples_are_refused(change: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = make_report()
     arrays = make_examples(report)
     path = write_run(tmp_path / "r", report, arrays)

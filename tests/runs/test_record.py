@@ -60,7 +60,7 @@ def make_report(**changes):
 
 @pytest.mark.parametrize("n", [1, 2, 10, 1000, 50000])
 @pytest.mark.parametrize("share", [0, 0.001, 0.3, 0.5, 0.998, 1])
-def test_rates_are_wilsons(n, share):
+def test_intervals_of_rates_are_wilsons(n, share):
     hits = round(share * n)
     rate = Rate.of(hits, n)
     reference = stats.binomtest(hits, n).proportion_ci(0.95, method="wilson")
@@ -71,7 +71,7 @@ def test_rates_are_wilsons(n, share):
     assert 0 <= rate.low <= rate.value <= rate.high <= 1
 
 
-def test_reports_go_to_json_and_back():
+def test_reports_round_trip_through_json():
     report = make_report()
     body = report.to_json()
     text = json.dumps(body, allow_nan=False)
@@ -85,21 +85,21 @@ def test_reports_go_to_json_and_back():
     assert body["spec"]["suite"][0]["steps"] == 40
 
 
-def test_the_fooling_images_stay_out_of_the_file():
+def test_adversarial_images_are_not_in_the_json():
     report = make_report(adversarial={"x": object()})
     assert "adversarial" not in report.to_json()
     assert report == make_report()
 
 
 @pytest.mark.parametrize("body", [{"format": FORMAT + 1}, {"format": "1"}, {}, {"format": None}, [], None, "x", 3])
-def test_other_formats_are_refused_in_a_sentence(body):
+def test_other_formats_are_refused_in_one_sentence(body):
     with pytest.raises(UsageError, match=rf"^this report has format .*; this version .* reads {FORMAT}\.$"):
         Report.from_json(body)
 
 
 @pytest.mark.parametrize("part", ["run_id", "spec", "n", "clean_accuracy", "stages", "verdicts", "cost", "flags"])
 @pytest.mark.parametrize("damage", ["gone", "number"])
-def test_damaged_reports_are_refused_in_a_sentence(part, damage):
+def test_damaged_reports_are_refused_in_one_sentence(part, damage):
     body = make_report().to_json()
     if damage == "gone":
         del body[part]
@@ -149,7 +149,7 @@ def test_run_ids_are_those_of_the_first_version(run_id, spec):
     assert type(spec)(**json.loads(dumps(spec))).run_id == run_id
 
 
-def test_run_ids_depend_on_everything_else():
+def test_run_ids_depend_on_every_other_field():
     spec = make_spec()
     others = [
         make_spec(model={**spec.model, "fingerprint": "0"}),
@@ -173,12 +173,12 @@ def test_run_ids_depend_on_everything_else():
 @pytest.mark.parametrize(
     "value", [{1, 2}, frozenset(), object(), b"x", 1j, math.nan, math.inf, {"a": [-math.inf]}]
 )
-def test_dumps_refuses_what_json_cannot_say(value):
+def test_dumps_refuses_values_that_json_cannot_hold(value):
     with pytest.raises((TypeError, ValueError)):
         dumps({"value": value})
 
 
-def test_dumps_is_canonical():
+def test_dumps_writes_canonical_json():
     assert dumps({"b": 1, "a": Rate(0.5, 0.25, 0.75, 4)}) == dumps({"a": Rate(0.5, 0.25, 0.75, 4), "b": 1})
     assert json.loads(dumps({"a": Rate(0.5, 0.25, 0.75, 4)})) == {
         "a": {"value": 0.5, "low": 0.25, "high": 0.75, "n": 4}
@@ -195,7 +195,7 @@ def test_the_record_imports_no_torch():
 
 
 @pytest.mark.parametrize("parts", [True, [1], [{"from": 3}]])
-def test_the_parts_of_a_resumed_run_are_a_list_of_versions(parts):
+def test_a_resumed_run_records_the_versions_of_its_parts(parts):
     body = make_report().to_json()
     body["environment"] = {**body["environment"], "parts": parts}
     with pytest.raises(UsageError, match=r"environment\.parts"):

@@ -137,8 +137,12 @@ def test_without_heat_or_noise_it_is_plain_descent() -> None:
     ends = []
     for temperature, noisy in ((0.0, True), (1.0, False), (1.0, True)):
         weights = start.clone().requires_grad_()
+
+        def cubed(_: object, weights: torch.Tensor = weights) -> torch.Tensor:
+            return weights.detach() ** 3
+
         optimizer = Langevin([weights], 0.1, samples=10, temperature=temperature, momentum=0.9, weight_decay=0.01)
-        run(optimizer, lambda _, w=weights: w.detach() ** 3, 20, noisy)
+        run(optimizer, cubed, 20, noisy)
         ends.append(weights.detach())
     weights = start.clone().requires_grad_()
     plain = torch.optim.SGD([weights], 0.1, momentum=0.9, weight_decay=0.01)

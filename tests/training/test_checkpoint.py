@@ -67,7 +67,7 @@ def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(tmp_path: Path) 
     assert not (tmp_path / "cut" / "checkpoint.previous.pt").exists()
 
 
-def test_where_both_are_damaged_nothing_is_trained(tmp_path: Path) -> None:
+def test_two_damaged_checkpoints_are_refused(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         train("standard", out=tmp_path, progress=Heard(7), **SHORT)
     for name in ("checkpoint.pt", "checkpoint.previous.pt"):
@@ -106,7 +106,7 @@ def sound(**changes: Any) -> bytes:
         ({"loss": torch.tensor(float("nan"))}, "loss is nan, and must be finite"),
     ],
 )
-def test_numbers_out_of_range_are_damage_even_with_a_digest(
+def test_values_out_of_range_are_refused_even_with_a_matching_digest(
     changes: dict[str, Any], words: str, tmp_path: Path
 ) -> None:
     (tmp_path / "checkpoint.pt").write_bytes(sound())
@@ -116,7 +116,7 @@ def test_numbers_out_of_range_are_damage_even_with_a_digest(
         checkpoint.find_checkpoint(tmp_path, Method(), PLAN)
 
 
-def test_a_changed_value_without_its_digest_is_damage(tmp_path: Path) -> None:
+def test_a_changed_value_without_a_matching_digest_is_refused(tmp_path: Path) -> None:
     body = torch.load(io.BytesIO(sound()), weights_only=True)
     torch.save({**body, "step": 4}, tmp_path / "checkpoint.pt")
     with pytest.raises(UsageError, match="does not match its sha256"):
@@ -134,13 +134,13 @@ def test_a_changed_value_without_its_digest_is_damage(tmp_path: Path) -> None:
         lambda state: {**state, "c": [1.0, "2"]},
     ],
 )
-def test_a_digest_is_of_everything(change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+def test_the_digest_covers_every_value(change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
     state = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor(3, dtype=torch.bfloat16), "c": [1, "2"]}
     assert digest(state) == digest(dict(state))
     assert digest(change(state)) != digest(state)
 
 
-def test_a_changed_sample_is_not_packed(tmp_path: Path) -> None:
+def test_a_changed_sample_is_refused_before_packing(tmp_path: Path) -> None:
     draft = Draft(tmp_path)
     for value in (1.0, 2.0):
         draft.add({"w": torch.full((50, 40), value), "n": torch.tensor(3)})

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch._C._distributed_c10d import HashStore
 
 from robustkit import UsageError, train
 from robustkit.training.parallel import processes
@@ -69,7 +71,7 @@ def test_the_first_host_of_a_list(hosts: str, first: str) -> None:
         ({}, 0, "devices must be from 1 to 1024, got 0"),
     ],
 )
-def test_wrong_settings_have_a_sentence(
+def test_wrong_settings_are_refused_in_one_sentence(
     environment: dict[str, str], devices: int, sentence: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     for name, value in environment.items():
@@ -79,7 +81,7 @@ def test_wrong_settings_have_a_sentence(
     assert not (tmp_path / "run").exists()
 
 
-def test_there_must_be_as_many_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_process_needs_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     cuda = torch.device("cuda")
     assert processes.count_processes(cuda, 2) == 2
@@ -106,8 +108,9 @@ def test_process_group_is_destroyed_before_exit() -> None:
         def barrier(self) -> None:
             parted.append(torch.distributed.is_initialized())
 
-    store = torch.distributed.HashStore()
+    two: Any = Two()
+    store = HashStore()
     torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=store)
-    assert processes._run(Two(), lambda _: "done", torch.get_num_threads()) == "done"  # type: ignore[arg-type]
+    assert processes._run(two, lambda _: "done", torch.get_num_threads()) == "done"
     assert parted == [True]
     assert not torch.distributed.is_initialized()

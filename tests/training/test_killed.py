@@ -31,7 +31,7 @@ def steps_done(out: Path) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["dverge", "fasten"])
-def test_killed_within_an_epoch_it_ends_in_the_same_weights(method: str, tmp_path: Path) -> None:
+def test_a_run_killed_within_an_epoch_resumes_to_the_same_weights(method: str, tmp_path: Path) -> None:
     killed = ["train", method, *SIZE, "--out", str(tmp_path / "killed")]
     process = subprocess.Popen([sys.executable, "-c", CODE, *killed], stdout=subprocess.DEVNULL)
     while process.poll() is None and steps_done(tmp_path / "killed") < STEPS + 3:

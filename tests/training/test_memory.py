@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -22,7 +24,7 @@ ROWS = torch.tensor([3, 17, 0, 9])
 
 
 @pytest.mark.parametrize("length", [1, 4, 7, 30])
-def test_what_is_packed_is_found_again(length: int) -> None:
+def test_packed_perturbations_are_read_back(length: int) -> None:
     signs = torch.randint(-1, 2, (5, length), generator=DRAW).to(torch.int8)
     found = pack_signs(signs)
     assert found.dtype == torch.uint8
@@ -32,7 +34,7 @@ def test_what_is_packed_is_found_again(length: int) -> None:
 
 
 @pytest.mark.parametrize("augmentation", ["none", "crop", "crop-flip"])
-def test_signs_move_with_their_pixels(augmentation: str) -> None:
+def test_signs_follow_the_augmentation_of_their_pixels(augmentation: str) -> None:
     """Signs that follow from the pixels do so in every epoch, where nothing was cropped away."""
     memory = PerturbationMemory.of(IMAGES, 2)
     assert not memory.read(Epoch.of(IMAGES, PLAN, 0, components(augmentation)), ROWS).any()
@@ -57,14 +59,19 @@ def test_signs_move_with_their_pixels(augmentation: str) -> None:
     assert not memory.read(epoch, torch.arange(20)[others]).any()
 
 
-def test_it_takes_a_quarter_of_a_byte_for_each_pixel_and_member() -> None:
+def test_the_memory_takes_two_bits_for_each_pixel_and_member() -> None:
     assert PerturbationMemory.of(IMAGES, 8).packed.numel() == IMAGES.pixels.numel() * 8 // 4
 
 
-def test_no_room_for_it_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lack_of_memory_is_refused_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     samples = from_arrays(torch.rand(64, 1, 8, 8, generator=DRAW), torch.arange(64) % 4)
     monkeypatch.setattr(training, "free_memory", lambda device: 2 * 64 * 64 + 100)
-    words = {"samples": samples, "device": torch.device("cpu"), "arch": "robustkit:digits-cnn", "batch_size": 8}
+    words: dict[str, Any] = {
+        "samples": samples,
+        "device": torch.device("cpu"),
+        "arch": "robustkit:digits-cnn",
+        "batch_size": 8,
+    }
     Training(method=make_method("dverge"), members=3, **words)
     with pytest.raises(UsageError, match="train on fewer with --limit"):
         Training(method=make_method("fasten"), members=3, **words)

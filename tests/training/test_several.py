@@ -116,11 +116,18 @@ def distance(one: Path, other: Path) -> float:
 
 
 @pytest.mark.slow
-def test_dverge_of_two_members_has_one_curve(tmp_path: Path) -> None:
+def test_dverge_on_two_processes_has_the_curve_of_one(tmp_path: Path) -> None:
     """On digits: within 1e-4 with the data shared, and the same bytes with members apart, checkpoint and all."""
-    words = {"method": "dverge", "members": 2, "limit": 480, "epochs": 6, "batch_size": 48, "lr": 0.1}
+    words: dict[str, Any] = {
+        "method": "dverge",
+        "members": 2,
+        "limit": 480,
+        "epochs": 6,
+        "batch_size": 48,
+        "lr": 0.1,
+    }
     test = load_data("digits:test").head(40)
-    train(**words, test=test, out=tmp_path / "one")  # type: ignore[arg-type]
+    train(**words, test=test, out=tmp_path / "one")
     shared = [{**words, "out": str(tmp_path / kind), "parallel": kind} for kind in ("data", "members")]
     on_two(shared)
     one, data, members = (curves(tmp_path / name) for name in ("one", "data", "members"))
@@ -147,7 +154,7 @@ def same(one: Path, other: Path) -> None:
 @pytest.mark.slow
 def test_member_parallel_training_resumes_after_kill_9(tmp_path: Path) -> None:
     """Three members on two processes, with what is remembered and an average; on as many again, or on one."""
-    words = {**SHORT, "method": "fasten(baseline=0)", "members": 3, "ema": 0.9, "arch": DROPPING}
+    words: dict[str, Any] = {**SHORT, "method": "fasten(baseline=0)", "members": 3, "ema": 0.9, "arch": DROPPING}
     test = load_data("digits:test").head(40)
     train(**words, test=test, out=tmp_path / "one")
     apart = {**words, "out": str(tmp_path / "apart"), "parallel": "members"}
@@ -180,7 +187,7 @@ EVERY = [
 
 
 @pytest.mark.slow
-def test_every_method_is_the_same_with_data_parallelism(tmp_path: Path) -> None:
+def test_every_method_trains_the_same_net_with_data_parallelism(tmp_path: Path) -> None:
     """Batch norm, dropout, crops and noise included."""
     runs = [
         {**SHORT, "method": method, "members": members, "arch": DROPPING, "out": str(tmp_path / f"two{number}")}
@@ -189,7 +196,7 @@ def test_every_method_is_the_same_with_data_parallelism(tmp_path: Path) -> None:
     on_two(runs)
     for number, (words, (method, _, most)) in enumerate(zip(runs, EVERY, strict=True)):
         one, two = tmp_path / f"one{number}", tmp_path / f"two{number}"
-        train(**{**words, "out": one}, test=load_data("digits:test").head(40))  # type: ignore[arg-type]
+        train(**{**words, "out": one}, test=load_data("digits:test").head(40))
         apart, far = max(abs(a - b) for a, b in zip(curves(one), curves(two), strict=True)), distance(one, two)
         print(f"{method}: losses {apart:.1e} and weights {far:.1e} apart")
         assert apart < 1e-5, method

@@ -145,7 +145,7 @@ def gradients(members: list[Net]) -> list[Tensor]:
 
 
 @pytest.mark.parametrize(("members", "processes"), [(2, 2), (3, 2), (5, 3), (8, 8), (7, 1)])
-def test_every_member_has_one_process(members: int, processes: int) -> None:
+def test_every_member_belongs_to_one_process(members: int, processes: int) -> None:
     own = [data_parallel.members_of(members, rank, processes) for rank in range(processes)]
     assert [member for one in own for member in one] == list(range(members))
     assert max(map(len, own)) - min(map(len, own)) <= 1
@@ -167,13 +167,13 @@ def test_invalid_parallelism_is_refused(name: str, processes: int, method: str, 
         data_parallel.check(name, processes, make_method(method), PLAN)
 
 
-def test_methods_that_divide() -> None:
+def test_methods_that_support_member_parallelism() -> None:
     for name in ("dverge", "dverge+at", "fasten", "standard", "deep-ensemble", "multires"):
         data_parallel.check("members", 2, make_method(name), PLAN)
     data_parallel.check("members", 2, make_method("pgd-at", joint=False), PLAN)
 
 
-def test_images_go_round_in_the_order_of_members(world: World) -> None:
+def test_images_are_exchanged_in_the_order_of_members(world: World) -> None:
     def work(fabric: Any) -> list[Tensor]:
         group = DataParallel.of("members", fabric, 5)
         made = [torch.full((2, 3, 4, 4), float(member)) for member in group.own_members]
@@ -226,7 +226,7 @@ def test_member_parallelism_equals_one_process(world: World, method: Any) -> Non
         make_method("mba", collect_epochs=4),
     ],
 )
-def test_parts_of_a_batch_move_nets_as_the_whole(world: World, method: Any) -> None:
+def test_parts_of_a_batch_give_the_update_of_the_whole_batch(world: World, method: Any) -> None:
     """Batch norms, halves of the batch, pairs left out, second derivatives, and sums that are no means."""
     count = 3 if method.ensembles else 1
     alone, plan = nets(count), replace(PLAN, members=count)
@@ -248,7 +248,7 @@ def test_parts_of_a_batch_move_nets_as_the_whole(world: World, method: Any) -> N
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_random_numbers_belong_to_places_in_the_batch(layout: torch.memory_format) -> None:
+def test_random_draws_depend_on_the_position_in_the_batch(layout: torch.memory_format) -> None:
     x = torch.rand(6, 3, 4, 5).contiguous(memory_format=layout)
     draws: list[Callable[[Tensor], Tensor]] = [
         lambda at: F.dropout(at, 0.5, True),
@@ -296,4 +296,4 @@ def test_members_are_synchronised(world: World) -> None:
     assert all(torch.equal(a, b) for a, b in zip(momentum, other[1], strict=True))
     assert averages.tolist() == other[2].tolist() == [0, 1, 2]
     assert forwards == other[3] == 121
-    assert not torch.equal(weights[0], fresh()[0].body[0].weight)
+    assert not torch.equal(weights[0], fresh()[0].get_parameter("body.0.weight"))

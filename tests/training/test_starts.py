@@ -43,7 +43,7 @@ def run(out: Path, arch: str, method: str = "standard", **words: Any) -> Trained
     return train(method, images(), arch=arch, out=out, **words)
 
 
-def test_each_member_starts_at_its_own(tmp_path: Path) -> None:
+def test_each_member_starts_from_its_own_weights(tmp_path: Path) -> None:
     """At no rate, its weights are those of the member before."""
     for write in (write_members, write_posterior):
         string = write(tmp_path / write.__name__, NETS, **NORM)
@@ -57,7 +57,7 @@ def test_each_member_starts_at_its_own(tmp_path: Path) -> None:
             torch.testing.assert_close(state[f"{number}.linear.weight"], before, rtol=0, atol=1e-6)
 
 
-def test_dverge_goes_on_from_a_baseline(tmp_path: Path) -> None:
+def test_dverge_continues_from_a_baseline(tmp_path: Path) -> None:
     string = write_members(tmp_path / "base", NETS)
     record = run(tmp_path / "some", f"{string}#2+0", "dverge(baseline=0,steps=1)")
     assert record.members == 2
@@ -68,7 +68,7 @@ def test_dverge_goes_on_from_a_baseline(tmp_path: Path) -> None:
         run(tmp_path / "some", f"{string}#0+2", "dverge(baseline=0,steps=1)")
 
 
-def test_members_of_several_architectures(tmp_path: Path) -> None:
+def test_members_may_have_different_architectures(tmp_path: Path) -> None:
     """The folder is a model, its members are models, and a run may start there."""
     arch = f"ensemble:[robustkit:digits-cnn;{WIDE}]"
     record = run(tmp_path / "a", arch, "dverge(baseline=0.5,steps=1)", epochs=2, lr=0.01)
@@ -109,7 +109,7 @@ def test_members_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         run(tmp_path / "x", "digits-cnn")
 
 
-def test_members_see_the_same_images_from_other_weights(tmp_path: Path) -> None:
+def test_members_get_the_same_images_and_different_initial_weights(tmp_path: Path) -> None:
     """The first member is the net that a run of one gives, whatever the others do."""
     run(tmp_path / "one", "robustkit:digits-cnn", lr=0.1)
     run(tmp_path / "three", "robustkit:digits-cnn", lr=0.1, members=3)

@@ -86,7 +86,7 @@ def weights(folder: Path) -> bytes:
         (SAMPLING, {"arch": DROPPING, "augment": "crop"}, 8),
     ],
 )
-def test_a_run_that_was_cut_off_ends_in_the_same_weights(
+def test_an_interrupted_run_resumes_to_the_same_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, more: dict[str, Any], after: int
 ) -> None:
     """A checkpoint after every step: cut within an epoch, at its end, and before the last step."""
@@ -117,7 +117,7 @@ def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
+def test_two_processes_train_the_net_of_one(tmp_path: Path) -> None:
     """The same images in each step, half of them each; a net without batch norm."""
     one = train("standard(momentum=0)", out=tmp_path / "one", **SHORT)
     two = train("standard(momentum=0)", out=tmp_path / "two", devices=2, **SHORT)
@@ -129,7 +129,7 @@ def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
     assert two.history[-1]["loss"] == pytest.approx(one.history[-1]["loss"], rel=1e-5)
 
 
-def test_the_folder_is_the_model(tmp_path: Path) -> None:
+def test_the_run_folder_loads_as_the_trained_model(tmp_path: Path) -> None:
     record = train("standard", out=tmp_path / "run", **{**SHORT, "epochs": 12})
     assert (tmp_path / "run" / "checkpoint.pt").is_file()
     data = SHORT["test"]
@@ -172,11 +172,11 @@ def test_members_start_from_their_own_weights_and_are_written_together(tmp_path:
     assert all(torch.equal(state[f"0.{name}"], tensor) for name, tensor in single.items())
     assert not torch.equal(state["0.conv1.weight"], state["1.conv1.weight"])
     assert record.members == len(record.member_accuracy) == 2
-    assert record.member_accuracy[0] == pytest.approx(alone.accuracy["value"])  # type: ignore[index]
+    assert record.member_accuracy[0] == pytest.approx(alone.accuracy["value"])
     assert record.cost["forwards"] == 2 * alone.cost["forwards"]
 
 
-def test_the_ema_is_what_is_written(tmp_path: Path) -> None:
+def test_the_average_of_the_weights_is_written(tmp_path: Path) -> None:
     plain = train("standard", out=tmp_path / "plain", **SHORT)
     slow = train("standard", out=tmp_path / "slow", ema=0.9999, **SHORT)
     untrained = load_model(slow.arch).net.state_dict()
@@ -185,7 +185,7 @@ def test_the_ema_is_what_is_written(tmp_path: Path) -> None:
     assert all((found[name] - tensor).abs().max() < 1e-3 for name, tensor in untrained.items())
 
 
-def test_a_run_may_start_from_another(tmp_path: Path) -> None:
+def test_a_run_may_start_from_the_weights_of_another(tmp_path: Path) -> None:
     first = train("standard", out=tmp_path / "first", **SHORT)
     second = train("standard", arch=f"{tmp_path / 'first'}/", out=tmp_path / "second", **{**SHORT, "lr": 1e-9})
     a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("first", "second"))
@@ -194,13 +194,13 @@ def test_a_run_may_start_from_another(tmp_path: Path) -> None:
     assert second.mean == first.mean
 
 
-def test_nothing_of_the_caller_moves(tmp_path: Path) -> None:
+def test_training_changes_no_global_state(tmp_path: Path) -> None:
     before = torch.get_rng_state()
     train("standard", out=tmp_path / "run", arch=DROPPING, **SHORT)
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_arrays_classes_and_channels_of_ones_own(tmp_path: Path) -> None:
+def test_arrays_with_any_number_of_classes_and_channels_are_accepted(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     x, y = rng.integers(0, 256, (40, 12, 9, 3), dtype=np.uint8), np.arange(40) % 5
     record = train("standard", x, y, arch="robustkit:cifar-resnet20", epochs=1, batch_size=8, out=tmp_path / "run")
@@ -227,7 +227,7 @@ def test_divergence_raises_run_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory.")])
-def test_a_lack_of_memory_is_one_sentence(
+def test_out_of_memory_raises_one_sentence(
     error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def run(sitting: loop.TrainingSession) -> None:
@@ -254,7 +254,7 @@ def test_a_net_that_overflows_on_the_test_images_has_diverged(tmp_path: Path) ->
                 train(method, out=tmp_path / method[:4], **{**SHORT, "lr": 1e30, "batch_size": 48, "epochs": 4})
 
 
-def test_states_that_are_gone_are_missed(tmp_path: Path) -> None:
+def test_missing_states_are_reported(tmp_path: Path) -> None:
     train(SAMPLING, out=tmp_path, **SHORT)
     for name in ("model.json", "posterior.safetensors"):
         (tmp_path / name).unlink()
@@ -262,7 +262,7 @@ def test_states_that_are_gone_are_missed(tmp_path: Path) -> None:
         train(SAMPLING, out=tmp_path, **SHORT)
 
 
-def test_a_run_that_was_cut_off_while_it_drew_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_interrupted_while_it_drew_samples_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Dropout in front of batch norms makes their running statistics random."""
 
     def cut(*parts: Any) -> None:
@@ -349,13 +349,13 @@ def test_running_statistics_do_not_depend_on_the_order_of_the_data(tmp_path: Pat
         ({"data": "cifar.npz"}, "cifar.npz"),
     ],
 )
-def test_what_cannot_be_trained_is_refused(tmp_path: Path, more: dict[str, Any], sentence: str) -> None:
+def test_invalid_options_are_refused(tmp_path: Path, more: dict[str, Any], sentence: str) -> None:
     with pytest.raises(UsageError, match=sentence):
         train(**{"method": "standard", "out": tmp_path / "run", **SHORT, **more})
     assert not (tmp_path / "run").exists()
 
 
-def test_a_damaged_checkpoint_or_record(tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_or_record_is_refused(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         train("standard", out=tmp_path / "run", progress=Cut(4), **SHORT)
     (tmp_path / "run" / "checkpoint.pt").write_bytes(b"PK\x03\x04rubbish")

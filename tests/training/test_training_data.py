@@ -24,7 +24,7 @@ def bytes_set(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     return rng.integers(0, 256, (N, C, H, W), dtype=np.uint8), rng.integers(0, 4, N)
 
 
-def test_bytes_stay_bytes_and_floats_floats() -> None:
+def test_uint8_images_are_kept_as_uint8_and_floats_as_floats() -> None:
     x, y = bytes_set()
     samples = from_arrays(torch.from_numpy(x), y)
     held = ImageSet.read(samples)
@@ -37,7 +37,7 @@ def test_bytes_stay_bytes_and_floats_floats() -> None:
     assert torch.equal(floats.at(slice(0, 20)), digits.images(range(20)))
 
 
-def test_a_set_that_is_bytes_only_at_first_is_held_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_set_whose_first_images_only_are_bytes_is_kept_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("robustkit.training.images._CHUNK", 4)
     x = torch.from_numpy(bytes_set()[0]).float() / 255
     x[7, 0, 0, 0] = 0.123456
@@ -45,7 +45,7 @@ def test_a_set_that_is_bytes_only_at_first_is_held_exactly(monkeypatch: pytest.M
     assert torch.equal(held.at(slice(0, N)), x)
 
 
-def test_normalisation_is_that_of_the_channels() -> None:
+def test_normalisation_has_mean_and_deviation_of_the_channels() -> None:
     x, y = bytes_set()
     mean, std = ImageSet.read(from_arrays(torch.from_numpy(x), y)).normalisation()
     real = x / 255
@@ -54,7 +54,7 @@ def test_normalisation_is_that_of_the_channels() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
-def test_moved_is_pad_crop_and_mirror(dtype: torch.dtype) -> None:
+def test_moved_equals_pad_crop_and_flip(dtype: torch.dtype) -> None:
     pixels = torch.from_numpy(bytes_set()[0]).permute(0, 2, 3, 1).to(dtype)
     down, across = torch.tensor([0, 1, 2, 3, 4, 2, 2, 2, 0, 4]), torch.tensor([4, 3, 2, 1, 0, 2, 2, 2, 0, 4])
     mirrored = torch.tensor([False, True] * 5)
@@ -91,7 +91,7 @@ def held() -> ImageSet:
     return ImageSet.read(from_arrays(torch.from_numpy(x), np.arange(N)))
 
 
-def test_an_epoch_takes_each_image_once_and_each_epoch_another_order() -> None:
+def test_each_epoch_uses_every_image_once_in_another_order() -> None:
     images = held()
     orders = [Epoch.of(images, plan(), number, ()).order for number in range(4)]
     assert all(sorted(order.tolist()) == list(range(N)) for order in orders)
@@ -104,19 +104,19 @@ def test_an_epoch_takes_each_image_once_and_each_epoch_another_order() -> None:
     assert torch.equal(batches[0].x, images.at(batches[0].y))
 
 
-def test_parts_of_a_batch_make_the_batch() -> None:
+def test_parts_of_a_batch_join_to_the_batch() -> None:
     epoch = Epoch.of(held(), plan(), 2, ("crop", "flip"))
     whole, parts = epoch.batch(1), [epoch.batch(1, part, 2) for part in range(2)]
     assert torch.equal(torch.stack([part.x for part in parts], 1).flatten(0, 1), whole.x)
     assert torch.equal(torch.stack([part.rng.uniform(3) for part in parts], 1).flatten(0, 1), whole.rng.uniform(3))
 
 
-def test_an_image_is_moved_the_same_whatever_the_batch_size() -> None:
+def test_augmentation_is_independent_of_the_batch_size() -> None:
     small, large = (Epoch.of(held(), plan(batch), 0, ("crop", "flip")) for batch in (2, 8))
     assert torch.equal(torch.cat([small.batch(place).x for place in range(4)]), large.batch(0).x)
 
 
-def test_augmentation_moves_and_mirrors_about_half() -> None:
+def test_augmentation_shifts_images_and_flips_about_half() -> None:
     images = ImageSet(torch.arange(16, dtype=torch.uint8).expand(400, 8, 16)[..., None], torch.arange(400))
     size = Plan(samples=400, classes=400, batch_size=400, epochs=1, lr=0.1)
     x = (Epoch.of(images, size, 0, ("crop", "flip")).batch(0).x * 255).round()
@@ -127,12 +127,12 @@ def test_augmentation_moves_and_mirrors_about_half() -> None:
     assert sorted(set(shifts.tolist())) == [-1, 0, 1]
 
 
-def test_a_set_that_does_not_fit_is_refused() -> None:
+def test_a_set_that_does_not_fit_into_memory_is_refused() -> None:
     with pytest.raises(UsageError, match="--limit"):
         check_memory(load_data("digits:test"), 1000)
 
 
-def test_the_average_is_the_geometric_sum() -> None:
+def test_the_weight_average_is_the_geometric_sum() -> None:
     net = nn.BatchNorm1d(2)
     average = averages.copy_state(net)
     values = [1.0, 2.0, 5.0]
@@ -149,7 +149,7 @@ def test_the_average_is_the_geometric_sum() -> None:
     assert net.weight.tolist() == [5.0, 5.0]
 
 
-def test_scores() -> None:
+def test_mean_probabilities_accuracy_and_loss_of_two_members() -> None:
     first, second = torch.tensor([[0.9, 0.1], [0.2, 0.8]]), torch.tensor([[0.5, 0.5], [0.7, 0.3]])
     together = evaluation.mean_of_probabilities(probabilities.log() for probabilities in (first, second))
     torch.testing.assert_close(together.exp(), (first + second) / 2)

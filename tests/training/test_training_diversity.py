@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,15 +13,15 @@ from torch import nn
 
 from robustkit import load_model, train
 from robustkit.core.threat import ThreatModel
+from robustkit.runs.run_folder import read_trained
 from robustkit.training import quick_diversity
 from robustkit.training.images import ImageSet
-from robustkit.training.train import read_trained
 
 BETWEEN = {"best_member", "any_right", "all_right", "transfer", "white_box", "cosine"}
 
 
-def test_every_evaluation_is_in_the_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    words = {"limit": 64, "epochs": 3, "batch_size": 32, "device": "cpu", "precision": "fp32"}
+def test_every_measurement_is_in_the_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words: dict[str, Any] = {"limit": 64, "epochs": 3, "batch_size": 32, "device": "cpu", "precision": "fp32"}
     record = train("standard", members=2, out=tmp_path / "a", **words)
     lines = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
     assert lines == list(record.history)
@@ -38,7 +39,7 @@ def test_every_evaluation_is_in_the_metrics(tmp_path: Path, monkeypatch: pytest.
     assert not BETWEEN & read_trained(tmp_path / "c").history[-1].keys() | BETWEEN & alone.history[-1].keys()
 
 
-def test_twins_fall_together_and_modes_stay() -> None:
+def test_equal_members_are_fooled_together_and_modes_are_kept() -> None:
     net = load_model("robustkit:digits-cnn").net
     assert isinstance(net, nn.Module)
     twins = [net.train(), copy.deepcopy(net).eval()]
@@ -55,7 +56,7 @@ def test_twins_fall_together_and_modes_stay() -> None:
     assert nowhere["transfer"] == nowhere["white_box"] == 0
 
 
-def test_oracles() -> None:
+def test_accuracies_of_two_members_with_known_scores() -> None:
     scores = [torch.eye(3), torch.eye(3)[[0, 2, 1]]]
     found = quick_diversity.oracle_accuracies(scores, torch.tensor([0, 2, 2]))
     assert found == pytest.approx({"best_member": 2 / 3, "any_right": 1, "all_right": 1 / 3})
