@@ -129,6 +129,13 @@ def spec(value: Any) -> dict[str, Any]:
     return {"name": getattr(value, "name", value.info.name), **fields, **origin(value)}
 
 
+def code_digests(record: Mapping[str, Any]) -> list[str]:
+    """Return the hashes of code in a record and in the records inside it, such as those of techniques."""
+    inside = [value for value in record.values() for value in (value if isinstance(value, list) else [value])]
+    own = [str(record["code"])] if "code" in record else []
+    return own + [digest for value in inside if isinstance(value, Mapping) for digest in code_digests(value)]
+
+
 def origin(value: Any) -> dict[str, str]:
     """Return where the code of a thing comes from, and its hash; empty for robustkit's own.
 

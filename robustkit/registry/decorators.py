@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, TypeVar
 
-from robustkit.registry.fields import checked
+from robustkit.registry.fields import checked, hyphenated
 
 T = TypeVar("T")
 
@@ -97,6 +97,8 @@ def method(name: str, *, paper: str = "") -> Callable[[type[T]], type[T]]:
 
 
 def _register(info: Info) -> Callable[[T], T]:
+    hyphenated(info.name, f"@{info.kind}")
+
     def decorate(thing: T) -> T:
         if is_dataclass(thing):
             for field in fields(thing):

@@ -25,6 +25,22 @@ WORDS = {
 }
 
 
+def hyphenated(name: str, where: str) -> None:
+    """Refuse a name with an underscore, so that users need not guess between `random-signs` and `random_signs`.
+
+    Args:
+        name: of an attack, technique, recipe, suite, defense, method, model source or data source.
+        where: what declares it, for the message.
+
+    Raises:
+        UsageError: it has one.
+    """
+    if "_" in name:
+        raise UsageError(
+            f"{where} declares the name {name!r}: write {name.replace('_', '-')!r}; names have hyphens."
+        )
+
+
 def checked(thing: Any, name: str) -> None:
     """Let a frozen dataclass convert and check the fields that it is given, by their annotated types.
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from robustkit.core.errors import RobustkitError, UsageError, error_summary
+from robustkit.registry.fields import hyphenated
 from robustkit.registry.imports import own_imports_of_module
 
 GROUPS = ("attacks", "defenses", "models", "data")
@@ -50,8 +51,9 @@ class Plugin:
         """Import it.
 
         Raises:
-            UsageError: if its module cannot be imported or has no such attribute.
+            UsageError: if its name has an underscore, or its module cannot be imported or has no such attribute.
         """
+        hyphenated(self.name, f"the package {self.package}")
         try:
             return getattr(importlib.import_module(self.module), self.attribute)
         except (Exception, SystemExit) as error:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import doctest
 import inspect
+import re
+from collections.abc import Iterator
 from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
@@ -77,6 +80,41 @@ def test_options_have_the_types_of_the_request_that_they_are_passed_to(
     assert len(shared) >= 4
     for name in shared.keys() - {"device", "strictness", "threat"}:
         assert shared[name] == types[name]
+
+
+PACKAGE = Path(robustkit.__file__).parent
+# Files that read the flags of a verb beside its own.
+FURTHER = {"evaluate": ("leaderboard",), "doctor": ("factsheet",), "list": ("listing",)}
+
+
+def attributes_read(files: list[Path], *variables: str) -> Iterator[str]:
+    """Yield the attributes that code reads; of these variables, or of anything if none is given."""
+    for node in (node for file in files if file.exists() for node in ast.walk(ast.parse(file.read_text()))):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+            if not variables or (isinstance(node.value, ast.Name) and node.value.id in variables):
+                yield node.attr
+
+
+@pytest.mark.parametrize(
+    "options",
+    sorted((one for one in CLASSES if re.search("(?<!Image)(Arguments|Flags)$", one.__name__)), key=repr),
+    ids=lambda options: options.__name__,
+)
+def test_every_option_is_read(options: type[Options]) -> None:
+    """By its verb's code; or by the engine, from the field of the same name of the request that is passed on."""
+    verb = re.sub("(?<=[a-z])(?=[A-Z])", "_", re.sub("(Arguments|Flags)$", "", options.__name__)).lower()
+    files = [PACKAGE / "api" / f"{verb}.py", PACKAGE / "api" / "inputs.py"]
+    if options.__name__.endswith("Flags"):
+        files += [PACKAGE / "cli" / "verbs" / f"{name}.py" for name in (verb, *FURTHER.get(verb, ()))]
+        files.append(PACKAGE / "cli" / "inputs.py")
+    unread = {field.name for field in fields(options)} - {*attributes_read(files, "arguments", "flags", "options")}
+    text = re.sub(r"\s", "", "".join(file.read_text() for file in files if file.exists()))
+    for request in (Evaluation, CostProbe, CraftRequest, MatrixRequest, DiversityRequest, Training):
+        if f"build({request.__name__}," in text:
+            rooms = {Path(inspect.getfile(base)).parent for base in request.__mro__[:-1]}
+            engine = attributes_read([file for room in rooms for file in room.glob("*.py")])
+            unread -= {field.name for field in fields(request)} & {*engine}
+    assert unread == set()
 
 
 def test_a_wrong_value_gets_the_same_sentence_from_python_and_from_the_command_line(

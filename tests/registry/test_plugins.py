@@ -16,9 +16,10 @@ import torch
 import robustkit
 from robustkit import UsageError, registry
 from robustkit.cli import run
+from robustkit.engine.evaluation.leaderboard import settings_id
 from robustkit.models.allowed_paths import recorded_model
 from robustkit.registry.functions import FunctionAttack
-from robustkit.registry.plugins import plugins
+from robustkit.registry.plugins import Plugin, plugins
 from robustkit.training.nets import complete_arch
 
 ROOT = Path(__file__).parents[2]
@@ -92,6 +93,19 @@ def test_a_changed_file_is_another_run(folder: Path) -> None:
     assert registry.spec(registry.make("pgd")).keys().isdisjoint({"code", "string", "package"})
 
 
+def test_a_leaderboard_with_a_changed_file_is_another(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids: list[str] = []
+    monkeypatch.setattr("robustkit.cli.verbs.evaluate.run_leaderboard", lambda _, id, *rest: ids.append(id) or 0)
+    (folder / "models.txt").write_text("robustkit:digits-cnn\n")
+    command = "robustkit evaluate --models models.txt --data digits:test --suite"
+    file = "./random_signs.py:RandomSigns"
+    for suite, text in ((file, ""), (file, "# changed\n"), ("fgsm", "")):
+        (folder / "random_signs.py").write_text(FILES["random_signs.py"] + text)
+        assert shell(f"{command} {suite}") == 0
+    assert len(set(ids)) == 3
+    assert ids[2] == settings_id(data="digits:test", limit=None, threat="linf:0.15", suite="fgsm", seed=0)
+
+
 def test_specs_of_packages_have_their_version_and_code(installed: Path) -> None:
     record = registry.spec(registry.make("random-signs", queries="5"))
     assert record == {"name": "random-signs", "queries": 5, "package": "stranger 1.2", "code": record["code"]}
@@ -134,6 +148,15 @@ def test_a_package_replaces_no_name_and_breaks_no_list(installed: Path) -> None:
     assert shell("robustkit list attacks") == 0
     registry.entries._catalog.cache_clear()
     plugins.__globals__["_scan"].cache_clear()
+
+
+def test_names_have_hyphens(folder: Path) -> None:
+    with pytest.raises(UsageError, match="'my_sources': write 'my-sources'; names have hyphens"):
+        Plugin("models", "my_sources", "blur", "Blur", "stranger 1.2").load()
+    text = FILES["random_signs.py"].replace('@attack("random-signs"', '@attack("random_signs"')
+    (folder / "random_signs.py").write_text(text)
+    with pytest.raises(UsageError, match="'random_signs': write 'random-signs'; names have hyphens"):
+        registry.parse_suite("./random_signs.py:RandomSigns", "linf")
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,8 @@ DEFAULT_SUITE = "auto"
 DEFAULT_MODEL = "robustkit:digits-cnn"
 MODEL_FORM = "ARCH[@WEIGHTS][?mean=r,g,b&std=r,g,b&size=N&num_classes=K&defense=D]"
 DATA_FORM = "NAME[:SPLIT], folder:PATH, webdataset:PATH or FILE.npz."
-DATA_DEFAULT = "the usual one of the data"
+DATA_DEFAULT = "the usual threat of the data set, as 'robustkit list data' shows"
+BUILT_IN_DATA = "digits:test for the built-in model; other models need it"
 LARGEST_SEED = 2**63 - 1
 
 IMAGES = (
@@ -68,7 +69,7 @@ class ProgressArgument(Options):
 class ImageFlags(Options, section="Input"):
     """The images of a command, and what the attacker may do to them."""
 
-    data: str | None = option(None, DATA_FORM, metavar="DATA", shown_default="digits:test")
+    data: str | None = option(None, DATA_FORM, metavar="DATA", shown_default=BUILT_IN_DATA)
     limit: int | None = option(None, "Use only the first N images.", Limits(1), metavar="N")
     threat: str | None = option(
         None, "NORM:EPS, e.g. linf:8/255 or l2:0.5.", metavar="THREAT", shown_default=DATA_DEFAULT

@@ -24,6 +24,7 @@ from robustkit.engine.evaluation.leaderboard import LeaderboardRun, NamedModel, 
 from robustkit.engine.evaluation.run import Evaluation
 from robustkit.models.allowed_paths import FLAG, names_code, refuse_code
 from robustkit.registry import parse_suite
+from robustkit.registry.construction import code_digests
 from robustkit.reporting.terminal.evaluation import show
 from robustkit.runs.run_folder import PAGE
 
@@ -69,9 +70,12 @@ def _models(
     if flags.data is None:
         raise UsageError("no data for the list of models; use --data, e.g. --data cifar10:test.")
     entries, threat = shortened(read_models(file)), flags.threat or str(default_threat(flags.data))
-    parse_suite(flags.suite, threat.partition(":")[0])
+    attacks = parse_suite(flags.suite, threat.partition(":")[0])
     share = read_strictness(flags.strictness)
-    more = {} if share is None else {"strictness": share}
+    more: dict[str, object] = {} if share is None else {"strictness": share}
+    # The strings of plug-ins say where their code is, and not what it is.
+    if code := [digest for entry in attacks for digest in code_digests(entry.spec)]:
+        more["code"] = code
     id = settings_id(data=flags.data, limit=flags.limit, threat=threat, suite=flags.suite, seed=flags.seed, **more)
 
     def listed(entry: NamedModel) -> Evaluation:
