@@ -1,8 +1,8 @@
 """Cyclical stochastic-gradient Hamiltonian Monte Carlo (Zhang et al. 2020, arXiv:1902.03932).
 
-With the settings that Gubri et al. (2022, arXiv:2011.05074) train their ImageNet surrogates by. The gradients'
-momentum goes on from one cycle into the next, as in both papers' code; the noise's does not, where theirs throws
-the net at the restart (see `robustkit.sampling.Langevin`).
+The settings are those of the ImageNet surrogates of Gubri et al. (2022, arXiv:2011.05074). The gradients' momentum
+is kept from one cycle to the next, as in both papers' code. The noise's momentum is reset at a restart; in their
+code it is kept, which moves the net far away (see `robustkit.sampling.Langevin`).
 """
 
 from __future__ import annotations

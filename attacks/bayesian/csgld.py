@@ -3,8 +3,8 @@
 The sampler is that of Zhang et al. (2020, arXiv:1902.03932). The authors of the attack scale the noise by 1 over
 the batches of an epoch, so that the batch size sets the temperature of the posterior; here `temperature` is a
 field and the scale follows from it: with the mean cross-entropy as loss, the noise of a step has variance
-2 x rate x temperature / N in each weight, N the number of training images. The default is what their code comes
-to on CIFAR-10 at batch size 64.
+2 x rate x temperature / N in each weight, N the number of training images. The default corresponds to their code
+on CIFAR-10 at batch size 64.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from robustkit.training.posterior_method import PosteriorMethod
 class CSGLD(PosteriorMethod):
     """Cosine cycles of the learning rate from a warm start; the last epochs of each are noisy and are kept.
 
-    `temperature` is the posterior's: 1 is Bayes' own, 0 the same without noise; the batch size has no part in it.
-    `batch_norm` leaves a sample the running statistics of its step (`keep`) or takes them anew (`re-estimate`).
-    With `momentum` above 0 it is cyclical SGHMC of friction 1 - momentum. Images are normalised as the run's
-    model says, where the authors feed [0, 1].
+    `temperature` is the posterior's: 1 is the Bayesian posterior, 0 is no noise; it does not depend on the batch
+    size. With `batch_norm` `keep` a sample has the running statistics of its step, with `re-estimate` new ones.
+    With `momentum` above 0 it is cyclical SGHMC of friction 1 - momentum. Images are normalised as the run's model
+    requires; the authors' code uses images in [0, 1].
     """
 
     cycles: Count = 5
@@ -51,11 +51,13 @@ class CSGLD(PosteriorMethod):
         PosteriorMethod.check_plan(self, plan)
         name = self.info.name
         if plan.epochs % self.cycles:
-            raise UsageError(f"{name}: {plan.epochs} epochs are not {self.cycles} equal cycles; write a multiple.")
+            raise UsageError(
+                f"{name}: {plan.epochs} epochs cannot be divided into {self.cycles} equal cycles; use a multiple."
+            )
         if self.samples_per_cycle > plan.epochs // self.cycles:
             raise UsageError(
                 f"{name}: samples_per_cycle={self.samples_per_cycle} is more than the "
-                f"{plan.epochs // self.cycles} epochs of a cycle; write fewer, or more --epochs."
+                f"{plan.epochs // self.cycles} epochs of a cycle; use fewer, or more --epochs."
             )
 
     def optimizer(self, parameters: Iterable[nn.Parameter], plan: Plan) -> torch.optim.Optimizer:

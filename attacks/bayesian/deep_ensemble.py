@@ -1,7 +1,8 @@
-"""Deep ensembles (Lakshminarayanan et al. 2017, arXiv:1612.01474): nets trained alike from different seeds.
+"""Deep ensembles (Lakshminarayanan et al. 2017, arXiv:1612.01474): equal nets trained from different seeds.
 
-What a posterior's transfer is compared with. The paper's adversarial training of the members is left out, as in
-the ensembles of Gubri et al. (2022, arXiv:2011.05074); the members see the data in the same order.
+The baseline for the transfer of posterior samples. The paper's adversarial training of the members is not
+included, as in the ensembles of Gubri et al. (2022, arXiv:2011.05074). The members are trained on the data in the
+same order.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from robustkit.training.method import Method, Plan, Size
 @method("deep-ensemble", paper="arXiv:1612.01474")
 @dataclass(frozen=True, slots=True)
 class DeepEnsemble(Method):
-    """`--members` nets side by side, each by SGD with momentum along one cosine."""
+    """Trains `--members` nets in one run, each by SGD with momentum and one cosine of the learning rate."""
 
     momentum: ShareBelowOne = 0.9
     weight_decay: NonNegative = 5e-4
@@ -25,11 +26,11 @@ class DeepEnsemble(Method):
     ensembles = True
 
     def default_size(self, samples: int) -> Size:
-        """Return a usual training of five nets, less on a small set."""
+        """Return a common training size for five nets; a shorter run on a small set."""
         if samples > 5000:
             return Size(epochs=100, batch_size=128, lr=0.1, members=5)
         return Size(epochs=30, batch_size=64, lr=0.05, members=5)
 
     def rate(self, step: int, plan: Plan) -> float:
-        """Return half a cosine from `lr` towards 0."""
+        """Return the learning rate: half a cosine from `lr` to 0."""
         return cosine(step, plan.steps, plan.lr)

@@ -1,4 +1,4 @@
-"""All samples of a posterior for every gradient (Gubri et al., UAI 2022, arXiv:2011.05074); see `light`."""
+"""Every gradient uses all samples of a posterior (Gubri et al., UAI 2022, arXiv:2011.05074); see `light`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from robustkit.registry import technique
 @technique("full", paper="arXiv:2011.05074")
 @dataclass(frozen=True, slots=True)
 class Full(Technique):
-    """Makes every sample of a posterior a member of the ensemble. Costs as many gradients as there are samples."""
+    """Makes every sample of a posterior a member of the ensemble; costs one gradient for each sample."""
 
     def prepare(self, surrogates: Surrogates) -> Surrogates:
         """Return the surrogates with a member for each sample."""

@@ -1,7 +1,7 @@
-"""Large geometric vicinity (Gubri et al. 2022, arXiv:2207.13129): snapshots of descent at a constant high rate.
+"""Large geometric vicinity (Gubri et al. 2022, arXiv:2207.13129): snapshots of SGD at a constant high rate.
 
-The paper starts from a net that others trained; here the epochs before the last `collect_epochs` train it, along
-a cosine from `lr`. With no more epochs than those the run starts at the weights of `--arch MODEL@WEIGHTS`.
+The paper starts from a trained net; here the epochs before the last `collect_epochs` train it, with a cosine
+learning rate from `lr`. If there are no such epochs, the run starts at the weights of `--arch MODEL@WEIGHTS`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from robustkit.training.posterior_method import PosteriorMethod
 
 
 class Collecting(PosteriorMethod):
-    """An ordinary training, then descent at a constant rate whose weights are kept; base of `lgv` and `mba`."""
+    """Base of `lgv` and `mba`: plain training, then SGD at a constant rate, whose weights are stored."""
 
     __slots__ = ()
 
@@ -32,12 +32,12 @@ class Collecting(PosteriorMethod):
         name = self.info.name
         if self.collect_epochs > plan.epochs:
             raise UsageError(
-                f"{name}: collect_epochs={self.collect_epochs} are the last of the run's {plan.epochs} epochs; "
+                f"{name}: collect_epochs={self.collect_epochs} must be at most the run's {plan.epochs} epochs; "
                 "write more --epochs."
             )
 
     def rate(self, step: int, plan: Plan) -> float:
-        """Return a cosine from `lr` towards 0, and a constant share of `lr` in the last epochs."""
+        """Return a cosine from `lr` to 0, and a constant share of `lr` in the last epochs."""
         first = self.first(plan)
         return cosine(step, first, plan.lr) if step < first else plan.lr * self.share(plan)
 
@@ -53,10 +53,7 @@ class Collecting(PosteriorMethod):
 @method("lgv", paper="arXiv:2207.13129")
 @dataclass(frozen=True, slots=True)
 class LGV(Collecting):
-    """An ordinary training, then SGD at a high rate, kept `snapshots_per_epoch` times in each epoch.
-
-    That rate is `lr` times `collect_rate`.
-    """
+    """Plain training, then SGD at `lr` times `collect_rate`, stored `snapshots_per_epoch` times an epoch."""
 
     collect_epochs: Count = 10
     snapshots_per_epoch: Count = 4
@@ -66,7 +63,7 @@ class LGV(Collecting):
     batch_norm: str = "keep"
 
     def default_size(self, samples: int) -> Size:
-        """Return a usual training with the paper's epochs after it, less on a small set."""
+        """Return a common training size and the paper's epochs after it; a shorter run on a small set."""
         if samples > 5000:
             return Size(epochs=100 + self.collect_epochs, batch_size=256, lr=0.1)
         batch_size = max(min(64, samples // max(self.snapshots_per_epoch, 1)), 1)
@@ -82,6 +79,6 @@ class LGV(Collecting):
         return self.collect_rate
 
     def keeps(self, step: int, plan: Plan) -> bool:
-        """Return whether a step is one of those at equal distances in the last epochs."""
+        """Return whether the weights after a step are stored: steps evenly spaced in the last epochs."""
         first = self.first(plan)
         return is_evenly_spaced(step - first, plan.steps - first, self.collect_epochs * self.snapshots_per_epoch)

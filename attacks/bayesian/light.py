@@ -1,8 +1,8 @@
-"""How a posterior's samples are used (Gubri et al., UAI 2022, arXiv:2011.05074): some at a time, or all.
+"""Uses a few fresh samples of each posterior for every gradient (Gubri et al., UAI 2022, arXiv:2011.05074).
 
-Without this technique a gradient is that of one sample of each posterior, the next one every time. The authors'
-code goes through the samples in an order shuffled once for all images, as this does; theirs averages logits, and
-here `combine` sets what is averaged. Surrogates that are one net stay as they are.
+Without this technique every gradient uses one sample of each posterior, the next one each time. As in the authors'
+code, the samples are used in an order that is shuffled once for all images. The authors average logits; here
+`combine` sets what is averaged. Surrogates that are a single net are unchanged.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from robustkit.registry.ranges import Count
 @technique("light", paper="arXiv:2011.05074")
 @dataclass(frozen=True, slots=True)
 class Light(Technique):
-    """Lets every gradient be that of `samples` fresh samples of each posterior, each a member of the ensemble.
+    """Every gradient uses `samples` fresh samples of each posterior; each sample is a member of the ensemble.
 
-    The attack's loops over members go through them, too. `order` is `shuffled` or `listed`; `fresh` sets when the
-    next samples come: for each `gradient`, or once in a `step`.
+    Attacks that loop over members include them. `order` is `shuffled` or `listed`; `fresh` sets when the next
+    samples are used: for each `gradient`, or for each `step`.
     """
 
     samples: Count = 1
@@ -31,14 +31,14 @@ class Light(Technique):
     fresh: str = "gradient"
 
     def __post_init__(self) -> None:
-        """Raise UsageError for unknown words."""
+        """Raise UsageError for an unknown `order` or `fresh`."""
         check_word("order", self.order, ORDERS)
         check_word("fresh", self.fresh, REDRAW_TIMES)
 
     def prepare(self, surrogates: Surrogates) -> Surrogates:
-        """Return the surrogates with so many members for each posterior."""
+        """Return the surrogates with `samples` members for each posterior."""
         return replace(expand(surrogates, self.samples), order=self.order, fresh=self.fresh)
 
     def wrap(self, inner: Oracle) -> Oracle:
-        """Return the oracle as it is."""
+        """Return the oracle unchanged."""
         return inner

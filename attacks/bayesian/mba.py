@@ -1,11 +1,11 @@
-"""More Bayesian substitutes (Li et al. 2023, arXiv:2302.05086): fine-tuning to flat loss, a normal of its weights.
+"""More Bayesian substitutes (Li et al. 2023, arXiv:2302.05086): fine-tuning to flat loss, then samples.
 
 Each step descends g + flatness (g' - g) / radius, where g' is the gradient at the weights moved by `radius` along
 g / |g|: to first order in the radius the gradient of the loss plus flatness |g|. As in the authors' code both
-passes are in train mode, and the norm is over all weights. Departures: a draw gets running statistics of its
-own, where theirs has the mean's; a run stores `draws` nets, where their attack draws afresh at each of its steps;
-the net to fine-tune is trained by the epochs before the last `collect_epochs`, as in `lgv`. Among several
-processes each moves along the gradient of its own images.
+passes are in train mode, and the norm is over all weights. Departures: each draw gets running statistics of its
+own, while theirs uses those of the mean; a run stores `draws` nets, while their attack draws new ones at each
+step; the net to fine-tune is trained by the epochs before the last `collect_epochs`, as in `lgv`. With several
+processes each one moves along the gradient of its own images.
 """
 
 from __future__ import annotations
@@ -26,17 +26,18 @@ from robustkit.sampling import Moments, is_evenly_spaced
 from robustkit.training.method import Batch, Method, Plan, Size
 from robustkit.training.posterior_method import State
 
-# Sets of at most so many images are small.
+# Sets of at most this many images are small.
 SMALL_DATA = 5000
 
 
 @method("mba", paper="arXiv:2302.05086")
 @dataclass(frozen=True, slots=True)
 class MBA(Collecting):
-    """Fine-tuning towards flat loss at a high rate; `snapshots` of it fit a diagonal normal, `draws` are stored.
+    """Fine-tuning to flat loss at a high rate; `draws` from a diagonal normal fitted to `snapshots` are stored.
 
-    That rate is `lr` times `collect_rate`: by default the paper's 0.5, and 0.1 on small sets, whose nets without
-    batch norm die at it. At `flatness` 0 the descent is SGD's. `scale` multiplies the normal's deviations.
+    The high rate is `lr` times `collect_rate`: by default the paper's 0.5, and 0.1 on small sets, where nets
+    without batch norm diverge at 0.5. With `flatness` 0 the steps are those of SGD. `scale` multiplies the
+    standard deviations of the normal.
     """
 
     draws: Count = 20
@@ -51,7 +52,7 @@ class MBA(Collecting):
     batch_norm: str = "re-estimate"
 
     def default_size(self, samples: int) -> Size:
-        """Return a usual training with the paper's epochs after it, less on a small set."""
+        """Return a common training size and the paper's epochs after it; a shorter run on a small set."""
         if samples > SMALL_DATA:
             return Size(epochs=100 + self.collect_epochs, batch_size=256, lr=0.1)
         return Size(epochs=40 + self.collect_epochs, batch_size=64, lr=0.05)
@@ -62,13 +63,13 @@ class MBA(Collecting):
         return default_rate if self.collect_rate is None else self.collect_rate
 
     def keeps(self, step: int, plan: Plan) -> bool:
-        """Return whether a step is one of `snapshots` at equal distances in the last epochs; at most each is."""
+        """Return whether the weights after a step count: `snapshots` evenly spaced steps of the last epochs."""
         first = self.first(plan)
         length = plan.steps - first
         return is_evenly_spaced(step - first, length, min(self.snapshots, length))
 
     def backward(self, nets: Sequence[nn.Module], batch: Batch, plan: Plan) -> Tensor:
-        """Add the gradient towards flat loss in the last epochs, before them the plain one."""
+        """Add the gradient of the flat loss in the last epochs, and the plain gradient before them."""
         loss = Method.backward(self, nets, batch, plan)
         if self.flatness and batch.step >= self.first(plan):
             for net in nets:
@@ -76,17 +77,17 @@ class MBA(Collecting):
         return loss
 
     def samples(self, kept: Iterable[State], plan: Plan) -> Iterator[State]:
-        """Return draws from the diagonal normal that the kept weights fit."""
+        """Return draws from the diagonal normal that was fitted to the stored weights."""
         moments = Moments(kept)
         for number in range(self.draws):
             yield moments.draw(number, self.scale, plan.seed)
 
 
 def flatten(net: nn.Module, batch: Batch, flatness: float, radius: float) -> None:
-    """Turn a net's gradients g into g + flatness (g' - g) / radius, g' taken at weights moved along g."""
+    """Replace a net's gradients g by g + flatness (g' - g) / radius, with g' taken at weights moved along g."""
     weights = [weight for weight in net.parameters() if weight.grad is not None]
     before = [weight.detach().clone() for weight in weights]
-    # The step is the whole batch's; what is averaged over its parts afterwards is linear in both gradients.
+    # The step is that of the whole batch; the later average over its parts is linear in both gradients.
     plain = batch.process_group.mean([weight.grad.clone() for weight in weights if weight.grad is not None])
     with torch.no_grad():
         size = torch.stack([gradient.square().sum() for gradient in plain]).sum().sqrt()

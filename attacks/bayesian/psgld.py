@@ -22,14 +22,14 @@ from robustkit.training.method import Plan, Size
 class PSGLD(SGLD):
     """`sgld` with each weight's step and noise divided by the root mean square of its gradients.
 
-    `decay` is what the mean square keeps per step, `damping` is added to its root.
+    `decay` is the share of the mean square that is kept at each step; `damping` is added to its root.
     """
 
     decay: ShareBelowOne = 0.99
     damping: Annotated[float, Limits(1e-12)] = 1e-5
 
     def default_size(self, samples: int) -> Size:
-        """Return the epochs of `csgld` on CIFAR-10, less on a small set, at the rate of the paper's order."""
+        """Return the epochs of `csgld` on CIFAR-10 and a rate like the paper's; a shorter run on a small set."""
         return Size(epochs=250 if samples > 5000 else 80, batch_size=64, lr=0.001)
 
     def optimizer(self, parameters: Iterable[nn.Parameter], plan: Plan) -> torch.optim.Optimizer:

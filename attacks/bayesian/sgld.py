@@ -1,7 +1,7 @@
 """Stochastic-gradient Langevin dynamics, one long chain (Welling & Teh, ICML 2011).
 
-`temperature` scales the posterior aimed at: 1 is Bayes' own (see `robustkit.sampling`). The paper's step sizes
-a (b + t)^-power count steps; here time is in epochs and b is 1, so that `lr` is the first rate.
+`temperature` scales the posterior that is sampled: 1 is the Bayesian posterior (see `robustkit.sampling`). The
+paper's step sizes a (b + t)^-power count steps; here time is in epochs and b is 1, so that `lr` is the first rate.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from robustkit.training.posterior_method import PosteriorMethod
 @method("sgld", paper="Welling & Teh, ICML 2011")
 @dataclass(frozen=True, slots=True)
 class SGLD(PosteriorMethod):
-    """Noise in every step, a rate that falls as a power; `snapshots` are kept evenly after the burn-in."""
+    """Noise in every step and a rate that falls as a power; stores `snapshots` evenly after the burn-in."""
 
     snapshots: Count = 15
     burn_in: ShareBelowOne = 0.7
@@ -32,7 +32,7 @@ class SGLD(PosteriorMethod):
     batch_norm: str = "keep"
 
     def default_size(self, samples: int) -> Size:
-        """Return the size of `csgld` on CIFAR-10, less on a small set."""
+        """Return the size of `csgld` on CIFAR-10; a shorter run on a small set."""
         return Size(epochs=250 if samples > 5000 else 80, batch_size=64, lr=0.5)
 
     def check_plan(self, plan: Plan) -> None:
@@ -57,11 +57,11 @@ class SGLD(PosteriorMethod):
         return polynomial(step / plan.steps_per_epoch, plan.lr, self.power)
 
     def noisy(self, step: int, plan: Plan) -> bool:
-        """Return that every step is."""
+        """Return True: every step has noise."""
         return True
 
     def keeps(self, step: int, plan: Plan) -> bool:
-        """Return whether a step is one of `snapshots` at equal distances after the burn-in."""
+        """Return whether the weights after a step are stored: evenly spaced steps after the burn-in."""
         burnt = self._burnt(plan)
         return is_evenly_spaced(step - burnt, plan.steps - burnt, self.snapshots)
 

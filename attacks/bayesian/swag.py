@@ -1,7 +1,7 @@
 """Stochastic weight averaging - Gaussian (Maddox et al. 2019, arXiv:1902.02476).
 
-A normal of diagonal and low rank is fitted to the weights along the end of an ordinary training; samples are drawn
-from it and get running statistics of their own. See `robustkit.sampling.Moments`.
+A normal distribution, with a diagonal plus low-rank covariance, is fitted to the weights at the end of plain
+training. Samples are drawn from it and get running statistics of their own. See `robustkit.sampling.Moments`.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from robustkit.training.posterior_method import PosteriorMethod, State
 @method("swag", paper="arXiv:1902.02476")
 @dataclass(frozen=True, slots=True)
 class SWAG(PosteriorMethod):
-    """SGD whose rate levels out; the weights after each late epoch fit a normal, `draws` of it are stored.
+    """SGD, then a constant rate; `draws` from a normal fitted to the weights of the late epochs are stored.
 
-    `start` is the share of the epochs that are over before the first whose weights count; there the rate is `lr`
+    `start` is the share of the epochs before the first one whose weights count; from there on the rate is `lr`
     times `collect_rate`. The normal has the last `rank` deviations from the mean; at rank 0 it is diagonal. Its
     standard deviations are multiplied by `scale`: 1 is the paper's formula, which the authors' code calls 0.5.
     """
@@ -36,13 +36,13 @@ class SWAG(PosteriorMethod):
     batch_norm: str = "re-estimate"
 
     def default_size(self, samples: int) -> Size:
-        """Return the paper's size for a PreResNet on CIFAR-10, less on a small set."""
+        """Return the paper's size for a PreResNet on CIFAR-10; a shorter run on a small set."""
         if samples > 5000:
             return Size(epochs=300, batch_size=128, lr=0.1)
         return Size(epochs=60, batch_size=64, lr=0.05)
 
     def rate(self, step: int, plan: Plan) -> float:
-        """Return `lr`, then linearly less, from nine tenths of the way to the first snapshot on its lowest."""
+        """Return `lr`, then a linear fall to the lowest rate at nine tenths of the way to the first snapshot."""
         first = self._first(plan)
         lowest = plan.lr * self.collect_rate
         return linear(step // plan.steps_per_epoch, first, plan.lr, lowest) if first else lowest
@@ -53,11 +53,11 @@ class SWAG(PosteriorMethod):
         return left == 0 and epoch > self._first(plan)
 
     def samples(self, kept: Iterable[State], plan: Plan) -> Iterator[State]:
-        """Return draws from the normal that the kept weights fit."""
+        """Return draws from the normal that was fitted to the stored weights."""
         moments = Moments(kept, self.rank)
         for number in range(self.draws):
             yield moments.draw(number, self.scale, plan.seed)
 
     def _first(self, plan: Plan) -> int:
-        """Return how many epochs are over before the first is collected."""
+        """Return the number of epochs before the first whose weights are used."""
         return min(round(self.start * plan.epochs), plan.epochs - 1)

@@ -1,10 +1,10 @@
-"""The common weakness attack (Chen et al. 2024, arXiv:2303.09105), MI-CWA: a step back, then `mi-cse`'s loop.
+"""The common weakness attack (Chen et al. 2024, arXiv:2303.09105), MI-CWA: a reverse step, then `mi-cse`'s loop.
 
 Follows the paper's Algorithm 1 (`compat=paper`) and the authors' code (`compat=official`,
-huanranchen/AdversarialAttacks at cc24144), which sums logits in the step back, normalises the outer step (see
-`mi-cse`) and has five times the paper's beta. That code moves the caller's images; this does not. Its steps are
-fixed in pixels, for 16/255; here they are fractions of eps in both forms. Its SSA-CWA leaves the step back out,
-which is `mi-cse+ssa` here; `ssa-cwa` is the paper's.
+huanranchen/AdversarialAttacks at cc24144), which sums logits in the reverse step, normalises the outer step (see
+`mi-cse`) and has five times the paper's beta. That code changes the caller's images in place; this one does not.
+Its steps are fixed in pixels, for 16/255; here they are fractions of eps in both forms. Its SSA-CWA has no reverse
+step, which is `mi-cse+ssa` here; `ssa-cwa` is the paper's.
 """
 
 from __future__ import annotations
@@ -23,28 +23,29 @@ from robustkit.registry.ranges import NonNegative
 @attack("cwa", paper="arXiv:2303.09105", norms=("linf", "l2"), access="gradient", ascent=True)
 @dataclass(frozen=True, slots=True)
 class CWA(MICSE):
-    """Seeks flat maxima that members share; a gradient of all members, then one of each in turn, in every step.
+    """Searches flat maxima common to all members; each step takes one gradient of all, then one of each in turn.
 
-    `reverse` is the step back, a fraction of eps; at 0 it costs nothing and leaves `mi-cse`. The other fields are
-    those of `mi-cse`, but none as `beta` means 10.27 in the official form, its 250 at 16/255 and 224 pixels.
+    `reverse` is the reverse step, a fraction of eps; at 0 it costs nothing and the attack is `mi-cse`. The other
+    fields are those of `mi-cse`. The default of `beta` in the official form is 10.27, its 250 at 16/255 and 224
+    pixels.
     """
 
     reverse: NonNegative = 1 / 15
 
     @property
     def default_beta(self) -> float:
-        """What `beta` is if none is given."""
+        """The default of `beta`."""
         return 10.27 if self.official else 2.05
 
     @property
     def cost(self) -> int:
-        """Gradients of all members that a step costs, that of the step back included."""
+        """The cost of a step in gradients of all members, the reverse step included."""
         return super(CWA, self).cost + bool(self.reverse)
 
     def start(
         self, oracle: Oracle, rows: Rows, x: Images, members: Sequence[int] | None, weights: Weights
     ) -> Images:
-        """Return x after the step back."""
+        """Return x after the reverse step."""
         if not self.reverse:
             return x
         if weights is None and self.official:
@@ -55,7 +56,7 @@ class CWA(MICSE):
 
 @recipe("ssa-cwa", paper="arXiv:2303.09105")
 def ssa_cwa() -> str:
-    """CWA on the spectrum simulation attack's gradients."""
+    """CWA with the gradients of spectrum simulation."""
     return "cwa+ssa"
 
 
@@ -73,7 +74,7 @@ def vmi_inner_cwa() -> str:
 
 @recipe("vmi-outer-cwa", paper="arXiv:2303.09105")
 def vmi_outer_cwa() -> str:
-    """CWA whose whole step is taken from 8 neighbours, as in the authors' code."""
+    """CWA whose whole step is averaged over 8 neighbours, as in the authors' code."""
     return "cwa+vmi-mean(copies=8,beta=1,of=step)"
 
 

@@ -1,8 +1,9 @@
 """Cosine similarity encourager with momentum, the other half of the common weakness attack (arXiv:2303.09105).
 
 Follows the paper's section 3.4 and Algorithm 1 (`compat=paper`) and the authors' code (`compat=official`,
-huanranchen/AdversarialAttacks at cc24144), which divides what the inner loop gained by its L1 norm. Their norm
-is that of the whole batch, NaN if one image has no gradient; here each image has its own, and rests at zero.
+huanranchen/AdversarialAttacks at cc24144), which divides the change made by the inner loop by its L1 norm. Their
+norm is that of the whole batch, NaN if one image has no gradient; here each image has its own norm, and a zero
+gradient gives no step.
 """
 
 from __future__ import annotations
@@ -33,17 +34,16 @@ UPDATES = ("momentum", "plain", "adam")
 @attack("mi-cse", paper="arXiv:2303.09105", norms=("linf", "l2"), access="gradient", ascent=True)
 @dataclass(frozen=True, slots=True)
 class MICSE:
-    """Steps to where one small step along each member's gradient in turn would lead; one gradient of each member.
+    """Each step moves towards the end point of an inner loop of one small step along each member's gradient.
 
-    A small step is `beta` times eps (in linf times the root of the number of pixels' values, too) along a unit
-    gradient; none means 2.05, which is the paper's 50 at 16/255 and 224 pixels. `beta_raw` is it in pixel
-    units. `raw` goes along the gradients as long as they are. `inner_momentum` is kept for the whole run.
-    `order` of the members: `fixed` as listed, `random` anew in each step (the same for all images, so that a
-    member is used once), `antithetic` there and back, averaged, for twice the gradients. `step_size` is
-    `0.2eps` or `2/255px` (none: 2 eps / steps). `update=plain` takes the outer step without sign or norm, and
-    `step_size`, which then has no unit, is the share taken of it (none: 1). `update=adam` takes it as Adam does,
-    in the place of `momentum` and sign, of `step_size` (as published: `0.001px`, the official default) with
-    moments 0.9 and 0.999.
+    A small step is `beta` times eps (in linf also times the root of the number of pixel values) along a unit
+    gradient; the default 2.05 is the paper's 50 at 16/255 and 224 pixels. `beta_raw` is the same in pixel units.
+    With `raw` gradients are not normalised. `inner_momentum` is kept for the whole run. `order` of the members:
+    `fixed` as listed, `random` for each step (the same for all images, so that a member is used once),
+    `antithetic` forwards and backwards, averaged, for twice the gradients. `step_size` is `0.2eps` or `2/255px`
+    (none: 2 eps / steps). With `update=plain` the outer step has no sign or norm, and `step_size`, which then has
+    no unit, multiplies it (none: 1). With `update=adam` it is a step of Adam instead of momentum and sign, of
+    `step_size` (as published: `0.001px`, the official default) with moments 0.9 and 0.999.
     """
 
     steps: Count = 10
@@ -59,35 +59,37 @@ class MICSE:
     compat: str = "paper"
 
     def __post_init__(self) -> None:
-        """Raise UsageError for unknown words and for two betas."""
+        """Raise UsageError for an unknown `order`, `update` or `compat`, and for two betas."""
         criteria.loss(self.loss)
         check_word("order", self.order, ORDERS)
         check_word("update", self.update, UPDATES)
         check_word("compat", self.compat, COMPAT)
         if self.update == "plain" and self.step_size and self.step_size.unit == "px":
             raise UsageError(
-                f"step_size={self.step_size} is a share of the outer step with update=plain: leave px out."
+                f"step_size={self.step_size} is a share of the outer step with update=plain; remove px."
             )
         if self.beta is not None and self.beta_raw is not None:
-            raise UsageError(f"beta={self.beta} and beta_raw={self.beta_raw} say the same: write one of them.")
+            raise UsageError(
+                f"beta={self.beta} and beta_raw={self.beta_raw} set the same value; give only one of them."
+            )
 
     def __call__(self, model: Model, x: Images, goal: Goal, threat: ThreatModel, *, rng: RowRng) -> Images:
-        """Return where the last step ends."""
+        """Return the last points."""
         return ascend(self, model, x, goal, threat, rng)
 
     @property
     def official(self) -> bool:
-        """Whether to do as the authors' code."""
+        """Whether to follow the authors' code."""
         return self.compat == "official"
 
     @property
     def default_beta(self) -> float:
-        """What `beta` is if none is given."""
+        """The default of `beta`."""
         return 2.05
 
     @property
     def cost(self) -> int:
-        """Gradients of all members that a step costs."""
+        """The cost of a step in gradients of all members."""
         return 2 if self.order == "antithetic" else 1
 
     def small_step(self, rows: Rows) -> float:
@@ -99,7 +101,7 @@ class MICSE:
         return beta * float(rows.threat.eps) * corner
 
     def orders(self, rows: Rows, members: Sequence[int]) -> list[list[int]]:
-        """Return the ways in which the members are gone through in this step."""
+        """Return the orders of the members in this step; their results are averaged."""
         listed = list(members)
         if self.order == "random":
             # One order for all rows, from no row's own random numbers; on the CPU, where the loop needs it.
@@ -110,11 +112,11 @@ class MICSE:
     def start(
         self, oracle: Oracle, rows: Rows, x: Images, members: Sequence[int] | None, weights: Weights
     ) -> Images:
-        """Return where the inner loop begins."""
+        """Return the first point of the inner loop."""
         return x
 
     def wrap(self, oracle: Oracle) -> Oracle:
-        """Return the inner loop, which gives what it gained in the place of gradients."""
+        """Return the inner loop, which returns its change of x instead of a gradient."""
         return _InnerLoop(oracle, self)
 
     def init(self, rows: Rows) -> State:
@@ -158,7 +160,7 @@ class MICSE:
 
 
 class _InnerLoop(OracleWrapper):
-    """Goes one small step along each member's gradient in turn; remembers its momentum, one for each order."""
+    """Takes one small step along each member's gradient in turn; keeps one momentum for each order."""
 
     def __init__(self, inner: Oracle, rule: MICSE) -> None:
         super().__init__(inner)
@@ -172,7 +174,7 @@ class _InnerLoop(OracleWrapper):
         members: Sequence[int] | None = None,
         weights: Weights = None,
     ) -> Images:
-        """Return how far from x each row came; a member of twice the mean weight goes twice as far."""
+        """Return each row's change of x; a member's step is proportional to its weight."""
         rule, chosen = self.rule, list(range(len(self.surrogates)) if members is None else members)
         shares = self.surrogates.shares(chosen, weights, x)
         paces = dict(zip(chosen, shares / shares.mean(0), strict=True))

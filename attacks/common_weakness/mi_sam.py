@@ -1,9 +1,9 @@
 """Momentum on sharpness-aware steps, one half of the common weakness attack (Chen et al. 2024, arXiv:2303.09105).
 
 Follows the paper's section 3.3 (`compat=paper`) and the authors' code (`compat=official`,
-huanranchen/AdversarialAttacks at cc24144), which differs: logits are summed and not averaged, the gradient is
-that at the image plus that after the step back, the step back is not clipped and left out of targeted attacks,
-and the update is that of `mi-fgsm`. Their code shares one L1 norm among the batch; here each image has its own.
+huanranchen/AdversarialAttacks at cc24144), which differs: logits are summed and not averaged, the gradient at the
+image is added to that after the reverse step, the reverse step is not clipped and not used in targeted attacks,
+and the update is that of `mi-fgsm`. Their code has one L1 norm for the batch; here each image has its own.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ COMPAT = ("paper", "official")
 @attack("mi-sam", paper="arXiv:2303.09105", norms=("linf", "l2"), access="gradient", ascent=True)
 @dataclass(frozen=True, slots=True)
 class MISAM:
-    """Steps that first go back a little, against the attack, and ascend from there; two gradients each.
+    """Each step first moves back, against the attack, and takes the ascent gradient there; two gradients a step.
 
-    `step_size` is `0.2eps` or `2/255px` (none: 2 eps / steps). `reverse`, the step back (none: 1/15, the official
-    code's 1/10), is a fraction of eps; `momentum` is the share of the sum of steps that each one keeps; `compat`
-    is `paper` or `official`.
+    `step_size` is `0.2eps` or `2/255px` (none: 2 eps / steps). `reverse`, the reverse step (none: 1/15, the
+    official code's 1/10), is a fraction of eps; `momentum` is the share of the sum of steps that each one keeps;
+    `compat` is `paper` or `official`.
     """
 
     steps: Count = 10
@@ -47,17 +47,17 @@ class MISAM:
     compat: str = "paper"
 
     def __post_init__(self) -> None:
-        """Raise UsageError for unknown words."""
+        """Raise UsageError for an unknown `compat`."""
         criteria.loss(self.loss)
         check_word("compat", self.compat, COMPAT)
 
     def __call__(self, model: Model, x: Images, goal: Goal, threat: ThreatModel, *, rng: RowRng) -> Images:
-        """Return where the last step ends."""
+        """Return the last points."""
         return ascend(self, model, x, goal, threat, rng)
 
     @property
     def official(self) -> bool:
-        """Whether to do as the authors' code."""
+        """Whether to follow the authors' code."""
         return self.compat == "official"
 
     @property
@@ -67,11 +67,11 @@ class MISAM:
 
     @property
     def cost(self) -> int:
-        """Gradients that a step costs."""
+        """The number of gradients that a step costs."""
         return 2
 
     def wrap(self, oracle: Oracle) -> Oracle:
-        """Return what gives the steps in the place of gradients."""
+        """Return an oracle that returns steps instead of gradients."""
         return _Sharpness(oracle, self)
 
     def init(self, rows: Rows) -> State:
@@ -87,7 +87,7 @@ class MISAM:
 
 
 class _Sharpness(OracleWrapper):
-    """Gives each row's sharpness-aware step, or of the official code the sum of its two gradients."""
+    """Returns each row's sharpness-aware step, or, as the official code does, the sum of its two gradients."""
 
     def __init__(self, inner: Oracle, rule: MISAM) -> None:
         super().__init__(inner)
@@ -119,21 +119,21 @@ class _Sharpness(OracleWrapper):
 
 
 def step_back(rows: Rows, x: Images, gradient: Images, reverse: float) -> Images:
-    """Return x moved against the attack by this fraction of eps."""
+    """Return x after a reverse step of this fraction of eps."""
     return x - reverse * float(rows.threat.eps) * rows.threat.ascent(gradient)
 
 
 def summed(oracle: Oracle, x: Images, members: Sequence[int] | None) -> Tensor:
-    """Return the weights that make a sum of the mean over members, as the authors' code has it."""
+    """Return the weights that turn the mean over members into a sum, as in the authors' code."""
     return x.new_ones(len(oracle.surrogates if members is None else members))
 
 
 def default_stride(step_size: StepSize | None, steps: int, official: bool) -> StepSize:
-    """Return how far a step goes: the authors' code has 1/5 of eps for any number of steps."""
+    """Return the default step size; the authors' code has 1/5 of eps for any number of steps."""
     return step_size or StepSize(1 / 5 if official else 2 / steps)
 
 
 def check_word(field: str, word: str, known: Sequence[str]) -> None:
-    """Raise UsageError for a word that a field does not know."""
+    """Raise UsageError if a field's value is not among its choices."""
     if word not in known:
         raise did_you_mean(field, word, known)

@@ -1,12 +1,11 @@
 """Auto-PGD (Croce & Hein 2020, arXiv:2003.01690), and in l1 the version of Croce & Hein 2021, arXiv:2103.01208.
 
-The iterates are those of the authors' code, given the same start; of that also the first oscillation check,
-which there looks back past the start at an empty entry: the first step counts as a rise where its loss is
-above zero. Departures from the code: a row stops at its first success; with several draws of a random model,
-step size and best point go by the mean loss, not the last draw's, and success by the mean logits; in l1 a
-coordinate counts as changed only where it differs from the clean one (theirs counts rounding errors too), and
-points of the larger balls count where they lie within eps. A setting of None is AutoAttack's own in the
-`standard` suite of the norm.
+From the same start, the iterates are those of the authors' code, including its first oscillation check, which
+reads an empty entry before the start: the first step counts as a rise if its loss is above zero. Departures from
+the code: a row stops at its first success; with several draws of a random model, the step size and the best point
+depend on the mean loss, not on the last draw's, and success on the mean logits; in l1 a coordinate counts as
+changed only if it differs from the clean one (theirs counts rounding errors too), and points of the larger balls
+count if they lie within eps. A setting of None is that of AutoAttack's `standard` suite for the norm.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ class _APGD(RowWise):
         criteria.loss(self.loss)
 
     def loop_options(self, norm: str) -> LoopOptions:
-        """Return the steps of all stages, and one from each stage to the next; larger balls lie outside."""
+        """Return the loop's options: steps of all stages, and one between stages."""
         return LoopOptions(
             steps=self.steps + len(_stages(self.steps, norm, self.large_start)) - 1,
             restarts=self.restarts or 1,
@@ -51,7 +50,7 @@ class _APGD(RowWise):
         )
 
     def init(self, rows: Rows) -> State:
-        """Return the starting points; the other values are set after the first query."""
+        """Return the starting points; the rest of the state is set after the first query."""
         factor, _ = _stages(self.steps, rows.threat.norm, self.large_start)[0]
         zero = torch.zeros(len(rows.x), dtype=torch.float64, device=rows.x.device)
         return {
@@ -88,10 +87,10 @@ class _APGD(RowWise):
 class APGD(_APGD):
     """Projected gradient with momentum and a step size that adapts itself, on `loss` (ce, dlr, margin).
 
-    `restarts` is by default 1, in l1 5; `rho` is the share of rises that keeps a step size; `large_start`
-    (l1 only, there the default) begins in balls of 3 and 2 times eps; `eot_iter` averages over so many draws. With
-    `doubt` images are left out whose margin would have to go on by more than this share of the way that earlier
-    attacks of the run brought it.
+    `restarts` is by default 1, in l1 5; `rho` is the share of rises that keeps a step size; `large_start` (only
+    l1, where it is the default) begins in balls of 3 and 2 times eps; `eot_iter` is the number of draws to average
+    over. `doubt` limits the attack to images whose margin is at most this share of the change that earlier attacks
+    of the run made to it.
     """
 
 
@@ -109,7 +108,7 @@ class APGDT(_APGD):
     targets: Count | None = None
 
     def loop_options(self, norm: str) -> LoopOptions:
-        """Return those of `apgd`, for each target."""
+        """Return the options of `apgd`, with one attempt for each target."""
         return replace(_APGD.loop_options(self, norm), targets=self.targets or (5 if norm == "l1" else 9))
 
 
@@ -123,10 +122,10 @@ def _stages(steps: int, norm: str, large_start: bool | None) -> list[tuple[int, 
 
 @functools.cache
 def _plan(steps: int, norm: str, large_start: bool | None) -> tuple[tuple[int, bool, int, int], ...]:
-    """Return for each query (radius in eps, begins its stage, window, next stage's radius).
+    """Return for each query (radius in eps, whether it begins a stage, window, radius of the next stage).
 
-    The window is the number of steps since the last review of the step size where one is due, else 0; the
-    next radius is 0 but at the end of a stage that another follows.
+    The window is the number of steps since the last check of the step size, where one is due, else 0. The next
+    radius is 0 except at the end of a stage that is not the last.
     """
     plan = []
     stages = _stages(steps, norm, large_start)
@@ -178,7 +177,7 @@ def _record(state: State, answer: Answer, first: Mask, size: PerRow) -> State:
 
 
 def _step(rows: Rows, state: State, answer: Answer, first: Mask, window: PerRow, rho: float) -> State:
-    """Halve step sizes where the loss rises too seldom, and go back to the best point; then step with momentum."""
+    """Halve step sizes where the loss rises too rarely, and return to the best point; then step with momentum."""
     x, threat, due = rows.x, rows.threat, window > 0
     stuck = ~state["halved"] & (state["reviewed_loss"] >= state["best_loss"])
     halve = due & (stuck | (state["rises"] <= rho * window))
@@ -203,10 +202,10 @@ def _step(rows: Rows, state: State, answer: Answer, first: Mask, window: PerRow,
 def _step_l1(
     rows: Rows, state: State, answer: Answer, due: Mask, renew: Mask, radius: PerRow, following: PerRow
 ) -> State:
-    """Step along the largest gradients, as many as the best point's sparsity sets, or go to the next stage.
+    """Step along the largest gradients, as many as the best point's sparsity sets, or begin the next stage.
 
-    Where the best point has become sparser the step size is reset and the search goes back to it, else the
-    step size shrinks.
+    If the best point has become sparser, the step size is reset and the search returns to it; else the step size
+    shrinks.
     """
     x, total = rows.x, rows.x[0].numel()
     changed = (state["best"] != x).flatten(1).sum(1).double()
@@ -232,6 +231,6 @@ def _step_l1(
     }
 
 
-def _pick(rows: Mask, there: Tensor, elsewhere: Tensor) -> Tensor:
-    """Return `there` in these rows and `elsewhere` in the others."""
-    return torch.where(per_row(rows, there), there, elsewhere)
+def _pick(rows: Mask, selected: Tensor, other: Tensor) -> Tensor:
+    """Return `selected` in these rows and `other` in the others."""
+    return torch.where(per_row(rows, selected), selected, other)

@@ -20,8 +20,8 @@ class DDN(RowWise):
     """Gradient steps on a sphere that shrinks from adversarial points and grows from others; ends within eps.
 
     `radius` is the first sphere's, in pixel units; `gamma` the share by which it changes at each step.
-    Departures from the paper: images are not rounded to 256 levels; a point whose gradient is zero goes in a
-    random direction, as in foolbox; the paper does not say.
+    Departures from the paper: images are not rounded to 256 levels; a point whose gradient is zero moves in a
+    random direction, as in foolbox; the paper does not define this case.
     """
 
     steps: Count = 100
@@ -35,7 +35,7 @@ class DDN(RowWise):
         criteria.loss(self.loss)
 
     def loop_options(self, norm: str) -> LoopOptions:
-        """Return that queries may lie outside the threat."""
+        """Return the loop's options; queries may lie outside the threat."""
         return LoopOptions(self.steps, restarts=self.restarts, queries_outside_ball=True)
 
     def init(self, rows: Rows) -> State:

@@ -1,9 +1,9 @@
 """Fast adaptive boundary attack (Croce & Hein 2020, arXiv:1907.02044).
 
 Departures from the authors' code: a row stops at its first point within eps; gradients are taken with respect
-to the input alone; a point is not queried again when the next step begins there; success is checked at every
-query point; random starts are drawn for each row by itself; a goal may have a target, which the authors' attack
-does not take; a step overshoots by eta within the box, too.
+to the input alone; a point is not queried again when the next step begins there; success is checked at every query
+point; each row has its own random start; a goal may have a target, which the authors' attack does not support; a
+step also overshoots by eta inside the box.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from robustkit.registry import attack
 from robustkit.registry.ranges import Count, Share
 
 TINY = 1e-12
-# Of the softmax over the classes that a target must pass, as a share of the lead that it lacks.
+# Temperature of the softmax over the classes that a target must pass, as a share of the missing lead.
 TEMPERATURE = 0.3
 ORDER = {"linf": math.inf, "l2": 2.0, "l1": 1.0}
 DUAL = {"linf": 1.0, "l2": 2.0, "l1": math.inf}
@@ -38,11 +38,11 @@ class _FAB(RowWise):
     beta: Share = 0.9
 
     def loop_options(self, norm: str) -> LoopOptions:
-        """Return the most queries but one: one to begin with, then at most two for each step, less the last."""
+        """Return the loop's options: at most two queries for each step."""
         return LoopOptions(2 * self.steps - 1, restarts=self.restarts, queries_outside_ball=True)
 
     def init(self, rows: Rows) -> State:
-        """Return the clean images, from the second restart on random points at half of eps."""
+        """Return the clean images; from the second restart on, random points at half of eps."""
         restart = torch.as_tensor(rows.rng.restart, device=rows.x.device).expand(len(rows.x)) % self.restarts
         x = torch.where(per_row(restart == 0, rows.x), rows.x, _start(rows)) if self.restarts > 1 else rows.x
         no = torch.zeros(len(x), dtype=torch.bool, device=x.device)
@@ -60,9 +60,9 @@ class _FAB(RowWise):
     def objective(self, rows: Rows, state: State, logits: Logits) -> Tensor:
         """Return the other classes' logits less the label's (B K-1), or of a target's alone (B 1).
 
-        Where the goal itself has a target, passing the label is not enough: then it is the target's logit less the
-        largest other one. Its gradient is that to a mean of the classes in the way, since past one of two equal
-        classes the target may be farther below the other.
+        If the goal has a target, it must exceed all other classes: then the value is the target's logit less the
+        largest other one. Its gradient is taken to a mean of the largest other logits, because past one of two
+        equal classes the target may be farther below the second.
         """
         labels = rows.aim.labels[:, None]
         if rows.goal.targets is not None:
@@ -75,11 +75,11 @@ class _FAB(RowWise):
         return logits.gather(1, others) - logits.gather(1, labels)
 
     def step(self, rows: Rows, state: State, answer: Answer) -> State:
-        """Step to the nearest linearised boundary, or back towards the clean image from beyond the real one.
+        """Step to the nearest linearised boundary, or back towards the clean image after crossing the real one.
 
-        After a step a row checks whether it has crossed the boundary (`probing`). If it has, it goes back and
-        queries the gradient there; if not, it needs the gradient where it is. So a probe needs a gradient where
-        the last one had not crossed.
+        After a step a row checks whether it has crossed the boundary (`probing`). If it has, it moves back and
+        queries the gradient there; if not, it needs the gradient at its point. So a probe needs a gradient if the
+        last one had not crossed.
         """
         x = rows.x
         crossed = rows.goal.reached(answer.logits)
@@ -106,7 +106,7 @@ class _FAB(RowWise):
         }
 
     def _forward(self, rows: Rows, x: Images, answer: Answer) -> Images:
-        """Project x and the clean image onto the nearest boundary, linearised at x; go past it, in between."""
+        """Project x and the clean image onto the nearest boundary, linearised at x; return a mean, past it."""
         norm, clean = rows.threat.norm, rows.x.flatten(1)
         gradients = answer.gradient.flatten(2)
         slopes = torch.linalg.vector_norm(gradients, DUAL[norm], dim=2)
@@ -114,7 +114,7 @@ class _FAB(RowWise):
         weight = gradients.gather(1, nearest[:, :, None].expand(-1, -1, gradients.shape[2]))[:, 0]
         value = answer.loss.gather(1, nearest)[:, 0].to(x.dtype)
         here = x.flatten(1)
-        # The value overshoots, not the shift: the box would cut a longer shift off, in l1 nearly all of it.
+        # The value overshoots, not the shift: the box would clip a longer shift, in l1 nearly all of it.
         values = torch.cat([self.eta * value, value + (weight * (clean - here)).sum(1)])
         shifts = to_plane(torch.cat([here, clean]), weight.repeat(2, 1), values, norm)
         lengths = torch.linalg.vector_norm(shifts, ORDER[norm], dim=1).clamp(min=1e-8)
@@ -131,14 +131,15 @@ class _FAB(RowWise):
 class FAB(_FAB):
     """Minimum-norm walk along the nearest of all linearised boundaries; K - 1 backward passes a step.
 
-    `eta` is how far a step overshoots the boundary, `beta` how far a point beyond it is drawn back towards the
-    clean image, `alpha_max` the most that a step leans that way. Ends at the first success within eps.
+    `eta` is how far a step overshoots the boundary, `beta` how far a point beyond it is moved back towards the
+    clean image, `alpha_max` the largest weight of the clean image's projection. Ends at the first success within
+    eps.
     """
 
     restarts: Count = 5
 
     def loop_options(self, norm: str) -> LoopOptions:
-        """Return that every other class has a column of the objective."""
+        """Return the loop's options; the objective has a column for each other class."""
         return replace(_FAB.loop_options(self, norm), vector_objective=True)
 
 
@@ -153,7 +154,7 @@ class FABT(_FAB):
     targets: Count = 9
 
     def loop_options(self, norm: str) -> LoopOptions:
-        """Return those of all, for each target."""
+        """Return the loop's options, with one attempt for each target."""
         return replace(_FAB.loop_options(self, norm), targets=self.targets)
 
 
@@ -171,9 +172,9 @@ def _lead(logits: Logits, target: Tensor) -> Tensor:
 def to_plane(points: Tensor, weight: Tensor, value: PerRow, norm: str) -> Tensor:
     """Return the shortest shifts that bring value + weight * shift to zero inside the box, all (B, D).
 
-    Where no point of the box does, the shift goes to its corner that is nearest to doing so. In linf and l2
-    every coordinate moves at a rate of its own (1, or its weight) until it meets the box, for a time that is
-    read off the piecewise linear progress; in l1 the heaviest coordinates move all the way, one by one.
+    If no point of the box does, the shift goes to the corner that comes nearest. In linf and l2 every coordinate
+    moves at its own rate (1, or its weight) until it reaches the box; the length of the motion is solved for on
+    the piecewise linear progress. In l1 the coordinates with the largest weights move to the box, one by one.
     """
     need = value.abs().double()[:, None]
     downhill = -weight.sign() * torch.where(value < 0, -1, 1).to(weight.dtype)[:, None]

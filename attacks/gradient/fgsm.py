@@ -16,7 +16,7 @@ from robustkit.registry import attack
 @attack("fgsm", paper="arXiv:1412.6572", norms=("linf", "l2", "l1"), access="gradient", ascent=True)
 @dataclass(frozen=True, slots=True)
 class FGSM:
-    """One full-length step along the gradient, in the norm's own steepest direction."""
+    """One step of length eps in the direction of steepest ascent for the norm."""
 
     loss: str = "ce"
 

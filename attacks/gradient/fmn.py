@@ -22,11 +22,11 @@ DUAL = {"linf": 1.0, "l2": 2.0, "l1": math.inf}
 class FMN(RowWise):
     """Gradient steps in a ball whose radius follows the distance of the decision boundary; ends within eps.
 
-    `step_size` is the first step's l2 length and falls to a hundredth; `gamma` is the share by
-    which the radius first changes. Departures from the paper: points are projected onto ball and box together
-    where it clips to the box afterwards; the radius that reaches the linearised boundary is drawn a share
-    gamma too long, for on a linear net the paper's ends just short of it every time; each restart after the
-    first begins at a random point of the threat.
+    `step_size` is the first step's l2 length and falls to a hundredth of it; `gamma` is the relative change of the
+    radius at first. Departures from the paper: points are projected onto ball and box together, while it clips to
+    the box afterwards; the radius that reaches the linearised boundary is longer by a share gamma, because on a
+    linear net the paper's always ends just before the boundary; each restart after the first begins at a random
+    point of the threat.
     """
 
     steps: Count = 100
@@ -35,20 +35,17 @@ class FMN(RowWise):
     gamma: ShareBelowOne = 0.05
 
     def __post_init__(self) -> None:
-        """Raise UsageError for a step size in shares of eps, which is a length in another norm."""
+        """Raise UsageError for a step size in shares of eps, whose norm may be another one."""
         if self.step_size.unit != "px":
-            raise UsageError(
-                f"fmn: step_size={self.step_size} is an l2 length and no share of eps; write it in pixel units, "
-                "e.g. 1px."
-            )
+            raise UsageError(f"fmn: step_size={self.step_size} must be an l2 length in pixel units, e.g. 1px.")
 
     @property
     def loss(self) -> str:
-        """The difference of logits."""
+        """The loss: the difference of logits."""
         return "margin"
 
     def loop_options(self, norm: str) -> LoopOptions:
-        """Return that queries may lie outside the threat."""
+        """Return the loop's options; queries may lie outside the threat."""
         return LoopOptions(self.steps, restarts=self.restarts, queries_outside_ball=True)
 
     def init(self, rows: Rows) -> State:

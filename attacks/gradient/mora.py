@@ -1,9 +1,9 @@
-"""MORA (Yu et al. 2022, arXiv:2211.08008): an attack on ensembles by the members that are nearest to flipping.
+"""MORA (Yu et al. 2022, arXiv:2211.08008): an attack on ensembles that weights members near their boundary.
 
-It wants the members' logits side by side (B N K), which is the view `stack` of an ensemble; a plain model is an
-ensemble of one. Departures from the authors' code: the ensemble's own output is not counted as one more member,
-probabilities are averaged over N, and the runner-up's share has the sign of the formula; starts are uniform in
-the ball; logarithms are safe where a member is sure.
+It needs the members' logits (B N K), the view `stack` of an ensemble; a plain model is an ensemble of one.
+Departures from the authors' code: the ensemble's own output does not count as a further member, probabilities are
+averaged over N, and the term of the second class has the sign of the paper's formula; starts are uniform in the
+ball; logarithms are finite if a member's probability is 0 or 1.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from robustkit.models.ensembles.aggregation import probabilities
 from robustkit.registry import attack
 from robustkit.registry.ranges import Count
 
-# What members' probabilities are sharpened by, for each way of combining them.
+# The factor of the members' logits before the softmax, for each way of combining them.
 SHARPNESS = {"probabilities": 0.2, "vote": 0.8, "logits": 0.0}
-# How much the weighted members count against the ensemble, in each restart.
+# The weight of the members' loss relative to the ensemble's, in each restart.
 SHARES = (0.5, 0.0, 0.25, 0.75, 1.0)
 MOMENTUM, LARGEST_GAP, TINY = 0.75, 10.0, 1e-8
 
@@ -66,7 +66,7 @@ class _MORA(RowWise):
         return -F.cross_entropy(blend, targets, reduction="none")
 
     def step(self, rows: Rows, state: State, answer: Answer) -> State:
-        """Step along the gradient, ever less far, with momentum."""
+        """Step along the gradient with momentum and a decreasing step size."""
         x, threat, clock = state["x"], rows.threat, state["clock"]
         size = threat.radius * (1 + torch.cos(math.pi * clock / self.steps))
         stepped = threat.retract(x + per_row(size.to(x.dtype), x) * threat.ascent(answer.gradient), rows.x)
@@ -75,12 +75,12 @@ class _MORA(RowWise):
         return {"x": threat.retract(moved, rows.x), "before": x, "clock": clock + 1}
 
     def _number(self, rows: Rows, count: int) -> Tensor:
-        """Return the place in `SHARES` of each row's restart."""
+        """Return the index in `SHARES` of each row's restart."""
         restart = torch.as_tensor(rows.rng.restart, device=rows.x.device).expand(count)
         return restart % (self.restarts or 1) % len(SHARES)
 
     def _whole(self, stack: Tensor) -> Logits:
-        """Return what the ensemble makes of its members' logits."""
+        """Return the ensemble's output from its members' logits."""
         if self.combine == "logits":
             return stack.mean(1)
         if self.combine == "vote":
@@ -104,7 +104,7 @@ class _MORA(RowWise):
 @attack("mora", paper="arXiv:2211.08008", norms=("linf", "l2"), access="gradient")
 @dataclass(frozen=True, slots=True)
 class MORA(_MORA):
-    """Ascent on ensemble and weighted members, with another balance of the two in each of five restarts.
+    """Ascent on the losses of the ensemble and of weighted members, in five restarts with different ratios.
 
     `combine` is how the ensemble predicts: probabilities, logits or vote.
     """
@@ -113,7 +113,7 @@ class MORA(_MORA):
 @attack("mora-t", paper="arXiv:2211.08008", norms=("linf", "l2"), access="gradient")
 @dataclass(frozen=True, slots=True)
 class MORAT(_MORA):
-    """MORA towards each of the `targets` likeliest other classes; of mean logits without a share of the members.
+    """MORA towards each of the `targets` likeliest other classes; for mean logits the members have no weight.
 
     For the other fields see `mora`.
     """
@@ -122,7 +122,7 @@ class MORAT(_MORA):
     targets: Count = 9
 
     def loop_options(self, norm: str) -> LoopOptions:
-        """Return that each target has its attempts."""
+        """Return the loop's options, with one attempt for each target."""
         return LoopOptions(self.steps, self.targets, self.restarts or 1)
 
 

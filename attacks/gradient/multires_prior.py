@@ -1,8 +1,9 @@
-"""The multi-resolution prior (Fort & Lakshminarayanan 2024, arXiv:2408.05446): smooth changes, coarse and fine.
+"""The multi-resolution prior (Fort & Lakshminarayanan 2024, arXiv:2408.05446): sums of several resolutions.
 
-The change is a sum of tensors of several resolutions, each enlarged to the image. The authors draw images with it
-and let each tensor follow its own gradient through bicubic enlarging and a tanh; here a tensor follows the mean of
-the image's gradient over the pixels that it covers, and the sum is brought into the threat by projection.
+The perturbation is a sum of tensors of several resolutions, each enlarged to the image's size. The authors
+generate images with it, and each tensor follows its own gradient through bicubic enlarging and a tanh. Here a
+tensor follows the mean of the image's gradient over the pixels that it covers, and the sum is projected onto the
+threat.
 """
 
 from __future__ import annotations
@@ -23,16 +24,16 @@ from robustkit.core.threat import per_row
 from robustkit.registry import attack
 from robustkit.registry.ranges import Count, CountOrZero
 
-# How far a sum may grow, in linf and in multiples of eps, before it is scaled back; what is beyond eps is cut off.
+# The largest linf norm of a sum, in multiples of eps, before it is scaled back; points are clipped to eps.
 MAX_SUM_EPS = 3.0
 
 
 @attack("multires-prior", paper="arXiv:2408.05446", norms=("linf", "l2"), access="gradient", ascent=True)
 @dataclass(frozen=True, slots=True)
 class MultiResPrior(RowWise):
-    """Steps of tensors at `scales` resolutions, each half the one before, from the clean image.
+    """Gradient steps of tensors at `scales` resolutions, each half the one before, from the clean image.
 
-    The first `skip` of them, the finest, are left out: what then remains is coarse. `step_size` is a fraction of
+    The first `skip` resolutions, the finest, are not used. `step_size` is a fraction of
     eps: the mean change of a pixel in linf, the length of the change in l2.
     """
 
@@ -47,7 +48,7 @@ class MultiResPrior(RowWise):
         criteria.loss(self.loss)
         if not 0 <= self.skip < self.scales:
             raise UsageError(
-                f"multires-prior: skip={self.skip} of scales={self.scales} leaves nothing; write from 0 to "
+                f"multires-prior: skip={self.skip} of scales={self.scales} leaves none; use 0 to "
                 f"{self.scales - 1}."
             )
 
@@ -56,7 +57,7 @@ class MultiResPrior(RowWise):
         return {"x": rows.x, "sum": rows.x.new_zeros(rows.x.shape)}
 
     def step(self, rows: Rows, state: State, answer: Answer) -> State:
-        """Return the next points, and the sums that they are projections of."""
+        """Return the next points, and the sums whose projections they are."""
         eps = float(rows.threat.eps)
         # Scaled first, so that tiny gradients do not underflow when squared.
         largest = answer.gradient.abs().flatten(1).amax(1)
@@ -74,7 +75,7 @@ class MultiResPrior(RowWise):
 
 
 def coarse(images: Images, factor: int) -> Images:
-    """Return images as a resolution so many times smaller shows them, at their own size."""
+    """Return images averaged to a resolution smaller by this factor and enlarged to their own size."""
     if factor == 1:
         return images
     height, width = (max(length // factor, 1) for length in images.shape[2:])
@@ -83,7 +84,7 @@ def coarse(images: Images, factor: int) -> Images:
 
 
 def _size(direction: Tensor, norm: str) -> Tensor:
-    """Return the mean size of each row's coordinates, in l2 its length; 1 where it is zero."""
+    """Return the mean absolute coordinate of each row, in l2 its norm; 1 if it is zero."""
     flat = direction.flatten(1)
     size = flat.abs().mean(1) if norm == "linf" else flat.norm(dim=1)
     return per_row(size.where(size > 0, 1), direction)

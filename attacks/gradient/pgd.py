@@ -18,11 +18,10 @@ from robustkit.registry.ranges import Count, Share
 class PGD(RowWise):
     """Steps along the gradient from random starts, each projected back; stops a sample once it is fooled.
 
-    On surrogates (`robustkit craft`) it goes on, and of `restarts` the last that fools them counts, or the first.
-    `step_size` is `0.25eps` or `2/255px` (none: 2.5 eps / steps). `density` matters in l1 alone: the
-    share of coordinates that one step changes (SLIDE, arXiv:1904.13000), more where the [0, 1] box stops them.
-    Gradients that point out of the box are left out of a step, which the paper does not do; in linf it changes
-    nothing.
+    On surrogates (`robustkit craft`) it takes all steps; of `restarts` the last one that fools them counts, or
+    else the first. `step_size` is `0.25eps` or `2/255px` (none: 2.5 eps / steps). `density` applies to l1 only:
+    the share of coordinates that one step changes (SLIDE, arXiv:1904.13000), more if the box [0, 1] stops them. A
+    step ignores gradients that point out of the box, which the paper does not do; in linf this changes nothing.
     """
 
     steps: Count = 40

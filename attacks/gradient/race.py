@@ -1,9 +1,9 @@
-"""Chooses among targets by short runs: a few steps at each, then more at those that came nearest.
+"""Multi-targeted ascent that chooses targets by short runs: a few steps at each, then more at the best ones.
 
 Multi-targeted ascent (Gowal et al. 2019, arXiv:1910.09338) of the plain logit margin (minimum-margin attack, Gao
-et al. 2022, arXiv:2206.07314), with the steps of one sample given to its own most promising targets. Departures
-from both: short probes from the clean image decide which targets are run for long; random restarts go on only
-while the best point is near enough to the boundary; steps shrink along a cosine, with APGD's momentum.
+et al. 2022, arXiv:2206.07314), where each sample spends its steps on its own most promising targets. Departures
+from both: short probes from the clean image decide which targets get long runs; random restarts continue only
+while the best point is near the boundary; steps shrink along a cosine, with APGD's momentum.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from robustkit.core.threat import per_row
 from robustkit.registry import attack
 from robustkit.registry.ranges import Count, NonNegative
 
-# Of eps: where the steps of a run begin and end.
+# The first and last step of a run, in eps.
 LARGEST_STEP, SMALLEST_STEP = 1.0, 0.05
 MOMENTUM = 0.75
 
@@ -31,11 +31,11 @@ MOMENTUM = 0.75
 @attack("race", paper="arXiv:1910.09338", norms=("linf", "l2"), access="gradient")
 @dataclass(frozen=True, slots=True)
 class Race(RowWise):
-    """Short runs at each of the likeliest other classes, then long ones from random starts at the best of them.
+    """Short runs towards each of the likeliest other classes, then long runs from random starts towards the best.
 
-    `probe` are the steps at each of the `targets`, `steps` those at each of the `finalists` in each of at most
-    `restarts` rounds. Before a round a sample needs a best point from which `doubt` times the way it has come
-    would reach the boundary, judged by the margin; with every round the share is halved, down to an eighth.
+    `probe` is the number of steps for each of the `targets`; `steps` is the number for each of the `finalists` in
+    each of at most `restarts` rounds. A sample takes part in a round only if its smallest margin is at most
+    `doubt` times the margin gained so far; with every round this share is halved, down to an eighth.
     """
 
     targets: Count = 9
@@ -46,15 +46,15 @@ class Race(RowWise):
     doubt: NonNegative = 0.3
 
     def loop_options(self, norm: str) -> LoopOptions:
-        """Return the steps of all runs, and one from each run to the next, in one attempt."""
+        """Return the loop's options: one attempt with the steps of all runs and one step between runs."""
         return LoopOptions(len(self._plan(self.targets)) - 1)
 
     def budget(self, num_classes: int, norm: str) -> int:
-        """Return the most forwards that one image costs."""
+        """Return the largest number of forwards for one image."""
         return len(self._plan(min(self.targets, num_classes - 1)))
 
     def init(self, rows: Rows) -> State:
-        """Return the clean images; targets are ranked when their logits are there."""
+        """Return the clean images; targets are ranked after the first query."""
         count = len(rows.x)
         zero = torch.zeros(count, dtype=torch.int64, device=rows.x.device)
         return {
@@ -70,13 +70,13 @@ class Race(RowWise):
         }
 
     def objective(self, rows: Rows, state: State, logits: Logits) -> Tensor:
-        """Return the margin of the present target, at first the likeliest one."""
+        """Return the margin of the current target, at first the likeliest class."""
         target = state["target"]
         target = torch.where(target < 0, _ranked(rows, logits, 1)[:, 0], target)
         return criteria.margin(logits, rows.goal.labels, target)
 
     def step(self, rows: Rows, state: State, answer: Answer) -> State:
-        """Record the present target's margin; then step, begin the next run, or end."""
+        """Record the current target's margin; then step, begin the next run, or end."""
         x, clock = rows.x, state["clock"]
         ranked = _ranked(rows, answer.logits, self.targets)
         count = ranked.shape[1]
@@ -100,7 +100,7 @@ class Race(RowWise):
         new = per_row(torch.where(now.opens > 0, 1.0, MOMENTUM).to(x.dtype), x)
         moved = state["x"] + new * (stepped - state["x"]) + (1 - new) * (state["x"] - state["before"])
         random = following.random > 0
-        # On a CPU reading a mask is free and a random start is not; on a GPU it is the other way round.
+        # On a CPU reading a mask is free and a random start is not; on a GPU the reverse is true.
         idle = x.device.type == "cpu" and not random.any()
         start = x if idle else torch.where(per_row(random, x), rows.threat.random_start(x, rows.rng), x)
         last = (turn & (remaining > following.gate)) | (clock + 1 >= len(plan) - 1)
@@ -122,9 +122,9 @@ class Race(RowWise):
 
 
 class _Turn(NamedTuple):
-    """What queries (B) are for: the target's column, the next step's size, whether one opens a run, a random one.
+    """The purpose of queries (B): the target's column, the next step's size, whether a run begins, and randomly.
 
-    `gate` is above 0 where a round begins: the share of the way come that may be left for it to be worth while.
+    `gate` is above 0 if a round begins: the largest remaining margin, as a share of the margin gained so far.
     """
 
     target: Tensor
@@ -138,7 +138,7 @@ class _Turn(NamedTuple):
 def _plan(
     targets: int, probe: int, finalists: int, steps: int, restarts: int, doubt: float
 ) -> tuple[tuple[float, ...], ...]:
-    """Return the turn of each query as a row of numbers."""
+    """Return the `_Turn` of each query as a row of numbers."""
     runs = [(target, probe, 0.0, 0.0) for target in range(targets)]
     for number in range(restarts):
         gates = [doubt / 2 ** min(number, 3)] + [0.0] * (finalists - 1)
@@ -153,7 +153,7 @@ def _plan(
 
 
 def _ranked(rows: Rows, logits: Logits, count: int) -> Tensor:
-    """Return the targets, likeliest first: the goal's own where it has one."""
+    """Return the targets, likeliest first; only the goal's own if it has one."""
     if rows.goal.targets is not None:
         return rows.goal.targets[:, None]
     return rank(logits, rows.goal.labels, count)

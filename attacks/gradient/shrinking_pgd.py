@@ -1,9 +1,9 @@
 """PGD in a ball that shrinks to just below the nearest adversarial point: a search for minimum norms.
 
-A relative of the fast minimum-norm attack (Pintor et al. 2021, arXiv:2102.12827), from which it differs in three
-ways. Steps are a share of the present radius, so that they fit any image. In linf they follow the signs of the
-gradient. The radius never grows beyond the nearest point found. Run towards each of the likeliest classes in turn,
-it finds nearer points than one untargeted run of the same length: see docs/minimum_norm.md.
+It differs from the fast minimum-norm attack (Pintor et al. 2021, arXiv:2102.12827) in three ways: steps are a
+share of the current radius, so that they suit any image; in linf they follow the signs of the gradient; the radius
+never grows beyond the nearest point found. Targeted runs towards each of the likeliest classes find nearer points
+than one untargeted run of the same length: see docs/minimum_norm.md.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from robustkit.registry.ranges import Count, Positive, ShareBelowOne
 
 STARTS = ("clean", "random", "nearest")
 DUAL = {"linf": 1.0, "l2": 2.0, "l1": math.inf}
-# The first step as a share of the radius, and what a step has come down to at the end.
+# The first step as a share of the radius, and the last step as a share of the first.
 FIRST_STEP = {"linf": 1.0, "l2": 2.0, "l1": 4.0}
 LAST_STEP = 0.01
-# By how much the radius changes at the end.
+# The relative change of the radius in the last steps.
 LAST_GAMMA = 0.0005
-# Of a change of the radius, how near it grows to the nearest point found.
+# The radius stays below the nearest point found by this share of its change.
 NEAREST_MARGIN = 0.2
 TINY = 1e-12
 
@@ -47,11 +47,11 @@ class _ShrinkingPGD(RowWise):
 
     @property
     def loss(self) -> str:
-        """The difference of logits."""
+        """The loss: the difference of logits."""
         return "margin"
 
     def loop_options(self, norm: str) -> LoopOptions:
-        """Return that queries may lie outside the threat."""
+        """Return the loop's options; queries may lie outside the threat."""
         return LoopOptions(self.steps, restarts=self.restarts, queries_outside_ball=True)
 
     def init(self, rows: Rows) -> State:
@@ -96,8 +96,8 @@ class _ShrinkingPGD(RowWise):
 def _move(rows: Rows, point: Images, gradient: Images, size: PerRow) -> Images:
     """Return a step whose length is `size` (B) in the threat's norm.
 
-    In l1 it is along the gradient, as in l2, since the projection makes it sparse. Its l1 length is about that
-    of a change as sparse as the present one.
+    In l1 it is along the gradient, as in l2, because the projection makes it sparse. Its l1 length is about that
+    of a step as sparse as the current change.
     """
     if rows.threat.norm == "linf":
         return per_row(size, point).to(point.dtype) * gradient.sign()
@@ -114,9 +114,9 @@ class ShrinkingPGD(_ShrinkingPGD):
     """PGD in a ball that shrinks to just below the nearest adversarial point found; ends within eps.
 
     `first_step` is the first step's length as a share of the radius, by default 1 in linf, 2 in l2 and 4 in l1;
-    it falls to a hundredth of the radius. `gamma` is the share by which the radius first changes. `start` is where
+    it falls to a hundredth of the radius. `gamma` is the relative change of the radius at first. `start` is where
     the first restart begins: at the `clean` image, at a `random` point or, without an eps, at the `nearest` point
-    found before. Later restarts begin at random points.
+    found by earlier attacks. Later restarts begin at random points.
     """
 
 
@@ -134,5 +134,5 @@ class ShrinkingPGDT(_ShrinkingPGD):
     targets: Count = 9
 
     def loop_options(self, norm: str) -> LoopOptions:
-        """Return those of `shrinking-pgd`, for each target."""
+        """Return the options of `shrinking-pgd`, with one attempt for each target."""
         return replace(_ShrinkingPGD.loop_options(self, norm), targets=self.targets)

@@ -1,9 +1,9 @@
 """AutoAttack's own attacks and suites (Croce & Hein 2020, arXiv:2003.01690), run by the authors' package.
 
-The kernels, the order and the hyper-parameters are pyautoattack's. A fresh attack object is made for every
-call, so nothing is carried from one batch or run to the next. Departures, each where the package would stop
-with an IndexError: targets are at most K - 1, and with K < 4 (targeted) or K < 3 classes the DLR loss is the
-one of `robustkit.core.criteria`. A setting of None is AutoAttack's own in the `standard` suite of the norm.
+The attack code, the order and the hyper-parameters are pyautoattack's. Every call creates a new attack object, so
+no state passes from one batch or run to the next. Departures, each where the package would raise an IndexError:
+targets are at most K - 1, and with K < 4 (targeted) or K < 3 classes the DLR loss is the one of
+`robustkit.core.criteria`. A setting of None is that of AutoAttack's `standard` suite for the norm.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def standard(norm: str) -> list[str]:
 
 @suite("autoattack-plus", paper="arXiv:2003.01690")
 def plus(norm: str) -> list[str]:
-    """AutoAttack `plus`: six attacks, five restarts where they restart."""
+    """AutoAttack `plus`: six attacks, with five restarts for those that restart."""
     settings = "restarts=5,large_start=false"
     return [
         f"autoattack:apgd-ce({settings})",
@@ -257,9 +257,10 @@ def _perturb(official: Any, x: Images, goal: Goal) -> Images:
 
 
 class _Silent:
-    """Takes the package's one message from inside an attack: that gradients at a start are zero.
+    """Discards the package's message that gradients at a start are zero.
 
-    It counts points that are fooled there already, whose loss is flat; `robustkit.checks` looks for itself.
+    It includes points that are already fooled, whose loss is flat; `robustkit.checks` measures zero gradients
+    itself.
     """
 
     def warning(self, message: str) -> None:

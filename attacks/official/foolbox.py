@@ -30,7 +30,7 @@ from robustkit.registry import attack
 class Foolbox:
     """Any of foolbox's attacks, as `foolbox:NAME(field=value)`, e.g. `foolbox:L2DeepFoolAttack`.
 
-    It is run once, at the threat's eps. Its random numbers are torch's global ones, seeded for each batch.
+    It is run once, at the threat's eps. It uses torch's global random numbers, which are seeded for each batch.
     """
 
     name: str
@@ -98,7 +98,7 @@ class Foolbox:
 
 
 class _Module(nn.Module):
-    """Foolbox takes nothing but a module. The model is no child of it, so that its mode stays its own."""
+    """Module around a model, as foolbox requires. The model is not its child, so its mode does not change."""
 
     def __init__(self, model: Model) -> None:
         super().__init__()

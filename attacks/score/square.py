@@ -1,9 +1,9 @@
 """Square attack (Andriushchenko et al. 2020, arXiv:1912.00049), and in l1 as AutoAttack has it.
 
-Departures from the authors' code: windows, signs and orientations are each row's own (theirs shares them in a
-batch); a window may lie at the last row and column too; the first l2 and l1 pattern covers oblong and small
-images; `queries` counts the start. The window's size follows the query count as in AutoAttack, whatever
-`queries` is.
+Departures from the authors' code: windows, signs and orientations are drawn for each row (in theirs for the
+batch); a window may also lie at the last row and column; the first l2 and l1 pattern covers oblong and small
+images; `queries` includes the start. The window's size depends on the query count as in AutoAttack, for any number
+of `queries`.
 """
 
 from __future__ import annotations
@@ -29,12 +29,13 @@ TINY = 1e-12
 @attack("square", paper="arXiv:1912.00049", norms=("linf", "l2", "l1"), access="score")
 @dataclass(frozen=True, slots=True)
 class Square(RowWise):
-    """Random search by scores alone: square patches of change, kept where they raise the margin.
+    """Random search by scores: square patches, kept if they raise the loss.
 
-    `p_init` is the share of pixels in the first patches. With `patience` a sample is left after so many queries
-    unless the margin has then come `rivalry` times as far as earlier attacks of the run brought it, and after ten
-    times as many unless it has come as far: where gradients can be trusted they are well ahead of so few queries.
-    With `refine` it begins at the point to which earlier attacks came nearest, if there is one.
+    `p_init` is the share of pixels in the first patches. With `patience` a sample stops after that many queries
+    unless the margin has then changed by `rivalry` times the change that earlier attacks of the run reached, and
+    after ten times as many unless it has changed by the same: if gradients are reliable, they reach much more than
+    so few queries. With `refine` it begins at the point with the smallest margin that earlier attacks found, if
+    there is one.
     """
 
     queries: Annotated[int, Limits(1, 100_000_000)] = 5000
@@ -46,7 +47,7 @@ class Square(RowWise):
 
     @property
     def loss(self) -> str:
-        """What is to rise."""
+        """The loss to maximise."""
         return "margin"
 
     @property
@@ -55,7 +56,7 @@ class Square(RowWise):
         return self.queries - 1
 
     def loop_options(self, norm: str) -> LoopOptions:
-        """Return that no gradient is needed, and that a short search checks gradients."""
+        """Return the loop's options; no gradient is needed, and a short search checks gradients."""
         check = self.patience is not None or self.refine
         return LoopOptions(self.steps, restarts=self.restarts, needs_gradient=False, score_check=check)
 
@@ -76,7 +77,7 @@ class Square(RowWise):
         }
 
     def step(self, rows: Rows, state: State, answer: Answer) -> State:
-        """Keep the query point if it is better, and propose the best point with a patch changed."""
+        """Keep the query point if it is better, and propose the best point with another patch."""
         x, score = rows.x, answer.loss.double()
         better = score > state["score"]
         best = torch.where(per_row(better, x), state["x"], state["best"])
@@ -112,8 +113,8 @@ def window_side(proposal: Tensor, p_init: float, size: tuple[int, ...], norm: st
 def pattern(down: Tensor, across: Tensor, side: Tensor, norm: str) -> Tensor:
     """Return a peak above a trough, of length 1, at pixels counted from a window's corner; zero outside it.
 
-    Both are sums of nested rectangles whose heights fall with their number squared (l2) or to the fourth (l1).
-    All arguments broadcast to (B, H, W).
+    Both are sums of nested rectangles whose heights fall with the square (l2) or fourth power (l1) of their
+    number. All arguments broadcast to (B, H, W).
     """
     inside = _inside(down, across, side)
     above = down < side // 2
@@ -153,7 +154,7 @@ def _tiles(rows: Rows) -> Images:
 
 
 def _grid(size: int, side: int, like: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Return each pixel's place in its tile, its tile's number (-1: none), and how many tiles there are."""
+    """Return each pixel's position in its tile, its tile's number (-1: none), and the number of tiles."""
     count = size // side
     pixel = torch.arange(size, device=like.device) - (size - count * side) // 2
     number = pixel.div(side, rounding_mode="floor")
@@ -161,7 +162,7 @@ def _grid(size: int, side: int, like: Tensor) -> tuple[Tensor, Tensor, int]:
 
 
 def _propose_linf(rows: Rows, best: Images, side: Tensor) -> Images:
-    """Return the best points with one window shifted by twice eps up or down, each channel as a whole."""
+    """Return the best points with one window changed by plus or minus twice eps, one sign per channel."""
     draws = rows.rng.uniform(2 + best.shape[1])
     down, across = _window(draws[:, :2], side, best)
     side = per_row(side, down)
@@ -171,7 +172,7 @@ def _propose_linf(rows: Rows, best: Images, side: Tensor) -> Images:
 
 
 def _propose(rows: Rows, best: Images, side: Tensor) -> Images:
-    """Return the best points with the change of one window moved to another one, under a new pattern."""
+    """Return the best points with the change of one window moved to another window, with a new pattern."""
     norm, channels = rows.threat.norm, best.shape[1]
     draws = rows.rng.uniform(5 + channels)
     change = best - rows.x
@@ -195,7 +196,7 @@ def _propose(rows: Rows, best: Images, side: Tensor) -> Images:
 
 
 def _into_ball(rows: Rows, change: Tensor) -> Images:
-    """Return the clean images with this change: brought to length eps in l2, projected onto the ball in l1."""
+    """Return the clean images with this change, scaled to length eps in l2 and projected onto the ball in l1."""
     x, threat = rows.x, rows.threat
     if threat.norm == "l2":
         change = change * threat.radius / (TINY + per_row(change.flatten(1).norm(dim=1), change))

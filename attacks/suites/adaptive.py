@@ -1,9 +1,8 @@
-"""The suite that sees through masked gradients: attacks on views of the model, judged on the model itself.
+"""The suite for masked gradients: attacks on differentiable views of the model, judged on the model itself.
 
-Views are made where the model hides its gradient, draws numbers, or is an ensemble
-(`robustkit.gradient_views.views`);
-one that has none is spared the attacks on them. Averaged gradients are those of Athalye et al. 2018
-(arXiv:1802.00420).
+A model has views if it masks its gradient, draws random numbers, or is an ensemble
+(`robustkit.gradient_views.views`); attacks on views are skipped for a model without views. Averaged gradients are
+those of Athalye et al. 2018 (arXiv:1802.00420).
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ MASKED = ("mended", "loosened", "inner-logits", "fitted", "calm", "frozen")
 
 @suite("adaptive", paper="arXiv:1802.00420")
 def adaptive(norm: str) -> list[str]:
-    """`rapid`, then every view that the model has, then scores, from the nearest point and anew."""
+    """`rapid`, then every view of the model, then score-based attacks, from the best point and from scratch."""
     return [*find("suite", "rapid")(norm), *entries(norm)]
 
 

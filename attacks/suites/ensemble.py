@@ -1,14 +1,14 @@
-"""Attacks that know they face an ensemble: its mean logit, its members one by one, MORA, other aggregators.
+"""Attacks on ensembles: on the mean logit, on each member, MORA, and on other aggregators.
 
-The aggregators are those by which CrossMax was broken (Zhang et al. 2024, arXiv:2411.14834). What they find is
-judged on the ensemble as it is; a model without members is spared them.
+The aggregators are those that broke CrossMax (Zhang et al. 2024, arXiv:2411.14834). Their results are judged on
+the ensemble itself; these attacks are skipped for a model without members.
 """
 
 from __future__ import annotations
 
 from robustkit.registry import find, suite
 
-# The share of the way to the boundary that may be left for a second, longer attack.
+# The remaining margin, as a share of the margin gained, up to which an image gets a second, longer attack.
 DOUBT = 0.1
 AGGREGATORS = ("mean-logit", "mean-log-probability", "top-k", "straight-through")
 
@@ -29,11 +29,11 @@ def entries(norm: str) -> list[str]:
 
 
 def climb(norm: str, view: str) -> list[str]:
-    """Return the attacks on one view: on all images, then on those close to the boundary."""
+    """Return the attacks on one view: one on all images, then one on images close to the boundary."""
     if norm == "l1":
         few = "steps=50,restarts=1,large_start=false"
         first = [f"apgd(loss=margin,{few})@{view}", f"apgd-t(loss=margin,targets=9,{few})@{view}"]
     else:
         first = [f"race(targets=9,probe=4,finalists=2,steps=40,restarts=1,doubt=0.3)@{view}"]
-    # Another loss and step rule, from other starts: what the first attack misses is mostly this close.
+    # Another loss, step rule and other starts: most images that the first attack misses are this close.
     return [*first, f"apgd(loss=dlr,steps=100,restarts=2,large_start=false,doubt={DOUBT})@{view}"]

@@ -1,4 +1,4 @@
-"""The suite for minimum norms: what `auto` means where the threat is minimal."""
+"""The suite for minimum norms: what `auto` means for a threat NORM:min."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The everyday suite: at least as strict as AutoAttack's `standard` at a small part of its cost.
+"""The default suite: at least as strict as AutoAttack's `standard`, at a small part of its cost.
 
-Cheapest attacks first; what each stage is worth was measured, see docs/rapid.md. Those marked with * are arms:
-which image gets which is decided by what they did on this net so far (`robustkit.engine.allocation.arms`).
-Square is one of them: it finds out whether gradients tell the truth.
+The cheapest attacks are first; the gain of each stage was measured, see docs/rapid.md. Those marked with * are
+arms: which images they attack depends on their successes on this net so far (`robustkit.engine.allocation.arms`).
+Square is one of them: it checks whether the gradients are reliable.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ FIRST_ATTACKS = [
     "pgd(steps=1,step_size=1,loss=margin,random_start=false)",
     "pgd(steps=5,step_size=0.5,loss=margin,random_start=false)",
 ]
-# For images on which they are likely to succeed: AutoAttack's four, and two losses more with restarts.
+# Run on images where they are likely to succeed: AutoAttack's four, and two more losses with restarts.
 ARMS = [
     "apgd(loss=ce,steps=100)*",
     "apgd(loss=margin,steps=100,restarts=3)*",
@@ -26,7 +26,7 @@ ARMS = [
 
 @suite("rapid")
 def rapid(norm: str) -> list[str]:
-    """Margin ascent on targets raced against each other, a second opinion by APGD and by Square."""
+    """Multi-targeted margin ascent (`race`), then APGD, FAB and Square on the images that may still be fooled."""
     if norm == "l1":
         hard = ["apgd(loss=margin,steps=50,restarts=1)", "apgd-t(loss=margin,steps=40,targets=9,restarts=1)"]
     else:
@@ -39,5 +39,5 @@ def rapid(norm: str) -> list[str]:
 
 @suite("rapid+autoattack")
 def rapid_and_autoattack(norm: str) -> list[str]:
-    """`rapid`, then AutoAttack's own attacks on what it left: at most AutoAttack's number."""
+    """`rapid`, then AutoAttack's attacks on the images left: the result is at most AutoAttack's."""
     return [*rapid(norm), *find("suite", "autoattack")(norm)]

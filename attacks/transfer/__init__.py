@@ -1,1 +1,1 @@
-"""Attacks whose images are to fool models that they never saw."""
+"""Attacks whose images should fool models that they have no access to."""

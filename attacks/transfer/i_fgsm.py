@@ -14,7 +14,7 @@ from robustkit.registry.ranges import Count
 @attack("i-fgsm", paper="arXiv:1607.02533", norms=("linf", "l2"), access="gradient", ascent=True)
 @dataclass(frozen=True, slots=True)
 class IFGSM(RowWise):
-    """Steps of one length along the gradient, from the clean image; `step_size` none is eps / steps."""
+    """Steps of constant length along the gradient, from the clean image; `step_size` none is eps / steps."""
 
     steps: Count = 10
     step_size: StepSize | None = None

@@ -17,10 +17,10 @@ from robustkit.registry.ranges import Count, Share
 @attack("mi-fgsm", paper="arXiv:1710.06081", norms=("linf", "l2"), access="gradient", ascent=True)
 @dataclass(frozen=True, slots=True)
 class MIFGSM(RowWise):
-    """Steps along a decaying sum of normalised gradients, from the clean image; the transfer attacks' base.
+    """Steps along a decaying sum of normalised gradients, from the clean image; the base of transfer attacks.
 
     `step_size` is `0.1eps` or `2/255px` (none: the paper's eps / steps); `momentum` is the share of the sum that
-    each step keeps. Points are projected onto ball and box, where the paper's l2 version scales and does not clip.
+    each step keeps. Points are projected onto ball and box; the paper's l2 version scales and does not clip.
     """
 
     steps: Count = 10

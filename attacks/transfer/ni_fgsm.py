@@ -20,7 +20,7 @@ from robustkit.registry.ranges import Count, Share
 @attack("ni-fgsm", paper="arXiv:1908.06281", norms=("linf", "l2"), access="gradient", ascent=True)
 @dataclass(frozen=True, slots=True)
 class NIFGSM:
-    """As `mi-fgsm`, with each gradient taken where the momentum alone would go; takes all steps.
+    """As `mi-fgsm`, with each gradient taken at the point that the momentum alone would reach; takes all steps.
 
     `step_size` is `0.1eps` or `2/255px` (none: the paper's eps / steps); `momentum` is the share of the sum that
     each step keeps. In linf the look ahead is the paper's, step size times momentum times the sum of L1-normalised
@@ -37,7 +37,7 @@ class NIFGSM:
         criteria.loss(self.loss)
 
     def __call__(self, model: Model, x: Images, goal: Goal, threat: ThreatModel, *, rng: RowRng) -> Images:
-        """Return where the last step ends."""
+        """Return the last points."""
         return ascend(self, model, x, goal, threat, rng)
 
     def init(self, rows: Rows) -> State:
@@ -45,7 +45,7 @@ class NIFGSM:
         return {"x": rows.x, "point": rows.x, "velocity": torch.zeros_like(rows.x)}
 
     def step(self, rows: Rows, state: State, answer: Answer) -> State:
-        """Return the projected next points, and where they look ahead to."""
+        """Return the projected next points, and the points ahead of them."""
         size = (self.step_size or StepSize(1 / self.steps)).length(float(rows.threat.eps))
         velocity = self.momentum * state["velocity"] + mean_normalised(answer.gradient)
         point = rows.threat.project(state["point"] + size * rows.threat.ascent(velocity), rows.x)

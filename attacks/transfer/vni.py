@@ -1,6 +1,6 @@
-"""Variance tuning on Nesterov's look ahead (Wang and He 2021, arXiv:2103.15571).
+"""Nesterov's look ahead with variance tuning (Wang and He 2021, arXiv:2103.15571).
 
-Neighbours are drawn around the query point; popular code draws them around the present point.
+Neighbours are drawn around the query point; common code draws them around the current point.
 """
 
 from __future__ import annotations

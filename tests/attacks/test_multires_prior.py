@@ -81,7 +81,7 @@ def test_one_scale_is_plain_ascent() -> None:
 
 
 def test_no_scale_is_refused() -> None:
-    with pytest.raises(UsageError, match="leaves nothing"):
+    with pytest.raises(UsageError, match="leaves none"):
         make("multires-prior", scales=2, skip=2)
 
 

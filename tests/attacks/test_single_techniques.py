@@ -563,7 +563,7 @@ def test_costs(text, gradients):
         ("mi-fgsm+dj", "Did you mean 'di'"),
         ("mi-fgsm+di(p=2)", "di: p=2 must be from 0 to 1"),
         ("mi-fgsm+di(ratio=0)", "di: ratio=0 must be above 0 and at most 1"),
-        ("mi-fgsm+ti(kernel=4)", "write an odd number"),
+        ("mi-fgsm+ti(kernel=4)", "must be odd"),
         ("mi-fgsm+vmi(copies=0)", "must be at least 1"),
         ("mi-fgsm+triage(stake=0)", "stake=0 must be above 0"),
         ("mi-fgsm+triage(after=2)", "after=2 must be from 0 to 1"),

@@ -723,7 +723,11 @@ def test_a_first_step_has_the_length_that_is_asked_for(norm, update):
         ("mi-cse", {"update": "adm"}, "no update 'adm'. Did you mean 'adam'?"),
         ("cwa", {"compat": "papers"}, "no compat 'papers'. Did you mean 'paper'?"),
         ("mi-sam", {"compat": "iclr"}, "no compat 'iclr'."),
-        ("cwa", {"beta": 2, "beta_raw": 50}, "beta=2.0 and beta_raw=50.0 say the same: write one of them."),
+        (
+            "cwa",
+            {"beta": 2, "beta_raw": 50},
+            "beta=2.0 and beta_raw=50.0 set the same value; give only one of them.",
+        ),
         ("cwa", {"loss": "c"}, "no loss 'c'."),
         ("cwa", {"steps": 0}, "cwa: steps=0 must be at least 1."),
     ],

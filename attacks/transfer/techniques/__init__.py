@@ -1,1 +1,1 @@
-"""Techniques that change the gradient which a transfer attack is given."""
+"""Techniques that change the gradient of a transfer attack."""

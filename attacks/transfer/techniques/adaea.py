@@ -1,7 +1,7 @@
 """Adaptive ensemble attack (Chen et al. 2023, arXiv:2308.02897): members weighed by how they transfer.
 
-Weights are of each image, where the authors take them of the batch; and the filter looks at all pairs of members,
-where their code leaves out the last member's.
+Each image has its own weights, while the authors' are those of the batch; the filter uses all pairs of members,
+while their code leaves out the last member's.
 """
 
 from __future__ import annotations
@@ -28,12 +28,11 @@ MAX_RATIO = 10.0
 @technique("adaea", paper="arXiv:2308.02897")
 @dataclass(frozen=True, slots=True)
 class AdaEA(Technique):
-    """Weighs members by the loss that a step along their gradient causes in the others.
+    """Weights members by the loss that a step along their gradient causes in the others.
 
-    The weights are a softmax of `beta` times the sum of those losses, each over what the other's own step causes;
-    a step is `step_size`. Pixels where the members' gradients have a mean cosine below `threshold` are
-    left out. Costs 2 gradients and n * n forward passes of n members. It leaves gradients of single members as
-    they are.
+    The weights are a softmax of `beta` times the sum of those losses, each divided by the loss of the other's own
+    step; a step is `step_size`. Pixels where the members' gradients have a mean cosine below `threshold` are left
+    out. Costs 2 gradients and n * n forward passes of n members. Gradients of single members are unchanged.
     """
 
     beta: NonNegative = 10.0
@@ -42,11 +41,11 @@ class AdaEA(Technique):
 
     @property
     def cost(self) -> int:
-        """The members by themselves, and the weighted ensemble."""
+        """The cost in gradients: one of the members, one of the weighted ensemble."""
         return 2
 
     def wrap(self, inner: Oracle) -> Oracle:
-        """Return an oracle that weighs the members."""
+        """Return an oracle that weights the members."""
         return _Adaptive(inner, self)
 
 
@@ -74,7 +73,7 @@ class _Adaptive(OracleWrapper):
             losses.append(torch.stack([rows.aim.loss(logits, "ce") for logits in self.surrogates.logits(moved)]))
         caused = torch.stack(losses).abs() + TINY
         alone = caused.diagonal().T[None]
-        # Towards a target a loss is better the nearer it is to zero.
+        # In a targeted attack a loss nearer to zero is better.
         ratio = (caused / alone if rows.aim.targets is None else alone / caused).clamp(max=MAX_RATIO)
         others = 1 - torch.eye(len(own), dtype=ratio.dtype, device=ratio.device)[:, :, None]
         return (self.technique.beta * (others * ratio).sum(1)).softmax(0)

@@ -1,8 +1,8 @@
 """Admix (Wang et al. 2021, arXiv:2102.00436): the mean gradient over images with a little of others mixed in.
 
-The paper draws the others from other classes of the batch, and the authors' code anything from the batch. Here
-they are drawn for each image from the pool of the run (`Surrogates.pool`), so that the batch does not matter;
-their classes are left to chance.
+The paper draws the others from other classes of the batch, the authors' code from the whole batch. Here they are
+drawn for each image from the pool of the run (`Surrogates.pool`), so that the batch does not matter, and from any
+class.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ class Admix(Technique):
 
     @property
     def cost(self) -> int:
-        """One gradient for each mix at each scale."""
+        """The cost in gradients: one for each mix at each scale."""
         return self.mixes * self.scales
 
     def prepare(self, surrogates: Surrogates) -> Surrogates:
-        """Return them as they are, if they have a pool."""
+        """Return the surrogates unchanged, if they have a pool."""
         if surrogates.pool is None or not len(surrogates.pool):
-            raise UsageError("admix mixes in other images of the run, and there are none: give Surrogates a pool.")
+            raise UsageError("admix mixes in other images of the run, but there are none: give Surrogates a pool.")
         return surrogates
 
     def wrap(self, inner: Oracle) -> Oracle:

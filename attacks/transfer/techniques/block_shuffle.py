@@ -1,7 +1,7 @@
 """Block shuffle and rotation (Wang et al. 2024, arXiv:2308.10299): the mean gradient over rearranged images.
 
-As in the paper each block is turned about its own middle; the authors' code turns whole strips before it cuts them
-again. On a GPU the sums of the backward pass come in no fixed order.
+As in the paper each block is rotated about its own centre; the authors' code rotates whole strips before it cuts
+them again. On a GPU the order of the sums in the backward pass is not fixed.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from robustkit.registry.ranges import Count
 @technique("block-shuffle", paper="arXiv:2308.10299")
 @dataclass(frozen=True, slots=True)
 class BlockShuffle(Technique):
-    """Cuts into `blocks` strips, each into `blocks` blocks, and shuffles and turns them; costs `copies` gradients.
+    """Shuffles and rotates `blocks` blocks of each of `blocks` strips of the image; costs `copies` gradients.
 
-    Blocks are of random sizes, turned by up to `degrees`; what a turned block leaves bare is zero.
+    Blocks have random sizes and are rotated by up to `degrees`; pixels that a rotated block does not cover are
+    zero.
     """
 
     copies: Count = 20
@@ -35,7 +36,7 @@ class BlockShuffle(Technique):
 
     @property
     def cost(self) -> int:
-        """One gradient a copy."""
+        """The cost in gradients: one a copy."""
         return self.copies
 
     def wrap(self, inner: Oracle) -> Oracle:
@@ -60,7 +61,7 @@ class BlockShuffle(Technique):
         source_right = angle.sin() * down_by + angle.cos() * right_by
         bare = (source_down.abs() > row[2] / 2) | (source_right.abs() > column[2] / 2)
         target = [
-            # Inside the block, so that its neighbours in the image do not show at its edge.
+            # Inside the block, so that its neighbours in the image do not appear at its edge.
             middle + offset.clamp(min=-(size - 1) / 2, max=(size - 1) / 2)
             for offset, (_, middle, size) in ((source_right, column), (source_down, row))
         ]

@@ -1,8 +1,8 @@
-"""Input diversity (Xie et al. 2019, arXiv:1803.06978): each gradient is taken at shrunken and shifted images.
+"""Input diversity (Xie et al. 2019, arXiv:1803.06978): each gradient is taken at shrunk and shifted images.
 
-The paper enlarges 299 pixels to between 299 and 330, pads to 330, and most nets resize that to their own size
-again. Here the images are shrunk to between `ratio` of their size and one pixel less, and padded back, which is
-the same to the net and suits any size. Size and place are drawn for each image, where popular code draws one for
+The paper enlarges 299 pixels to between 299 and 330 and pads to 330; most nets resize this to their own size
+again. Here the images are shrunk to between `ratio` of their size and one pixel less, and padded to their size,
+which has the same effect and suits any size. Size and position are drawn for each image; common code draws one for
 the batch.
 """
 
@@ -47,7 +47,7 @@ class DI(Technique):
 
 
 def placing(length: int, ratio: float, scale: Tensor, place: Tensor) -> Tensor:
-    """Return the matrices (B L L) that shrink a line of pixels and put it somewhere among zeros.
+    """Return the matrices (B L L) that shrink a line of pixels and pad it with zeros on both sides.
 
     Each row has two weights that sum to 1, as in bilinear resizing, or none. `scale` and `place` (B): in [0, 1).
     """

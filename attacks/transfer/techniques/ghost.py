@@ -1,6 +1,6 @@
-"""Ghost networks by skip connection erosion (Li et al. 2020, arXiv:1812.03413): another net at every gradient.
+"""Ghost networks by skip connection erosion (Li et al. 2020, arXiv:1812.03413): a random net for every gradient.
 
-Every skip of every residual block is multiplied by one number, drawn for each image in each forward pass.
+Every skip connection is multiplied by one number, drawn for each image in each forward pass.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Ghost(Technique):
         return replace(surrogates, forward_hooks=(*surrogates.forward_hooks, self._hook))
 
     def wrap(self, inner: Oracle) -> Oracle:
-        """Return the oracle as it is."""
+        """Return the oracle unchanged."""
         return inner
 
     def _hook(self, model: Any, rng: RowRng) -> AbstractContextManager[object]:

@@ -1,7 +1,7 @@
 """Penalised gradient norm (Ge et al. 2023, arXiv:2306.05225): flat maxima, by gradients at neighbours.
 
-As in the authors' code the step below a neighbour is along its gradient of mean size 1 a pixel; by the paper's
-formula, with a sum of 1, it would hardly move.
+As in the authors' code the step from a neighbour is along its gradient scaled to a mean size of 1 a pixel; in the
+paper's formula, with a sum of 1, the step would be negligible.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from robustkit.registry.ranges import Count, NonNegative, Share
 @technique("pgn", paper="arXiv:2306.05225")
 @dataclass(frozen=True, slots=True)
 class PGN(Technique):
-    """Averages over `copies` neighbours the gradients there and a step downhill; costs 2 * copies gradients.
+    """Averages gradients at `copies` neighbours and one step downhill of them; costs 2 * copies gradients.
 
-    Neighbours are drawn evenly from within `radius` times eps; the step is `step_size`, and the gradient
-    after it has a weight of `balance`.
+    Neighbours are drawn uniformly within `radius` times eps; the step is `step_size`, and the gradient after it
+    has the weight `balance`.
     """
 
     copies: Count = 20
@@ -44,7 +44,7 @@ class PGN(Technique):
 
     @property
     def cost(self) -> int:
-        """Two gradients a neighbour."""
+        """The cost in gradients: two a neighbour."""
         return 2 * self.copies
 
     def wrap(self, inner: Oracle) -> Oracle:

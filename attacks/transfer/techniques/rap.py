@@ -1,6 +1,6 @@
-"""Reverse adversarial perturbation (Qin et al. 2022, arXiv:2210.05968): gradients where the attack is worst.
+"""Reverse adversarial perturbation (Qin et al. 2022, arXiv:2210.05968): gradients at the worst nearby point.
 
-The paper ascends a logit and takes 400 steps; here the loss and the steps are the attack's own.
+The paper ascends a logit and takes 400 steps; here the attack sets the loss and the steps.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from robustkit.registry.ranges import Count, NonNegative, Share
 @technique("rap", paper="arXiv:2210.05968")
 @dataclass(frozen=True, slots=True)
 class RAP(Technique):
-    """Goes `steps` steps downhill before it takes each gradient; costs steps + 1 gradients.
+    """Takes `steps` steps downhill before each gradient; costs steps + 1 gradients.
 
-    The way down begins at random and stays within `radius` times eps; a step is `step_size`. The first
-    `late` of the attack's steps, a share, go without (the paper: 100 of 400).
+    The descent begins at a random point and stays within `radius` times eps; a step is `step_size`. The first
+    steps of the attack, the share `late`, are taken without it (the paper: 100 of 400).
     """
 
     steps: Count = 8
@@ -34,7 +34,7 @@ class RAP(Technique):
 
     @property
     def cost(self) -> int:
-        """The way down and the gradient at its end."""
+        """The cost in gradients: the descent and the gradient at its end."""
         return self.steps + 1
 
     def wrap(self, inner: Oracle) -> Oracle:

@@ -16,20 +16,20 @@ from robustkit.registry import recipe, technique
 
 @recipe("si-ni-fgsm", paper="arXiv:1908.06281")
 def si_ni_fgsm() -> str:
-    """Nesterov's look ahead over darker copies."""
+    """`ni-fgsm` with gradients averaged over darker copies."""
     return "ni-fgsm+si"
 
 
 @technique("si", paper="arXiv:1908.06281")
 @dataclass(frozen=True, slots=True)
 class SI(Technique):
-    """Averages over the image, its half, its quarter …; costs `copies` gradients."""
+    """Averages over the image and copies at half, a quarter … of its brightness; costs `copies` gradients."""
 
     copies: Annotated[int, Limits(1, 64)] = 5
 
     @property
     def cost(self) -> int:
-        """One gradient a copy."""
+        """The cost in gradients: one a copy."""
         return self.copies
 
     def wrap(self, inner: Oracle) -> Oracle:

@@ -1,9 +1,9 @@
-"""Stochastic mini-batches of members, reweighed (Tang et al., CVPR 2024): members one by one, weights learned.
+"""Stochastic mini-batches of members, reweighed (Tang et al., CVPR 2024): one member a step.
 
 The paper is "Ensemble diversity facilitates adversarial transferability".
 
-The order of the members is drawn for all images alike; the weights are of each image, where the authors' code has
-one set for all that it ever attacks.
+The order of the members is the same for all images; each image has its own weights, while the authors' code has
+one set for all images of a run.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ TINY = 1e-12
 @technique("smer", paper="CVPR 2024 (Tang et al.)")
 @dataclass(frozen=True, slots=True)
 class SMER(Technique):
-    """Returns the momentum of an inner run that uses each of n members once in each of `rounds` rounds.
+    """Returns the momentum of an inner loop that uses each of n members once in each of `rounds` rounds.
 
-    A step is `step_size`; `momentum` is the share of the sum that each keeps. A member's logits are
-    multiplied by its weight, which begins at 1 and moves after every step to raise the logarithm of the weighted
-    ensemble's loss: at `rate`, with `decay`. Costs `rounds` gradients and rounds * n forward passes of n members.
-    It leaves gradients of single members unchanged.
+    A step is `step_size`; `momentum` is the share of the sum that each keeps. A member's logits are multiplied by
+    its weight, which begins at 1 and changes after every step to raise the logarithm of the weighted ensemble's
+    loss, at the learning rate `rate` with `decay`. Costs `rounds` gradients and rounds * n forward passes of n
+    members. Gradients of single members are unchanged.
     """
 
     rounds: Count = 4
@@ -51,11 +51,11 @@ class SMER(Technique):
 
     @property
     def cost(self) -> int:
-        """Every member once a round."""
+        """The cost in gradients: every member once a round."""
         return self.rounds
 
     def wrap(self, inner: Oracle) -> Oracle:
-        """Return an oracle that makes an inner run."""
+        """Return an oracle that runs the inner loop."""
         return _Stochastic(inner, self)
 
 

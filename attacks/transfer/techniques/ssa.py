@@ -23,8 +23,8 @@ from robustkit.registry.ranges import Count, NonNegative, Share
 class SSA(Technique):
     """Adds noise and scales each frequency at random; costs `copies` gradients.
 
-    The noise is normal with a deviation of `sigma` times eps (the paper: 16/255 at eps 16/255), in l2 and l1 times
-    what eps allows each pixel; frequencies are scaled by numbers from [1 - rho, 1 + rho].
+    The noise is normal with a standard deviation of `sigma` times eps (the paper: 16/255 at eps 16/255), in l2 and
+    l1 times the share of eps for each pixel; frequencies are scaled by numbers from [1 - rho, 1 + rho].
     """
 
     copies: Count = 20
@@ -33,7 +33,7 @@ class SSA(Technique):
 
     @property
     def cost(self) -> int:
-        """One gradient a copy."""
+        """The cost in gradients: one a copy."""
         return self.copies
 
     def wrap(self, inner: Oracle) -> Oracle:

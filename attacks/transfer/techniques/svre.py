@@ -1,7 +1,7 @@
-"""Stochastic variance reduced ensemble (Xiong et al. 2022, arXiv:2111.10752): an inner run over members.
+"""Stochastic variance reduced ensemble (Xiong et al. 2022, arXiv:2111.10752): an inner loop over members.
 
-The order of the members is drawn for all images alike, so that one forward pass serves them all. The members'
-gradients at the outer point are taken once, where the authors' code takes them anew in every inner step.
+The order of the members is the same for all images, so that one forward pass is enough for them. The members'
+gradients at the outer point are taken once; the authors' code takes them again in every inner step.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class SVRE(Technique):
     """Returns the momentum of `rounds` times n inner steps with a random one of n members each.
 
     A step is `step_size` along the member's gradient, less its own and plus the ensemble's at the outer
-    point; `momentum` is the share of the sum that each step keeps. Costs rounds + 2 gradients, the members' among
-    them. It leaves gradients of single members unchanged.
+    point; `momentum` is the share of the sum that each step keeps. Costs rounds + 2 gradients, those of the
+    members included. Gradients of single members are unchanged.
     """
 
     rounds: Count = 4
@@ -43,11 +43,11 @@ class SVRE(Technique):
 
     @property
     def cost(self) -> int:
-        """The ensemble, its members, and the inner run."""
+        """The cost in gradients: the ensemble, its members, and the inner loop."""
         return self.rounds + 2
 
     def wrap(self, inner: Oracle) -> Oracle:
-        """Return an oracle that makes an inner run."""
+        """Return an oracle that runs the inner loop."""
         return _Reduced(inner, self)
 
 

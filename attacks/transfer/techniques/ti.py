@@ -1,7 +1,7 @@
 """Translation invariance (Dong et al. 2019, arXiv:1904.02884): gradients smoothed by a Gaussian.
 
-Approximates the mean over shifted copies of the images, at no cost. The kernel reaches over three standard
-deviations to each side, as the authors' does. Beyond the border the gradient counts as zero.
+Approximates the mean over shifted copies of the images, at no cost. The kernel extends over three standard
+deviations to each side, as the authors' does. Outside the image the gradient counts as zero.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ def ti_fgsm() -> str:
 class TI(Technique):
     """Smooths the gradient with a Gaussian of `kernel` pixels, an odd number.
 
-    Without one it is the paper's 15 pixels of 299 in proportion to the smaller side, at least 3: 11 at 224 pixels,
-    and 3 at 32, where more costs transfer (CIFAR-10 at 4/255, from ResNet-20 to 56, i-fgsm+di: 50 % without, 42 %
-    with 5 pixels, 6 % with 15).
+    The default is the paper's 15 pixels of 299 in proportion to the smaller side, at least 3: 11 at 224 pixels,
+    and 3 at 32, where more reduces transfer (CIFAR-10 at 4/255, from ResNet-20 to 56, i-fgsm+di: 50 % without, 42
+    % with 5 pixels, 6 % with 15).
     """
 
     kernel: Count | None = None
 
     def __post_init__(self) -> None:
-        """Raise UsageError for a kernel without a middle pixel."""
+        """Raise UsageError for an even kernel."""
         if self.kernel is not None and self.kernel % 2 == 0:
-            raise UsageError(f"ti: kernel={self.kernel} has no middle pixel; write an odd number.")
+            raise UsageError(f"ti: kernel={self.kernel} must be odd.")
 
     def wrap(self, inner: Oracle) -> Oracle:
         """Return an oracle that smooths gradients."""

@@ -1,9 +1,10 @@
-"""Weights members by their margins: those almost fooled count most, those out of reach not at all.
+"""Weights members by their margins: those almost fooled count most, those far from it not at all.
 
-Ours. Where surrogates differ in kind, as adversarially trained ones do from others, one direction for all of
-them gains little on hard members that cannot be fooled on an image, and loses easy ones there. So members are
-weighted for each image by their margins, in units of the spread of their logits: below `safe` a member counts
-`stake` times; and from half of the steps on, a member below `hope` is left out for the rest of the run.
+No paper: it was developed here. If some surrogates are adversarially trained and others not, one direction for all
+of them gains little on robust members that cannot be fooled on an image, and fails on the others. So members are
+weighted for each image by their margins, in units of the standard deviation of their logits: a member whose margin
+is below `safe` counts `stake` times; after the share `after` of the steps, a member whose margin is below `hope`
+is ignored for the rest of the run.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ from robustkit.registry.ranges import Positive, Share
 @technique("triage", paper="docs/transfer.md")
 @dataclass(frozen=True, slots=True)
 class Triage(Technique):
-    """Weights the surrogates for each image by their margins, and drops those out of reach.
+    """Weights the surrogates for each image by their margins, and drops those that cannot be fooled.
 
     A surrogate that is not fooled yet counts `stake` times.
 
     Margins are of each image's logits over their standard deviation, above 0 where the goal is reached: `safe` is
     the margin of a member that counts as fooled, `hope` the least one of a member that is kept after `after` of
-    the steps. Where no member is left all are kept. Costs nothing. Single members' gradients stay as they are.
+    the steps. If no member is left all are kept. Costs nothing. Gradients of single members are unchanged.
     """
 
     stake: Positive = 4.0
@@ -39,7 +40,7 @@ class Triage(Technique):
     after: Share = 0.5
 
     def wrap(self, inner: Oracle) -> Oracle:
-        """Return an oracle that weighs the members."""
+        """Return an oracle that weights the members."""
         return _Triage(inner, self)
 
 

@@ -1,7 +1,7 @@
-"""Variance tuning (Wang and He 2021, arXiv:2103.15571): gradients corrected by how the last one varied.
+"""Variance tuning (Wang and He 2021, arXiv:2103.15571): gradients corrected by the variance of the last one.
 
 `vmi-mean` is what the code of the common weakness attack (arXiv:2303.09105, huanranchen/AdversarialAttacks at
-38b33dc) has by this name: the mean over neighbours, without the point itself and without a memory.
+38b33dc) has under this name: the mean over neighbours, without the point itself and without a memory.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ def vmi_fgsm() -> str:
 @technique("vmi", paper="arXiv:2103.15571")
 @dataclass(frozen=True, slots=True)
 class VMI(Technique):
-    """Adds what the mean gradient of `copies` neighbours had over the gradient one step before.
+    """Adds the difference of the last step between the mean gradient of `copies` neighbours and the gradient.
 
-    Neighbours are drawn evenly from within `beta` times eps. Costs copies + 1 gradients a step, but 1 in the last,
-    whose neighbours are not needed. For gradients of single members it keeps a memory for each.
+    Neighbours are drawn uniformly within `beta` times eps. Costs copies + 1 gradients a step, but 1 in the last,
+    whose neighbours are not needed. Gradients of single members have a memory for each member.
     """
 
     copies: Count = 20
@@ -38,7 +38,7 @@ class VMI(Technique):
 
     @property
     def cost(self) -> int:
-        """The point and its neighbours."""
+        """The cost in gradients: the point and its neighbours."""
         return self.copies + 1
 
     def wrap(self, inner: Oracle) -> Oracle:
@@ -73,17 +73,17 @@ class _Tuned(OracleWrapper):
         return total / self.technique.copies - gradient
 
 
-# Which gradients `vmi-mean` takes the mean of.
+# The gradients whose mean `vmi-mean` can take.
 VARIANCE_OF = ("gradient", "member", "step")
 
 
 @technique("vmi-mean", paper="arXiv:2303.09105")
 @dataclass(frozen=True, slots=True)
 class VMIMean(Technique):
-    """The mean gradient at `copies` neighbours, drawn evenly from within `beta` times eps.
+    """The mean gradient at `copies` neighbours, drawn uniformly within `beta` times eps.
 
-    `of=member` is only for gradients of single members; `of=step` for what a whole step gains, taken from each
-    neighbour with a memory of its own (VMI_Inner_CommonWeakness and VMI_Outer_CommonWeakness in that code).
+    `of=member` averages only gradients of single members; `of=step` averages whole steps, each from its own
+    neighbour and with its own memory (VMI_Inner_CommonWeakness and VMI_Outer_CommonWeakness in that code).
     """
 
     copies: Count = 20
@@ -91,18 +91,18 @@ class VMIMean(Technique):
     of: str = "gradient"
 
     def __post_init__(self) -> None:
-        """Raise UsageError for an unknown word."""
+        """Raise UsageError for an unknown `of`."""
         if self.of not in VARIANCE_OF:
             raise did_you_mean("of", self.of, VARIANCE_OF)
 
     @property
     def cost(self) -> int:
-        """One gradient a neighbour."""
+        """The cost in gradients: one a neighbour."""
         return self.copies
 
     @property
     def outermost(self) -> bool:
-        """Whether it wraps the whole rule."""
+        """Whether it wraps the whole attack rule."""
         return self.of == "step"
 
     def wrap(self, inner: Oracle) -> Oracle:
@@ -110,7 +110,7 @@ class VMIMean(Technique):
         return _Mean([inner] * self.copies, self)
 
     def wrap_each(self, make: Callable[[], Oracle]) -> Oracle:
-        """Return an oracle that has one of its own for each neighbour."""
+        """Return an oracle that wraps another one for each neighbour."""
         return _Mean([make() for _ in range(self.copies)], self)
 
 
