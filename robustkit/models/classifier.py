@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -176,7 +175,7 @@ class Classifier(nn.Module):
         x = self._prepared(images)
         try:
             with no_exit(f"model {self.string!r}"):
-                return self.net_call(self.net, x, layout, self._read())
+                return self.net_call(self.net, x, layout, self._reader)
         except Exception as error:
             if isinstance(error, RobustkitError) or is_out_of_memory(error):
                 raise
@@ -201,7 +200,7 @@ class Classifier(nn.Module):
         place = next((tensor.device for tensor in (*self.parameters(), *self.buffers())), None)
         images = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0)).to(place)
         with torch.no_grad():
-            return self.net_call.takes(self.net, images, self._read())
+            return self.net_call.takes(self.net, images, self._reader)
 
     def _prepared(self, images: Images) -> torch.Tensor:
         """Return images resized and normalised."""
@@ -210,9 +209,10 @@ class Classifier(nn.Module):
             x = F.interpolate(x, self.size, mode="bilinear", antialias=True, align_corners=False)
         return self._normalised(x)
 
-    def _read(self) -> Callable[[object, int], Logits]:
-        """Return what finds the logits in the net's output for so many images; a mixture returns logits."""
-        return _as_logits if isinstance(self.net, Mixture) else self.reader.read
+    @property
+    def _reader(self) -> LogitsReader | None:
+        """What finds the logits in the net's output; None for a mixture, which returns logits."""
+        return None if isinstance(self.net, Mixture) else self.reader
 
     def _normalised(self, x: torch.Tensor) -> torch.Tensor:
         for name, value in (("mean", self.mean), ("std", self.std)):
@@ -262,10 +262,6 @@ def as_classifier(model: object, *, output: str | int | None = None, binary: str
         output=None if output is None else str(output),
         binary=None if binary is None else read_binary(binary),
     )
-
-
-def _as_logits(output: object, rows: int) -> Logits:
-    return cast(torch.Tensor, output)
 
 
 def _per_channel(value: tuple[float, ...] | None) -> torch.Tensor | None:

@@ -23,10 +23,11 @@ from robustkit.core.errors import RobustkitError
 from robustkit.core.isolation import quietly
 from robustkit.core.shapes import Images, Logits
 from robustkit.models.failures import is_out_of_memory
+from robustkit.models.outputs import LogitsReader
 
 Net = Callable[[Any], object]
-# From what a net returned for so many images to their logits.
-Check = Callable[[object, int], Logits]
+# None for a net that returns logits and nothing else.
+Reader = LogitsReader | None
 
 DTYPES = (None, torch.float16, torch.bfloat16, torch.float64)
 TENSOR, DETACHED, ON_CPU, NUMPY = "tensor", "detached", "detached-cpu", "numpy"
@@ -53,18 +54,18 @@ class Form:
     kind: str = TENSOR
     batch: int | None = None
 
-    def call(self, net: Net, images: Images, layout: torch.memory_format, check: Check) -> Logits:
+    def call(self, net: Net, images: Images, layout: torch.memory_format, reader: Reader) -> Logits:
         """Return the logits of images, in batches of the net's own size, filled up where there are too few."""
         size = self.batch or len(images)
         if len(images) == size:
-            return self._once(net, images, layout, check)
+            return self._once(net, images, layout, reader)
         parts = []
         for part in torch.split(images, size):
             filled = torch.cat([part, part[-1:].expand(size - len(part), *part.shape[1:])])
-            parts.append(self._once(net, filled, layout, check)[: len(part)])
+            parts.append(self._once(net, filled, layout, reader)[: len(part)])
         return torch.cat(parts)
 
-    def _once(self, net: Net, images: Images, layout: torch.memory_format, check: Check) -> Logits:
+    def _once(self, net: Net, images: Images, layout: torch.memory_format, reader: Reader) -> Logits:
         given: Any = images.to(self.dtype or images.dtype).clone(memory_format=layout)
         # The net may switch gradients off; the caller's switch is put back.
         with _as_written(), torch.set_grad_enabled(self.kind == TENSOR and torch.is_grad_enabled()):
@@ -73,7 +74,7 @@ class Form:
             if self.kind in (ON_CPU, NUMPY):
                 given = given.cpu()
             output = net(given.numpy() if self.kind == NUMPY else given)
-        logits = check(_as_tensors(output), len(images)).to(images.device)
+        logits = _read(output, len(images), reader).to(images.device)
         return logits.clone() if logits.is_inference() and not torch.is_inference_mode_enabled() else logits
 
 
@@ -86,26 +87,26 @@ class NetCall:
         # Numbers of images that have been taken, outside of autograd and inside.
         self.taken: dict[bool, set[int]] = {False: set(), True: set()}
 
-    def __call__(self, net: Net, images: Images, layout: torch.memory_format, check: Check) -> Logits:
+    def __call__(self, net: Net, images: Images, layout: torch.memory_format, reader: Reader) -> Logits:
         """Return the logits of images (B C H W); what the net raises is raised where no form works."""
         if not len(images):
             # What reshapes its input by the number of images cannot do so with none.
             some = torch.cat([images, images.new_zeros(1, *images.shape[1:])])
-            return self(net, some, layout, check)[:0]
+            return self(net, some, layout, reader)[:0]
         taken = self.taken[torch.is_grad_enabled() and images.requires_grad]
         try:
-            logits = self.form.call(net, images, layout, check)
+            logits = self.form.call(net, images, layout, reader)
         except RobustkitError:
             raise
         except (Exception, SystemExit) as error:
             # Another layout is only tried; an error means that it does not work.
             if is_out_of_memory(error) or len(images) in taken or layout != STANDARD:
                 raise
-            found = self._working(net, images, check, self._forms(images, taken, str(error)))
+            found = self._working(net, images, reader, self._forms(images, taken, str(error)))
             if found is None:
                 raise
             # Once more, with the caller's switches of autograd.
-            logits = found.call(net, images, layout, check)
+            logits = found.call(net, images, layout, reader)
             self.form = found
         if len(taken) < MAX_KNOWN_SIZES:
             taken.add(len(images))
@@ -116,13 +117,13 @@ class NetCall:
         """Whether the net has taken any images yet."""
         return any(self.taken.values())
 
-    def takes(self, net: Net, images: Images, check: Check) -> bool:
+    def takes(self, net: Net, images: Images, reader: Reader) -> bool:
         """Return whether the net takes images of this shape in one of the forms that need no other batch size."""
         forms = (form for form in self._forms(images, set(), "") if form.batch is None)
-        return self._working(net, images, check, itertools.chain([self.form], forms)) is not None
+        return self._working(net, images, reader, itertools.chain([self.form], forms)) is not None
 
     @staticmethod
-    def _working(net: Net, images: Images, check: Check, forms: Iterable[Form]) -> Form | None:
+    def _working(net: Net, images: Images, reader: Reader, forms: Iterable[Form]) -> Form | None:
         """Return the first form in which the net takes these images."""
         deadline = time.perf_counter() + MAX_SECONDS
         for form in forms:
@@ -131,7 +132,7 @@ class NetCall:
             try:
                 # A net that takes tensors of autograd is to be given them.
                 with quietly(), torch.set_grad_enabled(form.batch is None and torch.is_grad_enabled()):
-                    form.call(net, images if form.batch is None else images[: form.batch], STANDARD, check)
+                    form.call(net, images if form.batch is None else images[: form.batch], STANDARD, reader)
             except (Exception, SystemExit) as error:
                 if is_out_of_memory(error):
                     return None
@@ -163,6 +164,19 @@ def _as_written() -> AbstractContextManager[object]:
     """
     # As long as the compiler is not imported nothing has been compiled.
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+
+
+def _read(output: Any, rows: int, reader: Reader) -> Logits:
+    """Return the logits in what a net returned for so many images.
+
+    The reader looks at the first output, and at later ones of another form; without a reader logits are all that
+    the net returns.
+    """
+    form = (output.shape, output.dtype, output.layout) if isinstance(output, torch.Tensor) else None
+    if reader is not None and form != ((rows, reader.width), reader.dtype, torch.strided):
+        return reader.read(_as_tensors(output), rows)
+    logits: Logits = output
+    return logits
 
 
 def _as_tensors(output: object) -> object:

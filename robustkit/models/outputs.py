@@ -38,6 +38,7 @@ class LogitsReader:
         classes: Number of classes of the net, or of the data where that is unknown.
         place: Where the logits were found in the first pass.
         width: Number of logits per image in the first pass.
+        dtype: Type of a tensor (B, width) that is the logits as it is, once one was read.
         checked: Whether the first pass has shown that what was called probabilities lies in [0, 1].
     """
 
@@ -47,6 +48,7 @@ class LogitsReader:
     classes: int | None = None
     place: str | None = None
     width: int | None = None
+    dtype: torch.dtype | None = None
     checked: bool = False
 
     def read(self, output: object, rows: int) -> Tensor:
@@ -74,7 +76,9 @@ class LogitsReader:
                 f"model {self.model!r} returned {logits.shape[1]} logits per image, and {self.width} in another "
                 "pass: return as many for all images."
             )
-        return logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
+        logits = logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
+        self.dtype = logits.dtype if logits is output else None
+        return logits
 
     def _chosen(self, output: object, rows: int) -> Tensor:
         """Return the tensor that holds the logits."""
