@@ -238,10 +238,12 @@ class ContinuousBatch:
             self._steps += 1
             self._slots_used += self.active
 
+        batches = [queue.active for queue in queues]
+
         def work() -> Results:
             queries = [
-                Query.of(queue, self._rows(queue, queue.active), deterministic=self.deterministic)
-                for queue in queues
+                Query.of(queue, batch, self._rows(queue, batch), deterministic=self.deterministic)
+                for queue, batch in zip(queues, batches, strict=True)
             ]
             return run_queries(queries, self.instrumented)
 
@@ -252,16 +254,16 @@ class ContinuousBatch:
         for query, answer, logits in results:
             self._count_passes(query, answer)
             self._note_answers(query, logits)
-            batch = query.queue.active
+            batch = query.batch
             batch.host["age"] = batch.host["age"] + 1
-            state = query.queue.attack.step(self._rows(query.queue, batch), batch.state, answer)
+            state = query.queue.attack.step(self._rows(query.queue, batch), query.state, answer)
             query.queue.batch = batch.with_state(state)
         return queues
 
     def _count_passes(self, query: Query, answer: Answer) -> None:
         """Add the passes that an answer took to each row's cost."""
         queue = query.queue
-        spent, job = queue.active.host["spent"], queue.active.host["job"]
+        spent, job = query.batch.host["spent"], query.batch.host["job"]
         part = job // queue.attempts(self.instrumented) if queue.view else 0 * job
         passes = queue.options.eot_samples * np.array(self.instrumented.passes(queue.view))[part]
         spent[:, queue.number, 0] += passes + deployed_passes(queue.view, random=self.instrumented.random)
@@ -270,8 +272,7 @@ class ContinuousBatch:
     def _note_answers(self, query: Query, logits: Logits) -> None:
         """Keep each row's best point by the model's own logits (B K), and note its claim."""
         queue, exact = query.queue, query.exact.to(logits.device)
-        batch = queue.active
-        part, state = batch.device, batch.state
+        part, state = query.batch.device, query.state
         margin = criteria.margin(logits, part["labels"]).double()
         if queue.options.queries_outside_ball:
             margin = torch.where(self.threat.contains(state["x"], part["x"]), margin, -torch.inf)
@@ -287,29 +288,33 @@ class ContinuousBatch:
         answers = torch.where(exact[:, None], logits, torch.nan)
         part["claim_logits"] = torch.where(claims[:, None], answers, part["claim_logits"])
         part["claimed"] = part["claimed"] | claims
-        age = torch.from_numpy(batch.host["age"]).to(claims.device)
+        age = torch.from_numpy(query.batch.host["age"]).to(claims.device)
         part["when"] = torch.where(claims, age, part["when"])
         if "last" in state:
             part["ended"] = part["ended"] | state["last"]
 
     def _judge_claims(self, queues: Sequence[AttackQueue]) -> None:
         """Judge the claims; finish the fooled samples, and start the next job of rows whose job has ended."""
-        claims = [queue.active.device["claimed"].cpu().numpy().nonzero()[0] for queue in queues]
-        batches = [queue.active.select(index) for queue, index in zip(queues, claims, strict=True)]
+        batches = [queue.active for queue in queues]
+        claims = [batch.device["claimed"].cpu().numpy().nonzero()[0] for batch in batches]
+        claimed = [batch.select(index) for batch, index in zip(batches, claims, strict=True)]
         moves: list[tuple[int, RowBatch]] = []
-        for queue, index, judged in zip(queues, claims, self.judge.judge_claims(batches), strict=True):
-            gone = np.zeros(len(queue.active), bool)
-            if judged is not None:
-                gone = self._settle_claims(queue, index, judged)
-            leaving = self._end_jobs(queue, gone)
+        verdicts = self.judge.judge_claims(claimed)
+        for queue, batch, index, judged in zip(queues, batches, claims, verdicts, strict=True):
+            if judged is None:
+                gone = np.zeros(len(batch.host["position"]), bool)
+            else:
+                gone = self._settle_claims(queue, batch, index, judged)
+            leaving = self._end_jobs(queue, batch, gone)
             if leaving is not None and len(leaving):
                 moves.append((queue.number + 1, leaving))
         for number, batch in moves:
             self._start_attack(number, batch)
 
-    def _settle_claims(self, queue: AttackQueue, index: np.ndarray, judged: Verdicts) -> np.ndarray:
+    def _settle_claims(
+        self, queue: AttackQueue, batch: RowBatch, index: np.ndarray, judged: Verdicts
+    ) -> np.ndarray:
         """Finish samples whose claim is confirmed, clear other claims; return the mask of the rows that leave."""
-        batch = queue.active
         batch.host["spent"][index, queue.number, 0] += judged.forwards.cpu().numpy()
         fooled = judged.fooled.cpu().numpy()
         refused = torch.from_numpy(index[~fooled]).to(batch.device["x"].device)
@@ -318,12 +323,11 @@ class ContinuousBatch:
         part["refused"][refused] = part["nearest"][refused]
         part["claimed"] = torch.zeros_like(part["claimed"])
         if fooled.any():
-            return self._finish_fooled(queue, index[fooled], judged.select(fooled))
+            return self._finish_fooled(queue, batch, index[fooled], judged.select(fooled))
         return np.zeros(len(batch), bool)
 
-    def _end_jobs(self, queue: AttackQueue, gone: np.ndarray) -> RowBatch | None:
+    def _end_jobs(self, queue: AttackQueue, batch: RowBatch, gone: np.ndarray) -> RowBatch | None:
         """Remove rows that are `gone`, start the next job of rows whose job ended, return those without one."""
-        batch = queue.active
         done = (batch.host["age"] > queue.options.steps) | batch.device["ended"].cpu().numpy()
         over = done & ~gone
         if not (gone | over).any():
@@ -341,9 +345,10 @@ class ContinuousBatch:
         leaving = batch.select(np.flatnonzero(over & ~following)).with_state({})
         return queue.finish_jobs(leaving) if queue.parallel_jobs else leaving
 
-    def _finish_fooled(self, queue: AttackQueue, index: np.ndarray, judged: Verdicts) -> np.ndarray:
+    def _finish_fooled(
+        self, queue: AttackQueue, batch: RowBatch, index: np.ndarray, judged: Verdicts
+    ) -> np.ndarray:
         """Finish the fooled rows' samples, each by its earliest claim; return the mask of the rows that leave."""
-        batch = queue.active
         position, claimed = batch.host["position"], batch.device["when"].cpu().numpy()[index]
         order = np.lexsort((batch.host["job"][index], claimed, position[index]))
         samples, first = np.unique(position[index][order], return_index=True)

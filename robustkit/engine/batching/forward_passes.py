@@ -12,6 +12,7 @@ from robustkit.attack_api import Answer, Rows, State, query_rows
 from robustkit.attack_api.row_wise import finite, merge_answers
 from robustkit.core.shapes import Logits
 from robustkit.engine.batching.attack_queue import AttackQueue
+from robustkit.engine.batching.row_batch import RowBatch
 from robustkit.engine.model.instrumented_model import InstrumentedModel
 from robustkit.gradient_views.views import MEAN_DRAWS
 
@@ -24,35 +25,39 @@ class Query:
     """The query of one attack in a step.
 
     Attributes:
-        queue: the attack and its rows.
+        queue: the attack.
+        batch: its rows.
         rows: what stays the same for each row.
         state: the attack's state, with the query points "x".
+        separate: whether it cannot share a pass with the queries of other attacks.
         needs_gradient: which rows need a gradient (B), on the host.
         exact: which rows are evaluated in float32 (B), on the host.
     """
 
     queue: AttackQueue
+    batch: RowBatch
     rows: Rows
     state: State
+    separate: bool
     needs_gradient: Tensor
     exact: Tensor
 
     @classmethod
-    def of(cls, queue: AttackQueue, rows: Rows, *, deterministic: bool) -> Query:
+    def of(cls, queue: AttackQueue, batch: RowBatch, rows: Rows, *, deterministic: bool) -> Query:
         """Return the next query of an attack; on a `deterministic` model the last of an attempt is exact."""
-        batch, state = queue.active, queue.active.state
+        state, separate = batch.state, queue.separate_passes
         closing = torch.from_numpy(batch.host["age"] == queue.options.steps)
         needs = ~closing
         if not queue.options.needs_gradient:
             needs = torch.zeros_like(needs)
         elif "needs_gradient" in state:
             needs = needs & state["needs_gradient"].cpu()
-        if queue.separate_passes:
-            return cls(queue, rows, state, needs, torch.zeros_like(needs))
+        if separate:
+            return cls(queue, batch, rows, state, separate, needs, torch.zeros_like(needs))
         if "last" in state:
             closing = closing | state["last"].cpu()
         exact = closing & ~needs if deterministic and queue.options.needs_gradient else torch.zeros_like(needs)
-        return cls(queue, rows, state, needs, exact)
+        return cls(queue, batch, rows, state, separate, needs, exact)
 
     def rows_with(self, gradient: bool, exact: bool) -> Tensor:
         """Return the positions of the rows with a gradient, or of those without one, in float32 or not."""
@@ -69,8 +74,8 @@ class Query:
 
 def run_queries(queries: Sequence[Query], instrumented: InstrumentedModel) -> list[tuple[Query, Answer, Logits]]:
     """Return each query with an answer for every row, and the model's own logits."""
-    separate = [(query, *_run_separately(query, instrumented)) for query in queries if query.queue.separate_passes]
-    together = _run_together([query for query in queries if not query.queue.separate_passes], instrumented)
+    separate = [(query, *_run_separately(query, instrumented)) for query in queries if query.separate]
+    together = _run_together([query for query in queries if not query.separate], instrumented)
     return separate + [(query, answer, answer.logits) for query, answer in together]
 
 
