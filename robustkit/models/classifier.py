@@ -4,33 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from robustkit.core.errors import ModelError, RobustkitError, UsageError
-from robustkit.core.isolation import no_exit, switch_mode
+from robustkit.core.errors import UsageError
+from robustkit.core.isolation import switch_mode
 from robustkit.core.preprocess import Preprocess
 from robustkit.core.shapes import Images, Logits
 from robustkit.models.bare import bare, with_numbers
-from robustkit.models.ensembles.mixture import Mixture
-from robustkit.models.failures import described, is_out_of_memory
 from robustkit.models.fingerprint import (
     callable_identity,
     combined_sha256,
     qualified_name,
     state_sha256,
 )
-from robustkit.models.net_call import NetCall
 from robustkit.models.options import read_binary
 from robustkit.models.outputs import LogitsReader
-from robustkit.models.shape_search import taken_instead
+from robustkit.models.prepared_net import PreparedNet
 from robustkit.registry import spec
 
 
-class Classifier(nn.Module):
+class Classifier(PreparedNet):
     """A net with everything between images on [0, 1] and its logits.
 
     Attributes:
@@ -49,8 +44,6 @@ class Classifier(nn.Module):
     """
 
     net: nn.Module | Callable[[torch.Tensor], object]
-    mean: torch.Tensor | None
-    std: torch.Tensor | None
 
     def __init__(
         self,
@@ -90,22 +83,15 @@ class Classifier(nn.Module):
             trust_code: Whether it was loaded with the leave to run code that a run folder names.
             notes: What the user should know of how it was loaded, a sentence each.
         """
-        super().__init__()
-        self.net = net
-        self.string = string
-        self.size = size
-        self.num_classes = num_classes if binary is None else 2
+        num_classes = num_classes if binary is None else 2
+        reader = LogitsReader(string, output, binary, num_classes)
+        super().__init__(net, string=string, mean=mean, std=std, size=size, defenses=defenses, reader=reader)
+        self.num_classes = num_classes
         self.in_channels = in_channels
-        self.defenses = tuple(defenses)
         self.preprocess = preprocess
         self.notes = tuple(notes)
         self.class_names = class_names
-        self.reader = LogitsReader(string, output, binary, self.num_classes)
         self.trust_code = trust_code
-        self.layout = torch.contiguous_format
-        self.net_call = NetCall()
-        self.register_buffer("mean", _per_channel(mean), persistent=False)
-        self.register_buffer("std", _per_channel(std), persistent=False)
         self._identity = {**identity, "mean": mean, "std": std, "size": size}
         chosen = {"output": output, "binary": binary}
         self._identity |= {name: value for name, value in chosen.items() if value is not None}
@@ -154,79 +140,6 @@ class Classifier(nn.Module):
         self.reader.classes = self.num_classes or classes
         return self
 
-    def forward(self, images: Images, layout: torch.memory_format | None = None) -> Logits:
-        """Return the logits, in float32 or float64, of images on [0, 1].
-
-        Args:
-            images: (B C H W), in any memory layout.
-            layout: the memory layout in which the net gets them; None for `self.layout`.
-
-        Raises:
-            UsageError: The images have a shape that the net or its normalisation does not take, or its
-                output is not one row of at least two logits per image.
-            ModelError: The net's code failed for another reason.
-        """
-        predict = partial(self._undefended, layout=layout or self.layout)
-        for defense in reversed(self.defenses):
-            predict = partial(defense, predict)
-        return predict(images)
-
-    def _undefended(self, images: Images, layout: torch.memory_format) -> Logits:
-        x = self._prepared(images)
-        try:
-            with no_exit(f"model {self.string!r}"):
-                return self.net_call(self.net, x, layout, self._reader)
-        except Exception as error:
-            if isinstance(error, RobustkitError) or is_out_of_memory(error):
-                raise
-            raise self._failure(error, images) from error
-
-    def _failure(self, error: Exception, images: Images) -> RobustkitError:
-        """Return what is to be said of an error in the net: that it is the images' shape only if another works."""
-        shape = tuple(images.shape[1:])
-        instead = None
-        if len(shape) == 3 and not self.net_call.has_worked:
-            instead = taken_instead(self.net, shape, self._takes)
-        if instead is None:
-            return ModelError(f"model {self.string!r} failed with {described(error)}; correct its code.")
-        resize = ", or write size=N to resize them" if instead[0] == shape[0] else ""
-        return UsageError(
-            f"model {self.string!r} does not take images of shape {shape} but of {instead}: give it the data it "
-            f"was made for{resize}; it failed with {described(error)}."
-        )
-
-    def _takes(self, shape: tuple[int, int, int]) -> bool:
-        """Return whether the net takes images of a shape (C H W) in the place of those that it is given."""
-        place = next((tensor.device for tensor in (*self.parameters(), *self.buffers())), None)
-        images = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0)).to(place)
-        with torch.no_grad():
-            return self.net_call.takes(self.net, images, self._reader)
-
-    def _prepared(self, images: Images) -> torch.Tensor:
-        """Return images resized and normalised."""
-        x = images
-        if self.size is not None and x.shape[2:] != self.size:
-            x = F.interpolate(x, self.size, mode="bilinear", antialias=True, align_corners=False)
-        return self._normalised(x)
-
-    @property
-    def _reader(self) -> LogitsReader | None:
-        """What finds the logits in the net's output; None for a mixture, which returns logits."""
-        return None if isinstance(self.net, Mixture) else self.reader
-
-    def _normalised(self, x: torch.Tensor) -> torch.Tensor:
-        for name, value in (("mean", self.mean), ("std", self.std)):
-            if value is not None and value.shape[1] not in (1, x.shape[1]):
-                raise UsageError(
-                    f"model {self.string!r} has {value.shape[1]} numbers as {name} but the images have "
-                    f"{x.shape[1]} channels: write one number per channel, or one for all."
-                )
-        if self.mean is not None:
-            x = x - self.mean
-        if self.std is not None:
-            x = x / self.std
-        return x
-
 
 def as_classifier(model: object, *, output: str | int | None = None, binary: str | None = None) -> Classifier:
     """Return a model as a classifier without normalisation, in the train or eval mode that it is in.
@@ -262,7 +175,3 @@ def as_classifier(model: object, *, output: str | int | None = None, binary: str
         output=None if output is None else str(output),
         binary=None if binary is None else read_binary(binary),
     )
-
-
-def _per_channel(value: tuple[float, ...] | None) -> torch.Tensor | None:
-    return None if value is None else torch.tensor(value).view(1, -1, 1, 1)

@@ -2,16 +2,53 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
+
+from robustkit.core.errors import ModelError, RobustkitError, UsageError
+from robustkit.core.shapes import Images
+from robustkit.models.call_forms import forms_to_try, working_form
+from robustkit.models.failures import described
+
+if TYPE_CHECKING:
+    from robustkit.models.prepared_net import PreparedNet
 
 # Heights and widths of the field's data sets and nets, in pixels.
 COMMON_SIZES = (8, 28, 32, 64, 96, 128, 160, 224, 256, 299, 384)
 COMMON_CHANNELS = (1, 3, 4)
 
 Shape = tuple[int, int, int]
+
+
+def failure(model: PreparedNet, error: Exception, images: Images) -> RobustkitError:
+    """Return what is to be said of an error in a net: that it is the images' shape only if another works."""
+    shape = tuple(images.shape[1:])
+    instead = None
+    if len(shape) == 3 and not model.net_call.has_worked:
+        instead = taken_instead(model.net, shape, partial(_takes, model))
+    if instead is None:
+        return ModelError(f"model {model.string!r} failed with {described(error)}; correct its code.")
+    resize = ", or write size=N to resize them" if instead[0] == shape[0] else ""
+    return UsageError(
+        f"model {model.string!r} does not take images of shape {shape} but of {instead}: give it the data it "
+        f"was made for{resize}; it failed with {described(error)}."
+    )
+
+
+def _takes(model: PreparedNet, shape: Shape) -> bool:
+    """Return whether the net takes images of a shape (C H W), in a form that needs no other batch size."""
+    place = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), None)
+    images = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0)).to(place)
+    form = model.net_call.form
+    forms = (other for other in forms_to_try(form, images, set(), "") if other.batch is None)
+    with torch.no_grad():
+        return working_form(model.net, images, model.logits_reader, itertools.chain([form], forms)) is not None
 
 
 def taken_instead(net: object, shape: Shape, takes: Callable[[Shape], bool]) -> Shape | None:

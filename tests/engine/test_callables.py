@@ -134,7 +134,7 @@ def test_an_error_in_a_model_is_one_sentence_on_the_command_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("robustkit.models.net_call.MAX_SECONDS", 0.2)
+    monkeypatch.setattr("robustkit.models.call_forms.MAX_SECONDS", 0.2)
     data = ["--data", archive(1), "--threat", "linf:0.1"]
     for command in (["evaluate"], ["doctor"], ["craft", "--surrogate"]):
         assert run([*command, f"{FILE}:breaking?how=key", *data]) == 2

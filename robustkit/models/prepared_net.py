@@ -1,4 +1,4 @@
-"""How a net is called: images go in as the net takes them, tensors come out.
+"""A forward pass: images on [0, 1] go in, are prepared as the net takes them, and its logits come out.
 
 A net gets a copy of its own, in the standard memory layout, so that it may change its input in place and use
 `view`. Whether it takes them as they are is found by trying: a net that fails may want another floating-point
@@ -7,37 +7,34 @@ type, no gradient, numpy arrays, or one batch size alone. What works is kept for
 
 from __future__ import annotations
 
-import itertools
-import re
 import sys
-import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import nn
 
-from robustkit.core.errors import RobustkitError
-from robustkit.core.isolation import quietly
+from robustkit.core.errors import RobustkitError, UsageError
+from robustkit.core.isolation import no_exit
 from robustkit.core.shapes import Images, Logits
+from robustkit.models.call_forms import NUMPY, ON_CPU, STANDARD, TENSOR, forms_to_try, working_form
+from robustkit.models.ensembles.mixture import Mixture
 from robustkit.models.failures import is_out_of_memory
 from robustkit.models.outputs import LogitsReader
+from robustkit.models.shape_search import failure
 
 Net = Callable[[Any], object]
 # None for a net that returns logits and nothing else.
 Reader = LogitsReader | None
+Defense = Callable[[Callable[[Images], Logits], Images], Logits]
 
-DTYPES = (None, torch.float16, torch.bfloat16, torch.float64)
-TENSOR, DETACHED, ON_CPU, NUMPY = "tensor", "detached", "detached-cpu", "numpy"
-# Batch sizes that a net may have been made for, tried in this order as long as there is time and memory for it.
-SIZES = (1, *range(2, 129), 256, 512, 1024, 200, 250, 500, 1000, 150, 300, 400, 2048)
-MAX_SECONDS, MAX_BYTES = 1.5, 1 << 26
-MAX_BATCH_SIZE = 4096
 # How many batch sizes are remembered.
 MAX_KNOWN_SIZES = 64
-STANDARD = torch.contiguous_format
 
 
 @dataclass(frozen=True)
@@ -102,7 +99,7 @@ class NetCall:
             # Another layout is only tried; an error means that it does not work.
             if is_out_of_memory(error) or len(images) in taken or layout != STANDARD:
                 raise
-            found = self._working(net, images, reader, self._forms(images, taken, str(error)))
+            found = working_form(net, images, reader, forms_to_try(self.form, images, taken, str(error)))
             if found is None:
                 raise
             # Once more, with the caller's switches of autograd.
@@ -117,43 +114,97 @@ class NetCall:
         """Whether the net has taken any images yet."""
         return any(self.taken.values())
 
-    def takes(self, net: Net, images: Images, reader: Reader) -> bool:
-        """Return whether the net takes images of this shape in one of the forms that need no other batch size."""
-        forms = (form for form in self._forms(images, set(), "") if form.batch is None)
-        return self._working(net, images, reader, itertools.chain([self.form], forms)) is not None
 
-    @staticmethod
-    def _working(net: Net, images: Images, reader: Reader, forms: Iterable[Form]) -> Form | None:
-        """Return the first form in which the net takes these images."""
-        deadline = time.perf_counter() + MAX_SECONDS
-        for form in forms:
-            if time.perf_counter() > deadline:
-                return None
-            try:
-                # A net that takes tensors of autograd is to be given them.
-                with quietly(), torch.set_grad_enabled(form.batch is None and torch.is_grad_enabled()):
-                    form.call(net, images if form.batch is None else images[: form.batch], STANDARD, reader)
-            except (Exception, SystemExit) as error:
-                if is_out_of_memory(error):
-                    return None
-            else:
-                return form
-        return None
+class PreparedNet(nn.Module):
+    """A net with all that happens in a forward pass before and after it.
 
-    def _forms(self, images: Images, taken: Collection[int], words: str) -> Iterator[Form]:
-        """Yield forms to try: numbers of images that the net took before, else all, those in its words first."""
-        if taken:
-            for size in sorted(taken, reverse=True):
-                yield replace(self.form, batch=size)
-            return
-        kinds = (TENSOR, DETACHED, *([] if images.device.type == "cpu" else [ON_CPU]), NUMPY)
-        forms = [Form(dtype, kind) for dtype, kind in itertools.product(DTYPES, kinds)]
-        yield from forms[1:]
-        numbers = [int(number) for number in re.findall(r"\d{1,4}", words)]
-        most = min(MAX_BATCH_SIZE, MAX_BYTES // max(images[0].nbytes, 1))
-        sizes = dict.fromkeys(size for size in (*numbers, *SIZES) if 0 < size <= most and size != len(images))
-        for form, size in itertools.product(forms, sizes):
-            yield replace(form, batch=size)
+    Attributes:
+        net: Maps resized and normalised images to its output.
+        string: What errors call the model.
+        size: Height and width that images are resized to, in pixels; None leaves them.
+        defenses: Applied before all this, each a call `(model, images) -> logits`; an image meets the
+            first one first.
+        reader: Finds the logits in what the net returns.
+        layout: Memory layout of the images that the net is given.
+        net_call: Calls the net in the form that it takes.
+    """
+
+    mean: torch.Tensor | None
+    std: torch.Tensor | None
+
+    def __init__(
+        self,
+        net: Net,
+        *,
+        string: str,
+        mean: tuple[float, ...] | None,
+        std: tuple[float, ...] | None,
+        size: tuple[int, int] | None,
+        defenses: Sequence[Defense],
+        reader: LogitsReader,
+    ) -> None:
+        """Wrap a net; `mean` is subtracted from each channel, `std` divides it afterwards."""
+        super().__init__()
+        self.net, self.string, self.size, self.defenses = net, string, size, tuple(defenses)
+        self.reader, self.layout, self.net_call = reader, torch.contiguous_format, NetCall()
+        self.register_buffer("mean", _per_channel(mean), persistent=False)
+        self.register_buffer("std", _per_channel(std), persistent=False)
+
+    def forward(self, images: Images, layout: torch.memory_format | None = None) -> Logits:
+        """Return the logits, in float32 or float64, of images on [0, 1].
+
+        Args:
+            images: (B C H W), in any memory layout.
+            layout: the memory layout in which the net gets them; None for `self.layout`.
+
+        Raises:
+            UsageError: The images have a shape that the net or its normalisation does not take, or its
+                output is not one row of at least two logits per image.
+            ModelError: The net's code failed for another reason.
+        """
+        predict = partial(self._undefended, layout=layout or self.layout)
+        for defense in reversed(self.defenses):
+            predict = partial(defense, predict)
+        return predict(images)
+
+    def _undefended(self, images: Images, layout: torch.memory_format) -> Logits:
+        x = self._prepared(images)
+        try:
+            with no_exit(f"model {self.string!r}"):
+                return self.net_call(self.net, x, layout, self.logits_reader)
+        except Exception as error:
+            if isinstance(error, RobustkitError) or is_out_of_memory(error):
+                raise
+            raise failure(self, error, images) from error
+
+    def _prepared(self, images: Images) -> torch.Tensor:
+        """Return images resized and normalised."""
+        x = images
+        if self.size is not None and x.shape[2:] != self.size:
+            x = F.interpolate(x, self.size, mode="bilinear", antialias=True, align_corners=False)
+        return self._normalised(x)
+
+    @property
+    def logits_reader(self) -> LogitsReader | None:
+        """What finds the logits in the net's output; None for a mixture, which returns logits."""
+        return None if isinstance(self.net, Mixture) else self.reader
+
+    def _normalised(self, x: torch.Tensor) -> torch.Tensor:
+        for name, value in (("mean", self.mean), ("std", self.std)):
+            if value is not None and value.shape[1] not in (1, x.shape[1]):
+                raise UsageError(
+                    f"model {self.string!r} has {value.shape[1]} numbers as {name} but the images have "
+                    f"{x.shape[1]} channels: write one number per channel, or one for all."
+                )
+        if self.mean is not None:
+            x = x - self.mean
+        if self.std is not None:
+            x = x / self.std
+        return x
+
+
+def _per_channel(value: tuple[float, ...] | None) -> torch.Tensor | None:
+    return None if value is None else torch.tensor(value).view(1, -1, 1, 1)
 
 
 def _as_written() -> AbstractContextManager[object]:
