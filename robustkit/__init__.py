@@ -75,13 +75,10 @@ _HOME = {
     "verify": "api.verify",
 }
 
-for _folder in ("attacks", "defenses"):
-    if not (Path(__file__).parent / _folder / "__init__.py").exists():
-        raise ImportError(
-            f"robustkit/{_folder} should be a link to the folder '{_folder}' beside it, and this "
-            "checkout has none (git without symlink support?). Repair it from the checkout's root with: "
-            f"git config core.symlinks true && git checkout -- robustkit/{_folder}"
-        )
+# In a checkout `attacks` and `defenses` here are links to the folders beside this one. Where git writes links as
+# text files, as on Windows, the packages are found through the path of this package.
+if not (Path(__file__).parent / "attacks" / "__init__.py").exists():
+    __path__.append(str(Path(__file__).parents[1]))
 
 
 def __dir__() -> list[str]:

@@ -11,6 +11,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -128,13 +129,19 @@ def copy_of_the_checkout(to: Path) -> Path:
     return to
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel of a clone whose links git wrote as text files, as it does without support for symlinks."""
-    clone = copy_of_the_checkout(tmp_path_factory.mktemp("clone"))
+def clone_without_links(to: Path) -> Path:
+    """A clone whose links git wrote as text files, as it does without support for symlinks."""
+    clone = copy_of_the_checkout(to)
     for link in LINKS:
         (clone / "robustkit" / link).unlink()
         (clone / "robustkit" / link).write_text(f"../{link}")
+    return clone
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel of a clone without links."""
+    clone = clone_without_links(tmp_path_factory.mktemp("clone"))
     out = tmp_path_factory.mktemp("wheel")
     command = [
         sys.executable,
@@ -194,15 +201,33 @@ def test_the_installed_wheel_runs_from_elsewhere(wheel: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("folder", ["attacks", "defenses"])
-def test_the_links_and_their_guards(folder: str, tmp_path: Path) -> None:
+def test_the_links_and_their_guards(folder: str) -> None:
     assert os.readlink(PACKAGE / folder) == f"../{folder}"
     done = subprocess.run([sys.executable, "-c", f"import {folder}"], cwd=ROOT, capture_output=True, text=True)
     assert f"import 'robustkit.{folder}', not '{folder}'" in done.stderr
-    clone = copy_of_the_checkout(tmp_path)
-    (clone / "robustkit" / folder).unlink()
-    (clone / "robustkit" / folder).write_text(f"../{folder}")  # what git leaves without symlink support
-    done = subprocess.run([sys.executable, "-c", "import robustkit"], cwd=clone, capture_output=True, text=True)
-    assert f"git checkout -- robustkit/{folder}" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [["-e"], []], ids=["editable", "plain"])
+def test_a_clone_without_links_can_be_installed(how: list[str], tmp_path: Path) -> None:
+    clone = clone_without_links(tmp_path)
+    bin = tmp_path / "venv" / "bin"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+    def run(*command: str | Path) -> str:
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    run(sys.executable, "-m", "venv", "--without-pip", bin.parent)
+    outer = Path(sysconfig.get_path("purelib"))
+    next(bin.parent.glob("lib/python*/site-packages")).joinpath("outer.pth").write_text(f"{outer}\n")
+    pip = (sys.executable, "-m", "pip", "--python", bin / "python", "install", "--no-deps", "--no-build-isolation")
+    run(*pip, "--force-reinstall", *how, clone)
+    assert "worst case" in run(bin / "robustkit", "evaluate", "--limit", "8", "--suite", "fgsm,pgd(steps=3)")
+    assert {"pgd", "square"} <= {
+        row["name"] for row in json.loads(run(bin / "robustkit", "list", "--json"))["attacks"]
+    }
 
 
 def test_pictures_are_opened_by_named_formats_alone() -> None:

@@ -30,10 +30,16 @@ FOLDERS: dict[str, tuple[str, ...]] = {
 }
 
 
+def _home(folder: str) -> Path:
+    """Return the folder of attacks or defenses: in the package, else in a checkout without links beside it."""
+    package = Path(__file__).parents[1]
+    return package / folder if (package / folder).is_dir() else package.parent / folder
+
+
 @functools.cache
 def _own(folder: str) -> tuple[Entry, ...]:
     """Return what the files below a folder of robustkit register."""
-    home = Path(__file__).parents[1] / folder
+    home = _home(folder)
     return tuple(
         entry
         for file in sorted(home.rglob("[!_]*.py"), key=lambda file: file.stem)
@@ -49,8 +55,9 @@ def _own(folder: str) -> tuple[Entry, ...]:
 def _plugin_text(module: str) -> str:
     """Return the text of a module of attacks or defenses, empty for others: their classes have no fields."""
     parts = module.split(".")
-    file = Path(__file__).parents[1].joinpath(*parts[1:]).with_suffix(".py")
-    return file.read_text(encoding="utf-8") if parts[1:2] in (["attacks"], ["defenses"]) else ""
+    if parts[1:2] not in (["attacks"], ["defenses"]):
+        return ""
+    return _home(parts[1]).joinpath(*parts[2:]).with_suffix(".py").read_text(encoding="utf-8")
 
 
 def catalog(kind: str) -> Mapping[str, Entry]:
