@@ -1,5 +1,5 @@
-"""Diagnoses that raise flags: reasons why the number of a run may not be what it seems.
+"""Diagnoses that raise flags: reasons why the result of a run may be unreliable.
 
-Each looks at one model and one first batch, keeps nothing for the next, and leaves model and generators as they
-were. An honest net raises none.
+Each evaluates one model on a first batch, keeps no state, and restores the model and the random generators. A net
+without masked gradients raises none.
 """

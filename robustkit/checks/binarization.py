@@ -1,16 +1,16 @@
 """Test of an attack by planted adversarial points (binarization).
 
 Zimmermann et al. 2022, "Increasing Confidence in Adversarial Robustness Evaluations" (NeurIPS).
-The model's head is replaced by a linear readout of its features for each image, which separates points well inside
-the ball from one point that was planted on the ball's surface. So there is an adversarial point by construction,
-and an attack that does not find it proves nothing by failing on other images. The features of an ensemble are
-those of all members.
+For each image the model's last layer is replaced by a linear classifier on its features, which separates points
+well inside the ball from one point that was planted on the ball's surface. So there is an adversarial point by
+construction; if an attack does not find it, its failures on other images prove nothing. The features of an
+ensemble are those of all members.
 
 Departures from the authors' code: a control evaluates as many random points as the attack queried before it had
-found every planted point; the readouts of all images are fitted, and attacked, together, each row with
-its own; classes have equal weights in the fit; the boundary is moved to the planted point (their "tight" setting)
-unless `tight` is false, where random points on small images do too well; in l-infinity the planted point
-is a corner of the ball whose signs keep it inside the box, where theirs rescales after clipping.
+found every planted point; the classifiers of all images are fitted and attacked in one batch, one for each row;
+classes have equal weights in the fit; the boundary is moved to the planted point (their "tight" setting) unless
+`tight` is false, where random points on small images do too well; in l-infinity the planted point is a corner of
+the ball whose signs keep it inside the box, where theirs rescales after clipping.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from robustkit.runs.recorded_outputs import not_recording
 MIN_RATE_TO_PASS, MAX_CONTROL_RATE = 0.95, 0.5
 GAP = Fraction(1, 20)
 FIT_STEPS, FIT_RATE, INERTIA, BOUNDARY_POSITION, RIDGE = 1000, 0.05, 0.9, 0.999, 1e-3
-# Of an image, side by side: those of all points about it are in memory at once.
+# The most features of an image; those of all points around it are in memory at once.
 MAX_FEATURES = 100_000
 
 
 @dataclass(frozen=True)
 class Binarization:
-    """Shares of the n questions whose planted answer the attack found, and as many random corners."""
+    """Shares of the n planted points that were found by the attack, and by as many random corners."""
 
     rate: float
     control: float
@@ -49,7 +49,7 @@ class Binarization:
 
     @property
     def verdict(self) -> str:
-        """`pass`, `fail`, or `too easy` where it passed, but random points do well too."""
+        """`pass`, `fail`, or `too easy` if it passed but random points succeed as well."""
         if self.rate < MIN_RATE_TO_PASS:
             return "fail"
         return "too easy" if self.control > MAX_CONTROL_RATE else "pass"
@@ -57,14 +57,14 @@ class Binarization:
 
 @dataclass(frozen=True)
 class Question:
-    """A binary question about each image: a readout (weights B D, bias B), and the planted points (B C H W)."""
+    """A binary problem for each image: a linear classifier (weights B D, bias B), and planted points (B C H W)."""
 
     weight: Tensor
     bias: Tensor
     witness: Images
 
     def logits(self, features: Tensor) -> Logits:
-        """Return the answers (B 2) to each row's own question; label 1 is that of the planted point."""
+        """Return the logits (B 2) of each row's own classifier; label 1 is that of the planted point."""
         score = (features * self.weight).sum(1) + self.bias
         return torch.stack([-score / 2, score / 2], 1)
 
@@ -80,29 +80,29 @@ def binarization(
     inner: int = 199,
     tight: bool = True,
 ) -> Binarization:
-    """Return how often an attack, as it is set, finds the planted adversarials of images x (B C H W).
+    """Return how often an attack, with its parameters, finds the planted adversarials of images x (B C H W).
 
     Args:
-        model: whose last linear layers are replaced; everything before them stays.
+        model: its last linear layers are replaced; everything before them is kept.
         net: the module in it that has those layers.
         x: clean images.
         attack: with the settings of the evaluation; its first attempt is run.
         threat: that of the evaluation.
         rng: random numbers, one generator per image.
         inner: points drawn within 95 % of the ball, which share the image's label.
-        tight: move the boundary to the planted point, as far as it stays on its side.
+        tight: move the boundary as near to the planted point as it can be.
 
     Raises:
-        UsageError: if the model has no linear layer that gives its classes, or too many features, or no readout
-            tells the planted points from the others: then the test has no result.
+        UsageError: if the model has no linear layer that gives its classes, or too many features, or no linear
+        classifier separates the planted points from the others: then the test has no result.
     """
     ends = heads(model, net, x[:1])
     with torch.no_grad():
         width = features(model, ends, x[:1]).shape[1]
     if width > MAX_FEATURES:
         raise UsageError(
-            f"binarization: {width:,} features of an image are too many to keep those of all points about it; "
-            f"the most are {MAX_FEATURES:,}."
+            f"binarization: {width:,} features of an image are too many to keep those of all points around it; "
+            f"at most {MAX_FEATURES:,}."
         )
     question = binary_questions(model, ends, x, threat, rng, inner, tight)
 
@@ -128,7 +128,7 @@ def binary_questions(
     inner: int,
     tight: bool = True,
 ) -> Question:
-    """Return the question about each image."""
+    """Return the binary problem of each image."""
     witness = edge(x, threat, rng.at(restart=2))
     within = replace(threat, eps=threat.eps * (1 - GAP))
     points = [x, *(within.random_start(x, rng.at(restart=3, step=draw)) for draw in range(inner)), witness]
@@ -152,7 +152,7 @@ def edge(x: Images, threat: ThreatModel, rng: RowRng) -> Images:
 
 
 def fitted(inside: Tensor, planted: Tensor, tight: bool = True) -> tuple[Tensor, Tensor]:
-    """Return weights (B D) and biases (B) that tell the planted points (B D) from those inside (B M D).
+    """Return weights (B D) and biases (B) that separate the planted points (B D) from those inside (B M D).
 
     Logistic regression without a penalty, from Fisher's direction on.
 
@@ -168,8 +168,8 @@ def fitted(inside: Tensor, planted: Tensor, tight: bool = True) -> tuple[Tensor,
     room, bias = _between(rows, point, weight, BOUNDARY_POSITION if tight else 0.5)
     if (room <= 0).any():
         raise UsageError(
-            f"binarization: {int((room <= 0).sum())} of {len(room)} planted points cannot be told from their "
-            f"neighbours by {rows.shape[2]} features: plant among fewer inner points."
+            f"binarization: {int((room <= 0).sum())} of {len(room)} planted points cannot be separated from "
+            f"their neighbours by {rows.shape[2]} features: use fewer inner points."
         )
     size = room / (1 if tight else 2)
     weight, bias = weight / size[:, None], bias / size
@@ -203,7 +203,7 @@ def _regressed(rows: Tensor, point: Tensor, weight: Tensor, bias: Tensor) -> Ten
 
 
 def heads(model: Model, net: nn.Module, image: Images) -> list[nn.Linear]:
-    """Return the linear layers that give the classes in a pass over an image (1 C H W): of an ensemble several.
+    """Return the linear layers that return the classes in a pass over an image (1 C H W); one for each member.
 
     Raises:
         UsageError: if there is none.
@@ -224,10 +224,10 @@ def heads(model: Model, net: nn.Module, image: Images) -> list[nn.Linear]:
 
 
 def features(model: Model, ends: Sequence[nn.Module], x: Images) -> Tensor:
-    """Return what the heads are given for images x, side by side (B D), by a pass through the whole model.
+    """Return the inputs of the heads for images x, concatenated (B D), by a pass through the whole model.
 
     Raises:
-        UsageError: if a head does not see each image once.
+        UsageError: if a head is not run once for each image.
     """
     observe = getattr(model, "observe", None)
     return observe(partial(_seen, ends), x) if observe else _seen(ends, model, x)
@@ -249,12 +249,12 @@ def _seen(ends: Sequence[nn.Module], model: Model, x: Images) -> Tensor:
         if all(len(part) == len(x) for part in parts):
             return torch.cat([part.flatten(1) for part in parts], 1)
     except RuntimeError as error:
-        raise UsageError("binarization: what a linear layer sees cannot be taken out of torch.vmap.") from error
-    raise UsageError("binarization: a linear layer does not see each image once, so it gives no features.")
+        raise UsageError("binarization: the input of a linear layer cannot be read inside torch.vmap.") from error
+    raise UsageError("binarization: a linear layer is not run once for each image, so its features are unknown.")
 
 
 def _between(rows: Tensor, point: Tensor, weight: Tensor, share: float = 0.5) -> tuple[Tensor, Tensor]:
-    """Return the room between the highest row and the point, and the bias of a boundary at this share of it."""
+    """Return the gap between the highest row and the point, and the bias of a boundary at this share of it."""
     highest = (rows @ weight[:, :, None])[:, :, 0].amax(1)
     top = (point[:, 0] * weight).sum(1)
     return top - highest, -(highest + share * (top - highest))
@@ -263,7 +263,7 @@ def _between(rows: Tensor, point: Tensor, weight: Tensor, share: float = 0.5) ->
 def _attacked(attack: RowWise, binary: Model, x: Images, threat: ThreatModel, rng: RowRng) -> tuple[Mask, int]:
     """Return the rows in which any query point of the attack gets label 1, and how many queries that took.
 
-    Rows keep their place: each has its readout.
+    Rows keep their position, because each has its own classifier.
     """
     goal = Goal(torch.zeros(len(x), dtype=torch.long, device=x.device))
     fooled = trace_attack(attack, binary, x, goal, threat, rng, enough=True).fooled

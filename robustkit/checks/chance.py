@@ -1,4 +1,4 @@
-"""Whether a model does better than guessing: if not, labels, normalisation or pixel range are wrong. No torch."""
+"""Whether a model is better than guessing: if not, labels, normalisation or pixel range are wrong. No torch."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ from robustkit.runs.evaluation_record import CHANCE, Rate
 def chance_accuracy(correct: int, labels: Sequence[int], classes: int, model: str = "") -> Flag | None:
     """Return a flag if a clean accuracy is not significantly above chance, or every image is misclassified.
 
-    Chance is one class in K, or the share of the most frequent of several labels where that is significantly
-    larger.
+    Chance is one class in K, or the share of the most frequent of several labels if that is significantly larger.
 
     Args:
         correct: images that the model classifies correctly.
         labels: of all images (N).
         classes: K.
-        model: what to call the model where there are several.
+        model: the model's name in the message, if there are several.
     """
     n = len(labels)
     if n == 0 or correct == n:

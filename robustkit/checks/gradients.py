@@ -16,14 +16,14 @@ from robustkit.core.shapes import Images, Logits, PerRow
 
 VANISHING = 1e-7
 MAX_VANISHED_SHARE = 0.75
-# At how many points at least a gradient is compared with finite differences.
+# The least number of points at which a gradient is compared with finite differences.
 POINTS = 8
-# How many roundings of the largest logit a net's own arithmetic amounts to.
+# The rounding error of a net's own arithmetic, in roundings of the largest logit.
 ROUNDING = 4
 
 
 def broken(probe: Probe) -> Flag | None:
-    """Images with a pixel whose gradient is infinite or no number, in either loss."""
+    """Images with a pixel whose gradient is infinite or NaN, in either loss."""
     sound = torch.stack([gradient.flatten(1).isfinite().all(1) for gradient in probe.raw_gradients.values()]).all(
         0
     )
@@ -33,9 +33,10 @@ def broken(probe: Probe) -> Flag | None:
         "broken-gradient",
         "warning",
         int((~sound).sum()),
-        f"of {len(sound)} images have pixels whose gradient is infinite or no number (a root, a logarithm or a "
-        "division at 0): attacks here take it for 0, others come to a halt",
-        "distrust other tools' numbers on this model; look at what smoothed gradients and scores find",
+        f"of {len(sound)} images have pixels whose gradient is infinite or NaN (a root, a logarithm or a "
+        f"division at 0): robustkit's attacks use 0 instead, others fail",
+        "do not trust other tools' results on this model; compare attacks with smoothed gradients and "
+        "score-based attacks",
     )
 
 
@@ -53,8 +54,8 @@ def zero(probe: Probe) -> Flag:
         code,
         "warning",
         int(gone.sum()),
-        f"{what}: gradient attacks cannot move them",
-        "judge by score-based attacks (--suite square), or give a differentiable version of the model",
+        f"{what}: gradient attacks cannot change them",
+        "use score-based attacks (--suite square), or a differentiable version of the model",
     )
 
 
@@ -68,20 +69,20 @@ def vanishing(probe: Probe) -> Flag | None:
         "vanishing-gradient",
         "warning",
         int(gone.sum()),
-        f"of {len(gone)} images have a cross-entropy gradient below 1e-7 of the margin's: the model is so sure "
-        "that cross-entropy attacks stall",
-        "rely on attacks with a margin or dlr loss; check for a temperature or a softmax inside the model",
+        f"of {len(gone)} images have a cross-entropy gradient below 1e-7 of the margin's: the probabilities are "
+        f"so close to 0 and 1 that cross-entropy attacks make no progress",
+        "use attacks with a margin or dlr loss; check for a temperature or a softmax inside the model",
     )
 
 
 def disagrees(probe: Probe) -> Flag:
     """A gradient that is not that of the function, by finite differences at points close to the images.
 
-    Two kinds of direction are compared (see `slopes`): the gradient's signs, along which attacks climb and where
-    float rounding is smallest, and random signs, which also show a part of the gradient that is missing. Few
-    images are taken several times, at other points, so that one image has as much to say as many. Random models
-    are called with the same seeds each time. Not for probabilities, whose slope is 0 where the model is certain,
-    nor for models whose draws no seed repeats: those have flags of their own.
+    Two kinds of direction are compared (see `slopes`): the gradient's signs, along which attacks move and where
+    float rounding is smallest, and random signs, which also show a part of the gradient that is missing. If there
+    are few images, each is used several times, at other points. Random models are called with the same seeds each
+    time. Not measured for probabilities, whose slope is 0 if the model is certain, nor for models whose draws no
+    seed repeats: those have other flags.
     """
     code, rows = "wrong-gradient", probe.correct_rows[_sizes(probe, "margin") > 0]
     if not len(rows) or probabilities(probe):
@@ -115,13 +116,13 @@ def disagrees(probe: Probe) -> Flag:
             worst,
             f"{what}, which should be near 0: it is "
             "not that of the function (quantisation, a straight-through estimate, shattered gradients)",
-            "attack a smooth version of the model and judge on this one; look at what score-based attacks find",
+            "attack a smooth version of the model and judge on this one; compare score-based attacks",
         )
     if not any(one.state == "right" for one in found):
         return unmeasured(
             code,
             "finite differences at several step sizes do not agree with each other, by float rounding or kinks",
-            "see what score-based attacks find",
+            "compare score-based attacks",
         )
     return passed(code, worst, what)
 
@@ -139,14 +140,14 @@ def unlike(probe: Probe) -> Flag | None:
         "unlike-gradients",
         "warning",
         round(value, 4),
-        "is what the cosine of two gradients at the same point lacks of 1, though the answers are the same: the "
-        "backward pass is random",
-        "average gradients over draws, and look at what score-based attacks find",
+        "is 1 minus the cosine of two gradients at the same point, although the logits are equal: the backward "
+        "pass is random",
+        "average gradients over draws, and compare score-based attacks",
     )
 
 
 def _seeded(probe: Probe, x: Images, goal: Goal, *, with_gradient: bool = True) -> Answer:
-    """Return the answers to x (B C H W), all generators seeded alike before. The caller isolates them."""
+    """Return the result of a query at x (B C H W) with all generators seeded. The caller isolates them."""
     for seed in SEEDERS.values():
         seed(0)
     return query(probe.model, x, goal, "margin", with_gradient)

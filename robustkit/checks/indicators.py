@@ -1,9 +1,9 @@
 """Six signs that an attack failed for its own reasons (Pintor et al. 2022, "Indicators of Attack Failure").
 
-arXiv:2106.09947. Each is a pure function of what a run has seen: gradients, losses, whether points fooled the
-model. Losses rise towards success here, as all of ours do; theirs fall. I3 is computed from its definition (their
-code takes the largest of what are labels already), and I4 is defined for every path: theirs skips the rescaling
-of a path whose maximum is 0, divides by zero on a constant one, and changes the caller's array.
+arXiv:2106.09947. Each is a pure function of the values of a run: gradients, losses, whether points fooled the
+model. Losses rise towards success here; theirs fall. I3 is computed from its definition (their code takes the
+argmax of labels), and I4 is defined for every path: theirs skips the rescaling of a path whose maximum is 0,
+divides by zero on a constant one, and changes the caller's array.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from robustkit.core.shapes import Images, Labels, Mask, PerRow
 
 # Width of the noise of I2, in [0, 1] pixel units, and its draws.
 RHO, DRAWS = 8 / 255, 100
-# The last steps that I4 looks at, and the share of the whole rise that they may still gain.
+# The number of last steps that I4 uses, and the share of the whole rise that they may still gain.
 LAST, GAIN = 10, 0.05
 
 

@@ -1,6 +1,6 @@
-"""Looks at losses before an attack begins: what makes each of them useless on a model, as a traffic light.
+"""Checks of losses before an attack begins: whether each loss is useless on a model, as a traffic light.
 
-All need the answers (B K) to a few images and two gradients there; nothing is run.
+They need the logits (B K) of a few images and two gradients; no model is run.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from robustkit.core.shapes import Images, Labels, Logits
 
 MAX_OTHER_PROBABILITY = 1e-6
 FLAT = 1e-6
-# Shares of images, and 1 - cosine, from which a light is yellow and red.
+# The shares of images, and values of 1 - cosine, from which a light is yellow and red.
 YELLOW, RED = 0.25, 0.75
 MEANINGS = {
     "ce-saturated": "of cross-entropy: it has no slope where the label's probability is 1",
-    "dlr-flat": "of dlr: it divides by a gap of logits that is as good as zero",
+    "dlr-flat": "of dlr: it divides by a gap of logits that is almost zero",
     "probabilities": "of cross-entropy: outputs sum to 1, so it takes a second softmax",
     "zero-masking": "of margins that mask the label by 0: they have no slope where all outputs are below",
     "underflow": "of every loss: classes share one lower bound, as log(clamp(p)) has, and have no gradient",
@@ -29,7 +29,7 @@ MEANINGS = {
 
 @dataclass(frozen=True)
 class Lint:
-    """One finding: a share from 0 (good) to 1 of images, or what a cosine lacks of 1, and what it means."""
+    """One finding: a share of images from 0 (good) to 1, or 1 minus a cosine, and what it means."""
 
     code: str
     value: float
@@ -89,7 +89,7 @@ def zero_gradients(gradient: Images) -> float:
 
 
 def unlikeness(gradient: Images, again: Images) -> float:
-    """Return one minus the mean cosine of two gradients, from 0 to 1; two zeros are alike."""
+    """Return one minus the mean cosine of two gradients, from 0 to 1; it is 0 for two zeros."""
     one, other = gradient.flatten(1).double(), again.flatten(1).double()
     cosine = F.cosine_similarity(one, other, eps=1e-300)
     cosine = torch.where((one == 0).all(1) & (other == 0).all(1), 1.0, cosine)

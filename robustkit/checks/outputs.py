@@ -1,4 +1,4 @@
-"""Diagnoses of what the model puts out: probabilities, signs, saturation, number of classes."""
+"""Diagnoses of the model's output: probabilities, signs, saturation, number of classes."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ def probabilities(probe: Probe) -> Flag | None:
         "probabilities",
         "warning",
         len(logits),
-        "rows of outputs are non-negative and sum to 1: probabilities, whose gradients vanish where one is sure",
+        "rows of outputs are non-negative and sum to 1: probabilities, whose gradients vanish if one is near 1",
         "let the model return logits",
     )
 
 
 def never_positive(probe: Probe) -> Flag | None:
-    """Outputs that are all at most 0: log-probabilities, or scores below a maximum."""
+    """Outputs that are all at most 0: log-probabilities, or scores minus their maximum."""
     if probe.logits.max() > 0:
         return None
     return Flag(
         "non-positive-outputs",
         "info",
         round(float(probe.logits.max()), 6),
-        "is the largest output: none is above 0 (log-probabilities, or scores taken off a maximum), so a margin "
+        "is the largest output: none is above 0 (log-probabilities, or scores minus their maximum), so a margin "
         "loss that masks the label with 0 instead of minus infinity has no gradient",
-        "nothing to do for robustkit's own losses; distrust other tools' numbers on this model",
+        "nothing to do for robustkit's own losses; do not trust other tools' results on this model",
     )
 
 
 def saturated(probe: Probe) -> Flag | None:
-    """Rows that cross-entropy cannot move because softmax is exactly 1 in float32."""
+    """Rows where cross-entropy has no gradient because softmax is exactly 1 in float32."""
     certain = probe.logits.float().softmax(1).amax(1) == 1
     if certain.float().mean() <= MAX_SATURATED_SHARE:
         return None
@@ -51,12 +51,12 @@ def saturated(probe: Probe) -> Flag | None:
         "warning",
         int(certain.sum()),
         f"of {len(certain)} images have softmax exactly 1 in float32: cross-entropy has no gradient there",
-        "rely on attacks with a margin or dlr loss",
+        "use attacks with a margin or dlr loss",
     )
 
 
 def too_large_for_half(probe: Probe) -> Flag | None:
-    """Logits that float16 cannot hold."""
+    """Logits that float16 cannot represent."""
     largest = float(probe.logits.abs().max())
     if largest <= FLOAT16_LARGEST:
         return None
@@ -70,7 +70,7 @@ def too_large_for_half(probe: Probe) -> Flag | None:
 
 
 def dlr_flat(probe: Probe) -> Flag | None:
-    """Rows whose first and third logits are as good as the same."""
+    """Rows whose first and third logits are almost equal."""
     share = lints.dlr_flatness(probe.logits)
     if share <= lints.YELLOW:
         return None
@@ -78,9 +78,9 @@ def dlr_flat(probe: Probe) -> Flag | None:
         "dlr-flat",
         "warning",
         round(share, 4),
-        "is the share of images whose first and third logits are as good as the same: the dlr loss divides by the "
+        "is the share of images whose first and third logits are almost equal: the dlr loss divides by the "
         "gap between them",
-        "rely on attacks with a margin loss",
+        "use attacks with a margin loss",
     )
 
 
@@ -93,14 +93,14 @@ def underflow(probe: Probe) -> Flag | None:
         "underflow",
         "warning",
         round(share, 4),
-        "is the share of images with several classes at the same lowest output to the bit: a floor, such as "
-        "log(clamp(p)) has, where no loss has a slope",
-        "let the model return what comes before the floor",
+        "is the share of images with several classes at exactly the same lowest output: a lower bound, as of "
+        "log(clamp(p)), where no loss has a slope",
+        "let the model return its values before the lower bound",
     )
 
 
 def few_classes(probe: Probe) -> Flag | None:
-    """Fewer classes than the targeted attacks of the run want."""
+    """Fewer classes than the targeted attacks of the run have targets."""
     classes = probe.logits.shape[1]
     wanted = max((getattr(attack, "targets", 0) or 0 for attack in probe.attacks), default=0)
     if wanted <= classes - 1:
@@ -129,10 +129,10 @@ def dim_images(probe: Probe) -> Flag | None:
 
 
 def batch_dependent(probe: Probe) -> Flag:
-    """Logits of an image that change beyond float noise when it is evaluated alone."""
+    """Logits of an image that change by more than float noise when it is evaluated alone."""
     with torch.no_grad():
         alone, again = probe.model(probe.x[:1]), probe.model(probe.x[:1])
-    if not torch.equal(alone, again):  # random, which is another diagnosis
+    if not torch.equal(alone, again):  # random models have another diagnosis
         return unmeasured("batch-dependent", "the model is random, which hides it", "see its draws")
     scale = probe.logits[:1].abs().max().clamp(min=1e-12)
     gap = float((alone - probe.logits[:1]).abs().max() / scale)
@@ -143,7 +143,7 @@ def batch_dependent(probe: Probe) -> Flag:
         "batch-dependent",
         "warning",
         round(gap, 6),
-        f"{what}: other images in the batch "
-        "decide with it (batch norm in training mode?), so no verdict is about one image",
+        f"{what}: they depend on the other images in the batch (batch norm in training mode?), so no verdict is "
+        f"about one image",
         "put the model into eval mode",
     )

@@ -20,15 +20,15 @@ from robustkit.core.step_size import StepSize
 from robustkit.core.threat import ThreatModel
 from robustkit.registry import make
 
-# How many rows the costly diagnoses use, and the costliest.
+# The number of rows for the costly diagnoses, and for the costliest.
 MAX_ROWS, MAX_ROWS_COSTLY = 32, 8
-# Of the PGD whose thresholds were chosen at it; its own default has other steps.
+# The step size of the diagnoses' PGD, for which the thresholds were chosen.
 STEP_SIZE = StepSize(0.1)
-# How many draws of a random model decide here.
+# The number of draws of a random model that decide here.
 DRAWS = 9
 # Logits that differ by a smaller share of the largest are the same.
 NOISE = 1e-3
-# An attack of several stages takes a step more from each to the next.
+# An attack of several stages takes one more step between stages.
 MAX_EXTRA_STEPS = 2
 
 
@@ -66,7 +66,7 @@ class Probe:
 
     @cached_property
     def raw_gradients(self) -> dict[str, Images]:
-        """The same as the model gives them."""
+        """The same gradients before infinite values and NaN are replaced by 0."""
         goal, losses = Goal(self.labels[self.correct_rows]), ("ce", "margin")
         with torch.enable_grad():
             x = self.x[self.correct_rows].requires_grad_()
@@ -115,7 +115,7 @@ class Probe:
 
     @cached_property
     def trail(self) -> AttackTrace:
-        """40 steps of PGD on those, from the same starts, until all have been fooled."""
+        """The trace of 40 steps of PGD on those rows, from the same starts, until all have been fooled."""
         x, goal = self.x[self.left], Goal(self.labels[self.left])
         rng = RowRng(self.seed, "checks", self.left)
         return trace_attack(
@@ -129,9 +129,10 @@ class Probe:
         )
 
     def robust_under(self, threat: ThreatModel, rows: torch.Tensor, steps: int) -> torch.Tensor:
-        """Return which of these rows so many steps of PGD do not fool under a threat.
+        """Return which of these rows PGD of this many steps does not fool under a threat.
 
-        For a random model its last point counts, by most of a few draws: one misclassified draw is chance.
+        For a random model the majority of a few draws at the last point decides: one misclassified draw may be
+        chance.
         """
         if not len(rows):
             return rows

@@ -1,4 +1,4 @@
-"""Diagnoses of models that do not give one answer: random ones, and those that optimise as they predict."""
+"""Diagnoses of models that are random or that optimise inside the forward pass."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ SEEDERS: dict[str, Callable[[int], object]] = {
 
 
 def randomised(probe: Probe) -> Flag:
-    """Answers that change from one call to the next; names the generators that they come from.
+    """Outputs that change from one call to the next; names the random generators that they depend on.
 
-    Five calls and the tolerance, 1e-4 on normalised logits, are AutoAttack's; all generators have another seed at
-    each. Sources are found by seeding all alike, then each one differently. The caller isolates the generators.
+    Five calls and the tolerance, 1e-4 on normalised logits, are AutoAttack's; each call has other seeds. Sources
+    are found by seeding all generators alike, then each one differently. The caller isolates the generators.
     """
     if probe.attacks and all(getattr(attack, "eot_iter", 1) > 1 for attack in probe.attacks):
         return unmeasured("randomised", "the suite averages over draws in any case", "nothing to do")
@@ -43,8 +43,8 @@ def randomised(probe: Probe) -> Flag:
         "randomised",
         "warning",
         round(gap, 6),
-        f"{what}: the model is random "
-        f"(source: {', '.join(sources) or 'none of the generators of torch, numpy, random'}), "
+        f"{what}: the model is random (source: "
+        f"{', '.join(sources) or 'none of the generators of torch, numpy, random'}), "
         "and a verdict is what most draws say",
         "use --suite auto or adaptive, which average gradients over draws too",
     )
@@ -60,9 +60,9 @@ def optimises_at_test_time(probe: Probe) -> Flag:
         "test-time-optimisation",
         "warning",
         len(calls),
-        f"gradient call{'s are' if len(calls) > 1 else ' is'} made inside one forward pass: attacks do not see "
-        "through that",
-        "attack it with an adaptive attack as well",
+        f"gradient call{'s are' if len(calls) > 1 else ' is'} made inside one forward pass: attacks do not "
+        f"differentiate through them",
+        "also run an adaptive attack",
     )
 
 
@@ -85,7 +85,7 @@ def _gap(one: Logits, other: Logits) -> float:
 
 @contextmanager
 def _counted() -> Iterator[list[str]]:
-    """Note every call of torch's gradient functions inside."""
+    """Count the calls of torch's gradient functions inside."""
     calls: list[str] = []
     places: list[tuple[Any, str]] = [
         (torch.autograd, "grad"),

@@ -1,4 +1,4 @@
-"""Whether labels and the model's classes are the same classes under other numbers. No torch."""
+"""Whether the labels number the model's classes in another order. No torch."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from robustkit.core.flags import Flag
 
 # The chance that a model whose classes are the labels is flagged.
 LEVEL = 1e-4
-# An assignment of more classes takes minutes, and so many images of each are seldom there.
+# An assignment of more classes takes minutes, and data sets rarely have enough images of each.
 MAX_CLASSES = 2_000
 _NAMED = 3
 
 
 def label_checks(predictions: Sequence[int], labels: Sequence[int], classes: int, model: str = "") -> list[Flag]:
-    """Return the flags of a model's predictions on clean images: it guesses, or numbers the classes otherwise.
+    """Return the flags of a model's predictions on clean images: it guesses, or its class numbers differ.
 
     Args:
-        predictions: the classes that it names (N), -1 where its logits are not finite.
+        predictions: its predictions (N), -1 where its logits are not finite.
         labels: of the same images (N).
         classes: K.
         model: what to call the model where there are several.
@@ -34,11 +34,11 @@ def label_checks(predictions: Sequence[int], labels: Sequence[int], classes: int
 def relabelled(predictions: Sequence[int], labels: Sequence[int], model: str = "") -> Flag | None:
     """Return a flag if other numbers for the labels make significantly more of the predictions right.
 
-    The numbers are a one-to-one assignment of labels to predicted classes, found on one half of the images and
-    judged on the other, so that it is not right by fitting them.
+    The numbers are a one-to-one assignment of labels to predicted classes. It is fitted on one half of the images
+    and tested on the other, so that overfitting does not count.
 
     Args:
-        predictions: the classes that the model names (N), -1 where its logits are not finite.
+        predictions: the model's predictions (N), -1 where its logits are not finite.
         labels: of the same images (N).
         model: what to call the model where there are several.
     """
@@ -51,14 +51,14 @@ def relabelled(predictions: Sequence[int], labels: Sequence[int], model: str = "
     if np.array_equal(predicted, labelled) or len(classes) > MAX_CLASSES:
         return None
     rows, columns = indices[: len(labelled)], indices[len(labelled) :]
-    # Every other image of each label, in whatever order the labels come.
+    # Every second image of each label, for any order of the labels.
     half = np.argsort(np.argsort(rows, kind="stable")) % 2 == 0
     renamed = np.empty_like(rows)
     for fitted in (half, ~half):
         renamed[~fitted] = _assignment(rows[fitted], columns[fitted], len(classes))[rows[~fitted]]
     gained = int(((renamed == columns) & (rows != columns)).sum())
     lost = int(((renamed != columns) & (rows == columns)).sum())
-    # A sign test: were the labels right, more would be lost than gained.
+    # A sign test: if the labels were right, more would be lost than gained.
     if gained <= lost or bdtrc(gained - 1, gained + lost, 0.5) >= LEVEL:
         return None
     best = _assignment(rows, columns, len(classes))
@@ -76,13 +76,13 @@ def relabelled(predictions: Sequence[int], labels: Sequence[int], model: str = "
 
 
 def _assignment(rows: npt.NDArray[np.int64], columns: npt.NDArray[np.int64], count: int) -> npt.NDArray[np.int64]:
-    """Return a class for each label, so that most predictions are right; where none is, the label itself."""
+    """Return a class for each label, so that most predictions are right; the label itself if none is."""
     # Takes a while to import.
     from scipy.optimize import linear_sum_assignment
 
     table = np.zeros((count, count))
     np.add.at(table, (rows, columns), 1)
-    # Of equally good assignments the one that leaves more labels as they are.
+    # Of equally good assignments the one that changes fewer labels.
     table[np.diag_indices(count)] += 0.5 / count
     assigned: npt.NDArray[np.int64] = linear_sum_assignment(table, maximize=True)[1]
     return assigned

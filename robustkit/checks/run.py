@@ -33,9 +33,9 @@ BEFORE_ATTACKS = (
     signs.alive,
 )
 
-# Flags of models whose output for an image is not always the same.
+# Flags of models whose output for one image varies.
 UNSTEADY = {"randomised", "batch-dependent"}
-# Flags that put the number of attacks on the model's own gradients in doubt.
+# Flags that make results of attacks on the model's own gradients unreliable.
 DOUBTS = {
     *UNSTEADY,
     *("probabilities", "saturated-softmax", "zero-gradient", "vanishing-gradient", "wrong-gradient"),
@@ -46,16 +46,16 @@ DOUBTS = {
 
 
 def training_mode(was_training: bool, stuck: int) -> list[Flag]:
-    """Return a flag if a model came in training mode, or kept so many of its modules in it after eval()."""
+    """Return a flag if a model was in training mode, or `count` of its modules stay in it after eval()."""
     if stuck:
         return [
             Flag(
                 "training-mode",
                 "warning",
                 stuck,
-                "parts of the model stayed in training mode although eval() was called: batch norm goes by the "
-                "other images of the batch there, and dropout draws",
-                "take the call of train() out of the model, unless it is meant",
+                "parts of the model stayed in training mode although eval() was called: batch norm there uses "
+                "the other images of the batch, and dropout is random",
+                "remove the call of train() from the model, unless it is intended",
             )
         ]
     if was_training:
@@ -64,35 +64,34 @@ def training_mode(was_training: bool, stuck: int) -> list[Flag]:
                 "training-mode",
                 "warning",
                 None,
-                "the model was in training mode; it was evaluated in eval mode and then put back",
-                "call model.eval() before, so that you know which model the number is about",
+                "the model was in training mode; it was evaluated in eval mode and then restored",
+                "call model.eval() before the evaluation",
             )
         ]
     return []
 
 
 def diagnose(probe: Probe) -> list[Flag]:
-    """Return the flags that a model raises, and what the checks that raised none measured, in a fixed order.
+    """Return the flags that a model raises, and the measurements of the checks that raised none, in a fixed order.
 
     Costs, per image of the batch, 1 forward and 4 for randomness (9 if it is random); for the few rows
     2 forwards and 3 backwards for gradients, 4 forwards for finite differences (16 where they disagree; of fewer
     than 8 images at several points each), and at most 100 propagations each way for short PGD runs, which end at
-    the first success. For 8 rows 13 forwards nearby, 31 to plant points, and at most the length of the run's
-    longest plain attack both ways, with as many forwards at random points, to find them; it ends where all have
-    been found.
+    the first success. For 8 rows 13 forwards nearby, 31 to plant points, and, until all are found, at most as many
+    forwards and backwards as the run's longest plain attack has steps, and as many forwards at random points.
     """
     found = (check(probe) for check in BEFORE_ATTACKS)
     return [_sound(flag) for flag in found if flag is not None]
 
 
 def _sound(flag: Flag) -> Flag:
-    """Return a flag, raised without a value where what was measured is no number."""
+    """Return the flag, without a value and raised if the measurement is NaN or infinite."""
     if flag.value is None or math.isfinite(flag.value):
         return flag
     return Flag(
         flag.code,
         "warning",
         None,
-        "cannot be measured: the model gives NaN or infinite logits close to these images",
-        "find out why the model breaks there: an attacker could use it",
+        "cannot be measured: the model returns NaN or infinite logits close to these images",
+        "find the cause in the model: an attacker could use it",
     )

@@ -18,7 +18,8 @@ from robustkit.core.flags import Flag, passed, unmeasured
 from robustkit.core.rng import RowRng
 from robustkit.core.shapes import Images, PerRow
 
-# Mean relative change of the margin that is too much, over so many draws: honest nets stay below a quarter.
+# The mean relative change of the margin above which it is flagged, and the number of draws; plain nets have a
+# quarter of it at most.
 UNSTABLE, DRAWS = 0.5, 12
 INNER = 19
 NO_ATTACK = "the run has no row-wise attack with one gradient and one start to test"
@@ -27,7 +28,7 @@ ADD_ONE = "add one: --suite 'rapid,...'"
 
 
 def unstable(probe: Probe) -> Flag:
-    """I2: a margin that changes as soon as the image changes invisibly."""
+    """I2: a margin that changes if the image changes invisibly."""
     code, rows = "unstable-loss", probe.first_correct_rows
     if not len(rows):
         return unmeasured(code, NO_CORRECT_IMAGE, "pass images that it classifies correctly")
@@ -39,7 +40,7 @@ def unstable(probe: Probe) -> Flag:
 
     around = indicators.nearby(margin, x, RowRng(probe.seed, "nearby", rows), draws=DRAWS)
     value = round(float(indicators.unstable(margin(x), around).mean()), 4)
-    what = "is the mean relative change of the margin where pixels change by at most 4/255"
+    what = "is the mean relative change of the margin if pixels change by at most 4/255"
     if value <= UNSTABLE:
         return passed(code, value, what)
     return Flag(
@@ -52,7 +53,7 @@ def unstable(probe: Probe) -> Flag:
 
 
 def silent(probe: Probe) -> Flag:
-    """I3: successes before an attack's last point, which is none; they count, so it is never a flag."""
+    """I3: attacks with a success before the last point but not at it; they count, so it is never a flag."""
     code = "silent-success"
     if why := _no_way(probe, code):
         return why
@@ -94,15 +95,15 @@ def alive(probe: Probe) -> Flag:
     if not len(rows):
         return unmeasured(code, NO_CORRECT_IMAGE, "pass images that it classifies correctly")
     if probe.net is None or not probe.threat.eps:
-        return unmeasured(code, "nothing can be planted without layers to read, or at eps 0", "nothing to do")
+        return unmeasured(code, "points cannot be planted without readable layers, or at eps 0", "nothing to do")
     if probe.threat.norm == "l1":
         return unmeasured(
-            code, "in l1 no attack finds all planted points, which move every pixel", "go by the other checks"
+            code, "in l1 no attack finds all planted points, which change every pixel", "go by the other checks"
         )
     if not probe.deterministic:
         return unmeasured(
             code,
-            "the model is random, so that no planted point is one for sure",
+            "the model is random, so that planted points are not certain",
             "trust its draws, and --suite adaptive, which averages gradients",
         )
     rng = RowRng(probe.seed, "planted", rows)
@@ -119,24 +120,24 @@ def alive(probe: Probe) -> Flag:
     if found.verdict == "too easy":
         return unmeasured(
             code,
-            f"{hits} {what}, but {round(found.control * found.n)} by as many random points: too easy to tell",
+            f"{hits} {what}, but {round(found.control * found.n)} by as many random points: too easy to be a test",
             "go by the other checks",
         )
     return Flag(
         code,
         "warning",
         hits,
-        f"{what}: where it finds nothing there may well be something",
+        f"{what}: images that it does not fool may still have adversarial images",
         "use a stronger suite (--suite auto or adaptive), or give a differentiable version of the model",
     )
 
 
 def _no_way(probe: Probe, code: str) -> Flag | None:
-    """Return why there is no run of PGD to look at, if there is none."""
+    """Return a flag that says why there is no trace of PGD to measure, if there is none."""
     if not len(probe.correct_rows):
         return unmeasured(code, NO_CORRECT_IMAGE, "pass images that it classifies correctly")
     if not probe.deterministic:
         return unmeasured(code, "the loss of a random model changes from draw to draw", "look at its draws")
     if not len(probe.left):
-        return passed(code, 0, "attacks failed: every image that was looked at fell within 20 steps")
+        return passed(code, 0, "attacks failed: every image tested was fooled within 20 steps")
     return None

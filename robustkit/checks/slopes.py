@@ -1,10 +1,10 @@
-"""Compare a gradient with finite differences, and measure how far the finite differences can be trusted.
+"""Compares a gradient with finite differences, and measures the error of the finite differences.
 
 At a kink (equal pixels under max pooling, a ReLU at exactly 0, two classes with equal logits) a correct gradient
 is one of several one-sided slopes, and central differences return another. Flat image areas put many units at a
 kink at once, so the comparison is made at random points close to the images, where kinks have probability 0.
-Curvature spoils large steps and float rounding small ones, so several step sizes are tried where the first
-disagrees, and a disagreement counts only where it is larger than what these two can explain.
+Large steps have errors by curvature and small ones by float rounding, so several step sizes are tried if the first
+disagrees, and a disagreement counts only if it is larger than these two can explain.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from robustkit.core.shapes import Images, PerRow
 STEPS = (1e-3, 1e-4, 1e-2, 1e-5)
 # How far the points are from the images at most, per pixel.
 JITTER = 1e-3
-# Relative error up to which a gradient is that of the function: a quarter is far above what curvature leaves.
+# The relative error up to which a gradient is correct: a quarter is far above the error by curvature.
 TOLERANCE = 0.25
-# A disagreement must be so many times that of the finite differences among themselves.
+# A disagreement must be this many times that of the finite differences among themselves.
 CONFIDENT = 3
-# At the smallest step, which no curvature spoils, a change of so many roundings is the function's own.
+# At the smallest step, where curvature is negligible, a change of this many roundings is not rounding error.
 RESOLVED = 30
 
 Loss = Callable[[Images], PerRow]
@@ -35,7 +35,7 @@ Loss = Callable[[Images], PerRow]
 
 @dataclass(frozen=True)
 class Agreement:
-    """The `state` of a gradient is `right`, `wrong`, or `unknown` where finite differences cannot tell.
+    """The `state` of a gradient is `right`, `wrong`, or `unknown` if finite differences are too inexact.
 
     `error` is its median relative error at the step size that decided, or at the best one.
     """
@@ -86,7 +86,7 @@ def _relative(one: PerRow, other: PerRow, size: PerRow) -> float:
 
 
 def nearby(x: Images, rng: RowRng) -> Images:
-    """Return random points close to the images, so far inside the box that no step leaves it."""
+    """Return random points close to the images, far enough inside the box for every step."""
     inside = max(STEPS) + JITTER
     return x.clamp(inside, 1 - inside) + (JITTER * (2 * rng.uniform(*x.shape[1:]) - 1)).to(x)
 

@@ -1,4 +1,4 @@
-"""Diagnoses of an attack's strength: no eps is enough, or more steps find more."""
+"""Diagnoses of an attack's strength: no eps is enough, or more steps fool more images."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from robustkit.core.threat import ThreatModel
 from robustkit.runs.evaluation_record import Stage
 
 SQUARE_GAIN = 0.002
-# Where views of a model fool so many more of the images, its own gradients are not reliable.
+# If attacks on views of a model fool this share of the images more, its own gradients are not reliable.
 VIEW_GAIN = 0.02
 
 
 def survives_everything(probe: Probe) -> Flag:
-    """I6: images that PGD does not fool although every image is allowed, if they are more than by chance."""
+    """I6: images that PGD does not fool although every image is allowed, if they are more than chance."""
     code = "survives-any-eps"
     if not len(probe.correct_rows):
         return unmeasured(
@@ -33,7 +33,7 @@ def survives_everything(probe: Probe) -> Flag:
         "warning",
         len(left),
         f"{what}: the gradients are masked",
-        "give a differentiable version of the model, and judge by score-based attacks",
+        "use a differentiable version of the model, and score-based attacks",
     )
 
 
@@ -45,25 +45,25 @@ def unconverged(probe: Probe) -> Flag:
             code, "the model misclassifies all of the first images", "pass images that it classifies correctly"
         )
     if not probe.deterministic:
-        return unmeasured(code, "on a random model more steps are more random draws", "look at its draws")
+        return unmeasured(code, "on a random model more steps also mean more random draws", "look at its draws")
     gained = int(probe.trail.fooled.any(1).sum()) if len(probe.left) else 0
-    what = f"of {len(probe.correct_rows)} images fall to 40 steps of PGD but not to 20"
+    what = f"of {len(probe.correct_rows)} images are fooled by 40 steps of PGD but not by 20"
     if gained < 3 or gained <= 0.1 * len(probe.correct_rows):
         return passed(code, gained, what)
     return Flag(
         code,
         "warning",
         gained,
-        f"{what}: attacks have far to go here",
+        f"{what}: attacks need more steps",
         "use more steps and restarts, e.g. --suite 'rapid,pgd(steps=200,restarts=5)'",
     )
 
 
 def scores_beat_gradients(stages: Sequence[Stage], access: Sequence[str]) -> Flag:
-    """Return whether a score-based stage fooled images that every gradient stage before it had left.
+    """Return a flag if a score-based stage fooled images that no earlier gradient stage had fooled.
 
-    `access` is what each stage's attack needs. AutoAttack's threshold, .2 points of accuracy, and more than
-    one image: one at the boundary may as well fall to an attack of any kind.
+    `access` is what each stage's attack needs. The threshold is AutoAttack's, .2 points of accuracy, and more than
+    one image: any attack may fool one image near the boundary.
     """
     code, score_stages = "score-beats-gradient", []
     for number, stage in enumerate(stages):
@@ -74,15 +74,15 @@ def scores_beat_gradients(stages: Sequence[Stage], access: Sequence[str]) -> Fla
                     code,
                     "warning",
                     stage.fooled,
-                    f"images that every gradient attack had left fell to the score-based {stage.attack}: "
-                    "those were too weak, or the gradients are masked",
+                    f"images that no gradient attack had fooled were fooled by the score-based {stage.attack}: "
+                    "the gradient attacks were too weak, or the gradients are masked",
                     "run stronger gradient attacks and square with more queries; try an adaptive attack",
                 )
     if not score_stages:
         return unmeasured(
             code,
-            "no score-based attack was run after a gradient one: there is none, nothing was left for it, or the "
-            "model is random, where the score of one draw is luck",
+            "no score-based attack was run after a gradient attack: the suite has none, no image was left for "
+            "it, or the model is random, where the score of one draw is chance",
             "add one if the suite has none: --suite 'rapid,...'",
         )
     fooled = sum(stage.fooled for stage in score_stages)
@@ -96,11 +96,11 @@ def masked(
     places: Sequence[str],
     plain: bool = False,
 ) -> Flag:
-    """Return whether attacks on views of the model fooled images that its own gradients had not fooled.
+    """Return a flag if attacks on views of the model fooled images that attacks on its own gradients had not.
 
     `access` says of each stage what its attack needs, `views` the view that it used, empty for the model itself;
-    `places` are suspected places, in words; `plain` is whether none was found. One image, or one in fifty,
-    may as well fall to another attack of any kind.
+    `places` are suspected places, in words; `plain` is whether none was found. Any attack may fool one more image,
+    or one in fifty.
     """
     code, own, on_views = "masked-gradient", False, []
     for stage, needs, view in zip(stages, access, views, strict=True):
@@ -131,9 +131,9 @@ def masked(
         code,
         "warning",
         total,
-        "images that every attack on the model's own gradients had left fell to attacks on views of it, most "
-        f"to {best}: the gradients are masked{why}",
-        "quote this number; that of AutoAttack, or of any attack on the model alone, is too high",
+        "images that no attack on the model's own gradients had fooled were fooled by attacks on views of it, "
+        f"most by {best}: the gradients are masked{why}",
+        "use this number; that of AutoAttack, or of any attack on the model alone, is too high",
     )
 
 
@@ -148,9 +148,9 @@ def unattacked(views: Sequence[str], there: Container[str], robust: int) -> Flag
         "not-attacked",
         "warning",
         robust,
-        "images are robust because nothing attacked them: the model has no "
+        "images are robust because no attack ran: the model has no "
         f"{' and no '.join(dict.fromkeys(views))} to attack",
-        "leave the @ and what follows it out of the suite, or use --suite auto, which uses the views there are",
+        "remove the @ and what follows it from the suite, or use --suite auto, which uses the model's views",
     )
 
 
