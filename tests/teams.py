@@ -4,17 +4,87 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import pytest
 import torch
 
 from robustkit.distributed import company, model_files, ray_pool, service, shared_pool
+from robustkit.distributed.pool import Handle, Pickled, State, Task, WorkerDied, WorkerPool, run_task
 from robustkit.distributed.process_pool import Door
 from robustkit.engine.evaluation import scheduler
 from robustkit.engine.evaluation.block_runner import BlockRunner
 from robustkit.engine.progress import Progress
 from robustkit.models import load_model
+
+T = TypeVar("T")
+
+
+class Died(BaseException):
+    """Raised by a task in a `ThreadPool`, its worker dies."""
+
+
+@dataclass(eq=False)
+class _Thread:
+    """A worker that is a thread."""
+
+    number: int
+    executor: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
+    state: State = field(default_factory=dict)
+    died: str = ""
+
+    def run(self, task: Pickled[Any], turn: AbstractContextManager[object]) -> Pickled[Any]:
+        """Return a task's result, both copied by pickle as between processes."""
+        with turn:
+            if not self.died:
+                try:
+                    return Pickled.of(run_task(task.get(), self.state), "a result")
+                except Died:
+                    self.died = "raised Died"
+            raise WorkerDied(self.number, self.died)
+
+
+class ThreadPool(WorkerPool):
+    """Workers of this process, which start at once; processes take seconds to import torch.
+
+    One task runs at a time: code that seeds the global generators shares them with other threads.
+    """
+
+    threads = 1
+
+    def __init__(self, count: int) -> None:
+        self.count, self.turn = count, threading.Lock()
+        self._workers = [_Thread(number) for number in range(count)]
+
+    def device(self, own: torch.device, worker: int) -> str:
+        return str(own)
+
+    def share(self, value: T, name: str) -> Handle[T]:
+        return Pickled.of(value, name)
+
+    def submit(self, worker: int, task: Task[T]) -> Future[Any]:
+        owner = self._workers[worker]
+        return owner.executor.submit(owner.run, Pickled.of(task, "a task"), self.turn)
+
+    def result(self, future: Future[Any]) -> Any:
+        return future.result().get()
+
+    def kill(self, worker: int) -> None:
+        """Have a worker die; the task that it is running goes on to its end."""
+        self._workers[worker].died = "killed"
+
+    def restart(self, worker: int) -> None:
+        self._workers[worker].died = "restarted"
+        self._workers[worker].executor.shutdown(wait=False)
+        self._workers[worker] = _Thread(worker)
+
+    def close(self) -> None:
+        for worker in self._workers:
+            worker.died = "closed"
+            worker.executor.shutdown(wait=True)
 
 
 class Threads:

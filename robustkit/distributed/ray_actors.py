@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import copy
 import socket
+import sys
+import threading
+from collections.abc import Collection, Iterator
 from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TextIO, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -47,9 +51,9 @@ class RayPool(WorkerPool):
         except ImportError:
             raise UsageError("there is no Ray here: pip install ray, or leave --ray out.") from None
         self.ray = ray
-        self._connected = not ray.is_initialized()
-        if self._connected:
-            _connect(ray, address)
+        self._connection = ExitStack()
+        if not ray.is_initialized():
+            self._connection.enter_context(_connected(ray, address))
         total = ray.cluster_resources()
         self.gpus = int(total.get("GPU", 0))
         smallest = min(int(node["Resources"].get("CPU", 0)) or 1 for node in ray.nodes() if node["Alive"])
@@ -87,7 +91,7 @@ class RayPool(WorkerPool):
         except self.ray.exceptions.RayTaskError as error:
             raise error.cause from error
         except self.ray.exceptions.RayError as error:
-            how = "its node is gone" if "node" in str(error).lower() else type(error).__name__
+            how = "its node has died" if "its node has died" in str(error) else type(error).__name__
             raise WorkerDied(self._owners[future], how) from error
 
     def restart(self, worker: int) -> None:  # noqa: D102
@@ -96,29 +100,46 @@ class RayPool(WorkerPool):
 
     def close(self) -> None:
         """End all actors, and the connection if it was opened here."""
-        for actor in self._actors:
-            self.ray.kill(actor)
-        if self._connected:
-            self.ray.shutdown()
+        while self._actors:
+            self.ray.kill(self._actors.pop())
+        self._connection.close()
 
 
-def _connect(ray: Any, address: str) -> None:
-    """Connect to a cluster; nothing of it is printed, because stdout is for results."""
-    host, _, port = address.rpartition(":")
+@contextmanager
+def _connected(ray: Any, address: str) -> Iterator[None]:
+    """Connect to a cluster inside; what Ray prints goes to stderr, because stdout is for results."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    others, hint = threading.enumerate(), "start one with ray start --head, or write --ray local."
     try:
-        if host and port.isdigit() and "/" not in host:
+        if host and port.isdigit():
             socket.create_connection((host, int(port)), MAX_CONNECT_SECONDS).close()
+            hint = "if it requires a token, set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to that of its head."
         ray.init(
             None if address == LOCAL else address,
             include_dashboard=False,
             log_to_driver=False,
             logging_level="warning",
         )
-    except (OSError, RuntimeError, ValueError) as error:
-        raise UsageError(
-            f"no Ray cluster at {address!r} ({error_summary(error)}); "
-            "start one with ray start --head, or write --ray local."
-        ) from error
+    except (OSError, RuntimeError, ValueError, SystemExit, ray.exceptions.RayError) as error:
+        raise UsageError(f"no Ray cluster at {address!r} ({error_summary(error)}); {hint}") from error
+    ray_threads = set(threading.enumerate()).difference(others)
+    try:
+        with redirect_stdout(_Stdout(sys.stdout, ray_threads)):  # type: ignore[type-var]
+            yield
+    finally:
+        ray.shutdown()
+
+
+@dataclass(frozen=True)
+class _Stdout:
+    """stdout for all threads but Ray's, which print there that a worker died whatever `log_to_driver` is."""
+
+    stdout: TextIO
+    ray_threads: Collection[threading.Thread]
+
+    def __getattr__(self, name: str) -> Any:
+        """Return an attribute of stdout, in one of Ray's threads of stderr."""
+        return getattr(sys.stderr if threading.current_thread() in self.ray_threads else self.stdout, name)
 
 
 @dataclass(frozen=True)
