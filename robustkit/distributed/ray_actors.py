@@ -124,7 +124,7 @@ def _connected(ray: Any, address: str) -> Iterator[None]:
         raise UsageError(f"no Ray cluster at {address!r} ({error_summary(error)}); {hint}") from error
     ray_threads = set(threading.enumerate()).difference(others)
     try:
-        with redirect_stdout(_Stdout(sys.stdout, ray_threads)):  # type: ignore[type-var]
+        with redirect_stdout(_Stdout(sys.stdout, ray_threads)):
             yield
     finally:
         ray.shutdown()
