@@ -8,7 +8,8 @@ divides by zero on a constant one, and changes the caller's array.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -36,13 +37,11 @@ def unstable(loss: PerRow, around: Tensor) -> PerRow:
     return ((around - loss).abs() / size).mean(0).clamp(max=1)
 
 
-def nearby(
-    loss: Callable[[Images], PerRow], x: Images, rng: RowRng, draws: int = DRAWS, rho: float = RHO
-) -> Tensor:
-    """Return the losses (draws B) at points whose pixels differ by at most half of rho, for `unstable`."""
-    with torch.no_grad():
-        shifts = (rho * (rng.at(step=draw).uniform(*x.shape[1:]) - 0.5).to(x.dtype) for draw in range(draws))
-        return torch.stack([loss(x + shift) for shift in shifts])
+def nearby(x: Images, rng: RowRng, draws: int = DRAWS, rho: float = RHO) -> Iterator[Images]:
+    """Yield images (B C H W) whose pixels differ from x by at most half of rho, so often, for `unstable`."""
+    rows = replace(rng, ids=rng.ids.repeat(draws), step=torch.arange(draws).repeat_interleave(len(x)).to(x.device))
+    noise = rows.uniform(*x.shape[1:]).view(draws, *x.shape)
+    yield from (x + rho * (shift - 0.5).to(x.dtype) for shift in noise)
 
 
 def silent(fooled: Tensor) -> Mask:

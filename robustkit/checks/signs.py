@@ -16,7 +16,6 @@ from robustkit.core.criteria import Goal
 from robustkit.core.errors import UsageError
 from robustkit.core.flags import Flag, passed, unmeasured
 from robustkit.core.rng import RowRng
-from robustkit.core.shapes import Images, PerRow
 
 # The mean relative change of the margin above which it is flagged, and the number of draws; plain nets have a
 # quarter of it at most.
@@ -32,14 +31,11 @@ def unstable(probe: Probe) -> Flag:
     code, rows = "unstable-loss", probe.first_correct_rows
     if not len(rows):
         return unmeasured(code, NO_CORRECT_IMAGE, "pass images that it classifies correctly")
-    x, goal = probe.x[rows], Goal(probe.labels[rows])
-
-    def margin(images: Images) -> PerRow:
-        with torch.no_grad():
-            return goal.loss(probe.model(images.clamp(0, 1)), "margin")
-
-    around = indicators.nearby(margin, x, RowRng(probe.seed, "nearby", rows), draws=DRAWS)
-    value = round(float(indicators.unstable(margin(x), around).mean()), 4)
+    x, points = probe.x[rows], indicators.nearby(probe.x[rows], RowRng(probe.seed, "nearby", rows), draws=DRAWS)
+    with torch.no_grad():
+        logits = [probe.model(images.clamp(0, 1)) for images in (*points, x)]
+        margins = Goal(probe.labels[rows].repeat(len(logits))).loss(torch.cat(logits), "margin").view(-1, len(x))
+    value = round(float(indicators.unstable(margins[-1], margins[:-1]).mean()), 4)
     what = "is the mean relative change of the margin if pixels change by at most 4/255"
     if value <= UNSTABLE:
         return passed(code, value, what)

@@ -12,8 +12,7 @@ from robustkit.core.devices import pick_device
 from robustkit.core.errors import UsageError
 from robustkit.core.isolation import default_torch_modes, same_folder, seeded, switch_mode
 from robustkit.core.preprocess import Preprocess
-from robustkit.models.bare import bare, with_numbers
-from robustkit.models.classifier import Classifier
+from robustkit.models.classifier import Classifier, bare, with_numbers
 from robustkit.models.ensembles import from_several
 from robustkit.models.options import Options, read_mean, read_size, read_std
 from robustkit.models.sources import from_code, from_run
