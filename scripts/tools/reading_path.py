@@ -6,7 +6,9 @@
 Counted with `sys.setprofile`, over functions defined in robustkit's files (attacks/ and defenses/ included):
 
 * files, functions and classes that are entered, but for what an import runs;
-* switches: calls from a function of one file to a function of another file;
+* switches: calls from a function of one file to a function of another file; apart from these, the calls of
+  `__torch_function__` that torch makes inside other files while a function mode counts layers, which no line
+  of those files names;
 * modules of robustkit that are loaded.
 
 Then the size of the code: the largest files and functions, and the number of files in each folder.
@@ -40,6 +42,7 @@ class Trace:
         self.files: dict[str, str | None] = {}
         self.functions: set[CodeType] = set()
         self.switches: Counter[tuple[str, str]] = Counter()
+        self.by_torch = 0
         self.imports = 0
 
     def run(self, command: Callable[[], object]) -> None:
@@ -67,7 +70,11 @@ class Trace:
         if not frame.f_code.co_name.startswith("<"):
             self.functions.add(frame.f_code)
         caller = frame.f_back and self._file(frame.f_back.f_code)
-        if caller and caller != file:
+        if not caller or caller == file:
+            return
+        if frame.f_code.co_name == "__torch_function__":
+            self.by_torch += 1
+        else:
             self.switches[caller, file] += 1
 
     def summary(self) -> str:
@@ -80,7 +87,8 @@ class Trace:
         files = {self._file(code) for code in self.functions}
         modules = [name for name in sys.modules if name.partition(".")[0] == "robustkit"]
         return (
-            f"{len(files)} files, {len(self.functions)} functions, {self.switches.total()} switches, "
+            f"{len(files)} files, {len(self.functions)} functions, {self.switches.total()} switches "
+            f"(and {self.by_torch} calls of function modes by torch), "
             f"{len(classes)} classes; {len(modules)} modules loaded"
         )
 
