@@ -1,4 +1,4 @@
-"""Members that are in memory only while they are asked: loaded on use, and one stays until the next comes."""
+"""Members that are loaded when they are used; one stays in memory until the next one is used."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from robustkit.engine.model.loaded_models import Net
 
 
 class InSlot(Protocol):
-    """What can be loaded into a slot."""
+    """An object that can be loaded into a slot."""
 
     net: Net
 

@@ -52,8 +52,8 @@ def measure(change: np.ndarray, norm: str) -> np.ndarray:
 def quantized(adversarial: np.ndarray, clean: np.ndarray, threat: ThreatModel) -> np.ndarray:
     """Return images (N C H W) as levels, uint8, whose change from the clean levels is within the allowance.
 
-    In l2 and l1 the coordinates that rounding moved outwards go back by a level, the farthest first, and again
-    until the change is within the allowance.
+    In l2 and l1 the coordinates that rounding increased are reduced by a level, the largest first, until the
+    change is within the allowance.
     """
     base, most = levels(clean), allowance(threat)
     exact = adversarial.astype(np.float64) * LEVELS - base

@@ -1,4 +1,4 @@
-"""Posteriors and trained ensembles as members of an ensemble of surrogates: any of their nets on demand.
+"""Posteriors and trained ensembles as members of an ensemble of surrogates: any net on use.
 
 Samples of a posterior share one net, whose weights are replaced; the other weights stay on disk.
 """

@@ -137,7 +137,7 @@ class _CraftRun:
             return None
         record = run_folder.read_craft(self.out)
         if broken := run_folder.broken_seals(self.out, record):
-            raise RunError(f"{broken[0]} Give another --out folder to craft anew.")
+            raise RunError(f"{broken[0]} Give another --out folder to craft again.")
         return replace(record, adversarial=run_folder.read_adversarial(self.out))
 
     def _work_left(self, record: Craft, forecast: bool, curve: list[int]) -> bool:

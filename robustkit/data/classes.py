@@ -60,7 +60,7 @@ class ClassOrder:
                 )
             numbers[name] = number
         if not numbers:
-            raise UsageError(f"{source} names no class; write the names of the model's classes in its order.")
+            raise UsageError(f"{source} names no class; write the model's class names in its order.")
         first = {number: name for name, number in reversed(numbers.items())}
         listed = [number for _, number in pairs] == list(range(len(pairs)))
         return cls(numbers, tuple(first.get(number, str(number)) for number in range(max(first) + 1)), listed)
@@ -149,7 +149,7 @@ def relabelled(samples: Samples, order: ClassOrder) -> Samples:
     if missing := [name for name in occurring if name not in order.numbers]:
         raise UsageError(
             f"{samples.name} has the class {missing[0]!r}, which is not among the {len(order.numbers)} names of "
-            "classes=; add it with its place."
+            "classes=; add it with its number."
         )
     places = [order.numbers.get(name, -1) for name in samples.classes]
     return replace(_placed(samples, places, order.names), fixed=True, listed=order.listed)
@@ -220,8 +220,8 @@ def _doubts(classes: tuple[str, ...], count: int | None, names: Sequence[str] | 
                 "warning",
                 len(classes),
                 f"classes are in the data and {count} in the model: labels are places in the sorted names, which "
-                "are the model's own numbers only if its other classes all sort behind",
-                "write the model's classes in its order as ?classes=FILE behind the data, or give data of all",
+                "are the model's own numbers only if all its other classes sort after them",
+                "write the model's classes in its order as ?classes=FILE after the data, or give data of all",
             )
         )
     elif names is not None:
@@ -232,7 +232,7 @@ def _doubts(classes: tuple[str, ...], count: int | None, names: Sequence[str] | 
                 len(classes),
                 f"classes of the data have other names ({', '.join(classes[:3])}, ...) than the model's "
                 f"({', '.join(names[:3])}, ...): labels are places in the sorted names",
-                "name the classes of the data in the model's order with ?classes=FILE behind the data",
+                "name the classes of the data in the model's order with ?classes=FILE after the data",
             )
         )
     if (natural := sorted(classes, key=_by_number)) != list(classes):
@@ -244,7 +244,7 @@ def _doubts(classes: tuple[str, ...], count: int | None, names: Sequence[str] | 
                 None,
                 f"the names of the classes are sorted as text, as torchvision's ImageFolder does "
                 f"({', '.join(classes[:3])}, ...), and not by their numbers ({', '.join(natural[:3])}, ...)",
-                f"if the model's order is that of the numbers, write ?classes={order} behind the data",
+                f"if the model's order is that of the numbers, write ?classes={order} after the data",
             )
         )
     return found
@@ -255,8 +255,8 @@ def _other_length(named: int, count: int) -> Flag:
         "class-count",
         "warning",
         named,
-        f"classes are named by classes= and {count} in the model: a name's place, or number, there is taken for "
-        "the model's number of that class",
+        f"classes are named by classes= and {count} in the model: the position or number of a name there is used "
+        f"as the model's number of that class",
         "list the names of all classes of the model in its order, or write a file of names and numbers",
     )
 

@@ -75,7 +75,7 @@ class EncodedImages(ABC):
                 int(turned.sum()),
                 f"of {len(rows)} pictures carry an EXIF rotation, the first is {first}: it is not applied, as in "
                 "the transforms of torchvision and timm",
-                "turn the files themselves if the model is to see them upright",
+                "rotate the files themselves if the model needs upright images",
             ),
         )
 
@@ -172,7 +172,7 @@ class EncodedImages(ABC):
                 )
         except UsageError:
             raise
-        # The errors that Pillow raises for damaged or hostile files are not a closed list.
+        # Pillow raises many types of errors for damaged or hostile files.
         except Exception as error:
             raise unreadable(self.title(row), error) from error
         if mode.startswith(("I", "F")):

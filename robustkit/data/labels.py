@@ -22,7 +22,7 @@ def class_numbers(
     Args:
         labels: a tensor, an array or a list of N whole numbers of any type, of shape (N,) or (N, 1); of N one-hot
             rows (N, K); or of N names of classes.
-        name: what errors call the data.
+        name: name of the data in errors.
         count: N, the number of images.
         classes: the names of the classes, in the order of their numbers. Without them names are numbered as they
             sort, as those of class folders are.

@@ -133,7 +133,7 @@ def _unknown(string: str, name: str) -> UsageError:
     """Return the error for a string that is neither a known name nor a readable path."""
     file, npz, split = string.partition(".npz:")
     if npz:
-        return UsageError(f"{string!r} asks for split {split!r}, but an .npz file has none; write {file}.npz.")
+        return UsageError(f"{string!r} names the split {split!r}, but an .npz file has none; write {file}.npz.")
     if name == "npz":
         return UsageError(f"{string!r} names no file; write a path that ends in .npz, without 'npz:'.")
     path = os.path.expanduser(string)

@@ -157,11 +157,11 @@ class Samples:
         elif low >= -_ROUNDING and high <= 1 + _ROUNDING:
             raise UsageError(
                 f"{self.name}: the image at position {positions[bad]} has values from {low:.9g} to {high:.9g}, "
-                "outside [0, 1] by rounding; cut them off, as by x.clamp(0, 1)."
+                "outside [0, 1] by rounding; clip them, as with x.clamp(0, 1)."
             )
         else:
             found = f"has values from {float(image.min()):.6g} to {float(image.max()):.6g}"
         raise UsageError(
             f"{self.name}: the image at position {positions[bad]} {found}; "
-            "write values in [0, 1], without normalisation, which belongs into the model, or uint8."
+            "write values in [0, 1], without normalisation, which belongs in the model, or uint8."
         )

@@ -115,7 +115,7 @@ class DiversityRequest:
         begun = time.perf_counter()
         places = np.arange(len(self.samples)) if self.images is None else np.array(self.spec.images, np.int64)
         if not len(places):
-            raise UsageError("no image is left to compare on; look at more with --limit.")
+            raise UsageError("no image is left to compare on; use more with --limit.")
         with evaluation_mode(self.model), own_randomness(self.seed, "diversity"):
             ensemble = EnsembleMembers(self.model, self.device)
             most = BATCH_CPU if self.device.type == "cpu" else BATCH_GPU
@@ -145,7 +145,7 @@ class DiversityRequest:
         if len(index) < 2:
             raise UsageError(
                 f"{len(index)} of {len(places)} images are classified correctly by every member, and two is the "
-                "least to compare on; look at more with --limit, or check labels, normalisation and pixel range."
+                "least to compare on; use more with --limit, or check labels, normalisation and pixel range."
             )
         fooled, lost = [], []
         for number in range(ensemble.count):

@@ -107,7 +107,7 @@ def attack(
 
 
 def transferred(fooled: Mask) -> Mask:
-    """Return who is fooled by images made on any other member (N + 1, n), from results of each (N, N + 1, n)."""
+    """Return the members fooled by images made on any other one (N + 1, n), from results of each (N, N + 1, n)."""
     others = fooled.clone()
     members = torch.arange(len(fooled))
     others[members, members] = False

@@ -1,9 +1,8 @@
 """Which code and paths a string may name that was read from a file.
 
 A model string that the user typed on the command line, or passed in Python, is the user's own and runs the code
-that it names. A string that is read from a report, a run folder or a list of models was written by its author and
-runs none, unless the user passes `--trust-code`, or
-`trust_code=True` in Python. Imports no torch.
+that it names. A string that is read from a report, a run folder or a list of models may come from another author
+and runs none, unless the user passes `--trust-code`, or `trust_code=True` in Python. Imports no torch.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from robustkit.models.strings import ENSEMBLE, FILE, FOLDER, MODULE, SOURCE, Mod
 from robustkit.registry.strings import defense_files
 
 FLAG = "--trust-code"
-# Where a path names no file of a disk: another machine, another program.
+# Prefixes of paths that are not on a disk: another machine, another program.
 _ELSEWHERE = re.compile(r"[\\/]{2}|\w{2,}:")
 _DEVICES = (("dev",), ("proc",), ("sys",))
 # Files that a package's model source may run or unpickle; of weights after `@`, robustkit does neither.
@@ -75,7 +74,7 @@ def _code_in(string: str) -> Iterator[str]:
 
 
 def _texts(spec: ModelString) -> Iterator[str]:
-    """Yield what a model source is given: the name of the net, and the values of the query but defenses."""
+    """Yield the arguments of a model source: the name of the net, and the values of the query without defenses."""
     if spec.kind == SOURCE:
         yield spec.name
         yield from (value for name, value in spec.options.items() if name != "defense")
@@ -91,12 +90,12 @@ def _parts(string: str) -> Iterator[ModelString]:
 
 
 def check_path(path: str, where: object, flag: str) -> None:
-    """Raise UsageError for what is no absolute path on a disk, as all paths in records of robustkit are."""
+    """Raise UsageError unless it is an absolute path on a disk, as all paths in records of robustkit are."""
     place = Path(os.path.normpath(path))
     # Of devices, /dev/shm is a disk in memory.
     devices = place.parts[1:2] in _DEVICES and place.parts[1:3] != ("dev", "shm")
     if "\0" in path or _ELSEWHERE.match(path) or devices or not place.is_absolute():
         raise UsageError(
             f"{where} names {path!r}, which is not the absolute path of a file on a disk of this machine: give "
-            f"{flag} with where it is here."
+            f"{flag} with its path here."
         )

@@ -34,7 +34,7 @@ def working_form(net: Net, images: Images, reader: Reader, forms: Iterable[Form]
         if time.perf_counter() > deadline:
             return None
         try:
-            # A net that takes tensors of autograd is to be given them.
+            # A net that takes tensors of autograd must get them.
             with quietly(), torch.set_grad_enabled(form.batch is None and torch.is_grad_enabled()):
                 form.call(net, images if form.batch is None else images[: form.batch], STANDARD, reader)
         except (Exception, SystemExit) as error:
@@ -46,7 +46,7 @@ def working_form(net: Net, images: Images, reader: Reader, forms: Iterable[Form]
 
 
 def forms_to_try(form: Form, images: Images, taken: Collection[int], words: str) -> Iterator[Form]:
-    """Yield forms to try: numbers of images that the net took before, else all, those in its words first."""
+    """Yield forms to try: batch sizes that worked before, else all, first those that the error message names."""
     if taken:
         for size in sorted(taken, reverse=True):
             yield replace(form, batch=size)

@@ -1,4 +1,4 @@
-"""The classifier: images on [0, 1] go in, logits come out; defense, resizing and normalisation happen inside."""
+"""The classifier: maps images on [0, 1] to logits, with defense, resizing and normalisation inside."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ class Classifier(PreparedNet):
         preprocess: How the net wants image files read, where known.
         reader: Finds the logits in what the net returns.
         trust_code: Whether loading it again by its string may run Python code that a run folder names.
-        notes: What the user should know of how it was loaded, a sentence each.
-        layout: Memory layout of the images that the net is given.
+        notes: Messages to the user about how it was loaded, a sentence each.  layout: Memory layout of the images
+            that the net is given.
     """
 
     net: nn.Module | Callable[[torch.Tensor], object]
@@ -79,10 +79,10 @@ class Classifier(PreparedNet):
             in_channels: Number of channels of its images, where known.
             defenses: Registered defenses, outermost first.
             preprocess: How the net wants image files read, where known.
-            class_names: What its classes are called, in its order, where known.
+            class_names: The names of its classes, in its order, if known.
             output: Where the logits are in what the net returns; None where that is clear.
             binary: How one number per image is read: `logit` or `probability` (see `LogitsReader`).
-            trust_code: Whether it was loaded with the leave to run code that a run folder names.
+            trust_code: Whether it was loaded with permission to run code that a run folder names.
             notes: What the user should know of how it was loaded, a sentence each.
         """
         num_classes = num_classes if binary is None else 2
@@ -111,7 +111,7 @@ class Classifier(PreparedNet):
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over all that determines the logits, as it is now; where the files lie is not in it."""
+        """SHA-256 over all that determines the logits, as it is now; paths of files are not in it."""
         return combined_sha256({**self._identity, "weights": self.weights_sha256})
 
     def with_net(self, net: nn.Module) -> Classifier:

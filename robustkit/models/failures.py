@@ -1,4 +1,4 @@
-"""What others' code fails with: in one line, with the place where it happened; and memory that was short."""
+"""Errors of others' code in one line, with the place where they occurred; and out-of-memory errors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from types import CodeType
 
 import torch
 
-# Torch's own types and Python's are not all that allocators raise.
+# Allocators raise other types than torch's and Python's as well.
 _ALLOCATOR = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 _LONGEST = 300
 _PACKAGE = Path(__file__).parents[1]
@@ -24,7 +24,7 @@ _LIBRARIES = (
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether smaller batches may help."""
+    """Return whether an error means that memory is short, so that smaller batches may help."""
     if isinstance(error, RuntimeError):
         return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _ALLOCATOR)
     return isinstance(error, MemoryError)

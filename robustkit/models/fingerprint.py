@@ -1,4 +1,4 @@
-"""What a model is, as a hash: its tensors and its code, never the place where they lie."""
+"""The identity of a model as a hash of its tensors and its code, independent of their paths."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Labels brought to the numbers that a loaded model has for the classes."""
+"""Labels renumbered to the class numbers of a loaded model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def matched_to(samples: Samples, model: Classifier) -> Samples:
 
 
 def _count(model: Classifier, samples: Samples) -> int | None:
-    """Return how many logits the model gives for the first image; None if it fails, which the run then reports."""
+    """Return the number of logits for the first image; None if the model fails, which the run then reports."""
     try:
         image = samples.images([0])
         device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), image.device)

@@ -48,7 +48,7 @@ def test_imagenets_own_list_has_the_id_first(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        (b"", "names no class; write the names"),
+        (b"", "names no class; write the model"),
         (b"cat\ndog\ncat\n", "has the class 'cat' twice; write each class once"),
         (b'{"cat": -1}', "gives the class 'cat' the number -1; write one from 0 to"),
         (b'{"cat": 999999999999}', "gives the class 'cat' the number 999999999999; write one from 0 to"),

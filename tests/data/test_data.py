@@ -66,7 +66,7 @@ def test_the_first_digits_are_of_all_classes() -> None:
         ("", r"no data ''\."),
         (
             "set.npz:test",
-            r"'set\.npz:test' asks for split 'test', but an \.npz file has none; write set\.npz\.",
+            r"'set\.npz:test' names the split 'test', but an \.npz file has none; write set\.npz\.",
         ),
         ("npz", r"'npz' names no file; write a path that ends in \.npz"),
         ("npz:test", r"'npz:test' names no file; write a path that ends in \.npz"),

@@ -87,7 +87,7 @@ def test_an_image_outside_the_box_is_named(value: float, found: str) -> None:
     given[3, 2, 6, 8] = value
     samples = from_arrays(given, LABELS)
     samples.images([0, 1, 2, 4])
-    with pytest.raises(UsageError, match=f"the image at position 3 {found}.*; (write values in|cut them off, as)"):
+    with pytest.raises(UsageError, match=f"the image at position 3 {found}.*; (write values in|clip them, as)"):
         samples.images([4, 3, 0])
 
 

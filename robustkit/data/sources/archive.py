@@ -19,7 +19,7 @@ from robustkit.data.regular_files import open_regular
 
 # Smaller members are read at once, which also checks their CRC; larger ones are mapped if not compressed.
 _MAP_FROM = 64 << 20
-# What a damaged, truncated, encrypted or oddly packed archive makes zipfile and numpy raise.
+# The errors of zipfile and numpy for damaged, truncated, encrypted or unsupported archives.
 DAMAGE = (
     zipfile.BadZipFile,
     zlib.error,
@@ -36,7 +36,7 @@ _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.r
 
 
 class Header(NamedTuple):
-    """What an array's header says, and where in the archive's member its numbers begin."""
+    """The header of an array, and the offset of its numbers in the archive's member."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
@@ -50,11 +50,11 @@ class Header(NamedTuple):
 
 
 def header(path: Path, archive: zipfile.ZipFile, key: str) -> Header:
-    """Return what the header of one array says, before any of the array is read.
+    """Return the header of one array; the array itself is not read.
 
     Raises:
         UsageError: it holds Python objects, or is packed in a way that numpy does not write; one of `DAMAGE` if
-            the archive is not whole, or the header announces another size than the archive's.
+        the archive is damaged, or the header gives another size than the archive.
     """
     info = archive.getinfo(f"{key}.npy")
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
@@ -80,7 +80,7 @@ def member(path: Path, archive: zipfile.ZipFile, key: str, mode: Literal["r", "c
 
     Raises:
         UsageError: as `header`, or a compressed array does not fit into the memory that is free; one of `DAMAGE`
-            if the archive is not whole.
+        if the archive is damaged.
     """
     info, found = archive.getinfo(f"{key}.npy"), header(path, archive, key)
     order: Literal["F", "C"] = "F" if found.fortran else "C"

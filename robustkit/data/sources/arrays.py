@@ -1,4 +1,4 @@
-"""Samples whose images stand in one array, in memory or memory-mapped."""
+"""Samples whose images are one array, in memory or memory-mapped."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class ArraySource:
 
     Attributes:
         array: (N, H, W, C) if channels_last, else (N, C, H, W).
-        channels_last: where the channels stand.
+        channels_last: whether the channels are the last axis.
     """
 
     array: npt.NDArray[Any]
@@ -67,8 +67,8 @@ def from_arrays(
 
     Args:
         images: floats (N, C, H, W) in [0, 1], or uint8. A uint8 tensor is (N, C, H, W); a uint8 numpy array
-            is (N, H, W, C) when its last axis is 1, 3 or 4 long, otherwise (N, C, H, W). Any of them may be the
-            other way round where its shape leaves no doubt (`layout.channels_last`).
+            is (N, H, W, C) when its last axis is 1, 3 or 4 long, otherwise (N, C, H, W). Any of them may have the
+            other layout if its shape is not ambiguous (`layout.channels_last`).
         labels: see `class_numbers`: integers (N,), one-hot rows (N, K), or names of classes.
         name: name of these samples in errors and records.
         layout: `NCHW` or `NHWC`, to override the above.
@@ -128,10 +128,10 @@ def array_samples(
 
 
 def check_form(shape: tuple[int, ...], dtype: np.dtype[Any], name: str) -> None:
-    """Refuse images of another type or other axes, by what the header of their array says.
+    """Refuse images of another type or with other axes, by the header of their array.
 
     Raises:
-        UsageError: they are no numbers, have not four axes, or hold no pixel.
+        UsageError: they are not numbers, do not have four axes, or have no pixel.
     """
     if dtype != np.uint8 and dtype.kind != "f":
         raise UsageError(f"{name}: the images x are {dtype}; write uint8 in [0, 255], or floats in [0, 1].")

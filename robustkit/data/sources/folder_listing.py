@@ -10,7 +10,7 @@ from pathlib import Path
 
 from robustkit.core.errors import UsageError
 
-# The kinds of picture files that are read, and Pillow's names of the formats behind them.
+# The suffixes of picture files that are read, and Pillow's names of their formats.
 KINDS = ("jpg", "jpeg", "png", "webp", "ppm", "pgm", "bmp", "tif", "tiff", "gif")
 FORMATS = ("JPEG", "PNG", "WEBP", "PPM", "BMP", "TIFF", "GIF")
 # Names of the parts of a data set, such as val, test2017 or train_set.
@@ -31,7 +31,7 @@ class Listing:
         files: paths below the folder, class by class.
         labels: the class of each file, as its place in `classes`.
         hidden: hidden folders, and hidden files that are pictures by their names; none is in `files`.
-        beside: pictures that lie beside the class folders.
+        beside: pictures in the parent folder of the class folders.
     """
 
     classes: tuple[str, ...]
@@ -48,7 +48,7 @@ class Listing:
 
 
 def is_hidden(name: str) -> bool:
-    """Return whether a file or folder of this name was put there by a system or a tool, not as data."""
+    """Return whether a file or folder of this name was created by a system or a tool and is not data."""
     return name.startswith(".") or name in _SYSTEM
 
 
@@ -57,7 +57,7 @@ def list_pictures(root: Path, *, nested: bool = False) -> Listing:
 
     Args:
         root: the folder.
-        nested: take folders that look like the parts of a data set for classes all the same.
+        nested: treat folders that look like the parts of a data set as classes.
 
     Raises:
         UsageError: a class folder is empty, a picture is no ordinary file, or the class folders are one level
@@ -104,7 +104,7 @@ def _walk(root: Path, name: str, hidden: list[str]) -> Iterator[str]:
     while waiting:
         folder = waiting.pop()
         state = os.stat(root / folder)
-        # A link to a folder above would never end.
+        # Following a link to a parent folder would never end.
         if (state.st_dev, state.st_ino) in seen:
             continue
         seen.add((state.st_dev, state.st_ino))
@@ -131,7 +131,7 @@ def _refuse_parent(root: Path, found: dict[str, list[str]]) -> None:
     inner = {name: _folders_of(name, files) for name, files in found.items() if files}
     deep = sorted(name for name, folders in inner.items() if len(folders) > 1 and None not in folders)
     splits = all(_SPLIT.fullmatch(name.lower()) for name in inner)
-    # Class folders may have folders inside, but seldom the same ones in each.
+    # Class folders may have folders inside, but rarely the same ones in each.
     alike = len(deep) == len(inner) and len(set(map(frozenset, inner.values()))) == 1
     if not deep or not (splits or alike):
         return
@@ -143,7 +143,7 @@ def _refuse_parent(root: Path, found: dict[str, list[str]]) -> None:
 
 
 def _folders_of(name: str, files: list[str]) -> set[str | None]:
-    """Return the folders inside a class folder that hold pictures; None stands for the class folder itself."""
+    """Return the folders inside a class folder that hold pictures; None is the class folder itself."""
     below = [file.removeprefix(f"{name}{os.sep}") for file in files]
     return {path.split(os.sep)[0] if os.sep in path else None for path in below}
 

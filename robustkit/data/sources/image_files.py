@@ -1,4 +1,4 @@
-"""Samples of image files in one folder per class, each decoded when it is asked for."""
+"""Samples of image files in one folder per class, each decoded when it is used."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def image_folder(path: Path, name: str, preprocess: Preprocess | None, *, nested
 
     Args:
         path: the folder that holds one folder per class.
-        name: what errors and records call these samples.
+        name: name of these samples in errors and records.
         preprocess: how to bring images to one size; without it they must have one.
-        nested: take folders that look like the parts of a data set for classes all the same.
+        nested: treat folders that look like the parts of a data set as classes.
 
     Raises:
         UsageError: there is no such folder, or it holds no class folders with images.
@@ -48,7 +48,7 @@ class FileSource(EncodedImages):
     """Image files.
 
     Attributes:
-        folder: what the file names are relative to.
+        folder: the folder that the file names are relative to.
         files: one file name per row.
         preprocess: how to bring images to one size.
     """

@@ -1,4 +1,4 @@
-"""Where the channels of an array of images stand. Imports no torch."""
+"""Which axis of an array of images has the channels. Imports no torch."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from collections.abc import Sequence
 from robustkit.core.errors import UsageError, did_you_mean
 
 LAYOUTS = ("NCHW", "NHWC")
-# Channel counts that are taken at their word, however small the image.
+# Up to this many channels are accepted however small the image is.
 _MAX_CHANNELS = 4
-# Sides that are no channels, where another axis is as long as grey or colour images' channels are.
+# An axis at least this long is a side, not channels, if another axis has the length of grey or colour channels.
 _LEAST_SIDE = 8
 
 
 def channels_last(shape: Sequence[int], layout: str | None, assumed: bool, what: str, advice: str) -> bool:
-    """Return whether the channels of images stand last.
+    """Return whether the channels of images are the last axis.
 
     Args:
         shape: of the array, four axes.
-        layout: `NCHW` or `NHWC`, if somebody has said which.
-        assumed: what is taken for true otherwise, if the shape does not speak against it. Three channels at the
-            other end, or one of square images, are taken where both sides are at least 8 pixels.
+        layout: `NCHW` or `NHWC`, or None if the user did not give it.
+        assumed: the result without a layout, unless the shape contradicts it. Three channels on the other axis, or
+            one of square images, are accepted if both sides are at least 8 pixels.
         what: the array, in errors.
-        advice: what to write for a layout, with `{}` in its place.
+        advice: how the user can set a layout, with `{}` for its name.
 
     Raises:
-        UsageError: nobody has said the layout, and read in the usual one the images have more channels than pixels
-            on a side, as those of the other layout do.
+        UsageError: without a layout, if the assumed one gives the images more channels than pixels on a side, as
+        those of the other layout would have.
     """
     if layout is not None:
         if layout.upper() not in LAYOUTS:

@@ -52,7 +52,7 @@ def from_dataset(data: Any) -> Samples:
     for number, item in enumerate(_items(data, name)):
         image, label = _pair(item, name, number)
         found = _pixels(image, name, number)
-        # A loader that makes no batches itself gives what its dataset does.
+        # A loader without batches returns the items of its dataset.
         batched = found.ndim == 4 or (isinstance(data, DataLoader) and data.batch_sampler is not None)
         if batched and (not hasattr(label, "__len__") or len(label) != len(found)):
             raise UsageError(
@@ -84,7 +84,7 @@ def from_dataset(data: Any) -> Samples:
 
 
 def _items(data: Any, name: str) -> Iterator[Any]:
-    """Yield batches or items; what the dataset raises becomes one sentence."""
+    """Yield batches or items; an error of the dataset becomes a UsageError of one sentence."""
     if isinstance(data, Mapping) or (isinstance(data, tuple | list) and len(data) == 2 and _is_batch(data[0])):
         items = iter([data])
     elif _has_places(data) and not isinstance(data, DataLoader):

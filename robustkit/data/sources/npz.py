@@ -22,14 +22,14 @@ _MAX_NAMES = 16 << 20
 def npz(path: Path, layout: str | None = None) -> Samples:
     """Return the samples of an `.npz` file, large uncompressed arrays memory-mapped.
 
-    The headers of all arrays are looked at before any of them is read, and the labels are read before the images.
+    The headers of all arrays are checked before any of them is read, and the labels are read before the images.
 
     Args:
         path: absolute, as it becomes the name of the samples.
-        layout: `NCHW` or `NHWC`; None for the usual one, NHWC for uint8 and NCHW for floats.
+        layout: `NCHW` or `NHWC`; None for the default, NHWC for uint8 and NCHW for floats.
 
     Raises:
-        UsageError: the file is absent, damaged, too large, or not what the contract says.
+        UsageError: the file is absent, damaged, too large, or not of the documented form.
     """
     try:
         with open_regular(path) as file, zipfile.ZipFile(file) as archive:

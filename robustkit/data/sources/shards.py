@@ -1,4 +1,4 @@
-"""Samples in WebDataset's tar shards, read by index: no more of them is in memory than is asked for."""
+"""Samples in WebDataset's tar shards, read by index: only the images in use are in memory."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def webdataset(path: Path, name: str, preprocess: Preprocess | None, cache: Path
 
     Args:
         path: a shard, a folder of them, or several as `{000..099}.tar`.
-        name: what errors and records call these samples.
+        name: name of these samples in errors and records.
         preprocess: how to bring images to one size; without it they must have one.
         cache: the folder where the index is kept.
 
@@ -84,7 +84,7 @@ class ShardSource(EncodedImages):
 
 
 def _expanded(path: Path) -> list[Path]:
-    """Return the shards that a path stands for; all of them must be there."""
+    """Return the shards that a path names; all of them must exist."""
     if os.path.isdir(path):
         shards = sorted(file for file in path.glob("*.tar") if not is_hidden(file.name))
         if not shards:
@@ -92,7 +92,7 @@ def _expanded(path: Path) -> list[Path]:
         return shards
     parts = _RANGE.split(str(path))
     texts, ranges = parts[::3], [*zip(parts[1::3], parts[2::3], strict=True)]
-    # Nothing is expanded before it is known to how much.
+    # The number of shards is checked before the range is expanded.
     if any(len(end) > _MAX_DIGITS for ends in ranges for end in ends):
         raise _too_many(path)
     choices = [range(int(first), int(last) + 1) for first, last in ranges]
@@ -105,7 +105,7 @@ def _expanded(path: Path) -> list[Path]:
         Path("".join(itertools.chain(*zip(texts, [*map(_padded, ranges, numbers), ""], strict=True))))
         for numbers in itertools.product(*choices)
     ]
-    # Unlike Path.is_file, os.path's says no to a name that no file can have.
+    # Unlike Path.is_file, os.path's returns False for an invalid file name.
     missing = [shard for shard in shards if not os.path.isfile(shard)]
     if missing and os.path.exists(missing[0]):
         raise UsageError(f"{missing[0]} is no ordinary file; write webdataset:PATH with a shard or its folder.")
@@ -126,4 +126,4 @@ def _padded(ends: tuple[str, str], number: int) -> str:
 
 def _too_many(path: Path) -> UsageError:
     text = str(path) if len(str(path)) < 200 else f"{str(path)[:200]}..."
-    return UsageError(f"{text} stands for more than {MAX_SHARDS:,} shards; write smaller ranges.")
+    return UsageError(f"{text} names more than {MAX_SHARDS:,} shards; write smaller ranges.")

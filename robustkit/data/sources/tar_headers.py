@@ -1,7 +1,7 @@
 """The headers of a tar file, read one by one with every length checked. Imports no torch.
 
-The standard library's `tarfile` trusts lengths: a negative one sends it back for ever, and it reads headers of any
-length into memory. Here each member must begin behind the last and end inside the file.
+The standard library's `tarfile` trusts lengths: a negative one makes it loop for ever, and it reads headers of any
+length into memory. Here each member must begin after the last one and end inside the file.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Header(NamedTuple):
 
 
 def headers(file: BinaryIO, length: int) -> Iterator[Header]:
-    """Yield the ordinary files of a tar file of that many bytes; links, folders and the like are passed over.
+    """Yield the ordinary files of a tar file of that many bytes; links, folders and the like are skipped.
 
     Raises:
         TarError: a header is damaged, a member does not lie inside the file, or one is sparse.
@@ -75,7 +75,7 @@ def _read(file: BinaryIO, offset: int, size: int) -> bytes:
 
 
 def _check_sum(block: bytes) -> None:
-    """Refuse a header whose bytes do not add up; old programs added them as signed ones."""
+    """Refuse a header with a wrong checksum; old programs sum the bytes as signed numbers."""
     rest = block[:148] + b" " * 8 + block[156:]
     sums = sum(rest), sum(byte - 256 if byte > 127 else byte for byte in rest)
     try:

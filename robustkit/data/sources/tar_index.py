@@ -1,8 +1,8 @@
-"""Where in which tar shard each image lies: found by reading the shards' headers once, then kept in a cache.
+"""The shard and offset of each image: found by reading the shards' headers once, then kept in a cache.
 
 The files of a shard are grouped as WebDataset does: consecutive ones whose paths agree up to the first dot of the
 name are one sample, and what follows the dot is the kind. A sample needs an image and its class, a whole number
-in a file of kind `cls`; files of other kinds are passed over.
+in a file of kind `cls`; files of other kinds are skipped.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from robustkit.data.sources.tar_headers import TarError, headers
 LABEL = "cls"
 # An image in 28 bytes: which shard, where in it and how many bytes, the class.
 ENTRY = np.dtype([("shard", "<i4"), ("offset", "<i8"), ("size", "<i8"), ("label", "<i8")])
-# Changes with what an index holds; older ones are then not found.
+# Changes with the content of an index, so that older ones are not used.
 _FORMAT = 2
 _LONGEST_LABEL = 32
 _MAX_CLASSES = 2**31
@@ -45,7 +45,7 @@ class Member(NamedTuple):
 def index(shards: Sequence[Path], cache: Path) -> npt.NDArray[Any]:
     """Return an `ENTRY` for each image, in the order of the shards and of the images in them.
 
-    It is taken from the cache folder, or made and left there; where that cannot be written it is made each time.
+    It is read from the cache folder, or made and stored there; if the folder is read-only it is made each time.
 
     Raises:
         UsageError: a shard is absent, damaged or compressed, or a sample lacks its image or its label.
@@ -63,7 +63,7 @@ def index(shards: Sequence[Path], cache: Path) -> npt.NDArray[Any]:
 
 
 def name_of(shard: Path, offset: int) -> str:
-    """Return what the file is called whose bytes begin there."""
+    """Return the name of the file whose bytes begin at an offset."""
     return next((f"{one.key}.{one.kind}" for one in _members(shard) if one.offset == offset), f"byte {offset}")
 
 
@@ -73,7 +73,7 @@ def unreadable(shard: Path, reason: object) -> UsageError:
 
 
 def _state(shards: Sequence[Path]) -> str:
-    """Return a hash of what tells these shards, as they are now, from others."""
+    """Return a hash that identifies these shards and their current content."""
     total = hashlib.sha256(f"{_FORMAT}".encode())
     for shard in shards:
         try:
@@ -85,7 +85,7 @@ def _state(shards: Sequence[Path]) -> str:
 
 
 def _keep(place: Path, found: npt.NDArray[Any]) -> None:
-    """Write it whole or not at all: other processes may be reading or writing the same."""
+    """Write it atomically: other processes may be reading or writing the same file."""
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         with replacing(place) as file:
@@ -126,7 +126,7 @@ def _label(shard: Path, file: Member) -> int:
 
 
 def _members(shard: Path) -> Iterator[Member]:
-    """Yield the files of a shard that have a kind; hidden ones, as some systems add, are none of the data's."""
+    """Yield the files of a shard that have a kind; hidden ones, which some systems add, are skipped."""
     try:
         with open_regular(shard) as content:
             for file in headers(content, os.fstat(content.fileno()).st_size):

@@ -1,4 +1,4 @@
-"""Tensors of the user's as numpy arrays."""
+"""The user's tensors as numpy arrays."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def as_array(tensor: torch.Tensor, name: str) -> npt.NDArray[Any]:
     """Return the numbers of a tensor, which shares its memory where possible; floats of any kind as float32.
 
     Raises:
-        UsageError: it is sparse or quantised, or has no numbers (device `meta`); `name` is what errors call it.
+        UsageError: it is sparse or quantised, or has no numbers (device `meta`); `name` is its name in errors.
     """
     try:
         there = tensor.detach().cpu()

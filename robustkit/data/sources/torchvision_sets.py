@@ -24,7 +24,7 @@ _READERS = {
     "cifar100": "CIFAR100",
     "svhn": "SVHN",
 }
-# What torchvision's readers raise when files are absent, damaged, or cannot be fetched.
+# The errors of torchvision's readers for files that are absent, damaged, or cannot be downloaded.
 _FAILURE = (RuntimeError, OSError, ValueError, AssertionError, LookupError, EOFError)
 
 

@@ -19,7 +19,7 @@ Aggregator = Callable[[Tensor], Logits]
 
 
 def probabilities(stack: Tensor) -> Logits:
-    """Return the logarithm of the mean of the probabilities; safe where a predictor is sure."""
+    """Return the logarithm of the mean of the probabilities; finite if a predictor is certain."""
     return stack.log_softmax(2).logsumexp(1) - math.log(stack.shape[1])
 
 
@@ -29,7 +29,7 @@ def logits(stack: Tensor) -> Logits:
 
 
 def vote(stack: Tensor) -> Logits:
-    """Return how many predictors name each class; ties go by the mean probability, which has the only gradient."""
+    """Return the votes for each class; ties are broken by the mean probability, which has the only gradient."""
     named = F.one_hot(stack.argmax(2), stack.shape[2])
     return named.to(stack.dtype).sum(1) + probabilities(stack).exp() / 2
 
@@ -42,10 +42,10 @@ def median(stack: Tensor) -> Logits:
 def crossmax(stack: Tensor, k: int | None = None) -> Logits:
     """Return the k-th largest, without k the median (see `median`), of logits less two maxima.
 
-    First each predictor's own largest is taken off, then each class's largest over all predictors.
+    First each predictor's largest logit is subtracted, then each class's largest over all predictors.
 
     Raises:
-        UsageError: for one predictor or k = 1, where all classes come out alike, or fewer predictors than k.
+        UsageError: for one predictor or k = 1, where all classes have equal values, or fewer predictors than k.
     """
     count = stack.shape[1]
     if count < 2 or (k is not None and not 2 <= k <= count):

@@ -1,4 +1,4 @@
-"""What an aggregator does, found by numbers: no data, no model, a few thousand random logits.
+"""Properties of an aggregator, measured on a few thousand random logits; no data, no model.
 
 Logits are standard normal, independent. The results show how an aggregator behaves, not how well a
 model with it does.
@@ -16,7 +16,7 @@ from robustkit.core.errors import UsageError
 from robustkit.models.ensembles.aggregation import Aggregator, parse_aggregator
 
 DRAWS, CASES = 4000, 200
-# The logits of predictors that were taken over, and how far honest ones are ahead in their class.
+# The logits of predictors that an attacker controls, and the lead of the correct class in the others.
 FORCED_LOGIT, CORRECT_LEAD = 1e6, 10.0
 
 
@@ -29,15 +29,14 @@ class FactSheet:
         predictors: N.
         classes: K.
         draws: random logits (N K) that shares are of.
-        invariances: what may be done to the logits, and whether the differences between classes stay; classes
-            that are permuted or shifted have the result permuted or shifted, and likewise for a common factor.
+        invariances: changes of the logits, and whether the differences between classes are unchanged; if classes
+            are permuted, shifted or scaled together, the result must be permuted, shifted or scaled.
         plateau: share of draws in which the score of the winning class has no gradient at all.
         ties: share of draws in which two classes or more share the highest score; the lower number then wins.
         unvoted: share of draws won by a class that no predictor names.
         partials: the most logits that the winning class's score depends on, of N * K.
-        tied_by: the fewest predictors that, taken over, bring their class level with that of all others; None if
-            no number does, short of all.
-        taken_by: the fewest that bring it ahead.
+        tied_by: the fewest controlled predictors whose class ties with that of all others; None if all are needed.
+        taken_by: the fewest whose class wins.
     """
 
     aggregator: str

@@ -52,7 +52,7 @@ def build(spec: ModelString, options: Options, load: Load, seed: int) -> Built:
 
 
 def _check_alike(one: Classifier, other: Classifier) -> None:
-    """Refuse two that are known to differ in their classes or images; what is not known shows when they run."""
+    """Refuse two that are known to differ in their classes or images; other differences show when they run."""
     both = f"{one.string!r} and {other.string!r}"
     for what, first, second in (
         ("classes", one.num_classes, other.num_classes),
@@ -71,7 +71,7 @@ def _check_alike(one: Classifier, other: Classifier) -> None:
 
 
 def _check_unlike(members: list[Classifier]) -> None:
-    """Refuse one net several times: without its own output no evidence is left for any class."""
+    """Refuse copies of one net under CrossMax: all classes would have equal logits."""
     if len({member.fingerprint for member in members}) == 1:
         raise UsageError(
             f"crossmax of {len(members)} times {members[0].string!r} is 0 for every class: join nets that differ."

@@ -33,16 +33,16 @@ def joined_by(text: str | None, count: int, where: str) -> Aggregator:
 
 
 def way(text: str | None) -> dict[str, str]:
-    """Return what `combine=` adds to a model's identity; nothing for the default."""
+    """Return the part of a model's identity that `combine=` adds; nothing for the default."""
     return {} if text in (None, DEFAULT_AVERAGE) else {"combine": str(text)}
 
 
 class Mixture(nn.Module, ABC):
-    """Nets side by side. As a model it predicts with all of them; `at` gives one.
+    """Several nets. As a model it predicts with all of them; `at` returns one.
 
     Attributes:
         aggregate: combines the logits of all nets (B N K) to logits (B K).
-        reader: how the logits are found in what a net returns.
+        reader: finds the logits in the output of a net.
     """
 
     def __init__(self, aggregate: Aggregator = probabilities, reader: LogitsReader | None = None) -> None:
@@ -71,7 +71,7 @@ class Mixture(nn.Module, ABC):
 
     def stacked(self, x: Images) -> Tensor:
         """Return all nets' logits (B N K), in float32 or wider."""
-        # Traced, a loop over weights that change in place would come out as one over the last of them.
+        # A trace would use the last sample's weights for all samples, because they change in place.
         if not isinstance(x, Tensor):
             raise TypeError("a mixture of nets is not to be traced.")
         logits = [self.one(number, x) for number in range(len(self))]
@@ -115,8 +115,8 @@ class Members(Mixture):
 class Samples(Mixture):
     """Samples of a posterior, put one after the other into one net: two nets' memory for any number of them.
 
-    A gradient through all of them runs every net forward again, since its weights are gone by then. Only logits
-    are kept in between, so any aggregator will do.
+    A gradient through all of them runs every net forward again, since its weights have been replaced by then. Only
+    logits are kept in between, so any aggregator works.
     """
 
     def __init__(
@@ -146,7 +146,7 @@ class Samples(Mixture):
         """Return the net with a sample's weights in it."""
         if self._inside != number:
             self.posterior.put(self.net, self.numbers[number])
-            # Autocast keeps its copies of weights, which would now be those of another sample.
+            # Autocast caches copies of weights, which would be those of another sample.
             torch.clear_autocast_cache()
             self._inside = number
         return self.net

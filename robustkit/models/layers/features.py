@@ -1,9 +1,9 @@
-"""What a net's layers see, of any architecture, and images that one layer takes for other images.
+"""Features of the layers of any net, and images whose features at one layer are those of other images.
 
 Layers are numbered from 1 in the order in which they run: layer l is the input of the l-th activation, and the
 last layer is the logits. In a ResNet-20 these are the twenty layers of DVERGE (arXiv:2009.14720), sums of blocks
 before their activation among them, which are the output of no module. A layer can also be a module's name.
-The pass ends at that layer, and no hook is left on the net.
+The pass ends at that layer, and no hook stays on the net.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ TINY = 1e-12
 
 
 class Reached(BaseException):
-    """Ends a forward pass where its layer is reached; no error, and not to be taken for one."""
+    """Raised to end a forward pass at its layer; it is not an error."""
 
     def __init__(self, value: Tensor) -> None:
-        """Carry what was found."""
+        """Keep the features."""
         super().__init__()
         self.value = value
 
@@ -58,7 +58,7 @@ class _Count(TorchFunctionMode):
 
 @contextmanager
 def evaluating(net: nn.Module) -> Iterator[None]:
-    """Put a net into eval mode for a while; every part of it has its own mode back afterwards."""
+    """Put a net into eval mode inside; restore the mode of every part afterwards."""
     modes = [(part, part.training) for part in net.modules()]
     net.eval()
     try:
@@ -70,14 +70,14 @@ def evaluating(net: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def depth(net: nn.Module, image: Images) -> int:
-    """Return how many layers a net has, by a pass over one image that leaves the net as it was."""
+    """Return how many layers a net has, by a pass over one image that does not change the net."""
     with evaluating(net), _Count() as count:
         net(image)
     return int(count.seen) + 1
 
 
 def features(net: nn.Module, x: Images, layer: int | str) -> Tensor:
-    """Return what a layer sees of each image (B ...)."""
+    """Return the features (B ...) of each image at a layer."""
     try:
         if isinstance(layer, int):
             with _Count(layer):
@@ -88,7 +88,7 @@ def features(net: nn.Module, x: Images, layer: int | str) -> Tensor:
 
 
 def check_layer(net: nn.Module, layer: int | str, layers: int) -> None:
-    """Refuse a layer that a net of so many layers has not."""
+    """Refuse a layer that a net of this many layers does not have."""
     if isinstance(layer, str):
         if not any(_is(name, layer) for name, _ in net.named_modules() if name):
             raise did_you_mean("layer", layer, _names(net))
@@ -97,7 +97,7 @@ def check_layer(net: nn.Module, layer: int | str, layers: int) -> None:
 
 
 def _names(net: nn.Module) -> list[str]:
-    """Return the names of a net's modules, without those of what it is wrapped in."""
+    """Return the names of a net's modules, without those of its wrappers."""
     parts = list(net.children())
     while len(parts) == 1 and any(parts[0].children()):
         net, parts = parts[0], list(parts[0].children())
@@ -105,7 +105,7 @@ def _names(net: nn.Module) -> list[str]:
 
 
 def _is(name: str, wanted: str) -> bool:
-    """Return whether a module has this name in the net, or in what the net is wrapped in."""
+    """Return whether a module has this name in the net or in a wrapper of it."""
     return name == wanted or name.endswith(f".{wanted}")
 
 
@@ -138,11 +138,11 @@ def distil(
 ) -> Images:
     """Return images near `source` whose features at a layer are like those of `target`; no gradient is attached.
 
-    The target's features are taken once, where the authors' code takes them anew in every step: the numbers are
-    the same, and running statistics see half as many passes. No gradient of the weights is computed.
+    The target's features are computed once, while the authors' code computes them again in every step: the results
+    are the same, and running statistics are updated half as often. No gradient of the weights is computed.
 
     Args:
-        net: taken in the mode it is in.
+        net: used in its current mode.
         source: (B C H W) in [0, 1].
         target: likewise, one for each source.
         layer: a number from 1, or a module's name.
@@ -170,7 +170,7 @@ def distil(
         if found is None:
             raise UsageError(
                 f"layer {layer} has no gradient with respect to the image, so that no images can be made that it "
-                "takes for others: use a model without the transform in front of it that stops gradients."
+                "takes for others: use a model without the transform that stops gradients."
             )
         return found
 

@@ -1,8 +1,8 @@
 """Residual blocks of nets, and forward hooks that change their skips or the gradients of their branches.
 
-A block is known by the name of its class or by the parts it has. Where it forks is seen while it runs: the branch
-begins at the part that is given the block's own input, or what its shortcut is given. Nothing is copied, and
-the hooks are gone when the context is left, also by an error.
+A block is recognised by the name of its class or by its parts. Its branch is found while it runs: it begins at the
+part that gets the block's own input, or the input of its shortcut. Nothing is copied, and the hooks are removed
+when the context ends, also by an error.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Block:
 
 
 def blocks(model: Any) -> list[Block]:
-    """Return the residual blocks of a net, or of what wraps one as `model` or `net`.
+    """Return the residual blocks of a net, or of a wrapper's `model` or `net`.
 
     Raises:
         UsageError: if it has none that are known.
@@ -71,7 +71,7 @@ def skips(model: Any) -> int:
 
 @contextmanager
 def eroded(model: Any, factors: Tensor) -> Iterator[None]:
-    """Multiply the skips in a net by factors (B, skips), each row's by its own."""
+    """Multiply the skips in a net by factors (B, skips) for each row."""
     with _hooks() as keep:
         columns = iter(factors.unbind(1))
         for block in blocks(model):
@@ -120,7 +120,7 @@ def _parts(block: Block) -> tuple[list[nn.Module], list[nn.Module]]:
 
 
 def _erode(block: Block, factors: list[Tensor], keep: list[Any]) -> None:
-    """Give the block its input times the factor, and the parts that take it the input itself."""
+    """Give the block its input times the factor, and the parts of its branch the input itself."""
     seen: dict[str, Tensor] = {}
 
     def scale(factor: Tensor, value: Tensor) -> Tensor:
@@ -143,7 +143,7 @@ def _erode(block: Block, factors: list[Tensor], keep: list[Any]) -> None:
         seen["middle"] = args[0]
 
     def leave(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        # Some blocks give their result another shape than it was summed in.
+        # The output of some blocks has another shape than the sum.
         return output + scale(factors[1] - 1, seen["middle"]).reshape(output.shape)
 
     others, shortcuts = _parts(block)
@@ -156,12 +156,12 @@ def _erode(block: Block, factors: list[Tensor], keep: list[Any]) -> None:
 
 
 def _unscaled(value: Any) -> Any:
-    """Return what a block was given before its input was scaled; anything else as it is."""
+    """Return a block's input before it was scaled; other values unchanged."""
     return getattr(value, "unscaled", value)
 
 
 def _damp(block: Block, gamma: float, keep: list[Any]) -> None:
-    """Damp the gradient where a branch begins, which is the same as where it ends."""
+    """Damp the gradient at the beginning of a branch, which is equivalent to its end."""
     seen: Any = {}
 
     def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -176,8 +176,8 @@ def _damp(block: Block, gamma: float, keep: list[Any]) -> None:
         return (alias, *args[1:])
 
     def fork(module: nn.Module, args: tuple[Any, ...]) -> None:
-        # The shortcut takes what an activation made of the input: the fork is there, and what was taken for the
-        # beginning of the branch was none.
+        # The shortcut's input is an activation of the block's input: the branch begins there, not where it was
+        # assumed.
         if args and _unscaled(args[0]) is not seen.get("fork"):
             seen["damping"][0] = False
             seen.update(fork=args[0], damping=[True])
