@@ -95,7 +95,12 @@ def test_a_changed_file_is_another_run(folder: Path) -> None:
 
 def test_a_leaderboard_with_a_changed_file_is_another(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ids: list[str] = []
-    monkeypatch.setattr("robustkit.cli.verbs.evaluate.run_leaderboard", lambda _, id, *rest: ids.append(id) or 0)
+
+    def record(models: object, id: str, *rest: object) -> int:
+        ids.append(id)
+        return 0
+
+    monkeypatch.setattr("robustkit.cli.verbs.evaluate.run_leaderboard", record)
     (folder / "models.txt").write_text("robustkit:digits-cnn\n")
     command = "robustkit evaluate --models models.txt --data digits:test --suite"
     file = "./random_signs.py:RandomSigns"
