@@ -54,6 +54,7 @@ class ThreadPool(WorkerPool):
     """
 
     threads = 1
+    shares_files = True
 
     def __init__(self, count: int) -> None:
         self.count, self.turn = count, threading.Lock()

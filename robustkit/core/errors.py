@@ -9,6 +9,8 @@ from pathlib import Path
 
 # The most characters of a word in a message: enough for paths; longer numbers are shortened.
 MAX_WORD_LENGTH = 300
+# Where files are that a worker got from a driver on another machine, by the paths that the driver's strings have.
+relocated: dict[str, str] = {}
 
 
 class RobustkitError(ValueError):
@@ -62,7 +64,7 @@ def error_summary(error: BaseException) -> str:
 
 
 def expand_path(path: str | os.PathLike[str]) -> Path:
-    """Return a path with its ~ replaced.
+    """Return a path with its ~ replaced, or where the file is that was sent to this machine under this path.
 
     Raises:
         UsageError: if there is no such user, or a part of it contains NUL or is longer than 255 bytes.
@@ -73,7 +75,7 @@ def expand_path(path: str | os.PathLike[str]) -> Path:
     for part in Path(text).parts:
         if "\0" in part or len(part.encode(errors="surrogatepass")) > 255:
             raise UsageError(f"the name {part!r} is none that a file can have; write a shorter one, without NUL.")
-    return Path(text)
+    return Path(relocated.get(os.path.normpath(text), text))
 
 
 def did_you_mean(kind: str, name: str, known: Iterable[str], more: Iterable[str] = ()) -> UsageError:

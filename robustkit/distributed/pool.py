@@ -53,10 +53,16 @@ class WorkerPool(ABC):
 
     A worker runs its tasks one after the other, in the order in which they were submitted. If it dies, all its
     futures raise `WorkerDied` and so do those submitted later, until it is restarted; other workers go on.
+
+    Attributes:
+        count: how many workers there are.
+        threads: how many CPU threads each has.
+        shares_files: whether all workers can read the files that the driver reads.
     """
 
     count: int
     threads: int
+    shares_files: bool
 
     @abstractmethod
     def device(self, own: torch.device, worker: int) -> str:

@@ -37,6 +37,8 @@ class _Worker:
 class ProcessPool(WorkerPool):
     """Worker processes of this machine, each a fresh interpreter with its share of the driver's threads."""
 
+    shares_files = True
+
     def __init__(self, count: int) -> None:
         """Start `count` processes; they import while the driver goes on."""
         self.count, self.threads = count, max(1, torch.get_num_threads() // count)

@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from robustkit.core.errors import UsageError, error_summary
+from robustkit.core.errors import RobustkitError, UsageError, error_summary
 from robustkit.distributed.pool import (
     Handle,
     State,
@@ -50,7 +50,7 @@ class RayPool(WorkerPool):
             import ray
         except ImportError:
             raise UsageError("there is no Ray here: pip install ray, or leave --ray out.") from None
-        self.ray = ray
+        self.ray, self.shares_files = ray, address == LOCAL
         self._connection = ExitStack()
         if not ray.is_initialized():
             self._connection.enter_context(_connected(ray, address))
@@ -89,7 +89,9 @@ class RayPool(WorkerPool):
         try:
             return future.result()
         except self.ray.exceptions.RayTaskError as error:
-            raise error.cause from error
+            # Any other error than of `run_task` comes from unpickling the task.
+            known = isinstance(error.cause, RobustkitError)
+            raise (error.cause if known else cannot_load("a task", error.cause)) from error
         except self.ray.exceptions.RayError as error:
             how = "its node has died" if "its node has died" in str(error) else type(error).__name__
             raise WorkerDied(self._owners[future], how) from error

@@ -73,6 +73,11 @@ def load_reference(name: str) -> Any:
     return getattr(module, attribute)
 
 
+def loaded_files() -> list[Path]:
+    """Return the absolute paths of the files that `load_reference` has run in this process."""
+    return list(dict.fromkeys(path for path, _ in _loaded))
+
+
 def reference_of(thing: Any) -> str | None:
     """Return the `FILE.py:NAME` by which `load_reference` has loaded a class or function; None for others."""
     for (path, _), module in _loaded.items():

@@ -100,7 +100,7 @@ def open_one(kind: str) -> WorkerPool:
         return ThreadPool(2)
     if kind == "ray":
         pytest.importorskip("ray")
-        os.environ.setdefault("RAY_worker_niceness", "0")
+        os.environ |= {"RAY_worker_niceness": "0", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     return open_pool(2, "local" if kind == "ray" else None)
 
 
