@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import zlib
 
@@ -54,3 +55,12 @@ def _one_thread():
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_flush_to_disk():
+    """Leave files in the page cache: only a power failure could show the difference."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(os, "fsync", os.fstat)
+    yield
+    patch.undo()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -49,12 +50,21 @@ def own_imports_of_module(name: str, file: Path) -> dict[str, Path]:
     return own_imports(file, root, name, top)
 
 
-def _imported(file: Path, package: str) -> Iterator[str]:
-    """Yield the names that a file imports anywhere in its text; each may be a module or something in one."""
+def _imported(file: Path, package: str) -> tuple[str, ...]:
+    """Return the names that a file imports anywhere in its text; each may be a module or something in one."""
     try:
-        tree = ast.parse(file.read_bytes())
+        return _imported_in(file.read_bytes(), package)
     except (OSError, SyntaxError, ValueError, RecursionError):  # reported when the file is run
-        return
+        return ()
+
+
+# Every load of a net by code, as of each sample of a run folder, looks through the same files.
+@functools.lru_cache(maxsize=1024)
+def _imported_in(text: bytes, package: str) -> tuple[str, ...]:
+    return tuple(_imports(ast.parse(text), package))
+
+
+def _imports(tree: ast.Module, package: str) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (name.name for name in node.names)

@@ -129,8 +129,9 @@ def gather(
             # A model given as a Python object cannot be loaded again.
             pairs = zip(nets, models, strict=False)
             nets = [replace(one, model=None) if isinstance(given, str) else one for one, given in pairs]
-        del classifier, net
-    gc.collect()
+            del classifier, net
+            # The bytes of a net that is in a cycle of references are free only then.
+            gc.collect()
     return nets
 
 
