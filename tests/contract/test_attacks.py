@@ -58,6 +58,8 @@ FAMILIES = {
         "l1": ("foolbox:L1PGD", {"steps": 20, "rel_stepsize": 0.1}),
     }
 }
+# What shows in each step shows in few.
+BRIEF = {"steps": 6, "queries": 40}
 # How many times the nearest distance a weaker search gets (1.5 for all others).
 SLACK = {
     ("autoattack:square", "linf"): 4,
@@ -86,7 +88,12 @@ def cases(*, own=None, reduced=True):
     return [pytest.param(*case, id=f"{case[0]}-{case[2]}") for case in found]
 
 
-# Official attacks say with this flag that a gradient was zero; no test here is about that.
+def brief(name, fields):
+    """Return an attack of these fields, but of few steps."""
+    attack = make(name, **fields)
+    few = {word: min(most, getattr(attack, word)) for word, most in BRIEF.items() if hasattr(attack, word)}
+    return replace(attack, **few)
+
 
 every = pytest.mark.parametrize(("name", "fields", "norm"), cases())
 own = pytest.mark.parametrize(("name", "fields", "norm"), cases(own=True))
@@ -140,7 +147,7 @@ def test_one_image_is_enough(name, fields, norm):
 @every
 def test_the_same_seed_gives_the_same_bytes(name, fields, norm):
     problem = sphere()
-    check_repeatable(make(name, **fields), problem, threat_at(problem, norm, 0.9))
+    check_repeatable(brief(name, fields), problem, threat_at(problem, norm, 0.9))
 
 
 @every
@@ -154,13 +161,13 @@ def test_no_side_effects(name, fields, norm):
 @pytest.mark.parametrize("factor", [0.9, 1.5])
 def test_result_is_independent_of_the_batch(name, fields, norm, factor):
     problem = plane(5)
-    check_row_independent(make(name, **fields), problem, threat_at(problem, norm, factor))
+    check_row_independent(brief(name, fields), problem, threat_at(problem, norm, factor))
 
 
 @own
 def test_no_global_generator_moves(name, fields, norm):
     problem = plane(3)
-    check_global_generators(make(name, **fields), problem, threat_at(problem, norm, 0.9))
+    check_global_generators(brief(name, fields), problem, threat_at(problem, norm, 0.9))
 
 
 @own
@@ -199,13 +206,13 @@ def test_zero_eps_returns_the_clean_images(name, fields, norm):
 def test_inputs_with_requires_grad_and_callers_under_no_grad(name, fields, norm):
     problem = plane(3)
     threat = threat_at(problem, norm, 0.9)
-    expected = run(make(name, **fields), problem, threat)
+    expected = run(brief(name, fields), problem, threat)
     wanting = problem.x.clone().requires_grad_()
-    found = make(name, **fields)(problem.model, wanting, problem.goal, threat, rng=rng_of(problem))
+    found = brief(name, fields)(problem.model, wanting, problem.goal, threat, rng=rng_of(problem))
     assert not found.requires_grad
     assert torch.equal(found, expected)
     with torch.no_grad():
-        assert torch.equal(run(make(name, **fields), problem, threat), expected)
+        assert torch.equal(run(brief(name, fields), problem, threat), expected)
 
 
 @own
@@ -217,7 +224,7 @@ def test_logits_that_are_not_finite_are_no_success(name, fields, norm):
         logits = problem.model(x)
         return torch.where((x == problem.x[:1]).flatten(1).all(1)[:, None], logits, logits * torch.nan)
 
-    found = run(make(name, **fields), replace(problem, model=broken), threat)
+    found = run(brief(name, fields), replace(problem, model=broken), threat)
     assert found.shape == problem.x.shape
 
 

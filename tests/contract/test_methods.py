@@ -278,7 +278,7 @@ def test_several_members_are_trained_or_refused(name: str, tmp_path: Path) -> No
         with pytest.raises(UsageError, match=f"{name} trains one net"):
             train_briefly(method, tmp_path, members=2)
         return
-    record = train_briefly(method, tmp_path, members=2)
+    record = train_briefly(method, tmp_path, members=2, epochs=2)
     assert record.members == len(record.member_accuracy) == 2
     first, second = (load_model(f"{tmp_path}/#{number}", trust_code=True).net.state_dict() for number in (0, 1))
     head = next(weight for weight in first if weight.endswith("head.weight"))

@@ -79,19 +79,19 @@ def expected(groups: list[list[str]], attack: str, combine: str = "gradients", s
     return whole(Surrogates(members, combine), X, Goal(Y), ThreatModel.parse(EPS), rng=rng)
 
 
-@pytest.mark.parametrize("combine", ["gradients", "logits"])
 @pytest.mark.parametrize(
-    ("attack", "streaming"),
+    ("attack", "streaming", "combine"),
     [
-        ("mi-fgsm(steps=4)", True),
-        ("mi-fgsm(steps=4)+light(samples=2)", False),
-        ("i-fgsm(steps=2)+full", True),
-        ("cwa(steps=3,order=antithetic)", False),
-        ("pgd(steps=3)+di+ti", False),
+        ("mi-fgsm(steps=4)", True, "logits"),
+        ("mi-fgsm(steps=4)+light(samples=2)", False, "gradients"),
+        ("i-fgsm(steps=2)+full", True, "gradients"),
+        ("i-fgsm(steps=2)+full", False, "logits"),
+        ("cwa(steps=3,order=antithetic)", False, "gradients"),
+        ("pgd(steps=3)+di+ti", False, "logits"),
     ],
 )
 def test_crafting_on_posteriors_equals_the_attack_on_loaded_nets(
-    runs: dict[str, str], attack: str, combine: str, streaming: bool
+    runs: dict[str, str], attack: str, streaming: bool, combine: str
 ) -> None:
     """Swapped into one net, loaded or streamed: the same images as with all nets in memory."""
     strings = [runs["a"], runs["b"], "robustkit:digits-cnn?num_classes=4&pretrained=false"]
@@ -105,7 +105,7 @@ def test_crafting_on_posteriors_equals_the_attack_on_loaded_nets(
 
 def test_gradients_per_image_of_posteriors(runs: dict[str, str]) -> None:
     def spent(attack: str, *strings: str, **words: Any) -> float:
-        return craft(list(strings), X, Y, EPS, attack=attack, batch_size=5, **words).gradients_per_image
+        return craft(list(strings), X[:3], Y[:3], EPS, attack=attack, batch_size=2, **words).gradients_per_image
 
     assert spent("i-fgsm(steps=4)", runs["a"]) == 4
     assert spent("i-fgsm(steps=4)+light(samples=2)", runs["a"]) == 8
@@ -165,11 +165,12 @@ def test_light_attacks_use_the_members_of_a_trained_ensemble(runs: dict[str, str
     assert (abs(whole.adversarial["x"] - alone.adversarial["x"]) < 1e-5).mean() > 0.99
 
 
-@pytest.mark.parametrize("technique", ["ghost", "sgm", "ghost+di+light(samples=2)", "ghost+full"])
+@pytest.mark.parametrize("technique", ["sgm", "ghost+di+light(samples=2)", "ghost+full"])
 def test_techniques_on_residual_blocks_work_on_posteriors(runs: dict[str, str], technique: str) -> None:
-    plain = craft([runs["resnet"]], X, Y, EPS, attack="mi-fgsm(steps=2)")
-    record = craft([runs["resnet"]], X, Y, EPS, attack=f"mi-fgsm(steps=2)+{technique}")
-    assert ThreatModel.parse(EPS).contains(torch.from_numpy(record.adversarial["x"]), X).all()
+    x, y = X[:3], Y[:3]
+    plain = craft([runs["resnet"]], x, y, EPS, attack="mi-fgsm(steps=2)")
+    record = craft([runs["resnet"]], x, y, EPS, attack=f"mi-fgsm(steps=2)+{technique}")
+    assert ThreatModel.parse(EPS).contains(torch.from_numpy(record.adversarial["x"]), x).all()
     assert (record.adversarial["x"] != plain.adversarial["x"]).any()
 
 

@@ -45,7 +45,7 @@ def told(report: Report) -> list[tuple[bool, str | None]]:
 @pytest.mark.parametrize("norm", EPS)
 def test_verdicts_are_independent_of_the_batch_size(norm: str) -> None:
     net = Small().eval()
-    x, y = labelled(net, 24, SHAPE)
+    x, y = labelled(net, 12, SHAPE)
     suite = MIXED if norm != "l1" else ",".join(a for a in MIXED.replace(",race", ";race").split(";")[:1])
     reports = [
         evaluate(net, x, y, EPS[norm], suite=suite, batch_size=size, precision="fp32") for size in (1, 5, 64)
@@ -448,7 +448,7 @@ def test_slots_stay_full_while_samples_wait() -> None:
 @pytest.mark.parametrize("fault", ["quantised", "zero"])
 def test_square_fools_nets_without_a_useful_gradient(fault: str) -> None:
     net = {"quantised": lambda: Stairs(), "zero": lambda: Stairs(levels=40)}[fault]()
-    x, y = labelled(net, 12, (1, 6, 8))
+    x, y = labelled(net, 4, (1, 6, 8))
     report = evaluate(net, x, y, "linf:0.15", suite="rapid")
     fallen = {stage.attack: stage.fooled for stage in report.stages}
     assert fallen["square"] > 0
@@ -465,13 +465,6 @@ class Stairs(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.floor((x - 0.5).flatten(1) @ self.weight.T * self.levels) / self.levels
-
-
-def test_a_randomised_net_is_flagged() -> None:
-    net = Faulty("random")
-    x, y = labelled(Small(1), 8, (1, 6, 8))
-    report = evaluate(net, x, y, "linf:0.01", suite="rapid")
-    assert "randomised" in {flag.code for flag in report.flags}
 
 
 def test_the_last_query_is_the_verdict_of_a_deterministic_model() -> None:

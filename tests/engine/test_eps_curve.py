@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -107,7 +108,7 @@ def test_curves_of_all_misclassified_and_of_all_robust_images() -> None:
 
 
 def test_distances_are_independent_of_the_batch_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    net, x, y, _ = linear("l2")
+    net, x, y = (part[:15] if isinstance(part, torch.Tensor) else part for part in linear("l2")[:3])
     whole = found(evaluate(net, x, y, "l2:0.02", suite="pgd(steps=5)", curve=True))
     monkeypatch.setattr(engine, "BATCH_SIZE", 7)
     parts = found(evaluate(net, x, y, "l2:0.02", suite="pgd(steps=5)", curve=True))
@@ -151,7 +152,7 @@ def test_out_of_memory_halves_the_batch_and_continues(tmp_path: Path) -> None:
 
 def test_a_curve_added_later_is_the_same_and_is_stored(tmp_path: Path) -> None:
     net = Small().eval()
-    x, y = labelled(net, 20, SHAPE)
+    x, y = labelled(net, 8, SHAPE)
     plain = evaluate(net, x, y, "linf:0.05", suite="pgd(steps=5)", out=tmp_path / "r")
     assert plain.curve is None
     assert "curve" not in json.loads((tmp_path / "r" / "report.json").read_text())
@@ -184,11 +185,20 @@ def test_the_curve_round_trips_through_json() -> None:
         Report.from_json(body)
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with its curve, of `linear("linf")` at the median distance."""
+    folder = tmp_path_factory.mktemp("curve") / "r"
+    net, x, y, truth = linear("linf")
+    evaluate(net, x, y, f"linf:{float(truth.median()):.6f}", suite="pgd(steps=10)", out=folder, curve=True)
+    return folder
+
+
 @pytest.mark.parametrize("fault", ["rate", "distance", "radii", "at eps", "rising", "too few"])
-def test_verify_checks_the_curve(fault: str, tmp_path: Path) -> None:
+def test_verify_checks_the_curve(fault: str, finished: Path, tmp_path: Path) -> None:
     net, x, y, truth = linear("linf")
     eps = float(truth.median())
-    evaluate(net, x, y, f"linf:{eps:.6f}", suite="pgd(steps=40)", out=tmp_path / "r", curve=True)
+    shutil.copytree(finished, tmp_path / "r")
     file = tmp_path / "r" / "report.json"
     body = json.loads(file.read_text())
     curve = body["curve"]

@@ -136,8 +136,8 @@ def test_a_second_run_in_the_process_has_the_same_flags() -> None:
 
 def test_eps_zero_is_clean_accuracy_and_more_eps_is_less_accuracy() -> None:
     net = Small()
-    x, y = labelled(net, 20, SHAPE)
-    y[:4] = (y[:4] + 1) % 10
+    x, y = labelled(net, 10, SHAPE)
+    y[:2] = (y[:2] + 1) % 10
     left = [
         evaluate(
             net, x, y, f"linf:{eps}", suite="pgd(steps=15),autoattack:apgd-ce(steps=15)"
@@ -202,7 +202,8 @@ def test_a_run_interrupted_anywhere_resumes_to_the_same_report(tmp_path: Path) -
         )
 
     whole = run("whole")
-    for after in range(1, 12):
+    # In the first and in the last chunk of an attack, between attacks, and near the end.
+    for after in (1, 4, 5, 11):
         with pytest.raises(KeyboardInterrupt):
             run(f"cut{after}", Snapshots(after))
         assert not (tmp_path / f"cut{after}" / "report.json").exists()
