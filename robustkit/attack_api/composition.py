@@ -1,10 +1,10 @@
-"""Transfer attacks as compositions: an ascent rule, and techniques that change the gradients it is given.
+"""Transfer attacks as compositions: an ascent rule, and techniques that change its gradients.
 
-The rule (`mi-fgsm`, `pgd`, `cwa` …) is an attack whose `step` reads nothing of an answer but the gradient. A
+The rule (`mi-fgsm`, `pgd`, `cwa` …) is an attack whose `step` uses only the gradient of an answer. A
 technique (`di`, `vmi`, `ghost` …) wraps the oracle that the rule gets its gradients from: in `mi-fgsm+vmi+di` the
 rule's gradients come from `vmi`, those that `vmi` uses come from `di`, and `di` uses the surrogates' gradients at
-transformed images. All rows take all steps: an image that fools the surrogates goes on, because the aim is to
-fool other models.
+transformed images. All rows take all steps, also after an image fools the surrogates, because the aim is to fool
+other models.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Technique(ABC):
 
     @property
     def cost(self) -> int:
-        """The most gradients it uses in place of one; those of single members count as their share."""
+        """The most gradients that it uses for one; a gradient of a single member counts as its share."""
         return 1
 
     def prepare(self, surrogates: Surrogates) -> Surrogates:
@@ -113,7 +113,7 @@ class Composition:
 
 
 def compose(parts: Sequence[Any]) -> Any:
-    """Return the attack that these parts make: an attack, then techniques (see `registry.parse_attack`).
+    """Return the composition of an attack and the techniques after it (see `registry.parse_attack`).
 
     Raises:
         UsageError: if techniques follow an attack that is no ascent rule.
@@ -145,13 +145,13 @@ def ascend(
 ) -> Images:
     """Take all steps of a rule from the images x; return the last points (B C H W), inside ball and box.
 
-    With `restarts` above 1 the rule is run that often; the points of a later run replace those before where they
-    reach the goal on the surrogates (arXiv:2011.05074).
+    The rule is run `restarts` times; the points of a later run replace earlier ones if they reach the goal on the
+    surrogates (arXiv:2011.05074).
 
     Args:
         rule: has `steps`, `loss`, `init(rows)` and `step(rows, state, answer)` as row-wise attacks do. It may
             have `wrap(oracle)` as techniques do, around all techniques but those that are `outermost`, and a state
-            with the present "point" if its next query "x" is elsewhere.
+            with the current "point" if its next query "x" is another point.
         model: a model, or `Surrogates`.
         x: clean images (B C H W) in [0, 1].
         goal: the labels, and the targets if there are any.

@@ -1,4 +1,4 @@
-"""The loop that every iterative search runs in, and the attempts of one attack that run in it, on one batch."""
+"""The loop of every iterative search, and the attempts of one attack in this loop, on one batch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from robustkit.core.threat import ThreatModel, per_row
 S = TypeVar("S")
 A = TypeVar("A")
 
-# Margins of points that do not succeed stay below a success's, which is infinite.
+# The largest margin of a point without success; a success has an infinite one.
 LARGEST_MARGIN = 1e300
 
 
@@ -32,16 +32,16 @@ def drive(
 ) -> S:
     """Alternate queries and steps, and return the last state.
 
-    The loop knows neither models nor attacks: the caller decides what a query is (a forward and backward pass, the
-    gradient of an ensemble, one pass for the rows of several attacks) and what is observed of its result.
+    The loop does not depend on models or attacks: the caller decides what a query is (a forward and backward pass,
+    the gradient of an ensemble, one pass for the rows of several attacks) and what is observed of its result.
 
     Args:
         state: before the first query.
         steps: how many steps are taken, at least 0.
         query: from the number of the step (from 0) and the state to a result.
         step: from the number of the step, the state and the result to the next state.
-        observe: called with each state and result, with those after the last step too. It returns them, for the
-            rows that go on, or None to end the loop.
+        observe: called with each state and result, with those after the last step too. It returns them for the
+            rows that continue, or None to end the loop.
 
     Example:
         >>> drive(1.0, 3, query=lambda number, x: -2 * x, step=lambda number, x, slope: x + 0.25 * slope)
@@ -70,8 +70,8 @@ def run_attempts(
 ) -> Images:
     """Run an iterative attack; return for each row its first success, else its point of highest margin.
 
-    The points are inside the threat, the clean image where no query was. A row that succeeds leaves at once, but
-    where the threat is minimal it goes on to the last step, and its nearest success is returned. It costs at most
+    The points are inside the threat; it is the clean image if no query was inside. A row that succeeds stops, but
+    if the threat is minimal it continues to the last step, and its nearest success is returned. It costs at most
     `attack.budget` forward passes per row, and a backward pass for all but one of an attempt's.
 
     Args:
@@ -81,8 +81,8 @@ def run_attempts(
         goal: the labels, and the targets if there are any.
         threat: the perturbations that are allowed.
         rng: random numbers, each row's own.
-        known: where the threat is minimal, the nearest adversarial points that there are already (B C H W), the
-            clean image where there is none.
+        known: if the threat is minimal, the nearest adversarial points known so far (B C H W), the clean image if
+            there is none.
     """
     x = x.detach()
     found = _Found(x.clone(), torch.full((len(x),), -torch.inf, dtype=torch.float64, device=x.device))
@@ -112,13 +112,13 @@ def run_attempts(
 
 @dataclass
 class _Found:
-    """The best point of each sample so far, and its margin; of a success what that is worth, which is above 0."""
+    """The best point of each sample so far, and its margin; for a success its value, which is above 0."""
 
     x: Images
     margin: Tensor
 
     def offer(self, position: Tensor, x: Images, margin: Tensor) -> None:
-        """Take over the points of these samples where they are better."""
+        """Replace the points of these samples by better ones."""
         better = margin > self.margin[position]
         self.x[position] = torch.where(per_row(better, x), x, self.x[position])
         self.margin[position] = torch.where(better, margin, self.margin[position])
@@ -126,7 +126,7 @@ class _Found:
 
 @dataclass
 class _Attempt:
-    """One job of each row; `position` (B) are the rows' places in `found`."""
+    """One job of each row; `position` (B) are the rows' indices in `found`."""
 
     attack: RowWise
     model: Model
@@ -136,7 +136,7 @@ class _Attempt:
     found: _Found
 
     def run(self) -> None:
-        """Take all steps, and offer each row's best point when it leaves."""
+        """Take all steps; store each row's best point when it stops."""
         state = self.attack.init(self.rows)
         self.best = state["x"]
         self.margin = torch.full((len(self.position),), -torch.inf, dtype=torch.float64, device=self.best.device)
@@ -202,9 +202,9 @@ def trace_attack(
         model: what is attacked.
         x: clean images.
         goal: of each row.
-        threat: the rules.
+        threat: the perturbations that are allowed.
         rng: random numbers.
-        loss: that is recorded at each query; with a target, if the attack has any, of the second likeliest class.
+        loss: the recorded loss; for a targeted attack its target is the second likeliest class.
         enough: end once every row has had a success.
     """
     rows, steps = Rows(x, goal, threat, rng, goal), attack.loop_options(threat.norm).steps

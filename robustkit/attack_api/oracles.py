@@ -1,4 +1,4 @@
-"""Oracles: what gives a rule its gradients during one run on one batch, and wrappers around another oracle."""
+"""Oracles: they return the gradients of a rule during one run on one batch; and wrappers around another oracle."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from robustkit.core.threat import ThreatModel
 
 
 class Oracle(ABC):
-    """Gives gradients during one run on one batch. It may keep values from earlier steps of the run."""
+    """Returns gradients during one run on one batch. It may keep values from earlier steps of the run."""
 
     @property
     @abstractmethod
@@ -121,7 +121,7 @@ class TransformedOracle(OracleWrapper):
     """The mean over several transforms of the images of the gradient, in the images themselves."""
 
     def __init__(self, inner: Oracle, name: str, copies: int, transform: Transform) -> None:
-        """Take the gradient at each of `copies` transforms; `name` is the technique's, and sets its rng apart."""
+        """Take the gradient at each of `copies` transforms; `name` separates its random numbers from others."""
         super().__init__(inner)
         self.name, self.copies, self.transform = name, copies, transform
 
@@ -155,7 +155,7 @@ def shared_rng(rows: Rows, name: str) -> RowRng:
 
 
 def per_pixel(threat: ThreatModel, x: Images) -> float:
-    """Return by how much every pixel changes if all change alike and use up eps."""
+    """Return the change of each pixel if all pixels change equally by a total of eps."""
     size, eps = x[0].numel() if len(x) else 1, float(threat.eps)
     return {"linf": eps, "l2": eps / math.sqrt(size), "l1": eps / size}[threat.norm]
 

@@ -1,4 +1,4 @@
-"""Surrogates that are many nets: posterior samples of one architecture, a fresh one for each gradient.
+"""Surrogates that are many nets: posterior samples of one architecture, another one for each gradient.
 
 The order of the samples is the same for all images, and begins with the first one again for every batch, so that
 the result for an image does not depend on the others.
@@ -33,17 +33,17 @@ class Population(Protocol):
 
 
 class SampleSchedule:
-    """Chooses samples of populations during one run on one batch; other members stay what they are.
+    """Chooses samples of populations during one run on one batch; other members are unchanged.
 
-    Each population is gone through in one order, again and again; members that are the same population share
-    it. `surrogates.order` and `surrogates.fresh` set the order and the pace.
+    The samples of each population are used in one order, repeatedly; members that are the same population share
+    it. `surrogates.order` and `surrogates.fresh` set the order and when the next sample is used.
     """
 
     def __init__(self, surrogates: Surrogates, rng: RowRng | None) -> None:
-        """Shuffle by the run's random numbers; without any the samples come as listed."""
+        """Shuffle by the run's random numbers; without them the samples are used as listed."""
         self.current = self._surrogates = surrogates
         self._populations: list[Population] = []
-        # For each member its population's position in that list.
+        # For each member the index of its population in that list.
         self._positions: dict[int, int] = {}
         for number, member in enumerate(surrogates.members):
             if isinstance(member, Population):

@@ -2,7 +2,7 @@
 
 An attack subclasses `RowWise` and defines `init(rows) -> state` and `step(rows, state, answer) -> state`. A state
 is a dict of tensors with one row for each job, the next query point under "x". No row may depend on another row,
-so that a scheduler can mix, drop and refill rows; `driver.run_attempts` is the plain loop.
+so that rows can be mixed, removed and added; `driver.run_attempts` is the plain loop.
 
 A job is one attempt at one sample: a target (for attacks that try several) and a restart. The attack's loss uses
 the row's `aim`; only the sample's own `goal` and the threat decide whether a row has succeeded.
@@ -26,21 +26,21 @@ from robustkit.core.threat import ThreatModel
 
 @dataclass(frozen=True)
 class LoopOptions:
-    """What a loop has to know of an attack beside `init` and `step`.
+    """What a loop needs from an attack besides `init` and `step`.
 
     Attributes:
         steps: the most steps that an attempt takes; it makes one query more.
         targets: how many targets are tried in turn; 0 if the goal's own is the only one.
         restarts: attempts at each target.
-        needs_gradient: whether queries need gradients at all.
-        queries_outside_ball: whether queries may lie outside the threat, where they are no successes.
+        needs_gradient: whether queries need gradients.
+        queries_outside_ball: whether queries may lie outside the threat, where they do not count as successes.
         vector_objective: whether `objective` has several columns, each with a gradient of its own.
         eot_samples: how often the model is evaluated at each point; the answers are averaged (expectation over
             transformation, arXiv:1802.00420).
-        boundary_only: if not None, the attack is run only on rows that have at most this share of the way to
-            the boundary left after earlier attacks, and only by a search in float32.
-        score_check: whether the attack is there to check gradients by scores. It is left out where the model is
-            random, since the score of one draw says little.
+        boundary_only: if not None, the attack is run only on rows whose remaining margin is at most this share of
+            the change by earlier attacks, and only in float32.
+        score_check: whether the attack checks gradients by scores. It is not run if the model is random, because
+            the score of one draw is noisy.
     """
 
     steps: int
@@ -92,7 +92,7 @@ class RowWise(ABC):
         return "ce"
 
     def loop_options(self, norm: str) -> LoopOptions:
-        """Return what a loop has to know of the attack in this norm."""
+        """Return the loop's options for the attack in this norm."""
         restarts: int | None = getattr(self, "restarts", None)
         return LoopOptions(self.steps, restarts=restarts or 1)
 
@@ -107,7 +107,7 @@ class RowWise(ABC):
         """Return the state before the first query."""
 
     def objective(self, rows: Rows, state: State, logits: Logits) -> Tensor:
-        """Return what the attack takes the gradient of, (B) or (B M), from logits (B K)."""
+        """Return the attack's objective, (B) or (B M), from logits (B K)."""
         return rows.aim.loss(logits, self.loss)
 
     @abstractmethod
@@ -146,7 +146,7 @@ def query(model: Model, x: Images, goal: Goal, loss: str, with_gradient: bool = 
 def query_rows(attack: RowWise, model: Model, rows: Rows, state: State, with_gradient: bool) -> Answer:
     """Return the answers at state["x"], with gradients for the rows that need one.
 
-    Rows whose mask `needs_gradient` in the state is False, and attacks that never need a gradient, go without.
+    Rows whose mask `needs_gradient` in the state is False, and attacks that never need a gradient, get none.
     """
     options = attack.loop_options(rows.threat.norm)
     with_gradient = with_gradient and options.needs_gradient
@@ -171,7 +171,7 @@ def query_rows(attack: RowWise, model: Model, rows: Rows, state: State, with_gra
 
 
 def merge_answers(parts: list[tuple[Tensor, Answer]]) -> Answer:
-    """Return the answers to all rows, of parts with their positions, in the order of the rows."""
+    """Return the answers to all rows in order, from parts with their positions."""
     if len(parts) == 1:
         return parts[0][1]
     order = torch.cat([index for index, _ in parts]).argsort()
@@ -185,7 +185,7 @@ def rank(logits: Logits, labels: Labels, count: int) -> Labels:
 
 
 def finite(gradient: Tensor) -> Tensor:
-    """Return a gradient with 0 in place of infinite values and NaN, which would spoil the whole image's step."""
+    """Return a gradient with 0 in place of infinite values and NaN, which would make the image's step NaN."""
     return gradient.nan_to_num(0.0, 0.0, 0.0)
 
 

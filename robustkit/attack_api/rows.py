@@ -20,15 +20,14 @@ State = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Rows:
-    """What stays the same for a row while it is attacked.
+    """The data of a row that is constant while it is attacked.
 
     Attributes:
         x: the clean images (B C H W) in [0, 1].
         goal: decides whether a row has succeeded.
         threat: the perturbations that are allowed.
         rng: random numbers, each row's own.
-        aim: the goal as the attack's loss sees it; it has a target of the attack's own where the attack tries
-            several.
+        aim: the goal in the attack's loss; it has the current target if the attack tries several.
         past: the margin of the clean image and the highest margin that earlier attacks of the run reached
             (B 2); None if unknown.
         nearest: the point of that highest margin (B C H W); where the threat is minimal, the nearest adversarial
@@ -57,7 +56,7 @@ class Rows:
 
     @property
     def reach(self) -> float | Tensor:
-        """The threat's radius; where it is minimal, each row's distance of the nearest point so far (B 1 1 1).
+        """The threat's radius; if it is minimal, each row's distance of the nearest point so far (B 1 1 1).
 
         Where there is no such point it is the distance of the farthest image.
         """
@@ -70,7 +69,7 @@ class Rows:
         return per_row(farthest, self.x).to(self.x.dtype)
 
     def random_start(self) -> Images:
-        """Return random points of the threat (B C H W); where it is minimal, at half of each row's reach."""
+        """Return random points of the threat (B C H W); if it is minimal, at half of each row's reach."""
         if not self.threat.minimal:
             return self.threat.random_start(self.x, self.rng)
         noise = self.rng.normal(*self.x.shape[1:]).to(self.x.dtype)
@@ -78,7 +77,7 @@ class Rows:
         return (self.x + 0.5 * self.reach * noise / length.clamp(min=1e-12)).clamp(0, 1)
 
     def near_boundary(self, share: float) -> Mask | None:
-        """Return the rows (B) with at most this share of their way left to the boundary; None if unknown."""
+        """Return the rows (B) whose remaining margin is at most this share of that gained; None if unknown."""
         if self.past is None:
             return None
         clean, nearest = self.past.unbind(1)

@@ -25,7 +25,7 @@ from robustkit.core.threat import per_row
 
 ORDERS, REDRAW_TIMES = ("shuffled", "listed"), ("gradient", "step")
 COMBINATIONS = ("logits", "probabilities", "loss", "gradients", "consensus")
-# Those in which the gradient of one member depends on the logits of all, and those that normalise gradients.
+# The combinations in which one member's gradient depends on the logits of all, and those that normalise gradients.
 SHARED, SCALED = ("logits", "probabilities", "consensus"), ("gradients", "consensus")
 
 # Of the members, (n) or (n B), or a function of their logits (n B K) at the point where the gradient is taken.
@@ -91,7 +91,7 @@ class Surrogates:
 
     @classmethod
     def of(cls, model: Model | Surrogates) -> Surrogates:
-        """Return a model as the only member, surrogates as they are."""
+        """Return a model as the only member; surrogates unchanged."""
         return model if isinstance(model, Surrogates) else cls((model,))
 
     def __len__(self) -> int:
@@ -156,7 +156,7 @@ class Surrogates:
         return total
 
     def shares(self, chosen: Sequence[int], weights: Weights, x: Images, logits: Tensor | None = None) -> Tensor:
-        """Return the weights of these members, (n B): those passed as they are, or their own, which sum to 1.
+        """Return the weights of these members, (n B): those passed, unchanged, or their own, which sum to 1.
 
         Weights that are a function of logits (n B K) use these, or those at x.
         """
@@ -173,7 +173,7 @@ class Surrogates:
             return (logits.log_softmax(2) + shares[:, :, None].log()).logsumexp(0)
         if self.combine == "consensus":
             own = logit_spread(logits.detach())
-            # All get the mean spread, so that the loss saturates as it does on unscaled logits.
+            # All get the mean standard deviation, so that the loss saturates as on unscaled logits.
             mean = (shares * own).sum(0) / shares.sum(0)
             shares = mean * shares / own
         return (shares[:, :, None] * logits).sum(0)
@@ -199,7 +199,7 @@ class Surrogates:
         return list(finite(torch.autograd.grad(logits, at, slopes)[0])), shares
 
     def _share_a_place(self, chosen: Sequence[int]) -> bool:
-        """Return whether some of these members share one place on the device, so that not all graphs fit."""
+        """Return whether some of these members share memory on the device, so that not all graphs fit."""
         places = [getattr(self.members[number], "place", None) for number in chosen]
         known = [id(place) for place in places if place is not None]
         return len(set(known)) < len(known)
@@ -282,5 +282,5 @@ def _input_gradient(answer: Logits, at: Images, slope: Tensor) -> Images:
 
 
 def _constant(slope: Tensor, logits: Tensor) -> Tensor:
-    """Return a slope that does not depend on these logits alone."""
+    """Return the slope of other logits as a constant."""
     return slope[None]

@@ -26,7 +26,7 @@ from robustkit.registry.imports import own_imports
 _REFERENCE = re.compile(r"(.+\.py):([^\W\d]\w*)", re.DOTALL)
 # Modules that the user's files have imported from their own folders.
 _helpers: set[str] = set()
-# Modules of files by path and hash, so that one text gives one class however often it is named.
+# Modules of files by path and hash, so that the same text gives the same class each time.
 _loaded: dict[tuple[Path, str], ModuleType] = {}
 
 
@@ -148,9 +148,9 @@ def plain_values(function: Callable[..., Any]) -> dict[str, str]:
 def code_of(thing: Any) -> dict[str, str]:
     """Return how a class or function outside of robustkit is found and identified, as fields of its record.
 
-    `code` is the SHA-256 of its file and of what that imports from its folder, or of its own text where it is in
-    no file (a notebook); `string` is `FILE.py:NAME`, which is no part of a run's identity. Empty for robustkit's
-    own.
+    `code` is the SHA-256 of its file and of the files that it imports from its folder, or of its own text if it is
+    in no file (a notebook). `string` is `FILE.py:NAME`, which is not part of a run's identity. Empty for
+    robustkit's own.
     """
     name = str(thing.__module__)
     if name.partition(".")[0] == "robustkit":

@@ -1,4 +1,4 @@
-"""Things made of their names and fields, which may be text, and records of them that make them again."""
+"""Creates attacks, techniques, methods and defenses from names and fields; converts them to records and back."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def make_method(name: str, **fields: Any) -> Any:
 
 
 def make_again(kind: str, record: Mapping[str, Any], *, trust_code: bool = False) -> Any:
-    """Return what `spec` made a record of; a step size without a unit is there a share of eps, however small.
+    """Return the object of a record by `spec`; a step size without a unit in it is a share of eps.
 
     Args:
         kind: `attack` or `method`.
@@ -92,7 +92,7 @@ def _build(kind: str, name: str, fields: Mapping[str, Any]) -> Any:
 
 
 def as_attack(value: Any) -> Any:
-    """Return an attack of what a Python caller passes as one.
+    """Return the attack that a Python caller passed.
 
     Args:
         value: an attack; a class of attacks, which is made with its defaults; or a function
@@ -118,9 +118,9 @@ def _is_attack(value: Any) -> bool:
 
 
 def spec(value: Any) -> dict[str, Any]:
-    """Return an attack, defense, technique or method as a record that `make_again` turns back into it.
+    """Return an attack, defense, technique or method as a record, which `make_again` converts back.
 
-    It has the name, the fields, and of what is not robustkit's own the hash of the code (`code_of`).
+    It has the name, the fields, and the hash of the code if that is not robustkit's own (`code_of`).
     """
     if value.info.family:
         fields = value.fields()
@@ -137,7 +137,7 @@ def code_digests(record: Mapping[str, Any]) -> list[str]:
 
 
 def origin(value: Any) -> dict[str, str]:
-    """Return where the code of a thing comes from, and its hash; empty for robustkit's own.
+    """Return where the code of a registered object comes from, and its hash; empty for robustkit's own.
 
     `code` is a SHA-256; `package` the installed package that registers it, else `string` the `FILE.py:NAME` that
     it was loaded from.
@@ -157,7 +157,7 @@ def origin(value: Any) -> dict[str, str]:
 
 
 def plain(value: Any) -> Any:
-    """Return a field's value as JSON holds it."""
+    """Return a field's value as a JSON value."""
     return value.record if isinstance(value, StepSize) else value
 
 
@@ -166,7 +166,7 @@ def _literals(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _literal(value: Any) -> Any:
-    """Read a family member's field, whose types are another library's, as a Python literal if it is one."""
+    """Read a field of a family member, whose types belong to another library, as a Python literal if it is one."""
     if isinstance(value, str) and len(value) > MAX_LENGTH:
         raise UsageError(f"value {shown(value)} has more than {MAX_LENGTH} characters; write a shorter one.")
     try:

@@ -21,11 +21,10 @@ _RESERVED = (*ORIGIN, "view", "spare", "arm")
 class Info:
     """What a decorator declares about the class or function that it registers.
 
-    `coupled` marks an attack whose random numbers depend on the batch it is run in. `family` marks a class
-    that answers to every name `NAME:ANYTHING`, by its class method `member(tail, **fields)`. `ascent` marks an
-    attack that reads nothing but gradients, so that techniques can change them
-    (`robustkit.attack_api.composition`). `minimal`
-    marks an attack that can look for the nearest point of all, with no eps.
+    `coupled` marks an attack whose random numbers depend on the batch. `family` marks a class that provides every
+    name `NAME:ANYTHING`, by its class method `member(tail, **fields)`. `ascent` marks an attack that uses only
+    gradients, so that techniques can change them (`robustkit.attack_api.composition`). `minimal` marks an attack
+    that can search for the nearest adversarial point, without an eps.
     """
 
     kind: str
@@ -55,8 +54,8 @@ def attack(
     Args:
         name: the file's stem, or `stem-…` or `stem:…`.
         paper: the source, e.g. `arXiv:1706.06083`.
-        norms: of the threats it can be run in.
-        access: what it needs of the model: `gradient`, `score`, `decision` or `any`.
+        norms: the norms that it supports.
+        access: what it needs from the model: `gradient`, `score`, `decision` or `any`.
         coupled: see `Info`.
         family: see `Info`.
         ascent: see `Info`.
@@ -81,9 +80,9 @@ def suite(name: str, *, paper: str = "") -> Callable[[T], T]:
 
 
 def defense(name: str, *, paper: str) -> Callable[[type[T]], type[T]]:
-    """Register a frozen dataclass as a defense: a call `(model, x) -> logits` that stands in front of a model.
+    """Register a frozen dataclass as a defense: a call `(model, x) -> logits` that is applied in front of a model.
 
-    Its fields, in order, are what a model string writes after its name. All arguments must be literals.
+    A model string gives the values of its fields in order after its name. All arguments must be literals.
     """
     return _register(Info("defense", name, paper))
 
@@ -112,5 +111,5 @@ def _register(info: Info) -> Callable[[T], T]:
 
 
 def stage_name(record: Mapping[str, Any]) -> str:
-    """Return what a stage is called by its record in a spec."""
+    """Return the name of a stage from its record in a spec."""
     return str(record["name"]) + (f"@{record['view']}" if record.get("view") else "")

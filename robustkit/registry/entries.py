@@ -22,7 +22,7 @@ from robustkit.registry.source_text import Entry, Field, read_entries
 
 __all__ = ["FOLDERS", "Entry", "Field", "catalog", "describe", "find"]
 
-# Where the files of a kind are; a surrogate's method of training is in `attacks`, a defense's in `defenses`.
+# The folders of each kind; training methods for surrogates are in `attacks`, those for defenses in `defenses`.
 FOLDERS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(KINDS, ("attacks",)),
     "defense": ("defenses",),
@@ -79,7 +79,7 @@ def _catalog(kind: str, path: tuple[str, ...]) -> Mapping[str, Entry]:
 
 
 def _installed(group: str) -> Iterator[Entry]:
-    """Yield what installed packages register; what has no decorator counts as an attack given as a function."""
+    """Yield the entries of installed packages; one without a decorator is an attack given as a function."""
     for plugin in plugins(group).values():
         yield _plugin_entry(plugin)
 
@@ -91,7 +91,7 @@ def _plugin_entry(plugin: Plugin) -> Entry:
         text = plugin.file.read_text(encoding="utf-8") if plugin.file else ""
         entry = next((one for one in read_entries(text, plugin.module) if one.attribute == plugin.attribute), None)
     except (OSError, UnicodeDecodeError, SyntaxError, ValueError, IndexError, TypeError):
-        pass  # `find` reports what is wrong when the name is used
+        pass  # `find` reports the error when the name is used
     entry = entry or Entry(FunctionAttack.info, plugin.module, plugin.attribute, plugin.summary)
     return replace(entry, info=replace(entry.info, name=plugin.name), package=plugin.package)
 
@@ -143,7 +143,7 @@ def describe(kind: str, name: str) -> Entry:
 
 
 def _of_kind(kind: str, thing: Any, name: str) -> Any:
-    """Return a class or function of a file or package if it is of the kind that is wanted."""
+    """Return a class or function of a file or package if it has the required kind."""
     info = getattr(thing, "info", None)
     if getattr(info, "kind", None) == kind or (kind == "attack" and is_plain_function(thing)):
         return thing

@@ -1,4 +1,4 @@
-"""Fields of registered things: brought to their types and held to their ranges whenever one is made.
+"""Fields of registered classes: converted to their types and checked against their ranges when one is created.
 
 Imports no torch.
 """
@@ -42,11 +42,11 @@ def hyphenated(name: str, where: str) -> None:
 
 
 def checked(thing: Any, name: str) -> None:
-    """Let a frozen dataclass convert and check the fields that it is given, by their annotated types.
+    """Make a frozen dataclass convert and check its fields by their annotated types.
 
     Args:
         thing: the class; its fields may be given as text, too.
-        name: what messages call it.
+        name: its name in messages.
     """
     made: Callable[..., None] = thing.__init__
     names = [field.name for field in dataclasses.fields(thing) if field.init]
@@ -79,19 +79,19 @@ def range_of(wanted: Any) -> Limits | None:
 
 
 def takes(thing: Any, field: str) -> str:
-    """Return in words what a field of a registered dataclass takes."""
+    """Return in words which values a field of a registered dataclass takes."""
     return described(field_types(thing)[field]).rstrip(",")
 
 
 def described(wanted: Any) -> str:
-    """Return in words what a field of this type takes."""
+    """Return in words which values a field of this type takes."""
     kinds, limits = plain_types(wanted), range_of(wanted)
     words = " or ".join(WORDS[kind] for kind in kinds if kind is not type(None))
     return words + (f" {limits}" if limits else "") + (" or none" if type(None) in kinds else "")
 
 
 def convert(name: str, field: str, value: Any, wanted: Any) -> Any:
-    """Bring a field's value to its annotated type.
+    """Convert a field's value to its annotated type.
 
     Raises:
         UsageError: if it is of another type or outside the type's range.

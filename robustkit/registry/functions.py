@@ -51,7 +51,7 @@ class FunctionAttack:
         return str(getattr(thing, "__name__", type(thing).__name__))
 
     def fields(self) -> dict[str, Any]:
-        """Return the arguments, and the numbers and texts that the function holds, as a record has them."""
+        """Return the arguments, and the numbers and texts that the function holds, for a record."""
         function: Any = self.function
         bound: dict[str, Any] = {}
         while isinstance(function, functools.partial):
@@ -62,7 +62,7 @@ class FunctionAttack:
         return {name: value if isinstance(value, plain) else repr(value) for name, value in values.items()}
 
     def __call__(self, model: Any, x: Any, goal: Any, threat: Any, *, rng: Any) -> Any:
-        """Return the function's images, detached; UsageError for a targeted goal, which it cannot know of."""
+        """Return the function's images, detached; UsageError for a targeted goal, which it does not support."""
         if goal.targets is not None:
             raise UsageError(f"{self.name} is a function of labels and cannot be given target classes.")
         return self.function(model, x, goal.labels, float(threat.eps), **self.keywords).detach()

@@ -1,4 +1,4 @@
-"""Which files of its own folder or package a model's code imports, found in their text without running them."""
+"""The files of its own folder or package that a model's code imports, found in their text without running them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import functools
 from collections.abc import Iterator
 from pathlib import Path
 
-# Where packages are installed: a module beside another one there has nothing to do with it.
+# Folders of installed packages: modules in the same folder there are independent.
 _INSTALLED = ("site-packages", "dist-packages")
 
 
@@ -20,7 +20,7 @@ def own_imports(start: Path, root: Path, module: str = "", within: str = "") -> 
         start: the file.
         root: the folder from which the names of modules are looked up.
         module: the file's own name as a module, for relative imports.
-        within: a package to keep to; empty for all that is in the folder.
+        within: a package to search; empty for the whole folder.
     """
     found: dict[str, Path] = {}
     waiting = [(module, start)]

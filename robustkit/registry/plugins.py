@@ -35,8 +35,8 @@ class Plugin:
 
     Attributes:
         group: one of `GROUPS`.
-        name: what strings call it.
-        module: the module that has it.
+        name: its name in strings.
+        module: the module that defines it.
         attribute: its name there.
         package: the name and version of the package, such as `stranger 1.2`.
     """

@@ -1,4 +1,4 @@
-"""What a Python file registers, read from its text: no module is imported for a list or a help page."""
+"""The entries that a Python file registers, read from its text: lists and help pages import no module."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from robustkit.registry.decorators import KINDS, Info
 from robustkit.registry.fields import plain_types, range_of
 from robustkit.registry.ranges import NAMED
 
-# A decorator of ours with what it decorates, up to the first method or the next statement at the margin: lists and
-# help pages parse the heads of all files, and no more of them.
+# A decorator of robustkit with the head of its class or function, up to the first method or the next top-level
+# statement: lists and help pages parse only these heads.
 _HEAD = re.compile(
     rf"^@(?:{'|'.join(KINDS)})\(.*?^(?:class|def) .*?(?=^    (?:def |@)|^\S|\Z)", re.MULTILINE | re.DOTALL
 )
@@ -31,7 +31,7 @@ class Field:
     Attributes:
         name: its name.
         type: its annotation, without limits.
-        default: its default value; empty where it has none.
+        default: its default value; empty if it has none.
         limits: which numbers it may have, in words; empty where its type has no limits.
     """
 
@@ -81,7 +81,7 @@ class Entry:
         fields: those of a dataclass, in order.
         detail: the rest of the docstring.
         package: name and version of the installed package that it comes from; empty for robustkit's own.
-        reference: `FILE.py:NAME`, where the user named it so.
+        reference: `FILE.py:NAME`, if the user gave that.
     """
 
     info: Info
@@ -95,7 +95,7 @@ class Entry:
 
     @property
     def form(self) -> str:
-        """How a model string writes it, if it is a defense: `NAME:FIELD,FIELD`."""
+        """Its form in a model string, if it is a defense: `NAME:FIELD,FIELD`."""
         return f"{self.info.name}:{','.join(field.name for field in self.fields).upper()}"
 
 

@@ -1,4 +1,4 @@
-"""Names with parameters: attacks with techniques, methods, defenses, and the calls that suites are made of."""
+"""Names with parameters: attacks with techniques, methods, defenses, and the calls in suites."""
 
 from __future__ import annotations
 
@@ -55,12 +55,12 @@ def parse_method(text: str) -> Any:
 
 
 def parse_defenses(text: str) -> tuple[Any, ...]:
-    """Return the defenses of a text such as `jpeg:75+smoothing:0.25,10`, in the order that an image meets them.
+    """Return the defenses of a text such as `jpeg:75+smoothing:0.25,10`, in the order of their application.
 
     Values are the defense's fields in order; those left out have their defaults.
 
     Raises:
-        UsageError: for an unknown name, too many values, or a value that its field cannot have.
+        UsageError: for an unknown name, too many values, or an invalid value of a field.
     """
     made = []
     for part in text.split("+"):
@@ -117,7 +117,7 @@ def cut(text: str, mark: str) -> list[str]:
 
 
 def parse_call(text: str, kind: str = "suite", whole: str | None = None) -> tuple[str, dict[str, str]]:
-    """Turn `name(a=1,b=2)` into its name and fields; errors speak of the whole that it is part of."""
+    """Return name and fields of `name(a=1,b=2)`; errors quote the whole text that it is part of."""
     whole = text if whole is None else whole
     match = re.fullmatch(r"((?:[^(]+\.py:)?[\w:.+-]+)(?:\((.*)\))?", text, re.DOTALL)
     if not match:

@@ -14,7 +14,7 @@ from robustkit.registry.entries import catalog, find
 from robustkit.registry.strings import check_norm, cut, parse_call, split
 
 DEFAULT_SUITE = "auto"
-# The suite that `auto` is for a threat without eps, such as `l2:min`.
+# The suite that `auto` means for a threat without eps, such as `l2:min`.
 MINIMAL_SUITE = "minimum-norm"
 # A longer suite is refused as a mistake: every attack is run on every image.
 MAX_ATTACKS = 1_000
@@ -149,7 +149,7 @@ def _check_minimal(entry: SuiteEntry, norm: str) -> None:
 
 
 def _check_arms(entries: list[SuiteEntry]) -> None:
-    """Refuse arms that do not follow one another: they share what they learn about a model."""
+    """Refuse arms that are not consecutive: they share their estimates about a model."""
     arms = [number for number, entry in enumerate(entries) if entry.arm]
     if arms and arms[-1] - arms[0] >= len(arms):
         raise UsageError("the attacks marked with * must follow one another; write other attacks before or after.")

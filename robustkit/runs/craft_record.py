@@ -161,11 +161,11 @@ class Point:
 
 @dataclass(frozen=True)
 class Forecast:
-    """The success to expect on a model that is no surrogate: each surrogate in turn is left out and then attacked.
+    """The expected success on a model that is not a surrogate: each surrogate in turn is left out and attacked.
 
-    `left_out` are the rates of success, in the surrogates' order. `expected` is their mean; `low` and `high`
-    hold one more model of their kind with 95 % (`intervals.unseen`). `images` is each image's share of the
-    left-out surrogates that it fooled, None where all misclassify the clean image.
+    `left_out` are the rates of success, in the surrogates' order. `expected` is their mean; `low` and `high` are a
+    95 % prediction interval for one more model of their kind (`intervals.prediction_interval`). `images` is each
+    image's share of the left-out surrogates that it fooled, None where all misclassify the clean image.
     """
 
     expected: Share | None

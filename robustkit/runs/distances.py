@@ -14,7 +14,7 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 @dataclass(frozen=True)
 class Middle:
-    """A median with its 95 % interval; None for an end that is infinite, or too few numbers to have one."""
+    """A median with its 95 % interval; None for an infinite end, or if there are too few numbers."""
 
     value: Amount | None
     low: Amount | None
@@ -22,7 +22,7 @@ class Middle:
 
     @classmethod
     def of(cls, numbers: Sequence[float]) -> Middle:
-        """Return the median of sorted numbers, and its interval between two of them (`intervals.middle`)."""
+        """Return the median of sorted numbers, and its interval between two of them (`intervals.median_ranks`)."""
         low, high = median_ranks(len(numbers))
         ends = [numbers[place] if 0 <= place < len(numbers) else None for place in (low, high)]
         return cls(
@@ -32,7 +32,7 @@ class Middle:
 
 @dataclass(frozen=True)
 class Minimum:
-    """How far the nearest adversarial image of each image is: what a run under a threat such as `l2:min` finds.
+    """The distance of each image's nearest adversarial image, as found by a run under a threat such as `l2:min`.
 
     `distances` has one entry per verdict: 0 if the clean image is misclassified, None if no adversarial image was
     found. `quantiles` are those of the correctly classified images, by their share; None if that quantile is

@@ -1,4 +1,4 @@
-"""Record of how far the members of an ensemble share weaknesses: diversity.json. Imports no torch."""
+"""Record of the weaknesses that members of an ensemble share: diversity.json. Imports no torch."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ class Diversity:
             on the row's member; by any restart.
         worst: N + 1 shares fooled by images made on any other member (of the ensemble: on any).
         attacked: N bounds, under the attack on each member.
-        confusion: N x N, L[i][j]: the mean cross-entropy of member j for the target's class on what member i
-            takes for the target; high if j does not use the features that i uses.
+        confusion: N x N, L[i][j]: the mean cross-entropy of member j for the target's class on images whose
+            features in member i are those of the target; high if j does not use the features that i uses.
         diversity: N x N, the mean of L[i][j] and L[j][i].
         cosine: N x N, the mean cosine of two members' gradients in the image.
         distillation: how the images of `confusion` were made, and the layers drawn.

@@ -64,7 +64,7 @@ def _content(part: Any) -> Any:
 
 @dataclass(frozen=True)
 class RunSpec(Spec):
-    """Everything that determines the numbers of a run, and nothing else but where to find model and data.
+    """Everything that determines the numbers of a run, and the strings that locate model and data.
 
     `model` has `string` and `fingerprint`; `data` has `string`, `n` and `fingerprint`; `suite` is one record
     of name and fields per attack; `batch_size` is given only if random numbers depend on it, `strictness` only if
@@ -103,7 +103,7 @@ class Rate:
     n: Count
 
     def is_of(self, hits: int, n: int) -> bool:
-        """Return whether it is the share of so many hits, inside its interval."""
+        """Return whether it is the share of this many hits, inside its interval."""
         inside = self.low - ROUNDING <= self.value <= self.high + ROUNDING
         return inside and self.n == n and abs(self.value * n - hits) < ROUNDING * max(n, 1)
 
@@ -120,7 +120,7 @@ class Rate:
 
     @classmethod
     def anytime(cls, hits: int, n: int, unknown: int = 0) -> Rate:
-        """Return hits / n with an interval that is valid whatever decided n (`intervals.sequence`).
+        """Return hits / n with an interval that is valid for any stopping rule (`intervals.anytime_interval`).
 
         `unknown` of the hits may turn out to be misses: the lower end counts them as such.
         """
@@ -151,7 +151,7 @@ class Passes:
 
 @dataclass(frozen=True)
 class Stage:
-    """One attack of the run: the accuracy left after it, how many images it fooled, what it cost."""
+    """One attack of the run: the accuracy after it, the number of images it fooled, and its cost."""
 
     attack: str
     robust_accuracy: Rate
@@ -229,8 +229,8 @@ class Draws:
     """A random model's robust accuracy in three ways, each by new draws at the points that the attacks found.
 
     `one` is by a single draw, `mean` the mean share of right draws, `majority` counts the images that are right in
-    more than half of the draws: the run's own. `gap` is the difference between the mean and what an attack sees
-    that counts one wrong draw as a success.
+    more than half of the draws: the run's own. `gap` is the difference between the mean and the accuracy if one
+    wrong draw counted as a success.
     """
 
     one: Rate
@@ -244,7 +244,7 @@ class Audit:
     """Full AutoAttack on a random sample of robust images: the positions that it `broke` of `audited`.
 
     `robust_accuracy` estimates the share of all images that are robust to both, with a 95 % interval over both
-    samples (`intervals.two_phase`). `cost` is its own, which is not part of the run's cost.
+    samples (`intervals.two_phase_interval`). `cost` is its own, which is not part of the run's cost.
     """
 
     audited: Sequence[Count]
@@ -264,10 +264,10 @@ class Audit:
 class Strictness:
     """The remaining doubt of a suite that chose for each image which arms to run.
 
-    At most so many `images`, a share `bound` of the run's, would still be fooled by an arm that did not run on
-    them, with probability 95 % by a model of the arms' gains (docs/rapid.md); AutoAttack's attacks are among the
-    arms of `auto`. `allowed` is the share that was allowed. Of the `standing` (robust) images every arm ran on
-    `in_full`; if it did on all, the bound is 0.
+    At most `images`, a share `bound` of the run's, would still be fooled by an arm that did not run on them, with
+    probability 95 % by a model of the arms' gains (docs/rapid.md); AutoAttack's attacks are among the arms of
+    `auto`. `allowed` is the share that was allowed. Every arm ran on `in_full` of the `standing` (robust) images;
+    if it ran on all, the bound is 0. (The names are keys of format 1.)
     """
 
     images: Count
@@ -281,12 +281,12 @@ class Strictness:
 class Report:
     """The record of a finished run; the fields are those of report.json.
 
-    `flags` were raised, `passed` is what the other checks measured, or why they could not. `checks` is what they
-    cost, which is counted in the clean stage, the first of `stages`. `curve` and `audit` are there if they were
-    asked for, `draws` for a random model, `stopped` if the run ended early, `strictness` if the suite has arms,
-    `minimum` if its threat asks for minimum norms. `files` holds the sha256 of what lies beside the report.
+    `flags` were raised; `passed` are the results of the other checks, or why they were not measured. `checks` is
+    their cost, which is part of the clean stage, the first of `stages`. `curve` and `audit` exist if they were
+    requested, `draws` for a random model, `stopped` if the run ended early, `strictness` if the suite has arms,
+    `minimum` if its threat is a minimum norm. `files` holds the sha256 of the other files of the run.
     `adversarial` (not in the file) are the fooling images as a mapping of `index` (M), `x` (M C H W) and `y` (M)
-    when the run was asked for from Python.
+    if the run was started from Python.
     """
 
     run_id: str
@@ -312,11 +312,11 @@ class Report:
     adversarial: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the record as report.json holds it, `format` first."""
+        """Return the record as in report.json, `format` first."""
         return {"format": self.format, **json.loads(dumps(self._body()))}
 
     def text(self) -> Iterator[str]:
-        """Yield the same as text, in pieces: the whole takes much memory where there are many images."""
+        """Yield the same as text, in pieces, because the whole takes much memory if there are many images."""
         yield f'{{\n  "format": {self.format}'
         for name, value in sorted(self._body().items()):
             yield f',\n  "{name}": '
@@ -336,7 +336,7 @@ class Report:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
 
     def with_curve(self, curve: Curve, flags: Sequence[Flag]) -> Report:
-        """Return the same run with its curve, and what its search noticed."""
+        """Return the same run with its curve, and the flags of its search."""
         return replace(self, curve=curve, flags=[*self.flags, *flags])
 
     def with_audit(self, audit: Audit) -> Report:
@@ -349,23 +349,23 @@ class Report:
                     "warning",
                     len(audit.broke),
                     f"AutoAttack broke this many of {len(audit.audited)} images that were robust to the suite",
-                    "run --suite rapid+autoattack, and quote its number",
+                    "run --suite rapid+autoattack, and report its result",
                 )
             )
         return replace(self, audit=audit, flags=flags)
 
     @classmethod
     def from_json(cls, body: Any, name: str = "this report") -> Report:
-        """Return the report of a parsed report.json, which errors call `name`.
+        """Return the report of a parsed report.json; `name` is its name in errors.
 
         Raises:
-            UsageError: it is none, is of another format, or says what cannot be.
+            UsageError: it is not a report, has another format, or contradicts itself.
         """
         check_format(body, name)
         return build(cls, body, name)
 
     def faults(self) -> Iterator[str]:
-        """Yield what does not fit together."""
+        """Yield contradictions in the record."""
         if len(self.verdicts) != self.n:
             yield f"has {len(self.verdicts)} verdicts of {self.n} images"
         if self.curve and len(self.curve.distances) != self.n:
@@ -376,7 +376,7 @@ class Report:
             yield f"has {len(self.minimum.distances)} minimum norms for {self.n} images"
 
     def contradictions(self) -> Iterator[str]:
-        """Yield what the verdicts say otherwise than the rest."""
+        """Yield contradictions between the verdicts and the rest."""
         right = sum(verdict.attack != "clean" for verdict in self.verdicts)
         robust = sum(verdict.robust for verdict in self.verdicts)
         for what, rate, hits in (("clean", self.clean_accuracy, right), ("robust", self.robust_accuracy, robust)):

@@ -1,7 +1,7 @@
-"""What a page about the run shows of its images: how far the fooled ones moved, and a few to look at.
+"""The images that a page about the run shows: the distances of all fooled ones, and a few examples.
 
 The arrays of `examples.npz`: `index`, `distance` and `prediction` of every image that was fooled, or crafted (M);
-`shown`, the positions of the few to look at (S), `hard`, whether they are among the hardest (S), `clean` and
+`shown`, the positions of the examples (S), `hard`, whether they are among the hardest (S), `clean` and
 `adversarial` (S C H W), no side above 96 pixels; `shape` (3), the true C H W; `classes`, the names of the
 classes, empty if the data knows none.
 """
@@ -48,7 +48,7 @@ def arrays(
     samples: Samples,
     threat: ThreatModel,
 ) -> dict[str, np.ndarray]:
-    """Return the arrays of examples.npz; `predictions` are what the model says of the fooling images."""
+    """Return the arrays of examples.npz; `predictions` are the model's predictions on the fooling images."""
     hardest, easiest = chosen
     shown = [*hardest, *easiest]
     distances = [np.zeros(0)]
@@ -61,7 +61,7 @@ def arrays(
         adversarial = torch.from_numpy(flat.reshape(clean.shape).copy())
         distances.append(threat.distance(adversarial, clean).numpy())
         for row in np.flatnonzero(np.isin(part, shown)).tolist():
-            # A row alone would keep its whole block in memory.
+            # A view of a row would keep its whole block in memory.
             pairs[int(part[row])] = clean[row].clone(), adversarial[row].clone()
     return {
         "index": rows.index,

@@ -1,4 +1,4 @@
-"""What an evaluation will take, measured before it is run: the record of `robustkit plan`. Imports no torch."""
+"""The cost of an evaluation, measured before it is run: the record of `robustkit plan`. Imports no torch."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ MAX_DEVICES = 1024
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number to be expected, and its 95 % interval."""
+    """An expected number, and its 95 % interval."""
 
     value: float
     low: float
     high: float
 
     def plus(self, other: Estimate) -> Estimate:
-        """Return the sum with another, ends with ends."""
+        """Return the sum with another estimate, of values and of ends."""
         return Estimate(self.value + other.value, self.low + other.low, self.high + other.high)
 
     def times(self, factor: float) -> Estimate:
-        """Return so many times it."""
+        """Return the estimate times a factor."""
         return Estimate(self.value * factor, self.low * factor, self.high * factor)
 
 
 @dataclass(frozen=True)
 class Trial:
-    """The images that were attacked to find out: how many, how many got their verdict, how many withstood.
+    """The images that were attacked for the forecast: their number, those with a verdict, and those still robust.
 
     `seconds` are those of the attacks on them.
     """
@@ -47,7 +47,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Speed:
-    """Seconds for an image, forward and with the backward pass, `at_once` in a pass; and what any pass takes."""
+    """Seconds for an image, forward and with the backward pass, `at_once` in a pass; and those of any pass."""
 
     forward: float
     both: float
@@ -58,7 +58,7 @@ class Speed:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on each device: in use before the measurement, model included, and at the most."""
+    """Bytes on each device: in use before the measurement, model included, and at the peak."""
 
     held: int
     peak: int
@@ -66,11 +66,11 @@ class Memory:
 
 @dataclass(frozen=True)
 class Scale:
-    """A run on so many devices like the one measured.
+    """A run on several devices like the one measured.
 
-    `seconds` are from the loaded model to the last verdict; `money` is None without a price. `efficiency` is how
-    much of so many times one device's pace is left; `shares` what the devices' time goes to, and `bound` the
-    largest of these that is not the attacks.
+    `seconds` are from the loaded model to the last verdict; `money` is None without a price. `efficiency` is the
+    speed relative to the same number of independent devices; `shares` are the shares of the devices' time, and
+    `bound` is the largest of these besides the attacks.
     """
 
     devices: int
@@ -92,14 +92,14 @@ class Plan:
         n: images in it.
         threat: what the attacker may do.
         suite: the attacks, as written.
-        seed: by which the images of the trial were drawn.
+        seed: of the random choice of the trial's images.
         trial: see `Trial`.
         speed: see `Speed`.
-        propagations: for each image, forward and backward counted apart, checks and clean pass left out.
-        arms: what of them goes to the arms of the suite; None of one without.
-        most: propagations of an image that withstands all attacks for as long as they may last; None: not known.
+        propagations: for each image, forward and backward passes, without the checks and the clean pass.
+        arms: those of the suite's arms; None for a suite without arms.
+        most: the largest number of propagations of an image that stays robust; None if unknown.
         memory: see `Memory`.
-        price: of a device for an hour, in whatever money.
+        price: of a device for an hour, in any currency.
         scales: one for each number of devices.
         environment: versions, device, commit.
     """
@@ -122,12 +122,12 @@ class Plan:
     format: int = FORMAT
 
     def to_json(self) -> dict[str, Any]:
-        """Return the record as JSON has it, `format` first."""
+        """Return the record as JSON, `format` first."""
         kept = [f.name for f in fields(self) if f.name != "format"]
         return {"format": self.format, **json.loads(dumps({name: getattr(self, name) for name in kept}))}
 
 
 def refuse_devices(devices: Sequence[int], text: object) -> None:
-    """Raise UsageError unless they are numbers of devices that can be meant."""
+    """Raise UsageError for invalid numbers of devices."""
     if not devices or min(devices) < 1 or max(devices) > MAX_DEVICES:
         raise UsageError(f"devices {text!r}: write whole numbers from 1 to {MAX_DEVICES:,}, e.g. 1,8,64.")

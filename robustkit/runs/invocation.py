@@ -1,4 +1,4 @@
-"""The command line that this work was asked for by, for the record; none where it was asked for from Python."""
+"""The command line of this process, for the record; none if the work was started from Python."""
 
 from __future__ import annotations
 

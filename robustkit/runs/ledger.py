@@ -46,7 +46,7 @@ CREATE TABLE distances (
 FILES = ("", "-wal", "-shm", "-journal")
 COLUMNS = 'position, label, prediction, margin, fooled, image, adversarial, "right", once, struck'
 
-# What no run writes, in the rows of each table: values of another type, or out of range.
+# Conditions for rows of each table that no run writes: values of another type, or out of range.
 IMPOSSIBLE = {
     "chunks": "typeof(stage) || typeof(chunk) || typeof(forwards) || typeof(backwards) <> "
     "'integerintegerintegerinteger' OR stage NOT BETWEEN 0 AND :stages OR min(forwards, backwards) < 0 "
@@ -90,7 +90,7 @@ _NAMES = [field.name for field in fields(Verdict)]
 
 @dataclass(frozen=True)
 class Chunk:
-    """A piece of work that is in the ledger whole or not at all."""
+    """A piece of work that the ledger stores atomically."""
 
     stage: int
     chunk: int
@@ -127,7 +127,7 @@ class Ledger:
 
         Raises:
             UsageError: if the file is damaged or belongs to another run.
-            RunError: if the disk is full or refuses.
+            RunError: if the disk is full or cannot be written.
         """
         name = str(path or "in memory")
         if path is not None:
@@ -171,7 +171,7 @@ class Ledger:
         return ledger
 
     def require(self, images: int, size: int, stages: int) -> None:
-        """Refuse rows that are of no run of so many images.
+        """Refuse rows that no run with this many images writes.
 
         Args:
             images: how many the run has.
@@ -179,7 +179,7 @@ class Ledger:
             stages: the highest number of a stage.
 
         Raises:
-            UsageError: a row is of another stage or image, or holds what no run writes.
+            UsageError: a row has an unknown stage or image, or a value that no run writes.
         """
         limits = {"last": images - 1, "size": size, "stages": stages}
         with _explained(self._name):
@@ -243,7 +243,7 @@ class Ledger:
 
     @property
     def _measured(self) -> bool:
-        """Whether distances are in it."""
+        """Whether it has distances."""
         return bool(self._db.execute("SELECT 1 FROM sqlite_master WHERE name = 'distances'").fetchall())
 
     def chunks(self) -> Iterator[Chunk]:
@@ -281,7 +281,7 @@ class Ledger:
             pass
 
     def fooled(self) -> Iterator[tuple[int, int, int]]:
-        """Yield position, label and what the model says of every fooling image, by position."""
+        """Yield position, label and prediction of every fooling image, by position."""
         query = "SELECT position, label, prediction FROM verdicts WHERE adversarial IS NOT NULL ORDER BY position"
         with _explained(self._name):
             yield from self._db.execute(query)
@@ -325,20 +325,20 @@ class Ledger:
         return int(forwards), int(backwards), float(seconds)
 
     def note(self, key: str, value: str) -> str:
-        """Keep a word about how the work is done, unless there is one already; return the one that counts."""
+        """Store a text under a key unless the key has one already; return the stored one."""
         with _explained(self._name):
             self._db.execute("INSERT OR IGNORE INTO meta VALUES (?, ?)", [key, value])
             (kept,) = self._db.execute("SELECT value FROM meta WHERE key = ?", [key]).fetchone()
         return str(kept)
 
     def read_note(self, key: str) -> str | None:
-        """Return a word that was kept under a key, None if there is none."""
+        """Return the text stored under a key, None if there is none."""
         with _explained(self._name):
             row = self._db.execute("SELECT value FROM meta WHERE key = ?", [key]).fetchone()
         return None if row is None else str(row[0])
 
     def write_note(self, key: str, value: str) -> None:
-        """Keep a word under a key, in the place of any that is there."""
+        """Store a text under a key, replacing any other."""
         with _explained(self._name):
             self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", [key, value])
 
@@ -349,12 +349,12 @@ class Ledger:
         return int(chunks)
 
     def seal(self) -> None:
-        """Fold the write-ahead log in, so that the file stands alone and no longer changes."""
+        """Merge the write-ahead log, so that the ledger is one file that no longer changes."""
         with _explained(self._name):
             self._db.execute("PRAGMA journal_mode = DELETE")
 
     def _refuse_other_tables(self) -> None:
-        """Raise UsageError at what no ledger has: a view, trigger or column of somebody's may compute for ever."""
+        """Raise UsageError for objects that no ledger has: an added view or trigger may compute for ever."""
         known = {_written(statement) for statement in [*SCHEMA.split(";"), DISTANCES]}
         for name, statement in self._db.execute("SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL"):
             if _written(statement) not in known:
@@ -399,7 +399,7 @@ def _damaged(name: str, how: str) -> UsageError:
 
 @contextmanager
 def _explained(name: str) -> Iterator[None]:
-    """Turn SQLite's errors into sentences."""
+    """Convert SQLite's errors into errors of one sentence."""
     try:
         yield
     except sqlite3.OperationalError as error:

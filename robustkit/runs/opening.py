@@ -27,7 +27,7 @@ FINISHED = {
     "train": RECORD,
     "diversity": run_folder.DIVERSITY,
 }
-# All that robustkit writes into a run folder, or into the folder of several runs.
+# The names of all files that robustkit writes into a run folder, or into the folder of several runs.
 OWN = frozenset(
     {
         *FINISHED.values(),

@@ -1,4 +1,4 @@
-"""Reads and writes the files of a run folder; a file is written whole or not at all."""
+"""Reads and writes the files of a run folder; files are written atomically."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def broken_seals(path: Path, report: Report | Craft) -> list[str]:
 def check_seals(path: Path, record: Craft) -> None:
     """Raise UsageError if a file is not the one that the record of a craft run names."""
     if broken := broken_seals(path, record):
-        raise UsageError(f"{broken[0]} Restore it, or craft anew in another folder.")
+        raise UsageError(f"{broken[0]} Restore it, or craft again in another folder.")
 
 
 def write_report(path: Path, report: Report) -> None:

@@ -10,7 +10,7 @@ from robustkit.core.flags import Flag
 from robustkit.core.schema import FORMAT, Amount, As, Count, Keys, OneOf, Positive, Share, build, check_format
 from robustkit.runs.evaluation_record import Data, Environment, Format, Model, Named, Spec
 
-# A run's record, present once it is finished; a line per epoch; the weights of a run without posterior.
+# Files of a run: the record once it is finished; metrics per epoch; the weights if there is no posterior.
 RECORD, METRICS, WEIGHTS = "model.json", "metrics.jsonl", "model.safetensors"
 # The state of an unfinished run, and the one before it, in case the newest is damaged.
 CHECKPOINTS = ("checkpoint.pt", "checkpoint.previous.pt")
@@ -53,7 +53,7 @@ Accuracy = Annotated[Mapping[str, Any], Keys(value=Share, low=Share, high=Share,
 
 @dataclass(frozen=True)
 class TrainSpec(Spec):
-    """Everything that determines the weights, and nothing else but where to find nets and data.
+    """Everything that determines the weights, and the strings that locate nets and data.
 
     `method` is a record of name and fields; `arch` has `string` and `fingerprint`, which is that of the initial
     weights of the first member; `data` has `string`, `n` and `fingerprint`, and so has `test`, on which the

@@ -1,8 +1,8 @@
 """Arithmetic of posterior samplers: Langevin optimisers, learning rates, moments of weights.
 
 The scale is that of training: a loss L that is a mean over samples, with weight decay wd, of N samples in all. The
-posterior at temperature T is p(w) ~ exp(-N (L(w) + wd |w|^2 / 2) / T): T = 1 is Bayes' own, T = 0 plain descent.
-Batch size and learning rate are not in it.
+posterior at temperature T is p(w) ~ exp(-N (L(w) + wd |w|^2 / 2) / T): T = 1 is the Bayesian posterior, T = 0
+plain descent. It does not depend on batch size and learning rate.
 """
 
 from robustkit.sampling.checks import check_count

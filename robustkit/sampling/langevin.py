@@ -1,8 +1,8 @@
 """Stochastic-gradient Langevin dynamics as optimisers, with noise by counter.
 
 SGLD (Welling & Teh, ICML 2011), SGHMC (Chen et al. 2014, arXiv:1402.4102) and pSGLD (Li et al. 2016,
-arXiv:1512.07666). Each takes the gradient of a mean loss, as ordinary training does, and the noise is scaled by
-the size of the data set; so neither the batch size nor the number of batches sets the temperature.
+arXiv:1512.07666). Each takes the gradient of a mean loss, as plain training does, and scales the noise by the size
+of the data set, so the temperature depends neither on the batch size nor on the number of batches.
 
 Before each step the parameter groups must be given its `counter`, of which the noise is a function, and whether
 it is `noisy`; `robustkit.training.loop.take_step` does this.
@@ -23,8 +23,8 @@ from robustkit.sampling.noise import normal_like
 class Langevin(torch.optim.SGD):
     """Gradient descent with momentum and noise: SGLD at momentum 0, SGHMC with friction 1 - momentum above it.
 
-    Where a step is not noisy, and at temperature 0, it is `torch.optim.SGD` to the last bit. On a quadratic of
-    curvature k the weights' variance settles at T / (N k) / (1 - lr k / (2 (1 + momentum))).
+    Without noise, and at temperature 0, it equals `torch.optim.SGD` bit for bit. On a quadratic of curvature k the
+    weights' variance converges to T / (N k) / (1 - lr k / (2 (1 + momentum))).
 
     The noise has a velocity of its own, in units of the weights, which is reset when steps are not noisy.
     Adding noise to the gradients is equivalent at a constant learning rate. At the small rates at the end of a
@@ -49,7 +49,7 @@ class Langevin(torch.optim.SGD):
             lr: the learning rate, which a schedule may change in the parameter groups.
             samples: N, the size of the data set.
             temperature: T, the temperature of the posterior.
-            momentum: what each step keeps of the last one's velocity.
+            momentum: the share of the velocity that each step keeps.
             weight_decay: precision of the normal prior, divided by N.
             seed: of the noise.
         """
@@ -76,8 +76,8 @@ class Langevin(torch.optim.SGD):
 class PreconditionedLangevin(torch.optim.Optimizer):
     """pSGLD: each weight's step and noise divided by the root mean square of its gradients.
 
-    As in the paper's experiments the drift that the preconditioner's own change would need is left out. The mean
-    square is corrected for its start at 0, as Adam's is, where the paper takes its first steps ten times as long.
+    As in the paper's experiments the drift by the change of the preconditioner is not included. The mean square is
+    corrected for its start at 0, as in Adam; in the paper the first steps are ten times as long.
     """
 
     def __init__(
@@ -98,10 +98,10 @@ class PreconditionedLangevin(torch.optim.Optimizer):
             params: the weights.
             lr: the learning rate.
             samples: the size of the data set.
-            temperature: T of the posterior aimed at.
-            decay: what the mean of squared gradients keeps per step.
+            temperature: T of the posterior that is sampled.
+            decay: the share of the mean of squared gradients that each step keeps.
             damping: added to their root.
-            weight_decay: precision of the normal prior, divided by N; the preconditioner does not see it.
+            weight_decay: precision of the normal prior, divided by N; the preconditioner does not include it.
             seed: of the noise.
         """
         super().__init__(params, {"lr": lr, "decay": decay, "damping": damping, "weight_decay": weight_decay})

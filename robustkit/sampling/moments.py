@@ -1,4 +1,4 @@
-"""Mean, variance and last deviations of weights along a run, and draws from the normal that they fit.
+"""Mean, variance and last deviations of weights along a run, and draws from the normal fitted to them.
 
 SWAG (Maddox et al. 2019, arXiv:1902.02476). The variance is kept by Welford's update, where the paper keeps the
 mean of squares and clamps a difference of nearly equal numbers at 0.
@@ -67,8 +67,8 @@ class Moments:
     def draw(self, number: int, scale: float, seed: int) -> Weights:
         """Return a state with draw `number` of the fitted normal, standard deviations times `scale`.
 
-        With deviations half of the variance is theirs and half the diagonal's, as in SWAG; without, the
-        diagonal has all of it. At scale 0 it is the mean itself.
+        With deviations each of the low-rank and the diagonal part has half of the variance, as in SWAG; without,
+        the diagonal has all of it. At scale 0 the result is the mean.
         """
         columns = len(self.deviations)
         diagonal = scale * math.sqrt(0.5 if columns > 1 else 1.0)

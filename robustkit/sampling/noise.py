@@ -1,4 +1,4 @@
-"""Normal noise for weights by counter: a pure function of (seed, purpose, step, place of the weight)."""
+"""Normal noise for weights by counter: a pure function of (seed, purpose, step, position of the weight)."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import Tensor
 
 from robustkit.core.rng import RowRng
 
-# Weights drawn for at once: the counters are 64-bit, several times the memory of the weights.
+# Weights per draw: the counters are 64-bit, several times the memory of the weights.
 CHUNK = 2**20
 
 
 def normal_like(tensors: Sequence[Tensor], seed: int, stream: str, step: int) -> list[Tensor]:
-    """Return standard normal draws in the shapes, types and places of these tensors.
+    """Return standard normal draws with the shapes, types and devices of these tensors.
 
-    A run that is resumed at `step` draws what it would have drawn, and every process of several draws the same.
+    A resumed run draws the same numbers at the same `step`, and so does every process of a run.
     """
     if not tensors:
         return []

@@ -6,14 +6,14 @@ import math
 
 
 def cosine(step: int, length: int, peak: float) -> float:
-    """Return the rate that falls from `peak` at step 0 towards 0 at step `length`."""
+    """Return the rate that falls from `peak` at step 0 to 0 at step `length`."""
     return 0.5 * peak * (1 + math.cos(math.pi * step / length))
 
 
 def cyclical(step: int, length: int, peak: float) -> float:
     """Return the cosine rate that starts again every `length` steps (Zhang et al. 2020, arXiv:1902.03932).
 
-    It is above 0 at a cycle's last step, so that samples go on moving.
+    It is above 0 at a cycle's last step, so that samples still change.
     """
     return cosine(step % length, length, peak)
 
@@ -21,8 +21,8 @@ def cyclical(step: int, length: int, peak: float) -> float:
 def polynomial(time: float, peak: float, power: float) -> float:
     """Return `peak` times (1 + time)^-power.
 
-    For a power above 1/2 and up to 1 its sum is infinite and the sum of its squares is not, which is what
-    Welling & Teh (2011) ask for.
+    For a power above 1/2 and up to 1 its sum is infinite and the sum of its squares is not, as Welling & Teh
+    (2011) require.
     """
     return float(peak * (1 + time) ** -power)
 
