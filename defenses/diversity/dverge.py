@@ -90,7 +90,7 @@ class DVERGE(Method):
 
     def rate(self, step: int, plan: Plan) -> float:
         """Return `lr`, a tenth of it from a half and a hundredth from three quarters of each part of the run."""
-        return ensemble_utils.two_phase_decay(step, ensemble_utils.baseline_steps(self.baseline, plan), plan)
+        return ensemble_utils.two_phase_decay(step, self.baseline, plan)
 
     def backward(self, nets: Sequence[nn.Module], batch: Batch, plan: Plan) -> Tensor:
         """Add the gradient of every member's loss on the others' distilled images."""

@@ -148,13 +148,14 @@ def step_decay(step: int, length: int, peak: float) -> float:
     return peak * float(0.1 ** ((done >= 0.5) + (done >= 0.75)))
 
 
-def baseline_steps(group: float, plan: Plan) -> int:
+def baseline_steps(share: float, plan: Plan) -> int:
     """Return the number of steps of plain training at the beginning: whole epochs, at most this share of all."""
-    return int(group * plan.epochs) * plan.steps_per_epoch
+    return int(share * plan.epochs) * plan.steps_per_epoch
 
 
-def two_phase_decay(step: int, baseline: int, plan: Plan) -> float:
-    """Return the learning rate of a run in two phases with `step_decay` each; the first has `baseline` steps."""
+def two_phase_decay(step: int, share: float, plan: Plan) -> float:
+    """Return the learning rate of a run in two phases with `step_decay` each; the first are the `baseline_steps`."""
+    baseline = baseline_steps(share, plan)
     if step < baseline:
         return step_decay(step, baseline, plan.lr)
     return step_decay(step - baseline, plan.steps - baseline, plan.lr)

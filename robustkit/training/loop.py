@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -175,8 +175,10 @@ class TrainingSession:
         memory, rows = self.model_state.memory, batch.rng.ids
         if memory is not None:
             batch = replace(batch, memory=memory.read(epoch, rows))
-        own = [self.members[number] for number in group.own_members]
-        optimizers = [self.model_state.optimizers[number] for number in group.own_members]
+        numbers = group.own_members
+        own = [self.members[number] for number in numbers]
+        nets = [self.model_state.nets[number] for number in numbers]
+        optimizers = [self.model_state.optimizers[number] for number in numbers]
         for member in own:
             member.start_step(step)
         repeats = method.batch_needs.repeats
@@ -184,16 +186,13 @@ class TrainingSession:
             for optimizer in optimizers:
                 optimizer.zero_grad(set_to_none=True)
             loss = method.backward(own, batch, plan)
-            state.loss += group.all_reduce([member.net for member in own], loss) / repeats
-            for optimizer in optimizers:
-                take_step(method, optimizer, step, plan)
+            state.loss += group.all_reduce(nets, loss) / repeats
+            take_step(method, optimizers, step, plan)
         if memory is not None and batch.memory is not None:
             memory.write(epoch, *group.gather_memory(rows, batch.memory))
         if self.model_state.averages:
-            for number in group.own_members:
-                averages.update_average(
-                    self.model_state.averages[number], self.model_state.nets[number], self.job.spec.ema
-                )
+            for number, net in zip(numbers, nets, strict=True):
+                averages.update_average(self.model_state.averages[number], net, self.job.spec.ema)
         state.step += 1
         if isinstance(method, PosteriorMethod) and method.keeps(step, plan):
             if self.first:
@@ -222,17 +221,17 @@ class TrainingSession:
         return Member(classifier, self.state.pass_counts, fabric.autocast, seed, group.part, group.parts).train()
 
 
-def take_step(method: Method, optimizer: torch.optim.Optimizer, step: int, plan: Plan) -> None:
-    """Move the weights of one member along their gradients.
+def take_step(method: Method, optimizers: Sequence[torch.optim.Optimizer], step: int, plan: Plan) -> None:
+    """Move the weights of the members along their gradients.
 
-    The parameter groups of the optimizer receive the learning rate as `lr`, the step as `counter` and whether it
+    The parameter groups of the optimizers receive the learning rate as `lr`, the step as `counter` and whether it
     adds noise as `noisy`; optimizers of posterior samplers draw their noise as a function of the step.
     """
-    for group in optimizer.param_groups:
-        group["lr"] = method.rate(step, plan)
-        group["counter"] = step
-        group["noisy"] = isinstance(method, PosteriorMethod) and method.noisy(step, plan)
-    optimizer.step()
+    rate, noisy = method.rate(step, plan), isinstance(method, PosteriorMethod) and method.noisy(step, plan)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group.update(lr=rate, counter=step, noisy=noisy)
+        optimizer.step()
 
 
 def own_plan(plan: Plan, member: int) -> Plan:

@@ -43,7 +43,7 @@ def train(method: Method, plan: Plan = PLAN, model: nn.Module | None = None) -> 
     for step in range(plan.steps):
         optimizer.zero_grad()
         method.backward([model], batch(step, plan), plan)
-        take_step(method, optimizer, step, plan)
+        take_step(method, [optimizer], step, plan)
         if step in kept_steps(method, plan, plan.steps):
             kept.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
     return model, kept

@@ -107,8 +107,7 @@ def outcome(method: Method, plan: Plan = PLAN) -> list[dict[str, Tensor]]:
             for optimizer in optimizers:
                 optimizer.zero_grad()
             method.backward(nets, batch, plan)
-            for optimizer in optimizers:
-                take_step(method, optimizer, step, plan)
+            take_step(method, optimizers, step, plan)
         memory[rows] = known
         if isinstance(method, PosteriorMethod) and method.keeps(step, plan):
             kept.append({name: tensor.clone() for name, tensor in net.state_dict().items()})

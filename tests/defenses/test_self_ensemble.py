@@ -190,7 +190,7 @@ def test_probes_leave_the_backbone_as_it_is(fields: dict[str, Any]) -> None:
         before = {name: tensor.clone() for name, tensor in whole.state_dict().items()}
         optimizer.zero_grad()
         assert method.backward([whole], batch(step), PLAN).isfinite()
-        take_step(method, optimizer, step, PLAN)
+        take_step(method, [optimizer], step, PLAN)
         changed = {name for name, tensor in whole.state_dict().items() if not torch.equal(tensor, before[name])}
         part, other = ("backbone.", "probes.") if step < PLAN.steps / 2 else ("probes.", "backbone.")
         assert any(name.startswith(part) for name in changed)

@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from robustkit.attack_api.driver import drive
 from robustkit.core.errors import UsageError, did_you_mean
 from robustkit.core.shapes import Images
 
@@ -160,9 +159,10 @@ def distil(
         low, high = (source - eps).clamp(0, 1), (source + eps).clamp(0, 1)
         x = source.clamp(0, 1) if start is None else torch.clamp(source + eps * start, low, high)
 
-    def gradient(number: int, state: tuple[Images, Tensor]) -> Tensor:
+    velocity = torch.zeros_like(x)
+    for _ in range(steps):
         with torch.enable_grad():
-            point = state[0].detach().requires_grad_()
+            point = x.detach().requires_grad_()
             seen = features(net, point, layer)
             # Half the gradient of the squared error; its size is divided out below.
             weights = (seen.detach().float() - wanted).to(seen.dtype)
@@ -172,12 +172,7 @@ def distil(
                 f"layer {layer} has no gradient with respect to the image, so that no images can be made that it "
                 "takes for others: use a model without the transform that stops gradients."
             )
-        return found
-
-    def step(number: int, state: tuple[Images, Tensor], gradient: Tensor) -> tuple[Images, Tensor]:
-        point, velocity = state
-        size = gradient.abs().flatten(1).sum(1).clamp(min=TINY).view(-1, *[1] * (x.dim() - 1))
-        velocity = inertia * velocity + gradient / size
-        return torch.clamp(point - step_size * eps * velocity.sign(), low, high), velocity
-
-    return drive((x, torch.zeros_like(x)), steps, gradient, step)[0].detach()
+        size = found.abs().flatten(1).sum(1).clamp(min=TINY).view(-1, *[1] * (x.dim() - 1))
+        velocity = inertia * velocity + found / size
+        x = torch.clamp(x - step_size * eps * velocity.sign(), low, high)
+    return x.detach()
