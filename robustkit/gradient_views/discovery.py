@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from robustkit.core.isolation import own_randomness
 from robustkit.core.shapes import Images
 from robustkit.gradient_views.aggregator_substitutes import find_ensemble
-from robustkit.gradient_views.views import MeanView, TracedModel, is_random, views
+from robustkit.gradient_views.view_kinds import MeanView, TracedModel
+from robustkit.gradient_views.views import is_random, views
 from robustkit.models.classifier import Classifier
 from robustkit.registry import DRAWN, VIEWS
 from robustkit.runs.recorded_outputs import run_once

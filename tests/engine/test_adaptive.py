@@ -19,7 +19,7 @@ from robustkit.engine.evaluation.verdicts import judge
 from robustkit.engine.model.instrumented_model import InstrumentedModel
 from robustkit.engine.model.random_verdicts import MAX_DRAWS, MIN_DRAWS, majority_vote
 from robustkit.gradient_views.discovery import discover_views
-from robustkit.gradient_views.views import MEAN_DRAWS
+from robustkit.gradient_views.view_kinds import MEAN_DRAWS
 from robustkit.models import as_classifier
 from robustkit.models.ensembles.aggregation import parse_aggregator
 from robustkit.registry import make

@@ -24,7 +24,7 @@ from robustkit.engine.evaluation import block_runner
 from robustkit.engine.evaluation.verdicts import image_hashes, sample_ids
 from robustkit.engine.model.instrumented_model import InstrumentedModel
 from robustkit.engine.model.profiling import measure
-from robustkit.gradient_views.views import MeanView
+from robustkit.gradient_views.view_kinds import MeanView
 from robustkit.models import as_classifier
 from robustkit.registry import SuiteEntry, parse_suite
 from robustkit.runs.evaluation_record import Report

@@ -18,7 +18,8 @@ from robustkit.core.criteria import Goal
 from robustkit.core.rng import RowRng
 from robustkit.core.threat import ThreatModel
 from robustkit.gradient_views.tracer import Tracer
-from robustkit.gradient_views.views import MeanView, TracedModel, views
+from robustkit.gradient_views.view_kinds import MeanView, TracedModel
+from robustkit.gradient_views.views import views
 from robustkit.models import as_classifier
 from robustkit.models.classifier import Classifier
 from robustkit.registry import make

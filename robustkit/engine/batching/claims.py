@@ -18,7 +18,7 @@ from robustkit.engine.batching.row_batch import RowBatch
 from robustkit.engine.evaluation.verdicts import Verdicts, judge
 from robustkit.engine.model.instrumented_model import InstrumentedModel
 from robustkit.engine.model.random_refinement import STEPS, choose_eot_view, refine_with_eot
-from robustkit.gradient_views.views import MEAN_DRAWS
+from robustkit.gradient_views.view_kinds import MEAN_DRAWS
 
 T = TypeVar("T")
 

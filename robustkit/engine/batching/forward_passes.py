@@ -14,7 +14,7 @@ from robustkit.core.shapes import Logits
 from robustkit.engine.batching.attack_queue import AttackQueue
 from robustkit.engine.batching.row_batch import RowBatch
 from robustkit.engine.model.instrumented_model import InstrumentedModel
-from robustkit.gradient_views.views import MEAN_DRAWS
+from robustkit.gradient_views.view_kinds import MEAN_DRAWS
 
 # The view that is a random model itself, averaged over draws.
 AVERAGED = "averaged-mended"

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from robustkit.core.shapes import Images, Logits
-from robustkit.gradient_views.views import MeanView
+from robustkit.gradient_views.view_kinds import MeanView
 from robustkit.models.classifier import Classifier
 from robustkit.runs.recorded_outputs import ACTIVE, OutputRecord
 
