@@ -154,7 +154,7 @@ def baseline_steps(share: float, plan: Plan) -> int:
 
 
 def two_phase_decay(step: int, share: float, plan: Plan) -> float:
-    """Return the learning rate of a run in two phases, `baseline_steps` and the rest, with `step_decay` in each."""
+    """Return the learning rate of a run in two phases, `baseline_steps` and the rest, each with `step_decay`."""
     baseline = baseline_steps(share, plan)
     if step < baseline:
         return step_decay(step, baseline, plan.lr)
