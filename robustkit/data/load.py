@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
-from robustkit.core.errors import UsageError, did_you_mean, expand_path
+from robustkit.core.errors import UsageError, did_you_mean
 from robustkit.core.preprocess import Preprocess
 from robustkit.data.catalog import CATALOG
 from robustkit.data.classes import absolute, read_order, relabelled
+from robustkit.data.request import DataRequest
 from robustkit.data.samples import Samples
 from robustkit.data.strings import DataString
 from robustkit.registry.plugins import Plugin, plugins
-
-# Kinds of data whose part after the colon is a path.
-PATHS = ("folder", "webdataset")
 
 
 def load_data(
@@ -48,56 +47,31 @@ def load_data(
     spec = DataString.parse(string)
     if "classes" in spec.options:
         spec = replace(spec, options=spec.options | {"classes": absolute(spec.options["classes"])})
-    is_npz = spec.head.lower().endswith(".npz") and spec.name not in PATHS
+    is_npz = spec.head.lower().endswith(".npz") and not spec.is_path
     if "layout" in spec.options and not is_npz:
         raise UsageError(f"data {string!r} has a layout=, which only .npz arrays need; leave it out.")
-    samples = _loaded(spec, is_npz, root, download, preprocess)
+    samples = _loaded("npz" if is_npz else spec.name, DataRequest(spec, "", root, download, preprocess))
     if "classes" in spec.options:
         samples = relabelled(samples, read_order(spec.options["classes"]))
     return replace(samples, name=f"{samples.name}{spec.query}")
 
 
-def _loaded(
-    spec: DataString, is_npz: bool, root: Path | None, download: bool, preprocess: Preprocess | None
-) -> Samples:
-    name = spec.name
-    if name == "folder":
-        return _folder(spec.rest, preprocess, nested="classes" in spec.options)
-    if name == "webdataset":
-        return _webdataset(spec.rest, root, preprocess)
-    if is_npz:
-        from robustkit.data.sources.npz import npz
-
-        return npz(_absolute(spec.head), spec.options.get("layout"))
+def _loaded(name: str, request: DataRequest) -> Samples:
+    """Return the samples of an entry of the catalog, or of an installed package."""
+    spec = request.spec
     if name not in CATALOG and name in plugins("data"):
         return _installed(plugins("data")[name], spec.head)
-    if name not in CATALOG or name == "npz":
+    if name not in CATALOG or (name == "npz" and not spec.head.lower().endswith(".npz")):
         raise _unknown(spec.head, name)
-    return _named(name, spec.rest, root, download, preprocess)
-
-
-def data_root() -> Path:
-    """Return the default folder of downloaded data sets."""
-    return _absolute(os.environ.get("ROBUSTKIT_DATA") or "~/.cache/robustkit/data")
-
-
-def _named(
-    name: str, split: str | None, root: Path | None, download: bool, preprocess: Preprocess | None
-) -> Samples:
     entry = CATALOG[name]
-    split = entry.default_split if split is None else split
-    if split not in entry.splits:
-        raise did_you_mean(f"split of {name}", str(split), entry.splits)
-    if not entry.needs_root:
-        from robustkit.data.sources.digits import digits
-
-        return digits(split)
-    from robustkit.data.sources import torchvision_sets
-
-    place = data_root() if root is None else _absolute(root)
-    if name == "imagenet":
-        return torchvision_sets.imagenet(split, place, preprocess)
-    return torchvision_sets.small_set(name, split, place, download)
+    if entry.splits:
+        split = entry.default_split if spec.rest is None else spec.rest
+        if split not in entry.splits:
+            raise did_you_mean(f"split of {name}", str(split), entry.splits)
+        request = replace(request, split=str(split))
+    module, _, function = entry.load.partition(":")
+    samples: Samples = getattr(import_module(module), function)(request)
+    return samples
 
 
 def _installed(plugin: Plugin, string: str) -> Samples:
@@ -106,27 +80,6 @@ def _installed(plugin: Plugin, string: str) -> Samples:
 
     images, labels = plugin.call(string.partition(":")[2])
     return from_arrays(images, labels, string)
-
-
-def _folder(path: str | None, preprocess: Preprocess | None, nested: bool) -> Samples:
-    from robustkit.data.sources.image_files import image_folder
-
-    if not path:
-        raise UsageError("'folder:' names no folder; write folder:PATH with one folder of images per class.")
-    place = _absolute(path)
-    return image_folder(place, f"folder:{place}", preprocess, nested=nested)
-
-
-def _webdataset(path: str | None, root: Path | None, preprocess: Preprocess | None) -> Samples:
-    from robustkit.data.sources.shards import webdataset
-
-    if not path:
-        raise UsageError(
-            "'webdataset:' names no shards; write webdataset:PATH with a .tar file or a folder of them."
-        )
-    place = _absolute(path)
-    cache = (data_root() if root is None else _absolute(root)) / "index"
-    return webdataset(place, f"webdataset:{place}", preprocess, cache)
 
 
 def _unknown(string: str, name: str) -> UsageError:
@@ -144,8 +97,3 @@ def _unknown(string: str, name: str) -> UsageError:
     if os.path.exists(path):
         return UsageError(f"{string!r} is not an .npz file; write folder:PATH, or a path that ends in .npz.")
     return did_you_mean("data", name, CATALOG)
-
-
-def _absolute(path: str | Path) -> Path:
-    """Return the path with ~ and .. resolved, without reading the disk."""
-    return Path(os.path.abspath(expand_path(path)))

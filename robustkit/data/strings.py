@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 from urllib.parse import parse_qsl, quote
 
 from robustkit.core.errors import UsageError, did_you_mean
+from robustkit.data.catalog import CATALOG
 
 FIELDS = ("classes", "layout")
-# Kinds of data that are image files, read at the model's input size.
-_PICTURES = ("folder", "webdataset", "imagenet")
 _QUERY = re.compile(r"\?(?=[A-Za-z_]\w*=)")
 
 
@@ -57,9 +56,14 @@ class DataString:
         return self.head.partition(":")[2] if ":" in self.head else None
 
     @property
+    def is_path(self) -> bool:
+        """Whether the part after the colon is a path."""
+        return self.name in CATALOG and CATALOG[self.name].is_path
+
+    @property
     def is_pictures(self) -> bool:
         """Whether these are image files."""
-        return self.name in _PICTURES
+        return self.name in CATALOG and CATALOG[self.name].is_pictures
 
     @property
     def query(self) -> str:

@@ -21,7 +21,7 @@ def recorded_data(string: str, where: object) -> str:
     # A file, unless it is names with commas between.
     if classes is not None and ("," not in classes or any(sign in classes for sign in ("/", "\\"))):
         check_path(classes, where, "--data")
-    path = (spec.rest or "") if spec.name in ("folder", "webdataset") else spec.head
+    path = (spec.rest or "") if spec.is_path else spec.head
     # Data with a name of its own, such as cifar10:test, has neither.
     if path != spec.head or any(sign in path for sign in ("/", "\\", ".npz")):
         check_path(path, where, "--data")

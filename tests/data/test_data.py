@@ -16,7 +16,7 @@ from sklearn.datasets import load_digits
 from robustkit.core.errors import UsageError
 from robustkit.data import Samples, from_arrays, load_data
 from robustkit.data.catalog import CATALOG
-from robustkit.data.load import data_root
+from robustkit.data.request import default_root
 
 
 def test_digits_splits_are_disjoint_complete_and_stratified() -> None:
@@ -96,9 +96,9 @@ def test_a_known_name_wins_over_a_folder_of_that_name(tmp_path: Path, monkeypatc
 def test_the_root_is_the_environments_then_the_caches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/someone")
     monkeypatch.delenv("ROBUSTKIT_DATA", raising=False)
-    assert data_root() == Path("/home/someone/.cache/robustkit/data")
+    assert default_root() == Path("/home/someone/.cache/robustkit/data")
     monkeypatch.setenv("ROBUSTKIT_DATA", "~/sets/../data")
-    assert data_root() == Path("/home/someone/data")
+    assert default_root() == Path("/home/someone/data")
 
 
 def test_catalog_is_consistent() -> None:

@@ -5,22 +5,23 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from robustkit.data.request import DataRequest
 from robustkit.data.samples import Samples
 from robustkit.data.sources.arrays import array_samples
 
 _TEST_SHARE = 0.2
 
 
-def digits(split: str) -> Samples:
+def load(request: DataRequest) -> Samples:
     """Return the `train` or `test` split, shuffled, so that its first n are a random sample."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
     labels = bunch.target.astype(np.int64)
-    rows = _split(labels)[split]
+    rows = _split(labels)[request.split]
     images = (bunch.images / 16).astype(np.float32)[:, None]
     classes = tuple(str(digit) for digit in range(10))
-    return array_samples(images[rows], labels[rows], f"digits:{split}", channels_last=False, classes=classes)
+    return array_samples(images[rows], labels[rows], request.name, channels_last=False, classes=classes)
 
 
 def _split(labels: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[np.int64]]:

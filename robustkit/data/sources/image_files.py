@@ -12,8 +12,20 @@ from robustkit.core.errors import UsageError
 from robustkit.core.preprocess import Preprocess
 from robustkit.data.decoding import EncodedImages, check_interpolation, read_limited
 from robustkit.data.regular_files import open_regular
+from robustkit.data.request import DataRequest
 from robustkit.data.samples import Samples
 from robustkit.data.sources.folder_listing import list_pictures
+
+
+def load(request: DataRequest) -> Samples:
+    """Return the samples of `folder:PATH`; `?classes=` says that its folders are classes, whatever their names.
+
+    Raises:
+        UsageError: the string names no folder, or not one of images in folders.
+    """
+    if not request.spec.rest:
+        raise UsageError("'folder:' names no folder; write folder:PATH with one folder of images per class.")
+    return image_folder(request.path, request.name, request.preprocess, nested="classes" in request.spec.options)
 
 
 def image_folder(path: Path, name: str, preprocess: Preprocess | None, *, nested: bool = False) -> Samples:

@@ -11,6 +11,7 @@ import numpy as np
 from robustkit.core.errors import UsageError
 from robustkit.data.labels import check_count, class_numbers
 from robustkit.data.regular_files import open_regular
+from robustkit.data.request import DataRequest, absolute_path
 from robustkit.data.samples import Samples
 from robustkit.data.sources.archive import DAMAGE, header, member
 from robustkit.data.sources.arrays import array_samples, check_form
@@ -19,18 +20,18 @@ from robustkit.data.sources.layout import channels_last
 _MAX_NAMES = 16 << 20
 
 
-def npz(path: Path, layout: str | None = None) -> Samples:
+def load(request: DataRequest) -> Samples:
     """Return the samples of an `.npz` file, large uncompressed arrays memory-mapped.
 
     The headers of all arrays are checked before any of them is read, and the labels are read before the images.
 
-    Args:
-        path: absolute, as it becomes the name of the samples.
-        layout: `NCHW` or `NHWC`; None for the default, NHWC for uint8 and NCHW for floats.
+    Their name is the absolute path. The layout is `NCHW` or `NHWC`, as the request says; by default NHWC for uint8
+    and NCHW for floats.
 
     Raises:
         UsageError: the file is absent, damaged, too large, or not of the documented form.
     """
+    path, layout = absolute_path(request.spec.head), request.spec.options.get("layout")
     try:
         with open_regular(path) as file, zipfile.ZipFile(file) as archive:
             found = {name[:-4] for name in archive.namelist() if name.endswith(".npy")}

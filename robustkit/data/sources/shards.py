@@ -17,6 +17,7 @@ from robustkit.core.errors import UsageError
 from robustkit.core.preprocess import Preprocess
 from robustkit.data.decoding import EncodedImages, check_interpolation, read_limited
 from robustkit.data.regular_files import open_regular
+from robustkit.data.request import DataRequest
 from robustkit.data.samples import Samples
 from robustkit.data.sources import tar_index
 from robustkit.data.sources.folder_listing import is_hidden
@@ -27,25 +28,29 @@ MAX_SHARDS = 100_000
 _MAX_DIGITS = 12
 
 
-def webdataset(path: Path, name: str, preprocess: Preprocess | None, cache: Path) -> Samples:
+def load(request: DataRequest) -> Samples:
     """Return the samples of tar shards, in a fixed shuffle, so that the first n are a random sample.
 
-    Args:
-        path: a shard, a folder of them, or several as `{000..099}.tar`.
-        name: name of these samples in errors and records.
-        preprocess: how to bring images to one size; without it they must have one.
-        cache: the folder where the index is kept.
+    The path is that of a shard, of a folder of them, or of several as `{000..099}.tar`. Their index is kept in the
+    folder of data sets. Without `preprocess` all images must have one size.
 
     Raises:
         UsageError: there are no such shards, one is damaged, or a sample has not one image and one label.
     """
+    if not request.spec.rest:
+        raise UsageError(
+            "'webdataset:' names no shards; write webdataset:PATH with a .tar file or a folder of them."
+        )
+    path, preprocess = request.path, request.preprocess
     check_interpolation(preprocess)
     shards = _expanded(path)
-    entries = tar_index.index(shards, cache)
+    entries = tar_index.index(shards, request.root / "index")
     if not len(entries):
         raise UsageError(f"{path} holds no samples; write images as KEY.jpg, or such, each with KEY.cls.")
     order = np.random.RandomState(0).permutation(len(entries))
-    return Samples(name, entries["label"][order], None, ShardSource(tuple(shards), entries, preprocess), order)
+    return Samples(
+        request.name, entries["label"][order], None, ShardSource(tuple(shards), entries, preprocess), order
+    )
 
 
 @dataclass(frozen=True, eq=False)

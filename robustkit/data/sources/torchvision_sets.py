@@ -12,29 +12,24 @@ from typing import Any
 import numpy as np
 
 from robustkit.core.errors import UsageError
-from robustkit.core.preprocess import Preprocess
+from robustkit.data.catalog import CATALOG
+from robustkit.data.request import DataRequest
 from robustkit.data.samples import Samples
 from robustkit.data.sources.arrays import array_samples
 from robustkit.data.sources.image_files import image_folder
 
-_READERS = {
-    "mnist": "MNIST",
-    "fashionmnist": "FashionMNIST",
-    "cifar10": "CIFAR10",
-    "cifar100": "CIFAR100",
-    "svhn": "SVHN",
-}
 # The errors of torchvision's readers for files that are absent, damaged, or cannot be downloaded.
 _FAILURE = (RuntimeError, OSError, ValueError, AssertionError, LookupError, EOFError)
 
 
-def small_set(name: str, split: str, root: Path, download: bool) -> Samples:
+def small_set(request: DataRequest) -> Samples:
     """Return one of torchvision's small sets, held in memory, in the order of its files.
 
     Raises:
         UsageError: the files are not below root, are damaged, or cannot be downloaded.
     """
-    dataset = _read(name, split, root, download)
+    name = request.spec.name
+    dataset = _read(name, request.split, request.root, request.download)
     images = np.asarray(dataset.data)
     if images.ndim == 3:
         images = images[..., None]
@@ -42,15 +37,16 @@ def small_set(name: str, split: str, root: Path, download: bool) -> Samples:
         labels, classes = dataset.labels, tuple(str(digit) for digit in range(10))
     else:
         labels, classes = np.asarray(dataset.targets), tuple(dataset.classes)
-    return array_samples(images, labels, f"{name}:{split}", channels_last=name != "svhn", classes=classes)
+    return array_samples(images, labels, request.name, channels_last=name != "svhn", classes=classes)
 
 
-def imagenet(split: str, root: Path, preprocess: Preprocess | None) -> Samples:
+def imagenet(request: DataRequest) -> Samples:
     """Return ImageNet-1k from class folders in `root/imagenet/SPLIT` or `root/SPLIT`, shuffled as any folder.
 
     Raises:
         UsageError: there is no such folder, or it does not hold the 1,000 classes.
     """
+    split, root = request.split, request.root
     places = (root / "imagenet" / split, root / split)
     folder = next((place for place in places if os.path.isdir(place)), None)
     if folder is None:
@@ -58,7 +54,7 @@ def imagenet(split: str, root: Path, preprocess: Preprocess | None) -> Samples:
             f"imagenet:{split} is neither in {places[0]} nor in {places[1]}, and it cannot be downloaded; "
             "unpack it there, one folder per class, or write --data-root DIR for where it is."
         )
-    samples = image_folder(folder, f"imagenet:{split}", preprocess)
+    samples = image_folder(folder, request.name, request.preprocess)
     count = len(samples.classes or ())
     if count != 1000:
         # With a class missing, every label after it would be off by one.
@@ -71,7 +67,7 @@ def imagenet(split: str, root: Path, preprocess: Preprocess | None) -> Samples:
 def _read(name: str, split: str, root: Path, download: bool) -> Any:
     from torchvision import datasets
 
-    reader = getattr(datasets, _READERS[name])
+    reader = getattr(datasets, CATALOG[name].reader)
     part = {"split": split} if name == "svhn" else {"train": split == "train"}
     try:
         # Downloads may print, and stdout is for results; NumPy warns of CIFAR's old pickles.
