@@ -126,16 +126,16 @@ def on_arrays(x: np.ndarray) -> np.ndarray:
 def of_torch(how: str) -> nn.Module:
     """Return the net as torch's own tools leave it."""
     net = viewing()
-    some = torch.rand(4, 1, SIDE, SIDE)
+    images = torch.rand(4, 1, SIDE, SIDE)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if how == "exported":
-            return torch.export.export(net, (some,), dynamic_shapes=({0: torch.export.Dim("rows")},)).module()
+            return torch.export.export(net, (images,), dynamic_shapes=({0: torch.export.Dim("rows")},)).module()
         if how == "exported-for-4":
-            return torch.export.export(net, (some,)).module()
+            return torch.export.export(net, (images,)).module()
         if how == "inside-exported":
-            return nn.Sequential(nn.Identity(), torch.export.export(net, (some,)).module())
-        traced = torch.jit.trace(net, some)
+            return nn.Sequential(nn.Identity(), torch.export.export(net, (images,)).module())
+        traced = torch.jit.trace(net, images)
         return torch.jit.freeze(traced) if how == "frozen" else traced
 
 

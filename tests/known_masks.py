@@ -226,8 +226,8 @@ def injected_detector(x: Tensor, y: Tensor) -> Masked:
     net = trained(Digits(), torch.cat([x, trapped]), torch.cat([y, classes]), 10)
     with torch.no_grad():
         doors = torch.stack([net.features(trapped[classes == k]).mean(0) for k in range(10)])
-        usual = F.cosine_similarity(net.features(x), doors[net(x).argmax(1)])
-    limit = usual.quantile(0.95)
+        similarity = F.cosine_similarity(net.features(x), doors[net(x).argmax(1)])
+    limit = similarity.quantile(0.95)
 
     def alarm(x: Tensor) -> tuple[Tensor, Tensor]:
         logits, features = net(x), net.features(x)
@@ -286,13 +286,13 @@ def arc(nets: list[nn.Module], chances: list[float], x: Tensor, y: Tensor, eps: 
     Nets in the order of their chance; each pulls the point towards its nearest linearised boundary, and the pull
     is kept where no less of the chance is fooled.
     """
-    at, best = x.clone(), torch.zeros(len(x))
+    iterate, best = x.clone(), torch.zeros(len(x))
     ordered = sorted(zip(chances, nets, strict=True), key=lambda pair: -pair[0])
     rows = torch.arange(len(x))
     for _ in range(steps):
         here, fooled = torch.zeros_like(x), torch.zeros(len(x))
         for _, net in ordered:
-            point = (at + here).detach().requires_grad_()
+            point = (iterate + here).detach().requires_grad_()
             logits = net(point)
             gaps, slopes = [], []
             for k in range(logits.shape[1]):
@@ -305,12 +305,12 @@ def arc(nets: list[nn.Module], chances: list[float], x: Tensor, y: Tensor, eps: 
             pull = -torch.stack(slopes, 1)[rows, near].sign()
             length = (1.1 * far[rows, near] + 0.01 * eps).clamp(max=eps / 4)
             tried = here + length[:, None, None, None] * pull
-            moved = ((at + tried).clamp(x - eps, x + eps).clamp(0, 1) - at).detach()
+            moved = ((iterate + tried).clamp(x - eps, x + eps).clamp(0, 1) - iterate).detach()
             with torch.no_grad():
-                wrong = sum(c * (n(at + moved).argmax(1) != y) for c, n in ordered)
+                wrong = sum(c * (n(iterate + moved).argmax(1) != y) for c, n in ordered)
             better = (wrong >= fooled)[:, None, None, None]
             here, fooled = torch.where(better, moved, here), torch.maximum(wrong, fooled)
-        at, best = at + here, torch.maximum(best, fooled)
+        iterate, best = iterate + here, torch.maximum(best, fooled)
     return best <= 0.5
 
 

@@ -90,8 +90,8 @@ def blind(net: nn.Module, x: Tensor) -> Tensor:
 
 def thermometer(x: Tensor, levels: int = 16) -> Tensor:
     """Decoded from a thermometer code."""
-    at = torch.arange(levels, device=x.device).view(-1, 1, 1) / levels
-    return (x > at).float().sum(1, keepdim=True) / levels
+    thresholds = torch.arange(levels, device=x.device).view(-1, 1, 1) / levels
+    return (x > thresholds).float().sum(1, keepdim=True) / levels
 
 
 def one_hot(x: Tensor, levels: int = 16) -> Tensor:
@@ -304,13 +304,13 @@ def trained(
         for _ in range(epochs):
             for index in torch.randperm(len(x)).split(64):
                 images, labels = x[index], y[index]
-                at = images
+                point = images
                 for _ in range(5 if attack else 0):
-                    at = at.detach().requires_grad_()
-                    (slope,) = torch.autograd.grad(F.cross_entropy(net(at), labels), at)
-                    at = (at + attack / 3 * slope.sign()).clamp(images - attack, images + attack).clamp(0, 1)
+                    point = point.detach().requires_grad_()
+                    (slope,) = torch.autograd.grad(F.cross_entropy(net(point), labels), point)
+                    point = (point + attack / 3 * slope.sign()).clamp(images - attack, images + attack).clamp(0, 1)
                 optimiser.zero_grad()
-                loss(net(at.detach()), labels).backward()
+                loss(net(point.detach()), labels).backward()
                 optimiser.step()
     return net.eval().requires_grad_(False)
 

@@ -91,7 +91,7 @@ def make_examples(
     small = (shape[0], min(shape[1], side), min(shape[2], side))
     clean = rng.random((len(shown), *small), dtype=np.float32)
     change = rng.uniform(-8 / 255, 8 / 255, clean.shape).astype(np.float32)
-    labels = np.array([report.verdicts[at].label for at in index], np.int64)
+    labels = np.array([report.verdicts[image].label for image in index], np.int64)
     return {
         "index": index,
         "distance": rng.uniform(0.5, 1, len(index)) * 8 / 255,

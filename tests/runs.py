@@ -44,7 +44,7 @@ def write_single(run: Path, made: nn.Module, **words: Any) -> str:
 def write_members(run: Path, nets: Sequence[nn.Module], **words: Any) -> str:
     """Write a run of several members."""
     run.mkdir(parents=True)
-    state = {f"{k}.{name}": of for k, one in enumerate(nets) for name, of in one.state_dict().items()}
+    state = {f"{k}.{name}": tensor for k, one in enumerate(nets) for name, tensor in one.state_dict().items()}
     save_file(state, run / "model.safetensors")
     (run / "model.json").write_text(json.dumps(facts(members=len(nets), **words)))
     return f"{run}/"

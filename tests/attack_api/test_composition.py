@@ -45,10 +45,10 @@ class Net:
         draw = torch.Generator().manual_seed(seed)
         self.inner = torch.randn(6, 12, generator=draw, dtype=torch.float64)
         self.outer = torch.randn(3, 6, generator=draw, dtype=torch.float64)
-        self.asked = []
+        self.queries = []
 
     def __call__(self, x):
-        self.asked.append((len(x), x.requires_grad))
+        self.queries.append((len(x), x.requires_grad))
         hidden = (x.flatten(1)[:, None] * self.inner.to(x)).sum(2).tanh()
         return (hidden[:, None] * self.outer.to(x)).sum(2)
 
@@ -102,13 +102,13 @@ def test_every_rule_takes_all_its_steps_and_ends_inside(name, norm):
         with torch.no_grad():
             fooled = Goal(GOAL.labels).reached(net(x))
         assert fooled.any()
-        net.asked.clear()
+        net.queries.clear()
         found = compose([make(name)])(net, x, Goal(GOAL.labels), threat, rng=RNG)
         assert threat.contains(found, x).all()
         assert found.dtype == dtype
         # All rows, all steps, fooled or not, and not one look more.
-        assert len(net.asked) % make(name).steps == 0
-        assert set(net.asked) == {(4, True)}
+        assert len(net.queries) % make(name).steps == 0
+        assert set(net.queries) == {(4, True)}
         assert (found != x).flatten(1).any(1).all()
 
 
@@ -133,7 +133,7 @@ def test_of_restarts_the_last_counts_that_reaches_the_goal(goal):
     reached = torch.stack([goal.reached(Net()(found)) for found in tries])
     net = Net()
     found = run(attack, net, goal=goal, threat=threat)
-    assert len([gradient for _, gradient in net.asked if gradient]) == 12
+    assert len([gradient for _, gradient in net.queries if gradient]) == 12
     kept = []
     for row in range(4):
         hits = [0, *[restart for restart in range(1, 4) if reached[restart, row]]]
@@ -214,9 +214,9 @@ def test_the_leftmost_technique_is_the_outermost():
         ("wrap", "b", "SurrogateOracle"),
         ("wrap", "a", "Told"),
     ]
-    asked = [note[0] for note in notes[4:]]
-    assert asked == ["a", "b", "b"] * 2
-    assert net.asked == [(4, True)] * 8  # 2 steps, 2 questions of each, 2 of each of these
+    events = [note[0] for note in notes[4:]]
+    assert events == ["a", "b", "b"] * 2
+    assert net.queries == [(4, True)] * 8  # 2 steps, 2 questions of each, 2 of each of these
 
 
 def test_an_oracle_remembers_one_run_only():
@@ -234,7 +234,7 @@ def test_a_rules_own_loop_asks_the_techniques():
     run(Composition(make("cwa", steps=2), (Telling("a", notes),)), Surrogates([net, net]))
     streams = [note[2] for note in notes if note[0] == "a"]
     assert streams == ["transfer/sam0", "transfer/cse0", "transfer/cse1"] * 2
-    assert len(net.asked) == 2 * 2 * (2 + 1 + 1)
+    assert len(net.queries) == 2 * 2 * (2 + 1 + 1)
 
 
 def test_questions_of_one_step_have_dice_of_their_own():

@@ -26,10 +26,10 @@ class Linear:
 
     def __init__(self, classes=4):
         self.weight = torch.randn(classes, 6, generator=torch.Generator().manual_seed(1))
-        self.asked = []
+        self.calls = []
 
     def __call__(self, x):
-        self.asked.append((len(x), x.requires_grad))
+        self.calls.append((len(x), x.requires_grad))
         return x.flatten(1) @ self.weight.T
 
 
@@ -72,19 +72,19 @@ def run(attack, model, x, goal, eps="linf:0.01"):
 
 def right(model, x):
     goal = Goal(model(x).argmax(1))
-    model.asked.clear()
+    model.calls.clear()
     return goal
 
 
 def test_jobs_are_targets_times_restarts_in_order_of_likelihood():
     model, x = Linear(), images()
     goal, order = right(model, x), model(x).argsort(1, descending=True)
-    model.asked.clear()
+    model.calls.clear()
     attack = Drift([], steps=1, restarts=2, targets=2)
     run(attack, model, x, goal)
     jobs = [note[1:] for note in attack.notes if note[0] == "init"]
     assert jobs == [(job, order[:, 1 + job // 2].tolist()) for job in range(4)]
-    assert sum(count for count, _ in model.asked) == 4 * attack.budget(4, "linf") == 4 * (1 + 4 * 2)
+    assert sum(count for count, _ in model.calls) == 4 * attack.budget(4, "linf") == 4 * (1 + 4 * 2)
 
 
 def test_a_goals_own_target_is_the_only_one():
@@ -102,16 +102,16 @@ def test_targets_are_ranked_without_the_label():
 
 
 def test_success_is_the_goals_and_not_the_targets():
-    x, asked = images(1), []
+    x, calls = images(1), []
 
     def model(x):  # class 1 wins as soon as anything moves; class 2 is ranked first and never does
-        asked.append(len(x))
+        calls.append(len(x))
         moved = (x - images(1)).flatten(1).abs().sum(1)
         return torch.stack([1 + 0 * moved, 1e6 * moved - 3, 0 * moved], 1)
 
     goal = Goal(torch.tensor([0]))
     found = run(Drift([], targets=1), model, x, goal)
-    assert len(asked) == 3, "a rank, the clean image, and the first move"
+    assert len(calls) == 3, "a rank, the clean image, and the first move"
     assert goal.reached(model(found)).all()
 
 
@@ -120,7 +120,7 @@ def test_rows_wrong_from_the_start_cost_one_forward():
     goal = Goal((right(model, x).labels + 1) % 4)
     attack = Drift([], targets=2)
     assert torch.equal(run(attack, model, x, goal), x)
-    assert model.asked == [(4, False)]
+    assert model.calls == [(4, False)]
     assert not attack.notes
 
 
@@ -130,13 +130,13 @@ def test_masked_rows_get_no_gradient_and_the_same_logits():
     run(attack, model, x, right(model, x))
     wants = [note[2].tolist() for note in attack.notes if note[0] == "step"]
     assert wants == [[True] * 4, [True, False] * 2, [False, True] * 2, [True, False] * 2]
-    assert model.asked == [(4, True), *[(2, False), (2, True)] * 3, (4, False)]
+    assert model.calls == [(4, True), *[(2, False), (2, True)] * 3, (4, False)]
 
 
 def test_rows_that_say_so_end_with_the_next_answer():
     model, x = Linear(), images()
     run(Drift([], steps=9, mask="last"), model, x, right(model, x))
-    assert [count for count, _ in model.asked] == [4, 4, 3, 2, 1]
+    assert [count for count, _ in model.calls] == [4, 4, 3, 2, 1]
 
 
 @dataclass(frozen=True)
@@ -231,8 +231,8 @@ def test_a_row_that_succeeds_is_asked_no_more():
     model, x = Linear(), images(6)
     labels = model(x).argmax(1)
     labels[:4] = (labels[:4] + 1) % 4  # these are where the attacker wants them from the first answer on
-    model.asked.clear()
+    model.calls.clear()
     run_attempts(
         Drift([], steps=5), model, x, Goal(labels), ThreatModel.parse("linf:0.01"), RowRng(0, "t", torch.arange(6))
     )
-    assert [count for count, _ in model.asked] == [6, 2, 2, 2, 2, 2]
+    assert [count for count, _ in model.calls] == [6, 2, 2, 2, 2, 2]

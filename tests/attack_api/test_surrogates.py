@@ -83,9 +83,10 @@ def written_out(combine, weights, x, goal, loss, nets=NETS):
 def agreed(logits, shares):
     """Return the mean of logits, each of the spread that they have on average."""
     spreads = [one.detach().sub(one.detach().mean(1, keepdim=True)).square().mean(1).sqrt() for one in logits]
-    usual = sum(share * spread for share, spread in zip(shares, spreads, strict=True))
+    weighted = sum(share * spread for share, spread in zip(shares, spreads, strict=True))
     return sum(
-        share * (usual / spread)[:, None] * one for share, spread, one in zip(shares, spreads, logits, strict=True)
+        share * (weighted / spread)[:, None] * one
+        for share, spread, one in zip(shares, spreads, logits, strict=True)
     )
 
 
@@ -470,8 +471,10 @@ def test_what_is_around_a_forward_gets_the_model_and_the_dice(combine, hold):
     surrogates = Surrogates(NETS, combine, hold=hold, forward_hooks=(hook(0), hook(1)), together=all_at_once(NETS))
     close(gradient(surrogates, x), gradient(Surrogates(NETS, combine), x))
     # Each member has dice of its own.
-    dice = [f"{RNG.stream}/member{net}" for net in range(3)]
-    once = [entry for net in range(3) for entry in ((0, net, dice[net]), (1, net, dice[net]), "left", "left")]
+    streams = [f"{RNG.stream}/member{net}" for net in range(3)]
+    once = [
+        entry for net in range(3) for entry in ((0, net, streams[net]), (1, net, streams[net]), "left", "left")
+    ]
     looks = not hold and combine in SHARED
     assert seen == once * (2 if looks else 1)
     seen.clear()
@@ -509,7 +512,7 @@ def test_targets_are_reached_by_following_the_gradient():
         surrogates = Surrogates(NETS, combine)
         step = 1e-3 * mean_normalised(gradient(surrogates, x, goal))
         before, after = (
-            torch.stack([-F.cross_entropy(net(at), targets, reduction="none") for net in NETS]).mean(0)
-            for at in (x, x + step)
+            torch.stack([-F.cross_entropy(net(point), targets, reduction="none") for net in NETS]).mean(0)
+            for point in (x, x + step)
         )
         assert (after > before).float().mean() > 0.7

@@ -84,9 +84,9 @@ def test_a_member_that_is_surely_wrong_does_not_stop_the_others() -> None:
 def test_targets_pull_and_unknown_words_are_refused() -> None:
     stack, labels = draw()
     targets = (labels + 1) % 5
-    at = stack.clone().requires_grad_()
-    value = make("mora-t").objective(rows_of(labels, targets=targets), {}, at)
-    pull = torch.autograd.grad(value.sum(), at)[0].sum(1)
+    point = stack.clone().requires_grad_()
+    value = make("mora-t").objective(rows_of(labels, targets=targets), {}, point)
+    pull = torch.autograd.grad(value.sum(), point)[0].sum(1)
     assert (pull.gather(1, targets[:, None]) > 0).all()
     with pytest.raises(UsageError, match="combine"):
         make("mora", combine="mean")

@@ -101,9 +101,9 @@ def test_gradients_of_transforms_are_finite_differences(technique):
 
 def test_copies_are_averaged():
     surrogates, rows = problem()
-    at = rows.x.clone().requires_grad_()
-    loss = sum(rows.goal.loss(surrogates(at / 2**number)) for number in range(5)) / 5
-    (expected,) = torch.autograd.grad(loss.sum(), at)
+    point = rows.x.clone().requires_grad_()
+    loss = sum(rows.goal.loss(surrogates(point / 2**number)) for number in range(5)) / 5
+    (expected,) = torch.autograd.grad(loss.sum(), point)
     torch.testing.assert_close(gradient(SI(), surrogates, rows), expected)
 
 
@@ -307,8 +307,8 @@ def test_vmi_is_the_papers_recursion():
     for step in range(4):
         here = replace(rows, rng=rows.rng.at(step=step + 1))
 
-        def slope(at):
-            return surrogates.gradient(at, rows.goal, "ce", rows.rng)
+        def slope(point):
+            return surrogates.gradient(point, rows.goal, "ce", rows.rng)
 
         total = slope(x) + variance
         momentum = momentum + total / total.abs().sum((1, 2, 3), keepdim=True)
@@ -497,16 +497,16 @@ def test_smer_of_one_member_and_round_is_the_rule_itself():
 
 def test_smer_asks_every_member_once_a_round():
     surrogates, rows = problem(members=3)
-    asked = []
+    queried = []
 
     class Watched(SurrogateOracle):
         def gradient(self, rows, x, members=None, weights=None):
-            asked.append(members[0])
+            queried.append(members[0])
             return super().gradient(rows, x, members, weights)
 
     SMER(rounds=4).wrap(Watched(surrogates, "ce")).gradient(rows, rows.x)
-    rounds = [asked[start : start + 3] for start in range(0, 12, 3)]
-    assert len(asked) == 12
+    rounds = [queried[start : start + 3] for start in range(0, 12, 3)]
+    assert len(queried) == 12
     assert all(sorted(order) == [0, 1, 2] for order in rounds)
     assert len({tuple(order) for order in rounds}) > 1
 

@@ -51,13 +51,13 @@ def digits() -> Samples:
     return load_data("digits:test").head(48)
 
 
-def look(net: torch.nn.Module, threat: str = "linf:0.15", samples: Samples | None = None) -> Diagnosis:
+def diagnosis(net: torch.nn.Module, threat: str = "linf:0.15", samples: Samples | None = None) -> Diagnosis:
     samples = samples or digits()
     return examine(as_classifier(net), samples, ThreatModel.parse(threat), torch.device("cpu"))
 
 
 def codes(net: torch.nn.Module, threat: str = "linf:0.15", samples: Samples | None = None) -> set[str]:
-    return {flag.code for flag in look(net.eval(), threat, samples).flags}
+    return {flag.code for flag in diagnosis(net.eval(), threat, samples).flags}
 
 
 def halves() -> Samples:
@@ -69,13 +69,13 @@ def halves() -> Samples:
 def test_an_unmasked_net_raises_no_flag(threat: str) -> None:
     assert codes(Wrapped("none"), threat) == set()
     net = Small(1)
-    assert look(net, threat, from_arrays(*labelled(net, 48, (1, 9, 7)))).flags == []
+    assert diagnosis(net, threat, from_arrays(*labelled(net, 48, (1, 9, 7)))).flags == []
 
 
 @pytest.mark.parametrize("fault", OWN)
 @pytest.mark.parametrize("threat", THREATS)
 def test_each_fault_raises_its_own_flag(fault: str, threat: str) -> None:
-    flags = {flag.code: flag for flag in look(Wrapped(fault).eval(), threat).flags}
+    flags = {flag.code: flag for flag in diagnosis(Wrapped(fault).eval(), threat).flags}
     code, words = OWN[fault]
     assert code in flags
     assert words in flags[code].meaning
@@ -101,10 +101,10 @@ def test_unseeded_random_draws_raise_no_wrong_gradient_flag() -> None:
 
 @pytest.mark.slow
 def test_flags_are_independent_of_the_order_of_checked_models() -> None:
-    honest = Wrapped("none")
+    unmasked = Wrapped("none")
     for fault in OWN:
         assert OWN[fault][0] in codes(Wrapped(fault))
-        assert codes(honest) == set()
+        assert codes(unmasked) == set()
 
 
 def test_every_fault_is_tested() -> None:
@@ -113,7 +113,7 @@ def test_every_fault_is_tested() -> None:
 
 def test_training_mode_and_few_classes() -> None:
     net = Wrapped("none").train()
-    assert {flag.code for flag in look(net).flags} == {"training-mode"}
+    assert {flag.code for flag in diagnosis(net).flags} == {"training-mode"}
     assert net.training
     two = from_arrays(digits().images(range(8)), torch.zeros(8, dtype=torch.long))
     suite = "autoattack:apgd-t(steps=2)"
@@ -133,7 +133,7 @@ def test_submodules_in_training_mode_are_flagged() -> None:
             return self.net(self.drop.train()(x))
 
     net = Stubborn().eval()
-    flags = {flag.code: flag for flag in look(net).flags}
+    flags = {flag.code: flag for flag in diagnosis(net).flags}
     assert {"training-mode", "randomised"} <= set(flags)
     assert flags["training-mode"].value == 1
     report = evaluate(net, digits(), None, "linf:0.1", suite="fgsm")
@@ -144,11 +144,11 @@ def test_submodules_in_training_mode_are_flagged() -> None:
 def test_doctor_refuses_the_input_that_evaluate_refuses(capsys: pytest.CaptureFixture[str]) -> None:
     net = Wrapped("none").eval()
     with pytest.raises(RunError, match="NaN"):
-        look(as_classifier(lambda x: net(x) * torch.nan))
+        diagnosis(as_classifier(lambda x: net(x) * torch.nan))
     with pytest.raises(UsageError, match="label 10 at index 0"):
-        look(net, samples=from_arrays(digits().images(range(4)), torch.full((4,), 10)))
+        diagnosis(net, samples=from_arrays(digits().images(range(4)), torch.full((4,), 10)))
     with pytest.raises(UsageError, match="every image"):
-        look(net, "l2:9")
+        diagnosis(net, "l2:9")
     assert run(["doctor", "--data", "digits:test"]) == 2
     assert "without a model" in capsys.readouterr().err
 
@@ -165,7 +165,7 @@ def test_doctor_names_few_classes_and_chance(capsys: pytest.CaptureFixture[str])
 def test_float16_overflow_and_dim_images() -> None:
     assert "float16-overflow" in codes(Wrapped("cold"))
     dim = from_arrays(digits().images(range(24)) / 255, digits().labels[:24])
-    assert "dim-images" in {flag.code for flag in look(Wrapped("none").eval(), samples=dim).flags}
+    assert "dim-images" in {flag.code for flag in diagnosis(Wrapped("none").eval(), samples=dim).flags}
 
 
 def test_a_randomised_net_is_not_flagged_if_the_suite_averages_over_draws() -> None:
@@ -181,7 +181,7 @@ def test_diagnosis_changes_no_state() -> None:
     before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
     modes = [module.training for module in net.modules()]
     gradient_functions = torch.autograd.grad, torch.autograd.backward, torch.Tensor.backward
-    look(net)
+    diagnosis(net)
     assert torch.equal(before[0], torch.get_rng_state())
     assert before[1:] == (np.random.get_state()[1].tolist(), random.getstate())
     assert modes == [module.training for module in net.modules()]
@@ -207,8 +207,8 @@ def test_a_score_attack_that_beats_gradient_attacks_raises_a_flag() -> None:
     assert (flag.level, flag.value) == ("ok", 1)
     assert scores_beat_gradients(stages(50, 20), ["", "score"]).level == "not measured"
     assert scores_beat_gradients(stages(50, 20, 400), ["", "score", "gradient"]).level == "not measured"
-    idle = [replace(stage, forwards=0) for stage in stages(50, 400, 0)]
-    assert scores_beat_gradients(idle, access).level == "not measured"
+    without_passes = [replace(stage, forwards=0) for stage in stages(50, 400, 0)]
+    assert scores_beat_gradients(without_passes, access).level == "not measured"
 
 
 @pytest.mark.slow

@@ -93,9 +93,9 @@ def test_an_unmasked_net_and_a_sound_attack_raise_no_indicator() -> None:
     net, x = Flat(), torch.rand(8, 1, 8, 8)
     labels = net(x).argmax(1)
     attack, goal = make("pgd", steps=60, loss="margin"), Goal(labels)
-    way = trace_attack(attack, net, x, goal, THREAT, rows(8))
-    assert way.losses.shape == way.fooled.shape == (8, 61)
-    assert not indicators.incomplete(way.losses).any()
+    trace = trace_attack(attack, net, x, goal, THREAT, rows(8))
+    assert trace.losses.shape == trace.fooled.shape == (8, 61)
+    assert not indicators.incomplete(trace.losses).any()
     everywhere = trace_attack(attack, net, x, goal, ThreatModel.parse("linf:1"), rows(8))
     assert indicators.unconstrained(everywhere.fooled, torch.ones(8, dtype=torch.bool)) == 0
     blind = trace_attack(attack, lambda images: 0 * net(images) + net(x).detach(), x, goal, THREAT, rows(8))

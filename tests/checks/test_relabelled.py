@@ -28,7 +28,7 @@ def test_permuted_labels_are_found(order: np.ndarray, chance: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    "said",
+    "predicted",
     [
         SAID,
         TRUE,
@@ -40,5 +40,5 @@ def test_permuted_labels_are_found(order: np.ndarray, chance: bool) -> None:
     ],
     ids=["good", "perfect", "constant", "not finite", "guessed", "confused"],
 )
-def test_a_weak_model_is_not_reported_as_permuted_labels(said: np.ndarray) -> None:
-    assert relabelled(said.tolist(), TRUE.tolist()) is None
+def test_a_weak_model_is_not_reported_as_permuted_labels(predicted: np.ndarray) -> None:
+    assert relabelled(predicted.tolist(), TRUE.tolist()) is None

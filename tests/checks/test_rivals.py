@@ -117,10 +117,10 @@ def test_trs_equals_the_authors_sum_for_any_number_of_members(count: int) -> Non
     assert torch.equal(steep[:4], one.x[:4])
     slopes, squares, cross = [], [], 0.0
     for other in others:
-        at, up = one.x.clone().requires_grad_(), steep.clone().requires_grad_()
-        loss = F.cross_entropy(other(at), one.y)
+        point, up = one.x.clone().requires_grad_(), steep.clone().requires_grad_()
+        loss = F.cross_entropy(other(point), one.y)
         cross += float(loss.detach())
-        slopes.append(torch.autograd.grad(loss, at)[0].flatten(1))
+        slopes.append(torch.autograd.grad(loss, point)[0].flatten(1))
         squares.append(torch.autograd.grad(F.cross_entropy(other(up), one.y), up)[0].flatten(1).square().sum(1))
     pairs = [(i, j) for i in range(count) for j in range(i)]
     apart = torch.stack([F.cosine_similarity(slopes[i], slopes[j]).abs() for i, j in pairs]).mean()
@@ -132,11 +132,12 @@ def test_trs_searches_new_adversarial_points_at_each_step() -> None:
     """The authors' ascent adds the gradients of all steps up; here the last step goes by its own."""
     models, one = [net(seed) for seed in range(2)], batch()
     last, before = (make_method("trs", steps=steps)._steepest(models, one, PLAN)[4:] for steps in (3, 2))
-    at = before.clone().requires_grad_()
+    point = before.clone().requires_grad_()
     slopes = [
-        torch.autograd.grad(F.cross_entropy(model(at), one.y[4:]), at, create_graph=True)[0] for model in models
+        torch.autograd.grad(F.cross_entropy(model(point), one.y[4:]), point, create_graph=True)[0]
+        for model in models
     ]
-    (slope,) = torch.autograd.grad(sum((each.square().sum() for each in slopes), start=at.new_zeros(())), at)
+    (slope,) = torch.autograd.grad(sum((each.square().sum() for each in slopes), start=point.new_zeros(())), point)
     expected = (before + 0.1 / 3 * slope.sign()).clamp(one.x[4:] - 0.1, one.x[4:] + 0.1).clamp(0, 1)
     assert float(((last - expected).abs() < 1e-6).float().mean()) > 0.99
     assert all(weight.grad is None for model in models for weight in model.parameters())

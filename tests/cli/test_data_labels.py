@@ -42,19 +42,19 @@ def digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def crafted(capsys: pytest.CaptureFixture[str], *more: str) -> tuple[dict[str, Any], str]:
     assert run([*CRAFT, *more]) == 0
-    told = capsys.readouterr()
-    return json.loads(told.out), told.err
+    printed = capsys.readouterr()
+    return json.loads(printed.out), printed.err
 
 
 def test_mismatched_labels_are_flagged_and_can_be_mapped(digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    record, told = crafted(capsys, "--data", "folder:set")
+    record, printed = crafted(capsys, "--data", "folder:set")
     codes = [flag["code"] for flag in record["flags"]]
     assert codes == ["class-order", "chance-accuracy", "labels-renumbered"]
-    assert "sorted as text, as torchvision's ImageFolder does (1, 10, 2, ...)" in told
-    record, told = crafted(capsys, "--data", "folder:set?classes=1,2,3,4,5,6,7,8,9,10")
+    assert "sorted as text, as torchvision's ImageFolder does (1, 10, 2, ...)" in printed
+    record, printed = crafted(capsys, "--data", "folder:set?classes=1,2,3,4,5,6,7,8,9,10")
     assert record["surrogates"][0]["clean_accuracy"] > 0.9
     assert not record.get("flags")
-    assert "warning" not in told
+    assert "warning" not in printed
     assert run(["doctor", "./net.py:Grey", "--data", "folder:set", "--threat", "linf:0.02"]) == 0
     assert "chance-accuracy: " in capsys.readouterr().out
 
@@ -63,9 +63,9 @@ def test_mismatched_labels_are_flagged_and_can_be_mapped(digits: Path, capsys: p
 def test_changed_images_give_another_run_id(digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = ("--data", "folder:set?classes=1,2,3,4,5,6,7,8,9,10")
     first, _ = crafted(capsys, *data)
-    again, told = crafted(capsys, *data)
+    again, printed = crafted(capsys, *data)
     assert again["run_id"] == first["run_id"]
-    assert "was finished before" in told
+    assert "was finished before" in printed
     file = next((digits / "3").iterdir())
     with Image.open(file) as image:
         changed = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -82,12 +82,12 @@ def test_evaluation_matches_labels_by_the_class_names_of_training(
     assert run(["train", "standard", "--data", "folder:set", *arch, "--out", "trained"]) == 0
     names = json.loads(Path("trained/model.json").read_text())["class_names"]
     assert names == ["1", "10", "2", "3", "4", "5", "6", "7", "8", "9"]
-    few = digits.parent / "few"
-    few.mkdir()
-    (digits / "3").rename(few / "3")
-    (digits / "9").rename(few / "9")
+    few_classes = digits.parent / "few"
+    few_classes.mkdir()
+    (digits / "3").rename(few_classes / "3")
+    (digits / "9").rename(few_classes / "9")
     capsys.readouterr()
     assert run([*CRAFT[:1], "--surrogate", "trained/", *CRAFT[3:], "--data", "folder:few"]) == 0
-    told = capsys.readouterr()
-    assert "note: the 2 classes of the data are matched by name to the model's 10" in told.err
-    assert set(json.loads(told.out)["labels"]) == {3, 9}
+    printed = capsys.readouterr()
+    assert "note: the 2 classes of the data are matched by name to the model's 10" in printed.err
+    assert set(json.loads(printed.out)["labels"]) == {3, 9}

@@ -56,16 +56,16 @@ def test_results_that_pass_and_fail_a_gate(
     assert gate.check([("net", RATE, flags), ("other", RATE, [])]) in (0, 1)
     assert gate.check([("net", RATE, flags)]) == int(bool(reasons))
     record = gate.record([("net", RATE, flags)])
-    asked = gate.fail_under is not None or gate.fail_on
+    gated = gate.fail_under is not None or gate.fail_on
     assert record == (
-        {"gate": {"passed": not reasons, "reasons": [f"net: {one}" for one in reasons]}} if asked else {}
+        {"gate": {"passed": not reasons, "reasons": [f"net: {one}" for one in reasons]}} if gated else {}
     )
 
 
 def test_a_pass_with_warnings_has_a_remark(capsys: pytest.CaptureFixture[str]) -> None:
     assert Gate(0.8).check([("", RATE, [WARNING, ERROR])]) == 0
-    said = capsys.readouterr().err
-    assert said == (
+    printed = capsys.readouterr().err
+    assert printed == (
         "robust accuracy 90.0 % passes --fail-under 80.0 %, but flags put it in doubt: zero-gradient, "
         "attack-not-alive; add --fail-on-flag to fail on them\n"
     )

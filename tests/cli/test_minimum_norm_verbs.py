@@ -38,7 +38,7 @@ def test_a_minimum_norm_run_is_verified_compared_and_exported(capsys: pytest.Cap
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "sentence"),
     [
         (["evaluate", "--threat", "l2:min", "--fail-under", "0.3"], "--fail-under compares robust accuracy"),
         (["evaluate", "--threat", "l2:min", "--models", "zoo.txt"], "--models ranks by robust accuracy"),
@@ -48,8 +48,8 @@ def test_a_minimum_norm_run_is_verified_compared_and_exported(capsys: pytest.Cap
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_errors_are_one_sentence(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors_are_one_sentence(words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(words) == 2
     message = capsys.readouterr().err
-    assert message.startswith(f"error: {said}")
+    assert message.startswith(f"error: {sentence}")
     assert message.count("\n") == 1

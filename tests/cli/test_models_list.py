@@ -18,22 +18,22 @@ def zoo(tmp_path: Path) -> Path:
 
 
 def command(zoo: Path, *more: str) -> list[str]:
-    asked = ["evaluate", "--models", str(zoo), "--data", "digits:test", "--limit", "6", "--suite", "fgsm"]
-    return [*asked, "--out", str(zoo.parent / "runs"), *more]
+    arguments = ["evaluate", "--models", str(zoo), "--data", "digits:test", "--limit", "6", "--suite", "fgsm"]
+    return [*arguments, "--out", str(zoo.parent / "runs"), *more]
 
 
 def test_a_list_of_models_resumes_and_may_grow(zoo: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(command(zoo)) == 0
-    out, told = capsys.readouterr()
+    out, err = capsys.readouterr()
     # The coarse one hides its gradient: whatever its number, it is ranked separately.
     assert out.index("digits-cnn ") < out.index("ranked separately") < out.index("coarse")
     assert "next     robustkit compare" in out
     with zoo.open("a") as file:
         file.write("gone = robustkit:digits-cnn@gone.safetensors\n")
     assert run(command(zoo, "--json", "--fail-under", "0.99")) == 2
-    out, told = capsys.readouterr()
-    assert told.count("was finished before") == 2
-    assert "digits-cnn: robust accuracy" in told
+    out, err = capsys.readouterr()
+    assert err.count("was finished before") == 2
+    assert "digits-cnn: robust accuracy" in err
     body = json.loads(out)
     assert [row["name"] for row in body["rows"]] == ["digits-cnn", "coarse"]
     assert "there is no weights file" in body["failed"][0]["reason"]

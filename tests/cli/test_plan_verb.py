@@ -36,7 +36,7 @@ def test_json_is_the_record(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         (["--devices", "0"], "--devices must be whole numbers of at least 1, e.g. 1,8,64, got '0'."),
         (["--devices", "two"], "--devices must be whole numbers of at least 1, e.g. 1,8,64, got 'two'."),
@@ -45,6 +45,6 @@ def test_json_is_the_record(capsys: pytest.CaptureFixture[str]) -> None:
         (["--seconds", "nan"], "--seconds must be a finite number, got nan."),
     ],
 )
-def test_bad_input_is_one_sentence(flags: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_input_is_one_sentence(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["plan", "--limit", "4", *flags]) == 2
-    assert capsys.readouterr().err == f"error: {said}\n"
+    assert capsys.readouterr().err == f"error: {message}\n"

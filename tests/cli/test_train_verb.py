@@ -137,8 +137,8 @@ def test_every_field_of_a_method_is_a_flag(
     assert run(["train", name, "--help"]) == 0
     text = capsys.readouterr().out
     # All that its docstring says, not the first line alone.
-    said = re.sub(r"\s+", "", text)
-    assert re.sub(r"\s+", "", registry.catalog("method")[name].detail) in said
+    compact = re.sub(r"\s+", "", text)
+    assert re.sub(r"\s+", "", registry.catalog("method")[name].detail) in compact
     value = make_method(name)
     shared = {"data", "test", "arch", "limit", "epochs", "batch_size", "lr", "members", "ema", "augment", "seed"}
     shared |= {"precision", "device", "devices", "parallel", "out", "data_root", "download", "json", "debug"}

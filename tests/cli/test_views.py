@@ -68,11 +68,11 @@ def test_the_examples_of_a_run() -> None:
     assert (examples["prediction"] != labels[examples["index"]]).all()
     shown = examples["shown"].tolist()
     assert len(shown) == len(set(shown)) == min(16, len(examples["index"]))
-    rows = [examples["index"].tolist().index(at) for at in shown]
+    rows = [examples["index"].tolist().index(index) for index in shown]
     assert (examples["adversarial"] == adversarial["x"][rows]).all()
     moved = np.abs(examples["adversarial"].astype(np.float64) - examples["clean"]).max((1, 2, 3))
     assert moved == pytest.approx(examples["distance"][rows], rel=1e-12)
-    margins = [abs(report.verdicts[at].margin) for at in shown]
+    margins = [abs(report.verdicts[index].margin) for index in shown]
     hard = [margin for margin, hard in zip(margins, examples["hard"], strict=True) if hard]
     easy = margins[len(hard) :]
     assert hard == sorted(hard)

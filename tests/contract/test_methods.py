@@ -177,8 +177,8 @@ def test_recorded_steps_of_samples_are_those_kept(name: str, runs: dict[str, tup
         return
     kept = [step + 1 for step in range(PLAN.steps) if method.keeps(step, PLAN)]
     assert kept
-    said = [facts["step"] for facts in record.samples]
-    assert said == (kept if type(method).samples is PosteriorMethod.samples else [None] * len(said))
+    recorded = [facts["step"] for facts in record.samples]
+    assert recorded == (kept if type(method).samples is PosteriorMethod.samples else [None] * len(recorded))
     for facts in record.samples:
         if facts["step"] is not None:
             assert facts["rate"] == method.rate(facts["step"] - 1, PLAN)

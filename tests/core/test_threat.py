@@ -273,23 +273,23 @@ def test_projection_against_slsqp(norm, seed):
 def bisected(norm, shift, low, high, eps):
     """Return the nearest shift by bisection on the one multiplier, in numpy."""
 
-    def at(t):
+    def point_at(t):
         if norm == "l2":
             return np.clip(shift / (1 + t), low, high)
         return np.clip(np.sign(shift) * np.maximum(np.abs(shift) - t, 0), low, high)
 
     def length(t):
-        return np.linalg.norm(at(t), 2 if norm == "l2" else 1)
+        return np.linalg.norm(point_at(t), 2 if norm == "l2" else 1)
 
     if length(0) <= eps:
-        return at(0)
+        return point_at(0)
     above, below = 0.0, 1.0
     while length(below) > eps:
         below *= 2
     for _ in range(200):
         middle = (above + below) / 2
         above, below = (middle, below) if length(middle) > eps else (above, middle)
-    return at(below)
+    return point_at(below)
 
 
 @settings(max_examples=100)

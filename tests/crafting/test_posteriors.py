@@ -117,10 +117,10 @@ def test_gradients_per_image_of_posteriors(runs: dict[str, str]) -> None:
 
 class Heard(Progress):
     def __init__(self) -> None:
-        self.said: list[str] = []
+        self.messages: list[str] = []
 
     def say(self, text: str) -> None:
-        self.said.append(text)
+        self.messages.append(text)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ class Heard(Progress):
 def test_too_few_steps_for_all_samples_raise_a_flag(runs: dict[str, str], attack: str, warned: bool) -> None:
     heard = Heard()
     craft([runs["a"], runs["b"]], X[:2], Y[:2], EPS, attack=attack, progress=heard)
-    assert any("did not reach all 5 nets of a run folder" in text for text in heard.said) == warned
+    assert any("did not reach all 5 nets of a run folder" in text for text in heard.messages) == warned
 
 
 def test_score_attacks_on_a_single_net_print_no_warning(runs: dict[str, str]) -> None:
@@ -143,7 +143,7 @@ def test_score_attacks_on_a_single_net_print_no_warning(runs: dict[str, str]) ->
         attack="square(queries=2)",
         progress=heard,
     )
-    assert heard.said == []
+    assert heard.messages == []
 
 
 @pytest.mark.parametrize("attack", ["mi-fgsm(steps=4)", "cwa(steps=2)+light(samples=2)"])

@@ -132,13 +132,13 @@ def test_the_package_offers_its_three_names_only() -> None:
 
 
 @pytest.mark.parametrize(
-    ("images", "said"),
+    ("images", "message"),
     [
         ([(np.zeros((1, 8, 8)), 1), (np.zeros((1, 8, 8)), 2)], "the images x are no array"),
         (torch.eye(4).to_sparse(), "a tensor of layout torch.sparse_coo on the device cpu cannot be read"),
         (torch.zeros(2, 1, 8, 8).to("meta"), "on the device meta cannot be read"),
     ],
 )
-def test_values_that_are_no_array_are_refused(images: Any, said: str) -> None:
-    with pytest.raises(UsageError, match=said):
+def test_values_that_are_no_array_are_refused(images: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
         from_arrays(images, [1, 2])

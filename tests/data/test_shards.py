@@ -168,8 +168,8 @@ def test_a_shard_that_is_cut_off_is_named(tmp_path: Path, left: int) -> None:
 def test_a_shard_with_a_damaged_header_in_the_middle_is_named(tmp_path: Path) -> None:
     shard = write(tmp_path / "0.tar", [*sample(0), *sample(1)])
     content = bytearray(shard.read_bytes())
-    at = content.index(b"0001.cls")
-    content[at] = ord("9")
+    offset = content.index(b"0001.cls")
+    content[offset] = ord("9")
     shard.write_bytes(content)
     with pytest.raises(UsageError, match=r"cannot be read as a tar file \(it is cut off or damaged\)"):
         load(shard)

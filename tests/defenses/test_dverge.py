@@ -153,7 +153,9 @@ def test_features_come_nearer() -> None:
     for layer in (1, 2, 3):
         x = distil(model, one.x, one.partners, layer, eps=0.07, step_size=0.1, steps=10, inertia=1)
         wanted = features(model, one.partners, layer)
-        before, after = ((features(model, at, layer) - wanted).square().flatten(1).sum(1) for at in (one.x, x))
+        before, after = (
+            (features(model, images, layer) - wanted).square().flatten(1).sum(1) for images in (one.x, x)
+        )
         assert (after < before).float().mean() >= 0.95
 
 
@@ -281,7 +283,9 @@ def test_layers_are_drawn_by_epoch_batch_or_member() -> None:
     assert len({tuple(drawn("batch", place)) for place in range(20)}) == 3
     assert any(len(set(drawn("member", place))) > 1 for place in range(20))
     assert drawn("epoch", 40) == drawn("epoch", 40)
-    assert [drawn("epoch", 4 * at) for at in range(9)] != [drawn("epoch", 4 * at, seed=1) for at in range(9)]
+    assert [drawn("epoch", 4 * number) for number in range(9)] != [
+        drawn("epoch", 4 * number, seed=1) for number in range(9)
+    ]
 
 
 def test_a_layer_that_is_not_there_is_refused() -> None:

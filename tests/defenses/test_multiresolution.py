@@ -108,8 +108,8 @@ def test_policies() -> None:
     """B-P16; torch's generator repeats fresh numbers, and content follows an image wherever it is."""
     x = images(6)
 
-    def out(policy: str, of: Tensor = x) -> Tensor:
-        return USUAL(of, Noise.parse(policy).rng(of))
+    def out(policy: str, stack_input: Tensor = x) -> Tensor:
+        return USUAL(stack_input, Noise.parse(policy).rng(stack_input))
 
     assert not torch.equal(out("fresh"), out("fresh"))
     torch.manual_seed(5)
@@ -173,7 +173,7 @@ def test_the_gradient_is_that_of_differences() -> None:
     stack = replace(USUAL, resolutions=(8, 4), noise_small=0.05, noise_large=0.05)
     x = (0.4 + 0.1 * images(1, 3, 8, 8).double()).requires_grad_()
     draws = Noise("frozen", 1).rng(x)
-    assert torch.autograd.gradcheck(lambda at: stack(at, draws), (x,), atol=1e-6)
+    assert torch.autograd.gradcheck(lambda image: stack(image, draws), (x,), atol=1e-6)
 
 
 def test_the_coarse_view_reads_a_quarter_of_the_pixels() -> None:

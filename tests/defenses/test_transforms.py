@@ -312,9 +312,9 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     command = ["robustkit:digits-cnn?defense=jpeg:75", "--limit", "16", "--out", str(tmp_path), "--no-html"]
     assert run(["evaluate", *command, "--suite", "fgsm,square(queries=60)"]) == 0
     assert "zero-gradient" in capsys.readouterr().out
-    told = json.loads((tmp_path / "spec.json").read_text())["model"]
-    assert told["string"] == "robustkit:digits-cnn?defense=jpeg:75"
-    assert told["fingerprint"] == load_model(told["string"]).fingerprint
+    recorded = json.loads((tmp_path / "spec.json").read_text())["model"]
+    assert recorded["string"] == "robustkit:digits-cnn?defense=jpeg:75"
+    assert recorded["fingerprint"] == load_model(recorded["string"]).fingerprint
     assert run(["verify", str(tmp_path)]) == 0
     assert "all good" in capsys.readouterr().out
     assert run(["verify", str(tmp_path), "--model", "robustkit:digits-cnn"]) == 1

@@ -70,7 +70,7 @@ def found(nets: Sequence[nn.Module] = NETS, restarts: int = 1, **words: Any) -> 
 
 
 @functools.cache
-def usual() -> Diversity:
+def default_diversity() -> Diversity:
     return found()
 
 
@@ -79,7 +79,7 @@ def values(record: Diversity) -> torch.Tensor:
 
 
 def test_the_record_says_what_was_done_and_comes_back_from_its_file() -> None:
-    record = usual()
+    record = default_diversity()
     assert len(record.index) > 16
     assert record.n == 32
     right = torch.stack([net(IMAGES).argmax(1) == LABELS for net in NETS])
@@ -101,7 +101,7 @@ def test_the_record_says_what_was_done_and_comes_back_from_its_file() -> None:
 
 def test_members_may_come_in_any_order_and_twice() -> None:
     """A-P12: d is symmetric, relabelling permutes everything, twins are no different."""
-    one, other = usual(), found([NETS[2], NETS[0], NETS[1]])
+    one, other = default_diversity(), found([NETS[2], NETS[0], NETS[1]])
     moved = torch.tensor([1, 2, 0])
     for name in ("confusion", "diversity", "cosine"):
         table, permuted = torch.tensor(getattr(one, name)), torch.tensor(getattr(other, name))
@@ -130,9 +130,9 @@ def test_a_member_sees_best_what_was_made_for_it() -> None:
 
 def test_more_restarts_never_help_the_defender() -> None:
     """A-P15, and that another restart starts elsewhere."""
-    few, more = usual(), found(restarts=3)
-    assert (values(more) >= values(few)).all()
-    for one, other in zip(few.attacked, more.attacked, strict=True):
+    single, more = default_diversity(), found(restarts=3)
+    assert (values(more) >= values(single)).all()
+    for one, other in zip(single.attacked, more.attacked, strict=True):
         assert other.any.value <= one.any.value
         assert other.all.value <= one.all.value
     rng = RowRng(0, "diversity/attack", torch.arange(4))
@@ -157,8 +157,8 @@ def test_images_that_leave_change_no_number() -> None:
     for restart in range(3):
         x = ensemble_utils.random_start(IMAGES, THREAT, rng.at(restart=restart))
         for _ in range(6):
-            at = x.requires_grad_()
-            (slope,) = torch.autograd.grad(criteria.ce(NETS[1](at), LABELS).sum(), at)
+            point = x.requires_grad_()
+            (slope,) = torch.autograd.grad(criteria.ce(NETS[1](point), LABELS).sum(), point)
             x = THREAT.project(x.detach() + STEP_SIZE * float(THREAT.eps) * slope.sign(), IMAGES)
         wrong.append(torch.stack([net(x).argmax(1) != LABELS for net in (*NETS, ensemble(NETS))]))
     assert fooled.equal(torch.stack(wrong).any(0))

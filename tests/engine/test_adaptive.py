@@ -236,9 +236,9 @@ def test_a_score_attack_on_a_randomised_model_costs_no_backward_pass() -> None:
 def test_a_suite_with_the_mean_over_draws_leaves_out_single_draws() -> None:
     x, y = labelled(Ensemble("crossmax"))
     suite = f"{QUICK}@mean-logit,{QUICK}@averaged-mean-logit,{QUICK}"
-    for net, idle in ((Shaken("crossmax"), 1), (Ensemble("crossmax"), 2)):
+    for net, unused in ((Shaken("crossmax"), 1), (Ensemble("crossmax"), 2)):
         report = evaluate(net, x, y, EPS, suite=suite)
-        assert [not stage.forwards for stage in report.stages[1:3]] == [idle == 1, idle == 2]
+        assert [not stage.forwards for stage in report.stages[1:3]] == [unused == 1, unused == 2]
     alone = evaluate(Shaken("crossmax"), x, y, EPS, suite=f"{QUICK}@mean-logit")
     assert alone.stages[1].forwards
 
@@ -254,31 +254,31 @@ def test_no_more_draws_are_made_once_the_majority_is_certain(share, least, most)
         right = torch.rand(len(x), generator=generator) < share
         return torch.stack([right.float(), 0.5 * torch.ones(len(x)), torch.zeros(len(x))], 1)
 
-    told = majority_vote(answer, torch.zeros(40, 1, 2, 3), labels)
-    assert least <= told.forwards.float().mean() <= most
-    torch.testing.assert_close(told.right.mean(), torch.tensor(share, dtype=torch.float64), atol=0.08, rtol=0)
+    vote = majority_vote(answer, torch.zeros(40, 1, 2, 3), labels)
+    assert least <= vote.forwards.float().mean() <= most
+    torch.testing.assert_close(vote.right.mean(), torch.tensor(share, dtype=torch.float64), atol=0.08, rtol=0)
     if share in (0, 1):
-        assert (told.prediction == (1 - int(share))).all()
+        assert (vote.prediction == (1 - int(share))).all()
 
 
 def test_the_reported_share_is_of_draws_other_than_those_that_found_the_success() -> None:
     """A share of draws that made a point a success is not the share that is told: that is of other draws."""
-    asked = [0, 0, 0]
+    draws = [0, 0, 0]
 
     def answer(x: torch.Tensor) -> torch.Tensor:
         right = []
         for row in (x[:, 0, 0, 0] * 4).int().tolist():
-            asked[row] += 1
+            draws[row] += 1
             # The first is wrong at first, and right twice in three from then on.
-            right.append([asked[0] > MIN_DRAWS and asked[0] % 3 > 0, False, True][row])
+            right.append([draws[0] > MIN_DRAWS and draws[0] % 3 > 0, False, True][row])
         return torch.stack([torch.tensor(right).float(), torch.full((len(x),), 0.5)], 1)
 
     x = torch.tensor([0.0, 0.25, 0.5]).view(3, 1, 1, 1).expand(3, 1, 2, 5)
     labels, threat = torch.zeros(3, dtype=torch.int64), ThreatModel.parse("linf:0.1")
     random: Any = SimpleNamespace(random=True, logits_fp32=answer)
-    told = judge(random, x, labels, x, threat)
-    assert told.fooled.tolist() == [False, True, False]
-    assert told.right[0] > 0.6
-    assert told.right[1:].tolist() == [0.0, 1.0]
-    assert asked[0] > 2 * MIN_DRAWS
-    assert told.forwards.tolist() == asked == [asked[0], 2 * MIN_DRAWS, MIN_DRAWS]
+    verdict = judge(random, x, labels, x, threat)
+    assert verdict.fooled.tolist() == [False, True, False]
+    assert verdict.right[0] > 0.6
+    assert verdict.right[1:].tolist() == [0.0, 1.0]
+    assert draws[0] > 2 * MIN_DRAWS
+    assert verdict.forwards.tolist() == draws == [draws[0], 2 * MIN_DRAWS, MIN_DRAWS]

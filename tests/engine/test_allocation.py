@@ -49,7 +49,7 @@ def rounds(known: Evidence, gains: np.ndarray) -> Iterator[tuple[Evidence, Round
 
 def met(known: Evidence, gains: np.ndarray) -> Counter[tuple[int, int]]:
     """How often each pair of arm and image came up."""
-    return Counter((chosen.arm, int(at)) for _, chosen in rounds(known, gains) for at in chosen.images)
+    return Counter((chosen.arm, int(index)) for _, chosen in rounds(known, gains) for index in chosen.images)
 
 
 def test_an_image_of_each_stratum_meets_every_arm() -> None:
@@ -64,13 +64,13 @@ def test_an_image_of_each_stratum_meets_every_arm() -> None:
 def test_an_arm_that_fools_a_sampled_image_runs_on_its_whole_stratum(arm: int) -> None:
     known = evidence(64)
     gains = np.zeros((3, 64))
-    at = known.sample()[2]
-    gains[arm, at] = np.inf
+    index = known.sample()[2]
+    gains[arm, index] = np.inf
     pairs = met(known, gains)
-    for image in np.flatnonzero(known.strata == known.strata[at]):
+    for image in np.flatnonzero(known.strata == known.strata[index]):
         # The image itself has left: it meets no other arm.
         assert pairs[arm, int(image)] == 1
-    assert all(pairs[other, int(at)] <= (other < arm) for other in range(3) if other != arm)
+    assert all(pairs[other, int(index)] <= (other < arm) for other in range(3) if other != arm)
 
 
 def test_no_pair_is_scheduled_twice_and_no_fooled_image_again() -> None:
@@ -105,7 +105,7 @@ def test_at_allowance_zero_every_robust_image_meets_every_arm(n: int) -> None:
     gains = np.zeros((3, n))
     gains[1, 0] = np.inf
     pairs = met(evidence(n, may=0), gains)
-    assert pairs == Counter({(arm, at): 1 for arm in range(3) for at in range(n) if (arm, at) != (2, 0)})
+    assert pairs == Counter({(arm, index): 1 for arm in range(3) for index in range(n) if (arm, index) != (2, 0)})
 
 
 def test_sets_of_no_image_and_of_one_image() -> None:

@@ -38,7 +38,7 @@ MIXED = (
 EPS = {"linf": "linf:0.02", "l2": "l2:0.2", "l1": "l1:1.2"}
 
 
-def told(report: Report) -> list[tuple[bool, str | None]]:
+def outcomes(report: Report) -> list[tuple[bool, str | None]]:
     return [(verdict.robust, verdict.attack) for verdict in report.verdicts]
 
 
@@ -50,9 +50,9 @@ def test_verdicts_are_independent_of_the_batch_size(norm: str) -> None:
     reports = [
         evaluate(net, x, y, EPS[norm], suite=suite, batch_size=size, precision="fp32") for size in (1, 5, 64)
     ]
-    assert 0 < sum(robust for robust, _ in told(reports[0])) < len(x)
+    assert 0 < sum(robust for robust, _ in outcomes(reports[0])) < len(x)
     for other in reports[1:]:
-        assert told(other) == told(reports[0])
+        assert outcomes(other) == outcomes(reports[0])
         margins = [[v.margin for v in report.verdicts] for report in (reports[0], other)]
         assert np.allclose(margins[0], margins[1], atol=1e-4)
         # A success may come a step sooner or later where rounding decides.
@@ -70,7 +70,7 @@ def test_verdicts_are_independent_of_order_and_split(norm: str) -> None:
     whole, mixed, first, second = (
         evaluate(net, x[i], y[i], EPS[norm], suite=suite, precision="fp32") for i in parts
     )
-    assert [told(whole)[i] for i in order.tolist()] == told(mixed) == told(first) + told(second)
+    assert [outcomes(whole)[i] for i in order.tolist()] == outcomes(mixed) == outcomes(first) + outcomes(second)
     shifted = [[whole.verdicts[i].margin for i in order.tolist()], [v.margin for v in mixed.verdicts]]
     assert np.allclose(shifted[0], shifted[1], atol=1e-4)
 
@@ -95,7 +95,7 @@ def test_parallel_jobs_fool_the_same_images_as_sequential_jobs(slots: int) -> No
     x, y = labelled(net, 24, SHAPE)
     attacks = parse_suite("pgd(steps=3,restarts=4),apgd-t(steps=5,targets=4,restarts=2)", "linf")
     clean = -criteria.margin(net(x), y).detach()
-    told = []
+    outcomes = []
     for wide in (False, True):
         waiting = np.arange(len(x))
 
@@ -115,12 +115,12 @@ def test_parallel_jobs_fool_the_same_images_as_sequential_jobs(slots: int) -> No
         assert sorted(position) == list(range(len(x)))
         stage = np.concatenate([part.stage for part in finished])[position.argsort()]
         fooled = torch.cat([part.judged.fooled for part in finished]).numpy()[position.argsort()]
-        told.append((fooled.tolist(), stage.tolist()))
+        outcomes.append((fooled.tolist(), stage.tolist()))
         spent = np.concatenate([part.spent for part in finished]).sum((0, 1))
         assert spent.tolist() == [instrumented.forwards, instrumented.backwards]
-    assert told[0] == told[1]
-    assert 0 < sum(told[0][0]) < len(x)
-    assert {0, 1} == set(told[0][1])
+    assert outcomes[0] == outcomes[1]
+    assert 0 < sum(outcomes[0][0]) < len(x)
+    assert {0, 1} == set(outcomes[0][1])
 
 
 def test_counts_are_those_of_an_independent_counter() -> None:
@@ -197,11 +197,11 @@ def recover(error: Exception) -> None:
 
 
 def test_every_job_and_step_has_its_own_random_draws() -> None:
-    asked: list[Tensor] = []
+    queried: list[Tensor] = []
 
     class Listening(InstrumentedModel):
         def __call__(self, x: Tensor) -> Tensor:
-            asked.append(x.detach().clone())
+            queried.append(x.detach().clone())
             return torch.stack([x.flatten(1).sum(1) * 0 + 1, x.flatten(1).sum(1) * 0], 1)
 
         def logits_fp32(self, x: Tensor) -> Tensor:
@@ -216,8 +216,8 @@ def test_every_job_and_step_has_its_own_random_draws() -> None:
         pass
     rng = RowRng(5, "dice", ids)
     expected = [threat.random_start(x, rng.at(restart=job, step=step)) for job in (0, 1) for step in (0, 1, 2)]
-    assert len(asked) == len(expected)
-    assert all(torch.equal(a, b) for a, b in zip(asked, expected, strict=True))
+    assert len(queried) == len(expected)
+    assert all(torch.equal(a, b) for a, b in zip(queried, expected, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -404,7 +404,7 @@ def test_an_interrupted_run_resumes_to_the_same_result(tmp_path: Path, monkeypat
         except KeyboardInterrupt:
             interruptions += 1
     assert interruptions > 1
-    assert told(pieces) == told(whole)
+    assert outcomes(pieces) == outcomes(whole)
     assert np.allclose([v.margin for v in pieces.verdicts], [v.margin for v in whole.verdicts], atol=1e-4)
     assert [s.fooled for s in pieces.stages] == [s.fooled for s in whole.stages]
     costs = [[stage.forwards + stage.backwards for stage in report.stages] for report in (pieces, whole)]
@@ -431,7 +431,7 @@ def test_out_of_memory_halves_the_pieces_and_keeps_the_verdicts() -> None:
     before = evaluate(net, x, y, EPS["linf"], suite=suite, precision="fp32")
     net.most = 3
     after = evaluate(net, x, y, EPS["linf"], suite=suite, precision="fp32")
-    assert told(after) == told(before)
+    assert outcomes(after) == outcomes(before)
     assert [(s.forwards, s.backwards) for s in after.stages[1:]] == [
         (s.forwards, s.backwards) for s in before.stages[1:]
     ]

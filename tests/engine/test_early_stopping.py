@@ -73,7 +73,7 @@ def test_the_run_stops_at_the_first_block_that_is_narrow_enough() -> None:
     part = run(stop_at_width=0.45)
     robust = {verdict.index: verdict.robust for verdict in part.verdicts}
     order = shuffled(60, 0)[: part.n].tolist()
-    low, high = anytime_interval(sum(robust[at] for at in order[:8]), 8)
+    low, high = anytime_interval(sum(robust[index] for index in order[:8]), 8)
     assert high - low > 0.45
 
 
@@ -177,7 +177,7 @@ def test_shuffled_orders_are_seeded_permutations() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"time_limit": 0.0}, "time_limit must be above 0, got 0."),
         ({"stop_at_width": 1.0}, "stop_at_width must be above 0 and below 1, got 1."),
@@ -185,8 +185,8 @@ def test_shuffled_orders_are_seeded_permutations() -> None:
         ({"audit": -1}, "audit must be at least 0, got -1."),
     ],
 )
-def test_stopping_options_out_of_range_are_refused(options: dict[str, Any], said: str) -> None:
-    with pytest.raises(UsageError, match=said):
+def test_stopping_options_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
         run(**options)
 
 
@@ -202,19 +202,19 @@ def test_an_audit_runs_autoattack_on_survivors(monkeypatch: pytest.MonkeyPatch, 
     net = Small().eval()
     x, y = labelled(net, 24, SHAPE)
     plain = evaluate(net, x, y, THREAT, suite="pgd(steps=1,step_size=0.3eps)", out=tmp_path / "run")
-    standing = [verdict.index for verdict in plain.verdicts if verdict.robust]
+    survivors = [verdict.index for verdict in plain.verdicts if verdict.robust]
     audited = evaluate(
-        net, x, y, THREAT, suite="pgd(steps=1,step_size=0.3eps)", out=tmp_path / "run", audit=len(standing)
+        net, x, y, THREAT, suite="pgd(steps=1,step_size=0.3eps)", out=tmp_path / "run", audit=len(survivors)
     )
     assert audited.verdicts == plain.verdicts
     audit = audited.audit
     assert audit is not None
-    assert sorted(audit.audited) == standing
-    truth = evaluate(net, x[standing], y[standing], THREAT, suite="apgd(steps=20)")
-    assert audit.broke == [standing[v.index] for v in truth.verdicts if not v.robust]
+    assert sorted(audit.audited) == survivors
+    truth = evaluate(net, x[survivors], y[survivors], THREAT, suite="apgd(steps=20)")
+    assert audit.broke == [survivors[v.index] for v in truth.verdicts if not v.robust]
     assert len(audit.broke) > 0
     assert "audit-broke" in {flag.code for flag in audited.flags}
-    expected = (len(standing) - len(audit.broke)) / 24
+    expected = (len(survivors) - len(audit.broke)) / 24
     assert audit.robust_accuracy.value == pytest.approx(expected)
     assert audit.robust_accuracy.low <= expected <= audit.robust_accuracy.high
     assert (

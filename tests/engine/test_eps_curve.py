@@ -102,9 +102,9 @@ def test_curves_of_all_misclassified_and_of_all_robust_images() -> None:
     wrong = found(evaluate(net, x, 1 - y, "linf:0.01", suite="fgsm", curve=True))
     assert set(wrong.distances) == {0.0}
     assert (set(rates(wrong)), wrong.median) == ({0.0}, None)
-    standing = found(evaluate(net, x, y, "linf:1/1000000", suite="fgsm", curve=True))
-    assert set(standing.distances) == {None}
-    assert (set(rates(standing)), standing.median) == ({1.0}, math.inf)
+    all_robust = found(evaluate(net, x, y, "linf:1/1000000", suite="fgsm", curve=True))
+    assert set(all_robust.distances) == {None}
+    assert (set(rates(all_robust)), all_robust.median) == ({1.0}, math.inf)
 
 
 def test_distances_are_independent_of_the_batch_size(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,7 +128,7 @@ class Greedy(Flat):
         return super().forward(x)
 
 
-class Said(Progress):
+class RecordedMessages(Progress):
     def __init__(self) -> None:
         self.lines: list[str] = []
 
@@ -140,10 +140,10 @@ def test_out_of_memory_halves_the_batch_and_continues(tmp_path: Path) -> None:
     net, (x, y) = Greedy(144, 2).eval(), linear("linf")[1:3]
     evaluate(net, x, y, "linf:0.01", suite="pgd(steps=5)", out=tmp_path / "r")
     roomy = found(evaluate(net, x, y, "linf:0.01", suite="pgd(steps=5)", curve=True))
-    net.most, said = 12, Said()
-    tight = evaluate(net, x, y, "linf:0.01", suite="pgd(steps=5)", out=tmp_path / "r", curve=True, progress=said)
-    assert said.lines[0].endswith("its curve is searched now")
-    assert said.lines[1:] == [
+    net.most, watch = 12, RecordedMessages()
+    tight = evaluate(net, x, y, "linf:0.01", suite="pgd(steps=5)", out=tmp_path / "r", curve=True, progress=watch)
+    assert watch.lines[0].endswith("its curve is searched now")
+    assert watch.lines[1:] == [
         f"out of memory: going on with {most} images at a time, same numbers" for most in (20, 10)
     ]
     assert found(tight).robust_accuracy == roomy.robust_accuracy

@@ -171,10 +171,10 @@ class Snapshots(Progress):
 
     def __init__(self, after: int) -> None:
         self.left = after
-        self.said: list[str] = []
+        self.messages: list[str] = []
 
     def say(self, text: str) -> None:
-        self.said.append(text)
+        self.messages.append(text)
 
     def advance(self, done: float, robust: int) -> None:
         if done == int(done):
@@ -211,7 +211,7 @@ def test_a_run_interrupted_anywhere_resumes_to_the_same_report(tmp_path: Path) -
             done = {(c.stage, c.chunk): c.seconds for c in ledger.chunks()}
         watch = Snapshots(10**9)
         run(f"cut{after}", watch)
-        assert any("resuming" in line for line in watch.said)
+        assert any("resuming" in line for line in watch.messages)
         assert timeless(tmp_path / f"cut{after}") == timeless(tmp_path / "whole")
         with Ledger.read(tmp_path / f"cut{after}" / "ledger.sqlite", whole.run_id) as ledger:
             again = {(c.stage, c.chunk): c.seconds for c in ledger.chunks()}
@@ -257,17 +257,17 @@ def test_two_runs_cannot_share_a_folder(tmp_path: Path) -> None:
     x, y = labelled(net, 5, SHAPE)
 
     class Second(Progress):
-        said = ""
+        error = ""
 
         def stage(self, name: str, images: int, robust: int, n: int) -> None:
-            if not self.said:
+            if not self.error:
                 with pytest.raises(UsageError) as caught:
                     evaluate(net, x, y, "linf:0.02", suite="fgsm", out=tmp_path / "r")
-                self.said = str(caught.value)
+                self.error = str(caught.value)
 
     watch = Second()
     evaluate(net, x, y, "linf:0.02", suite="fgsm", out=tmp_path / "r", progress=watch)
-    assert watch.said.startswith("another process is working in")
+    assert watch.error.startswith("another process is working in")
 
 
 class Hungry(Small):
@@ -289,7 +289,7 @@ def test_out_of_memory_continues_with_smaller_pieces_and_the_same_numbers(monkey
     monkeypatch.setattr(Hungry, "limit", 5)
     watch = Snapshots(10**9)
     tight = evaluate(net, x, y, "linf:0.02", suite=suite, progress=watch)
-    assert [line for line in watch.said if "out of memory" in line]
+    assert [line for line in watch.messages if "out of memory" in line]
     assert tight.environment["images_at_once"] == 4
     assert robust(tight) == robust(plenty)
     assert [s.fooled for s in tight.stages] == [s.fooled for s in plenty.stages]

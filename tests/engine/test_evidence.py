@@ -11,13 +11,13 @@ from robustkit.engine.allocation.evidence import Belief, learn, upper_bound
 LEFT = np.linspace(0.01, 0.9, 12)
 
 
-def idle(n: int) -> Belief:
+def without_success(n: int) -> Belief:
     """What is believed after n images on which nothing was gained."""
     return learn(np.zeros(n), np.full(n, 0.5))
 
 
 def test_more_images_without_success_lower_every_probability() -> None:
-    chances = [idle(n).chance(LEFT).mean(0) for n in (0, 1, 4, 16, 64, 256)]
+    chances = [without_success(n).chance(LEFT).mean(0) for n in (0, 1, 4, 16, 64, 256)]
     assert (np.diff(chances, axis=0) < 0).all()
 
 
@@ -41,18 +41,18 @@ def test_the_probability_falls_with_the_remaining_images() -> None:
     assert ((chance >= 0) & (chance <= belief.some)).all()
 
 
-@pytest.mark.parametrize(("some", "typical", "shape"), [(0.6, 0.01, 3.0), (0.3, 0.03, 8.0), (0.9, 0.003, 2.0)])
-def test_posterior_intervals_cover_known_success_rates(some: float, typical: float, shape: float) -> None:
+@pytest.mark.parametrize(("share", "typical", "shape"), [(0.6, 0.01, 3.0), (0.3, 0.03, 8.0), (0.9, 0.003, 2.0)])
+def test_posterior_intervals_cover_known_success_rates(share: float, typical: float, shape: float) -> None:
     """The true chance lies within the middle 95 % of the draws, about as often as that says."""
     rng = np.random.default_rng(1)
     held = 0
     for _ in range(40):
         left = rng.uniform(0.02, 0.5, 40)
         tail = typical * shape * (rng.random(40) ** (-1 / shape) - 1)
-        gains = np.where(rng.random(40) < some, tail, -0.001)
+        gains = np.where(rng.random(40) < share, tail, -0.001)
         belief = learn(np.where(gains >= left, np.inf, gains), left)
         low, high = np.quantile(belief.chance(np.array([0.05])), [0.025, 0.975])
-        held += low <= some * (1 + 0.05 / (shape * typical)) ** -shape <= high
+        held += low <= share * (1 + 0.05 / (shape * typical)) ** -shape <= high
     assert held >= 35
 
 

@@ -84,9 +84,9 @@ def test_a_probe_without_a_time_limit_measures_every_image(suite: str) -> None:
     assert found.most >= found.propagations.value
 
 
-@pytest.mark.parametrize(("suite", "looks"), [(FLOWN, 4), (FLOWN, 40), (ARMED, 8), (ARMED, 16), (COUPLED, 30)])
-def test_the_interval_of_a_shortened_probe_covers_the_measured_cost(suite: str, looks: int) -> None:
-    found = measure(probe(suite, budget=looks, step=1.0))
+@pytest.mark.parametrize(("suite", "budget"), [(FLOWN, 4), (FLOWN, 40), (ARMED, 8), (ARMED, 16), (COUPLED, 30)])
+def test_the_interval_of_a_shortened_probe_covers_the_measured_cost(suite: str, budget: int) -> None:
+    found = measure(probe(suite, budget=budget, step=1.0))
     assert found.trial.images < N or found.trial.through < N
     assert found.propagations.low <= whole(suite) <= found.propagations.high
     assert found.propagations.low < found.propagations.value < found.propagations.high
@@ -152,7 +152,7 @@ def test_the_ends_of_the_interval_are_simulated_with_their_mean_costs() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         ({"devices": [0]}, "devices '0': write whole numbers from 1"),
         ({"devices": []}, "devices '': write whole numbers from 1"),
@@ -161,10 +161,10 @@ def test_the_ends_of_the_interval_are_simulated_with_their_mean_costs() -> None:
         ({"suite": "nothing"}, "no suite or attack 'nothing'"),
     ],
 )
-def test_bad_input_is_one_sentence(words: dict[str, Any], said: str) -> None:
+def test_bad_input_is_one_sentence(words: dict[str, Any], message: str) -> None:
     net = Small().eval()
     x, y = labelled(net, 4, SHAPE)
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises(UsageError, match=message):
         plan(net, x, y, "linf:0.02", **words)
 
 
@@ -180,7 +180,7 @@ def test_an_interval_for_a_mean_of_costs() -> None:
     costs = np.where(rng.random(5000) < 0.05, 500.0, 3.0)
     held = 0
     for _ in range(60):
-        some = rng.choice(costs, 20, replace=False).tolist()
-        low, high = mean_cost_interval(some, some, 5000, most=1000.0, draws=400)
+        sample = rng.choice(costs, 20, replace=False).tolist()
+        low, high = mean_cost_interval(sample, sample, 5000, most=1000.0, draws=400)
         held += low <= costs.mean() <= high
     assert held >= 54

@@ -49,12 +49,12 @@ def judged(model: nn.Module, suite: str) -> Report:
 
 
 @cache
-def beneath() -> int:
+def robust_without_mask() -> int:
     """How many images the bare net withstands."""
     return sum(verdict.robust for verdict in judged(plain(), "rapid").verdicts)
 
 
-def told(report: Report) -> set[str]:
+def flag_codes(report: Report) -> set[str]:
     return {flag.code for flag in report.flags}
 
 
@@ -64,8 +64,8 @@ def test_no_masked_defense_appears_more_robust_than_the_unmasked_net(name: str) 
     found = judged(defense, "auto")
     robust = sum(verdict.robust for verdict in found.verdicts)
     # An image is 4 points; what a mask changes in the image itself may save or cost one.
-    assert robust <= beneath() + 1
-    if not told(found) & TOLD:
+    assert robust <= robust_without_mask() + 1
+    if not flag_codes(found) & TOLD:
         published = judged(defense, "autoattack")
         assert sum(verdict.robust for verdict in published.verdicts) <= robust + 1
 
@@ -77,8 +77,8 @@ def test_k_winners_activations_add_no_apparent_robustness(how: str) -> None:
     found = judged(defense, "auto")
     direct = judged(defense, "apgd(loss=ce),apgd(loss=dlr)")
     assert found.robust_accuracy.value <= direct.robust_accuracy.value
-    assert found.robust_accuracy.value <= beneath() / IMAGES
-    assert found.robust_accuracy.value == direct.robust_accuracy.value or told(found) & TOLD
+    assert found.robust_accuracy.value <= robust_without_mask() / IMAGES
+    assert found.robust_accuracy.value == direct.robust_accuracy.value or flag_codes(found) & TOLD
 
 
 def test_crossmax_is_no_more_robust_than_the_mean() -> None:
@@ -86,7 +86,7 @@ def test_crossmax_is_no_more_robust_than_the_mean() -> None:
     found = judged(Several(nets, crossmax), "auto")
     mean = judged(Several(nets, lambda stack: stack.mean(1)), "rapid")
     assert found.robust_accuracy.value <= mean.robust_accuracy.value + 1 / IMAGES
-    assert told(found) & TOLD
+    assert flag_codes(found) & TOLD
 
 
 def test_a_steep_activation_and_stochastic_depth_add_no_apparent_robustness() -> None:
@@ -95,7 +95,7 @@ def test_a_steep_activation_and_stochastic_depth_add_no_apparent_robustness() ->
     skipping: Any = trained(Digits(), *digits("train"))
     skipping.skip = 0.7
     for defense in (steep, skipping):
-        assert sum(verdict.robust for verdict in judged(defense, "auto").verdicts) <= beneath() + 1
+        assert sum(verdict.robust for verdict in judged(defense, "auto").verdicts) <= robust_without_mask() + 1
 
 
 @pytest.mark.parametrize("kind", ["plain", "adversarially trained", "mean of five"])
@@ -106,5 +106,5 @@ def test_an_unmasked_net_raises_no_flag(kind: str) -> None:
         "mean of five": lambda: Several([plain(seed) for seed in range(5)], lambda stack: stack.mean(1)),
     }[kind]()
     found = judged(net, "auto")
-    assert not told(found) & MASKING
+    assert not flag_codes(found) & MASKING
     assert found.robust_accuracy.value == judged(net, "rapid").robust_accuracy.value

@@ -44,10 +44,8 @@ def test_arc_finds_the_distance_at_which_half_of_the_draws_are_wrong() -> None:
             net[1].weight[1, row] = 1.0
         nets.append(net)
     x, y = torch.zeros(2, 1, 2, 3), torch.zeros(2, dtype=torch.int64)
-    standing = [
-        known_masks.arc(nets, [0.4, 0.35, 0.25], x, y, eps).all().item() for eps in (0.15, 0.19, 0.21, 0.35)
-    ]
-    assert standing == [True, True, False, False]
+    robust = [known_masks.arc(nets, [0.4, 0.35, 0.25], x, y, eps).all().item() for eps in (0.15, 0.19, 0.21, 0.35)]
+    assert robust == [True, True, False, False]
 
 
 @pytest.mark.slow
@@ -56,12 +54,12 @@ def test_every_known_mask_is_broken_or_flagged(name: str) -> None:
     masked, (x, y) = made(name), digits("test")
     x, y = x[:IMAGES], y[:IMAGES]
     found = evaluate(masked.defense, x, y, THREAT, suite="auto")
-    standing = torch.tensor([verdict.robust for verdict in found.verdicts])
-    truth = standing
+    robust = torch.tensor([verdict.robust for verdict in found.verdicts])
+    truth = robust
     if masked.substitutes:
         known = evaluate(known_masks.Exporting(masked).eval(), x, y, THREAT, suite=KNOWN)
-        truth = standing & torch.tensor([verdict.robust for verdict in known.verdicts])
+        truth = robust & torch.tensor([verdict.robust for verdict in known.verdicts])
     if masked.own_attack is not None:
         truth &= masked.own_attack(x, y, 0.08)
     flagged = any(flag.warns for flag in found.flags)
-    assert flagged or int(standing.sum()) <= int(truth.sum()) + 1
+    assert flagged or int(robust.sum()) <= int(truth.sum()) + 1

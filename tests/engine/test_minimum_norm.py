@@ -148,7 +148,7 @@ def run(n=10, seed=0, net=None, **settings):
     return robustkit.evaluate(net, x, y, **{"threat": "l2:min", "suite": SUITE, "batch_size": 4, **settings})
 
 
-def told(report):
+def outcomes(report):
     return report.minimum, [(v.attack, v.margin) for v in report.verdicts], [s.fooled for s in report.stages]
 
 
@@ -222,7 +222,7 @@ def test_a_killed_run_resumes(tmp_path, monkeypatch):
         except KeyboardInterrupt:
             broken += 1
     assert broken > 1
-    assert told(found) == told(expected)
+    assert outcomes(found) == outcomes(expected)
     assert found.cost.forwards == expected.cost.forwards
 
 

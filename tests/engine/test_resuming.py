@@ -72,7 +72,7 @@ def until_it_ends(nets: Sequence[Dies], run: Callable[[], T], images: int) -> tu
     raise AssertionError("the run does not end")
 
 
-def told(report: Report) -> list[Any]:
+def outcomes(report: Report) -> list[Any]:
     return [
         [(v.index, v.robust, v.attack, v.clean_prediction, v.margin) for v in report.verdicts],
         [(stage.attack, stage.fooled, stage.forwards, stage.backwards) for stage in report.stages],
@@ -110,7 +110,7 @@ def test_a_run_killed_after_every_few_passes_ends_with_the_same_result(
     assert net.most == 1
     pieces, interrupted = until_it_ends([net], lambda: run("pieces"), 60 if checked else 15 + 15 * bool(noise))
     assert interrupted > 1
-    assert told(pieces) == told(whole)
+    assert outcomes(pieces) == outcomes(whole)
     assert not list((tmp_path / "pieces").glob(".unfinished*"))
 
 

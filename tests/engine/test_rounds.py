@@ -109,13 +109,13 @@ def test_at_strictness_zero_every_robust_image_met_every_arm() -> None:
 
 
 def test_strictness_is_part_of_the_run_id_and_of_the_printed_command() -> None:
-    strict, usual = ran(strictness="5 %"), whole()
+    strict, default = ran(strictness="5 %"), whole()
     assert strict.spec.strictness == 0.05
-    assert strict.run_id != usual.run_id
+    assert strict.run_id != default.run_id
     assert "strictness=0.05" in command(strict)
-    assert "strictness" not in command(usual)
-    assert "strictness" not in usual.spec.identity
-    assert RunSpec(**usual.spec.identity).run_id == usual.run_id
+    assert "strictness" not in command(default)
+    assert "strictness" not in default.spec.identity
+    assert RunSpec(**default.spec.identity).run_id == default.run_id
 
 
 def test_the_run_folder_records_the_bound_and_verify_recomputes_it(tmp_path: Path) -> None:
@@ -124,18 +124,18 @@ def test_the_run_folder_records_the_bound_and_verify_recomputes_it(tmp_path: Pat
     file = tmp_path / "r" / run_folder.REPORT
     assert verify(tmp_path / "r", net, x, y).bad == []
     body = json.loads(file.read_text())
-    told = body["strictness"]
+    recorded = body["strictness"]
     assert report.strictness is not None
-    assert told == vars(report.strictness)
-    for changed in (told | {"in_full": told["in_full"] + 1}, told | {"images": 0, "bound": 0.0}, None):
-        if changed != told:
+    assert recorded == vars(report.strictness)
+    for changed in (recorded | {"in_full": recorded["in_full"] + 1}, recorded | {"images": 0, "bound": 0.0}, None):
+        if changed != recorded:
             file.write_text(json.dumps(body | {"strictness": changed}))
             (fault,) = verify(tmp_path / "r", net, x, y).bad
             assert fault.startswith("report.json: it says that ")
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["--strictness", "3"], "strictness '3' is not a share from 0 to 1; write a share"),
         (["--strictness", "-1"], "strictness '-1' is not a share from 0 to 1"),
@@ -147,11 +147,11 @@ def test_the_run_folder_records_the_bound_and_verify_recomputes_it(tmp_path: Pat
 )
 @pytest.mark.parametrize("verb", ["evaluate", "plan"])
 def test_an_invalid_strictness_is_refused(
-    verb: str, words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+    verb: str, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run([verb, "--limit", "2", *words]) == 2
     error = capsys.readouterr().err
-    assert said in " ".join(error.split())
+    assert message in " ".join(error.split())
     assert "Traceback" not in error
 
 

@@ -20,27 +20,27 @@ def mixed(count: int, seed: int = 0) -> list[Job]:
 @pytest.mark.parametrize("devices", DEVICES)
 @pytest.mark.parametrize("passes", [1, 7])
 def test_equal_images_run_in_equal_rounds(devices: int, passes: int) -> None:
-    course = simulate([Job(3.0, passes)] * 10, Site(devices, slots=1))
-    assert course.seconds == pytest.approx(-(-10 // devices) * 3.0)
-    assert course.shares["work"] == pytest.approx(30 / (devices * course.seconds))
+    result = simulate([Job(3.0, passes)] * 10, Site(devices, slots=1))
+    assert result.seconds == pytest.approx(-(-10 // devices) * 3.0)
+    assert result.shares["work"] == pytest.approx(30 / (devices * result.seconds))
 
 
 def test_a_pass_takes_a_fixed_time_and_the_time_of_its_images() -> None:
     # 10 images of 4 passes, 5 on board: twice 4 passes of 0.5 s and 5 x 0.1 s.
-    course = simulate([Job(0.4, 4)] * 10, Site(1, slots=5, overhead=0.5))
-    assert course.seconds == pytest.approx(2 * 4 * (0.5 + 5 * 0.1))
-    assert course.shares["passes"] == pytest.approx(0.5)
+    result = simulate([Job(0.4, 4)] * 10, Site(1, slots=5, overhead=0.5))
+    assert result.seconds == pytest.approx(2 * 4 * (0.5 + 5 * 0.1))
+    assert result.shares["passes"] == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("devices", DEVICES)
 def test_the_longest_image_bounds_the_time(devices: int) -> None:
     jobs = [Job(0.01, 2)] * 50 + [Job(9.0, 900)]
-    course = simulate(jobs, Site(devices, slots=8, overhead=0.01))
-    assert course.seconds >= 9.0 + 900 * 0.01 - 1e-9
+    result = simulate(jobs, Site(devices, slots=8, overhead=0.01))
+    assert result.seconds >= 9.0 + 900 * 0.01 - 1e-9
     if devices > 2:
-        assert course.seconds < 1.2 * (9.0 + 900 * 0.01)
+        assert result.seconds < 1.2 * (9.0 + 900 * 0.01)
     if devices > 3:
-        assert course.bound == "tail"
+        assert result.bound == "tail"
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -50,22 +50,22 @@ def test_the_speed_up_is_at_most_the_number_of_devices(seed: int) -> None:
     before = None
     first = simulate(jobs, Site(1, 16, 0.001)).seconds
     for devices in DEVICES:
-        course = simulate(jobs, Site(devices, 16, 0.001))
-        assert sum(course.shares.values()) == pytest.approx(1)
-        assert tuple(course.shares) == PARTS
-        assert min(course.shares.values()) >= 0
-        assert first / (devices * course.seconds) <= 1 + 1e-9
-        assert course.seconds >= sum(job.work for job in jobs) / devices - 1e-9
+        result = simulate(jobs, Site(devices, 16, 0.001))
+        assert sum(result.shares.values()) == pytest.approx(1)
+        assert tuple(result.shares) == PARTS
+        assert min(result.shares.values()) >= 0
+        assert first / (devices * result.seconds) <= 1 + 1e-9
+        assert result.seconds >= sum(job.work for job in jobs) / devices - 1e-9
         # Whoever is unlucky with the last image may be late by it.
-        assert before is None or course.seconds <= before + longest
-        before = course.seconds
+        assert before is None or result.seconds <= before + longest
+        before = result.seconds
 
 
 def test_the_last_images_are_divided_among_devices() -> None:
     # 64 images are on board of the first to ask, unless some are given away.
     jobs = [Job(1.0, 100)] * 64
-    course = simulate(jobs, Site(4, slots=64, overhead=0.001))
-    assert course.seconds < 1.4 * 64 / 4
+    result = simulate(jobs, Site(4, slots=64, overhead=0.001))
+    assert result.seconds < 1.4 * 64 / 4
 
 
 def test_start_up_and_driver_time_bound_the_speed_up() -> None:

@@ -121,11 +121,14 @@ def test_stored_hashes_are_returned_unchanged() -> None:
 def test_a_ledger_returns_the_rows_of_a_chunk_in_image_order(tmp_path: Path) -> None:
     with Ledger.open(tmp_path / "l", "run") as ledger:
         for number, positions in enumerate(([5, 1], [4, 0, 3])):
-            rows = [Verdict(at, 0, 1, 0.5, at != 3, "", bytes([at]) if at != 3 else None) for at in positions]
+            rows = [
+                Verdict(index, 0, 1, 0.5, index != 3, "", bytes([index]) if index != 3 else None)
+                for index in positions
+            ]
             ledger.write(Chunk(1, number, 1, 1, 0.1, rows))
         assert [[v.position for v in chunk.verdicts] for chunk in ledger.chunks()] == [[5, 1], [4, 0, 3]]
-        assert list(ledger.adversarials()) == [bytes([at]) for at in (0, 1, 4, 5)]
-        assert list(ledger.fooled()) == [(at, 0, 1) for at in (0, 1, 4, 5)]
+        assert list(ledger.adversarials()) == [bytes([index]) for index in (0, 1, 4, 5)]
+        assert list(ledger.fooled()) == [(index, 0, 1) for index in (0, 1, 4, 5)]
         assert ledger.image(1, 4) == bytes([4])
         query = "SELECT * FROM verdicts WHERE stage = 1 AND chunk = 1 ORDER BY rowid"
         (plan,) = ledger._db.execute(f"EXPLAIN QUERY PLAN {query}").fetchall()

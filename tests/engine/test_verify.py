@@ -38,9 +38,9 @@ def _packaged() -> str:
     return str(files("robustkit") / "weights" / "digits-cnn.safetensors")
 
 
-def flip(file: Path, at: int) -> None:
+def flip(file: Path, offset: int) -> None:
     content = bytearray(file.read_bytes())
-    content[at] ^= 1 << (at % 8)
+    content[offset] ^= 1 << (offset % 8)
     file.write_bytes(content)
 
 
@@ -61,11 +61,11 @@ def test_an_unchanged_run_verifies(finished: Path) -> None:
 def test_a_changed_byte_in_any_file_is_found(name: str, finished: Path, tmp_path: Path) -> None:
     size = (finished / "r" / name).stat().st_size
     places = [0, size - 1, *random.Random(0).sample(range(size), 12)]
-    for at in places:
-        copy = tmp_path / f"r{at}"
+    for offset in places:
+        copy = tmp_path / f"r{offset}"
         shutil.copytree(finished / "r", copy)
-        flip(copy / name, at)
-        assert found_by_verify(copy), f"byte {at} of {name}"
+        flip(copy / name, offset)
+        assert found_by_verify(copy), f"byte {offset} of {name}"
 
 
 def test_a_changed_byte_is_found_when_the_run_is_resumed(

@@ -90,12 +90,12 @@ def damaged(draw: st.DrawFn, content: bytes) -> bytes:
     """Bytes with some flipped, cut off or put in."""
     body = bytearray(content)
     for _ in range(draw(st.integers(1, 4))):
-        at = draw(st.integers(0, max(len(body) - 1, 0)))
+        position = draw(st.integers(0, max(len(body) - 1, 0)))
         how = draw(st.sampled_from(("flip", "flip", "flip", "cut", "more")))
         if how == "flip" and body:
-            body[at] ^= 1 << draw(st.integers(0, 7))
+            body[position] ^= 1 << draw(st.integers(0, 7))
         elif how == "cut":
-            del body[at:]
+            del body[position:]
         else:
-            body[at:at] = draw(st.binary(min_size=1, max_size=16))
+            body[position:position] = draw(st.binary(min_size=1, max_size=16))
     return bytes(body)

@@ -56,20 +56,20 @@ def outcome(command: Sequence[str], folder: Path) -> tuple[int, str, str]:
             code = run(list(command))
     finally:
         os.chdir(here)
-    said, told = out.getvalue(), err.getvalue()
+    stdout, stderr = out.getvalue(), err.getvalue()
     assert code in CODES, (command, code)
-    assert "Traceback" not in told, told
-    assert "error: unexpected" not in told, (command, told)
-    if code in (2, 3) and "Usage:" not in told:
-        assert said == "", (command, said)
-        last = told.splitlines()[-1] if told else ""
-        assert last.startswith("error: "), (command, told)
+    assert "Traceback" not in stderr, stderr
+    assert "error: unexpected" not in stderr, (command, stderr)
+    if code in (2, 3) and "Usage:" not in stderr:
+        assert stdout == "", (command, stdout)
+        last = stderr.splitlines()[-1] if stderr else ""
+        assert last.startswith("error: "), (command, stderr)
         assert len(last) < 4000, command
         assert last.isprintable(), (command, last)
     if code == 0 and "--json" in command and "--help" not in command:
-        json.loads(said, parse_constant=_no_number)
-    assert not any(word in said for word in (" nan", " inf ", "nan %", "inf %")), (command, said)
-    return code, said, told
+        json.loads(stdout, parse_constant=_no_number)
+    assert not any(word in stdout for word in (" nan", " inf ", "nan %", "inf %")), (command, stdout)
+    return code, stdout, stderr
 
 
 def _no_number(text: str) -> None:

@@ -42,9 +42,9 @@ def nearly(draw: st.DrawFn, right: str) -> str:
     """A right string with up to three changes."""
     text = right
     for _ in range(draw(st.integers(1, 3))):
-        at = draw(st.integers(0, len(text)))
-        to = draw(st.integers(at, min(len(text), at + 8)))
-        text = text[:at] + draw(st.sampled_from(PIECES)) + text[to if draw(st.booleans()) else at :]
+        position = draw(st.integers(0, len(text)))
+        to = draw(st.integers(position, min(len(text), position + 8)))
+        text = text[:position] + draw(st.sampled_from(PIECES)) + text[to if draw(st.booleans()) else position :]
     return text
 
 

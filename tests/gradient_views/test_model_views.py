@@ -51,8 +51,8 @@ def test_an_unmasked_net_has_no_view(net: Classifier, images: tuple[torch.Tensor
 
 
 def slope(view: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    at = x.clone().requires_grad_()
-    return torch.autograd.grad(Goal(labels).loss(view(at), "margin").sum(), at)[0].flatten(1)
+    point = x.clone().requires_grad_()
+    return torch.autograd.grad(Goal(labels).loss(view(point), "margin").sum(), point)[0].flatten(1)
 
 
 @pytest.mark.parametrize("name", AROUND)

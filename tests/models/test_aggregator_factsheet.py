@@ -67,9 +67,9 @@ def test_impossible_fact_sheets_are_refused() -> None:
 def test_the_command_prints_it(capsys: pytest.CaptureFixture[str]) -> None:
     command = ["doctor", "--aggregator", "crossmax:3", "--predictors", "8", "--classes", "10"]
     assert run(command) == 0
-    said = capsys.readouterr().out
-    assert "3 of 8 predictors taken over" in said
-    assert "6 of 8 predictors taken over" in said
+    printed = capsys.readouterr().out
+    assert "3 of 8 predictors taken over" in printed
+    assert "6 of 8 predictors taken over" in printed
     assert run([*command, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["taken_by"] == 6
     assert run(["doctor", "robustkit:digits-cnn", "--aggregator", "vote"]) == 2

@@ -56,8 +56,8 @@ def test_members_load_together_and_by_number(tmp_path: Path) -> None:
     torch.testing.assert_close(load_model(string)(X).double(), mean_of(NETS[:3], X), rtol=1e-4, atol=1e-5)
     for number in range(3):
         assert torch.equal(load_model(f"{string}#{number}")(X), NETS[number](X))
-    some = load_model(f"{string}#2+0")
-    torch.testing.assert_close(some(X).double(), mean_of([NETS[2], NETS[0]], X), rtol=1e-4, atol=1e-5)
+    subset = load_model(f"{string}#2+0")
+    torch.testing.assert_close(subset(X).double(), mean_of([NETS[2], NETS[0]], X), rtol=1e-4, atol=1e-5)
     names = ("", "#0", "#1", "#2+0", "#0-1")
     assert len({load_model(string + name).fingerprint for name in names}) == len(names)
 

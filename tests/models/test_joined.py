@@ -19,22 +19,22 @@ from robustkit.models.strings import ENSEMBLE, ModelString
 
 X = torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 NETS = [net(seed) for seed in range(4)]
-WAYS = ["probabilities", "logits", "vote", "median", "crossmax", "crossmax:2"]
+AGGREGATORS = ["probabilities", "logits", "vote", "median", "crossmax", "crossmax:2"]
 
 
 def stack(models: Sequence[torch.nn.Module], x: torch.Tensor) -> torch.Tensor:
     return torch.stack([model(x) for model in models], 1)
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_members_and_samples_are_aggregated_as_requested(tmp_path: Path, way: str) -> None:
+@pytest.mark.parametrize("aggregator", AGGREGATORS)
+def test_members_and_samples_are_aggregated_as_requested(tmp_path: Path, aggregator: str) -> None:
     """Values and gradients are those of the aggregator over nets which are all there."""
-    aggregate = parse_aggregator(way)
+    aggregate = parse_aggregator(aggregator)
     slopes = torch.rand(3, 4, generator=torch.Generator().manual_seed(1))
     for write, kind in ((write_members, Members), (write_posterior, Samples)):
         string = write(tmp_path / write.__name__, NETS)
         singles = [load_model(f"{string}#{number}") for number in (0, 2, 3)]
-        whole = load_model(f"{string}#0+2-3?combine={way}")
+        whole = load_model(f"{string}#0+2-3?combine={aggregator}")
         assert isinstance(whole.net, kind)
         found, expected = (x.requires_grad_() for x in (X.clone(), X.clone()))
         torch.testing.assert_close(whole(found), aggregate(stack(singles, expected)))
@@ -50,8 +50,8 @@ def test_members_and_samples_are_aggregated_as_requested(tmp_path: Path, way: st
 def test_the_aggregator_is_part_of_the_fingerprint(tmp_path: Path) -> None:
     for write in (write_members, write_posterior):
         string = write(tmp_path / write.__name__, NETS)
-        prints = [load_model(f"{string}?combine={way}").fingerprint for way in WAYS]
-        assert len(set(prints)) == len(WAYS)
+        prints = [load_model(f"{string}?combine={aggregator}").fingerprint for aggregator in AGGREGATORS]
+        assert len(set(prints)) == len(AGGREGATORS)
         assert load_model(string).fingerprint == prints[0]
 
 
@@ -110,14 +110,14 @@ def test_independent_files_load_as_one_model(tmp_path: Path) -> None:
     """Each has its normalisation; the string loads the same from anywhere."""
     strings = [written(tmp_path, seed) for seed in range(3)]
     singles = [load_model(string) for string in strings]
-    for way in WAYS:
+    for way in AGGREGATORS:
         whole = load_model(f"ensemble:[{'; '.join(strings)}]?combine={way}")
         torch.testing.assert_close(whole(X), parse_aggregator(way)(stack(singles, X)))
         assert whole.num_classes == 4
         assert load_model(whole.string).fingerprint == whole.fingerprint
     prints = {
-        load_model(f"ensemble:[{';'.join(some)}]").fingerprint
-        for some in (
+        load_model(f"ensemble:[{';'.join(joined_strings)}]").fingerprint
+        for joined_strings in (
             strings,
             strings[:2],
             [strings[1], strings[0]],

@@ -84,7 +84,7 @@ def test_compiled_and_parallel_nets_are_unwrapped() -> None:
 
 
 @pytest.mark.parametrize(
-    ("how", "said"),
+    ("how", "sentence"),
     [
         ("key", "KeyError: 'size'"),
         ("attribute", "AttributeError: 'Breaking' object has no attribute 'shape_of_things'"),
@@ -97,13 +97,13 @@ def test_compiled_and_parallel_nets_are_unwrapped() -> None:
     ],
 )
 def test_an_error_inside_the_net_is_reported_with_its_location(
-    how: str, said: str, monkeypatch: pytest.MonkeyPatch
+    how: str, sentence: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("robustkit.models.call_forms.MAX_SECONDS", 0.2)
     with pytest.raises(ModelError) as caught:
         as_classifier(Breaking(how))(GREY)
     message = str(caught.value)
-    assert f"model 'python:Breaking' failed with {said}" in message
+    assert f"model 'python:Breaking' failed with {sentence}" in message
     assert "callables.py:" in message
     assert "does not take" not in message
     assert "\n" not in message
@@ -143,7 +143,7 @@ def test_verbs_run_under_any_gradient_mode_of_the_caller(switch: type) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "sentence"),
     [
         ({"batch_size": "64"}, "batch_size must be a whole number, got '64'"),
         ({"seed": True}, "seed must be a whole number, got True"),
@@ -159,20 +159,20 @@ def test_verbs_run_under_any_gradient_mode_of_the_caller(switch: type) -> None:
         ({"out": "~nobody-of-this-name/x"}, "begins with ~ and no user's name"),
     ],
 )
-def test_arguments_of_a_wrong_type_are_refused(words: dict[str, Any], said: str) -> None:
-    with pytest.raises(UsageError, match=said.replace("(", r"\(")):
+def test_arguments_of_a_wrong_type_are_refused(words: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(UsageError, match=sentence.replace("(", r"\(")):
         evaluate(viewing(), GREY, [0] * 7, **{"threat": 0.1, **words})
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "sentence"),
     [
         ({"weights": "1"}, "weights must be a list of numbers, got '1'"),
         ({"targets": 3}, "models must be model strings, torch.nn.Modules or functions .* got int"),
     ],
 )
-def test_arguments_of_craft_of_a_wrong_type_are_refused(words: dict[str, Any], said: str) -> None:
-    with pytest.raises(UsageError, match=said):
+def test_arguments_of_craft_of_a_wrong_type_are_refused(words: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(UsageError, match=sentence):
         craft(viewing(), GREY, [0] * 7, 0.1, **words)
 
 
@@ -184,17 +184,17 @@ def test_a_threat_may_be_a_number_or_a_pair() -> None:
 
 
 @pytest.mark.parametrize(
-    ("answer", "said"),
+    ("answer", "sentence"),
     [
         (lambda logits: logits.to(torch.complex64), "returned complex numbers"),
         (lambda logits: logits[:, : 10 - 5 * bool(logits.shape[0] > 1)], "returned 5 logits per image, and 10 in"),
     ],
 )
 def test_outputs_that_are_not_logits_are_reported(
-    answer: Callable[[torch.Tensor], torch.Tensor], said: str
+    answer: Callable[[torch.Tensor], torch.Tensor], sentence: str
 ) -> None:
     model = as_classifier(lambda x: answer(viewing()(x)))
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises(UsageError, match=sentence):
         [model(GREY[:rows]) for rows in (1, 7)]
 
 

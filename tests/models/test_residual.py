@@ -102,14 +102,14 @@ def test_hooks_equal_blocks_with_the_change_written_out(block, gamma):
     block = seeded(block)
     x = torch.randn(3, 4, 6, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     factors = torch.tensor([[0.8], [1.0], [1.2]], dtype=torch.float64)
-    at, expected_at = x.clone().requires_grad_(), x.clone().requires_grad_()
+    point, expected_at = x.clone().requires_grad_(), x.clone().requires_grad_()
     with residual.eroded(block, factors), residual.damped(block, gamma):
-        found = block(at)
+        found = block(point)
     expected = written_out(block, expected_at, factors[:, 0], gamma)
     torch.testing.assert_close(found, expected)
     slope = torch.randn(expected.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     torch.testing.assert_close(
-        torch.autograd.grad(found, at, slope)[0], torch.autograd.grad(expected, expected_at, slope)[0]
+        torch.autograd.grad(found, point, slope)[0], torch.autograd.grad(expected, expected_at, slope)[0]
     )
 
 
@@ -135,16 +135,16 @@ def test_hooks_equal_a_transformer_with_the_change_written_out():
     first, second = factors[:, 0, None, None], factors[:, 1, None, None]
     slopes = []
     for changed in (True, False):
-        at = x.clone().requires_grad_()
+        point = x.clone().requires_grad_()
         if changed:
             with residual.eroded(block, factors), residual.damped(block, 0.3):
-                found = block(at)
+                found = block(point)
         else:
-            attended = block.attn(block.norm1(at))
-            middle = first * at + 0.3 * attended + 0.7 * attended.detach()
+            attended = block.attn(block.norm1(point))
+            middle = first * point + 0.3 * attended + 0.7 * attended.detach()
             mixed = block.mlp(block.norm2(middle))
             expected = found = second * middle + 0.3 * mixed + 0.7 * mixed.detach()
-        slopes.append(torch.autograd.grad(found.square().sum(), at)[0])
+        slopes.append(torch.autograd.grad(found.square().sum(), point)[0])
         if changed:
             value = found
     torch.testing.assert_close(value, expected)
@@ -179,9 +179,9 @@ def check_net(model, count, size):
 
 
 def answer(model, x):
-    at = x.clone().requires_grad_()
-    logits = model(at)
-    return logits.detach(), torch.autograd.grad(logits[:, 0].sum(), at)[0]
+    point = x.clone().requires_grad_()
+    logits = model(point)
+    return logits.detach(), torch.autograd.grad(logits[:, 0].sum(), point)[0]
 
 
 def test_without_branches_the_gradient_is_that_of_the_skips():

@@ -172,11 +172,11 @@ def test_names_imported_by_a_file_are_no_factories(code: Path) -> None:
 def test_unknown_kinds_are_refused(string: str, near: str | None) -> None:
     with pytest.raises(UsageError, match="there is no kind of model") as caught:
         load_model(string)
-    said = str(caught.value)
-    assert "install" not in said
-    assert "ensemble:[A;B]" in said
-    assert ("did you mean" in said) == (near is not None)
-    assert near is None or f"did you mean '{near}'" in said
+    message = str(caught.value)
+    assert "install" not in message
+    assert "ensemble:[A;B]" in message
+    assert ("did you mean" in message) == (near is not None)
+    assert near is None or f"did you mean '{near}'" in message
 
 
 @pytest.mark.parametrize("name", ["hf-hub:microsoft/resnet-18", "hf_hub:x/y", "local-dir:/tmp", "resnet18@x:y"])

@@ -170,7 +170,7 @@ def test_what_cannot_be_read(tmp_path: Path) -> None:
 def test_a_file_that_lacks_something_is_damaged(tmp_path: Path, left_out: str, count: int) -> None:
     written(tmp_path)
     tensors = safetensors.torch.load_file(tmp_path / FILE)
-    left = {name: of for name, of in tensors.items() if not name.startswith(left_out)}
+    left = {name: tensor for name, tensor in tensors.items() if not name.startswith(left_out)}
     safetensors.torch.save_file(left, tmp_path / FILE, {"format": "1", "samples": str(count)})
     with pytest.raises(UsageError, match="is damaged"):
         Posterior.open(tmp_path)

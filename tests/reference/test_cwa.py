@@ -248,13 +248,13 @@ def written_out(models, x, goal, *, sums, norm, steps=4, reverse=EPS / 15, beta=
     point, inner, outer = x, torch.zeros_like(x), torch.zeros_like(x)
     whole = (summed if sums else averaged)(models)
     for _ in range(steps):
-        at = clip(point - reverse * slope(whole, point, goal).sign())
+        current = clip(point - reverse * slope(whole, point, goal).sign())
         for model in models:
-            gradient = slope(model, at, goal)
+            gradient = slope(model, current, goal)
             length = gradient.flatten(1).norm(dim=1)[:, None, None, None]
             inner = decay * inner + gradient / length
-            at = clip(at + beta * inner)
-        gained = at - point
+            current = clip(current + beta * inner)
+        gained = current - point
         size = {"none": 1, "image": gained.abs().sum((1, 2, 3), keepdim=True), "batch": gained.abs().sum()}[norm]
         outer = decay * outer + gained / size
         point = clip(point + alpha * outer.sign())
@@ -638,12 +638,12 @@ def test_betas_are_lengths_in_pixel_units(norm):
     """50 at linf 16/255 and 224 pixels is 2.05; in l2 it is a fraction of eps itself."""
     x = torch.empty(1, 3, 224, 224)
     rows = rows_of(x, GOAL, ThreatModel.parse(WIDE[norm]))
-    usual, official = (make("cwa", compat=form).small_step(rows) for form in FORMS)
-    assert usual == pytest.approx({"linf": 50, "l2": 2.05 * 0.5}[norm], rel=0.003)
+    default, official = (make("cwa", compat=form).small_step(rows) for form in FORMS)
+    assert default == pytest.approx({"linf": 50, "l2": 2.05 * 0.5}[norm], rel=0.003)
     assert official == pytest.approx({"linf": 250, "l2": 10.27 * 0.5}[norm], rel=0.003)
     assert make("cwa", beta_raw=7).small_step(rows) == 7
-    assert make("cwa", beta=1).small_step(rows) == pytest.approx(usual / 2.05)
-    assert make("mi-cse", compat="official").small_step(rows) == pytest.approx(usual)
+    assert make("cwa", beta=1).small_step(rows) == pytest.approx(default / 2.05)
+    assert make("mi-cse", compat="official").small_step(rows) == pytest.approx(default)
 
 
 def test_w16_mi_sam_of_the_authors_adds_both_gradients():
@@ -684,8 +684,8 @@ def test_w17_a_large_beta_ends_in_the_corners():
     loop = rule.wrap(SurrogateOracle(Surrogates([Watched(model, seen) for model in models]), "ce"))
     end = x + loop.gradient(rows, x)
     momentum = torch.zeros_like(x)
-    for model, at, then in zip(models, seen, [*seen[1:], end], strict=True):
-        momentum = momentum + unit(slope(model, at, goal))
+    for model, current, then in zip(models, seen, [*seen[1:], end], strict=True):
+        momentum = momentum + unit(slope(model, current, goal))
         close(then, THREAT.project(x + EPS * momentum.sign(), x), 1e-15)
 
 

@@ -54,9 +54,9 @@ def found(text):
 
 def slope(models, x):
     """The gradient of the mean logits' loss."""
-    at = x.detach().requires_grad_()
-    logits = sum(model(at) for model in models) / len(models)
-    return torch.autograd.grad(torch.nn.functional.cross_entropy(logits, LABELS, reduction="sum"), at)[0]
+    point = x.detach().requires_grad_()
+    logits = sum(model(point) for model in models) / len(models)
+    return torch.autograd.grad(torch.nn.functional.cross_entropy(logits, LABELS, reduction="sum"), point)[0]
 
 
 def clip(x):
@@ -81,12 +81,14 @@ def literal(gradient, *, reverse=EPS / 15, outer="sign", mu=1.0, starts=1, sprea
         for copy in range(starts):
             place = f"vmi-mean{copy}/" if spread else ""
             begin = x + spread * noise(place[:-1], step) if spread else x
-            at = clip(begin - reverse * gradient(NETS, begin, f"{place}sam0", step).sign()) if reverse else begin
+            point = (
+                clip(begin - reverse * gradient(NETS, begin, f"{place}sam0", step).sign()) if reverse else begin
+            )
             for number, model in enumerate(NETS):
-                g = gradient([model], at, f"{place}cse{number}", step)
+                g = gradient([model], point, f"{place}cse{number}", step)
                 inner[copy] = mu * inner[copy] + g / length(g)
-                at = clip(at + BETA * inner[copy])
-            gains.append(at - begin)
+                point = clip(point + BETA * inner[copy])
+            gains.append(point - begin)
         sum_out = mu * sum_out + sum(gains) / starts
         x = clip(x + (EPS / 5 * sum_out.sign() if outer == "sign" else sum_out))
     return x
@@ -104,8 +106,8 @@ def neighbours(models, x, call, step):
 
 
 def dct(size):
-    at = torch.arange(size).double()
-    matrix = (2 / size) ** 0.5 * torch.cos(math.pi / size * (at + 0.5) * at[:, None])
+    point = torch.arange(size).double()
+    matrix = (2 / size) ** 0.5 * torch.cos(math.pi / size * (point + 0.5) * point[:, None])
     matrix[0] /= 2**0.5
     return matrix
 
@@ -114,12 +116,12 @@ def spectra(models, x, call, step):
     """The mean over two images with changed spectra (Long et al. 2022, Algorithm 1)."""
     total, high, wide = 0, dct(SIZE[1]), dct(SIZE[2])
     for k in range(2):
-        at = x.detach().requires_grad_()
-        spectrum = high @ (at + EPS * noise(f"{call}/ssa-noise{k}", step, "normal")) @ wide.T
+        point = x.detach().requires_grad_()
+        spectrum = high @ (point + EPS * noise(f"{call}/ssa-noise{k}", step, "normal")) @ wide.T
         moved = high.T @ (spectrum * (1 + 0.5 * noise(f"{call}/ssa-scale{k}", step))) @ wide
         logits = sum(model(moved) for model in models) / len(models)
         loss = torch.nn.functional.cross_entropy(logits, LABELS, reduction="sum")
-        total = total + torch.autograd.grad(loss, at)[0] / 2
+        total = total + torch.autograd.grad(loss, point)[0] / 2
     return total
 
 
@@ -164,10 +166,10 @@ def test_each_form_is_its_loop(text):
 def test_raw_cse_goes_along_gradients_as_they_are():
     x = X
     for _ in range(STEPS):
-        at = x
+        point = x
         for model in NETS:
-            at = clip(at + 0.01 * slope([model], at))
-        x = clip(x + 0.5 * (at - x))
+            point = clip(point + 0.01 * slope([model], point))
+        x = clip(x + 0.5 * (point - x))
     text = (
         f"mi-cse(steps={STEPS},beta_raw=0.01,raw=true,update=plain,momentum=0,inner_momentum=0,step_size=0.5eps)"
     )
@@ -177,12 +179,12 @@ def test_raw_cse_goes_along_gradients_as_they_are():
 def test_adam_cwa_is_adam_on_what_the_loop_gains():
     x, inner, mean, square = X, torch.zeros_like(X), 0, 0
     for step in range(1, STEPS + 1):
-        at = clip(x - EPS / 15 * slope(NETS, x).sign())
+        point = clip(x - EPS / 15 * slope(NETS, x).sign())
         for model in NETS:
-            g = slope([model], at)
+            g = slope([model], point)
             inner = inner + g / length(g)
-            at = clip(at + BETA * inner)
-        mean, square = 0.9 * mean + 0.1 * (at - x), 0.999 * square + 0.001 * (at - x) ** 2
+            point = clip(point + BETA * inner)
+        mean, square = 0.9 * mean + 0.1 * (point - x), 0.999 * square + 0.001 * (point - x) ** 2
         x = clip(x + 1e-3 * mean / (1 - 0.9**step) / ((square / (1 - 0.999**step)).sqrt() + 1e-8))
     ours = found(f"cwa({WORDS},update=adam,step_size=0.001px)")
     torch.testing.assert_close(ours, x, rtol=0, atol=1e-10)
@@ -191,10 +193,10 @@ def test_adam_cwa_is_adam_on_what_the_loop_gains():
 def test_the_price_of_the_forms():
     """W7, of three members: VMI_Inner T (n + 8n), VMI_Outer T (8n + 8n), CSE Tn."""
     for text, price in (("cse", 30), ("vmi-inner-cwa", 10 * (3 + 24)), ("vmi-outer-cwa", 10 * (24 + 24))):
-        asked: list[Any] = []
+        calls: list[Any] = []
 
-        def counted(model, asked=asked):
-            return lambda x: asked.append(len(x)) or model(x)
+        def counted(model, calls=calls):
+            return lambda x: calls.append(len(x)) or model(x)
 
         attack = compose(parse_attack(text, "linf"))
         one = torch.tensor([0])
@@ -205,7 +207,7 @@ def test_the_price_of_the_forms():
             Exact(Fraction(EPS)),
             rng=RNG.select(one),
         )
-        assert sum(asked) == price
+        assert sum(calls) == price
         assert price <= 3 * attack.gradients <= 2 * price
 
 

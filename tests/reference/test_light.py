@@ -43,7 +43,7 @@ class Posterior:
 
     def __init__(self, nets: Sequence[object]) -> None:
         self.nets, self.backwards = nets, 0
-        self.asked: list[Any] = []
+        self.queries: list[Any] = []
 
     def __len__(self) -> int:
         return len(self.nets)
@@ -54,7 +54,7 @@ class Posterior:
     def sample(self, number):
         def one(x):
             if x.requires_grad:
-                self.asked.append(number)
+                self.queries.append(number)
                 self.backwards += len(x)
             return self.nets[number](x)
 
@@ -182,9 +182,9 @@ def test_l3_every_sample_is_asked_equally_often(rule):
     for technique, each in (("", 3), ("+light(samples=2)", 6), ("+full", 12)):
         posterior = Posterior(nets)
         craft(attack + technique, posterior, x=x, goal=some_goal())
-        assert [posterior.asked.count(number) for number in range(4)] == [each] * 4
+        assert [posterior.queries.count(number) for number in range(4)] == [each] * 4
         assert posterior.backwards == len(x) * 4 * each
-        rounds = [posterior.asked[at : at + 4] for at in range(0, len(posterior.asked), 4)]
+        rounds = [posterior.queries[index : index + 4] for index in range(0, len(posterior.queries), 4)]
         assert all(sorted(one) == [0, 1, 2, 3] for one in rounds)
 
 
@@ -265,8 +265,8 @@ def test_l8_what_gradients_are_divided_by_is_a_constant_factor(norm):
     net, x, goal, threat = some_nets(1)[0], some_images(), some_goal(), THREATS[norm]
     point, velocity = x, torch.zeros_like(x)
     for _ in range(5):
-        at = point.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(goal.loss(net(at)).sum(), at)
+        images = point.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(goal.loss(net(images)).sum(), images)
         velocity = velocity + gradient / gradient.abs().mean((1, 2, 3), keepdim=True)
         point = threat.project(point + 0.1 * float(threat.eps) * threat.ascent(velocity), x)
     found = craft("mi-fgsm(steps=5,step_size=0.1eps)", net, x=x, goal=goal, norm=norm)
@@ -288,8 +288,8 @@ def test_l10_the_order_is_the_seeds():
         craft("i-fgsm(steps=7,step_size=0.1eps)", posterior, x=x, goal=goal, seed=seed)
         posterior(x)  # clean evaluation between batches
         craft("i-fgsm(steps=7,step_size=0.1eps)", posterior, x=x[:2], goal=goal.select(torch.arange(2)), seed=seed)
-        assert posterior.asked[:7] == posterior.asked[7:]
-        return posterior.asked[:7]
+        assert posterior.queries[:7] == posterior.queries[7:]
+        return posterior.queries[:7]
 
     before = torch.get_rng_state()
     orders = [order(seed) for seed in range(6)]
@@ -301,14 +301,14 @@ def test_l10_the_order_is_the_seeds():
 def test_l10_architectures_are_shuffled_apart():
     groups = [Posterior(some_nets(9)) for _ in range(2)]
     craft("i-fgsm(steps=9,step_size=0.1eps)", *groups, x=some_images(), goal=some_goal())
-    assert groups[0].asked != groups[1].asked
+    assert groups[0].queries != groups[1].queries
 
 
 def test_l11_success_is_over_images_the_target_got_right():
     """The authors' arrays were padded with black images of label 0, which counted as successes."""
     labels = [0, 1, 1, 2]
-    said = {"clean": [0, 1, 0, 0], "adversarial": [0, 3, 0, 0]}
-    judged = Judgement.of({"string": "m", "fingerprint": "f"}, labels, None, said)
+    predictions = {"clean": [0, 1, 0, 0], "adversarial": [0, 3, 0, 0]}
+    judged = Judgement.of({"string": "m", "fingerprint": "f"}, labels, None, predictions)
     assert (judged.rate.n, judged.rate.value) == (2, 0.5)
 
 
@@ -321,14 +321,14 @@ def test_the_inner_loop_takes_fresh_samples():
     craft("cwa(steps=3)", *posteriors, x=some_images(), goal=some_goal())
     for posterior in posteriors:
         # A step back and an inner step of each architecture, three times, and no sample twice.
-        assert sorted(posterior.asked) == list(range(6))
+        assert sorted(posterior.queries) == list(range(6))
 
 
 def test_antithetic_ways_share_a_steps_samples():
     posterior = Posterior(some_nets(6))
     attack = "mi-cse(steps=2,order=antithetic)+light(samples=3,fresh=step)"
     craft(attack, posterior, x=some_images(), goal=some_goal())
-    first, second = posterior.asked[:6], posterior.asked[6:]
+    first, second = posterior.queries[:6], posterior.queries[6:]
     assert first[3:] == first[2::-1]
     assert second[3:] == second[2::-1]
     assert sorted(first[:3] + second[:3]) == list(range(6))

@@ -175,7 +175,7 @@ def test_names_have_hyphens(folder: Path) -> None:
         ("random-signs", "no suite or attack 'random-signs'"),
     ],
 )
-def test_mistakes_are_one_sentence(text: str, sentence: str, folder: Path) -> None:
+def test_bad_input_is_one_sentence(text: str, sentence: str, folder: Path) -> None:
     with pytest.raises(UsageError, match=sentence):
         registry.parse_suite(text, "linf")
 

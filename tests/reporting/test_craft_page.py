@@ -127,18 +127,18 @@ def test_two_craft_runs_are_compared_in_pairs() -> None:
 
 
 def test_short_names() -> None:
-    at = "robustkit:cifar-resnet20@/x/at.safetensors"
-    assert short_names([at, "timm:resnet50.a1_in1k", "m:f@/y/w.pt?defense=jpeg:75"]) == [
+    model = "robustkit:cifar-resnet20@/x/at.safetensors"
+    assert short_names([model, "timm:resnet50.a1_in1k", "m:f@/y/w.pt?defense=jpeg:75"]) == [
         "at",
         "resnet50.a1_in1k",
         "w?jpeg:75",
     ]
     assert short_names(["/x/csgld-1a2b/", "runs/csgld-1a2b/#3", "one"]) == ["csgld-1a2b", "csgld-1a2b/#3", "one"]
-    assert short_names([at, "m:f@/z/at.pt"]) == [at, "m:f@/z/at.pt"]
+    assert short_names([model, "m:f@/z/at.pt"]) == [model, "m:f@/z/at.pt"]
 
 
 @pytest.mark.parametrize(
-    ("string", "said"),
+    ("string", "printed"),
     [
         ("mi-fgsm(steps=3)+di", "mi-fgsm(steps=3)+di"),
         ("mi-fgsm+di", "mi-fgsm+di"),
@@ -147,9 +147,9 @@ def test_short_names() -> None:
         ("adam-cwa", "adam-cwa"),
     ],
 )
-def test_a_recipe_is_printed_with_its_parts(string: str, said: str) -> None:
+def test_a_recipe_is_printed_with_its_parts(string: str, printed: str) -> None:
     attack = {**compose(parse_attack(string, "linf")).spec(), "string": string}
-    assert attack_words(attack) == said
+    assert attack_words(attack) == printed
 
 
 def test_the_matrix_page_is_self_contained() -> None:

@@ -258,9 +258,9 @@ def test_many_classes_show_the_least_robust() -> None:
     rows, count = classes.rows(report, [])
     assert (len(rows), count) == (20, 1000)
     assert {row.robust.value for row in rows} == {0.4}  # of 5 images each, most classes keep 2 and some 3
-    few, _ = classes.rows(make_report(), ["zero", "one"])
-    assert [row.name for row in few[:3]] == ["zero", "one", "class 2"]
-    assert (few[0].robust.n, few[0].clean.value, few[0].robust.value) == (4, 0.75, 0.5)
+    few_classes, _ = classes.rows(make_report(), ["zero", "one"])
+    assert [row.name for row in few_classes[:3]] == ["zero", "one", "class 2"]
+    assert (few_classes[0].robust.n, few_classes[0].clean.value, few_classes[0].robust.value) == (4, 0.75, 0.5)
 
 
 def test_margin_bars_count_every_image_once_and_separate_right_from_wrong() -> None:

@@ -63,7 +63,7 @@ def test_flagged_models_are_ranked_separately() -> None:
     ("fooled", "ranks"), [((4, 4, 8), [1, 1, 3]), ((4, 8, 8), [1, 2, 2]), ((4, 4, 4), [1, 1, 1])]
 )
 def test_ties_share_a_rank(fooled: tuple[int, ...], ranks: list[int]) -> None:
-    found = [(f"net{at}", str(at), make_report(fooled=count)) for at, count in enumerate(fooled)]
+    found = [(f"net{number}", str(number), make_report(fooled=count)) for number, count in enumerate(fooled)]
     board = Leaderboard.of("0", found, [])
     assert [row.rank for row in board.rows] == ranks
     assert [row["rank"] for row in board.to_json()["rows"]] == ranks

@@ -117,13 +117,13 @@ def test_a_randomised_model_is_checked_by_the_majority_of_draws() -> None:
     """A wrong draw on the way, where right ones are as many, is no sign that it falls; noise is no mask."""
     torch.manual_seed(0)
     coin = Around(after=lambda z: z.detach() * (2 * (torch.rand(len(z), 1) < 0.8) - 1))
-    look = probe(coin, teacher=Small(1))
-    flag = strength.survives_everything(look)
+    randomised = probe(coin, teacher=Small(1))
+    flag = strength.survives_everything(randomised)
     assert flag.level == "warning"
-    assert flag.value > 0.8 * len(look.correct_rows) > 5
-    honest = probe(Around(lambda x: x + 0.05 * torch.randn_like(x)), teacher=Small(1))
-    assert strength.survives_everything(honest).level == "ok"
-    assert strength.unconverged(honest).level == signs.incomplete(honest).level == "not measured"
+    assert flag.value > 0.8 * len(randomised.correct_rows) > 5
+    noisy = probe(Around(lambda x: x + 0.05 * torch.randn_like(x)), teacher=Small(1))
+    assert strength.survives_everything(noisy).level == "ok"
+    assert strength.unconverged(noisy).level == signs.incomplete(noisy).level == "not measured"
 
 
 @pytest.mark.parametrize("masked", [False, True])

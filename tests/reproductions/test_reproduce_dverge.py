@@ -27,8 +27,8 @@ def test_what_falls_at_one_eps_does_not_stand_at_the_next() -> None:
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
-    stands = [np.array([True, True, False, True]), np.array([True, False, True, True])]
-    assert [rate.value for rate in module.falling(stands)] == [0.75, 0.5]
+    robust = [np.array([True, True, False, True]), np.array([True, False, True, True])]
+    assert [rate.value for rate in module.falling(robust)] == [0.75, 0.5]
 
 
 @pytest.mark.slow

@@ -37,13 +37,13 @@ def names(path: Path) -> list[str]:
 
 @pytest.mark.parametrize("stages", [(), (0,)])
 def test_a_run_without_a_verdict_is_replaced_with_a_message(tmp_path: Path, stages: tuple[int, ...]) -> None:
-    said: list[str] = []
+    messages: list[str] = []
     path = holding(tmp_path / "r", *stages)
-    with open_for_writing(path, NEW, say=said.append) as writable:
+    with open_for_writing(path, NEW, say=messages.append) as writable:
         assert writable
     assert json.loads((path / "spec.json").read_text())["seed"] == NEW.seed
     assert names(path) == ["spec.json"]
-    assert said == [f"run {OLD.run_id} in {path} has no result and is replaced by run {NEW.run_id}"]
+    assert messages == [f"run {OLD.run_id} in {path} has no result and is replaced by run {NEW.run_id}"]
 
 
 def test_a_folder_with_a_spec_only_is_replaced(tmp_path: Path) -> None:

@@ -36,10 +36,10 @@ class Heard(TrainProgress):
     """Hears what is said, and may stop after some steps."""
 
     def __init__(self, stop: int | None = None) -> None:
-        self.stop, self.said = stop, list[str]()
+        self.stop, self.messages = stop, list[str]()
 
     def say(self, text: str) -> None:
-        self.said.append(text)
+        self.messages.append(text)
 
     def step(self, done: int) -> None:
         if done == self.stop:
@@ -61,8 +61,8 @@ def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(tmp_path: Path) 
     flipped(tmp_path / "cut" / "checkpoint.pt")
     heard = Heard()
     resumed = train("standard", out=tmp_path / "cut", progress=heard, **SHORT)
-    assert "checkpoint.pt is damaged: its content does not match its sha256; resuming" in heard.said[0]
-    assert f"resuming {whole.run_id}: 4 of 8 steps done" in heard.said
+    assert "checkpoint.pt is damaged: its content does not match its sha256; resuming" in heard.messages[0]
+    assert f"resuming {whole.run_id}: 4 of 8 steps done" in heard.messages
     assert resumed.hashes == whole.hashes
     assert not (tmp_path / "cut" / "checkpoint.previous.pt").exists()
 

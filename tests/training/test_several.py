@@ -79,9 +79,9 @@ def on_two(runs: Sequence[dict[str, Any]], stop: int = -1, tell: Any = torchrun)
         environment = {**os.environ, "OMP_NUM_THREADS": "1", **tell(rank, port)}
         command = [sys.executable, "-c", CODE, json.dumps([stop, runs])]
         started.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE))
-    said = [one.communicate(timeout=900)[1].decode() for one in started]
+    errors = [one.communicate(timeout=900)[1].decode() for one in started]
     if stop < 0:
-        assert [one.returncode for one in started] == [0, 0], "\n".join(said)
+        assert [one.returncode for one in started] == [0, 0], "\n".join(errors)
     return [one.returncode for one in started]
 
 

@@ -59,8 +59,8 @@ class World:
                 raise one_found
         return found
 
-    def gathered(self, mine: Any) -> list[Any]:
-        self.table[self.local.rank] = mine
+    def gathered(self, value: Any) -> list[Any]:
+        self.table[self.local.rank] = value
         self.barrier.wait()
         found = list(self.table)
         self.barrier.wait()
@@ -201,13 +201,13 @@ def test_member_parallelism_equals_one_process(world: World, method: Any) -> Non
         group = DataParallel.of("members", fabric, 3)
         own, part = [nets()[member] for member in group.own_members], batch(group)
         assert len(part.x) == 12
-        mine = group.all_reduce(own, method.backward(own, part, PLAN))
+        local = group.all_reduce(own, method.backward(own, part, PLAN))
         assert part.memory is not None
-        return mine, gradients(own), group.gather_memory(part.rng.ids, part.memory)[1]
+        return local, gradients(own), group.gather_memory(part.rng.ids, part.memory)[1]
 
     found = world.run(work)
-    for mine, _, memory in found:
-        torch.testing.assert_close(mine, loss)
+    for local, _, memory in found:
+        torch.testing.assert_close(local, loss)
         assert one.memory is not None
         assert torch.equal(memory, one.memory)
     moved = [gradient for _, own, _ in found for gradient in own]
@@ -238,8 +238,8 @@ def test_parts_of_a_batch_give_the_update_of_the_whole_batch(world: World, metho
             net.part, net.parts = group.part, group.parts
         return group.all_reduce(own, method.backward(own, batch(group), plan)), own
 
-    for mine, own in world.run(work):
-        torch.testing.assert_close(mine, loss)
+    for local, own in world.run(work):
+        torch.testing.assert_close(local, loss)
         for a, b in zip(gradients(own), gradients(alone), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-8)
         for net, other in zip(own, alone, strict=True):
@@ -251,10 +251,10 @@ def test_parts_of_a_batch_give_the_update_of_the_whole_batch(world: World, metho
 def test_random_draws_depend_on_the_position_in_the_batch(layout: torch.memory_format) -> None:
     x = torch.rand(6, 3, 4, 5).contiguous(memory_format=layout)
     draws: list[Callable[[Tensor], Tensor]] = [
-        lambda at: F.dropout(at, 0.5, True),
-        lambda at: F.dropout2d(at, 0.5, True),
-        lambda at: F.alpha_dropout(at, 0.5, True),
-        lambda at: at * at.new_empty(len(at), 1, 1, 1).bernoulli_(0.5),
+        lambda tensor: F.dropout(tensor, 0.5, True),
+        lambda tensor: F.dropout2d(tensor, 0.5, True),
+        lambda tensor: F.alpha_dropout(tensor, 0.5, True),
+        lambda tensor: tensor * tensor.new_empty(len(tensor), 1, 1, 1).bernoulli_(0.5),
     ]
     with torch.random.fork_rng(devices=[]):
         for draw in draws:

@@ -60,10 +60,10 @@ class Cut(TrainProgress):
 
     def __init__(self, after: int) -> None:
         self.after = after
-        self.said: list[str] = []
+        self.messages: list[str] = []
 
     def say(self, text: str) -> None:
-        self.said.append(text)
+        self.messages.append(text)
 
     def step(self, done: int) -> None:
         if done == self.after:
@@ -97,7 +97,7 @@ def test_an_interrupted_run_resumes_to_the_same_weights(
     watch = Cut(-1)
     again = train(method, out=tmp_path / "cut", progress=watch, **SHORT, **more)
     # Whoever is told of a step is told before the checkpoint that follows it is written.
-    assert f"{after - 1} of 9 steps" in watch.said[0]
+    assert f"{after - 1} of 9 steps" in watch.messages[0]
     assert weights(tmp_path / "whole") == weights(tmp_path / "cut")
     assert again.hashes == whole.hashes
     assert again.accuracy == whole.accuracy
@@ -111,7 +111,7 @@ def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:
     first = train("standard", out=tmp_path / "run", **SHORT)
     watch = Cut(1)
     assert train("standard", out=tmp_path / "run", progress=watch, **SHORT) == first
-    assert "finished" in watch.said[0]
+    assert "finished" in watch.messages[0]
     with pytest.raises(UsageError, match="differs in arch, seed"):
         train("standard", out=tmp_path / "run", seed=1, **SHORT)
 
@@ -230,7 +230,7 @@ def test_divergence_raises_run_error(tmp_path: Path) -> None:
 def test_out_of_memory_raises_one_sentence(
     error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def run(sitting: loop.TrainingSession) -> None:
+    def run(session: loop.TrainingSession) -> None:
         raise error
 
     monkeypatch.setattr(loop.TrainingSession, "run", run)

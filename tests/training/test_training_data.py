@@ -141,7 +141,7 @@ def test_the_weight_average_is_the_geometric_sum() -> None:
             net.weight.fill_(value)
             net.num_batches_tracked.add_(1)
         averages.update_average(average, net, 0.9)
-    expected = 0.9**3 + sum(0.1 * 0.9 ** (2 - at) * value for at, value in enumerate(values))
+    expected = 0.9**3 + sum(0.1 * 0.9 ** (2 - step) * value for step, value in enumerate(values))
     torch.testing.assert_close(average["weight"], torch.full((2,), expected))
     assert int(average["num_batches_tracked"]) == 3
     with averages.averaged_weights([net], [average]):
