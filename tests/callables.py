@@ -1,4 +1,4 @@
-"""Models in the forms that people have, all of them the same function of images 1x8x8 or 3x8x8."""
+"""Models of many forms, all of them the same function of images 1x8x8 or 3x8x8."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings of all tests: `--slow`, one torch thread per worker, hypothesis without deadlines or surprises."""
+"""Settings of all tests: `--slow`, one torch thread per worker, hypothesis without deadlines and seeded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Masked defenses around one small net, most of which a direct gradient attack misjudges."""
+"""Masked defenses around one small net, most of which a direct gradient attack overestimates."""
 
 from __future__ import annotations
 

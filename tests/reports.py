@@ -1,4 +1,4 @@
-"""Reports made by hand, and the examples beside them, for tests of what is drawn of them."""
+"""Reports made by hand, with their examples, for tests of pages and tables."""
 
 from __future__ import annotations
 

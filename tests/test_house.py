@@ -1,4 +1,4 @@
-"""The house stands as drawn: who imports whom, what the wheel holds, what the guards say, what README runs."""
+"""The structure of the package: the order of imports, the content of the wheel, the code blocks of README."""
 
 from __future__ import annotations
 

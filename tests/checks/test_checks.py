@@ -1,4 +1,4 @@
-"""An honest net raises no flag, a broken one its own; in one process, in either order."""
+"""An unmasked net raises no flag and each fault raises its own, in either order in one process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What DVERGE is compared with: oracles by hand, and what went wrong in other code."""
+"""Methods that DVERGE is compared with, against values computed by hand and known errors of other code."""
 
 from __future__ import annotations
 

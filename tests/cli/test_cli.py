@@ -1,4 +1,4 @@
-"""The command line as a person and a script meet it."""
+"""The command line: help, lists, flags, and output for terminals, pipes and scripts."""
 
 from __future__ import annotations
 

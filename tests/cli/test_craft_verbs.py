@@ -1,4 +1,4 @@
-"""`craft`, `transfer`, `matrix` and `compare` of craft runs, as a person and a script meet them."""
+"""`craft`, `transfer`, `matrix` and `compare` of craft runs on the command line."""
 
 from __future__ import annotations
 

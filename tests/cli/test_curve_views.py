@@ -1,4 +1,4 @@
-"""The curve on the command line: asked for in three ways, printed, drawn, exported, refused."""
+"""The curve on the command line: requested in three ways, printed, drawn, exported, refused."""
 
 from __future__ import annotations
 

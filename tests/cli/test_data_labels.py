@@ -1,4 +1,4 @@
-"""Picture folders on the command line: labels that are doubtful, classes by name, pictures that change."""
+"""Image folders on the command line: mismatched labels, classes by name, images that change."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Exit codes and streams: whatever goes wrong ends in its code and one sentence; stdout holds results alone."""
+"""Exit codes and streams: every failure has its code and one sentence; stdout holds results only."""
 
 from __future__ import annotations
 

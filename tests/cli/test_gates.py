@@ -1,4 +1,4 @@
-"""Gates: what makes an evaluation exit with 1, and what is said of it."""
+"""Gates: which results make an evaluation exit with 1, and which message is printed."""
 
 from __future__ import annotations
 

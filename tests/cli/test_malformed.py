@@ -1,4 +1,4 @@
-"""Bad input, one by one: each gives one clear sentence on stderr, the right exit code and no traceback."""
+"""Bad input: each case gives one sentence on stderr, the right exit code and no traceback."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Words that no option can mean: one sentence, exit code 2, before anything has run."""
+"""Option values without a meaning: one sentence and exit code 2 before anything runs."""
 
 from __future__ import annotations
 

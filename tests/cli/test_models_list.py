@@ -1,4 +1,4 @@
-"""`robustkit evaluate --models`: the table, the files, exit codes, and what is wrong in a sentence."""
+"""`robustkit evaluate --models`: the table, the files, exit codes and error messages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`robustkit plan` as a person and a script meet it."""
+"""`robustkit plan` on the command line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names that others chose, with escape sequences, line breaks and marks of direction: nothing obeys them."""
+"""Names with escape sequences, line breaks and direction marks are printed as text."""
 
 from __future__ import annotations
 

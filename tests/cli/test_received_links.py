@@ -1,4 +1,4 @@
-"""A run folder that somebody else has sent: whatever links are in it, no file outside it is written."""
+"""A run folder from another user: no file outside it is written, whatever links it holds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`train` as a person and a script meet it."""
+"""`train` on the command line."""
 
 from __future__ import annotations
 

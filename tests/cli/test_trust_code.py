@@ -1,4 +1,4 @@
-"""Every verb that loads a model: what somebody else's file names is not run before `--trust-code`."""
+"""Every verb that loads a model: code that a received file names runs with `--trust-code` only."""
 
 from __future__ import annotations
 

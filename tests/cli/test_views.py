@@ -1,4 +1,4 @@
-"""report, compare and export on the command line: what they write, what they say, what they refuse."""
+"""`report`, `compare` and `export` on the command line: files, output and refusals."""
 
 from __future__ import annotations
 

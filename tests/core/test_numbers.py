@@ -1,4 +1,4 @@
-"""Numbers that a person writes: exact, and refused by their text before any fraction is built."""
+"""Numbers that users write: parsed exactly, and refused by their text before any fraction is built."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files are written whole, and never through links that somebody has put where they are expected."""
+"""Files are written atomically, and never through symlinks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Craft runs: the images, what is counted, how they are judged, streaming, mishaps."""
+"""Craft runs: images, counts, success on targets, streaming, interruptions and errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""8-bit files: after rounding they are within eps for certain, counted in whole levels."""
+"""8-bit image files stay within eps after rounding, counted in whole levels."""
 
 from __future__ import annotations
 

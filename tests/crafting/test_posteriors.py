@@ -1,4 +1,4 @@
-"""Posteriors on the engine: crafting on a store, alone and with others, counted, streamed, resumed."""
+"""Posteriors as surrogates: crafting on stored samples, counts, streaming and resuming."""
 
 from __future__ import annotations
 

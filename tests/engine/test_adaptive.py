@@ -1,4 +1,4 @@
-"""Attacks on views, judged on the model itself; random models judged by draws; what `auto` adds and when."""
+"""Attacks on gradient views are verified on the model itself; randomised models are judged by draws."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who meets which arm next, on portfolios whose gains are planted."""
+"""Which image meets which arm next, on portfolios with planted gains."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What arms will cost of larger sets, played from what a pilot saw."""
+"""The cost of arms on larger sets, simulated from a probe's measurements."""
 
 from __future__ import annotations
 

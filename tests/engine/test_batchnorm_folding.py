@@ -1,4 +1,4 @@
-"""Folded batch norms: the same function, and only where it is safe."""
+"""Folded batch norms: the same function, and only where folding is safe."""
 
 from __future__ import annotations
 

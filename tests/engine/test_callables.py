@@ -1,4 +1,4 @@
-"""Whole runs on models in the forms that people have, from Python and from the command line."""
+"""Whole runs on models of every form, from Python and from the command line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Continuous batching: the verdicts of each attack alone, whoever else is on board; refused claims go on."""
+"""Continuous batching: each attack's verdicts are those of the attack alone; refused successes continue."""
 
 from __future__ import annotations
 

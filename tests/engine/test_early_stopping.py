@@ -1,4 +1,4 @@
-"""Runs that end early say so, on a random sample of images; audits tell what AutoAttack would leave."""
+"""Runs that end early report it, on a random sample of images; audits run AutoAttack on survivors."""
 
 from __future__ import annotations
 

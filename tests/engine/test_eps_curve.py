@@ -1,4 +1,4 @@
-"""The curve against closed forms, against the run it belongs to, and against mishaps."""
+"""The robustness curve against closed forms, against the run that it belongs to, and under errors."""
 
 from __future__ import annotations
 

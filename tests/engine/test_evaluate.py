@@ -1,4 +1,4 @@
-"""The engine against pyautoattack called by hand, against closed cases, and against mishaps."""
+"""The engine against pyautoattack called directly, against closed forms, and under errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run believes of an attack, against closed forms and against truths that are known."""
+"""The model of an attack's success rate against closed forms and known rates."""
 
 from __future__ import annotations
 

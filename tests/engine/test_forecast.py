@@ -1,4 +1,4 @@
-"""What `plan` expects of a run, beside the run; and that it leaves everything as it was."""
+"""What `plan` forecasts of a run, compared with the run; planning changes no state."""
 
 from __future__ import annotations
 

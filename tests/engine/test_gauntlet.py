@@ -1,4 +1,4 @@
-"""Masked defenses that the default suite sees through, and honest nets of which it suspects nothing."""
+"""Masked defenses that the default suite breaks, and unmasked nets that raise no flag."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""At what size images are read and attacked: the query comes first, then the weights, then the source's record."""
+"""The size at which images are read and attacked: the query's, else the weights', else the source's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the fastest way to run a model is chosen, by clocks that the tests set."""
+"""How the fastest execution configuration is chosen, with clocks that the tests set."""
 
 from __future__ import annotations
 

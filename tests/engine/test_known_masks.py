@@ -1,4 +1,4 @@
-"""Published defenses, rebuilt small: the default suite leaves no more than who knows them, or warns."""
+"""Published defenses, rebuilt small: the default suite breaks them as far as attacks made for them, or warns."""
 
 from __future__ import annotations
 

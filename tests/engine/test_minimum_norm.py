@@ -1,4 +1,4 @@
-"""Minimum norms: against closed forms, and what is promised of the points."""
+"""Minimum norms against closed forms, and the properties of the returned points."""
 
 from __future__ import annotations
 

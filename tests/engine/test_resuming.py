@@ -1,4 +1,4 @@
-"""A run that is killed often ends with the result of an unbroken one, however few answers come between kills."""
+"""A run that is killed often ends with the result of an uninterrupted one."""
 
 from __future__ import annotations
 

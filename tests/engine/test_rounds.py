@@ -1,4 +1,4 @@
-"""Runs whose suite has arms: the same however they are cut, and with a record of what is left in doubt."""
+"""Runs whose suite has arms: independent of interruptions and batches, with the unresolved images recorded."""
 
 from __future__ import annotations
 

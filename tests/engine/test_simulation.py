@@ -1,4 +1,4 @@
-"""The simulation of runs on several devices, against what is known in closed form."""
+"""The simulation of runs on several devices against closed forms."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sets larger than memory: the same results as from arrays, and nothing that grows with their images."""
+"""Sets larger than memory: the results of arrays, and memory that does not grow with the images."""
 
 from __future__ import annotations
 

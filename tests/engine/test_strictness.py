@@ -1,4 +1,4 @@
-"""What a report says of images left in doubt, and what its page leaves out where it cannot be asked."""
+"""How a report states unresolved images, and what a minimum-norm page leaves out."""
 
 from __future__ import annotations
 

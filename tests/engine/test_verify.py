@@ -1,4 +1,4 @@
-"""`verify` finds every changed byte, and nothing else."""
+"""`verify` finds every changed byte and raises no false alarm."""
 
 from __future__ import annotations
 

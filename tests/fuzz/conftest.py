@@ -1,4 +1,4 @@
-"""Fuzzing is kept from taking the machine's memory."""
+"""Bounds the memory of fuzzing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every command must do, whatever it is given: end in time, with a code of the contract and one sentence."""
+"""What every command must do for any input: end in time, with a documented exit code and one sentence."""
 
 from __future__ import annotations
 

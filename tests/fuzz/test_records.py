@@ -1,4 +1,4 @@
-"""Records of runs, changed: refused in one sentence, or they say what they said."""
+"""Changed records of runs are refused in one sentence or read as the same values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Strings that hurt, and strings that are nearly right."""
+"""Hostile strings and nearly correct strings for fuzzing."""
 
 from __future__ import annotations
 

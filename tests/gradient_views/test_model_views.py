@@ -1,4 +1,4 @@
-"""Views of a model: none of an honest net, of a masked defense one whose gradient leads somewhere."""
+"""Gradient views: an unmasked net has none, a masked net has one with a useful gradient."""
 
 from __future__ import annotations
 

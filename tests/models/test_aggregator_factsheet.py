@@ -1,4 +1,4 @@
-"""Fact sheets of aggregators against what is derived in B.4.2 of the defenses' notes and at hand."""
+"""Fact sheets of aggregators against values derived by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights files that were made to do harm: nothing runs or is imported, and no more is made than is there."""
+"""Malicious weight files: no code runs, nothing is imported, no more memory is allocated than the file holds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several nets as one model: how their answers are joined, by strings of run folders and of independent files."""
+"""Several nets as one model: aggregation, by strings of run folders and of independent files."""
 
 from __future__ import annotations
 

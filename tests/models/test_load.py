@@ -1,4 +1,4 @@
-"""From a model string, or a callable, to a classifier; and every way in which that can fail."""
+"""From a model string or a callable to a classifier, and every error on the way."""
 
 from __future__ import annotations
 

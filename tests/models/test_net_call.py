@@ -1,4 +1,4 @@
-"""A net is called as it takes images, and what fails inside it is told by type, words and place."""
+"""How a net is called with images, and how errors inside it are reported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which tensor of what a net returns is the logits; and nets of one number per image."""
+"""Which tensor of a net's output is the logits; nets with one number per image."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model's code imports from its own folder counts as its code."""
+"""Modules that a model's code imports from its own folder count as its code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hooks on residual blocks, against nets written out with the changes in them."""
+"""Hooks on residual blocks against nets with the changes written out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which strings run Python code, what may be called to build a net, and what a string may make large."""
+"""Which strings run Python code, which objects may build a net, and which sizes a string may set."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints as programs write them: wherever the tensors are, whatever lies beside them, nothing is executed."""
+"""Weight files as other programs write them: tensors are found at any key and no code runs."""
 
 from __future__ import annotations
 

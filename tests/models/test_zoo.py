@@ -1,4 +1,4 @@
-"""The nets of the zoo: shapes, sizes, and the weights that exist for them."""
+"""The nets of the zoo: shapes, sizes and published weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The posterior store: a sample comes back as it went in, from a file that is mapped and appears whole."""
+"""The posterior store: samples round-trip, from a file that is mapped and written atomically."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attacks, defenses, methods, models and data of others: by file, package and Python; and the page about it."""
+"""Attacks, defenses, methods, models and data of other packages and files, and the page about them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The registry: names from files, fields from text, suites, and a stranger's attack."""
+"""The registry: names from files, fields from text, suites, and an attack from another file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The records of craft runs: what counts as success, forecasts, JSON in and out, pairs of runs."""
+"""The records of craft runs: what counts as success, forecasts, JSON round trips, pairs of runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Export: every verdict in a row, and the same back."""
+"""Export: every verdict is a row, and rows read back as the same verdicts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page and the card: whole, small, escaped, self-contained, for ordinary runs and for the extremes."""
+"""The page and the card: complete, small, escaped, self-contained, for ordinary and extreme runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What pages and tables say: wrong images are not fooled ones, checks not the clean pass, commands one's own."""
+"""What pages and tables state: misclassified images are not fooled ones, checks are not the clean pass."""
 
 from __future__ import annotations
 

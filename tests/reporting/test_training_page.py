@@ -1,4 +1,4 @@
-"""The page of a training: which curves it has, and what it says where something was not measured."""
+"""The page of a training run: its curves, and what it states where something was not measured."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which check says what of which model: the run's own attack is asked, random models by their draws."""
+"""Which check raises which flag for which model; the run's own attack is checked, randomised models by draws."""
 
 from __future__ import annotations
 

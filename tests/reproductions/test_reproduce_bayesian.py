@@ -1,4 +1,4 @@
-"""The reproduction script from end to end, small: its tables have their shape, and it goes on where it was."""
+"""The reproduction script from end to end, small: the shape of its tables, and resuming."""
 
 from __future__ import annotations
 

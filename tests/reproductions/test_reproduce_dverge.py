@@ -1,4 +1,4 @@
-"""The reproduction script: DVERGE does on digits what it is for, no row stands alone, and a run goes on."""
+"""The reproduction script: DVERGE lowers transfer on digits, every table has all columns, and a run resumes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which run a folder holds: one without a result is replaced, others by --overwrite only; no other file goes."""
+"""Which run a folder holds: one without a result is replaced, others by --overwrite only; other files are kept."""
 
 from __future__ import annotations
 

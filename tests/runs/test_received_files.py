@@ -1,4 +1,4 @@
-"""Files of a run that somebody else has sent, their hashes right: none computes for ever or fills the memory."""
+"""Files of a received run with matching hashes: none runs forever or fills the memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The record: rates with intervals, identities of runs, JSON out and in."""
+"""The record: rates with intervals, run ids, JSON round trips."""
 
 from __future__ import annotations
 

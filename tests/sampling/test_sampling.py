@@ -1,4 +1,4 @@
-"""Samplers against posteriors that are known: conjugate normals, and a well-kept library's sampler."""
+"""Samplers against posteriors that are known: conjugate normals, and another library's sampler."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A checkpoint that has changed is not gone on from; the one before it is."""
+"""A damaged checkpoint is not resumed; the one before it is."""
 
 from __future__ import annotations
 

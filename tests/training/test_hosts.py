@@ -1,4 +1,4 @@
-"""What a launcher's environment says, and what is said where it says nonsense."""
+"""Settings of a launcher's environment, and error messages for wrong ones."""
 
 from __future__ import annotations
 

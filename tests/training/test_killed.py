@@ -1,4 +1,4 @@
-"""kill -9 in the middle of an epoch, and the same command again: the same weights."""
+"""kill -9 in the middle of an epoch, then the same command: the same weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Signs four to a byte, which stay with their pixels whatever a crop or a flip does."""
+"""Signs packed four to a byte, which follow their pixels through crops and flips."""
 
 from __future__ import annotations
 

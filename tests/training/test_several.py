@@ -1,4 +1,4 @@
-"""Two processes as torchrun or srun starts them: one's curves and files, and a run that goes on after kill -9."""
+"""Two processes started by torchrun or srun: the curves and files of one process, and resuming after kill -9."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where members start: from a run of several, from models of several kinds; what does not fit is one sentence."""
+"""Where members start: from a run of several or from several architectures; errors are one sentence."""
 
 from __future__ import annotations
 

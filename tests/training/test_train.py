@@ -1,4 +1,4 @@
-"""The loop: a resumed run equals a whole one bit for bit, two processes equal one; what a run leaves, refuses."""
+"""The loop: a resumed run equals an uninterrupted one bit for bit, two processes equal one; files, refusals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Members against each other as a run goes on: metrics.jsonl has it, at little cost, and no weight notices."""
+"""Diversity of members during a run: it is in metrics.jsonl, at little cost, and changes no weight."""
 
 from __future__ import annotations
 
