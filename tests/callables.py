@@ -37,7 +37,7 @@ def viewing(channels: int = 1, side: int = SIDE) -> nn.Module:
 
 
 class Shaped(nn.Module):
-    """A net with a wish or habit chosen by name."""
+    """A net with a calling convention chosen by name."""
 
     def __init__(self, how: str, channels: int = 1) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ def _by_numpy(model: Shaped, x: Tensor) -> Any:
 
 
 class NoBackward(torch.autograd.Function):
-    """The identity, of which nobody wrote the backward pass."""
+    """The identity without a backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ def as_function(how: str) -> Callable[[Tensor], Any]:
 
 
 def on_arrays(x: np.ndarray) -> np.ndarray:
-    """Return the logits of an array, which is nothing else."""
+    """Return the logits of a numpy array."""
     assert isinstance(x, np.ndarray)
     with torch.no_grad():
         return viewing()(torch.from_numpy(x)).numpy()

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from masked_defenses import Activation, Behind, Digits, Several, trained
+from masked_defenses import Activation, AggregatedNets, Digits, MaskedNet, trained
 from torch import Tensor, nn
 
 Call = Callable[[nn.Module, Tensor], Tensor]
@@ -23,7 +23,7 @@ Call = Callable[[nn.Module, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Masked:
-    """A defense, differentiable stand-ins written by somebody who knows it, and an attack of its own, if any.
+    """A defense, differentiable substitutes made for it, and an attack of its own, if any.
 
     `own_attack` takes images, labels and eps, and returns which images stand.
     """
@@ -37,7 +37,7 @@ class Masked:
 
 
 class Exporting(nn.Module):
-    """A masked defense that shows its stand-ins, so that the suites climb them and judge on the defense."""
+    """A masked defense that exports its substitutes: suites attack these and are verified on the defense."""
 
     def __init__(self, masked: Masked) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ def noisy_mean(net: nn.Module, x: Tensor) -> Tensor:
 
 
 def transformed(net: nn.Module, x: Tensor) -> Tensor:
-    """Turned, moved, and of another contrast at random, image by image."""
+    """Rotate, shift and change the contrast of each image at random."""
     angle, contrast = 0.15 * torch.randn(len(x)), 1 + 0.1 * torch.randn(len(x), 1, 1, 1)
     shift = 0.05 * torch.randn(2, len(x))
     rows = [angle.cos(), -angle.sin(), shift[0], angle.sin(), angle.cos(), shift[1]]
@@ -82,13 +82,13 @@ def transformed(net: nn.Module, x: Tensor) -> Tensor:
 
 
 def counter_attack(net: nn.Module, x: Tensor, steps: int = 2, size: float = 0.15) -> Tensor:
-    """Steps towards the predicted class before the answer (Alfarra et al. 2022, arXiv:2103.14347)."""
+    """Steps towards the predicted class before the prediction (Alfarra et al. 2022, arXiv:2103.14347)."""
     predicted = net(x.detach()).argmax(1)
     return net(x + _descended(x, steps, size, lambda z: F.cross_entropy(net(z), predicted)))
 
 
 def consistent(net: nn.Module, x: Tensor, steps: int = 5, size: float = 0.02) -> Tensor:
-    """Steps to where the net says the same of a moved image (Shi et al. 2021, arXiv:2101.09387)."""
+    """Steps to where the net predicts the same for a shifted image (Shi et al. 2021, arXiv:2101.09387)."""
 
     def gap(z: Tensor) -> Tensor:
         moved = F.pad(z, (1, 0, 0, 0), mode="replicate")[..., :-1]
@@ -121,24 +121,24 @@ AROUND: dict[str, tuple[Call, Call]] = {
 def around(name: str, net: nn.Module) -> Masked:
     """Return the mask of that name around a net."""
     call, known = AROUND[name]
-    return Masked(Behind(net, call), {"known": lambda x: known(net, x)})
+    return Masked(MaskedNet(net, call), {"known": lambda x: known(net, x)})
 
 
 def temperature(x: Tensor, y: Tensor) -> Masked:
-    """Trained behind a hot softmax that is gone afterwards, so that the logits are huge."""
+    """Trained with a high softmax temperature that is removed afterwards, so that the logits are huge."""
     net = trained(Digits(), x, y, loss=lambda z, labels: F.cross_entropy(z / 100, labels))
     return Masked(net, {"known": lambda x: net(x) / 100})
 
 
 def merged_binary(x: Tensor, y: Tensor) -> Masked:
-    """A yes-or-no net for each class, their sigmoids side by side (Verma & Swami 2019)."""
+    """A binary net for each class, their sigmoids concatenated (Verma & Swami 2019)."""
 
     def loss(z: Tensor, wanted: Tensor) -> Tensor:
         return F.binary_cross_entropy_with_logits(z[:, 0], wanted)
 
     nets = [trained(Digits(classes=1, seed=k), x, (y == k).float(), 8, seed=k, loss=loss) for k in range(10)]
-    defense = Several(nets, lambda stack: stack[..., 0].sigmoid().softmax(1))
-    return Masked(defense, {"known": Several(nets, lambda stack: stack[..., 0])})
+    defense = AggregatedNets(nets, lambda stack: stack[..., 0].sigmoid().softmax(1))
+    return Masked(defense, {"known": AggregatedNets(nets, lambda stack: stack[..., 0])})
 
 
 def label_smoothing(x: Tensor, y: Tensor) -> Masked:
@@ -172,13 +172,13 @@ def jump(x: Tensor, y: Tensor) -> Masked:
 
 
 def majority_of_three(x: Tensor, y: Tensor) -> Masked:
-    """How many of three nets, trained on noisy images, say each class."""
+    """How many of three nets, trained on noisy images, predict each class."""
     nets = []
     for seed in range(3):
         noise = 0.1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
         nets.append(trained(Digits(seed=seed), x + noise, y, seed=seed))
-    votes = Several(nets, lambda stack: F.one_hot(stack.argmax(2), 10).float().sum(1))
-    return Masked(votes, {"known": Several(nets, lambda stack: stack.mean(1))})
+    votes = AggregatedNets(nets, lambda stack: F.one_hot(stack.argmax(2), 10).float().sum(1))
+    return Masked(votes, {"known": AggregatedNets(nets, lambda stack: stack.mean(1))})
 
 
 def encoded(x: Tensor, levels: int = 20) -> Tensor:
@@ -194,8 +194,8 @@ def softly_encoded(x: Tensor, levels: int = 20) -> Tensor:
 def discretised(x: Tensor, y: Tensor) -> Masked:
     """Trained on a thermometer code (Buckman et al. 2018)."""
     net = trained(Digits(channels=20), encoded(x), y)
-    soft = Behind(net, lambda net, x: net(softly_encoded(x)))
-    return Masked(Behind(net, lambda net, x: net(encoded(x))), {"known": soft})
+    soft = MaskedNet(net, lambda net, x: net(softly_encoded(x)))
+    return Masked(MaskedNet(net, lambda net, x: net(encoded(x))), {"known": soft})
 
 
 def dropped(z: Tensor) -> Tensor:
@@ -214,7 +214,7 @@ def random_neurons(x: Tensor, y: Tensor) -> Masked:
 
 
 def injected_detector(x: Tensor, y: Tensor) -> Masked:
-    """A net with a back door to each class; who comes near one is judged by the nearest training image instead.
+    """A net with a backdoor to each class; images near one get the label of the nearest training image.
 
     After Shan et al. 2020 (arXiv:1904.08554), who reject: a classifier of a closed set has to answer.
     """
@@ -246,7 +246,7 @@ def injected_detector(x: Tensor, y: Tensor) -> Masked:
         return logits - 50 * torch.relu(heat + 0.02)[:, None] * best
 
     bank = x.flatten(1)
-    return Masked(Behind(net, answer), {"bare": net, "unalarmed": unalarmed})
+    return Masked(MaskedNet(net, answer), {"bare": net, "unalarmed": unalarmed})
 
 
 def nearest_neighbours(x: Tensor, y: Tensor) -> Masked:
@@ -265,7 +265,7 @@ def nearest_neighbours(x: Tensor, y: Tensor) -> Masked:
         like = F.normalize(net.features(x)) @ bank.T
         return torch.stack([(like[:, y == k] / 0.05).logsumexp(1) for k in range(10)], 1)
 
-    return Masked(Behind(net, answer), {"known": soft, "bare": net})
+    return Masked(MaskedNet(net, answer), {"known": soft, "bare": net})
 
 
 class OneOfSeveral(nn.Module):
@@ -318,7 +318,7 @@ def randomised_ensemble(x: Tensor, y: Tensor) -> Masked:
     """One of three adversarially trained nets, drawn for each image, with ARC as the yardstick."""
     chances = [0.4, 0.35, 0.25]
     nets = [trained(Digits(seed=seed), x, y, 8, attack=0.08, seed=seed) for seed in range(3)]
-    mean = Several(nets, lambda stack: (stack.softmax(2) * torch.tensor(chances)[:, None]).sum(1).log())
+    mean = AggregatedNets(nets, lambda stack: (stack.softmax(2) * torch.tensor(chances)[:, None]).sum(1).log())
     return Masked(
         OneOfSeveral(nets, chances),
         {"known": mean},

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class Behind(nn.Module):
-    """A net behind a function `(net, x) -> logits`."""
+class MaskedNet(nn.Module):
+    """A net with a mask: a function `(net, x) -> logits`."""
 
     def __init__(self, net: nn.Module, call: Callable[[nn.Module, Tensor], Tensor]) -> None:
         super().__init__()
@@ -22,8 +22,8 @@ class Behind(nn.Module):
         return self.call(self.net, x)
 
 
-class Lying(torch.autograd.Function):
-    """The identity, whose backward pass says something else."""
+class RandomBackward(torch.autograd.Function):
+    """The identity with a random gradient."""
 
     @staticmethod
     def forward(ctx, x):
@@ -34,7 +34,7 @@ class Lying(torch.autograd.Function):
         return torch.randn_like(gradient)
 
 
-class Blunt(torch.autograd.Function):
+class RoundingWithoutGradient(torch.autograd.Function):
     """Rounding without a gradient."""
 
     @staticmethod
@@ -47,7 +47,7 @@ class Blunt(torch.autograd.Function):
 
 
 def jpeg(x: Tensor, quality: int = 50) -> Tensor:
-    """Through Pillow and back, image by image."""
+    """Compress each image as JPEG by Pillow."""
     from PIL import Image
 
     out = []
@@ -61,7 +61,7 @@ def jpeg(x: Tensor, quality: int = 50) -> Tensor:
 
 
 def resize_pad(x: Tensor) -> Tensor:
-    """Enlarged or not, at a random place of a larger black image, and back."""
+    """Resize each image at random, pad it to a larger black image at a random position, and resize it back."""
     side = x.shape[-1]
     size = int(torch.randint(side, side + 3, ()))
     left, top = (int(torch.randint(0, side + 3 - size, ())) for _ in range(2))
@@ -71,7 +71,7 @@ def resize_pad(x: Tensor) -> Tensor:
 
 
 def numpy_median(x: Tensor) -> Tensor:
-    """A median filter of scipy's kind, in numpy."""
+    """A median filter in numpy, as scipy's."""
     array = x.detach().cpu().numpy()
     padded = np.pad(array, ((0, 0), (0, 0), (0, 1), (0, 1)), mode="edge")
     stack = [padded[:, :, i : i + x.shape[2], j : j + x.shape[3]] for i in range(2) for j in range(2)]
@@ -130,7 +130,7 @@ def sparse_spectrum(x: Tensor, kept: int = 16) -> Tensor:
 
 
 def purified(net: nn.Module, x: Tensor) -> Tensor:
-    """Steps at test time that make the net surer before it answers."""
+    """Steps at test time that raise the confidence of the net before its prediction."""
     z = x.detach()
     with torch.enable_grad():
         for _ in range(3):
@@ -172,8 +172,8 @@ AROUND: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
     "half-detached": lambda net, x: net(2 * x.detach() - x),
     "straight-through-wrong": lambda net, x: net((x + (x.flip(3) - x.flip(3).detach())) - (x - x.detach())),
     "resize-pad": lambda net, x: net(resize_pad(x)),
-    "lying": lambda net, x: net(Lying.apply(x)),
-    "blunt": lambda net, x: net(Blunt.apply(x)),
+    "lying": lambda net, x: net(RandomBackward.apply(x)),
+    "blunt": lambda net, x: net(RoundingWithoutGradient.apply(x)),
     "no-grad": hidden,
     "inference": blind,
     "thermometer": lambda net, x: net(thermometer(x)),
@@ -204,7 +204,7 @@ def _hooked(x: Tensor) -> Tensor:
 
 
 def _content_noise(x: Tensor) -> Tensor:
-    """Noise that only the image decides."""
+    """Noise that is a function of the image alone."""
     rows = []
     for image in x.detach():
         generator = torch.Generator().manual_seed(int(image.double().sum() * 1e9) % 2**31)
@@ -213,7 +213,7 @@ def _content_noise(x: Tensor) -> Tensor:
 
 
 class KWinners(nn.Module):
-    """Of each image's activations only the largest share stays (Xiao et al. 2020, arXiv:1905.10510)."""
+    """Keeps the largest share of each image's activations (Xiao et al. 2020, arXiv:1905.10510)."""
 
     def __init__(self, share: float = 0.2, how: str = "threshold") -> None:
         super().__init__()
@@ -247,8 +247,8 @@ class Activation(nn.Module):
         return self.call(x)
 
 
-class Estimated(torch.autograd.Function):
-    """Signs that are trained by a straight-through estimate."""
+class StraightThroughSign(torch.autograd.Function):
+    """Signs with a straight-through gradient."""
 
     @staticmethod
     def forward(ctx, x):
@@ -261,7 +261,7 @@ class Estimated(torch.autograd.Function):
 
 
 class Digits(nn.Module):
-    """Three layers; `skip` is the chance that the third takes part."""
+    """Three layers; the third is applied with probability `skip`."""
 
     def __init__(
         self, train: Callable[[], nn.Module] = nn.ReLU, seed: int = 0, channels: int = 1, classes: int = 10
@@ -315,8 +315,8 @@ def trained(
     return net.eval().requires_grad_(False)
 
 
-class Several(nn.Module):
-    """Nets with a rule, written down as anybody would."""
+class AggregatedNets(nn.Module):
+    """Several nets and a rule that aggregates their logits."""
 
     def __init__(self, nets: list[nn.Module], rule: Callable[[Tensor], Tensor]) -> None:
         super().__init__()

@@ -99,7 +99,7 @@ def faulty(fault: str, channels: int = 1, classes: int = 10) -> nn.Module:
 
 
 class Wrapped(nn.Module):
-    """The built-in net behind something that misleads evaluations, chosen by name."""
+    """The built-in net with a mask that misleads evaluations, chosen by name."""
 
     def __init__(self, fault: str) -> None:
         super().__init__()

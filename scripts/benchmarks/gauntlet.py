@@ -56,7 +56,7 @@ def around(net: nn.Module) -> Made:
     """Return how to make masks around a net, each with the net beneath."""
 
     def bare(call: known_masks.Call) -> Row:
-        return Masked(masked_defenses.Behind(net, call), {"bare": net}), net
+        return Masked(masked_defenses.MaskedNet(net, call), {"bare": net}), net
 
     def known(name: str) -> Row:
         return known_masks.around(name, net), net
@@ -86,13 +86,13 @@ def small() -> Made:
         net.skip = 0.7
         return Masked(net, {"bare": plain}), plain
 
-    def several(rule: Callable[[Tensor], Tensor]) -> masked_defenses.Several:
+    def several(rule: Callable[[Tensor], Tensor]) -> masked_defenses.AggregatedNets:
         nets = [masked_defenses.trained(masked_defenses.Digits(seed=seed), x, y, seed=seed) for seed in range(5)]
-        return masked_defenses.Several(nets, rule)
+        return masked_defenses.AggregatedNets(nets, rule)
 
     def crossmax() -> Row:
         defense = several(masked_defenses.crossmax)
-        mean = masked_defenses.Several(list(defense.nets), lambda stack: stack.mean(1))
+        mean = masked_defenses.AggregatedNets(list(defense.nets), lambda stack: stack.mean(1))
         return Masked(defense, {"mean": mean}), mean
 
     def learned(make: Callable[[Tensor, Tensor], Masked]) -> Row:

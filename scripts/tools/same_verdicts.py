@@ -33,7 +33,7 @@ from robustkit.runs.evaluation_record import Report
 Seen = dict[int, tuple[bool, float]]
 
 
-class Dies(Progress):
+class Interrupted(Progress):
     """Interrupts a run after a random time."""
 
     def __init__(self, seconds: float) -> None:
@@ -52,7 +52,7 @@ def interrupted(plan: Evaluation, most: float) -> Report:
     with tempfile.TemporaryDirectory() as folder:
         while True:
             try:
-                report = plan.run(Path(folder) / "run", Dies(most * draw.random()) if stops < 10 else None)
+                report = plan.run(Path(folder) / "run", Interrupted(most * draw.random()) if stops < 10 else None)
                 print(f"  {stops} interruptions", flush=True)
                 return report
             except KeyboardInterrupt:

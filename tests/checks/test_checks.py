@@ -60,7 +60,7 @@ def codes(net: torch.nn.Module, threat: str = "linf:0.15", samples: Samples | No
     return {flag.code for flag in diagnosis(net.eval(), threat, samples).flags}
 
 
-def halves() -> Samples:
+def two_classes() -> Samples:
     """Images of two classes."""
     return from_arrays(digits().images(range(24)), digits().labels[:24] % 2)
 
@@ -154,7 +154,7 @@ def test_doctor_refuses_the_input_that_evaluate_refuses(capsys: pytest.CaptureFi
 
 
 def test_doctor_names_few_classes_and_chance(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "few-classes" in codes(Wrapped("two-classes"), samples=halves())
+    assert "few-classes" in codes(Wrapped("two-classes"), samples=two_classes())
     wrong = f"{NETS}:wrapped?fault=one-off"
     assert run(["doctor", wrong, "--data", "digits:test"]) == 0
     out = capsys.readouterr().out
@@ -274,7 +274,7 @@ def test_a_gradient_that_is_not_finite_does_not_stop_the_run() -> None:
     assert abs(broken.robust_accuracy.value - bare.robust_accuracy.value) < 0.15
 
 
-def pooled(channels: int) -> tuple[torch.nn.Module, torch.Tensor]:
+def at_pooling_ties(channels: int) -> tuple[torch.nn.Module, torch.Tensor]:
     """A net with max pooling and an image of flat areas, where many units are exactly at a kink."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(6)
@@ -297,31 +297,31 @@ def gradient_flag(net: torch.nn.Module, x: torch.Tensor) -> Flag:
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_gradients_at_points_without_a_derivative_raise_no_flag(channels: int) -> None:
-    flag = gradient_flag(*pooled(channels))
+    flag = gradient_flag(*at_pooling_ties(channels))
     assert not flag.raised
     assert flag.value is not None
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1e-3, 1e6])
 def test_the_scale_of_the_logits_raises_no_wrong_gradient_flag(scale: float) -> None:
-    net, x = pooled(3)
-    assert not gradient_flag(torch.nn.Sequential(net, Times(scale)).eval(), x).raised
+    net, x = at_pooling_ties(3)
+    assert not gradient_flag(torch.nn.Sequential(net, Scaled(scale)).eval(), x).raised
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_the_precision_of_a_net_raises_no_wrong_gradient_flag(dtype: torch.dtype) -> None:
-    net, x = pooled(3)
+    net, x = at_pooling_ties(3)
     assert not gradient_flag(torch.nn.Sequential(Cast(dtype), net.to(dtype)).eval(), x).raised
 
 
 @pytest.mark.parametrize("fault", ["detached", "twice", "short", "rounded", "negated"])
 def test_one_image_is_enough_to_find_a_wrong_gradient(fault: str) -> None:
-    net, x = pooled(3)
-    flag = gradient_flag(Misleading(net, fault).eval(), x)
+    net, x = at_pooling_ties(3)
+    flag = gradient_flag(WrongGradient(net, fault).eval(), x)
     assert (flag.code, flag.raised) == ("wrong-gradient", True)
 
 
-class Times(torch.nn.Module):
+class Scaled(torch.nn.Module):
     """A factor."""
 
     def __init__(self, factor: float) -> None:
@@ -343,7 +343,7 @@ class Cast(torch.nn.Module):
         return x.to(self.dtype)
 
 
-class Misleading(torch.nn.Module):
+class WrongGradient(torch.nn.Module):
     """A net whose input has a gradient that is not the function's."""
 
     def __init__(self, net: torch.nn.Module, fault: str) -> None:

@@ -86,7 +86,7 @@ def test_invalid_gates_are_refused(options: Any, sentence: str) -> None:
 
 
 @pytest.fixture
-def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def captured_flags(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The flags that the verb gets, instead of running it."""
     found: dict[str, Any] = {}
 
@@ -114,11 +114,16 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     ],
 )
 def test_fail_on_flag_needs_no_value(
-    words: str, codes: list[str], model: str | None, seen: dict[str, Any], tmp_path: Any, monkeypatch: Any
+    words: str,
+    codes: list[str],
+    model: str | None,
+    captured_flags: dict[str, Any],
+    tmp_path: Any,
+    monkeypatch: Any,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "net").mkdir()  # a run folder whose name could be a code's
     assert run(["evaluate", *words.split()]) == 0
-    assert list(seen["fail_on_flag"]) == codes
-    assert seen["model"] == model
-    assert seen["confident"] == ("--confident" in words)
+    assert list(captured_flags["fail_on_flag"]) == codes
+    assert captured_flags["model"] == model
+    assert captured_flags["confident"] == ("--confident" in words)

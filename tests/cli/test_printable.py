@@ -23,7 +23,7 @@ EVIL = "\x1b[2J\x1b]0;owned\x07\x9b31m\u202egnp\u2066\rrobust 99 %\nworst case 1
 FORBIDDEN = "\x1b\x07\x9b\u202e\u2066\r\x08\x00"
 
 
-def harmless(text: str) -> bool:
+def is_printable(text: str) -> bool:
     return not any(sign in text for sign in FORBIDDEN) and "\nworst case 100.0 %" not in text
 
 
@@ -67,7 +67,7 @@ def test_columns_of_a_live_display_are_escaped() -> None:
 @pytest.mark.parametrize("display", [Display, TrainDisplay])
 def test_messages_are_escaped(display: type[Display], capsys: pytest.CaptureFixture[str]) -> None:
     display().say(f"row 1: crafting on {EVIL}")
-    assert harmless(capsys.readouterr().err)
+    assert is_printable(capsys.readouterr().err)
 
 
 def test_a_received_record_is_printed_literally(
@@ -81,8 +81,8 @@ def test_a_received_record_is_printed_literally(
     for command in (["report", "r"], ["compare", "r", "r"], ["report", "r", "--png", "c.png"], ["verify", "r"]):
         run(command)
         out, err = capsys.readouterr()
-        assert harmless(out), command
-        assert harmless(err), command
+        assert is_printable(out), command
+        assert is_printable(err), command
     page = Path("r/report.html").read_text()
     assert not any(sign in page for sign in FORBIDDEN)
     assert "\\x1b[2J" in page
@@ -98,7 +98,7 @@ def test_names_in_an_archive_are_printed_without_control_characters(
     data = f"webdataset:{tmp_path}/a.tar"
     assert run(["evaluate", "robustkit:digits-cnn", "--data", data, "--threat", "linf:0.1"]) == 2
     err = capsys.readouterr().err
-    assert harmless(err)
+    assert is_printable(err)
     assert err.count("\n") == 1
 
 

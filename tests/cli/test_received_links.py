@@ -29,7 +29,7 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("victim").write_text("mine")
 
 
-def unharmed() -> bool:
+def victim_is_unchanged() -> bool:
     return Path("victim").read_text() == "mine" and not Path("victim").is_symlink()
 
 
@@ -43,7 +43,7 @@ def test_report_writes_no_file_but_its_own(link: Callable[..., None]) -> None:
     assert run(["report", "r"]) == 0
     assert run(["report", "r", "--html", "r/spec.json.html", "--png", "r/card.png"]) == 0
     assert run(["export", "r", "--csv", "r/verdicts.csv"]) == 0
-    assert unharmed()
+    assert victim_is_unchanged()
     assert Path("r/report.html").read_text().startswith("<!DOCTYPE html>")
 
 
@@ -54,7 +54,7 @@ def test_a_new_run_in_a_folder_with_links_writes_no_file_outside(verb: list[str]
         if name.startswith("."):
             Path("r", name).symlink_to(Path("victim").absolute())
     assert run(verb) == 0
-    assert unharmed()
+    assert victim_is_unchanged()
 
 
 @pytest.mark.parametrize("ending", ["", "-wal", "-journal", "-shm"])
@@ -87,12 +87,12 @@ def test_samples_are_not_written_into_a_linked_folder() -> None:
 def test_metrics_that_are_a_link_are_replaced_and_not_followed() -> None:
     Path("metrics.jsonl").symlink_to(Path("victim").absolute())
     metrics = Metrics(Path(), [{"epoch": 1}])
-    assert unharmed()
+    assert victim_is_unchanged()
     Path("metrics.jsonl").unlink()
     Path("metrics.jsonl").symlink_to(Path("victim").absolute())
     with pytest.raises(UsageError, match="is a link"):
         metrics.add({"epoch": 2})
-    assert unharmed()
+    assert victim_is_unchanged()
 
 
 def test_rows_of_a_matrix_are_not_written_through_links(capsys: pytest.CaptureFixture[str]) -> None:

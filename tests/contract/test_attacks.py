@@ -115,7 +115,7 @@ def check_steps_count(attack, problem, norm):
 # The registered attacks.
 
 
-def planes_or_all(name):
+def problems_of(name):
     return [problem for problem in PROBLEMS if problem != "sphere" or name not in PLANES_ONLY]
 
 
@@ -126,7 +126,7 @@ def coupled(name):
 @every
 @pytest.mark.parametrize("problem", PROBLEMS)
 def test_succeeds_where_possible(name, fields, norm, problem):
-    if problem not in planes_or_all(name):
+    if problem not in problems_of(name):
         pytest.skip("one step reaches planes only")
     factor = SLACK.get((name, norm), 1.5)
     check_succeeds(make(name, **fields), PROBLEMS[problem](), norm, coupled=coupled(name), factor=factor)
@@ -515,18 +515,18 @@ def inside_in_the_corners(attack, norm):
         (Downhill, lambda a, n: check_succeeds(a, sphere(), n)),
         (LeavesBall, lambda a, n: check_fails(a, plane(3), n)),
         (LeavesBox, inside_in_the_corners),
-        (GlobalGenerator, lambda a, n: check_global_generators(a, *hopeless(n))),
-        (NumpyGenerator, lambda a, n: check_global_generators(a, *hopeless(n))),
-        (SeededByBatch, lambda a, n: check_row_independent(a, *hopeless(n))),
-        (NormOfTheBatch, lambda a, n: check_row_independent(a, *hopeless(n))),
+        (GlobalGenerator, lambda a, n: check_global_generators(a, *unreachable_problem(n))),
+        (NumpyGenerator, lambda a, n: check_global_generators(a, *unreachable_problem(n))),
+        (SeededByBatch, lambda a, n: check_row_independent(a, *unreachable_problem(n))),
+        (NormOfTheBatch, lambda a, n: check_row_independent(a, *unreachable_problem(n))),
         (IgnoresSteps, lambda a, n: check_steps_count(a, plane(3), n)),
         (IgnoresTargets, lambda a, n: check_succeeds(a, plane(5, targeted=True), n, factor=1.6)),
-        (Unseeded, lambda a, n: check_repeatable(a, *hopeless(n))),
-        (InPlace, lambda a, n: check_no_side_effects(a, *hopeless(n))),
-        (TouchesGradients, lambda a, n: check_no_side_effects(a, *hopeless(n))),
-        (LeavesEvalMode, lambda a, n: check_no_side_effects(a, *hopeless(n))),
-        (LeavesHook, lambda a, n: check_no_side_effects(a, *hopeless(n))),
-        (CarriesMomentum, lambda a, n: check_repeatable(replace(a, steps=2), *hopeless(n))),
+        (Unseeded, lambda a, n: check_repeatable(a, *unreachable_problem(n))),
+        (InPlace, lambda a, n: check_no_side_effects(a, *unreachable_problem(n))),
+        (TouchesGradients, lambda a, n: check_no_side_effects(a, *unreachable_problem(n))),
+        (LeavesEvalMode, lambda a, n: check_no_side_effects(a, *unreachable_problem(n))),
+        (LeavesHook, lambda a, n: check_no_side_effects(a, *unreachable_problem(n))),
+        (CarriesMomentum, lambda a, n: check_repeatable(replace(a, steps=2), *unreachable_problem(n))),
         (Downcasts, inside_in_the_corners),
     ],
 )
@@ -536,6 +536,6 @@ def test_mutants_are_caught(mutant, check, norm):
         check(mutant(), norm)
 
 
-def hopeless(norm):
+def unreachable_problem(norm):
     problem = plane(3)
     return problem, threat_at(problem, norm, 0.9)

@@ -82,12 +82,12 @@ METHODS = sorted(registry.catalog("method"))
 
 
 def small(name: str, **fields: Any) -> Method:
-    """The method, with less effort than its defaults where those take long."""
+    """The method with fewer steps than its defaults where those are slow."""
     return make_method(name, **{**FIELDS.get(name, {}), **fields})
 
 
 def outcome(method: Method, plan: Plan = PLAN) -> list[dict[str, Tensor]]:
-    """What a method makes of a net by its hooks alone: the last state, and its samples."""
+    """Return the last state and the samples that the method's hooks produce from a net."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         nets = [prepared(method) for _ in range(2 if method.ensembles else 1)]
@@ -205,14 +205,14 @@ def test_backward_sets_gradients_and_changes_no_weights(name: str) -> None:
     check_backward(small(name))
 
 
-def is_another(name: str) -> bool:
+def only_changes_defaults(name: str) -> bool:
     """Whether a method is another one with other defaults."""
     kind = registry.find("method", name)
     own = [value for word, value in vars(kind).items() if callable(value) and not word.startswith("__")]
     return hasattr(kind.__base__, "info") and not own
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if not is_another(name)])
+@pytest.mark.parametrize("name", [name for name in METHODS if not only_changes_defaults(name)])
 def test_every_field_changes_the_result(name: str) -> None:
     """A field that changes nothing is no field. Running statistics are the loop's; see the next test."""
     method: Any = small(name)

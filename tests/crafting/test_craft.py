@@ -37,8 +37,8 @@ CPU = torch.device("cpu")
 EPS = "linf:0.06"
 
 
-class Double(nn.Module):
-    """A small net that computes in float64, so that no sign turns with the batch size."""
+class DoubleNet(nn.Module):
+    """A small net in float64, so that no gradient sign depends on the batch size."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()
@@ -114,7 +114,7 @@ def test_gradients_are_those_of_an_independent_counter(data: tuple[torch.Tensor,
 def test_images_are_independent_of_the_batch_size(attack: str, data: tuple[torch.Tensor, torch.Tensor]) -> None:
     x, y = data
     found = [
-        craft([Double(1), Double(2)], x, y, EPS, attack=attack, batch_size=size, combine="gradients")
+        craft([DoubleNet(1), DoubleNet(2)], x, y, EPS, attack=attack, batch_size=size, combine="gradients")
         for size in (1, 7, 64)
     ]
     images = [record.adversarial["x"].tobytes() for record in found if record.adversarial]
@@ -126,7 +126,7 @@ def test_images_are_independent_of_the_batch_size(attack: str, data: tuple[torch
 def test_targeted_crafting_records_goals_and_success(choice: str, data: tuple[torch.Tensor, torch.Tensor]) -> None:
     x, y = data
     found = [
-        craft([Double(1)], x, y, "linf:0.5", attack="mi-fgsm(steps=5)", targeted=choice, batch_size=size, seed=3)
+        craft([DoubleNet(1)], x, y, "linf:0.5", attack="mi-fgsm(steps=5)", targeted=choice, batch_size=size, seed=3)
         for size in (5, 21)
     ]
     goals = found[0].goals
@@ -136,7 +136,7 @@ def test_targeted_crafting_records_goals_and_success(choice: str, data: tuple[to
     if choice == "next":
         assert goals == ((y + 1) % 10).tolist()
     if choice == "least-likely":
-        logits = Double(1)(x).detach()
+        logits = DoubleNet(1)(x).detach()
         lowest = logits.scatter(1, y[:, None], torch.inf).argmin(1)
         assert goals == lowest.tolist()
     said = found[0].surrogates[0].predictions["adversarial"]
@@ -164,7 +164,7 @@ def test_noise_floors_have_the_norm_of_the_threat(norm: str) -> None:
 @pytest.mark.slow
 def test_the_forecast_leaves_each_surrogate_out(data: tuple[torch.Tensor, torch.Tensor]) -> None:
     x, y = data
-    members = [Double(seed) for seed in (1, 2, 3)]
+    members = [DoubleNet(seed) for seed in (1, 2, 3)]
     record = craft(members, x, y, EPS, forecast=True)
     assert record.forecast is not None
     for left in range(3):
@@ -178,7 +178,7 @@ def test_the_forecast_leaves_each_surrogate_out(data: tuple[torch.Tensor, torch.
 @pytest.mark.slow
 def test_budgets_are_met(data: tuple[torch.Tensor, torch.Tensor], tmp_path: Path) -> None:
     x, y = data
-    members, target = [Double(1), Double(2)], Double(0)
+    members, target = [DoubleNet(1), DoubleNet(2)], DoubleNet(0)
     record = craft(members, x, y, EPS, attack="mi-fgsm(step_size=0.2)", targets=[target], budgets=[1, 5, 20, 41])
     assert record.budgets is not None
     assert [point.steps for point in record.budgets] == [None, 2, 10, 20]
@@ -210,7 +210,7 @@ def test_steps_that_cannot_reach_eps_raise_a_flag(
     attack: str, said: str | None, data: tuple[torch.Tensor, torch.Tensor]
 ) -> None:
     x, y = data
-    record = craft([Double(1)], x[:3], y[:3], EPS, attack=attack)
+    record = craft([DoubleNet(1)], x[:3], y[:3], EPS, attack=attack)
     assert [flag.meaning for flag in record.flags if flag.code == "steps-fall-short"] == ([said] if said else [])
     assert Craft.from_json(record.to_json()) == record
     assert ("flags" in record.to_json()) == bool(record.flags)
@@ -300,7 +300,7 @@ def test_streaming_gives_the_same_images(
     combine: str, tmp_path: Path, data: tuple[torch.Tensor, torch.Tensor]
 ) -> None:
     x, y = data
-    members, attack = [Double(1), Double(2)], "mi-fgsm(steps=4)"
+    members, attack = [DoubleNet(1), DoubleNet(2)], "mi-fgsm(steps=4)"
     found = [
         craft(members, x[:9], y[:9], EPS, attack=attack, combine=combine, streaming=streaming).adversarial
         for streaming in (True, False)
@@ -313,7 +313,7 @@ def test_streaming_gives_the_same_images(
 @pytest.mark.slow
 def test_an_interrupted_craft_run_resumes(tmp_path: Path, data: tuple[torch.Tensor, torch.Tensor]) -> None:
     x, y = data
-    members, target = [Double(1), Double(2)], Double(0)
+    members, target = [DoubleNet(1), DoubleNet(2)], DoubleNet(0)
 
     def work(out: Path, progress: Progress | None = None, **more: Any) -> Any:
         return craft(members, x, y, EPS, targets=[target], batch_size=4, out=out, progress=progress, **more)
@@ -347,7 +347,7 @@ def test_an_interrupted_craft_run_resumes(tmp_path: Path, data: tuple[torch.Tens
     assert work(tmp_path / "whole", Listen()).to_json() == whole.to_json()
     assert "finished before" in said[-1]
     assert (tmp_path / "whole" / LEDGER).read_bytes() == before
-    more = craft(members, x, y, EPS, targets=[Double(5)], out=tmp_path / "whole", forecast=True, budgets=[8])
+    more = craft(members, x, y, EPS, targets=[DoubleNet(5)], out=tmp_path / "whole", forecast=True, budgets=[8])
     assert [one.fingerprint for one in more.targets][:1] == [whole.targets[0].fingerprint]
     assert len(more.targets) == 2
     assert more.forecast is not None
@@ -368,7 +368,7 @@ def test_out_of_memory_halves_the_batch(
     data: tuple[torch.Tensor, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x, y = data
-    plan = CraftRequest(gather([Double(1)], from_arrays(x, y), CPU), from_arrays(x, y), ThreatModel.parse(EPS))
+    plan = CraftRequest(gather([DoubleNet(1)], from_arrays(x, y), CPU), from_arrays(x, y), ThreatModel.parse(EPS))
     expected = run_craft(plan)
     original = ResumableCrafter._chunk
 
@@ -384,7 +384,7 @@ def test_out_of_memory_halves_the_batch(
     assert (found.adversarial["x"] == expected.adversarial["x"]).all()
 
 
-class Nan(Small):
+class NanGradient(Small):
     """Its gradient is NaN for some images."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -395,7 +395,7 @@ class Nan(Small):
 def test_images_that_are_not_finite_are_replaced_by_the_clean_ones() -> None:
     x, y = labelled(Small(), 6, SHAPE)
     x[3] = 0.1
-    record = craft([Nan()], x, y, EPS, attack="mi-fgsm")
+    record = craft([NanGradient()], x, y, EPS, attack="mi-fgsm")
     assert record.adversarial is not None
     assert (record.adversarial["x"][3] == x[3].numpy()).all()
     assert np.isfinite(record.adversarial["x"]).all()

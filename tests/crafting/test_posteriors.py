@@ -115,7 +115,7 @@ def test_gradients_per_image_of_posteriors(runs: dict[str, str]) -> None:
     assert spent("i-fgsm(steps=4)+full", runs["members"]) == 12
 
 
-class Heard(Progress):
+class RecordedMessages(Progress):
     def __init__(self) -> None:
         self.messages: list[str] = []
 
@@ -128,13 +128,13 @@ class Heard(Progress):
     [("i-fgsm(steps=4)", True), ("i-fgsm(steps=5)", False), ("i-fgsm(steps=3)+light(samples=2)", False)],
 )
 def test_too_few_steps_for_all_samples_raise_a_flag(runs: dict[str, str], attack: str, warned: bool) -> None:
-    heard = Heard()
+    heard = RecordedMessages()
     craft([runs["a"], runs["b"]], X[:2], Y[:2], EPS, attack=attack, progress=heard)
     assert any("did not reach all 5 nets of a run folder" in text for text in heard.messages) == warned
 
 
 def test_score_attacks_on_a_single_net_print_no_warning(runs: dict[str, str]) -> None:
-    heard = Heard()
+    heard = RecordedMessages()
     craft(
         ["robustkit:digits-cnn?num_classes=4&pretrained=false"],
         X[:2],

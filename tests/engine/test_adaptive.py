@@ -55,7 +55,7 @@ class Rounded(nn.Module):
 
 
 class Noisy(nn.Module):
-    """Right or wrong by the dice."""
+    """Right or wrong at random."""
 
     def __init__(self, sigma: float = 0.05) -> None:
         super().__init__()
@@ -137,7 +137,7 @@ def test_attacks_on_views_that_a_model_lacks_are_left_out() -> None:
 
 
 def test_a_run_without_an_applicable_attack_is_flagged() -> None:
-    """A suite of nothing but views that the model lacks leaves all images, and says why."""
+    """A suite of views that the model lacks attacks no image, and the flag names the reason."""
     net = Small()
     x, y = labelled(net)
     report = evaluate(net, x, y, EPS, suite=f"mora@stack,{QUICK}@members")
@@ -148,7 +148,7 @@ def test_a_run_without_an_applicable_attack_is_flagged() -> None:
 
 
 def test_attacks_of_other_packages_may_be_conditional_and_on_views() -> None:
-    """AutoAttack's have no fields of ours, and are spared a view that the model lacks like any other."""
+    """AutoAttack's attacks are skipped on a view that the model lacks, as any other."""
     net = Small()
     x, y = labelled(net)
     suite = f"{QUICK},autoattack:apgd-ce(steps=3,restarts=1)@mended,autoattack:square(queries=20)?"
@@ -178,8 +178,8 @@ def test_the_verdict_on_a_randomised_model_is_by_majority() -> None:
     assert type(report).from_json(report.to_json()).draws == report.draws
 
 
-class Shaken(Ensemble):
-    """An ensemble that draws, and offers a view that does not."""
+class NoisyEnsemble(Ensemble):
+    """A randomised ensemble that exports a deterministic view."""
 
     def stacked(self, x: torch.Tensor) -> torch.Tensor:
         return super().stacked(x + 0.05 * torch.randn_like(x))
@@ -189,7 +189,7 @@ class Shaken(Ensemble):
 
 
 def test_views_of_a_randomised_model_average_over_draws() -> None:
-    model, x = as_classifier(Shaken("crossmax").eval()), labelled(Small())[0]
+    model, x = as_classifier(NoisyEnsemble("crossmax").eval()), labelled(Small())[0]
     drawn, steady = (
         discover_views(model, x, random=True).views,
         discover_views(as_classifier(Ensemble("crossmax")), x, False).views,
@@ -209,15 +209,15 @@ def test_views_of_a_randomised_model_average_over_draws() -> None:
     torch.testing.assert_close(drawn["averaged-mean-logit"][passes.index(MEAN_DRAWS)](x), several)
 
 
-class Picking(Ensemble):
-    """One of two nets by a coin."""
+class RandomMember(Ensemble):
+    """One of two nets, drawn for each pass."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.members[int(torch.rand(()) < 0.5)](x)
 
 
 def test_a_model_with_few_outcomes_has_an_averaged_view_for_every_seed() -> None:
-    model, x = as_classifier(Picking("logits")), labelled(Small())[0]
+    model, x = as_classifier(RandomMember("logits")), labelled(Small())[0]
     for seed in range(4):
         torch.manual_seed(seed)
         assert "averaged-mended" in discover_views(model, x, random=True).views
@@ -236,10 +236,10 @@ def test_a_score_attack_on_a_randomised_model_costs_no_backward_pass() -> None:
 def test_a_suite_with_the_mean_over_draws_leaves_out_single_draws() -> None:
     x, y = labelled(Ensemble("crossmax"))
     suite = f"{QUICK}@mean-logit,{QUICK}@averaged-mean-logit,{QUICK}"
-    for net, unused in ((Shaken("crossmax"), 1), (Ensemble("crossmax"), 2)):
+    for net, unused in ((NoisyEnsemble("crossmax"), 1), (Ensemble("crossmax"), 2)):
         report = evaluate(net, x, y, EPS, suite=suite)
         assert [not stage.forwards for stage in report.stages[1:3]] == [unused == 1, unused == 2]
-    alone = evaluate(Shaken("crossmax"), x, y, EPS, suite=f"{QUICK}@mean-logit")
+    alone = evaluate(NoisyEnsemble("crossmax"), x, y, EPS, suite=f"{QUICK}@mean-logit")
     assert alone.stages[1].forwards
 
 
@@ -262,7 +262,7 @@ def test_no_more_draws_are_made_once_the_majority_is_certain(share, least, most)
 
 
 def test_the_reported_share_is_of_draws_other_than_those_that_found_the_success() -> None:
-    """A share of draws that made a point a success is not the share that is told: that is of other draws."""
+    """The share of draws that selected a point is biased; the reported share is of other draws."""
     draws = [0, 0, 0]
 
     def answer(x: torch.Tensor) -> torch.Tensor:

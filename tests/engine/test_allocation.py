@@ -30,25 +30,25 @@ def evidence(n: int, may: int = 1, seed: int = 0) -> Evidence:
     )
 
 
-def after(known: Evidence, chosen: Round, gains: np.ndarray) -> Evidence:
-    """What is known once a round is over, of arms that gain this much (A n)."""
-    met, now, drawn = known.gains.copy(), known.now.copy(), known.drawn.copy()
+def with_round(known: Evidence, chosen: Round, gains: np.ndarray) -> Evidence:
+    """Return the evidence after a round of arms with these gains (A n)."""
+    pair_counts, now, drawn = known.gains.copy(), known.now.copy(), known.drawn.copy()
     found = gains[chosen.arm, chosen.images]
-    met[chosen.arm, chosen.images] = found
+    pair_counts[chosen.arm, chosen.images] = found
     now[chosen.images] = np.minimum(now[chosen.images], known.left[0, chosen.images] - np.minimum(found, 9))
     drawn[chosen.images] |= chosen.test
-    return replace(known, gains=met, now=now, drawn=drawn, standing=~np.isposinf(met).any(0))
+    return replace(known, gains=pair_counts, now=now, drawn=drawn, standing=~np.isposinf(pair_counts).any(0))
 
 
 def rounds(known: Evidence, gains: np.ndarray) -> Iterator[tuple[Evidence, Round]]:
-    """Go on to the end; yield what was known before each round, and the round."""
+    """Run to the end; yield the evidence before each round, and the round."""
     while (chosen := following(known)) is not None:
         yield known, chosen
-        known = after(known, chosen, gains)
+        known = with_round(known, chosen, gains)
 
 
-def met(known: Evidence, gains: np.ndarray) -> Counter[tuple[int, int]]:
-    """How often each pair of arm and image came up."""
+def pair_counts(known: Evidence, gains: np.ndarray) -> Counter[tuple[int, int]]:
+    """Count each pair of arm and image."""
     return Counter((chosen.arm, int(index)) for _, chosen in rounds(known, gains) for index in chosen.images)
 
 
@@ -66,7 +66,7 @@ def test_an_arm_that_fools_a_sampled_image_runs_on_its_whole_stratum(arm: int) -
     gains = np.zeros((3, 64))
     index = known.sample()[2]
     gains[arm, index] = np.inf
-    pairs = met(known, gains)
+    pairs = pair_counts(known, gains)
     for image in np.flatnonzero(known.strata == known.strata[index]):
         # The image itself has left: it meets no other arm.
         assert pairs[arm, int(image)] == 1
@@ -81,14 +81,14 @@ def test_no_pair_is_scheduled_twice_and_no_fooled_image_again() -> None:
         assert len(chosen.images)
         assert before.standing[chosen.images].all()
         assert not before.met[chosen.arm, chosen.images].any()
-    assert max(met(known, gains).values()) == 1
+    assert max(pair_counts(known, gains).values()) == 1
 
 
 def test_allocation_ends_with_the_bound_within_the_allowance() -> None:
     known = evidence(200, may=2)
     for before, chosen in rounds(known, np.zeros((3, 200))):
         assert chosen.test or before.bound > 2
-        known = after(before, chosen, np.zeros((3, 200)))
+        known = with_round(before, chosen, np.zeros((3, 200)))
     assert known.bound <= 2
     assert known.open.any()
 
@@ -104,7 +104,7 @@ def test_images_that_met_all_arms_add_nothing_to_the_bound() -> None:
 def test_at_allowance_zero_every_robust_image_meets_every_arm(n: int) -> None:
     gains = np.zeros((3, n))
     gains[1, 0] = np.inf
-    pairs = met(evidence(n, may=0), gains)
+    pairs = pair_counts(evidence(n, may=0), gains)
     assert pairs == Counter({(arm, index): 1 for arm in range(3) for index in range(n) if (arm, index) != (2, 0)})
 
 

@@ -15,13 +15,13 @@ MOST = np.array([[100.0, 100.0, 101.0], [300.0, 300.0, 101.0], [500.0, 0.0, 500.
 
 
 @pytest.fixture(autouse=True)
-def _few(monkeypatch: pytest.MonkeyPatch) -> None:
+def _few_simulations(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forecasting, "SIMULATIONS", 3)
     monkeypatch.setattr(forecasting, "MAX_SIMULATED_IMAGES", 60)
 
 
-def seen(met: int, left: int = 10, images: int = 20, ended: bool = False) -> Observed:
-    """A pilot on so many images, of which some are left; the first `met` of them have met all arms in vain."""
+def measured(met: int, left: int = 10, images: int = 20, ended: bool = False) -> Observed:
+    """A probe on some images, `left` of them robust so far; `met` of these met all arms without success."""
     gains = np.full((3, left), np.nan)
     gains[:, :met] = 0.0
     shares = np.linspace(0.1, 0.9, left)
@@ -40,13 +40,13 @@ def seen(met: int, left: int = 10, images: int = 20, ended: bool = False) -> Obs
 
 
 def test_a_probe_of_all_images_leaves_nothing_to_simulate() -> None:
-    (play,) = forecast(seen(4, ended=True), 20, 0.002)
+    (play,) = forecast(measured(4, ended=True), 20, 0.002)
     assert play.rounds == [(0, 4), (1, 4), (2, 4)]
     assert play.cost == 4 * (199 + 597 + 60)
 
 
 def test_at_allowance_zero_each_remaining_image_meets_all_arms() -> None:
-    for play in forecast(seen(6, left=20), 2000, strictness=0.0):
+    for play in forecast(measured(6, left=20), 2000, strictness=0.0):
         given = [sum(count for arm, count in play.rounds if arm == number) for number in range(3)]
         # But for those that an arm before it is played to break.
         assert given == sorted(given, reverse=True)
@@ -54,13 +54,13 @@ def test_at_allowance_zero_each_remaining_image_meets_all_arms() -> None:
 
 
 def test_an_image_of_a_large_set_costs_less_than_one_of_a_small_set() -> None:
-    costs = [np.mean([play.cost for play in forecast(seen(8), n, 0.002)]) / n for n in (30, 300, 30_000)]
+    costs = [np.mean([play.cost for play in forecast(measured(8), n, 0.002)]) / n for n in (30, 300, 30_000)]
     assert costs[0] > 2 * costs[1] > 0
     assert costs[0] > 2 * costs[2] > 0
 
 
 def test_no_arm_costs_more_than_all_images_would_take_in_full() -> None:
-    plays = forecast(seen(0), 50, 0.002)
+    plays = forecast(measured(0), 50, 0.002)
     assert [play.cost for play in plays] == sorted(play.cost for play in plays)
     for play in plays:
         assert 0 < play.cost <= 50 * MOST[:, :2].sum()
@@ -69,6 +69,6 @@ def test_no_arm_costs_more_than_all_images_would_take_in_full() -> None:
 
 
 def test_few_robust_images_are_expected_where_all_were_fooled_before_the_arms() -> None:
-    observed = seen(0, left=0, images=40)
+    observed = measured(0, left=0, images=40)
     assert all(sum(count for _, count in play.rounds) < 400 * 3 for play in forecast(observed, 400, 0.002))
     assert forecast(replace(observed, ended=True), 40, 0.002)[0].cost == 0

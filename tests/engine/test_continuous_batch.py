@@ -139,8 +139,8 @@ def test_counts_are_those_of_an_independent_counter() -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Liar(RowWise):
-    """Claims first what only the rounded model sees, then finds the truth."""
+class FalseSuccess(RowWise):
+    """First reports a point that fools only the rounded model, then one that fools the model."""
 
     steps: int = 3
 
@@ -153,7 +153,7 @@ class Liar(RowWise):
 
 
 class Rounded(torch.nn.Module):
-    """Two classes that part at 0.15 above the clean image, but at 0.05 in the search's precision."""
+    """Two classes with a boundary at 0.15 above the clean image, at 0.05 in the search's precision."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -166,8 +166,8 @@ class Rounded(torch.nn.Module):
 
 
 @dataclass(frozen=True, slots=True)
-class Dice(RowWise):
-    """Asks where its dice fall, in each of two restarts."""
+class RandomStarts(RowWise):
+    """Queries a random start in each of two restarts."""
 
     steps: int = 2
 
@@ -182,8 +182,8 @@ class Dice(RowWise):
         return {"x": rows.threat.random_start(rows.x, rows.rng)}
 
 
-def once(x: Tensor, ids: Tensor, margin: float) -> Callable[[int], Admitted]:
-    """Board these images of class 0 at the first call, none at later ones."""
+def admit_once(x: Tensor, ids: Tensor, margin: float) -> Callable[[int], Admitted]:
+    """Admit these images of class 0 at the first call, none at later ones."""
     far = torch.full((len(x),), -margin)
     labels = torch.zeros(len(x), dtype=torch.int64)
     whole = Admitted(ids.numpy(), ids, x, labels, far, far)
@@ -211,7 +211,7 @@ def test_every_job_and_step_has_its_own_random_draws() -> None:
     x = torch.full((1, 1, 4, 5), 0.5)
     threat, ids = ThreatModel.parse("linf:0.3"), torch.tensor([7])
     for _ in ContinuousBatch(
-        instrumented, threat, [SuiteEntry(Dice())], ["dice"], 5, 8, once(x, ids, margin=1.0), recover
+        instrumented, threat, [SuiteEntry(RandomStarts())], ["dice"], 5, 8, admit_once(x, ids, margin=1.0), recover
     ).run():
         pass
     rng = RowRng(5, "dice", ids)
@@ -221,8 +221,8 @@ def test_every_job_and_step_has_its_own_random_draws() -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Shifted(RowWise):
-    """Asks again and again at one distance from the image."""
+class FixedDistance(RowWise):
+    """Queries the same distance from the image at every step."""
 
     by: float
     steps: int = 20
@@ -234,8 +234,8 @@ class Shifted(RowWise):
         return state
 
 
-class Luck(torch.nn.Module):
-    """Sure of the first class: more so in brighter images, but there the dice may speak against it."""
+class NoisyBrightness(torch.nn.Module):
+    """Predicts the first class, in brighter images with a larger margin and random errors."""
 
     def forward(self, x: Tensor) -> Tensor:
         moved = x.flatten(1).mean(1) - 0.5
@@ -248,8 +248,8 @@ class Luck(torch.nn.Module):
 def test_the_nearest_point_of_a_randomised_model_is_fooled_by_the_majority(
     order: tuple[float, ...], view: str
 ) -> None:
-    """Single draws at the brighter point are wrong at times, but the darker one is nearer on average."""
-    model = as_classifier(Luck())
+    """Single draws at the brighter point are sometimes wrong, but the darker one is nearer on average."""
+    model = as_classifier(NoisyBrightness())
     instrumented = InstrumentedModel(model, torch.device("cpu"))
     instrumented.random = True
     instrumented.views = {
@@ -257,7 +257,7 @@ def test_the_nearest_point_of_a_randomised_model_is_fooled_by_the_majority(
         "loosened": [MeanView(model, draws=3), model],
     }
     x = torch.full((6, 1, 4, 5), 0.5)
-    attacks = [SuiteEntry(Shifted(order[0])), SuiteEntry(Shifted(order[1]), view)]
+    attacks = [SuiteEntry(FixedDistance(order[0])), SuiteEntry(FixedDistance(order[1]), view)]
     torch.manual_seed(0)
     batch = ContinuousBatch(
         instrumented,
@@ -266,7 +266,7 @@ def test_the_nearest_point_of_a_randomised_model_is_fooled_by_the_majority(
         ["a", "b"],
         0,
         8,
-        once(x, torch.arange(6), 1.0),
+        admit_once(x, torch.arange(6), 1.0),
         recover,
     )
     (finished,) = (part for group in batch.run() for part in group)
@@ -279,11 +279,11 @@ def test_the_nearest_point_of_a_randomised_model_is_fooled_by_the_majority(
 
 
 def test_a_point_that_does_not_move_is_not_evaluated_again() -> None:
-    """Nor are attacks billed that were not run."""
-    instrumented = InstrumentedModel(as_classifier(Luck()), torch.device("cpu"))
+    """Attacks that were not run cost nothing."""
+    instrumented = InstrumentedModel(as_classifier(NoisyBrightness()), torch.device("cpu"))
     instrumented.random = True
     x = torch.full((4, 1, 4, 5), 0.5)
-    attacks = [SuiteEntry(Shifted(0.0, steps=3)), *[SuiteEntry(Shifted(0.0), "calm")] * 9]
+    attacks = [SuiteEntry(FixedDistance(0.0, steps=3)), *[SuiteEntry(FixedDistance(0.0), "calm")] * 9]
     batch = ContinuousBatch(
         instrumented,
         ThreatModel.parse("linf:0.2"),
@@ -291,7 +291,7 @@ def test_a_point_that_does_not_move_is_not_evaluated_again() -> None:
         ["a", *"b" * 9],
         0,
         8,
-        once(x, torch.arange(4), 1.0),
+        admit_once(x, torch.arange(4), 1.0),
         recover,
     )
     (finished,) = (part for group in batch.run() for part in group)
@@ -300,8 +300,8 @@ def test_a_point_that_does_not_move_is_not_evaluated_again() -> None:
     assert not finished.spent[:, 1:].any()
 
 
-class Faded(torch.nn.Module):
-    """The less sure of the first class the brighter the image, and never quite sure of anything."""
+class UncertainWhenBright(torch.nn.Module):
+    """Predicts the first class with a probability that falls with brightness and is never 1."""
 
     def forward(self, x: Tensor) -> Tensor:
         margin = 2 - 8 * (x.flatten(1).mean(1) - 0.5) + torch.randn(len(x))
@@ -310,14 +310,14 @@ class Faded(torch.nn.Module):
 
 @pytest.mark.parametrize("view", ["", "averaged-mended"])
 def test_a_row_that_fools_a_randomised_model_continues(view: str) -> None:
-    """The point that won is right in four of ten draws, the one that is told of in one of ten."""
-    model = as_classifier(Faded())
+    """The model is right in four of ten draws at the first success and in one of ten at the reported point."""
+    model = as_classifier(UncertainWhenBright())
     instrumented = InstrumentedModel(model, torch.device("cpu"))
     instrumented.random, instrumented.views = True, {"averaged-mended": [MeanView(model, draws=5, sigma=0)]}
     x = torch.full((16, 1, 4, 5), 0.5)
     torch.manual_seed(0)
-    admitted = once(x, torch.arange(16), 2.0)
-    attacks = [SuiteEntry(Shifted(0.28, steps=60), view)]
+    admitted = admit_once(x, torch.arange(16), 2.0)
+    attacks = [SuiteEntry(FixedDistance(0.28, steps=60), view)]
     batch = ContinuousBatch(instrumented, ThreatModel.parse("linf:0.4"), attacks, ["a"], 0, 16, admitted, recover)
     finished = [part for group in batch.run() for part in group]
     fooled = torch.cat([part.judged.fooled for part in finished])
@@ -346,9 +346,9 @@ def test_a_row_whose_success_is_refused_continues() -> None:
     instrumented = Two(model, torch.device("cpu"))
     instrumented.num_classes = 2
     x = torch.full((3, 1, 4, 5), 0.5)
-    admit = once(x, torch.arange(3), margin=0.3)
+    admit = admit_once(x, torch.arange(3), margin=0.3)
     batch = ContinuousBatch(
-        instrumented, ThreatModel.parse("linf:0.3"), [SuiteEntry(Liar())], ["liar"], 0, 8, admit, recover
+        instrumented, ThreatModel.parse("linf:0.3"), [SuiteEntry(FalseSuccess())], ["liar"], 0, 8, admit, recover
     )
     finished = [part for group in batch.run() for part in group]
     assert batch.claims_refused == 3
@@ -369,8 +369,8 @@ def test_every_sample_gets_a_verdict_in_every_precision(precision: str) -> None:
     assert all(after < before for after, before in searched)
 
 
-class Dies(torch.nn.Module):
-    """A net that is interrupted after so many forwards."""
+class Interrupted(torch.nn.Module):
+    """A net that is interrupted after a number of forward passes."""
 
     def __init__(self, net: torch.nn.Module) -> None:
         super().__init__()
@@ -387,7 +387,7 @@ class Dies(torch.nn.Module):
 
 def test_an_interrupted_run_resumes_to_the_same_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(block_runner.BlockRunner, "write_every", 0.0)
-    net = Dies(Small().eval())
+    net = Interrupted(Small().eval())
     x, y = labelled(net, 40, SHAPE)
     suite = "pgd(steps=4),race(targets=3,probe=2,steps=4,doubt=9),square(queries=20)"
 
@@ -447,7 +447,7 @@ def test_slots_stay_full_while_samples_wait() -> None:
 
 @pytest.mark.parametrize("fault", ["quantised", "zero"])
 def test_square_fools_nets_without_a_useful_gradient(fault: str) -> None:
-    net = {"quantised": lambda: Stairs(), "zero": lambda: Stairs(levels=40)}[fault]()
+    net = {"quantised": lambda: QuantisedLogits(), "zero": lambda: QuantisedLogits(levels=40)}[fault]()
     x, y = labelled(net, 4, (1, 6, 8))
     report = evaluate(net, x, y, "linf:0.15", suite="rapid")
     fallen = {stage.attack: stage.fooled for stage in report.stages}
@@ -455,8 +455,8 @@ def test_square_fools_nets_without_a_useful_gradient(fault: str) -> None:
     assert {"no-gradient", "zero-gradient", "score-beats-gradient"} & {flag.code for flag in report.flags}
 
 
-class Stairs(torch.nn.Module):
-    """A linear net whose logits come in steps, so that the gradient is zero everywhere."""
+class QuantisedLogits(torch.nn.Module):
+    """A linear net with quantised logits: the gradient is zero everywhere."""
 
     def __init__(self, levels: float = 8) -> None:
         super().__init__()

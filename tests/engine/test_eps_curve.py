@@ -117,8 +117,8 @@ def test_distances_are_independent_of_the_batch_size(monkeypatch: pytest.MonkeyP
         assert one == other or one == pytest.approx(other, rel=1e-4)
 
 
-class Greedy(Flat):
-    """Runs out of memory above so many images."""
+class OutOfMemoryNet(Flat):
+    """Runs out of memory above a number of images."""
 
     most = 1000
 
@@ -137,7 +137,7 @@ class RecordedMessages(Progress):
 
 
 def test_out_of_memory_halves_the_batch_and_continues(tmp_path: Path) -> None:
-    net, (x, y) = Greedy(144, 2).eval(), linear("linf")[1:3]
+    net, (x, y) = OutOfMemoryNet(144, 2).eval(), linear("linf")[1:3]
     evaluate(net, x, y, "linf:0.01", suite="pgd(steps=5)", out=tmp_path / "r")
     roomy = found(evaluate(net, x, y, "linf:0.01", suite="pgd(steps=5)", curve=True))
     net.most, watch = 12, RecordedMessages()

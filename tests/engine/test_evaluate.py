@@ -166,7 +166,7 @@ def test_robust_accuracy_of_a_linear_net_is_exact() -> None:
     assert [r for r, c in zip(robust(report), clear, strict=True) if c] == (distance > eps)[clear].tolist()
 
 
-class Snapshots(Progress):
+class StopAfterChunks(Progress):
     """Stops the run after a number of chunks, as Ctrl-C would."""
 
     def __init__(self, after: int) -> None:
@@ -183,7 +183,7 @@ class Snapshots(Progress):
                 raise KeyboardInterrupt
 
 
-def timeless(path: Path) -> str:
+def without_times(path: Path) -> str:
     """report.json without times and without the hash of the ledger, which holds times."""
     body = json.loads((path / "report.json").read_text())
     for stage in [*body["stages"], body["cost"]]:
@@ -205,14 +205,14 @@ def test_a_run_interrupted_anywhere_resumes_to_the_same_report(tmp_path: Path) -
     # In the first and in the last chunk of an attack, between attacks, and near the end.
     for after in (1, 4, 5, 11):
         with pytest.raises(KeyboardInterrupt):
-            run(f"cut{after}", Snapshots(after))
+            run(f"cut{after}", StopAfterChunks(after))
         assert not (tmp_path / f"cut{after}" / "report.json").exists()
         with Ledger.open(tmp_path / f"cut{after}" / "ledger.sqlite", whole.run_id) as ledger:
             done = {(c.stage, c.chunk): c.seconds for c in ledger.chunks()}
-        watch = Snapshots(10**9)
+        watch = StopAfterChunks(10**9)
         run(f"cut{after}", watch)
         assert any("resuming" in line for line in watch.messages)
-        assert timeless(tmp_path / f"cut{after}") == timeless(tmp_path / "whole")
+        assert without_times(tmp_path / f"cut{after}") == without_times(tmp_path / "whole")
         with Ledger.read(tmp_path / f"cut{after}" / "ledger.sqlite", whole.run_id) as ledger:
             again = {(c.stage, c.chunk): c.seconds for c in ledger.chunks()}
         assert done.items() <= again.items()  # no finished chunk ran twice
@@ -270,7 +270,7 @@ def test_two_runs_cannot_share_a_folder(tmp_path: Path) -> None:
     assert watch.error.startswith("another process is working in")
 
 
-class Hungry(Small):
+class OutOfMemoryNet(Small):
     """Runs out of memory above a number of images."""
 
     limit = 10**9
@@ -282,19 +282,19 @@ class Hungry(Small):
 
 
 def test_out_of_memory_continues_with_smaller_pieces_and_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    net = Hungry()
+    net = OutOfMemoryNet()
     x, y = labelled(net, 16, SHAPE)
     suite = QUICK_SUITE + ",autoattack:fab(steps=3,restarts=2),pgd(steps=4)"
     plenty = evaluate(net, x, y, "linf:0.02", suite=suite)
-    monkeypatch.setattr(Hungry, "limit", 5)
-    watch = Snapshots(10**9)
+    monkeypatch.setattr(OutOfMemoryNet, "limit", 5)
+    watch = StopAfterChunks(10**9)
     tight = evaluate(net, x, y, "linf:0.02", suite=suite, progress=watch)
     assert [line for line in watch.messages if "out of memory" in line]
     assert tight.environment["images_at_once"] == 4
     assert robust(tight) == robust(plenty)
     assert [s.fooled for s in tight.stages] == [s.fooled for s in plenty.stages]
     assert (tight.cost.forwards, tight.cost.backwards) == (plenty.cost.forwards, plenty.cost.backwards)
-    monkeypatch.setattr(Hungry, "limit", 0)
+    monkeypatch.setattr(OutOfMemoryNet, "limit", 0)
     with pytest.raises(RunError, match="out of memory even with one image"):
         evaluate(net, x, y, "linf:0.02", suite=suite)
 

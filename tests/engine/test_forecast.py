@@ -44,7 +44,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def probe(suite: str, budget: float, step: float = 1e-6, n: int = N) -> CostProbe:
-    """An evaluation's beginning, by a clock that goes on by `step` whenever it is looked at."""
+    """A probe of an evaluation, with a clock that advances by `step` at each reading."""
     net = Small().eval()
     x, y = labelled(net, n, SHAPE)
     ticks = count()
@@ -60,17 +60,17 @@ def probe(suite: str, budget: float, step: float = 1e-6, n: int = N) -> CostProb
     )
 
 
-def spent(report: Report) -> int:
-    """Propagations of all attacks."""
+def total_passes(report: Report) -> int:
+    """Forward and backward passes of all attacks."""
     return sum(stage.forwards + stage.backwards for stage in report.stages[1:])
 
 
 @cache
-def whole(suite: str) -> float:
-    """What an image of the whole run really costs on average."""
+def cost_per_image(suite: str) -> float:
+    """The measured mean cost of an image in the whole run."""
     net = Small().eval()
     x, y = labelled(net, N, SHAPE)
-    return spent(evaluate(net, x, y, "linf:0.02", suite=suite, precision="fp32")) / N
+    return total_passes(evaluate(net, x, y, "linf:0.02", suite=suite, precision="fp32")) / N
 
 
 @pytest.mark.parametrize("suite", [FLOWN, ARMED, COUPLED])
@@ -79,7 +79,9 @@ def test_a_probe_without_a_time_limit_measures_every_image(suite: str) -> None:
     assert (found.trial.images, found.trial.through) == (N, N)
     assert found.propagations.low == pytest.approx(found.propagations.high)
     # Another package's attacks cost by batches, and these are others.
-    assert found.propagations.value == pytest.approx(whole(suite), rel=0.3 if suite == COUPLED else 0.0, abs=1e-6)
+    assert found.propagations.value == pytest.approx(
+        cost_per_image(suite), rel=0.3 if suite == COUPLED else 0.0, abs=1e-6
+    )
     assert found.most is not None
     assert found.most >= found.propagations.value
 
@@ -88,7 +90,7 @@ def test_a_probe_without_a_time_limit_measures_every_image(suite: str) -> None:
 def test_the_interval_of_a_shortened_probe_covers_the_measured_cost(suite: str, budget: int) -> None:
     found = measure(probe(suite, budget=budget, step=1.0))
     assert found.trial.images < N or found.trial.through < N
-    assert found.propagations.low <= whole(suite) <= found.propagations.high
+    assert found.propagations.low <= cost_per_image(suite) <= found.propagations.high
     assert found.propagations.low < found.propagations.value < found.propagations.high
     for scale in found.scales:
         assert 0 < scale.seconds.low <= scale.seconds.value <= scale.seconds.high
@@ -129,12 +131,12 @@ def test_plan_changes_no_global_state_and_no_folder(tmp_path: Path, monkeypatch:
     assert not list(tmp_path.iterdir())
 
 
-def findings() -> ProbeResult:
+def measurements() -> ProbeResult:
     return probe("pgd(steps=4)", budget=1e9, step=0.001, n=12).measure()
 
 
 def test_attacks_without_a_bound_on_their_length_are_forecast() -> None:
-    known = replace(findings(), max_costs=None)
+    known = replace(measurements(), max_costs=None)
     costs = Costs.of(known, 100)
     assert costs.mean.low <= costs.mean.value <= costs.mean.high
     assert {len(jobs) for jobs in costs.sample(40, 0)} == {40}
@@ -143,7 +145,7 @@ def test_attacks_without_a_bound_on_their_length_are_forecast() -> None:
 
 
 def test_the_ends_of_the_interval_are_simulated_with_their_mean_costs() -> None:
-    costs = Costs.of(findings(), 100)
+    costs = Costs.of(measurements(), 100)
     assert costs.worst is not None
     each = costs.worst.work / costs.most if costs.most else 0.0
     value, low, high = (sum(job.work for job in jobs) / 4000 for jobs in costs.sample(4000, 0))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from masked_defenses import AROUND, Activation, Behind, Digits, KWinners, Several, crossmax, trained
+from masked_defenses import AROUND, Activation, AggregatedNets, Digits, KWinners, MaskedNet, crossmax, trained
 from torch import Tensor, nn
 
 from robustkit import evaluate, load_data
@@ -60,7 +60,7 @@ def flag_codes(report: Report) -> set[str]:
 
 @pytest.mark.parametrize("name", AROUND)
 def test_no_masked_defense_appears_more_robust_than_the_unmasked_net(name: str) -> None:
-    defense = Behind(plain(), AROUND[name])
+    defense = MaskedNet(plain(), AROUND[name])
     found = judged(defense, "auto")
     robust = sum(verdict.robust for verdict in found.verdicts)
     # An image is 4 points; what a mask changes in the image itself may save or cost one.
@@ -83,8 +83,8 @@ def test_k_winners_activations_add_no_apparent_robustness(how: str) -> None:
 
 def test_crossmax_is_no_more_robust_than_the_mean() -> None:
     nets = [plain(seed) for seed in range(5)]
-    found = judged(Several(nets, crossmax), "auto")
-    mean = judged(Several(nets, lambda stack: stack.mean(1)), "rapid")
+    found = judged(AggregatedNets(nets, crossmax), "auto")
+    mean = judged(AggregatedNets(nets, lambda stack: stack.mean(1)), "rapid")
     assert found.robust_accuracy.value <= mean.robust_accuracy.value + 1 / IMAGES
     assert flag_codes(found) & TOLD
 
@@ -103,7 +103,7 @@ def test_an_unmasked_net_raises_no_flag(kind: str) -> None:
     net = {
         "plain": plain,
         "adversarially trained": lambda: plain(attack=0.08),
-        "mean of five": lambda: Several([plain(seed) for seed in range(5)], lambda stack: stack.mean(1)),
+        "mean of five": lambda: AggregatedNets([plain(seed) for seed in range(5)], lambda stack: stack.mean(1)),
     }[kind]()
     found = judged(net, "auto")
     assert not flag_codes(found) & MASKING

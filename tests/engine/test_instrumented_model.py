@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from masked_defenses import AROUND, Behind
+from masked_defenses import AROUND, MaskedNet
 from nets import Small
 from torch import Tensor
 
@@ -68,6 +68,8 @@ def test_config_that_is_slow_for_two_images_is_not_tried_on_all(monkeypatch: pyt
 
 def test_precision_that_the_net_does_not_support_is_rejected() -> None:
     """Its logits come from numpy, which has no bfloat16."""
-    instrumented = InstrumentedModel(as_classifier(Behind(Small(), AROUND["abroad"]).eval()), torch.device("cpu"))
+    instrumented = InstrumentedModel(
+        as_classifier(MaskedNet(Small(), AROUND["abroad"]).eval()), torch.device("cpu")
+    )
     tune(instrumented, torch.rand(SHAPE), precision=True)
     assert instrumented.precision == "fp32"

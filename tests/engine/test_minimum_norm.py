@@ -24,7 +24,7 @@ from robustkit.runs.ledger import Ledger
 NORMS = ("linf", "l2", "l1")
 
 
-class Planes(nn.Module):
+class LinearLogits(nn.Module):
     """Logits linear in the image, without a matrix product, whose rounding depends on the batch."""
 
     def __init__(self, weight):
@@ -72,7 +72,7 @@ def problem(shape, classes, seed):
     draw = torch.Generator().manual_seed(seed)
     weight = torch.randn(classes, shape[1] * shape[2] * shape[3], generator=draw)
     x = torch.rand(shape, generator=draw)
-    model = Planes(weight)
+    model = LinearLogits(weight)
     return model, x, model(x).argmax(1)
 
 
@@ -191,8 +191,8 @@ def test_distances_do_not_depend_on_batch_and_workers(settings, whole, monkeypat
     assert [v.attack for v in other.verdicts] == [v.attack for v in whole[0].verdicts]
 
 
-class Dies(nn.Module):
-    """A net that is interrupted after so many images."""
+class Interrupted(nn.Module):
+    """A net that is interrupted after a number of images."""
 
     def __init__(self):
         super().__init__()
@@ -212,7 +212,7 @@ def test_a_killed_run_resumes(tmp_path, monkeypatch):
     monkeypatch.setattr(recorded_outputs, "WRITE_EVERY", 0.0)
     monkeypatch.setattr(recorded_outputs, "MAX_COST_SHARE", float("inf"))
     monkeypatch.setattr(batch_runner.BatchRunner, "_check", lambda self, x, positions: ([], []))
-    net, broken = Dies(), 0
+    net, broken = Interrupted(), 0
     expected = run(n=4, net=net, out=tmp_path / "whole")
     for _ in range(100):
         net.left = 25
@@ -250,8 +250,8 @@ def test_verify_finds_a_recorded_distance_that_is_too_small(part, whole, tmp_pat
     assert (part == "median") or sum("its distance is" in sentence for sentence in bad) == 9
 
 
-class Random(nn.Module):
-    """A net that answers by a draw."""
+class RandomLogits(nn.Module):
+    """A net with random logits."""
 
     def __init__(self):
         super().__init__()
@@ -271,7 +271,7 @@ class Random(nn.Module):
         ({"precision": "bf16"}, "bf16"),
         ({"suite": "pgd"}, "pgd"),
         ({"suite": "rapid"}, "eps"),
-        ({"net": Random()}, "random"),
+        ({"net": RandomLogits()}, "random"),
     ],
     ids=["curve", "audit", "strictness", "width", "precision", "pgd", "rapid", "random"],
 )

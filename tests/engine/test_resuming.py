@@ -28,8 +28,8 @@ T = TypeVar("T")
 SHAPE = (3, 7, 5)
 
 
-class Dies(torch.nn.Module):
-    """A net that is interrupted after so many images; `noise` makes it random."""
+class Interrupted(torch.nn.Module):
+    """A net that is interrupted after a number of images; `noise` makes it random."""
 
     def __init__(self, noise: float = 0.0, seed: int = 0) -> None:
         super().__init__()
@@ -47,8 +47,8 @@ class Dies(torch.nn.Module):
 
 
 @pytest.fixture
-def slow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every net counts as slow, and everything is written at once."""
+def write_every_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Treat every net as slow, so that every pass is written at once."""
     monkeypatch.setattr(instrumented_model, "SLOW_BATCH_SECONDS", 0.0)
     monkeypatch.setattr(instrumented_model, "PART_SECONDS", 0.0)
     monkeypatch.setattr(profiling, "SLOW_BATCH_SECONDS", 0.0)
@@ -60,8 +60,8 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(block_runner, "tune", lambda model, x, precision: None)
 
 
-def until_it_ends(nets: Sequence[Dies], run: Callable[[], T], images: int) -> tuple[T, int]:
-    """Run again and again, each time for so many images; return the report and how many runs were interrupted."""
+def run_until_finished(nets: Sequence[Interrupted], run: Callable[[], T], images: int) -> tuple[T, int]:
+    """Run until finished, a number of images each time; return the report and how many runs were interrupted."""
     for interrupted in range(500):
         for net in nets:
             net.left = images
@@ -100,7 +100,7 @@ def test_a_run_killed_after_every_few_passes_ends_with_the_same_result(
 ) -> None:
     if not checked:
         monkeypatch.setattr(batch_runner.BatchRunner, "_check", lambda self, x, positions: ([], []))
-    net = Dies(noise)
+    net = Interrupted(noise)
     x, y = labelled(net.net, 3, SHAPE)
 
     def run(folder: str) -> Report:
@@ -108,7 +108,9 @@ def test_a_run_killed_after_every_few_passes_ends_with_the_same_result(
 
     whole = run("whole")
     assert net.most == 1
-    pieces, interrupted = until_it_ends([net], lambda: run("pieces"), 60 if checked else 15 + 15 * bool(noise))
+    pieces, interrupted = run_until_finished(
+        [net], lambda: run("pieces"), 60 if checked else 15 + 15 * bool(noise)
+    )
     assert interrupted > 1
     assert outcomes(pieces) == outcomes(whole)
     assert not list((tmp_path / "pieces").glob(".unfinished*"))
@@ -117,7 +119,7 @@ def test_a_run_killed_after_every_few_passes_ends_with_the_same_result(
 @pytest.mark.slow
 @pytest.mark.usefixtures("slow")
 def test_a_craft_run_killed_after_every_few_passes_ends_with_the_same_result(tmp_path: Path) -> None:
-    nets = [Dies(), Dies(seed=1), Dies(seed=2)]
+    nets = [Interrupted(), Interrupted(seed=1), Interrupted(seed=2)]
     x, y = labelled(nets[0].net, 3, SHAPE)
 
     def run(folder: str) -> Craft:
@@ -127,7 +129,7 @@ def test_a_craft_run_killed_after_every_few_passes_ends_with_the_same_result(tmp
 
     whole = run("whole")
     assert max(net.most for net in nets) == 1
-    pieces, interrupted = until_it_ends(nets, lambda: run("pieces"), 9)
+    pieces, interrupted = run_until_finished(nets, lambda: run("pieces"), 9)
     assert interrupted > 1
     assert np.array_equal(pieces.adversarial["x"], whole.adversarial["x"])
     assert pieces.gradients_per_image == whole.gradients_per_image
@@ -198,7 +200,7 @@ def test_random_generators_resume_at_their_state(tmp_path: Path) -> None:
 
 def test_execution_config_is_chosen_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A busier machine would choose another precision or layout, and so other margins."""
-    net, tried, left = Dies(), [], [5, float("inf")]
+    net, tried, left = Interrupted(), [], [5, float("inf")]
     x, y = labelled(net, 6, SHAPE)
     trial, tune = profiling.trial, profiling.tune
 

@@ -32,47 +32,50 @@ def _unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @cache
-def subject() -> tuple[Small, torch.Tensor, torch.Tensor]:
+def model_and_data() -> tuple[Small, torch.Tensor, torch.Tensor]:
     net = Small(SHAPE[0]).eval()
     return net, *labelled(net, N, SHAPE)
 
 
-def ran(order: np.ndarray | None = None, **words: Any) -> Report:
-    net, x, y = subject()
+def evaluated(order: np.ndarray | None = None, **words: Any) -> Report:
+    net, x, y = model_and_data()
     order = np.arange(N) if order is None else order
     return evaluate(net, x[order], y[order], THREAT, **{"suite": SUITE, "precision": "fp32"} | words)
 
 
 @cache
-def whole() -> Report:
-    return ran()
+def uninterrupted() -> Report:
+    return evaluated()
 
 
-def facts(report: Report, order: np.ndarray | None = None) -> list[tuple[Any, ...]]:
-    """What each image of the data met with, in the data's own order."""
+def facts_per_image(report: Report, order: np.ndarray | None = None) -> list[tuple[Any, ...]]:
+    """Return which arms each image met, in the order of the data."""
     rows = [(v.label, v.robust, v.attack, pytest.approx(v.margin, abs=1e-4)) for v in report.verdicts]
     return rows if order is None else [rows[at] for at in np.argsort(order)]
 
 
 def test_only_some_images_meet_each_arm() -> None:
-    doubt = whole().strictness
+    doubt = uninterrupted().strictness
     assert doubt is not None
-    assert 0 < doubt.in_full < doubt.standing == sum(v.robust for v in whole().verdicts)
+    assert 0 < doubt.in_full < doubt.standing == sum(v.robust for v in uninterrupted().verdicts)
     assert doubt.images <= 1
     assert (doubt.bound, doubt.allowed) == (doubt.images / N, 0.002)
 
 
 def test_verdicts_are_independent_of_batch_size_and_order() -> None:
     order = np.random.default_rng(4).permutation(N)
-    for report, by in ((ran(batch_size=7), None), (ran(order), order)):
-        assert facts(report, by) == facts(whole())
-        assert report.strictness == whole().strictness
+    for report, by in ((evaluated(batch_size=7), None), (evaluated(order), order)):
+        assert facts_per_image(report, by) == facts_per_image(uninterrupted())
+        assert report.strictness == uninterrupted().strictness
 
 
 @pytest.mark.slow
 def test_two_workers_give_the_same_report() -> None:
-    report = ran(workers=2)
-    assert (facts(report), report.strictness) == (facts(whole()), whole().strictness)
+    report = evaluated(workers=2)
+    assert (facts_per_image(report), report.strictness) == (
+        facts_per_image(uninterrupted()),
+        uninterrupted().strictness,
+    )
 
 
 @pytest.mark.parametrize(("at", "after"), [(0, True), (1, False), (2, True), (3, False)])
@@ -93,15 +96,18 @@ def test_a_run_killed_in_any_round_resumes_to_the_same_report(
     with monkeypatch.context() as patch:
         patch.setattr(BlockRunner, "run_row_wise", killed)
         with pytest.raises(KeyboardInterrupt):
-            ran(out=tmp_path / "r")
-    again = ran(out=tmp_path / "r")
-    assert (facts(again), again.strictness) == (facts(whole()), whole().strictness)
+            evaluated(out=tmp_path / "r")
+    again = evaluated(out=tmp_path / "r")
+    assert (facts_per_image(again), again.strictness) == (
+        facts_per_image(uninterrupted()),
+        uninterrupted().strictness,
+    )
     spent = [(stage.forwards, stage.backwards) for stage in again.stages[1:]]
-    assert spent == [(stage.forwards, stage.backwards) for stage in whole().stages[1:]]
+    assert spent == [(stage.forwards, stage.backwards) for stage in uninterrupted().stages[1:]]
 
 
 def test_at_strictness_zero_every_robust_image_met_every_arm() -> None:
-    report = ran(strictness=0)
+    report = evaluated(strictness=0)
     doubt = report.strictness
     assert doubt is not None
     assert (doubt.images, doubt.allowed) == (0, 0.0)
@@ -109,7 +115,7 @@ def test_at_strictness_zero_every_robust_image_met_every_arm() -> None:
 
 
 def test_strictness_is_part_of_the_run_id_and_of_the_printed_command() -> None:
-    strict, default = ran(strictness="5 %"), whole()
+    strict, default = evaluated(strictness="5 %"), uninterrupted()
     assert strict.spec.strictness == 0.05
     assert strict.run_id != default.run_id
     assert "strictness=0.05" in command(strict)
@@ -119,8 +125,8 @@ def test_strictness_is_part_of_the_run_id_and_of_the_printed_command() -> None:
 
 
 def test_the_run_folder_records_the_bound_and_verify_recomputes_it(tmp_path: Path) -> None:
-    net, x, y = subject()
-    report = ran(out=tmp_path / "r")
+    net, x, y = model_and_data()
+    report = evaluated(out=tmp_path / "r")
     file = tmp_path / "r" / run_folder.REPORT
     assert verify(tmp_path / "r", net, x, y).bad == []
     body = json.loads(file.read_text())
@@ -158,4 +164,4 @@ def test_an_invalid_strictness_is_refused(
 def test_an_invalid_strictness_is_refused_in_python() -> None:
     for value in (3, -1.0, float("nan"), "x %"):
         with pytest.raises(UsageError, match=r"strictness .* write a share of the images"):
-            ran(strictness=value)
+            evaluated(strictness=value)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from masked_defenses import AROUND, Activation, Behind, Digits, Estimated, KWinners
+from masked_defenses import AROUND, Activation, Digits, KWinners, MaskedNet, StraightThroughSign
 from torch import nn
 
 from robustkit import load_data, load_model
@@ -28,7 +28,7 @@ COARSE = (
     *("jpeg", "resize-pad", "numpy-median", "bit-depth", "blunt", "thermometer", "one-hot", "lookup"),
     *("completed", "sparse-spectrum"),
 )
-# Dice that cannot be taken out: the mean over draws is what there is.
+# Random draws that cannot be removed: the mean over draws is the only view.
 NOISY = ("numpy-noise",)
 THREAT = ThreatModel.parse("linf:0.1")
 
@@ -61,12 +61,12 @@ def test_the_view_of_a_masked_net_has_the_gradient_of_the_unmasked_net(
 ) -> None:
     """Nearly; what is blurred or coarse has another, of which part is the same."""
     x, labels = images[0][:4], images[1][:4]
-    found = views(as_classifier(Behind(net, AROUND[name]).eval()), x)
+    found = views(as_classifier(MaskedNet(net, AROUND[name]).eval()), x)
     assert found
     restored = slope(net, x, labels)
     exact = {name: view for name, view in found.items() if name != "smooth"}
     if name in NOISY:
-        exact["averaged"] = MeanView(TracedModel(as_classifier(Behind(net, AROUND[name]).eval())), sigma=0.0)
+        exact["averaged"] = MeanView(TracedModel(as_classifier(MaskedNet(net, AROUND[name]).eval())), sigma=0.0)
     like = {
         name: float(F.cosine_similarity(slope(view, x, labels), restored).mean()) for name, view in exact.items()
     }
@@ -80,7 +80,7 @@ def test_attacks_on_the_view_of_a_masked_net_succeed(
 ) -> None:
     """Within what 20 steps differ by, the worst over the views is the bare net's robust accuracy."""
     x, labels = images
-    model = as_classifier(Behind(net, AROUND[name]).eval())
+    model = as_classifier(MaskedNet(net, AROUND[name]).eval())
     found = views(model, x)
     assert found
     rng = RowRng(0, "test", torch.arange(len(x)))
@@ -100,7 +100,7 @@ def test_attacks_on_the_view_of_a_masked_net_succeed(
 def test_views_have_the_outputs_of_the_model(
     name: str, net: Classifier, images: tuple[torch.Tensor, torch.Tensor]
 ) -> None:
-    model = as_classifier(Behind(net, AROUND[name]).eval())
+    model = as_classifier(MaskedNet(net, AROUND[name]).eval())
     x = images[0][:2]
     answers = []
     for inside in (False, True):
@@ -119,7 +119,7 @@ def test_finding_views_changes_no_state(net: Classifier, images: tuple[torch.Ten
     before = x.clone()
     for parameter in net.parameters():
         parameter.requires_grad_(True)
-    model = as_classifier(Behind(net, AROUND["jpeg"]).eval())
+    model = as_classifier(MaskedNet(net, AROUND["jpeg"]).eval())
     hooks = [len(part._forward_hooks) for part in model.modules()]
     apply, numpy_in, inference = torch.autograd.Function.apply, torch.from_numpy, torch._C._InferenceMode
     states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
@@ -173,7 +173,7 @@ INSIDE: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "exponential": (lambda: Activation(lambda h: 2 / (1 + torch.exp(-1e3 * h)) - 1), "bends"),
     "where": (lambda: Activation(lambda h: torch.where(h > 0, 1.0, -1.0)), "compares"),
     "clamped": (lambda: Activation(lambda h: (1e6 * h).clamp(-1, 1)), "clamps"),
-    "straight-through": (lambda: Activation(Estimated.apply), "writes its own backward pass"),
+    "straight-through": (lambda: Activation(StraightThroughSign.apply), "writes its own backward pass"),
     "rounded": (lambda: Activation(lambda h: h.relu().round()), "rounds"),
     **{how: (partial(KWinners, 0.2, how), "compares") for how in ("threshold", "where", "fill", "assign")},
     "scatter": (lambda: KWinners(0.2, "scatter"), "chooses"),
@@ -246,7 +246,7 @@ def test_nearest_neighbours_have_a_fitted_view(
         return F.one_hot(F.one_hot(labels[near], 10).sum(1).argmax(1), 10).float()
 
     x, true = images[0][:12], images[1][:12]
-    model = as_classifier(Behind(net, vote).eval())
+    model = as_classifier(MaskedNet(net, vote).eval())
     found = views(model, x)
     fitted = found["fitted"]
     assert torch.equal(fitted(x).argmax(1), model(x).argmax(1))

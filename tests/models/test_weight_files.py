@@ -36,15 +36,15 @@ def state():
 
 
 @pytest.fixture
-def other():
+def other_state():
     return dict(load_model(f"{DIGITS}?pretrained=false", seed=4).net.state_dict())
 
 
 @pytest.fixture
-def print_of(tmp_path, state, other):
+def fingerprints(tmp_path, state, other_state):
     """The fingerprints of the two nets above."""
     prints = []
-    for number, tensors in enumerate((state, other)):
+    for number, tensors in enumerate((state, other_state)):
         save_file(tensors, tmp_path / f"plain{number}.safetensors")
         prints.append(load_model(f"{DIGITS}@{tmp_path}/plain{number}.safetensors").fingerprint)
     return prints
@@ -118,11 +118,11 @@ def save(content, path, **options):
 
 
 @pytest.mark.parametrize("wrapping", WRAPPINGS)
-def test_tensors_are_found_at_any_key(tmp_path, state, print_of, wrapping):
+def test_tensors_are_found_at_any_key(tmp_path, state, fingerprints, wrapping):
     model = load_model(save(WRAPPINGS[wrapping](state), tmp_path / "w.pth.tar"))
     norm = {"madry": "?mean=0&std=1"}.get(wrapping, "")
     assert (model.fingerprint if not norm else model.weights_sha256) == (
-        print_of[0] if not norm else load_model(f"{DIGITS}@{tmp_path}/plain0.safetensors").weights_sha256
+        fingerprints[0] if not norm else load_model(f"{DIGITS}@{tmp_path}/plain0.safetensors").weights_sha256
     )
 
 
@@ -130,17 +130,17 @@ def test_tensors_are_found_at_any_key(tmp_path, state, print_of, wrapping):
 @pytest.mark.parametrize(
     "options", [{}, {"_use_new_zipfile_serialization": False}, {"pickle_protocol": 4}], ids=["zip", "old", "4"]
 )
-def test_other_entries_do_not_matter(tmp_path, state, print_of, beside, options):
+def test_other_entries_do_not_matter(tmp_path, state, fingerprints, beside, options):
     optimiser = torch.optim.Adam([nn.Parameter(torch.ones(3))])
     content = {"beside": BESIDE[beside], "net": state, "optimizer": optimiser.state_dict()}
-    assert load_model(save(content, tmp_path / "w.ckpt", **options)).fingerprint == print_of[0]
+    assert load_model(save(content, tmp_path / "w.ckpt", **options)).fingerprint == fingerprints[0]
 
 
-def test_the_file_format_is_independent_of_its_name(tmp_path, state, print_of):
+def test_the_file_format_is_independent_of_its_name(tmp_path, state, fingerprints):
     for name in ("w.bin", "w", "w.safetensors", "w.pth"):
-        assert load_model(save(state, tmp_path / name)).fingerprint == print_of[0]
+        assert load_model(save(state, tmp_path / name)).fingerprint == fingerprints[0]
     save_file(state, tmp_path / "w.pt")
-    assert load_model(f"{DIGITS}@{tmp_path}/w.pt").fingerprint == print_of[0]
+    assert load_model(f"{DIGITS}@{tmp_path}/w.pt").fingerprint == fingerprints[0]
 
 
 def test_unused_entries_are_reported(tmp_path, state):
@@ -154,18 +154,18 @@ def test_unused_entries_are_reported(tmp_path, state):
 # Several sets
 
 
-def test_a_moving_average_is_reported_and_can_be_chosen(tmp_path, state, other, print_of):
+def test_a_moving_average_is_reported_and_can_be_chosen(tmp_path, state, other_state, fingerprints):
     for number, content in enumerate(
         (
-            {"model": state, "model_ema": other},
-            {"state_dict": state, "state_dict_ema": prefixed("module.", other)},
-            {"net": state, "ema": {"shadow": other, "decay": 0.99}},
-            {"state_dict": {**prefixed("model.", state), **prefixed("ema_model.", other)}},
+            {"model": state, "model_ema": other_state},
+            {"state_dict": state, "state_dict_ema": prefixed("module.", other_state)},
+            {"net": state, "ema": {"shadow": other_state, "decay": 0.99}},
+            {"state_dict": {**prefixed("model.", state), **prefixed("ema_model.", other_state)}},
         )
     ):
         string = save(content, tmp_path / f"{number}.pt")
         plain, average = load_model(string), load_model(f"{string}?weights=ema")
-        assert [plain.fingerprint, average.fingerprint] == print_of
+        assert [plain.fingerprint, average.fingerprint] == fingerprints
         assert any("moving average of the weights, too" in note and "weights=" in note for note in plain.notes)
         assert any("the weights are the moving average" in note for note in average.notes)
         assert load_model(average.string).fingerprint == average.fingerprint
@@ -198,23 +198,23 @@ def test_heads_that_the_net_lacks_are_reported(tmp_path, state):
         load_model(save({**state, "rotation.weight": torch.ones(4, 3)}, tmp_path / "w.pt"))
 
 
-def test_one_of_several_matching_entries_is_chosen(tmp_path, state, other, print_of):
-    string = save({"generator": state, "classifier": other}, tmp_path / "w.pt")
+def test_one_of_several_matching_entries_is_chosen(tmp_path, state, other_state, fingerprints):
+    string = save({"generator": state, "classifier": other_state}, tmp_path / "w.pt")
     with pytest.raises(UsageError, match=r"several sets of tensors that fit \(classifier, generator\).*weights="):
         load_model(string)
-    assert load_model(f"{string}?weights=classifier").fingerprint == print_of[1]
+    assert load_model(f"{string}?weights=classifier").fingerprint == fingerprints[1]
     with pytest.raises(UsageError, match="Did you mean 'classifier'"):
         load_model(f"{string}?weights=clasifier")
     with pytest.raises(UsageError, match=r"names no weights file in which weights=ema could choose.*@FILE"):
         load_model(f"{DIGITS}?weights=ema")
 
 
-def test_equal_or_mismatched_entries_need_no_choice(tmp_path, state, print_of):
+def test_equal_or_mismatched_entries_need_no_choice(tmp_path, state, fingerprints):
     same = copy.deepcopy(state)
     odd = {"conv1.weight": torch.ones(3, 3)}
     shapes = {name: torch.zeros(*tensor.shape, 2) for name, tensor in state.items()}
     content = {"net": state, "best": same, "discriminator": odd, "wider": shapes}
-    assert load_model(save(content, tmp_path / "w.pt")).fingerprint == print_of[0]
+    assert load_model(save(content, tmp_path / "w.pt")).fingerprint == fingerprints[0]
 
 
 # Normalisation and sizes
@@ -268,7 +268,7 @@ def test_timm_converts_weights_published_by_authors(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
-def test_shards_load_by_their_index(tmp_path, state, print_of, kind):
+def test_shards_load_by_their_index(tmp_path, state, fingerprints, kind):
     names = list(state)
     places: dict[str, str] = {}
     for number, part in enumerate((names[:3], names[3:])):
@@ -278,7 +278,7 @@ def test_shards_load_by_their_index(tmp_path, state, print_of, kind):
         places |= dict.fromkeys(part, file)
     index = tmp_path / f"model.{kind}.index.json"
     index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
-    assert load_model(f"{DIGITS}@{index}").fingerprint == print_of[0]
+    assert load_model(f"{DIGITS}@{index}").fingerprint == fingerprints[0]
     with pytest.raises(UsageError, match=rf"lacks 5 of its 8 tensors.*write its index, 'model.{kind}.index.json'"):
         load_model(f"{DIGITS}@{tmp_path}/model-00001-of-00002.{kind}")
     with pytest.raises(
@@ -311,7 +311,7 @@ class Calls:
 
 @pytest.mark.parametrize("protocol", [2, 4])
 @pytest.mark.parametrize("new", [True, False])
-def test_nothing_is_called_or_imported(tmp_path, state, print_of, protocol, new):
+def test_nothing_is_called_or_imported(tmp_path, state, fingerprints, protocol, new):
     marker = tmp_path / "marker"
     calls = [
         Calls(pathlib.Path.touch, marker),
@@ -323,7 +323,7 @@ def test_nothing_is_called_or_imported(tmp_path, state, print_of, protocol, new)
     options = {"pickle_protocol": protocol, "_use_new_zipfile_serialization": new}
     string = save({"net": state, "calls": calls}, tmp_path / "w.pt", **options)
     model = load_model(string)
-    assert model.fingerprint == print_of[0]
+    assert model.fingerprint == fingerprints[0]
     assert "torch.serialization.save" in model.notes[0]
     assert {path.name for path in tmp_path.iterdir()} == {"w.pt", "plain0.safetensors", "plain1.safetensors"}
 

@@ -36,7 +36,7 @@ def probe(
     )
 
 
-class Around(torch.nn.Module):
+class Perturbed(torch.nn.Module):
     """The small net with something done to its image and to its logits."""
 
     def __init__(self, before=lambda x: x, after=lambda z: z) -> None:
@@ -68,7 +68,7 @@ def test_a_weak_attack_raises_attack_not_alive() -> None:
 
 
 def test_planting_that_is_impossible_is_not_measured() -> None:
-    noisy, headless = Around(lambda x: x + 0.05 * torch.randn_like(x)), Around()
+    noisy, headless = Perturbed(lambda x: x + 0.05 * torch.randn_like(x)), Perturbed()
     headless.net.body[-1] = torch.nn.Sequential(
         torch.nn.Unflatten(1, (32, 1, 1)), torch.nn.Conv2d(32, 10, 1), torch.nn.Flatten()
     )
@@ -85,15 +85,15 @@ def test_planting_that_is_impossible_is_not_measured() -> None:
 
 
 def test_a_net_without_a_gradient_raises_attack_not_alive() -> None:
-    flag = signs.alive(probe(Around(torch.Tensor.detach)))
+    flag = signs.alive(probe(Perturbed(torch.Tensor.detach)))
     assert (flag.level, flag.value) == ("warning", 0)
 
 
 def test_an_unstable_loss_and_a_random_backward_pass() -> None:
     assert signs.unstable(probe(Small(1))).level == "ok"
-    assert signs.unstable(probe(Around(after=lambda z: (1e5 * z).sin()))).level == "warning"
+    assert signs.unstable(probe(Perturbed(after=lambda z: (1e5 * z).sin()))).level == "warning"
 
-    class Dice(torch.autograd.Function):
+    class RandomBackward(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x):
             return x.view_as(x)
@@ -103,32 +103,32 @@ def test_an_unstable_loss_and_a_random_backward_pass() -> None:
             return torch.randn_like(gradient)
 
     assert gradients.unlike(probe(Small(1))) is None
-    assert gradients.unlike(probe(Around(Dice.apply))).code == "unlike-gradients"
+    assert gradients.unlike(probe(Perturbed(RandomBackward.apply))).code == "unlike-gradients"
 
 
 def test_underflow_and_dlr_flat_on_tied_logits() -> None:
     assert outputs.underflow(probe(Small(1))) is outputs.dlr_flat(probe(Small(1))) is None
-    floor = Around(after=lambda z: (9 * z).softmax(1).clamp(min=1e-3).log())
+    floor = Perturbed(after=lambda z: (9 * z).softmax(1).clamp(min=1e-3).log())
     assert outputs.underflow(probe(floor)).code == "underflow"
-    assert outputs.dlr_flat(probe(Around(after=lambda z: z.clamp(max=-99)))).code == "dlr-flat"
+    assert outputs.dlr_flat(probe(Perturbed(after=lambda z: z.clamp(max=-99)))).code == "dlr-flat"
 
 
 def test_a_randomised_model_is_checked_by_the_majority_of_draws() -> None:
     """A wrong draw on the way, where right ones are as many, is no sign that it falls; noise is no mask."""
     torch.manual_seed(0)
-    coin = Around(after=lambda z: z.detach() * (2 * (torch.rand(len(z), 1) < 0.8) - 1))
+    coin = Perturbed(after=lambda z: z.detach() * (2 * (torch.rand(len(z), 1) < 0.8) - 1))
     randomised = probe(coin, teacher=Small(1))
     flag = strength.survives_everything(randomised)
     assert flag.level == "warning"
     assert flag.value > 0.8 * len(randomised.correct_rows) > 5
-    noisy = probe(Around(lambda x: x + 0.05 * torch.randn_like(x)), teacher=Small(1))
+    noisy = probe(Perturbed(lambda x: x + 0.05 * torch.randn_like(x)), teacher=Small(1))
     assert strength.survives_everything(noisy).level == "ok"
     assert strength.unconverged(noisy).level == signs.incomplete(noisy).level == "not measured"
 
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_a_run_records_passed_checks_and_raised_flags(masked: bool) -> None:
-    net = Around(lambda x: (8 * x).round() / 8) if masked else Small(1)
+    net = Perturbed(lambda x: (8 * x).round() / 8) if masked else Small(1)
     report = evaluate(net, *labelled(net, 16, (1, 9, 7)), "linf:0.05", suite="pgd(steps=20)")
     against, of_itself = levels(report.flags), levels(report.passed)
     assert not set(against) & set(of_itself)

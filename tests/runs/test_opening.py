@@ -21,7 +21,7 @@ OLD, NEW = make_report().spec, make_report(seed=1, model="robustkit:cifar-resnet
 VERDICT = Verdict(0, 1, 1, 0.5, False, "0" * 64)
 
 
-def holding(path: Path, *stages: int, spec: RunSpec = OLD) -> Path:
+def run_with_stages(path: Path, *stages: int, spec: RunSpec = OLD) -> Path:
     """Make a folder of a run whose ledger has a chunk of each of these stages."""
     path.mkdir()
     (path / "spec.json").write_text(dumps(spec))
@@ -38,7 +38,7 @@ def names(path: Path) -> list[str]:
 @pytest.mark.parametrize("stages", [(), (0,)])
 def test_a_run_without_a_verdict_is_replaced_with_a_message(tmp_path: Path, stages: tuple[int, ...]) -> None:
     messages: list[str] = []
-    path = holding(tmp_path / "r", *stages)
+    path = run_with_stages(tmp_path / "r", *stages)
     with open_for_writing(path, NEW, say=messages.append) as writable:
         assert writable
     assert json.loads((path / "spec.json").read_text())["seed"] == NEW.seed
@@ -54,7 +54,7 @@ def test_a_folder_with_a_spec_only_is_replaced(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["report.json", "model.json", "checkpoint.pt", "checkpoint.previous.pt"])
 def test_a_folder_with_a_result_or_checkpoint_is_not_replaced(name: str, tmp_path: Path) -> None:
-    path = holding(tmp_path / "r")
+    path = run_with_stages(tmp_path / "r")
     (path / name).touch()
     refusal = pytest.raises(UsageError, match=r"differs in .*remove that run with --overwrite")
     with refusal, open_for_writing(path, NEW):
@@ -63,7 +63,7 @@ def test_a_folder_with_a_result_or_checkpoint_is_not_replaced(name: str, tmp_pat
 
 
 def test_verdicts_of_an_attack_are_replaced_with_overwrite_only(tmp_path: Path) -> None:
-    path = holding(tmp_path / "r", 0, 1)
+    path = run_with_stages(tmp_path / "r", 0, 1)
     (path / "notes.txt").write_text("mine")
     before = (path / "ledger.sqlite").read_bytes()
     with pytest.raises(UsageError, match=f"holds run {OLD.run_id}, which differs in"), open_for_writing(path, NEW):
@@ -74,7 +74,7 @@ def test_verdicts_of_an_attack_are_replaced_with_overwrite_only(tmp_path: Path) 
 
 
 def test_verdicts_in_a_write_ahead_log_count(tmp_path: Path) -> None:
-    path = holding(tmp_path / "r")
+    path = run_with_stages(tmp_path / "r")
     with Ledger.open(path / "ledger.sqlite", OLD.run_id) as ledger:
         ledger.write(Chunk(1, 0, 1, 0, 0.1, [VERDICT]))
         assert (path / "ledger.sqlite-wal").stat().st_size
@@ -82,13 +82,13 @@ def test_verdicts_in_a_write_ahead_log_count(tmp_path: Path) -> None:
 
 
 def test_overwrite_restarts_the_same_run(tmp_path: Path) -> None:
-    path = holding(tmp_path / "r", 0, 1)
+    path = run_with_stages(tmp_path / "r", 0, 1)
     with open_for_writing(path, OLD, overwrite=True):
         assert names(path) == ["spec.json"]
 
 
 def test_overwrite_replaces_a_damaged_ledger(tmp_path: Path) -> None:
-    path = holding(tmp_path / "r", 0, 1)
+    path = run_with_stages(tmp_path / "r", 0, 1)
     (path / "ledger.sqlite").write_bytes(b"no database" * 99)
     with pytest.raises(UsageError, match="start again with --overwrite"), open_for_writing(path, NEW):
         pass
@@ -114,7 +114,7 @@ def test_overwrite_removes_what_robustkit_wrote_and_no_link_is_followed(tmp_path
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "0000.safetensors").touch()
-    path = holding(tmp_path / "r", 1)
+    path = run_with_stages(tmp_path / "r", 1)
     for name in ("samples", "kept/samples", "tensorboard", "evaluate-0123abcd", "mine"):
         (path / name).mkdir(parents=True)
     for name in (
@@ -123,7 +123,7 @@ def test_overwrite_removes_what_robustkit_wrote_and_no_link_is_followed(tmp_path
     ):
         (path / name).touch()
     (path / "model.safetensors").symlink_to(outside / "0000.safetensors")
-    holding(path / "craft-0123abcd", 1)
+    run_with_stages(path / "craft-0123abcd", 1)
     (path / "craft-4567abcd").symlink_to(outside)
     clear(path)
     files = [file for file in path.rglob("*") if file.is_symlink() or not file.is_dir()]
@@ -134,7 +134,7 @@ def test_overwrite_removes_what_robustkit_wrote_and_no_link_is_followed(tmp_path
 
 
 def test_a_running_run_is_not_overwritten(tmp_path: Path) -> None:
-    path = holding(tmp_path / "r", 1)
+    path = run_with_stages(tmp_path / "r", 1)
     with (
         open_for_writing(path, OLD),
         pytest.raises(UsageError, match="another process is working"),
@@ -151,7 +151,7 @@ def test_a_finished_run_in_a_read_only_folder_is_read(
     def refuse(path: Path) -> None:
         raise OSError(number, os.strerror(number))
 
-    path = holding(tmp_path / "r", 1)
+    path = run_with_stages(tmp_path / "r", 1)
     monkeypatch.setattr(opening, "_lock", refuse)
     with pytest.raises(UsageError, match="cannot write the run folder"), open_for_writing(path, OLD):
         pass
@@ -190,7 +190,7 @@ def test_the_same_command_runs_after_the_model_is_corrected(
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="needs root, to become another user")
 def test_another_user_reads_a_finished_folder(tmp_path: Path) -> None:
-    path = holding(tmp_path / "r", 1)
+    path = run_with_stages(tmp_path / "r", 1)
     (path / "report.json").touch()
     with open_for_writing(path, OLD):
         pass

@@ -32,8 +32,8 @@ SHORT: dict[str, Any] = {
 PLAN = Plan(samples=24, classes=10, batch_size=12, epochs=4, lr=0.1, members=1, seed=0)
 
 
-class Heard(TrainProgress):
-    """Hears what is said, and may stop after some steps."""
+class RecordedMessages(TrainProgress):
+    """Records messages, and may stop after some steps."""
 
     def __init__(self, stop: int | None = None) -> None:
         self.stop, self.messages = stop, list[str]()
@@ -46,7 +46,7 @@ class Heard(TrainProgress):
             raise KeyboardInterrupt
 
 
-def flipped(path: Path) -> None:
+def with_flipped_bits(path: Path) -> None:
     """Flip four bits in the middle of the largest tensor."""
     content = bytearray(path.read_bytes())
     for place in range(len(content) // 2, len(content) // 2 + 4):
@@ -57,9 +57,9 @@ def flipped(path: Path) -> None:
 def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(tmp_path: Path) -> None:
     whole = train("standard", out=tmp_path / "whole", **SHORT)
     with pytest.raises(KeyboardInterrupt):
-        train("standard", out=tmp_path / "cut", progress=Heard(7), **SHORT)
-    flipped(tmp_path / "cut" / "checkpoint.pt")
-    heard = Heard()
+        train("standard", out=tmp_path / "cut", progress=RecordedMessages(7), **SHORT)
+    with_flipped_bits(tmp_path / "cut" / "checkpoint.pt")
+    heard = RecordedMessages()
     resumed = train("standard", out=tmp_path / "cut", progress=heard, **SHORT)
     assert "checkpoint.pt is damaged: its content does not match its sha256; resuming" in heard.messages[0]
     assert f"resuming {whole.run_id}: 4 of 8 steps done" in heard.messages
@@ -69,15 +69,15 @@ def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(tmp_path: Path) 
 
 def test_two_damaged_checkpoints_are_refused(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        train("standard", out=tmp_path, progress=Heard(7), **SHORT)
+        train("standard", out=tmp_path, progress=RecordedMessages(7), **SHORT)
     for name in ("checkpoint.pt", "checkpoint.previous.pt"):
-        flipped(tmp_path / name)
+        with_flipped_bits(tmp_path / name)
     with pytest.raises(UsageError, match=r"checkpoint.pt is damaged: .*--overwrite"):
         train("standard", out=tmp_path, **SHORT)
 
 
-def sound(**changes: Any) -> bytes:
-    """Return the bytes of a checkpoint, with some of it changed and its digest made for that."""
+def with_valid_digest(**changes: Any) -> bytes:
+    """Return the bytes of a checkpoint with changed values and a matching digest."""
     facts = [{"epoch": 1}, {"epoch": 2}]
     body: dict[str, Any] = {"step": 5, "kept": 0, "loss": torch.tensor(1.5), "seconds": 2.0, "forwards": 9}
     body |= {"history": json.dumps(facts), "backwards": 9, "nets": [], "optimizers": [], "averages": []}
@@ -109,15 +109,15 @@ def sound(**changes: Any) -> bytes:
 def test_values_out_of_range_are_refused_even_with_a_matching_digest(
     changes: dict[str, Any], words: str, tmp_path: Path
 ) -> None:
-    (tmp_path / "checkpoint.pt").write_bytes(sound())
+    (tmp_path / "checkpoint.pt").write_bytes(with_valid_digest())
     assert checkpoint.find_checkpoint(tmp_path, Method(), PLAN) is not None
-    (tmp_path / "checkpoint.pt").write_bytes(sound(**changes))
+    (tmp_path / "checkpoint.pt").write_bytes(with_valid_digest(**changes))
     with pytest.raises(UsageError, match=words):
         checkpoint.find_checkpoint(tmp_path, Method(), PLAN)
 
 
 def test_a_changed_value_without_a_matching_digest_is_refused(tmp_path: Path) -> None:
-    body = torch.load(io.BytesIO(sound()), weights_only=True)
+    body = torch.load(io.BytesIO(with_valid_digest()), weights_only=True)
     torch.save({**body, "step": 4}, tmp_path / "checkpoint.pt")
     with pytest.raises(UsageError, match="does not match its sha256"):
         checkpoint.find_checkpoint(tmp_path, Method(), PLAN)
@@ -144,7 +144,7 @@ def test_a_changed_sample_is_refused_before_packing(tmp_path: Path) -> None:
     draft = Draft(tmp_path)
     for value in (1.0, 2.0):
         draft.add({"w": torch.full((50, 40), value), "n": torch.tensor(3)})
-    flipped(tmp_path / "samples" / "0001.safetensors")
+    with_flipped_bits(tmp_path / "samples" / "0001.safetensors")
     with pytest.raises(RunError, match=r"0001.safetensors has changed since it was written"):
         draft.pack()
     assert not (tmp_path / "posterior.safetensors").exists()

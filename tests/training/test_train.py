@@ -30,7 +30,7 @@ SHORT: dict[str, Any] = {
 SAMPLING = "csgld(cycles=1,samples_per_cycle=2,noise_epochs=2,temperature=1)"
 
 
-class Dropping(nn.Module):
+class DropoutNet(nn.Module):
     """A net with batch norm and dropout, whose random numbers torch draws."""
 
     def __init__(self, num_classes: int = 10, width: int = 4) -> None:
@@ -44,7 +44,7 @@ class Dropping(nn.Module):
         return self.head(self.body(x))
 
 
-class Late(Dropping):
+class InputDropoutNet(DropoutNet):
     """The same with dropout in front of it."""
 
     def __init__(self, num_classes: int = 10) -> None:
@@ -55,7 +55,7 @@ class Late(Dropping):
 DROPPING = f"{Path(__file__)}:Dropping"
 
 
-class Cut(TrainProgress):
+class StopAfterSteps(TrainProgress):
     """Stops a run after some steps, as a signal would."""
 
     def __init__(self, after: int) -> None:
@@ -93,8 +93,8 @@ def test_an_interrupted_run_resumes_to_the_same_weights(
     monkeypatch.setattr(loop, "SAVE_EVERY", -1.0)
     whole = train(method, out=tmp_path / "whole", **SHORT, **more)
     with pytest.raises(KeyboardInterrupt):
-        train(method, out=tmp_path / "cut", progress=Cut(after), **SHORT, **more)
-    watch = Cut(-1)
+        train(method, out=tmp_path / "cut", progress=StopAfterSteps(after), **SHORT, **more)
+    watch = StopAfterSteps(-1)
     again = train(method, out=tmp_path / "cut", progress=watch, **SHORT, **more)
     # Whoever is told of a step is told before the checkpoint that follows it is written.
     assert f"{after - 1} of 9 steps" in watch.messages[0]
@@ -109,7 +109,7 @@ def test_an_interrupted_run_resumes_to_the_same_weights(
 
 def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:
     first = train("standard", out=tmp_path / "run", **SHORT)
-    watch = Cut(1)
+    watch = StopAfterSteps(1)
     assert train("standard", out=tmp_path / "run", progress=watch, **SHORT) == first
     assert "finished" in watch.messages[0]
     with pytest.raises(UsageError, match="differs in arch, seed"):
@@ -210,7 +210,7 @@ def test_arrays_with_any_number_of_classes_and_channels_are_accepted(tmp_path: P
 
 
 @dataclass(frozen=True)
-class Exploding(Method):
+class InfiniteLoss(Method):
     """Returns a loss that is not finite."""
 
     info = Info("method", "exploding")
@@ -222,7 +222,7 @@ class Exploding(Method):
 
 def test_divergence_raises_run_error(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="the training has diverged"):
-        train(Exploding(), out=tmp_path / "run", members=1, **SHORT)
+        train(InfiniteLoss(), out=tmp_path / "run", members=1, **SHORT)
     assert not (tmp_path / "run" / "model.json").exists()
 
 
@@ -357,7 +357,7 @@ def test_invalid_options_are_refused(tmp_path: Path, more: dict[str, Any], sente
 
 def test_a_damaged_checkpoint_or_record_is_refused(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        train("standard", out=tmp_path / "run", progress=Cut(4), **SHORT)
+        train("standard", out=tmp_path / "run", progress=StopAfterSteps(4), **SHORT)
     (tmp_path / "run" / "checkpoint.pt").write_bytes(b"PK\x03\x04rubbish")
     with pytest.raises(UsageError, match="delete it to start again"):
         train("standard", out=tmp_path / "run", **SHORT)
