@@ -134,7 +134,7 @@ FAULTS = [
         "robustkit/attack_api/driver.py",
         (("leave = self.margin == torch.inf", "leave = self.margin > torch.inf"),),
         ROWS,
-        "asked_no_more",
+        "queried_no_more",
     ),
     Fault(
         "apgd: the first loss is compared with the start's, not with zero",

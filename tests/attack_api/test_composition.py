@@ -94,7 +94,7 @@ class Telling(Technique):
 
 @rules
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_every_rule_takes_all_its_steps_and_ends_inside(name, norm):
+def test_every_rule_takes_all_its_steps_and_ends_in_the_ball(name, norm):
     threat = ThreatModel.parse({"linf": "linf:1/16", "l2": "l2:1/2"}[norm])
     for dtype in (torch.float32, torch.float64):
         x = X.to(dtype)
@@ -113,7 +113,7 @@ def test_every_rule_takes_all_its_steps_and_ends_inside(name, norm):
 
 
 @rules
-def test_a_row_has_the_same_result_in_any_company(name):
+def test_the_result_of_a_row_is_independent_of_the_batch(name):
     attack = compose([make(name)])
     whole = run(attack)
     for order in ([2, 0, 3, 1], [3], [1, 2]):
@@ -123,7 +123,7 @@ def test_a_row_has_the_same_result_in_any_company(name):
 
 
 @pytest.mark.parametrize("goal", [GOAL, Goal(GOAL.labels)])
-def test_of_restarts_the_last_counts_that_reaches_the_goal(goal):
+def test_the_last_successful_restart_is_returned(goal):
     """As in section A.3 of the posterior attack: the surrogates say which, and without any the first stays."""
     threat = ThreatModel.parse("linf:1/4")
     attack = compose([make("pgd", steps=3, restarts=4, step_size="0.1eps")])
@@ -143,13 +143,13 @@ def test_of_restarts_the_last_counts_that_reaches_the_goal(goal):
 
 
 @rules
-def test_no_images_are_no_trouble(name):
+def test_an_empty_batch_is_accepted(name):
     empty = torch.arange(0)
     assert run(compose([make(name)]), x=X[empty], goal=GOAL.select(empty), rng=RNG.select(empty)).shape[0] == 0
 
 
 @rules
-def test_rows_without_gradient_rest_where_the_rule_began(name):
+def test_rows_without_gradient_stay_at_the_start_of_the_rule(name):
     def flat(x):
         live = (x > 0).flatten(1).all(1)[:, None]
         return torch.where(live, Net()(x), torch.zeros_like(x.flatten(1)[:, :3]) + 0 * x.sum())
@@ -163,7 +163,7 @@ def test_rows_without_gradient_rest_where_the_rule_began(name):
     assert (found[0] != x[0]).any()
 
 
-def test_the_dice_of_a_step_are_its_own():
+def test_each_step_has_its_own_random_draws():
     notes: list[Any] = []
     run(Composition(make("mi-fgsm", steps=3), (Telling("a", notes),)))
     assert [note[3] for note in notes if note[0] == "a"] == [1, 2, 3]
@@ -183,14 +183,14 @@ class Ahead:
         return {"x": state["x"] + 9, "point": state["point"] + 0.001}
 
 
-def test_the_end_is_the_point_and_not_the_next_question():
+def test_the_result_is_the_point_and_not_the_next_query():
     found = ascend(Ahead(), Net(), X, GOAL, THREAT, RNG)
     torch.testing.assert_close(found, X + 0.003, rtol=0, atol=1e-12)
     found = ascend(Ahead(steps=100), Net(), X, GOAL, THREAT, RNG)
     assert torch.equal(found, THREAT.project(X + 0.1, X))
 
 
-def test_nothing_of_the_caller_is_touched():
+def test_an_attack_changes_no_state_of_the_caller():
     x = X.clone().requires_grad_()
     found = run(compose([make("mi-fgsm")]), x=x)
     assert not found.requires_grad
@@ -219,7 +219,7 @@ def test_the_leftmost_technique_is_the_outermost():
     assert net.queries == [(4, True)] * 8  # 2 steps, 2 questions of each, 2 of each of these
 
 
-def test_an_oracle_remembers_one_run_only():
+def test_an_oracle_keeps_state_for_one_run_only():
     notes: list[Any] = []
     attack = Composition(make("i-fgsm", steps=3), (Telling("a", notes),))
     run(attack)
@@ -227,7 +227,7 @@ def test_an_oracle_remembers_one_run_only():
     assert [note[1] for note in notes if note[0] == "a"] == [1, 2, 3, 1, 2, 3]
 
 
-def test_a_rules_own_loop_asks_the_techniques():
+def test_a_rules_own_loop_uses_the_techniques():
     """CWA's inner loop, of 1 + 2 questions a step, asks the technique for each."""
     notes: list[Any] = []
     net = Net()
@@ -237,7 +237,7 @@ def test_a_rules_own_loop_asks_the_techniques():
     assert len(net.queries) == 2 * 2 * (2 + 1 + 1)
 
 
-def test_questions_of_one_step_have_dice_of_their_own():
+def test_queries_of_one_step_have_their_own_random_draws():
     rows = Rows(X, GOAL, THREAT, RNG.at(step=3), GOAL)
     streams = [
         split_rng(rows, "a"),
@@ -256,7 +256,7 @@ def test_questions_of_one_step_have_dice_of_their_own():
     assert split_rng(rows, "a").rng.step == 3
 
 
-def test_direct_is_the_surrogates_gradient_of_the_aim():
+def test_the_innermost_oracle_is_the_surrogates_gradient_of_the_aim():
     nets = Surrogates([Net(1), Net(2)])
     assert GOAL.targets is not None
     other = Goal(GOAL.targets)
@@ -271,7 +271,7 @@ def test_direct_is_the_surrogates_gradient_of_the_aim():
 # Composed by name.
 
 
-def test_compose_refuses_what_is_no_rule_of_ascent():
+def test_compose_refuses_attacks_that_are_no_rule():
     with pytest.raises(UsageError) as error:
         compose([make("apgd"), Telling("a", [])])
     assert str(error.value) == "apgd takes no techniques: use an ascent rule before '+', e.g. mi-fgsm+telling."
@@ -281,7 +281,7 @@ def test_compose_refuses_what_is_no_rule_of_ascent():
     assert {"fgsm", "i-fgsm", "mi-fgsm", "ni-fgsm", "pgd", "cwa", "mi-sam", "mi-cse"} <= set(RULES)
 
 
-def test_a_composition_says_what_it_is():
+def test_a_composition_has_a_name_and_a_spec():
     attack = compose(parse_attack("cwa(steps=3,order=random)", "linf"))
     assert attack.name == "cwa"
     assert attack.info.ascent
@@ -330,7 +330,7 @@ def test_attack_strings(text, expected):
         ("mi-fgsm(steps=3,steps=4)", "attack 'mi-fgsm(steps=3,steps=4)': field 'steps' is given twice."),
     ],
 )
-def test_bad_attack_strings_get_one_sentence(text, sentence):
+def test_bad_attack_strings_are_one_sentence(text, sentence):
     with pytest.raises(UsageError) as error:
         parse_attack(text, "linf")
     assert str(error.value).startswith(sentence)
@@ -338,7 +338,7 @@ def test_bad_attack_strings_get_one_sentence(text, sentence):
 
 
 @pytest.mark.parametrize("text", ["di", "vmi(copies=3)+di"])
-def test_a_technique_alone_is_told_where_it_stands(text):
+def test_a_technique_without_a_rule_is_refused(text):
     with pytest.raises(UsageError, match=f"write e.g. mi-fgsm[+]{re.escape(text)}"):
         parse_attack(text, "linf")
 
@@ -350,7 +350,7 @@ def test_a_technique_alone_is_told_where_it_stands(text):
         *("mi-fgsm(momentum=-1)", "pgn(radius=-1)", "rap(step_size=-1eps)"),
     ],
 )
-def test_nothing_goes_backwards(text):
+def test_negative_fields_are_refused(text):
     whole = text if text.startswith(("mi", "cwa")) else f"mi-fgsm+{text}"
     with pytest.raises(UsageError, match=r"must (not be negative|be (at least|from|above) 0)"):
         parse_attack(whole, "linf")
@@ -374,7 +374,7 @@ def test_techniques_and_recipes_are_named_after_their_file(kind):
         assert entry.summary.endswith((".", "`."))
 
 
-def test_every_rule_reads_nothing_but_the_gradient():
+def test_every_rule_reads_the_gradient_only():
     """An answer without logits and loss is enough, which is what lets techniques stand between."""
     for name in RULES:
         rule = make(name)

@@ -133,7 +133,7 @@ def test_masked_rows_get_no_gradient_and_the_same_logits():
     assert model.calls == [(4, True), *[(2, False), (2, True)] * 3, (4, False)]
 
 
-def test_rows_that_say_so_end_with_the_next_answer():
+def test_rows_that_request_the_end_end_after_the_next_query():
     model, x = Linear(), images()
     run(Drift([], steps=9, mask="last"), model, x, right(model, x))
     assert [count for count, _ in model.calls] == [4, 4, 3, 2, 1]
@@ -207,7 +207,7 @@ def test_draws_are_averaged():
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 10, 100])
 @pytest.mark.parametrize("large_start", [None, False, True])
-def test_apgds_plan_has_an_entry_for_every_answer(norm, steps, large_start):
+def test_apgds_plan_has_an_entry_for_every_query(norm, steps, large_start):
     from robustkit.attacks.gradient.apgd import _plan
 
     attack = make("apgd", steps=steps, large_start=large_start)
@@ -219,7 +219,7 @@ def test_apgds_plan_has_an_entry_for_every_answer(norm, steps, large_start):
         assert [factor for factor, begins, _, _ in plan if begins] == [3, 2, 1]
 
 
-def test_rows_at_different_steps_draw_their_own_numbers():
+def test_rows_at_different_steps_have_their_own_random_draws():
     rng = RowRng(0, "steps", torch.arange(3))
     mixed = rng.at(step=torch.tensor([5, 0, 7]))
     for row, step in enumerate((5, 0, 7)):
@@ -227,7 +227,7 @@ def test_rows_at_different_steps_draw_their_own_numbers():
         assert torch.equal(mixed.select(torch.tensor([row])).uniform(4)[0], mixed.uniform(4)[row])
 
 
-def test_a_row_that_succeeds_is_asked_no_more():
+def test_a_row_that_succeeds_is_queried_no_more():
     model, x = Linear(), images(6)
     labels = model(x).argmax(1)
     labels[:4] = (labels[:4] + 1) % 4  # these are where the attacker wants them from the first answer on

@@ -132,7 +132,7 @@ def test_a_mean_of_losses_has_the_mean_of_gradients():
 
 
 @combinations
-def test_a_member_of_another_input_size_gives_its_gradient_at_the_images_own(combine):
+def test_a_member_of_another_input_size_returns_gradients_of_the_images_size(combine):
     """Section F: the net behind `?size=` sees other images, and the gradient goes back through the resizing."""
 
     class Taller(torch.nn.Module):
@@ -189,7 +189,7 @@ def test_the_size_of_weights_does_not_matter(combine):
 
 
 @combinations
-def test_a_row_has_the_same_gradient_in_any_company(combine):
+def test_the_gradient_of_a_row_is_independent_of_the_batch(combine):
     x, goal = images(), GOALS["targeted"]
     for hold in (True, False):
         surrogates = Surrogates(NETS, combine, hold=hold)
@@ -205,7 +205,7 @@ def test_a_row_has_the_same_gradient_in_any_company(combine):
 
 @combinations
 @pytest.mark.parametrize("hold", [True, False])
-def test_some_members_are_an_ensemble_of_their_own(combine, hold):
+def test_a_subset_of_members_is_an_ensemble(combine, hold):
     x = images()
     surrogates = Surrogates(NETS, combine, (1, 2, 5), hold)
     for members in ([0], [2], [0, 2], [2, 1]):
@@ -228,7 +228,7 @@ def test_members_in_another_order_keep_their_weights(combine, together):
 
 
 @combinations
-def test_weights_of_the_moment_are_taken_as_they_are_for_each_row(combine):
+def test_weights_per_row_are_used_unchanged(combine):
     x = images()
     weights = 0.1 + torch.rand(3, ROWS, generator=torch.Generator().manual_seed(3)).double()
     found = gradient(Surrogates(NETS, combine), x, weights=weights)
@@ -251,7 +251,7 @@ def test_weights_of_1_make_a_sum_of_logits():
     close(gradient(Surrogates(NETS), x, weights=torch.ones(3)), torch.autograd.grad(loss, point)[0])
 
 
-def test_a_weight_of_the_moment_may_be_zero():
+def test_a_weight_per_row_may_be_zero():
     x = images()
     for combine in COMBINATIONS:
         found = gradient(Surrogates(NETS, combine), x, weights=torch.tensor([0.0, 1.0, 0.0]))
@@ -260,7 +260,7 @@ def test_a_weight_of_the_moment_may_be_zero():
 
 @combinations
 @pytest.mark.parametrize("words", [{}, {"hold": False}, {"together": all_at_once(NETS)}])
-def test_weights_may_be_made_of_the_logits_at_the_point(combine, words):
+def test_weights_may_be_computed_from_the_logits(combine, words):
     x, seen = images(), []
 
     def weigh(logits):
@@ -277,7 +277,7 @@ def test_weights_may_be_made_of_the_logits_at_the_point(combine, words):
 
 
 @combinations
-def test_the_answer_is_one_model_s(combine):
+def test_surrogates_are_called_as_one_model(combine):
     x = images()
     logits = torch.stack([net(x) for net in NETS])
     shares = torch.tensor([1.0, 2.0, 5.0]).double()[:, None, None] / 8
@@ -291,7 +291,7 @@ def test_the_answer_is_one_model_s(combine):
         close(found, (shares * logits).sum(0))
 
 
-def test_the_answer_of_each_member():
+def test_logits_of_each_member():
     x = images().requires_grad_()
     surrogates = Surrogates(NETS, weights=(1, 2, 5))
     found = surrogates.logits(x)
@@ -327,7 +327,7 @@ def test_probabilities_are_finite_at_any_logits(size, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("size", [1e-43, 1e-38, 1e-30, 1e-3, 1.0, 1e30, 3e38])
-def test_scaled_rows_have_mean_size_1_whatever_they_had(size, dtype):
+def test_normalised_rows_have_mean_size_1(size, dtype):
     rows = images(4).to(dtype) - 0.5
     rows[1] *= size
     rows[2] = 0
@@ -338,7 +338,7 @@ def test_scaled_rows_have_mean_size_1_whatever_they_had(size, dtype):
     assert torch.equal(found[0], mean_normalised(rows[:1])[0])
 
 
-def test_a_member_with_tiny_gradients_weighs_as_much_as_another():
+def test_a_member_with_tiny_gradients_has_the_same_weight():
     x = images()
     nets: list[Any] = [NETS[0], lambda x: 1e-30 * NETS[1](x)]
     found = gradient(Surrogates(nets, "gradients"), x, loss="margin")
@@ -399,7 +399,7 @@ def test_what_a_gradient_costs_and_in_which_order(combine, hold, expected):
     assert log == ["look"] * 3
 
 
-def test_nothing_is_touched_and_gradients_are_on_where_the_caller_had_them_off():
+def test_gradients_are_computed_under_no_grad_and_no_state_is_changed():
     x = images()
     kept = x.clone()
     net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(SIZE, CLASSES)).double()
@@ -455,7 +455,7 @@ def test_one_member_is_on_the_device_at_a_time(combine):
 
 @combinations
 @pytest.mark.parametrize("hold", [True, False])
-def test_what_is_around_a_forward_gets_the_model_and_the_dice(combine, hold):
+def test_forward_hooks_get_the_model_and_its_random_draws(combine, hold):
     seen: list[Any] = []
 
     def hook(number):
@@ -497,7 +497,7 @@ def test_what_is_around_a_forward_gets_the_model_and_the_dice(combine, hold):
         ),
     ],
 )
-def test_what_cannot_be_meant_gets_one_sentence(words, sentence):
+def test_invalid_surrogates_are_refused_in_one_sentence(words, sentence):
     with pytest.raises(UsageError) as error:
         Surrogates(**{"members": NETS, **words})
     assert str(error.value).startswith(sentence)

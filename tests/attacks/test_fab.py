@@ -88,7 +88,7 @@ def test_planes_out_of_reach_end_in_a_corner(norm):
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_no_box_in_the_way_is_the_dual_norms_formula(norm):
+def test_without_the_box_the_shift_is_the_dual_norms_formula(norm):
     draw = torch.Generator().manual_seed(2)
     points, weight = torch.full((5, 40), 0.5), torch.randn(5, 40, generator=draw)
     value = torch.tensor([0.1, -0.1, 0.01, 0.3, -0.3])
@@ -98,7 +98,7 @@ def test_no_box_in_the_way_is_the_dual_norms_formula(norm):
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_flat_rows_stay_and_rows_are_alone(norm):
+def test_rows_without_gradient_do_not_move_and_rows_are_independent(norm):
     points, weight, value = case(6, 9, 3, reach=0.4)
     weight[2] = 0
     shift = to_plane(points, weight, value, norm)
@@ -124,7 +124,7 @@ def test_float32_of_an_images_size(norm):
     )
 
 
-def test_a_target_s_lead_is_exact_and_its_gradient_counts_the_classes_in_the_way():
+def test_a_targets_margin_is_exact_and_its_gradient_is_shared_by_tied_classes():
     logits = torch.tensor(
         [[4.0, 4.0, 1.0, -9.0], [4.0, 0.0, 1.0, -9.0], [0.0, 2.5, 3.0, -9.0]], requires_grad=True
     )

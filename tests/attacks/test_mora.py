@@ -58,7 +58,7 @@ def test_copies_of_one_net_are_that_net(combine, restart) -> None:
     assert one.abs().sum(1).gt(0).all()
 
 
-def test_weights_are_those_of_the_formula_and_the_fooled_have_none() -> None:
+def test_weights_follow_the_formula_and_fooled_members_have_none() -> None:
     """By hand for two members and three classes."""
     stack = torch.tensor([[[2.0, 1.0, 0.0], [0.0, 1.0, 0.5]]], dtype=torch.float64)
     labels = torch.tensor([0])
@@ -70,7 +70,7 @@ def test_weights_are_those_of_the_formula_and_the_fooled_have_none() -> None:
     torch.testing.assert_close(weights, torch.stack([first, first * 0])[None])
 
 
-def test_a_member_that_is_surely_wrong_does_not_stop_the_others() -> None:
+def test_a_confidently_wrong_member_does_not_stop_the_others() -> None:
     """The mean of probabilities has no slope there; MORA has."""
     stack = torch.tensor([[[60.0, 0.0, 1.0], [50.0, 0.0, 2.0], [0.0, 90.0, 0.0]]])
     labels = torch.tensor([0])
@@ -81,7 +81,7 @@ def test_a_member_that_is_surely_wrong_does_not_stop_the_others() -> None:
     assert torch.autograd.grad(whole.sum(), plain)[0][0, :2].abs().sum() < 1e-6
 
 
-def test_targets_pull_and_unknown_words_are_refused() -> None:
+def test_targeted_attacks_move_towards_the_target_and_unknown_options_are_refused() -> None:
     stack, labels = draw()
     targets = (labels + 1) % 5
     point = stack.clone().requires_grad_()
@@ -92,7 +92,7 @@ def test_targets_pull_and_unknown_words_are_refused() -> None:
         make("mora", combine="mean")
 
 
-def test_towards_a_target_mean_logits_count_alone() -> None:
+def test_targeted_attacks_use_mean_logits_only() -> None:
     """A.10: lambda = 0 in that mode, and a half in the others."""
     stack, labels = draw()
     goal = rows_of(labels, targets=(labels + 1) % 5)

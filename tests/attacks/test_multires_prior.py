@@ -85,7 +85,7 @@ def test_no_scale_is_refused() -> None:
         make("multires-prior", scales=2, skip=2)
 
 
-def test_it_crafts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_prior_crafts_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With a technique, which takes its gradients."""
     command = ["craft", "--limit", "8", "--threat", "linf:0.2", "--out", str(tmp_path)]
     assert run([*command, "--attack", "multires-prior(steps=4,skip=1)+di"]) == 0
@@ -93,7 +93,7 @@ def test_it_crafts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "4 gradients" in capsys.readouterr().out
 
 
-def test_pictures_are_what_the_model_takes_them_for(tmp_path: Path) -> None:
+def test_generated_images_are_classified_as_their_class(tmp_path: Path) -> None:
     import generate_images
 
     model = load_model("robustkit:digits-cnn")

@@ -180,7 +180,7 @@ def test_swag_fits_the_last_epochs() -> None:
     assert torch.allclose(found.std(0) / spread, torch.ones_like(spread), atol=0.2)
 
 
-def test_mba_keeps_as_many_as_there_are_and_draws_a_diagonal_normal() -> None:
+def test_mba_stores_all_samples_and_draws_from_a_diagonal_normal() -> None:
     method = make_method("mba", collect_epochs=2, draws=400)
     assert len(steps_kept(method)) == 20
     assert len(steps_kept(make_method("mba", collect_epochs=2, snapshots=7))) == 7
@@ -190,7 +190,7 @@ def test_mba_keeps_as_many_as_there_are_and_draws_a_diagonal_normal() -> None:
     assert torch.allclose(drawn.std(0) / (1.5 * spread), torch.ones_like(spread), atol=0.2)
 
 
-def test_the_rate_of_fine_tuning_is_the_papers_but_on_small_sets() -> None:
+def test_the_fine_tuning_rate_is_the_papers_except_on_small_sets() -> None:
     method = make_method("mba")
     for samples, share in ((50_000, 0.5), (1437, 0.1)):
         plan = replace(PLAN, samples=samples, lr=0.1)
@@ -266,7 +266,7 @@ def test_flatness_at_a_stationary_point_is_finite() -> None:
         ("deep-ensemble", {"momentum": 2}, PLAN, "momentum=2 must be at least 0 and below 1"),
     ],
 )
-def test_what_cannot_be_is_refused(name: str, fields: dict[str, Any], plan: Plan, word: str) -> None:
+def test_invalid_options_are_refused(name: str, fields: dict[str, Any], plan: Plan, word: str) -> None:
     with pytest.raises(UsageError, match=word.replace("(", r"\(")):
         make_method(name, **fields).check_plan(plan)
 

@@ -127,7 +127,7 @@ def test_di_resizes_as_torch_does_and_pads(size, place):
     torch.testing.assert_close(x @ matrix[0].T, F.pad(resized, (start, 10 - size - start)))
 
 
-def test_di_changes_about_as_many_as_p_says_each_its_own_way():
+def test_di_transforms_a_share_p_of_rows_each_with_its_own_draws():
     x = images(0, (1, 1, 20, 20)).expand(400, -1, -1, -1)
     rows = Rows(x, UNUSED, LINF, RowRng(0, "di", torch.arange(400)), UNUSED)
     moved = DI(p=0.3)._transform(rows, x, 0)
@@ -337,7 +337,7 @@ def test_pgn_is_the_mean_of_both_gradients():
 
 
 @pytest.mark.parametrize("threat", ["linf:0.1", "l2:1", "l1:10"])
-def test_rap_asks_where_the_loss_is_lower_and_near(threat):
+def test_rap_queries_a_near_point_of_lower_loss(threat):
     surrogates, rows = problem(ThreatModel.parse(threat))
     seen = []
 
@@ -467,7 +467,7 @@ def test_triage_weighs_by_margins_in_spreads_of_logits(targeted):
             torch.testing.assert_close(found[:, row], weights / weights.sum())
 
 
-def test_triage_gives_members_up_for_good_but_never_all():
+def test_triage_drops_members_permanently_but_never_all():
     surrogates, rows = problem(members=2)
     oracle: Any = Triage(stake=1.0).wrap(SurrogateOracle(surrogates, "ce", steps=4))
     labels = rows.goal.labels
@@ -495,7 +495,7 @@ def test_smer_of_one_member_and_round_is_the_rule_itself():
     torch.testing.assert_close(found, attacked(surrogates, rows))
 
 
-def test_smer_asks_every_member_once_a_round():
+def test_smer_queries_every_member_once_a_round():
     surrogates, rows = problem(members=3)
     queried = []
 
@@ -571,7 +571,7 @@ def test_costs(text, gradients):
         ("square+di", "takes no techniques"),
     ],
 )
-def test_what_cannot_be_meant_is_one_sentence(text, message):
+def test_invalid_options_are_one_sentence(text, message):
     with pytest.raises(UsageError, match=message) as error:
         compose(parse_attack(text, "linf"))
     assert "\n" not in str(error.value)

@@ -109,7 +109,7 @@ def test_windows_reach_every_pixel():
     assert (state["x"] != state["best"]).any(0).all()
 
 
-def test_patience_goes_by_what_the_gradients_reached():
+def test_patience_depends_on_the_margin_that_gradients_reached():
     x = torch.full((5, 1, 6, 7), 0.5)
     labels = torch.zeros(5, dtype=torch.int64)
     # The clean margin is -2 everywhere; gradients came to -1, but for the last row, where they came nowhere.

@@ -58,7 +58,7 @@ def test_a_draft_is_not_opened_through_a_link(
     assert victim.read_bytes() == b"the user's own"
 
 
-def test_an_error_leaves_the_old_file_and_no_draft(tmp_path: Path) -> None:
+def test_an_error_keeps_the_old_file_and_leaves_no_temporary_file(tmp_path: Path) -> None:
     write(tmp_path / "a", b"old")
     with pytest.raises(TypeError), replacing(tmp_path / "a") as file:
         cast(Any, file).write("no bytes")

@@ -202,7 +202,7 @@ def extended(key: bytes, value: bytes) -> bytes:
         (header(b"a.png", 512, b"S") + bytes(512), "a.png is a sparse file, which is not read"),
     ],
 )
-def test_lengths_that_lead_nowhere_are_refused(content: bytes, sentence: str, tmp_path: Path) -> None:
+def test_impossible_lengths_are_refused(content: bytes, sentence: str, tmp_path: Path) -> None:
     (tmp_path / "0.tar").write_bytes(content + bytes(1024))
     with pytest.raises(UsageError, match=rf"^{tmp_path}/0.tar cannot be read as a tar file \({sentence}"):
         load(tmp_path / "0.tar")
@@ -320,7 +320,7 @@ def test_the_next_block_is_read_while_one_is_used_and_no_more() -> None:
     assert not any(thread.name.startswith("read-ahead") for thread in threading.enumerate())
 
 
-def test_all_blocks_come_and_an_error_comes_in_its_place() -> None:
+def test_an_error_is_raised_at_its_block_after_the_blocks_before() -> None:
     samples = Samples("watched", np.zeros(8, np.int64), None, Watched(), np.array([0, 1, 2, 3, 4, 5, -1, -1]))
     found = read_ahead(samples, blocks(4))
     assert [next(found)[0][0] for _ in range(3)] == [0, 2, 4]
@@ -329,7 +329,7 @@ def test_all_blocks_come_and_an_error_comes_in_its_place() -> None:
     assert list(read_ahead(samples, [])) == []
 
 
-def test_arrays_are_read_when_their_turn_comes() -> None:
+def test_arrays_in_memory_are_read_without_a_thread() -> None:
     samples = from_arrays(torch.rand(6, 1, 2, 2), torch.zeros(6, dtype=torch.int64))
     assert [x.shape[0] for _, x in read_ahead(samples, blocks(3))] == [2, 2, 2]
     assert not any(thread.name.startswith("read-ahead") for thread in threading.enumerate())

@@ -121,7 +121,7 @@ def test_a_wrong_checksum_says_so(name: str, tmp_path: Path, monkeypatch: pytest
         load_data(name, root=tmp_path)
 
 
-def test_download_is_asked_of_torchvision_and_keeps_stdout_clean(
+def test_download_uses_torchvision_and_keeps_stdout_clean(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fetch(self: Any) -> None:
@@ -152,7 +152,7 @@ def test_an_array_file_of_a_set_has_the_fingerprint_of_the_set(tmp_path: Path) -
     assert load_data(str(file)).fingerprint == load_data("cifar10", root=tmp_path).fingerprint
 
 
-def test_warnings_of_old_pickles_stay_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_warnings_of_old_pickles_are_suppressed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_all(tmp_path)
     real = pickle.load
 

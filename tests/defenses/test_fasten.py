@@ -143,7 +143,7 @@ def test_plain_epochs_come_first_and_remember_nothing() -> None:
     )
 
 
-def test_what_makes_no_sense_is_refused() -> None:
+def test_invalid_options_are_refused() -> None:
     with pytest.raises(UsageError, match="--members must be at least 2, got 1"):
         fasten().check_plan(replace(PLAN, members=1))
     with pytest.raises(UsageError, match="baseline"):

@@ -54,7 +54,7 @@ def test_logits_of_the_box_are_within(channels: int) -> None:
         torch.testing.assert_close(same[1], model(x))
 
 
-def test_exact_on_a_linear_net() -> None:
+def test_bounds_are_exact_on_a_linear_net() -> None:
     model, x = nn.Sequential(nn.Flatten(), nn.Linear(12, 3)), torch.full((2, 1, 3, 4), 0.5)
     lower, upper = bounds(model, x, 0.1)
     reach = 0.1 * model[1].weight.abs().sum(1)

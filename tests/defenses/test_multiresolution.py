@@ -158,7 +158,7 @@ def test_content_is_a_hash() -> None:
 
 
 @pytest.mark.parametrize("policy", ["Frozen", "fresh:1", "calm:1", "frozen:x", ""])
-def test_a_policy_that_is_none(policy: str) -> None:
+def test_an_unknown_policy_is_refused(policy: str) -> None:
     with pytest.raises(UsageError, match="noise"):
         Noise.parse(policy)
 

@@ -308,7 +308,7 @@ def test_a_run_says_that_there_is_no_gradient() -> None:
     assert {"zero-gradient", "no-gradient"} <= {flag.code for flag in report.flags}
 
 
-def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_defenses_work_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["robustkit:digits-cnn?defense=jpeg:75", "--limit", "16", "--out", str(tmp_path), "--no-html"]
     assert run(["evaluate", *command, "--suite", "fgsm,square(queries=60)"]) == 0
     assert "zero-gradient" in capsys.readouterr().out
@@ -334,7 +334,7 @@ class Startled(torch.nn.Module):
         return torch.where(touched[:, None], logits.roll(1, 1), logits)
 
 
-def test_a_random_models_other_draws_are_no_bad_records(tmp_path: Path) -> None:
+def test_other_draws_of_a_random_defense_verify(tmp_path: Path) -> None:
     from robustkit import load_data
 
     data = load_data("digits:test").head(24)

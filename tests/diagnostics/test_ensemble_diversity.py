@@ -148,7 +148,7 @@ def test_any_of_several_sets_is_their_union() -> None:
     assert worst([]) is None
 
 
-def test_images_that_leave_change_no_number() -> None:
+def test_finished_rows_do_not_change_the_result() -> None:
     """The union over restarts that run to their end on all images is the same."""
     panel = EnsembleMembers(ensemble(NETS), torch.device("cpu"))
     rng = RowRng(3, "diversity/attack", torch.arange(32))
@@ -237,7 +237,7 @@ def test_samples_of_a_posterior_are_members_too(tmp_path: Path) -> None:
     assert one.cost.backwards == other.cost.backwards > 0
 
 
-def test_what_cannot_be_compared_is_refused() -> None:
+def test_invalid_comparisons_are_refused() -> None:
     single = load_model("robustkit:digits-cnn")
     with pytest.raises(UsageError, match="no members to compare"):
         diversity(single, DATA, None, THREAT, device="cpu")

@@ -90,7 +90,7 @@ def says(body: Any, again: Any) -> bool:
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_what_is_accepted_says_the_same(name: str, runs: Path) -> None:
+def test_accepted_records_have_the_same_values(name: str, runs: Path) -> None:
     text = (runs / name).read_text()
     assert KINDS[name](json.loads(text)).to_json() == json.loads(text)
 
@@ -105,7 +105,7 @@ def test_what_is_accepted_says_the_same(name: str, runs: Path) -> None:
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_reading_verbs(name: str, runs: Path, tmp_path: Path) -> None:
+def test_verbs_that_read_changed_records_end_in_one_sentence(name: str, runs: Path, tmp_path: Path) -> None:
     content = (runs / name).read_bytes()
     changes = damaged(content)
     if name.endswith((".json", ".jsonl")):

@@ -28,7 +28,7 @@ def written(run: Path, count: int = 4) -> tuple[list[dict[str, torch.Tensor]], P
     return states, draft.pack()
 
 
-def test_samples_come_back(tmp_path: Path) -> None:
+def test_samples_round_trip(tmp_path: Path) -> None:
     states, posterior = written(tmp_path)
     assert len(posterior) == 4
     assert not (tmp_path / "samples").exists()
@@ -63,7 +63,7 @@ def test_put_is_state(tmp_path: Path) -> None:
     assert torch.equal(double[0].weight.float(), posterior.state(1)["0.weight"])
 
 
-def test_reopened_it_is_the_same(tmp_path: Path) -> None:
+def test_a_reopened_posterior_is_the_same(tmp_path: Path) -> None:
     _, posterior = written(tmp_path)
     again = Posterior.open(tmp_path)
     assert again.sha256 == posterior.sha256
@@ -73,7 +73,7 @@ def test_reopened_it_is_the_same(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e-12, 1.0, 1e12, 1e30])
-def test_nothing_under_or_overflows(tmp_path: Path, size: float) -> None:
+def test_values_do_not_underflow_or_overflow(tmp_path: Path, size: float) -> None:
     draft = Draft(tmp_path)
     values = [size * torch.tensor([[1.0, -3e-4, 1e-8], [k, 0.5, 0.0]]) for k in range(3)]
     for value in values:
@@ -93,7 +93,7 @@ def test_equal_samples_are_kept_exactly(tmp_path: Path) -> None:
     assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
 
 
-def test_a_variance_stays_one(tmp_path: Path) -> None:
+def test_variances_are_not_negative_after_packing(tmp_path: Path) -> None:
     """A channel that is dead in one sample: its variance must not become negative by rounding."""
     for value in (1e-9, 0.3, 0.29):
         Draft(tmp_path).add({"running_var": torch.tensor([value, 100.0])})
@@ -139,7 +139,7 @@ def test_the_file_is_plain_safetensors(tmp_path: Path) -> None:
     assert tensors["exact/1.num_batches_tracked"].shape == (4,)
 
 
-def test_what_cannot_be_written(tmp_path: Path) -> None:
+def test_invalid_states_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="no posterior sample"):
         Draft(tmp_path).pack()
     with pytest.raises(RunError, match="NaN or infinite values in 'w'"):
@@ -150,7 +150,7 @@ def test_what_cannot_be_written(tmp_path: Path) -> None:
         Draft(tmp_path).pack()
 
 
-def test_what_cannot_be_read(tmp_path: Path) -> None:
+def test_invalid_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no posterior"):
         Posterior.open(tmp_path)
     safetensors.torch.save_file({"w": torch.ones(2)}, tmp_path / FILE)

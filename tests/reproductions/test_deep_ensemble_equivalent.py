@@ -25,7 +25,7 @@ NETS = {1: hits(0.4), 2: hits(0.6), 5: hits(0.9)}
     ("share", "value"),
     [(0, 0), (0.2, 0.5), (0.4, 1), (0.5, 1.5), (0.6, 2), (0.75, 3.5), (0.9, 5), (0.95, math.inf)],
 )
-def test_it_lies_between_the_counts_tried(share: float, value: float) -> None:
+def test_t_dee_lies_between_the_measured_counts(share: float, value: float) -> None:
     found = deep_ensemble_equivalent(NETS, hits(share))
     assert found.value == pytest.approx(value)
     assert found.low <= found.value <= found.high
@@ -49,11 +49,11 @@ def test_more_nets_that_do_worse_are_noise() -> None:
     assert deep_ensemble_equivalent({1: hits(0.5), 2: hits(0.4), 3: hits(0.7)}, hits(0.6)).value == 2.5
 
 
-def test_words() -> None:
+def test_t_dee_is_printed_as_text() -> None:
     assert str(Equivalent(4.24, 3.5, math.inf, 5)) == "4.2 (3.5 – >5)"
 
 
-def test_the_interval_holds() -> None:
+def test_the_interval_covers_the_true_value() -> None:
     """Over samples of images from a population of known success, 95 % intervals hold the truth about as often."""
     rng = np.random.default_rng(0)
     truth = {1: 0.3, 2: 0.5, 4: 0.8}

@@ -13,7 +13,7 @@ SMALL = "--scale digits --nets 2 --cycles 2 --epochs 4 --images 40 --steps 6 --t
 
 
 @pytest.mark.slow
-def test_digits(tmp_path: Path) -> None:
+def test_the_tables_of_digits_are_complete_and_a_run_resumes(tmp_path: Path) -> None:
     def run() -> tuple[str, str]:
         command = [sys.executable, str(SCRIPT), *SMALL.split(), "--out", str(tmp_path)]
         done = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -19,7 +19,7 @@ def run(out: Path, *words: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def test_what_falls_at_one_eps_does_not_stand_at_the_next() -> None:
+def test_an_image_fooled_at_one_eps_is_fooled_at_larger_ones() -> None:
     """A-P15: a larger eps never raises the accuracy."""
     spec = importlib.util.spec_from_file_location("reproduce_dverge", SCRIPT)
     assert spec is not None
