@@ -248,7 +248,7 @@ def test_flatness_at_a_stationary_point_is_finite() -> None:
 @pytest.mark.parametrize(
     ("name", "fields", "plan", "word"),
     [
-        ("csgld", {"cycles": 5}, PLAN, "12 epochs are not 5 equal cycles"),
+        ("csgld", {"cycles": 5}, PLAN, "12 epochs cannot be divided into 5 equal cycles"),
         ("csgld", {"cycles": 6, "samples_per_cycle": 3}, PLAN, "samples_per_cycle=3 is more than the 2 epochs"),
         ("csghmc", {"cycles": 2, "momentum": 1.0}, PLAN, "csghmc: momentum=1.0"),
         ("csgld", {"cycles": 2, "temperature": -1}, PLAN, "temperature=-1 must be at least 0"),

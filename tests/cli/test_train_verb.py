@@ -183,7 +183,7 @@ def test_every_field_of_a_method_is_a_flag(
         (["standard", "--warmup", "-1"], "warmup=-1 must be from 0 to 1"),
         (["lgv", "--snapshots-per-epoch", "0"], "snapshots_per_epoch=0 must be at least 1"),
         (["csgld", "--cycles", "0"], "cycles=0 must be at least 1"),
-        (["csgld", "--cycles", "7", "--epochs", "8"], "8 epochs are not 7 equal cycles"),
+        (["csgld", "--cycles", "7", "--epochs", "8"], "8 epochs cannot be divided into 7 equal cycles"),
     ],
 )
 def test_bad_input_is_one_sentence(
