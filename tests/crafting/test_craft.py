@@ -126,7 +126,9 @@ def test_images_are_independent_of_the_batch_size(attack: str, data: tuple[torch
 def test_targeted_crafting_records_goals_and_success(choice: str, data: tuple[torch.Tensor, torch.Tensor]) -> None:
     x, y = data
     found = [
-        craft([DoubleNet(1)], x, y, "linf:0.5", attack="mi-fgsm(steps=5)", targeted=choice, batch_size=size, seed=3)
+        craft(
+            [DoubleNet(1)], x, y, "linf:0.5", attack="mi-fgsm(steps=5)", targeted=choice, batch_size=size, seed=3
+        )
         for size in (5, 21)
     ]
     goals = found[0].goals

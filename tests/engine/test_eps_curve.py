@@ -108,7 +108,8 @@ def test_curves_of_all_misclassified_and_of_all_robust_images() -> None:
 
 
 def test_distances_are_independent_of_the_batch_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    net, x, y = (part[:15] if isinstance(part, torch.Tensor) else part for part in linear("l2")[:3])
+    net, x, y, _ = linear("l2")
+    x, y = x[:15], y[:15]
     whole = found(evaluate(net, x, y, "l2:0.02", suite="pgd(steps=5)", curve=True))
     monkeypatch.setattr(engine, "BATCH_SIZE", 7)
     parts = found(evaluate(net, x, y, "l2:0.02", suite="pgd(steps=5)", curve=True))
