@@ -9,7 +9,9 @@ import numpy as np
 
 from robustkit.core.flags import Flag
 from robustkit.runs import run_folder
-from robustkit.runs.evaluation_record import Cost, Outcome, Rate, Report, RunSpec, Stage, dumps
+from robustkit.runs.evaluation_record import Report
+from robustkit.runs.report_parts import Cost, Outcome, Rate, Stage
+from robustkit.runs.spec import RunSpec, dumps
 
 FLAG = Flag(
     "zero-gradient", "warning", 7, "the gradient is zero for some images", "run an attack without gradients"

@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 
 from robustkit.core.flags import Flag
-from robustkit.runs.evaluation_record import CHANCE, Rate
+from robustkit.runs.evaluation_record import CHANCE
+from robustkit.runs.report_parts import Rate
 
 
 def chance_accuracy(correct: int, labels: Sequence[int], classes: int, model: str = "") -> Flag | None:

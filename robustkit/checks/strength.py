@@ -9,7 +9,7 @@ from fractions import Fraction
 from robustkit.checks.probe import Probe
 from robustkit.core.flags import Flag, passed, unmeasured
 from robustkit.core.threat import ThreatModel
-from robustkit.runs.evaluation_record import Stage
+from robustkit.runs.report_parts import Stage
 
 SQUARE_GAIN = 0.002
 # If attacks on views of a model fool this share of the images more, its own gradients are not reliable.

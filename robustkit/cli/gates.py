@@ -15,7 +15,7 @@ from robustkit.core.errors import UsageError, did_you_mean, one_line
 
 if TYPE_CHECKING:
     from robustkit.core.flags import Flag
-    from robustkit.runs.evaluation_record import Rate
+    from robustkit.runs.report_parts import Rate
 
 ON_FLAG = "--fail-on-flag"
 ANY = "any"

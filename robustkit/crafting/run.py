@@ -25,10 +25,10 @@ from robustkit.engine.progress import Progress
 from robustkit.runs import run_folder
 from robustkit.runs.craft_record import Craft, Forecast, Judgement, Point, Saved
 from robustkit.runs.environment import environment
-from robustkit.runs.evaluation_record import Rate
 from robustkit.runs.examples import arrays, evenly
 from robustkit.runs.ledger import Ledger
 from robustkit.runs.opening import open_for_writing, require_writable
+from robustkit.runs.report_parts import Rate
 from robustkit.runs.unfinished_work import Store
 from robustkit.runs.versions import noted
 

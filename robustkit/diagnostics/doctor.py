@@ -25,7 +25,7 @@ from robustkit.engine.model.instrumented_model import InstrumentedModel
 from robustkit.engine.model.profiling import measure
 from robustkit.models.classifier import Classifier
 from robustkit.registry import DEFAULT_SUITE, parse_suite
-from robustkit.runs.evaluation_record import Cost
+from robustkit.runs.report_parts import Cost
 
 
 @dataclass(frozen=True)

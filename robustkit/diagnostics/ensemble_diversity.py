@@ -33,8 +33,8 @@ from robustkit.models.layers.features import depth, distil
 from robustkit.runs import run_folder
 from robustkit.runs.diversity_record import Bounds, Diversity, DiversitySpec
 from robustkit.runs.environment import environment
-from robustkit.runs.evaluation_record import Cost, Rate
 from robustkit.runs.opening import open_for_writing
+from robustkit.runs.report_parts import Cost, Rate
 from robustkit.training import ensemble_utils
 
 # The published protocol: pairs per random layer, and the distillation.

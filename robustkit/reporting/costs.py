@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from robustkit.reporting.names import stage_names
-from robustkit.runs.evaluation_record import Rate, Report
+from robustkit.runs.evaluation_record import Report
+from robustkit.runs.report_parts import Rate
 
 
 @dataclass(frozen=True)

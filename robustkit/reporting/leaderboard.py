@@ -11,7 +11,9 @@ from robustkit.core.errors import UsageError
 from robustkit.core.flags import Flag
 from robustkit.core.schema import FORMAT
 from robustkit.reporting.paired import compare
-from robustkit.runs.evaluation_record import Rate, Report, dumps
+from robustkit.runs.evaluation_record import Report
+from robustkit.runs.report_parts import Rate
+from robustkit.runs.spec import dumps
 
 # The title of the models with flags of level warning or error.
 FLAGGED_TITLE = "ranked separately: flags say that these numbers may be too high"

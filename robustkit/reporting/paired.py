@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass
 
 from robustkit.core.errors import UsageError
-from robustkit.runs.evaluation_record import Rate, Report
+from robustkit.runs.evaluation_record import Report
+from robustkit.runs.report_parts import Rate
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from robustkit.core.flags import Flag
 from robustkit.core.intervals import prediction_interval
 from robustkit.core.limits import Limits
 from robustkit.core.schema import FORMAT, Amount, Count, Keys, OneOf, Positive, Share, build, check_format
-from robustkit.runs.evaluation_record import Data, Environment, Format, Model, Named, Rate, Spec, dumps
+from robustkit.runs.report_parts import Rate
+from robustkit.runs.spec import Data, Environment, Format, Model, Named, Spec, dumps
 
 # How the target class of an image is chosen.
 CHOICES = ("next", "random", "least-likely")

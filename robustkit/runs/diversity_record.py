@@ -9,7 +9,8 @@ from typing import Annotated, Any
 
 from robustkit.core.flags import Flag
 from robustkit.core.schema import FORMAT, Count, OneOf, Positive, build, check_format
-from robustkit.runs.evaluation_record import Cost, Data, Environment, Format, Model, Rate, Spec, dumps
+from robustkit.runs.report_parts import Cost, Rate
+from robustkit.runs.spec import Data, Environment, Format, Model, Spec, dumps
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 from robustkit.core.errors import UsageError
 from robustkit.core.schema import FORMAT
-from robustkit.runs.evaluation_record import dumps
+from robustkit.runs.spec import dumps
 
 DEVICES = (1, 8, 64)
 MAX_DEVICES = 1024

@@ -18,7 +18,7 @@ from robustkit.core.errors import RunError, UsageError
 from robustkit.core.flags import Flag
 from robustkit.core.schema import checked, parse
 from robustkit.core.writing import refuse_link
-from robustkit.runs.evaluation_record import dumps
+from robustkit.runs.spec import dumps
 
 SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);

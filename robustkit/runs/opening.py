@@ -14,9 +14,9 @@ from robustkit.core.writing import DRAFT, is_read_only, remove_drafts, unlink_li
 from robustkit.posterior import FILE as POSTERIOR
 from robustkit.posterior.draft import FOLDER as SAMPLES
 from robustkit.runs import run_folder
-from robustkit.runs.evaluation_record import dumps
 from robustkit.runs.ledger import FILES, Ledger
 from robustkit.runs.run_folder import Spec
+from robustkit.runs.spec import dumps
 from robustkit.runs.training_record import CHECKPOINTS, CURVES, KEPT, METRICS, RECORD, WEIGHTS
 
 LOCK = ".lock"

@@ -17,7 +17,8 @@ from robustkit.core.writing import replacing, write
 from robustkit.data.sources.archive import DAMAGE, member
 from robustkit.runs.craft_record import Craft, CraftSpec, Matrix
 from robustkit.runs.diversity_record import Diversity, DiversitySpec
-from robustkit.runs.evaluation_record import Report, RunSpec, dumps
+from robustkit.runs.evaluation_record import Report
+from robustkit.runs.spec import RunSpec, dumps
 from robustkit.runs.training_record import METRICS, RECORD, Epoch, Trained, TrainSpec
 
 SPEC, LEDGER, REPORT, ADVERSARIAL = "spec.json", "ledger.sqlite", "report.json", "adversarial.npz"

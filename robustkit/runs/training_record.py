@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from robustkit.core.flags import Flag
 from robustkit.core.schema import FORMAT, Amount, As, Count, Keys, OneOf, Positive, Share, build, check_format
-from robustkit.runs.evaluation_record import Data, Environment, Format, Model, Named, Spec
+from robustkit.runs.spec import Data, Environment, Format, Model, Named, Spec
 
 # Files of a run: the record once it is finished; metrics per epoch; the weights if there is no posterior.
 RECORD, METRICS, WEIGHTS = "model.json", "metrics.jsonl", "model.safetensors"

@@ -18,8 +18,9 @@ from robustkit.posterior import FILE as POSTERIOR
 from robustkit.posterior import Draft, Posterior
 from robustkit.posterior.stream import write_tensors
 from robustkit.runs.environment import environment
-from robustkit.runs.evaluation_record import Rate, dumps
+from robustkit.runs.report_parts import Rate
 from robustkit.runs.run_folder import sha256
+from robustkit.runs.spec import dumps
 from robustkit.runs.training_record import KEPT, RECORD, WEIGHTS, Trained
 from robustkit.training import evaluation
 from robustkit.training.averages import averaged_weights

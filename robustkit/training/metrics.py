@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from robustkit.core.writing import refuse_link, subfolder, write
-from robustkit.runs.evaluation_record import dumps
+from robustkit.runs.spec import dumps
 from robustkit.runs.training_record import CURVES, METRICS
 
 MISSING = "no curves for TensorBoard: pip install tensorboard writes them"

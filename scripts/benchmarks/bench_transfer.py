@@ -37,7 +37,7 @@ from robustkit.engine.gradient_budgets import Prices
 from robustkit.engine.model.loaded_models import Net, gather
 from robustkit.models import load_model
 from robustkit.registry import parse_attack
-from robustkit.runs.evaluation_record import Rate
+from robustkit.runs.report_parts import Rate
 
 CPU = torch.device("cpu")
 BATCH = 64

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import torch
 
 from robustkit import evaluate, load_data, load_model
-from robustkit.runs.evaluation_record import Rate
+from robustkit.runs.report_parts import Rate
 
 TURNS, BATCH = 9, 64
 

@@ -36,7 +36,7 @@ from robustkit import craft, diversity, evaluate, load_data, load_model, train
 from robustkit.data.samples import Samples
 from robustkit.runs.craft_record import Craft, Judgement
 from robustkit.runs.diversity_record import Diversity
-from robustkit.runs.evaluation_record import Rate
+from robustkit.runs.report_parts import Rate
 from robustkit.runs.training_record import Trained
 
 TABLES = ("transfer", "robustness", "members")

@@ -23,7 +23,7 @@ from robustkit.data import from_arrays
 from robustkit.data.samples import Samples
 from robustkit.diagnostics.doctor import Diagnosis, examine
 from robustkit.models import as_classifier
-from robustkit.runs.evaluation_record import Rate, Stage
+from robustkit.runs.report_parts import Rate, Stage
 
 NETS = str(Path(__file__).parents[1] / "nets.py")
 THREATS = ("linf:0.15", "l2:1", "l1:4")

@@ -16,7 +16,8 @@ from robustkit.cli import run
 from robustkit.reporting.exports.verdicts import rows, to_csv, to_parquet
 from robustkit.reporting.html.command import command
 from robustkit.reporting.html.evaluation import page
-from robustkit.runs.evaluation_record import Cost, Curve, Report
+from robustkit.runs.evaluation_record import Report
+from robustkit.runs.report_parts import Cost, Curve
 
 SMALL = ["evaluate", "--limit", "24", "--suite", "pgd(steps=5)"]
 EPS = 8 / 255

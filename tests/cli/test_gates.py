@@ -10,7 +10,7 @@ from robustkit.cli import run
 from robustkit.cli.gates import Gate
 from robustkit.core.errors import UsageError
 from robustkit.core.flags import Flag
-from robustkit.runs.evaluation_record import Rate
+from robustkit.runs.report_parts import Rate
 
 RATE = Rate(0.9, 0.78, 0.95, 40)
 WARNING = Flag("zero-gradient", "warning", 7, "the gradient is zero", "run an attack without gradients")

@@ -43,7 +43,7 @@ FLAGS = {
 def specs(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """What would be run, in place of running it."""
     from robustkit.core.errors import UsageError
-    from robustkit.runs.evaluation_record import dumps
+    from robustkit.runs.spec import dumps
     from robustkit.training.train import Training
 
     found: list[dict[str, Any]] = []

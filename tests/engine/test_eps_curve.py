@@ -16,7 +16,9 @@ from nets import Flat, Small, labelled
 from robustkit import UsageError, evaluate, verify
 from robustkit.engine.evaluation import eps_curve as engine
 from robustkit.engine.progress import Progress
-from robustkit.runs.evaluation_record import Curve, Report, dumps
+from robustkit.runs.evaluation_record import Report
+from robustkit.runs.report_parts import Curve
+from robustkit.runs.spec import dumps
 
 SHAPE = (3, 6, 8)
 DUAL = {"linf": 1.0, "l2": 2.0, "l1": math.inf}

@@ -18,7 +18,8 @@ from robustkit.cli import run
 from robustkit.engine.evaluation.block_runner import BlockRunner
 from robustkit.reporting.html.command import command
 from robustkit.runs import run_folder
-from robustkit.runs.evaluation_record import Report, RunSpec
+from robustkit.runs.evaluation_record import Report
+from robustkit.runs.spec import RunSpec
 
 SHAPE = (1, 7, 9)
 N = 40

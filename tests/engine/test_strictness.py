@@ -15,7 +15,8 @@ from robustkit.registry import parse_suite
 from robustkit.reporting.html.evaluation import page
 from robustkit.reporting.html.trust import NEEDS_EPS, rows
 from robustkit.reporting.terminal.evaluation import show, unresolved
-from robustkit.runs.evaluation_record import RunSpec, Strictness
+from robustkit.runs.report_parts import Strictness
+from robustkit.runs.spec import RunSpec
 
 
 def spec(suite: str) -> RunSpec:

@@ -17,7 +17,7 @@ from robustkit.reporting.html import craft as craft_page
 from robustkit.reporting.html.matrix import page
 from robustkit.reporting.terminal.transfer import attack_words, differences, short_names
 from robustkit.runs.craft_record import Craft, CraftSpec, Forecast, Judgement, Matrix, Point, Saved
-from robustkit.runs.evaluation_record import Rate
+from robustkit.runs.report_parts import Rate
 
 NET = {"string": "robustkit:cifar-resnet20@/far/away/a.safetensors", "fingerprint": "f" * 64}
 LABELS = [0, 1, 2, 3]

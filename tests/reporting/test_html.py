@@ -25,7 +25,9 @@ from robustkit.reporting.html import render, trust
 from robustkit.reporting.html.command import command, suite
 from robustkit.reporting.html.evaluation import page
 from robustkit.reporting.names import stage_names
-from robustkit.runs.evaluation_record import Audit, Cost, Draws, Rate, Report, dumps
+from robustkit.runs.evaluation_record import Report
+from robustkit.runs.report_parts import Audit, Cost, Draws, Rate
+from robustkit.runs.spec import dumps
 
 VOID = {"meta", "br", "img"}
 LONG = "./" + "folder/" * 30 + "x" * 120 + ".py:build@" + "w" * 90 + ".pt?mean=0.5,0.5,0.5&size=224"

@@ -22,7 +22,8 @@ from robustkit.reporting.html import evaluation as evaluation_page
 from robustkit.reporting.html.command import commands
 from robustkit.reporting.terminal import evaluation
 from robustkit.runs import invocation
-from robustkit.runs.evaluation_record import Passes, Report
+from robustkit.runs.evaluation_record import Report
+from robustkit.runs.report_parts import Passes
 
 # 4 of 40 images are wrong as they are, 12 fall to attacks.
 CHECKED = replace(make_report(), checks=Passes(13, 9))

@@ -12,7 +12,7 @@ from rich.console import Console
 from robustkit.reporting.charts.lines import Chart, Series, count_marks, log_positions
 from robustkit.reporting.html.training import page
 from robustkit.reporting.terminal.training import show_history
-from robustkit.runs.evaluation_record import Rate
+from robustkit.runs.report_parts import Rate
 from robustkit.runs.training_record import Trained, TrainSpec
 
 PART = {"string": "/far/digits:train", "n": 64, "fingerprint": "d" * 64}

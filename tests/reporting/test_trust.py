@@ -18,7 +18,7 @@ from robustkit.engine.model.instrumented_model import InstrumentedModel
 from robustkit.models import as_classifier
 from robustkit.registry import parse_suite
 from robustkit.reporting.html.trust import CLAIMS
-from robustkit.runs.evaluation_record import Rate, Stage
+from robustkit.runs.report_parts import Rate, Stage
 
 
 def probe(

@@ -13,9 +13,9 @@ from reports import make_report
 from robustkit.cli import run
 from robustkit.core.errors import UsageError
 from robustkit.runs import opening
-from robustkit.runs.evaluation_record import RunSpec, dumps
 from robustkit.runs.ledger import Chunk, Ledger, Verdict
 from robustkit.runs.opening import clear, open_for_writing
+from robustkit.runs.spec import RunSpec, dumps
 
 OLD, NEW = make_report().spec, make_report(seed=1, model="robustkit:cifar-resnet20", fingerprint="ef" * 32).spec
 VERDICT = Verdict(0, 1, 1, 0.5, False, "0" * 64)

@@ -14,7 +14,9 @@ from robustkit.core.flags import Flag
 from robustkit.core.schema import FORMAT
 from robustkit.runs.craft_record import CraftSpec
 from robustkit.runs.diversity_record import DiversitySpec
-from robustkit.runs.evaluation_record import Cost, Outcome, Rate, Report, RunSpec, Stage, dumps
+from robustkit.runs.evaluation_record import Report
+from robustkit.runs.report_parts import Cost, Outcome, Rate, Stage
+from robustkit.runs.spec import RunSpec, dumps
 from robustkit.runs.training_record import TrainSpec
 
 

@@ -18,7 +18,8 @@ from robustkit.diagnostics.doctor import examine
 from robustkit.reporting.sentences import counted
 from robustkit.reporting.terminal.evaluation import duration, flag_lines, percent
 from robustkit.runs.environment import environment
-from robustkit.runs.evaluation_record import CHANCE, dumps
+from robustkit.runs.evaluation_record import CHANCE
+from robustkit.runs.spec import dumps
 
 IMAGES = 64
 

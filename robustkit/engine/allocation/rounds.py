@@ -15,9 +15,10 @@ from robustkit.core.schema import Count, checked, parse
 from robustkit.engine.allocation.arms import Evidence, allowed, following
 from robustkit.engine.allocation.strictness import evidence_on, in_doubt, left_for_arms
 from robustkit.engine.evaluation.block_runner import BlockRunner
-from robustkit.runs.evaluation_record import Strictness, dumps
 from robustkit.runs.ledger import Ledger
+from robustkit.runs.report_parts import Strictness
 from robustkit.runs.run_folder import LEDGER
+from robustkit.runs.spec import dumps
 
 
 @dataclass(frozen=True)

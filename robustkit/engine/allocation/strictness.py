@@ -9,7 +9,7 @@ import numpy as np
 from robustkit.engine.allocation.arms import Evidence, allowed
 from robustkit.engine.evaluation.results import ROBUST, RunResults
 from robustkit.engine.evaluation.verdicts import sample_ids
-from robustkit.runs.evaluation_record import Strictness
+from robustkit.runs.report_parts import Strictness
 
 # The default share of the images that the arms may still fool, by the upper bound.
 STRICTNESS = 0.002

@@ -13,7 +13,7 @@ from robustkit.core.errors import UsageError
 from robustkit.core.flags import Flag
 from robustkit.core.intervals import anytime_interval, images_for_width
 from robustkit.engine.evaluation.results import RunResults
-from robustkit.runs.evaluation_record import Stop
+from robustkit.runs.report_parts import Stop
 
 # Images in the first block.
 FIRST_BLOCK = 32

@@ -31,8 +31,9 @@ from robustkit.engine.failures import NO_MEMORY, described, is_out_of_memory
 from robustkit.engine.model.instrumented_model import InstrumentedModel
 from robustkit.engine.model.profiling import measure
 from robustkit.engine.progress import Progress
-from robustkit.runs.evaluation_record import Cost, Curve, Report
+from robustkit.runs.evaluation_record import Report
 from robustkit.runs.recorded_outputs import run_once
+from robustkit.runs.report_parts import Cost, Curve
 
 # Grid points per eps, and grid points in all.
 GRID_PER_EPS, GRID_POINTS = 8, 16

@@ -19,8 +19,10 @@ from robustkit.engine.model.image_size import enlarged_images, pixel_space
 from robustkit.registry import SuiteEntry
 from robustkit.runs import examples, run_folder
 from robustkit.runs.environment import environment
-from robustkit.runs.evaluation_record import Report, RunSpec, Strictness
+from robustkit.runs.evaluation_record import Report
 from robustkit.runs.ledger import Ledger
+from robustkit.runs.report_parts import Strictness
+from robustkit.runs.spec import RunSpec
 from robustkit.runs.versions import noted
 
 

@@ -15,8 +15,9 @@ from robustkit.distributed.ray_pool import hire
 from robustkit.distributed.shared_pool import Bureau, Desk, Watched
 from robustkit.engine.evaluation.run import Evaluation
 from robustkit.engine.progress import Progress
-from robustkit.runs.evaluation_record import Report, dumps
+from robustkit.runs.evaluation_record import Report
 from robustkit.runs.opening import clear
+from robustkit.runs.spec import dumps
 
 # A name before a model string has none of the characters of model strings.
 _NAMED = re.compile(r"([^:/?@#=\[\];]+?)\s*=\s*(.*)")

@@ -11,19 +11,10 @@ import numpy as np
 from robustkit.core.flags import Flag
 from robustkit.registry.decorators import stage_name
 from robustkit.runs.distances import Minimum
-from robustkit.runs.evaluation_record import (
-    Cost,
-    Draws,
-    Outcome,
-    Passes,
-    Rate,
-    Report,
-    RunSpec,
-    Stage,
-    Stop,
-    Strictness,
-)
+from robustkit.runs.evaluation_record import Report
 from robustkit.runs.ledger import Chunk
+from robustkit.runs.report_parts import Cost, Draws, Outcome, Passes, Rate, Stage, Stop, Strictness
+from robustkit.runs.spec import RunSpec
 
 ROBUST = np.iinfo(np.int64).max
 # The chunk of the clean stage that holds the flags of the checks.

@@ -37,10 +37,12 @@ from robustkit.engine.model.instrumented_model import DTYPES, InstrumentedModel
 from robustkit.engine.progress import Progress
 from robustkit.models.classifier import Classifier
 from robustkit.runs import run_folder
-from robustkit.runs.evaluation_record import Audit, Cost, Report, RunSpec
+from robustkit.runs.evaluation_record import Report
 from robustkit.runs.ledger import Ledger
 from robustkit.runs.opening import open_for_writing, require_writable
 from robustkit.runs.recorded_outputs import recording
+from robustkit.runs.report_parts import Audit, Cost
+from robustkit.runs.spec import RunSpec
 from robustkit.runs.unfinished_work import Store
 from robustkit.runs.versions import noted
 

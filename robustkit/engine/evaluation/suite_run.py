@@ -14,7 +14,7 @@ from robustkit.engine.evaluation.block_runner import BlockRunner
 from robustkit.engine.evaluation.early_stopping import Limits, TimeUp
 from robustkit.gradient_views.discovery import is_applicable
 from robustkit.registry import SuiteEntry
-from robustkit.runs.evaluation_record import Stop
+from robustkit.runs.report_parts import Stop
 
 
 def run_images(runner: BlockRunner, limits: Limits, rounds: Rounds) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 
@@ -15,9 +14,8 @@ from robustkit.core.isolation import evaluation_mode, own_randomness
 from robustkit.core.threat import ThreatModel
 from robustkit.data import load_data
 from robustkit.data.samples import Samples
-from robustkit.engine.allocation.strictness import STRICTNESS, in_doubt
-from robustkit.engine.evaluation.results import RunResults
-from robustkit.engine.evaluation.verdicts import image_hashes, margins
+from robustkit.engine.evaluation.record_faults import BATCH_SIZE, curve_faults, ledger_faults, missing_records
+from robustkit.engine.evaluation.verdicts import margins
 from robustkit.engine.model.instrumented_model import InstrumentedModel
 from robustkit.models import load_model
 from robustkit.models.allowed_paths import recorded_model
@@ -25,11 +23,9 @@ from robustkit.models.classifier import Classifier
 from robustkit.models.label_matching import matched_to
 from robustkit.models.recorded_data import recorded_data
 from robustkit.runs import run_folder
-from robustkit.runs.evaluation_record import ROUNDING, Curve, Report, Strictness
-from robustkit.runs.ledger import Ledger
-from robustkit.version import __version__
+from robustkit.runs.evaluation_record import Report
+from robustkit.runs.report_parts import ROUNDING
 
-BATCH_SIZE = 256
 FLOAT_NOISE = Fraction(1, 10**5)
 # Repeated passes by which a random model is recognised; one with few outcomes may give the same one twice.
 REPEATED_PASSES = 8
@@ -97,13 +93,13 @@ def verify_run(
         )
     if len(samples) != report.spec.data["n"]:
         raise UsageError(f"{samples.name} holds {len(samples)} images, the run had {report.spec.data['n']}.")
-    found.bad += [*_ledger_faults(path, report, samples), *_curve_faults(report)]
+    found.bad += [*ledger_faults(path, report, samples), *curve_faults(report)]
     try:
         arrays = run_folder.read_adversarial(path)
     except UsageError as error:
         found.bad.append(str(error))
         return found
-    found.bad += _missing_records(arrays, report)
+    found.bad += missing_records(arrays, report)
     instrumented = InstrumentedModel(model.expect(samples.num_classes), device or torch.device("cpu"))
     threat = ThreatModel.parse(report.spec.threat)
     with evaluation_mode(model), own_randomness(report.spec.seed, "verify"):
@@ -176,101 +172,6 @@ def _is_random(instrumented: InstrumentedModel, x: torch.Tensor, logits: torch.T
     """Return whether logits of these images change within `REPEATED_PASSES` repeated passes."""
     noise = float(FLOAT_NOISE) * logits.abs().amax().clamp(min=1)
     return any(bool((instrumented.logits_fp32(x) - logits).abs().amax() > noise) for _ in range(REPEATED_PASSES))
-
-
-def _ledger_faults(path: Path, report: Report, samples: Samples) -> Iterator[str]:
-    """Yield what is wrong with the ledger, with the images it was made from, or with the report of it."""
-    results = RunResults.of(len(samples), report.spec.suite)
-    try:
-        with Ledger.read(path / run_folder.LEDGER, report.run_id) as ledger:
-            ledger.require(len(samples), samples.images([0]).nbytes, len(report.spec.suite))
-            for chunk in ledger.chunks():
-                results.add(chunk)
-    except UsageError as error:
-        yield str(error)
-        return
-    results.scope = np.array([verdict.index for verdict in report.verdicts], np.int64)
-    results.stopped = report.stopped
-    again = results.report(report.spec, [], report.environment, report.files)
-    for stated, ours in zip(report.verdicts, again.verdicts, strict=True):
-        if stated != ours:
-            yield f"record {ours.index}: report.json says {stated}, the ledger {ours}."
-    if (report.stages, report.robust_accuracy, report.clean_accuracy, report.cost) != (
-        again.stages,
-        again.robust_accuracy,
-        again.clean_accuracy,
-        again.cost,
-    ):
-        yield "report.json: its accuracies, stages or costs are not those of the ledger."
-    if report.minimum != again.minimum:
-        yield "report.json: its minimum norms are not those of the ledger."
-    yield from _doubt_faults(report, results)
-    for begin in range(0, report.n, BATCH_SIZE):
-        positions = results.scope[begin : begin + BATCH_SIZE]
-        for position, digest in zip(positions, image_hashes(samples.images(positions)), strict=True):
-            if digest != results.images[position]:
-                yield f"record {position}: the image in {samples.name} has changed since the run."
-            elif samples.labels[position] != results.labels[position]:
-                yield f"record {position}: its label in {samples.name} has changed since the run."
-
-
-def _doubt_faults(report: Report, results: RunResults) -> Iterator[str]:
-    """Yield the report's bound on images left in doubt, if the ledger gives another; none for a random model."""
-    if report.draws:
-        return
-    stated = report.strictness
-    allowed = stated.allowed if stated else STRICTNESS
-    strictness = allowed if report.spec.strictness is None else report.spec.strictness
-    again = in_doubt(results, results.scope, strictness)
-    versions = report.environment.get("versions") or {}
-    if stated and again and versions.get("robustkit") != __version__:
-        # Another version may use another prior, but counts the same images.
-        again = replace(again, images=stated.images, bound=stated.images / report.n)
-    if stated != again:
-        yield f"report.json: it says that {_in_words(stated)}, by the ledger {_in_words(again)}."
-
-
-def _in_words(doubt: Strictness | None) -> str:
-    if doubt is None:
-        return "it states no strictness"
-    return (
-        f"{doubt.images} images ({doubt.bound:.6g}, allowed {doubt.allowed:.6g}) are left in doubt and "
-        f"{doubt.in_full} of {doubt.standing} met all attacks"
-    )
-
-
-def _curve_faults(report: Report) -> Iterator[str]:
-    """Yield what the curve says against its own distances, the verdicts, or the robust accuracy at eps."""
-    curve = report.curve
-    if curve is None:
-        return
-    eps = float(ThreatModel.parse(report.spec.threat).eps)
-    if list(curve.radii) != sorted(set(curve.radii)) or eps not in curve.radii:
-        yield f"report.json: the radii of its curve do not rise, or leave out eps {eps:.6g}."
-        return
-    at_eps = curve.robust_accuracy[curve.radii.index(eps)]
-    if at_eps != report.robust_accuracy:
-        yield (
-            f"report.json: its curve says {at_eps.value:.6g} at eps, its robust accuracy is "
-            f"{report.robust_accuracy.value:.6g}."
-        )
-    again = Curve.of(curve.radii, curve.distances, curve.cost)
-    if again != curve or sorted(curve.robust_accuracy, key=lambda rate: -rate.value) != curve.robust_accuracy:
-        yield "report.json: its curve is not that of its distances."
-    for verdict, distance in zip(report.verdicts, curve.distances, strict=True):
-        stands = distance is None or distance > eps
-        if stands != verdict.robust or (distance == 0) != (verdict.attack == "clean"):
-            yield f"record {verdict.index}: its distance in the curve, {distance}, is not that of its verdict."
-
-
-def _missing_records(arrays: dict[str, np.ndarray], report: Report) -> Iterator[str]:
-    """Yield the records that only one of report and adversarial.npz has."""
-    fooled = {v.index for v in report.verdicts if not v.robust and v.attack != "clean"}
-    stored = set(arrays["index"].tolist())
-    for position in sorted(fooled - stored):
-        yield f"record {position}: reported as fooled, but adversarial.npz has no image of it."
-    for position in sorted(stored - fooled):
-        yield f"record {position}: adversarial.npz has an image of it, but the report no fooling."
 
 
 def _loaded(model: Classifier | str | None, path: Path, report: Report, trust_code: bool) -> Classifier:

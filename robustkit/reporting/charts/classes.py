@@ -8,7 +8,8 @@ from markupsafe import Markup
 
 from robustkit.reporting.charts import svg
 from robustkit.reporting.sentences import class_name
-from robustkit.runs.evaluation_record import Rate, Report
+from robustkit.runs.evaluation_record import Report
+from robustkit.runs.report_parts import Rate
 
 MAX_CLASSES = 20
 

@@ -9,7 +9,8 @@ from markupsafe import Markup
 from robustkit.reporting import sentences
 from robustkit.reporting.charts import svg
 from robustkit.reporting.terminal.evaluation import percent
-from robustkit.runs.evaluation_record import Curve, Report
+from robustkit.runs.evaluation_record import Report
+from robustkit.runs.report_parts import Curve
 
 HEIGHT, TOP = 190.0, 34.0
 FLOOR = TOP + HEIGHT

@@ -24,7 +24,8 @@ from robustkit.reporting.terminal.evaluation import duration, interval, percent
 from robustkit.reporting.terminal.transfer import attack_words, short_names, training_costs
 from robustkit.reporting.versions import made_in_parts
 from robustkit.runs.craft_record import Craft, Forecast, Judgement
-from robustkit.runs.evaluation_record import Rate, dumps
+from robustkit.runs.report_parts import Rate
+from robustkit.runs.spec import dumps
 
 ROW_HEIGHT = 50
 # Curves in one chart; more targets get more charts.

@@ -11,7 +11,7 @@ from robustkit.reporting.names import data_name
 from robustkit.reporting.terminal.diversity import BOUNDS, bounds_rows, heads, number, verdict
 from robustkit.reporting.terminal.transfer import short_names
 from robustkit.runs.diversity_record import Diversity
-from robustkit.runs.evaluation_record import Rate
+from robustkit.runs.report_parts import Rate
 
 # The page in a run folder.
 FILE = "diversity.html"

@@ -21,7 +21,9 @@ from robustkit.reporting.names import stage_names
 from robustkit.reporting.quantiles import columns, sentence
 from robustkit.reporting.terminal.evaluation import interval, median, notes, percent
 from robustkit.reporting.versions import made_in_parts
-from robustkit.runs.evaluation_record import Rate, Report, dumps
+from robustkit.runs.evaluation_record import Report
+from robustkit.runs.report_parts import Rate
+from robustkit.runs.spec import dumps
 
 MARKS = {"info": "●", "warning": "▲", "error": "✖", "ok": "✓", "not measured": "○"}
 

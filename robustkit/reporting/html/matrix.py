@@ -9,7 +9,8 @@ from robustkit.reporting.html.render import render
 from robustkit.reporting.names import data_name
 from robustkit.reporting.terminal.transfer import attack_words, short_names
 from robustkit.runs.craft_record import Matrix
-from robustkit.runs.evaluation_record import Rate, dumps
+from robustkit.runs.report_parts import Rate
+from robustkit.runs.spec import dumps
 
 # The page in a run folder.
 FILE = "matrix.html"

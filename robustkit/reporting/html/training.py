@@ -14,7 +14,7 @@ from robustkit.reporting.terminal.evaluation import duration, interval, percent
 from robustkit.reporting.terminal.training import flops_words, method_words
 from robustkit.reporting.terminal.transfer import short_names
 from robustkit.reporting.versions import made_in_parts
-from robustkit.runs.evaluation_record import Rate
+from robustkit.runs.report_parts import Rate
 from robustkit.runs.training_record import Trained, TrainSpec
 
 History = Sequence[Mapping[str, Any]]

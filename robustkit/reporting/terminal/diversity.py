@@ -8,7 +8,7 @@ from rich.table import Table
 from robustkit.reporting.names import data_name
 from robustkit.reporting.terminal.evaluation import duration, flag_lines
 from robustkit.runs.diversity_record import Bounds, Diversity
-from robustkit.runs.evaluation_record import Rate
+from robustkit.runs.report_parts import Rate
 
 # The accuracies with their names: of the ensemble, of its best member, with any or with all members right.
 BOUNDS = {"ensemble": "ensemble", "best": "best member", "any": "any member", "all": "all members"}

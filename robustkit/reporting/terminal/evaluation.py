@@ -15,7 +15,9 @@ from robustkit.reporting.image_sizes import remarks, size
 from robustkit.reporting.names import data_name
 from robustkit.reporting.versions import made_in_parts
 from robustkit.runs.distances import Minimum
-from robustkit.runs.evaluation_record import Curve, Rate, Report, RunSpec, Strictness
+from robustkit.runs.evaluation_record import Report
+from robustkit.runs.report_parts import Curve, Rate, Strictness
+from robustkit.runs.spec import RunSpec
 
 # Positions in a curve's radii that the terminal prints: eps/4, eps/2, eps, 1.5 eps and 2 eps.
 SHOWN_RADII = (1, 3, 7, 11, 15)

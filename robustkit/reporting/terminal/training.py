@@ -12,7 +12,7 @@ from robustkit.registry.decorators import ORIGIN
 from robustkit.reporting.names import data_name
 from robustkit.reporting.terminal.evaluation import duration, flag_lines, interval, percent
 from robustkit.reporting.versions import made_in_parts
-from robustkit.runs.evaluation_record import Rate
+from robustkit.runs.report_parts import Rate
 from robustkit.runs.training_record import Trained, TrainSpec
 
 # Rows of a long run's table; the rest is in metrics.jsonl.

@@ -18,7 +18,7 @@ from robustkit.reporting.terminal.evaluation import duration, flag_lines, interv
 from robustkit.reporting.terminal.training import flops_words
 from robustkit.reporting.versions import made_in_parts
 from robustkit.runs.craft_record import Craft, Judgement, Matrix
-from robustkit.runs.evaluation_record import Rate
+from robustkit.runs.report_parts import Rate
 
 CONTROLS = (
     "controls, of the same norm and over the same n: random signs, and another image's perturbation (other image)"
