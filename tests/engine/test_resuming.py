@@ -92,7 +92,7 @@ CASES: list[Any] = [
 ]
 
 
-@pytest.mark.usefixtures("slow")
+@pytest.mark.usefixtures("write_every_pass")
 @pytest.mark.parametrize("checked", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("suite", "noise", "more"), CASES)
 def test_a_run_killed_after_every_few_passes_ends_with_the_same_result(
@@ -117,7 +117,7 @@ def test_a_run_killed_after_every_few_passes_ends_with_the_same_result(
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("slow")
+@pytest.mark.usefixtures("write_every_pass")
 def test_a_craft_run_killed_after_every_few_passes_ends_with_the_same_result(tmp_path: Path) -> None:
     nets = [Interrupted(), Interrupted(seed=1), Interrupted(seed=2)]
     x, y = labelled(nets[0].net, 3, SHAPE)
