@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from robustkit import load_model
-from robustkit.posterior import Draft
+from robustkit.posterior import UnfinishedPosterior
 
 ARCH = "robustkit:digits-cnn?num_classes=4"
 
@@ -52,7 +52,7 @@ def write_members(run: Path, nets: Sequence[nn.Module], **words: Any) -> str:
 
 def write_posterior(run: Path, nets: Sequence[nn.Module], **words: Any) -> str:
     """Write a run of posterior samples."""
-    draft = Draft(run)
+    draft = UnfinishedPosterior(run)
     for one in nets:
         draft.add(one.state_dict())
     store = draft.pack()

@@ -106,7 +106,7 @@ class MICSE:
         if self.order == "random":
             # One order for all rows, from no row's own random numbers; on the CPU, where the loop needs it.
             shared = replace(split_rng(rows, "order").rng, ids=torch.zeros(1, dtype=torch.int64))
-            return [[listed[place] for place in shared.uniform(len(listed))[0].argsort().tolist()]]
+            return [[listed[index] for index in shared.uniform(len(listed))[0].argsort().tolist()]]
         return [listed, listed[::-1]] if self.order == "antithetic" else [listed]
 
     def start(

@@ -135,10 +135,10 @@ def _plan(steps: int, norm: str, large_start: bool | None) -> tuple[tuple[int, b
         shrink = max(int(0.03 * count), 1)
         following = stages[number + 1][0] if number + 1 < len(stages) else 0
         since = 0
-        for place in range(count + 1):
-            since += place > 0
+        for index in range(count + 1):
+            since += index > 0
             due = since == window
-            plan.append((factor, place == 0, window * due, following * (place == count)))
+            plan.append((factor, index == 0, window * due, following * (index == count)))
             if due:
                 since, window = 0, max(window - shrink, least)
     return tuple(plan)
@@ -215,8 +215,8 @@ def _step_l1(
     density = torch.where(renew, changed / total / 1.5, state["density"])
     gradient = _pick(sparser, state["best_gradient"], answer.gradient).flatten(1)
     strength = gradient.abs()
-    place = ((1 - density) * total).clamp(0, total - 1).long()
-    threshold = strength.sort(dim=1).values.gather(1, place[:, None])
+    index = ((1 - density) * total).clamp(0, total - 1).long()
+    threshold = strength.sort(dim=1).values.gather(1, index[:, None])
     direction = torch.where(strength >= threshold, gradient.sign(), 0)
     step = size[:, None].to(x.dtype) * direction / (direction.abs().sum(1, keepdim=True) + 1e-10)
     moved = _pick(sparser, state["best"], state["x"]) + step.view_as(x)

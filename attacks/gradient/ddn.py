@@ -50,8 +50,8 @@ class DDN(RowWise):
     def step(self, rows: Rows, state: State, answer: Answer) -> State:
         """Return the points of the next sphere, clipped to the box."""
         x, gradient = rows.x, answer.gradient.double()
-        still = per_row((gradient == 0).flatten(1).all(1), gradient)
-        gradient = torch.where(still, rows.rng.normal(*x.shape[1:]).double(), gradient)
+        zero = per_row((gradient == 0).flatten(1).all(1), gradient)
+        gradient = torch.where(zero, rows.rng.normal(*x.shape[1:]).double(), gradient)
         share = (1 + torch.cos(math.pi * state["clock"].double() / self.steps)) / 2
         crossed = rows.goal.reached(answer.logits)
         widest = rows.threat.distance((x < 0.5).to(x.dtype), x)

@@ -145,10 +145,10 @@ def _plan(
         runs += [(target, steps, 1.0, gate) for target, gate in enumerate(gates)]
     plan = []
     for target, length, random, gate in runs:
-        for place in range(length + 1):
-            fall = 0.5 * (1 + math.cos(math.pi * min(place / max(length - 1, 1), 1)))
+        for index in range(length + 1):
+            fall = 0.5 * (1 + math.cos(math.pi * min(index / max(length - 1, 1), 1)))
             size = SMALLEST_STEP + (LARGEST_STEP - SMALLEST_STEP) * fall
-            plan.append((target, size, float(place == 0), random, gate if place == 0 else 0.0))
+            plan.append((target, size, float(index == 0), random, gate if index == 0 else 0.0))
     return tuple(plan)
 
 

@@ -31,8 +31,8 @@ def entries(norm: str) -> list[str]:
 def climb(norm: str, view: str) -> list[str]:
     """Return the attacks on one view: one on all images, then one on images close to the boundary."""
     if norm == "l1":
-        few = "steps=50,restarts=1,large_start=false"
-        first = [f"apgd(loss=margin,{few})@{view}", f"apgd-t(loss=margin,targets=9,{few})@{view}"]
+        short = "steps=50,restarts=1,large_start=false"
+        first = [f"apgd(loss=margin,{short})@{view}", f"apgd-t(loss=margin,targets=9,{short})@{view}"]
     else:
         first = [f"race(targets=9,probe=4,finalists=2,steps=40,restarts=1,doubt=0.3)@{view}"]
     # Another loss, step rule and other starts: most images that the first attack misses are this close.

@@ -101,13 +101,13 @@ class DVERGE(Method):
             attacked = [self._attacked(net, batch) for net in nets] if self.adversarial else []
         weight = self._weight(batch)
         total = batch.x.new_zeros(())
-        for place, net in enumerate(nets):
-            others = [x for other, x in enumerate(distilled) if other != batch.process_group.first + place]
+        for index, net in enumerate(nets):
+            others = [x for other, x in enumerate(distilled) if other != batch.process_group.first + index]
             loss = sum((_mean(net(x), batch.y, weight) for x in others), start=batch.x.new_zeros(()))
             if self.clean:
                 loss = loss + self.clean * F.cross_entropy(net(batch.x), batch.y)
             if attacked:
-                loss = loss + self.adversarial * F.cross_entropy(net(attacked[place]), batch.y)
+                loss = loss + self.adversarial * F.cross_entropy(net(attacked[index]), batch.y)
             loss.backward()  # type: ignore[no-untyped-call]
             total = total + loss.detach()
         return total / len(nets)

@@ -83,7 +83,7 @@ def default_layers(net: nn.Module, image: Images) -> tuple[str, ...]:
     if len(known) > DEFAULT_PROBES:
         late = known[int(SHARE_BEFORE * len(known)) :]
         count = min(DEFAULT_PROBES, len(late))
-        known = [late[(place + 1) * len(late) // count - 1] for place in range(count)]
+        known = [late[(index + 1) * len(late) // count - 1] for index in range(count)]
     if not known:
         raise UsageError("the net has no layer with feature maps for a probe; set --layers.")
     return tuple(known)

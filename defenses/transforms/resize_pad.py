@@ -49,7 +49,7 @@ def _axis(length: int, ratio: float, share: torch.Tensor) -> torch.Tensor:
     """
     out = round(length * ratio)
     size = length + (share * (out - length)).long()
-    place = (torch.rand_like(share) * (out - size + 1)).long()
-    ahead = torch.arange(out, device=share.device) - place[:, None]
+    offset = (torch.rand_like(share) * (out - size + 1)).long()
+    ahead = torch.arange(out, device=share.device) - offset[:, None]
     source = torch.div(ahead * length, size[:, None], rounding_mode="floor")
     return source[:, :, None] == torch.arange(length, device=share.device)

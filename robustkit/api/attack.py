@@ -57,21 +57,21 @@ def attack(arguments: AttackArguments) -> Tensor:
             "robustkit.evaluate, or pass attacks such as 'pgd(steps=40),square'."
         )
     net = load_or_wrap(arguments.model, arguments.trust_code)
-    place = place_of(net, arguments.device)
+    target = place_of(net, arguments.device)
     samples = matched_to(samples, net)
-    instrumented = InstrumentedModel(net.to(place).expect(samples.num_classes), place)
+    instrumented = InstrumentedModel(net.to(target).expect(samples.num_classes), target)
     names = [entry.name for entry in entries]
     found = []
     with evaluation_mode(net), own_randomness(seed, "attack"):
-        image = samples.images([0]).to(place)
+        image = samples.images([0]).to(target)
         measure(instrumented, image, batch_size)
         instrumented.random = is_random(partial(InstrumentedModel.logits_fp32, instrumented), image)
         for begin in range(0, len(samples), batch_size):
             part = np.arange(begin, min(begin + batch_size, len(samples)))
-            clean, labels = samples.images(part).to(place), torch.from_numpy(samples.labels[part]).to(place)
+            clean, labels = samples.images(part).to(target), torch.from_numpy(samples.labels[part]).to(target)
             logits = instrumented.logits_fp32(clean)
             check_logits(logits, samples.labels[part], part)
-            ids = sample_ids(image_hashes(clean)).to(place)
+            ids = sample_ids(image_hashes(clean)).to(target)
             points, left = clean.clone(), (logits.argmax(1) == labels).nonzero()[:, 0]
             for number, entry in enumerate(entries):
                 if len(left):

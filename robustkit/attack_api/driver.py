@@ -166,10 +166,10 @@ class _Attempt:
         if not leave.any():
             return state, answer
         self.found.offer(self.position[leave], self.best[leave], self.margin[leave])
-        stay = (~leave).nonzero()[:, 0]
-        self.position, self.rows = self.position[stay], rows.select(stay)
-        self.best, self.margin = self.best[stay], self.margin[stay]
-        return (select_state(state, stay), answer.select(stay)) if len(stay) else None
+        kept = (~leave).nonzero()[:, 0]
+        self.position, self.rows = self.position[kept], rows.select(kept)
+        self.best, self.margin = self.best[kept], self.margin[kept]
+        return (select_state(state, kept), answer.select(kept)) if len(kept) else None
 
     def _step(self, number: int, state: State, answer: Answer) -> State:
         self.rows = replace(self.rows, rng=replace(self.rows.rng, step=number + 1))

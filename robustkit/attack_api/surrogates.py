@@ -201,7 +201,7 @@ class Surrogates:
     def _share_a_place(self, chosen: Sequence[int]) -> bool:
         """Return whether some of these members share memory on the device, so that not all graphs fit."""
         places = [getattr(self.members[number], "place", None) for number in chosen]
-        known = [id(place) for place in places if place is not None]
+        known = [id(memory) for memory in places if memory is not None]
         return len(set(known)) < len(known)
 
     def _held(

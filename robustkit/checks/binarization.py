@@ -56,7 +56,7 @@ class Binarization:
 
 
 @dataclass(frozen=True)
-class Question:
+class BinaryProblem:
     """A binary problem for each image: a linear classifier (weights B D, bias B), and planted points (B C H W)."""
 
     weight: Tensor
@@ -104,7 +104,7 @@ def binarization(
             f"binarization: {width:,} features of an image are too many to keep those of all points around it; "
             f"at most {MAX_FEATURES:,}."
         )
-    question = binary_questions(model, ends, x, threat, rng, inner, tight)
+    question = binary_problems(model, ends, x, threat, rng, inner, tight)
 
     def binary(images: Images) -> Logits:
         # A net without a gradient has one of zero.
@@ -119,7 +119,7 @@ def binarization(
     return Binarization(float(found.double().mean()), float(corners.double().mean()), len(x))
 
 
-def binary_questions(
+def binary_problems(
     model: Model,
     ends: Sequence[nn.Module],
     x: Images,
@@ -127,7 +127,7 @@ def binary_questions(
     rng: RowRng,
     inner: int,
     tight: bool = True,
-) -> Question:
+) -> BinaryProblem:
     """Return the binary problem of each image."""
     witness = edge(x, threat, rng.at(restart=2))
     within = replace(threat, eps=threat.eps * (1 - GAP))
@@ -135,7 +135,7 @@ def binary_questions(
     with torch.no_grad():
         inside = features(model, ends, torch.cat(points)).view(len(points), len(x), -1)
         weight, bias = fitted(inside[:-1].transpose(0, 1), inside[-1], tight)
-    return Question(weight, bias, witness)
+    return BinaryProblem(weight, bias, witness)
 
 
 def edge(x: Images, threat: ThreatModel, rng: RowRng) -> Images:

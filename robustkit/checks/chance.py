@@ -30,8 +30,8 @@ def chance_accuracy(correct: int, labels: Sequence[int], classes: int, model: st
     chance = 1 / classes if most == n else max(1 / classes, Rate.of(most, n).low)
     if correct and rate.low > chance:
         return None
-    whose = f" of {model}" if model else ""
-    found = (
+    suffix = f" of {model}" if model else ""
+    problem = (
         f"not significantly above chance ({classes} classes, the most frequent label on {most} images)"
         if correct
         else "every image is misclassified"
@@ -40,7 +40,7 @@ def chance_accuracy(correct: int, labels: Sequence[int], classes: int, model: st
         CHANCE,
         "warning",
         round(rate.value, 4),
-        f"is the clean accuracy{whose} on {n} images: {found}",
+        f"is the clean accuracy{suffix} on {n} images: {problem}",
         "check that the labels are the model's class numbers (order of class folders, ?classes=FILE after the "
         "data), the normalisation (?mean=R,G,B&std=R,G,B after the model) and that pixels are on [0, 1]",
     )

@@ -133,7 +133,7 @@ def unlike(probe: Probe) -> Flag | None:
     if not len(rows) or not probe.deterministic:
         return None
     again = query(probe.model, probe.x[rows], Goal(probe.labels[rows]), "margin").gradient
-    value = lints.unlikeness(probe.gradients["margin"][: len(rows)], again)
+    value = lints.gradient_disagreement(probe.gradients["margin"][: len(rows)], again)
     if value <= lints.YELLOW:
         return None
     return Flag(

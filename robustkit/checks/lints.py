@@ -50,7 +50,7 @@ def lints(logits: Logits, labels: Labels, gradient: Images, again: Images) -> li
         "zero-masking": zero_masking(logits),
         "underflow": underflow(logits),
         "zero-gradient": zero_gradients(gradient),
-        "unlike-gradients": unlikeness(gradient, again),
+        "unlike-gradients": gradient_disagreement(gradient, again),
     }
     return [Lint(code, value, MEANINGS[code]) for code, value in values.items()]
 
@@ -88,7 +88,7 @@ def zero_gradients(gradient: Images) -> float:
     return _share((gradient.flatten(1) == 0).all(1))
 
 
-def unlikeness(gradient: Images, again: Images) -> float:
+def gradient_disagreement(gradient: Images, again: Images) -> float:
     """Return one minus the mean cosine of two gradients, from 0 to 1; it is 0 for two zeros."""
     one, other = gradient.flatten(1).double(), again.flatten(1).double()
     cosine = F.cosine_similarity(one, other, eps=1e-300)

@@ -64,12 +64,12 @@ def relabelled(predictions: Sequence[int], labels: Sequence[int], model: str = "
     best = _assignment(rows, columns, len(classes))
     moved = [f"{classes[row]} is {classes[best[row]]}" for row in np.unique(rows) if best[row] != row]
     more = f" and {len(moved) - _NAMED} more" if len(moved) > _NAMED else ""
-    whose = f" of {model}" if model else ""
+    suffix = f" of {model}" if model else ""
     return Flag(
         "labels-renumbered",
         "warning",
         round(float((renamed == columns).mean()), 4),
-        f"would be the clean accuracy{whose} if the labels had other numbers (label {', '.join(moved[:_NAMED])}"
+        f"would be the clean accuracy{suffix} if the labels had other numbers (label {', '.join(moved[:_NAMED])}"
         f"{more}), against {(rows == columns).mean():.4g} with those given",
         "give the labels the model's own class numbers, with ?classes=FILE after the data",
     )

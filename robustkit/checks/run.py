@@ -26,11 +26,11 @@ BEFORE_ATTACKS = (
     gradients.disagrees,
     gradients.unlike,
     signs.unstable,
-    strength.survives_everything,
+    strength.robust_at_any_eps,
     strength.unconverged,
     signs.silent,
     signs.incomplete,
-    signs.alive,
+    signs.finds_planted_points,
 )
 
 # Flags of models whose output for one image varies.

@@ -51,7 +51,7 @@ def unstable(probe: Probe) -> Flag:
 def silent(probe: Probe) -> Flag:
     """I3: attacks with a success before the last point but not at it; they count, so it is never a flag."""
     code = "silent-success"
-    if why := _no_way(probe, code):
+    if why := _without_trail(probe, code):
         return why
     found = indicators.silent(probe.trail.fooled)
     return passed(
@@ -65,7 +65,7 @@ def silent(probe: Probe) -> Flag:
 def incomplete(probe: Probe) -> Flag:
     """I4: attacks that failed while their loss still rose; not measured on random models."""
     code = "incomplete-optimisation"
-    if why := _no_way(probe, code):
+    if why := _without_trail(probe, code):
         return why
     failed = ~probe.trail.fooled.any(1)
     rising = int((indicators.incomplete(probe.trail.losses) & failed).sum())
@@ -83,7 +83,7 @@ def incomplete(probe: Probe) -> Flag:
     )
 
 
-def alive(probe: Probe) -> Flag:
+def finds_planted_points(probe: Probe) -> Flag:
     """Adversarials planted in the model's own features, which the run's attack must find."""
     code, attack, rows = "attack-not-alive", probe.strongest, probe.first_correct_rows
     if attack is None:
@@ -128,7 +128,7 @@ def alive(probe: Probe) -> Flag:
     )
 
 
-def _no_way(probe: Probe, code: str) -> Flag | None:
+def _without_trail(probe: Probe, code: str) -> Flag | None:
     """Return a flag that says why there is no trace of PGD to measure, if there is none."""
     if not len(probe.correct_rows):
         return unmeasured(code, NO_CORRECT_IMAGE, "pass images that it classifies correctly")

@@ -16,14 +16,14 @@ SQUARE_GAIN = 0.002
 VIEW_GAIN = 0.02
 
 
-def survives_everything(probe: Probe) -> Flag:
+def robust_at_any_eps(probe: Probe) -> Flag:
     """I6: images that PGD does not fool although every image is allowed, if they are more than chance."""
     code = "survives-any-eps"
     if not len(probe.correct_rows):
         return unmeasured(
             code, "the model misclassifies all of the first images", "pass images that it classifies correctly"
         )
-    left = probe.robust_under(_everything(probe), probe.correct_rows, steps=40)
+    left = probe.robust_under(_unlimited_threat(probe), probe.correct_rows, steps=40)
     chance = 1 / probe.logits.shape[1]
     what = f"of {len(probe.correct_rows)} images are robust to gradient attacks without a limit of distance"
     if len(left) <= chance * len(probe.correct_rows):
@@ -154,6 +154,6 @@ def unattacked(views: Sequence[str], there: Container[str], robust: int) -> Flag
     )
 
 
-def _everything(probe: Probe) -> ThreatModel:
+def _unlimited_threat(probe: Probe) -> ThreatModel:
     """The threat of the same norm that allows every image."""
     return replace(probe.threat, eps=Fraction(probe.threat.diameter(tuple(probe.x.shape[1:]))))

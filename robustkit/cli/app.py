@@ -95,6 +95,6 @@ def _root(
         raise typer.Exit
 
 
-def _find(package: str, place: str) -> Any:
-    module, _, name = place.partition(":")
+def _find(package: str, reference: str) -> Any:
+    module, _, name = reference.partition(":")
     return getattr(import_module(f"robustkit.{package}.{module}"), name)

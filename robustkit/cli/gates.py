@@ -79,13 +79,13 @@ class Gate:
         raised, found = _raised(flags), []
         if self.fail_under is not None and self._compared(rate) < self.fail_under:
             what = "the 95 % interval of robust accuracy begins at" if self.confident else "robust accuracy"
-            doubts = f"; flags raised: {', '.join(raised)}" if raised else ""
+            raised_text = f"; flags raised: {', '.join(raised)}" if raised else ""
             share, least = _percentages(self._compared(rate), self.fail_under)
             middle = ", which is below" if self.confident else " is below"
-            found.append(f"{what} {share}{middle} --fail-under {least}{doubts}")
+            found.append(f"{what} {share}{middle} --fail-under {least}{raised_text}")
         codes = {flag.code for flag in flags if flag.raised}
-        hits = raised if ANY in self.fail_on else [code for code in self.fail_on if code in codes]
-        found += [f"flag {code} is raised, and {ON_FLAG} was given" for code in dict.fromkeys(hits)]
+        failing = raised if ANY in self.fail_on else [code for code in self.fail_on if code in codes]
+        found += [f"flag {code} is raised, and {ON_FLAG} was given" for code in dict.fromkeys(failing)]
         return found
 
     def remark(self, rate: Rate, flags: Sequence[Flag]) -> str:

@@ -49,11 +49,11 @@ def seeded(seed: int) -> Iterator[None]:
 
 def generators() -> dict[str, torch.Tensor]:
     """Return the states of all global generators (torch, numpy, random, CUDA devices) as tensors by name."""
-    _, words, place, has, value = np.random.get_state()
+    _, words, index, has, value = np.random.get_state()
     version, numbers, spare = random.getstate()
     states = {
         "torch": torch.get_rng_state(),
-        "numpy": torch.from_numpy(np.array([*words, place, has], np.int64)),
+        "numpy": torch.from_numpy(np.array([*words, index, has], np.int64)),
         "numpy-normal": torch.tensor([value], dtype=torch.float64),
         "random": torch.tensor([version, *numbers]),
         "random-normal": torch.tensor([] if spare is None else [spare], dtype=torch.float64),
@@ -66,8 +66,8 @@ def generators() -> dict[str, torch.Tensor]:
 def set_generators(states: Mapping[str, torch.Tensor]) -> None:
     """Set the states of all global generators."""
     torch.set_rng_state(states["torch"])
-    *words, place, has = states["numpy"].tolist()
-    np.random.set_state(("MT19937", np.array(words, np.uint32), place, has, float(states["numpy-normal"])))
+    *words, index, has = states["numpy"].tolist()
+    np.random.set_state(("MT19937", np.array(words, np.uint32), index, has, float(states["numpy-normal"])))
     version, *numbers = states["random"].tolist()
     random.setstate((version, tuple(numbers), next(iter(states["random-normal"].tolist()), None)))
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]

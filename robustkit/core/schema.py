@@ -53,7 +53,7 @@ class Keys:
 
 
 @dataclass(frozen=True)
-class As:
+class HasFieldsOf:
     """An object that has the fields of a dataclass but is not converted to it."""
 
     kind: Any
@@ -133,8 +133,8 @@ def checked(kind: Any, value: Any, name: str) -> Any:
     try:
         return _reader(kind)(value)
     except _Wrong as error:
-        place = "".join(error.path).lstrip(".")
-        raise UsageError(f"{name} is damaged: {place or 'it'} {error.what}; {REMEDY}") from None
+        path = "".join(error.path).lstrip(".")
+        raise UsageError(f"{name} is damaged: {path or 'it'} {error.what}; {REMEDY}") from None
 
 
 def _constant(text: str) -> float:

@@ -122,7 +122,9 @@ class Crafter:
         begun, before = time.perf_counter(), self.ensemble.counts
         x = x.to(device)
         labels = torch.from_numpy(self.samples.labels[positions].astype(np.int64)).to(device)
-        targets = None if goals is None else torch.tensor([goals[place] for place in positions], device=device)
+        targets = (
+            None if goals is None else torch.tensor([goals[position] for position in positions], device=device)
+        )
         goal = Goal(labels, targets)
         rng = RowRng(self.plan.seed, "craft", torch.from_numpy(positions).to(device))
         found = attack(surrogates, x, goal, self.threat, rng=rng)
@@ -134,15 +136,15 @@ class Crafter:
         predictions, clean = logits.argmax(1).tolist(), x.float().cpu().numpy()
         rows = [
             Verdict(
-                int(place),
-                int(self.samples.labels[place]),
+                int(position),
+                int(self.samples.labels[position]),
                 predictions[row] if finite[row] else -1,
                 0.0,
                 bool(hit[row]),
                 hashlib.sha256(clean[row].tobytes()).hexdigest(),
                 image.tobytes(),
             )
-            for row, (place, image) in enumerate(zip(positions, x_adv.float().cpu().numpy(), strict=True))
+            for row, (position, image) in enumerate(zip(positions, x_adv.float().cpu().numpy(), strict=True))
         ]
         return Chunk(stage, int(positions[0]), forwards, backwards, time.perf_counter() - begun, rows)
 

@@ -87,16 +87,16 @@ def quantized(adversarial: np.ndarray, clean: np.ndarray, threat: ThreatModel) -
 class PngImages:
     """The PNG files of a folder, indexed by number like an array (N C H W) of float32 in [0, 1]."""
 
-    place: Path
+    folder: Path
 
     def __getitem__(self, positions: np.ndarray) -> np.ndarray:
-        pixels = [_read(self.place / _name(index)) for index in positions.tolist()]
+        pixels = [_read(self.folder / _name(index)) for index in positions.tolist()]
         found: np.ndarray = np.stack(pixels).astype(np.float32) / np.float32(LEVELS)
         return found
 
 
 def save(
-    place: Path,
+    folder: Path,
     blocks: Iterable[tuple[np.ndarray, np.ndarray]],
     labels: Sequence[int],
     threat: ThreatModel,
@@ -104,7 +104,7 @@ def save(
     """Write PNG files and labels.csv into a folder, and read them again.
 
     Args:
-        place: the folder.
+        folder: where the files are written.
         blocks: adversarial images with the clean ones (B C H W), in order.
         labels: the class of each.
         threat: the threat that changes must stay within.
@@ -117,16 +117,16 @@ def save(
         RunError: if a file does not read back as it was written, or is outside the threat.
     """
     try:
-        place.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         own = {LABELS, *(_name(index) for index in range(len(labels)))}
-        remove_drafts(place)
-        foreign = [file.name for file in place.iterdir() if file.name not in own]
+        remove_drafts(folder)
+        foreign = [file.name for file in folder.iterdir() if file.name not in own]
     except OSError as error:
         raise UsageError(
-            f"cannot write {place}: {error.strerror or error}; choose another --png folder."
+            f"cannot write {folder}: {error.strerror or error}; choose another --png folder."
         ) from error
     if foreign:
-        raise UsageError(f"{place} holds {sorted(foreign)[0]!r}; give --png an empty or new folder.")
+        raise UsageError(f"{folder} holds {sorted(foreign)[0]!r}; give --png an empty or new folder.")
     table = io.StringIO()
     rows = csv.writer(table, lineterminator="\n")
     rows.writerow(["file", "index", "label"])
@@ -140,16 +140,16 @@ def save(
             name = _name(index)
             packed = io.BytesIO()
             Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0)).save(packed, "png")
-            write(place / name, packed.getvalue())
-            again[row] = _read(place / name)
+            write(folder / name, packed.getvalue())
+            again[row] = _read(folder / name)
             rows.writerow([name, index, labels[index]])
             index += 1
         change = again.astype(np.int64) - levels(clean)
         if (again != whole).any() or (measure(change, threat.norm) > allowance(threat)).any():
-            raise RunError(f"the files in {place} do not read back within {threat}; is the disk damaged?")
+            raise RunError(f"the files in {folder} do not read back within {threat}; is the disk damaged?")
         largest = max(largest, int(np.abs(change).max()))
-    write(place / LABELS, table.getvalue().encode())
-    return PngImages(place), largest
+    write(folder / LABELS, table.getvalue().encode())
+    return PngImages(folder), largest
 
 
 def _name(index: int) -> str:

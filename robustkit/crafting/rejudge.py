@@ -69,7 +69,7 @@ def _check_inside(images: np.ndarray, samples: Samples, threat: ThreatModel, pat
         positions = np.arange(begin, min(begin + 256, len(samples)))
         inside = threat.contains(torch.from_numpy(images[positions]), samples.images(positions))
         if not bool(inside.all()):
-            place = begin + int((~inside).nonzero()[0])
+            position = begin + int((~inside).nonzero()[0])
             raise UsageError(
-                f"{path / run_folder.ADVERSARIAL}: the image at position {place} is not within {threat}."
+                f"{path / run_folder.ADVERSARIAL}: the image at position {position} is not within {threat}."
             )

@@ -25,7 +25,7 @@ from robustkit.engine.progress import Progress
 from robustkit.runs import run_folder
 from robustkit.runs.craft_record import Craft, Forecast, Judgement, Point, Saved
 from robustkit.runs.environment import environment
-from robustkit.runs.examples import arrays, evenly
+from robustkit.runs.examples import arrays, evenly_spaced
 from robustkit.runs.ledger import Ledger
 from robustkit.runs.opening import open_for_writing, require_writable
 from robustkit.runs.report_parts import Rate
@@ -178,7 +178,7 @@ class _CraftRun:
         if self.out is not None:
             run_folder.write_adversarial(self.out, rows)
             prediction = np.array([label for _, label in ledger.said(IMAGES)], np.int64)
-            shown = arrays(rows, prediction, ([], evenly(self.n)), self.samples, plan.threat)
+            shown = arrays(rows, prediction, ([], evenly_spaced(self.n)), self.samples, plan.threat)
             run_folder.write_examples(self.out, shown)
         surroundings = environment(plan.device, "fp32", crafter.batch) | {
             "loaded": crafter.ensemble.storage.loaded,
@@ -265,10 +265,10 @@ class _CraftRun:
                 self.crafter.craft_missing(stage, attack, None, record.goals, f"{budget} gradients")
                 images = self.crafter.images(stage)
                 rates: list[Rate | None] = []
-                for place, judged in enumerate(record.targets):
+                for number, judged in enumerate(record.targets):
                     known = old[budget].success if budget in old else ()
-                    if place < len(known):
-                        rates.append(known[place])
+                    if number < len(known):
+                        rates.append(known[number])
                         continue
                     rates.append(self._rate(evaluator, judged, record, images))
                 spent = self.crafter.ledger.cost(stage)[1] / self.n
@@ -291,15 +291,15 @@ class _CraftRun:
         prediction = {"clean": judged.predictions["clean"], "adversarial": evaluator.predictions(net, images)}
         return Judgement.of(net.identity, record.labels, record.goals, prediction).rate
 
-    def _png(self, record: Craft, place: Path) -> Craft:
-        found = (record.adversarial or run_folder.read_adversarial(self.out or place))["x"]
+    def _png(self, record: Craft, folder: Path) -> Craft:
+        found = (record.adversarial or run_folder.read_adversarial(self.out or folder))["x"]
         every = np.arange(self.n)
         blocks = read_ahead(self.samples, np.split(every, every[PNG_BATCH_SIZE::PNG_BATCH_SIZE]))
         pairs = ((found[positions], x.numpy()) for positions, x in blocks)
-        images, largest = png_export.save(place, pairs, record.labels, self.plan.threat)
+        images, largest = png_export.save(folder, pairs, record.labels, self.plan.threat)
         evaluator = self._evaluator(record.goals)
         rates = [self._rate(evaluator, judged, record, images) for judged in record.targets]
-        return replace(record, png=Saved(str(place), largest, rates))
+        return replace(record, png=Saved(str(folder), largest, rates))
 
     # --- the record
 

@@ -264,7 +264,7 @@ def _other_length(named: int, count: int) -> Flag:
 def _by_number(name: str) -> list[tuple[int, int | str]]:
     """Return a key that sorts the numbers in names by their value; a sign counts at the beginning alone."""
     parts = re.split(r"(^-[0-9]{1,18}|[0-9]{1,18})", name)
-    return [(0, int(part)) if place % 2 else (1, part) for place, part in enumerate(parts) if part]
+    return [(0, int(part)) if index % 2 else (1, part) for index, part in enumerate(parts) if part]
 
 
 def absolute(text: str) -> str:

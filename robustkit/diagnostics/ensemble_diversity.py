@@ -86,7 +86,7 @@ class DiversityRequest:
             steps=self.steps,
             restarts=self.restarts,
             seed=self.seed,
-            images=None if self.images is None else sorted({int(place) for place in self.images}),
+            images=None if self.images is None else sorted({int(position) for position in self.images}),
         )
 
     def run(self, out: Path | None = None, progress: Progress | None = None, overwrite: bool = False) -> Diversity:
@@ -113,17 +113,17 @@ class DiversityRequest:
 
     def _run(self, progress: Progress) -> Diversity:
         begun = time.perf_counter()
-        places = np.arange(len(self.samples)) if self.images is None else np.array(self.spec.images, np.int64)
-        if not len(places):
+        positions = np.arange(len(self.samples)) if self.images is None else np.array(self.spec.images, np.int64)
+        if not len(positions):
             raise UsageError("no image is left to compare on; use more with --limit.")
         with evaluation_mode(self.model), own_randomness(self.seed, "diversity"):
             ensemble = EnsembleMembers(self.model, self.device)
             most = BATCH_CPU if self.device.type == "cpu" else BATCH_GPU
-            ensemble.measure(self._images(places[:1]), most)
+            ensemble.measure(self._images(positions[:1]), most)
             self._check_labels(ensemble.whole.num_classes or 0)
             with threads(ensemble.whole.threads):
                 try:
-                    return self._compare(ensemble, places, ensemble.whole.micro_batch or most, progress, begun)
+                    return self._compare(ensemble, positions, ensemble.whole.micro_batch or most, progress, begun)
                 finally:
                     progress.close()
 
@@ -135,17 +135,17 @@ class DiversityRequest:
             )
 
     def _compare(
-        self, ensemble: EnsembleMembers, places: np.ndarray, most: int, progress: Progress, begun: float
+        self, ensemble: EnsembleMembers, positions: np.ndarray, most: int, progress: Progress, begun: float
     ) -> Diversity:
         clean = torch.cat(
-            [ensemble.predictions(self._images(part)) != self._labels(part) for part in _batches(places, most)],
+            [ensemble.predictions(self._images(part)) != self._labels(part) for part in _batches(positions, most)],
             1,
         ).cpu()
-        index = places[~clean[:-1].any(0).numpy()]
+        index = positions[~clean[:-1].any(0).numpy()]
         if len(index) < 2:
             raise UsageError(
-                f"{len(index)} of {len(places)} images are classified correctly by every member, and two is the "
-                "least to compare on; use more with --limit, or check labels, normalisation and pixel range."
+                f"{len(index)} of {len(positions)} images are classified correctly by every member, and a "
+                "comparison needs two; use more with --limit, or check labels, normalisation and pixel range."
             )
         fooled, lost = [], []
         for number in range(ensemble.count):
@@ -176,8 +176,8 @@ class DiversityRequest:
             run_id=self.spec.run_id,
             spec=self.spec,
             members=ensemble.count,
-            n=len(places),
-            index=[int(place) for place in index],
+            n=len(positions),
+            index=[int(position) for position in index],
             accuracy=[_share(~row) for row in clean],
             clean=_bounds(clean, clean[:-1].all(0)),
             transfer=[[_share(cell) for cell in row] for row in table],
@@ -189,12 +189,12 @@ class DiversityRequest:
             distillation={**DISTILLATION, "layers": layers},
             cost=Cost(forwards, backwards, time.perf_counter() - begun),
             environment=environment(self.device, "fp32", ensemble.whole.micro_batch, ensemble.whole.threads),
-            flags=self._flags(~clean, places),
+            flags=self._flags(~clean, positions),
         )
 
-    def _flags(self, right: Mask, places: np.ndarray) -> list[Flag]:
+    def _flags(self, right: Mask, positions: np.ndarray) -> list[Flag]:
         """Return the flags of the data, and of members (rows of `right`, the ensemble last) at chance."""
-        labels, classes = self.samples.labels[places].tolist(), self.model.num_classes or 2
+        labels, classes = self.samples.labels[positions].tolist(), self.model.num_classes or 2
         names = [*(f"member {number}" for number in range(len(right) - 1)), "the ensemble"]
         flags = [
             chance_accuracy(int(row.sum()), labels, classes, name) for name, row in zip(names, right, strict=True)
@@ -237,14 +237,14 @@ class DiversityRequest:
         table[one, other] = table[other, one] = total / len(index)
         return table
 
-    def _images(self, places: np.ndarray) -> Images:
-        return self.samples.images(places).to(self.device)
+    def _images(self, positions: np.ndarray) -> Images:
+        return self.samples.images(positions).to(self.device)
 
-    def _labels(self, places: np.ndarray) -> Labels:
-        return torch.from_numpy(self.samples.labels[places].astype(np.int64)).to(self.device)
+    def _labels(self, positions: np.ndarray) -> Labels:
+        return torch.from_numpy(self.samples.labels[positions].astype(np.int64)).to(self.device)
 
-    def _rng(self, places: np.ndarray, stream: str = "attack") -> RowRng:
-        return RowRng(self.seed, f"diversity/{stream}", torch.from_numpy(places).to(self.device))
+    def _rng(self, positions: np.ndarray, stream: str = "attack") -> RowRng:
+        return RowRng(self.seed, f"diversity/{stream}", torch.from_numpy(positions).to(self.device))
 
 
 def _slope(model: Callable[[Images], Tensor], x: Images, labels: Labels) -> Tensor:
@@ -253,8 +253,8 @@ def _slope(model: Callable[[Images], Tensor], x: Images, labels: Labels) -> Tens
         return torch.autograd.grad(loss(model, labels, point).sum(), point)[0].flatten(1)
 
 
-def _batches(places: np.ndarray, most: int) -> list[np.ndarray]:
-    return [places[begin : begin + most] for begin in range(0, len(places), most)]
+def _batches(positions: np.ndarray, most: int) -> list[np.ndarray]:
+    return [positions[begin : begin + most] for begin in range(0, len(positions), most)]
 
 
 def _share(hits: Mask) -> Rate:

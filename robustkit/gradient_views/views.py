@@ -107,9 +107,9 @@ def _candidates(
         for name, call in exported().items():
             yield name, model.with_net(_Exported(call))
     if any(hasattr(defense, "twin") for defense in model.defenses):
-        twin = copy.copy(model)
-        twin.defenses = tuple(getattr(defense, "twin", defense) for defense in model.defenses)
-        yield "twin", TracedModel(twin)
+        copied = copy.copy(model)
+        copied.defenses = tuple(getattr(defense, "twin", defense) for defense in model.defenses)
+        yield "twin", TracedModel(copied)
     traced = TracedModel(model, elementwise=elementwise)
     part = find_ensemble(model)
     if part is not None:

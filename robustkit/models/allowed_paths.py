@@ -91,10 +91,10 @@ def _parts(string: str) -> Iterator[ModelString]:
 
 def check_path(path: str, where: object, flag: str) -> None:
     """Raise UsageError unless it is an absolute path on a disk, as all paths in records of robustkit are."""
-    place = Path(os.path.normpath(path))
+    location = Path(os.path.normpath(path))
     # Of devices, /dev/shm is a disk in memory.
-    devices = place.parts[1:2] in _DEVICES and place.parts[1:3] != ("dev", "shm")
-    if "\0" in path or _ELSEWHERE.match(path) or devices or not place.is_absolute():
+    devices = location.parts[1:2] in _DEVICES and location.parts[1:3] != ("dev", "shm")
+    if "\0" in path or _ELSEWHERE.match(path) or devices or not location.is_absolute():
         raise UsageError(
             f"{where} names {path!r}, which is not the absolute path of a file on a disk of this machine: give "
             f"{flag} with its path here."

@@ -117,7 +117,7 @@ class Classifier(PreparedNet):
     def with_net(self, net: nn.Module) -> Classifier:
         """Return the same around another net that computes the same function."""
         mean, std = (None if value is None else tuple(value.flatten().tolist()) for value in (self.mean, self.std))
-        twin = Classifier(
+        copy = Classifier(
             net,
             string=self.string,
             identity=self._identity,
@@ -132,10 +132,10 @@ class Classifier(PreparedNet):
             notes=self.notes,
             class_names=self.class_names,
         )
-        twin.reader = replace(self.reader)
-        twin.net_call, twin.layout = self.net_call, self.layout
-        switch_mode(twin, self.training)
-        return twin.to(None if self.mean is None else self.mean.device)
+        copy.reader = replace(self.reader)
+        copy.net_call, copy.layout = self.net_call, self.layout
+        switch_mode(copy, self.training)
+        return copy.to(None if self.mean is None else self.mean.device)
 
     def expect(self, classes: int | None) -> Classifier:
         """Set how many classes the data has, which helps to find the logits; return the classifier."""

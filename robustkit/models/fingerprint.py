@@ -72,7 +72,7 @@ def _state(model: object) -> Iterator[tuple[str, torch.Tensor]]:
 
 def _reached(model: object) -> dict[str, object]:
     if isinstance(model, functools.partial):
-        arguments = {str(place): value for place, value in enumerate(model.args)}
+        arguments = {str(index): value for index, value in enumerate(model.args)}
         return {**_reached(model.func), **arguments, **model.keywords}
     owner = getattr(model, "__self__", None)
     if isinstance(owner, nn.Module):

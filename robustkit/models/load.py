@@ -54,7 +54,7 @@ def load_model(
         raise no_such_kind(spec)
     if spec.kind == FOLDER and not from_run.is_run(spec):
         raise _no_model(spec)
-    place = pick_device(device)
+    target = pick_device(device)
     options = Options.read(spec)
     weights = _weights(spec, options)
     with seeded(seed), same_folder():
@@ -96,7 +96,7 @@ def load_model(
         notes=loaded.notes if loaded else (),
     )
     switch_mode(classifier, False)
-    return classifier.to(place)
+    return classifier.to(target)
 
 
 def _member(string: str, seed: int, trust_code: bool) -> Classifier:

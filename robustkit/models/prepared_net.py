@@ -88,8 +88,8 @@ class NetCall:
         """Return the logits of images (B C H W); what the net raises is raised where no form works."""
         if not len(images):
             # What reshapes its input by the number of images cannot do so with none.
-            some = torch.cat([images, images.new_zeros(1, *images.shape[1:])])
-            return self(net, some, layout, reader)[:0]
+            padded = torch.cat([images, images.new_zeros(1, *images.shape[1:])])
+            return self(net, padded, layout, reader)[:0]
         taken = self.taken[torch.is_grad_enabled() and images.requires_grad]
         try:
             logits = self.form.call(net, images, layout, reader)

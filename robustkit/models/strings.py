@@ -75,7 +75,7 @@ class ModelString:
     def _joined(cls, text: str) -> ModelString:
         """Return the parts of an ensemble's string, whose query begins after the bracket that closes it."""
         depth, end = 0, 0
-        for place, sign in enumerate(text):
+        for index, sign in enumerate(text):
             depth += (sign == "[") - (sign == "]")
             if depth > MAX_DEPTH:
                 raise UsageError(
@@ -83,7 +83,7 @@ class ModelString:
                     "members side by side, as in 'ensemble:[A;B;C]'."
                 )
             if sign == "]" and depth == 0:
-                end = place + 1
+                end = index + 1
                 break
         head, rest = text[:end], text[end:]
         query = _QUERY.match(rest)

@@ -30,7 +30,7 @@ from robustkit.posterior.stream import TensorEntry, write
 FOLDER = "samples"
 
 
-class Draft:
+class UnfinishedPosterior:
     """The samples of an unfinished training run, in the folder `samples` of the run.
 
     Files are written atomically. A resumed run overwrites the samples that it had written after its last

@@ -57,8 +57,8 @@ def write(path: Path, entries: Sequence[TensorEntry], metadata: Mapping[str, str
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     end = 0
     for entry in entries:
-        place = [end, end + entry.size]
-        header[entry.name] = {"dtype": NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": place}
+        offsets = [end, end + entry.size]
+        header[entry.name] = {"dtype": NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": offsets}
         end += entry.size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)

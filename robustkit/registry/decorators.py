@@ -98,14 +98,14 @@ def method(name: str, *, paper: str = "") -> Callable[[type[T]], type[T]]:
 def _register(info: Info) -> Callable[[T], T]:
     hyphenated(info.name, f"@{info.kind}")
 
-    def decorate(thing: T) -> T:
-        if is_dataclass(thing):
-            for field in fields(thing):
+    def decorate(registered: T) -> T:
+        if is_dataclass(registered):
+            for field in fields(registered):
                 if field.name in _RESERVED:
                     raise TypeError(f"{info.kind} {info.name!r}: no field may be called {field.name!r}.")
-            checked(thing, info.name)
-        thing.info = info  # type: ignore[attr-defined]
-        return thing
+            checked(registered, info.name)
+        registered.info = info  # type: ignore[attr-defined]
+        return registered
 
     return decorate
 

@@ -111,13 +111,13 @@ def find(kind: str, name: str) -> Any:
     if not entry.package:
         return getattr(importlib.import_module(entry.module), entry.attribute)
     plugin = next(plugins(folder)[name] for folder in FOLDERS[kind] if name in plugins(folder))
-    thing = _of_kind(kind, plugin.load(), f"{plugin.module}:{plugin.attribute}")
-    if not is_plain_function(thing) and thing.info.name != name:
+    registered = _of_kind(kind, plugin.load(), f"{plugin.module}:{plugin.attribute}")
+    if not is_plain_function(registered) and registered.info.name != name:
         raise UsageError(
             f"the package {plugin.package} calls {plugin.module}:{plugin.attribute} {name!r} in its entry points "
-            f"and {thing.info.name!r} in its decorator: give it one name."
+            f"and {registered.info.name!r} in its decorator: give it one name."
         )
-    return thing
+    return registered
 
 
 def describe(kind: str, name: str) -> Entry:
@@ -131,22 +131,22 @@ def describe(kind: str, name: str) -> Entry:
         if name not in known:
             raise did_you_mean(kind, name, known)
         return known[name]
-    thing = find(kind, name)
-    summary, _, detail = (inspect.getdoc(thing) or "").partition("\n")
-    info = getattr(thing, "info", FunctionAttack.info)
-    entry = Entry(info, thing.__module__, thing.__name__, summary, detail=detail.strip(), reference=name)
-    if not dataclasses.is_dataclass(thing):
+    registered = find(kind, name)
+    summary, _, detail = (inspect.getdoc(registered) or "").partition("\n")
+    info = getattr(registered, "info", FunctionAttack.info)
+    entry = Entry(info, registered.__module__, registered.__name__, summary, detail=detail.strip(), reference=name)
+    if not dataclasses.is_dataclass(registered):
         return entry
-    types: Mapping[str, Any] = field_types(thing)  # type: ignore[arg-type]
-    fields = tuple(Field.of(field, types[field.name]) for field in dataclasses.fields(thing) if field.init)
+    types: Mapping[str, Any] = field_types(registered)  # type: ignore[arg-type]
+    fields = tuple(Field.of(field, types[field.name]) for field in dataclasses.fields(registered) if field.init)
     return replace(entry, fields=fields)
 
 
-def _of_kind(kind: str, thing: Any, name: str) -> Any:
+def _of_kind(kind: str, registered: Any, name: str) -> Any:
     """Return a class or function of a file or package if it has the required kind."""
-    info = getattr(thing, "info", None)
-    if getattr(info, "kind", None) == kind or (kind == "attack" and is_plain_function(thing)):
-        return thing
+    info = getattr(registered, "info", None)
+    if getattr(info, "kind", None) == kind or (kind == "attack" and is_plain_function(registered)):
+        return registered
     known = f"is a {info.kind}" if info is not None else "is not registered"
     raise UsageError(
         f"{name} {known}, not {'an' if kind == 'attack' else 'a'} {kind}: put @{kind}(...) of robustkit.registry "

@@ -41,34 +41,34 @@ def hyphenated(name: str, where: str) -> None:
         )
 
 
-def checked(thing: Any, name: str) -> None:
+def checked(cls: Any, name: str) -> None:
     """Make a frozen dataclass convert and check its fields by their annotated types.
 
     Args:
-        thing: the class; its fields may be given as text, too.
+        cls: the class; its fields may be given as text, too.
         name: its name in messages.
     """
-    made: Callable[..., None] = thing.__init__
-    names = [field.name for field in dataclasses.fields(thing) if field.init]
+    made: Callable[..., None] = cls.__init__
+    names = [field.name for field in dataclasses.fields(cls) if field.init]
 
     @functools.wraps(made)
     def __init__(self: Any, *args: Any, **more: Any) -> None:
         given = dict(zip(names, args, strict=False)) | more
-        hints = field_types(thing)
+        hints = field_types(cls)
         values = {
             key: convert(name, key, value, hints[key]) if key in hints else value for key, value in given.items()
         }
-        _check_step(thing, name, given, values)
+        _check_step(cls, name, given, values)
         made(self, *args[len(names) :], **values)
 
-    thing.__init__ = __init__
+    cls.__init__ = __init__
 
 
 @functools.cache
-def field_types(thing: Any) -> Mapping[str, Any]:
+def field_types(cls: Any) -> Mapping[str, Any]:
     """Return the annotated types of a dataclass's fields, ranges included."""
-    hints = get_type_hints(thing, include_extras=True)
-    return {field.name: hints[field.name] for field in dataclasses.fields(thing)}
+    hints = get_type_hints(cls, include_extras=True)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
 def range_of(wanted: Any) -> Limits | None:
@@ -78,9 +78,9 @@ def range_of(wanted: Any) -> Limits | None:
     return found[0] if found else None
 
 
-def takes(thing: Any, field: str) -> str:
+def takes(cls: Any, field: str) -> str:
     """Return in words which values a field of a registered dataclass takes."""
-    return described(field_types(thing)[field]).rstrip(",")
+    return described(field_types(cls)[field]).rstrip(",")
 
 
 def described(wanted: Any) -> str:
@@ -139,9 +139,9 @@ _READ: dict[Any, Callable[[Any], Any]] = {
 }
 
 
-def _check_step(thing: Any, name: str, given: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+def _check_step(cls: Any, name: str, given: Mapping[str, Any], values: Mapping[str, Any]) -> None:
     """Refuse a bare step size that was more likely meant in pixel units."""
-    if values.get("step_size") is None or StepSize not in plain_types(field_types(thing)["step_size"]):
+    if values.get("step_size") is None or StepSize not in plain_types(field_types(cls)["step_size"]):
         return
-    defaults = {field.name: field.default for field in dataclasses.fields(thing)}
+    defaults = {field.name: field.default for field in dataclasses.fields(cls)}
     check_bare(name, given["step_size"], values.get("steps", defaults.get("steps")))

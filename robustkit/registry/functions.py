@@ -47,15 +47,15 @@ class FunctionAttack:
     @property
     def name(self) -> str:
         """The function's name."""
-        thing = self.function.func if isinstance(self.function, functools.partial) else self.function
-        return str(getattr(thing, "__name__", type(thing).__name__))
+        function = self.function.func if isinstance(self.function, functools.partial) else self.function
+        return str(getattr(function, "__name__", type(function).__name__))
 
     def fields(self) -> dict[str, Any]:
         """Return the arguments, and the numbers and texts that the function holds, for a record."""
         function: Any = self.function
         bound: dict[str, Any] = {}
         while isinstance(function, functools.partial):
-            bound |= {f"arg{place}": value for place, value in enumerate(function.args)} | function.keywords
+            bound |= {f"arg{index}": value for index, value in enumerate(function.args)} | function.keywords
             function = function.func
         values = plain_values(function) | bound | dict(self.keywords)
         plain = (bool, int, float, str)
@@ -76,6 +76,6 @@ def _restored(function: Any, keywords: dict[str, Any]) -> FunctionAttack:
     return FunctionAttack(load_reference(function) if isinstance(function, str) else function, keywords)
 
 
-def is_plain_function(thing: Any) -> bool:
+def is_plain_function(function: Any) -> bool:
     """Return whether something may be an attack given as a function: a callable, not registered and no class."""
-    return callable(thing) and not inspect.isclass(thing) and not hasattr(thing, "info")
+    return callable(function) and not inspect.isclass(function) and not hasattr(function, "info")

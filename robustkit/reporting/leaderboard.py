@@ -153,11 +153,11 @@ def _ranked(found: Sequence[tuple[str, str, Report]]) -> list[Row]:
     """Return the rows of one section, in order."""
     rows: list[Row] = []
     above: Report | None = None
-    for place, (name, folder, report) in enumerate(found, 1):
+    for number, (name, folder, report) in enumerate(found, 1):
         tied = above is not None and above.robust_accuracy.value == report.robust_accuracy.value
         rows.append(
             Row(
-                rank=rows[-1].rank if tied else place,
+                rank=rows[-1].rank if tied else number,
                 name=name,
                 model=report.spec.model["string"],
                 folder=folder,

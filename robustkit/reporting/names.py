@@ -29,11 +29,11 @@ def stage_names(report: Report) -> list[str]:
     suite = _records(report)
     found = list(names)
     for name in set(names):
-        places = [place for place, other in enumerate(names) if other == name]
-        if len(places) > 1:
-            suffixes = _suffixes([suite[place] for place in places])
-            for place, suffix in zip(places, suffixes, strict=True):
-                found[place] = f"{name}{suffix}"
+        indices = [index for index, other in enumerate(names) if other == name]
+        if len(indices) > 1:
+            suffixes = _suffixes([suite[index] for index in indices])
+            for index, suffix in zip(indices, suffixes, strict=True):
+                found[index] = f"{name}{suffix}"
     return found
 
 

@@ -49,7 +49,7 @@ def compare_distances(a: Report, b: Report) -> DistanceComparison:
             f"evaluate both models under the same threat."
         )
     others = _distances(b)
-    pairs = [(far, others[index]) for index, far in _distances(a).items() if index in others]
+    pairs = [(distance, others[index]) for index, distance in _distances(a).items() if index in others]
     differences = sorted(_difference(*pair) for pair in pairs if max(pair) > 0)
     if not differences:
         raise UsageError("the two runs have no image in common that a model classifies correctly.")
@@ -60,7 +60,7 @@ def compare_distances(a: Report, b: Report) -> DistanceComparison:
 def _distances(report: Report) -> dict[int, float]:
     found = report.minimum.distances if report.minimum else []
     pairs = zip(report.verdicts, found, strict=True)
-    return {verdict.index: math.inf if far is None else far for verdict, far in pairs}
+    return {verdict.index: math.inf if distance is None else distance for verdict, distance in pairs}
 
 
 def _difference(a: float, b: float) -> float:

@@ -79,8 +79,8 @@ def verdict(report: Report) -> str:
         clean = image.attack == "clean"
         return f"The one image is {'misclassified without an attack' if clean else f'fooled by {image.attack}'}."
     robust = sum(image.robust for image in report.verdicts)
-    stay = "stays" if robust == 1 else "stay"
-    return f"{robust:,} of {images(report)} {stay} correctly classified under every attack of this run."
+    verb = "stays" if robust == 1 else "stay"
+    return f"{robust:,} of {images(report)} {verb} correctly classified under every attack of this run."
 
 
 def interval(low: float, high: float) -> str:

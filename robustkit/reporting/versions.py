@@ -12,7 +12,7 @@ def made_in_parts(environment: Mapping[str, Any]) -> str:
     if len(parts) < 2:
         return ""
     first, *later = (f"robustkit {part.get('robustkit')} with torch {part.get('torch')}" for part in parts)
-    places = [part.get("from") for part in parts[1:]]
+    starts = [part.get("from") for part in parts[1:]]
     return f"computed by different versions: {first}" + "".join(
-        f", from {place} on {name}" for place, name in zip(places, later, strict=True)
+        f", from {start} on {name}" for start, name in zip(starts, later, strict=True)
     )

@@ -125,7 +125,7 @@ def _fooled(
     what: str,
 ) -> list[bool | None]:
     found: list[bool | None] = []
-    for place, (clean, prediction, label) in enumerate(
+    for index, (clean, prediction, label) in enumerate(
         zip(predictions["clean"], predictions[what], labels, strict=True)
     ):
         if clean != label:
@@ -133,7 +133,7 @@ def _fooled(
         elif goals is None:
             found.append(prediction not in (label, -1))
         else:
-            found.append(prediction == goals[place])
+            found.append(prediction == goals[index])
     return found
 
 

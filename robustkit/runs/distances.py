@@ -24,7 +24,7 @@ class Middle:
     def of(cls, numbers: Sequence[float]) -> Middle:
         """Return the median of sorted numbers, and its interval between two of them (`intervals.median_ranks`)."""
         low, high = median_ranks(len(numbers))
-        ends = [numbers[place] if 0 <= place < len(numbers) else None for place in (low, high)]
+        ends = [numbers[rank] if 0 <= rank < len(numbers) else None for rank in (low, high)]
         return cls(
             quantile(numbers, 0.5), *(end if end is not None and math.isfinite(end) else None for end in ends)
         )
@@ -46,28 +46,28 @@ class Minimum:
     @classmethod
     def of(cls, distances: Sequence[float | None]) -> Minimum:
         """Return the record of these distances."""
-        right = sorted(math.inf if far is None else far for far in distances if far != 0)
+        right = sorted(math.inf if distance is None else distance for distance in distances if distance != 0)
         return cls(distances, {str(share): quantile(right, share) for share in QUANTILES}, Middle.of(right))
 
     @property
     def right(self) -> list[float]:
         """The distances of the correctly classified images, sorted; infinite if no adversarial was found."""
-        return sorted(math.inf if far is None else far for far in self.distances if far != 0)
+        return sorted(math.inf if distance is None else distance for distance in self.distances if distance != 0)
 
     def curve(self) -> Iterator[tuple[float, float]]:
         """Yield each distance, sorted, with the robust accuracy at that eps: the share of larger distances."""
         n = len(self.distances)
-        for far in sorted(math.inf if far is None else far for far in self.distances):
-            if math.isfinite(far):
+        for distance in sorted(math.inf if distance is None else distance for distance in self.distances):
+            if math.isfinite(distance):
                 n -= 1
-                yield far, n / len(self.distances)
+                yield distance, n / len(self.distances)
 
 
 def quantile(numbers: Sequence[float], share: float) -> float | None:
     """Return a quantile of sorted numbers, interpolated linearly; None if it is infinite or there are none."""
     if not numbers:
         return None
-    place = share * (len(numbers) - 1)
-    below, above = numbers[math.floor(place)], numbers[math.ceil(place)]
-    value = below if below == above else below + (place - math.floor(place)) * (above - below)
+    rank = share * (len(numbers) - 1)
+    below, above = numbers[math.floor(rank)], numbers[math.ceil(rank)]
+    value = below if below == above else below + (rank - math.floor(rank)) * (above - below)
     return value if math.isfinite(value) else None

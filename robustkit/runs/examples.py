@@ -36,7 +36,7 @@ def choose(index: np.ndarray, fooled_at: np.ndarray, margins: np.ndarray) -> tup
     return hardest, easiest
 
 
-def evenly(n: int) -> list[int]:
+def evenly_spaced(n: int) -> list[int]:
     """Return the positions of some of n images, evenly from the first to the last."""
     return sorted(set(np.linspace(0, n - 1, CRAFTED_SHOWN).round().astype(int).tolist()))
 

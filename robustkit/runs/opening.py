@@ -87,7 +87,7 @@ def open_for_writing(
         ) from error
     try:
         remove_drafts(path)
-        if overwrite or _gives_way(path, spec, say):
+        if overwrite or _is_replaceable(path, spec, say):
             clear(path)
         elif not (path / run_folder.SPEC).exists() and (others := _others(path)):
             raise UsageError(f"{path} holds {others[0]!r} but no run; give an empty or new folder with --out.")
@@ -162,7 +162,7 @@ def _lock(path: Path) -> FileLock:
     return lock
 
 
-def _gives_way(path: Path, spec: Spec, say: Callable[[str], None] | None) -> bool:
+def _is_replaceable(path: Path, spec: Spec, say: Callable[[str], None] | None) -> bool:
     """Return whether a folder holds a run with another spec and without a result; refuse one that has any."""
     if not (path / run_folder.SPEC).exists():
         return False

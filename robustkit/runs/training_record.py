@@ -7,7 +7,18 @@ from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
 from robustkit.core.flags import Flag
-from robustkit.core.schema import FORMAT, Amount, As, Count, Keys, OneOf, Positive, Share, build, check_format
+from robustkit.core.schema import (
+    FORMAT,
+    Amount,
+    Count,
+    HasFieldsOf,
+    Keys,
+    OneOf,
+    Positive,
+    Share,
+    build,
+    check_format,
+)
 from robustkit.runs.spec import Data, Environment, Format, Model, Named, Spec
 
 # Files of a run: the record once it is finished; metrics per epoch; the weights if there is no posterior.
@@ -114,7 +125,7 @@ class Trained:
     classes: Positive
     method: Named
     data: str
-    spec: Annotated[Mapping[str, Any], As(TrainSpec)]
+    spec: Annotated[Mapping[str, Any], HasFieldsOf(TrainSpec)]
     members: Positive
     history: Sequence[Epoch]
     cost: Annotated[Mapping[str, Any], Keys(forwards=Count, backwards=Count, flops=Count, seconds=Amount)]

@@ -15,7 +15,7 @@ from robustkit.core.errors import RunError
 from robustkit.core.writing import write
 from robustkit.models.strings import ENSEMBLE, ModelString
 from robustkit.posterior import FILE as POSTERIOR
-from robustkit.posterior import Draft, Posterior
+from robustkit.posterior import Posterior, UnfinishedPosterior
 from robustkit.posterior.stream import write_tensors
 from robustkit.runs.environment import environment
 from robustkit.runs.report_parts import Rate
@@ -61,12 +61,12 @@ def finish(
             if test is not None:
                 scores = [evaluation.log_probabilities(member.classifier, test) for member in members]
     accuracies = [evaluation.accuracy_and_loss(one, test.labels)[0] for one in scores] if test is not None else []
-    accuracy, doubts = None, []
+    accuracy, flags = None, []
     if test is not None:
         predictions = evaluation.mean_of_probabilities(scores).argmax(1)
         hits = int((predictions == test.labels).sum())
         accuracy = json.loads(dumps(Rate.of(hits, len(test))))
-        doubts = label_checks(predictions.tolist(), test.labels.tolist(), job.plan.classes)
+        flags = label_checks(predictions.tolist(), test.labels.tolist(), job.plan.classes)
     classifier = members[0].classifier
     mean, std = (
         None if value is None else value.flatten().tolist() for value in (classifier.mean, classifier.std)
@@ -102,7 +102,7 @@ def finish(
         hashes={file: sha256(job.folder / file)},
         environment=environment(train.pixels.device, job.spec.precision, None) | {"parts": train_state.versions},
         class_names=job.class_names,
-        flags=[*job.flags, *doubts],
+        flags=[*job.flags, *flags],
     )
     write(job.folder / RECORD, (dumps(record.to_json(), indent=2) + "\n").encode())
     shutil.rmtree(job.folder / KEPT, ignore_errors=True)
@@ -133,9 +133,9 @@ def _pack(
     """Return the posterior of the method's samples, made from the kept states."""
     if (job.folder / POSTERIOR).is_file():
         return Posterior.open(job.folder)
-    Draft(job.folder / KEPT).require(train_state.kept)
+    UnfinishedPosterior(job.folder / KEPT).require(train_state.kept)
     order = Epoch.of(train, job.plan, job.plan.epochs, ()).order
-    draft, count = Draft(job.folder), 0
+    draft, count = UnfinishedPosterior(job.folder), 0
     for state in method.samples(_kept(job.folder / KEPT), job.plan):
         if method.batch_norm == "re-estimate":
             member.net.load_state_dict(state)
@@ -148,7 +148,7 @@ def _pack(
 
 
 def _kept(folder: Path) -> Iterator[State]:
-    draft = Draft(folder)
+    draft = UnfinishedPosterior(folder)
     for number in range(len(draft)):
         yield draft.state(number)
 

@@ -120,16 +120,16 @@ class Epoch:
         moves = RowRng(plan.seed, f"{whose}augmentation", ids, step=number).integers(2**31, 3)
         return cls(images, plan, number, order, moves, augmentation)
 
-    def batch(self, place: int, part: int = 0, parts: int = 1) -> Batch:
+    def batch(self, index: int, part: int = 0, parts: int = 1) -> Batch:
         """Return a batch of the epoch, or every `parts`-th image of it from `part` on."""
-        start = place * self.plan.batch_size
+        start = index * self.plan.batch_size
         rows = self.order[start : start + self.plan.batch_size][part::parts]
-        step = self.number * self.plan.steps_per_epoch + place
+        step = self.number * self.plan.steps_per_epoch + index
         rng = RowRng(self.plan.seed, "method", rows, step=step)
         batch = Batch(as_images(self.moved(self.images.pixels[rows], rows)), self.images.labels[rows], rng, step)
         if self.partners is None:
             return batch
-        other = self.partners.batch(place, part, parts)
+        other = self.partners.batch(index, part, parts)
         return replace(batch, partners=other.x, partner_labels=other.y)
 
     def moved(self, pixels: Tensor, rows: Tensor) -> Tensor:

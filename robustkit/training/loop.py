@@ -14,7 +14,7 @@ import torch
 from robustkit.core.errors import RunError
 from robustkit.core.writing import subfolder
 from robustkit.models.failures import is_out_of_memory
-from robustkit.posterior import Draft
+from robustkit.posterior import UnfinishedPosterior
 from robustkit.runs.training_record import KEPT, RECORD
 from robustkit.runs.versions import continued
 from robustkit.training import augment, averages, checkpoint, quick_diversity
@@ -89,7 +89,7 @@ class TrainingSession:
         if content is not None:
             checkpoint.load(content, job.folder, self.state, self.model_state)
             if self.first:
-                Draft(job.folder / KEPT).check(self.state.kept)
+                UnfinishedPosterior(job.folder / KEPT).check(self.state.kept)
         self.state.versions = continued(self.state.versions, f"step {self.state.step}")
 
     def run(self) -> None:
@@ -131,12 +131,12 @@ class TrainingSession:
         epoch = Epoch.of(self.images, plan, number, augmentation, self.method.batch_needs.pairs)
         before, started = state.seconds, time.perf_counter()
         saved = started
-        for place in range(start, plan.steps_per_epoch):
-            self._step(epoch, place)
+        for index in range(start, plan.steps_per_epoch):
+            self._step(epoch, index)
             now = time.perf_counter()
             state.seconds = before + now - started
-            if self.group.agree(now - saved > SAVE_EVERY, place) and place + 1 < plan.steps_per_epoch:
-                self._mean_loss(place + 1)
+            if self.group.agree(now - saved > SAVE_EVERY, index) and index + 1 < plan.steps_per_epoch:
+                self._mean_loss(index + 1)
                 self.group.synchronise(state, self.model_state)
                 if self.first:
                     checkpoint.save(self.job.folder, state, self.model_state)
@@ -168,10 +168,10 @@ class TrainingSession:
             self.progress.epoch(facts)
         return facts
 
-    def _step(self, epoch: Epoch, place: int) -> None:
+    def _step(self, epoch: Epoch, index: int) -> None:
         plan, method, state, group = self.plan, self.method, self.state, self.group
         step = state.step
-        batch = replace(epoch.batch(place, group.part, group.parts), process_group=group)
+        batch = replace(epoch.batch(index, group.part, group.parts), process_group=group)
         memory, rows = self.model_state.memory, batch.rng.ids
         if memory is not None:
             batch = replace(batch, memory=memory.read(epoch, rows))
@@ -196,7 +196,9 @@ class TrainingSession:
         state.step += 1
         if isinstance(method, PosteriorMethod) and method.keeps(step, plan):
             if self.first:
-                Draft(subfolder(self.job.folder, KEPT)).add(self.model_state.nets[0].state_dict(), state.kept)
+                UnfinishedPosterior(subfolder(self.job.folder, KEPT)).add(
+                    self.model_state.nets[0].state_dict(), state.kept
+                )
             state.kept += 1
         self.progress.step(state.step)
 

@@ -234,8 +234,8 @@ def build_all(
         with torch.no_grad(), drawn(member, Noise("content")):
             counts.add(member(sample).shape[1])
     if len(counts) > 1:
-        few, *_, many = sorted(counts)
-        raise UsageError(f"--arch names nets of {few} and of {many} classes; give members of the same classes.")
+        fewest, *_, most = sorted(counts)
+        raise UsageError(f"--arch names nets of {fewest} and of {most} classes; give members of the same classes.")
     inputs = {
         str([None if values is None else values.tolist() for values in (member.mean, member.std)] + [member.size])
         for member in members
@@ -289,8 +289,8 @@ def in_channels_last(classifier: Classifier, sample: Images) -> Classifier:
     with seeded(0):
         try:
             # A copy is run, so that the running statistics of batch norms do not change.
-            twin = copy.deepcopy(classifier).to(memory_format=torch.channels_last)
-            twin(sample, torch.channels_last).sum().backward()
+            copied = copy.deepcopy(classifier).to(memory_format=torch.channels_last)
+            copied(sample, torch.channels_last).sum().backward()
         except Exception:  # the errors of a user's net are not a closed list
             return classifier
     classifier.layout = torch.channels_last

@@ -21,13 +21,13 @@ Row = dict[str, Any]
 WARNS = ("warning", "error")
 
 
-def read(place: Path) -> list[Row]:
+def read(path: Path) -> list[Row]:
     """Return the rows in a file of the gauntlet, or the one of an honest net's run folder."""
-    if not place.is_dir():
-        return [json.loads(line) for line in place.read_text().splitlines()]
-    report = json.loads((place / "report.json").read_text())
+    if not path.is_dir():
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    report = json.loads((path / "report.json").read_text())
     flags = sorted(flag["code"] for flag in report["flags"] if flag["level"] in WARNS)
-    return [{"name": f"honest: {place.name}", "net": "", "threat": report["spec"]["threat"], "flags": flags}]
+    return [{"name": f"honest: {path.name}", "net": "", "threat": report["spec"]["threat"], "flags": flags}]
 
 
 def exceeds(row: Row, suite: str) -> bool:
@@ -86,7 +86,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", type=Path, nargs="+")
     given = parser.parse_args()
-    rows = [row for place in given.rows for row in read(place)]
+    rows = [row for path in given.rows for row in read(path)]
     print("\n".join(table(list({(row["name"], row["net"], str(row["threat"])): row for row in rows}.values()))))
 
 

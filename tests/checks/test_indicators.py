@@ -13,7 +13,7 @@ from robustkit.checks.binarization import (
     Binarization,
     _direction,
     binarization,
-    binary_questions,
+    binary_problems,
     edge,
     features,
     fitted,
@@ -106,7 +106,7 @@ def test_an_unmasked_net_and_a_sound_attack_raise_no_indicator() -> None:
 def test_planted_adversarial_points_fool_the_model(threat: str) -> None:
     rules, net, x = ThreatModel.parse(threat), Small(1), torch.rand(5, 1, 9, 7)
     ends = heads(net, net, x[:1])
-    question = binary_questions(net, ends, x, rules, rows(5), inner=19)
+    question = binary_problems(net, ends, x, rules, rows(5), inner=19)
     assert rules.contains(question.witness, x).all()
     assert np.allclose(rules.distance(question.witness, x), float(rules.eps), atol=1e-6)
     with torch.no_grad():

@@ -13,7 +13,7 @@ from reports import make_examples, make_report, write_run
 
 from robustkit.cli import output, run
 from robustkit.core.errors import RunError, UsageError
-from robustkit.posterior import Draft
+from robustkit.posterior import UnfinishedPosterior
 from robustkit.runs.ledger import Ledger
 from robustkit.runs.opening import OWN
 from robustkit.training.metrics import Metrics
@@ -78,9 +78,9 @@ def test_samples_are_not_written_into_a_linked_folder() -> None:
     Path("elsewhere/0000.safetensors").write_text("mine")
     Path("samples").symlink_to(Path("elsewhere").absolute())
     with pytest.raises(UsageError, match="samples is a link"):
-        Draft(Path()).add({"w": torch.ones(2)})
+        UnfinishedPosterior(Path()).add({"w": torch.ones(2)})
     with pytest.raises(UsageError, match="samples is a link"):
-        Draft(Path()).keep(0)
+        UnfinishedPosterior(Path()).keep(0)
     assert [one.read_text() for one in Path("elsewhere").iterdir()] == ["mine"]
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from robustkit.core.errors import RunError, UsageError
-from robustkit.posterior import FILE, Draft, Posterior
+from robustkit.posterior import FILE, Posterior, UnfinishedPosterior
 
 
 def net(seed: int = 0) -> nn.Module:
@@ -22,7 +22,7 @@ def net(seed: int = 0) -> nn.Module:
 
 
 def written(run: Path, count: int = 4) -> tuple[list[dict[str, torch.Tensor]], Posterior]:
-    draft = Draft(run)
+    draft = UnfinishedPosterior(run)
     states = [net(seed).state_dict() for seed in range(count)]
     assert [draft.add(state) for state in states] == list(range(count))
     return states, draft.pack()
@@ -74,7 +74,7 @@ def test_a_reopened_posterior_is_the_same(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", [1e-30, 1e-12, 1.0, 1e12, 1e30])
 def test_values_do_not_underflow_or_overflow(tmp_path: Path, size: float) -> None:
-    draft = Draft(tmp_path)
+    draft = UnfinishedPosterior(tmp_path)
     values = [size * torch.tensor([[1.0, -3e-4, 1e-8], [k, 0.5, 0.0]]) for k in range(3)]
     for value in values:
         draft.add({"w": value})
@@ -88,22 +88,25 @@ def test_values_do_not_underflow_or_overflow(tmp_path: Path, size: float) -> Non
 def test_equal_samples_are_kept_exactly(tmp_path: Path) -> None:
     state = net().state_dict()
     for _ in range(3):
-        Draft(tmp_path).add(state)
-    found = Draft(tmp_path).pack().state(1)
+        UnfinishedPosterior(tmp_path).add(state)
+    found = UnfinishedPosterior(tmp_path).pack().state(1)
     assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
 
 
 def test_variances_are_not_negative_after_packing(tmp_path: Path) -> None:
     """A channel that is dead in one sample: its variance must not become negative by rounding."""
     for value in (1e-9, 0.3, 0.29):
-        Draft(tmp_path).add({"running_var": torch.tensor([value, 100.0])})
-    assert Draft(tmp_path).pack().state(0)["running_var"].tolist() == torch.tensor([1e-9, 100.0]).tolist()
+        UnfinishedPosterior(tmp_path).add({"running_var": torch.tensor([value, 100.0])})
+    assert (
+        UnfinishedPosterior(tmp_path).pack().state(0)["running_var"].tolist()
+        == torch.tensor([1e-9, 100.0]).tolist()
+    )
 
 
 def test_a_resumed_run_writes_over(tmp_path: Path) -> None:
     for seed in range(4):
-        Draft(tmp_path).add(net(seed).state_dict())
-    draft = Draft(tmp_path)
+        UnfinishedPosterior(tmp_path).add(net(seed).state_dict())
+    draft = UnfinishedPosterior(tmp_path)
     draft.keep(2)
     assert len(draft) == 2
     assert draft.add(net(7).state_dict()) == 2
@@ -117,7 +120,7 @@ def test_a_resumed_run_writes_over(tmp_path: Path) -> None:
 def test_packing_may_be_killed(tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     _, whole = written(tmp_path / "whole")
     for seed in range(4):
-        Draft(tmp_path / "cut").add(net(seed).state_dict())
+        UnfinishedPosterior(tmp_path / "cut").add(net(seed).state_dict())
 
     def killed(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
@@ -125,9 +128,9 @@ def test_packing_may_be_killed(tmp_path: Path, where: str, monkeypatch: pytest.M
     with monkeypatch.context() as patch:
         patch.setattr(*((Path, "replace", killed) if where == "before" else ("shutil.rmtree", killed)))
         with pytest.raises(KeyboardInterrupt):
-            Draft(tmp_path / "cut").pack()
+            UnfinishedPosterior(tmp_path / "cut").pack()
     assert (tmp_path / "cut" / FILE).exists() == (where == "after")
-    assert Draft(tmp_path / "cut").pack().sha256 == whole.sha256
+    assert UnfinishedPosterior(tmp_path / "cut").pack().sha256 == whole.sha256
     assert [file.name for file in (tmp_path / "cut").iterdir() if file.suffix != ".part"] == [FILE]
 
 
@@ -141,13 +144,13 @@ def test_the_file_is_plain_safetensors(tmp_path: Path) -> None:
 
 def test_invalid_states_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="no posterior sample"):
-        Draft(tmp_path).pack()
+        UnfinishedPosterior(tmp_path).pack()
     with pytest.raises(RunError, match="NaN or infinite values in 'w'"):
-        Draft(tmp_path).add({"w": torch.tensor([[1.0, torch.nan]])})
-    Draft(tmp_path).add({"w": torch.ones(2, 3)})
-    Draft(tmp_path).add({"w": torch.ones(3, 2)})
+        UnfinishedPosterior(tmp_path).add({"w": torch.tensor([[1.0, torch.nan]])})
+    UnfinishedPosterior(tmp_path).add({"w": torch.ones(2, 3)})
+    UnfinishedPosterior(tmp_path).add({"w": torch.ones(3, 2)})
     with pytest.raises(RunError, match="other tensors"):
-        Draft(tmp_path).pack()
+        UnfinishedPosterior(tmp_path).pack()
 
 
 def test_invalid_files_are_refused(tmp_path: Path) -> None:
@@ -186,7 +189,7 @@ def test_reading_maps_the_file(tmp_path: Path) -> None:
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
 
-    draft = Draft(tmp_path)
+    draft = UnfinishedPosterior(tmp_path)
     for seed in range(40):
         draft.add({"weight": torch.full((1000, 500), float(seed)), "bias": torch.zeros(1000)}, seed)
     draft.pack()

@@ -60,7 +60,8 @@ def test_the_strongest_attack_is_the_longest_single_gradient_attack() -> None:
 
 def test_a_weak_attack_raises_attack_not_alive() -> None:
     good, feeble = (
-        signs.alive(probe(Small(1), suite)) for suite in ("pgd(steps=30)", "pgd(steps=1,step_size=0.01eps)")
+        signs.finds_planted_points(probe(Small(1), suite))
+        for suite in ("pgd(steps=30)", "pgd(steps=1,step_size=0.01eps)")
     )
     assert (good.level, good.value) == ("ok", 8)
     assert feeble.level == "warning"
@@ -79,13 +80,13 @@ def test_planting_that_is_impossible_is_not_measured() -> None:
         (probe(Small(1), "square(queries=9)"), "no row-wise attack"),
         (probe(headless), "no linear layer"),
     ):
-        flag = signs.alive(case)
+        flag = signs.finds_planted_points(case)
         assert flag.level == "not measured"
         assert word in flag.meaning
 
 
 def test_a_net_without_a_gradient_raises_attack_not_alive() -> None:
-    flag = signs.alive(probe(Perturbed(torch.Tensor.detach)))
+    flag = signs.finds_planted_points(probe(Perturbed(torch.Tensor.detach)))
     assert (flag.level, flag.value) == ("warning", 0)
 
 
@@ -118,11 +119,11 @@ def test_a_randomised_model_is_checked_by_the_majority_of_draws() -> None:
     torch.manual_seed(0)
     coin = Perturbed(after=lambda z: z.detach() * (2 * (torch.rand(len(z), 1) < 0.8) - 1))
     randomised = probe(coin, teacher=Small(1))
-    flag = strength.survives_everything(randomised)
+    flag = strength.robust_at_any_eps(randomised)
     assert flag.level == "warning"
     assert flag.value > 0.8 * len(randomised.correct_rows) > 5
     noisy = probe(Perturbed(lambda x: x + 0.05 * torch.randn_like(x)), teacher=Small(1))
-    assert strength.survives_everything(noisy).level == "ok"
+    assert strength.robust_at_any_eps(noisy).level == "ok"
     assert strength.unconverged(noisy).level == signs.incomplete(noisy).level == "not measured"
 
 
@@ -160,5 +161,7 @@ def test_masked_gradient_needs_an_attack_on_the_own_gradient() -> None:
 
 def test_every_claim_belongs_to_a_known_flag() -> None:
     """Doubts that escalate are flags of checks; each check that measures has its line on the page."""
-    assert {signs.unstable, signs.silent, signs.incomplete, signs.alive, gradients.unlike} <= set(BEFORE_ATTACKS)
+    assert {signs.unstable, signs.silent, signs.incomplete, signs.finds_planted_points, gradients.unlike} <= set(
+        BEFORE_ATTACKS
+    )
     assert {"attack-not-alive", "unstable-loss", "unlike-gradients", "underflow"} <= DOUBTS

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from robustkit import RunError, UsageError, load_data, train
-from robustkit.posterior import Draft
+from robustkit.posterior import UnfinishedPosterior
 from robustkit.posterior.digest import digest
 from robustkit.reporting.versions import made_in_parts
 from robustkit.runs import versions as made
@@ -141,7 +141,7 @@ def test_the_digest_covers_every_value(change: Callable[[dict[str, Any]], dict[s
 
 
 def test_a_changed_sample_is_refused_before_packing(tmp_path: Path) -> None:
-    draft = Draft(tmp_path)
+    draft = UnfinishedPosterior(tmp_path)
     for value in (1.0, 2.0):
         draft.add({"w": torch.full((50, 40), value), "n": torch.tensor(3)})
     with_flipped_bits(tmp_path / "samples" / "0001.safetensors")

@@ -65,7 +65,7 @@ class BlockShuffle(Technique):
             middle + offset.clamp(min=-(size - 1) / 2, max=(size - 1) / 2)
             for offset, (_, middle, size) in ((source_right, column), (source_down, row))
         ]
-        grid = [2 * place / max(length - 1, 1) - 1 for place, length in zip(target, (width, height), strict=True)]
+        grid = [2 * index / max(length - 1, 1) - 1 for index, length in zip(target, (width, height), strict=True)]
         moved = F.grid_sample(x, torch.stack(grid, 3), padding_mode="border", align_corners=True)
         return torch.where(bare[:, None], 0, moved)
 
@@ -88,8 +88,8 @@ def _cut(length: int, draws: Tensor) -> tuple[Tensor, list[Tensor]]:
     middle = ends - (size + 1) / 2
     new_ends = size.gather(1, order).cumsum(1)
     pixel = torch.arange(length, dtype=draws.dtype, device=draws.device)
-    place = (pixel[None, :, None] >= new_ends[:, None, :]).sum(2)
-    piece = order.gather(1, place)
+    index = (pixel[None, :, None] >= new_ends[:, None, :]).sum(2)
+    piece = order.gather(1, index)
     own_size = size.gather(1, piece)
-    local = pixel - (new_ends.gather(1, place) - own_size)
+    local = pixel - (new_ends.gather(1, index) - own_size)
     return piece, [local - (own_size - 1) / 2, middle.gather(1, piece), own_size]

@@ -46,14 +46,14 @@ class DI(Technique):
         return torch.where(per_row(chance < self.p, x), moved, x)
 
 
-def placing(length: int, ratio: float, scale: Tensor, place: Tensor) -> Tensor:
+def placing(length: int, ratio: float, scale: Tensor, offset: Tensor) -> Tensor:
     """Return the matrices (B L L) that shrink a line of pixels and pad it with zeros on both sides.
 
     Each row has two weights that sum to 1, as in bilinear resizing, or none. `scale` and `place` (B): in [0, 1).
     """
     least = max(1, int(ratio * length))
     size = (least + (scale * (length - least)).floor())[:, None]
-    start = (place[:, None] * (length + 1 - size)).floor()
+    start = (offset[:, None] * (length + 1 - size)).floor()
     pixel = torch.arange(length, dtype=scale.dtype, device=scale.device)
     local = pixel[None, :] - start
     source = ((local + 0.5) * length / size - 0.5).clamp(0, length - 1)

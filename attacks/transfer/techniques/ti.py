@@ -77,6 +77,6 @@ def gaussian(width: int) -> Tensor:
 def band(length: int, kernel: Tensor) -> Tensor:
     """Return the matrix that convolves a line of pixels with the kernel, zeros beyond its ends."""
     pixel = torch.arange(length, device=kernel.device)
-    place = pixel[None, :] - pixel[:, None] + len(kernel) // 2
-    inside = (place >= 0) & (place < len(kernel))
-    return torch.where(inside, kernel[place.clamp(0, len(kernel) - 1)], 0)
+    offset = pixel[None, :] - pixel[:, None] + len(kernel) // 2
+    inside = (offset >= 0) & (offset < len(kernel))
+    return torch.where(inside, kernel[offset.clamp(0, len(kernel) - 1)], 0)

@@ -49,15 +49,17 @@ def _text(value: Any) -> str:
 
 def _facts(kind: str, name: str) -> dict[str, Any]:
     entry = registry.catalog(kind)[name]
-    thing = registry.find(kind, name)
-    fields = dataclasses.fields(thing) if dataclasses.is_dataclass(thing) and not entry.info.family else ()
+    registered = registry.find(kind, name)
+    fields = (
+        dataclasses.fields(registered) if dataclasses.is_dataclass(registered) and not entry.info.family else ()
+    )
     return {
         "name": name,
         "kind": kind,
         "norms": list(entry.info.norms),
         "paper": entry.info.paper,
         "fields": {field.name: registry.plain(field.default) for field in fields},
-        "takes": {field.name: registry.takes(thing, field.name) for field in fields},
-        "stands_for": thing() if kind == "recipe" else None,
+        "takes": {field.name: registry.takes(registered, field.name) for field in fields},
+        "stands_for": registered() if kind == "recipe" else None,
         "what": "\n".join(part for part in (entry.summary, entry.detail) if part),
     }

@@ -61,9 +61,9 @@ def doctor(flags: DoctorFlags) -> int:
 
 
 def _machine(device: str, as_json: bool) -> int:
-    place = pick_device(device)
-    surroundings = environment(place, "fp32", None)
-    trials, rates = closed_form(place), speeds(place)
+    target = pick_device(device)
+    surroundings = environment(target, "fp32", None)
+    trials, rates = closed_form(target), speeds(target)
     false = sum(trial.false for trial in trials)
     if as_json:
         body = {"environment": surroundings, "closed_form": trials, "speeds": rates}
@@ -72,7 +72,7 @@ def _machine(device: str, as_json: bool) -> int:
     console = result_console()
     for name, version in surroundings["versions"].items():
         console.print(f"{name:<14}{version or 'not installed'}", highlight=False)
-    console.print(f"{'device':<14}{place}   {surroundings['device_name']}", highlight=False)
+    console.print(f"{'device':<14}{target}   {surroundings['device_name']}", highlight=False)
     console.print(f"{'threads':<14}{surroundings['threads']}\n", highlight=False)
     table = Table(box=None, pad_edge=False, header_style="", padding=(0, 3, 0, 0))
     table.add_column("verdicts against closed form", no_wrap=True)

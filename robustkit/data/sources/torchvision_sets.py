@@ -47,11 +47,11 @@ def imagenet(request: DataRequest) -> Samples:
         UsageError: there is no such folder, or it does not hold the 1,000 classes.
     """
     split, root = request.split, request.root
-    places = (root / "imagenet" / split, root / split)
-    folder = next((place for place in places if os.path.isdir(place)), None)
+    candidates = (root / "imagenet" / split, root / split)
+    folder = next((candidate for candidate in candidates if os.path.isdir(candidate)), None)
     if folder is None:
         raise UsageError(
-            f"imagenet:{split} is neither in {places[0]} nor in {places[1]}, and it cannot be downloaded; "
+            f"imagenet:{split} is neither in {candidates[0]} nor in {candidates[1]}, and it cannot be downloaded; "
             "unpack it there, one folder per class, or write --data-root DIR for where it is."
         )
     samples = image_folder(folder, request.name, request.preprocess)

@@ -107,9 +107,9 @@ class Evidence:
     def strata(self) -> np.ndarray:
         """The number of each image's stratum, by the share that the cheap attacks left (n)."""
         order = np.lexsort((self.keys, self.left[0]))
-        place = np.empty(len(order))
-        place[order] = (np.arange(len(order)) + 0.5) / max(len(order), 1)
-        return np.searchsorted(STRATA_ENDS, place)
+        rank = np.empty(len(order))
+        rank[order] = (np.arange(len(order)) + 0.5) / max(len(order), 1)
+        return np.searchsorted(STRATA_ENDS, rank)
 
     def sample(self) -> np.ndarray:
         """Return the places of the test's images: of each stratum the first robust ones by their keys."""

@@ -50,11 +50,11 @@ class ClaimJudge:
 
     def judge_claims(self, batches: Sequence[RowBatch]) -> list[Verdicts | None]:
         """Return the verdicts on the claims of several queues, by one pass; None for a queue without claims."""
-        some = [batch for batch in batches if len(batch)]
-        if not some:
+        nonempty = [batch for batch in batches if len(batch)]
+        if not nonempty:
             return [None] * len(batches)
         names = ("x", "labels", "claim", "claim_logits")
-        x, labels, claim, known = (torch.cat([batch.device[name] for batch in some]) for name in names)
+        x, labels, claim, known = (torch.cat([batch.device[name] for batch in nonempty]) for name in names)
         judged = self.retry(lambda: judge(self.instrumented, x, labels, claim, self.threat, known))
         verdicts: list[Verdicts | None] = []
         start = 0

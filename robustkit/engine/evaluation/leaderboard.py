@@ -113,8 +113,8 @@ class LeaderboardRun:
                 if plan.spec.run_id in taken:
                     raise UsageError(f"it is the model {taken[plan.spec.run_id]!r} once more; list it once.")
                 taken[plan.spec.run_id] = entry.name
-                place = subfolder(out, f"evaluate-{plan.spec.run_id}")
-                report = plan.run(place, own_progress, desk)
+                folder = subfolder(out, f"evaluate-{plan.spec.run_id}")
+                report = plan.run(folder, own_progress, desk)
             except RobustkitError as error:
                 progress.say(f"{entry.name}: {error}")
                 raise
@@ -126,7 +126,7 @@ class LeaderboardRun:
                 own_progress.close()
             rate = report.robust_accuracy
             progress.say(f"{entry.name}: {100 * rate.value:.1f} % robust accuracy ({report.run_id})")
-            return place, report
+            return folder, report
 
         try:
             if self.workers in (None, 1) and self.ray is None:

@@ -240,8 +240,10 @@ class Evaluation:
         report = run_folder.read_report(out)
         if broken := run_folder.broken_seals(out, report):
             raise RunError(f"{broken[0]} See: robustkit verify {out}")
-        news = "its curve is searched now" if self.curve and report.curve is None else "this is its stored result"
-        progress.say(f"run {report.run_id} was finished before; {news}")
+        message = (
+            "its curve is searched now" if self.curve and report.curve is None else "this is its stored result"
+        )
+        progress.say(f"run {report.run_id} was finished before; {message}")
         return report
 
     def _with_curve(self, report: Report, out: Path | None, progress: Progress, store: Store) -> Report:
@@ -263,9 +265,9 @@ class Evaluation:
         found = None
         if len(chosen):
             subset = self.samples.pick(chosen)
-            place = out and subfolder(out, run_folder.AUDIT)
+            folder = out and subfolder(out, run_folder.AUDIT)
             found = replace(self, samples=subset, suite=AUDIT_SUITE, curve=False, audit=0, limits=Limits()).run(
-                place, progress, agency
+                folder, progress, agency
             )
         broke = [int(chosen[v.index]) for v in found.verdicts if not v.robust] if found else []
         cost = found.cost if found else Cost(0, 0, 0.0)

@@ -165,7 +165,7 @@ def _stated(report: Report) -> dict[int, float]:
     if report.minimum is None:
         return {}
     pairs = zip(report.verdicts, report.minimum.distances, strict=True)
-    return {verdict.index: far for verdict, far in pairs if far is not None}
+    return {verdict.index: distance for verdict, distance in pairs if distance is not None}
 
 
 def _is_random(instrumented: InstrumentedModel, x: torch.Tensor, logits: torch.Tensor) -> bool:

@@ -64,15 +64,15 @@ def forecast_cost(
     progress = progress or Progress()
     progress.say(f"measuring: the checks, then {probe.budget:g} s of attacks")
     found = probe.measure(progress)
-    costs, plays = Costs.of(found, n), list[SimulatedRounds]()
+    costs, simulations = Costs.of(found, n), list[SimulatedRounds]()
     if found.arms is not None:
         progress.say(f"playing the rounds of {n:,} images")
-        plays = forecast(found.arms, n, probe.allowed_doubt, probe.seed)
-    arms = _each(plays, n)
-    alone = _courses(costs, plays, found, probe, 1)
+        simulations = forecast(found.arms, n, probe.allowed_doubt, probe.seed)
+    arms = _each(simulations, n)
+    alone = _courses(costs, simulations, found, probe, 1)
     scales = []
     for count in devices:
-        courses = alone if count == 1 else _courses(costs, plays, found, probe, count)
+        courses = alone if count == 1 else _courses(costs, simulations, found, probe, count)
         value, low, high = (course.seconds for course in courses)
         seconds = Estimate(value, min(low, value), max(high, value))
         hours = seconds.times(count / 3600)
@@ -200,61 +200,62 @@ def site(found: ProbeResult, probe: CostProbe, devices: int) -> Site:
     )
 
 
-def _each(plays: Sequence[SimulatedRounds], n: int) -> Estimate | None:
+def _each(simulations: Sequence[SimulatedRounds], n: int) -> Estimate | None:
     """Return the passes of the arms per image; None for a suite without arms."""
-    if not plays:
+    if not simulations:
         return None
-    costs = [play.cost / n for play in plays]
+    costs = [simulation.cost / n for simulation in simulations]
     return Estimate(fmean(costs), costs[0], costs[-1])
 
 
 def _courses(
-    costs: Costs, plays: Sequence[SimulatedRounds], found: ProbeResult, probe: CostProbe, devices: int
+    costs: Costs, simulations: Sequence[SimulatedRounds], found: ProbeResult, probe: CostProbe, devices: int
 ) -> list[Course]:
     """Return the simulated runs as expected, and with images and arms at both ends of their intervals."""
-    place = site(found, probe, devices)
-    courses = _ordinary(costs, found, probe, place)
-    if found.arms is None or not plays:
+    machine = site(found, probe, devices)
+    courses = _ordinary(costs, found, probe, machine)
+    if found.arms is None or not simulations:
         return courses
     passes = found.arms.most[:, 2].astype(int)
 
-    def seconds(play: SimulatedRounds) -> float:
-        laps = sum(math.ceil(count / place.slots) * passes[arm] for arm, count in play.rounds)
-        work = sum(count * _work(found, *play.spent[arm]) for arm, count in play.rounds)
-        return float(found.overhead * laps + work)
+    def seconds(simulation: SimulatedRounds) -> float:
+        steps = sum(math.ceil(count / machine.slots) * passes[arm] for arm, count in simulation.rounds)
+        work = sum(count * _work(found, *simulation.spent[arm]) for arm, count in simulation.rounds)
+        return float(found.overhead * steps + work)
 
-    plays = sorted(plays, key=seconds)
-    ends = (plays[len(plays) // 2], plays[0], plays[-1])
+    simulations = sorted(simulations, key=seconds)
+    ends = (simulations[len(simulations) // 2], simulations[0], simulations[-1])
     return [
-        joined([course, *_rounds(play, passes, found, place)]) for course, play in zip(courses, ends, strict=True)
+        joined([course, *_rounds(simulation, passes, found, machine)])
+        for course, simulation in zip(courses, ends, strict=True)
     ]
 
 
-def _rounds(play: SimulatedRounds, passes: np.ndarray, found: ProbeResult, place: Site) -> list[Course]:
+def _rounds(simulation: SimulatedRounds, passes: np.ndarray, found: ProbeResult, machine: Site) -> list[Course]:
     """Return the simulated runs of the rounds, one after another."""
-    place = replace(place, startup=0.0, opening=0.0, clean=0.0, reading=0.0)
-    most = min(MAX_SIMULATED, MAX_ROUNDS * place.devices * place.slots)
+    machine = replace(machine, startup=0.0, opening=0.0, clean=0.0, reading=0.0)
+    most = min(MAX_SIMULATED, MAX_ROUNDS * machine.devices * machine.slots)
 
     @cache
     def course(arm: int, count: int) -> Course:
-        job = Job(_work(found, *play.spent[arm]), int(passes[arm]))
-        return extended([job] * min(count, most), place, count)
+        job = Job(_work(found, *simulation.spent[arm]), int(passes[arm]))
+        return extended([job] * min(count, most), machine, count)
 
-    return [course(arm, count) for arm, count in play.rounds]
+    return [course(arm, count) for arm, count in simulation.rounds]
 
 
-def _ordinary(costs: Costs, found: ProbeResult, probe: CostProbe, place: Site) -> list[Course]:
+def _ordinary(costs: Costs, found: ProbeResult, probe: CostProbe, machine: Site) -> list[Course]:
     """Return the simulated runs without the arms, as expected and at both ends."""
-    devices, n = place.devices, len(probe.samples)
-    count = min(n, max(MAX_SIMULATED, MAX_ROUNDS * devices * place.slots))
+    devices, n = machine.devices, len(probe.samples)
+    count = min(n, max(MAX_SIMULATED, MAX_ROUNDS * devices * machine.slots))
     # A misclassified clean image is done after the clean pass.
     lists = [[job for job in jobs if job.passes] for jobs in costs.sample(count, probe.seed)]
     totals = [round(n * len(jobs) / count) for jobs in lists]
     if not any(entry.attack.info.coupled for entry in probe.entries if not entry.conditional):
-        return [extended(jobs, place, total) for jobs, total in zip(lists, totals, strict=True)]
+        return [extended(jobs, machine, total) for jobs, total in zip(lists, totals, strict=True)]
     # Attacks whose random numbers depend on the batch are sent batch by batch.
     batch = probe.chunk_size
-    whole = replace(place, slots=1, handout=place.handout * batch, verdict=place.verdict * batch)
+    whole = replace(machine, slots=1, handout=machine.handout * batch, verdict=machine.verdict * batch)
     return [
         extended(_batches(jobs, batch), whole, math.ceil(total / batch))
         for jobs, total in zip(lists, totals, strict=True)

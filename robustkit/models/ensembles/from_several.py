@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from robustkit.core.errors import UsageError
 from robustkit.models.classifier import Classifier
-from robustkit.models.ensembles.mixture import Members, joined_by, way
+from robustkit.models.ensembles.mixture import Members, combine_identity, joined_by
 from robustkit.models.options import Options
 from robustkit.models.randomness import drawing
 from robustkit.models.sources.built import Built
@@ -17,7 +17,7 @@ from robustkit.models.strings import ModelString, joined
 Load = Callable[[str, int], Classifier]
 
 
-class Joined(Members):
+class EnsembleOfClassifiers(Members):
     """Classifiers, each with its defenses and normalisation; a member may be an ensemble itself."""
 
     @property
@@ -42,9 +42,9 @@ def build(spec: ModelString, options: Options, load: Load, seed: int) -> Built:
     if (options.combine or "").startswith("crossmax") and not drawing(first):
         _check_unlike(members)
     return Built(
-        Joined(members, aggregate),
+        EnsembleOfClassifiers(members, aggregate),
         arch=joined([member.string for member in members]),
-        identity={"ensemble": [member.fingerprint for member in members], **way(options.combine)},
+        identity={"ensemble": [member.fingerprint for member in members], **combine_identity(options.combine)},
         num_classes=first.num_classes,
         in_channels=first.in_channels,
         preprocess=first.preprocess,

@@ -32,7 +32,7 @@ def joined_by(text: str | None, count: int, where: str) -> Aggregator:
     return aggregate
 
 
-def way(text: str | None) -> dict[str, str]:
+def combine_identity(text: str | None) -> dict[str, str]:
     """Return the part of a model's identity that `combine=` adds; nothing for the default."""
     return {} if text in (None, DEFAULT_AVERAGE) else {"combine": str(text)}
 

@@ -22,7 +22,7 @@ from robustkit.core.errors import UsageError, expand_path
 from robustkit.core.limits import Limits
 from robustkit.core.schema import build, check_format, parse
 from robustkit.models.allowed_paths import refuse_code
-from robustkit.models.ensembles.mixture import Members, Samples, joined_by, way
+from robustkit.models.ensembles.mixture import Members, Samples, combine_identity, joined_by
 from robustkit.models.options import MAX_CHANNELS, MAX_CLASSES, MAX_PIXELS, Options
 from robustkit.models.outputs import LogitsReader
 from robustkit.models.randomness import Noise, drawing, set_noise
@@ -236,7 +236,7 @@ class Run:
         built = net(store.state(numbers[0]))
         if len(numbers) == 1:
             return built
-        identity = {**built.identity, "samples": numbers, **way(combine)}
+        identity = {**built.identity, "samples": numbers, **combine_identity(combine)}
         return replace(built, net=Samples(_module(built), store, numbers, aggregate, reader), identity=identity)
 
     def _nets(self, net: Make, combine: str | None, reader: LogitsReader) -> Built:
@@ -253,7 +253,7 @@ class Run:
             return members[0]
         own = [member.identity for member in members]
         unlike = {"each": own} if any(one != own[0] for one in own) else {}
-        identity = {**own[0], "members": len(members), **unlike, **way(combine)}
+        identity = {**own[0], "members": len(members), **unlike, **combine_identity(combine)}
         whole = Members([_module(member) for member in members], aggregate, reader)
         return replace(members[0], net=whole, identity=identity)
 

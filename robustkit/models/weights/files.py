@@ -204,7 +204,7 @@ def _described(content: object) -> str:
     if not isinstance(content, Mapping):
         return f"a {type(content).__name__}"
     names = [name for name in content if isinstance(name, str)]
-    return f"the entries {some(names)}" if names else f"a dict of {len(content)} entries without names"
+    return f"the entries {short_list(names)}" if names else f"a dict of {len(content)} entries without names"
 
 
 def _check_container(path: Path) -> None:
@@ -310,6 +310,6 @@ def damaged(path: Path) -> UsageError:
     return UsageError(f"weights file '{path}' is truncated or damaged: save or download it again.")
 
 
-def some(names: list[str], limit: int = 3) -> str:
+def short_list(names: list[str], limit: int = 3) -> str:
     """Return a list of names for a message, cut short."""
     return ", ".join(names[:limit]) + (", …" if len(names) > limit else "")

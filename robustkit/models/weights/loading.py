@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from robustkit.core.errors import UsageError
-from robustkit.models.weights.files import WeightsFile, damaged, index_of, some
+from robustkit.models.weights.files import WeightsFile, damaged, index_of, short_list
 from robustkit.models.weights.fitting import Convert, Fit, Unfit, chosen, names_of, normaliser
 
 _COUNTER = "num_batches_tracked"
@@ -82,7 +82,7 @@ def _notes(file: WeightsFile, fit: Fit, others: list[Fit], mean: str | None) -> 
     where = f"weights file '{file.path.name}'"
     if averages := sorted(other.name for other in others if other.is_average):
         notes.append(
-            f"{where} holds a moving average of the weights, too ({some(averages)}): weights={averages[0]} "
+            f"{where} holds a moving average of the weights, too ({short_list(averages)}): weights={averages[0]} "
             "evaluates that instead"
         )
     if fit.is_average:
@@ -93,9 +93,11 @@ def _notes(file: WeightsFile, fit: Fit, others: list[Fit], mean: str | None) -> 
     rest = [name for name, value in fit.beside.items() if value.ndim and name.rpartition(".")[0] not in used]
     other = {id(tensor) for one in others for tensor in one.state.values()}
     if rest := [name for name in rest if id(fit.beside[name]) not in other]:
-        notes.append(f"{where} holds {len(rest)} tensors beside the net's, which are not used ({some(rest)})")
+        notes.append(
+            f"{where} holds {len(rest)} tensors beside the net's, which are not used ({short_list(rest)})"
+        )
     if file.left_out:
-        notes.append(f"{where} holds Python objects, which are not loaded ({some(list(file.left_out), 6)})")
+        notes.append(f"{where} holds Python objects, which are not loaded ({short_list(list(file.left_out), 6)})")
     return notes
 
 
@@ -113,16 +115,16 @@ def _no_tensors(file: WeightsFile) -> UsageError:
             f"{start} arrays of numpy, which are not loaded: load it in your own program, and save them by "
             "torch.save({name: torch.as_tensor(value) for name, value in state.items()}, FILE)."
         )
-    rest = f" (what is made by {some(list(file.left_out))} is not loaded)" if file.left_out else ""
+    rest = f" (what is made by {short_list(list(file.left_out))} is not loaded)" if file.left_out else ""
     return UsageError(f"{start} {file.content} but no tensors{rest}: save the net's state_dict() in it.")
 
 
 def _unfit(fit: Unfit, own: Mapping[str, torch.Size], file: WeightsFile, arch: str) -> UsageError:
     faults = []
     if fit.missing:
-        faults.append(f"lacks {len(fit.missing)} of its {len(own)} tensors ({some(fit.missing)})")
+        faults.append(f"lacks {len(fit.missing)} of its {len(own)} tensors ({short_list(fit.missing)})")
     if fit.unexpected:
-        faults.append(f"has {len(fit.unexpected)} that it does not know ({some(fit.unexpected)})")
+        faults.append(f"has {len(fit.unexpected)} that it does not know ({short_list(fit.unexpected)})")
     index = index_of(file.path)
     advice = f"write its index, '{index.name}'" if index else "write the architecture that it was saved from"
     if not fit.missing:

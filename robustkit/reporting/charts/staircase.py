@@ -21,7 +21,7 @@ SHOWN_SHARE = 0.99
 def chart(report: Report, found: Minimum) -> Markup | None:
     """Return the chart: robust accuracy at each eps; None if no adversarial image was found."""
     steps = list(found.curve())
-    finite = [far for far, _ in steps]
+    finite = [distance for distance, _ in steps]
     if not finite or not finite[-1]:
         return None
     widest = finite[math.ceil(SHOWN_SHARE * len(finite)) - 1] or finite[-1]
@@ -34,10 +34,10 @@ def chart(report: Report, found: Minimum) -> Markup | None:
 def _staircase(steps: Sequence[tuple[float, float]], widest: float) -> list[tuple[float, float]]:
     """Return the corners of the curve up to the end of the axis."""
     points, before = [(0.0, _down(1.0))], 1.0
-    for far, share in steps:
-        if far > widest:
+    for distance, share in steps:
+        if distance > widest:
             break
-        points += [(far / widest, _down(before)), (far / widest, _down(share))]
+        points += [(distance / widest, _down(before)), (distance / widest, _down(share))]
         before = share
     return [*points, (1.0, _down(before))]
 

@@ -57,8 +57,8 @@ def marker(x: float, y: float, shape: str, kind: str) -> str:
 def text(x: float, y: float, content: str, *, anchor: str = "start", kind: str = "label", dx: float = 0) -> str:
     """Return a line of text at a share of the width and y pixels down, moved right by dx pixels."""
     shift = f' dx="{_n(dx)}"' if dx else ""
-    place = f'x="{_n(100 * x)}%" y="{_n(y)}"{shift} text-anchor="{anchor}"'
-    return f'<text {place} class="{kind}">{escape(printable(content))}</text>'
+    position = f'x="{_n(100 * x)}%" y="{_n(y)}"{shift} text-anchor="{anchor}"'
+    return f'<text {position} class="{kind}">{escape(printable(content))}</text>'
 
 
 def whisker(low: float, high: float, y: float) -> str:

@@ -67,8 +67,8 @@ def _facts(record: Craft, examples: Mapping[str, np.ndarray] | None) -> dict[str
         "largest": "" if largest is None else f"{largest:.4g}",
         "bars": _bars([(name, one.rate, _control(one)) for name, one in zip(others, record.targets, strict=True)]),
         "rows": [
-            {"name": name, "own": place < len(own), "cells": _cells(one)}
-            for place, (name, one) in enumerate(zip(names, (*record.surrogates, *record.targets), strict=True))
+            {"name": name, "own": index < len(own), "cells": _cells(one)}
+            for index, (name, one) in enumerate(zip(names, (*record.surrogates, *record.targets), strict=True))
         ],
         "charts": _charts(record, others),
         "budgets": _budgets(record),
@@ -163,14 +163,14 @@ def _charts(record: Craft, names: Sequence[str]) -> list[Chart]:
     points = [point for point in record.budgets or () if point.gradients_per_image]
     if len(points) < 2:
         return []
-    places = log_positions([point.gradients_per_image or 1 for point in points])
-    marks = [(x, f"{point.gradients_per_image:,.0f}") for x, point in zip(places, points, strict=True)]
+    positions = log_positions([point.gradients_per_image or 1 for point in points])
+    marks = [(x, f"{point.gradients_per_image:,.0f}") for x, point in zip(positions, points, strict=True)]
     found = []
     for first in range(0, len(names), MAX_CURVES):
         series = []
         for target in range(first, min(first + MAX_CURVES, len(names))):
             rates = [point.success[target] if target < len(point.success) else None for point in points]
-            known = [(x, rate.value) for x, rate in zip(places, rates, strict=True) if rate]
+            known = [(x, rate.value) for x, rate in zip(positions, rates, strict=True) if rate]
             series += [Series(names[target], known)] if known else []
         if series:
             found.append(Chart(series, "gradients per image", marks, percent_tick, 0.0, 1.0))

@@ -46,7 +46,7 @@ def _facts(record: Diversity) -> dict[str, Any]:
         "transfer": [
             {
                 "name": names[member],
-                "cells": [{**_cell(rate), "same": place == member} for place, rate in enumerate(row)],
+                "cells": [{**_cell(rate), "same": column == member} for column, rate in enumerate(row)],
             }
             for member, row in enumerate(record.transfer)
         ]

@@ -26,14 +26,14 @@ def _facts(record: Matrix) -> dict[str, Any]:
     own = len(record.models)
     rows = [
         {
-            "name": names[place],
-            "gradients": f"{record.gradients_per_image[place]:,.0f}",
+            "name": names[index],
+            "gradients": f"{record.gradients_per_image[index]:,.0f}",
             "cells": [
-                _cell(rate, names[place], names[column], place == column) for column, rate in enumerate(rates)
+                _cell(rate, names[index], names[column], index == column) for column, rate in enumerate(rates)
             ],
-            "mean": _mean([rate for column, rate in enumerate(rates) if column != place]),
+            "mean": _mean([rate for column, rate in enumerate(rates) if column != index]),
         }
-        for place, rates in enumerate(record.success)
+        for index, rates in enumerate(record.success)
     ]
     versions = record.environment.get("versions", {})
     facts = {

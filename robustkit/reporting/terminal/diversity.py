@@ -30,7 +30,7 @@ def show(record: Diversity, console: Console, page: object = None, next_command:
     table = _table("fooled", *names)
     for member, row in enumerate(record.transfer):
         table.add_row(
-            names[member], *(number(rate) + ("*" if place == member else "") for place, rate in enumerate(row))
+            names[member], *(number(rate) + ("*" if column == member else "") for column, rate in enumerate(row))
         )
     table.add_row("any other", *(number(rate) for rate in record.worst))
     console.print(table, highlight=False)

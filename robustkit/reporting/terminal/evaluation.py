@@ -159,11 +159,11 @@ def unresolved(bound: Strictness, spec: RunSpec) -> str:
 def _curve(curve: Curve) -> Table:
     """Return a table of the curve at some of its radii."""
     table = Table(box=None, pad_edge=False, header_style="", padding=(0, 3, 0, 0))
-    shown = [place for place in SHOWN_RADII if place < len(curve.radii)]
+    shown = [index for index in SHOWN_RADII if index < len(curve.radii)]
     table.add_column("eps", no_wrap=True)
-    for place in shown:
-        table.add_column(f"{curve.radii[place]:.4g}", justify="right", no_wrap=True)
-    table.add_row("robust acc", *(percent(curve.robust_accuracy[place].value) for place in shown))
+    for index in shown:
+        table.add_column(f"{curve.radii[index]:.4g}", justify="right", no_wrap=True)
+    table.add_row("robust acc", *(percent(curve.robust_accuracy[index].value) for index in shown))
     return table
 
 

@@ -169,9 +169,9 @@ def show_matrix(record: Matrix, console: Console, page: object = None, next_comm
     table.add_column("crafted on", no_wrap=True)
     for name in (*names, "grads"):
         table.add_column(name, justify="right", no_wrap=True)
-    for place, (row, spent) in enumerate(zip(record.success, record.gradients_per_image, strict=True)):
-        cells = [_number(rate) + ("*" if column == place else "") for column, rate in enumerate(row)]
-        table.add_row(names[place], *cells, f"{spent:,.0f}")
+    for index, (row, spent) in enumerate(zip(record.success, record.gradients_per_image, strict=True)):
+        cells = [_number(rate) + ("*" if column == index else "") for column, rate in enumerate(row)]
+        table.add_row(names[index], *cells, f"{spent:,.0f}")
     table.add_row("any other row", *[_number(rate) for rate in record.worst], "")
     table.add_row("random signs", *[_percentage(share) for share in record.noise], "0", style="dim")
     table.add_row("clean acc", *[_percentage(share) for share in record.clean_accuracy], "", style="dim")
@@ -224,11 +224,11 @@ def differences(a: Craft, b: Craft) -> list[Difference]:
     found = []
     for first, second in pairs:
         fooled = list(zip(first.fooled(a.labels, a.goals), second.fooled(b.labels, b.goals), strict=True))
-        correct = [(place, x, y) for place, (x, y) in enumerate(fooled) if x is not None and y is not None]
+        correct = [(index, x, y) for index, (x, y) in enumerate(fooled) if x is not None and y is not None]
         if not correct:
             continue
-        only_a = [place for place, x, y in correct if x and not y]
-        only_b = [place for place, x, y in correct if y and not x]
+        only_a = [index for index, x, y in correct if x and not y]
+        only_b = [index for index, x, y in correct if y and not x]
         both = sum(bool(x and y) for _, x, y in correct)
         low, high = newcombe(both, len(only_a), len(only_b), len(correct))
         value = (len(only_a) - len(only_b)) / len(correct)
