@@ -98,7 +98,7 @@ def may_import(room: str, name: str) -> bool:
     return (room, other) in UPWARDS or (other in ORDER and ORDER.index(other) < ORDER.index(room))
 
 
-def test_who_imports_whom() -> None:
+def test_imports_follow_the_order_of_packages() -> None:
     for file in sources():
         place = file.relative_to(PACKAGE)
         room = place.parts[0]
@@ -230,7 +230,7 @@ def test_a_clone_without_links_can_be_installed(how: list[str], tmp_path: Path) 
     }
 
 
-def test_pictures_are_opened_by_named_formats_alone() -> None:
+def test_images_are_opened_by_named_formats_only() -> None:
     """Without formats= Pillow asks every decoder it has: a file of PostScript goes to Ghostscript."""
     for file in [*sources(), *ROOT.glob("scripts/**/*.py")]:
         for node in ast.walk(ast.parse(file.read_text())):
@@ -287,7 +287,7 @@ class BIM(RowWise):
 
 
 @pytest.mark.slow
-def test_a_strangers_attack_is_one_file(tmp_path: Path) -> None:
+def test_an_attack_outside_the_package_is_one_file(tmp_path: Path) -> None:
     """It is in the list, the suite, the spec, the run and the contract tests, with nothing else touched."""
     assert len(STRANGER.splitlines()) < 40
     clone = copy_of_the_checkout(tmp_path)

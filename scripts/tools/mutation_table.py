@@ -127,7 +127,7 @@ FAULTS = [
         "robustkit/attack_api/driver.py",
         (("range(options.restarts * (", "range(1 * ("),),
         CONTRACT,
-        "budget or counts",
+        "budget or number_of_steps",
     ),
     Fault(
         "rows that succeeded go on",
@@ -385,7 +385,7 @@ FAULTS = [
         "robustkit/attack_api/surrogates.py",
         (("torch.where(largest > 0, largest, 1)", "torch.ones_like(largest)"),),
         SURROGATES,
-        "scaled or tiny",
+        "normalised or tiny",
     ),
     Fault(
         "transfer: the rightmost technique is the outermost",

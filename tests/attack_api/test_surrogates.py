@@ -386,7 +386,7 @@ class Counted:
         *((combine, False, ["forward", "backward"] * 3) for combine in ("loss", "gradients")),
     ],
 )
-def test_what_a_gradient_costs_and_in_which_order(combine, hold, expected):
+def test_passes_of_a_gradient_and_their_order(combine, hold, expected):
     log: list[str] = []
     surrogates = Surrogates([Counted(net, log) for net in NETS], combine, hold=hold)
     gradient(surrogates, images())

@@ -20,7 +20,7 @@ def test_sequence_is_where_the_posterior_is_dense_enough(counts: tuple[int, int]
         assert beta.logpdf(end, 1 + hits, 1 + n - hits) == pytest.approx(np.log(0.05), abs=1e-5)
 
 
-def test_sequence_of_nothing_says_nothing() -> None:
+def test_an_empty_sequence_has_the_whole_interval() -> None:
     assert anytime_interval(0, 0) == (0.0, 1.0)
     assert anytime_interval(0, 50)[0] == 0.0
     assert anytime_interval(50, 50)[1] == 1.0

@@ -62,7 +62,7 @@ def test_numbers_are_read_exactly(text: Any, number: Fraction) -> None:
 @pytest.mark.parametrize(
     "text", [*WRONG, pytest.param(10**6000, id="huge"), float("nan"), float("inf"), True, None, [1], b"1", 5e-324]
 )
-def test_what_is_no_number_is_refused_at_once(text: Any) -> None:
+def test_text_that_is_no_number_is_refused_immediately(text: Any) -> None:
     begun = time.perf_counter()
     with pytest.raises(ValueError, match=r"^(is|has|divides) "):
         exact(text)

@@ -40,7 +40,7 @@ DRAWS = {
 
 
 @pytest.mark.parametrize("kind", DRAWS)
-def test_a_row_has_its_numbers_in_any_company(kind):
+def test_random_draws_of_a_row_are_independent_of_the_batch(kind):
     ids = torch.tensor([5, 0, 2**33 + 5, 77, 1])
     rng = RowRng(3, "pgd", ids)
     whole = DRAWS[kind](rng)

@@ -154,7 +154,7 @@ def test_old_records_hold_shares_of_eps_however_small() -> None:
 @pytest.mark.parametrize(
     "wrong", ["px", "eps", "1pixels", "-1px", "0px", "0eps", "-0.1", "nanpx", "1/0px", "1e999999999eps", True, [1]]
 )
-def test_what_is_no_length_is_one_sentence(wrong: Any) -> None:
+def test_invalid_step_sizes_are_one_sentence(wrong: Any) -> None:
     with pytest.raises(UsageError) as error:
         make("pgd", step_size=wrong)
     assert str(error.value).startswith("pgd: step_size=")

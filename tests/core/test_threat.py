@@ -465,7 +465,7 @@ def test_l1_steps_are_the_steepest_in_the_box(length, density, seed):
         assert moved[row].abs().sum().item() <= length * (1 + 1e-12)
 
 
-def test_l1_ascent_leaves_zero_gradients_alone():
+def test_l1_ascent_does_not_move_zero_gradients():
     gradient = torch.zeros(1, 1, 2, 5)
     gradient[0, 0, 0, 3] = -2
     assert L1(Fraction(1)).ascent(gradient, density=0.5).flatten().tolist() == [0, 0, 0, -1, 0, 0, 0, 0, 0, 0]

@@ -36,7 +36,7 @@ def test_a_link_with_the_same_content_is_replaced_too(tmp_path: Path, victim: Pa
     assert not (tmp_path / "a").is_symlink()
 
 
-def test_drafts_have_names_that_nobody_can_have_prepared(tmp_path: Path) -> None:
+def test_temporary_files_have_unpredictable_names(tmp_path: Path) -> None:
     names = set()
     for _ in range(3):
         with replacing(tmp_path / "a") as file:

@@ -76,7 +76,7 @@ def test_an_order_that_is_not_there_or_lacks_a_class(tmp_path: Path) -> None:
         load_data(f"{path}?classes=")
 
 
-def test_names_that_the_model_knows_decide() -> None:
+def test_class_names_of_the_model_decide() -> None:
     found = match_classes(samples("Cat_Fish", "dog"), 4, ("dog", "ape", "cat fish", "cow"))
     assert found.labels.tolist() == [2, 0]
     assert not found.flags
@@ -114,7 +114,7 @@ def test_doubtful_labels_are_flagged(
     assert found.labels.tolist() == [sorted(names).index(name) for name in names]
 
 
-def test_numbers_that_somebody_gave_are_not_doubted() -> None:
+def test_class_numbers_given_by_the_user_raise_no_flag() -> None:
     assert not match_classes(replace(samples("ape", "bee"), by_name=False), 10, None).flags
     assert not match_classes(replace(samples("10", "9"), fixed=True), 10, None).flags
 

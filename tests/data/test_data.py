@@ -77,7 +77,7 @@ def test_the_first_digits_are_of_all_classes() -> None:
         ("images.npy", r"'images\.npy' is not an \.npz file; write folder:PATH, or a path"),
     ],
 )
-def test_a_wrong_string_says_what_to_write(
+def test_a_wrong_string_names_the_correct_form(
     string: str, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -131,7 +131,7 @@ def test_a_damaged_image_is_named(tree: Path, damage: Callable[[Path], None]) ->
         samples.images(range(30))
 
 
-def test_images_are_decoded_only_when_asked_for(tree: Path) -> None:
+def test_images_are_decoded_only_when_requested(tree: Path) -> None:
     for file in tree.rglob("*.png"):
         scribble(file)
     samples = load_data(f"folder:{tree}")

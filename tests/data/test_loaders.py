@@ -77,7 +77,7 @@ def test_images_and_labels_are_those_of_the_dataset(data: Any) -> None:
         lambda number: (torch.from_numpy(BYTES[number]).permute(2, 0, 1), int(Y[number])),
     ],
 )
-def test_bytes_may_stand_either_way(make: Any) -> None:
+def test_bytes_of_either_layout_are_read(make: Any) -> None:
     expected = torch.from_numpy(BYTES.astype(np.float32)).permute(0, 3, 1, 2) / 255
     assert torch.equal(from_dataset(Items(make)).images(range(B)), expected)
 

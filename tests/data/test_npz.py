@@ -204,7 +204,7 @@ def flipped() -> bytes:
         (member_npz(npy(X).replace(b"NUMPY\x01", b"NUMPY\x07")), "is truncated or damaged"),
     ],
 )
-def test_a_file_that_is_not_what_it_says(content: bytes, sentence: str, tmp_path: Path) -> None:
+def test_a_file_that_does_not_match_its_format_is_refused(content: bytes, sentence: str, tmp_path: Path) -> None:
     path = tmp_path / "set.npz"
     path.write_bytes(content)
     with pytest.raises(UsageError, match=f"^{path} {sentence}"):

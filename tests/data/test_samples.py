@@ -43,7 +43,7 @@ def test_tensors_are_taken_as_they_are(kind: torch.dtype) -> None:
     assert not x.requires_grad
 
 
-def test_pixels_may_stand_either_way() -> None:
+def test_pixels_of_either_layout_are_read() -> None:
     last = pixels()
     first = last.transpose(0, 3, 1, 2)
     expected = torch.from_numpy(first.astype(np.float32)) / 255
@@ -105,7 +105,7 @@ def test_head_is_the_first_n() -> None:
 
 
 @pytest.mark.parametrize("n", [0, -1, 6])
-def test_a_wrong_head_says_what_to_write(n: int) -> None:
+def test_a_wrong_head_names_the_correct_form(n: int) -> None:
     with pytest.raises(UsageError, match=f"cannot take {n} of 5 samples; write 1 to 5"):
         from_arrays(floats(), LABELS).head(n)
 
@@ -213,7 +213,7 @@ def test_images_of_many_bands(shape: tuple[int, ...], kind: type, layout: str | 
 
 
 @pytest.mark.parametrize("shape", [(2, 9, 12, 3), (2, 8, 8, 1), (2, 3, 9, 12), (2, 1, 8, 8)])
-def test_bytes_of_grey_and_colour_images_stand_as_their_shape_says(shape: tuple[int, ...]) -> None:
+def test_the_layout_of_bytes_follows_from_their_shape(shape: tuple[int, ...]) -> None:
     pixels = (np.arange(np.prod(shape)) % 251).astype(np.uint8).reshape(shape)
     channels_last = shape[3] < 8
     right = torch.from_numpy(pixels.transpose(0, 3, 1, 2) if channels_last else pixels) / 255
@@ -222,7 +222,7 @@ def test_bytes_of_grey_and_colour_images_stand_as_their_shape_says(shape: tuple[
 
 
 @pytest.mark.parametrize("shape", [(2, 8, 8, 13), (2, 8, 8, 8), (2, 13, 8, 9), (2, 20, 9, 1)])
-def test_bands_that_may_stand_either_way_are_asked_for(shape: tuple[int, ...]) -> None:
+def test_an_ambiguous_channel_order_is_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(UsageError, match=r"layout='NHWC'\), or .*layout='NCHW'\) if that is meant"):
         from_arrays(np.zeros(shape, np.float32), [0, 1])
     with pytest.raises(UsageError, match="no layout 'CHWN'"):

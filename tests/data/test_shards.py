@@ -267,7 +267,7 @@ def test_an_unreadable_image_is_named(tmp_path: Path) -> None:
         ("0.tar", r"'0\.tar' is a tar file by its name; write webdataset:0\.tar"),
     ],
 )
-def test_a_wrong_string_says_what_to_write(
+def test_a_wrong_string_names_the_correct_form(
     string: str, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

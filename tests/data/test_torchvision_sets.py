@@ -97,7 +97,7 @@ def test_reading_writes_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "mnist", "fashionmnist", "svhn"])
-def test_absent_files_say_where_and_what_to_write(name: str, tmp_path: Path) -> None:
+def test_missing_files_name_their_folder_and_the_correct_form(name: str, tmp_path: Path) -> None:
     sentence = f"^{name}:test is not, or not whole, in {tmp_path}; add --download .*--data-root DIR"
     with pytest.raises(UsageError, match=sentence):
         load_data(name, root=tmp_path)
@@ -105,7 +105,7 @@ def test_absent_files_say_where_and_what_to_write(name: str, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("size", [0, 3, 100])
 @pytest.mark.parametrize("kind", ["images-idx3", "labels-idx1"])
-def test_damaged_files_say_so(kind: str, size: int, tmp_path: Path) -> None:
+def test_damaged_files_are_reported(kind: str, size: int, tmp_path: Path) -> None:
     write_all(tmp_path)
     path = tmp_path / "MNIST" / "raw" / f"t10k-{kind}-ubyte"
     path.write_bytes(path.read_bytes()[: min(size, path.stat().st_size - 1)])
@@ -114,7 +114,7 @@ def test_damaged_files_say_so(kind: str, size: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "svhn"])
-def test_a_wrong_checksum_says_so(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_checksum_is_reported(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_all(tmp_path)
     monkeypatch.undo()
     with pytest.raises(UsageError, match=f"^{name}:test is not, or not whole, in {tmp_path}"):
@@ -136,7 +136,9 @@ def test_download_uses_torchvision_and_keeps_stdout_clean(
 
 
 @pytest.mark.parametrize("failure", [URLError("no route"), PermissionError(13, "denied"), RuntimeError("a:\nb")])
-def test_a_failed_download_says_why(failure: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_download_reports_the_reason(
+    failure: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fetch(self: Any) -> None:
         raise failure
 

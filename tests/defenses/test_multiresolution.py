@@ -84,7 +84,7 @@ def test_contrast_is_torchvisions() -> None:
         assert torch.allclose(grey_blend(x, torch.full((4,), factor)), expected, atol=1e-6)
 
 
-def test_the_notebooks_contrast_is_the_colours_draw() -> None:
+def test_the_notebooks_contrast_uses_the_draw_of_the_colour() -> None:
     """Channels at one brightness: only where both draws are one is the deviation their product, a square."""
     stack = replace(PLAIN, resolutions=(32,), contrast=None, colour=(0.5, 1.0))
     x = torch.full((200, 3, 32, 32), 0.5)

@@ -83,7 +83,7 @@ def test_bit_depth_rounds_to_the_nearest_level(bits: int) -> None:
     assert torch.equal(seen(f"bit-depth:{bits}", 4 * x - 2), seen(f"bit-depth:{bits}", (4 * x - 2).clamp(0, 1)))
 
 
-def test_eight_bits_leave_image_files_alone() -> None:
+def test_eight_bits_do_not_change_image_files() -> None:
     x = torch.arange(256).view(1, 1, 16, 16).expand(2, 3, 16, 16) / 255
     assert torch.equal(seen("bit-depth:8", x), x)
 
@@ -193,7 +193,7 @@ def test_shapes_types_and_inputs_are_kept(text: str, dtype: torch.dtype) -> None
 
 
 @pytest.mark.parametrize("text", DETERMINISTIC)
-def test_deterministic_ones_see_each_image_alone(text: str) -> None:
+def test_deterministic_defenses_are_independent_of_the_batch(text: str) -> None:
     x, model = images(*SHAPE), defended(text, lambda x: x.flatten(1))
     whole = model(x)
     assert torch.equal(whole, model(x))
@@ -203,7 +203,7 @@ def test_deterministic_ones_see_each_image_alone(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", RANDOM)
-def test_random_ones_draw_from_torchs_generator_alone(text: str) -> None:
+def test_random_defenses_draw_from_torchs_generator_only(text: str) -> None:
     model, x = defended(text), images(*SHAPE)
     with torch.no_grad():
         with own_randomness("a"):
@@ -224,7 +224,7 @@ def test_defaults_and_specs(text: str) -> None:
     assert parse_defenses(f"{text}:{written}") == (made,)
 
 
-def test_the_source_text_says_what_the_decorator_registers() -> None:
+def test_the_source_text_has_the_names_that_the_decorator_registers() -> None:
     for name, entry in catalog("defense").items():
         (made,) = parse_defenses(name)
         assert made.info == entry.info

@@ -78,7 +78,7 @@ def values(record: Diversity) -> torch.Tensor:
     return torch.tensor([[rate.value for rate in row] for row in record.transfer])
 
 
-def test_the_record_says_what_was_done_and_comes_back_from_its_file() -> None:
+def test_the_record_holds_the_options_and_round_trips() -> None:
     record = default_diversity()
     assert len(record.index) > 16
     assert record.n == 32
@@ -115,7 +115,7 @@ def test_members_may_come_in_any_order_and_twice() -> None:
     assert values(twins)[0].equal(values(twins)[1])
 
 
-def test_a_member_sees_best_what_was_made_for_it() -> None:
+def test_a_member_is_fooled_most_by_images_crafted_on_it() -> None:
     """A-P13, at the last layer; of pairs of members, since these are not equally sure of themselves."""
     panel = EnsembleMembers(ensemble(NETS), torch.device("cpu"))
     rows = []

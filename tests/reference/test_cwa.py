@@ -270,7 +270,7 @@ def test_cwa_is_the_algorithm_written_out(seed, targeted):
         close(found, written_out(models, x, goal, sums=sums, norm=norm))
 
 
-def test_w6_the_norm_of_the_batch_would_couple_images_and_ours_does_not():
+def test_w6_the_norm_is_of_each_image_and_not_of_the_batch():
     """Two cases that a search over sets of nets found: each moves an image by 2 steps of 3.2/255."""
     attack = make("cwa", steps=6, step_size=0.2, beta_raw=0.05, compat="official")
     for seed, row in ((1, 2), (21, 1)):
@@ -288,7 +288,7 @@ def test_w6_the_norm_of_the_batch_would_couple_images_and_ours_does_not():
 @norms
 @variants
 @pytest.mark.parametrize("targeted", [False, True])
-def test_w5_a_row_has_the_same_result_in_any_company(name, fields, norm, targeted):
+def test_w5_the_result_of_a_row_is_independent_of_the_batch(name, fields, norm, targeted):
     models, x, goal, threat = (
         some_nets(),
         some_images(),
@@ -433,7 +433,7 @@ def test_w8_there_and_back_does_not_know_which_of_two_is_first(form, update):
     )
 
 
-def test_w8_all_orders_come_alike_whatever_the_list():
+def test_w8_all_orders_are_equally_likely_for_any_list():
     rule, rows = make("cwa", order="random"), rows_of(X, GOAL, THREAT)
     seen = [
         tuple(rule.orders(replace(rows, rng=RowRng(seed, "s", torch.tensor([7]), step=step)), [0, 1, 2])[0])
@@ -525,7 +525,7 @@ def test_w11_every_point_is_inside_and_nothing_is_touched(name, fields, norm, dt
 
 @norms
 @variants
-def test_w12_an_image_without_gradient_stays_and_harms_nobody(name, fields, norm):
+def test_w12_an_image_without_gradient_does_not_move_or_change_others(name, fields, norm):
     draw = torch.Generator().manual_seed(2)
     weights = [torch.randn(4, 12, generator=draw, dtype=torch.float64) for _ in range(3)]
 
@@ -707,7 +707,7 @@ def test_adam_is_torchs(form):
 
 @norms
 @pytest.mark.parametrize("update", ["momentum", "adam"])
-def test_a_first_step_has_the_length_that_is_asked_for(norm, update):
+def test_a_first_step_has_the_requested_length(norm, update):
     models, x, goal, threat = some_nets(), some_images(), some_goal(), ThreatModel.parse(WIDE[norm])
     found = run(make("cwa", steps=1, step_size="0.3eps", beta=0.01, update=update), models, x, goal, threat)
     close(threat.distance(found, x), torch.full((5,), 0.3 * float(threat.eps)), 1e-5)
@@ -739,7 +739,7 @@ def test_wrong_words_get_one_sentence(name, fields, sentence):
 
 
 @pytest.mark.parametrize("name", [name for name in catalog("recipe") if name.endswith("-cwa")])
-def test_the_recipes_are_made_of_what_there_is(name):
+def test_the_recipes_use_registered_names_only(name):
     parts = [strings.parse_call(part)[0] for part in find("recipe", name)().split("+")]
     assert parts[0] == "cwa"
     missing = [part for part in parts[1:] if part not in catalog("technique")]

@@ -190,7 +190,7 @@ def test_adam_cwa_is_adam_on_what_the_loop_gains():
     torch.testing.assert_close(ours, x, rtol=0, atol=1e-10)
 
 
-def test_the_price_of_the_forms():
+def test_the_cost_of_the_forms():
     """W7, of three members: VMI_Inner T (n + 8n), VMI_Outer T (8n + 8n), CSE Tn."""
     for text, price in (("cse", 30), ("vmi-inner-cwa", 10 * (3 + 24)), ("vmi-outer-cwa", 10 * (24 + 24))):
         calls: list[Any] = []

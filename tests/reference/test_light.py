@@ -176,7 +176,7 @@ def test_l2_equal_samples_are_one_net(norm, rule):
 
 
 @pytest.mark.parametrize("rule", ["i-fgsm", "mi-fgsm", "pgd(restarts=1)"])
-def test_l3_every_sample_is_asked_equally_often(rule):
+def test_l3_every_sample_is_used_equally_often(rule):
     nets, x = some_nets(4), some_images()
     attack = rule.replace("(", "(steps=12,") if "(" in rule else f"{rule}(steps=12)"
     for technique, each in (("", 3), ("+light(samples=2)", 6), ("+full", 12)):

@@ -82,7 +82,7 @@ def test_values_are_brought_to_their_types_in_python_too() -> None:
     assert dataclasses.replace(made, steps="8").steps == 8
 
 
-def test_messages_say_the_range() -> None:
+def test_messages_state_the_range() -> None:
     for text, sentence in {
         "pgd(steps=0)": "pgd: steps=0 must be at least 1.",
         "pgd(density=-1)": "pgd: density=-1 must be from 0 to 1.",

@@ -61,7 +61,7 @@ def test_names_are_made_of_their_files_stem(kind):
         assert name == stem or ends_so or name.startswith((f"{stem}-", f"{stem}:", f"{stem}+")), name
 
 
-def test_the_source_text_says_what_the_decorator_registers():
+def test_the_source_text_has_the_names_that_the_decorator_registers():
     for name, entry in registry.catalog("attack").items():
         kind = registry.find("attack", name)
         assert kind.info == entry.info
@@ -296,7 +296,7 @@ class LoudNoise:
 '''
 
 
-def test_a_stranger_adds_one_file(tmp_path):
+def test_another_package_adds_an_attack_with_one_file(tmp_path):
     assert len(STRANGER.splitlines()) < 40
     copy = tmp_path / "robustkit"
     home = Path(robustkit.__file__).parent

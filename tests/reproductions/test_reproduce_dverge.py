@@ -46,7 +46,7 @@ def test_dverge_lowers_transfer_between_members(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_every_table_shows_all_three_columns_and_a_run_goes_on(tmp_path: Path) -> None:
+def test_every_table_shows_all_three_columns_and_a_run_resumes(tmp_path: Path) -> None:
     words = "--methods baseline DVERGE --epochs 8 --images 24 --steps 2 --restarts 1".split()
     out = run(tmp_path, *words)
     heads = [line for line in out.splitlines() if "black box" in line]

@@ -131,7 +131,7 @@ def test_preconditioned_chains_have_the_posteriors_variance() -> None:
     assert torch.allclose(weights.detach().mean(0) * scales, data.mean(0), atol=0.02)
 
 
-def test_without_heat_or_noise_it_is_plain_descent() -> None:
+def test_at_temperature_0_or_without_noise_it_is_plain_descent() -> None:
     """C3 and C4, bitwise: temperature 0, and steps that are not noisy, are SGD's."""
     start = torch.randn(7, generator=torch.Generator().manual_seed(0))
     ends = []
