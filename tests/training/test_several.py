@@ -36,7 +36,7 @@ stop, runs = json.loads(sys.argv[1])
 for words in runs:
     train(**words, test=load_data("digits:test").head(40), progress=Killer())
 """
-DROPPING = f"{Path(__file__).parent / 'test_train.py'}:Dropping"
+DROPPING = f"{Path(__file__).parent / 'test_train.py'}:DropoutNet"
 SHORT: dict[str, Any] = {"limit": 48, "epochs": 2, "batch_size": 16, "lr": 0.02, "augment": "crop"}
 
 

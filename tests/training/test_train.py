@@ -52,7 +52,7 @@ class InputDropoutNet(DropoutNet):
         self.body.insert(0, nn.Dropout(0.5))
 
 
-DROPPING = f"{Path(__file__)}:Dropping"
+DROPPING = f"{Path(__file__)}:DropoutNet"
 
 
 class StopAfterSteps(TrainProgress):
@@ -268,7 +268,7 @@ def test_a_run_interrupted_while_it_drew_samples_resumes(tmp_path: Path, monkeyp
     def cut(*parts: Any) -> None:
         raise KeyboardInterrupt
 
-    late = DROPPING.replace("Dropping", "Late")
+    late = DROPPING.replace("DropoutNet", "InputDropoutNet")
     train("swag(draws=2)", out=tmp_path / "whole", arch=late, **SHORT)
     with monkeypatch.context() as patch:
         patch.setattr(loop, "finish", cut)
