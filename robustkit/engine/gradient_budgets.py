@@ -62,7 +62,7 @@ def check(attack: Any) -> None:
 
 
 def falls_short(attack: Any, eps: float) -> Flag | None:
-    """Return what to tell of an attack whose steps together cannot lead from an image to the edge of the ball.
+    """Return a flag for an attack whose steps together cannot reach from an image to the edge of the ball.
 
     None for those that can, for those whose steps follow from their number, and for steps of no fixed length.
     """

@@ -1,4 +1,4 @@
-"""Which attack runs on which images next, so that images are fooled early and the remaining doubt can be stated.
+"""Which attack runs on which images next, so that images are fooled early and the remaining doubt is bounded.
 
 The attacks are the arms of a suite, a portfolio of different losses, starts and step rules. Every decision is a
 function of the verdicts so far, so a killed run continues with the same ones. In this order:
@@ -30,7 +30,7 @@ IMAGES_AT_ONCE = 32
 
 @dataclass(frozen=True)
 class Round:
-    """One arm, by its number, for the images at these places; `test` is whether they were drawn for the test."""
+    """One arm, by its number, for the images at these indices; `test` is whether they were drawn for the test."""
 
     arm: int
     images: np.ndarray
@@ -39,13 +39,14 @@ class Round:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What is known of the images that the cheap attacks left.
+    """The data on the images that the cheap attacks did not fool.
 
     Attributes:
-        left: the share of each image's clean margin that the cheap attacks, and the arms before each arm in the
-            suite, left (A n), from 0 to 1.
+        left: the share of each image's clean margin that remains after the cheap attacks and the arms before each
+            arm in the suite (A n), from 0 to 1.
         now: the share left after all arms that ran on it (n).
-        gains: what each arm took off that share (A n): infinite if it fooled the image, NaN if it did not run.
+        gains: the reduction of that share by each arm (A n): infinite if it fooled the image, NaN if it did not
+            run.
         standing: which images are robust so far (n).
         keys: a number of each image, by which test images are drawn (n).
         drawn: which images were in a round of the test (n).
@@ -105,14 +106,14 @@ class Evidence:
 
     @cached_property
     def strata(self) -> np.ndarray:
-        """The number of each image's stratum, by the share that the cheap attacks left (n)."""
+        """The number of each image's stratum, by the share that remains after the cheap attacks (n)."""
         order = np.lexsort((self.keys, self.left[0]))
         rank = np.empty(len(order))
         rank[order] = (np.arange(len(order)) + 0.5) / max(len(order), 1)
         return np.searchsorted(STRATA_ENDS, rank)
 
     def sample(self) -> np.ndarray:
-        """Return the places of the test's images: of each stratum the first robust ones by their keys."""
+        """Return the indices of the test's images: of each stratum the first robust ones by their keys."""
         found = []
         for stratum in range(len(STRATA_ENDS)):
             there = np.flatnonzero((self.strata == stratum) & self.standing)
@@ -153,9 +154,9 @@ def _most_promising(evidence: Evidence) -> Round:
 
 
 def spread(left: np.ndarray, keys: np.ndarray, count: int) -> np.ndarray:
-    """Return `count` places (all, if there are fewer) in order: one of each of so many strata of equal size.
+    """Return `count` indices (all, if there are fewer) in order: one of each of `count` strata of equal size.
 
-    Strata are by what is `left` (n); of each the place with the lowest of the `keys` (n) is drawn.
+    Strata are by `left` (n); of each the index with the lowest of the `keys` (n) is drawn.
     """
     strata = np.array_split(np.lexsort((keys, left)), max(min(count, len(left)), 1))
     return np.sort(np.array([stratum[keys[stratum].argmin()] for stratum in strata if len(stratum)], np.int64))

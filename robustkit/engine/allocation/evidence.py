@@ -1,12 +1,11 @@
 """How likely an attack is to fool an image, learned from what it gained on other images of the same net.
 
-A gain is how much lower an attack brings the margin than the cheap attacks, and the attacks listed before it,
-did, as a share of the clean margin: the unit is the image's own, so no constant is in logits or pixels. An
-image is fooled if the gain is at least the share that is left. The model of gains: with some probability an attack
-gains anything at all; if so, the gain exceeds g with the probability (1 + g / (shape * typical)) ** -shape, a
-Lomax distribution, which is close to an exponential one for a large shape. Probability, typical gain
-and shape are unknown, with a prior that was chosen on open nets of scripts/reproductions/train_zoo.py
-(docs/rapid.md).
+A gain is the further reduction of the margin by an attack, below that of the cheap attacks and the attacks listed
+before it, as a share of the clean margin. So no constant is in logits or pixels. An image is fooled if the gain is
+at least the remaining share. The model of gains: with some probability an attack gains anything at all; if so, the
+gain exceeds g with the probability (1 + g / (shape * typical)) ** -shape, a Lomax distribution, which is close to
+an exponential one for a large shape. Probability, typical gain and shape are unknown, with a prior that was chosen
+on open nets of scripts/reproductions/train_zoo.py (docs/rapid.md).
 """
 
 from __future__ import annotations
@@ -69,8 +68,8 @@ def learn(gains: np.ndarray, left: np.ndarray, stream: int = 0, prior: Prior = P
     """Return the posterior of an attack after it ran on n images.
 
     Args:
-        gains: what it gained on each image, a share of the clean margin (n); infinite where it fooled the image.
-        left: the share of each image's margin left before (n).
+        gains: its gain on each image, a share of the clean margin (n); infinite if it fooled the image.
+        left: the remaining share of each image's margin before (n).
         stream: separates the random draws of several attacks.
         prior: of the attack.
     """

@@ -64,7 +64,7 @@ class Rounds:
             recorded = ledger.note(key, dumps(decision))
         written: Decision | None = checked(Decision | None, parse(recorded, LEDGER), LEDGER)
         if written is not None and not (written.stage in stages and set(written.positions) <= set(left.tolist())):
-            raise UsageError(f"{LEDGER} is damaged: its {key} is of another run; begin anew with --overwrite.")
+            raise UsageError(f"{LEDGER} is damaged: its {key} is of another run; start again with --overwrite.")
         return written
 
     def known(self, positions: np.ndarray) -> Evidence | None:

@@ -1,4 +1,4 @@
-"""What a run's results say about the arms of a suite: their gains, and the remaining doubt."""
+"""The gains of a suite's arms in a run's results, and the remaining doubt."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ AUTOATTACK = {f"autoattack:{name}" for name in ("apgd-ce", "apgd-t", "fab-t", "s
 
 
 def left_for_arms(results: RunResults, positions: np.ndarray) -> np.ndarray:
-    """Return those of these positions that the stages before the arms left robust."""
+    """Return those of these positions that are robust after the stages before the arms."""
     left: np.ndarray = positions[
         (results.judged[positions] >= 0) & (results.fooled_at[positions] >= min(results.arms, default=0))
     ]
@@ -37,7 +37,7 @@ def evidence_on(
 
     Args:
         results: of the ledger.
-        left: positions that the stages before the arms left robust (n).
+        left: positions that are robust after the stages before the arms (n).
         arms: the stages of the arms (A).
         costs: passes of each on an image (A).
         allowed_images: how many images they may still fool, by the upper bound.
@@ -72,7 +72,7 @@ def in_doubt(results: RunResults, positions: np.ndarray, strictness: float) -> S
         return None
     left, allowed_images = left_for_arms(results, positions), allowed(strictness, len(positions))
     evidence = evidence_on(results, left, results.arms, np.ones(len(results.arms)), allowed_images)
-    # After AutoAttack itself nothing is left in doubt.
+    # After AutoAttack itself no image is in doubt.
     sure = set(results.names) >= AUTOATTACK
     images = 0 if sure else evidence.bound
     in_full = evidence.standing & (sure | ~evidence.open.any(0))

@@ -21,7 +21,7 @@ class AttackQueue:
         view: the view of the model that it uses; empty for the model itself.
         stream: the name of its random numbers.
         number: its position among the batch's attacks, from 0.
-        options: what the loop has to know of it.
+        options: the loop's options for it.
         parallel_jobs: whether a sample runs all its jobs at once, in a row for each.
         batch: the rows at the attack, if there are any.
         waiting: with parallel jobs, rows that have ended before others of their sample.
@@ -50,7 +50,7 @@ class AttackQueue:
 
     @property
     def active(self) -> RowBatch:
-        """The rows, where there are some."""
+        """The rows, if there are any."""
         assert self.batch is not None  # noqa: S101
         return self.batch
 
@@ -77,7 +77,7 @@ class AttackQueue:
         return self.with_waiting(complete, complete.host["position"]).merged() if len(complete) else complete
 
     def with_waiting(self, batch: RowBatch, samples: np.ndarray) -> RowBatch:
-        """Return the rows with the waiting ones of the same samples, which wait no longer."""
+        """Return the rows with the waiting ones of the same samples, which are removed from those waiting."""
         if self.waiting is None:
             return batch
         mask = np.isin(self.waiting.host["position"], samples)

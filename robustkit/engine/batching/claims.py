@@ -1,4 +1,4 @@
-"""Judges claims: points that fool the model as the search sees it. Random models are judged by fresh draws."""
+"""Judges claims: points that fool the model during the search. Random models are judged by fresh draws."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class ClaimJudge:
     def compare_nearest(self, batch: RowBatch) -> None:
         """For random models: choose between the last attack's best point and that before by fresh draws.
 
-        The margins that the attacks saw are the highest of many draws.
+        The margins that the attacks recorded are the highest of many draws.
         """
         if not self.instrumented.random:
             return

@@ -1,9 +1,10 @@
 """Continuous batching: one batch of slots in which samples go through a sequence of attacks at their own pace.
 
 Every step is one forward and backward pass for all rows that need a gradient, whatever their attack, target or
-step number, and one forward pass for the other rows. A point that seems to fool the model is a claim and is judged
-in float32 at once: if it is confirmed the sample leaves, else it goes on. A sample runs one job at a time, in an
-order that depends on its own past alone; so its verdict does not depend on the other samples in the batch.
+step number, and one forward pass for the other rows. A point that seems to fool the model is a claim and is
+immediately judged in float32: if it is confirmed the sample is finished, else it continues. A sample runs one job
+at a time, in an order that depends only on its own results; so its verdict does not depend on the other samples in
+the batch.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ class ContinuousBatch:
         streams: the name of each attack's random numbers.
         seed: of the run.
         slots: how many rows are in the batch at most.
-        admit: from a number n to at most n samples. Fewer mean that no more will come, unless they are marked so.
+        admit: from a number n to at most n samples. Fewer mean that there are no more, unless they are marked
+            `later`.
         recover: called with the error of a failed pass; it raises, or makes another try possible.
         steps_per_read: how many steps may pass between two reads of results from the device.
         parallel_jobs: whether a sample runs all jobs of an attack at once, in a row for each, which takes fewer
@@ -153,7 +155,7 @@ class ContinuousBatch:
                 return
 
     def take_over(self, active: Sequence[tuple[int, RowBatch]]) -> None:
-        """Add samples that another continuous batch of the same attacks gave away: attacks' numbers and rows."""
+        """Add samples that another continuous batch of the same attacks removed: attacks' numbers and rows."""
         for number, batch in active:
             self.queues[number].join(batch)
 
@@ -174,7 +176,7 @@ class ContinuousBatch:
             self.queues[number].join(batch)
 
     def give_half(self) -> list[tuple[int, RowBatch]]:
-        """Remove and return every other sample in the middle of its attack, but none with parallel jobs."""
+        """Remove and return every second sample that is within its attack, but none with parallel jobs."""
         given = []
         for queue in self.queues:
             if queue.batch is None or queue.parallel_jobs or len(queue.batch) < 2:

@@ -100,7 +100,7 @@ def _run_separately(query: Query, instrumented: InstrumentedModel) -> tuple[Answ
         return answer, answer.logits
     with torch.no_grad():
         deployed = torch.stack([instrumented(state["x"]) for _ in range(count)]).mean(0)
-    # The members' logits side by side are for the gradient alone.
+    # The members' separate logits are used for the gradient only.
     return (answer if answer.logits.dim() == 2 else answer._replace(logits=deployed)), deployed
 
 

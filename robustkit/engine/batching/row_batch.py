@@ -55,7 +55,7 @@ class RowBatch:
         )
 
     def expand(self, jobs: int) -> RowBatch:
-        """Return each row once for every job, side by side; only the first keeps what was spent before."""
+        """Return a copy of each row for every job; only the first keeps the cost so far."""
         rows = self.select(np.repeat(np.arange(len(self)), jobs))
         rows.host["job"] = np.tile(np.arange(jobs), len(self))
         rows.host["spent"][rows.host["job"] > 0] = 0

@@ -19,7 +19,7 @@ class Admitted(NamedTuple):
         ids: of each sample's random numbers (B).
         x: the clean images (B C H W).
         labels: of the images (B).
-        clean: the margin of the clean image (B), negative where the model is right.
+        clean: the margin of the clean image (B), negative if the model is correct.
         nearest: the highest margin that earlier attacks of the run reached (B), likewise.
         later: whether more may come although these are fewer than the free slots.
     """

@@ -232,6 +232,6 @@ def _too_weak(images: int) -> Flag:
         "suite-too-weak",
         "warning",
         images,
-        "images that the suite left robust were fooled within eps by the curve's search; they count as robust",
+        "images that were robust to the suite were fooled within eps by the curve's search; they count as robust",
         "run a stronger suite, such as rapid",
     )

@@ -55,7 +55,7 @@ class LedgerWriter:
         return [Verdict(*row) for row in rows]
 
     def _draw_columns(self, judged: Verdicts) -> Iterator[Sequence[float | int | None]]:
-        """Yield what a verdict says of a random model's draws; nothing for other models."""
+        """Yield a verdict's values on a random model's draws; nothing for other models."""
         if self.instrumented.random:
             yield judged.right.tolist()
             yield judged.once.int().tolist()
@@ -76,7 +76,7 @@ class LedgerWriter:
             rows = self.verdicts(part.judged, part.position, part.labels)
             for stage, verdict in zip(part.stage, rows, strict=True):
                 verdicts[stage].append(verdict)
-            # A random model's draws are not the attack's fault.
+            # For a random model this can be due to the draws.
             refused += 0 if self.instrumented.random else int(part.judged.refused.sum())
             broken += int(part.judged.broken.sum())
         flags = noticed(refused, broken, self.instrumented)
@@ -105,7 +105,7 @@ def noticed(refused: int, broken: int, instrumented: InstrumentedModel) -> list[
                 "info",
                 refused,
                 "points fooled the model only outside the ball or the [0, 1] box; they do not count",
-                "nothing to do, unless there are many: then the attack does not keep to the threat",
+                "nothing to do, unless there are many: then the attack ignores the threat",
             )
         )
     if broken:
@@ -114,8 +114,8 @@ def noticed(refused: int, broken: int, instrumented: InstrumentedModel) -> list[
                 "non-finite",
                 "warning",
                 broken,
-                "attacked images gave NaN or infinite logits; they do not count as fooled",
-                "find out why the model breaks there: an attacker could use it",
+                "attacked images have NaN or infinite logits; they do not count as fooled",
+                "find the cause in the model: an attacker could use it",
             )
         )
     if instrumented.detached:
@@ -127,8 +127,8 @@ def noticed(refused: int, broken: int, instrumented: InstrumentedModel) -> list[
                 "no-gradient",
                 "warning",
                 None,
-                f"the model's {why}: gradient attacks see zero",
-                "judge by score-based attacks, or give a differentiable version of the model",
+                f"the model's {why}: gradient attacks get zero",
+                "use score-based attacks, or a differentiable version of the model",
             )
         )
     return flags

@@ -1,4 +1,4 @@
-"""What a run's results say about their reliability: flags, score attacks that beat gradient attacks, views."""
+"""The reliability of a run's results: flags, score attacks that beat gradient attacks, views."""
 
 from __future__ import annotations
 
@@ -55,11 +55,11 @@ class Reliability:
         return self.views
 
     def doubtful(self) -> bool:
-        """Return whether conditional attacks should run: there are gradient views that call for it, or a flag."""
+        """Return whether conditional attacks should run: because of gradient views, or of a flag."""
         return self.find_views().doubtful or self.suspect()
 
     def suspect(self) -> bool:
-        """Return whether a flag or a result speaks against the gradients; being an ensemble alone does not."""
+        """Return whether a flag or a result makes the gradients unreliable; being an ensemble alone does not."""
         flags = {code for code, flag in self.results.flags.items() if flag.raised}
         seen = self.results.seen
         return bool(DOUBTS & flags) or self._scores_against_gradients(seen).raised or self._masked(seen).raised

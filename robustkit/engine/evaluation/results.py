@@ -219,7 +219,7 @@ class RunResults:
         passed = [flag for flag in flags if flag not in raised]
         stages = self.stages(self.scope)
         if spec.minimal:
-            # The attacks run together: each leaves what all leave.
+            # The attacks run together: all have the accuracy after all of them.
             stages[1:] = [replace(stage, robust_accuracy=stages[-1].robust_accuracy) for stage in stages[1:]]
         return Report(
             run_id=spec.run_id,

@@ -1,4 +1,4 @@
-"""Refuses runs whose verdicts would mean nothing: non-finite logits, labels without a class, too large an eps."""
+"""Refuses runs with meaningless verdicts: non-finite logits, labels outside the classes, too large an eps."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def check_logits(logits: Logits, labels: np.ndarray, positions: np.ndarray) -> N
     if broken:
         raise RunError(
             f"the model gives NaN or infinite logits for {len(broken)} of {len(logits)} clean images, "
-            f"the first at index {positions[broken[0]]}; no verdict can rest on them."
+            f"the first at index {positions[broken[0]]}; they have no verdict."
         )
     over = np.flatnonzero((labels < 0) | (labels >= logits.shape[1]))
     if len(over):
@@ -48,6 +48,6 @@ def check_not_random(threat: ThreatModel, *, random: bool) -> None:
     """Raise UsageError for a minimum norm of a random model: its nearest point would hold for one draw only."""
     if threat.minimal and random:
         raise UsageError(
-            f"threat '{threat}' needs a model that answers an image in the same way each time, and this model is "
+            f"threat '{threat}' needs a model with the same output for an image each time, and this model is "
             f"random; give an eps, e.g. {threat.norm}:{EXAMPLE_EPS[threat.norm]}."
         )

@@ -154,7 +154,7 @@ def _check_batch(
             found.borderline.append(f"record {position}: margin {margin[row]:.2e} is within float noise.")
         elif not fooled[row] and random:
             found.borderline.append(
-                f"record {position}: the model is random and stands in this draw, margin {margin[row]:.4g}."
+                f"record {position}: the model is random and correct in this draw, margin {margin[row]:.4g}."
             )
         elif not fooled[row]:
             found.bad.append(f"record {position}: does not fool the model, margin {margin[row]:.4g}.")

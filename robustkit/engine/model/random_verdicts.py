@@ -1,4 +1,4 @@
-"""The majority vote of a random model: as many draws as tell its share of right ones from one half."""
+"""The majority vote of a random model: draws until the share of correct ones differs from one half."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from robustkit.core.shapes import Images, Labels, Logits, Mask, PerRow
 MIN_DRAWS, MAX_DRAWS, ERROR = 8, 64, 0.05
 # Normalised logits of a model that is not random differ by less from call to call (AutoAttack's tolerance).
 MAX_NOISE = 1e-4
-# Seeds that it is tried with.
+# Seeds to test for randomness.
 TRIED_SEEDS = 4
 
 
@@ -51,7 +51,7 @@ class VoteResult:
 
 
 def majority_vote(model: Callable[[Images], Logits], x: Images, labels: Labels) -> VoteResult:
-    """Draw from a random model until it is known for each image whether more than half of its draws are right.
+    """Draw from a random model until it is known for each image whether more than half of its draws are correct.
 
     An image is done once a test that is valid after every draw rejects a share of one half (a Beta mixture
     martingale, e.g. arXiv:2010.09686), or after `MAX_DRAWS` draws.
@@ -104,7 +104,7 @@ def is_random(model: Callable[[Images], Logits], x: Images) -> bool:
 
 
 def _is_decided(hits: Tensor, count: Tensor) -> Mask:
-    """Return whether so many hits in so many draws rule out a share of one half, at any number of draws."""
+    """Return whether these hits in this many draws rule out a share of one half, at any number of draws."""
     n, k = count.double(), hits.double()
     mixture = torch.lgamma(k + 1) + torch.lgamma(n - k + 1) - torch.lgamma(n + 2)
     return mixture + n * math.log(2) >= -math.log(ERROR)

@@ -2,7 +2,8 @@
 
 An arm's cost is not a sum over images: the test is shared by all images, and in a small set every arm runs on a
 larger share. So the rounds are simulated: images are drawn like those that the probe's cheap attacks left robust,
-gains from what its rounds say of each arm, and `allocation.arms.following` decides as it does in the run.
+gains from the posterior of each arm after its rounds, and `allocation.arms.following` decides as it does in the
+run.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from scipy.special import gammainccinv
 from robustkit.engine.allocation.arms import Evidence, allowed, following
 from robustkit.engine.allocation.evidence import Belief
 
-# Another simulation lies between the lowest and the highest of so many with probability 90 %, and more with the
-# interval of the other attacks' costs added.
+# The number of simulations: a further one lies between their lowest and highest with probability 90 %, and more
+# with the interval of the other attacks' costs added.
 SIMULATIONS = 19
-# Images beyond so many add to the rounds in proportion, but for those of the test.
+# Images beyond this number add to the rounds in proportion, except those of the test.
 MAX_SIMULATED_IMAGES = 200
 
 

@@ -152,7 +152,7 @@ class CostProbe(Evaluation):
             if runner.results.arms:
                 self.rounds(runner).run(runner.results.scope)
                 runner.arms_done = True
-                # What the arms fooled may call for conditional attacks.
+                # Images fooled by the arms may be a reason for conditional attacks.
                 run_suite(runner, runner.results.scope, None)
         except ProbeTimeUp:
             return
@@ -217,14 +217,14 @@ class CostProbe(Evaluation):
         )
 
     def _observed_arms(self, runner: ProfilingRunner, positions: np.ndarray) -> Observed | None:
-        """Return what these images, which have finished all other attacks, say of the arms."""
+        """Return the measurements of the arms on these images, which have finished all other attacks."""
         rounds = self.rounds(runner)
         evidence = rounds.known(positions)
         if evidence is None:
             return None
         arms = [self.entries[stage - 1] for stage in rounds.stages]
         most = np.array([max_costs([arm], runner.instrumented, self.threat.norm) for arm in arms], float)
-        # An attack that gives up without progress may take as few steps as its patience.
+        # An attack that stops without progress may take as few steps as its `patience`.
         patience = np.array([getattr(arm.attack, "patience", None) or np.inf for arm in arms])
         costs = [runner.results.costs[stage] for stage in rounds.stages]
         met = evidence.met.sum(1)[:, None]

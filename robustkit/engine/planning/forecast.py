@@ -30,7 +30,7 @@ from robustkit.runs.forecast_record import (
     refuse_devices,
 )
 
-# Images beyond so many per slot, and so many in all, do not change what the simulation shows.
+# Images beyond these numbers per slot and in all do not change the result of the simulation.
 MAX_ROUNDS, MAX_SIMULATED = 4, 20_000
 # Seconds until a worker process can load the model (docs/scale.md: 5.9 to 8.6 with the model).
 SPAWN_SECONDS = 5.0
@@ -51,22 +51,22 @@ def forecast_cost(
         probe: the evaluation, and how long to measure.
         devices: how many to look at.
         price: of a device for an hour.
-        progress: who to tell on the way.
+        progress: receives messages.
 
     Raises:
         UsageError: for a request that cannot be carried out.
-        RunError: if the probe fails on the way.
+        RunError: if the probe fails.
     """
     refuse_devices(devices, ",".join(map(str, devices)))
     if price is not None and not 0 <= price < float("inf"):
-        raise UsageError(f"price {price:g}: write what a device costs for an hour, e.g. 2.5.")
+        raise UsageError(f"price {price:g}: it must be the price of a device for an hour, e.g. 2.5.")
     n = len(probe.samples)
     progress = progress or Progress()
     progress.say(f"measuring: the checks, then {probe.budget:g} s of attacks")
     found = probe.measure(progress)
     costs, simulations = Costs.of(found, n), list[SimulatedRounds]()
     if found.arms is not None:
-        progress.say(f"playing the rounds of {n:,} images")
+        progress.say(f"simulating the rounds of {n:,} images")
         simulations = forecast(found.arms, n, probe.allowed_doubt, probe.seed)
     arms = _each(simulations, n)
     alone = _courses(costs, simulations, found, probe, 1)
@@ -130,7 +130,7 @@ class Costs:
         """Return the costs of n images from a probe of some of them.
 
         Raises:
-            UsageError: if it says nothing.
+            UsageError: if the probe has too few results.
         """
         units = (found.forwards + found.backwards).astype(float)
         open_ones = int((~found.finished).sum())
@@ -161,7 +161,7 @@ class Costs:
     def sample(self, count: int, seed: int) -> tuple[list[Job], list[Job], list[Job]]:
         """Return so many images: like the probe's, and at both ends of the interval for their mean.
 
-        At its low end some of them cost nothing, at its high end some cost the most there may be.
+        At its low end some of them cost nothing, at its high end some have the largest possible cost.
         """
         rng = random.Random(seed)
         like = [self.jobs[index % len(self.jobs)] for index in range(count)]

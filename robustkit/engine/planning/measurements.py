@@ -135,7 +135,7 @@ class Memory:
 
 
 def _most_resident() -> int:
-    """Return the most bytes that the process has had in memory; 0 if the system does not say."""
+    """Return the most bytes that the process has had in memory; 0 if the system does not report it."""
     try:
         import resource
     except ImportError:
