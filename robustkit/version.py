@@ -1,3 +1,3 @@
-"""The version, told without asking what is installed: the name robustkit on PyPI is another project's."""
+"""The version, without reading installed packages: the name robustkit on PyPI is another project's."""
 
 __version__ = "0.1.0"

@@ -12,18 +12,33 @@ ROOT = Path(__file__).parents[1]
 
 # Retired everywhere: in code (names, comments, docstrings, messages) and in prose.
 EVERYWHERE = """
-Apart BatchWise Bench Deck Dice Doubts Flight Foreman Hire Jury Lane Meter NEAR Outlook PATIENCE Panel
-Passengers Peers Pilot Redrawn Rung Scout Scribe Sitting Tally Way Workforce Workshop abroad boarded bureau
-by_others company deepen deepened flights flown fly flying foreman gauges hiring jury landed landing last_resort
-lattice lookout mending mends meter noughts passengers pilot props/img redraw redrawn rungs scout scribe
-second_opinion stand_ins strays swapped tally usual_model withstand workforce workshop
+Apart BatchWise Bench Deck Dice Doubts EASY FEW Flight Foreman Hire Jury Lane MOST Meter NEAR Outlook PATIENCE
+Panel Passengers Peers Pilot Redrawn Rung SOME SURE Scout Scribe Sitting Tally USUAL USUAL_THREAT Way Workforce
+Workshop abroad boarded bureau by_others company deepen deepened dice flights flown fly flying foreman gauges
+hiring honest jury landed landing last_resort lattice lookout mending mends meter nobody noughts passengers
+pilot props/img redraw redrawn rungs scout scribe second_opinion stand_ins stood strays survives_everything
+survivor swapped tally unlikeness usual_model usual_threat withstand withstands withstood workforce
+workshop
 """.split()
 # Retired as names of functions, classes, methods and attributes only.
-NAMES = ["Hand", "deal", "enters", "maker", "settle", "surround"]
+NAMES = [
+    "As",
+    "Hand",
+    "Question",
+    "alive",
+    "deal",
+    "enters",
+    "fell",
+    "look",
+    "maker",
+    "said",
+    "settle",
+    "surround",
+]
 # Retired in prose: docs, README and the other pages of the repository, templates of reports.
 IN_PROSE = """
-aboard bench behind dear deck dice flight foreman honest lane nobody outlook parked pilot rung said somebody stand
-stands stood survivor survivors told whoever withstands withstood
+aboard anew anybody behind bench dear deck dice fell flight foreman honest lane nobody outlook parked pilot rung
+said somebody stand stands stood survivor survivors told whoever withstands withstood
 """.split()
 # Distributed runs and their worker processes have an issue of their own.
 NOT_YET = (

@@ -1,4 +1,4 @@
-"""Free memory of the machine and of devices. Imports torch only if asked for a GPU."""
+"""Free memory of the machine and of devices. Imports torch only for a GPU."""
 
 from __future__ import annotations
 

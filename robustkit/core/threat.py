@@ -134,7 +134,8 @@ class ThreatModel(ABC):
         """Return the threat itself; raise UsageError if it is minimal."""
         if self.minimal:
             raise UsageError(
-                f"threat '{self}' asks for minimum norms, which evaluate, plan and verify find; an eps is needed "
+                f"threat '{self}' is a search for minimum norms, which evaluate, plan and verify support; an eps "
+                f"is needed "
                 f"here, e.g. {self.norm}:{EXAMPLE_EPS[self.norm]}."
             )
         return self

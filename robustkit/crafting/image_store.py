@@ -38,7 +38,7 @@ class ResumableCrafter(Crafter):
         plan = self.plan
         if plan.targeted is None:
             return None
-        if len(recorded := self.ledger.said(GOALS)) == self.n:
+        if len(recorded := self.ledger.predictions(GOALS)) == self.n:
             return [target for _, target in recorded]
         classes = plan.nets[0].classes
         labels = torch.from_numpy(self.samples.labels.astype(np.int64))
@@ -70,7 +70,7 @@ class ResumableCrafter(Crafter):
         self, stage: int, attack: Any, members: Sequence[int] | None, goals: Sequence[int] | None, name: str
     ) -> None:
         """Craft the images of a stage that the ledger does not have, batch by batch."""
-        done = {position for position, _ in self.ledger.said(stage)}
+        done = {position for position, _ in self.ledger.predictions(stage)}
         if len(done) == self.n:
             return
         parts = []

@@ -102,7 +102,7 @@ class _CraftRun:
     def run(self, forecast: bool, curve: list[int], png: Path | None) -> Craft:
         record = self._stored()
         if record is None or self._work_left(record, forecast, curve):
-            require_writable(self.out, self.writable, "what was asked for")
+            require_writable(self.out, self.writable, "the result")
             with (
                 Ledger.open(self.out and self.out / run_folder.LEDGER, self.plan.spec.run_id) as ledger,
                 closing(self._make_crafter(ledger)) as self.crafter,
@@ -156,16 +156,16 @@ class _CraftRun:
     def _main(self) -> Craft:
         plan = self.plan
         crafter, ledger = self.crafter, self.crafter.ledger
-        done = len(ledger.said(IMAGES))
+        done = len(ledger.predictions(IMAGES))
         if done:
             self.progress.say(f"resuming {plan.spec.run_id}: {done} of {self.n} images done")
         goals = crafter.goals()
         crafter.craft_missing(IMAGES, plan.composed, None, goals, plan.spec.attack_name)
         forwards, backwards, seconds = ledger.cost(IMAGES)
-        asked, most = backwards / self.n / len(plan.nets), max(net.count for net in plan.nets)
-        if most > 1 and asked < most:
+        each, most = backwards / self.n / len(plan.nets), max(net.count for net in plan.nets)
+        if most > 1 and each < most:
             self.progress.say(
-                f"{asked:.0f} gradients of each surrogate did not reach all {most} nets of a run folder; give the "
+                f"{each:.0f} gradients of each surrogate did not reach all {most} nets of a run folder; give the "
                 "attack more steps, or +light(samples=K)"
             )
         shape = tuple(self.samples.images([0]).shape[1:])
@@ -177,7 +177,7 @@ class _CraftRun:
         )
         if self.out is not None:
             run_folder.write_adversarial(self.out, rows)
-            prediction = np.array([label for _, label in ledger.said(IMAGES)], np.int64)
+            prediction = np.array([label for _, label in ledger.predictions(IMAGES)], np.int64)
             shown = arrays(rows, prediction, ([], evenly_spaced(self.n)), self.samples, plan.threat)
             run_folder.write_examples(self.out, shown)
         surroundings = environment(plan.device, "fp32", crafter.batch) | {
@@ -197,7 +197,7 @@ class _CraftRun:
             seconds=seconds,
             labels=self.samples.labels.tolist(),
             goals=goals,
-            not_finite=sum(prediction == -1 for _, prediction in ledger.said(IMAGES)),
+            not_finite=sum(prediction == -1 for _, prediction in ledger.predictions(IMAGES)),
             surrogates=[],
             targets=[],
             environment=surroundings,

@@ -29,7 +29,7 @@ MEAN_DRAWS, SIGMA = 8, 0.03
 
 @dataclass(frozen=True)
 class TracedModel:
-    """A model with surrogate gradients where its own stop; its logits are the model's own unless said otherwise.
+    """A model with surrogate gradients where its own stop; see the arguments for its logits.
 
     Args:
         model: the classifier.

@@ -210,8 +210,8 @@ def _per_channel(value: tuple[float, ...] | None) -> torch.Tensor | None:
 def _as_written() -> AbstractContextManager[object]:
     """Run code without `torch.compile` inside.
 
-    Compiled code is compiled anew for batches of other sizes, and allows neither a second gradient of one pass nor
-    a look at what is computed.
+    Compiled code is compiled again for batches of other sizes, and supports neither a second gradient of one pass
+    nor hooks on its parts.
     """
     # As long as the compiler is not imported nothing has been compiled.
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()

@@ -27,7 +27,7 @@ Shape = tuple[int, int, int]
 
 
 def failure(model: PreparedNet, error: Exception, images: Images) -> RobustkitError:
-    """Return what is to be said of an error in a net: that it is the images' shape only if another works."""
+    """Return the error for a failed net; it names the images' shape as the cause only if another shape works."""
     shape = tuple(images.shape[1:])
     instead = None
     if len(shape) == 3 and not model.net_call.has_worked:

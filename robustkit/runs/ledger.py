@@ -311,7 +311,7 @@ class Ledger:
             (image,) = self._db.execute(query, [stage, position]).fetchone()
         return bytes(image)
 
-    def said(self, stage: int) -> list[tuple[int, int]]:
+    def predictions(self, stage: int) -> list[tuple[int, int]]:
         """Return position and prediction of every row of a stage, in order."""
         query = "SELECT position, prediction FROM verdicts WHERE stage = ? ORDER BY position"
         with _explained(self._name):

@@ -1,4 +1,4 @@
-"""The contract that attacks, defenses and training methods keep, as functions that check anybody's class.
+"""The contract of attacks, defenses and training methods, as functions that check any class.
 
 As `check_estimator` of scikit-learn: they raise AssertionError with what is wrong, and return None if nothing is.
 

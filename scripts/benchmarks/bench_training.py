@@ -84,7 +84,7 @@ class Moment:
 
     @classmethod
     def now(cls, device: torch.device, workers: Sequence[int] = ()) -> Moment:
-        """Return the moment when the device has done all that it was told."""
+        """Return the time when the device has finished its work."""
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         ticks = sum(sum(map(int, Path(f"/proc/{pid}/stat").read_text().split()[13:15])) for pid in workers)

@@ -97,7 +97,7 @@ def batches(samples: Samples) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:
 
 
 class Comparison:
-    """Surrogates, images and targets, and what the targets said of the clean images."""
+    """Surrogates, images and targets, and the targets' predictions on the clean images."""
 
     def __init__(self, surrogates: list[Net], targets: list[Net], samples: Samples, combine: str) -> None:
         self.nets, self.targets, self.samples = surrogates, targets, samples

@@ -1,4 +1,4 @@
-"""Two workers of one thread against one of one thread, on a real net; start-up told apart.
+"""Two workers of one thread against one of one thread, on a real net; start-up measured separately.
 
     python scripts/benchmarks/bench_workers.py --model robustkit:cifar-resnet20@resnet20-at.safetensors --data \
         test.npz
@@ -37,7 +37,7 @@ class Clock(Progress):
         self.attacks = self.last = time.perf_counter() if self.stages <= 2 else self.attacks
 
     def say(self, text: str) -> None:
-        """Begin the attacks anew when all workers are there."""
+        """Start the timer again when all workers have started."""
         print(f"  {text}")
         if "at work" in text and self.stages >= 2:
             self.attacks = time.perf_counter()

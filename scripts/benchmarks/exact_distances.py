@@ -159,7 +159,7 @@ class Ball:
         return share**2 if self.norm == "l2" else share
 
     def distance(self, objective: float) -> float:
-        """Return the distance that this objective stands for."""
+        """Return the distance of this objective."""
         return self.reach * (max(objective, 0.0) ** 0.5 if self.norm == "l2" else objective)
 
     def refine(self, shift: Array) -> None:

@@ -2,7 +2,7 @@
 
     python scripts/benchmarks/flags.py ROWS.jsonl ... [RUN ...]
 
-RUN is the folder of an evaluation of an honest net, as scripts/benchmarks/strictness.py leaves them.
+RUN is the folder of an evaluation of an unmasked net, as scripts/benchmarks/strictness.py leaves them.
 
 A mask misleads AutoAttack where AutoAttack's number exceeds the truth by more than 2 points and more than 1 image.
 A miss is such a mask without a flag. Recall is the share of these masks that have one, precision the share of the
@@ -22,12 +22,12 @@ WARNS = ("warning", "error")
 
 
 def read(path: Path) -> list[Row]:
-    """Return the rows in a file of the gauntlet, or the one of an honest net's run folder."""
+    """Return the rows in a file of the gauntlet, or the one of an unmasked net's run folder."""
     if not path.is_dir():
         return [json.loads(line) for line in path.read_text().splitlines()]
     report = json.loads((path / "report.json").read_text())
     flags = sorted(flag["code"] for flag in report["flags"] if flag["level"] in WARNS)
-    return [{"name": f"honest: {path.name}", "net": "", "threat": report["spec"]["threat"], "flags": flags}]
+    return [{"name": f"unmasked: {path.name}", "net": "", "threat": report["spec"]["threat"], "flags": flags}]
 
 
 def exceeds(row: Row, suite: str) -> bool:
@@ -36,10 +36,10 @@ def exceeds(row: Row, suite: str) -> bool:
     return more > max(1, 0.02 * row["images"])
 
 
-def honest(row: Row) -> bool:
+def is_unmasked(row: Row) -> bool:
     """Return whether a row is of a net without a mask."""
     name: str = row["name"]
-    return name.startswith("honest")
+    return name.startswith("unmasked")
 
 
 def share(rows: Sequence[Row], has: Callable[[Row], bool]) -> str:
@@ -49,14 +49,14 @@ def share(rows: Sequence[Row], has: Callable[[Row], bool]) -> str:
 
 def table(rows: Sequence[Row]) -> list[str]:
     """Return precision and recall in lines of Markdown, for all masks and for the halves of the known ones."""
-    nets = [row for row in rows if honest(row)]
+    nets = [row for row in rows if is_unmasked(row)]
     lines = [
         "| masks | mislead AutoAttack, flagged | other masks, flagged | `auto` too high, no flag |",
         "|---|---|---|---|",
     ]
     parts = {"of the first gauntlet": "", "later, open half": "open", "later, kept aside": "aside"}
     for title, half in parts.items():
-        these = [row for row in rows if not honest(row) and row["half"] == half]
+        these = [row for row in rows if not is_unmasked(row) and row["half"] == half]
         if not these:
             continue
         misled = [row for row in these if exceeds(row, "autoattack")]
@@ -67,11 +67,11 @@ def table(rows: Sequence[Row]) -> list[str]:
             f"| {share(others, lambda row: bool(row['flags']))} | {high} |"
         )
     flagged = [row for row in rows if row["flags"]]
-    misled = [row for row in rows if not honest(row) and exceeds(row, "autoattack")]
+    misled = [row for row in rows if not is_unmasked(row) and exceeds(row, "autoattack")]
     lines += [
         "",
-        f"honest nets flagged: {share(nets, lambda row: bool(row['flags']))}",
-        f"precision: {share(flagged, lambda row: not honest(row))} flagged rows are masks",
+        f"unmasked nets flagged: {share(nets, lambda row: bool(row['flags']))}",
+        f"precision: {share(flagged, lambda row: not is_unmasked(row))} flagged rows are masks",
         f"recall: {share(misled, lambda row: bool(row['flags']))} masks that mislead AutoAttack are flagged",
     ]
     missed = [row for row in misled if not row["flags"]]

@@ -3,9 +3,9 @@
     python scripts/benchmarks/gauntlet.py [--images 12] [--only NAME ...] [--half open|aside] [--record FILE]
     python scripts/benchmarks/gauntlet.py --model MODEL --data FILE.npz --threat linf:8/255   masks that go \
         around any model
-    python scripts/benchmarks/gauntlet.py --model MODEL --data FILE.npz --threat ... --honest  the model as it is
+    python scripts/benchmarks/gauntlet.py --model MODEL --data FILE.npz --threat ... --unmasked  the model as it is
 
-The defenses are those of tests/masked_defenses.py and tests/known_masks.py, on digits at linf 0.15, and honest
+The defenses are those of tests/masked_defenses.py and tests/known_masks.py, on digits at linf 0.15, and unmasked
 nets.
 Robust accuracies are in percent:
 
@@ -66,7 +66,7 @@ def around(net: nn.Module) -> Made:
 
 
 def small() -> Made:
-    """Return how to make defenses around small nets of digits, and honest nets."""
+    """Return how to make defenses around small nets of digits, and unmasked nets."""
     data = load_data("digits:train")
     x, y = data.images(range(len(data))), torch.from_numpy(data.labels)
     plain = masked_defenses.trained(masked_defenses.Digits(), x, y)
@@ -102,12 +102,12 @@ def small() -> Made:
     made |= {f"k-winners-{how}": partial(winners, how) for how in ("threshold", "scatter")}
     made |= {"steep-activation": steep, "stochastic-depth": skipping, "crossmax": crossmax}
     made |= {name: partial(learned, make) for name, make in known_masks.LEARNED.items()}
-    made["honest: plain"] = lambda: (Masked(plain), None)
-    made["honest: adversarially trained"] = lambda: (
+    made["unmasked: plain"] = lambda: (Masked(plain), None)
+    made["unmasked: adversarially trained"] = lambda: (
         Masked(masked_defenses.trained(masked_defenses.Digits(), x, y, attack=0.08)),
         None,
     )
-    made["honest: mean of five"] = lambda: (Masked(several(lambda stack: stack.mean(1))), None)
+    made["unmasked: mean of five"] = lambda: (Masked(several(lambda stack: stack.mean(1))), None)
     return made
 
 
@@ -132,33 +132,33 @@ def suites(norm: str, fast: bool) -> dict[str, str]:
 
 
 def judged(
-    masked: Masked, beneath: nn.Module | None, x: Tensor, y: Tensor, threat: str, fast: bool, honest: bool
+    masked: Masked, beneath: nn.Module | None, x: Tensor, y: Tensor, threat: str, fast: bool, unmasked: bool
 ) -> dict[str, Any]:
-    """Return a row: how many images stand each time, of an honest net after `auto` alone, and its warnings."""
+    """Return a row: the robust images in each column, of an unmasked net only after `auto`, and its warnings."""
 
-    def standing(model: nn.Module, suite: str, among: Tensor | None = None) -> tuple[Tensor, Report]:
+    def robust_images(model: nn.Module, suite: str, among: Tensor | None = None) -> tuple[Tensor, Report]:
         index = torch.arange(len(x)) if among is None else among.nonzero()[:, 0]
         report = evaluate(model, x[index], y[index], threat, suite=suite)
-        stands = torch.zeros(len(x), dtype=torch.bool)
-        stands[index] = torch.tensor([verdict.robust for verdict in report.verdicts])
-        return stands, report
+        robust = torch.zeros(len(x), dtype=torch.bool)
+        robust[index] = torch.tensor([verdict.robust for verdict in report.verdicts])
+        return robust, report
 
     norm = threat.partition(":")[0]
     columns = suites(norm, fast)
-    auto, found = standing(masked.defense, columns["auto"])
+    auto, found = robust_images(masked.defense, columns["auto"])
     row = {"images": len(x), "threat": threat, "fast": fast, "auto": int(auto.sum())}
     row["flags"] = sorted(flag.code for flag in found.flags if flag.warns)
-    if honest:
+    if unmasked:
         return row
-    published, _ = standing(masked.defense, columns["autoattack"])
+    published, _ = robust_images(masked.defense, columns["autoattack"])
     truth = auto & published
     if masked.substitutes and truth.any():
-        truth = standing(Exporting(masked).eval(), known_attacks(norm), truth)[0]
+        truth = robust_images(Exporting(masked).eval(), known_attacks(norm), truth)[0]
     if masked.own_attack is not None:
         truth &= masked.own_attack(x, y, float(ThreatModel.parse(threat).eps))
     row |= {"truth": int(truth.sum()), "autoattack": int(published.sum())}
     if beneath is not None:
-        row["beneath"] = int(standing(beneath, columns["beneath"])[0].sum())
+        row["beneath"] = int(robust_images(beneath, columns["beneath"])[0].sum())
     return row
 
 
@@ -172,7 +172,7 @@ def main() -> None:
     parser.add_argument("--data", default="digits:test")
     parser.add_argument("--threat", default="linf:0.15")
     parser.add_argument("--trust-code", action="store_true", help="run the Python code that a model string names")
-    parser.add_argument("--honest", action="store_true", help="evaluate the model itself")
+    parser.add_argument("--unmasked", action="store_true", help="evaluate the model itself")
     parser.add_argument("--fast", action="store_true", help="leave out what costs most")
     parser.add_argument("--record", type=Path, help="a file that each row is added to, a line of JSON")
     given = parser.parse_args()
@@ -183,7 +183,7 @@ def main() -> None:
         made = small()
     else:
         net = load_model(given.model, trust_code=given.trust_code)
-        made = {f"honest: {given.model}": lambda: (Masked(net), None)} if given.honest else around(net)
+        made = {f"unmasked: {given.model}": lambda: (Masked(net), None)} if given.unmasked else around(net)
     known = {*known_masks.AROUND, *known_masks.LEARNED}
     print(f"torch {torch.__version__}, {len(x)} images, {given.threat}\n")
     print(f"{'defense':32}{'beneath':>9}{'truth':>9}{'AutoAttack':>12}{'auto':>9}  seconds  flags")
@@ -192,7 +192,7 @@ def main() -> None:
         if (given.only and name not in given.only) or (given.half and (name not in known or half != given.half)):
             continue
         begun = time.perf_counter()
-        row = judged(*make(), x, y, given.threat, given.fast, name.startswith("honest"))
+        row = judged(*make(), x, y, given.threat, given.fast, name.startswith("unmasked"))
         row = {"name": name, "net": given.model or "digits", "half": half if name in known else ""} | row
         columns = {"beneath": 9, "truth": 9, "autoattack": 12, "auto": 9}
         cells = (

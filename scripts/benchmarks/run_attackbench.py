@@ -10,7 +10,7 @@ AttackBench (Cina et al., arXiv:2404.19460) counts every forward and every backw
 an attack after 2,000 of them; it measures distances itself, at each query. Local optimality is its score: the area
 between an attack's curve of robust accuracy against eps and the start, as a share of that of the best distance
 that any attack of the table found. Attacks of other libraries run with the settings that AttackBench publishes for
-them, in every norm that they have. The libraries are installed without their own pins: torchattacks asks for a
+them, in every norm that they have. The libraries are installed without their own pins: torchattacks requires a
 `requests` of 2020, and visdom, which adversarial-library needs for plots, has to be built with an old setuptools.
 
 Expected: local optimality of `minimum_norm` at least 0.98 in linf, l2 and l1 and above every library's; see
@@ -49,7 +49,7 @@ NORMS = ("linf", "l2", "l1")
 BATCH = 32
 # Images of the data of which the first that the net gets right are attacked.
 LOOKED_AT = 1000
-# From which share on a distance that is above the best one is told.
+# The excess over the best distance from which an image is listed.
 BEHIND = 0.01
 # Steps for as much of the budget as the attack can use.
 OURS = {

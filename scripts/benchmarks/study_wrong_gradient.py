@@ -68,7 +68,7 @@ class Net(nn.Module):
 
 
 def fit(net: nn.Module, x: Tensor, y: Tensor, adversarial: bool, steps: int = 80) -> None:
-    """Train a net for some steps, on images a signed step away from the clean ones if asked to."""
+    """Train a net for some steps, optionally on images a signed step away from the clean ones."""
     optimizer = torch.optim.Adam(net.parameters(), 3e-3)
     eps = 0.1 if x.shape[1] == 1 else 8 / 255
     for step in range(steps):
@@ -191,8 +191,8 @@ def flagged(net: nn.Module, x: Tensor, y: Tensor) -> tuple[str, float]:
         probe.gradients  # noqa: B018  (the other checks need them as well)
         before = instrumented.forwards + instrumented.backwards
         flag = disagrees(probe)
-    told = "flag" if flag.raised else "pass" if flag.value is not None else "unmeasured"
-    return told, (instrumented.forwards + instrumented.backwards - before) / len(x)
+    outcome = "flag" if flag.raised else "pass" if flag.value is not None else "unmeasured"
+    return outcome, (instrumented.forwards + instrumented.backwards - before) / len(x)
 
 
 def main() -> None:
@@ -233,17 +233,17 @@ def main() -> None:
         right = (predictions == labels).nonzero()[:, 0]
         for images in (32, *([1] * SINGLES)):
             rows, right = right[:images], right[images:] if images == 1 else right
-            told, cost = flagged(net, x[-256:][rows], labels[rows])
+            outcome, cost = flagged(net, x[-256:][rows], labels[rows])
             place = f"{side}, {'one image' if images == 1 else '32 images'}"
-            alarms[place][("pass", "unmeasured", "flag").index(told)] += 1
+            alarms[place][("pass", "unmeasured", "flag").index(outcome)] += 1
             costs[place].append(cost)
-            if arguments.verbose and told != "pass":
-                print(number, data, activation, pool, weights, norm, depth, scale, dtype, images, told)
+            if arguments.verbose and outcome != "pass":
+                print(number, data, activation, pool, weights, norm, depth, scale, dtype, images, outcome)
         if dtype is torch.float32 and weights != "random" and len(right) >= 32:
             for fault, put in FAULTS.items():
                 for points, rows in enumerate((right[:32], right[:1])):
-                    told, _ = flagged(put(net), x[-256:][rows], labels[rows])
-                    caught[fault][2 * points] += told == "flag"
+                    outcome, _ = flagged(put(net), x[-256:][rows], labels[rows])
+                    caught[fault][2 * points] += outcome == "flag"
                     caught[fault][2 * points + 1] += 1
     print(f"{arguments.nets} nets with a correct gradient, {time.perf_counter() - begun:.0f} s")
     for place, (fine, unknown, raised) in sorted(alarms.items()):

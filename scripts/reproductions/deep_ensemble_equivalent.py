@@ -32,7 +32,7 @@ def deep_ensemble_equivalent(
     """Return how many nets have the success of what is compared, by interpolation.
 
     Success rises from 0 with no net in straight lines between the counts that were tried; where it falls with more
-    nets, sampling noise did that, and the line stays level. The interval is that of the images, drawn anew with
+    nets, sampling noise did that, and the line stays level. The interval is that of the images, drawn again with
     replacement for all attacks alike (a paired bootstrap).
 
     Args:

@@ -9,7 +9,7 @@ cSGLD posterior with the training compute of one of them, and targets: another n
 each of others, unless --target names some. Then it attacks the first test images and prints, on each target, the
 share of those that it classifies correctly which are fooled, with 95 % Wilson intervals; T-DEE, the number of
 independent nets with that success, with a paired bootstrap interval; and the training compute. Attacks are the
-paper's: I-FGSM of 50 steps of a tenth of eps, MI-FGSM with momentum 0.9, PGD, FGSM; `light` asks one sample for
+paper's: I-FGSM of 50 steps of a tenth of eps, MI-FGSM with momentum 0.9, PGD, FGSM; `light` uses one sample for
 each step, `full` all, logits averaged. What is trained or crafted already in --out is taken from there, so that
 a run that was cut off goes on.
 """
@@ -186,7 +186,7 @@ class Study:
         return {words.get(name, name): f"{self.out}/target-{name}/" for name in self.judges}
 
     def ensemble(self, count: int) -> Surrogate:
-        """The first nets as one surrogate, asked one at a time by `light` attacks."""
+        """The first nets as one surrogate, of which `light` attacks use one at a time."""
         strings = [f"{self.out}/net-{number}/" for number in range(count)]
         models = [load_model(string) for string in strings]
         first = models[0]
@@ -260,7 +260,7 @@ def main_table(study: Study) -> None:
         final = rows[-1][2]
         cells = []
         for column in columns:
-            # A single net is asked in the same way in both forms.
+            # A single net is used in the same way in both forms.
             nets = {
                 n: _fooled(rows[n - 1][2][column] or rows[n - 1][2][column.replace("full", "light")], place)
                 for n in range(1, scale.nets + 1)

@@ -250,13 +250,13 @@ class Study:
 
     def black_box(self) -> dict[str, list[np.ndarray]]:
         """Return for each ensemble, at each eps, which images stand against all sets of crafted ones."""
-        stands: dict[str, list[np.ndarray]] = {name: [] for name in self.trained}
+        robust: dict[str, list[np.ndarray]] = {name: [] for name in self.trained}
         for eps in self.scale.eps:
             sets = [self.crafted(one, attack, eps) for one in self.surrogates for attack in self.scale.attacks]
-            for name, found in stands.items():
+            for name, found in robust.items():
                 fooled = [self._judged(one, name).fooled(one.labels, one.goals) for one in sets]
                 found.append(np.all([[hit is False for hit in row] for row in fooled], axis=0))
-        return stands
+        return robust
 
     def _judged(self, record: Craft, name: str) -> Judgement:
         """Return what an ensemble made of the images; others may have been judged before it or after."""
@@ -292,10 +292,10 @@ def pick(device: str) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
-def falling(stands: Sequence[np.ndarray]) -> list[Rate]:
-    """Return the robust accuracy at each eps, in rising order: what fell at one does not stand at the next."""
-    left, rates = np.ones_like(stands[0]), []
-    for one in stands:
+def falling(robust: Sequence[np.ndarray]) -> list[Rate]:
+    """Return the robust accuracy at each eps, in rising order; an image fooled once is fooled at larger eps."""
+    left, rates = np.ones_like(robust[0]), []
+    for one in robust:
         left = left & one
         rates.append(Rate.of(int(left.sum()), len(left)))
     return rates

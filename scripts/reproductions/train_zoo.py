@@ -8,7 +8,7 @@ the CIFAR-10 test set are for testing; the next 4,000 MNIST images and the first
 for training. The same command goes on where it was stopped. The weights are not kept with the project.
 
 Half of the zoo is held out: the nets of each data set are ordered by the SHA-256 of their names, and every second
-one, from the first on, may not be evaluated by anybody while a suite is composed. `--list` prints both halves.
+one, from the first on, must not be evaluated while a suite is composed. `--list` prints both halves.
 
 Hardware: 2 CPU cores; two hours for all.
 """

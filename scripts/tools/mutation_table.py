@@ -257,7 +257,7 @@ FAULTS = [
         SQUARE,
     ),
     Fault(
-        "cwa: the inner momentum begins anew in each step",
+        "cwa: the inner momentum starts again in each step",
         "attacks/common_weakness/mi_cse.py",
         (("self.velocities.get(walk, torch.zeros_like(x))", "torch.zeros_like(x)"),),
         CWA,
@@ -364,7 +364,7 @@ FAULTS = [
         SURROGATES,
     ),
     Fault(
-        "surrogates: members asked for in another order have the first ones' weights",
+        "surrogates: members chosen in another order have the first ones' weights",
         "robustkit/attack_api/surrogates.py",
         (("chosen == list(range(len(self)))", "len(chosen) == len(self)"),),
         SURROGATES,

@@ -1,4 +1,4 @@
-"""How much code one command runs through: what somebody reads who follows it from its first line to its last.
+"""How much code one command runs through: the files and functions from its first line to its last.
 
     python scripts/tools/reading_path.py                    both commands, for the robustkit that is imported
     PYTHONPATH=OTHER python scripts/tools/reading_path.py   the same for the checkout OTHER

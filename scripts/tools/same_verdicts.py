@@ -95,7 +95,7 @@ def main() -> None:
         begun = time.perf_counter()
         runs[name] = way()
         seconds[name] = time.perf_counter() - begun
-        robust = sum(stands for stands, _ in runs[name].values())
+        robust = sum(is_robust for is_robust, _ in runs[name].values())
         print(f"{name}: {robust} robust, {seconds[name]:.0f} s", flush=True)
     differ = [image for image in every.tolist() if len({found[image][0] for found in runs.values()}) > 1]
     for image in differ:

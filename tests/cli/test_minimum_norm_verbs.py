@@ -42,8 +42,8 @@ def test_a_minimum_norm_run_is_verified_compared_and_exported(capsys: pytest.Cap
     [
         (["evaluate", "--threat", "l2:min", "--fail-under", "0.3"], "--fail-under compares robust accuracy"),
         (["evaluate", "--threat", "l2:min", "--models", "zoo.txt"], "--models ranks by robust accuracy"),
-        (["train", "pgd-at", "--threat", "linf:min"], "threat 'linf:min' asks for minimum norms"),
-        (["craft", "--threat", "l1:min"], "threat 'l1:min' asks for minimum norms"),
+        (["train", "pgd-at", "--threat", "linf:min"], "threat 'linf:min' is a search for minimum norms"),
+        (["craft", "--threat", "l1:min"], "threat 'l1:min' is a search for minimum norms"),
         (["evaluate", "--threat", "l3:min"], "threat 'l3:min': write NORM:EPS"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -283,7 +283,7 @@ def test_options_that_need_an_eps_are_refused(settings, word):
 def test_other_verbs_need_an_eps():
     x, y = labelled(Small(), 3, (3, 6, 8))
     for verb in (robustkit.craft, robustkit.diversity):
-        with pytest.raises(UsageError, match=r"^threat 'l1:min' asks for minimum norms[^\n]+l1:12\.$"):
+        with pytest.raises(UsageError, match=r"^threat 'l1:min' is a search for minimum norms[^\n]+l1:12\.$"):
             verb(Small(), x, y, "l1:min")
     with pytest.raises(UsageError, match=r"minimum norms"):
         robustkit.train("pgd-at(threat=linf:min)", x, y)

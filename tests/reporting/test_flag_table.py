@@ -27,16 +27,16 @@ def test_misses_and_false_alarms_are_counted_and_named():
         row("seen", 2, 9, 2, ["zero-gradient"]),
         row("missed", 2, 9, 9, half="open"),
         row("harmless", 2, 2, 2, ["randomised"], half="aside"),
-        row("honest: plain", 5, 5, 5),
-        row("honest: suspected", 5, 5, 5, ["not-converged"]),
+        row("unmasked: plain", 5, 5, 5),
+        row("unmasked: suspected", 5, 5, 5, ["not-converged"]),
     ]
     lines = table(rows)
     assert "| of the first gauntlet | 1 of 1 | 0 of 0 | 0 of 1 |" in lines
     assert "| later, open half | 0 of 1 | 0 of 0 | 1 of 1 |" in lines
     assert "| later, kept aside | 0 of 0 | 1 of 1 | 0 of 1 |" in lines
     assert not any("kept aside" in line for line in table(rows[:2]))
-    assert "honest nets flagged: 1 of 2" in lines
+    assert "unmasked nets flagged: 1 of 2" in lines
     assert "precision: 2 of 3 flagged rows are masks" in lines
     assert "recall: 1 of 2 masks that mislead AutoAttack are flagged" in lines
     assert "missed: missed around digits" in lines
-    assert "false alarm: honest: suspected: not-converged" in lines
+    assert "false alarm: unmasked: suspected: not-converged" in lines

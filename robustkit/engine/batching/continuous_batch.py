@@ -161,6 +161,7 @@ class ContinuousBatch:
 
     def record(self) -> list[dict[str, Any]]:
         """Return a record of each attack's rows, and of its waiting ones, between two steps."""
+        # The keys `lane` (the attack) and `parked` (rows that wait for others) are those of stored records.
         rows = [(queue.number, *pair) for queue in self.queues for pair in enumerate((queue.batch, queue.waiting))]
         return [
             {"lane": number, "parked": waiting, **batch.record()}

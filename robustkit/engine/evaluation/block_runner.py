@@ -125,6 +125,7 @@ class BlockRunner(BatchRunner):
             active: samples that another worker started: the attack's number among the `count`, and their rows.
         """
         self.search_facts = {"claims_refused": 0, "searched_again": 0, **self.search_facts}
+        # The word seeds random numbers, here and in the names of stored tasks: another one would change results.
         with own_randomness(self.settings.seed, "flight", first, *self.worker):
             try:
                 self.choose_config(examples)

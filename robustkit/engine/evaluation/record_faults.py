@@ -104,8 +104,8 @@ def curve_faults(report: Report) -> Iterator[str]:
     if again != curve or sorted(curve.robust_accuracy, key=lambda rate: -rate.value) != curve.robust_accuracy:
         yield "report.json: its curve is not that of its distances."
     for verdict, distance in zip(report.verdicts, curve.distances, strict=True):
-        stands = distance is None or distance > eps
-        if stands != verdict.robust or (distance == 0) != (verdict.attack == "clean"):
+        is_robust = distance is None or distance > eps
+        if is_robust != verdict.robust or (distance == 0) != (verdict.attack == "clean"):
             yield f"record {verdict.index}: its distance in the curve, {distance}, is not that of its verdict."
 
 

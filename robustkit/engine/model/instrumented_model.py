@@ -99,7 +99,7 @@ class InstrumentedModel:
         return self._counted(x, partial(read, self.uncounted))
 
     def mean(self, x: Images) -> Logits:
-        """Return the mean logits (B K) of several passes; a random model draws anew in each."""
+        """Return the mean logits (B K) of several passes; a random model has new draws in each."""
         return self._counted(x, MeanView(self.uncounted, sigma=0.0))
 
     def passes(self, view: str) -> list[int]:

@@ -70,7 +70,7 @@ def _import(spec: ModelString) -> ModuleType:
 
 
 def _not_found(spec: ModelString) -> UsageError:
-    """Return the error for a module that is not there; no package to install, whose name anybody may own."""
+    """Return the error for a missing module; it names no package to install, because anyone may own that name."""
     file = Path(*spec.source.split(".")).with_suffix(".py")
     if file.is_file():
         return UsageError(
