@@ -193,7 +193,7 @@ def test_the_installed_wheel_runs_from_elsewhere(wheel: Path, tmp_path: Path) ->
         "import robustkit, sys; from robustkit.cli import run\n"
         "print(robustkit.__file__, flush=True); sys.exit(run(sys.argv[1:]))"
     )
-    command = [sys.executable, "-c", code, "evaluate", "--limit", "8", "--suite", "fgsm,pgd(steps=3)"]
+    command = [sys.executable, "-c", code, "evaluate", "--limit", "2", "--suite", "fgsm,pgd(steps=3)"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(str(tmp_path / "site"))
@@ -356,6 +356,7 @@ def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monke
     for block in blocks("python"):
         if "import evaluate" in block:
             short = block.replace("8/255", "0.1").replace("seed=0", "suite='fgsm'")
+            short = short.replace('images, labels, "l2"', 'images[:1], labels[:1], "l2", attack="ddn(steps=5)"')
             exec(short.replace('threat="linf:0.1"', "threat='linf:0.1', suite='fgsm'"), names)
             ran += 1
     assert ran

@@ -101,7 +101,7 @@ def test_auto_returns_the_nearest_point_of_all_attacks(norm):
 
 
 @given(seed=st.integers(0, 10**6), channels=st.sampled_from([1, 3]), classes=st.integers(2, 5))
-@settings(max_examples=10)
+@settings(max_examples=4)
 @pytest.mark.parametrize("attack", ["fmn(steps=12)", "ddn(steps=12)", "fab-t(steps=4,targets=2)", "fab(steps=3)"])
 def test_no_distance_is_below_the_exact_one(attack, seed, channels, classes):
     model, x, y = problem((4, channels, 3, 2), classes, seed)

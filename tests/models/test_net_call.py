@@ -99,7 +99,7 @@ def test_compiled_and_parallel_nets_are_unwrapped() -> None:
 def test_an_error_inside_the_net_is_reported_with_its_location(
     how: str, sentence: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("robustkit.models.call_forms.MAX_SECONDS", 0.2)
+    monkeypatch.setattr("robustkit.models.call_forms.MAX_SECONDS", 0.05)
     with pytest.raises(ModelError) as caught:
         as_classifier(Breaking(how))(GREY)
     message = str(caught.value)
