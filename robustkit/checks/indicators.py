@@ -1,4 +1,4 @@
-"""Six signs that an attack failed for its own reasons (Pintor et al. 2022, "Indicators of Attack Failure").
+"""Signs I2 to I4 that an attack failed for its own reasons (Pintor et al. 2022, "Indicators of Attack Failure").
 
 arXiv:2106.09947. Each is a pure function of the values of a run: gradients, losses, whether points fooled the
 model. Losses rise towards success here; theirs fall. I3 is computed from its definition (their code takes the
@@ -15,17 +15,12 @@ import torch
 from torch import Tensor
 
 from robustkit.core.rng import RowRng
-from robustkit.core.shapes import Images, Labels, Mask, PerRow
+from robustkit.core.shapes import Images, Mask, PerRow
 
 # Width of the noise of I2, in [0, 1] pixel units, and its draws.
 RHO, DRAWS = 8 / 255, 100
 # The number of last steps that I4 uses, and the share of the whole rise that they may still gain.
 LAST, GAIN = 10, 0.05
-
-
-def unavailable(gradients: Images) -> Mask:
-    """I1: which rows have a gradient without one entry that is not zero."""
-    return (gradients.flatten(1) == 0).all(1)
 
 
 def unstable(loss: PerRow, around: Tensor) -> PerRow:
@@ -55,13 +50,3 @@ def incomplete(losses: Tensor) -> Mask:
     share = (losses - low) / torch.where(high > low, high - low, 1.0)
     best = share.cummax(1).values[:, -LAST:]
     return best.amax(1) - best.amin(1) > GAIN
-
-
-def untransferred(surrogate: Labels, target: Labels) -> Mask:
-    """I5: which adversarials (B) the attacked surrogate classifies otherwise than the deployed model."""
-    return surrogate != target
-
-
-def unconstrained(fooled: Tensor, right: Mask) -> float:
-    """I6: the share of rows, correct at first, that no query (B T) without a limit fooled; must be 0."""
-    return float((right & ~fooled.any(1)).double().sum() / right.sum().clamp(min=1))

@@ -32,37 +32,13 @@ class ZooEntry(NetFacts):
     weights: str | None = None
 
 
-def _cifar_resnet(depth: int) -> ZooEntry:
-    return ZooEntry(
-        factory=f"{_HOME}.cifar_resnet:CifarResNet",
-        input=(3, 32, 32),
-        num_classes=10,
-        description=f"ResNet-{depth} for CIFAR, parameter-free shortcuts",
-        source="arXiv:1512.03385",
-        kwargs={"depth": depth},
-    )
-
-
-def _cifar_preresnet(depth: int) -> ZooEntry:
-    return ZooEntry(
-        factory=f"{_HOME}.cifar_preresnet:CifarPreResNet",
-        input=(3, 32, 32),
-        num_classes=10,
-        description=f"pre-activation ResNet-{depth} for CIFAR, parameter-free shortcuts",
-        source="arXiv:1603.05027",
-        kwargs={"depth": depth},
-    )
+def _cifar(factory: str, description: str, source: str, **kwargs: int) -> ZooEntry:
+    return ZooEntry((3, 32, 32), 10, description, f"{_HOME}.{factory}", source, kwargs)
 
 
 def _wide_resnet(depth: int, width: int) -> ZooEntry:
-    return ZooEntry(
-        factory=f"{_HOME}.wide_resnet:WideResNet",
-        input=(3, 32, 32),
-        num_classes=10,
-        description=f"Wide ResNet, {depth} layers, {width} times as wide; any wrn-DEPTH-WIDTH is known",
-        source="arXiv:1605.07146",
-        kwargs={"depth": depth, "width": width},
-    )
+    description = f"Wide ResNet, {depth} layers, {width} times as wide; any wrn-DEPTH-WIDTH is known"
+    return _cifar("wide_resnet:WideResNet", description, "arXiv:1605.07146", depth=depth, width=width)
 
 
 ZOO: Mapping[str, ZooEntry] = {
@@ -81,28 +57,36 @@ ZOO: Mapping[str, ZooEntry] = {
         description="four convolutions and three linear layers for MNIST, as in TRADES",
         source="arXiv:1901.08573",
     ),
-    **{f"cifar-resnet{depth}": _cifar_resnet(depth) for depth in (20, 32, 44, 56)},
-    **{f"cifar-preresnet{depth}": _cifar_preresnet(depth) for depth in (20, 110)},
-    "cifar-vgg": ZooEntry(
-        factory=f"{_HOME}.cifar_vgg:CifarVGG",
-        input=(3, 32, 32),
-        num_classes=10,
-        description="six convolutions of the VGG kind with batch norm, no shortcuts",
-        source="arXiv:1409.1556",
+    **{
+        f"cifar-resnet{depth}": _cifar(
+            "cifar_resnet:CifarResNet",
+            f"ResNet-{depth} for CIFAR, parameter-free shortcuts",
+            "arXiv:1512.03385",
+            depth=depth,
+        )
+        for depth in (20, 32, 44, 56)
+    },
+    **{
+        f"cifar-preresnet{depth}": _cifar(
+            "cifar_preresnet:CifarPreResNet",
+            f"pre-activation ResNet-{depth} for CIFAR, parameter-free shortcuts",
+            "arXiv:1603.05027",
+            depth=depth,
+        )
+        for depth in (20, 110)
+    },
+    "cifar-vgg": _cifar(
+        "cifar_vgg:CifarVGG", "six convolutions of the VGG kind with batch norm, no shortcuts", "arXiv:1409.1556"
     ),
-    "cifar-mobilenet": ZooEntry(
-        factory=f"{_HOME}.cifar_mobilenet:CifarMobileNet",
-        input=(3, 32, 32),
-        num_classes=10,
-        description="seven inverted residual blocks of the MobileNet kind",
-        source="arXiv:1801.04381",
+    "cifar-mobilenet": _cifar(
+        "cifar_mobilenet:CifarMobileNet",
+        "seven inverted residual blocks of the MobileNet kind",
+        "arXiv:1801.04381",
     ),
-    "preact-resnet18": ZooEntry(
-        factory=f"{_HOME}.preact_resnet:PreActResNet18",
-        input=(3, 32, 32),
-        num_classes=10,
-        description="pre-activation ResNet-18 for CIFAR, as the robustness literature trains it",
-        source="arXiv:1603.05027",
+    "preact-resnet18": _cifar(
+        "preact_resnet:PreActResNet18",
+        "pre-activation ResNet-18 for CIFAR, as the robustness literature trains it",
+        "arXiv:1603.05027",
     ),
     **{
         f"wrn-{depth}-{width}": _wide_resnet(depth, width)
