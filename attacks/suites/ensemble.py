@@ -21,11 +21,11 @@ def ensemble(norm: str) -> list[str]:
 
 def entries(norm: str) -> list[str]:
     """Return the attacks that come after `rapid`."""
-    found = [attack for view in AGGREGATORS for attack in climb(norm, view)]
-    found.append("apgd(loss=margin,steps=20,restarts=1,large_start=false)@members")
+    attacks = [attack for view in AGGREGATORS for attack in climb(norm, view)]
+    attacks.append("apgd(loss=margin,steps=20,restarts=1,large_start=false)@members")
     if norm != "l1":
-        found += ["mora(steps=40,restarts=3)@stack", "mora-t(steps=40,targets=3)@stack"]
-    return found
+        attacks += ["mora(steps=40,restarts=3)@stack", "mora-t(steps=40,targets=3)@stack"]
+    return attacks
 
 
 def climb(norm: str, view: str) -> list[str]:

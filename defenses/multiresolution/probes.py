@@ -90,15 +90,15 @@ def default_layers(net: nn.Module, image: Images) -> tuple[str, ...]:
 
 
 def _units(net: nn.Module, prefix: str) -> list[tuple[str, nn.Module]]:
-    found: list[tuple[str, nn.Module]] = []
+    units: list[tuple[str, nn.Module]] = []
     parts = list(net.named_children())
     for name, part in parts:
         # A module that only wraps another one is skipped.
         if isinstance(part, (nn.Sequential, nn.ModuleList)) or (len(parts) == 1 and any(part.children())):
-            found += _units(part, f"{prefix}{name}.")
+            units += _units(part, f"{prefix}{name}.")
         else:
-            found.append((f"{prefix}{name}", part))
-    return found
+            units.append((f"{prefix}{name}", part))
+    return units
 
 
 def probes(net: nn.Module, image: Images, layers: Sequence[str], pooled: bool) -> nn.ModuleList:

@@ -49,10 +49,10 @@ def widen(net: nn.Module, image: Images, copies: int, stem: str = "fresh") -> No
 @torch.no_grad()
 def _first(net: nn.Module, image: Images) -> nn.Conv2d:
     """Return the convolution that runs first, found by a pass that ends there; the net is not changed."""
-    found: list[nn.Conv2d] = []
+    convolutions: list[nn.Conv2d] = []
 
     def end(module: Any, args: Any) -> NoReturn:
-        found.append(module)
+        convolutions.append(module)
         raise Reached(args[0])
 
     handles = [part.register_forward_pre_hook(end) for part in net.modules() if isinstance(part, nn.Conv2d)]
@@ -60,7 +60,7 @@ def _first(net: nn.Module, image: Images) -> nn.Conv2d:
         with evaluating(net):
             net(image)
     except Reached:
-        return found[0]
+        return convolutions[0]
     finally:
         for handle in handles:
             handle.remove()

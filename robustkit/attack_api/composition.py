@@ -162,13 +162,13 @@ def ascend(
     surrogates = Surrogates.of(model)
     for technique in techniques:
         surrogates = technique.prepare(surrogates)
-    found = _run(rule, surrogates, x, goal, threat, rng, techniques)
+    points = _run(rule, surrogates, x, goal, threat, rng, techniques)
     for restart in range(1, _restarts(rule)):
         again = _run(rule, surrogates, x, goal, threat, rng.at(restart=restart), techniques)
         with torch.no_grad():
             better = goal.reached(surrogates(again))
-        found = torch.where(per_row(better, found), again, found)
-    return found
+        points = torch.where(per_row(better, points), again, points)
+    return points
 
 
 def _restarts(rule: Any) -> int:

@@ -101,10 +101,10 @@ def disagrees(probe: Probe) -> Flag:
 
     flat = there.gradient.flatten(1)
     kinds = ((there.gradient.sign(), flat.abs().sum(1)), (slopes.signs(x, rng.at(step=2)), flat.norm(dim=1)))
-    found = [slopes.compare(loss, x, there.gradient, direction, size, rounding) for direction, size in kinds]
-    worst = round(max(one.error for one in found), 4)
+    comparisons = [slopes.compare(loss, x, there.gradient, direction, size, rounding) for direction, size in kinds]
+    worst = round(max(one.error for one in comparisons), 4)
     what = "is the median relative error of the gradient against finite differences"
-    if any(one.state == "wrong" for one in found):
+    if any(one.state == "wrong" for one in comparisons):
         one, other = (_seeded(probe, x, goal, with_gradient=False).logits for _ in range(2))
         if not agree(one, other):
             return unmeasured(
@@ -118,7 +118,7 @@ def disagrees(probe: Probe) -> Flag:
             "not that of the function (quantisation, a straight-through estimate, shattered gradients)",
             "attack a smooth version of the model and judge on this one; compare score-based attacks",
         )
-    if not any(one.state == "right" for one in found):
+    if not any(one.state == "right" for one in comparisons):
         return unmeasured(
             code,
             "finite differences at several step sizes do not agree with each other, by float rounding or kinks",

@@ -27,8 +27,8 @@ def label_checks(predictions: Sequence[int], labels: Sequence[int], classes: int
         model: what to call the model where there are several.
     """
     correct = sum(prediction == label for prediction, label in zip(predictions, labels, strict=True))
-    found = (chance_accuracy(correct, labels, classes, model), relabelled(predictions, labels, model))
-    return [flag for flag in found if flag is not None]
+    flags = (chance_accuracy(correct, labels, classes, model), relabelled(predictions, labels, model))
+    return [flag for flag in flags if flag is not None]
 
 
 def relabelled(predictions: Sequence[int], labels: Sequence[int], model: str = "") -> Flag | None:

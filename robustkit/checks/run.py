@@ -80,8 +80,8 @@ def diagnose(probe: Probe) -> list[Flag]:
     the first success. For 8 rows 13 forwards nearby, 31 to plant points, and, until all are found, at most as many
     forwards and backwards as the run's longest plain attack has steps, and as many forwards at random points.
     """
-    found = (check(probe) for check in BEFORE_ATTACKS)
-    return [_sound(flag) for flag in found if flag is not None]
+    flags = (check(probe) for check in BEFORE_ATTACKS)
+    return [_sound(flag) for flag in flags if flag is not None]
 
 
 def _sound(flag: Flag) -> Flag:

@@ -94,13 +94,13 @@ def mean_cost_interval(
 
     m = len(lows)
     rng = np.random.default_rng(0)
-    found = []
+    ends = []
     for values, end, tail in ((lows, 0.0, (1 - level) / 2), (highs, most, (1 + level) / 2)):
         weights = rng.dirichlet(np.ones(m + 1), draws)
         counts = rng.multinomial(max(n - m, 0), weights)
         sums = sum(values) + counts @ np.array([*values, end])
-        found.append(float(np.quantile(sums, tail)) / max(n, m))
-    return found[0], found[1]
+        ends.append(float(np.quantile(sums, tail)) / max(n, m))
+    return ends[0], ends[1]
 
 
 def _root(density: Callable[[float], float], least: float, outside: float, inside: float) -> float:

@@ -123,17 +123,17 @@ def refuse_link(*paths: Path) -> None:
     """
     for path in paths:
         try:
-            found = path.lstat()
+            status = path.lstat()
         except OSError:
             continue
-        if stat.S_ISLNK(found.st_mode):
+        if stat.S_ISLNK(status.st_mode):
             raise UsageError(f"{path} is a link, and robustkit does not write through links; delete it.")
-        if stat.S_ISREG(found.st_mode) and found.st_nlink > 1:
+        if stat.S_ISREG(status.st_mode) and status.st_nlink > 1:
             raise UsageError(
                 f"{path} is a hard link: the file has another name, and would change there too; put a copy in its "
                 "place."
             )
-        if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
+        if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
             raise UsageError(f"{path} is not a regular file; delete it.")
 
 

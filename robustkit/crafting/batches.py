@@ -127,8 +127,8 @@ class Crafter:
         )
         goal = Goal(labels, targets)
         rng = RowRng(self.plan.seed, "craft", torch.from_numpy(positions).to(device))
-        found = attack(surrogates, x, goal, self.threat, rng=rng)
-        x_adv, finite = self._inside(found.detach().to(x), x)
+        returned = attack(surrogates, x, goal, self.threat, rng=rng)
+        x_adv, finite = self._inside(returned.detach().to(x), x)
         forwards, backwards = (now - then for now, then in zip(self.ensemble.counts, before, strict=True))
         with torch.no_grad():
             logits = surrogates(x_adv)
@@ -148,10 +148,10 @@ class Crafter:
         ]
         return Chunk(stage, int(positions[0]), forwards, backwards, time.perf_counter() - begun, rows)
 
-    def _inside(self, found: Images, x: Images) -> tuple[Images, list[bool]]:
+    def _inside(self, returned: Images, x: Images) -> tuple[Images, list[bool]]:
         """Return images projected onto ball and box, and which were finite; the clean image for others."""
-        finite = found.flatten(1).isfinite().all(1)
-        whole = torch.where(finite.view(-1, *[1] * (x.dim() - 1)), found, x)
+        finite = returned.flatten(1).isfinite().all(1)
+        whole = torch.where(finite.view(-1, *[1] * (x.dim() - 1)), returned, x)
         point = self.threat.project(whole, x)
         if not bool(self.threat.contains(point, x).all()):
             raise RunError(f"an image could not be brought inside {self.threat}; this is a fault of robustkit.")

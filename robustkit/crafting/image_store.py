@@ -57,14 +57,14 @@ class ResumableCrafter(Crafter):
         return [int(goal) for goal in targets]
 
     def _least_likely(self, labels: torch.Tensor) -> torch.Tensor:
-        found = []
+        targets = []
         with self.ensemble.in_eval_mode(), torch.no_grad(), own_randomness(self.plan.seed, "goals"):
             for begin in range(0, self.n, self.batch):
                 positions = np.arange(begin, min(begin + self.batch, self.n))
                 logits = self.ensemble.surrogates()(self.samples.images(positions).to(self.plan.device)).cpu()
                 logits[torch.arange(len(positions)), labels[positions]] = torch.inf
-                found.append(logits.argmin(1))
-        return torch.cat(found)
+                targets.append(logits.argmin(1))
+        return torch.cat(targets)
 
     def craft_missing(
         self, stage: int, attack: Any, members: Sequence[int] | None, goals: Sequence[int] | None, name: str

@@ -91,8 +91,8 @@ class PngImages:
 
     def __getitem__(self, positions: np.ndarray) -> np.ndarray:
         pixels = [_read(self.folder / _name(index)) for index in positions.tolist()]
-        found: np.ndarray = np.stack(pixels).astype(np.float32) / np.float32(LEVELS)
-        return found
+        written: np.ndarray = np.stack(pixels).astype(np.float32) / np.float32(LEVELS)
+        return written
 
 
 def save(

@@ -48,9 +48,9 @@ def discover_views(model: Classifier, x: Images, random: bool) -> GradientViews:
         x: images (B C H W) in [0, 1] to examine it with.
         random: whether its logits are random.
     """
-    found = views(model, x, random=random)
+    views_found = views(model, x, random=random)
     by_name: dict[str, list[Callable[[Images], Tensor]]] = {}
-    for name, view in found.items():
+    for name, view in views_found.items():
         # Heads inside a hand-written ensemble, with or without noise, get the names of a declared ensemble's
         # members.
         base = name.removeprefix("calm-").removeprefix("inner-")
@@ -69,7 +69,7 @@ def discover_views(model: Classifier, x: Images, random: bool) -> GradientViews:
         # The model is known to be random, even if two of its outputs were equal.
         drawn["mended"] = [MeanView(view, sigma=0.0) for view in by_name.get("mended", [TracedModel(model)])]
         by_name |= {f"averaged-{name}": parts for name, parts in drawn.items()}
-    places = {f"{finding.where or 'the model'} {finding.what}" for finding in found.findings}
+    places = {f"{finding.where or 'the model'} {finding.what}" for finding in views_found.findings}
     return GradientViews(by_name, sorted(places))
 
 

@@ -61,15 +61,15 @@ class LogitsReader:
         Raises:
             UsageError: There is no tensor, it is not clear which one is meant, or it has not the shape of logits.
         """
-        found = self._chosen(output, rows)
-        found = found if found.layout == torch.strided else found.to_dense()
-        if found.is_complex():
+        tensor = self._chosen(output, rows)
+        tensor = tensor if tensor.layout == torch.strided else tensor.to_dense()
+        if tensor.is_complex():
             raise UsageError(f"model {self.model!r} returned complex numbers: return logits, as real ones.")
         if self.binary is not None:
-            return self._two_classes(found, rows)
-        logits = _as_rows(found, rows)
+            return self._two_classes(tensor, rows)
+        logits = _as_rows(tensor, rows)
         if logits.ndim != 2 or len(logits) != rows or logits.shape[1] < 2:
-            raise self._refused(found, rows)
+            raise self._refused(tensor, rows)
         self.width = self.width or logits.shape[1]
         if logits.shape[1] != self.width:
             raise UsageError(
@@ -89,51 +89,51 @@ class LogitsReader:
                     f"output={self.output} out."
                 )
             return output
-        found = dict(_tensors(output, _DEPTH))
-        if not found:
+        tensors = dict(_tensors(output, _DEPTH))
+        if not tensors:
             raise UsageError(
                 f"model {self.model!r} returned a {type(output).__name__} without a tensor in it: return "
                 "logits of shape (B, K)."
             )
         if self.place is None:
-            self.place = self._clear_choice(self._asked_for(output, found), rows)
-        if self.place not in found:
+            self.place = self._clear_choice(self._asked_for(output, tensors), rows)
+        if self.place not in tensors:
             raise UsageError(
-                f"model {self.model!r} returned no {self.place!r} for {_images(rows)} but {_listed(found)}: "
+                f"model {self.model!r} returned no {self.place!r} for {_images(rows)} but {_listed(tensors)}: "
                 "return the same entries for all images."
             )
-        return found[self.place]
+        return tensors[self.place]
 
-    def _asked_for(self, output: object, found: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _asked_for(self, output: object, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the tensors below the place that the user wrote; all of them without one."""
         if self.output is None:
-            return found
+            return tensors
         names = [name for name, _ in _entries(output)]
         wanted = [self.output]
         # The fields of a named tuple have numbers, too.
         if self.output.isdecimal() and int(self.output) < len(names):
             wanted += [names[int(self.output)]]
         for name in wanted:
-            below = {key: tensor for key, tensor in found.items() if key == name or key.startswith(f"{name}.")}
+            below = {key: tensor for key, tensor in tensors.items() if key == name or key.startswith(f"{name}.")}
             if below:
                 return below
         raise UsageError(
-            f"model {self.model!r} returned no tensor {self.output!r} but {_listed(found)}: write output= with "
+            f"model {self.model!r} returned no tensor {self.output!r} but {_listed(tensors)}: write output= with "
             "one of these names."
         )
 
-    def _clear_choice(self, found: dict[str, Tensor], rows: int) -> str:
+    def _clear_choice(self, tensors: dict[str, Tensor], rows: int) -> str:
         """Return the name of the only tensor that can be meant."""
-        if len(found) == 1:
-            return next(iter(found))
-        able = [name for name, tensor in found.items() if self._is_able(tensor, rows)]
-        single = [name for name, tensor in found.items() if tensor.ndim and tensor.numel() == rows]
+        if len(tensors) == 1:
+            return next(iter(tensors))
+        able = [name for name, tensor in tensors.items() if self._is_able(tensor, rows)]
+        single = [name for name, tensor in tensors.items() if tensor.ndim and tensor.numel() == rows]
         if self.binary is None:
-            exact = [name for name in able if _as_rows(found[name], rows).shape[1] == self.classes]
+            exact = [name for name in able if _as_rows(tensors[name], rows).shape[1] == self.classes]
         else:
             exact = able
         # One number per image under such a name is an output that needs `binary`.
-        known = [name for name in found if _last(name) in KNOWN and (name in able or name in single)]
+        known = [name for name in tensors if _last(name) in KNOWN and (name in able or name in single)]
         named = [name for name in known if _last(name) == LOGITS] or known
         if len(named) == 1 and (not exact or named[0] in exact):
             return named[0]
@@ -143,16 +143,16 @@ class LogitsReader:
             return able[0]
         if self.binary is not None and not able:
             raise UsageError(
-                f"model {self.model!r} returned {_listed(found)} for {_images(rows)}, none with one number per "
+                f"model {self.model!r} returned {_listed(tensors)} for {_images(rows)}, none with one number per "
                 f"image: leave binary={self.binary} out."
             )
-        first = (exact or named or able or list(found))[0]
+        first = (exact or named or able or list(tensors))[0]
         if self.model.startswith("python:"):
             advice = f"pass robustkit.as_classifier(model, output={first!r})"
         else:
             advice = f"write output={first} in the query of its string"
         raise UsageError(
-            f"model {self.model!r} returned {_listed(found)} for {_images(rows)}, and it is not clear which are "
+            f"model {self.model!r} returned {_listed(tensors)} for {_images(rows)}, and it is not clear which are "
             f"the logits: {advice}, or another of these."
         )
 
@@ -163,14 +163,14 @@ class LogitsReader:
         logits = _as_rows(tensor, rows)
         return logits.ndim == 2 and len(logits) == rows and logits.shape[1] > 1
 
-    def _two_classes(self, found: Tensor, rows: int) -> Tensor:
+    def _two_classes(self, tensor: Tensor, rows: int) -> Tensor:
         """Return one number per image as the logits of two classes."""
-        if found.numel() != rows:
+        if tensor.numel() != rows:
             raise UsageError(
-                f"model {self.model!r} returned shape {tuple(found.shape)} for {_images(rows)}, not one number "
+                f"model {self.model!r} returned shape {tuple(tensor.shape)} for {_images(rows)}, not one number "
                 f"per image: leave binary={self.binary} out."
             )
-        z = found.reshape(rows)
+        z = tensor.reshape(rows)
         z = z if z.dtype in (torch.float32, torch.float64) else z.float()
         if self.binary == LOGIT:
             return torch.stack((torch.zeros_like(z), z), 1)
@@ -184,10 +184,10 @@ class LogitsReader:
             self.checked = True
         return torch.stack((1 - z, z), 1)
 
-    def _refused(self, found: Tensor, rows: int) -> UsageError:
+    def _refused(self, tensor: Tensor, rows: int) -> UsageError:
         """Return the error for a tensor that is no logits."""
-        start = f"model {self.model!r} returned shape {tuple(found.shape)} for {_images(rows)}: "
-        if found.numel() == rows and found.is_floating_point():
+        start = f"model {self.model!r} returned shape {tuple(tensor.shape)} for {_images(rows)}: "
+        if tensor.numel() == rows and tensor.is_floating_point():
             if self.model.startswith("python:"):
                 ways = ["robustkit.as_classifier(model, binary='logit')", "binary='probability'"]
                 verb = "pass"
@@ -239,8 +239,8 @@ def _last(name: str) -> str:
     return name.rpartition(".")[2].lower()
 
 
-def _listed(found: Mapping[str, Tensor]) -> str:
+def _listed(tensors: Mapping[str, Tensor]) -> str:
     """Return tensors by name and shape, for a message."""
-    parts = [f"{name!r} {tuple(tensor.shape)}" for name, tensor in list(found.items())[:_LISTED]]
-    more = len(found) - len(parts)
+    parts = [f"{name!r} {tuple(tensor.shape)}" for name, tensor in list(tensors.items())[:_LISTED]]
+    more = len(tensors) - len(parts)
     return ", ".join(parts) + (f" and {more} more" if more else "")

@@ -75,13 +75,13 @@ class UnfinishedPosterior:
         path = self._file(number)
         try:
             with safetensors.safe_open(path, framework="pt") as file:
-                found = {name: file.get_tensor(name) for name in file.keys()}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
                 recorded = (file.metadata() or {}).get("sha256")
         except (safetensors.SafetensorError, OSError) as error:
             raise RunError(f"{path} cannot be read ({error}); train again with --overwrite.") from error
-        if _digest(found) != recorded:
+        if _digest(tensors) != recorded:
             raise RunError(f"{path} has changed since it was written; train again with --overwrite.")
-        return found
+        return tensors
 
     def require(self, count: int) -> None:
         """Raise RunError if there are fewer than `count` samples."""

@@ -81,25 +81,25 @@ class Posterior:
 
     def mean(self) -> dict[str, Tensor]:
         """Return the mean of the samples as a state dict; integers are those of the last sample."""
-        found = {}
+        state = {}
         for name in self.names:
             if MEAN + name in self._tensors:
-                found[name] = self._tensors[MEAN + name].clone()
+                state[name] = self._tensors[MEAN + name].clone()
                 continue
             rows = self._tensors[EXACT + name]
-            found[name] = rows.double().mean(0).to(rows.dtype) if rows.is_floating_point() else rows[-1].clone()
-        return found
+            state[name] = rows.double().mean(0).to(rows.dtype) if rows.is_floating_point() else rows[-1].clone()
+        return state
 
     def state(self, number: int) -> dict[str, Tensor]:
         """Return a sample, from 0, as a state dict of new tensors."""
         self._check(number)
-        found = {}
+        state = {}
         for name in self.names:
             like = self._tensors.get(MEAN + name)
             out = torch.empty_like(self._tensors[EXACT + name][0] if like is None else like)
             self._fill(out, name, number)
-            found[name] = out
-        return found
+            state[name] = out
+        return state
 
     def put(self, net: nn.Module, number: int) -> None:
         """Load a sample into a net, in place; like loading `state`, without a copy."""

@@ -74,8 +74,8 @@ def field_types(cls: Any) -> Mapping[str, Any]:
 def range_of(wanted: Any) -> Limits | None:
     """Return the range that an annotated type has, if any."""
     kinds = get_args(wanted) if get_origin(wanted) in (Union, UnionType) else (wanted,)
-    found = [note for kind in kinds for note in getattr(kind, "__metadata__", ()) if isinstance(note, Limits)]
-    return found[0] if found else None
+    ranges = [note for kind in kinds for note in getattr(kind, "__metadata__", ()) if isinstance(note, Limits)]
+    return ranges[0] if ranges else None
 
 
 def takes(cls: Any, field: str) -> str:
@@ -101,15 +101,15 @@ def convert(name: str, field: str, value: Any, wanted: Any) -> Any:
         return None
     for kind in kinds:
         try:
-            found = _READ[kind](value) if kind in _READ else _instance(kind, value)
+            converted = _READ[kind](value) if kind in _READ else _instance(kind, value)
         except (ValueError, OverflowError) as error:
             if isinstance(error, UsageError):
                 raise UsageError(f"{name}: {error}") from None
             continue
-        if limits and (words := limits.fault(found)):
+        if limits and (words := limits.fault(converted)):
             text = value.strip() if isinstance(value, str) else shown(value)
             raise UsageError(f"{name}: {field}={text} must be {words}.")
-        return found
+        return converted
     raise UsageError(f"{name}: {field}={shown(value)} must be {described(wanted)}.")
 
 

@@ -22,7 +22,7 @@ def own_imports(start: Path, root: Path, module: str = "", within: str = "") -> 
         module: the file's own name as a module, for relative imports.
         within: a package to search; empty for the whole folder.
     """
-    found: dict[str, Path] = {}
+    files: dict[str, Path] = {}
     waiting = [(module, start)]
     while waiting:
         name, file = waiting.pop()
@@ -34,10 +34,10 @@ def own_imports(start: Path, root: Path, module: str = "", within: str = "") -> 
             # Importing a.b runs a first.
             for count in range(1, len(parts) + 1):
                 whole, place = ".".join(parts[:count]), _located(root.joinpath(*parts[:count]))
-                if place is not None and place != start and whole not in found:
-                    found[whole] = place
+                if place is not None and place != start and whole not in files:
+                    files[whole] = place
                     waiting.append((whole, place))
-    return found
+    return files
 
 
 def own_imports_of_module(name: str, file: Path) -> dict[str, Path]:

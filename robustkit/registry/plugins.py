@@ -132,7 +132,7 @@ def plugins(group: str) -> Mapping[str, Plugin]:
 @functools.lru_cache(maxsize=4)
 def _scan(path: tuple[str, ...]) -> list[Plugin]:
     """Return all entry points of our groups on a path; of two versions of a package, those of the first."""
-    found: list[Plugin] = []
+    plugins_found: list[Plugin] = []
     packages: set[str] = set()
     for folder in dict.fromkeys(path):
         try:
@@ -149,8 +149,8 @@ def _scan(path: tuple[str, ...]) -> list[Plugin]:
             package = _package(Path(place))
             if package.partition(" ")[0] not in packages:
                 packages.add(package.partition(" ")[0])
-                found += _parse(text, package)
-    return found
+                plugins_found += _parse(text, package)
+    return plugins_found
 
 
 def _package(place: Path) -> str:

@@ -131,16 +131,16 @@ def _entry(
 
 def _fields(node: ast.ClassDef | ast.FunctionDef, text: str, text_of: Callable[[str], str]) -> Iterable[Field]:
     """Return the fields of a class in the order that a dataclass gives them: those of its bases first."""
-    found: dict[str, Field] = {}
+    fields: dict[str, Field] = {}
     for base in reversed(node.bases) if isinstance(node, ast.ClassDef) else ():
         inherited = _class_of(base.id, text, text_of) if isinstance(base, ast.Name) else None
         if inherited is not None:
-            found |= {field.name: field for field in _fields(*inherited, text_of)}
+            fields |= {field.name: field for field in _fields(*inherited, text_of)}
     for line in node.body:
         if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
             if "ClassVar" not in ast.unparse(line.annotation):
-                found[line.target.id] = Field.read(line.target.id, line.annotation, line.value)
-    return found.values()
+                fields[line.target.id] = Field.read(line.target.id, line.annotation, line.value)
+    return fields.values()
 
 
 def _class_of(name: str, text: str, text_of: Callable[[str], str]) -> tuple[ast.ClassDef, str] | None:

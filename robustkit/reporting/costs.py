@@ -43,13 +43,13 @@ def rows(report: Report) -> list[CostRow]:
     """
     total = (report.cost.forwards + report.cost.backwards) or 1
     seconds, checks = report.cost.seconds or 1.0, report.checks
-    found: list[CostRow] = []
+    rows: list[CostRow] = []
 
     def add(
         name: str, rate: Rate | None, fooled: str, spent: int, time: float, per_1000: float | None = None
     ) -> None:
         row = CostRow(name, rate, entering, fooled, spent, spent / total, time, time / seconds, per_1000)
-        found.append(row)
+        rows.append(row)
 
     entering = report.n
     for number, (name, stage) in enumerate(zip(stage_names(report), report.stages, strict=True)):
@@ -65,7 +65,7 @@ def rows(report: Report) -> list[CostRow]:
             add("checks", None, "–", checks.total, checks_time)
         # In a search for minimum norms every attack gets all images that the model classifies correctly.
         entering -= 0 if report.minimum and number else stage.fooled
-    return found
+    return rows
 
 
 def fooled(report: Report) -> int:

@@ -27,14 +27,14 @@ def stage_names(report: Report) -> list[str]:
     """
     names = [stage.attack for stage in report.stages]
     suite = _records(report)
-    found = list(names)
+    unique = list(names)
     for name in set(names):
         indices = [index for index, other in enumerate(names) if other == name]
         if len(indices) > 1:
             suffixes = _suffixes([suite[index] for index in indices])
             for index, suffix in zip(indices, suffixes, strict=True):
-                found[index] = f"{name}{suffix}"
-    return found
+                unique[index] = f"{name}{suffix}"
+    return unique
 
 
 def _records(report: Report) -> list[Mapping[str, Any]]:

@@ -58,8 +58,8 @@ def compare_distances(a: Report, b: Report) -> DistanceComparison:
 
 
 def _distances(report: Report) -> dict[int, float]:
-    found = report.minimum.distances if report.minimum else []
-    pairs = zip(report.verdicts, found, strict=True)
+    distances = report.minimum.distances if report.minimum else []
+    pairs = zip(report.verdicts, distances, strict=True)
     return {verdict.index: math.inf if distance is None else distance for verdict, distance in pairs}
 
 

@@ -28,12 +28,12 @@ def columns(minimum: Minimum) -> list[tuple[str, str]]:
     ]
 
 
-def sentence(found: Minimum) -> str:
+def sentence(minimum: Minimum) -> str:
     """Return a sentence with the interval of the median and the number of images."""
-    distances = found.right
+    distances = minimum.right
     none = sum(math.isinf(distance) for distance in distances)
     missing = f"; no adversarial image was found for {none:,}" if none else ""
     return (
-        f"95 % interval of the median {ends(found.median)}, over {len(distances):,} correctly classified "
+        f"95 % interval of the median {ends(minimum.median)}, over {len(distances):,} correctly classified "
         f"image{'s' * (len(distances) != 1)}{missing}"
     )

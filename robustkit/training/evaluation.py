@@ -25,9 +25,11 @@ def log_probabilities(net: nn.Module, images: ImageSet) -> Tensor:
     before = net.training
     net.eval()
     with drawn(net, Noise("content")):
-        found = [net(images.at(slice(row, row + _CHUNK))).log_softmax(1) for row in range(0, len(images), _CHUNK)]
+        outputs = [
+            net(images.at(slice(row, row + _CHUNK))).log_softmax(1) for row in range(0, len(images), _CHUNK)
+        ]
     net.train(before)
-    return torch.cat(found)
+    return torch.cat(outputs)
 
 
 def accuracy_and_loss(scores: Tensor, labels: Tensor) -> tuple[float, float]:

@@ -97,11 +97,14 @@ def main() -> None:
         seconds[name] = time.perf_counter() - begun
         robust = sum(is_robust for is_robust, _ in runs[name].values())
         print(f"{name}: {robust} robust, {seconds[name]:.0f} s", flush=True)
-    differ = [image for image in every.tolist() if len({found[image][0] for found in runs.values()}) > 1]
+    differ = [image for image in every.tolist() if len({verdicts[image][0] for verdicts in runs.values()}) > 1]
     for image in differ:
-        print(f"  image {image}: " + ", ".join(f"{name} {found[image][1]:+.5f}" for name, found in runs.items()))
+        print(
+            f"  image {image}: "
+            + ", ".join(f"{name} {verdicts[image][1]:+.5f}" for name, verdicts in runs.items())
+        )
     same = [image for image in every.tolist() if image not in differ]
-    shift = max(abs(found[image][1] - runs[first][image][1]) for found in runs.values() for image in same)
+    shift = max(abs(verdicts[image][1] - runs[first][image][1]) for verdicts in runs.values() for image in same)
     print(f"{len(differ)} images differ; the largest difference of a margin among the others is {shift:.2g}")
 
 

@@ -95,8 +95,8 @@ class Options:
 
 def described(declared: Field[Any]) -> Option:
     """Return the description of a field of a verb's options."""
-    found: Option = declared.metadata[KEY]
-    return found
+    option: Option = declared.metadata[KEY]
+    return option
 
 
 def checked(declared: Field[Any], value: Any, name: str) -> Any:

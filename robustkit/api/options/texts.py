@@ -39,10 +39,10 @@ def counts(example: str) -> Callable[[str], list[int]]:
     expected = f"whole numbers of at least 1, e.g. {example}"
 
     def read(text: str) -> list[int]:
-        found = sorted(set(_listed(text, whole, expected)))
-        if found[0] < 1:
+        numbers = sorted(set(_listed(text, whole, expected)))
+        if numbers[0] < 1:
             raise ValueError(expected)
-        return found
+        return numbers
 
     return read
 

@@ -24,11 +24,11 @@ def names() -> list[str]:
 
 def show(name: str, as_json: bool) -> int:
     """Print all entries of this name; return the exit code. Imports the module of the entry."""
-    found = [_facts(kind, name) for kind in kinds_of(name)]
+    entries = [_facts(kind, name) for kind in kinds_of(name)]
     if as_json:
-        print_result(json.dumps({name: found}, indent=2))
+        print_result(json.dumps({name: entries}, indent=2))
         return 0
-    for number, facts in enumerate(found):
+    for number, facts in enumerate(entries):
         head = [facts["name"], facts["kind"], " ".join(facts["norms"]), facts["paper"]]
         print_result("\n" * (number > 0) + "   ".join(part for part in head if part))
         if facts["fields"]:

@@ -37,26 +37,30 @@ def doctor(flags: DoctorFlags) -> int:
             )
         return _machine(str(flags.device), flags.json)
     inputs = Inputs.load(flags, flags.model, largest=IMAGES)
-    found = examine(inputs.model, inputs.samples, inputs.threat, inputs.device)
+    diagnosis = examine(inputs.model, inputs.samples, inputs.threat, inputs.device)
     if flags.json:
-        print_result(json.dumps(json.loads(dumps(found)), indent=2))
+        print_result(json.dumps(json.loads(dumps(diagnosis)), indent=2))
         return 0
     console = result_console()
 
     def line(text: str) -> None:
         console.print(text, highlight=False, soft_wrap=True)
 
-    line(found.model)
-    line(f"{found.parameters:,} parameters, {found.classes} classes")
-    line(f"clean accuracy {percent(found.correct / found.n)} on {counted(found.n)} of {found.data}")
-    if any(flag.code == CHANCE for flag in found.flags):
-        line(f"gradients were checked only on the {counted(found.correct)} that the model classifies correctly")
-    for text in flag_lines(found.flags):
+    line(diagnosis.model)
+    line(f"{diagnosis.parameters:,} parameters, {diagnosis.classes} classes")
+    line(
+        f"clean accuracy {percent(diagnosis.correct / diagnosis.n)} on {counted(diagnosis.n)} of {diagnosis.data}"
+    )
+    if any(flag.code == CHANCE for flag in diagnosis.flags):
+        line(
+            f"gradients were checked only on the {counted(diagnosis.correct)} that the model classifies correctly"
+        )
+    for text in flag_lines(diagnosis.flags):
         line(text)
-    if not found.flags:
+    if not diagnosis.flags:
         line("no flag raised: no reason found to distrust an evaluation")
-    spent = found.cost.forwards + found.cost.backwards
-    line(f"\n{spent:,} propagations, {duration(found.cost.seconds)}")
+    spent = diagnosis.cost.forwards + diagnosis.cost.backwards
+    line(f"\n{spent:,} propagations, {duration(diagnosis.cost.seconds)}")
     return 0
 
 

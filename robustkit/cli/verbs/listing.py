@@ -48,12 +48,12 @@ def _lines(rows: Rows, width: int) -> list[str]:
         rows = [{name: value for name, value in row.items() if name != "package"} for row in rows]
     table = [list(rows[0]), *(list(row.values()) for row in rows)]
     *sizes, _ = (max(map(len, column)) + 2 for column in zip(*table, strict=True))
-    found = []
+    lines = []
     for cells in table:
         begun = "".join(cell.ljust(size) for cell, size in zip(cells, sizes, strict=False))
         parts = textwrap.wrap(cells[-1], max(width - len(begun), 20)) or [""]
-        found += [begun + parts[0], *(" " * len(begun) + part for part in parts[1:])]
-    return [line.rstrip() for line in found]
+        lines += [begun + parts[0], *(" " * len(begun) + part for part in parts[1:])]
+    return [line.rstrip() for line in lines]
 
 
 def _attacks() -> Rows:

@@ -12,7 +12,7 @@ from robustkit.reporting.terminal.evaluation import percent
 
 def verify(flags: VerifyFlags) -> int:
     """Run the verb; return 1 if a record is bad, else 0."""
-    found = verify_run(
+    result = verify_run(
         flags.folder,
         model=flags.model,
         samples=flags.data,
@@ -20,28 +20,30 @@ def verify(flags: VerifyFlags) -> int:
         data_root=flags.data_root,
         trust_code=flags.trust_code,
     )
-    report = found.report
+    report = result.report
     console = result_console()
 
     def line(text: str) -> None:
         console.print(text, highlight=False, soft_wrap=True)
 
-    for sentence in found.bad:
+    for sentence in result.bad:
         line(f"bad         {sentence}")
-    for sentence in found.borderline:
+    for sentence in result.borderline:
         line(f"borderline  {sentence}")
-    if found.stopped:
+    if result.stopped:
         line(
             "stopped     no model or data that this record names was loaded; to check its images anyway, set both "
             "--model and --data"
         )
-    word = f"{len(found.bad)} bad" if found.bad else "all good"
-    line(f"run {report.run_id}: {found.checked} adversarials checked, {word}, {len(found.borderline)} borderline")
-    if not found.bad:
+    word = f"{len(result.bad)} bad" if result.bad else "all good"
+    line(
+        f"run {report.run_id}: {result.checked} adversarials checked, {word}, {len(result.borderline)} borderline"
+    )
+    if not result.bad:
         number = f"robust accuracy {percent(report.robust_accuracy.value)}"
         if report.minimum:
             number = f"median distance {length(report.minimum.median.value)}"
         line(
             f"{number} of {report.n} images under {report.spec.threat} is an upper bound that these records prove"
         )
-    return 1 if found.bad else 0
+    return 1 if result.bad else 0

@@ -64,15 +64,15 @@ def header(path: Path, archive: zipfile.ZipFile, key: str) -> Header:
         )
     with archive.open(info) as stream:
         shape, fortran, dtype = _HEADERS[np.lib.format.read_magic(stream)](stream)
-        found = Header(shape, dtype, fortran, stream.tell())
+        entry = Header(shape, dtype, fortran, stream.tell())
     if dtype.hasobject:
         raise UsageError(
             f"{path}: {key!r} holds pickled Python objects, which are never read; "
             "write a plain array of numbers, or of strings for classes."
         )
-    if min(shape, default=0) < 0 or found.size != info.file_size - found.start:
-        raise EOFError(f"{key!r} announces {found.size} bytes and has {info.file_size - found.start}")
-    return found
+    if min(shape, default=0) < 0 or entry.size != info.file_size - entry.start:
+        raise EOFError(f"{key!r} announces {entry.size} bytes and has {info.file_size - entry.start}")
+    return entry
 
 
 def member(path: Path, archive: zipfile.ZipFile, key: str, mode: Literal["r", "c"] = "r") -> npt.NDArray[Any]:
@@ -82,20 +82,20 @@ def member(path: Path, archive: zipfile.ZipFile, key: str, mode: Literal["r", "c
         UsageError: as `header`, or a compressed array does not fit into the memory that is free; one of `DAMAGE`
         if the archive is damaged.
     """
-    info, found = archive.getinfo(f"{key}.npy"), header(path, archive, key)
-    order: Literal["F", "C"] = "F" if found.fortran else "C"
-    if found.size >= _MAP_FROM and info.compress_type == zipfile.ZIP_STORED:
-        start = _offset(path, info) + found.start
-        return np.memmap(path, found.dtype, mode=mode, offset=start, shape=found.shape, order=order)
-    if found.size > (room := free_memory() // 2):
+    info, entry = archive.getinfo(f"{key}.npy"), header(path, archive, key)
+    order: Literal["F", "C"] = "F" if entry.fortran else "C"
+    if entry.size >= _MAP_FROM and info.compress_type == zipfile.ZIP_STORED:
+        start = _offset(path, info) + entry.start
+        return np.memmap(path, entry.dtype, mode=mode, offset=start, shape=entry.shape, order=order)
+    if entry.size > (room := free_memory() // 2):
         raise UsageError(
-            f"{path}: {key!r} takes {found.size / 2**30:,.1f} GiB unpacked, more than half of the free memory "
+            f"{path}: {key!r} takes {entry.size / 2**30:,.1f} GiB unpacked, more than half of the free memory "
             f"({room / 2**30:,.1f} GiB); write it with numpy.savez, which needs no unpacking."
         )
     with archive.open(info) as stream:
-        stream.read(found.start)
-        flat = np.frombuffer(stream.read(), dtype=found.dtype)
-    return flat.reshape(found.shape, order=order)
+        stream.read(entry.start)
+        flat = np.frombuffer(stream.read(), dtype=entry.dtype)
+    return flat.reshape(entry.shape, order=order)
 
 
 def _offset(path: Path, info: zipfile.ZipInfo) -> int:

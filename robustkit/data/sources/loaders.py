@@ -51,17 +51,17 @@ def from_dataset(data: Any) -> Samples:
     labels: list[Any] = []
     for number, item in enumerate(_items(data, name)):
         image, label = _pair(item, name, number)
-        found = _pixels(image, name, number)
+        pixels = _pixels(image, name, number)
         # A loader without batches returns the items of its dataset.
-        batched = found.ndim == 4 or (isinstance(data, DataLoader) and data.batch_sampler is not None)
-        if batched and (not hasattr(label, "__len__") or len(label) != len(found)):
+        batched = pixels.ndim == 4 or (isinstance(data, DataLoader) and data.batch_sampler is not None)
+        if batched and (not hasattr(label, "__len__") or len(label) != len(pixels)):
             raise UsageError(
-                f"{name}: batch {number} of {len(found)} images has other than {len(found)} labels; return one "
+                f"{name}: batch {number} of {len(pixels)} images has other than {len(pixels)} labels; return one "
                 "label per image."
             )
-        images.append(found if batched else found[None])
+        images.append(pixels if batched else pixels[None])
         labels += list(label) if batched else [label]
-        room -= found.nbytes
+        room -= pixels.nbytes
         if room < 0:
             raise UsageError(
                 f"{name}: {sum(map(len, images))} of its images take more than half of the free memory; "
@@ -112,9 +112,9 @@ def _is_batch(images: Any) -> bool:
 
 def _pair(item: Any, name: str, number: int) -> tuple[Any, Any]:
     if isinstance(item, Mapping):
-        found = [next((key for key in keys if key in item), None) for keys in (_IMAGES, _LABELS)]
-        if None not in found:
-            return item[found[0]], item[found[1]]
+        keys_found = [next((key for key in keys if key in item), None) for keys in (_IMAGES, _LABELS)]
+        if None not in keys_found:
+            return item[keys_found[0]], item[keys_found[1]]
         keys = ", ".join(map(str, item))
         raise UsageError(f"{name}: item {number} has the keys {keys}; call them 'image' and 'label'.")
     if isinstance(item, list | tuple) and len(item) >= 2:

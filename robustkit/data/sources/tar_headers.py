@@ -117,16 +117,16 @@ def _name(block: bytes) -> str:
 
 def _records(content: bytes) -> dict[str, str]:
     """Return the records `LENGTH KEY=VALUE` of an extended header."""
-    found = {}
+    records = {}
     while content:
         digits, space, _ = content[:24].partition(b" ")
         length = _decimal(digits.decode("latin-1")) if space else 0
         key, sign, value = content[len(digits) + 1 : length - 1].partition(b"=")
         if not sign or not len(digits) + 1 < length <= len(content):
             raise TarError("an extended header is damaged")
-        found[key.decode(errors="replace")] = value.decode(errors="surrogateescape")
+        records[key.decode(errors="replace")] = value.decode(errors="surrogateescape")
         content = content[length:]
-    return found
+    return records
 
 
 def _text(field: bytes) -> str:

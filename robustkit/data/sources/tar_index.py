@@ -57,9 +57,9 @@ def index(shards: Sequence[Path], cache: Path) -> npt.NDArray[Any]:
             return known
     except (OSError, ValueError, EOFError):
         pass
-    found = np.fromiter(_entries(shards), ENTRY)
-    _keep(place, found)
-    return found
+    index = np.fromiter(_entries(shards), ENTRY)
+    _keep(place, index)
+    return index
 
 
 def name_of(shard: Path, offset: int) -> str:
@@ -84,12 +84,12 @@ def _state(shards: Sequence[Path]) -> str:
     return total.hexdigest()[:32]
 
 
-def _keep(place: Path, found: npt.NDArray[Any]) -> None:
+def _keep(place: Path, index: npt.NDArray[Any]) -> None:
     """Write it atomically: other processes may be reading or writing the same file."""
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         with replacing(place) as file:
-            np.save(file, found)
+            np.save(file, index)
     except (OSError, RunError):
         return
 
@@ -103,11 +103,13 @@ def _entries(shards: Sequence[Path]) -> Iterator[tuple[int, int, int, int]]:
             if not images and not labels:
                 continue
             if len(images) != 1:
-                found = " and ".join(f"{key}.{file.kind}" for file in images) or "no image"
-                raise UsageError(f"{shard}: sample {key!r} has {found}; write one image each, as {key}.jpg.")
+                present = " and ".join(f"{key}.{file.kind}" for file in images) or "no image"
+                raise UsageError(f"{shard}: sample {key!r} has {present}; write one image each, as {key}.jpg.")
             if len(labels) != 1:
-                found = f"{len(labels)} labels" if labels else "no label"
-                raise UsageError(f"{shard}: sample {key!r} has {found}; write its class as a number in {key}.cls.")
+                present = f"{len(labels)} labels" if labels else "no label"
+                raise UsageError(
+                    f"{shard}: sample {key!r} has {present}; write its class as a number in {key}.cls."
+                )
             (image,) = images
             yield number, image.offset, image.size, _label(shard, labels[0])
 

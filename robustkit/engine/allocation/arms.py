@@ -114,11 +114,11 @@ class Evidence:
 
     def sample(self) -> np.ndarray:
         """Return the indices of the test's images: of each stratum the first robust ones by their keys."""
-        found = []
+        chosen = []
         for stratum in range(len(STRATA_ENDS)):
             there = np.flatnonzero((self.strata == stratum) & self.standing)
-            found.append(there[np.argsort(self.keys[there], kind="stable")][:TESTED_PER_STRATUM])
-        return np.concatenate(found)
+            chosen.append(there[np.argsort(self.keys[there], kind="stable")][:TESTED_PER_STRATUM])
+        return np.concatenate(chosen)
 
 
 def allowed(strictness: float, n: int) -> int:

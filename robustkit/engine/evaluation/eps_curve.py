@@ -79,13 +79,13 @@ class CurveSearch:
                 for begin in range(0, len(right), BATCH_SIZE):
                     part = right[begin : begin + BATCH_SIZE]
                     known = adversarial[np.isin(index, part)]
-                    found = run_once(
+                    result = run_once(
                         f"from {begin}",
                         partial(self._batch, part, np.isin(part, index), known, grid, report.spec.seed),
                     )
-                    distance[part] = found["distance"].numpy()
-                    inside += int(found["inside"].sum())
-                    forwards, backwards = forwards + found["forwards"], backwards + found["backwards"]
+                    distance[part] = result["distance"].numpy()
+                    inside += int(result["inside"].sum())
+                    forwards, backwards = forwards + result["forwards"], backwards + result["backwards"]
                     self.progress.advance(begin + len(part), robust)
         curve = Curve.of(
             [float(entry.eps) for entry in grid],
@@ -114,8 +114,8 @@ class CurveSearch:
                 brackets.close()
                 brackets.tighten()
                 spent = self.instrumented.forwards - before[0], self.instrumented.backwards - before[1]
-                found = {"distance": brackets.distance.cpu(), "inside": brackets.inside.cpu()}
-                return {**found, "forwards": spent[0], "backwards": spent[1]}
+                result = {"distance": brackets.distance.cpu(), "inside": brackets.inside.cpu()}
+                return {**result, "forwards": spent[0], "backwards": spent[1]}
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise RunError(f"the curve failed with {described(error)}.") from error
@@ -208,20 +208,20 @@ class Brackets:
         """Attack these rows within the radius of a grid point."""
         x, labels, threat = self.x[rows], self.labels[rows], self.grid[entry - 1]
         rng = RowRng(self.seed, f"curve/{entry}", self.ids[rows])
-        found = attack(self.instrumented, x, Goal(labels), threat, rng=rng)
-        judged = judge(self.instrumented, x, labels, found, threat)
+        result = attack(self.instrumented, x, Goal(labels), threat, rng=rng)
+        judged = judge(self.instrumented, x, labels, result, threat)
         self._take(rows, judged)
         return judged
 
     def _take(self, rows: Tensor, judged: Verdicts) -> None:
         """Keep the points of these rows that fool the model at a smaller distance than before."""
-        found: PerRow = self.grid[-1].distance(judged.x, self.x[rows])
-        closer = judged.fooled & (found < self.distance[rows])
-        rows, found = rows[closer], found[closer]
+        distance: PerRow = self.grid[-1].distance(judged.x, self.x[rows])
+        closer = judged.fooled & (distance < self.distance[rows])
+        rows, distance = rows[closer], distance[closer]
         floor = self.radii[self.base[rows]]
-        self.inside = self.inside.index_fill(0, rows[(found <= floor) & (self.base[rows] > 0)], True)
+        self.inside = self.inside.index_fill(0, rows[(distance <= floor) & (self.base[rows] > 0)], True)
         self.x_adv = self.x_adv.index_copy(0, rows, judged.x[closer])
-        self.distance = self.distance.index_copy(0, rows, found.maximum(floor.nextafter(floor + 1)))
+        self.distance = self.distance.index_copy(0, rows, distance.maximum(floor.nextafter(floor + 1)))
         # A fooling image inside a radius taken for robust reopens the bracket.
         disproved = rows[self.distance[rows] <= self.radii[self.low[rows]]]
         self.low = self.low.index_copy(0, disproved, self.base[disproved])

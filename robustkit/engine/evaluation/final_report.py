@@ -85,8 +85,8 @@ def _environment(runner: BlockRunner) -> dict[str, object]:
 
 def _short_steps(entries: Sequence[SuiteEntry], eps: float) -> list[Flag]:
     """Return a flag for each attack whose steps cannot reach the edge of the ball, if none of the attacks can."""
-    found = [gradient_budgets.falls_short(entry.attack, eps) for entry in entries]
-    return [flag for flag in found if flag is not None and all(found)]
+    flags = [gradient_budgets.falls_short(entry.attack, eps) for entry in entries]
+    return [flag for flag in flags if flag is not None and all(flags)]
 
 
 def _data_flags(samples: Samples, results: RunResults, classes: int) -> list[Flag]:

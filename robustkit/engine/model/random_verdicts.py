@@ -93,14 +93,14 @@ def is_random(model: Callable[[Images], Logits], x: Images) -> bool:
 
     It gets one image at a time, as there may be no memory for more.
     """
-    found = []
+    outputs = []
     for seed in range(TRIED_SEEDS):
         for start in (torch.manual_seed, np.random.seed, random.seed):
             start(seed)
         with torch.no_grad():
             logits = torch.cat([model(image) for image in torch.split(x, 1)])
-        found.append(logits / logits.norm(dim=1, keepdim=True).clamp(min=1e-10))
-    return any(bool((one - found[0]).norm(dim=1).max() > MAX_NOISE) for one in found[1:])
+        outputs.append(logits / logits.norm(dim=1, keepdim=True).clamp(min=1e-10))
+    return any(bool((one - outputs[0]).norm(dim=1).max() > MAX_NOISE) for one in outputs[1:])
 
 
 def _is_decided(hits: Tensor, count: Tensor) -> Mask:

@@ -63,24 +63,24 @@ class PassCounter(InstrumentedModel):
 
     def speed(self, x: Images, most: int, limit: float) -> Speed:
         """Return the model's speed by batches of x that double up to `most` within `limit` seconds, uncounted."""
-        found: list[tuple[int, float, float]] = []
+        timings: list[tuple[int, float, float]] = []
         size, calls = 1, self.calls
         self._time_both(x[:1])
         while True:
             batch = x.repeat(-(-size // len(x)), 1, 1, 1)[:size]
             try:
-                times = [(self._time_forward(batch), self._time_both(batch)) for _ in range(1 if found else 3)]
+                times = [(self._time_forward(batch), self._time_both(batch)) for _ in range(1 if timings else 3)]
             except (RuntimeError, MemoryError):
-                if not found:
+                if not timings:
                     raise
                 break
             forward, both = (min(column) for column in zip(*times, strict=True))
-            found.append((size, forward, both))
+            timings.append((size, forward, both))
             if size == most or 2 * both > limit:
                 break
             size = min(2 * size, most)
         self.calls = calls
-        (_, _, alone), (size, forward, both) = found[0], found[-1]
+        (_, _, alone), (size, forward, both) = timings[0], timings[-1]
         fixed = max(0.0, (size * alone - both) / (size - 1)) if size > 1 else 0.0
         return Speed(forward / size, both / size, min(fixed, both), size)
 

@@ -166,13 +166,15 @@ def distil(
             seen = features(net, point, layer)
             # Half the gradient of the squared error; its size is divided out below.
             weights = (seen.detach().float() - wanted).to(seen.dtype)
-            found = torch.autograd.grad(seen, point, weights, allow_unused=True)[0] if seen.requires_grad else None
-        if found is None:
+            gradient = (
+                torch.autograd.grad(seen, point, weights, allow_unused=True)[0] if seen.requires_grad else None
+            )
+        if gradient is None:
             raise UsageError(
                 f"layer {layer} has no gradient with respect to the image, so that no images can be made that it "
                 "takes for others: use a model without the transform that stops gradients."
             )
-        size = found.abs().flatten(1).sum(1).clamp(min=TINY).view(-1, *[1] * (x.dim() - 1))
-        velocity = inertia * velocity + found / size
+        size = gradient.abs().flatten(1).sum(1).clamp(min=TINY).view(-1, *[1] * (x.dim() - 1))
+        velocity = inertia * velocity + gradient / size
         x = torch.clamp(x - step_size * eps * velocity.sign(), low, high)
     return x.detach()

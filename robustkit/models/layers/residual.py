@@ -54,14 +54,14 @@ def blocks(model: Any) -> list[Block]:
     inner = model
     while inner is not None and not isinstance(inner, nn.Module):
         inner = getattr(inner, "model", getattr(inner, "net", None))
-    found = [block for module in (inner.modules() if inner else ()) if (block := _block(module))]
-    if not found:
+    blocks = [block for module in (inner.modules() if inner else ()) if (block := _block(module))]
+    if not blocks:
         name = getattr(inner, "string", type(model).__name__)
         raise UsageError(
             f"no residual block is known in {name!r}, and ghost and sgm change nothing else: use them with "
             "ResNets, ConvNeXts or vision transformers."
         )
-    return found
+    return blocks
 
 
 def skips(model: Any) -> int:

@@ -65,8 +65,8 @@ def names() -> list[str]:
     with quiet():
         import timm
 
-        found: list[str] = timm.list_models()
-    return found
+        names: list[str] = timm.list_models()
+    return names
 
 
 def _create(spec: ModelString, pretrained: bool, num_classes: int | None) -> Any:

@@ -141,16 +141,16 @@ def normaliser(fit: Fit, file: WeightsFile) -> tuple[str, tuple[float, ...], tup
 
     Numbers for pixels in [0, 255] are brought to [0, 1].
     """
-    found: dict[tuple[tuple[float, ...], ...], str] = {}
+    pairs: dict[tuple[tuple[float, ...], ...], str] = {}
     tensors = {**file.sets.get("", {}), **fit.beside}
     for name, other in _pairs(tensors):
         mean, std = (tuple(tensors[one].flatten().tolist()) for one in (name, other))
         scale = 255 if max(mean) > 1 else 1
         pair = tuple(number / scale for number in mean), tuple(number / scale for number in std)
-        found.setdefault(pair, name)
-    if len(found) != 1:
+        pairs.setdefault(pair, name)
+    if len(pairs) != 1:
         return None
-    ((mean, std), name) = found.popitem()
+    ((mean, std), name) = pairs.popitem()
     return (name, mean, std) if min(std) > 0 else None
 
 

@@ -72,9 +72,9 @@ def put_weights(
         net.load_state_dict(fit.state, strict=False)
     except RuntimeError as error:
         raise damaged(file.path) from error
-    found = normaliser(fit, file)
-    mean, std = found[1:] if found else (None, None)
-    return Loaded(mean, std, tuple(_notes(file, fit, others, found[0] if found else None)))
+    normalisation = normaliser(fit, file)
+    mean, std = normalisation[1:] if normalisation else (None, None)
+    return Loaded(mean, std, tuple(_notes(file, fit, others, normalisation[0] if normalisation else None)))
 
 
 def _notes(file: WeightsFile, fit: Fit, others: list[Fit], mean: str | None) -> list[str]:

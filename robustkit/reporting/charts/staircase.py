@@ -18,16 +18,16 @@ FLOOR = TOP + HEIGHT
 SHOWN_SHARE = 0.99
 
 
-def chart(report: Report, found: Minimum) -> Markup | None:
+def chart(report: Report, minimum: Minimum) -> Markup | None:
     """Return the chart: robust accuracy at each eps; None if no adversarial image was found."""
-    steps = list(found.curve())
+    steps = list(minimum.curve())
     finite = [distance for distance, _ in steps]
     if not finite or not finite[-1]:
         return None
     widest = finite[math.ceil(SHOWN_SHARE * len(finite)) - 1] or finite[-1]
     parts = svg.shares_against(widest, FLOOR, HEIGHT, f"eps: {sentences.distance_unit(report)}")
     parts += [svg.path(_staircase(steps, widest), "curve"), svg.line(0, FLOOR, 1, FLOOR, "axis")]
-    spoken = "; ".join(f"{name} {text}" for name, text in quantiles.columns(found))
+    spoken = "; ".join(f"{name} {text}" for name, text in quantiles.columns(minimum))
     return svg.drawing(parts, FLOOR + 38, f"Robust accuracy against eps; quantiles of the distances: {spoken}")
 
 

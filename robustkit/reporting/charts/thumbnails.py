@@ -46,10 +46,10 @@ def strip(report: Report, examples: Mapping[str, np.ndarray]) -> list[Example]:
     names = examples["classes"].tolist()
     rows = {int(index): row for row, index in enumerate(examples["index"])}
     verdicts = {verdict.index: verdict for verdict in report.verdicts}
-    found = []
+    shown_images = []
     for (position, pictures), hard in zip(shown(examples), examples["hard"].tolist(), strict=True):
         image = verdicts[position]
-        found.append(
+        shown_images.append(
             Example(
                 pictures=pictures,
                 index=position,
@@ -61,7 +61,7 @@ def strip(report: Report, examples: Mapping[str, np.ndarray]) -> list[Example]:
                 hard=hard,
             )
         )
-    return found
+    return shown_images
 
 
 def shown(examples: Mapping[str, np.ndarray]) -> Iterator[tuple[int, Pictures]]:
