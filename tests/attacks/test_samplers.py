@@ -257,7 +257,7 @@ def test_flatness_at_a_stationary_point_is_finite() -> None:
         ("sgld", {"burn_in": 1.0}, PLAN, "burn_in=1.0 must be at least 0 and below 1"),
         ("sgld", {"snapshots": 200}, PLAN, "snapshots=200 is more than the 36 steps"),
         ("psgld", {"damping": 0}, PLAN, "psgld: damping=0 must be at least 1e-12"),
-        ("lgv", {"collect_epochs": 20}, PLAN, "collect_epochs=20 are the last of the run's 12 epochs"),
+        ("lgv", {"collect_epochs": 20}, PLAN, "collect_epochs=20 must be at most the run's 12 epochs"),
         ("lgv", {"snapshots_per_epoch": 11}, PLAN, "more than the 10 steps"),
         ("mba", {"radius": 0}, PLAN, "mba: radius=0 must be at least 1e-06"),
         ("swag", {"draws": 0}, PLAN, "draws=0 must be at least 1"),
