@@ -131,7 +131,7 @@ def test_levels_without_their_255_are_refused_where_pixels_go_to_1() -> None:
 def test_everything_that_steps_takes_both_units_and_has_a_record(kind: str, name: str) -> None:
     for text, share in (("0.5eps", 0.5), ("2/255px", 2 / 255 / 0.1)):
         if name == "fmn" and text.endswith("eps"):
-            with pytest.raises(UsageError, match="write it in pixel units"):
+            with pytest.raises(UsageError, match="must be an l2 length in pixel units"):
                 make(name, step_size=text)
             continue
         made = registry.find(kind, name)(step_size=text)
