@@ -12,9 +12,8 @@ from typing import Any, TypeVar
 import pytest
 import torch
 
-from robustkit.distributed import company, model_files, ray_pool, service, shared_pool
+from robustkit.distributed import sent_models, sharing
 from robustkit.distributed.pool import Handle, Pickled, State, Task, WorkerDied, WorkerPool, run_task
-from robustkit.distributed.process_pool import Door
 from robustkit.engine.evaluation import scheduler
 from robustkit.engine.evaluation.block_runner import BlockRunner
 from robustkit.engine.progress import Progress
@@ -32,7 +31,7 @@ class _Thread:
     """A worker that is a thread."""
 
     number: int
-    executor: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
+    executor: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "worker"))
     state: State = field(default_factory=dict)
     died: str = ""
 
@@ -46,6 +45,15 @@ class _Thread:
                     self.died = "raised Died"
             raise WorkerDied(self.number, self.died)
 
+    def end(self, *, wait: bool) -> None:
+        """End the thread after its tasks; an unfinished search ends as it does with a process."""
+        self.executor.submit(self._end_search)
+        self.executor.shutdown(wait=wait)
+
+    def _end_search(self) -> None:
+        if unfinished := self.state.get("worker"):
+            unfinished.close()
+
 
 class ThreadPool(WorkerPool):
     """Workers of this process, which start at once; processes take seconds to import torch.
@@ -55,9 +63,10 @@ class ThreadPool(WorkerPool):
 
     threads = 1
     shares_files = True
+    turn = threading.RLock()
 
     def __init__(self, count: int) -> None:
-        self.count, self.turn = count, threading.Lock()
+        self.count = count
         self._workers = [_Thread(number) for number in range(count)]
 
     def device(self, own: torch.device, worker: int) -> str:
@@ -79,64 +88,38 @@ class ThreadPool(WorkerPool):
 
     def restart(self, worker: int) -> None:
         self._workers[worker].died = "restarted"
-        self._workers[worker].executor.shutdown(wait=False)
+        self._workers[worker].end(wait=False)
         self._workers[worker] = _Thread(worker)
 
     def close(self) -> None:
         for worker in self._workers:
             worker.died = "closed"
-            worker.executor.shutdown(wait=True)
-
-
-class Threads:
-    """Workers of this process, which start at once; a process each takes seconds to import torch."""
-
-    threads = 1
-
-    def __init__(self, count: int) -> None:
-        self.count = count
-        self.door = Door("127.0.0.1")
-        self.running: dict[int, threading.Thread] = {}
-
-    def start(self, number: int) -> None:
-        work = threading.Thread(target=service.serve, args=(self.door.address, self.door.key, number))
-        work.start()
-        self.running[number] = work
-
-    def device(self, own: torch.device, number: int) -> str:
-        return str(own)
-
-    def ended(self) -> list[tuple[int, str]]:
-        gone = [number for number, work in self.running.items() if not work.is_alive()]
-        return [(number, "ended") for number in gone if self.running.pop(number)]
-
-    def close(self) -> None:
-        self.door.close()
-        for work in self.running.values():
-            work.join(5)
-            assert not work.is_alive()
+            worker.end(wait=True)
 
 
 def as_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have workers as threads, which are quick to split and to look."""
-    turn = threading.Lock()
 
     def in_turn(work: Callable[..., Any]) -> Callable[..., Any]:
         def locked(*arguments: object, **named: object) -> Any:
-            with turn:
+            with ThreadPool.turn:
                 return work(*arguments, **named)
 
         return locked
 
-    # What seeds the global generators shares them with other threads, as it does not with processes.
-    for name in ("prepare", "_run_chunk", "_run_minimum_norm_chunk"):
-        monkeypatch.setattr(BlockRunner, name, in_turn(getattr(BlockRunner, name)))
-    monkeypatch.setattr(model_files, "load_model", in_turn(load_model))
-    monkeypatch.setattr(ray_pool, "Local", Threads)
+    # The driver shares the global generators with workers that are threads, as it does not with processes.
+    monkeypatch.setattr(BlockRunner, "prepare", in_turn(BlockRunner.prepare))
+    monkeypatch.setattr(sent_models, "load_model", in_turn(load_model))
+    monkeypatch.setattr(sharing, "open_pool", lambda workers, ray: ThreadPool(workers))
     monkeypatch.setattr(scheduler, "SPLIT_EVERY", 0.0)
+    monkeypatch.setattr(scheduler, "STEP_SECONDS", 0.01)
     monkeypatch.setattr(scheduler, "WORTH_SPLITTING", 2)
-    monkeypatch.setattr(company, "LOOK_EVERY", 0.05)
-    monkeypatch.setattr(shared_pool, "LOOK_EVERY", 0.05)
+    monkeypatch.setattr(sharing, "MAX_WAIT", 0.05)
+
+
+def in_worker() -> bool:
+    """Return whether this code runs in a worker."""
+    return threading.current_thread().name.startswith("worker")
 
 
 class Watch(Progress):

@@ -1,55 +1,103 @@
-"""A worker of a craft run: its own process, with surrogates of its own, that crafts what the driver orders."""
+"""A worker of a craft run: a process with surrogates of its own that crafts batches for the driver."""
 
 from __future__ import annotations
 
-import time
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 
-from robustkit.core.threat import ThreatModel
 from robustkit.crafting.batches import Crafter
 from robustkit.crafting.ensemble import Ensemble, Storage
 from robustkit.crafting.spec import CraftRequest
 from robustkit.data.samples import Samples
-from robustkit.engine.evaluation import tasks
-from robustkit.engine.evaluation.evaluate_worker import Lent, Voice
-from robustkit.engine.evaluation.tasks import Link
+from robustkit.distributed.pool import Handle, State
+from robustkit.distributed.sent_models import SentModel
+from robustkit.engine.evaluation.evaluate_worker import KeptMessages, WorkerImages
+from robustkit.engine.evaluation.tasks import Data, Result
+from robustkit.engine.model.loaded_models import Net
+from robustkit.runs.unfinished_work import Store
 
 
-def work(brief: tasks.CraftBrief, link: Link) -> object:
-    """Craft what the driver orders; return the first thing it says that is no order of this run."""
-    begun = time.perf_counter()
-    torch.set_num_threads(brief.threads)
-    device = torch.device(brief.device)
+@dataclass(frozen=True)
+class CraftJob:
+    """All that a worker has to know of a craft run before its first batch.
+
+    Attributes:
+        nets: the surrogates, without their models.
+        models: of the surrogates.
+        storage: how much of them is in memory at once.
+        configs: how they are run, as the driver has chosen.
+        data: of the run, with the images that others may be mixed with.
+        request: the run's request, without nets and samples.
+        batch: images of a batch.
+        device: where the worker computes.
+        threads: how many CPU threads it uses.
+        store: keeps unfinished work; used where its folder can be reached.
+    """
+
+    nets: Sequence[Net]
+    models: Sequence[SentModel]
+    storage: Storage
+    configs: Mapping[str, Any]
+    data: Handle[Data]
+    request: Mapping[str, Any]
+    batch: int
+    device: str
+    threads: int
+    store: Store
+
+
+@dataclass(frozen=True)
+class CraftBatch:
+    """One batch of a stage.
+
+    Attributes:
+        stage: of the ledger.
+        attack: of the stage.
+        members: the surrogates to use; None for all.
+        goals: target classes by position; None for an untargeted attack.
+        positions: in the data (B).
+        images: (B C H W).
+    """
+
+    stage: int
+    attack: Any
+    members: Sequence[int] | None
+    goals: Mapping[int, int] | None
+    positions: np.ndarray
+    images: np.ndarray
+
+
+def load(job: CraftJob, state: State) -> bool:
+    """Load the surrogates of a run; return that the driver sends the images."""
+    state.clear()
+    torch.set_num_threads(job.threads)
+    device, data = torch.device(job.device), job.data.get()
     nets = []
-    for net, model in zip(brief.nets, brief.models, strict=True):
-        here = model.unpack(device, link.ask).requires_grad_(False)
-        # One that is not to stay is loaded again when it is asked, if it is not of Python.
-        stays = brief.loaded or model.itself is not None
-        nets.append(replace(net, model=here if stays else None, string=here.string, threads=brief.threads))
-    source = Lent(brief.pool)
-    plan = CraftRequest(
-        nets=nets,
-        samples=Samples(brief.data, brief.labels, None, source := Lent(brief.pool), np.arange(len(brief.labels))),
-        threat=ThreatModel.parse(brief.threat),
-        attack=brief.attack,
-        combine=brief.combine,
-        weights=brief.weights,
-        seed=brief.seed,
-        device=device,
-        batch_size=brief.batch,
-    )
-    storage = Storage(loaded=brief.loaded, held=brief.held)
-    crafter = Crafter(plan, Voice(link), brief.store.here())
-    crafter.use_ensemble(Ensemble(nets, device, storage, brief.combine, brief.weights), brief.ways)
-    link.send(tasks.Ready(time.perf_counter() - begun))
-    while not isinstance(order := link.receive(), tasks.Briefing):
-        if isinstance(order, tasks.Make):
-            source.lent = dict(zip(order.positions.tolist(), order.images, strict=True))
-            for chunk in crafter.craft(order.stage, order.attack, order.members, order.goals, [order.positions]):
-                link.send(tasks.Done([chunk]))
-            source.lent.clear()
-            link.send(tasks.Idle())
-    return order
+    for net, model in zip(job.nets, job.models, strict=True):
+        loaded = model.load(device).requires_grad_(False)
+        # One that does not stay in memory is loaded again when it is used, unless it is from Python.
+        stays = job.storage.loaded or model.itself is not None
+        nets.append(replace(net, model=loaded if stays else None, string=loaded.string, threads=job.threads))
+    source = WorkerImages(data)
+    samples = Samples(data.name, data.labels, None, source, np.arange(len(data.labels)))
+    request = CraftRequest(nets=nets, samples=samples, device=device, batch_size=job.batch, **job.request)
+    crafter = Crafter(request, KeptMessages(), job.store.here())
+    crafter.use_ensemble(Ensemble(nets, device, job.storage, request.combine, request.weights), job.configs)
+    state["crafter"] = crafter
+    return False
+
+
+def craft(batch: CraftBatch, state: State) -> Result:
+    """Craft one batch."""
+    crafter: Crafter = state["crafter"]
+    source, messages = crafter.samples.source, crafter.progress
+    assert isinstance(source, WorkerImages) and isinstance(messages, KeptMessages)  # noqa: PT018, S101
+    source.add(batch.positions, batch.images)
+    chunks = list(crafter.craft(batch.stage, batch.attack, batch.members, batch.goals, [batch.positions]))
+    for position in batch.positions.tolist():
+        source.remove(position)
+    return Result(chunks, messages.take())

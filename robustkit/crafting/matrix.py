@@ -17,10 +17,9 @@ from robustkit.crafting.judging import clean_flags
 from robustkit.crafting.run import run_craft
 from robustkit.crafting.spec import CraftRequest
 from robustkit.data.samples import Samples
-from robustkit.distributed.ray_pool import hire
-from robustkit.distributed.shared_pool import Bureau, Desk, Watched
+from robustkit.distributed.sharing import shared_pool
 from robustkit.engine.model.loaded_models import Net, same_classes
-from robustkit.engine.progress import Progress
+from robustkit.engine.progress import CheckedProgress, Progress
 from robustkit.runs import run_folder
 from robustkit.runs.craft_record import Craft, Matrix, worst
 from robustkit.runs.opening import clear
@@ -99,15 +98,15 @@ class MatrixRequest:
                 rows.append(run_craft(run, subfolder(out, place), columns, progress=progress))
         else:
 
-            def work(desk: Desk[Craft], number: int) -> Craft:
-                told = Watched(progress_of(self.nets[number].string), desk.turn)
+            def work(number: int) -> Craft:
+                events = CheckedProgress(progress_of(self.nets[number].string), pool.check)
                 place = subfolder(out, folders[number])
-                return run_craft(runs[number], place, columns, progress=told, agency=desk)
+                return run_craft(runs[number], place, columns, progress=events, pool=pool)
 
-            works = [partial(work, number=number) for number in range(len(runs))]
             rows = []
             try:
-                found = Bureau(works, hire(self.workers, self.ray), progress).run()
+                with shared_pool(self.workers, self.ray, progress, several=True) as pool:
+                    found = pool.run([partial(work, number) for number in range(len(runs))])
             finally:
                 progress.close()
             for row in found:

@@ -18,7 +18,7 @@ from robustkit.crafting.judging import ImageArray, TargetEvaluator, clean_flags
 from robustkit.crafting.scheduler import DistributedCrafter
 from robustkit.crafting.spec import CraftRequest
 from robustkit.data.prefetch import read_ahead
-from robustkit.distributed.crew import Agency, Alone
+from robustkit.distributed.sharing import SharedPool
 from robustkit.engine import gradient_budgets
 from robustkit.engine.model.loaded_models import Net, gather, same_classes
 from robustkit.engine.progress import Progress
@@ -45,7 +45,7 @@ def run_craft(
     curve: Sequence[int] = (),
     png: Path | None = None,
     progress: Progress | None = None,
-    agency: Agency | None = None,
+    pool: SharedPool | None = None,
     overwrite: bool = False,
 ) -> Craft:
     """Craft, or resume, or read the images of a finished run; then evaluate the targets on them.
@@ -58,7 +58,7 @@ def run_craft(
         curve: gradients per image to craft with as well.
         png: a folder for the images as 8-bit files.
         progress: receives events.
-        agency: a pool of workers shared with other runs; None for a pool of this run's own.
+        pool: a pool of workers shared with other runs; None for a pool of this run's own.
         overwrite: delete the run in `out` first.
 
     Raises:
@@ -74,7 +74,7 @@ def run_craft(
     opened = open_for_writing(out, plan.spec, overwrite=overwrite, say=progress.say) if out else None
     with opened or nullcontext(True) as writable:
         try:
-            return _CraftRun(plan, out, targets, progress, agency, writable).run(forecast, list(curve), png)
+            return _CraftRun(plan, out, targets, progress, pool, writable).run(forecast, list(curve), png)
         finally:
             progress.close()
 
@@ -88,13 +88,11 @@ class _CraftRun:
         out: Path | None,
         targets: Sequence[Net],
         progress: Progress,
-        agency: Agency | None,
+        pool: SharedPool | None,
         writable: bool,
     ) -> None:
         self.writable, self.parts = writable, list[dict[str, Any]]()
-        if agency is None and (plan.ray is not None or plan.workers not in (None, 1)):
-            agency = Alone(plan.workers, plan.ray, progress)
-        self.agency = agency
+        self.pool = pool
         self.plan, self.out, self.targets, self.progress = plan, out, targets, progress
         self.samples, self.n = plan.samples, len(plan.samples)
         self.store = Store(out / run_folder.UNFINISHED if out and writable else None, plan.spec.run_id)
@@ -128,9 +126,9 @@ class _CraftRun:
         return record
 
     def _make_crafter(self, ledger: Ledger) -> ResumableCrafter:
-        if self.agency is None:
+        if self.pool is None and self.plan.ray is None and self.plan.workers in (None, 1):
             return ResumableCrafter(self.plan, ledger, self.progress, self.store)
-        return DistributedCrafter(self.plan, ledger, self.progress, self.store, self.agency)
+        return DistributedCrafter(self.plan, ledger, self.progress, self.store, self.pool)
 
     def _stored(self) -> Craft | None:
         if self.out is None or not run_folder.is_craft(self.out):

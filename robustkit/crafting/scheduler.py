@@ -1,83 +1,78 @@
-"""A craft run's images made by workers: batch by batch, by whoever is free, into the driver's ledger."""
+"""A craft run's images crafted by workers, batch by batch, into the driver's ledger."""
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 
+from robustkit.crafting import craft_worker
 from robustkit.crafting.batches import MAX_POOL, Goals
+from robustkit.crafting.craft_worker import CraftBatch, CraftJob
 from robustkit.crafting.image_store import ResumableCrafter
 from robustkit.crafting.spec import CraftRequest
-from robustkit.distributed.crew import Agency, Crew
-from robustkit.distributed.model_files import Parcelled
-from robustkit.distributed.process_pool import Hiring
-from robustkit.engine.evaluation import tasks
+from robustkit.distributed.pool import Task, WorkerPool
+from robustkit.distributed.sent_models import SentModel
+from robustkit.distributed.sharing import SharedPool, Team, Worker, shared_pool
+from robustkit.engine.evaluation.tasks import Data, Result
 from robustkit.engine.model.loaded_models import Net
 from robustkit.engine.progress import Progress
 from robustkit.runs.ledger import Chunk, Ledger
 from robustkit.runs.unfinished_work import Store
 
+# Fields of a request that workers get; the others are lists of models and images, or the driver's.
+REQUEST = ("threat", "attack", "combine", "weights", "seed")
+
 
 class DistributedCrafter(ResumableCrafter):
-    """A workshop whose images others make: the batches of one process, each whole, so that they come out the same.
+    """A crafter whose images workers craft: the batches of one process, each whole, so that images are the same.
 
     A random model's draws are each worker's own.
     """
 
     def __init__(
-        self, plan: CraftRequest, ledger: Ledger, progress: Progress, store: Store, agency: Agency
+        self, plan: CraftRequest, ledger: Ledger, progress: Progress, store: Store, pool: SharedPool | None
     ) -> None:
-        """Hire nobody yet."""
+        """Prepare; workers start on first use."""
         super().__init__(plan, ledger, progress, store)
-        self.agency = agency
-        self._hired = ExitStack()
-        self._crew: Crew | None = None
+        self.pool = pool
+        self._stack = ExitStack()
 
-    @property
-    def crew(self) -> Crew:
-        """The workers, hired when first asked for."""
-        if self._crew is None:
-            self._crew = self._hired.enter_context(self.agency.crew(self._briefing()))
-        return self._crew
+    @cached_property
+    def team(self) -> Team:
+        """The workers, which start on first use."""
+        plan, samples, storage = self.plan, self.samples, self.ensemble.storage
+        shared = self.pool or self._stack.enter_context(shared_pool(plan.workers, plan.ray, self.progress))
+        models = [_sent(shared.pool, net, plan) for net in plan.nets]
+        images = samples.images(np.arange(min(MAX_POOL, self.n))).numpy()
+        data = shared.pool.share(Data(samples.name, samples.labels, images, None, samples.rows), "the data")
 
-    def close(self) -> None:
-        """Let the workers go."""
-        self._hired.close()
-
-    def _briefing(self) -> Callable[[Hiring, int], tasks.CraftBrief]:
-        plan, storage = self.plan, self.ensemble.storage
-        models = [_parcelled(net, plan) for net in plan.nets]
-        pool = self.samples.images(np.arange(min(MAX_POOL, self.n))).numpy()
-
-        def brief(hiring: Hiring, number: int) -> tasks.CraftBrief:
-            return tasks.CraftBrief(
-                number=number,
+        def load(worker: Worker) -> Task[bool]:
+            job = CraftJob(
                 nets=[replace(net, model=None) for net in plan.nets],
                 models=models,
-                loaded=storage.loaded,
-                held=storage.held,
-                ways=self.ensemble.configs,
-                device=hiring.device(plan.device, number),
-                threads=min(hiring.threads, max(net.threads for net in plan.nets)),
-                threat=str(plan.threat),
-                attack=plan.attack,
-                combine=plan.combine,
-                weights=plan.weights,
-                seed=plan.seed,
+                storage=storage,
+                configs=self.ensemble.configs,
+                data=data,
+                request={name: getattr(plan, name) for name in REQUEST},
                 batch=self.batch,
-                data=self.samples.name,
-                labels=self.samples.labels,
-                pool=pool,
+                device=shared.pool.device(plan.device, worker.slot),
+                threads=min(shared.pool.threads, max(net.threads for net in plan.nets)),
                 store=self.store,
             )
+            return partial(craft_worker.load, job)
 
-        return brief
+        return self._stack.enter_context(shared.team(load))
+
+    def close(self) -> None:
+        """Release the workers."""
+        self._stack.close()
 
     def craft(
         self,
@@ -87,37 +82,27 @@ class DistributedCrafter(ResumableCrafter):
         goals: Goals,
         parts: Sequence[np.ndarray],
     ) -> Iterator[Chunk]:
-        """Yield these parts of a stage as chunks, as they come; seconds are the driver's."""
-        queue, written = deque(parts), time.perf_counter()
-        while queue or any(member.ordered for member in self.crew.members):
-            for idle in self.crew.idle[: len(queue)]:
-                at = queue.popleft()
-                idle.begin(self._order(stage, attack, members, goals, at))
-                idle.held.update(at.tolist())
-            self.crew.more = bool(queue)
-            for member, message in self.crew.hear():
-                if isinstance(message, tasks.Gone) and member.held:
-                    queue.appendleft(np.array(sorted(member.held), np.int64))
-                elif isinstance(message, tasks.Idle):
-                    member.rest()
-                elif isinstance(message, tasks.Done):
-                    self.crew.deaths = 0
-                    for chunk in message.chunks:
-                        member.held.difference_update(verdict.position for verdict in chunk.verdicts)
-                        now = time.perf_counter()
-                        yield replace(chunk, seconds=now - written)
-                        written = now
-        self.crew.more = False
+        """Yield these parts of a stage as chunks, as they are done; seconds are the driver's."""
 
-    def _order(
-        self, stage: int, attack: Any, members: Sequence[int] | None, goals: Goals, at: np.ndarray
-    ) -> tasks.Make:
-        wanted = None if goals is None else {place: goals[place] for place in at.tolist()}
-        return tasks.Make(stage, attack, members, wanted, at, self.samples.images(at).numpy())
+        def task(worker: Worker, positions: np.ndarray) -> Task[Result]:
+            chosen = None if goals is None else {position: goals[position] for position in positions.tolist()}
+            images = self.samples.images(positions).numpy()
+            return partial(craft_worker.craft, CraftBatch(stage, attack, members, chosen, positions, images))
+
+        written = time.perf_counter()
+        for finished in self.team.run_parts(deque(parts), task):
+            for _, result in finished:
+                self.team.deaths = 0
+                for message in result.messages:
+                    self.progress.say(message)
+                for chunk in result.chunks:
+                    now = time.perf_counter()
+                    yield replace(chunk, seconds=now - written)
+                    written = now
 
 
-def _parcelled(net: Net, plan: CraftRequest) -> Parcelled:
-    """Return a surrogate packed for workers; only one from Python is needed itself."""
+def _sent(pool: WorkerPool, net: Net, plan: CraftRequest) -> SentModel:
+    """Return a surrogate for workers; only one from Python is needed itself."""
     if net.string.startswith("python:"):
-        return Parcelled.of(net.load(plan.device))
-    return Parcelled.named(net, net.classes)
+        return SentModel.of(pool, net.load(plan.device))
+    return SentModel.named(pool, net, net.classes)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 
 class Progress:
     """Receives the events of a run; override the methods of those to show."""
@@ -17,3 +19,25 @@ class Progress:
 
     def close(self) -> None:
         """Close the display."""
+
+
+class CheckedProgress(Progress):
+    """Passes the events of a run on to another, and calls `check`, which may end the run, at each of them."""
+
+    def __init__(self, inner: Progress, check: Callable[[], None]) -> None:
+        """Pass on to `inner`."""
+        self.inner, self.check = inner, check
+
+    def say(self, text: str) -> None:  # noqa: D102
+        self.inner.say(text)
+
+    def stage(self, name: str, images: int, robust: int, n: int) -> None:  # noqa: D102
+        self.check()
+        self.inner.stage(name, images, robust, n)
+
+    def advance(self, done: float, robust: int) -> None:  # noqa: D102
+        self.check()
+        self.inner.advance(done, robust)
+
+    def close(self) -> None:  # noqa: D102
+        self.inner.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,14 +10,13 @@ import numpy as np
 import pytest
 import torch
 from nets import Small, labelled
-from teams import Watch, as_threads
+from teams import Died, Watch, as_threads, in_worker
 
 from robustkit import UsageError, craft
 from robustkit.core.threat import ThreatModel
 from robustkit.crafting import batches
 from robustkit.crafting.matrix import MatrixRequest
 from robustkit.data import from_arrays
-from robustkit.engine.evaluation import tasks
 from robustkit.engine.model.loaded_models import gather
 from robustkit.engine.progress import Progress
 from robustkit.runs.craft_record import Craft, Matrix
@@ -76,10 +74,10 @@ def dying(work: Callable[..., Any], times: int, after: int = 0) -> Callable[...,
     calls = []
 
     def made(*arguments: object) -> Any:
-        if threading.current_thread() is not threading.main_thread():
+        if in_worker():
             calls.append(1)
             if after < len(calls) <= after + times:
-                raise tasks.Gone
+                raise Died
         return work(*arguments)
 
     return made

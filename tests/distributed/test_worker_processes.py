@@ -34,7 +34,7 @@ def start(out: Path, workers: int, command: list[str] = COMMAND) -> subprocess.P
 def hands(driver: int) -> list[int]:
     """The worker processes of a driver."""
     listed = subprocess.run(
-        ["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True
+        ["ps", "-ww", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True
     ).stdout.splitlines()
     rows = [line.split(None, 2) for line in listed]
     return [int(pid) for pid, parent, said in rows[1:] if parent == str(driver) and "spawn_main" in said]

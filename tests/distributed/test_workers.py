@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 from nets import Small, labelled
-from teams import Watch, as_threads
+from teams import Died, Watch, as_threads, in_worker
 
 from robustkit import RunError, UsageError, evaluate
 from robustkit.core.criteria import margin
 from robustkit.core.threat import ThreatModel
 from robustkit.engine.batching.continuous_batch import ContinuousBatch
 from robustkit.engine.batching.samples import Admitted
-from robustkit.engine.evaluation import evaluate_worker, tasks
+from robustkit.engine.evaluation import evaluate_worker
 from robustkit.engine.model.instrumented_model import InstrumentedModel
 from robustkit.engine.model.profiling import measure
 from robustkit.models import as_classifier
@@ -81,7 +80,7 @@ def test_what_a_dead_worker_had_is_done_by_others(suite: str, n: int, monkeypatc
     def dying(box: evaluate_worker.Outbox, *chunks: Chunk) -> None:
         if len(deaths) < 3:
             deaths.append(1)
-            raise tasks.Gone
+            raise Died
         write(box, *chunks)
 
     alone, watch = run(1, suite, n=n), Watch()
@@ -92,10 +91,10 @@ def test_what_a_dead_worker_had_is_done_by_others(suite: str, n: int, monkeypatc
 
 def test_workers_that_do_nothing_but_die_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     def dying(box: evaluate_worker.Outbox, *chunks: Chunk) -> None:
-        raise tasks.Gone
+        raise Died
 
     monkeypatch.setattr(evaluate_worker.Outbox, "write", dying)
-    with pytest.raises(RunError, match="workers die before they have done anything; run without --workers"):
+    with pytest.raises(RunError, match=r"workers die before they have done anything \(raised Died\); run without"):
         run(2)
 
 
@@ -138,7 +137,7 @@ class Bad(Small):
     calls = 0
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if threading.current_thread() is not threading.main_thread():
+        if in_worker():
             self.calls += 1
             if self.calls > 10:
                 raise ValueError("this net has a bug")

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 from nets import Flat, labelled
-from teams import as_threads
+from teams import Died, as_threads
 
 from robustkit import RunError, UsageError
 from robustkit.core.threat import ThreatModel
 from robustkit.data import from_arrays
-from robustkit.distributed.model_files import Parcelled
-from robustkit.engine.evaluation import evaluate_worker, tasks
+from robustkit.distributed.sent_models import SentModel
+from robustkit.engine.evaluation import evaluate_worker
 from robustkit.engine.evaluation.leaderboard import LeaderboardRun, NamedModel, read_models
 from robustkit.engine.evaluation.run import Evaluation
 from robustkit.engine.progress import Progress
@@ -106,7 +106,7 @@ def test_what_a_dead_worker_had_is_done_by_others(
     def dying(box: evaluate_worker.Outbox, *chunks: Chunk) -> None:
         if len(deaths) < 3:
             deaths.append(1)
-            raise tasks.Gone
+            raise Died
         write(box, *chunks)
 
     monkeypatch.setattr(evaluate_worker.Outbox, "write", dying)
@@ -147,12 +147,12 @@ def test_nor_does_one_whose_code_fails(tmp_path: Path) -> None:
 def test_a_model_that_fails_in_a_worker_stops_no_other(
     alone: list[Report], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    unpack = Parcelled.unpack
+    load = SentModel.load
 
-    def other(model: Parcelled, *place: Any) -> object:
-        return unpack(replace(model, string=model.string.replace("seed=2", "seed=1")), *place)
+    def other(model: SentModel, *place: Any) -> object:
+        return load(replace(model, string=model.string.replace("seed=2", "seed=1")), *place)
 
-    monkeypatch.setattr(Parcelled, "unpack", other)
+    monkeypatch.setattr(SentModel, "load", other)
     found = sweep(tmp_path, 2)
     assert isinstance(found[2], RunError)
     assert "found another model than the driver" in str(found[2])

@@ -72,7 +72,7 @@ def test_start_up_and_driver_time_bound_the_speed_up() -> None:
     jobs = [Job(0.1, 1)] * 100
     late = simulate(jobs, Site(50, slots=4, startup=20.0, opening=5.0))
     assert late.bound == "start"
-    assert late.seconds == pytest.approx(20 + 0.2)
+    assert late.seconds == pytest.approx(20 + 5 + 0.2)
     waiting = simulate(jobs, Site(50, slots=4, startup=5.0, opening=20.0))
     assert waiting.bound == "clean"
     served = simulate(jobs, Site(50, slots=4, handout=1.0, verdict=0.5))

@@ -18,9 +18,10 @@ from robustkit.crafting.spec import CraftRequest
 from robustkit.data import from_arrays, load_data
 from robustkit.data.samples import Samples
 from robustkit.data.sources import archive
-from robustkit.engine.evaluation import evaluate_worker
+from robustkit.engine.evaluation.evaluate_worker import Outbox, WorkerImages
 from robustkit.engine.evaluation.results import Hashes
 from robustkit.engine.evaluation.run import Evaluation
+from robustkit.engine.evaluation.tasks import Data
 from robustkit.engine.evaluation.verify_run import verify_run
 from robustkit.engine.model.loaded_models import gather
 from robustkit.models import as_classifier
@@ -136,11 +137,8 @@ def test_a_ledger_returns_the_rows_of_a_chunk_in_image_order(tmp_path: Path) -> 
 
 
 def test_a_worker_frees_images_that_have_a_verdict() -> None:
-    class Silent:
-        def send(self, message: object) -> None:
-            pass
-
-    source = evaluate_worker.Lent(np.zeros((1, 1, 2, 2), np.float32))
-    source.lent |= {3: source.first[0], 4: source.first[0]}
-    evaluate_worker.Outbox(Silent(), source).write(Chunk(1, 0, 1, 1, 0.1, [Verdict(3, 0, 0, 0.5, False, "")]))  # type: ignore[arg-type]
-    assert list(source.lent) == [4]
+    first = np.zeros((1, 1, 2, 2), np.float32)
+    source = WorkerImages(Data("arrays", np.zeros(5, np.int64), first, None, np.arange(5)))
+    source.add(np.array([3, 4]), np.repeat(first, 2, 0))
+    Outbox(source).write(Chunk(1, 0, 1, 1, 0.1, [Verdict(3, 0, 0, 0.5, False, "")]))
+    assert list(source.kept) == [4]

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 from runs import facts, net, write_members, write_single
+from teams import ThreadPool
 
 from robustkit import load_model
 from robustkit.core.errors import UsageError
-from robustkit.distributed.model_files import Parcelled
+from robustkit.distributed.sent_models import SentModel
 from robustkit.models.allowed_paths import recorded_model
 from robustkit.models.randomness import Noise
 from robustkit.models.recorded_data import recorded_data
@@ -106,14 +107,15 @@ def test_code_of_a_trusted_record_runs(code: Path, tmp_path: Path) -> None:
     x = torch.rand(2, 1, 3, 3)
     assert torch.equal(model(x), typed(x))
     joined = load_model(f"ensemble:[{string};{code}:build]", trust_code=True)
-    unused: Any = None
+    pool = ThreadPool(1)
     # Workers have the driver's leave, no more and no less; so has a copy of the model.
     for one in (model, joined, model.with_net(net_of(typed))):
         assert one.trust_code
-        assert Parcelled.of(one).unpack(torch.device("cpu"), unused).trust_code
+        assert SentModel.of(pool, one).load(torch.device("cpu")).trust_code
     with pytest.raises(UsageError, match="--trust-code"):
-        replace(Parcelled.of(model), trust_code=False).unpack(torch.device("cpu"), unused)
-    assert not Parcelled.of(typed).trust_code
+        replace(SentModel.of(pool, model), trust_code=False).load(torch.device("cpu"))
+    assert not SentModel.of(pool, typed).trust_code
+    pool.close()
 
 
 @pytest.mark.parametrize(

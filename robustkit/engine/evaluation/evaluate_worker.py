@@ -1,213 +1,319 @@
-"""A worker of a run with several: its own process, with a model of its own, that does what the driver orders."""
+"""A worker of an evaluation: a process with a model of its own that runs the driver's tasks."""
 
 from __future__ import annotations
 
+import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import Context, copy_context
+from dataclasses import replace
 from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from robustkit.core.errors import RunError, UsageError
 from robustkit.core.flags import Flag
-from robustkit.core.isolation import evaluation_mode, threads
-from robustkit.core.threat import ThreatModel
-from robustkit.data.samples import Samples
-from robustkit.engine.batching.continuous_batch import ContinuousBatch
+from robustkit.core.isolation import switch_mode
+from robustkit.core.shapes import Images
+from robustkit.data.samples import Samples, Source
+from robustkit.distributed.pool import State
 from robustkit.engine.batching.samples import Admitted
-from robustkit.engine.evaluation import tasks
 from robustkit.engine.evaluation.block_runner import BlockRunner
-from robustkit.engine.evaluation.results import RunResults
-from robustkit.engine.evaluation.settings import RunSettings
-from robustkit.engine.evaluation.tasks import Link
+from robustkit.engine.evaluation.results import CHECKING, RunResults
+from robustkit.engine.evaluation.tasks import Batch, Data, Job, Parcel, Result, Search, Step
 from robustkit.engine.model.instrumented_model import InstrumentedModel
 from robustkit.engine.progress import Progress
+from robustkit.models.classifier import Classifier
 from robustkit.registry import parse_suite
 from robustkit.runs.ledger import Chunk
 
-# Seconds between two words to the driver, which are also how long a worker outlives it.
-WORD_EVERY = 0.3
-# Seconds that a step of a slow net may take, a pass forward and back of each sample aboard.
-STEP = 20.0
+# Seconds that a step of a slow net may take, with a forward and a backward pass of each sample.
+MAX_STEP_SECONDS = 20.0
 
 
-def work(brief: tasks.Brief, link: Link) -> object:
-    """Do what the driver orders of an evaluation; return the first thing it says that is no order of this run."""
-    begun = time.perf_counter()
-    torch.set_num_threads(brief.threads)
-    device = torch.device(brief.device)
-    model = brief.model.unpack(device, link.ask)
-    source = Lent(brief.images)
-    samples = Samples(brief.data, brief.labels, None, source, np.arange(len(brief.labels)))
-    threat = ThreatModel.parse(brief.threat)
-    entries = parse_suite(brief.suite, threat.norm, minimal=threat.minimal)
-    settings = RunSettings(
-        threat=threat,
-        suite=brief.suite,
-        entries=entries,
-        seed=brief.seed,
-        batch_size=brief.batch,
-        slots=brief.slots,
-        max_slots=brief.most,
-        precision=brief.precision,
-        choose_precision=brief.free,
-    )
-    with evaluation_mode(model):
-        hand = EvaluationWorker(
-            samples,
-            settings,
-            Outbox(link, source),
-            RunResults.of(len(samples), [entry.spec for entry in entries]),
-            InstrumentedModel(model, device, brief.precision),
-            Voice(link),
-            worker=(brief.number,),
-            store=brief.store.here(),
-        )
-        hand.link, hand.source = link, source
-        hand.begin(brief.random)
-        with threads(min(hand.instrumented.threads, brief.threads)):
-            link.send(tasks.Ready(time.perf_counter() - begun))
-            while not isinstance(order := link.receive(), tasks.Briefing):
-                hand.obey(order)
-            return order
+def load(job: Job, state: State) -> bool:
+    """Get ready for a run; return whether the worker reads the images itself. A model is loaded once."""
+    torch.set_num_threads(job.threads)
+    if earlier := state.pop("worker", None):
+        earlier.close()
+    model = state.get("model")
+    if model is None or model.fingerprint != job.model.fingerprint:
+        state.clear()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # the last run's model is no longer needed
+        model = state["model"] = job.model.load(torch.device(job.device)).requires_grad_(False)
+        switch_mode(model, False)
+    state["worker"] = worker = EvaluationWorker.of(job, model)
+    torch.set_num_threads(min(worker.instrumented.threads, job.threads))
+    return worker.source.files is not None
 
 
-class Lent:
-    """A `Source` of the images that the driver sends, for as long as they are in work."""
+def run_step(step: Step, state: State) -> Result:
+    """Run a part of a search."""
+    result: Result = state["worker"].step(step)
+    return result
+
+
+def run_batch(batch: Batch, state: State) -> Result:
+    """Run one batch of one stage."""
+    result: Result = state["worker"].run_batch(batch)
+    return result
+
+
+class WorkerImages:
+    """A `Source` of the images that a worker has: sent by the driver, or read from files while others are in use.
+
+    Images with a verdict are not kept.
+    """
 
     slow: ClassVar[bool] = False
 
-    def __init__(self, first: np.ndarray) -> None:
-        """Keep the first ones for good."""
-        self.first, self.lent = first, dict[int, np.ndarray]()
+    def __init__(self, data: Data) -> None:
+        """Keep the first images."""
+        self.first = data.images
+        self.kept = dict[int, np.ndarray]()
+        self.blocks = dict[int, tuple[Future[Images], int]]()
+        self.files: Samples | None = None
+        if data.source is not None:
+            self.files = Samples(data.name, data.labels, None, data.source, data.rows)
+            self.thread = ThreadPoolExecutor(1, "read-ahead")
+
+    def add(self, positions: np.ndarray, images: np.ndarray | None) -> None:
+        """Keep images that were sent, or start to read them."""
+        places = [place for place in positions.tolist() if place not in self.kept]
+        if images is not None:
+            self.kept |= dict(zip(positions.tolist(), images, strict=True))
+        elif self.files is not None and places:
+            block = self.thread.submit(self.files.images, places)
+            self.blocks |= {place: (block, row) for row, place in enumerate(places)}
+
+    def remove(self, position: int) -> None:
+        """Do not keep an image any longer."""
+        self.kept.pop(position, None)
+        self.blocks.pop(position, None)
 
     def read(self, rows: npt.NDArray[np.int64]) -> torch.Tensor:
         """Return those images, (B C H W)."""
-        found = [self.lent[row] if row in self.lent else self.first[row] for row in rows.tolist()]
+        found = [self._image(row) for row in rows.tolist()]
         return torch.from_numpy(np.stack(found) if found else self.first[:0].copy())
+
+    def _image(self, row: int) -> np.ndarray:
+        if row in self.blocks:
+            block, place = self.blocks[row]
+            image: np.ndarray = block.result()[place].numpy()
+            return image
+        return self.kept[row] if row in self.kept else self.first[row]
 
     def content(self, rows: npt.NDArray[np.int64]) -> Iterator[bytes]:
         """Yield the images' bytes."""
         yield from (image.numpy().tobytes() for image in self.read(rows))
 
     def flags(self, rows: npt.NDArray[np.int64]) -> tuple[Flag, ...]:
-        """Return nothing: the driver looks at the files."""
+        """Return nothing: the driver checks the data."""
         return ()
 
 
-class Outbox:
-    """A sink whose ledger is the driver's; images with a verdict are not kept."""
+def readable(source: Source | None, rows: np.ndarray) -> bool:
+    """Return whether the files of a source are here, as the first one shows."""
+    try:
+        return source is not None and bool(next(iter(source.content(rows[:1])), None) is not None)
+    except (OSError, UsageError, RunError):
+        return False
 
-    def __init__(self, link: Link, source: Lent) -> None:
-        """Send there."""
-        self.link, self.source = link, source
+
+def content_hash(source: Source, rows: np.ndarray) -> str:
+    """Return the sha256 of what these images are read from."""
+    digest = hashlib.sha256()
+    for part in source.content(rows):
+        digest.update(part)
+    return digest.hexdigest()
+
+
+class Outbox:
+    """A sink that keeps chunks for the driver, which has the ledger."""
+
+    def __init__(self, source: WorkerImages) -> None:
+        """Begin without chunks."""
+        self.source, self.chunks = source, list[Chunk]()
 
     def write(self, *chunks: Chunk) -> None:
-        """Send chunks."""
-        self.link.send(tasks.Done(chunks))
+        """Keep chunks, but not their images."""
+        self.chunks += [chunk for chunk in chunks if chunk.verdicts or chunk.flags or chunk.forwards]
         for chunk in chunks:
             for verdict in chunk.verdicts:
-                self.source.lent.pop(verdict.position, None)
+                self.source.remove(verdict.position)
+
+    def take(self) -> list[Chunk]:
+        """Return the chunks since the last call."""
+        taken, self.chunks = self.chunks, []
+        return taken
 
 
-class Voice(Progress):
-    """Tells the driver how far it is, from time to time."""
+class KeptMessages(Progress):
+    """Keeps messages for the driver."""
 
-    def __init__(self, link: Link) -> None:
-        """Tell it there."""
-        self.link, self.spoke = link, 0.0
+    def __init__(self) -> None:
+        """Begin without any."""
+        self.messages: list[str] = []
 
     def say(self, text: str) -> None:  # noqa: D102
-        self.link.send(tasks.Said(text))
+        self.messages.append(text)
 
-    def advance(self, done: float, robust: int) -> None:  # noqa: D102
-        if time.perf_counter() - self.spoke > WORD_EVERY:
-            self.link.send(tasks.Under(done))
-            self.spoke = time.perf_counter()
+    def take(self) -> list[str]:
+        """Return the messages since the last call."""
+        taken, self.messages = self.messages, []
+        return taken
 
 
 class EvaluationWorker(BlockRunner):
-    """A worker whose samples, ledger and orders are the driver's."""
+    """A block runner whose samples come from the driver and whose results go there."""
 
-    link: Link
-    source: Lent
-    asked = False
-    order: tasks.Fly
-    write_every = WORD_EVERY
+    ledger: Outbox
+    progress: KeptMessages
+    source: WorkerImages
+    write_every = 0.0
 
-    def begin(self, random: bool) -> None:
-        """Size up the model; whether it is random the driver has found out."""
-        self.prepare()
-        self.instrumented.random = random
-        if self.instrumented.slow_batch is not None:
+    @classmethod
+    def of(cls, job: Job, model: Classifier) -> EvaluationWorker:
+        """Return the worker of a run, with the model measured; the driver has found out whether it is random."""
+        data, settings = job.data.get(), job.settings
+        if not readable(data.source, data.rows):
+            data = replace(data, source=None)
+        source = WorkerImages(data)
+        threat = settings.threat
+        settings = replace(settings, entries=parse_suite(settings.suite, threat.norm, minimal=threat.minimal))
+        n = len(data.labels)
+        worker = cls(
+            Samples(data.name, data.labels, None, source, np.arange(n)),
+            settings,
+            Outbox(source),
+            RunResults.of(n, [entry.spec for entry in settings.entries]),
+            InstrumentedModel(model, torch.device(job.device), settings.precision),
+            KeptMessages(),
+            worker=(job.number,),
+            store=job.store.here(),
+        )
+        worker.source = source
+        worker.prepare()
+        worker.instrumented.random = job.random
+        if worker.instrumented.slow_batch is not None:
             # What is under way is saved after a step.
-            self.slots = min(self.slots, max(1, int(STEP / (3 * self.instrumented.seconds))))
+            most = int(MAX_STEP_SECONDS / (3 * worker.instrumented.seconds))
+            worker.slots = min(worker.slots, max(1, most))
+        return worker
+
+    def __post_init__(self) -> None:
+        """Begin without a search."""
+        super().__post_init__()
+        self.search: Search | None = None
+        self.looks: Iterator[None] | None = None
+        self.context: Context = copy_context()
+        self.incoming = np.zeros(0, np.int64)
+        self.last = False
+
+    def close(self) -> None:
+        """End an unfinished search; what it has seeded and set is as before."""
+        if self.looks is not None:
+            self.context.run(self.looks.close)  # type: ignore[attr-defined]
 
     def task_name(self, first: int) -> str:
-        """Return the name that the driver has given."""
-        return self.order.name
+        """Return the name that the driver has given to the search."""
+        assert self.search is not None  # noqa: S101
+        return self.search.name
 
     def unsettled(self, first: int) -> np.ndarray:
-        """Return the positions that the driver has given."""
-        return np.zeros(0, np.int64) if self.order.parcel is None else self.order.parcel.positions
+        """Return the positions that the driver has given so far."""
+        return self.incoming
 
-    def obey(self, order: object) -> None:
-        """Do what the driver orders."""
-        if isinstance(order, tasks.Fly):
-            self.order = order
-            self.results.flags = dict(order.flags)
-            if any(entry.view for entry in self.settings.entries[order.first - 1 : order.first - 1 + order.count]):
-                self.reliability.find_views()
-            if order.parcel is not None:
-                self._receive(order.parcel)
-            examples = np.arange(len(self.source.first))
-            for _, table in order.active:
-                self.source.lent |= dict(
-                    zip(table.host["position"].tolist(), table.device["x"].numpy(), strict=True)
-                )
-            active = [(queue, table.to(self.instrumented.device)) for queue, table in order.active]
-            self.asked = False
-            for _ in self.run_admitted(order.first, order.count, lambda taken: self._board, examples, active):
-                if self.batch is not None:
-                    self._share_samples(self.batch)
-        elif isinstance(order, tasks.Block):
-            self._receive(order.parcel)
-            positions = order.parcel.positions
-            images = self.samples.images(positions)
-            if order.stage:
-                if self.settings.entries[order.stage - 1].view:
-                    self.reliability.find_views()
-                self.run_attack_chunk(order.stage, order.number, positions, images)
-            else:
-                self._run_chunk(0, order.number, positions, images, self._clean_verdicts)
+    def step(self, step: Step) -> Result:
+        """Continue with the search until the step's time is over, or there is nothing to do."""
+        for _, rows in step.resume:
+            self.source.add(rows.host["position"], rows.device["x"].numpy())
+        self._receive(step.parcel)
+        if self.search is None or step.search.name != self.search.name:
+            self._begin(step)
         else:
-            return  # asked to share when there was nothing left to
-        self.source.lent.clear()
-        self.link.send(tasks.Idle(self.search_facts))
+            self.incoming = np.concatenate([self.incoming, step.parcel.positions])
+        self.last |= step.last
+        released = [
+            (queue, rows.to(torch.device("cpu")))
+            for queue, rows in (self.batch.give_half() if step.release and self.batch else ())
+        ]
+        end = time.perf_counter() + step.seconds
+        while self.looks is not None and self._has_work and time.perf_counter() < end:
+            try:
+                # What the search sets in its context stays there between steps.
+                self.context.run(next, self.looks)
+            except StopIteration:
+                self.looks = None
+        return Result(
+            self.ledger.take(),
+            self.progress.take(),
+            self.slots - (self.batch.active if self.batch else 0) - len(self.incoming),
+            self.batch.progress if self.batch else 0.0,
+            released,
+            self.looks is None,
+            self.search_facts,
+        )
 
-    def _receive(self, parcel: tasks.Parcel) -> None:
-        for at, position in enumerate(parcel.positions.tolist()):
-            if parcel.hashes:
-                self.results.images[position] = parcel.hashes[at]
-                self.results.clean_margins[position], self.results.margins[position] = parcel.margins[at]
-            if parcel.images is not None:
-                self.source.lent[position] = parcel.images[at]
+    def _begin(self, step: Step) -> None:
+        self.close()
+        self.search, self.last = step.search, False
+        first, count = step.search.first, step.search.count
+        self.results.flags = dict(step.search.flags)
+        if any(entry.view for entry in self.settings.attacks_from(first, count)):
+            self.reliability.find_views()
+        resumed = [position for _, rows in step.resume for position in rows.host["position"].tolist()]
+        self.incoming = step.parcel.positions[~np.isin(step.parcel.positions, resumed)]
+        active = [(queue, rows.to(self.instrumented.device)) for queue, rows in step.resume]
+        self.context = copy_context()
+        self.looks = self.run_admitted(
+            first, count, self._without_started, np.arange(len(self.source.first)), active
+        )
 
-    def _board(self, free: int) -> Admitted:
-        """Ask the driver for as many samples."""
-        self.link.send(tasks.Want(free))
-        while not isinstance(answer := self.link.receive(), tasks.Boarded):
-            self.asked = True
-        self._receive(answer.parcel)
-        admitted = self._admission(answer.parcel.positions)(free)
-        return admitted._replace(later=answer.later)
+    def _without_started(self, started: Sequence[int]) -> Callable[[int], Admitted]:
+        """Return what admits the samples that steps bring, without those that have been started before."""
+        self.incoming = self.incoming[~np.isin(self.incoming, started)]
+        return self._admit
 
-    def _share_samples(self, batch: ContinuousBatch) -> None:
-        if self.link.waiting():
-            self.link.receive()
-            self.asked = True
-        if self.asked:
-            self.asked = False
-            host = torch.device("cpu")
-            self.link.send(tasks.Given([(queue, table.to(host)) for queue, table in batch.give_half()]))
+    def _admit(self, free: int) -> Admitted:
+        chosen, self.incoming = self.incoming[:free], self.incoming[free:]
+        later = not self.last or len(self.incoming) > 0
+        return self._admission(chosen)(free)._replace(later=later)
+
+    @property
+    def _has_work(self) -> bool:
+        """Whether there are samples, or the end of the search is left to do."""
+        return self.batch is None or self.batch.active > 0 or len(self.incoming) > 0 or self.last
+
+    def run_batch(self, batch: Batch) -> Result:
+        """Run one batch of one stage."""
+        positions, files = batch.parcel.positions, self.source.files
+        if batch.content and files and content_hash(files.source, files.rows[positions]) != batch.content:
+            raise RunError(
+                f"the image files of {self.samples.name} on a worker's machine differ from the driver's; "
+                "make them equal, or remove them there."
+            )
+        self._receive(batch.parcel)
+        images = self.samples.images(positions)
+        if (batch.stage, batch.number) == (0, CHECKING):
+            self._run_chunk(0, CHECKING, positions, images, self._check)
+        elif batch.stage == 0:
+            self._run_chunk(0, batch.number, positions, images, self._clean_verdicts)
+        else:
+            if self.settings.entries[batch.stage - 1].view:
+                self.reliability.find_views()
+            self.run_attack_chunk(batch.stage, batch.number, positions, images)
+        for position in positions.tolist():
+            self.source.remove(position)
+        return Result(self.ledger.take(), self.progress.take(), facts=self.search_facts)
+
+    def _receive(self, parcel: Parcel) -> None:
+        if parcel.hashes:
+            for row, position in enumerate(parcel.positions.tolist()):
+                self.results.images[position] = parcel.hashes[row]
+                self.results.clean_margins[position], self.results.margins[position] = parcel.margins[row]
+        self.source.add(parcel.positions, parcel.images)

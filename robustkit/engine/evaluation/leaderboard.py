@@ -11,10 +11,9 @@ from pathlib import Path
 
 from robustkit.core.errors import RobustkitError, RunError, UsageError, error_summary
 from robustkit.core.writing import subfolder
-from robustkit.distributed.ray_pool import hire
-from robustkit.distributed.shared_pool import Bureau, Desk, Watched
+from robustkit.distributed.sharing import SharedPool, shared_pool
 from robustkit.engine.evaluation.run import Evaluation
-from robustkit.engine.progress import Progress
+from robustkit.engine.progress import CheckedProgress, Progress
 from robustkit.runs.evaluation_record import Report
 from robustkit.runs.opening import clear
 from robustkit.runs.spec import dumps
@@ -106,15 +105,15 @@ class LeaderboardRun:
             _check_folder(out)
         taken: dict[str, str] = {}
 
-        def work(entry: NamedModel, desk: Desk[tuple[Path, Report]] | None = None) -> tuple[Path, Report]:
-            own_progress = line(entry.name) if desk is None else Watched(line(entry.name), desk.turn)
+        def work(entry: NamedModel, pool: SharedPool | None = None) -> tuple[Path, Report]:
+            own_progress = CheckedProgress(line(entry.name), pool.check) if pool else line(entry.name)
             try:
                 plan = self.plan(entry)
                 if plan.spec.run_id in taken:
                     raise UsageError(f"it is the model {taken[plan.spec.run_id]!r} once more; list it once.")
                 taken[plan.spec.run_id] = entry.name
                 folder = subfolder(out, f"evaluate-{plan.spec.run_id}")
-                report = plan.run(folder, own_progress, desk)
+                report = plan.run(folder, own_progress, pool)
             except RobustkitError as error:
                 progress.say(f"{entry.name}: {error}")
                 raise
@@ -131,8 +130,8 @@ class LeaderboardRun:
         try:
             if self.workers in (None, 1) and self.ray is None:
                 return [_result_or_error(work, entry) for entry in self.entries]
-            works = [partial(work, entry) for entry in self.entries]
-            return Bureau(works, hire(self.workers, self.ray), progress).run()
+            with shared_pool(self.workers, self.ray, progress, several=True) as pool:
+                return pool.run([partial(work, entry, pool) for entry in self.entries])
         finally:
             progress.close()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,7 @@ from robustkit.core.isolation import evaluation_mode, threads, training_count
 from robustkit.core.threat import ThreatModel
 from robustkit.core.writing import subfolder
 from robustkit.data.samples import Samples
-from robustkit.distributed.crew import Agency, Alone
+from robustkit.distributed.sharing import SharedPool, shared_pool
 from robustkit.engine.allocation.arms import spread
 from robustkit.engine.allocation.rounds import Rounds
 from robustkit.engine.allocation.strictness import STRICTNESS
@@ -189,7 +189,7 @@ class Evaluation:
         self,
         out: Path | None = None,
         progress: Progress | None = None,
-        agency: Agency | None = None,
+        pool: SharedPool | None = None,
         overwrite: bool = False,
     ) -> Report:
         """Run, or resume, or return the stored report of a finished run.
@@ -197,7 +197,7 @@ class Evaluation:
         Args:
             out: the run folder; None writes nothing.
             progress: receives events.
-            agency: a pool of workers shared with other runs; None for a pool of this run's own.
+            pool: a pool of workers shared with other runs; None for a pool of this run's own.
             overwrite: delete the run in `out` first.
 
         Returns:
@@ -212,13 +212,13 @@ class Evaluation:
         with opened or nullcontext(True) as writable:
             store = Store(out / run_folder.UNFINISHED if out and writable else None, self.spec.run_id)
             try:
-                report = self._at_eps(out, writable, progress, agency, store)
+                report = self._at_eps(out, writable, progress, pool, store)
                 if self.curve and report.curve is None:
                     require_writable(out, writable, "a curve")
                     report = self._with_curve(report, out, progress, store)
                 if self.audit > len(report.audit.audited if report.audit else ()):
                     require_writable(out, writable, "an audit")
-                    report = self._with_audit(report, out, progress, agency)
+                    report = self._with_audit(report, out, progress, pool)
                 if report.stopped is None:
                     store.clear()
                 return report
@@ -226,13 +226,13 @@ class Evaluation:
                 progress.close()
 
     def _at_eps(
-        self, out: Path | None, writable: bool, progress: Progress, agency: Agency | None, store: Store
+        self, out: Path | None, writable: bool, progress: Progress, pool: SharedPool | None, store: Store
     ) -> Report:
         if out and (out / run_folder.REPORT).exists():
             if run_folder.read_report(out).stopped is None or not writable:
                 return self._stored(out, progress)
         with Ledger.open(out and out / run_folder.LEDGER, self.spec.run_id) as ledger:
-            runner, mode_flags = self._run_attacks(ledger, progress, agency, store)
+            runner, mode_flags = self._run_attacks(ledger, progress, pool, store)
             strictness = self.rounds(runner).doubt(runner.results.scope)
             return write_report(ledger, runner, self.spec, strictness, mode_flags, out)
 
@@ -258,7 +258,7 @@ class Evaluation:
             run_folder.write_report(out, report)
         return report
 
-    def _with_audit(self, report: Report, out: Path | None, progress: Progress, agency: Agency | None) -> Report:
+    def _with_audit(self, report: Report, out: Path | None, progress: Progress, pool: SharedPool | None) -> Report:
         robust_positions = np.array([verdict.index for verdict in report.verdicts if verdict.robust], np.int64)
         margins = np.array([verdict.margin for verdict in report.verdicts if verdict.robust])
         chosen = robust_positions[spread(margins, shuffled(len(robust_positions), self.seed), self.audit)]
@@ -267,7 +267,7 @@ class Evaluation:
             subset = self.samples.pick(chosen)
             folder = out and subfolder(out, run_folder.AUDIT)
             found = replace(self, samples=subset, suite=AUDIT_SUITE, curve=False, audit=0, limits=Limits()).run(
-                folder, progress, agency
+                folder, progress, pool
             )
         broke = [int(chosen[v.index]) for v in found.verdicts if not v.robust] if found else []
         cost = found.cost if found else Cost(0, 0, 0.0)
@@ -279,7 +279,7 @@ class Evaluation:
         return report
 
     def _run_attacks(
-        self, ledger: Ledger, progress: Progress, agency: Agency | None, store: Store
+        self, ledger: Ledger, progress: Progress, pool: SharedPool | None, store: Store
     ) -> tuple[BlockRunner, list[Flag]]:
         """Return the runner once all attacks are done, and flags of the model's training mode."""
         results = RunResults.of(len(self.samples), self.spec.suite)
@@ -294,15 +294,16 @@ class Evaluation:
             )
         with evaluation_mode(self.model) as was_training:
             model = InstrumentedModel(self.model, self.device, self._precision)
-            alone = agency is None and self.ray is None and self.workers in (None, 1)
+            alone = pool is None and self.ray is None and self.workers in (None, 1)
             runner_class = BlockRunner if alone else Scheduler
             runner = runner_class(self.samples, self.settings, ledger, results, model, progress, store=store)
             runner.prepare()
             check_not_random(self.threat, random=model.random)
-            workers: AbstractContextManager[None] = nullcontext()
-            if isinstance(runner, Scheduler):
-                workers = runner.hired(agency or Alone(self.workers, self.ray, progress))
-            with workers, threads(model.threads):
+            with ExitStack() as stack:
+                if isinstance(runner, Scheduler):
+                    pool = pool or stack.enter_context(shared_pool(self.workers, self.ray, progress))
+                    stack.enter_context(runner.using(pool))
+                stack.enter_context(threads(model.threads))
                 run_images(runner, self.limits, self.rounds(runner))
             return runner, training_mode(was_training, training_count(self.model))
 

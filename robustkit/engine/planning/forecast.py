@@ -182,19 +182,16 @@ def site(found: ProbeResult, probe: CostProbe, devices: int) -> Site:
         return Site(1, slots, found.overhead, found.start, found.checks + found.clean * n)
     entered = int((found.finished & (found.forwards > 0)).sum())
     fooled = 1 - found.robust / max(entered, 1)
-    handout = found.read + HANDOUT + found.image_bytes * HANDOUT_BYTE
-    # Workers share the clean pass if each gets more than a batch; it stores no images.
-    shared = math.ceil(n / probe.chunk_size) > devices
-    clean, reading = (found.clean * n, n * (handout + VERDICT)) if shared else (0.0, 0.0)
+    # Workers read image files themselves; arrays are sent to them.
+    sent = 0.0 if probe.samples.source.slow else found.read + found.image_bytes * HANDOUT_BYTE
     return Site(
         devices=devices,
         slots=slots,
         overhead=found.overhead,
         startup=SPAWN_SECONDS + found.start,
-        opening=found.checks + found.clean * n * (not shared),
-        clean=clean,
-        reading=reading,
-        handout=handout,
+        opening=found.checks,
+        clean=found.clean * n,
+        handout=HANDOUT + sent,
         verdict=VERDICT + fooled * found.image_bytes * VERDICT_BYTE,
         message=MESSAGE,
     )
@@ -233,7 +230,7 @@ def _courses(
 
 def _rounds(simulation: SimulatedRounds, passes: np.ndarray, found: ProbeResult, machine: Site) -> list[Course]:
     """Return the simulated runs of the rounds, one after another."""
-    machine = replace(machine, startup=0.0, opening=0.0, clean=0.0, reading=0.0)
+    machine = replace(machine, startup=0.0, opening=0.0, clean=0.0)
     most = min(MAX_SIMULATED, MAX_ROUNDS * machine.devices * machine.slots)
 
     @cache

@@ -1,10 +1,11 @@
 """A run on several devices as a simulation by discrete events: how long it takes, and what the time goes to.
 
-The devices do as the engine's workers do. Each keeps up to `slots` images on board and takes one step of all of
-them with every pass: a pass takes a fixed time and a time for each image on board, so the last images pay for
-passes that are nearly empty. It asks the driver, which answers one question after the other, for more as slots get
-free, and gets at most its share of the queue; when that is empty, whoever has most on board gives away every other
-image. One device is a run in one process, whose driver is the device itself.
+The devices do as the engine's workers do. Each has up to `slots` images in its batch and takes one step of all of
+them with every pass: a pass takes a fixed time and a time for each image in the batch, so the last images pay for
+passes that are nearly empty. It has two tasks of a fraction of a second at once. After each, the driver, which
+does one thing after the other, writes the verdicts and sends the images for the task after the next one, at most
+the device's share of the queue. When the queue is empty, the device with most images gives every other one to one
+that has none. One device is a run in one process, whose driver is the device itself.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from robustkit.engine.evaluation.scheduler import SHARES, SPLIT_EVERY, WORTH_SPLITTING
+from robustkit.engine.evaluation.scheduler import SPLIT_EVERY, STEP_SECONDS, WORTH_SPLITTING, samples_to_send
 
 # What the time of all devices goes to: images, what passes take whatever is in them, start-up, clean pass and
 # checks, waiting for the driver, and at the end for the slowest images.
 PARTS = ("work", "passes", "start", "clean", "driver", "tail")
+# Tasks of a device that are simulated one by one; in a long run a simulated task stands for several.
+MAX_TASKS = 200
 
 
 @dataclass(frozen=True)
@@ -34,10 +37,9 @@ class Job:
 class Site:
     """Where a run is done, all in seconds.
 
-    `overhead` is what a pass takes whatever is on board; `startup` what a worker takes before its first image;
-    `opening` what the driver does alone before the attacks; `clean` the work of a clean pass that workers share,
-    of which the driver has `reading`. Of its time then each image takes `handout` and `verdict`, and each message
-    `message`.
+    `overhead` is what a pass takes whatever is in the batch; `startup` what a worker takes before its first image;
+    `opening` what is done before the attacks by one device alone; `clean` the work of a clean pass that workers
+    share. Of the driver's time each image takes `handout` and `verdict`, and each message `message`.
     """
 
     devices: int
@@ -46,19 +48,22 @@ class Site:
     startup: float = 0.0
     opening: float = 0.0
     clean: float = 0.0
-    reading: float = 0.0
     handout: float = 0.0
     verdict: float = 0.0
     message: float = 0.0
 
     @property
     def begin(self) -> float:
-        """When attacks begin. Where no clean pass is shared, the driver does its part while workers start."""
+        """When attacks begin. The checks run while other workers share the clean pass."""
         if self.devices == 1:
-            return self.startup + self.opening + self.clean + self.reading
-        if not self.clean:
-            return max(self.startup, self.opening)
-        return self.startup + max(self.clean / self.devices, self.reading) + self.opening
+            return self.startup + self.opening + self.clean
+        return self.startup + max(self.opening, (self.opening + self.clean) / self.devices)
+
+    @property
+    def slower(self) -> float:
+        """By which factor messages, the same in every second, slow down the driver's other work."""
+        share = self.devices * self.message / STEP_SECONDS
+        return 1.0 if self.devices == 1 else 1 / (1 - min(share, 0.99))
 
 
 @dataclass(frozen=True)
@@ -76,30 +81,44 @@ class Course:
 
 @dataclass
 class _Device:
-    """A device: those aboard by the pass at which each ends, and its passes up to the moment `since`."""
+    """A device.
+
+    Attributes:
+        active: the images in its batch by the pass at which each ends, with their time in a pass.
+        waiting: images that wait for a free row.
+        tasks: its next tasks: when each is there, and the images that it brings.
+        load: seconds of a pass for the images.
+        done: passes so far.
+        waited: seconds that it has waited for the driver.
+        giving: tasks until it gives images away; None if it is not to.
+    """
 
     active: list[tuple[int, int, float]] = field(default_factory=list)
+    waiting: deque[tuple[int, Job]] = field(default_factory=deque)
+    tasks: deque[tuple[float, list[tuple[int, Job]]]] = field(default_factory=deque)
     load: float = 0.0
     done: int = 0
-    since: float = 0.0
-    until: int = 0
-    version: int = 0
-    passes: int = 0
     waited: float = 0.0
+    giving: int | None = None
 
-    def take(self, number: int, job: Job) -> None:
-        """Take an image aboard."""
-        passes = max(job.passes, 1)
-        heapq.heappush(self.active, (self.done + passes, number, job.work / passes))
-        self.load += job.work / passes
+    @property
+    def held(self) -> int:
+        """How many images it has, those on their way included."""
+        return len(self.active) + len(self.waiting) + sum(len(images) for _, images in self.tasks)
 
-    def advance(self, passes: int) -> None:
-        """Have done so many more."""
+    def fill(self, slots: int) -> int:
+        """Put waiting images into free rows; return how many."""
+        count = min(slots - len(self.active), len(self.waiting))
+        for _ in range(count):
+            number, job = self.waiting.popleft()
+            passes = max(job.passes, 1)
+            heapq.heappush(self.active, (self.done + passes, number, job.work / passes))
+            self.load += job.work / passes
+        return count
+
+    def run(self, passes: int) -> int:
+        """Run so many passes; return how many images have finished."""
         self.done += passes
-        self.passes += passes
-
-    def land(self) -> int:
-        """Let those go that are through; return how many."""
         count = 0
         while self.active and self.active[0][0] <= self.done:
             self.load -= heapq.heappop(self.active)[2]
@@ -110,98 +129,108 @@ class _Device:
 
 
 class _Run:
-    """One simulation, event by event."""
+    """One simulation, event by event: an event is the end of a device's task."""
 
-    def __init__(self, jobs: Iterable[Job], site: Site) -> None:
+    def __init__(self, jobs: Sequence[Job], site: Site) -> None:
         self.site, self.queue = site, deque(enumerate(jobs))
         self.left = len(self.queue)
-        self.begin = site.begin
-        self.free_at = self.begin
-        self.last = self.begin
+        self.begin = self.free_at = self.last = site.begin
         self.devices = [_Device() for _ in range(site.devices)]
-        self.events = [(self.begin, number, 0) for number in range(site.devices)]
+        self.events: list[tuple[float, int, int]] = []
         self.idle = set[int]()
         self.split_at = -math.inf
-
-    @property
-    def alone(self) -> bool:
-        return self.site.devices == 1
+        self.passes = 0
+        ideal = sum(job.work for job in jobs) / site.devices
+        self.task = math.inf if site.devices == 1 else max(STEP_SECONDS, ideal / MAX_TASKS)
+        self.slower = site.slower
 
     def go(self) -> None:
         """Do everything."""
+        for number in range(len(self.devices)):
+            for _ in range(2):
+                self._send(number, self.begin, 0)
+            self._start(number, self.begin)
         while self.left:
-            now, number, version = heapq.heappop(self.events)
-            if number < 0:
-                self._split(now)
-            elif version == self.devices[number].version:
-                self._look(now, number)
+            now, number, finished = heapq.heappop(self.events)
+            self._end(now, number, finished)
 
-    def _look(self, now: float, number: int) -> None:
-        """Let land what is through, ask for more, begin the next passes."""
-        site, device = self.site, self.devices[number]
-        device.advance(device.until)
-        finished = device.land()
+    def _send(self, number: int, now: float, finished: int) -> None:
+        """Have the driver take in a result and send the task after the next one."""
+        device, site = self.devices[number], self.site
+        if site.devices == 1:
+            images, self.queue = list(self.queue), deque()
+        else:
+            count = samples_to_send(site.slots - device.held, finished, len(self.queue), site.devices)
+            images = [self.queue.popleft() for _ in range(count)]
+            seconds = finished * site.verdict + len(images) * site.handout
+            self.free_at = max(self.free_at, now) + (site.message + seconds) * self.slower
+        device.tasks.append((self.free_at, images))
+
+    def _start(self, number: int, now: float) -> None:
+        """Have a device run its next task, once that is there."""
+        device, site = self.devices[number], self.site
+        if not (device.held or self.queue):
+            self.idle.add(number)
+            return
+        self.idle.discard(number)
+        there, images = device.tasks.popleft()
+        device.waited += max(there - now, 0.0)
+        now = max(there, now)
+        device.waiting.extend(images)
+        end, finished = now + self.task, 0
+        while True:
+            taken = device.fill(site.slots)
+            now += taken * site.handout * (site.devices == 1)
+            if not device.active or now >= end:
+                break
+            seconds = site.overhead + device.load
+            passes = device.active[0][0] - device.done
+            if end < math.inf and seconds:
+                passes = min(passes, math.ceil((end - now) / seconds))
+            self.passes += passes
+            now += passes * seconds
+            ended = device.run(passes)
+            now += ended * site.verdict * (site.devices == 1)
+            finished += ended
+        heapq.heappush(self.events, (now, number, finished))
+
+    def _end(self, now: float, number: int, finished: int) -> None:
+        device = self.devices[number]
         self.left -= finished
         if finished:
             self.last = max(self.last, now)
-            self.free_at = max(self.free_at, now) + site.message * (not self.alone) + finished * site.verdict
-        asks = bool(self.queue) and len(device.active) < site.slots
-        after = self.free_at if self.alone else now
-        if asks:
-            count = min(site.slots - len(device.active), len(self.queue))
-            if not self.alone:
-                count = min(count, max(1, len(self.queue) // (SHARES * site.devices)))
-            after = max(self.free_at, now) + site.message * (not self.alone) + count * site.handout
-            self.free_at = after
-            for _ in range(count):
-                device.take(*self.queue.popleft())
-        device.waited += max(after - now, 0.0)
-        self._begin(max(after, now), number)
-
-    def _begin(self, now: float, number: int) -> None:
-        """Have a device go on from now, until the first lands or it may ask again."""
-        site, device = self.site, self.devices[number]
-        device.version += 1
-        device.since = now
-        if not device.active:
-            device.until = 0
-            self.idle.add(number)
-            if not self.queue:
-                heapq.heappush(self.events, (max(now, self.split_at + SPLIT_EVERY), -1, 0))
-            return
-        self.idle.discard(number)
-        device.until = device.active[0][0] - device.done
-        if self.queue and len(device.active) < site.slots:
-            device.until = 1
-        step = site.overhead + device.load
-        heapq.heappush(self.events, (now + device.until * step, number, device.version))
+        if device.giving is not None:
+            device.giving -= 1
+            if device.giving == 0:
+                device.giving = None
+                self._give(number, now)
+        self._send(number, now, finished)
+        self._start(number, now)
+        if self.idle:
+            self._split(now)
 
     def _split(self, now: float) -> None:
-        """Have the device with most on board give every other image to one that has none."""
-        if not self.idle or now < self.split_at + SPLIT_EVERY:
+        """Have the device with most images give some away after the tasks that it has."""
+        if self.queue or now < self.split_at + SPLIT_EVERY:
             return
-        number = max(range(len(self.devices)), key=lambda at: len(self.devices[at].active))
+        giver = max(self.devices, key=lambda device: device.held)
+        if giver.held >= WORTH_SPLITTING and giver.giving is None:
+            self.split_at, giver.giving = now, 2
+
+    def _give(self, number: int, now: float) -> None:
+        """Give every other image of the batch to an idle device."""
         giver = self.devices[number]
-        if len(giver.active) < WORTH_SPLITTING:
+        if not self.idle:
             return
-        self.split_at = now
-        step = self.site.overhead + giver.load
-        passes = min(giver.until, math.ceil(max(now - giver.since, 0.0) / step)) if step else giver.until
-        if passes < giver.until:
-            at = giver.since + passes * step
-            giver.advance(passes)
-            taker_number = min(self.idle)
-            taker = self.devices[taker_number]
-            rows = sorted(giver.active)
-            giver.active, given = rows[::2], rows[1::2]
-            taker.active = [(end - giver.done + taker.done, index, rate) for end, index, rate in given]
-            for device in (giver, taker):
-                device.load = sum(rate for *_, rate in device.active)
-            after = at + self.site.message
-            self._begin(after, number)
-            self._begin(after, taker_number)
-        if self.idle:
-            heapq.heappush(self.events, (now + SPLIT_EVERY, -1, 0))
+        taker_number = min(self.idle)
+        taker = self.devices[taker_number]
+        rows = sorted(giver.active)
+        giver.active, given = rows[::2], rows[1::2]
+        taker.active = [(end - giver.done + taker.done, index, rate) for end, index, rate in given]
+        for device in (giver, taker):
+            device.load = sum(rate for *_, rate in device.active)
+        taker.tasks = deque([(now + self.site.message, [])] * 2)
+        self._start(taker_number, now)
 
 
 def simulate(jobs: Iterable[Job], site: Site) -> Course:
@@ -216,12 +245,12 @@ def simulate(jobs: Iterable[Job], site: Site) -> Course:
     start = min(site.startup, run.begin)
     spent = {
         "work": sum(job.work for job in jobs),
-        "passes": site.overhead * sum(device.passes for device in run.devices),
+        "passes": site.overhead * run.passes,
         "start": site.devices * start,
         "clean": site.devices * (run.begin - start),
         "driver": sum(device.waited for device in run.devices) + site.devices * (seconds - run.last),
     }
-    if run.alone:
+    if site.devices == 1:
         spent["driver"] = len(jobs) * (site.handout + site.verdict)
     shares = {name: value / whole for name, value in spent.items()}
     return Course(seconds, {**shares, "tail": max(0.0, 1 - sum(shares.values()))})
@@ -242,7 +271,7 @@ def extended(jobs: list[Job], site: Site, n: int) -> Course:
         return course
     passes = sum(max(job.passes, 1) for job in jobs) / len(jobs)
     each = sum(job.work for job in jobs) / len(jobs)
-    driver = site.handout + site.verdict
+    driver = (site.handout + site.verdict) * site.slower
     own = each + site.overhead * passes / site.slots
     pace = own + driver if site.devices == 1 else max(own / site.devices, driver)
     seconds = course.seconds + more * pace
