@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -47,7 +47,8 @@ class _Thread:
 
     def end(self, *, wait: bool) -> None:
         """End the thread after its tasks; an unfinished search ends as it does with a process."""
-        self.executor.submit(self._end_search)
+        with suppress(RuntimeError):  # it was ended before
+            self.executor.submit(self._end_search)
         self.executor.shutdown(wait=wait)
 
     def _end_search(self) -> None:

@@ -48,13 +48,9 @@ OPEN = {
         f"training.{one}" for one in ("method.", "posterior_method.", "wrapping_method.", "ensemble_utils")
     ),
 }
-# Workers talk to the engine over messages of the engine's.
-UPWARDS = {
-    *(("distributed", "engine"), ("distributed", "crafting")),
-}
 # Only these may name the packages that are slow to import or belong to one adapter.
 ADAPTERS = {
-    "ray": {"distributed/ray_pool.py", "distributed/ray_actors.py"},
+    "ray": {"distributed/ray_actors.py"},
     "lightning_fabric": {
         "training/loop.py",
         "training/parallel/processes.py",
@@ -95,7 +91,7 @@ def may_import(room: str, name: str) -> bool:
         return True
     if room in LINKS:
         return other in PLUGINS and name.startswith(OPEN.get(other, (other,)))
-    return (room, other) in UPWARDS or (other in ORDER and ORDER.index(other) < ORDER.index(room))
+    return other in ORDER and ORDER.index(other) < ORDER.index(room)
 
 
 def test_imports_follow_the_order_of_packages() -> None:

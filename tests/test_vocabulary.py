@@ -40,15 +40,6 @@ IN_PROSE = """
 aboard anew anybody behind bench dear deck dice fell flight foreman honest lane nobody outlook parked pilot rung
 said somebody stand stands stood survivor survivors told whoever withstands withstood
 """.split()
-# Distributed runs and their worker processes have an issue of their own.
-NOT_YET = (
-    "robustkit/distributed/",
-    "robustkit/engine/evaluation/tasks.py",
-    "robustkit/engine/evaluation/scheduler.py",
-    "robustkit/engine/evaluation/evaluate_worker.py",
-    "robustkit/crafting/scheduler.py",
-    "robustkit/crafting/craft_worker.py",
-)
 # Words that remain in these files, because users write them or a stream of random numbers is seeded by them.
 ALLOWED: dict[str, set[str]] = {}
 
@@ -57,7 +48,7 @@ def code() -> list[Path]:
     folders = [ROOT / name for name in ("attacks", "defenses", "examples", "scripts")]
     files = [file for folder in folders for file in folder.rglob("*.py")]
     files += [file for file in (ROOT / "robustkit").rglob("*.py") if not {"attacks", "defenses"} & set(file.parts)]
-    return [file for file in files if not file.relative_to(ROOT).as_posix().startswith(NOT_YET)]
+    return files
 
 
 def prose() -> list[Path]:
