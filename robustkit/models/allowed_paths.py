@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from robustkit.core.errors import UsageError
+from robustkit.models.sources.source import find_source
 from robustkit.models.strings import ENSEMBLE, FILE, FOLDER, MODULE, SOURCE, ModelString
 from robustkit.registry.strings import defense_files
 
@@ -67,7 +68,7 @@ def names_code(string: str) -> bool:
 def _code_in(string: str) -> Iterator[str]:
     """Yield the Python code and pickles that a model string names: as its nets, for its nets, and as defenses."""
     for spec in _parts(string):
-        if spec.kind in (FILE, MODULE):
+        if spec.kind in (FILE, MODULE) or (spec.kind == SOURCE and find_source(spec.source).runs_code):
             yield spec.arch
         yield from filter(_CODE_FILE.search, _texts(spec))
         yield from defense_files(spec.options.get("defense", ""))

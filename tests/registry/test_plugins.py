@@ -252,8 +252,13 @@ def test_a_package_declares_its_model_source_as_built_in_ones_do(
     with pytest.raises(UsageError, match="did you mean 'robustkit:digits-cnn'"):
         robustkit.load_model("robustkitt:digits-cnn")
     assert plugins("models")["stranger"].summary == "linear nets"
+    recorded_model("stranger:64", "report.json", False)
     arch = complete_arch("stranger:64", classes=5, channels=1)
     assert arch.options == {"pretrained": "false", "num_classes": "5"}
+    (installed / "stranger_models.py").write_text(SOURCE.replace("help=", "runs_code=True, help="))
+    sys.modules.pop("stranger_models")
+    with pytest.raises(UsageError, match="names Python code, 'stranger:64'"):
+        recorded_model("stranger:64", "report.json", False)
 
 
 SOURCE = """

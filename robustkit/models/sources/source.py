@@ -68,6 +68,8 @@ class ModelSource:
         facts: Returns the facts of one net, which training needs to fit classes and channels to the data; None
             where they are unknown.
         names: Returns the names of its nets for spelling hints; may take seconds.
+        runs_code: Whether its strings can name code that it runs, such as that of a repository; one that a file
+            names then needs `--trust-code`.
     """
 
     prefix: str
@@ -78,6 +80,7 @@ class ModelSource:
     nets: Mapping[str, NetFacts] = field(default_factory=dict)
     facts: Callable[[str], NetFacts | None] = _no_facts
     names: Callable[[], Iterable[str]] = tuple
+    runs_code: bool = False
 
     def takes(self, name: str) -> bool:
         """Return whether its queries have this field beside those of every model."""
