@@ -1,22 +1,29 @@
-"""Kill workers, and now and then the driver, of an evaluation at random; compare with an undisturbed one.
+"""Kill workers, nodes and drivers of an evaluation at random; compare with an undisturbed one.
 
     python scripts/tools/kill_workers.py --kills 20 --out /tmp/kill_workers
+    python scripts/tools/kill_workers.py --kills 20 --ray --out /tmp/kill_workers_ray
 
-Starts `robustkit evaluate --workers 2` on the built-in net and sends SIGKILL at random moments: to a worker, or,
-every fourth time, to the driver, after which the same command goes on. At the end report.json (times and passes
-aside) has to be that of a run with one process, no chunk that was in the ledger may have changed, and no image may
-have two verdicts of one attack. What the kills cost is lost with the dead and in no ledger. About 6 minutes for 20
-kills on 2 cores.
+Starts `robustkit evaluate` with two workers on the built-in net and sends SIGKILL at random moments: to a worker,
+or, every fourth time, to the driver, after which the same command is started again. With --ray the workers are on
+a cluster of two nodes on this machine, and every fifth time the second node is removed and a new one added. At the
+end report.json (times and passes aside) has to be that of a run with one process, no chunk that was in the ledger
+may have changed, and no image may have two verdicts of one attack. What the kills cost is lost with the dead and
+in no ledger. Workers have to be gone a few seconds after their driver. About 6 minutes for 20 kills on 2 cores.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import closing, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +39,11 @@ COMMAND = [sys.executable, "-m", "robustkit", "evaluate", "--batch-size", "4", "
 COMMAND += ["--precision", "fp32", "--threat", "linf:0.12", "--suite", SUITE]
 # Margins of the same point from batches of different sizes differ by rounding.
 TOLERANCE = 1e-4
-DRIVER_EVERY = 4
+DRIVER_EVERY, NODE_EVERY = 4, 5
+# Command lines of workers.
+WORKERS = (b"spawn_main", b"ray::_Actor")
+# Seconds after which workers without a driver have to be gone.
+MAX_SECONDS_ALONE = 15.0
 
 
 def chunks(path: Path) -> dict[tuple[int, int], tuple[float, list[int]]]:
@@ -65,18 +76,103 @@ def passes(path: Path) -> int:
     return int(cost["forwards"] + cost["backwards"])
 
 
-def workers(driver: int) -> list[int]:
-    """Return the processes that a driver has started to work for it (Linux)."""
-    found = []
+def workers(root: int) -> list[int]:
+    """Return the workers among the processes below one (Linux)."""
+    parents, found = {}, []
     for status in Path("/proc").glob("[0-9]*/stat"):
         try:
-            parent = int(status.read_text().rpartition(")")[2].split()[1])
-            command = (status.parent / "cmdline").read_bytes()
+            parents[int(status.parent.name)] = int(status.read_text().rpartition(")")[2].split()[1])
+            if any(name in (status.parent / "cmdline").read_bytes() for name in WORKERS):
+                found.append(int(status.parent.name))
         except (OSError, IndexError, ValueError):
             continue
-        if parent == driver and b"spawn_main" in command:
-            found.append(int(status.parent.name))
-    return found
+    return [pid for pid in found if root in _above(pid, parents)]
+
+
+def _above(pid: int, parents: dict[int, int]) -> Iterator[int]:
+    while pid := parents.get(pid, 0):
+        yield pid
+
+
+def seconds_until_gone(pids: list[int]) -> float:
+    """Return how long it takes until all of these processes have ended."""
+    begun = time.monotonic()
+    while any(Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_bytes() for pid in pids):
+        if time.monotonic() - begun > MAX_SECONDS_ALONE:
+            return float("inf")
+        time.sleep(0.05)
+    return time.monotonic() - begun
+
+
+class Processes:
+    """Two workers that are processes of this machine."""
+
+    words = ("--workers", "2")
+
+    def workers(self, driver: int) -> list[int]:
+        """Return the workers of a driver."""
+        return workers(driver)
+
+    def close(self) -> None:
+        """Do nothing: they end with their driver."""
+
+
+class Nodes:
+    """Two workers on a Ray cluster of two nodes, one of which can be removed."""
+
+    def __init__(self) -> None:
+        """Start the cluster."""
+        from ray.cluster_utils import Cluster
+
+        os.environ["RAY_worker_niceness"] = "0"
+        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+        self.node = self.cluster.add_node(num_cpus=1)
+        self.words = ("--ray", self.cluster.address, "--workers", "2")
+
+    def workers(self, driver: int) -> list[int]:
+        """Return all workers of the cluster."""
+        return workers(os.getpid())
+
+    def replace_node(self) -> None:
+        """Remove the second node, as a machine that fails, and add another."""
+        self.cluster.remove_node(self.node, allow_graceful=False)
+        self.node = self.cluster.add_node(num_cpus=1)
+
+    def close(self) -> None:
+        """End the cluster."""
+        self.cluster.shutdown()
+
+
+@dataclass
+class Kills:
+    """What was killed so far."""
+
+    workers: int = 0
+    nodes: int = 0
+    drivers: int = 0
+    seconds_alone: float = 0.0
+
+    @property
+    def total(self) -> int:
+        """How many kills there were."""
+        return self.workers + self.nodes + self.drivers
+
+
+def kill_one(pool: Processes | Nodes, driver: subprocess.Popen[bytes], kills: Kills, rng: random.Random) -> None:
+    """Kill a driver, a node or a worker, whichever is next."""
+    found = pool.workers(driver.pid)
+    if (kills.total + 1) % DRIVER_EVERY == 0:
+        driver.kill()
+        if driver.wait() < 0:
+            kills.drivers += 1
+            kills.seconds_alone = max(kills.seconds_alone, seconds_until_gone(found))
+    elif isinstance(pool, Nodes) and (kills.total + 1) % NODE_EVERY == 0:
+        pool.replace_node()
+        kills.nodes += 1
+    elif found:
+        with suppress(ProcessLookupError):
+            os.kill(rng.choice(found), signal.SIGKILL)
+            kills.workers += 1
 
 
 def main() -> int:
@@ -86,45 +182,43 @@ def main() -> int:
     parser.add_argument("--limit", type=int, default=64, help="images")
     parser.add_argument("--wait", type=float, default=12.0, help="most seconds between two kills")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--ray", action="store_true", help="workers on a Ray cluster of two nodes on this machine")
     parser.add_argument("--out", type=Path, required=True)
-    arguments = parser.parse_args()
-    command = [*COMMAND, "--limit", str(arguments.limit)]
-    alone, shared = arguments.out / "alone", arguments.out / "shared"
+    options = parser.parse_args()
+    command = [*COMMAND, "--limit", str(options.limit)]
+    alone, shared = options.out / "alone", options.out / "shared"
     subprocess.run([*command, "--out", str(alone)], check=True, stdout=subprocess.DEVNULL)
-    rng, killed, drivers, runs = random.Random(arguments.seed), 0, 0, 0
+    rng, kills, runs = random.Random(options.seed), Kills(), 0
     known: dict[tuple[int, int], tuple[float, list[int]]] = {}
-    while not (shared / "report.json").exists():
-        runs += 1
-        process = subprocess.Popen(
-            [*command, "--workers", "2", "--out", str(shared)], stdout=subprocess.DEVNULL, stderr=sys.stderr
-        )
-        while process.poll() is None:
-            if killed == arguments.kills:
-                process.wait()
-                break
-            time.sleep(rng.uniform(0.2, arguments.wait))
-            if (killed + 1) % DRIVER_EVERY == 0:
-                process.kill()
-                drivers += process.wait() < 0
-                killed += 1
-            elif hands := workers(process.pid):
-                subprocess.run(["kill", "-9", str(rng.choice(hands))], check=False)
-                killed += 1
-        now = chunks(shared)
-        if not known.items() <= now.items():
-            print("FAILED: a chunk that was in the ledger has changed")
-            return 1
-        known = now
-    images = [(stage, at) for (stage, _), (_, positions) in known.items() for at in positions]
+    with closing(Nodes() if options.ray else Processes()) as pool:
+        while not (shared / "report.json").exists():
+            runs += 1
+            driver = subprocess.Popen([*command, *pool.words, "--out", str(shared)], stdout=subprocess.DEVNULL)
+            while driver.poll() is None and kills.total < options.kills:
+                time.sleep(rng.uniform(0.2, options.wait))
+                kill_one(pool, driver, kills, rng)
+            if driver.wait() > 0:
+                print(f"FAILED: the evaluation ended with exit code {driver.returncode}")
+                return 1
+            now = chunks(shared)
+            if not known.items() <= now.items():
+                print("FAILED: a chunk that was in the ledger has changed")
+                return 1
+            known = now
+    images = [(stage, position) for (stage, _), (_, positions) in known.items() for position in positions]
     if len(images) != len(set(images)):
-        print("FAILED: an image was judged twice in one stage")
+        print("FAILED: an image has two verdicts in one stage")
         return 1
     (one, margins), (other, others) = verdicts(alone), verdicts(shared)
     apart = max(abs(a - b) for a, b in zip(margins, others, strict=True))
-    print(f"{killed} kills, {drivers} of them of the driver, {runs} runs; {len(known)} chunks, none done twice")
+    print(
+        f"{kills.total} kills: {kills.workers} of workers, {kills.nodes} of nodes, {kills.drivers} of drivers; "
+        f"{runs} runs; {len(known)} chunks, none done twice"
+    )
+    print(f"workers gone at most {kills.seconds_alone:.1f} s after their driver")
     print(f"passes in the ledger: {passes(shared):,}, of one process: {passes(alone):,}")
     print(f"reports {'equal' if one == other else 'DIFFER'}; margins at most {apart:.1e} apart")
-    return 0 if one == other and apart <= TOLERANCE else 1
+    return 0 if one == other and apart <= TOLERANCE and kills.seconds_alone <= MAX_SECONDS_ALONE else 1
 
 
 if __name__ == "__main__":
