@@ -11,7 +11,7 @@ stem instead, as papers name theirs: `cwa.py` has `ssa-cwa`.
 
 from __future__ import annotations
 
-from robustkit.registry.construction import make, make_again, make_method, make_technique, plain, spec
+from robustkit.registry.construction import from_record, make, make_method, make_technique, plain, spec
 from robustkit.registry.decorators import Info, attack, defense, method, recipe, suite, technique
 from robustkit.registry.entries import Entry, Field, catalog, describe, find
 from robustkit.registry.fields import takes
@@ -32,8 +32,8 @@ __all__ = [
     "defense",
     "describe",
     "find",
+    "from_record",
     "make",
-    "make_again",
     "make_method",
     "make_technique",
     "method",

@@ -51,7 +51,7 @@ def make_method(name: str, **fields: Any) -> Any:
     return _build("method", name, fields)
 
 
-def make_again(kind: str, record: Mapping[str, Any], *, trust_code: bool = False) -> Any:
+def from_record(kind: str, record: Mapping[str, Any], *, trust_code: bool = False) -> Any:
     """Return the object of a record by `spec`; a step size without a unit in it is a share of eps.
 
     Args:
@@ -82,13 +82,13 @@ def make_again(kind: str, record: Mapping[str, Any], *, trust_code: bool = False
 
 
 def _build(kind: str, name: str, fields: Mapping[str, Any]) -> Any:
-    thing = find(kind, name)
-    if is_plain_function(thing):
-        return FunctionAttack(thing, _literals(fields))
+    registered = find(kind, name)
+    if is_plain_function(registered):
+        return FunctionAttack(registered, _literals(fields))
     for field in fields:
-        if field not in field_types(thing):
-            raise did_you_mean(f"field of {name}", field, field_types(thing))
-    return thing(**fields)
+        if field not in field_types(registered):
+            raise did_you_mean(f"field of {name}", field, field_types(registered))
+    return registered(**fields)
 
 
 def as_attack(value: Any) -> Any:
@@ -118,7 +118,7 @@ def _is_attack(value: Any) -> bool:
 
 
 def spec(value: Any) -> dict[str, Any]:
-    """Return an attack, defense, technique or method as a record, which `make_again` converts back.
+    """Return an attack, defense, technique or method as a record, which `from_record` converts back.
 
     It has the name, the fields, and the hash of the code if that is not robustkit's own (`code_of`).
     """
@@ -142,18 +142,18 @@ def origin(value: Any) -> dict[str, str]:
     `code` is a SHA-256; `package` the installed package that registers it, else `string` the `FILE.py:NAME` that
     it was loaded from.
     """
-    thing: Any = value.function if isinstance(value, FunctionAttack) else type(value)
-    while isinstance(thing, functools.partial):
-        thing = thing.func
-    if not inspect.isclass(thing) and not inspect.isroutine(thing):
-        thing = type(thing)
-    module = str(thing.__module__)
+    code_object: Any = value.function if isinstance(value, FunctionAttack) else type(value)
+    while isinstance(code_object, functools.partial):
+        code_object = code_object.func
+    if not inspect.isclass(code_object) and not inspect.isroutine(code_object):
+        code_object = type(code_object)
+    module = str(code_object.__module__)
     if module.partition(".")[0] != "robustkit":
         for group in ("attacks", "defenses"):
             for plugin in plugins(group).values():
                 if plugin.module == module:
                     return plugin.record
-    return code_of(thing)
+    return code_of(code_object)
 
 
 def plain(value: Any) -> Any:

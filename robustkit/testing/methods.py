@@ -19,7 +19,7 @@ from robustkit.core.rng import RowRng
 from robustkit.data import from_arrays
 from robustkit.data.samples import Samples
 from robustkit.models import load_model
-from robustkit.registry import make_again
+from robustkit.registry import from_record
 from robustkit.runs.training_record import Trained
 from robustkit.training import loop
 from robustkit.training.method import Batch, Method, Plan
@@ -125,7 +125,7 @@ def check_run(method: Method, record: Trained, folder: Path) -> None:
     assert stored == json.loads(json.dumps(record.to_json())), (
         f"{name}: model.json is not the record that train returns"
     )
-    again = make_again("method", stored["method"], trust_code=True)
+    again = from_record("method", stored["method"], trust_code=True)
     assert again == method, f"{name}: its record in model.json makes {again}, not {method}"
     losses = [epoch["loss"] for epoch in record.history]
     assert len(losses) == PLAN.epochs, f"{name}: {len(losses)} epochs in the history, not {PLAN.epochs}"

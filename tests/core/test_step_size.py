@@ -20,7 +20,7 @@ from robustkit.core.rng import RowRng
 from robustkit.core.step_size import StepSize
 from robustkit.core.threat import ThreatModel
 from robustkit.defenses.adversarial_training.pgd_at import PGDAT
-from robustkit.registry import make, make_again, make_method, parse_attack, parse_suite, spec
+from robustkit.registry import from_record, make, make_method, parse_attack, parse_suite, spec
 
 SHAPE = (5, 3, 7, 9)
 RULES = ("pgd", "i-fgsm", "mi-fgsm", "ni-fgsm", "cwa", "mi-cse")
@@ -138,17 +138,17 @@ def test_everything_that_steps_takes_both_units_and_has_a_record(kind: str, name
         assert made.step_size.share(0.1) == pytest.approx(share)
         record = json.loads(json.dumps(spec(made)))
         assert record["step_size"] == (0.5 if text == "0.5eps" else text)
-        assert make_again(kind, record) == made
+        assert from_record(kind, record) == made
         assert replace(made, **{fields(made)[0].name: getattr(made, fields(made)[0].name)}) == made
 
 
 def test_old_records_hold_shares_of_eps_however_small() -> None:
     """A bare number that is refused from a person was written by robustkit itself."""
     old = {"name": "pgd", "steps": 1, "step_size": 0.01, "restarts": 1, "loss": "ce", "random_start": True}
-    made = make_again("attack", old)
+    made = from_record("attack", old)
     assert made.step_size == StepSize(0.01)
     assert spec(made) == {**old, "density": 0.01}
-    assert spec(make_again("method", {"name": "pgd-at", "step_size": 0.01}))["step_size"] == 0.01
+    assert spec(from_record("method", {"name": "pgd-at", "step_size": 0.01}))["step_size"] == 0.01
 
 
 @pytest.mark.parametrize(

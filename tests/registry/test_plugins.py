@@ -115,7 +115,7 @@ def test_specs_of_packages_have_their_version_and_code(installed: Path) -> None:
     record = registry.spec(registry.make("random-signs", queries="5"))
     assert record == {"name": "random-signs", "queries": 5, "package": "stranger 1.2", "code": record["code"]}
     assert len(record["code"]) == 64
-    assert registry.make_again("attack", record) == registry.make("random-signs", queries=5)
+    assert registry.from_record("attack", record) == registry.make("random-signs", queries=5)
     model = robustkit.load_model("stranger:64")
     assert model.string == "stranger:64"
     assert model.fingerprint == robustkit.load_model("stranger:64").fingerprint
@@ -137,8 +137,8 @@ def test_code_that_a_record_names_is_not_run(folder: Path) -> None:
     assert shell("robustkit evaluate --models models.txt --data digits:test --limit 4 --suite fgsm --out all") == 2
     (entry,) = registry.parse_suite("./random_signs.py:RandomSigns", "linf")
     with pytest.raises(UsageError, match="--trust-code"):
-        registry.make_again("attack", entry.spec)
-    assert registry.make_again("attack", entry.spec, trust_code=True) == entry.attack
+        registry.from_record("attack", entry.spec)
+    assert registry.from_record("attack", entry.spec, trust_code=True) == entry.attack
 
 
 def test_a_package_replaces_no_name_and_breaks_no_list(installed: Path) -> None:

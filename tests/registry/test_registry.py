@@ -174,12 +174,12 @@ def test_specs_make_the_same_attack_again(name):
     made = registry.make(name, **({"steps": "3"} if name == "foolbox:LinfPGD" else {}))
     record = json.loads(json.dumps(registry.spec(made)))
     assert record["name"] == name
-    assert registry.make_again("attack", record) == made
+    assert registry.from_record("attack", record) == made
 
 
 def test_changed_fields_survive_the_round_trip():
     made = registry.make("pgd", steps=3, step_size="1/7eps", random_start="false", loss="dlr", restarts=2)
-    assert registry.make_again("attack", json.loads(json.dumps(registry.spec(made)))) == made
+    assert registry.from_record("attack", json.loads(json.dumps(registry.spec(made)))) == made
     assert registry.spec(made)["step_size"] == 1 / 7
 
 

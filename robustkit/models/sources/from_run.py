@@ -32,7 +32,7 @@ from robustkit.models.strings import ENSEMBLE, FOLDER, MAX_MEMBERS, SOURCE, UNKN
 from robustkit.models.weights.files import WeightsFile, read_weights
 from robustkit.models.weights.loading import put_weights
 from robustkit.posterior import Posterior
-from robustkit.registry.construction import make_again, origin
+from robustkit.registry.construction import from_record, origin
 
 FACTS, WEIGHTS = "model.json", "model.safetensors"
 # What of a run's folder makes up its nets, as far as it is there.
@@ -143,7 +143,7 @@ class Run:
             refuse_code(self.facts.arch, self.folder / FACTS)
         method = None
         if self.facts.input is not None:
-            method = make_again("method", self.facts.method or {}, trust_code=trust_code)
+            method = from_record("method", self.facts.method or {}, trust_code=trust_code)
 
         def net(state: dict[str, Tensor], number: int = 0) -> Built:
             inner, weights = self.arch_of(number), WeightsFile(self.folder / WEIGHTS, {"": state})
