@@ -14,7 +14,8 @@ from robustkit.core.writing import DRAFT, is_read_only, remove_drafts, unlink_li
 from robustkit.posterior import FILE as POSTERIOR
 from robustkit.posterior.draft import FOLDER as SAMPLES
 from robustkit.runs import run_folder
-from robustkit.runs.ledger import FILES, Ledger
+from robustkit.runs.ledger import Ledger
+from robustkit.runs.ledger_schema import FILES
 from robustkit.runs.run_folder import Spec
 from robustkit.runs.spec import dumps
 from robustkit.runs.training_record import CHECKPOINTS, CURVES, KEPT, METRICS, RECORD, WEIGHTS

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from robustkit.checks.relabelled import label_checks
 from robustkit.core.errors import RunError
+from robustkit.core.flags import Flag
 from robustkit.core.writing import write
+from robustkit.models.classifier import Classifier
 from robustkit.models.strings import ENSEMBLE, ModelString
 from robustkit.posterior import FILE as POSTERIOR
 from robustkit.posterior import Posterior, UnfinishedPosterior
@@ -61,22 +63,12 @@ def finish(
             if test is not None:
                 scores = [evaluation.log_probabilities(member.classifier, test) for member in members]
     accuracies = [evaluation.accuracy_and_loss(one, test.labels)[0] for one in scores] if test is not None else []
-    accuracy, flags = None, []
-    if test is not None:
-        predictions = evaluation.mean_of_probabilities(scores).argmax(1)
-        hits = int((predictions == test.labels).sum())
-        accuracy = json.loads(dumps(Rate.of(hits, len(test))))
-        flags = label_checks(predictions.tolist(), test.labels.tolist(), job.plan.classes)
-    classifier = members[0].classifier
-    mean, std = (
-        None if value is None else value.flatten().tolist() for value in (classifier.mean, classifier.std)
-    )
+    accuracy, flags = (None, []) if test is None else _tested(scores, test, job.plan.classes)
     classifiers = [member.classifier for member in members]
-    arch = architecture_string(classifiers)
-    # Members of one architecture have the same cost.
-    counted = classifiers if ModelString.parse(arch).kind == ENSEMBLE else classifiers[:1]
-    per_image = sum(flops(one.eval(), train.at(slice(0, 1))) for one in counted) // len(counted)
-    pass_counts, file = train_state.pass_counts, POSTERIOR if has_posterior else WEIGHTS
+    mean, std = (
+        None if value is None else value.flatten().tolist() for value in (classifiers[0].mean, classifiers[0].std)
+    )
+    arch, file = architecture_string(classifiers), POSTERIOR if has_posterior else WEIGHTS
     record = Trained(
         run_id=job.spec.run_id,
         arch=arch,
@@ -92,13 +84,7 @@ def finish(
         accuracy=accuracy,
         member_accuracy=[] if has_posterior else accuracies,
         input=[train.channels, *train.pixels.shape[1:3]] if isinstance(method, WrappingMethod) else None,
-        cost={
-            "forwards": pass_counts.forwards,
-            "backwards": pass_counts.backwards,
-            # A backward pass computes the gradients of the input and of the weights of every layer.
-            "flops": per_image * (pass_counts.forwards + 2 * pass_counts.backwards),
-            "seconds": train_state.seconds,
-        },
+        cost=_cost(arch, classifiers, train_state, train),
         hashes={file: sha256(job.folder / file)},
         environment=environment(train.pixels.device, job.spec.precision, None) | {"parts": train_state.versions},
         class_names=job.class_names,
@@ -107,6 +93,31 @@ def finish(
     write(job.folder / RECORD, (dumps(record.to_json(), indent=2) + "\n").encode())
     shutil.rmtree(job.folder / KEPT, ignore_errors=True)
     (job.folder / PREVIOUS).unlink(missing_ok=True)
+
+
+def _tested(scores: Sequence[Tensor], test: ImageSet, classes: int) -> tuple[dict[str, Any], list[Flag]]:
+    """Return the test accuracy of the mean probabilities with its interval, and flags on the labels."""
+    predictions = evaluation.mean_of_probabilities(scores).argmax(1)
+    hits = int((predictions == test.labels).sum())
+    flags = label_checks(predictions.tolist(), test.labels.tolist(), classes)
+    return json.loads(dumps(Rate.of(hits, len(test)))), flags
+
+
+def _cost(
+    arch: str, classifiers: Sequence[Classifier], train_state: TrainState, train: ImageSet
+) -> dict[str, float]:
+    """Return the passes, floating-point operations and seconds of the run."""
+    # Members of one architecture have the same cost.
+    counted = classifiers if ModelString.parse(arch).kind == ENSEMBLE else classifiers[:1]
+    per_image = sum(flops(one.eval(), train.at(slice(0, 1))) for one in counted) // len(counted)
+    passes = train_state.pass_counts
+    return {
+        "forwards": passes.forwards,
+        "backwards": passes.backwards,
+        # A backward pass computes the gradients of the input and of the weights of every layer.
+        "flops": per_image * (passes.forwards + 2 * passes.backwards),
+        "seconds": train_state.seconds,
+    }
 
 
 def test_metrics(members: Sequence[Member], model_state: ModelState, test: ImageSet) -> dict[str, float]:

@@ -79,19 +79,7 @@ def show(record: Craft, console: Console, next_command: str | None = None, page:
     if versions := made_in_parts(record.environment):
         line(versions)
     line("")
-    table = Table(box=None, pad_edge=False, header_style="", padding=(0, 2, 0, 0))
-    table.add_column("model", no_wrap=True)
-    for column in ("clean acc", "success", "95% interval", "n", "random signs", "other image"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for title, model_names, judgements in (
-        ("surrogates", own, record.surrogates),
-        ("targets", others, record.targets),
-    ):
-        if judgements:
-            table.add_row(title, style="dim")
-        for name, judged in zip(model_names, judgements, strict=True):
-            table.add_row(f"  {name}", *_cells(judged))
-    console.print(table, highlight=False)
+    console.print(_judged_models(record, own, others), highlight=False)
     if record.targets:
         line(CONTROLS)
     if record.not_finite:
@@ -121,6 +109,23 @@ def show(record: Craft, console: Console, next_command: str | None = None, page:
         line(f"report   {page}")
     if next_command:
         line(f"next     {next_command}")
+
+
+def _judged_models(record: Craft, own: Sequence[str], others: Sequence[str]) -> Table:
+    """Return the table of the success on each surrogate and each target, by their short names."""
+    table = Table(box=None, pad_edge=False, header_style="", padding=(0, 2, 0, 0))
+    table.add_column("model", no_wrap=True)
+    for column in ("clean acc", "success", "95% interval", "n", "random signs", "other image"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for title, model_names, judgements in (
+        ("surrogates", own, record.surrogates),
+        ("targets", others, record.targets),
+    ):
+        if judgements:
+            table.add_row(title, style="dim")
+        for name, judged in zip(model_names, judgements, strict=True):
+            table.add_row(f"  {name}", *_cells(judged))
+    return table
 
 
 def training_costs(record: Craft, names: Sequence[str]) -> str:
