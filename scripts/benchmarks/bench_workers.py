@@ -1,26 +1,31 @@
-"""Two workers of one thread against one of one thread, on a real net; start-up measured separately.
+"""Two workers of one thread against one, and against an earlier checkout, on a real net; start-up told apart.
 
     python scripts/benchmarks/bench_workers.py --model robustkit:cifar-resnet20@resnet20-at.safetensors --data \
-        test.npz
+        test.npz --ray local --against /path/to/earlier/checkout
 
-Both runs are of the same 512 images and the same suite in float32; the verdicts have to be equal. Of each it
-prints the seconds from the first sample handed out to the last verdict, which is what scales, and those before it:
-the model loaded by driver and workers, clean pass and checks. About 10 minutes on 2 idle cores; with anything else
-on them the numbers mean nothing.
+All runs are of the same 512 images and the same suite in float32, each in a process of its own; the verdicts have
+to be equal. Of each it prints the seconds from the first sample of an attack to the last verdict, which is what
+scales, and those before it: the model loaded by driver and workers, clean pass and checks. About 2 minutes per run
+on 2 idle cores; with anything else on them the numbers mean nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from robustkit import evaluate, load_data, load_model
 from robustkit.engine.progress import Progress
-from robustkit.runs.evaluation_record import Report
+
+HERE = Path(__file__).parents[2]
 
 
 class Clock(Progress):
@@ -37,8 +42,8 @@ class Clock(Progress):
         self.attacks = self.last = time.perf_counter() if self.stages <= 2 else self.attacks
 
     def say(self, text: str) -> None:
-        """Start the timer again when all workers have started."""
-        print(f"  {text}")
+        """Begin the attacks again when all workers are there."""
+        print(f"  {text}", file=sys.stderr)
         if "at work" in text and self.stages >= 2:
             self.attacks = time.perf_counter()
 
@@ -47,28 +52,38 @@ class Clock(Progress):
         self.last = time.perf_counter()
 
 
-def timed(
-    model: str, data: str, limit: int, threat: str, suite: str, workers: int, ray: str | None = None
-) -> tuple[Report, float]:
-    """Return a run's report and the seconds that its attacks took."""
-    net, samples = load_model(model), load_data(data).head(limit)
+def run_here(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the seconds and verdicts of one run with the robustkit that is imported."""
+    torch.set_num_threads(options.workers)  # which the workers share
+    net, samples = load_model(options.model), load_data(options.data).head(options.limit)
     clock = Clock()
-    words: dict[str, Any] = {
-        "suite": suite,
-        "precision": "fp32",
-        "workers": workers,
-        "ray": ray,
-        "progress": clock,
+    settings: dict[str, Any] = {"suite": options.suite, "precision": "fp32", "progress": clock}
+    settings |= {"workers": options.workers, "ray": options.ray}
+    report = evaluate(net, samples, None, options.threat, **settings)
+    return {
+        "attacks": clock.last - clock.attacks,
+        "before": clock.attacks - clock.begun,
+        "run_id": report.run_id,
+        "robust": [verdict.robust for verdict in report.verdicts],
     }
-    report = evaluate(net, samples, None, threat, **words)
-    attacks = clock.last - clock.attacks
-    where = " on Ray" if ray else ""
-    print(f"{workers} workers{where}: attacks {attacks:.1f} s, before them {clock.attacks - clock.begun:.1f} s")
-    return report, attacks
+
+
+def run_in(checkout: Path, options: argparse.Namespace, workers: int, ray: str | None) -> dict[str, Any]:
+    """Return the same of a new process that imports the robustkit of a checkout, and print the seconds."""
+    command = [sys.executable, __file__, "--single", "--workers", str(workers)]
+    for name in ("model", "data", "limit", "threat", "suite"):
+        command += [f"--{name}", str(getattr(options, name))]
+    command += ["--ray", ray] if ray else []
+    environment = {**os.environ, "PYTHONPATH": str(checkout)}
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, env=environment, text=True)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    where = f"{workers} workers{' on Ray' if ray else ''}{'' if checkout == HERE else ', earlier checkout'}"
+    print(f"{where}: attacks {found['attacks']:.1f} s, before them {found['before']:.1f} s", flush=True)
+    return found
 
 
 def main() -> None:
-    """Print seconds and their ratio."""
+    """Print seconds and their ratios."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", required=True)
@@ -76,22 +91,25 @@ def main() -> None:
     parser.add_argument("--threat", default="linf:8/255")
     parser.add_argument("--suite", default="rapid")
     parser.add_argument("--ray", help="run two workers at this address of a Ray cluster as well, e.g. local")
-    arguments = parser.parse_args()
+    parser.add_argument("--against", type=Path, help="an earlier checkout, which runs two workers as well")
+    parser.add_argument("--workers", type=int, default=2, help=argparse.SUPPRESS)
+    parser.add_argument("--single", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.single:
+        print(json.dumps(run_here(options)))
+        return
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} before")
-    found = []
-    for workers in (1, 2):
-        torch.set_num_threads(workers)  # which the workers share
-        found.append(
-            timed(arguments.model, arguments.data, arguments.limit, arguments.threat, arguments.suite, workers)
-        )
-    (one, alone), (two, shared) = found
-    equal = [v.robust for v in one.verdicts] == [v.robust for v in two.verdicts] and one.run_id == two.run_id
-    if arguments.ray:
-        _, there = timed(
-            arguments.model, arguments.data, arguments.limit, arguments.threat, arguments.suite, 2, arguments.ray
-        )
-        print(f"{there / shared:.2f} of the time of two processes is what two workers on Ray take")
-    print(f"{alone / shared:.2f} times as fast; verdicts and run_id {'equal' if equal else 'DIFFER'}")
+    one = run_in(HERE, options, 1, None)
+    runs = [one]
+    for ray in [None, options.ray] if options.ray else [None]:
+        earlier = run_in(options.against.absolute(), options, 2, ray) if options.against else None
+        two = run_in(HERE, options, 2, ray)
+        print(f"  {one['attacks'] / two['attacks']:.2f} times as fast as one worker")
+        if earlier:
+            print(f"  {earlier['attacks'] / two['attacks']:.3f} times as fast as the earlier checkout")
+        runs += [two, earlier or two]
+    equal = all((run["run_id"], run["robust"]) == (one["run_id"], one["robust"]) for run in runs)
+    print(f"verdicts and run_id {'equal' if equal else 'DIFFER'}")
 
 
 if __name__ == "__main__":

@@ -93,8 +93,8 @@ def scan(words: list[str], folder: Path) -> int:
     counts: dict[str, set[int]] = defaultdict(set)
     while process.poll() is None:
         sockets = listening()
-        for pid, command in below(process.pid).items():
-            name = kind(pid, command, process.pid, with_ray)
+        for pid, line in below(process.pid).items():
+            name = kind(pid, line, process.pid, with_ray)
             counts[name].add(pid)
             seen[name] |= {sockets[inode] for inode in inodes(pid) if inode in sockets}
         time.sleep(SECONDS)
