@@ -15,7 +15,7 @@ from robustkit.crafting.spec import CraftRequest
 from robustkit.data.samples import Samples
 from robustkit.distributed.pool import Handle, State
 from robustkit.distributed.sent_models import SentModel
-from robustkit.engine.evaluation.evaluate_worker import KeptMessages, WorkerImages
+from robustkit.engine.evaluation.evaluate_worker import Outbox, WorkerImages
 from robustkit.engine.evaluation.tasks import Data, Result
 from robustkit.engine.model.loaded_models import Net
 from robustkit.runs.unfinished_work import Store
@@ -85,7 +85,8 @@ def load(job: CraftJob, state: State) -> bool:
     source = WorkerImages(data)
     samples = Samples(data.name, data.labels, None, source, np.arange(len(data.labels)))
     request = CraftRequest(nets=nets, samples=samples, device=device, batch_size=job.batch, **job.request)
-    crafter = Crafter(request, KeptMessages(), job.store.here())
+    outbox = state["outbox"] = Outbox(source)
+    crafter = Crafter(request, outbox, job.store.here())
     crafter.use_ensemble(Ensemble(nets, device, job.storage, request.combine, request.weights), job.configs)
     state["crafter"] = crafter
     return False
@@ -94,10 +95,7 @@ def load(job: CraftJob, state: State) -> bool:
 def craft(batch: CraftBatch, state: State) -> Result:
     """Craft one batch."""
     crafter: Crafter = state["crafter"]
-    source, messages = crafter.samples.source, crafter.progress
-    assert isinstance(source, WorkerImages) and isinstance(messages, KeptMessages)  # noqa: PT018, S101
-    source.add(batch.positions, batch.images)
-    chunks = list(crafter.craft(batch.stage, batch.attack, batch.members, batch.goals, [batch.positions]))
-    for position in batch.positions.tolist():
-        source.remove(position)
-    return Result(chunks, messages.take())
+    outbox: Outbox = state["outbox"]
+    outbox.source.add(batch.positions, batch.images)
+    outbox.write(*crafter.craft(batch.stage, batch.attack, batch.members, batch.goals, [batch.positions]))
+    return Result(*outbox.take())

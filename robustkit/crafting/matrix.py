@@ -105,7 +105,7 @@ class MatrixRequest:
 
             rows = []
             try:
-                with shared_pool(self.workers, self.ray, progress, several=True) as pool:
+                with shared_pool(self.workers, self.ray, progress.say, several=True) as pool:
                     found = pool.run([partial(work, number) for number in range(len(runs))])
             finally:
                 progress.close()

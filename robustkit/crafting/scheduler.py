@@ -48,7 +48,7 @@ class DistributedCrafter(ResumableCrafter):
     def team(self) -> Team:
         """The workers, which start on first use."""
         plan, samples, storage = self.plan, self.samples, self.ensemble.storage
-        shared = self.pool or self._stack.enter_context(shared_pool(plan.workers, plan.ray, self.progress))
+        shared = self.pool or self._stack.enter_context(shared_pool(plan.workers, plan.ray, self.progress.say))
         models = [_sent(shared.pool, net, plan) for net in plan.nets]
         images = samples.images(np.arange(min(MAX_POOL, self.n))).numpy()
         data = shared.pool.share(Data(samples.name, samples.labels, images, None, samples.rows), "the data")

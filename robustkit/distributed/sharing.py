@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -30,13 +30,6 @@ MAX_DEATHS = 3
 MAX_WAIT = 0.5
 # Tasks that each worker has at once, so that it never waits for the driver.
 MAX_CALLS = 2
-
-
-class Messages(Protocol):
-    """Shows messages to the user."""
-
-    def say(self, text: str) -> None:
-        """Show a message of one line."""
 
 
 class Stopped(BaseException):
@@ -165,9 +158,9 @@ class SharedPool:
     random generators, torch's threads, a ledger) is never used by two.
     """
 
-    def __init__(self, pool: WorkerPool, progress: Messages, *, several: bool = False) -> None:
-        """Share a pool; `several` is whether there are several runs."""
-        self.pool, self.progress, self.several = pool, progress, several
+    def __init__(self, pool: WorkerPool, say: Callable[[str], None], *, several: bool = False) -> None:
+        """Share a pool; `say` shows a message to the user, `several` is whether there are several runs."""
+        self.pool, self.say, self.several = pool, say, several
         self.lock = threading.Condition()
         self.teams: list[Team] = []
         # Workers without a run, and the run whose model each has loaded.
@@ -234,10 +227,6 @@ class SharedPool:
             if len(self.first_loads) == self.pool.count:
                 self.say(f"{self.pool.count} workers at work after {time.perf_counter() - self.begun:.1f} s")
 
-    def say(self, text: str) -> None:
-        """Show a message about the workers."""
-        self.progress.say(text)
-
     def wait(self, futures: Sequence[Future[Any]], seconds: float) -> set[Future[Any]]:
         """Return which of these are done, after waiting for one while other runs go on."""
         self.check()
@@ -287,12 +276,12 @@ class SharedPool:
 
 @contextmanager
 def shared_pool(
-    workers: int | None, ray: str | None, progress: Messages, *, several: bool = False
+    workers: int | None, ray: str | None, say: Callable[[str], None], *, several: bool = False
 ) -> Iterator[SharedPool]:
     """Give a pool of new workers inside (see `open_pool`); of one run the calling thread has the lock."""
     pool = open_pool(workers, ray)
     try:
-        shared = SharedPool(pool, progress, several=several)
+        shared = SharedPool(pool, say, several=several)
         with threads(torch.get_num_threads()):
             if several:
                 yield shared

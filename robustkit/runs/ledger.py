@@ -94,7 +94,8 @@ class Ledger:
         if path is not None:
             refuse_link(*(path.with_name(path.name + ending) for ending in FILES))
         with _explained(name):
-            db = sqlite3.connect(path or ":memory:", isolation_level=None)
+            # A driver of workers writes in a thread of its own, and waits for it before it uses the ledger itself.
+            db = sqlite3.connect(path or ":memory:", isolation_level=None, check_same_thread=False)
             ledger = cls(db, name)
             ledger._refuse_other_tables()
             db.execute("PRAGMA journal_mode = WAL")

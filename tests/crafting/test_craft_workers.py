@@ -1,4 +1,4 @@
-"""Images that workers craft are those of one process, bit by bit, whoever dies on the way; so is a matrix."""
+"""Images that workers craft are those of one process, bit by bit, also if workers die; so is a matrix."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def run(workers: int | None, **settings: Any) -> Craft:
     return craft(nets, x, y, THREAT, workers=workers, **said)
 
 
-def same(one: Craft, other: Craft) -> None:
+def assert_same(one: Craft, other: Craft) -> None:
     assert one.run_id == other.run_id
     assert np.array_equal(one.adversarial["x"], other.adversarial["x"])
     assert one.gradients_per_image == other.gradients_per_image
@@ -56,17 +56,17 @@ def alone() -> Craft:
 
 
 @pytest.mark.parametrize("workers", [pytest.param(2, marks=pytest.mark.slow), 3])
-def test_as_many_as_one(workers: int, alone: Craft) -> None:
+def test_any_number_of_workers_crafts_the_images_of_one_process(workers: int, alone: Craft) -> None:
     many = run(workers, streaming=True)
-    same(alone, many)
+    assert_same(alone, many)
     assert not np.array_equal(many.adversarial["x"], labelled(Small(), N, (3, 6, 8))[0].numpy())
 
 
 @pytest.mark.slow
-def test_goals_forecast_and_budgets() -> None:
+def test_workers_craft_target_classes_forecasts_and_budgets() -> None:
     asked = {"targeted": "least-likely", "forecast": True, "budgets": [4], "attack": "mi-fgsm(steps=2)"}
     asked["streaming"] = True
-    same(run(None, **asked), run(2, **asked))
+    assert_same(run(None, **asked), run(2, **asked))
 
 
 def dying(work: Callable[..., Any], times: int, after: int = 0) -> Callable[..., Any]:
@@ -83,10 +83,10 @@ def dying(work: Callable[..., Any], times: int, after: int = 0) -> Callable[...,
     return made
 
 
-def test_what_a_dead_worker_had_is_done_by_others(alone: Craft, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_of_a_dead_worker_are_crafted_by_others(alone: Craft, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batches.Crafter, "_chunk", dying(batches.Crafter._chunk, 2, after=1))
     watch = Watch()
-    same(alone, run(2, streaming=True, progress=watch))
+    assert_same(alone, run(2, streaming=True, progress=watch))
     assert sum("has died" in line for line in watch.said) == 2
 
 
@@ -94,16 +94,18 @@ def test_what_a_dead_worker_had_is_done_by_others(alone: Craft, monkeypatch: pyt
     ("before", "after"),
     [(2, 3), *(pytest.param(*pair, marks=pytest.mark.slow) for pair in ((2, None), (None, 2)))],
 )
-def test_interrupted_and_resumed(before: int | None, after: int | None, alone: Craft, tmp_path: Path) -> None:
+def test_an_interrupted_craft_run_resumes_with_any_number_of_workers(
+    before: int | None, after: int | None, alone: Craft, tmp_path: Path
+) -> None:
     with pytest.raises(KeyboardInterrupt):
         run(before, out=tmp_path, streaming=True, progress=Watch(3))
     watch = Watch()
-    same(alone, run(after, out=tmp_path, streaming=True, progress=watch))
+    assert_same(alone, run(after, out=tmp_path, streaming=True, progress=watch))
     assert any("resuming" in line for line in watch.said)
 
 
 @pytest.mark.slow
-def test_what_cannot_be_sent_is_told_in_a_sentence() -> None:
+def test_a_surrogate_that_cannot_be_sent_is_an_error_in_a_sentence() -> None:
     x, y = labelled(Small(), 4, (3, 6, 8))
     net = Small()
     with pytest.raises(UsageError, match=r"cannot be sent to workers .* or leave --workers out"):
@@ -122,7 +124,7 @@ def matrix(out: Path, workers: int | None) -> Matrix:
 
 
 @pytest.mark.parametrize("workers", [2, pytest.param(5, marks=pytest.mark.slow)])
-def test_a_matrix(workers: int, tmp_path: Path) -> None:
+def test_a_matrix_with_workers_equals_that_of_one_process(workers: int, tmp_path: Path) -> None:
     one, many = matrix(tmp_path / "one", None), matrix(tmp_path / "many", workers)
     assert one.success == many.success
     assert one.gradients_per_image == many.gradients_per_image

@@ -31,7 +31,7 @@ def start(out: Path, workers: int, command: list[str] = COMMAND) -> subprocess.P
     )
 
 
-def hands(driver: int) -> list[int]:
+def worker_ids(driver: int) -> list[int]:
     """The worker processes of a driver."""
     listed = subprocess.run(
         ["ps", "-ww", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True
@@ -40,14 +40,14 @@ def hands(driver: int) -> list[int]:
     return [int(pid) for pid, parent, said in rows[1:] if parent == str(driver) and "spawn_main" in said]
 
 
-def until(true: object, seconds: float = 120) -> None:
+def wait_until(true: object, seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end
         time.sleep(0.1)
 
 
-def alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -55,7 +55,7 @@ def alive(pid: int) -> bool:
     return True
 
 
-def same(one: Path, other: Path) -> None:
+def assert_same(one: Path, other: Path) -> None:
     told = [Report.from_json(json.loads((out / "report.json").read_text())) for out in (one, other)]
     first, second = told
     assert first.run_id == second.run_id
@@ -63,38 +63,38 @@ def same(one: Path, other: Path) -> None:
     assert np.allclose([v.margin for v in first.verdicts], [v.margin for v in second.verdicts], atol=1e-4)
 
 
-def test_killed_with_9_and_the_driver_too(tmp_path: Path) -> None:
+def test_killed_workers_and_a_killed_driver_lose_no_verdict(tmp_path: Path) -> None:
     alone = start(tmp_path / "alone", 1)
     process = start(tmp_path / "shared", 2)
-    until(lambda: len(hands(process.pid)) == 2)
+    wait_until(lambda: len(worker_ids(process.pid)) == 2)
     time.sleep(3)
-    os.kill(hands(process.pid)[0], signal.SIGKILL)
+    os.kill(worker_ids(process.pid)[0], signal.SIGKILL)
     time.sleep(3)
-    left = hands(process.pid)
+    left = worker_ids(process.pid)
     process.kill()
     process.communicate()
-    until(lambda: not any(map(alive, left)), 30)
+    wait_until(lambda: not any(map(is_alive, left)), 30)
     process = start(tmp_path / "shared", 2)
     said, _ = process.communicate(timeout=170)
     assert process.returncode == 0, said
     alone.communicate()
     assert alone.returncode == 0
-    same(tmp_path / "alone", tmp_path / "shared")
+    assert_same(tmp_path / "alone", tmp_path / "shared")
 
 
-def test_ctrl_c_ends_all(tmp_path: Path) -> None:
+def test_ctrl_c_ends_driver_and_workers(tmp_path: Path) -> None:
     process = start(tmp_path / "r", 2)
-    until(lambda: len(hands(process.pid)) == 2)
+    wait_until(lambda: len(worker_ids(process.pid)) == 2)
     time.sleep(2)
-    left = hands(process.pid)
+    left = worker_ids(process.pid)
     os.killpg(process.pid, signal.SIGINT)
     said, _ = process.communicate(timeout=30)
     assert process.returncode == 130
     assert "Traceback" not in said
-    assert not any(map(alive, left))
+    assert not any(map(is_alive, left))
 
 
-def test_a_model_of_python_is_sent() -> None:
+def test_a_model_from_python_is_sent_to_workers() -> None:
     net = Small()
     x, y = labelled(net, 12, (3, 6, 8))
     one, two = (evaluate(net, x, y, "linf:0.02", suite="pgd(steps=6)", workers=n) for n in (1, 2))
@@ -102,21 +102,21 @@ def test_a_model_of_python_is_sent() -> None:
     assert one.run_id == two.run_id
 
 
-def test_a_list_of_models_killed_with_9_and_the_driver_too(tmp_path: Path) -> None:
+def test_a_list_of_models_survives_killed_workers_and_a_killed_driver(tmp_path: Path) -> None:
     zoo = tmp_path / "zoo.txt"
     zoo.write_text("a=robustkit:digits-cnn\nb=robustkit:digits-cnn?defense=bit-depth:3\nc=nowhere:at_all\n")
     suite = "pgd(steps=20),autoattack:apgd-ce(steps=10),apgd(steps=20)"
     command = [*COMMAND, "--models", str(zoo), "--data", "digits:test", "--limit", "12", "--suite", suite]
     alone = start(tmp_path / "alone", 1, command)
     process = start(tmp_path / "shared", 2, command)
-    until(lambda: len(hands(process.pid)) == 2)
+    wait_until(lambda: len(worker_ids(process.pid)) == 2)
     time.sleep(3)
-    os.kill(hands(process.pid)[0], signal.SIGKILL)
+    os.kill(worker_ids(process.pid)[0], signal.SIGKILL)
     time.sleep(4)
-    left = hands(process.pid)
+    left = worker_ids(process.pid)
     process.kill()
     process.communicate()
-    until(lambda: not any(map(alive, left)), 30)
+    wait_until(lambda: not any(map(is_alive, left)), 30)
     process = start(tmp_path / "shared", 3, command)
     said, _ = process.communicate(timeout=170)
     assert process.returncode == 2, said
@@ -124,17 +124,17 @@ def test_a_list_of_models_killed_with_9_and_the_driver_too(tmp_path: Path) -> No
     boards = [json.loads((tmp_path / name / "leaderboard.json").read_text()) for name in ("alone", "shared")]
     for one, other in zip(*(admit["rows"] for admit in boards), strict=True):
         assert one["behind"] == other["behind"]
-        same(tmp_path / "alone" / one["folder"], tmp_path / "shared" / other["folder"])
+        assert_same(tmp_path / "alone" / one["folder"], tmp_path / "shared" / other["folder"])
 
 
-def test_images_of_killed_workers(tmp_path: Path) -> None:
+def test_images_of_killed_workers_are_crafted_by_others(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "robustkit", "craft", "--limit", "48", "--batch-size", "4"]
     command += ["--attack", "mi-fgsm(steps=100)"]
     alone = start(tmp_path / "alone", 1, command)
     process = start(tmp_path / "shared", 2, command)
-    until(lambda: len(hands(process.pid)) == 2)
+    wait_until(lambda: len(worker_ids(process.pid)) == 2)
     time.sleep(4)
-    os.kill(hands(process.pid)[0], signal.SIGKILL)
+    os.kill(worker_ids(process.pid)[0], signal.SIGKILL)
     said, _ = process.communicate(timeout=170)
     assert process.returncode == 0, said
     alone.communicate()

@@ -1,4 +1,4 @@
-"""A run with several workers is the run with one, whoever dies on the way."""
+"""A run with several workers gives the results of one process, also if workers die."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def run(workers: int, suite: str = ROWS, n: int = 30, **settings: Any) -> Report
     return evaluate(net, x, y, "linf:0.02", suite=suite, workers=workers, **said)
 
 
-def same(one: Report, other: Report) -> None:
+def assert_same(one: Report, other: Report) -> None:
     assert one.run_id == other.run_id
     assert [(v.robust, v.attack) for v in one.verdicts] == [(v.robust, v.attack) for v in other.verdicts]
     assert np.allclose([v.margin for v in one.verdicts], [v.margin for v in other.verdicts], atol=1e-5)
@@ -62,17 +62,19 @@ def same(one: Report, other: Report) -> None:
         *(pytest.param(suite, (2, 4), marks=pytest.mark.slow) for suite in (f"{COUPLED},{ROWS}", ROWS, "auto")),
     ],
 )
-def test_as_many_as_one(suite: str, counts: tuple[int, ...]) -> None:
+def test_any_number_of_workers_gives_the_verdicts_of_one_process(suite: str, counts: tuple[int, ...]) -> None:
     alone = run(1, suite)
     assert 0 < sum(verdict.robust for verdict in alone.verdicts) < len(alone.verdicts) - 1
     for workers in counts:
         many = run(workers, suite)
-        same(alone, many)
+        assert_same(alone, many)
         assert many.environment["workers"] == workers
 
 
 @pytest.mark.parametrize(("suite", "n"), [(ROWS, 16), (COUPLED, 16), ("pgd(steps=2)", 40)])
-def test_what_a_dead_worker_had_is_done_by_others(suite: str, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_of_a_dead_worker_are_attacked_by_others(
+    suite: str, n: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of enough images workers do the clean pass as well, and die in it."""
     write = evaluate_worker.Outbox.write
     deaths: list[Any] = []
@@ -85,11 +87,11 @@ def test_what_a_dead_worker_had_is_done_by_others(suite: str, n: int, monkeypatc
 
     alone, watch = run(1, suite, n=n), Watch()
     monkeypatch.setattr(evaluate_worker.Outbox, "write", dying)
-    same(alone, run(2, suite, n=n, progress=watch))
+    assert_same(alone, run(2, suite, n=n, progress=watch))
     assert sum("has died" in line for line in watch.said) == 3
 
 
-def test_workers_that_do_nothing_but_die_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_that_die_before_any_verdict_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     def dying(box: evaluate_worker.Outbox, *chunks: Chunk) -> None:
         raise Died
 
@@ -99,7 +101,7 @@ def test_workers_that_do_nothing_but_die_end_the_run(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("suite", [pytest.param(ROWS, marks=pytest.mark.slow), COUPLED])
-def test_interrupted_and_resumed_by_any_number_is_the_same(suite: str, tmp_path: Path) -> None:
+def test_an_interrupted_run_resumes_with_any_number_of_workers(suite: str, tmp_path: Path) -> None:
     alone = run(1, suite)
     for after, workers in ((3, 1), (6, 2), (9, 3)):
         out = tmp_path / f"{after}"
@@ -108,7 +110,7 @@ def test_interrupted_and_resumed_by_any_number_is_the_same(suite: str, tmp_path:
         except KeyboardInterrupt:
             with Ledger.open(out / "ledger.sqlite", alone.run_id) as ledger:
                 before = {(chunk.stage, chunk.chunk): chunk.seconds for chunk in ledger.chunks()}
-        same(alone, run(workers, suite, out=out))
+        assert_same(alone, run(workers, suite, out=out))
         with Ledger.read(out / "ledger.sqlite", alone.run_id) as ledger:
             now = {(chunk.stage, chunk.chunk): chunk.seconds for chunk in ledger.chunks()}
         assert before.items() <= now.items()
@@ -116,13 +118,13 @@ def test_interrupted_and_resumed_by_any_number_is_the_same(suite: str, tmp_path:
 
 
 @pytest.mark.slow
-def test_a_limit_stops_all(tmp_path: Path) -> None:
+def test_a_limit_stops_a_run_with_workers_at_the_same_image(tmp_path: Path) -> None:
     report = run(2, n=200, stop_at_width=0.4)
-    same(run(1, n=200, stop_at_width=0.4), report)
+    assert_same(run(1, n=200, stop_at_width=0.4), report)
     assert report.stopped is not None
 
 
-def test_what_cannot_be_sent_is_told_in_a_sentence() -> None:
+def test_a_model_that_cannot_be_sent_is_an_error_in_a_sentence() -> None:
     net = Small()
     x, y = labelled(net, 4, SHAPE)
     with pytest.raises(UsageError, match=r"cannot be sent to workers .* or leave --workers out"):
@@ -131,7 +133,7 @@ def test_what_cannot_be_sent_is_told_in_a_sentence() -> None:
         evaluate(net, x, y, "linf:0.02", suite="fgsm", workers=0)
 
 
-class Bad(Small):
+class FailsInWorker(Small):
     """Fails in workers once it has been called some times."""
 
     calls = 0
@@ -144,14 +146,14 @@ class Bad(Small):
         return super().forward(x)
 
 
-def test_an_error_in_a_worker_is_the_run_s() -> None:
+def test_an_error_in_a_worker_ends_the_run() -> None:
     x, y = labelled(Small(), 12, SHAPE)
     with pytest.raises(RunError, match="ValueError: this net has a bug"):
-        evaluate(Bad(), x, y, "linf:0.02", suite=ROWS, workers=2)
+        evaluate(FailsInWorker(), x, y, "linf:0.02", suite=ROWS, workers=2)
 
 
 @pytest.mark.parametrize("after", [9, *(pytest.param(looks, marks=pytest.mark.slow) for looks in (0, 3, 20))])
-def test_samples_go_from_flight_to_flight_in_the_middle(after: int) -> None:
+def test_samples_move_to_another_continuous_batch_in_the_middle_of_an_attack(after: int) -> None:
     net = Small().eval()
     x, y = labelled(net, 24, SHAPE)
     clean = -margin(net(x), y).detach()
@@ -174,7 +176,7 @@ def test_samples_go_from_flight_to_flight_in_the_middle(after: int) -> None:
             instrumented, ThreatModel.parse("linf:0.02"), entries, names, 0, 64, admit, recover=recover
         )
 
-    def told(groups: list[Any]) -> dict[int, tuple[bool, int]]:
+    def verdicts(groups: list[Any]) -> dict[int, tuple[bool, int]]:
         parts = [part for group in groups for part in group]
         return {
             at: (fooled, stage)
@@ -184,12 +186,12 @@ def test_samples_go_from_flight_to_flight_in_the_middle(after: int) -> None:
             )
         }
 
-    whole = told(list(batch(np.arange(24)).run()))
+    whole = verdicts(list(batch(np.arange(24)).run()))
     first, second = batch(np.arange(24)), batch(np.zeros(0, np.int64))
-    walk = first.run()
-    groups = [next(walk) for _ in range(after + 1)]
+    looks = first.run()
+    groups = [next(looks) for _ in range(after + 1)]
     active = first.active
     second.take_over(first.give_half())
     assert first.active + second.active == active
     assert second.active > 0
-    assert told([*groups, *walk, *second.run()]) == whole
+    assert verdicts([*groups, *looks, *second.run()]) == whole

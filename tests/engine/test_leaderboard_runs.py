@@ -1,4 +1,4 @@
-"""A list of models gives of each what a command with one gives, whoever does the work and whatever dies."""
+"""Each run of a list of models equals the run of that model alone, also if workers die."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from robustkit.runs.ledger import Chunk
 ROWS, COUPLED = "pgd(steps=4),square(queries=4),apgd(steps=8)", "autoattack:apgd-ce(steps=4)"
 MODELS = [NamedModel(f"net{seed}", f"nets:flat?pixels=144&seed={seed}") for seed in range(3)]
 X, Y = labelled(Flat(144), 8, (3, 6, 8))
-BAD = NamedModel("bad", "nets:absent")
+ABSENT = NamedModel("bad", "nets:absent")
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +56,7 @@ def plan(entry: NamedModel, suite: str = ROWS) -> Evaluation:
     )
 
 
-def sweep(
+def run_list(
     out: Path, workers: int, entries: list[NamedModel] = MODELS, watch: Progress | None = None, suite: str = ROWS
 ) -> list[Any]:
     watch = watch or Progress()
@@ -65,7 +65,7 @@ def sweep(
     return [one if isinstance(one, Exception) else one[1] for one in found]
 
 
-def same(one: list[Report], other: list[Report]) -> None:
+def assert_same(one: list[Report], other: list[Report]) -> None:
     for first, second in zip(one, other, strict=True):
         assert isinstance(second, Report), second
         assert first.run_id == second.run_id
@@ -76,28 +76,30 @@ def same(one: list[Report], other: list[Report]) -> None:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> list[Report]:
-    return sweep(tmp_path_factory.mktemp("alone"), 1)
+    return run_list(tmp_path_factory.mktemp("alone"), 1)
 
 
 # Fewer workers than models, and more.
 @pytest.mark.parametrize(
     "workers", [pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow), 5]
 )
-def test_as_many_as_one(workers: int, alone: list[Report], tmp_path: Path) -> None:
+def test_any_number_of_workers_gives_the_reports_of_one_process(
+    workers: int, alone: list[Report], tmp_path: Path
+) -> None:
     assert len({report.run_id for report in alone}) == 3
     watch = Watch()
-    same(alone, sweep(tmp_path, workers, watch=watch))
+    assert_same(alone, run_list(tmp_path, workers, watch=watch))
     assert sum("robust accuracy" in line for line in watch.said) == 3
     watch = Watch()
-    same(alone, sweep(tmp_path, workers, watch=watch))
+    assert_same(alone, run_list(tmp_path, workers, watch=watch))
 
 
 @pytest.mark.slow
-def test_attacks_by_the_batch(tmp_path: Path) -> None:
-    same(sweep(tmp_path / "1", 1, suite=COUPLED), sweep(tmp_path / "2", 2, suite=COUPLED))
+def test_attacks_on_whole_batches_get_the_same_batches(tmp_path: Path) -> None:
+    assert_same(run_list(tmp_path / "1", 1, suite=COUPLED), run_list(tmp_path / "2", 2, suite=COUPLED))
 
 
-def test_what_a_dead_worker_had_is_done_by_others(
+def test_images_of_a_dead_worker_are_attacked_by_others(
     alone: list[Report], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write = evaluate_worker.Outbox.write
@@ -111,35 +113,37 @@ def test_what_a_dead_worker_had_is_done_by_others(
 
     monkeypatch.setattr(evaluate_worker.Outbox, "write", dying)
     watch = Watch()
-    same(alone, sweep(tmp_path, 2, watch=watch))
+    assert_same(alone, run_list(tmp_path, 2, watch=watch))
     assert sum("has died" in line for line in watch.said) == 3
 
 
-def test_interrupted_and_resumed(alone: list[Report], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_list_resumes_with_another_number_of_workers(
+    alone: list[Report], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Stop(Watch):
         def say(self, text: str) -> None:
             if "robust accuracy" in text:
                 raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        sweep(tmp_path, 2, watch=Stop())
+        run_list(tmp_path, 2, watch=Stop())
     assert list(tmp_path.glob("*/report.json"))
-    same(alone, sweep(tmp_path, 3))
+    assert_same(alone, run_list(tmp_path, 3))
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_bad_model_stops_no_other(workers: int, alone: list[Report], tmp_path: Path) -> None:
-    found = sweep(tmp_path, workers, [BAD, MODELS[0], NamedModel("again", MODELS[0].string)])
+def test_a_model_that_cannot_be_loaded_stops_no_other(workers: int, alone: list[Report], tmp_path: Path) -> None:
+    found = run_list(tmp_path, workers, [ABSENT, MODELS[0], NamedModel("again", MODELS[0].string)])
     assert isinstance(found[0], UsageError)
-    same(alone[:1], found[1:2])
+    assert_same(alone[:1], found[1:2])
     assert "is the model 'net0' once more" in str(found[2])
 
 
-def test_nor_does_one_whose_code_fails(tmp_path: Path) -> None:
+def test_an_error_in_a_model_s_code_stops_no_other(tmp_path: Path) -> None:
     def fails(entry: NamedModel) -> Evaluation:
         raise ZeroDivisionError("division by zero")
 
-    found = LeaderboardRun([BAD], fails, workers=2).run(tmp_path, Progress(), lambda name: Progress())
+    found = LeaderboardRun([ABSENT], fails, workers=2).run(tmp_path, Progress(), lambda name: Progress())
     assert isinstance(found[0], RunError)
     assert str(found[0]) == "ZeroDivisionError: division by zero"
 
@@ -153,13 +157,13 @@ def test_a_model_that_fails_in_a_worker_stops_no_other(
         return load(replace(model, string=model.string.replace("seed=2", "seed=1")), *place)
 
     monkeypatch.setattr(SentModel, "load", other)
-    found = sweep(tmp_path, 2)
+    found = run_list(tmp_path, 2)
     assert isinstance(found[2], RunError)
     assert "found another model than the driver" in str(found[2])
-    same(alone[:2], found[:2])
+    assert_same(alone[:2], found[:2])
 
 
-def test_a_list_of_models(tmp_path: Path) -> None:
+def test_a_file_lists_models_with_names_and_comments(tmp_path: Path) -> None:
     path = tmp_path / "models.txt"
     path.write_text(
         "# a zoo\n\nrobustkit:digits-cnn   # built in\nold one = runs/x/#2\ntimm:resnet50?mean=0,0,0\n"
@@ -184,7 +188,7 @@ def test_a_list_of_models(tmp_path: Path) -> None:
         (None, "cannot read the list of models .*: No such file or directory; write"),
     ],
 )
-def test_a_list_that_is_none(content: bytes | None, sentence: str, tmp_path: Path) -> None:
+def test_an_invalid_list_is_an_error_in_a_sentence(content: bytes | None, sentence: str, tmp_path: Path) -> None:
     path = tmp_path / "models.txt"
     if content is not None:
         path.write_bytes(content)
@@ -192,7 +196,7 @@ def test_a_list_that_is_none(content: bytes | None, sentence: str, tmp_path: Pat
         read_models(path)
 
 
-def test_a_folder_of_something_else(tmp_path: Path) -> None:
+def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "spec.json").write_text("{}")
     with pytest.raises(UsageError, match=r"'spec\.json', which is no run of a list of models; give an empty"):
-        sweep(tmp_path, 1)
+        run_list(tmp_path, 1)

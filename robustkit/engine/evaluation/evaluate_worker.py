@@ -132,12 +132,12 @@ def content_hash(source: Source, rows: np.ndarray) -> str:
     return digest.hexdigest()
 
 
-class Outbox:
-    """A sink that keeps chunks for the driver, which has the ledger."""
+class Outbox(Progress):
+    """Keeps chunks and messages for the driver, which has the ledger and the display."""
 
     def __init__(self, source: WorkerImages) -> None:
-        """Begin without chunks."""
-        self.source, self.chunks = source, list[Chunk]()
+        """Begin without any."""
+        self.source, self.chunks, self.messages = source, list[Chunk](), list[str]()
 
     def write(self, *chunks: Chunk) -> None:
         """Keep chunks, but not their images."""
@@ -146,25 +146,13 @@ class Outbox:
             for verdict in chunk.verdicts:
                 self.source.remove(verdict.position)
 
-    def take(self) -> list[Chunk]:
-        """Return the chunks since the last call."""
-        taken, self.chunks = self.chunks, []
-        return taken
-
-
-class KeptMessages(Progress):
-    """Keeps messages for the driver."""
-
-    def __init__(self) -> None:
-        """Begin without any."""
-        self.messages: list[str] = []
-
     def say(self, text: str) -> None:  # noqa: D102
         self.messages.append(text)
 
-    def take(self) -> list[str]:
-        """Return the messages since the last call."""
-        taken, self.messages = self.messages, []
+    def take(self) -> tuple[list[Chunk], list[str]]:
+        """Return what was kept since the last call."""
+        taken = self.chunks, self.messages
+        self.chunks, self.messages = [], []
         return taken
 
 
@@ -172,7 +160,6 @@ class EvaluationWorker(BlockRunner):
     """A block runner whose samples come from the driver and whose results go there."""
 
     ledger: Outbox
-    progress: KeptMessages
     source: WorkerImages
     write_every = 0.0
 
@@ -183,16 +170,17 @@ class EvaluationWorker(BlockRunner):
         if not readable(data.source, data.rows):
             data = replace(data, source=None)
         source = WorkerImages(data)
+        outbox = Outbox(source)
         threat = settings.threat
         settings = replace(settings, entries=parse_suite(settings.suite, threat.norm, minimal=threat.minimal))
         n = len(data.labels)
         worker = cls(
             Samples(data.name, data.labels, None, source, np.arange(n)),
             settings,
-            Outbox(source),
+            outbox,
             RunResults.of(n, [entry.spec for entry in settings.entries]),
             InstrumentedModel(model, torch.device(job.device), settings.precision),
-            KeptMessages(),
+            outbox,
             worker=(job.number,),
             store=job.store.here(),
         )
@@ -250,8 +238,7 @@ class EvaluationWorker(BlockRunner):
             except StopIteration:
                 self.looks = None
         return Result(
-            self.ledger.take(),
-            self.progress.take(),
+            *self.ledger.take(),
             self.slots - (self.batch.active if self.batch else 0) - len(self.incoming),
             self.batch.progress if self.batch else 0.0,
             released,
@@ -309,7 +296,7 @@ class EvaluationWorker(BlockRunner):
             self.run_attack_chunk(batch.stage, batch.number, positions, images)
         for position in positions.tolist():
             self.source.remove(position)
-        return Result(self.ledger.take(), self.progress.take(), facts=self.search_facts)
+        return Result(*self.ledger.take(), facts=self.search_facts)
 
     def _receive(self, parcel: Parcel) -> None:
         if parcel.hashes:

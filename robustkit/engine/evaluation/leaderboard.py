@@ -130,7 +130,7 @@ class LeaderboardRun:
         try:
             if self.workers in (None, 1) and self.ray is None:
                 return [_result_or_error(work, entry) for entry in self.entries]
-            with shared_pool(self.workers, self.ray, progress, several=True) as pool:
+            with shared_pool(self.workers, self.ray, progress.say, several=True) as pool:
                 return pool.run([partial(work, entry, pool) for entry in self.entries])
         finally:
             progress.close()

@@ -301,7 +301,7 @@ class Evaluation:
             check_not_random(self.threat, random=model.random)
             with ExitStack() as stack:
                 if isinstance(runner, Scheduler):
-                    pool = pool or stack.enter_context(shared_pool(self.workers, self.ray, progress))
+                    pool = pool or stack.enter_context(shared_pool(self.workers, self.ray, progress.say))
                     stack.enter_context(runner.using(pool))
                 stack.enter_context(threads(model.threads))
                 run_images(runner, self.limits, self.rounds(runner))

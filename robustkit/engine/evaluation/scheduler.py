@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -36,6 +37,8 @@ SHARES = 2
 # Samples that a worker must have before others are given some of them, and seconds between two attempts.
 WORTH_SPLITTING = 4
 SPLIT_EVERY = 0.5
+# The most bytes of adversarial images that wait to be written.
+MAX_UNWRITTEN_BYTES = 32 << 20
 # Facts of workers that add up; of the others the record has what they agree on, or all of it.
 SUMS = ("claims_refused", "searched_again")
 # Stage, number and positions of a batch.
@@ -71,7 +74,9 @@ class Scheduler(BlockRunner):
         self.facts: dict[Worker, Mapping[str, Any]] = {}
         self.finished: list[Chunk] = []
         self.done = 0
-        self.written = 0.0
+        # Writing and hashing images takes most of the driver's time: it is done while workers are served.
+        self.thread = ThreadPoolExecutor(1, "ledger")
+        self.writing: Future[None] | None = None
 
     @contextmanager
     def using(self, shared: SharedPool) -> Iterator[None]:
@@ -97,7 +102,11 @@ class Scheduler(BlockRunner):
             return partial(evaluate_worker.load, job)
 
         with shared.team(load) as self.team:
-            yield
+            try:
+                yield
+            finally:
+                self._wait_for_ledger()
+                self.thread.shutdown()
 
     def run_clean(self, positions: np.ndarray) -> None:
         """Have the clean pass and the checks run."""
@@ -149,21 +158,36 @@ class Scheduler(BlockRunner):
             self.team.deaths = 0
         return verdicts
 
+    @property
+    def full(self) -> bool:
+        """Whether so much is unwritten that workers would wait for the driver while it writes."""
+        images = (verdict.adversarial for chunk in self.finished for verdict in chunk.verdicts)
+        return sum(len(image) for image in images if image) > MAX_UNWRITTEN_BYTES
+
     def _advance(self, unfinished: float) -> None:
         """Show the progress; TimeUp if the time is over."""
         self.progress.advance(self.done + unfinished, self.results.robust)
         self._check_deadline()
 
     def _finish(self) -> None:
+        self._wait_for_ledger()
         self.search_facts = {**_agreed(list(self.facts.values())), "workers": self.team.pool.count}
 
     def _write(self, chunks: list[Chunk], seconds: float) -> None:
         """Write chunks, which share the seconds by their passes."""
         total = max(sum(chunk.forwards + chunk.backwards for chunk in chunks), 1)
+        chunks = [replace(chunk, seconds=seconds * (chunk.forwards + chunk.backwards) / total) for chunk in chunks]
         self.finished = []
-        self.writer.write(
-            *(replace(chunk, seconds=seconds * (chunk.forwards + chunk.backwards) / total) for chunk in chunks)
-        )
+        self._wait_for_ledger()
+        self.writing = self.thread.submit(self.ledger.write, *chunks)
+        for chunk in chunks:
+            self.results.add(chunk)
+
+    def _wait_for_ledger(self) -> None:
+        """Wait until everything is written; RunError if that failed."""
+        writing, self.writing = self.writing, None
+        if writing is not None:
+            writing.result()
 
     def _parcel(self, worker: Worker, positions: Sequence[int] | np.ndarray, *, images: bool = True) -> Parcel:
         """Return samples for a worker, with their images unless it has or reads them."""
@@ -233,7 +257,7 @@ class SearchScheduler:
             now = time.perf_counter()
             if not self.searches:
                 written = now  # all workers are loading the model
-            if driver.finished and (now - written > driver.write_every or now > driver.deadline):
+            if driver.finished and (now - written > driver.write_every or driver.full or now > driver.deadline):
                 self._write(now - written)
                 written = now
             driver._advance(sum(search.progress for search in self.searches.values()))

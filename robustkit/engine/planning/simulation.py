@@ -39,7 +39,8 @@ class Site:
 
     `overhead` is what a pass takes whatever is in the batch; `startup` what a worker takes before its first image;
     `opening` what is done before the attacks by one device alone; `clean` the work of a clean pass that workers
-    share. Of the driver's time each image takes `handout` and `verdict`, and each message `message`.
+    share. Of the driver's time each image takes `handout` and `verdict`, and each message `message`; meanwhile it
+    writes the image to the ledger in another thread, which takes `writing`.
     """
 
     devices: int
@@ -51,6 +52,7 @@ class Site:
     handout: float = 0.0
     verdict: float = 0.0
     message: float = 0.0
+    writing: float = 0.0
 
     @property
     def begin(self) -> float:
@@ -134,7 +136,7 @@ class _Run:
     def __init__(self, jobs: Sequence[Job], site: Site) -> None:
         self.site, self.queue = site, deque(enumerate(jobs))
         self.left = len(self.queue)
-        self.begin = self.free_at = self.last = site.begin
+        self.begin = self.free_at = self.written_at = self.last = site.begin
         self.devices = [_Device() for _ in range(site.devices)]
         self.events: list[tuple[float, int, int]] = []
         self.idle = set[int]()
@@ -164,6 +166,7 @@ class _Run:
             images = [self.queue.popleft() for _ in range(count)]
             seconds = finished * site.verdict + len(images) * site.handout
             self.free_at = max(self.free_at, now) + (site.message + seconds) * self.slower
+            self.written_at = max(self.written_at, self.free_at) + finished * site.writing
         device.tasks.append((self.free_at, images))
 
     def _start(self, number: int, now: float) -> None:
@@ -190,7 +193,7 @@ class _Run:
             self.passes += passes
             now += passes * seconds
             ended = device.run(passes)
-            now += ended * site.verdict * (site.devices == 1)
+            now += ended * (site.verdict + site.writing) * (site.devices == 1)
             finished += ended
         heapq.heappush(self.events, (now, number, finished))
 
@@ -238,7 +241,7 @@ def simulate(jobs: Iterable[Job], site: Site) -> Course:
     jobs = list(jobs)
     run = _Run(jobs, site)
     run.go()
-    seconds = max(run.last, run.free_at)
+    seconds = max(run.last, run.free_at, run.written_at)
     whole = site.devices * seconds
     if not whole:
         return Course(0.0, dict.fromkeys(PARTS, 0.0))
@@ -251,7 +254,7 @@ def simulate(jobs: Iterable[Job], site: Site) -> Course:
         "driver": sum(device.waited for device in run.devices) + site.devices * (seconds - run.last),
     }
     if site.devices == 1:
-        spent["driver"] = len(jobs) * (site.handout + site.verdict)
+        spent["driver"] = len(jobs) * (site.handout + site.verdict + site.writing)
     shares = {name: value / whole for name, value in spent.items()}
     return Course(seconds, {**shares, "tail": max(0.0, 1 - sum(shares.values()))})
 
@@ -273,7 +276,9 @@ def extended(jobs: list[Job], site: Site, n: int) -> Course:
     each = sum(job.work for job in jobs) / len(jobs)
     driver = (site.handout + site.verdict) * site.slower
     own = each + site.overhead * passes / site.slots
-    pace = own + driver if site.devices == 1 else max(own / site.devices, driver)
+    pace = own + driver + site.writing
+    if site.devices > 1:
+        pace = max(own / site.devices, driver, site.writing)
     seconds = course.seconds + more * pace
     grown = {name: share * course.seconds for name, share in course.shares.items()}
     grown["work"] += more * each / site.devices
