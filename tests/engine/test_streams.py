@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import io
 import tarfile
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from nets import Small
 from PIL import Image
+from teams import as_threads
 
+from robustkit.core.errors import RunError
 from robustkit.core.threat import ThreatModel
 from robustkit.crafting.run import run_craft
 from robustkit.crafting.spec import CraftRequest
 from robustkit.data import from_arrays, load_data
 from robustkit.data.samples import Samples
 from robustkit.data.sources import archive
+from robustkit.engine.evaluation import scheduler
 from robustkit.engine.evaluation.evaluate_worker import Outbox, WorkerImages
 from robustkit.engine.evaluation.results import Hashes
 from robustkit.engine.evaluation.run import Evaluation
-from robustkit.engine.evaluation.tasks import Data
+from robustkit.engine.evaluation.scheduler import Scheduler
+from robustkit.engine.evaluation.tasks import Data, Parcel
 from robustkit.engine.evaluation.verify_run import verify_run
 from robustkit.engine.model.loaded_models import gather
 from robustkit.models import as_classifier
@@ -72,6 +78,28 @@ def test_an_evaluation_of_shards_equals_that_of_arrays(
     found = verify_run(tmp_path / "r", model=model, samples=shards, device=None)
     assert not found.bad
     assert found.checked == sum(stage.fooled for stage in streamed.stages[1:]) > 0
+
+
+def test_workers_read_image_files_themselves(
+    shards: Samples, arrays: Samples, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    as_threads(monkeypatch)
+    sent, parcel = [], Scheduler._parcel
+
+    def noted(driver: Scheduler, *which: Any, **options: Any) -> Parcel:
+        sent.append(parcel(driver, *which, **options))
+        return sent[-1]
+
+    monkeypatch.setattr(Scheduler, "_parcel", noted)
+    plan = Evaluation(
+        as_classifier(Small()), shards, EPS, "pgd(steps=3)", precision="fp32", batch_size=4, workers=2
+    )
+    whole = replace(plan, samples=arrays, workers=None).run()
+    assert [v.robust for v in plan.run().verdicts] == [v.robust for v in whole.verdicts]
+    assert {one.images is None for one in sent} == {True}
+    monkeypatch.setattr(scheduler, "content_hash", lambda source, rows: "of other files")
+    with pytest.raises(RunError, match="on a worker's machine differ from the driver's"):
+        plan.run()
 
 
 def test_crafting_on_shards_equals_crafting_on_arrays(
