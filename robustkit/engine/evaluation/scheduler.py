@@ -37,7 +37,7 @@ SHARES = 2
 # Samples that a worker must have before others are given some of them, and seconds between two attempts.
 WORTH_SPLITTING = 4
 SPLIT_EVERY = 0.5
-# The most bytes of adversarial images that wait to be written.
+# The most bytes of adversarial images that wait to be written: workers may wait for the driver while it writes.
 MAX_UNWRITTEN_BYTES = 32 << 20
 # Facts of workers that add up; of the others the record has what they agree on, or all of it.
 SUMS = ("claims_refused", "searched_again")
@@ -73,7 +73,7 @@ class Scheduler(BlockRunner):
         super().__post_init__()
         self.facts: dict[Worker, Mapping[str, Any]] = {}
         self.finished: list[Chunk] = []
-        self.done = 0
+        self.done = self.unwritten = 0
         # Writing and hashing images takes most of the driver's time: it is done while workers are served.
         self.thread = ThreadPoolExecutor(1, "ledger")
         self.writing: Future[None] | None = None
@@ -153,16 +153,11 @@ class Scheduler(BlockRunner):
         for message in result.messages:
             self.progress.say(message)
         self.finished += result.chunks
-        verdicts = sum(len(chunk.verdicts) for chunk in result.chunks)
         if result.chunks:
             self.team.deaths = 0
-        return verdicts
-
-    @property
-    def full(self) -> bool:
-        """Whether so much is unwritten that workers would wait for the driver while it writes."""
-        images = (verdict.adversarial for chunk in self.finished for verdict in chunk.verdicts)
-        return sum(len(image) for image in images if image) > MAX_UNWRITTEN_BYTES
+        verdicts = [verdict for chunk in result.chunks for verdict in chunk.verdicts]
+        self.unwritten += sum(len(verdict.adversarial or b"") for verdict in verdicts)
+        return len(verdicts)
 
     def _advance(self, unfinished: float) -> None:
         """Show the progress; TimeUp if the time is over."""
@@ -177,7 +172,7 @@ class Scheduler(BlockRunner):
         """Write chunks, which share the seconds by their passes."""
         total = max(sum(chunk.forwards + chunk.backwards for chunk in chunks), 1)
         chunks = [replace(chunk, seconds=seconds * (chunk.forwards + chunk.backwards) / total) for chunk in chunks]
-        self.finished = []
+        self.finished, self.unwritten = [], 0
         self._wait_for_ledger()
         self.writing = self.thread.submit(self.ledger.write, *chunks)
         for chunk in chunks:
@@ -257,7 +252,8 @@ class SearchScheduler:
             now = time.perf_counter()
             if not self.searches:
                 written = now  # all workers are loading the model
-            if driver.finished and (now - written > driver.write_every or driver.full or now > driver.deadline):
+            due = now - written > driver.write_every or now > driver.deadline
+            if driver.finished and (due or driver.unwritten > MAX_UNWRITTEN_BYTES):
                 self._write(now - written)
                 written = now
             driver._advance(sum(search.progress for search in self.searches.values()))
