@@ -109,19 +109,14 @@ class RayPool(WorkerPool):
 
 @contextmanager
 def _connected(ray: Any, address: str) -> Iterator[None]:
-    """Connect to a cluster inside; what Ray prints goes to stderr, because stdout is for results."""
+    """Connect to a cluster inside; what Ray prints is left out, because stdout is for results."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     others, hint = threading.enumerate(), "start one with ray start --head, or write --ray local."
     try:
         if host and port.isdigit():
             socket.create_connection((host, int(port)), MAX_CONNECT_SECONDS).close()
             hint = "if it requires a token, set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to that of its head."
-        ray.init(
-            None if address == LOCAL else address,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="warning",
-        )
+        ray.init(address, include_dashboard=False, log_to_driver=False, logging_level="warning")
     except (OSError, RuntimeError, ValueError, SystemExit, ray.exceptions.RayError) as error:
         raise UsageError(f"no Ray cluster at {address!r} ({error_summary(error)}); {hint}") from error
     ray_threads = set(threading.enumerate()).difference(others)
@@ -134,14 +129,18 @@ def _connected(ray: Any, address: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Stdout:
-    """stdout for all threads but Ray's, which print there that a worker died whatever `log_to_driver` is."""
+    """stdout without what Ray's threads print: pages about each worker that died, whatever `log_to_driver` is."""
 
     stdout: TextIO
     ray_threads: Collection[threading.Thread]
 
+    def write(self, text: str) -> int:
+        """Write a text."""
+        return len(text) if threading.current_thread() in self.ray_threads else self.stdout.write(text)
+
     def __getattr__(self, name: str) -> Any:
-        """Return an attribute of stdout, in one of Ray's threads of stderr."""
-        return getattr(sys.stderr if threading.current_thread() in self.ray_threads else self.stdout, name)
+        """Return any other attribute of stdout."""
+        return getattr(self.stdout, name)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -186,39 +186,59 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     command = [*COMMAND, "--limit", str(options.limit)]
-    alone, shared = options.out / "alone", options.out / "shared"
+    alone = options.out / "alone"
     subprocess.run([*command, "--out", str(alone)], check=True, stdout=subprocess.DEVNULL)
-    rng, kills, runs = random.Random(options.seed), Kills(), 0
-    known: dict[tuple[int, int], tuple[float, list[int]]] = {}
+    rng, kills, rounds = random.Random(options.seed), Kills(), 0
     with closing(Nodes() if options.ray else Processes()) as pool:
-        while not (shared / "report.json").exists():
-            runs += 1
-            driver = subprocess.Popen([*command, *pool.words, "--out", str(shared)], stdout=subprocess.DEVNULL)
-            while driver.poll() is None and kills.total < options.kills:
-                time.sleep(rng.uniform(0.2, options.wait))
-                kill_one(pool, driver, kills, rng)
-            if driver.wait() > 0:
-                print(f"FAILED: the evaluation ended with exit code {driver.returncode}")
+        while kills.total < options.kills:
+            rounds += 1
+            shared = options.out / f"shared-{rounds}"
+            if fault := disturb([*command, *pool.words], shared, pool, kills, options, rng) or compare(
+                alone, shared
+            ):
+                print(f"FAILED: {fault}")
                 return 1
-            now = chunks(shared)
-            if not known.items() <= now.items():
-                print("FAILED: a chunk that was in the ledger has changed")
-                return 1
-            known = now
+    print(
+        f"{kills.total} kills: {kills.workers} of workers, {kills.nodes} of nodes, {kills.drivers} of drivers, "
+        f"in {rounds} evaluations; no chunk done twice, all reports equal"
+    )
+    print(f"workers gone at most {kills.seconds_alone:.1f} s after their driver")
+    return 0 if kills.seconds_alone <= MAX_SECONDS_ALONE else 1
+
+
+def disturb(
+    command: Sequence[str],
+    shared: Path,
+    pool: Processes | Nodes,
+    kills: Kills,
+    options: argparse.Namespace,
+    rng: random.Random,
+) -> str:
+    """Run one evaluation to its end, with kills; return what went wrong."""
+    known: dict[tuple[int, int], tuple[float, list[int]]] = {}
+    while not (shared / "report.json").exists():
+        driver = subprocess.Popen([*command, "--out", str(shared)], stdout=subprocess.DEVNULL)
+        while driver.poll() is None and kills.total < options.kills:
+            time.sleep(rng.uniform(0.2, options.wait))
+            kill_one(pool, driver, kills, rng)
+        if driver.wait() > 0:
+            return f"the evaluation ended with exit code {driver.returncode}"
+        now = chunks(shared)
+        if not known.items() <= now.items():
+            return "a chunk that was in the ledger has changed"
+        known = now
     images = [(stage, position) for (stage, _), (_, positions) in known.items() for position in positions]
-    if len(images) != len(set(images)):
-        print("FAILED: an image has two verdicts in one stage")
-        return 1
+    return "an image has two verdicts in one stage" if len(images) != len(set(images)) else ""
+
+
+def compare(alone: Path, shared: Path) -> str:
+    """Print how two runs differ; return what is wrong with it."""
     (one, margins), (other, others) = verdicts(alone), verdicts(shared)
     apart = max(abs(a - b) for a, b in zip(margins, others, strict=True))
     print(
-        f"{kills.total} kills: {kills.workers} of workers, {kills.nodes} of nodes, {kills.drivers} of drivers; "
-        f"{runs} runs; {len(known)} chunks, none done twice"
+        f"passes in the ledger: {passes(shared):,}, of one process: {passes(alone):,}; margins {apart:.1e} apart"
     )
-    print(f"workers gone at most {kills.seconds_alone:.1f} s after their driver")
-    print(f"passes in the ledger: {passes(shared):,}, of one process: {passes(alone):,}")
-    print(f"reports {'equal' if one == other else 'DIFFER'}; margins at most {apart:.1e} apart")
-    return 0 if one == other and apart <= TOLERANCE and kills.seconds_alone <= MAX_SECONDS_ALONE else 1
+    return "the reports differ" if one != other or apart > TOLERANCE else ""
 
 
 if __name__ == "__main__":
