@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from robustkit.distributed.new_process import begin
 from robustkit.distributed.pool import Handle, Pickled, State, Task, WorkerDied, WorkerPool, run_task
 
 T = TypeVar("T")
@@ -47,7 +48,7 @@ class ProcessPool(WorkerPool):
 
     def _start(self, number: int) -> _Worker:
         executor = ProcessPoolExecutor(
-            1, multiprocessing.get_context("spawn"), initializer=_begin, initargs=(self.threads,)
+            1, multiprocessing.get_context("spawn"), initializer=begin, initargs=(self.threads,)
         )
         others = set(multiprocessing.active_children())
         with _interrupts_ignored():
@@ -110,20 +111,6 @@ def _interrupts_ignored() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def _begin(thread_count: int) -> None:
-    """Set up a new worker process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_driver, daemon=True).start()
-    torch.set_num_threads(thread_count)
-
-
-def _end_with_driver() -> None:
-    """End this process when the driver ends, in whatever way; otherwise it would wait for tasks for minutes."""
-    if driver := multiprocessing.parent_process():
-        driver.join()
-    os._exit(1)
 
 
 def _run(task: Pickled[Task[T]]) -> Pickled[T]:
