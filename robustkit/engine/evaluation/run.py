@@ -292,19 +292,20 @@ class Evaluation:
                 f"resuming {self.spec.run_id}: {len(results.chunks)} chunks done, "
                 f"{results.settled} of {results.n} images settled"
             )
-        with evaluation_mode(self.model) as was_training:
+        alone = pool is None and self.ray is None and self.workers in (None, 1)
+        with evaluation_mode(self.model) as was_training, ExitStack() as stack:
+            if not alone and pool is None:
+                # Workers start while the model is measured here.
+                pool = stack.enter_context(shared_pool(self.workers, self.ray, progress.say))
             model = InstrumentedModel(self.model, self.device, self._precision)
-            alone = pool is None and self.ray is None and self.workers in (None, 1)
-            runner_class = BlockRunner if alone else Scheduler
+            runner_class = Scheduler if pool else BlockRunner
             runner = runner_class(self.samples, self.settings, ledger, results, model, progress, store=store)
             runner.prepare()
             check_not_random(self.threat, random=model.random)
-            with ExitStack() as stack:
-                if isinstance(runner, Scheduler):
-                    pool = pool or stack.enter_context(shared_pool(self.workers, self.ray, progress.say))
-                    stack.enter_context(runner.using(pool))
-                stack.enter_context(threads(model.threads))
-                run_images(runner, self.limits, self.rounds(runner))
+            if pool is not None and isinstance(runner, Scheduler):
+                stack.enter_context(runner.using(pool))
+            stack.enter_context(threads(model.threads))
+            run_images(runner, self.limits, self.rounds(runner))
             return runner, training_mode(was_training, training_count(self.model))
 
     def rounds(self, runner: BlockRunner) -> Rounds:
