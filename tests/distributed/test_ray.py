@@ -186,7 +186,7 @@ def test_a_cluster_with_a_token_is_reached_by_both_kinds_of_address(monkeypatch:
         for address in addresses:
             message = printed(address, TOKEN[::-1])
             assert message.startswith(f"no Ray cluster at '{address}' (")
-            assert "if it requires a token, set RAY_AUTH_TOKEN" in message
+            assert "if it requires a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH" in message
         missing = printed(f"127.0.0.1:{free_port()}", TOKEN)
         assert missing.endswith("start one with ray start --head, or write --ray local.")
     finally:
