@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,7 +12,7 @@ from unittest import mock
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from robustkit.api.train import train
 from robustkit.core.errors import UsageError
@@ -21,6 +22,8 @@ from robustkit.data.samples import Samples
 from robustkit.models import load_model
 from robustkit.registry import from_record
 from robustkit.runs.training_record import Trained
+from robustkit.testing import normed_net
+from robustkit.testing.normed_net import CLASSES, Normed
 from robustkit.training import loop
 from robustkit.training.method import Batch, Method, Plan
 from robustkit.training.posterior_method import PosteriorMethod
@@ -28,16 +31,15 @@ from robustkit.training.progress import TrainProgress
 from robustkit.training.wrapping_method import WrappingMethod
 
 SHAPE = (3, 7, 9)
-CLASSES = 4
 IMAGES = 48
-PLAN = Plan(samples=IMAGES, classes=CLASSES, batch_size=16, epochs=6, lr=0.05)
+PLAN = Plan(samples=IMAGES, classes=CLASSES, batch_size=16, epochs=4, lr=0.05)
 
 
 def check_method(method: Any) -> None:
     """Check that a training method keeps the contract of methods, in seconds.
 
     `backward` gives finite gradients to all parameters and leaves weights, modes and hooks as they were. A run of
-    18 steps on 48 small images lowers the loss, writes a folder that can be loaded as a model, and ends in the
+    12 steps on 48 small images lowers the loss, writes a folder that can be loaded as a model, and ends in the
     same bytes when it is interrupted and resumed; the caller's random generators stay as they were.
 
     Args:
@@ -56,28 +58,6 @@ def check_method(method: Any) -> None:
         record = train_briefly(method, Path(folder) / "run")
         check_run(method, record, Path(folder) / "run")
         check_resumes(method, record, Path(folder) / "resumed")
-
-
-class Normed(nn.Module):
-    """A small net with batch normalisation."""
-
-    def __init__(self) -> None:
-        """Make it, with weights of torch's generator."""
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten()
-        )
-        self.head = nn.Linear(16, CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the logits (B 4) of images (B 3 H W)."""
-        logits: Tensor = self.head(self.body(x))
-        return logits
-
-
-def normed() -> nn.Module:
-    """Return a `Normed` net; the factory that the model string of the runs names."""
-    return Normed()
 
 
 def prepared(method: Method) -> nn.Module:
@@ -101,20 +81,22 @@ def train_briefly(
 ) -> Trained:
     """Train `Normed` on `toy` images, or continue that run."""
     plan = {"epochs": PLAN.epochs, "batch_size": PLAN.batch_size, "lr": PLAN.lr, **plan}
-    arch = f"{__file__}:normed"
+    arch = f"{normed_net.__file__}:normed"
     return train(method, toy(0), test=toy(1, 40), arch=arch, seed=seed, out=folder, progress=progress, **plan)
 
 
 class Interrupt(TrainProgress):
-    """Stops a run after a step, as Ctrl-C does."""
+    """Stops a run after a step, as Ctrl-C does, with a checkpoint of the step before."""
 
-    def __init__(self, epoch: int) -> None:
+    def __init__(self, stop_step: int) -> None:
         """Stop after the step of this number."""
-        self.stop_epoch = epoch
+        self.stop_step = stop_step
 
     def step(self, done: int) -> None:
-        """Raise KeyboardInterrupt at that step."""
-        if done == self.stop_epoch:
+        """Let the loop write a checkpoint at the step before, and raise KeyboardInterrupt at that step."""
+        if done == self.stop_step - 1:
+            loop.SAVE_EVERY = 0.0
+        if done == self.stop_step:
             raise KeyboardInterrupt
 
 
@@ -156,14 +138,16 @@ def check_resumes(method: Method, record: Trained, folder: Path) -> None:
     name = method.info.name
     torch.manual_seed(9)
     before = _generators()
-    with mock.patch.object(loop, "SAVE_EVERY", 0.0):
+    # The checkpoint is of the first step of the second half, which is within an epoch.
+    stop = PLAN.epochs // 2 * PLAN.steps_per_epoch + 2
+    with mock.patch.object(loop, "SAVE_EVERY", math.inf):
         try:
-            train_briefly(method, folder, progress=Interrupt(PLAN.steps // 2 + 1))
+            train_briefly(method, folder, progress=Interrupt(stop))
         except KeyboardInterrupt:
             pass
         else:
-            raise AssertionError(f"{name}: the run ended before step {PLAN.steps // 2 + 1}")
-        hashes = train_briefly(method, folder).hashes
+            raise AssertionError(f"{name}: the run ended before step {stop}")
+    hashes = train_briefly(method, folder).hashes
     assert hashes == record.hashes, f"{name}: a run that was interrupted and resumed wrote other weights"
     assert _generators() == before, f"{name}: training moved the caller's random generators"
 

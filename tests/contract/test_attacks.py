@@ -91,7 +91,7 @@ def cases(*, own=None, reduced=True):
 def brief(name, fields):
     """Return an attack of these fields, but of few steps."""
     attack = make(name, **fields)
-    few = {word: min(most, getattr(attack, word)) for word, most in BRIEF.items() if hasattr(attack, word)}
+    few = {word: min(most, getattr(attack, word)) for word, most in BRIEF.items() if word in spec(attack)}
     return replace(attack, **few)
 
 

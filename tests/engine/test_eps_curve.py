@@ -14,7 +14,9 @@ import torch
 from nets import Flat, Small, labelled
 
 from robustkit import UsageError, evaluate, verify
+from robustkit.core.rng import RowRng
 from robustkit.engine.evaluation import eps_curve as engine
+from robustkit.engine.evaluation.verdicts import image_hashes, sample_ids
 from robustkit.engine.progress import Progress
 from robustkit.runs.evaluation_record import Report
 from robustkit.runs.report_parts import Curve
@@ -120,6 +122,23 @@ def test_distances_are_independent_of_the_batch_size(monkeypatch: pytest.MonkeyP
         assert one == other or one == pytest.approx(other, rel=1e-4)
 
 
+def test_random_draws_of_the_curve_belong_to_the_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are numbered by the image's content, not by its place in the batch."""
+    numbers = []
+
+    def record(model: object, x: torch.Tensor, goal: object, threat: object, *, rng: RowRng) -> torch.Tensor:
+        assert torch.equal(rng.ids, sample_ids(image_hashes(x)))
+        numbers.extend(rng.ids.tolist())
+        return x
+
+    for name in ("ATTACK", "STRAIGHT"):
+        monkeypatch.setattr(engine, name, record)
+    net = Small().eval()
+    x, y = labelled(net, 6, SHAPE)
+    evaluate(net, x, y, "linf:0.03", suite="fgsm", curve=True)
+    assert len(set(numbers)) > 3
+
+
 class OutOfMemoryNet(Flat):
     """Runs out of memory above a number of images."""
 
@@ -197,7 +216,17 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("fault", ["rate", "distance", "radii", "at eps", "rising", "too few"])
+FAULTS = {
+    "rate": "its curve is not that of its distances",
+    "distance": "is not that of its verdict",
+    "radii": "radii of its curve do not rise",
+    "at eps": "at eps, its robust accuracy is",
+    "rising": "its curve is not that of its distances",
+    "too few": "curve has 15 accuracies at 16 radii",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
 def test_verify_checks_the_curve(fault: str, finished: Path, tmp_path: Path) -> None:
     net, x, y, truth = linear("linf")
     eps = float(truth.median())
@@ -220,10 +249,10 @@ def test_verify_checks_the_curve(fault: str, finished: Path, tmp_path: Path) -> 
         curve["robust_accuracy"].pop()
     file.write_text(json.dumps(body))
     if fault == "too few":
-        with pytest.raises(UsageError, match="curve has 15 accuracies at 16 radii"):
+        with pytest.raises(UsageError, match=FAULTS[fault]):
             verify(tmp_path / "r", net, x, y)
         return
-    assert any("curve" in sentence for sentence in verify(tmp_path / "r", net, x, y).bad)
+    assert any(FAULTS[fault] in sentence for sentence in verify(tmp_path / "r", net, x, y).bad)
 
 
 def test_eps_zero_has_no_curve() -> None:
