@@ -114,7 +114,7 @@ def _connected(ray: Any, address: str) -> Iterator[None]:
     others, hint = threading.enumerate(), "start one with ray start --head, or write --ray local."
     try:
         if host and port.isdigit():
-            socket.create_connection((host, int(port)), MAX_CONNECT_SECONDS).close()
+            socket.create_connection((host.strip("[]"), int(port)), MAX_CONNECT_SECONDS).close()
             hint = "if it requires a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to a file with it."
         ray.init(address, include_dashboard=False, log_to_driver=False, logging_level="warning")
     except (OSError, RuntimeError, ValueError, SystemExit, ray.exceptions.RayError) as error:
