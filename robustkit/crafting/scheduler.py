@@ -18,6 +18,7 @@ from robustkit.crafting.craft_worker import CraftBatch, CraftJob
 from robustkit.crafting.image_store import ResumableCrafter
 from robustkit.crafting.spec import CraftRequest
 from robustkit.distributed.pool import Task, WorkerPool
+from robustkit.distributed.sent_files import send_files
 from robustkit.distributed.sent_models import SentModel
 from robustkit.distributed.sharing import SharedPool, Team, Worker, shared_pool
 from robustkit.engine.evaluation.tasks import Data, Result
@@ -105,4 +106,4 @@ def _sent(pool: WorkerPool, net: Net, plan: CraftRequest) -> SentModel:
     """Return a surrogate for workers; only one from Python is needed itself."""
     if net.string.startswith("python:"):
         return SentModel.of(pool, net.load(plan.device))
-    return SentModel.named(pool, net, net.classes)
+    return SentModel(net.string, net.fingerprint, net.trust_code, net.classes, send_files(pool, net.string))

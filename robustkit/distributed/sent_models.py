@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
@@ -13,22 +12,6 @@ from robustkit.distributed.pool import Handle, WorkerPool
 from robustkit.distributed.sent_files import SentFile, send_files
 from robustkit.models import load_model
 from robustkit.models.classifier import Classifier
-
-
-class Named(Protocol):
-    """A model that its string loads, in memory or not."""
-
-    @property
-    def string(self) -> str:
-        """The model string."""
-
-    @property
-    def fingerprint(self) -> str:
-        """The hash of weights and code."""
-
-    @property
-    def trust_code(self) -> bool:
-        """Whether Python code that the record of a run folder names may be run."""
 
 
 @dataclass(frozen=True)
@@ -52,18 +35,12 @@ class SentModel:
     itself: Handle[Classifier] | None = None
 
     @classmethod
-    def named(cls, pool: WorkerPool, model: Named, classes: int | None) -> SentModel:
-        """Return a model that its string loads; workers load it anew."""
-        files = send_files(pool, model.string)
-        return cls(model.string, model.fingerprint, model.trust_code, classes, files)
-
-    @classmethod
     def of(cls, pool: WorkerPool, model: Classifier) -> SentModel:
         """Return any model; UsageError if it comes from Python and cannot be pickled."""
+        facts = model.string, model.fingerprint, model.trust_code
         if not model.string.startswith("python:"):
-            return cls.named(pool, model, model.reader.classes)
-        itself = pool.share(model, "the model")
-        return cls(model.string, model.fingerprint, model.trust_code, None, send_files(pool, ""), itself)
+            return cls(*facts, model.reader.classes, send_files(pool, model.string))
+        return cls(*facts, None, send_files(pool, ""), pool.share(model, "the model"))
 
     def load(self, device: torch.device) -> Classifier:
         """Return the model on a device of the worker; it is the driver's to the last weight.
