@@ -76,10 +76,10 @@ class WorkerImages:
         self.first = data.images
         self.kept = dict[int, np.ndarray]()
         self.blocks = dict[int, tuple[Future[Images], int]]()
+        self.thread = ThreadPoolExecutor(1, "read-ahead")
         self.files: Samples | None = None
         if data.source is not None:
             self.files = Samples(data.name, data.labels, None, data.source, data.rows)
-            self.thread = ThreadPoolExecutor(1, "read-ahead")
 
     def add(self, positions: np.ndarray, images: np.ndarray | None) -> None:
         """Keep images that were sent, or start to read them."""
@@ -89,6 +89,10 @@ class WorkerImages:
         elif self.files is not None and places:
             block = self.thread.submit(self.files.images, places)
             self.blocks |= {place: (block, row) for row, place in enumerate(places)}
+
+    def close(self) -> None:
+        """Read no more files."""
+        self.thread.shutdown(wait=False, cancel_futures=True)
 
     def remove(self, position: int) -> None:
         """Do not keep an image any longer."""
@@ -203,6 +207,11 @@ class EvaluationWorker(BlockRunner):
         self.last = False
 
     def close(self) -> None:
+        """End the work for this run."""
+        self.source.close()
+        self._end_search()
+
+    def _end_search(self) -> None:
         """End an unfinished search; what it has seeded and set is as before."""
         if self.looks is not None:
             self.context.run(self.looks.close)  # type: ignore[attr-defined]
@@ -247,7 +256,7 @@ class EvaluationWorker(BlockRunner):
         )
 
     def _begin(self, step: Step) -> None:
-        self.close()
+        self._end_search()
         self.search, self.last = step.search, False
         first, count = step.search.first, step.search.count
         self.results.flags = dict(step.search.flags)
