@@ -14,7 +14,7 @@ import torch
 
 from robustkit.distributed import sent_models, sharing
 from robustkit.distributed.pool import Handle, Pickled, State, Task, WorkerDied, WorkerPool, run_task
-from robustkit.engine.evaluation import scheduler
+from robustkit.engine.evaluation import search_scheduler
 from robustkit.engine.evaluation.block_runner import BlockRunner
 from robustkit.engine.progress import Progress
 from robustkit.models import load_model
@@ -112,9 +112,9 @@ def as_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(BlockRunner, "prepare", in_turn(BlockRunner.prepare))
     monkeypatch.setattr(sent_models, "load_model", in_turn(load_model))
     monkeypatch.setattr(sharing, "open_pool", lambda workers, ray: ThreadPool(workers))
-    monkeypatch.setattr(scheduler, "SPLIT_EVERY", 0.0)
-    monkeypatch.setattr(scheduler, "STEP_SECONDS", 0.01)
-    monkeypatch.setattr(scheduler, "WORTH_SPLITTING", 2)
+    monkeypatch.setattr(search_scheduler, "SPLIT_EVERY", 0.0)
+    monkeypatch.setattr(search_scheduler, "STEP_SECONDS", 0.01)
+    monkeypatch.setattr(search_scheduler, "WORTH_SPLITTING", 2)
     monkeypatch.setattr(sharing, "MAX_WAIT", 0.05)
 
 

@@ -15,8 +15,9 @@ from robustkit.crafting.spec import CraftRequest
 from robustkit.data.samples import Samples
 from robustkit.distributed.pool import Handle, State
 from robustkit.distributed.sent_models import SentModel
-from robustkit.engine.evaluation.evaluate_worker import Outbox, WorkerImages
+from robustkit.engine.evaluation.evaluate_worker import Outbox
 from robustkit.engine.evaluation.tasks import Data, Result
+from robustkit.engine.evaluation.worker_images import WorkerImages
 from robustkit.engine.model.loaded_models import Net
 from robustkit.runs.unfinished_work import Store
 

@@ -167,8 +167,8 @@ class SharedPool:
         self.free: dict[Worker, Team | None] = {Worker(slot, slot): None for slot in range(pool.count)}
         self.numbers = pool.count
         self.begun, self.first_loads = time.perf_counter(), set[int]()
-        # Runs that have begun or will at once, and have no team yet; and works that have no thread yet.
-        self.opening = self.left = 0
+        # Runs that have begun or will at once, and have no team yet.
+        self.opening = 0
         self.stopped = False
 
     @contextmanager
@@ -252,26 +252,29 @@ class SharedPool:
         At most one more than there are workers run at a time, which is there when one of the others ends.
         """
         room = min(self.pool.count + 1, len(works))
-        self.opening, self.left = room, len(works)
+        self.opening, waiting = room, deque(works)
         with ThreadPoolExecutor(room) as executor:
-            running = [executor.submit(self._run, work) for work in works]
+            # Each begins the first work that waits: threads do not get the lock in the order in which they start.
+            running = [executor.submit(self._run, waiting, len(works)) for _ in works]
             try:
                 concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_EXCEPTION)
-                return [future.result() for future in running if future.done()]
+                found = dict(future.result() for future in running if future.done())
+                return [found[number] for number in sorted(found)]
             finally:
                 self.stopped = True
                 executor.shutdown(cancel_futures=True)
 
-    def _run(self, work: Callable[[], T]) -> T | RobustkitError:
+    def _run(self, waiting: deque[Callable[[], T]], count: int) -> tuple[int, T | RobustkitError]:
+        """Do the next work; return its number and what it returns."""
         with self.lock:
             self.check()
-            self.left -= 1
+            number, work = count - len(waiting), waiting.popleft()
             try:
-                return work()
+                return number, work()
             except RobustkitError as error:
-                return error
+                return number, error
             finally:
-                self.opening -= not self.left
+                self.opening -= not waiting
 
 
 @contextmanager

@@ -23,12 +23,13 @@ from robustkit.data import from_arrays, load_data
 from robustkit.data.samples import Samples
 from robustkit.data.sources import archive
 from robustkit.engine.evaluation import scheduler
-from robustkit.engine.evaluation.evaluate_worker import Outbox, WorkerImages
+from robustkit.engine.evaluation.evaluate_worker import Outbox
 from robustkit.engine.evaluation.results import Hashes
 from robustkit.engine.evaluation.run import Evaluation
 from robustkit.engine.evaluation.scheduler import Scheduler
 from robustkit.engine.evaluation.tasks import Data, Parcel
 from robustkit.engine.evaluation.verify_run import verify_run
+from robustkit.engine.evaluation.worker_images import WorkerImages
 from robustkit.engine.model.loaded_models import gather
 from robustkit.models import as_classifier
 from robustkit.runs import run_folder
@@ -84,13 +85,13 @@ def test_workers_read_image_files_themselves(
     shards: Samples, arrays: Samples, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     as_threads(monkeypatch)
-    sent, parcel = [], Scheduler._parcel
+    sent, parcel = [], Scheduler.parcel
 
     def noted(driver: Scheduler, *which: Any, **options: Any) -> Parcel:
         sent.append(parcel(driver, *which, **options))
         return sent[-1]
 
-    monkeypatch.setattr(Scheduler, "_parcel", noted)
+    monkeypatch.setattr(Scheduler, "parcel", noted)
     plan = Evaluation(
         as_classifier(Small()), shards, EPS, "pgd(steps=3)", precision="fp32", batch_size=4, workers=2
     )

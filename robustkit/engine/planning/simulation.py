@@ -16,7 +16,12 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from robustkit.engine.evaluation.scheduler import SPLIT_EVERY, STEP_SECONDS, WORTH_SPLITTING, samples_to_send
+from robustkit.engine.evaluation.search_scheduler import (
+    SPLIT_EVERY,
+    STEP_SECONDS,
+    WORTH_SPLITTING,
+    samples_to_send,
+)
 
 # What the time of all devices goes to: images, what passes take whatever is in them, start-up, clean pass and
 # checks, waiting for the driver, and at the end for the slowest images.
