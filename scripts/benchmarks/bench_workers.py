@@ -5,8 +5,8 @@
 
 All runs are of the same 512 images and the same suite in float32, each in a process of its own; the verdicts have
 to be equal. Of each it prints the seconds from the first sample of an attack to the last verdict, which is what
-scales, and those before it: the model loaded by driver and workers, clean pass and checks. About 2 minutes per run
-on 2 idle cores; with anything else on them the numbers mean nothing.
+scales, and those before it: the model loaded by driver and workers, clean pass and checks. Paths have to be
+absolute. About 2 minutes per run on 2 idle cores; with anything else on them the numbers mean nothing.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 from robustkit import evaluate, load_data, load_model
 from robustkit.engine.progress import Progress
 
-HERE = Path(__file__).parents[2]
+HERE = Path(__file__).absolute().parents[2]
 
 
 class Clock(Progress):
@@ -70,12 +70,13 @@ def run_here(options: argparse.Namespace) -> dict[str, Any]:
 
 def run_in(checkout: Path, options: argparse.Namespace, workers: int, ray: str | None) -> dict[str, Any]:
     """Return the same of a new process that imports the robustkit of a checkout, and print the seconds."""
-    command = [sys.executable, __file__, "--single", "--workers", str(workers)]
+    command = [sys.executable, str(Path(__file__).absolute()), "--single", "--workers", str(workers)]
     for name in ("model", "data", "limit", "threat", "suite"):
         command += [f"--{name}", str(getattr(options, name))]
     command += ["--ray", ray] if ray else []
     environment = {**os.environ, "PYTHONPATH": str(checkout)}
-    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, env=environment, text=True)
+    # Actors of Ray import from the folder of their driver first.
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, env=environment, text=True, cwd=checkout)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     where = f"{workers} workers{' on Ray' if ray else ''}{'' if checkout == HERE else ', earlier checkout'}"
     print(f"{where}: attacks {found['attacks']:.1f} s, before them {found['before']:.1f} s", flush=True)
