@@ -24,8 +24,8 @@ class FMN(RowWise):
 
     `step_size` is the first step's l2 length and falls to a hundredth of it; `gamma` is the relative change of the
     radius at first. Departures from the paper: points are projected onto ball and box together, while it clips to
-    the box afterwards; the radius that reaches the linearised boundary is longer by a share gamma, because on a
-    linear net the paper's always ends just before the boundary; each restart after the first begins at a random
+    the box afterwards; the radius that reaches the linearised boundary is multiplied by 1 + gamma, because on a
+    linear net the paper's radius ends just before the boundary; each restart after the first begins at a random
     point of the threat.
     """
 
@@ -50,12 +50,17 @@ class FMN(RowWise):
 
     def init(self, rows: Rows) -> State:
         """Return the clean images, or random starts; no radius yet, no success."""
-        far = torch.full((len(rows.x),), math.inf, dtype=torch.float64, device=rows.x.device)
+        infinite = torch.full((len(rows.x),), math.inf, dtype=torch.float64, device=rows.x.device)
         x = rows.x
         if self.restarts > 1:
-            later = torch.as_tensor(rows.rng.restart, device=x.device).expand(len(x)) > 0
-            x = torch.where(per_row(later, x), rows.random_start(), x)
-        return {"x": x, "radius": far, "nearest": far, "clock": torch.zeros_like(far, dtype=torch.int64)}
+            restarted = torch.as_tensor(rows.rng.restart, device=x.device).expand(len(x)) > 0
+            x = torch.where(per_row(restarted, x), rows.random_start(), x)
+        return {
+            "x": x,
+            "radius": infinite,
+            "nearest": infinite,
+            "clock": torch.zeros_like(infinite, dtype=torch.int64),
+        }
 
     def step(self, rows: Rows, state: State, answer: Answer) -> State:
         """Return the next radius by the linearised boundary, and a gradient step within it."""
@@ -67,11 +72,11 @@ class FMN(RowWise):
         crossed = rows.goal.reached(answer.logits)
         nearest = torch.where(crossed, torch.minimum(distance, state["nearest"]), state["nearest"])
         slope = torch.linalg.vector_norm(gradient.flatten(1).double(), DUAL[rows.threat.norm], dim=1)
-        ahead = distance + answer.loss.double().abs() / slope.clamp(min=1e-12)
-        outside = torch.where(nearest.isinf(), ahead, state["radius"]) * (1 + gamma)
-        radius = torch.where(crossed, torch.minimum(state["radius"] * (1 - gamma), nearest), outside)
-        widest = rows.threat.distance((x < 0.5).to(x.dtype), x)
-        radius = torch.minimum(radius, widest)
+        to_boundary = distance + answer.loss.double().abs() / slope.clamp(min=1e-12)
+        longer = torch.where(nearest.isinf(), to_boundary, state["radius"]) * (1 + gamma)
+        radius = torch.where(crossed, torch.minimum(state["radius"] * (1 - gamma), nearest), longer)
+        largest = rows.threat.distance((x < 0.5).to(x.dtype), x)
+        radius = torch.minimum(radius, largest)
         length = gradient.flatten(1).double().norm(dim=1).clamp(min=1e-300)
         moved = state["x"] + per_row((size / length).to(x.dtype), x) * gradient
         return {

@@ -1,6 +1,6 @@
 """DVERGE (Yang et al. 2020, arXiv:2009.14720): diverse ensembles by distilled non-robust features.
 
-A source image is perturbed until the features of a layer of one member match those of a target image; all other
+A source image is perturbed until its features at one layer of one member match those of a target image; all other
 members are trained to classify it as its source. DVERGE alone protects against transferred attacks but hardly
 against white-box attacks: evaluate both.
 
@@ -36,10 +36,10 @@ class DVERGE(Method):
 
     Distillation has `steps` of `step_size` (a share of `eps`, or `2/255px`) with momentum `inertia`, from the
     image or from a `random_start`. `layer` is a number, a module's name, or `random`, drawn for each `epoch`,
-    `batch` or `member` (`draw`). `statistics` is what batch norms do during distillation: `train`, `frozen` or
-    `separate`. `clean` is the weight of the loss on clean images. With `distinct`, pairs of one class are left
-    out. The first epochs, the share `baseline`, are plain training. The adversarial images of each member come
-    from PGD with `adversarial_steps` of a quarter of the eps of `threat`.
+    `batch` or `member` (`draw`). `statistics` is the mode of batch normalisation during distillation: `train`,
+    `frozen` or `separate`. `clean` is the weight of the loss on clean images. With `distinct`, pairs of one class
+    are left out. The first epochs, the share `baseline`, are plain training. The adversarial images of each member
+    come from PGD with `adversarial_steps` of a quarter of the eps of `threat`.
     """
 
     eps: Share = 0.07
@@ -62,7 +62,7 @@ class DVERGE(Method):
     min_members = 2
 
     def __post_init__(self) -> None:
-        """Refuse unknown words."""
+        """Raise UsageError for an unknown value of `draw` or `statistics`, or a wrong threat."""
         check_choices(self, draw=ensemble_utils.LAYER_DRAWS, statistics=ensemble_utils.BATCH_NORM_POLICIES)
         ThreatModel.parse(self.threat).bounded()
 
@@ -89,7 +89,7 @@ class DVERGE(Method):
         return torch.optim.SGD(parameters, lr=plan.lr, momentum=0.9, weight_decay=self.weight_decay)
 
     def rate(self, step: int, plan: Plan) -> float:
-        """Return `lr`, a tenth of it from a half and a hundredth from three quarters of each part of the run."""
+        """Return the learning rate: `lr`, in each part of the run lr / 10 after a half and lr / 100 after 3/4."""
         return ensemble_utils.two_phase_decay(step, self.baseline, plan)
 
     def backward(self, nets: Sequence[nn.Module], batch: Batch, plan: Plan) -> Tensor:

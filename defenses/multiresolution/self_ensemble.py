@@ -75,8 +75,8 @@ class SelfEnsemble(nn.Module):
         for name, values in (("mean", mean), ("std", std)):
             each = torch.tensor(values, dtype=torch.float32).expand(image.shape[1])
             self.register_buffer(name, each.repeat(len(stack.resolutions)).view(1, -1, 1, 1))
-        stacked = self.normalised_stack(image, Noise("frozen").rng(image))
-        self.probes = probes(backbone, stacked, self.layers, pooled)
+        example_stack = self.normalised_stack(image, Noise("frozen").rng(image))
+        self.probes = probes(backbone, example_stack, self.layers, pooled)
         self._trained_part: str | None = None
         self._rng: RowRng | None = None
 
@@ -107,15 +107,16 @@ class SelfEnsemble(nn.Module):
 
     def views(self) -> dict[str, Callable[[Images], Logits]]:
         """Return views for gradient attacks: the mean logits, with random numbers at their means or frozen."""
-        return {f"mean-logit-{kind}": partial(self._under, Noise(kind)) for kind in ("calm", "frozen")}
+        return {f"mean-logit-{kind}": partial(self._mean_logits, Noise(kind)) for kind in ("calm", "frozen")}
 
-    def _under(self, noise: Noise, images: Images) -> Logits:
+    def _mean_logits(self, noise: Noise, images: Images) -> Logits:
+        """Return the mean logits of the parts under a policy of random numbers."""
         with drawn(self, noise):
             return mean_logits(self.stacked(images).float())
 
     @contextmanager
     def training_part(self, part: str, rng: RowRng) -> Iterator[None]:
-        """Return the outputs of one part inside the context: those of the `backbone` only, or of the `probes`.
+        """Make `forward` return the output of one part inside the context: the `backbone`, or the `probes`.
 
         The output of the probes is their mean log-probability, whose negative at the label is the mean of their
         cross-entropies. The backbone and its running statistics do not change then.

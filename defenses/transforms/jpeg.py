@@ -37,10 +37,10 @@ def _compressed(x: Images, quality: int) -> Images:
     if x.shape[1] not in (1, 3):
         raise UsageError(f"jpeg: images must have 1 (grey) or 3 (RGB) channels, got {x.shape[1]}.")
     levels = (x.detach().float().clamp(0, 1) * 255).round().to("cpu", torch.uint8)
-    files = levels.permute(0, 2, 3, 1).contiguous().numpy()
+    arrays = levels.permute(0, 2, 3, 1).contiguous().numpy()
     # A JPEG file holds one image, so the codec is called for each.
-    back = np.stack([_decoded(file, quality) for file in files]) if len(files) else files
-    return torch.from_numpy(back).permute(0, 3, 1, 2).contiguous().to(x) / 255
+    decoded = np.stack([_decoded(array, quality) for array in arrays]) if len(arrays) else arrays
+    return torch.from_numpy(decoded).permute(0, 3, 1, 2).contiguous().to(x) / 255
 
 
 def _decoded(levels: NDArray[np.uint8], quality: int) -> NDArray[np.uint8]:

@@ -30,7 +30,7 @@ from robustkit.runs.ledger import Ledger
 from robustkit.runs.opening import open_for_writing, require_writable
 from robustkit.runs.report_parts import Rate
 from robustkit.runs.unfinished_work import Store
-from robustkit.runs.versions import noted
+from robustkit.runs.versions import record_part
 
 # Images written as PNG files at once.
 PNG_BATCH_SIZE = 256
@@ -107,7 +107,7 @@ class _CraftRun:
             ):
                 ledger.require(self.n, self.samples.images([0]).nbytes, MAX_INTEGER)
                 ledger.check_chunks()
-                self.parts = noted(ledger)
+                self.parts = record_part(ledger)
                 if record is None:
                     record = self._main()
                 record = self._judge(record)

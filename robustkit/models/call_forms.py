@@ -34,7 +34,7 @@ def working_form(net: Net, images: Images, reader: Reader, forms: Iterable[Form]
         if time.perf_counter() > deadline:
             return None
         try:
-            # A net that takes tensors of autograd must get them.
+            # Some nets fail only under autograd, so types are tried with it if the caller uses it; sizes without.
             with quietly(), torch.set_grad_enabled(form.batch is None and torch.is_grad_enabled()):
                 form.call(net, images if form.batch is None else images[: form.batch], STANDARD, reader)
         except (Exception, SystemExit) as error:
@@ -45,16 +45,16 @@ def working_form(net: Net, images: Images, reader: Reader, forms: Iterable[Form]
     return None
 
 
-def forms_to_try(form: Form, images: Images, taken: Collection[int], words: str) -> Iterator[Form]:
+def forms_to_try(form: Form, images: Images, accepted_sizes: Collection[int], message: str) -> Iterator[Form]:
     """Yield forms to try: batch sizes that worked before, else all, first those that the error message names."""
-    if taken:
-        for size in sorted(taken, reverse=True):
+    if accepted_sizes:
+        for size in sorted(accepted_sizes, reverse=True):
             yield replace(form, batch=size)
         return
     kinds = (TENSOR, DETACHED, *([] if images.device.type == "cpu" else [ON_CPU]), NUMPY)
     forms = [replace(form, dtype=dtype, kind=kind, batch=None) for dtype, kind in itertools.product(DTYPES, kinds)]
     yield from forms[1:]
-    numbers = [int(number) for number in re.findall(r"\d{1,4}", words)]
+    numbers = [int(number) for number in re.findall(r"\d{1,4}", message)]
     most = min(MAX_BATCH_SIZE, MAX_BYTES // max(images[0].nbytes, 1))
     sizes = dict.fromkeys(size for size in (*numbers, *SIZES) if 0 < size <= most and size != len(images))
     for other, size in itertools.product(forms, sizes):

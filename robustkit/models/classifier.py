@@ -41,8 +41,8 @@ class Classifier(PreparedNet):
         preprocess: How the net wants image files read, where known.
         reader: Finds the logits in what the net returns.
         trust_code: Whether loading it again by its string may run Python code that a run folder names.
-        notes: Messages to the user about how it was loaded, a sentence each.  layout: Memory layout of the images
-            that the net is given.
+        notes: Messages to the user about how it was loaded, a sentence each.
+        layout: Memory layout of the images that the net is given.
     """
 
     net: nn.Module | Callable[[torch.Tensor], object]

@@ -55,17 +55,17 @@ class Form:
         """Return the logits of images, in batches of the net's own size, filled up where there are too few."""
         size = self.batch or len(images)
         if len(images) == size:
-            return self._once(net, images, layout, reader)
+            return self._call_net(net, images, layout, reader)
         parts = []
         for part in torch.split(images, size):
             filled = torch.cat([part, part[-1:].expand(size - len(part), *part.shape[1:])])
-            parts.append(self._once(net, filled, layout, reader)[: len(part)])
+            parts.append(self._call_net(net, filled, layout, reader)[: len(part)])
         return torch.cat(parts)
 
-    def _once(self, net: Net, images: Images, layout: torch.memory_format, reader: Reader) -> Logits:
+    def _call_net(self, net: Net, images: Images, layout: torch.memory_format, reader: Reader) -> Logits:
         given: Any = images.to(self.dtype or images.dtype).clone(memory_format=layout)
         # The net may switch gradients off; the caller's switch is put back.
-        with _as_written(), torch.set_grad_enabled(self.kind == TENSOR and torch.is_grad_enabled()):
+        with _without_compile(), torch.set_grad_enabled(self.kind == TENSOR and torch.is_grad_enabled()):
             if self.kind != TENSOR:
                 given = given.detach()
             if self.kind in (ON_CPU, NUMPY):
@@ -207,7 +207,7 @@ def _per_channel(value: tuple[float, ...] | None) -> torch.Tensor | None:
     return None if value is None else torch.tensor(value).view(1, -1, 1, 1)
 
 
-def _as_written() -> AbstractContextManager[object]:
+def _without_compile() -> AbstractContextManager[object]:
     """Run code without `torch.compile` inside.
 
     Compiled code is compiled again for batches of other sizes, and supports neither a second gradient of one pass

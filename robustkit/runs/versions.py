@@ -28,8 +28,8 @@ def continued(parts: Sequence[Mapping[str, Any]], place: str) -> list[dict[str, 
     return [*known, {"from": place, **own}]
 
 
-def noted(ledger: Ledger) -> list[dict[str, Any]]:
-    """Return the parts of a run with a ledger, which stores them."""
+def record_part(ledger: Ledger) -> list[dict[str, Any]]:
+    """Add this process to the parts of a run in its ledger if its versions differ; return all parts."""
     parts = continued(json.loads(ledger.read_note(NOTE) or "[]"), f"chunk {ledger.count()}")
     ledger.write_note(NOTE, json.dumps(parts))
     return parts

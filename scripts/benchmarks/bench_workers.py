@@ -1,4 +1,4 @@
-"""Two workers of one thread against one, and against an earlier checkout, on a real net; start-up told apart.
+"""Two workers of one thread against one, and against an earlier checkout, on a real net; start-up separately.
 
     python scripts/benchmarks/bench_workers.py --model robustkit:cifar-resnet20@resnet20-at.safetensors --data \
         test.npz --ray local --against /path/to/earlier/checkout
@@ -42,8 +42,9 @@ class Clock(Progress):
         self.attacks = self.last = time.perf_counter() if self.stages <= 2 else self.attacks
 
     def say(self, text: str) -> None:
-        """Begin the attacks again when all workers are there."""
+        """Count the attacks from when all workers have started, if that is after the first stage."""
         print(f"  {text}", file=sys.stderr)
+        # The pool says "2 workers at work after 3.1 s".
         if "at work" in text and self.stages >= 2:
             self.attacks = time.perf_counter()
 

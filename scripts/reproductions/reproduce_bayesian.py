@@ -8,10 +8,10 @@ DIR holds cifar10_train.npz and cifar10_test.npz (`x` uint8 NHWC, `y`). It train
 cSGLD posterior with the training compute of one of them, and targets: another net of the architecture and one
 each of others, unless --target names some. Then it attacks the first test images and prints, on each target, the
 share of those that it classifies correctly which are fooled, with 95 % Wilson intervals; T-DEE, the number of
-independent nets with that success, with a paired bootstrap interval; and the training compute. Attacks are the
-paper's: I-FGSM of 50 steps of a tenth of eps, MI-FGSM with momentum 0.9, PGD, FGSM; `light` uses one sample for
-each step, `full` all, logits averaged. What is trained or crafted already in --out is taken from there, so that
-a run that was cut off goes on.
+independent nets that an ensemble needs for the same success, with a paired bootstrap interval; and the training
+compute. Attacks are the paper's: I-FGSM of 50 steps of a tenth of eps, MI-FGSM with momentum 0.9, PGD, FGSM;
+`light` uses one sample for each step, `full` all, logits averaged. What is trained or crafted already in --out
+is taken from there, so that a run that was cut off continues.
 """
 
 from __future__ import annotations
@@ -44,18 +44,21 @@ class Scale:
 
     Attributes:
         train: data string of the training set, with {data} for the folder.
-        test: of the images to attack.
-        limit: of training images; None for all.
+        test: data string of the images to attack.
+        limit: number of training images; None for all.
         images: how many test images are attacked.
-        judged: how many tell the accuracy of what is trained.
-        arch: of the nets and of the posterior.
+        judged: number of test images that the accuracy of a trained model is measured on.
+        arch: model string of the nets and of the posterior's net.
         others: architectures of the other targets.
         nets: how many independent nets are surrogates.
-        cycles: of the learning rate of cSGLD.
-        epochs: in a cycle; a net is trained for as many as all cycles have.
-        lr: the largest of cSGLD.
-        threats: l2 first.
-        temperatures: of the sweep.
+        cycles: number of cycles of cSGLD's learning rate.
+        epochs: epochs of one cycle; a net is trained for as many as all cycles have.
+        lr: cSGLD's learning rate at the start of a cycle.
+        threats: threats of all tables, l2 first.
+        temperatures: temperatures of the temperature table.
+        samples: posterior samples of one cycle.
+        temperature: temperature of the posterior in all other tables.
+        steps: steps of the iterative attacks.
     """
 
     train: str
@@ -137,7 +140,7 @@ class Study:
         return load_data(self.test).head(self.scale.images)
 
     def net(self, name: str, method: str, seed: int, **words: Any) -> Trained:
-        """Train, or take what was trained."""
+        """Train a net, or return the one that was trained before."""
         say(f"training {name}: {method}")
         scale, held_out = self.scale, load_data(self.test)
         words = {"arch": scale.arch, "epochs": scale.cycles * scale.epochs, **words}
@@ -154,7 +157,7 @@ class Study:
 
     @cached_property
     def nets(self) -> list[Trained]:
-        """Independent nets: other weights to begin with, other batches."""
+        """Independent nets, with their own initial weights and batches."""
         return [self.net(f"net-{seed}", "standard", seed) for seed in range(self.scale.nets)]
 
     def posterior(self, temperature: float, name: str = "csgld") -> Trained:
@@ -167,8 +170,8 @@ class Study:
         return self.net(name, method, 100, lr=scale.lr, batch_size=64)
 
     @cached_property
-    def judges(self) -> dict[str, Trained]:
-        """The nets that are trained to be targets, by the names of their folders behind `target-`."""
+    def trained_targets(self) -> dict[str, Trained]:
+        """The nets that are trained to be targets, by the names of their folders after `target-`."""
         if self.given:
             return {}
         named = {"same": self.net("target-same", "standard", 1000)}
@@ -183,7 +186,7 @@ class Study:
         if self.given:
             return {Path(string).stem: string for string in self.given}
         words = {"same": "the same architecture"}
-        return {words.get(name, name): f"{self.out}/target-{name}/" for name in self.judges}
+        return {words.get(name, name): f"{self.out}/target-{name}/" for name in self.trained_targets}
 
     def ensemble(self, count: int) -> Surrogate:
         """The first nets as one surrogate, of which `light` attacks use one at a time."""
@@ -204,13 +207,13 @@ class Study:
             num_classes=first.num_classes,
         ).eval()
 
-    def store(self, numbers: Iterable[int] | None = None, name: str = "csgld") -> Surrogate:
+    def posterior_samples(self, numbers: Iterable[int] | None = None, name: str = "csgld") -> Surrogate:
         """The posterior, or some of its samples."""
-        some = "" if numbers is None else "#" + "+".join(map(str, numbers))
-        return f"{self.out}/{name}/{some}"
+        chosen = "" if numbers is None else "#" + "+".join(map(str, numbers))
+        return f"{self.out}/{name}/{chosen}"
 
     def attack(self, name: str, surrogates: Surrogate | Sequence[Surrogate], attack: str, threat: str) -> Craft:
-        """Craft on surrogates of this name and judge on all targets."""
+        """Craft on surrogates of this name and evaluate on all targets."""
         say(f"{attack} on {name}, {threat}")
         words = f"{len(self.samples)} {name} {attack} {threat}"
         folder = "".join(sign if sign.isalnum() or sign in ".-=" else "_" for sign in words)
@@ -235,18 +238,22 @@ def main_table(study: Study) -> None:
     """Success of 1 to N nets and of 1 to S samples, light and full, with T-DEE."""
     scale = study.scale
     count = scale.cycles * scale.samples
-    some = sorted({1, *range(scale.samples, count + 1, scale.samples)})
+    sample_counts = sorted({1, *range(scale.samples, count + 1, scale.samples)})
     cost = [sum(one.cost["flops"] for one in study.nets[:n]) for n in range(1, scale.nets + 1)]
     rows: list[tuple[str, float, dict[str, Craft | None]]] = []
     posterior = study.posterior(scale.temperature)
     for n in range(1, scale.nets + 1):
         rows.append(
-            (f"{n} net{'s' * (n > 1)}", cost[n - 1], _both(study, f"{n}-nets", study.ensemble(n), n, True))
+            (
+                f"{n} net{'s' * (n > 1)}",
+                cost[n - 1],
+                _light_and_full(study, f"{n}-nets", study.ensemble(n), n, True),
+            )
         )
-    for n in some:
+    for n in sample_counts:
         # The share of the training that the last of these samples came after.
         spent = posterior.cost["flops"] * posterior.samples[n - 1]["epoch"] / (scale.cycles * scale.epochs)
-        found = _both(study, f"csgld-{n}", study.store(range(n)), n, n == count)
+        found = _light_and_full(study, f"csgld-{n}", study.posterior_samples(range(n)), n, n == count)
         rows.append((f"cSGLD, {n} sample{'s' * (n > 1)}", spent, found))
     columns = [f"{form} {threat}" for threat in scale.threats for form in ("light", "full")]
     for place, target in enumerate(study.targets):
@@ -265,13 +272,15 @@ def main_table(study: Study) -> None:
                 n: _fooled(rows[n - 1][2][column] or rows[n - 1][2][column.replace("full", "light")], place)
                 for n in range(1, scale.nets + 1)
             }
-            of_posterior = _fooled(final[column], place)
-            right = any(hit is not None for hit in of_posterior)
-            cells.append(str(deep_ensemble_equivalent(nets, of_posterior)) if right else "–")
+            posterior_fooled = _fooled(final[column], place)
+            right = any(hit is not None for hit in posterior_fooled)
+            cells.append(str(deep_ensemble_equivalent(nets, posterior_fooled)) if right else "–")
         show(["", *columns], [["cSGLD", *cells]])
 
 
-def _both(study: Study, name: str, surrogate: Surrogate, count: int, full: bool) -> dict[str, Craft | None]:
+def _light_and_full(
+    study: Study, name: str, surrogate: Surrogate, count: int, full: bool
+) -> dict[str, Craft | None]:
     found: dict[str, Craft | None] = {}
     for threat in study.scale.threats:
         attack = RULE.format(steps=study.scale.steps, size=0.1)
@@ -316,7 +325,10 @@ def compared(study: Study, what: str, rules: dict[str, str]) -> None:
     surrogates = {
         "1 net": ("1-nets", study.ensemble(1)),
         f"{scale.nets} nets": (f"{scale.nets}-nets", study.ensemble(scale.nets)),
-        "cSGLD": (f"csgld-{scale.cycles * scale.samples}", study.store(range(scale.cycles * scale.samples))),
+        "cSGLD": (
+            f"csgld-{scale.cycles * scale.samples}",
+            study.posterior_samples(range(scale.cycles * scale.samples)),
+        ),
     }
     grid(
         study,
@@ -346,7 +358,9 @@ def cycles_table(study: Study) -> None:
     rows = {}
     for label, numbers in choices.items():
         name = f"csgld-{'-'.join(map(str, numbers))}"
-        rows[label] = [study.attack(name, study.store(numbers), rule, threat) for threat in scale.threats]
+        rows[label] = [
+            study.attack(name, study.posterior_samples(numbers), rule, threat) for threat in scale.threats
+        ]
     grid(study, "cycles and samples", rows, list(scale.threats))
 
 
@@ -360,7 +374,9 @@ def temperature_table(study: Study) -> None:
         record = study.posterior(temperature, name)
         each = [100 * sample["accuracy"] for sample in record.samples if sample["accuracy"] is not None]
         heading = f"temperature {temperature:g}   a sample {sum(each) / len(each):.1f} % accurate"
-        rows[heading] = [study.attack(name, study.store(name=name), rule, threat) for threat in scale.threats]
+        rows[heading] = [
+            study.attack(name, study.posterior_samples(name=name), rule, threat) for threat in scale.threats
+        ]
     grid(study, "temperatures", rows, list(scale.threats))
 
 
@@ -370,7 +386,7 @@ def weakness_table(study: Study, others: Sequence[str]) -> None:
     study.posterior(scale.temperature)
     members, steps = min(3, scale.nets), 10
     nets = [f"{study.out}/net-{number}/" for number in range(members)]
-    one = study.store(range(scale.cycles * scale.samples))
+    one = study.posterior_samples(range(scale.cycles * scale.samples))
     light = f"light(samples={members})"
     turned = round(steps * 2 / 3)
     runs: dict[str, tuple[Sequence[Surrogate], str]] = {
@@ -435,7 +451,7 @@ def title(text: str) -> None:
 
 
 def say(text: str) -> None:
-    """Tell how far it is."""
+    """Print a progress message to stderr."""
     print(text, file=sys.stderr, flush=True)
 
 
@@ -443,7 +459,7 @@ def about(study: Study) -> None:
     """Print the accuracy of all that was trained, and its cost."""
     names = {**{f"net {n + 1}": one for n, one in enumerate(study.nets)}}
     names["cSGLD, all samples"] = study.posterior(study.scale.temperature)
-    names |= {f"target, {name}": one for name, one in study.judges.items()}
+    names |= {f"target, {name}": one for name, one in study.trained_targets.items()}
     title(f"{study.train}, {study.scale.limit or 'all'} images; attacked: {len(study.samples)} of {study.test}")
     rows = [
         [name, str(len(one.history)), f"{100 * one.accuracy['value']:.1f}", f"{one.cost['flops']:.1e}"]

@@ -17,7 +17,7 @@ from robustkit.posterior.digest import digest
 from robustkit.reporting.versions import made_in_parts
 from robustkit.runs import versions as made
 from robustkit.runs.ledger import Ledger
-from robustkit.runs.versions import continued, noted
+from robustkit.runs.versions import continued, record_part
 from robustkit.training import checkpoint
 from robustkit.training.method import Method, Plan
 from robustkit.training.progress import TrainProgress
@@ -154,7 +154,7 @@ def test_versions_of_resumed_parts_are_recorded(tmp_path: Path, monkeypatch: pyt
     here = continued([], "step 0")
     assert continued(here, "step 7") == here
     with Ledger.open(tmp_path / "l", "id") as ledger:
-        assert noted(ledger) == noted(ledger)
+        assert record_part(ledger) == record_part(ledger)
     monkeypatch.setattr(made, "versions", lambda: {"robustkit": "9", "torch": "8"})
     both = continued(here, "step 7")
     assert both == [*here, {"from": "step 7", "robustkit": "9", "torch": "8"}]
@@ -163,4 +163,4 @@ def test_versions_of_resumed_parts_are_recorded(tmp_path: Path, monkeypatch: pyt
         f"torch {here[0]['torch']}, from step 7 on robustkit 9 with torch 8"
     )
     with Ledger.open(tmp_path / "l", "id") as ledger:
-        assert [part["torch"] for part in noted(ledger)] == [here[0]["torch"], "8"]
+        assert [part["torch"] for part in record_part(ledger)] == [here[0]["torch"], "8"]

@@ -194,7 +194,7 @@ def build(request: type[R], options: Options, **others: Any) -> R:
 
     Args:
         request: a dataclass.
-        options: of a verb; a new option reaches the request by its name alone.
+        options: of a verb; those that are no fields of the request are left out.
         others: fields that are no options, or that are not passed as they are.
     """
     names = {one.name for one in fields(request)}  # type: ignore[arg-type]

@@ -29,10 +29,10 @@ def lines(sheet: FactSheet) -> list[str]:
         "output changed by": ", ".join(name for name, stays in sheet.invariances.items() if not stays) or "none",
         "no gradient": f"{percent(sheet.plateau)} of the winning classes' scores",
         "ties": f"{percent(sheet.ties)} of the draws; the lower class number wins",
-        "no first choice": f"{percent(sheet.unvoted)} of the winning classes",
+        "no first choice": f"{percent(sheet.unpredicted)} of the winning classes",
         "gradient": f"at most {sheet.partials} of {sheet.predictors * sheet.classes} logits",
-        "attack ties with": _count(sheet.tied_by, sheet.predictors),
-        "attack wins with": _count(sheet.taken_by, sheet.predictors),
+        "attack ties with": _count(sheet.predictors_to_tie, sheet.predictors),
+        "attack wins with": _count(sheet.predictors_to_win, sheet.predictors),
     }
     sizes = f"{sheet.predictors} predictors, {sheet.classes} classes; {sheet.draws:,} random logits"
     head = f"{sheet.aggregator} of {sizes}"

@@ -33,15 +33,17 @@ def matrix(flags: MatrixFlags) -> int:
     threat = ThreatModel.parse(flags.threat) if flags.threat else default_threat(flags.data or BUILT_IN_DATA)
     nets, targets = gather_both(names, flags.target, samples, device, None, "model", flags.trust_code)
     samples = match_classes(samples, nets[0].classes, nets[0].class_names)
-    grid = build(MatrixRequest, flags, nets=nets, targets=targets, samples=samples, threat=threat, device=device)
-    folder = Path(flags.out or f"runs/matrix-{grid.run_id}")
-    rows = MatrixDisplay()
-    progress = rows if flags.workers or flags.ray else CraftDisplay()
-    record = grid.run(folder, progress, rows.of_run, flags.overwrite)
-    shown = save_page(folder / FILE, page(record).encode())
+    request = build(
+        MatrixRequest, flags, nets=nets, targets=targets, samples=samples, threat=threat, device=device
+    )
+    folder = Path(flags.out or f"runs/matrix-{request.run_id}")
+    display = MatrixDisplay()
+    progress = display if flags.workers or flags.ray else CraftDisplay()
+    record = request.run(folder, progress, display.of_run, flags.overwrite)
+    saved_page = save_page(folder / FILE, page(record).encode())
     if flags.json:
         print_result(json.dumps(record.to_json(), indent=2))
     else:
-        following = f"robustkit transfer {folder / record.folders[0]} --target MODEL"
-        show_matrix(record, wide_console(), shown, following)
+        next_command = f"robustkit transfer {folder / record.folders[0]} --target MODEL"
+        show_matrix(record, wide_console(), saved_page, next_command)
     return 0

@@ -46,7 +46,9 @@ Work = Callable[[Images, np.ndarray], tuple[list[Verdict], list[Flag]]]
 
 @dataclass
 class BatchRunner:
-    """Runs the chunks of a run that are whole batches.
+    """Runs the clean pass, the checks and attacks that take a whole batch: one chunk of images after the other.
+
+    `BlockRunner` adds the attacks whose images share passes.
 
     Attributes:
         samples: the images and labels.

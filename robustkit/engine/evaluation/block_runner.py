@@ -42,11 +42,16 @@ RANDOMNESS_IMAGES = 4
 
 @dataclass
 class BlockRunner(BatchRunner):
-    """Runs one run's chunks; see `BatchRunner` for its fields.
+    """Runs row-wise attacks on blocks of images in the continuous batch; whole batches as its base class does.
 
-    `slots` are the rows of a pass, `config` is how the model is run in a search, `search_facts` is what the run's
-    record says of the searches, `batch` has the samples of the search that runs, `write_every` are the most
-    seconds that verdicts wait to be written.
+    The fields are those of `BatchRunner`.
+
+    Attributes:
+        slots: rows of one pass.
+        config: how the model is run in a search; None before the first one.
+        search_facts: what the run's record says of the searches.
+        batch: the images of the search that runs now; None between searches.
+        write_every: the most seconds between a verdict and its transaction in the ledger.
     """
 
     write_every = WRITE_EVERY
@@ -60,6 +65,7 @@ class BlockRunner(BatchRunner):
             self.results,
             self.settings.entries,
             self.store,
+            # The name of these recorded outputs, which unfinished runs of earlier versions have.
             self.worker_task("outlook"),
         )
         self.search_facts: dict[str, Any] = {}
@@ -136,7 +142,8 @@ class BlockRunner(BatchRunner):
                     near: Mapping[int, np.ndarray] = saved.near
                     if not saved.again:
                         admit = admission([*saved.positions, *near])
-                        with self.instrumented.using(float32 if arms else self.config):
+                        chosen = self.config or ExecutionConfig(self.instrumented.model)
+                        with self.instrumented.using(float32 if arms else chosen):
                             near = yield from self._search(first, count, admit, saved.with_active(active), record)
                         saved = SavedRows(again=bool(near), near=near)
                         record.restart(saved.record([]))

@@ -23,7 +23,7 @@ from robustkit.runs.evaluation_record import Report
 from robustkit.runs.ledger import Ledger
 from robustkit.runs.report_parts import Strictness
 from robustkit.runs.spec import RunSpec
-from robustkit.runs.versions import noted
+from robustkit.runs.versions import record_part
 
 
 def write_report(
@@ -61,7 +61,7 @@ def write_report(
     shape = tuple(samples.images([0]).shape[1:])
     rows = run_folder.Adversarials(index, labels, shape, lambda: itertools.compress(ledger.adversarials(), counts))
     facts = _environment(runner)
-    facts["parts"] = noted(ledger)
+    facts["parts"] = record_part(ledger)
     facts |= {"pixels": space, "model_notes": list(classifier.notes)}
     if out is None:
         return results.report(spec, flags, facts, {}, strictness, rows.arrays())

@@ -44,7 +44,7 @@ from robustkit.runs.recorded_outputs import recording
 from robustkit.runs.report_parts import Audit, Cost
 from robustkit.runs.spec import RunSpec
 from robustkit.runs.unfinished_work import Store
-from robustkit.runs.versions import noted
+from robustkit.runs.versions import record_part
 
 BATCH_SIZE, MINIMUM_NORM_BATCH_SIZE = 256, 32
 SLOTS_CPU, SLOTS_GPU = 128, 512
@@ -212,7 +212,7 @@ class Evaluation:
         with opened or nullcontext(True) as writable:
             store = Store(out / run_folder.UNFINISHED if out and writable else None, self.spec.run_id)
             try:
-                report = self._at_eps(out, writable, progress, pool, store)
+                report = self._suite_report(out, writable, progress, pool, store)
                 if self.curve and report.curve is None:
                     require_writable(out, writable, "a curve")
                     report = self._with_curve(report, out, progress, store)
@@ -225,9 +225,10 @@ class Evaluation:
             finally:
                 progress.close()
 
-    def _at_eps(
+    def _suite_report(
         self, out: Path | None, writable: bool, progress: Progress, pool: SharedPool | None, store: Store
     ) -> Report:
+        """Return the report of the suite at the threat's eps, stored or new, without a curve or an audit."""
         if out and (out / run_folder.REPORT).exists():
             if run_folder.read_report(out).stopped is None or not writable:
                 return self._stored(out, progress)
@@ -284,7 +285,7 @@ class Evaluation:
         """Return the runner once all attacks are done, and flags of the model's training mode."""
         results = RunResults.of(len(self.samples), self.spec.suite)
         ledger.require(len(self.samples), self.samples.images([0]).nbytes, len(self.spec.suite))
-        noted(ledger)
+        record_part(ledger)
         for chunk in ledger.chunks():
             results.add(chunk)
         if results.chunks:

@@ -27,10 +27,10 @@ def check_logits(logits: Logits, labels: np.ndarray, positions: np.ndarray) -> N
             f"the model gives NaN or infinite logits for {len(broken)} of {len(logits)} clean images, "
             f"the first at index {positions[broken[0]]}; they have no verdict."
         )
-    over = np.flatnonzero((labels < 0) | (labels >= logits.shape[1]))
-    if len(over):
+    outside = np.flatnonzero((labels < 0) | (labels >= logits.shape[1]))
+    if len(outside):
         raise UsageError(
-            f"label {labels[over[0]]} at index {positions[over[0]]} is outside the model's "
+            f"label {labels[outside[0]]} at index {positions[outside[0]]} is outside the model's "
             f"{logits.shape[1]} classes; check that data and model belong together."
         )
 
@@ -45,7 +45,7 @@ def check_eps(threat: ThreatModel, shape: tuple[int, ...]) -> None:
 
 
 def check_not_random(threat: ThreatModel, *, random: bool) -> None:
-    """Raise UsageError for a minimum norm of a random model: its nearest point would hold for one draw only."""
+    """Raise UsageError for a minimum norm of a random model, whose nearest adversarial image differs by draw."""
     if threat.minimal and random:
         raise UsageError(
             f"threat '{threat}' needs a model with the same output for an image each time, and this model is "

@@ -56,8 +56,8 @@ class InstrumentedModel:
         num_classes: of its logits, once known.
         micro_batch: the most images in one pass of the net; larger batches are cut and their activations
             recomputed in the backward pass, so that an attack's random numbers do not depend on the memory.
-        slow_batch: of a slow net, the most images in one pass, so that logits are recorded every second; None
-            for other nets.
+        slow_batch: the most images in one pass of a slow net, chosen so that a pass takes about a second: a killed
+            run repeats at most the pass that it was in. None for other nets.
         saved_bytes: that autograd saves for one image.
         differentiable: whether its backward pass works.
         seconds: of a forward pass of one image.
@@ -116,7 +116,7 @@ class InstrumentedModel:
     def logits_fp32(self, x: Images) -> Logits:
         """Return the logits (B K) that verdicts use: the model itself in float32, without a gradient."""
         self.forwards += len(x)
-        with torch.no_grad(), self.using(None):
+        with torch.no_grad(), self.using(ExecutionConfig(self.model)):
             return self._in_micro_batches(x, False, self.uncounted)
 
     def _counted(self, x: Images, net: Callable[[Images], Tensor]) -> Tensor:
@@ -153,10 +153,10 @@ class InstrumentedModel:
         return 0.0 if self.config.dtype is None else 2 * torch.finfo(self.config.dtype).eps
 
     @contextmanager
-    def using(self, config: ExecutionConfig | None) -> Iterator[None]:
-        """Run the model by this config inside; None is what verdicts use: the model itself in float32."""
+    def using(self, config: ExecutionConfig) -> Iterator[None]:
+        """Run the model by this config inside."""
         before = self.config
-        self.config = config or ExecutionConfig(self.model)
+        self.config = config
         try:
             yield
         finally:

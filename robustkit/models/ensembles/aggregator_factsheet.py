@@ -33,10 +33,11 @@ class FactSheet:
             are permuted, shifted or scaled together, the result must be permuted, shifted or scaled.
         plateau: share of draws in which the score of the winning class has no gradient at all.
         ties: share of draws in which two classes or more share the highest score; the lower number then wins.
-        unvoted: share of draws won by a class that no predictor names.
+        unpredicted: share of draws won by a class that no predictor predicts.
         partials: the most logits that the winning class's score depends on, of N * K.
-        tied_by: the fewest controlled predictors whose class ties with that of all others; None if all are needed.
-        taken_by: the fewest whose class wins.
+        predictors_to_tie: the fewest controlled predictors whose class ties with that of all others; None if all
+            are needed.
+        predictors_to_win: the fewest whose class wins; None if all are needed.
     """
 
     aggregator: str
@@ -46,10 +47,10 @@ class FactSheet:
     invariances: Mapping[str, bool]
     plateau: float
     ties: float
-    unvoted: float
+    unpredicted: float
     partials: int
-    tied_by: int | None
-    taken_by: int | None
+    predictors_to_tie: int | None
+    predictors_to_win: int | None
 
 
 # Of all predictors for one image; a few thousand images are drawn.
@@ -82,7 +83,7 @@ def fact_sheet(aggregator: str, predictors: int, classes: int, seed: int = 0) ->
     (slope,) = torch.autograd.grad(combined.gather(1, winner[:, None]).sum(), stack, materialize_grads=True)
     touched = (slope != 0).flatten(1).sum(1)
     named = stack.detach().argmax(2)
-    tied_by, taken_by = _breakdown(combine, draw(CASES, predictors, classes))
+    predictors_to_tie, predictors_to_win = _breakdown(combine, draw(CASES, predictors, classes))
     return FactSheet(
         aggregator=aggregator,
         predictors=predictors,
@@ -91,10 +92,10 @@ def fact_sheet(aggregator: str, predictors: int, classes: int, seed: int = 0) ->
         invariances=_invariances(combine, stack.detach()[:CASES], draw, generator),
         plateau=_share(touched == 0),
         ties=_share((combined.detach() == best[:, None]).sum(1) > 1),
-        unvoted=_share(~(named == winner[:, None]).any(1)),
+        unpredicted=_share(~(named == winner[:, None]).any(1)),
         partials=int(touched.max()),
-        tied_by=tied_by,
-        taken_by=taken_by,
+        predictors_to_tie=predictors_to_tie,
+        predictors_to_win=predictors_to_win,
     )
 
 
@@ -106,8 +107,8 @@ def _invariances(
     first = torch.zeros(predictors, 1, dtype=stack.dtype)
     first[0] = 1
     order = torch.randperm(predictors, generator=generator)
-    # Reversed, no class but a middle one keeps its number.
-    names = torch.arange(classes).flip(0)
+    # In reversed order every class has another number, but for the middle one of an odd number of classes.
+    reversed_classes = torch.arange(classes).flip(0)
     raised = draw(1, 1, classes)
     return {
         "constant on one predictor": _alike(combine(stack + 3 * first), plain),
@@ -115,12 +116,12 @@ def _invariances(
         "factor on all predictors": _alike(combine(3 * stack), 3 * plain),
         "constant on one class": _alike(combine(stack + raised), plain + raised[0]),
         "order of predictors": _alike(combine(stack[:, order]), plain),
-        "names of classes": _alike(combine(stack[:, :, names]), plain[:, names]),
+        "names of classes": _alike(combine(stack[:, :, reversed_classes]), plain[:, reversed_classes]),
     }
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:
-    """Return whether the classes of both are as far apart."""
+    """Return whether the differences between the classes' scores are equal in both."""
     return torch.allclose(one - one.amax(1, keepdim=True), other - other.amax(1, keepdim=True), atol=1e-9)
 
 
