@@ -46,6 +46,7 @@ FIELDS = {
     "fab": {"steps": 10, "restarts": 1},
     "fab-t": {"steps": 10, "targets": 3},
     "fmn": {"steps": 30},
+    "ddn": {"steps": 40},
     "race": {"targets": 5, "steps": 20, "restarts": 2},
     "square": {"queries": 150},
     "mora": {"steps": 20, "restarts": 2},

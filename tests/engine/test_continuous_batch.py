@@ -64,7 +64,8 @@ def test_verdicts_are_independent_of_the_batch_size(norm: str) -> None:
 def test_verdicts_are_independent_of_order_and_split(norm: str) -> None:
     net = Small().eval()
     x, y = labelled(net, 24, SHAPE)
-    suite = MIXED if norm != "l1" else "pgd(steps=4,restarts=2),apgd-t(steps=4,targets=3),square(queries=30)"
+    suite = "pgd(steps=4,restarts=2),apgd-t(steps=4,targets=3),square(queries=30)"
+    suite += ",race(targets=3,probe=2,steps=4,restarts=2)" if norm != "l1" else ""
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(3))
     parts = (torch.arange(len(x)), order, order[:11], order[11:])
     whole, mixed, first, second = (
@@ -449,7 +450,7 @@ def test_slots_stay_full_while_samples_wait() -> None:
 def test_square_fools_nets_without_a_useful_gradient(fault: str) -> None:
     net = {"quantised": lambda: QuantisedLogits(), "zero": lambda: QuantisedLogits(levels=40)}[fault]()
     x, y = labelled(net, 4, (1, 6, 8))
-    report = evaluate(net, x, y, "linf:0.15", suite="rapid")
+    report = evaluate(net, x, y, "linf:0.15", suite="apgd(steps=10),square(queries=300)")
     fallen = {stage.attack: stage.fooled for stage in report.stages}
     assert fallen["square"] > 0
     assert {"no-gradient", "zero-gradient", "score-beats-gradient"} & {flag.code for flag in report.flags}
