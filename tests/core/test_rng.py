@@ -106,9 +106,9 @@ def test_distribution(axis):
     elif axis == "across rows":
         rngs = [RowRng(1, "ks", torch.arange(size))]
     elif axis == "across steps":
-        rngs = [RowRng(1, "ks", torch.tensor([0]), step=step) for step in range(2000)]
+        rngs = [RowRng(1, "ks", torch.tensor([0]), step=step) for step in range(500)]
     else:
-        rngs = [RowRng(1, "ks", torch.tensor([0]), restart=restart) for restart in range(2000)]
+        rngs = [RowRng(1, "ks", torch.tensor([0]), restart=restart) for restart in range(500)]
     count = size if axis == "within a row" else 1
     uniform = torch.cat([rng.uniform(count).flatten() for rng in rngs])
     normal = torch.cat([rng.normal(count).flatten() for rng in rngs])

@@ -77,9 +77,7 @@ def weights(folder: Path) -> bytes:
 @pytest.mark.parametrize(
     ("method", "more", "after"),
     [
-        ("standard", {"ema": 0.9}, 2),
-        ("standard", {"members": 2}, 3),
-        ("standard", {"arch": DROPPING}, 8),
+        ("standard", {"ema": 0.9, "members": 2}, 3),
         ("fasten(baseline=0)", {"members": 3, "augment": "crop-flip"}, 8),
         ("dverge+at(baseline=0.4,steps=2,adversarial_steps=2)", {"members": 2, "arch": DROPPING}, 5),
         (SAMPLING, {}, 4),
