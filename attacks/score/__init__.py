@@ -1,1 +1,1 @@
-"""Attacks that use only the scores of the model."""
+"""Attacks that use only the outputs of the model: its scores (logits), or its decisions (predicted labels)."""

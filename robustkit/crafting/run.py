@@ -119,7 +119,9 @@ class _CraftRun:
                 ledger.seal()
                 self.store.clear()
         else:
-            self.progress.say(f"run {record.run_id} was finished before; this is its stored result")
+            self.progress.say(
+                f"run {record.run_id} was finished before; this is its stored result (see --overwrite)"
+            )
         if png is not None:
             record = self._png(record, png)
             record = self._keep(record) if self.writable else record

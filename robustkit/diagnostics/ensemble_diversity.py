@@ -105,7 +105,9 @@ class DiversityRequest:
             return self._run(progress)
         with open_for_writing(out, self.spec, overwrite=overwrite, say=progress.say):
             if (out / run_folder.DIVERSITY).is_file():
-                progress.say(f"run {self.spec.run_id} was finished before; this is its stored result")
+                progress.say(
+                    f"run {self.spec.run_id} was finished before; this is its stored result (see --overwrite)"
+                )
                 return run_folder.read_diversity(out)
             record = self._run(progress)
             run_folder.write_record(out, record)

@@ -64,7 +64,10 @@ class ModelString:
         name, separator, weights = rest.partition("@")
         arch = source + colon + name
         if not source or (colon and not name):
-            raise UsageError(f"model {text!r} names no net: write for example robustkit:digits-cnn.")
+            example = f"{source}:NAME" if source else "for example robustkit:digits-cnn"
+            raise UsageError(
+                f"model {text!r} names no net: write {example}; `robustkit list models` has the names."
+            )
         if separator and not weights:
             raise UsageError(
                 f"model {text!r} names no weights file after '@': write {arch}@FILE, or leave '@' out."

@@ -28,7 +28,8 @@ def check_attack(attack: Any, *, norms: Sequence[str] | None = None, distance: f
     On classifiers whose nearest adversarial points are known it must succeed where eps is well above that distance
     and fail where it is below; return images inside the threat, of the same shape and type; give the same bytes
     for the same seed, and, unless it is registered as `coupled`, the same result for an image in any batch; leave
-    the model, its inputs and the global random generators as they were; and cost what its `budget` says.
+    the model, its inputs and the global random generators as they were; and cost what its `budget` says. An attack
+    with `access="decision"` must use nothing but predicted labels.
 
     Args:
         attack: an object or class under `@attack(...)`, or a function `(model, x, y, eps) -> x_adv`. Give one
@@ -60,6 +61,8 @@ def check_attack(attack: Any, *, norms: Sequence[str] | None = None, distance: f
             for dtype in (torch.float32, torch.float64):
                 edges, ball = corners(problem.to(dtype), norm)
                 check_inside(run(attack, edges, ball), edges.x, ball)
+        if attack.info.access == "decision":
+            check_labels_only(attack, problem, near)
         if isinstance(attack, RowWise):
             check_budget(attack, plane(5), norm)
 
@@ -85,7 +88,8 @@ def check_succeeds(
     fooled = problem.goal.reached(problem.model(threat.project(found, problem.x)))
     assert fooled.all(), (
         f"{_name(attack)} fooled the model on {int(fooled.sum())} of {len(fooled)} images under {threat}, where "
-        f"each has an adversarial point at 1/{factor:g} of that distance"
+        f"each has an adversarial point at 1/{factor:g} of that distance; "
+        "a weaker search needs a larger `distance`, in robustkit a row in SLACK of tests/contract/test_attacks.py"
     )
 
 
@@ -137,6 +141,17 @@ def check_row_independent(attack: Any, problem: Problem, threat: ThreatModel) ->
             f"{_name(attack)}: images {order} in a batch of their own have another result than among all: draw "
             "random numbers from rng, look at no other row, or register the attack as coupled"
         )
+
+
+def check_labels_only(attack: Any, problem: Problem, threat: ThreatModel) -> None:
+    """Check that a decision-based attack returns the same for a model whose logits hold its predictions only."""
+
+    def labels(x: Tensor) -> Tensor:
+        logits: Tensor = problem.model(x)
+        return torch.nn.functional.one_hot(logits.argmax(1), logits.shape[1]).to(logits)
+
+    same = torch.equal(run(attack, problem, threat), run(attack, replace(problem, model=labels), threat))
+    assert same, f"{_name(attack)} is registered with access='decision' and uses more than the predicted labels"
 
 
 def check_global_generators(attack: Any, problem: Problem, threat: ThreatModel) -> None:

@@ -120,7 +120,7 @@ def test_piped_output_has_no_escape_codes_and_names_the_next_command(tmp_path: P
     # the same command again: the stored result, and it says so
     again = shell(*SMALL, cwd=tmp_path)
     assert again.stdout == done.stdout
-    assert "was finished before" in again.stderr
+    assert "was finished before; this is its stored result (see --overwrite)" in again.stderr
     # and the command that it names works
     check = shell(*done.stdout.splitlines()[-1].split()[2:], cwd=tmp_path)
     assert check.returncode == 0

@@ -25,6 +25,7 @@ from robustkit.testing.attacks import (
     check_fails,
     check_global_generators,
     check_inside,
+    check_labels_only,
     check_no_side_effects,
     check_repeatable,
     check_row_independent,
@@ -157,6 +158,16 @@ def test_no_side_effects(name, fields, norm):
     problem = plane(3)
     threat = threat_at(problem, norm, 1.5)
     check_no_side_effects(make(name, **fields), problem, threat, trainable=not coupled(name))
+
+
+def test_decision_attacks_use_labels_only():
+    problem = plane(3)
+    for name, entry in registry.catalog("attack").items():
+        if entry.info.access == "decision":
+            for norm in entry.info.norms:
+                check_labels_only(make(name, **FIELDS.get(name, {})), problem, threat_at(problem, norm, 1.5))
+    with pytest.raises(AssertionError, match="more than the predicted labels"):
+        check_labels_only(make("square", queries=40), problem, threat_at(problem, "linf", 0.9))
 
 
 @own

@@ -57,7 +57,7 @@ def test_any_field_value_round_trips(options):
     ("text", "sentence"),
     [
         ("", "names no net"),
-        ("timm:", "names no net"),
+        ("timm:", "names no net: write timm:NAME"),
         ("robustkit:digits-cnn@", "no weights file after '@'"),
         ("./n.py:build?width=8@w.pt", "write @w.pt in front of the '?'"),
         ("m:f?a=1&a=2", "has the field 'a' twice"),

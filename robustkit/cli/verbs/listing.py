@@ -110,7 +110,7 @@ def _models() -> Rows:
         for name, net in source.nets.items():
             rows.append(row(f"{source.prefix}:{name}", net.description, "x".join(map(str, net.input))))
         if not source.nets:
-            unlisted.append(row(f"{source.prefix}:NAME", source.help))
+            unlisted.append(row(f"{source.prefix}:{source.placeholder}", source.help))
     for prefix, plugin in plugins("models").items():
         installed.append(row(f"{prefix}:NAME", plugin.summary, package=plugin.package))
     return [*rows, *installed, *unlisted, *(row(form, what) for form, what in FORMS.items())]

@@ -241,9 +241,8 @@ class Evaluation:
         report = run_folder.read_report(out)
         if broken := run_folder.broken_seals(out, report):
             raise RunError(f"{broken[0]} See: robustkit verify {out}")
-        message = (
-            "its curve is searched now" if self.curve and report.curve is None else "this is its stored result"
-        )
+        without_curve = self.curve and report.curve is None
+        message = "its curve is searched now" if without_curve else "this is its stored result (see --overwrite)"
         progress.say(f"run {report.run_id} was finished before; {message}")
         return report
 

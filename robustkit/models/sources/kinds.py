@@ -24,7 +24,7 @@ def no_such_kind(spec: ModelString) -> UsageError:
     """Return the error for a model string whose prefix is neither a kind of model nor a module."""
     near = _near(spec)
     hint = f"did you mean {near!r}? Otherwise write" if near else "write"
-    *forms, last = (*(f"{source.prefix}:NAME" for source in own_sources()), *FORMS)
+    *forms, last = (*(f"{source.prefix}:{source.placeholder}" for source in own_sources()), *FORMS)
     return UsageError(
         f"there is no kind of model {spec.source!r}, nor a module of that name, for {spec.arch!r}: {hint} "
         f"{', '.join(forms)} or {last}."

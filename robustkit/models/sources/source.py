@@ -59,9 +59,11 @@ class ModelSource:
         prefix: The word before the colon, with hyphens.
         help: One line for `robustkit list models`.
         build: Returns the net of a model string, with as many classes as its options and its weights file need;
-            the loader puts the weights into the net. Heavy imports belong inside.
-        fields: Fields of the query that it reads beside those of every model: `num_classes`, `in_channels`,
-            `pretrained`. None: every other field reaches `build` in `options.keywords`.
+            the loader puts the weights into the net. It is called with torch's generator seeded, which is restored
+            afterwards, so initial weights are reproducible without code of its own. Heavy imports belong inside.
+        fields: Which of the fields `num_classes`, `in_channels` and `pretrained` a query may have; any other field
+            is then an error. None accepts every field and passes them to `build` as `options.keywords`.
+        placeholder: What follows the colon, for lists and error messages, such as SEED.
         own_weights: Returns the weights file that comes with a net; used unless the string names one or has
             `pretrained=false`.
         nets: The nets that are listed one by one, by name; empty for a source that does not list them.
@@ -81,6 +83,7 @@ class ModelSource:
     facts: Callable[[str], NetFacts | None] = _no_facts
     names: Callable[[], Iterable[str]] = tuple
     runs_code: bool = False
+    placeholder: str = "NAME"
 
     def takes(self, name: str) -> bool:
         """Return whether its queries have this field beside those of every model."""
