@@ -56,3 +56,11 @@ def test_no_page_or_workflow_installs_the_other_robustkit() -> None:
     """On PyPI the name robustkit belongs to another project; ours is adversarial-robustkit."""
     files = [*PAGES, ROOT / "noxfile.py", *(ROOT / ".github").rglob("*.yml")]
     assert [file.name for file in files if re.search(r"install\b[^\n`]*[ \"']robustkit\b", file.read_text())] == []
+
+
+def test_the_attack_of_the_readme_is_its_file() -> None:
+    text = (ROOT / "README.md").read_text()
+    name, excerpt = re.findall(r"```text\n(attacks/\S+)\n\n(.*?)```", text, re.DOTALL)[0]
+    lines = [line[4:] for line in excerpt.splitlines() if line.strip()]
+    assert len(lines) > 5
+    assert [line for line in lines if line not in (ROOT / name).read_text().splitlines()] == []
