@@ -22,7 +22,7 @@ from robustkit.registry import code_files, parse_suite
 NET = "nets:small"
 CODE = """
 from torch import nn
-from helper.sizes import CLASSES
+from sent_helper.sizes import CLASSES
 
 def build():
     return nn.Sequential(nn.Flatten(), nn.Linear(3 * 6 * 8, CLASSES))
@@ -45,8 +45,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("ROBUSTKIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(code_files, "_loaded", {})
     folder = tmp_path / "driver"
-    (folder / "helper").mkdir(parents=True)
-    (folder / "helper" / "sizes.py").write_text("CLASSES = 10\n")
+    (folder / "sent_helper").mkdir(parents=True)
+    (folder / "sent_helper" / "sizes.py").write_text("CLASSES = 10\n")
     (folder / "net.py").write_text(CODE)
     (folder / "mine.py").write_text(ATTACK)
     for seed in (0, 1):
