@@ -38,9 +38,6 @@ FREE = {
     *(aten.empty.memory_format, aten.empty_like.default, aten.new_empty.default, aten.empty_strided.default),
 }
 
-# Functions of which torch makes a number a tensor on the device that C++ sees, from this argument on.
-NUMBERS = {torch.Tensor.__setitem__: 2, torch.where: 1, torch.Tensor.where: 2}
-
 
 class DeviceMismatchError(RuntimeError):
     """An operation mixes tensors of the GPU and of the CPU."""
@@ -86,7 +83,7 @@ def run(func: Any, args: Any, kwargs: dict[str, Any], count: Callable[[str], Non
     target = kwargs.get("device")
     target = None if target is None else torch.device(target)
     # torch itself passes on the device that C++ sees.
-    on_gpu = bool(here) if target is None or (here and target.type == "meta") else target.type == "cuda"
+    on_gpu = bool(here) if target is None else target.type in ("cuda", "meta")
     plain_args, plain = tree_map(_held, (args, {**kwargs, **({"device": "cpu"} if target else {})}))
     if not (here or on_gpu):
         return func(*args, **kwargs)
@@ -181,30 +178,16 @@ class SimulatedGpu(TorchDispatchMode):
 
 
 class _Calls(TorchFunctionMode):
-    """Change calls that would reach the driver (cuda without a number) or lose a number (x[i] = 0) inside."""
+    """Change calls that name cuda without a number: torch would ask the driver for it."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call a function of torch."""
         args, kwargs = tree_map(self._indexed, (args, kwargs or {}))
-        if any(isinstance(value, GpuTensor) for value in args) and func in NUMBERS:
-            first = NUMBERS[func]
-            args = (*args[:first], *(_number(value) for value in args[first:]))
-        if func is torch.cosine_similarity:  # C++ makes its eps a tensor
-            func = _cosine_similarity
         return func(*args, **kwargs)
 
     @staticmethod
     def _indexed(value: Any) -> Any:
         return GPU if isinstance(value, str | torch.device) and str(value) == "cuda" else value
-
-
-def _cosine_similarity(x: torch.Tensor, y: torch.Tensor, dim: int = 1, eps: float = 1e-8) -> torch.Tensor:
-    norms = [part.norm(dim=dim, keepdim=True).clamp_min(eps) for part in (x, y)]
-    return (x / norms[0] * (y / norms[1])).sum(dim)
-
-
-def _number(value: Any) -> Any:
-    return _pin(torch.tensor(value)) if isinstance(value, int | float) else value
 
 
 def _pin(tensor: torch.Tensor, *_: Any) -> torch.Tensor:
