@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ import torch
 import torch._dynamo  # before torch.cuda is stubbed: it lists the functions there
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 GPU = torch.device("cuda", 0)
 ROOT = str(Path(__file__).parents[2])
@@ -78,15 +77,17 @@ class GpuTensor(torch.Tensor):
 
 def run(func: Any, args: Any, kwargs: dict[str, Any], count: Callable[[str], None]) -> Any:
     """Run an operation on the CPU data; `count` is called with `launch` and `sync`."""
-    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    tensors = _tensors(args) + _tensors(tuple(kwargs.values()))
     here = [tensor for tensor in tensors if isinstance(tensor, GpuTensor)]
     target = kwargs.get("device")
     target = None if target is None else torch.device(target)
     # torch itself passes on the device that C++ sees.
     on_gpu = bool(here) if target is None else target.type in ("cuda", "meta")
-    plain_args, plain = tree_map(_held, (args, {**kwargs, **({"device": "cpu"} if target else {})}))
     if not (here or on_gpu):
         return func(*args, **kwargs)
+    plain_args, plain = _held(args), {name: _held(value) for name, value in kwargs.items()}
+    if target:
+        plain["device"] = "cpu"
     if func in COPIES:
         return _copy(func, args, kwargs, plain_args, plain, on_gpu=on_gpu, count=count)
     if len(here) < len(tensors) and func not in INDEXING:
@@ -129,8 +130,26 @@ def _pinned(tensor: torch.Tensor) -> bool:
     return getattr(tensor, "pinned", False)
 
 
+def _tensors(values: Sequence[Any]) -> list[torch.Tensor]:
+    found = []
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found += _tensors(value)
+    return found
+
+
 def _held(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return type(value)(map(_held, value))
     return value.held if isinstance(value, GpuTensor) else value
+
+
+def _on_gpu(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return type(value)(map(_on_gpu, value))
+    return GpuTensor(value) if isinstance(value, torch.Tensor) else value
 
 
 def _wrapped(func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> Any:
@@ -142,7 +161,7 @@ def _wrapped(func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> Any:
     ]
     if written and func._schema.returns:
         return written[0] if len(func._schema.returns) == 1 else tuple(written)
-    return tree_map(lambda value: GpuTensor(value) if isinstance(value, torch.Tensor) else value, out)
+    return _on_gpu(out)
 
 
 def caller() -> str:
@@ -182,8 +201,10 @@ class _Calls(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call a function of torch."""
-        args, kwargs = tree_map(self._indexed, (args, kwargs or {}))
-        return func(*args, **kwargs)
+        kwargs = {name: self._indexed(value) for name, value in (kwargs or {}).items()}
+        if func is torch.device:
+            return func(*args, **kwargs)
+        return func(*map(self._indexed, args), **kwargs)
 
     @staticmethod
     def _indexed(value: Any) -> Any:
@@ -219,6 +240,8 @@ def simulated_gpu(memory: int = 80 << 30) -> Iterator[SimulatedGpu]:
     with ExitStack() as stack:
         for name, stub in {**stubs, **dict.fromkeys(silent, nothing)}.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, stub))
+        stack.enter_context(mock.patch.object(torch._C, "_cuda_getDevice", lambda: 0))
+        stack.enter_context(mock.patch.object(torch.cuda, "default_generators", (torch.Generator(),)))
         stack.enter_context(mock.patch.object(torch.Tensor, "pin_memory", _pin))
         lifted = torch._C._only_lift_cpu_tensors()
         torch._C._set_only_lift_cpu_tensors(True)
