@@ -18,6 +18,7 @@ from torch import Tensor
 
 from robustkit.attack_api import Answer, LoopOptions, Rows, RowWise, State, rank
 from robustkit.core import criteria
+from robustkit.core.devices import ComputeDevice
 from robustkit.core.shapes import Logits
 from robustkit.core.threat import per_row
 from robustkit.registry import attack
@@ -101,7 +102,7 @@ class Race(RowWise):
         moved = state["x"] + new * (stepped - state["x"]) + (1 - new) * (state["x"] - state["before"])
         random = following.random > 0
         # On a CPU reading a mask is free and a random start is not; on a GPU the reverse is true.
-        idle = x.device.type == "cpu" and not random.any()
+        idle = ComputeDevice(x.device).is_cpu and not random.any()
         start = x if idle else torch.where(per_row(random, x), rows.threat.random_start(x, rows.rng), x)
         last = (turn & (remaining > following.gate)) | (clock + 1 >= len(plan) - 1)
         return {

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from robustkit.core.devices import ACCELERATORS
 from robustkit.core.errors import RunError
 
 
@@ -79,7 +80,7 @@ def set_generators(states: Mapping[str, torch.Tensor]) -> None:
 @contextmanager
 def default_torch_modes() -> Iterator[None]:
     """Switch autograd on, and inference mode and autocast off, inside."""
-    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    devices = ["cpu", *(kind for kind in ACCELERATORS if torch.get_device_module(kind).is_available())]
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())

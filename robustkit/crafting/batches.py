@@ -6,6 +6,7 @@ import hashlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,14 +14,16 @@ import torch
 
 from robustkit.attack_api import Surrogates
 from robustkit.core.criteria import Goal
+from robustkit.core.devices import ComputeDevice
 from robustkit.core.errors import RunError
 from robustkit.core.isolation import own_randomness
+from robustkit.core.out_of_memory import try_in_memory
 from robustkit.core.rng import RowRng
 from robustkit.core.shapes import Images
 from robustkit.crafting.ensemble import Ensemble, Storage
 from robustkit.crafting.spec import CraftRequest
 from robustkit.data.prefetch import read_ahead
-from robustkit.engine.failures import NO_MEMORY, described, is_out_of_memory
+from robustkit.engine.failures import NO_MEMORY, described
 from robustkit.engine.progress import Progress
 from robustkit.runs.ledger import Chunk, Verdict
 from robustkit.runs.recorded_outputs import recording
@@ -41,7 +44,9 @@ class Crafter:
         self.plan, self.progress, self.store = plan, progress, store
         self.samples, self.threat = plan.samples, plan.threat
         self.n = len(plan.samples)
-        self.batch = min(plan.batch_size or (BATCH_CPU if plan.device.type == "cpu" else BATCH_GPU), self.n)
+        self.batch = min(
+            plan.batch_size or (BATCH_CPU if ComputeDevice(plan.device).is_cpu else BATCH_GPU), self.n
+        )
         self._ensemble: Ensemble | None = None
 
     def note(self, configs: str) -> str:
@@ -94,14 +99,15 @@ class Crafter:
             waiting = self._cut(parts)
             while waiting:
                 for positions, x in read_ahead(self.samples, waiting):
-                    try:
-                        with recording(self.store, f"craft-{stage}-{positions[0]}") as record:
-                            chunk = self._chunk(stage, attack, surrogates, goals, positions, x)
-                    except (RuntimeError, MemoryError) as error:
-                        if not is_out_of_memory(error):
+                    with recording(self.store, f"craft-{stage}-{positions[0]}") as record:
+                        try:
+                            work = partial(self._chunk, stage, attack, surrogates, goals, positions, x)
+                            chunk = try_in_memory(work, self.plan.device)
+                        except RuntimeError as error:
                             raise RunError(f"crafting failed with {described(error)}.") from error
+                    if chunk is None:
                         if len(positions) == 1:
-                            raise RunError(NO_MEMORY) from error
+                            raise RunError(NO_MEMORY)
                         record.restart()
                         self.batch = len(positions) // 2
                         self.progress.say(f"out of memory: going on with {self.batch} images at a time")

@@ -13,6 +13,7 @@ import torch
 
 from robustkit.attack_api import Surrogates
 from robustkit.core.criteria import Goal
+from robustkit.core.devices import ComputeDevice
 from robustkit.core.isolation import evaluation_mode, threads
 from robustkit.core.memory import free_memory
 from robustkit.core.rng import RowRng
@@ -154,7 +155,7 @@ class Ensemble:
                 member.layout = LAYOUTS[config["channels_last"]]
                 continue
             net = (folded(member.model, x[:1]) if config["folded"] else None) or member.model
-            member.config = ExecutionConfig(net, None, LAYOUTS[config["channels_last"]])
+            member.config = ExecutionConfig(net, layout=LAYOUTS[config["channels_last"]])
         self._stacked = stacked(self._instrumented(), x[:COMPARED_IMAGES]) if configs["together"] else None
 
     def _instrumented(self) -> list[InstrumentedModel]:
@@ -173,8 +174,7 @@ class Ensemble:
                 labels = torch.zeros(len(x), dtype=torch.int64, device=x.device)
                 ids = torch.arange(len(x), device=x.device)
                 ensemble.gradient(x, Goal(labels), "ce", RowRng(0, "trial", ids))
-                if x.device.type == "cuda":
-                    torch.cuda.synchronize(x.device)
+                ComputeDevice(x.device).synchronize()
                 taken.append(time.perf_counter() - begun)
             seconds.append(min(taken[1:]))
         return seconds[1] < MAX_TIME_SHARE * seconds[0]

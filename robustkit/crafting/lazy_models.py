@@ -8,9 +8,12 @@ from typing import Protocol
 
 import torch
 
+from robustkit.core.devices import ComputeDevice
 from robustkit.core.isolation import evaluation_mode
+from robustkit.core.memory import free_memory
 from robustkit.engine.model.instrumented_model import InstrumentedModel
 from robustkit.engine.model.loaded_models import Net
+from robustkit.models.classifier import Classifier
 
 
 class InSlot(Protocol):
@@ -19,26 +22,42 @@ class InSlot(Protocol):
     net: Net
 
 
+# A net stays in main memory, for its next use on an accelerator, if it takes at most this share of what is free.
+MAX_HOST_SHARE = 0.25
+
+
 class ModelSlot:
-    """Holds one loaded net; two while the next one is loaded."""
+    """Holds one loaded net; two while the next one is loaded.
+
+    A net that leaves an accelerator stays in main memory if there is room, and is not built again.
+    """
 
     def __init__(self, device: torch.device) -> None:
         """Start empty."""
         self.device = device
         self._member: InSlot | None = None
         self._instrumented: InstrumentedModel | None = None
+        self._in_main_memory: dict[int, Classifier] = {}
 
     def take(self, member: InSlot) -> InstrumentedModel:
         """Return the net of this member, loaded unless it is in the slot."""
         if self._member is not member or self._instrumented is None:
-            if self._member is not None and self._member.net.model is not None:
-                self._member.net.model.cpu()
-            self._member = self._instrumented = None
-            self._instrumented, self._member = (
-                member.net.instrumented(member.net.load(self.device), self.device),
-                member,
-            )
+            self._clear()
+            model = self._in_main_memory.pop(id(member), None)
+            model = member.net.load(self.device) if model is None else model.to(self.device)
+            self._instrumented, self._member = member.net.instrumented(model, self.device), member
         return self._instrumented
+
+    def _clear(self) -> None:
+        """Move the loaded net to main memory, or delete it."""
+        member, instrumented = self._member, self._instrumented
+        self._member = self._instrumented = None
+        if member is None or instrumented is None:
+            return
+        if member.net.model is not None:
+            member.net.model.cpu()
+        elif not ComputeDevice(self.device).is_cpu and member.net.parameters < MAX_HOST_SHARE * free_memory():
+            self._in_main_memory[id(member)] = instrumented.model.cpu()
 
 
 class LazyModel:

@@ -62,7 +62,7 @@ class PosteriorMembers:
             if id(net) not in self._instrumented:
                 self._instrumented[id(net)] = self.net.instrumented(whole.with_net(net), self.device)
             instrumented = self._instrumented[id(net)]
-            instrumented.config = ExecutionConfig(instrumented.model, None, self.layout)
+            instrumented.config = ExecutionConfig(instrumented.model, layout=self.layout)
             yield instrumented
 
     def tune_layout(self, x: Images) -> None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from robustkit.checks.chance import chance_accuracy
+from robustkit.core.devices import ComputeDevice
 from robustkit.core.errors import UsageError
 from robustkit.core.flags import Flag
 from robustkit.core.isolation import evaluation_mode, own_randomness, threads
@@ -120,7 +121,7 @@ class DiversityRequest:
             raise UsageError("no image is left to compare on; use more with --limit.")
         with evaluation_mode(self.model), own_randomness(self.seed, "diversity"):
             ensemble = EnsembleMembers(self.model, self.device)
-            most = BATCH_CPU if self.device.type == "cpu" else BATCH_GPU
+            most = BATCH_CPU if ComputeDevice(self.device).is_cpu else BATCH_GPU
             ensemble.measure(self._images(positions[:1]), most)
             self._check_labels(ensemble.whole.num_classes or 0)
             with threads(ensemble.whole.threads):

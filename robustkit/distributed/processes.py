@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from robustkit.core.devices import ComputeDevice
 from robustkit.distributed.new_process import begin
 from robustkit.distributed.pool import Handle, Pickled, State, Task, WorkerDied, WorkerPool, run_task
 
@@ -57,9 +58,9 @@ class ProcessPool(WorkerPool):
         return _Worker(number, executor, process)
 
     def device(self, own: torch.device, worker: int) -> str:
-        """Return the driver's device, or one GPU after the other if it only says "cuda"."""
-        alone = own.type != "cuda" or own.index is not None
-        return str(own) if alone else f"cuda:{worker % torch.cuda.device_count()}"
+        """Return the driver's device, or one GPU after the other if it names no single one."""
+        alone = ComputeDevice(own).is_cpu or own.index is not None
+        return str(own) if alone else f"{own.type}:{worker % ComputeDevice(own).count}"
 
     def share(self, value: T, name: str) -> Handle[T]:  # noqa: D102
         return Pickled.of(value, name)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from robustkit.models.failures import described, first_line, is_out_of_memory
+from robustkit.models.failures import described, first_line
 
-__all__ = ["NO_MEMORY", "described", "first_line", "is_out_of_memory"]
+__all__ = ["NO_MEMORY", "described", "first_line"]
 
 NO_MEMORY = "out of memory even with one image at a time; use a device with more memory."

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from robustkit.core.devices import ComputeDevice
 from robustkit.core.isolation import quietly
+from robustkit.core.out_of_memory import is_out_of_memory
 from robustkit.core.shapes import Images
-from robustkit.models.failures import is_out_of_memory
 
 if TYPE_CHECKING:
     from robustkit.models.prepared_net import Form, Net, Reader
@@ -51,7 +52,7 @@ def forms_to_try(form: Form, images: Images, accepted_sizes: Collection[int], me
         for size in sorted(accepted_sizes, reverse=True):
             yield replace(form, batch=size)
         return
-    kinds = (TENSOR, DETACHED, *([] if images.device.type == "cpu" else [ON_CPU]), NUMPY)
+    kinds = (TENSOR, DETACHED, *([] if ComputeDevice(images.device).is_cpu else [ON_CPU]), NUMPY)
     forms = [replace(form, dtype=dtype, kind=kind, batch=None) for dtype, kind in itertools.product(DTYPES, kinds)]
     yield from forms[1:]
     numbers = [int(number) for number in re.findall(r"\d{1,4}", message)]

@@ -1,4 +1,4 @@
-"""Errors of others' code in one line, with the place where they occurred; and out-of-memory errors."""
+"""Errors of others' code in one line, with the place where they occurred."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from types import CodeType
 
 import torch
 
-# Allocators raise other types than torch's and Python's as well.
-_ALLOCATOR = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 _LONGEST = 300
 _PACKAGE = Path(__file__).parents[1]
 _STANDARD = tuple(Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib"))
@@ -21,13 +19,6 @@ _LIBRARIES = (
     (*_STANDARD, *_INSTALLED, _PACKAGE, _PACKAGE.resolve()),
     (*_STANDARD, Path(torch.__file__).parent, _PACKAGE, _PACKAGE.resolve()),
 )
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error means that memory is short, so that smaller batches may help."""
-    if isinstance(error, RuntimeError):
-        return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _ALLOCATOR)
-    return isinstance(error, MemoryError)
 
 
 def first_line(error: BaseException) -> str:

@@ -6,7 +6,7 @@ import functools
 import hashlib
 import inspect
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -22,11 +22,21 @@ def state_sha256(model: object) -> str:
     globals that it names, in its attributes, or bound to it. `num_batches_tracked` counts nowhere.
     """
     digest = hashlib.sha256()
-    for name, tensor in _state(model):
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
+    named = list(_state(model))
+    for (name, tensor), content in zip(named, _contents([tensor for _, tensor in named]), strict=True):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(flat.view(torch.uint8).numpy().data)
+        digest.update(content.numpy().data)
     return digest.hexdigest()
+
+
+def _contents(tensors: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Yield the bytes of each tensor in main memory; those of other devices by one copy for each of them."""
+    flat = [tensor.detach().contiguous().reshape(-1).view(torch.uint8) for tensor in tensors]
+    copies: dict[torch.device, Iterator[torch.Tensor]] = {}
+    for device in {tensor.device for tensor in flat if tensor.device.type != "cpu"}:
+        there = [tensor for tensor in flat if tensor.device == device]
+        copies[device] = iter(torch.split(torch.cat(there).cpu(), [len(tensor) for tensor in there]))
+    yield from (next(copies[tensor.device]) if tensor.device in copies else tensor for tensor in flat)
 
 
 def combined_sha256(identity: Mapping[str, object]) -> str:

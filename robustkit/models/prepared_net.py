@@ -21,10 +21,10 @@ from torch import nn
 
 from robustkit.core.errors import RobustkitError, UsageError
 from robustkit.core.isolation import no_exit
+from robustkit.core.out_of_memory import is_out_of_memory
 from robustkit.core.shapes import Images, Logits
 from robustkit.models.call_forms import NUMPY, ON_CPU, STANDARD, TENSOR, forms_to_try, working_form
 from robustkit.models.ensembles.mixture import Mixture
-from robustkit.models.failures import is_out_of_memory
 from robustkit.models.outputs import LogitsReader
 from robustkit.models.shape_search import failure
 

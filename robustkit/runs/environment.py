@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from robustkit.core.devices import ComputeDevice
 from robustkit.runs.invocation import command
 from robustkit.version import __version__
 
@@ -20,7 +21,7 @@ def environment(
     device: torch.device, precision: str, piece: int | None, threads: int | None = None
 ) -> dict[str, Any]:
     """Return versions, device name, threads, git commit or None, precision, images at once and the command."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
+    name = ComputeDevice(device).name or platform.processor()
     return {
         "versions": versions(),
         "device": str(device),

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from robustkit.core.devices import ComputeDevice
 from robustkit.core.errors import RunError
+from robustkit.core.out_of_memory import is_out_of_memory
 from robustkit.core.writing import subfolder
-from robustkit.models.failures import is_out_of_memory
 from robustkit.posterior import UnfinishedPosterior
 from robustkit.runs.training_record import KEPT, RECORD
 from robustkit.runs.versions import continued
@@ -249,6 +250,6 @@ def is_evaluated(epoch: int, epochs: int, most: int = MAX_EVALUATIONS) -> bool:
 @contextmanager
 def _generators(device: torch.device) -> Iterator[None]:
     """Restore torch's generators afterwards."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
+    devices = [] if ComputeDevice(device).is_cpu else [device]
+    with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
         yield

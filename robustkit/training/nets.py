@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from robustkit.core.devices import ComputeDevice
 from robustkit.core.errors import UsageError
 from robustkit.core.isolation import seeded
 from robustkit.core.shapes import Images, Logits
@@ -128,8 +129,7 @@ def reseed(text: str, device: torch.device) -> None:
     """Seed torch's generators of the CPU and the device; `torch.manual_seed` takes as long as a small step."""
     seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little", signed=True)
     torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        torch.cuda.manual_seed(seed)
+    ComputeDevice(device).seed(seed)
 
 
 def default_arch(data: str) -> str:

@@ -1,8 +1,8 @@
 """A simulated GPU: tensors that report cuda:0 and keep their data on the CPU.
 
-To C++ a `GpuTensor` is a meta tensor, so autograd needs no driver; to Python it is on cuda:0. Inside `SimulatedGpu`
-every operation runs on the CPU data. An operation that mixes devices fails as it would on a GPU; kernel launches and
-host synchronisations are counted by the line of robustkit that made them.
+To C++ a `GpuTensor` is a meta tensor, so autograd needs no driver; to Python it is on cuda:0. Inside
+`SimulatedGpu` every operation runs on the CPU data. An operation that mixes devices fails as it would on a GPU;
+kernel launches and host synchronisations are counted by the line of robustkit that made them.
 """
 
 from __future__ import annotations
@@ -240,7 +240,7 @@ def simulated_gpu(memory: int = 80 << 30) -> Iterator[SimulatedGpu]:
     with ExitStack() as stack:
         for name, stub in {**stubs, **dict.fromkeys(silent, nothing)}.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, stub))
-        stack.enter_context(mock.patch.object(torch._C, "_cuda_getDevice", lambda: 0))
+        stack.enter_context(mock.patch.object(torch._C, "_cuda_getDevice", return_value=0))
         stack.enter_context(mock.patch.object(torch.cuda, "default_generators", (torch.Generator(),)))
         stack.enter_context(mock.patch.object(torch.Tensor, "pin_memory", _pin))
         lifted = torch._C._only_lift_cpu_tensors()

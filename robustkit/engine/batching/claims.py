@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from robustkit.core import criteria
+from robustkit.core.out_of_memory import retry_in_memory
 from robustkit.core.shapes import Images, Labels, PerRow
 from robustkit.core.threat import ThreatModel, per_row
 from robustkit.engine.batching.attack_queue import AttackQueue
@@ -33,20 +34,16 @@ class ClaimJudge:
     Attributes:
         instrumented: the model.
         threat: the perturbations that are allowed.
-        recover: called with the error of a failed pass; it raises, or makes another try possible.
+        recover: called after a try that ran out of memory; it makes another try possible, or raises RunError.
     """
 
     instrumented: InstrumentedModel
     threat: ThreatModel
-    recover: Callable[[Exception], None]
+    recover: Callable[[], None]
 
     def retry(self, work: Callable[[], T]) -> T:
-        """Run `work`, which evaluates the model and changes nothing else; run it again after a recovery."""
-        while True:
-            try:
-                return work()
-            except (RuntimeError, MemoryError) as error:
-                self.recover(error)
+        """Return what `work` returns; it is run again after a recovery, so it changes nothing itself."""
+        return retry_in_memory(work, self.recover, self.instrumented.device)
 
     def judge_claims(self, batches: Sequence[RowBatch]) -> list[Verdicts | None]:
         """Return the verdicts on the claims of several queues, by one pass; None for a queue without claims."""

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from robustkit.attack_api import Answer, Rows, rank
 from robustkit.attack_api.driver import drive
@@ -49,7 +50,7 @@ class ContinuousBatch:
         slots: how many rows are in the batch at most.
         admit: from a number n to at most n samples. Fewer mean that there are no more, unless they are marked
             `later`.
-        recover: called with the error of a failed pass; it raises, or makes another try possible.
+        recover: called after a try that ran out of memory; it makes another try possible, or raises RunError.
         steps_per_read: how many steps may pass between two reads of results from the device.
         parallel_jobs: whether a sample runs all jobs of an attack at once, in a row for each, which takes fewer
             steps where samples are few. Boundary attacks always do.
@@ -67,7 +68,7 @@ class ContinuousBatch:
     seed: int
     slots: int
     admit: Callable[[int], Admitted]
-    recover: Callable[[Exception], None]
+    recover: Callable[[], None]
     steps_per_read: int = 1
     parallel_jobs: bool = False
     deterministic: bool = False
@@ -254,14 +255,17 @@ class ContinuousBatch:
 
     def _step(self, number: int, queues: list[AttackQueue], results: Results) -> list[AttackQueue]:
         """Count the passes, note claims, and take a step of every row."""
-        for query, answer, logits in results:
+        stepped = self.judge.retry(lambda: [self._stepped(*result) for result in results])
+        for (query, answer, _), batch in zip(results, stepped, strict=True):
             self._count_passes(query, answer)
-            self._note_answers(query, logits)
-            batch = query.batch
-            batch.host["age"] = batch.host["age"] + 1
-            state = query.queue.attack.step(self._rows(query.queue, batch), query.state, answer)
-            query.queue.batch = batch.with_state(state)
+            query.queue.batch = batch
         return queues
+
+    def _stepped(self, query: Query, answer: Answer, logits: Logits) -> RowBatch:
+        """Return the rows of a query after a step, with their claims; the query's rows are not changed."""
+        host = query.batch.host
+        batch = RowBatch({**host, "age": host["age"] + 1}, self._with_answers(query, logits))
+        return batch.with_state(query.queue.attack.step(self._rows(query.queue, batch), query.state, answer))
 
     def _count_passes(self, query: Query, answer: Answer) -> None:
         """Add the passes that an answer took to each row's cost."""
@@ -272,10 +276,10 @@ class ContinuousBatch:
         spent[:, queue.number, 0] += passes + deployed_passes(queue.view, random=self.instrumented.random)
         spent[:, queue.number, 1] += np.where(query.needs_gradient.numpy(), passes * answer.loss[0].numel(), 0)
 
-    def _note_answers(self, query: Query, logits: Logits) -> None:
-        """Keep each row's best point by the model's own logits (B K), and note its claim."""
+    def _with_answers(self, query: Query, logits: Logits) -> dict[str, Tensor]:
+        """Return the rows' tensors with each row's best point by the model's own logits (B K), and its claim."""
         queue, exact = query.queue, query.exact.to(logits.device)
-        part, state = query.batch.device, query.state
+        part, state = dict(query.batch.device), query.state
         margin = criteria.margin(logits, part["labels"]).double()
         if queue.options.queries_outside_ball:
             margin = torch.where(self.threat.contains(state["x"], part["x"]), margin, -torch.inf)
@@ -295,6 +299,7 @@ class ContinuousBatch:
         part["when"] = torch.where(claims, age, part["when"])
         if "last" in state:
             part["ended"] = part["ended"] | state["last"]
+        return part
 
     def _judge_claims(self, queues: Sequence[AttackQueue]) -> None:
         """Judge the claims; finish the fooled samples, and start the next job of rows whose job has ended."""

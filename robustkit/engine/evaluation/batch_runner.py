@@ -18,6 +18,7 @@ from robustkit.core.criteria import Goal
 from robustkit.core.errors import RobustkitError, RunError
 from robustkit.core.flags import Flag
 from robustkit.core.isolation import own_randomness
+from robustkit.core.out_of_memory import retry_in_memory
 from robustkit.core.rng import RowRng
 from robustkit.core.shapes import Images, Labels
 from robustkit.data.prefetch import read_ahead
@@ -29,12 +30,12 @@ from robustkit.engine.evaluation.results import CHECKING, RunResults
 from robustkit.engine.evaluation.sanity import check_logits
 from robustkit.engine.evaluation.settings import RunSettings
 from robustkit.engine.evaluation.verdicts import image_hashes, judge, sample_ids
-from robustkit.engine.failures import NO_MEMORY, described, is_out_of_memory
-from robustkit.engine.model.instrumented_model import InstrumentedModel
+from robustkit.engine.failures import described
+from robustkit.engine.model.instrumented_model import InstrumentedModel, halve_micro_batch
 from robustkit.engine.progress import Progress
 from robustkit.registry import SuiteEntry
 from robustkit.runs.ledger import Chunk, Verdict
-from robustkit.runs.recorded_outputs import recording
+from robustkit.runs.recorded_outputs import OutputRecord, recording
 from robustkit.runs.unfinished_work import Store
 
 # The most images that the checks use.
@@ -219,25 +220,32 @@ class BatchRunner:
         """
         name = self.results.names[stage]
         x = x.to(self.instrumented.device)
-        while True:
-            forwards, backwards = self.instrumented.forwards, self.instrumented.backwards
-            try:
-                with (
-                    own_randomness(self.settings.seed, stage, number),
-                    recording(self.store, f"chunk-{stage}-{number}") as record,
-                ):
-                    found = work(x, positions)
-                break
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise self._failure(name, positions, error) from error
-                record.restart()
-                self._halve_micro_batch(len(x))
-                self.instrumented.forwards, self.instrumented.backwards = forwards, backwards
-            except RobustkitError:
-                raise
-            except Exception as error:
-                raise self._failure(name, positions, error) from error
+        instrumented = self.instrumented
+        before = instrumented.forwards, instrumented.backwards
+
+        def run() -> tuple[T, OutputRecord]:
+            instrumented.forwards, instrumented.backwards = before
+            with (
+                own_randomness(self.settings.seed, stage, number),
+                instrumented.using(instrumented.config),
+                recording(self.store, f"chunk-{stage}-{number}") as record,
+            ):
+                records.append(record)
+                return work(x, positions), record
+
+        def reduce() -> None:
+            records.pop().restart()
+            self._halve_micro_batch(len(x))
+
+        records = list[OutputRecord]()
+        try:
+            found, record = retry_in_memory(run, reduce, instrumented.device)
+        except RobustkitError:
+            raise
+        except Exception as error:
+            raise RunError(
+                f"{name} failed on images {positions[0]} to {positions[-1]} with {described(error)}."
+            ) from error
         yield found, record.seconds
         record.restart()
 
@@ -301,13 +309,5 @@ class BatchRunner:
 
     def _halve_micro_batch(self, images: int) -> None:
         """Halve the images in one pass of the net; RunError if it is one already."""
-        size = min(self.instrumented.micro_batch or images, images)
-        if size == 1:
-            raise RunError(NO_MEMORY)
-        self.instrumented.micro_batch = size // 2
-        if self.instrumented.device.type == "cuda":
-            torch.cuda.empty_cache()
-        self.progress.say(f"out of memory: going on with {size // 2} images at a time, same numbers")
-
-    def _failure(self, name: str, positions: np.ndarray, error: Exception) -> RunError:
-        return RunError(f"{name} failed on images {positions[0]} to {positions[-1]} with {described(error)}.")
+        size = halve_micro_batch(self.instrumented, images)
+        self.progress.say(f"out of memory: going on with {size} images at a time, same numbers")

@@ -12,8 +12,10 @@ import numpy as np
 import torch
 
 from robustkit.checks.run import UNSTEADY
+from robustkit.core.devices import ComputeDevice
 from robustkit.core.errors import RobustkitError, RunError, UsageError
 from robustkit.core.isolation import own_randomness
+from robustkit.core.out_of_memory import is_out_of_memory
 from robustkit.data.prefetch import read_ahead
 from robustkit.engine.batching.continuous_batch import ContinuousBatch
 from robustkit.engine.batching.row_batch import RowBatch
@@ -24,7 +26,7 @@ from robustkit.engine.evaluation.early_stopping import TimeUp
 from robustkit.engine.evaluation.reliability import Reliability
 from robustkit.engine.evaluation.sanity import check_eps
 from robustkit.engine.evaluation.verdicts import image_hashes
-from robustkit.engine.failures import NO_MEMORY, described, is_out_of_memory
+from robustkit.engine.failures import NO_MEMORY, described
 from robustkit.engine.model.instrumented_model import ExecutionConfig
 from robustkit.engine.model.profiling import fastest_batch, measure, tune
 from robustkit.engine.model.random_verdicts import is_random
@@ -135,7 +137,7 @@ class BlockRunner(BatchRunner):
         with own_randomness(self.settings.seed, "flight", first, *self.worker):
             try:
                 self.choose_config(examples)
-                float32 = replace(self.config or self.instrumented.config, dtype=None)
+                float32 = replace(self.config or self.instrumented.config, precision="fp32")
                 arms = self.settings.entries[first - 1].arm
                 with recording(self.store, self.task_name(first)) as record:
                     saved = SavedRows.of(record.first(), self, first)
@@ -170,12 +172,6 @@ class BlockRunner(BatchRunner):
     def unsettled(self, first: int) -> np.ndarray:
         """Return the positions that have no verdict from this stage on."""
         return self.results.waiting(first, np.arange(self.results.n))
-
-    def _recover(self, error: Exception) -> None:
-        """Halve the micro-batch after an out-of-memory error; raise any other error again."""
-        if not is_out_of_memory(error):
-            raise error
-        self._halve_micro_batch(self.slots)
 
     def _search(
         self, first: int, count: int, admit: Callable[[int], Admitted], saved: SavedRows, record: OutputRecord
@@ -239,8 +235,8 @@ class BlockRunner(BatchRunner):
             seed=self.settings.seed,
             slots=self.slots,
             admit=admit,
-            recover=self._recover,
-            steps_per_read=GPU_STEPS_PER_READ if self.instrumented.device.type == "cuda" else 1,
+            recover=partial(self._halve_micro_batch, self.slots),
+            steps_per_read=1 if ComputeDevice(self.instrumented.device).is_cpu else GPU_STEPS_PER_READ,
             parallel_jobs=parallel_jobs or entries[0].arm,
             suite_views=[entry.view for entry in self.settings.entries],
             deterministic=not (self.instrumented.random or UNSTEADY & self.results.flags.keys()),
@@ -271,11 +267,13 @@ class BlockRunner(BatchRunner):
                     record.write()
                 self.config = instrumented.config
                 if self.settings.max_slots > self.slots and instrumented.slow_batch is None:
-                    self.slots = fastest_batch(instrumented, x, self.slots, self.settings.max_slots)
+                    # More slots than images that wait would stay empty.
+                    most = min(self.settings.max_slots, max(len(self.unsettled(1)), self.slots))
+                    self.slots = fastest_batch(instrumented, x, self.slots, most)
 
     def _admission(self, waiting: np.ndarray) -> Callable[[int], Admitted]:
         """Return a function that admits up to n of these samples; images are read in batches."""
-        device, size = self.instrumented.device, self.settings.batch_size
+        device, size = ComputeDevice(self.instrumented.device), self.settings.batch_size
         batches = read_ahead(self.samples, np.split(waiting, range(size, len(waiting), size)))
         read_positions, images = np.zeros(0, np.int64), torch.zeros(0)
 
@@ -291,11 +289,8 @@ class BlockRunner(BatchRunner):
             labels = torch.from_numpy(self.samples.labels[admitted])
             clean = torch.from_numpy(-self.results.clean_margins[admitted])
             nearest = torch.from_numpy(-self.results.margins[admitted])
-            if device.type == "cuda":
-                x = x.pin_memory()
-            ids = self.ids(admitted)
-            x, labels = x.to(device, non_blocking=True), labels.to(device)
-            return Admitted(admitted, ids, x, labels, clean.to(device), nearest.to(device))
+            x, labels, clean, nearest = map(device.upload, (x, labels, clean, nearest))
+            return Admitted(admitted, self.ids(admitted), x, labels, clean, nearest)
 
         return admit
 

@@ -22,13 +22,14 @@ from robustkit.core.criteria import Goal
 from robustkit.core.errors import RunError
 from robustkit.core.flags import Flag
 from robustkit.core.isolation import evaluation_mode, own_randomness, threads
+from robustkit.core.out_of_memory import retry_in_memory
 from robustkit.core.rng import RowRng
 from robustkit.core.shapes import Images, Labels, PerRow
 from robustkit.core.threat import ThreatModel, per_row
 from robustkit.data.samples import Samples
 from robustkit.engine.evaluation.verdicts import Verdicts, image_hashes, judge, sample_ids
-from robustkit.engine.failures import NO_MEMORY, described, is_out_of_memory
-from robustkit.engine.model.instrumented_model import InstrumentedModel
+from robustkit.engine.failures import described
+from robustkit.engine.model.instrumented_model import InstrumentedModel, halve_micro_batch
 from robustkit.engine.model.profiling import measure
 from robustkit.engine.progress import Progress
 from robustkit.runs.evaluation_record import Report
@@ -107,24 +108,29 @@ class CurveSearch:
         x_adv[hit] = torch.from_numpy(known).to(device)
         ids = sample_ids(image_hashes(x)).to(device)
         labels = torch.from_numpy(self.samples.labels[positions]).to(device)
-        while True:
-            before = self.instrumented.forwards, self.instrumented.backwards
-            try:
-                brackets = Brackets(self.instrumented, grid, seed, ids, x, labels, x_adv.clone(), hit)
+        instrumented = self.instrumented
+        before = instrumented.forwards, instrumented.backwards
+
+        def work() -> dict[str, Any]:
+            instrumented.forwards, instrumented.backwards = before
+            with instrumented.using(instrumented.config):
+                brackets = Brackets(instrumented, grid, seed, ids, x, labels, x_adv.clone(), hit)
                 brackets.close()
                 brackets.tighten()
-                spent = self.instrumented.forwards - before[0], self.instrumented.backwards - before[1]
-                result = {"distance": brackets.distance.cpu(), "inside": brackets.inside.cpu()}
-                return {**result, "forwards": spent[0], "backwards": spent[1]}
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise RunError(f"the curve failed with {described(error)}.") from error
-                size = min(self.instrumented.micro_batch or len(x), len(x))
-                if size == 1:
-                    raise RunError(NO_MEMORY) from error
-                self.instrumented.micro_batch = size // 2
-                self.instrumented.forwards, self.instrumented.backwards = before
-                self.progress.say(f"out of memory: going on with {size // 2} images at a time, same numbers")
+            spent = {
+                "forwards": instrumented.forwards - before[0],
+                "backwards": instrumented.backwards - before[1],
+            }
+            return {"distance": brackets.distance.cpu(), "inside": brackets.inside.cpu(), **spent}
+
+        def reduce() -> None:
+            size = halve_micro_batch(instrumented, len(x))
+            self.progress.say(f"out of memory: going on with {size} images at a time, same numbers")
+
+        try:
+            return retry_in_memory(work, reduce, device)
+        except RuntimeError as error:
+            raise RunError(f"the curve failed with {described(error)}.") from error
 
 
 class Brackets:

@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from robustkit.core.devices import ComputeDevice
 from robustkit.core.errors import RunError
 from robustkit.core.isolation import switch_mode
 from robustkit.data.samples import Samples
@@ -37,8 +38,7 @@ def load(job: Job, state: State) -> bool:
     model = state.get("model")
     if model is None or model.fingerprint != job.model.fingerprint:
         state.clear()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()  # the last run's model is no longer needed
+        ComputeDevice(torch.device(job.device)).empty_cache()  # the last run's model is no longer needed
         model = state["model"] = job.model.load(torch.device(job.device)).requires_grad_(False)
         switch_mode(model, False)
     state["worker"] = worker = EvaluationWorker.of(job, model)

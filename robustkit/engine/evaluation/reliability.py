@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
 from robustkit.checks.run import DOUBTS
 from robustkit.checks.strength import masked, scores_beat_gradients, unattacked
 from robustkit.core.flags import Flag
+from robustkit.core.out_of_memory import try_in_memory
 from robustkit.data.samples import Samples
 from robustkit.engine.evaluation.results import RunResults
-from robustkit.engine.failures import is_out_of_memory
 from robustkit.engine.model.instrumented_model import InstrumentedModel
 from robustkit.gradient_views.discovery import GradientViews, discover_views
 from robustkit.registry import SuiteEntry
@@ -44,12 +45,9 @@ class Reliability:
             model = self.instrumented
             images = min(model.trial_batch, len(self.samples))
             x = self.samples.images(range(images)).to(model.device)
-            try:
-                with recording(self.store, self.name):
-                    self.views = discover_views(model.model, x, model.random)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
+            with recording(self.store, self.name):
+                self.views = try_in_memory(partial(discover_views, model.model, x, model.random), model.device)
+            if self.views is None:
                 self.views = discover_views(model.model, x[:1], model.random)
             model.views = self.views.views
         return self.views

@@ -14,6 +14,7 @@ import torch
 
 from robustkit import registry
 from robustkit.checks.run import training_mode
+from robustkit.core.devices import ComputeDevice
 from robustkit.core.errors import RunError, UsageError
 from robustkit.core.flags import Flag
 from robustkit.core.isolation import evaluation_mode, threads, training_count
@@ -95,6 +96,10 @@ class Evaluation:
         """Check that the values fit each other; the options of a verb check the range of each by itself."""
         if self.precision not in ("auto", *DTYPES):
             raise UsageError(f"precision {self.precision!r}: write auto, {', '.join(DTYPES)}.")
+        if self.precision == "tf32" and not ComputeDevice(self.device).has_tf32:
+            raise UsageError(
+                f"precision 'tf32' needs an NVIDIA GPU from Ampere on, got {self.device}; write fp32."
+            )
         if not len(self.samples):
             raise UsageError(f"{self.samples.name} holds no images.")
         if self.threat.minimal:
@@ -155,7 +160,7 @@ class Evaluation:
     def chunk_size(self) -> int:
         """How many images an attack gets at once."""
         # Smaller where no image leaves a batch early: a killed run repeats a batch, and workers share batches.
-        minimal = self.threat.minimal and self.device.type == "cpu"
+        minimal = self.threat.minimal and ComputeDevice(self.device).is_cpu
         default = MINIMUM_NORM_BATCH_SIZE if minimal else BATCH_SIZE
         return min(self.batch_size or default, len(self.samples))
 
@@ -167,7 +172,7 @@ class Evaluation:
     @cached_property
     def settings(self) -> RunSettings:
         """The settings that the run's workers share."""
-        cpu = self.device.type == "cpu"
+        cpu = ComputeDevice(self.device).is_cpu
         slots = self.batch_size or (SLOTS_CPU if cpu else SLOTS_GPU)
         return RunSettings(
             threat=self.threat,
@@ -176,7 +181,7 @@ class Evaluation:
             seed=self.seed,
             batch_size=self.chunk_size,
             slots=slots,
-            max_slots=MAX_SLOTS_GPU if self.batch_size is None and self.device.type == "cuda" else slots,
+            max_slots=slots if cpu or self.batch_size is not None else MAX_SLOTS_GPU,
             precision=self._precision,
             choose_precision=self.precision == "auto",
         )

@@ -13,7 +13,12 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
+from robustkit.core.determinism import deterministic_convolutions
+from robustkit.core.devices import ComputeDevice
+from robustkit.core.errors import RunError
+from robustkit.core.float32 import float32_operations
 from robustkit.core.shapes import Images, Logits
+from robustkit.engine.failures import NO_MEMORY
 from robustkit.gradient_views.view_kinds import MeanView
 from robustkit.models.classifier import Classifier
 from robustkit.runs.recorded_outputs import ACTIVE, OutputRecord
@@ -23,7 +28,9 @@ MAX_TRIAL_BATCH = 16
 # A net is slow if the forward pass of a full batch may take more than the first number of seconds; its batches are
 # cut into parts that take about the second number of seconds.
 SLOW_BATCH_SECONDS, PART_SECONDS = 10.0, 1.0
-DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+# The precisions of a search: the type of autocast, and the largest relative rounding error of a number.
+DTYPES = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+ROUNDING = {"fp32": 0.0, "tf32": 2.0**-10, "bf16": 2.0**-7, "fp16": 2.0**-10}
 
 
 class CountsBackward(Protocol):
@@ -34,11 +41,16 @@ class CountsBackward(Protocol):
 
 @dataclass(frozen=True)
 class ExecutionConfig:
-    """How the model is run: the net or its folded copy, a precision (None: float32), a memory layout."""
+    """How the model is run: the net or its folded copy, a precision (a key of DTYPES), a memory layout."""
 
     net: Classifier
-    dtype: torch.dtype | None = None
+    precision: str = "fp32"
     layout: torch.memory_format = torch.contiguous_format
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The type that autocast casts to; None for none."""
+        return DTYPES[self.precision]
 
 
 class InstrumentedModel:
@@ -71,7 +83,7 @@ class InstrumentedModel:
         """Count from 0, with the precision (a key of DTYPES) that a search starts with."""
         self.model = model
         self.device = device
-        self.config = ExecutionConfig(model, DTYPES[precision])
+        self.config = ExecutionConfig(model, precision)
         self.random = False
         self.views: Mapping[str, Sequence[Callable[[Images], Tensor]]] = {}
         self.num_classes: int | None = model.num_classes
@@ -116,7 +128,7 @@ class InstrumentedModel:
     def logits_fp32(self, x: Images) -> Logits:
         """Return the logits (B K) that verdicts use: the model itself in float32, without a gradient."""
         self.forwards += len(x)
-        with torch.no_grad(), self.using(ExecutionConfig(self.model)):
+        with torch.no_grad(), self.using(ExecutionConfig(self.model)), deterministic_convolutions():
             return self._in_micro_batches(x, False, self.uncounted)
 
     def _counted(self, x: Images, net: Callable[[Images], Tensor]) -> Tensor:
@@ -149,8 +161,8 @@ class InstrumentedModel:
 
     @property
     def rounding(self) -> float:
-        """The largest rounding error of the logits as a share of the largest one; 0 in float32."""
-        return 0.0 if self.config.dtype is None else 2 * torch.finfo(self.config.dtype).eps
+        """A bound on the rounding error of the logits, as a share of the largest one; 0 in float32."""
+        return 2 * ROUNDING[self.config.precision]
 
     @contextmanager
     def using(self, config: ExecutionConfig) -> Iterator[None]:
@@ -158,14 +170,14 @@ class InstrumentedModel:
         before = self.config
         self.config = config
         try:
-            yield
+            with float32_operations("tf32" if self.config.precision == "tf32" else "ieee"):
+                yield
         finally:
             self.config = before
 
     def since(self, begun: float) -> float:
         """Return the seconds since `begun` on the performance counter, once the device has finished its work."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        ComputeDevice(self.device).synchronize()
         return time.perf_counter() - begun
 
     @property
@@ -183,7 +195,7 @@ class InstrumentedModel:
     @property
     def precision(self) -> str:
         """The name of the current precision."""
-        return next(name for name, dtype in DTYPES.items() if dtype == self.config.dtype)
+        return self.config.precision
 
     def _in_micro_batches(
         self, x: Images, differentiable: bool, net: Callable[[Images], Tensor], passes: int = 1
@@ -231,6 +243,19 @@ class InstrumentedModel:
         if self.slow_batch is not None and len(x) >= self.slow_batch and self.since(begun) < PART_SECONDS / 2:
             self.slow_batch *= 2
         return output
+
+
+def halve_micro_batch(model: InstrumentedModel, images: int) -> int:
+    """Halve the images in one pass of the net, at most `images` before, and return their new number.
+
+    Raises:
+        RunError: it is one image already.
+    """
+    size = min(model.micro_batch or images, images)
+    if size == 1:
+        raise RunError(NO_MEMORY)
+    model.micro_batch = size // 2
+    return model.micro_batch
 
 
 class CountBackward(torch.autograd.Function):

@@ -5,15 +5,18 @@ from __future__ import annotations
 import itertools
 import math
 import time
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from robustkit.core.devices import ComputeDevice
 from robustkit.core.errors import ModelError, UsageError
 from robustkit.core.isolation import quietly
 from robustkit.core.memory import free_memory
+from robustkit.core.out_of_memory import is_out_of_memory, try_in_memory
 from robustkit.core.shapes import Images, Logits
-from robustkit.engine.failures import described, is_out_of_memory
+from robustkit.engine.failures import described
 from robustkit.engine.model.batchnorm_folding import folded
 from robustkit.engine.model.instrumented_model import (
     PART_SECONDS,
@@ -24,7 +27,8 @@ from robustkit.engine.model.instrumented_model import (
 from robustkit.models.ensembles.mixture import Mixture
 from robustkit.runs.recorded_outputs import run_once
 
-# A net that saves fewer bytes for autograd per image is run on one CPU thread.
+# A net is run on one CPU thread if the tensors that its backward pass reads for one image, weights included, have
+# fewer bytes.
 ONE_THREAD_MAX_BYTES = 1 << 20
 # Another config must save a tenth of the time, so that measurement noise does not choose it.
 MAX_TIME_SHARE = 0.9
@@ -36,18 +40,20 @@ LAYOUTS = (torch.contiguous_format, torch.channels_last)
 def measure(model: InstrumentedModel, image: Images, max_batch: int) -> None:
     """Learn the number of classes, the memory and the time of a pass from one image (1 C H W), uncounted.
 
+    The memory of an image is that of the tensors that autograd keeps, each once, without parameters and buffers.
+
     Sets `num_classes`, `differentiable`, `backward_error`, `saved_bytes`, `micro_batch`, `threads`, `seconds` and
     `slow_batch`. `micro_batch` is what can go forward and backward in half of the free memory, from 1 to
-    `max_batch`. Nothing is known of the memory of a model without a gradient, which saves nothing.
+    `max_batch`; the other half is for gradients, the workspace of kernels and other tensors. Nothing is known of
+    the memory of a model without a gradient, which saves nothing.
 
     Raises:
         UsageError: if the model's code fails.
     """
-    saved = 0
+    kept = list[Tensor]()
 
     def add(tensor: Tensor) -> Tensor:
-        nonlocal saved
-        saved += tensor.nbytes
+        kept.append(tensor)
         return tensor
 
     # A mixture of nets keeps the graph of none or of all of them: measure one net.
@@ -61,10 +67,12 @@ def measure(model: InstrumentedModel, image: Images, max_batch: int) -> None:
             raise UsageError(str(error)) from error
     model.seconds = time.perf_counter() - begun
     model.num_classes = logits.shape[1]
+    model.saved_bytes = _activation_bytes(kept, classifier)
+    use = sum(tensor.nbytes for tensor in kept)
+    kept.clear()
     model.differentiable = _has_gradient(model, logits, image)
-    model.saved_bytes = saved
-    model.micro_batch = min(max_batch, max(1, free_memory(model.device) // 2 // max(saved, 1)))
-    if 0 < saved < ONE_THREAD_MAX_BYTES:
+    model.micro_batch = min(max_batch, max(1, free_memory(model.device) // 2 // max(model.saved_bytes, 1)))
+    if 0 < use < ONE_THREAD_MAX_BYTES:
         model.threads = 1
     if model.seconds * max_batch > SLOW_BATCH_SECONDS:
         # The first pass of a process takes longer than others.
@@ -74,6 +82,19 @@ def measure(model: InstrumentedModel, image: Images, max_batch: int) -> None:
         model.seconds = model.since(begun)
         slow = model.seconds * max_batch > SLOW_BATCH_SECONDS
         model.slow_batch = max(int(PART_SECONDS / model.seconds), 1) if slow else None
+
+
+def _activation_bytes(kept: Sequence[Tensor], model: nn.Module) -> int:
+    """Return the bytes of tensors that autograd keeps for an image: each storage once, weights not at all."""
+    weights = {_storage(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    found = {_storage(tensor): tensor for tensor in kept}
+    return sum(tensor.untyped_storage().nbytes() for key, tensor in found.items() if key not in weights)
+
+
+def _storage(tensor: Tensor) -> int:
+    """Return what identifies the memory of a tensor while it exists."""
+    identity: int = tensor.untyped_storage()._cdata
+    return identity
 
 
 def _has_gradient(model: InstrumentedModel, logits: Logits, image: Images) -> bool:
@@ -92,8 +113,9 @@ def _has_gradient(model: InstrumentedModel, logits: Logits, image: Images) -> bo
 def tune(model: InstrumentedModel, x: Images, *, precision: bool) -> None:
     """Set `model.config` to the fastest for a forward and backward pass of x, uncounted.
 
-    Tried are batch norms folded into convolutions, two memory layouts and, if `precision`, bfloat16. A config is
-    rejected if the model raises an error or its logits shift by more than a tenth of their mean range.
+    Tried are batch norms folded into convolutions, two memory layouts and, if `precision`, bfloat16, and TF32 on a
+    device that has it. A config is rejected if the model raises an error or its logits shift by more than a tenth
+    of their mean range.
 
     Args:
         model: with the config to start from.
@@ -107,9 +129,11 @@ def tune(model: InstrumentedModel, x: Images, *, precision: bool) -> None:
     best = MAX_TIME_SHARE * seconds
     limit = max(GIVE_UP_FACTOR * seconds_of_two, GIVE_UP_SECONDS)
     net = folded(model.model, x) or model.model
-    dtypes = [model.config.dtype, torch.bfloat16] if precision else [model.config.dtype]
-    for dtype, layout in itertools.product(dtypes, LAYOUTS):
-        config = ExecutionConfig(net, dtype, layout)
+    precisions = [model.config.precision]
+    if precision:
+        precisions += ["tf32", "bf16"] if ComputeDevice(model.device).has_tf32 else ["bf16"]
+    for name, layout in itertools.product(precisions, LAYOUTS):
+        config = ExecutionConfig(net, name, layout)
         result = None if config == model.config else _recorded_trial(model, x, config, limit)
         if result is None or not result[1].isfinite().all():
             continue
@@ -120,18 +144,31 @@ def tune(model: InstrumentedModel, x: Images, *, precision: bool) -> None:
 
 
 def fastest_batch(model: InstrumentedModel, x: Images, slots: int, max_slots: int) -> int:
-    """Return a batch size from `slots` to `max_slots`, doubled while the images per second rise by a tenth."""
-    best = 0.0
-    while slots <= min(max_slots, model.micro_batch or max_slots):
-        batch = x.repeat(-(-slots // len(x)), 1, 1, 1)[:slots]
-        try:
-            seconds = min(timed_pass(model, batch)[0] for _ in range(3))
-        except (RuntimeError, MemoryError):
+    """Return the fastest batch size for a pass.
+
+    Args:
+        model: measured.
+        x: some images (B C H W), which are repeated.
+        slots: the batch size that is doubled while the images per second rise by a tenth.
+        max_slots: what the result is at most, as it is at most what fits into memory.
+    """
+    largest = min(max_slots, model.micro_batch or max_slots)
+    best, size, fastest = 0.0, min(slots, largest), 1
+    while size <= largest:
+        batch = x.repeat(-(-size // len(x)), 1, 1, 1)[:size]
+        seconds = _seconds_of(model, batch)
+        if seconds is None or MAX_TIME_SHARE * size / seconds < best:
             break
-        if MAX_TIME_SHARE * slots / seconds < best:
-            break
-        best, slots = slots / seconds, 2 * slots
-    return max(slots // 2, 1)
+        best, fastest, size = size / seconds, size, 2 * size
+    return fastest
+
+
+def _seconds_of(model: InstrumentedModel, x: Images) -> float | None:
+    """Return the least seconds of a forward and backward pass of x; None if it is too large for the device."""
+    try:
+        return try_in_memory(lambda: min(timed_pass(model, x)[0] for _ in range(3)), model.device)
+    except RuntimeError:
+        return None
 
 
 def timed_pass(model: InstrumentedModel, x: Images) -> tuple[float, Logits]:
@@ -148,7 +185,8 @@ def _recorded_trial(
     model: InstrumentedModel, x: Images, config: ExecutionConfig, limit: float = math.inf
 ) -> tuple[float, Logits, float] | None:
     """Return the result of `trial`, measured once per run: a resumed run uses the same config."""
-    name = f"{model.device.type} {config.dtype} {config.layout} {config.net is model.model}"
+    dtype = "tf32" if config.precision == "tf32" else config.dtype
+    name = f"{model.device.type} {dtype} {config.layout} {config.net is model.model}"
     return run_once(name, lambda: trial(model, x, config, limit))
 
 

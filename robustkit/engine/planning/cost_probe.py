@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from robustkit.attack_api import RowWise
+from robustkit.core.devices import ComputeDevice
 from robustkit.core.errors import UsageError
 from robustkit.core.isolation import evaluation_mode, own_randomness, threads
 from robustkit.engine.batching.claims import COMPARISON_DRAWS
@@ -116,7 +117,7 @@ class CostProbe(Evaluation):
             UsageError: as an evaluation does.
             RunError: likewise.
         """
-        memory = Memory(self.device)
+        memory = Memory(ComputeDevice(self.device))
         results = RunResults.of(len(self.samples), [entry.spec for entry in self.entries])
         with Ledger.open(None, "plan") as ledger, evaluation_mode(self.model):
             instrumented = PassCounter(self.model, self.device, self._precision)

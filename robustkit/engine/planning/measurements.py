@@ -8,13 +8,17 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from robustkit.core.errors import RobustkitError
+from robustkit.core.devices import ComputeDevice
+from robustkit.core.errors import RobustkitError, RunError
+from robustkit.core.out_of_memory import try_in_memory
 from robustkit.core.shapes import Images
+from robustkit.engine.failures import NO_MEMORY
 from robustkit.engine.model.instrumented_model import InstrumentedModel
 from robustkit.engine.progress import Progress
 
@@ -68,11 +72,10 @@ class PassCounter(InstrumentedModel):
         self._time_both(x[:1])
         while True:
             batch = x.repeat(-(-size // len(x)), 1, 1, 1)[:size]
-            try:
-                times = [(self._time_forward(batch), self._time_both(batch)) for _ in range(1 if timings else 3)]
-            except (RuntimeError, MemoryError):
-                if not timings:
-                    raise
+            times = try_in_memory(partial(self._times, batch, 1 if timings else 3), self.device)
+            if times is None and not timings:
+                raise RunError(NO_MEMORY)
+            if times is None:
                 break
             forward, both = (min(column) for column in zip(*times, strict=True))
             timings.append((size, forward, both))
@@ -83,6 +86,10 @@ class PassCounter(InstrumentedModel):
         (_, _, alone), (size, forward, both) = timings[0], timings[-1]
         fixed = max(0.0, (size * alone - both) / (size - 1)) if size > 1 else 0.0
         return Speed(forward / size, both / size, min(fixed, both), size)
+
+    def _times(self, batch: Images, rounds: int) -> list[tuple[float, float]]:
+        """Return the seconds of a forward pass, and of one with a backward pass, in each round."""
+        return [(self._time_forward(batch), self._time_both(batch)) for _ in range(rounds)]
 
     def _time_forward(self, x: Images) -> float:
         begun = time.perf_counter()
@@ -102,18 +109,17 @@ class PassCounter(InstrumentedModel):
 class Memory:
     """Memory in use now and at most: of the device, or of the process on a CPU."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: ComputeDevice) -> None:
         """Measure from now on."""
         self.device = device
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
+        device.reset_most_allocated()
         self.resident_before = _most_resident()
         self.at_start = self.seen = self.now()
 
     def now(self) -> int:
         """Return the bytes in use."""
-        if self.device.type == "cuda":
-            return torch.cuda.memory_allocated(self.device)
+        if not self.device.is_cpu:
+            return self.device.allocated()
         try:
             pages = int(Path("/proc/self/statm").read_text().split()[1])
         except (OSError, IndexError, ValueError):
@@ -127,8 +133,8 @@ class Memory:
     @property
     def peak(self) -> int:
         """The most bytes in use at once."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
+        if not self.device.is_cpu:
+            return self.device.most_allocated()
         # The process's own maximum counts only if it rose during the probe.
         after = _most_resident()
         return max(self.seen, after if after > self.resident_before else 0)

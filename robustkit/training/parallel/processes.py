@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.multiprocessing.spawn import ProcessRaisedException
 
+from robustkit.core.devices import ComputeDevice
 from robustkit.core.errors import RobustkitError, RunError, UsageError
 from robustkit.training.parallel.hosts import find_launcher
 
@@ -24,9 +25,9 @@ PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed"}
 
 
 def pick_precision(precision: str, device: torch.device) -> str:
-    """Return fp32 or bf16; `auto` is bf16 on a CUDA device that supports it."""
+    """Return fp32 or bf16; `auto` is bf16 on a GPU that supports it."""
     if precision == "auto":
-        return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+        return "bf16" if ComputeDevice(device).has_fast_bf16 else "fp32"
     if precision not in PRECISIONS:
         raise UsageError(f"precision {precision!r}: training runs in auto, fp32 or bf16.")
     return precision
@@ -64,8 +65,8 @@ def count_processes(device: torch.device, devices: int) -> int:
         )
     if here > 1 and device.index is not None:
         raise UsageError(f"--device {device} is one for {here} processes; write --device {device.type}.")
-    visible = torch.cuda.device_count() if device.type == "cuda" else 1
-    if here > visible and device.type != "cpu":
+    visible = ComputeDevice(device).count
+    if here > visible and not ComputeDevice(device).is_cpu:
         cause = f"--devices {devices}" if found is None else f"{found.name} started {here} processes on this host"
         raise UsageError(f"{cause}: this process sees {visible} {device.type} devices.")
     return devices if found is None else found.size
