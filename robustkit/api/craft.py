@@ -11,6 +11,7 @@ from robustkit.api.inputs import model_list, samples_and_threat
 from robustkit.api.options.craft import CraftArguments, CraftOptions
 from robustkit.api.options.declare import build
 from robustkit.api.verbs import verb
+from robustkit.core.determinism import prepare_deterministic
 from robustkit.core.devices import pick_device
 from robustkit.core.threat import ThreatModel
 from robustkit.crafting.run import run_craft
@@ -40,6 +41,7 @@ def craft(arguments: CraftArguments) -> Craft:
         >>> crafted.adversarial["x"].shape
         (6, 1, 8, 8)
     """
+    prepare_deterministic(arguments.deterministic)
     device = pick_device(arguments.device)
     samples, threat = samples_and_threat(arguments.images, arguments.labels, arguments.threat)
     surrogates, targets = gather_both(

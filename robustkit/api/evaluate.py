@@ -10,6 +10,7 @@ from robustkit.api.inputs import place_of, samples_and_threat
 from robustkit.api.options.declare import build
 from robustkit.api.options.evaluate import EvaluateArguments, EvaluateOptions
 from robustkit.api.verbs import verb
+from robustkit.core.determinism import prepare_deterministic
 from robustkit.core.threat import ThreatModel
 from robustkit.data.samples import Samples
 from robustkit.engine.allocation.rounds import read_strictness
@@ -41,6 +42,7 @@ def evaluate(arguments: EvaluateArguments) -> Report:
         >>> report.n, report.robust_accuracy.value <= report.clean_accuracy.value
         (8, True)
     """
+    prepare_deterministic(arguments.deterministic)
     samples, threat = samples_and_threat(arguments.images, arguments.labels, arguments.threat)
     model = as_classifier(arguments.model)
     device = place_of(model, arguments.device)

@@ -8,6 +8,7 @@ from robustkit.api.inputs import read_samples
 from robustkit.api.options.declare import build
 from robustkit.api.options.train import TrainArguments, TrainOptions
 from robustkit.api.verbs import verb
+from robustkit.core.determinism import prepare_deterministic
 from robustkit.core.devices import pick_device
 from robustkit.data import load_data
 from robustkit.data.samples import Samples
@@ -49,6 +50,7 @@ def train(arguments: TrainArguments) -> Trained:
 
 def training(options: TrainOptions, method: Method, samples: Samples, test: Samples | None) -> Training:
     """Return the training run that these options ask for."""
+    prepare_deterministic(options.deterministic)
     return build(
         Training,
         options,

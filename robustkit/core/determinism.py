@@ -8,7 +8,6 @@ from contextlib import contextmanager
 
 import torch
 
-from robustkit.core.devices import ComputeDevice
 from robustkit.core.errors import UsageError
 
 _WORKSPACE, _WORKSPACES = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")
@@ -29,6 +28,12 @@ def deterministic_convolutions() -> Iterator[None]:
         cudnn.deterministic, cudnn.benchmark = before
 
 
+def prepare_deterministic(wanted: bool) -> None:
+    """Set what CUDA's matrix products need to be deterministic, which CUDA reads when it starts, if `wanted`."""
+    if wanted and not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        os.environ.setdefault(_WORKSPACE, _WORKSPACES[0])
+
+
 @contextmanager
 def deterministic_operations(wanted: bool, device: torch.device) -> Iterator[None]:
     """Use deterministic kernels for all operations inside if `wanted`.
@@ -36,18 +41,17 @@ def deterministic_operations(wanted: bool, device: torch.device) -> Iterator[Non
     torch raises an error for an operation that has none on the device.
 
     Raises:
-        UsageError: CUDA has started without the setting that its matrix products need.
+        UsageError: CUDA has started without what its matrix products need.
     """
     if not wanted:
         yield
         return
-    if not ComputeDevice(device).is_cpu and os.environ.get(_WORKSPACE) not in _WORKSPACES:
-        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-            raise UsageError(
-                f"deterministic kernels need the environment variable {_WORKSPACE}={_WORKSPACES[0]}; set it "
-                "before Python starts."
-            )
-        os.environ[_WORKSPACE] = _WORKSPACES[0]
+    prepare_deterministic(wanted)
+    if device.type == "cuda" and os.environ.get(_WORKSPACE) not in _WORKSPACES:
+        raise UsageError(
+            f"CUDA has started without {_WORKSPACE}={_WORKSPACES[0]}, which deterministic matrix products need; "
+            "set this environment variable before Python starts."
+        )
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True)
     try:

@@ -16,6 +16,7 @@ from torch import nn
 
 from robustkit.core.devices import ACCELERATORS
 from robustkit.core.errors import RunError
+from robustkit.core.float32 import float32_operations
 
 
 @contextmanager
@@ -118,6 +119,8 @@ def switch_mode(module: nn.Module, training: bool) -> set[nn.Module]:
 def evaluation_mode(model: nn.Module) -> Iterator[bool]:
     """Set all modules to eval mode inside, without parameter gradients; yield whether any was in train mode.
 
+    Operations in float32 have full precision inside, since verdicts are read there.
+
     Attacks need input gradients only. Without this, an attack that calls `.backward()` would also compute the
     parameters' gradients and leave them in `.grad`.
     """
@@ -129,7 +132,8 @@ def evaluation_mode(model: nn.Module) -> Iterator[bool]:
         parameter.requires_grad_(False)
     inner = training.keys() - without_mode - {model}
     try:
-        yield any(training[module] for module in inner) or (training[model] and not without_mode)
+        with float32_operations("ieee"):
+            yield any(training[module] for module in inner) or (training[model] and not without_mode)
     finally:
         for module, mode in training.items():
             module.training = mode

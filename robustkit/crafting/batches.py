@@ -14,6 +14,7 @@ import torch
 
 from robustkit.attack_api import Surrogates
 from robustkit.core.criteria import Goal
+from robustkit.core.determinism import deterministic_operations
 from robustkit.core.devices import ComputeDevice
 from robustkit.core.errors import RunError
 from robustkit.core.isolation import own_randomness
@@ -95,7 +96,8 @@ class Crafter:
     ) -> Iterator[Chunk]:
         """Yield chunks of these positions of a stage; an out-of-memory error makes them smaller."""
         surrogates = self.surrogates(members)
-        with self.ensemble.in_eval_mode(), own_randomness(self.plan.seed, "craft", stage):
+        kernels = deterministic_operations(self.plan.deterministic, self.plan.device)
+        with kernels, self.ensemble.in_eval_mode(), own_randomness(self.plan.seed, "craft", stage):
             waiting = self._cut(parts)
             while waiting:
                 for positions, x in read_ahead(self.samples, waiting):

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from robustkit.core.determinism import prepare_deterministic
+from robustkit.core.memory import share_device
 from robustkit.crafting.batches import Crafter
 from robustkit.crafting.ensemble import Ensemble, Storage
 from robustkit.crafting.spec import CraftRequest
@@ -35,6 +37,7 @@ class CraftJob:
         request: the run's request, without nets and samples.
         batch: images of a batch.
         device: where the worker computes.
+        processes: how many workers compute on this device.
         threads: how many CPU threads it uses.
         store: keeps unfinished work; used where its folder can be reached.
     """
@@ -47,6 +50,7 @@ class CraftJob:
     request: Mapping[str, Any]
     batch: int
     device: str
+    processes: int
     threads: int
     store: Store
 
@@ -76,6 +80,8 @@ def load(job: CraftJob, state: State) -> bool:
     """Load the surrogates of a run; return that the driver sends the images."""
     state.clear()
     torch.set_num_threads(job.threads)
+    prepare_deterministic(bool(job.request["deterministic"]))
+    share_device(job.processes)
     device, data = torch.device(job.device), job.data.get()
     nets = []
     for net, model in zip(job.nets, job.models, strict=True):

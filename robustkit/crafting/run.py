@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from robustkit.core.determinism import deterministic_operations
+from robustkit.core.devices import ComputeDevice
 from robustkit.core.errors import RunError, UsageError
 from robustkit.core.schema import MAX_INTEGER
 from robustkit.crafting import png_export
@@ -72,11 +74,13 @@ def run_craft(
         gradient_budgets.check(plan.composed)
     progress = progress or Progress()
     opened = open_for_writing(out, plan.spec, overwrite=overwrite, say=progress.say) if out else None
-    with opened or nullcontext(True) as writable:
+    kernels = deterministic_operations(plan.deterministic, plan.device)
+    with opened or nullcontext(True) as writable, kernels:
         try:
             return _CraftRun(plan, out, targets, progress, pool, writable).run(forecast, list(curve), png)
         finally:
             progress.close()
+            ComputeDevice(plan.device).empty_cache()
 
 
 class _CraftRun:

@@ -28,7 +28,7 @@ from robustkit.runs.ledger import Chunk, Ledger
 from robustkit.runs.unfinished_work import Store
 
 # Fields of a request that workers get; the others are lists of models and images, or the driver's.
-REQUEST = ("threat", "attack", "combine", "weights", "seed")
+REQUEST = ("threat", "attack", "combine", "weights", "seed", "deterministic")
 
 
 class DistributedCrafter(ResumableCrafter):
@@ -64,6 +64,7 @@ class DistributedCrafter(ResumableCrafter):
                 request={name: getattr(plan, name) for name in REQUEST},
                 batch=self.batch,
                 device=shared.pool.device(plan.device, worker.slot),
+                processes=shared.pool.processes_per_device(plan.device),
                 threads=min(shared.pool.threads, max(net.threads for net in plan.nets)),
                 store=self.store,
             )

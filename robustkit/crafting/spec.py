@@ -40,8 +40,9 @@ class CraftRequest:
         streaming: keep one net in memory at a time (True), or all (False); None decides by the free memory.
         workers: processes that share the work.
         ray: address of a Ray cluster on which the workers run.
+        deterministic: use deterministic kernels only.
 
-    The last four are not part of the identity: they change the images by float rounding at most.
+    The last five are not part of the identity: they change the images by float rounding at most.
     """
 
     nets: Sequence[Net]
@@ -57,6 +58,7 @@ class CraftRequest:
     streaming: bool | None = None
     workers: int | None = None
     ray: str | None = None
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         """Check that the values fit each other; the options of a verb check the range of each by itself."""

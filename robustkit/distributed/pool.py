@@ -68,6 +68,10 @@ class WorkerPool(ABC):
     def device(self, own: torch.device, worker: int) -> str:
         """Return the device on which a worker computes, where the driver computes on `own`."""
 
+    def processes_per_device(self, own: torch.device) -> int:
+        """Return how many workers compute on the same device, where the driver computes on `own`."""
+        return 1
+
     @abstractmethod
     def share(self, value: T, name: str) -> Handle[T]:
         """Return a handle of a large value for the tasks of all workers, so that it is prepared once.

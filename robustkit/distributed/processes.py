@@ -62,6 +62,9 @@ class ProcessPool(WorkerPool):
         alone = ComputeDevice(own).is_cpu or own.index is not None
         return str(own) if alone else f"{own.type}:{worker % ComputeDevice(own).count}"
 
+    def processes_per_device(self, own: torch.device) -> int:  # noqa: D102
+        return self.count if own.index is not None else -(-self.count // ComputeDevice(own).count)
+
     def share(self, value: T, name: str) -> Handle[T]:  # noqa: D102
         return Pickled.of(value, name)
 

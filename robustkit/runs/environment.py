@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from robustkit.core.devices import ComputeDevice
+from robustkit.core.float32 import float32_settings
 from robustkit.runs.invocation import command
 from robustkit.version import __version__
 
@@ -31,8 +32,19 @@ def environment(
         "commit": _commit(),
         "precision": precision,
         "images_at_once": piece,
+        **({"kernels": _kernels(device)} if not ComputeDevice(device).is_cpu else {}),
         **({"command": words} if (words := command()) else {}),
     }
+
+
+def _kernels(device: torch.device) -> dict[str, Any]:
+    """Return the settings that decide how an accelerator computes, as they are now."""
+    deterministic = {"deterministic": torch.are_deterministic_algorithms_enabled()}
+    if device.type != "cuda":
+        return deterministic
+    cudnn = torch.backends.cudnn
+    settings = {"deterministic_convolutions": cudnn.deterministic, "benchmark": cudnn.benchmark}
+    return {"float32": float32_settings(), "cudnn": cudnn.version(), **deterministic, **settings}
 
 
 def versions() -> dict[str, str | None]:

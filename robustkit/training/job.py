@@ -43,6 +43,7 @@ class TrainingJob(MethodOptions):
         progress: receives the events of the run.
         class_names: names of the classes in the training data.
         flags: reasons to doubt the data.
+        deterministic: use deterministic kernels only.
     """
 
     spec: TrainSpec
@@ -54,3 +55,4 @@ class TrainingJob(MethodOptions):
     progress: TrainProgress
     class_names: tuple[str, ...] | None = None
     flags: tuple[Flag, ...] = ()
+    deterministic: bool = False

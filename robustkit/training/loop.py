@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from robustkit.core.determinism import deterministic_operations
 from robustkit.core.devices import ComputeDevice
 from robustkit.core.errors import RunError
 from robustkit.core.out_of_memory import is_out_of_memory
@@ -45,7 +46,7 @@ def run_process(fabric: Fabric, job: TrainingJob) -> str:
     first, record = fabric.global_rank == 0, job.folder / RECORD
     if not fabric.broadcast(first and record.is_file()):
         try:
-            with _generators(fabric.device):
+            with _generators(fabric.device), deterministic_operations(job.deterministic, fabric.device):
                 TrainingSession(fabric, job).run()
         except Exception as error:
             if not is_out_of_memory(error):

@@ -52,6 +52,7 @@ class Training(MethodOptions):
         precision: auto, fp32 or bf16.
         seed: seed of all random numbers.
         devices: devices to use on each host, each with a process of its own.
+        deterministic: use deterministic kernels only.
     """
 
     samples: Samples
@@ -67,6 +68,7 @@ class Training(MethodOptions):
     precision: str = "auto"
     seed: int = 0
     devices: int = 1
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         """Refuse a request that cannot be trained, before any image is read."""
@@ -226,6 +228,7 @@ class Training(MethodOptions):
                 folder=folder,
                 progress=progress,
                 class_names=self.samples.classes,
+                deterministic=self.deterministic,
                 flags=(*self.samples.flags, *(() if self.test is None else self.test.flags)),
             )
             text = processes.launch(self.device, self.devices, spec.precision, partial(run_process, job=job))

@@ -74,7 +74,7 @@ class CraftCompute(Workers, Device, section="Compute"):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CraftOptions(RunFolder, CraftCompute, TrustCode, AttackOptions, section="Attack"):
+class CraftOptions(RunFolder, Deterministic, CraftCompute, TrustCode, AttackOptions, section="Attack"):
     """Options of `robustkit.craft` and `robustkit craft`."""
 
     combine: str = option(

@@ -17,6 +17,7 @@ from robustkit.api.options.shared import (
     LABELS,
     MODEL_FORM,
     THREAT,
+    Deterministic,
     ImageFlags,
     JsonFlag,
     ModelAndImages,
@@ -43,7 +44,7 @@ MODEL = "A model string, or any callable from images (B C H W) in [0, 1] to logi
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateOptions(RunFolder, Workers, SearchCompute, SearchOptions, section="Attack"):
+class EvaluateOptions(RunFolder, Workers, Deterministic, SearchCompute, SearchOptions, section="Attack"):
     """Options of `robustkit.evaluate` and `robustkit evaluate`."""
 
     curve: bool = option(

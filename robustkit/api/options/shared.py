@@ -102,8 +102,8 @@ class Device(Options, section="Compute"):
 
     device: str | torch.device = option(
         "auto",
-        "auto, cpu, cuda, cuda:1 …",
-        more="auto is CUDA if it is available.",
+        "auto, cpu, cuda, cuda:1, xpu …",
+        more="auto is a GPU if there is one (CUDA, ROCm or XPU).",
         metavar="DEVICE",
     )
 
@@ -114,7 +114,7 @@ class ModelDevice(Device):
 
     device: str | torch.device = option(
         "auto",
-        "auto, cpu, cuda, cuda:1 …",
+        "auto, cpu, cuda, cuda:1, xpu …",
         more="auto is the device of the model's parameters; the model is moved to any other.",
         metavar="DEVICE",
     )
@@ -146,8 +146,8 @@ class SearchCompute(Options, section="Compute"):
 
     precision: str = option(
         "auto",
-        "Precision of the attacks: auto, fp32, bf16 or fp16; verdicts are always float32.",
-        more="auto lets row-wise attacks run in bf16 where that is faster.",
+        "Precision of the attacks: auto, fp32, tf32, bf16 or fp16; verdicts are always float32.",
+        more="auto lets row-wise attacks run in bf16, or in tf32 on an NVIDIA GPU, where that is faster.",
         metavar="NAME",
     )
     batch_size: int | None = option(
@@ -158,6 +158,15 @@ class SearchCompute(Options, section="Compute"):
         metavar="N",
         shown_default="auto",
         read=number_or_auto,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deterministic(Options, section="Compute"):
+    """The same numbers each time, also on a GPU."""
+
+    deterministic: bool = option(
+        False, "Use deterministic kernels only, so that a GPU computes the same numbers each time; it is slower."
     )
 
 

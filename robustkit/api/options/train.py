@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 from robustkit.api.options import texts
 from robustkit.api.options.declare import about, option
-from robustkit.api.options.shared import DATA_FORM, IMAGES, LABELS, Device, JsonFlag, RunFolder, Seed, TrustCode
+from robustkit.api.options.shared import (
+    DATA_FORM,
+    IMAGES,
+    LABELS,
+    Deterministic,
+    Device,
+    JsonFlag,
+    RunFolder,
+    Seed,
+    TrustCode,
+)
 from robustkit.core.limits import Limits
 
 if TYPE_CHECKING:
@@ -20,7 +30,7 @@ DEFAULT_DATA = "digits:train"
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainCompute(Device, section="Compute"):
+class TrainCompute(Deterministic, Device, section="Compute"):
     """How the method is computed."""
 
     precision: str = option(

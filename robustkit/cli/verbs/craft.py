@@ -13,6 +13,7 @@ from robustkit.cli.output import save_page, wide_console
 from robustkit.cli.progress import CraftDisplay
 from robustkit.cli.streams import print_result
 from robustkit.cli.verbs.report import craft_view
+from robustkit.core.determinism import prepare_deterministic
 from robustkit.core.devices import pick_device
 from robustkit.core.errors import UsageError
 from robustkit.core.threat import ThreatModel
@@ -28,6 +29,7 @@ def craft(flags: CraftFlags) -> int:
         raise UsageError("--budgets needs a model to evaluate the images on; give one with --target.")
     refuse_lists("--surrogate", flags.surrogate)
     refuse_lists("--target", flags.target)
+    prepare_deterministic(flags.deterministic)
     device = pick_device(flags.device)
     samples = load_samples(
         flags.surrogate, flags.data, flags.limit, flags.data_root, flags.download, flags.trust_code

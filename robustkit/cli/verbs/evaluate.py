@@ -17,6 +17,7 @@ from robustkit.cli.progress import Display
 from robustkit.cli.streams import print_result
 from robustkit.cli.verbs.leaderboard import ResultOptions, run_leaderboard, shortened
 from robustkit.cli.verbs.report import write_page
+from robustkit.core.determinism import prepare_deterministic
 from robustkit.core.errors import UsageError
 from robustkit.core.threat import MINIMAL
 from robustkit.engine.allocation.rounds import read_strictness
@@ -31,6 +32,7 @@ from robustkit.runs.run_folder import PAGE
 
 def evaluate(flags: EvaluateFlags) -> int:
     """Run the verb; return 1 if the result does not pass --fail-under or --fail-on-flag, else 0."""
+    prepare_deterministic(flags.deterministic)
     gate = Gate.read(flags.fail_under, flags.confident, flags.fail_on_flag)
     flags = _with_default_eps(flags)
     if flags.threat and flags.threat.partition(":")[2].strip().lower() == MINIMAL:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from contextvars import Context, copy_context
 from dataclasses import replace
 
 import numpy as np
 import torch
 
+from robustkit.core.determinism import deterministic_operations, prepare_deterministic
 from robustkit.core.devices import ComputeDevice
 from robustkit.core.errors import RunError
 from robustkit.core.isolation import switch_mode
+from robustkit.core.memory import share_device
 from robustkit.data.samples import Samples
 from robustkit.distributed.pool import State
 from robustkit.engine.batching.samples import Admitted
@@ -35,6 +38,8 @@ def load(job: Job, state: State) -> bool:
     torch.set_num_threads(job.threads)
     if earlier := state.pop("worker", None):
         earlier.close()
+    prepare_deterministic(job.settings.deterministic)
+    share_device(job.processes)
     model = state.get("model")
     if model is None or model.fingerprint != job.model.fingerprint:
         state.clear()
@@ -48,14 +53,16 @@ def load(job: Job, state: State) -> bool:
 
 def run_step(step: Step, state: State) -> Result:
     """Run a part of a search."""
-    result: Result = state["worker"].step(step)
-    return result
+    worker: EvaluationWorker = state["worker"]
+    with worker.kernels():
+        return worker.step(step)
 
 
 def run_batch(batch: Batch, state: State) -> Result:
     """Run one batch of one stage."""
-    result: Result = state["worker"].run_batch(batch)
-    return result
+    worker: EvaluationWorker = state["worker"]
+    with worker.kernels():
+        return worker.run_batch(batch)
 
 
 class Outbox(Progress):
@@ -118,6 +125,10 @@ class EvaluationWorker(BlockRunner):
             most = int(MAX_STEP_SECONDS / (3 * worker.instrumented.seconds))
             worker.slots = min(worker.slots, max(1, most))
         return worker
+
+    def kernels(self) -> AbstractContextManager[None]:
+        """Return a context with the kernels that the run allows."""
+        return deterministic_operations(self.settings.deterministic, self.instrumented.device)
 
     def __post_init__(self) -> None:
         """Begin without a search."""

@@ -14,6 +14,7 @@ import torch
 
 from robustkit import registry
 from robustkit.checks.run import training_mode
+from robustkit.core.determinism import deterministic_operations
 from robustkit.core.devices import ComputeDevice
 from robustkit.core.errors import RunError, UsageError
 from robustkit.core.flags import Flag
@@ -75,6 +76,7 @@ class Evaluation:
         limits: when to stop early.
         workers: processes that share the attacks.
         ray: address of a Ray cluster on which the workers run.
+        deterministic: use deterministic kernels only.
     """
 
     model: Classifier
@@ -91,6 +93,7 @@ class Evaluation:
     limits: Limits = field(default_factory=Limits)
     workers: int | None = None
     ray: str | None = None
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         """Check that the values fit each other; the options of a verb check the range of each by itself."""
@@ -184,6 +187,7 @@ class Evaluation:
             max_slots=slots if cpu or self.batch_size is not None else MAX_SLOTS_GPU,
             precision=self._precision,
             choose_precision=self.precision == "auto",
+            deterministic=self.deterministic,
         )
 
     @property
@@ -214,7 +218,8 @@ class Evaluation:
         """
         progress = progress or Progress()
         opened = open_for_writing(out, self.spec, overwrite=overwrite, say=progress.say) if out else None
-        with opened or nullcontext(True) as writable:
+        kernels = deterministic_operations(self.deterministic, self.device)
+        with opened or nullcontext(True) as writable, kernels:
             store = Store(out / run_folder.UNFINISHED if out and writable else None, self.spec.run_id)
             try:
                 report = self._suite_report(out, writable, progress, pool, store)
@@ -229,6 +234,7 @@ class Evaluation:
                 return report
             finally:
                 progress.close()
+                ComputeDevice(self.device).empty_cache()
 
     def _suite_report(
         self, out: Path | None, writable: bool, progress: Progress, pool: SharedPool | None, store: Store

@@ -67,6 +67,7 @@ class Scheduler(BlockRunner):
                 data=data,
                 settings=replace(self.settings, slots=self.slots, entries=[]),
                 device=pool.device(self.instrumented.device, worker.slot),
+                processes=pool.processes_per_device(self.instrumented.device),
                 threads=pool.threads,
                 random=self.instrumented.random,
                 store=self.store,

@@ -22,6 +22,7 @@ class RunSettings:
         max_slots: the most rows that the search may choose where more are faster.
         precision: a key of DTYPES.
         choose_precision: whether the search may choose another precision.
+        deterministic: whether only deterministic kernels are used.
     """
 
     threat: ThreatModel
@@ -33,6 +34,7 @@ class RunSettings:
     max_slots: int
     precision: str = "fp32"
     choose_precision: bool = False
+    deterministic: bool = False
 
     def attacks_from(self, stage: int, count: int) -> list[SuiteEntry]:
         """Return the entries of `count` stages from `stage` on."""

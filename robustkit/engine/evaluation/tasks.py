@@ -50,6 +50,7 @@ class Job:
         data: of the run.
         settings: of the run, without its entries, which the worker creates from the suite.
         device: where the worker computes.
+        processes: how many workers compute on this device.
         threads: how many CPU threads it uses.
         random: whether the model is random.
         store: keeps unfinished work; used where its folder can be reached.
@@ -60,6 +61,7 @@ class Job:
     data: Handle[Data]
     settings: RunSettings
     device: str
+    processes: int
     threads: int
     random: bool
     store: Store
