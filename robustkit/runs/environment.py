@@ -44,7 +44,8 @@ def _kernels(device: torch.device) -> dict[str, Any]:
         return deterministic
     cudnn = torch.backends.cudnn
     settings = {"deterministic_convolutions": cudnn.deterministic, "benchmark": cudnn.benchmark}
-    return {"float32": float32_settings(), "cudnn": cudnn.version(), **deterministic, **settings}
+    version = cudnn.version()  # type: ignore[no-untyped-call]
+    return {"float32": float32_settings(), "cudnn": version, **deterministic, **settings}
 
 
 def versions() -> dict[str, str | None]:

@@ -15,6 +15,7 @@ from robustkit.api.options.shared import (
     IMAGES,
     LABELS,
     THREAT,
+    Deterministic,
     Device,
     ImageFlags,
     JsonFlag,
