@@ -13,6 +13,7 @@ import numpy as np
 from robustkit.core.determinism import deterministic_operations
 from robustkit.core.devices import ComputeDevice
 from robustkit.core.errors import RunError, UsageError
+from robustkit.core.float32 import float32_operations
 from robustkit.core.schema import MAX_INTEGER
 from robustkit.crafting import png_export
 from robustkit.crafting.image_store import IMAGES, WITHOUT, ResumableCrafter
@@ -75,7 +76,7 @@ def run_craft(
     progress = progress or Progress()
     opened = open_for_writing(out, plan.spec, overwrite=overwrite, say=progress.say) if out else None
     kernels = deterministic_operations(plan.deterministic, plan.device)
-    with opened or nullcontext(True) as writable, kernels:
+    with opened or nullcontext(True) as writable, kernels, float32_operations("ieee"):
         try:
             return _CraftRun(plan, out, targets, progress, pool, writable).run(forecast, list(curve), png)
         finally:

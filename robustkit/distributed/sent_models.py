@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from robustkit.core.devices import model_device
 from robustkit.core.errors import RunError
 from robustkit.distributed.pool import Handle, WorkerPool
 from robustkit.distributed.sent_files import SentFile, send_files
@@ -40,7 +41,13 @@ class SentModel:
         facts = model.string, model.fingerprint, model.trust_code
         if not model.string.startswith("python:"):
             return cls(*facts, model.reader.classes, send_files(pool, model.string))
-        return cls(*facts, None, send_files(pool, ""), pool.share(model, "the model"))
+        device = model_device(model)
+        try:
+            # A worker may have other devices than the driver.
+            itself = pool.share(model.cpu(), "the model")
+        finally:
+            model.to(device)
+        return cls(*facts, None, send_files(pool, ""), itself)
 
     def load(self, device: torch.device) -> Classifier:
         """Return the model on a device of the worker; it is the driver's to the last weight.

@@ -218,8 +218,8 @@ def _pin(tensor: torch.Tensor, *_: Any) -> torch.Tensor:
 
 
 @contextmanager
-def simulated_gpu(memory: int = 80 << 30) -> Iterator[SimulatedGpu]:
-    """Have torch report one GPU with so many bytes inside; yield the counts."""
+def simulated_gpu(memory: int = 80 << 30, cached: int = 0) -> Iterator[SimulatedGpu]:
+    """Have torch report one GPU with so many free bytes inside, and so many in its cache; yield the counts."""
     nothing: Any = lambda *_, **__: None  # noqa: E731
     stubs = {
         "is_available": lambda: True,
@@ -229,6 +229,7 @@ def simulated_gpu(memory: int = 80 << 30) -> Iterator[SimulatedGpu]:
         "current_device": lambda: 0,
         "mem_get_info": lambda *_: (memory, memory),
         "memory_allocated": lambda *_: 0,
+        "memory_reserved": lambda *_: cached,
         "max_memory_allocated": lambda *_: 0,
         "get_device_name": lambda *_: "simulated GPU",
         "get_device_capability": lambda *_: (9, 0),

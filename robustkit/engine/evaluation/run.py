@@ -18,6 +18,7 @@ from robustkit.core.determinism import deterministic_operations
 from robustkit.core.devices import ComputeDevice
 from robustkit.core.errors import RunError, UsageError
 from robustkit.core.flags import Flag
+from robustkit.core.float32 import float32_operations
 from robustkit.core.isolation import evaluation_mode, threads, training_count
 from robustkit.core.threat import ThreatModel
 from robustkit.core.writing import subfolder
@@ -100,9 +101,7 @@ class Evaluation:
         if self.precision not in ("auto", *DTYPES):
             raise UsageError(f"precision {self.precision!r}: write auto, {', '.join(DTYPES)}.")
         if self.precision == "tf32" and not ComputeDevice(self.device).has_tf32:
-            raise UsageError(
-                f"precision 'tf32' needs an NVIDIA GPU from Ampere on, got {self.device}; write fp32."
-            )
+            raise UsageError(f"precision 'tf32' needs an NVIDIA GPU of 2020 or later, not {self.device}.")
         if not len(self.samples):
             raise UsageError(f"{self.samples.name} holds no images.")
         if self.threat.minimal:
@@ -219,7 +218,7 @@ class Evaluation:
         progress = progress or Progress()
         opened = open_for_writing(out, self.spec, overwrite=overwrite, say=progress.say) if out else None
         kernels = deterministic_operations(self.deterministic, self.device)
-        with opened or nullcontext(True) as writable, kernels:
+        with opened or nullcontext(True) as writable, kernels, float32_operations("ieee"):
             store = Store(out / run_folder.UNFINISHED if out and writable else None, self.spec.run_id)
             try:
                 report = self._suite_report(out, writable, progress, pool, store)

@@ -28,9 +28,10 @@ MAX_TRIAL_BATCH = 16
 # A net is slow if the forward pass of a full batch may take more than the first number of seconds; its batches are
 # cut into parts that take about the second number of seconds.
 SLOW_BATCH_SECONDS, PART_SECONDS = 10.0, 1.0
-# The precisions of a search: the type of autocast, and the largest relative rounding error of a number.
+# The precisions of a search: the type of autocast, and half of the bound on the rounding of logits. Emulated TF32
+# moves logits of CIFAR-10 ResNets by up to 1.4 / 2**9 of the largest one.
 DTYPES = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-ROUNDING = {"fp32": 0.0, "tf32": 2.0**-10, "bf16": 2.0**-7, "fp16": 2.0**-10}
+ROUNDING = {"fp32": 0.0, "tf32": 2.0**-9, "bf16": 2.0**-7, "fp16": 2.0**-10}
 
 
 class CountsBackward(Protocol):
