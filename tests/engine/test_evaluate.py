@@ -410,7 +410,7 @@ def test_bf16_search_float32_verdict() -> None:
 def test_the_automatic_batch_size_fits_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     net = Small()
     x, y = labelled(net, 12, SHAPE)
-    monkeypatch.setattr(profiling, "free_memory", lambda device: 100_000)
+    monkeypatch.setattr(profiling, "free_memory", lambda device: 30_000)
     small = evaluate(net, x, y, "linf:0.03", suite="pgd(steps=3)")
     assert small.environment["images_at_once"] < 12
 

@@ -108,6 +108,7 @@ def _surroundings(report: Report) -> list[tuple[str, str]]:
         "device": around.get("device_name") or around.get("device"),
         "threads": around.get("threads"),
         "precision of the search": around.get("precision"),
+        "kernels": _kernels(around.get("kernels", {})),
         "search": _search(around),
         "platform": around.get("platform"),
         "commit": around.get("commit"),
@@ -115,6 +116,18 @@ def _surroundings(report: Report) -> list[tuple[str, str]]:
         "parts": made_in_parts(around),
     }
     return [(name, str(value)) for name, value in named.items() if value not in (None, "")]
+
+
+def _kernels(settings: Mapping[str, Any]) -> str:
+    """Return what a GPU's kernels promise about equal numbers; nothing for a CPU."""
+    if not settings:
+        return ""
+    if settings["deterministic"]:
+        return "deterministic: the same command on this machine computes the same numbers"
+    return (
+        "verdicts by deterministic convolutions in float32; the search may differ in its last digits from run to "
+        "run, which can matter for images on the decision boundary (--deterministic avoids it)"
+    )
 
 
 def _search(around: Mapping[str, Any]) -> str:
