@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 from unittest import mock
 
@@ -46,13 +47,13 @@ class GpuTensor(torch.Tensor):
     """A tensor on the simulated GPU."""
 
     held: torch.Tensor
-    __torch_function__ = torch._C._disabled_torch_function_impl  # results are wrapped below, not by torch
+    __torch_function__: Any = torch._C._disabled_torch_function_impl  # results are wrapped below, not by torch
 
     @staticmethod
     def __new__(cls, held: torch.Tensor) -> GpuTensor:
         """Wrap a CPU tensor."""
         made = torch.Tensor._make_wrapper_subclass(
-            cls, held.size(), held.stride(), held.storage_offset(), dtype=held.dtype, device="meta"
+            cls, held.size(), held.stride(), held.storage_offset(), dtype=held.dtype, device=torch.device("meta")
         )
         made.held = held
         return made
@@ -66,11 +67,11 @@ class GpuTensor(torch.Tensor):
         """Return nested lists, after a copy to the host."""
         return self.cpu().tolist()
 
-    def __repr__(self, **_: Any) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"GpuTensor({self.held})"
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """Run an operation outside `SimulatedGpu`."""
         return run(func, args, kwargs or {}, lambda kind: None)
 
@@ -166,7 +167,7 @@ def _wrapped(func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> Any:
 
 def caller() -> str:
     """Return file and line of the innermost frame of robustkit's own code."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename
         if name.startswith(ROOT) and not name.startswith(f"{ROOT}/tests/gpu"):
@@ -213,7 +214,7 @@ class _Calls(TorchFunctionMode):
 
 def _pin(tensor: torch.Tensor, *_: Any) -> torch.Tensor:
     copy = tensor.clone()
-    copy.pinned = True
+    copy.pinned = True  # type: ignore[attr-defined]
     return copy
 
 
@@ -236,7 +237,14 @@ def simulated_gpu(memory: int = 80 << 30, cached: int = 0) -> Iterator[Simulated
         "get_rng_state": lambda *_: torch.zeros(16, dtype=torch.uint8),
         "get_rng_state_all": lambda: [torch.zeros(16, dtype=torch.uint8)],
     }
-    silent = ("_lazy_init", "synchronize", "empty_cache", "manual_seed", "manual_seed_all", "set_device")
+    silent: tuple[str, ...] = (
+        "_lazy_init",
+        "synchronize",
+        "empty_cache",
+        "manual_seed",
+        "manual_seed_all",
+        "set_device",
+    )
     silent += ("set_rng_state", "set_rng_state_all", "reset_peak_memory_stats")
     with ExitStack() as stack:
         for name, stub in {**stubs, **dict.fromkeys(silent, nothing)}.items():

@@ -67,7 +67,12 @@ def test_free_memory_counts_the_cache_and_is_shared_by_workers(monkeypatch: pyte
 @pytest.mark.parametrize(("n", "slots"), [(600, 600), (40, 512)])
 def test_slots_are_no_more_than_the_images_that_wait(monkeypatch: pytest.MonkeyPatch, n: int, slots: int) -> None:
     seen: list[int] = []
-    monkeypatch.setattr(block_runner, "fastest_batch", lambda model, x, least, most: seen.append(most) or most)
+
+    def fastest(model: InstrumentedModel, x: Tensor, least: int, most: int) -> int:
+        seen.append(most)
+        return most
+
+    monkeypatch.setattr(block_runner, "fastest_batch", fastest)
     net, x = nn.Sequential(nn.Flatten(), nn.Linear(4, 3)), torch.rand(n, 1, 2, 2)
     y = net(x).argmax(1)
     with simulated_gpu():
@@ -159,7 +164,7 @@ def test_a_fingerprint_is_one_download() -> None:
 
 def test_streamed_nets_are_built_once_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     loads: list[str] = []
-    load = loaded_models.load_model
+    load = robustkit.load_model
 
     def counted(string: str, **options: Any) -> Any:
         loads.append(string)

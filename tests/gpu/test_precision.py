@@ -17,7 +17,8 @@ from robustkit.core.float32 import float32_operations, float32_settings
 from robustkit.engine.model.instrumented_model import ExecutionConfig, InstrumentedModel
 from robustkit.models import as_classifier
 
-conv, matmul = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+backends: Any = torch.backends
+conv, matmul = backends.cudnn.conv, backends.cuda.matmul
 FULL, ROUNDED = ("ieee", "ieee"), ("tf32", "tf32")
 
 
@@ -25,8 +26,8 @@ FULL, ROUNDED = ("ieee", "ieee"), ("tf32", "tf32")
 def settings() -> Iterator[None]:
     """Set torch back to its defaults, which let cuDNN use TF32."""
     yield
-    torch.backends.fp32_precision = "none"
-    conv.fp32_precision = torch.backends.cudnn.rnn.fp32_precision = "tf32"
+    backends.fp32_precision = "none"
+    conv.fp32_precision = backends.cudnn.rnn.fp32_precision = "tf32"
     torch.set_float32_matmul_precision("highest")
 
 
@@ -39,7 +40,7 @@ def new_interface() -> None:
 
 
 def all_backends() -> None:
-    torch.backends.fp32_precision = "tf32"
+    backends.fp32_precision = "tf32"
 
 
 def now() -> tuple[str, str]:
@@ -92,7 +93,7 @@ def evaluated(**options: Any) -> Any:
 
 
 def test_verdicts_and_verification_do_not_depend_on_tf32(tmp_path: Path) -> None:
-    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    conv.fp32_precision = "ieee"
     expected = evaluated(device="cpu", precision="fp32")[3]
     old_interface()
     net, x, y, report = evaluated(device="cpu", precision="fp32", out=tmp_path / "run", curve=True)
