@@ -67,7 +67,7 @@ class GpuTensor(torch.Tensor):
         """Return nested lists, after a copy to the host."""
         return self.cpu().tolist()
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"GpuTensor({self.held})"
 
     @classmethod
