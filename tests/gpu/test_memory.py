@@ -15,6 +15,8 @@ from robustkit.core import memory
 from robustkit.core.devices import ComputeDevice, pick_device
 from robustkit.core.out_of_memory import is_out_of_memory, retry_in_memory, try_in_memory
 from robustkit.crafting import lazy_models
+from robustkit.distributed.processes import ProcessPool
+from robustkit.distributed.sent_models import SentModel
 from robustkit.engine.evaluation import block_runner
 from robustkit.engine.model import loaded_models
 from robustkit.engine.model.instrumented_model import InstrumentedModel
@@ -181,6 +183,27 @@ def test_streamed_nets_are_built_once_on_a_gpu(monkeypatch: pytest.MonkeyPatch) 
     with simulated_gpu():
         robustkit.craft(nets, data, threat="linf:0.1", attack="mi-fgsm(steps=3)", streaming=True, device="cuda")
     assert len(loads) > 3 * len(nets)
+
+
+class RecordingPool(ProcessPool):
+    """Three workers that never start; it notes on which device a model is when it is pickled."""
+
+    def __init__(self) -> None:
+        self.count, self.seen = 3, list[str]()
+
+    def share(self, value: Any, name: str) -> Any:
+        self.seen.append(next(value.parameters()).device.type)
+        return None
+
+
+def test_workers_get_a_share_of_a_gpu_and_python_models_from_the_cpu() -> None:
+    pool = RecordingPool()
+    with simulated_gpu():
+        model = as_classifier(Wide()).to(GPU)
+        assert pool.processes_per_device(torch.device("cuda")) == 3
+        SentModel.of(pool, model)
+        assert pool.seen == ["cpu"]
+        assert next(model.parameters()).device == GPU
 
 
 def test_devices_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
