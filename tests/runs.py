@@ -20,6 +20,7 @@ ARCH = "robustkit:digits-cnn?num_classes=4"
 def net(seed: int = 0, arch: str = ARCH) -> nn.Module:
     """Return an untrained net, its batch norms, if any, with statistics of their own."""
     made = load_model(f"{arch}&pretrained=false" if arch.startswith("robustkit:") else arch, seed=seed).net
+    assert isinstance(made, nn.Module)
     generator = torch.Generator().manual_seed(seed)
     for part in made.modules():
         if isinstance(part, nn.BatchNorm2d):
