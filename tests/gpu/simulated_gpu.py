@@ -67,6 +67,10 @@ class GpuTensor(torch.Tensor):
         """Return nested lists, after a copy to the host."""
         return self.cpu().tolist()
 
+    def __format__(self, spec: str) -> str:
+        """Return a number's text, after a copy to the host."""
+        return format(self.item(), spec) if self.dim() == 0 else repr(self)
+
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"GpuTensor({self.held})"
 
@@ -245,7 +249,7 @@ def simulated_gpu(memory: int = 80 << 30, cached: int = 0) -> Iterator[Simulated
         "manual_seed_all",
         "set_device",
     )
-    silent += ("set_rng_state", "set_rng_state_all", "reset_peak_memory_stats")
+    silent += ("set_rng_state", "set_rng_state_all", "reset_peak_memory_stats", "set_sync_debug_mode")
     with ExitStack() as stack:
         for name, stub in {**stubs, **dict.fromkeys(silent, nothing)}.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, stub))
