@@ -22,7 +22,7 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -100,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     setup = Setup(pick_device(given.device), sizes, found_nets(given.models), given.data)
     record = {
         "format": 1,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "quick": given.quick,
         "environment": environment(setup.device, "fp32", None),
         "sections": [run_section(name, setup) for name in names],

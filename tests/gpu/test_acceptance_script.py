@@ -12,18 +12,19 @@ from simulated_gpu import simulated_gpu
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
 import gpu_acceptance
+from gpu_acceptance_sections import SECTIONS, Setup
 
-NAMES = [name for name in gpu_acceptance.SECTIONS if name != "tests"]
+NAMES = [name for name in SECTIONS if name != "tests"]
 
 
 def test_every_section_runs_and_one_that_fails_is_recorded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def failing(setup: gpu_acceptance.Setup) -> object:
+    def failing(setup: Setup) -> object:
         yield {"row": 1}
         raise RuntimeError("<planted>")
 
-    monkeypatch.setitem(gpu_acceptance.SECTIONS, "tests", (failing, 5))
+    monkeypatch.setitem(SECTIONS, "tests", (failing, 5))
     words = ["--quick", "--out", str(tmp_path), "--only", ",".join(["tests", *NAMES])]
     with simulated_gpu():
         assert gpu_acceptance.main(words) == 1
@@ -41,4 +42,4 @@ def test_every_section_runs_and_one_that_fails_is_recorded(
 
 
 def test_budgets_are_at_most_eight_minutes() -> None:
-    assert sum(seconds for _, seconds in gpu_acceptance.SECTIONS.values()) <= 480
+    assert sum(budget for _, budget in SECTIONS.values()) <= 480
