@@ -58,15 +58,15 @@ FULL = Sizes(
 )
 QUICK = Sizes(
     (10, 1),
+    1,
     2,
-    2,
-    2,
+    1,
     2,
     2,
     8,
     2,
     8,
-    "linf:0.3",
+    "linf:0.9",
     "robustkit:wrn-10-1",
     "autoattack:square(queries=3)",
     "race(steps=2)",
@@ -221,7 +221,7 @@ def verdicts(setup: Setup) -> Iterator[Row]:
             evaluate(
                 load_model("robustkit:digits-cnn"),
                 samples,
-                threat="linf:0.15",
+                threat=setup.sizes.eps if setup.sizes is QUICK else "linf:0.15",
                 suite=suite,
                 precision="fp32",
                 device=str(device),
