@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import socket
-import urllib.error
-import urllib.request
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +14,9 @@ _STALL_SECONDS = 30.0
 
 def reachable(url: str) -> bool:
     """Return whether a server responds at the address within a few seconds."""
+    import urllib.error  # 30 ms that lists of models do not need
+    import urllib.request
+
     try:
         with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=_PROBE_SECONDS):
             return True
