@@ -52,7 +52,7 @@ class RobustTraining(Method):
 
     def loss(self, net: nn.Module, batch: Batch, plan: Plan) -> Tensor:
         """Return the mean loss of one member over the batch."""
-        raise NotImplementedError(f"{type(self).__name__} defines neither `loss` nor `losses`.")
+        raise TypeError(f"{type(self).__name__} defines neither `loss` nor `losses`.")
 
 
 class PerturbedTraining(RobustTraining):

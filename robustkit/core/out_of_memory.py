@@ -11,6 +11,7 @@ import torch
 from robustkit.core.devices import ComputeDevice
 
 T = TypeVar("T")
+NO_MEMORY = "out of memory even with one image at a time; use a device with more memory."
 # What allocators and kernel libraries say, in lower case. cuDNN and cuBLAS report that memory for their workspace
 # is missing in words of their own, or find no kernel.
 _WORDS = (

@@ -18,14 +18,14 @@ from robustkit.core.determinism import deterministic_operations
 from robustkit.core.devices import ComputeDevice
 from robustkit.core.errors import RunError
 from robustkit.core.isolation import own_randomness
-from robustkit.core.out_of_memory import try_in_memory
+from robustkit.core.out_of_memory import NO_MEMORY, try_in_memory
 from robustkit.core.rng import RowRng
 from robustkit.core.shapes import Images
 from robustkit.crafting.ensemble import Ensemble, Storage
 from robustkit.crafting.spec import CraftRequest
 from robustkit.data.prefetch import read_ahead
-from robustkit.engine.failures import NO_MEMORY, described
 from robustkit.engine.progress import Progress
+from robustkit.models.failures import described
 from robustkit.runs.ledger import Chunk, Verdict
 from robustkit.runs.recorded_outputs import recording
 from robustkit.runs.unfinished_work import Store

@@ -30,7 +30,7 @@ from robustkit.runs.craft_record import Craft, Forecast, Judgement, Point, Saved
 from robustkit.runs.environment import environment
 from robustkit.runs.examples import arrays, evenly_spaced
 from robustkit.runs.ledger import Ledger
-from robustkit.runs.opening import open_for_writing, require_writable
+from robustkit.runs.opening import finished_before, open_for_writing, require_writable
 from robustkit.runs.report_parts import Rate
 from robustkit.runs.unfinished_work import Store
 from robustkit.runs.versions import record_part
@@ -124,9 +124,7 @@ class _CraftRun:
                 ledger.seal()
                 self.store.clear()
         else:
-            self.progress.say(
-                f"run {record.run_id} was finished before; this is its stored result (see --overwrite)"
-            )
+            self.progress.say(finished_before(record.run_id))
         if png is not None:
             record = self._png(record, png)
             record = self._keep(record) if self.writable else record

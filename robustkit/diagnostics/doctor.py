@@ -15,16 +15,16 @@ from robustkit.checks.run import diagnose, training_mode
 from robustkit.core.errors import RunError
 from robustkit.core.flags import Flag
 from robustkit.core.isolation import evaluation_mode, own_randomness, threads, training_count
-from robustkit.core.out_of_memory import is_out_of_memory
+from robustkit.core.out_of_memory import NO_MEMORY, is_out_of_memory
 from robustkit.core.threat import ThreatModel
 from robustkit.data.samples import Samples
 from robustkit.engine.evaluation.ledger_writer import noticed
 from robustkit.engine.evaluation.sanity import check_eps, check_logits
-from robustkit.engine.failures import NO_MEMORY, described
 from robustkit.engine.model.image_size import enlarged_images, pixel_space
 from robustkit.engine.model.instrumented_model import InstrumentedModel
 from robustkit.engine.model.profiling import measure
 from robustkit.models.classifier import Classifier
+from robustkit.models.failures import described
 from robustkit.registry import DEFAULT_SUITE, parse_suite
 from robustkit.runs.report_parts import Cost
 

@@ -34,7 +34,7 @@ from robustkit.models.layers.features import depth, distil
 from robustkit.runs import run_folder
 from robustkit.runs.diversity_record import Bounds, Diversity, DiversitySpec
 from robustkit.runs.environment import environment
-from robustkit.runs.opening import open_for_writing
+from robustkit.runs.opening import finished_before, open_for_writing
 from robustkit.runs.report_parts import Cost, Rate
 from robustkit.training import ensemble_utils
 
@@ -106,9 +106,7 @@ class DiversityRequest:
             return self._run(progress)
         with open_for_writing(out, self.spec, overwrite=overwrite, say=progress.say):
             if (out / run_folder.DIVERSITY).is_file():
-                progress.say(
-                    f"run {self.spec.run_id} was finished before; this is its stored result (see --overwrite)"
-                )
+                progress.say(finished_before(self.spec.run_id))
                 return run_folder.read_diversity(out)
             record = self._run(progress)
             run_folder.write_record(out, record)

@@ -204,3 +204,8 @@ def _is_spec(path: Path) -> bool:
 
 def _others(path: Path) -> list[str]:
     return sorted(file.name for file in path.iterdir() if not file.name.startswith("."))
+
+
+def finished_before(run_id: str, what: str = "this is its stored result (see --overwrite)") -> str:
+    """Return the message of a finished run that is called again; `what` says what follows."""
+    return f"run {run_id} was finished before; {what}"

@@ -191,7 +191,8 @@ def test_samples_move_to_another_continuous_batch_in_the_middle_of_an_attack(aft
     looks = first.run()
     groups = [next(looks) for _ in range(after + 1)]
     active = first.active
-    second.take_over(first.give_half())
+    for number, rows in first.give_half():
+        second.restore(number, 0, rows)
     assert first.active + second.active == active
     assert second.active > 0
     assert verdicts([*groups, *looks, *second.run()]) == whole

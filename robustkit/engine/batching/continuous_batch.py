@@ -155,11 +155,6 @@ class ContinuousBatch:
             if later and len(position) < free:
                 return
 
-    def take_over(self, active: Sequence[tuple[int, RowBatch]]) -> None:
-        """Add samples that another continuous batch of the same attacks removed: attacks' numbers and rows."""
-        for number, batch in active:
-            self.queues[number].join(batch)
-
     def record(self) -> list[dict[str, Any]]:
         """Return a record of each attack's rows, and of its waiting ones, between two steps."""
         # The keys `lane` (the attack) and `parked` (rows that wait for others) are those of stored records.

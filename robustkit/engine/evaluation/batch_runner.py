@@ -30,9 +30,9 @@ from robustkit.engine.evaluation.results import CHECKING, RunResults
 from robustkit.engine.evaluation.sanity import check_logits
 from robustkit.engine.evaluation.settings import RunSettings
 from robustkit.engine.evaluation.verdicts import image_hashes, judge, sample_ids
-from robustkit.engine.failures import described
 from robustkit.engine.model.instrumented_model import InstrumentedModel, halve_micro_batch
 from robustkit.engine.progress import Progress
+from robustkit.models.failures import described
 from robustkit.registry import SuiteEntry
 from robustkit.runs.ledger import Chunk, Verdict
 from robustkit.runs.recorded_outputs import OutputRecord, recording

@@ -15,7 +15,7 @@ from robustkit.checks.run import UNSTEADY
 from robustkit.core.devices import ComputeDevice
 from robustkit.core.errors import RobustkitError, RunError, UsageError
 from robustkit.core.isolation import own_randomness
-from robustkit.core.out_of_memory import is_out_of_memory
+from robustkit.core.out_of_memory import NO_MEMORY, is_out_of_memory
 from robustkit.data.prefetch import read_ahead
 from robustkit.engine.batching.continuous_batch import ContinuousBatch
 from robustkit.engine.batching.row_batch import RowBatch
@@ -26,10 +26,10 @@ from robustkit.engine.evaluation.early_stopping import TimeUp
 from robustkit.engine.evaluation.reliability import Reliability
 from robustkit.engine.evaluation.sanity import check_eps
 from robustkit.engine.evaluation.verdicts import image_hashes
-from robustkit.engine.failures import NO_MEMORY, described
 from robustkit.engine.model.instrumented_model import ExecutionConfig
 from robustkit.engine.model.profiling import fastest_batch, measure, tune
 from robustkit.engine.model.random_verdicts import is_random
+from robustkit.models.failures import described
 from robustkit.runs.recorded_outputs import OutputRecord, recorded_call, recording
 
 # Steps on a GPU between two reads of its results, and the most seconds that verdicts wait to be written.

@@ -28,10 +28,10 @@ from robustkit.core.shapes import Images, Labels, PerRow
 from robustkit.core.threat import ThreatModel, per_row
 from robustkit.data.samples import Samples
 from robustkit.engine.evaluation.verdicts import Verdicts, image_hashes, judge, sample_ids
-from robustkit.engine.failures import described
 from robustkit.engine.model.instrumented_model import InstrumentedModel, halve_micro_batch
 from robustkit.engine.model.profiling import measure
 from robustkit.engine.progress import Progress
+from robustkit.models.failures import described
 from robustkit.runs.evaluation_record import Report
 from robustkit.runs.recorded_outputs import run_once
 from robustkit.runs.report_parts import Cost, Curve

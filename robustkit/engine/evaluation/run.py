@@ -42,7 +42,7 @@ from robustkit.models.classifier import Classifier
 from robustkit.runs import run_folder
 from robustkit.runs.evaluation_record import Report
 from robustkit.runs.ledger import Ledger
-from robustkit.runs.opening import open_for_writing, require_writable
+from robustkit.runs.opening import finished_before, open_for_writing, require_writable
 from robustkit.runs.recorded_outputs import recording
 from robustkit.runs.report_parts import Audit, Cost
 from robustkit.runs.spec import RunSpec
@@ -251,9 +251,8 @@ class Evaluation:
         report = run_folder.read_report(out)
         if broken := run_folder.broken_seals(out, report):
             raise RunError(f"{broken[0]} See: robustkit verify {out}")
-        without_curve = self.curve and report.curve is None
-        message = "its curve is searched now" if without_curve else "this is its stored result (see --overwrite)"
-        progress.say(f"run {report.run_id} was finished before; {message}")
+        what = ("its curve is searched now",) if self.curve and report.curve is None else ()
+        progress.say(finished_before(report.run_id, *what))
         return report
 
     def _with_curve(self, report: Report, out: Path | None, progress: Progress, store: Store) -> Report:

@@ -17,8 +17,8 @@ from robustkit.core.determinism import deterministic_convolutions
 from robustkit.core.devices import ComputeDevice
 from robustkit.core.errors import RunError
 from robustkit.core.float32 import float32_operations
+from robustkit.core.out_of_memory import NO_MEMORY
 from robustkit.core.shapes import Images, Logits
-from robustkit.engine.failures import NO_MEMORY
 from robustkit.gradient_views.view_kinds import MeanView
 from robustkit.models.classifier import Classifier
 from robustkit.runs.recorded_outputs import ACTIVE, OutputRecord

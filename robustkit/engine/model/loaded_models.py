@@ -12,14 +12,14 @@ import torch
 from robustkit.core.errors import RobustkitError, RunError, UsageError
 from robustkit.core.isolation import evaluation_mode, own_randomness
 from robustkit.core.memory import free_memory
-from robustkit.core.out_of_memory import is_out_of_memory
+from robustkit.core.out_of_memory import NO_MEMORY, is_out_of_memory
 from robustkit.data.samples import Samples
-from robustkit.engine.failures import NO_MEMORY, described
 from robustkit.engine.model.instrumented_model import InstrumentedModel
 from robustkit.engine.model.profiling import measure
 from robustkit.models import as_classifier, load_model
 from robustkit.models.classifier import Classifier
 from robustkit.models.ensembles.mixture import Mixture
+from robustkit.models.failures import described
 from robustkit.models.sources.from_run import training_flops
 
 # The batch size by which a net counts as slow.

@@ -16,7 +16,6 @@ from robustkit.core.isolation import quietly
 from robustkit.core.memory import free_memory
 from robustkit.core.out_of_memory import is_out_of_memory, try_in_memory
 from robustkit.core.shapes import Images, Logits
-from robustkit.engine.failures import described
 from robustkit.engine.model.batchnorm_folding import folded
 from robustkit.engine.model.instrumented_model import (
     PART_SECONDS,
@@ -25,6 +24,7 @@ from robustkit.engine.model.instrumented_model import (
     InstrumentedModel,
 )
 from robustkit.models.ensembles.mixture import Mixture
+from robustkit.models.failures import described
 from robustkit.runs.recorded_outputs import run_once
 
 # A net is run on one CPU thread if the tensors that its backward pass reads for one image, weights included, have

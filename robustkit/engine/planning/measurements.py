@@ -16,9 +16,8 @@ import torch
 
 from robustkit.core.devices import ComputeDevice
 from robustkit.core.errors import RobustkitError, RunError
-from robustkit.core.out_of_memory import try_in_memory
+from robustkit.core.out_of_memory import NO_MEMORY, try_in_memory
 from robustkit.core.shapes import Images
-from robustkit.engine.failures import NO_MEMORY
 from robustkit.engine.model.instrumented_model import InstrumentedModel
 from robustkit.engine.progress import Progress
 
