@@ -169,23 +169,25 @@ def _wrapped(func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> Any:
     return _on_gpu(out)
 
 
-def caller() -> str:
-    """Return file and line of the innermost frame of robustkit's own code."""
+def caller(frames: int = 1) -> str:
+    """Return file and line of the innermost frames of robustkit's own code."""
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
+    lines = list[str]()
+    while frame is not None and len(lines) < frames:
         name = frame.f_code.co_filename
-        if name.startswith(ROOT) and not name.startswith(f"{ROOT}/tests/gpu"):
-            return f"{name[len(ROOT) + 1 :]}:{frame.f_lineno}"
+        if name.startswith(ROOT) and not name.startswith(f"{ROOT}/tests/gpu/simulated"):
+            lines.append(f"{name[len(ROOT) + 1 :]}:{frame.f_lineno}")
         frame = frame.f_back
-    return "elsewhere"
+    return " < ".join(lines) or "elsewhere"
 
 
 class SimulatedGpu(TorchDispatchMode):
     """Count launches and synchronisations inside, by kind and line."""
 
-    def __init__(self) -> None:
-        """Start at zero."""
+    def __init__(self, frames: int = 1) -> None:
+        """Start at zero; an event is counted at this many lines of robustkit's."""
         super().__init__()
+        self.frames = frames
         self.counts: Counter[tuple[str, str]] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -194,7 +196,7 @@ class SimulatedGpu(TorchDispatchMode):
 
     def count(self, kind: str) -> None:
         """Count an event at the line that caused it."""
-        self.counts[kind, caller()] += 1
+        self.counts[kind, caller(self.frames)] += 1
 
     def total(self, kind: str) -> int:
         """Return the number of events of a kind."""
@@ -223,7 +225,7 @@ def _pin(tensor: torch.Tensor, *_: Any) -> torch.Tensor:
 
 
 @contextmanager
-def simulated_gpu(memory: int = 80 << 30, cached: int = 0) -> Iterator[SimulatedGpu]:
+def simulated_gpu(memory: int = 80 << 30, cached: int = 0, frames: int = 1) -> Iterator[SimulatedGpu]:
     """Have torch report one GPU with so many free bytes inside, and so many in its cache; yield the counts."""
     nothing: Any = lambda *_, **__: None  # noqa: E731
     stubs = {
@@ -260,4 +262,4 @@ def simulated_gpu(memory: int = 80 << 30, cached: int = 0) -> Iterator[Simulated
         torch._C._set_only_lift_cpu_tensors(True)
         stack.callback(torch._C._set_only_lift_cpu_tensors, lifted)
         stack.enter_context(_Calls())
-        yield stack.enter_context(SimulatedGpu())
+        yield stack.enter_context(SimulatedGpu(frames))
