@@ -83,6 +83,11 @@ class StepCosts:
         launches, syncs = ((long.total(kind) - short.total(kind)) / steps for kind in ("launch", "sync"))
         return cls(launches, syncs, lines)
 
+    def text(self, kind: str, most: int | None = None) -> str:
+        """Return the lines with most events of a kind (`launch` or `sync`), one a row."""
+        lines = Counter({line: value for (found, line), value in self.lines.items() if found == kind and value})
+        return "\n".join(f"{kind:<8}{value:>7.2f}  {line}" for line, value in lines.most_common(most))
+
 
 def net() -> nn.Module:
     """Return the net, which has two kernels."""
@@ -189,12 +194,7 @@ def main() -> None:
     for name, cost in costs.items():
         print(f"{name:<20}{cost.launches:>10.1f}{cost.syncs:>8.2f}")
     for name, cost in costs.items():
-        for kind, most in (("sync", None), ("launch", given.lines)):
-            lines = Counter(
-                {line: value for (found, line), value in cost.lines.items() if found == kind and value}
-            )
-            for line, value in (+lines).most_common(most):
-                print(f"{name:<20}{kind:<8}{value:>7.2f}  {line}")
+        print(f"\n{name}\n{cost.text('sync')}\n{cost.text('launch', given.lines)}")
 
 
 if __name__ == "__main__":
