@@ -14,6 +14,7 @@ import functools
 import math
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,6 +24,8 @@ from robustkit.core.shapes import Images, Mask, PerRow
 from robustkit.core.threat import per_row
 from robustkit.registry import attack
 from robustkit.registry.ranges import Count, NonNegative, PositiveShare
+
+MOMENTUM = 0.75
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +58,6 @@ class _APGD(RowWise):
         zero = torch.zeros(len(rows.x), dtype=torch.float64, device=rows.x.device)
         return {
             "x": _start(rows, factor * rows.threat.radius),
-            "clock": zero.long(),
             "before": rows.x,
             "best": rows.x,
             "best_gradient": torch.zeros_like(rows.x),
@@ -72,14 +74,15 @@ class _APGD(RowWise):
     def step(self, rows: Rows, state: State, answer: Answer) -> State:
         """Return the next points, best points and step sizes."""
         norm, eps = rows.threat.norm, rows.threat.radius
-        plan = torch.tensor(_plan(self.steps, norm, self.large_start), dtype=torch.float64, device=rows.x.device)
-        factor, first, window, following = plan[state["clock"]].unbind(1)
-        state = _record(state, answer, first > 0, factor * eps * (1 if norm == "l1" else 2))
-        if norm == "l1":
-            due = window > 0
-            renew = due | (first > 0) if len(_stages(self.steps, norm, self.large_start)) > 1 else due
-            return _step_l1(rows, state, answer, due, renew, factor * eps, following * eps)
-        return _step(rows, state, answer, first > 0, window, self.rho)
+        plan = _plan(self.steps, norm, self.large_start)[rows.steps_taken - 1]
+        first = plan[:, 1] > 0
+        state = _record(rows, state, answer, first, plan[:, 0] * eps * (1 if norm == "l1" else 2))
+        if norm != "l1":
+            return _step(rows, state, answer, first, plan[:, 2], self.rho)
+        factor, begins, window, following = rows.upload(plan.T)
+        due = window > 0
+        renew = due | (begins > 0) if len(_stages(self.steps, norm, self.large_start)) > 1 else due
+        return _step_l1(rows, state, answer, due, renew, factor * eps, following * eps)
 
 
 @attack("apgd", paper="arXiv:2003.01690", norms=("linf", "l2", "l1"), access="gradient")
@@ -121,8 +124,8 @@ def _stages(steps: int, norm: str, large_start: bool | None) -> list[tuple[int, 
 
 
 @functools.cache
-def _plan(steps: int, norm: str, large_start: bool | None) -> tuple[tuple[int, bool, int, int], ...]:
-    """Return for each query (radius in eps, whether it begins a stage, window, radius of the next stage).
+def _plan(steps: int, norm: str, large_start: bool | None) -> np.ndarray:
+    """Return for each query (Q 4): radius in eps, whether it begins a stage, window, radius of the next stage.
 
     The window is the number of steps since the last check of the step size, where one is due, else 0. The next
     radius is 0 except at the end of a stage that is not the last.
@@ -141,7 +144,7 @@ def _plan(steps: int, norm: str, large_start: bool | None) -> tuple[tuple[int, b
             plan.append((factor, index == 0, window * due, following * (index == count)))
             if due:
                 since, window = 0, max(window - shrink, least)
-    return tuple(plan)
+    return np.array(plan, np.float64)
 
 
 def _start(rows: Rows, radius: float) -> Images:
@@ -159,44 +162,53 @@ def _start(rows: Rows, radius: float) -> Images:
     return rows.threat.retract(x + shift.to(x.dtype), x)
 
 
-def _record(state: State, answer: Answer, first: Mask, size: PerRow) -> State:
-    """Update the best point so far and the count of rises; reset them where a stage begins."""
+def _record(rows: Rows, state: State, answer: Answer, first: np.ndarray, size: np.ndarray) -> State:
+    """Update the best point so far and the count of rises; reset them where a stage begins (B)."""
     loss = answer.loss.double()
-    better = first | (loss > state["best_loss"])
+    better = loss > state["best_loss"]
+    rises = state["rises"] + (loss > state["last_loss"])
+    begun: State = {}
+    last_loss = loss
+    if first.any():
+        begins = rows.upload(first)
+        better, rises, last_loss = better | begins, torch.where(begins, 0, rises), torch.where(begins, 0, loss)
+        begun = {
+            "reviewed_loss": torch.where(begins, loss, state["reviewed_loss"]),
+            "halved": state["halved"] | begins,
+            "size": torch.where(begins, rows.upload(size), state["size"]),
+        }
     return {
         **state,
         "best": _pick(better, state["x"], state["best"]),
         "best_gradient": _pick(better, answer.gradient, state["best_gradient"]),
         "best_loss": torch.where(better, loss, state["best_loss"]),
-        "last_loss": torch.where(first, 0, loss),
-        "reviewed_loss": torch.where(first, loss, state["reviewed_loss"]),
-        "rises": torch.where(first, 0, state["rises"] + (loss > state["last_loss"])),
-        "halved": state["halved"] | first,
-        "size": torch.where(first, size, state["size"]),
+        "last_loss": last_loss,
+        "rises": rises,
+        **begun,
     }
 
 
-def _step(rows: Rows, state: State, answer: Answer, first: Mask, window: PerRow, rho: float) -> State:
+def _step(rows: Rows, state: State, answer: Answer, first: np.ndarray, window: np.ndarray, rho: float) -> State:
     """Halve step sizes where the loss rises too rarely, and return to the best point; then step with momentum."""
-    x, threat, due = rows.x, rows.threat, window > 0
-    stuck = ~state["halved"] & (state["reviewed_loss"] >= state["best_loss"])
-    halve = due & (stuck | (state["rises"] <= rho * window))
-    size = torch.where(halve, state["size"] / 2, state["size"])
-    point = _pick(halve, state["best"], state["x"])
-    gradient = _pick(halve, state["best_gradient"], answer.gradient)
-    stepped = threat.retract(point + per_row(size.to(x.dtype), x) * threat.ascent(gradient), x)
-    new = per_row(torch.where(first, 1, 0.75).to(x.dtype), x)
-    moved = point + new * (stepped - point) + (1 - new) * (point - state["before"])
-    return {
-        **state,
-        "x": threat.retract(moved, x),
-        "before": point,
-        "clock": state["clock"] + 1,
-        "size": size,
-        "halved": torch.where(due, halve, state["halved"]),
-        "reviewed_loss": torch.where(due, state["best_loss"], state["reviewed_loss"]),
-        "rises": torch.where(due, 0, state["rises"]),
-    }
+    point, gradient = state["x"], answer.gradient
+    if window.any():
+        steps = rows.upload(window)
+        due = steps > 0
+        stuck = ~state["halved"] & (state["reviewed_loss"] >= state["best_loss"])
+        halve = due & (stuck | (state["rises"] <= rho * steps))
+        point = _pick(halve, state["best"], point)
+        gradient = _pick(halve, state["best_gradient"], gradient)
+        state = {
+            **state,
+            "size": torch.where(halve, state["size"] / 2, state["size"]),
+            "halved": torch.where(due, halve, state["halved"]),
+            "reviewed_loss": torch.where(due, state["best_loss"], state["reviewed_loss"]),
+            "rises": torch.where(due, 0, state["rises"]),
+        }
+    size = per_row(state["size"].to(point.dtype), point)
+    stepped = rows.retract(point + size * rows.threat.ascent(gradient))
+    moved = rows.with_momentum(point, stepped, state["before"], first, MOMENTUM)
+    return {**state, "x": rows.retract(moved), "before": point}
 
 
 def _step_l1(
@@ -224,7 +236,6 @@ def _step_l1(
     return {
         **state,
         "x": rows.threat.project(_pick(turn, state["best"], moved), x, torch.where(turn, following, radius)),
-        "clock": state["clock"] + 1,
         "size": size,
         "changed": torch.where(renew, changed, state["changed"]),
         "density": density,

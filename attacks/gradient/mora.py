@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -57,7 +58,8 @@ class _MORA(RowWise):
         members = stack / (_gaps(stack).amax(1) / LARGEST_GAP).clamp(min=1)[:, None, None]
         weights = self._weights(stack.detach(), members.detach(), labels, rival)
         led = (weights[:, :, None] * members).sum(1) / (weights.sum(1, keepdim=True) + TINY)
-        share = torch.tensor(SHARES, dtype=stack.dtype, device=stack.device)[self._number(rows, len(stack))]
+        restart = np.broadcast_to(np.asarray(rows.rng.restart), len(stack)) % (self.restarts or 1)
+        share = rows.upload(np.array(SHARES)[restart % len(SHARES)], stack.dtype)
         if targets is not None and self.combine == "logits":
             share = torch.zeros_like(share)
         blend = (1 - share[:, None]) * whole / _gaps(whole).clamp(min=TINY)[:, None] + share[:, None] * led
@@ -69,15 +71,9 @@ class _MORA(RowWise):
         """Step along the gradient with momentum and a decreasing step size."""
         x, threat, clock = state["x"], rows.threat, state["clock"]
         size = threat.radius * (1 + torch.cos(math.pi * clock / self.steps))
-        stepped = threat.retract(x + per_row(size.to(x.dtype), x) * threat.ascent(answer.gradient), rows.x)
-        new = per_row(torch.where(clock == 0, 1.0, MOMENTUM).to(x.dtype), x)
-        moved = x + new * (stepped - x) + (1 - new) * (x - state["before"])
-        return {"x": threat.retract(moved, rows.x), "before": x, "clock": clock + 1}
-
-    def _number(self, rows: Rows, count: int) -> Tensor:
-        """Return the index in `SHARES` of each row's restart."""
-        restart = torch.as_tensor(rows.rng.restart, device=rows.x.device).expand(count)
-        return restart % (self.restarts or 1) % len(SHARES)
+        stepped = rows.retract(x + per_row(size.to(x.dtype), x) * threat.ascent(answer.gradient))
+        moved = rows.with_momentum(x, stepped, state["before"], rows.steps_taken == 1, MOMENTUM)
+        return {"x": rows.retract(moved), "before": x, "clock": clock + 1}
 
     def _whole(self, stack: Tensor) -> Logits:
         """Return the ensemble's output from its members' logits."""

@@ -42,7 +42,8 @@ class PGD(RowWise):
     def step(self, rows: Rows, state: State, answer: Answer) -> State:
         """Return the projected next points."""
         x, gradient = state["x"], answer.gradient
-        blocked = ((x <= 0) & (gradient < 0)) | ((x >= 1) & (gradient > 0))
         length = (self.step_size or StepSize(2.5 / self.steps)).length(float(rows.threat.eps))
-        upwards = torch.where(blocked, 0, gradient)
-        return {"x": rows.threat.step_inside(x, rows.x, upwards, length, density=self.density)}
+        if rows.threat.norm != "linf":
+            blocked = ((x <= 0) & (gradient < 0)) | ((x >= 1) & (gradient > 0))
+            gradient = torch.where(blocked, 0, gradient)
+        return {"x": rows.project(rows.threat.step(x, gradient, length, density=self.density))}

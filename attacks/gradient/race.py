@@ -13,13 +13,13 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from robustkit.attack_api import Answer, LoopOptions, Rows, RowWise, State, rank
 from robustkit.core import criteria
-from robustkit.core.devices import ComputeDevice
-from robustkit.core.shapes import Logits
+from robustkit.core.shapes import Images, Logits
 from robustkit.core.threat import per_row
 from robustkit.registry import attack
 from robustkit.registry.ranges import Count, NonNegative
@@ -61,7 +61,6 @@ class Race(RowWise):
         return {
             "x": rows.x,
             "before": rows.x,
-            "clock": zero,
             "target": zero - 1,
             "ranked": zero[:, None].repeat(1, self.targets),
             "scores": zero[:, None].double().repeat(1, self.targets),
@@ -73,51 +72,70 @@ class Race(RowWise):
     def objective(self, rows: Rows, state: State, logits: Logits) -> Tensor:
         """Return the margin of the current target, at first the likeliest class."""
         target = state["target"]
-        target = torch.where(target < 0, _ranked(rows, logits, 1)[:, 0], target)
+        if (rows.steps_taken == 0).any():
+            target = torch.where(target < 0, _ranked(rows, logits, 1)[:, 0], target)
         return criteria.margin(logits, rows.goal.labels, target)
 
     def step(self, rows: Rows, state: State, answer: Answer) -> State:
         """Record the current target's margin; then step, begin the next run, or end."""
-        x, clock = rows.x, state["clock"]
-        ranked = _ranked(rows, answer.logits, self.targets)
-        count = ranked.shape[1]
-        plan = torch.tensor(self._plan(count), dtype=torch.float64, device=x.device)
-        now, following = (_Turn(*plan[step.clamp(max=len(plan) - 1)].unbind(1)) for step in (clock, clock + 1))
-        first = clock == 0
+        x, clock = rows.x, rows.steps_taken - 1
+        count = 1 if rows.goal.targets is not None else min(self.targets, answer.logits.shape[1] - 1)
+        plan = self._plan(count)
+        now, following = (_Turn(*plan[np.minimum(step, len(plan) - 1)].T) for step in (clock, clock + 1))
+        scored = self._scored(rows, state, answer, clock == 0, now.target)
+        ended = clock + 1 >= len(plan) - 1
+        if (following.gate > 0).any():
+            scored = self._next_round(rows, scored, count, following.gate, ended)
+        elif ended.any():
+            last = rows.upload(ended)
+            scored |= {"last": last, "needs_gradient": ~last}
+        if (clock == 0).any() or following.opens.any():
+            target = rows.upload(following.target.astype(np.int64))[:, None]
+            scored["target"] = scored["ranked"].gather(1, target)[:, 0]
+        size = per_row(rows.upload(now.size * rows.threat.radius, x.dtype), x)
+        stepped = rows.retract(state["x"] + size * rows.threat.ascent(answer.gradient))
+        moved = rows.with_momentum(state["x"], stepped, state["before"], now.opens > 0, MOMENTUM)
+        moved = rows.retract(moved)
+        if following.opens.any():
+            moved = _restarted(rows, moved, following)
+        return {**scored, "x": moved, "before": state["x"]}
+
+    def _scored(self, rows: Rows, state: State, answer: Answer, first: np.ndarray, column: np.ndarray) -> State:
+        """Return the state with the margin recorded in each row's column; `first` are rows that begin (B)."""
         margin = rows.goal.loss(answer.logits, "margin").double()
-        ranked = torch.where(first[:, None], ranked, state["ranked"][:, :count])
-        clean = torch.where(first, margin, state["clean"])
-        # Columns move so that the best target of the probes comes first; each round finds them in that order.
-        scores = torch.where(first[:, None], -torch.inf, state["scores"][:, :count])
-        here = now.target.long()[:, None]
-        scores = scores.scatter(1, here, torch.maximum(scores.gather(1, here), margin[:, None]))
-        turn = following.gate > 0
-        order = torch.where(turn[:, None], scores.argsort(dim=1, descending=True, stable=True), _columns(scores))
-        ranked, scores = ranked.gather(1, order), scores.gather(1, order)
+        scored = dict(state)
+        if first.any():
+            begins = rows.upload(first)
+            ranked = _widened(_ranked(rows, answer.logits, self.targets), self.targets)
+            scored["ranked"] = torch.where(begins[:, None], ranked, state["ranked"])
+            scored["clean"] = torch.where(begins, margin, state["clean"])
+            scored["scores"] = torch.where(begins[:, None], -torch.inf, state["scores"])
+        here = rows.upload(column.astype(np.int64))[:, None]
+        best = torch.maximum(scored["scores"].gather(1, here), margin[:, None])
+        scored["scores"] = scored["scores"].scatter(1, here, best)
+        return scored
+
+    def _next_round(self, rows: Rows, state: State, count: int, gate: np.ndarray, ended: np.ndarray) -> State:
+        """Sort the columns of rows at a gate, best target first; end rows that are too far from the boundary.
+
+        Each round then finds its targets in that order.
+        """
+        ranked, scores, clean = state["ranked"][:, :count], state["scores"][:, :count], state["clean"]
+        turn = rows.upload(gate > 0)
+        order = scores.argsort(dim=1, descending=True, stable=True)
+        order = torch.where(turn[:, None], order, torch.arange(count, device=turn.device))
         best = scores.amax(1)
         remaining = -best / (best - clean).clamp(min=1e-12)
-        size = per_row((now.size * rows.threat.radius).to(x.dtype), x)
-        stepped = rows.threat.retract(state["x"] + size * rows.threat.ascent(answer.gradient), x)
-        new = per_row(torch.where(now.opens > 0, 1.0, MOMENTUM).to(x.dtype), x)
-        moved = state["x"] + new * (stepped - state["x"]) + (1 - new) * (state["x"] - state["before"])
-        random = following.random > 0
-        # On a CPU reading a mask is free and a random start is not; on a GPU the reverse is true.
-        idle = ComputeDevice(x.device).is_cpu and not random.any()
-        start = x if idle else torch.where(per_row(random, x), rows.threat.random_start(x, rows.rng), x)
-        last = (turn & (remaining > following.gate)) | (clock + 1 >= len(plan) - 1)
+        last = (turn & (remaining > rows.upload(gate))) | rows.upload(ended)
         return {
-            "x": torch.where(per_row(following.opens > 0, x), start, rows.threat.retract(moved, x)),
-            "before": state["x"],
-            "clock": clock + 1,
-            "target": ranked.gather(1, following.target.long()[:, None])[:, 0],
-            "ranked": _widened(ranked, self.targets),
-            "scores": _widened(scores, self.targets),
-            "clean": clean,
+            **state,
+            "ranked": _widened(ranked.gather(1, order), self.targets),
+            "scores": _widened(scores.gather(1, order), self.targets),
             "last": last,
             "needs_gradient": ~last,
         }
 
-    def _plan(self, targets: int) -> tuple[tuple[float, ...], ...]:
+    def _plan(self, targets: int) -> np.ndarray:
         finalists = min(self.finalists, targets)
         return _plan(targets, self.probe, finalists, self.steps, self.restarts, self.doubt)
 
@@ -128,17 +146,15 @@ class _Turn(NamedTuple):
     `gate` is above 0 if a round begins: the largest remaining margin, as a share of the margin gained so far.
     """
 
-    target: Tensor
-    size: Tensor
-    opens: Tensor
-    random: Tensor
-    gate: Tensor
+    target: np.ndarray
+    size: np.ndarray
+    opens: np.ndarray
+    random: np.ndarray
+    gate: np.ndarray
 
 
 @functools.cache
-def _plan(
-    targets: int, probe: int, finalists: int, steps: int, restarts: int, doubt: float
-) -> tuple[tuple[float, ...], ...]:
+def _plan(targets: int, probe: int, finalists: int, steps: int, restarts: int, doubt: float) -> np.ndarray:
     """Return the `_Turn` of each query as a row of numbers."""
     runs = [(target, probe, 0.0, 0.0) for target in range(targets)]
     for number in range(restarts):
@@ -150,7 +166,20 @@ def _plan(
             fall = 0.5 * (1 + math.cos(math.pi * min(index / max(length - 1, 1), 1)))
             size = SMALLEST_STEP + (LARGEST_STEP - SMALLEST_STEP) * fall
             plan.append((target, size, float(index == 0), random, gate if index == 0 else 0.0))
-    return tuple(plan)
+    return np.array(plan)
+
+
+def _restarted(rows: Rows, points: Images, following: _Turn) -> Images:
+    """Return the points with those of rows whose next query opens a run: random ones, or the clean images."""
+    opens = np.flatnonzero(following.opens)
+    index = rows.upload(opens)
+    start = rows.x[index]
+    random = np.flatnonzero(following.random[opens])
+    if len(random):
+        chosen = rows.rng.select(torch.from_numpy(opens[random]))
+        begins = rows.upload(random)
+        start = start.index_copy(0, begins, rows.threat.random_start(start[begins], chosen))
+    return points.index_copy(0, index, start)
 
 
 def _ranked(rows: Rows, logits: Logits, count: int) -> Tensor:
@@ -158,10 +187,6 @@ def _ranked(rows: Rows, logits: Logits, count: int) -> Tensor:
     if rows.goal.targets is not None:
         return rows.goal.targets[:, None]
     return rank(logits, rows.goal.labels, count)
-
-
-def _columns(like: Tensor) -> Tensor:
-    return torch.arange(like.shape[1], device=like.device).expand_as(like)
 
 
 def _widened(columns: Tensor, count: int) -> Tensor:

@@ -11,12 +11,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from robustkit.attack_api import Answer, LoopOptions, Rows, RowWise, State
 from robustkit.core.limits import Limits
-from robustkit.core.shapes import Images
+from robustkit.core.shapes import Images, Mask, PerRow
 from robustkit.core.threat import per_row
 from robustkit.registry import attack
 from robustkit.registry.ranges import Count, NonNegative, PositiveShare
@@ -24,6 +25,8 @@ from robustkit.registry.ranges import Count, NonNegative, PositiveShare
 # The share of pixels in a window is halved after each of these proposals.
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 TINY = 1e-12
+# Between the draw 0.5 and the next smaller one, which is a multiple of 2**-24.
+BELOW_HALF = 0.5 - 2.0**-25
 
 
 @attack("square", paper="arXiv:1912.00049", norms=("linf", "l2", "l1"), access="score")
@@ -67,12 +70,10 @@ class Square(RowWise):
             x = rows.nearest
         else:
             x = _stripes(rows) if rows.threat.norm == "linf" else _tiles(rows)
-        clock = torch.zeros_like(low, dtype=torch.int64)
         return {
             "x": x,
             "best": rows.x,
             "score": low,
-            "clock": clock,
             "last": torch.zeros_like(low, dtype=torch.bool),
         }
 
@@ -81,33 +82,39 @@ class Square(RowWise):
         x, score = rows.x, answer.loss.double()
         better = score > state["score"]
         best = torch.where(per_row(better, x), state["x"], state["best"])
-        side = window_side(state["clock"], self.p_init, x.shape[2:], rows.threat.norm)
-        clock, score = state["clock"] + 1, torch.where(better, score, state["score"])
-        last = torch.zeros_like(better)
-        if self.patience is not None and rows.past is not None:
-            clean, nearest = rows.past.unbind(1)
-            due = torch.where(clock == self.patience - 1, self.rivalry, 0.0)
-            due = torch.where(clock == 10 * self.patience - 1, 1.0, due)
-            last = (due > 0) & (nearest > clean) & (score - clean < due * (nearest - clean))
+        score = torch.where(better, score, state["score"])
+        side = window_side(rows.steps_taken - 1, self.p_init, x.shape[2:], rows.threat.norm)
         propose = _propose_linf if rows.threat.norm == "linf" else _propose
         return {
             "x": propose(rows, best, side),
             "best": best,
             "score": score,
-            "clock": clock,
-            "last": last,
+            "last": self._last(rows, state["last"], score),
         }
 
+    def _last(self, rows: Rows, last: Mask, score: PerRow) -> Mask:
+        """Return the rows that end because their margin has changed too little; `last` where no test is due."""
+        if self.patience is None or rows.past is None:
+            return last
+        due = np.where(rows.steps_taken == self.patience - 1, self.rivalry, 0.0)
+        due = np.where(rows.steps_taken == 10 * self.patience - 1, 1.0, due)
+        if not due.any():
+            return last
+        clean, nearest = rows.past.unbind(1)
+        share = rows.upload(due)
+        return (share > 0) & (nearest > clean) & (score - clean < share * (nearest - clean))
 
-def window_side(proposal: Tensor, p_init: float, size: tuple[int, ...], norm: str) -> Tensor:
+
+def window_side(proposal: np.ndarray, p_init: float, size: tuple[int, ...], norm: str) -> np.ndarray:
     """Return the side of the window in pixels, at each row's proposal number (from 0)."""
     height, width = size
-    halvings = torch.bucketize(proposal, torch.tensor(HALVINGS, device=proposal.device))
-    side = (p_init * height * width / 2.0**halvings).sqrt().round().long()
+    halvings = np.searchsorted(HALVINGS, proposal).astype(np.float32)
+    side = np.sqrt(np.float32(p_init * height * width) / 2**halvings).round().astype(np.int64)
     if norm != "linf":
-        side = side.clamp(min=3)
+        side = np.maximum(side, 3)
         side = side + (side % 2 == 0)
-    return side.clamp(min=1, max=min(height, width))
+    clipped: np.ndarray = np.clip(side, 1, min(height, width))
+    return clipped
 
 
 def pattern(down: Tensor, across: Tensor, side: Tensor, norm: str) -> Tensor:
@@ -133,7 +140,7 @@ def _stripes(rows: Rows) -> Images:
     """Return vertical stripes of plus and minus eps."""
     _, channels, _, width = rows.x.shape
     signs = _signs(rows.rng.uniform(channels, 1, width)).to(rows.x.dtype)
-    return rows.threat.project(rows.x + rows.threat.radius * signs, rows.x)
+    return rows.project(rows.x + rows.threat.radius * signs)
 
 
 def _tiles(rows: Rows) -> Images:
@@ -161,23 +168,29 @@ def _grid(size: int, side: int, like: Tensor) -> tuple[Tensor, Tensor, int]:
     return pixel % side, torch.where(number < count, number, -1).clamp(min=-1), count
 
 
-def _propose_linf(rows: Rows, best: Images, side: Tensor) -> Images:
+def _propose_linf(rows: Rows, best: Images, sides: np.ndarray) -> Images:
     """Return the best points with one window changed by plus or minus twice eps, one sign per channel."""
+    height, width = best.shape[2:]
     draws = rows.rng.uniform(2 + best.shape[1])
-    down, across = _window(draws[:, :2], side, best)
-    side = per_row(side, down)
-    inside = _inside(down, across, side)
+    # A pixel lies in a window if twice its distance from the window's middle is less than the side.
+    most = max(height, width)
+    pixels = torch.arange(1, 2 * most, 2, device=best.device)
+    side, corner = _corners(rows, draws[:, :2], sides, best)
+    middle = (2 * corner + side[:, None])[:, :, None]
+    inside = (pixels - middle).abs() < side[:, None, None]
+    window = inside[:, :1, :height, None] & inside[:, 1:, None, :width]
     shift = 2 * rows.threat.radius * _signs(draws[:, 2:, None, None]).to(best.dtype)
-    return rows.threat.project(best + inside[:, None] * shift, rows.x)
+    return rows.project(best + window * shift)
 
 
-def _propose(rows: Rows, best: Images, side: Tensor) -> Images:
+def _propose(rows: Rows, best: Images, sides: np.ndarray) -> Images:
     """Return the best points with the change of one window moved to another window, with a new pattern."""
     norm, channels = rows.threat.norm, best.shape[1]
     draws = rows.rng.uniform(5 + channels)
     change = best - rows.x
-    down, across = _window(draws[:, :2], side, best)
-    other_down, other_across = _window(draws[:, 2:4], side, best)
+    side, corner = _corners(rows, draws[:, :2], sides, best)
+    down, across = _window(corner, best)
+    other_down, other_across = _window(_corners(rows, draws[:, 2:4], sides, best)[1], best)
     side = per_row(side, down)
     here, there = _inside(down, across, side)[:, None], _inside(other_down, other_across, side)[:, None]
     lying = draws[:, 4, None, None] < 0.5
@@ -200,14 +213,19 @@ def _into_ball(rows: Rows, change: Tensor) -> Images:
     x, threat = rows.x, rows.threat
     if threat.norm == "l2":
         change = change * threat.radius / (TINY + per_row(change.flatten(1).norm(dim=1), change))
-    return threat.retract(x + change.to(x.dtype), x)
+    return rows.retract(x + change.to(x.dtype))
 
 
-def _window(draws: Tensor, side: Tensor, like: Images) -> tuple[Tensor, Tensor]:
-    """Return the pixels' rows (B, H, 1) and columns (B, 1, W) from the corner of a window drawn evenly."""
+def _corners(rows: Rows, draws: Tensor, sides: np.ndarray, like: Images) -> tuple[Tensor, Tensor]:
+    """Return the sides (B) on the images' device, and the corners (B 2) of windows drawn evenly."""
+    places = np.array(like.shape[2:]) - sides[:, None] + 1
+    numbers = rows.upload(np.concatenate([sides[:, None], places], 1))
+    return numbers[:, 0], (draws.double() * numbers[:, 1:]).long()
+
+
+def _window(corner: Tensor, like: Images) -> tuple[Tensor, Tensor]:
+    """Return the pixels' rows (B, H, 1) and columns (B, 1, W) from the corners of windows."""
     height, width = like.shape[2:]
-    room = torch.tensor([height, width], device=like.device) - side[:, None]
-    corner = (draws.double() * (room + 1)).long()
     rows = torch.arange(height, device=like.device)[None, :] - corner[:, :1]
     columns = torch.arange(width, device=like.device)[None, :] - corner[:, 1:]
     return rows[:, :, None], columns[:, None, :]
@@ -226,4 +244,4 @@ def _length(values: Tensor, norm: str) -> Tensor:
 
 def _signs(draws: Tensor) -> Tensor:
     """Return -1 or 1 for draws from [0, 1)."""
-    return torch.where(draws < 0.5, -1.0, 1.0)
+    return (draws - BELOW_HALF).sign()

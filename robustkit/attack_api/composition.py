@@ -186,7 +186,7 @@ def _run(
 ) -> Images:
     """Take all steps of a rule once."""
     oracle = _chain(rule, surrogates, techniques, rng.at(step=0))
-    rows = Rows(x.detach(), goal, threat, rng.at(step=0), goal)
+    rows = Rows(x.detach(), goal, threat, rng.at(step=0), goal, bounds=threat.bounds(x))
     zero = torch.zeros(len(x), dtype=x.dtype, device=x.device)
 
     def query(number: int, state: State) -> Answer:

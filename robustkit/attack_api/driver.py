@@ -89,7 +89,7 @@ def run_attempts(
     if known is not None:
         there = (known != x).flatten(1).any(1)
         found.offer(torch.arange(len(x), device=x.device)[there], known[there], threat.worth(known, x)[there])
-    options = attack.loop_options(threat.norm)
+    options, bounds = attack.loop_options(threat.norm), threat.bounds(x)
     ranked = None
     open_rows = torch.arange(len(x), device=x.device)
     if options.targets and goal.targets is None and len(x):
@@ -104,7 +104,8 @@ def run_attempts(
             break
         aim = goal if ranked is None else replace(goal, targets=ranked[:, job // options.restarts])
         nearest = torch.where(per_row(found.margin > 0, x), found.x, x) if threat.minimal else None
-        rows = Rows(x, goal, threat, rng.at(restart=job), aim, nearest=nearest).select(open_rows)
+        rows = Rows(x, goal, threat, rng.at(restart=job), aim, nearest=nearest, bounds=bounds)
+        rows = rows.select(open_rows)
         _Attempt(attack, model, options, rows, open_rows, found).run()
         open_rows = open_rows[found.margin[open_rows] < torch.inf]
     return found.x
@@ -207,7 +208,7 @@ def trace_attack(
         loss: the recorded loss; for a targeted attack its target is the second likeliest class.
         enough: end once every row has had a success.
     """
-    rows, steps = Rows(x, goal, threat, rng, goal), attack.loop_options(threat.norm).steps
+    rows, steps = Rows(x, goal, threat, rng, goal, bounds=threat.bounds(x)), attack.loop_options(threat.norm).steps
     logits, fooled = list[Tensor](), list[Tensor]()
 
     def query(number: int, state: State) -> Answer:

@@ -6,10 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from robustkit.core.criteria import Goal
+from robustkit.core.devices import ComputeDevice
 from robustkit.core.rng import RowRng
 from robustkit.core.shapes import Images, Logits, Mask
 from robustkit.core.threat import ThreatModel, per_row
@@ -32,6 +34,7 @@ class Rows:
             (B 2); None if unknown.
         nearest: the point of that highest margin (B C H W); where the threat is minimal, the nearest adversarial
             point so far, or the clean image if there is none. None if unknown.
+        bounds: `threat.bounds(x)`, computed once for all steps; None if unknown or if there are none.
     """
 
     x: Images
@@ -41,6 +44,7 @@ class Rows:
     aim: Goal
     past: Tensor | None = None
     nearest: Images | None = None
+    bounds: tuple[Images, Images] | None = None
 
     def select(self, index: Tensor) -> Rows:
         """Return these rows, by position or mask."""
@@ -52,7 +56,28 @@ class Rows:
             self.aim.select(index),
             None if self.past is None else self.past[index],
             None if self.nearest is None else self.nearest[index],
+            None if self.bounds is None else (self.bounds[0][index], self.bounds[1][index]),
         )
+
+    @property
+    def steps_taken(self) -> np.ndarray:
+        """How many steps each row has taken (B), on the host; inside `step` with the one that is being taken."""
+        return np.broadcast_to(np.asarray(self.rng.step), len(self.x))
+
+    def upload(self, array: np.ndarray, dtype: torch.dtype | None = None) -> Tensor:
+        """Return numbers of the host, such as each row's step size, on the images' device."""
+        tensor = torch.from_numpy(array)
+        return ComputeDevice(self.x.device).upload(tensor if dtype is None else tensor.to(dtype))
+
+    def project(self, x_adv: Images) -> Images:
+        """Return the nearest points in ball and box (see `ThreatModel.project`)."""
+        if self.bounds is None:
+            return self.threat.project(x_adv, self.x)
+        return x_adv.to(self.x.dtype).clamp(*self.bounds)
+
+    def retract(self, x_adv: Images) -> Images:
+        """Return points in ball and box (see `ThreatModel.retract`)."""
+        return self.threat.retract(x_adv, self.x) if self.bounds is None else self.project(x_adv)
 
     @property
     def reach(self) -> float | Tensor:
@@ -75,6 +100,23 @@ class Rows:
         noise = self.rng.normal(*self.x.shape[1:]).to(self.x.dtype)
         length = per_row(self.threat.distance(noise, torch.zeros_like(noise)).to(noise.dtype), noise)
         return (self.x + 0.5 * self.reach * noise / length.clamp(min=1e-12)).clamp(0, 1)
+
+    def with_momentum(
+        self, point: Images, stepped: Images, before: Images, first: np.ndarray, momentum: float
+    ) -> Images:
+        """Return the points after a step with APGD's momentum (arXiv:2003.01690), before they are projected.
+
+        Args:
+            point: where the rows are (B C H W).
+            stepped: the points after the step alone.
+            before: where they were one step ago.
+            first: rows that take the first step of a run (B), which has no momentum.
+            momentum: the weight of the step; that of the last step's direction is 1 - momentum.
+        """
+        new: float | Tensor = momentum
+        if first.any():
+            new = per_row(self.upload(np.where(first, 1.0, momentum), point.dtype), point)
+        return point + new * (stepped - point) + (1 - new) * (point - before)
 
     def near_boundary(self, share: float) -> Mask | None:
         """Return the rows (B) whose remaining margin is at most this share of that gained; None if unknown."""

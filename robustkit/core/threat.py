@@ -178,6 +178,13 @@ class ThreatModel(ABC):
             radius: a radius (B) for each row, if it is not eps.
         """
 
+    def bounds(self, x: Images) -> tuple[Images, Images] | None:
+        """Return the least and the largest value of each coordinate (B C H W) around clean images; None in l2, l1.
+
+        Where there are such bounds, clamping to them is `project`.
+        """
+        return None
+
     def retract(self, x_adv: Images, x: Images, radius: PerRow | None = None) -> Images:
         """Return points in the intersection like `project`, in l2 by a faster method.
 
@@ -282,13 +289,20 @@ class Linf(ThreatModel):
         return flat.abs().amax(1)
 
     def project(self, x_adv: Images, x: Images, radius: PerRow | None = None) -> Images:  # noqa: D102
-        # Each coordinate has an interval with ends that the image's dtype can represent: no distance is needed.
-        exact, radii = x.double(), per_row(self._radii(x, radius), x)
+        return x_adv.to(x.dtype).clamp(*self._interval(x, self._radii(x, radius)))
+
+    def bounds(self, x: Images) -> tuple[Images, Images]:  # noqa: D102
+        return self._interval(x, self._radii(x, None))
+
+    @staticmethod
+    def _interval(x: Images, radii: PerRow) -> tuple[Images, Images]:
+        """Return the ends of each coordinate's interval that the image's dtype can represent."""
+        exact, radii = x.double(), per_row(radii, x)
         low = (exact - radii).clamp(min=0).to(x.dtype)
         high = (exact + radii).clamp(max=1).to(x.dtype)
         low = torch.where(exact - low.double() > radii, torch.nextafter(low, x), low)
         high = torch.where(high.double() - exact > radii, torch.nextafter(high, x), high)
-        return x_adv.to(x.dtype).clamp(low, high)
+        return low, high
 
 
 @dataclass(frozen=True)

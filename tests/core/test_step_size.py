@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from robustkit import registry
+from robustkit.attack_api import Rows
 from robustkit.attacks.gradient.pgd import PGD
 from robustkit.attacks.transfer.mi_fgsm import MIFGSM
 from robustkit.attacks.transfer.techniques.svre import SVRE
@@ -73,9 +74,8 @@ def test_a_step_in_pixels_goes_as_far_as_it_says(rule: str, norm: str) -> None:
 
 
 def test_pgd_takes_two_and_a_half_times_eps_over_its_steps() -> None:
-    rows: Any = SimpleNamespace(
-        x=torch.full(SHAPE, 0.5), threat=ThreatModel.parse("linf:0.1"), rng=RowRng(0, "a", torch.arange(5))
-    )
+    goal = Goal(torch.zeros(5, dtype=torch.int64))
+    rows = Rows(torch.full(SHAPE, 0.5), goal, ThreatModel.parse("linf:0.1"), RowRng(0, "a", torch.arange(5)), goal)
     upwards: Any = SimpleNamespace(gradient=torch.ones(SHAPE))
     for steps in (5, 10, 40):
         moved = PGD(steps=steps).step(rows, {"x": rows.x}, upwards)["x"]
