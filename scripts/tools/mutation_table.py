@@ -52,7 +52,7 @@ FAULTS = [
     Fault(
         "a radius per sample is broadcast along the width",
         "robustkit/core/threat.py",
-        (("per_row(self._radii(x, radius), x)", "self._radii(x, radius)"),),
+        (("x.double(), per_row(radii, x)", "x.double(), radii"),),
         CONTRACT,
         "fmn",
     ),
@@ -65,11 +65,11 @@ FAULTS = [
     ),
     Fault(
         "the last step leaves the ball",
-        "robustkit/core/threat.py",
+        "attacks/gradient/pgd.py",
         (
             (
-                "return self.project(self.step(x, gradient, length, density=density), clean)",
-                "return self.step(x, gradient, length, density=density)",
+                "rows.project(rows.threat.step(x, gradient, length, density=self.density))",
+                "rows.threat.step(x, gradient, length, density=self.density)",
             ),
         ),
         CONTRACT,
@@ -78,7 +78,7 @@ FAULTS = [
     Fault(
         "a flipped sign",
         "attacks/gradient/apgd.py",
-        (("point + per_row(size", "point - per_row(size"),),
+        (("point + size *", "point - size *"),),
         CONTRACT,
         "apgd",
     ),
@@ -139,21 +139,21 @@ FAULTS = [
     Fault(
         "apgd: the first loss is compared with the start's, not with zero",
         "attacks/gradient/apgd.py",
-        (('"last_loss": torch.where(first, 0, loss)', '"last_loss": loss'),),
+        (("torch.where(begins, 0, loss)", "loss"),),
         PARITY,
         "apgd",
     ),
     Fault(
         "apgd: no return to the best point when the step is halved",
         "attacks/gradient/apgd.py",
-        (('point = _pick(halve, state["best"], state["x"])', 'point = state["x"]'),),
+        (('point = _pick(halve, state["best"], point)', "pass"),),
         PARITY,
         "apgd",
     ),
     Fault(
         "apgd: momentum at the first step already",
-        "attacks/gradient/apgd.py",
-        (("torch.where(first, 1, 0.75)", "torch.where(first, 0.75, 0.75)"),),
+        "robustkit/attack_api/rows.py",
+        (("np.where(first, 1.0, momentum)", "np.where(first, momentum, momentum)"),),
         PARITY,
         "apgd",
     ),
@@ -197,7 +197,7 @@ FAULTS = [
     Fault(
         "square: one window for the whole batch",
         "attacks/score/square.py",
-        (("corner = (draws.double()", "corner = (draws[:1].double()"),),
+        (("(draws.double() *", "(draws[:1].double() *"),),
         SQUARE,
     ),
     Fault(
@@ -209,7 +209,7 @@ FAULTS = [
     Fault(
         "square: the windows do not shrink",
         "attacks/score/square.py",
-        (("/ 2.0**halvings", "/ 2.0**0"),),
+        (("/ 2**halvings", "/ 2**0"),),
         SQUARE,
     ),
     Fault(
@@ -241,7 +241,7 @@ FAULTS = [
     Fault(
         "continuous batch: every job has the first one's random numbers",
         "robustkit/engine/batching/continuous_batch.py",
-        (("restart=job, step", "restart=0, step"),),
+        (("restart=restart, step", "restart=0, step"),),
         BATCH,
     ),
     Fault(

@@ -21,6 +21,7 @@ from robustkit.attack_api import Answer, Rows, rank
 from robustkit.attack_api.driver import drive
 from robustkit.core import criteria
 from robustkit.core.criteria import Goal
+from robustkit.core.devices import ComputeDevice
 from robustkit.core.rng import RowRng
 from robustkit.core.shapes import Logits
 from robustkit.core.threat import ThreatModel, per_row
@@ -221,14 +222,15 @@ class ContinuousBatch:
         queue.join(batch)
 
     def _rows(self, queue: AttackQueue, batch: RowBatch) -> Rows:
-        part, device = batch.device, batch.device["x"].device
-        job, age = (torch.from_numpy(batch.host[name]).to(device) for name in ("job", "age"))
+        part, job = batch.device, batch.host["job"]
         goal = Goal(part["labels"])
         aim = goal
         if queue.options.targets:
-            target = job % queue.attempts(self.instrumented) // queue.options.restarts
+            target = torch.from_numpy(job % queue.attempts(self.instrumented) // queue.options.restarts)
+            target = ComputeDevice(part["x"].device).upload(target)
             aim = Goal(part["labels"], part["ranked"].gather(1, target[:, None])[:, 0])
-        rng = RowRng(self.seed, queue.stream, part["ids"], restart=job, step=age)
+        restart, step = torch.from_numpy(job), torch.from_numpy(batch.host["age"])
+        rng = RowRng(self.seed, queue.stream, part["ids"], restart=restart, step=step)
         return Rows(part["x"], goal, self.threat, rng, aim, part["past"], part["best"])
 
     def _query(self, number: int, queues: Sequence[AttackQueue]) -> Results:
