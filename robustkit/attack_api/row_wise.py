@@ -2,7 +2,8 @@
 
 An attack subclasses `RowWise` and defines `init(rows) -> state` and `step(rows, state, answer) -> state`. A state
 is a dict of tensors with one row for each job, the next query point under "x". No row may depend on another row,
-so that rows can be mixed, removed and added; `driver.run_attempts` is the plain loop.
+so that rows can be mixed, removed and added; `driver.run_attempts` is the plain loop. A loop sets `rows.rng.step`
+to 0 for `init`, to the number of steps taken for `objective`, and to the step's number, from 1, for `step`.
 
 A job is one attempt at one sample: a target (for attacks that try several) and a restart. The attack's loss uses
 the row's `aim`; only the sample's own `goal` and the threat decide whether a row has succeeded.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -38,7 +39,8 @@ def iterates(attack, model, rows, start, count):
     """Return the points that an attack asks for, from this start and whether or not they succeed."""
     state = {**attack.init(rows), "x": start}
     seen = [start]
-    for _ in range(count):
+    for number in range(count):
+        rows = replace(rows, rng=rows.rng.at(step=number + 1))
         state = attack.step(rows, state, query(model, state["x"], rows.aim, attack.loss))
         seen.append(state["x"])
     return torch.stack(seen)
