@@ -106,6 +106,18 @@ def test_crossmax_is_as_robust_as_the_mean_of_its_members() -> None:
     }
 
 
+def test_an_ensembles_views_are_attacked_before_the_arms() -> None:
+    """An image that the mean of the members' logits fools gets none of the longer attacks."""
+    net = Ensemble("crossmax")
+    x, y = labelled(net, 8)
+    suite = "pgd(steps=1),apgd(loss=ce,steps=30)*,apgd(loss=margin,steps=10,restarts=1)@mean-logit?"
+    report = evaluate(net, x, y, "linf:0.1", suite=suite)
+    _, first, arm, view = report.stages
+    assert report.robust_accuracy.value == 0
+    assert first.fooled + view.fooled == len(x)
+    assert arm.forwards == 0 < view.fooled
+
+
 def test_auto_costs_no_more_than_rapid_on_an_unmasked_net() -> None:
     """Same stages, same verdicts, same passes as `rapid`."""
     net = Small()

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from runs import ARCH, net, write_members, write_posterior, write_single
+from torch import nn
 
 from robustkit import load_model
 from robustkit.core.errors import UsageError
@@ -128,12 +129,17 @@ def test_a_copy_has_its_own_net_and_shares_the_posterior(tmp_path: Path) -> None
     assert torch.equal(model(X), expected)
 
 
-def test_a_mixture_is_never_traced(tmp_path: Path) -> None:
+def test_batch_norms_of_an_ensemble_are_folded_but_not_those_of_posterior_samples(tmp_path: Path) -> None:
     """A trace would hold the last sample's weights for all."""
     nets = [net(seed, RESNET) for seed in range(2)]
     x = torch.rand(2, 3, 32, 32)
-    for write in (write_members, write_posterior):
-        assert folded(load_model(write(tmp_path / write.__name__, nets, arch=RESNET)), x) is None
+    ensemble = load_model(write_members(tmp_path / "members", nets, arch=RESNET))
+    twin = folded(ensemble, x)
+    assert twin is not None
+    assert not any(isinstance(part, nn.BatchNorm2d) for part in twin.modules())
+    assert any(isinstance(part, nn.BatchNorm2d) for part in ensemble.modules())
+    assert torch.allclose(twin(x), ensemble(x), atol=1e-4)
+    assert folded(load_model(write_posterior(tmp_path / "posterior", nets, arch=RESNET)), x) is None
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import numpy as np
 
 from robustkit.checks.run import DOUBTS
 from robustkit.checks.strength import masked, scores_beat_gradients, unattacked
-from robustkit.core.flags import Flag
+from robustkit.core.flags import Flag, passed
 from robustkit.core.out_of_memory import try_in_memory
 from robustkit.data.samples import Samples
 from robustkit.engine.evaluation.results import RunResults
@@ -64,8 +64,8 @@ class Reliability:
 
     def flags(self) -> list[Flag]:
         """Return the flags that follow from the results of all attacks and from the model's views."""
-        views = [entry.view for entry in self.entries]
-        idle = unattacked(views, self.find_views().views, self.results.robust) if all(views) else None
+        views, robust = [entry.view for entry in self.entries], self.results.robust
+        idle = unattacked(views, self.find_views().views, robust) if all(views) and robust else None
         flags = [self._scores_against_gradients(self.results.scope), self._masked(self.results.scope)]
         return [*flags, *([idle] if idle else [])]
 
@@ -75,6 +75,8 @@ class Reliability:
     def _masked(self, positions: np.ndarray) -> Flag:
         views = ["", *(entry.view for entry in self.entries)]
         reported = [views[number] for number in self.results.reported]
+        if any(views) and not any(reported) and not self.results.robust:
+            return passed("masked-gradient", 0, "images were left to attacks on views of the model")
         places = self.find_views().places if any(reported) else []
         plain = any(views) and not self.find_views().doubtful
         return masked(self.results.stages(positions), self._access(), reported, places, plain)

@@ -12,6 +12,7 @@ from robustkit.core.errors import RunError
 from robustkit.engine.allocation.rounds import Rounds
 from robustkit.engine.evaluation.block_runner import BlockRunner
 from robustkit.engine.evaluation.early_stopping import Limits, TimeUp
+from robustkit.gradient_views.aggregator_substitutes import find_ensemble
 from robustkit.gradient_views.discovery import is_applicable
 from robustkit.registry import SuiteEntry
 from robustkit.runs.report_parts import Stop
@@ -65,23 +66,47 @@ def run_suite(runner: BlockRunner, positions: np.ndarray, rounds: Rounds | None)
         runner.run_attack(1, positions)
         return
     views = [entry.view for entry in runner.settings.entries]
-    stage = 1
-    for (arm, conditional, row_wise, score), group in itertools.groupby(runner.settings.entries, _kind):
-        entries = list(group)
-        if any(entry.view for entry in entries):
+    for first, entries in _ordered_groups(runner):
+        arm, conditional, row_wise, score = _kind(entries[0])
+        if any(entry.view for entry in entries) and len(runner.results.waiting(first, positions)):
             runner.reliability.find_views()
         if arm:
             if rounds is not None:
                 rounds.run(positions)
-        elif conditional and not (runner.reliability.suspect() if score else runner.reliability.doubtful()):
+        elif conditional and not _is_needed(runner, first, positions, score=score):
             pass
         elif row_wise:
-            runner.run_row_wise(stage, len(entries), positions)
+            runner.run_row_wise(first, len(entries), positions)
         else:
-            for number, entry in enumerate(entries, stage):
+            for number, entry in enumerate(entries, first):
                 if is_applicable(entry.view, runner.instrumented.views, views):
                     runner.run_attack(number, positions)
+
+
+def _ordered_groups(runner: BlockRunner) -> list[tuple[int, list[SuiteEntry]]]:
+    """Return consecutive attacks of one kind, with the stage of the first, in the order in which they run.
+
+    On an ensemble the arms run after the attacks on its views: the mean of the members' logits fools images with a
+    tenth of the passes that the arms take.
+    """
+    groups, stage = [], 1
+    for _, group in itertools.groupby(runner.settings.entries, _kind):
+        entries = list(group)
+        groups.append((stage, entries))
         stage += len(entries)
+    on_views = [number for number, (_, entries) in enumerate(groups) if any(entry.view for entry in entries)]
+    if on_views and find_ensemble(runner.instrumented.model) is not None:
+        before = groups[: on_views[-1] + 1]
+        arms = [group for group in before if group[1][0].arm]
+        groups = [group for group in before if group not in arms] + arms + groups[on_views[-1] + 1 :]
+    return groups
+
+
+def _is_needed(runner: BlockRunner, first: int, positions: np.ndarray, *, score: bool) -> bool:
+    """Return whether conditional attacks should run: images are robust, and there is reason to doubt gradients."""
+    if not len(runner.results.waiting(first, positions)):
+        return False
+    return runner.reliability.suspect() if score else runner.reliability.doubtful()
 
 
 def _kind(entry: SuiteEntry) -> tuple[bool, bool, bool, bool]:

@@ -12,16 +12,17 @@ from torch.fx.experimental.optimization import fuse
 
 from robustkit.core.shapes import Images
 from robustkit.models.classifier import Classifier
+from robustkit.models.ensembles.mixture import Members
 
 
 def folded(model: Classifier, x: Images) -> Classifier | None:
     """Return a copy with folded batch norms for a search; None if there are none, or the net cannot be traced.
 
-    A net with random outputs is not folded: tracing could freeze its random draws.
+    The nets of an ensemble are folded one by one. A net with random outputs is not folded: tracing could freeze
+    its random draws.
     """
     net: Any = model.net
-    norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-    if not isinstance(net, nn.Module) or not any(isinstance(part, norms) for part in net.modules()):
+    if not isinstance(net, nn.Module) or not _has_norms(net):
         return None
     # A hook would not be called for the folded parts.
     if has_hooks(net):
@@ -31,9 +32,24 @@ def folded(model: Classifier, x: Images) -> Classifier | None:
             warnings.simplefilter("ignore")
             if not torch.equal(model(x), model(x)):
                 return None
-            return model.with_net(fuse(symbolic_trace(net), inplace=False, no_trace=True).requires_grad_(False))
+            return model.with_net(_folded(net))
     except Exception:
         return None
+
+
+def _folded(net: nn.Module) -> nn.Module:
+    """Return a copy of a net with folded batch norms; the net itself if it has none."""
+    if not _has_norms(net):
+        return net
+    if isinstance(net, Classifier) and isinstance(net.net, nn.Module):
+        return net.with_net(_folded(net.net))
+    if isinstance(net, Members):
+        return net.with_nets([_folded(member) for member in net.nets])
+    return fuse(symbolic_trace(net), inplace=False, no_trace=True).requires_grad_(False)
+
+
+def _has_norms(net: nn.Module) -> bool:
+    return any(isinstance(part, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)) for part in net.modules())
 
 
 def has_hooks(net: nn.Module) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
@@ -98,6 +99,13 @@ class Members(Mixture):
         """Take the nets as they are."""
         super().__init__(aggregate, reader)
         self.nets = nn.ModuleList(nets)
+
+    def with_nets(self, nets: Sequence[nn.Module]) -> Members:
+        """Return the same with other nets that compute the same functions."""
+        joined = copy.copy(self)
+        joined._modules = {**self._modules, "nets": nn.ModuleList(nets)}
+        joined._readers = dict[int, LogitsReader]()
+        return joined
 
     def __len__(self) -> int:
         """How many nets."""
