@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from robustkit.api.attack import attack
+    from robustkit.api.corrupt import corrupt
     from robustkit.api.craft import craft
     from robustkit.api.diversity import diversity
     from robustkit.api.evaluate import evaluate
@@ -42,6 +43,7 @@ __all__ = [
     "__version__",
     "as_classifier",
     "attack",
+    "corrupt",
     "craft",
     "diversity",
     "evaluate",
@@ -64,6 +66,7 @@ _HOME = {
     "UsageError": "core.errors",
     "as_classifier": "models",
     "attack": "api.attack",
+    "corrupt": "api.corrupt",
     "craft": "api.craft",
     "diversity": "api.diversity",
     "evaluate": "api.evaluate",

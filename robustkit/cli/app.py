@@ -42,6 +42,7 @@ VERBS = {
     "transfer": Verb("craft:TransferFlags", "transfer:transfer"),
     "matrix": Verb("craft:MatrixFlags", "matrix:matrix"),
     "diversity": Verb("craft:DiversityFlags", "diversity:diversity"),
+    "corrupt": Verb("corrupt:CorruptFlags", "corrupt:corrupt"),
     "train": Verb("train:TrainFlags", "train:train"),
     "verify": Verb("runs:VerifyFlags", "verify:verify"),
     "report": Verb("runs:ReportFlags", "report:report"),

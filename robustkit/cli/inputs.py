@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from robustkit.api.options.corrupt import CorruptFlags
 from robustkit.api.options.craft import DiversityFlags
 from robustkit.api.options.evaluate import EvaluateFlags, PlanFlags
 from robustkit.api.options.runs import DoctorFlags
@@ -31,6 +32,8 @@ BUILT_IN_DATA = "digits:test"
 BUILT_IN_LIMIT = 200
 # The eps that papers report in a norm, for data whose usual threat has another norm.
 DEFAULT_THREATS = {"linf": "linf:8/255", "l2": "l2:0.5", "l1": "l1:12"}
+
+AnyFlags = EvaluateFlags | PlanFlags | DiversityFlags | DoctorFlags | CorruptFlags
 
 
 @dataclass(frozen=True)
@@ -69,21 +72,39 @@ class Inputs:
         Raises:
             UsageError: a string cannot be loaded, or there is no threat and the data has no usual one.
         """
-        data, limit, threat = flags.data, flags.limit, threat or flags.threat
-        if data is None:
-            named = ModelString.parse(model)
-            if (named.arch, named.weights) != (DEFAULT_MODEL, None) or named.options.keys() - {"defense"}:
-                raise _no_data(model)
-            data, limit = BUILT_IN_DATA, limit or BUILT_IN_LIMIT
+        threat = threat or flags.threat
         rules = ThreatModel.parse(threat) if threat else None
-        device = pick_device(flags.device)
-        classifier = load_model(model, device=device, trust_code=flags.trust_code)
-        samples = load_data(data, root=flags.data_root, download=flags.download, preprocess=classifier.preprocess)
-        samples = matched_to(samples, classifier)
-        announce(samples)
-        if limit is None and largest is not None:
-            limit = min(largest, len(samples))
-        return cls(classifier, samples.head(limit), rules or default_threat(data), device)
+        classifier, samples, device = load_model_and_samples(flags, model, largest)
+        return cls(classifier, samples, rules or default_threat(flags.data or BUILT_IN_DATA), device)
+
+
+def load_model_and_samples(
+    flags: AnyFlags, model: str, largest: int | None = None
+) -> tuple[Classifier, Samples, torch.device]:
+    """Load a model and the data of the flags; without data the built-in model has its own.
+
+    Args:
+        flags: of the command.
+        model: a model string.
+        largest: number of images to use at most if the flags set no limit.
+
+    Raises:
+        UsageError: a string cannot be loaded.
+    """
+    data, limit = flags.data, flags.limit
+    if data is None:
+        named = ModelString.parse(model)
+        if (named.arch, named.weights) != (DEFAULT_MODEL, None) or named.options.keys() - {"defense"}:
+            raise _no_data(model)
+        data, limit = BUILT_IN_DATA, limit or BUILT_IN_LIMIT
+    device = pick_device(flags.device)
+    classifier = load_model(model, device=device, trust_code=flags.trust_code)
+    samples = load_data(data, root=flags.data_root, download=flags.download, preprocess=classifier.preprocess)
+    samples = matched_to(samples, classifier)
+    announce(samples)
+    if limit is None and largest is not None:
+        limit = min(largest, len(samples))
+    return classifier, samples.head(limit), device
 
 
 def load_samples(

@@ -141,6 +141,16 @@ class CraftDisplay(Display):
         return f"{self.n - robust} fool the surrogates" if robust < self.n else ""
 
 
+class AccuracyDisplay(Display):
+    """Shows, per stage: images done, how many of them are misclassified, time left."""
+
+    def state(self, robust: int) -> str:  # noqa: D102
+        return self.so_far(robust)
+
+    def so_far(self, robust: int) -> str:  # noqa: D102
+        return f"{self.n - robust} misclassified"
+
+
 class MatrixDisplay(RunsDisplay):
     """Shows for each row of a matrix in progress what `CraftDisplay` shows for a craft run."""
 

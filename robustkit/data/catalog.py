@@ -107,6 +107,13 @@ _ENTRIES = (
         is_pictures=True,
     ),
     DataEntry(
+        "cifar-c",
+        "a folder of CIFAR-10-C or its like, NAME.npy and labels.npy; ?corruption=NAME@SEVERITY",
+        "cifar-c:PATH?corruption=fog@3",
+        load="robustkit.data.corruptions.samples:load",
+        is_path=True,
+    ),
+    DataEntry(
         "npz",
         "your arrays: x (images), y (labels), optionally classes (names); ?layout=NCHW or NHWC",
         "PATH.npz",

@@ -27,8 +27,8 @@ def load_data(
 
     Args:
         string: `NAME[:SPLIT]`, `folder:PATH`, `webdataset:SHARDS`, or a path that ends in `.npz`; with
-            `?classes=` the names of the model's classes in its order (see `read_order`), and for arrays with
-            `?layout=` NCHW or NHWC.
+            `?classes=` the names of the model's classes in its order (see `read_order`), with
+            `?corruption=fog@3` corrupted images, and for arrays with `?layout=` NCHW or NHWC.
         root: folder of downloaded data sets; the default is $ROBUSTKIT_DATA, else ~/.cache/robustkit/data.
         download: whether a missing data set is downloaded, if torchvision can.
         preprocess: how image files are resized and cropped for the model; arrays are not changed.
@@ -53,6 +53,10 @@ def load_data(
     samples = _loaded("npz" if is_npz else spec.name, DataRequest(spec, "", root, download, preprocess))
     if "classes" in spec.options:
         samples = relabelled(samples, read_order(spec.options["classes"]))
+    if "corruption" in spec.options:
+        from robustkit.data.corruptions.samples import corrupted, parse
+
+        samples = corrupted(samples, *parse(spec.options["corruption"]))
     return replace(samples, name=f"{samples.name}{spec.query}")
 
 

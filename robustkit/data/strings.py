@@ -9,7 +9,7 @@ from urllib.parse import parse_qsl, quote
 from robustkit.core.errors import UsageError, did_you_mean
 from robustkit.data.catalog import CATALOG
 
-FIELDS = ("classes", "layout")
+FIELDS = ("classes", "layout", "corruption")
 _QUERY = re.compile(r"\?(?=[A-Za-z_]\w*=)")
 
 
@@ -68,5 +68,5 @@ class DataString:
     @property
     def query(self) -> str:
         """The query with its `?`; empty if there is none."""
-        fields = "&".join(f"{name}={quote(value, safe=',:/+ ')}" for name, value in self.options.items())
+        fields = "&".join(f"{name}={quote(value, safe=',:/+@ ')}" for name, value in self.options.items())
         return f"?{fields}" if fields else ""

@@ -27,6 +27,7 @@ FINISHED = {
     "craft": run_folder.TRANSFER,
     "train": RECORD,
     "diversity": run_folder.DIVERSITY,
+    "corrupt": run_folder.CORRUPTIONS,
 }
 # The names of all files that robustkit writes into a run folder, or into the folder of several runs.
 OWN = frozenset(
@@ -44,7 +45,7 @@ OWN = frozenset(
             WEIGHTS,
             POSTERIOR,
         ),
-        *("matrix.html", "diversity.html", "leaderboard.json", "leaderboard.html"),
+        *("matrix.html", "diversity.html", "corruptions.html", "leaderboard.json", "leaderboard.html"),
     }
 )
 OWN_FOLDERS = {

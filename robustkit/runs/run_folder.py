@@ -15,6 +15,7 @@ from robustkit.core.errors import UsageError
 from robustkit.core.schema import build, check_format, checked, parse
 from robustkit.core.writing import replacing, write
 from robustkit.data.sources.archive import DAMAGE, member
+from robustkit.runs.corruption_record import Corruptions, CorruptionSpec
 from robustkit.runs.craft_record import Craft, CraftSpec, Matrix
 from robustkit.runs.diversity_record import Diversity, DiversitySpec
 from robustkit.runs.evaluation_record import Report
@@ -23,6 +24,7 @@ from robustkit.runs.training_record import METRICS, RECORD, Epoch, Trained, Trai
 
 SPEC, LEDGER, REPORT, ADVERSARIAL = "spec.json", "ledger.sqlite", "report.json", "adversarial.npz"
 TRANSFER, MATRIX, DIVERSITY = "transfer.json", "matrix.json", "diversity.json"
+CORRUPTIONS = "corruptions.json"
 # Folders inside a run's, deleted when it is done: of unfinished work, and of the run that audits robust images.
 UNFINISHED, AUDIT = ".unfinished", ".audit"
 EXAMPLES, PAGE = "examples.npz", "report.html"
@@ -40,12 +42,18 @@ EXAMPLE_ARRAYS = {
 }
 ADVERSARIAL_ARRAYS = {"index": ("i", "M"), "x": ("f", "MCHW"), "y": ("i", "M")}
 # The record that identifies a run of each verb; that of an evaluation is its report.
-RECORDS = {TRANSFER: "craft", MATRIX: "matrix", DIVERSITY: "diversity", RECORD: "train"}
+RECORDS = {TRANSFER: "craft", MATRIX: "matrix", DIVERSITY: "diversity", CORRUPTIONS: "corrupt", RECORD: "train"}
 SEALED = (SPEC, LEDGER, ADVERSARIAL, EXAMPLES)
 # The ledger of a craft run grows with each forecast or budget; its own hashes are checked when it is opened.
 CRAFT_SEALED = (SPEC, ADVERSARIAL)
-Spec = RunSpec | CraftSpec | TrainSpec | DiversitySpec
-SPECS = {"evaluate": RunSpec, "craft": CraftSpec, "train": TrainSpec, "diversity": DiversitySpec}
+Spec = RunSpec | CraftSpec | TrainSpec | DiversitySpec | CorruptionSpec
+SPECS = {
+    "evaluate": RunSpec,
+    "craft": CraftSpec,
+    "train": TrainSpec,
+    "diversity": DiversitySpec,
+    "corrupt": CorruptionSpec,
+}
 
 
 @dataclass(frozen=True)
@@ -152,6 +160,11 @@ def read_diversity(path: Path) -> Diversity:
     return Diversity.from_json(_read_json(path / DIVERSITY), str(path / DIVERSITY))
 
 
+def read_corruptions(path: Path) -> Corruptions:
+    """Return the record of accuracies on corrupted images; UsageError if the folder holds none."""
+    return Corruptions.from_json(_read_json(path / CORRUPTIONS), str(path / CORRUPTIONS))
+
+
 def read_matrix(path: Path) -> Matrix:
     """Return the record of a finished transfer matrix; UsageError if the folder holds none."""
     return Matrix.from_json(_read_json(path / MATRIX), str(path / MATRIX))
@@ -182,9 +195,9 @@ def read_training(path: Path) -> tuple[TrainSpec, list[dict[str, Any]], Trained 
     return spec, [checked(Epoch, parse(line, name), name) for line, name in zip(lines, names, strict=True)], None
 
 
-def write_record(path: Path, record: Craft | Matrix | Diversity) -> None:
-    """Write transfer.json, matrix.json or diversity.json."""
-    name = {Craft: TRANSFER, Matrix: MATRIX, Diversity: DIVERSITY}[type(record)]
+def write_record(path: Path, record: Craft | Matrix | Diversity | Corruptions) -> None:
+    """Write transfer.json, matrix.json, diversity.json or corruptions.json."""
+    name = {Craft: TRANSFER, Matrix: MATRIX, Diversity: DIVERSITY, Corruptions: CORRUPTIONS}[type(record)]
     write(path / name, (dumps(record.to_json(), indent=2) + "\n").encode())
 
 

@@ -26,7 +26,7 @@ from robustkit.engine.planning.cost_probe import CostProbe
 from robustkit.registry import DEFAULT_SUITE
 from robustkit.training.train import Training
 
-VERBS = ("attack", "craft", "diversity", "evaluate", "minimum_norm", "plan", "train", "verify")
+VERBS = ("attack", "corrupt", "craft", "diversity", "evaluate", "minimum_norm", "plan", "train", "verify")
 CLASSES = {
     found
     for module in (craft, evaluate, runs, train)

@@ -59,7 +59,7 @@ def test_the_first_digits_are_of_all_classes() -> None:
 @pytest.mark.parametrize(
     ("string", "sentence"),
     [
-        ("digit", r"no data 'digit'\. Did you mean 'digits'\? Known: cifar10, .*npz, svhn, webdataset\."),
+        ("digit", r"no data 'digit'\. Did you mean 'digits'\? Known: cifar-c, cifar10, .*npz, svhn, webdataset\."),
         ("digits:tset", r"no split of digits 'tset'\. Did you mean 'test'\? Known: test, train\."),
         ("digits:", r"no split of digits ''\. Known: test, train\."),
         ("imagenet:test", r"no split of imagenet 'test'\..* Known: train, val\."),

@@ -32,6 +32,7 @@ RIGHT: dict[str, tuple[str, ...]] = {
     "compare": ("missing", "missing"),
     "export": ("missing",),
     "doctor": (MODEL, *DATA),
+    "corrupt": (MODEL, "--data", "d.npz", "--limit", "2", "--corruptions", "contrast"),
     "list": ("attacks",),
     "train standard": ("--data", "d.npz", "--test", "d.npz", "--epochs", "1", "--warmup", "0"),
     "train csgld": ("--data", "d.npz", "--test", "d.npz", "--epochs", "1"),

@@ -18,6 +18,7 @@ import robustkit
 from robustkit.cli import run
 from robustkit.core.errors import UsageError
 from robustkit.core.schema import parse
+from robustkit.runs.corruption_record import Corruptions
 from robustkit.runs.craft_record import Craft, Matrix
 from robustkit.runs.diversity_record import Diversity
 from robustkit.runs.evaluation_record import Report
@@ -37,6 +38,7 @@ RUNS = (
     CRAFT,
     ("matrix", "--models", NET, "--models", f"{NET}?mean=0.1&std=1", "--attack", "fgsm", *DATA, "--out", "m"),
     TRAIN,
+    ("corrupt", *DATA, "--corruptions", "fog", "--severities", "2", "--out", "k"),
     ("diversity", "t/", "--data", "digits:test", "--limit", "40", "--steps", "2", "--restarts", "1", "--out", "d"),
 )
 KINDS: dict[str, Callable[[Any], Any]] = {
@@ -44,6 +46,7 @@ KINDS: dict[str, Callable[[Any], Any]] = {
     "c/transfer.json": Craft.from_json,
     "m/matrix.json": Matrix.from_json,
     "d/diversity.json": Diversity.from_json,
+    "k/corruptions.json": Corruptions.from_json,
     "t/model.json": Trained.from_json,
 }
 # The commands that read each file; a run that is to go on has lost what says that it is finished.
@@ -58,6 +61,7 @@ READERS: dict[str, tuple[tuple[str, ...], ...]] = {
     "c/ledger.sqlite": (CRAFT,),
     "m/matrix.json": (("report", "m"),),
     "d/diversity.json": (("report", "d"),),
+    "k/corruptions.json": (("report", "k"),),
     "t/model.json": (("report", "t"), ("evaluate", "t/", *DATA, "--suite", "fgsm", "--out", "x")),
     "t/metrics.jsonl": (("report", "t"),),
     "t/spec.json": (("report", "t"),),

@@ -115,10 +115,19 @@ def _diversity(folder: Path) -> View:
     return View(lambda: show(record, wide_console()), lambda: page(record), FILE)
 
 
+def _corruptions(folder: Path) -> View:
+    from robustkit.reporting.html.corruptions import FILE, page
+    from robustkit.reporting.terminal.corruptions import show
+
+    record = run_folder.read_corruptions(folder)
+    return View(lambda: show(record, result_console()), lambda: page(record), FILE)
+
+
 VIEWS = {
     "evaluate": _evaluation,
     "craft": craft_view,
     "train": training_view,
     "matrix": _matrix,
     "diversity": _diversity,
+    "corrupt": _corruptions,
 }
