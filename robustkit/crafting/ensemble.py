@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -21,10 +22,12 @@ from robustkit.core.shapes import Images
 from robustkit.crafting.lazy_models import LazyModel, ModelSlot
 from robustkit.crafting.posterior_members import PosteriorMembers
 from robustkit.engine.model.batchnorm_folding import folded
+from robustkit.engine.model.converted_weights import with_converted_weights
 from robustkit.engine.model.instrumented_model import ExecutionConfig, InstrumentedModel
 from robustkit.engine.model.loaded_models import Net
-from robustkit.engine.model.profiling import MAX_TIME_SHARE, tune
+from robustkit.engine.model.profiling import MAX_TIME_SHARE
 from robustkit.engine.model.stacked_models import StackedModels, stacked
+from robustkit.engine.model.tuning import tune
 
 # Images on which stacked nets must return the logits of the single nets.
 COMPARED_IMAGES = 8
@@ -143,7 +146,7 @@ class Ensemble:
         if isinstance(member, PosteriorMembers):
             return {"folded": False, "channels_last": member.layout == torch.channels_last}
         return {
-            "folded": member.config.net is not member.model and not hooked,
+            "folded": member.config.folded and not hooked,
             "channels_last": member.config.layout == torch.channels_last,
         }
 
@@ -155,7 +158,10 @@ class Ensemble:
                 member.layout = LAYOUTS[config["channels_last"]]
                 continue
             net = (folded(member.model, x[:1]) if config["folded"] else None) or member.model
-            member.config = ExecutionConfig(net, layout=LAYOUTS[config["channels_last"]])
+            layout = LAYOUTS[config["channels_last"]]
+            # Hooks of techniques are on the nets themselves, so that only a folded net, which has none, is copied.
+            copied = with_converted_weights(net, None, layout, math.inf) if net is not member.model else None
+            member.config = ExecutionConfig(copied or net, layout=layout, folded=net is not member.model)
         self._stacked = stacked(self._instrumented(), x[:COMPARED_IMAGES]) if configs["together"] else None
 
     def _instrumented(self) -> list[InstrumentedModel]:

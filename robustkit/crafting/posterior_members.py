@@ -15,7 +15,7 @@ from robustkit.core.shapes import Images, Logits
 from robustkit.crafting.lazy_models import ModelSlot
 from robustkit.engine.model.instrumented_model import ExecutionConfig, InstrumentedModel
 from robustkit.engine.model.loaded_models import Net
-from robustkit.engine.model.profiling import tune
+from robustkit.engine.model.tuning import tune
 from robustkit.models.classifier import Classifier
 from robustkit.models.ensembles.mixture import Mixture
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from robustkit.engine.model.batchnorm_folding import folded
 from robustkit.engine.model.instrumented_model import InstrumentedModel
-from robustkit.engine.model.profiling import tune
+from robustkit.engine.model.tuning import tune
 from robustkit.models import as_classifier
 from robustkit.models.classifier import Classifier
 

@@ -10,9 +10,10 @@ from masked_defenses import AROUND, MaskedNet
 from nets import Small
 from torch import Tensor
 
-from robustkit.engine.model import profiling
+from robustkit.engine.model import profiling, tuning
 from robustkit.engine.model.instrumented_model import InstrumentedModel
-from robustkit.engine.model.profiling import fastest_batch, tune
+from robustkit.engine.model.profiling import fastest_batch
+from robustkit.engine.model.tuning import tune
 from robustkit.models import as_classifier
 
 SHAPE = (5, 3, 7, 9)
@@ -59,7 +60,7 @@ def test_config_that_is_slow_for_two_images_is_not_tried_on_all(monkeypatch: pyt
             x.detach().requires_grad_()
         ).detach()
 
-    monkeypatch.setattr(profiling, "timed_pass", timed)
+    monkeypatch.setattr(tuning, "timed_pass", timed)
     tune(instrumented, torch.rand(SHAPE), precision=True)
     assert instrumented.precision == "fp32"
     assert {n for dtype, n in seen if dtype is torch.bfloat16} == {2}

@@ -16,7 +16,7 @@ from robustkit import craft, evaluate
 from robustkit.core.errors import UsageError
 from robustkit.engine.batching import saved_rows
 from robustkit.engine.evaluation import batch_runner, block_runner
-from robustkit.engine.model import instrumented_model, profiling
+from robustkit.engine.model import instrumented_model, profiling, tuning
 from robustkit.engine.model.instrumented_model import InstrumentedModel
 from robustkit.runs import recorded_outputs
 from robustkit.runs.craft_record import Craft
@@ -57,7 +57,7 @@ def write_every_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recorded_outputs, "MAX_COST_SHARE", float("inf"))
     monkeypatch.setattr(saved_rows, "LONG_STEP", 0.0)
     # The way to run a net is chosen by the clock, and another memory layout draws other noise.
-    monkeypatch.setattr(block_runner, "tune", lambda model, x, precision: None)
+    monkeypatch.setattr(block_runner, "tune", lambda *model, **options: 0)
 
 
 def run_until_finished(nets: Sequence[Interrupted], run: Callable[[], T], images: int) -> tuple[T, int]:
@@ -202,17 +202,18 @@ def test_execution_config_is_chosen_once(tmp_path: Path, monkeypatch: pytest.Mon
     """A busier machine would choose another precision or layout, and so other margins."""
     net, tried, left = Interrupted(), [], [5, float("inf")]
     x, y = labelled(net, 6, SHAPE)
-    trial, tune = profiling.trial, profiling.tune
+    timed_pass, tune = profiling.timed_pass, tuning.tune
 
-    def counted(*arguments: Any) -> Any:
-        tried.append(arguments[2])
-        return trial(*arguments)
+    def counted(model: InstrumentedModel, x: Tensor) -> Any:
+        tried.append(model.config)
+        return timed_pass(model, x)
 
-    def tuned(model: InstrumentedModel, x: Tensor, *, precision: bool) -> None:
-        tune(model, x, precision=precision)
+    def tuned(*model: Any, **options: Any) -> int:
+        images = tune(*model, **options)
         net.left = left.pop(0)
+        return images
 
-    monkeypatch.setattr(profiling, "trial", counted)
+    monkeypatch.setattr(tuning, "timed_pass", counted)
     monkeypatch.setattr(block_runner, "tune", tuned)
     with pytest.raises(KeyboardInterrupt):
         evaluate(net, x, y, "linf:0.02", suite="pgd(steps=4)", out=tmp_path / "run")

@@ -25,7 +25,7 @@ from robustkit.core.isolation import evaluation_mode
 from robustkit.core.threat import ThreatModel
 from robustkit.data import from_arrays
 from robustkit.engine.model.instrumented_model import InstrumentedModel
-from robustkit.engine.model.profiling import tune
+from robustkit.engine.model.tuning import tune
 from robustkit.models import as_classifier
 
 GREY = torch.rand(7, 1, 8, 8, generator=torch.Generator().manual_seed(0))

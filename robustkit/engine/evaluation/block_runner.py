@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,8 @@ from robustkit.checks.run import UNSTEADY
 from robustkit.core.devices import ComputeDevice
 from robustkit.core.errors import RobustkitError, RunError, UsageError
 from robustkit.core.isolation import own_randomness
-from robustkit.core.out_of_memory import NO_MEMORY, is_out_of_memory
+from robustkit.core.out_of_memory import NO_MEMORY, is_out_of_memory, retry_in_memory
+from robustkit.core.shapes import Images
 from robustkit.data.prefetch import read_ahead
 from robustkit.engine.batching.continuous_batch import ContinuousBatch
 from robustkit.engine.batching.row_batch import RowBatch
@@ -27,8 +28,9 @@ from robustkit.engine.evaluation.reliability import Reliability
 from robustkit.engine.evaluation.sanity import check_eps
 from robustkit.engine.evaluation.verdicts import image_hashes
 from robustkit.engine.model.instrumented_model import ExecutionConfig
-from robustkit.engine.model.profiling import fastest_batch, measure, tune
+from robustkit.engine.model.profiling import fastest_batch, measure
 from robustkit.engine.model.random_verdicts import is_random
+from robustkit.engine.model.tuning import tune
 from robustkit.models.failures import described
 from robustkit.runs.recorded_outputs import OutputRecord, recorded_call, recording
 
@@ -137,7 +139,7 @@ class BlockRunner(BatchRunner):
         with own_randomness(self.settings.seed, "flight", first, *self.worker):
             try:
                 self.choose_config(examples)
-                float32 = replace(self.config or self.instrumented.config, precision="fp32")
+                float32 = (self.config or self.instrumented.config).in_float32
                 arms = self.settings.entries[first - 1].arm
                 with recording(self.store, self.task_name(first)) as record:
                     saved = SavedRows.of(record.first(), self, first)
@@ -217,7 +219,9 @@ class BlockRunner(BatchRunner):
             self.search_facts |= {
                 "precision": self.instrumented.precision,
                 "layout": self.instrumented.layout,
-                "folded": self.instrumented.config.net is not self.instrumented.model,
+                "folded": self.instrumented.config.folded,
+                "converted_weights": self.instrumented.config.original is not None,
+                "rounding": self.instrumented.rounding,
                 "slots": batch.slots,
                 "occupancy": batch.occupancy,
             }
@@ -261,15 +265,34 @@ class BlockRunner(BatchRunner):
             instrumented, images = self.instrumented, min(self.slots, self.instrumented.trial_batch)
             x = self.samples.images(positions[:images]).to(instrumented.device)
             with instrumented.using(instrumented.config), own_randomness(self.settings.seed, "tune"):
+                before = instrumented.config
+                self._choose_slots(x)
                 with recording(self.store, self.worker_task("tune")) as record:
-                    tune(instrumented, x, precision=self.settings.choose_precision)
+                    self.search_facts["trial_images"] = tune(
+                        instrumented,
+                        x,
+                        precision=self.settings.choose_precision,
+                        rows=self._rows_of_a_step(),
+                        threat=self.settings.threat,
+                    )
                     # A resumed run, perhaps on a busier machine, uses the same config.
                     record.write()
                 self.config = instrumented.config
-                if self.settings.max_slots > self.slots and instrumented.slow_batch is None:
-                    # More slots than images that wait would stay empty.
-                    most = min(self.settings.max_slots, max(len(self.unsettled(1)), self.slots))
-                    self.slots = fastest_batch(instrumented, x, self.slots, most)
+                if self.config != before:
+                    self._choose_slots(x)
+
+    def _choose_slots(self, x: Images) -> None:
+        """Choose how many rows a pass has, where the settings allow more; x are images to time (B C H W)."""
+        if self.settings.max_slots > self.slots and self.instrumented.slow_batch is None:
+            # More slots than images that wait would stay empty.
+            most = min(self.settings.max_slots, max(len(self.unsettled(1)), self.slots))
+            self.slots = fastest_batch(self.instrumented, x, self.slots, most)
+
+    def _rows_of_a_step(self) -> int:
+        """Return how many rows a step has on average: half of the images if these are few, else all slots."""
+        limits = self.instrumented.micro_batch, self.instrumented.slow_batch
+        rows = min(self.slots, len(self.unsettled(1)) // 2)
+        return max(1, min(rows, *(limit for limit in limits if limit is not None)))
 
     def _admission(self, waiting: np.ndarray) -> Callable[[int], Admitted]:
         """Return a function that admits up to n of these samples; images are read in batches."""
@@ -289,8 +312,13 @@ class BlockRunner(BatchRunner):
             labels = torch.from_numpy(self.samples.labels[admitted])
             clean = torch.from_numpy(-self.results.clean_margins[admitted])
             nearest = torch.from_numpy(-self.results.margins[admitted])
-            x, labels, clean, nearest = map(device.upload, (x, labels, clean, nearest))
-            return Admitted(admitted, self.ids(admitted), x, labels, clean, nearest)
+            host = x, labels, clean, nearest
+            x, labels, clean, nearest, ids = retry_in_memory(
+                lambda: (*map(device.upload, host), self.ids(admitted)),
+                partial(self._halve_micro_batch, self.slots),
+                device.device,
+            )
+            return Admitted(admitted, ids, x, labels, clean, nearest)
 
         return admit
 

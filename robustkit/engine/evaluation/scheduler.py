@@ -31,7 +31,7 @@ from robustkit.engine.model.instrumented_model import MAX_TRIAL_BATCH
 from robustkit.runs.ledger import Chunk
 
 # Facts of workers that add up; of the others the record has what they agree on, or all of it.
-SUMS = ("claims_refused", "searched_again")
+SUMS = ("claims_refused", "searched_again", "trial_images")
 # Stage, number and positions of a batch.
 Part = tuple[int, int, np.ndarray]
 
@@ -181,6 +181,8 @@ def _agreed(facts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         values = [one[name] for one in facts if one.get(name) is not None]
         if name in SUMS:
             found[name] = sum(values)
+        elif name == "rounding":
+            found[name] = max(values, default=0.0)
         elif name == "occupancy":
             found[name] = sum(values) / len(values) if values else None
         else:

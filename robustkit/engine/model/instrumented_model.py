@@ -28,10 +28,10 @@ MAX_TRIAL_BATCH = 16
 # A net is slow if the forward pass of a full batch may take more than the first number of seconds; its batches are
 # cut into parts that take about the second number of seconds.
 SLOW_BATCH_SECONDS, PART_SECONDS = 10.0, 1.0
-# The precisions of a search: the type of autocast, and half of the bound on the rounding of logits. Emulated TF32
-# moves logits of CIFAR-10 ResNets by up to 1.4 / 2**9 of the largest one.
+# The precisions of a search: the type of autocast, and the least bound on the rounding of margins, as a share of
+# the largest logit; what is measured on the model can be larger.
 DTYPES = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-ROUNDING = {"fp32": 0.0, "tf32": 2.0**-9, "bf16": 2.0**-7, "fp16": 2.0**-10}
+ROUNDING = {"fp32": 0.0, "tf32": 2.0**-8, "bf16": 2.0**-6, "fp16": 2.0**-9}
 
 
 class CountsBackward(Protocol):
@@ -42,11 +42,30 @@ class CountsBackward(Protocol):
 
 @dataclass(frozen=True)
 class ExecutionConfig:
-    """How the model is run: the net or its folded copy, a precision (a key of DTYPES), a memory layout."""
+    """How the model is run.
+
+    Attributes:
+        net: the model, its copy with folded batch norms, or a copy of either with converted weights.
+        precision: a key of DTYPES.
+        layout: memory layout of the images.
+        folded: whether batch norms are folded.
+        original: the net that `net` is a copy of with converted weights; None if it is not one.
+        rounding: a bound on the rounding error of margins that was measured, as a share of the largest logit.
+    """
 
     net: Classifier
     precision: str = "fp32"
     layout: torch.memory_format = torch.contiguous_format
+    folded: bool = False
+    original: Classifier | None = None
+    rounding: float = 0.0
+
+    @property
+    def in_float32(self) -> ExecutionConfig:
+        """The same in float32."""
+        if self.precision == "fp32":
+            return self
+        return ExecutionConfig(self.original or self.net, layout=self.layout, folded=self.folded)
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -162,8 +181,8 @@ class InstrumentedModel:
 
     @property
     def rounding(self) -> float:
-        """A bound on the rounding error of the logits, as a share of the largest one; 0 in float32."""
-        return 2 * ROUNDING[self.config.precision]
+        """A bound on the rounding error of margins, as a share of the largest logit; 0 in float32."""
+        return max(ROUNDING[self.config.precision], self.config.rounding)
 
     @contextmanager
     def using(self, config: ExecutionConfig) -> Iterator[None]:

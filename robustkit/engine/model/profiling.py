@@ -1,40 +1,30 @@
-"""What a pass of the model takes, and the fastest way to run it: precision, memory layout, batch size."""
+"""What a pass of the model takes: its memory, its seconds, and the fastest batch size."""
 
 from __future__ import annotations
 
-import itertools
-import math
 import time
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from robustkit.core.devices import ComputeDevice
 from robustkit.core.errors import ModelError, UsageError
-from robustkit.core.isolation import quietly
 from robustkit.core.memory import free_memory
 from robustkit.core.out_of_memory import is_out_of_memory, try_in_memory
 from robustkit.core.shapes import Images, Logits
-from robustkit.engine.model.batchnorm_folding import folded
 from robustkit.engine.model.instrumented_model import (
     PART_SECONDS,
     SLOW_BATCH_SECONDS,
-    ExecutionConfig,
     InstrumentedModel,
 )
 from robustkit.models.ensembles.mixture import Mixture
 from robustkit.models.failures import described
-from robustkit.runs.recorded_outputs import run_once
 
 # A net is run on one CPU thread if the tensors that its backward pass reads for one image, weights included, have
 # fewer bytes.
 ONE_THREAD_MAX_BYTES = 1 << 20
-# Another config must save a tenth of the time, so that measurement noise does not choose it.
+# Another batch size or config must save a tenth of the time, so that measurement noise does not choose it.
 MAX_TIME_SHARE = 0.9
-# A config is given up if two images take so many times the current config's time, and so many seconds.
-GIVE_UP_FACTOR, GIVE_UP_SECONDS = 3, 0.05
-LAYOUTS = (torch.contiguous_format, torch.channels_last)
 
 
 def measure(model: InstrumentedModel, image: Images, max_batch: int) -> None:
@@ -110,39 +100,6 @@ def _has_gradient(model: InstrumentedModel, logits: Logits, image: Images) -> bo
         return False
 
 
-def tune(model: InstrumentedModel, x: Images, *, precision: bool) -> None:
-    """Set `model.config` to the fastest for a forward and backward pass of x, uncounted.
-
-    Tried are batch norms folded into convolutions, two memory layouts and, if `precision`, bfloat16, and TF32 on a
-    device that has it. A config is rejected if the model raises an error or its logits shift by more than a tenth
-    of their mean range.
-
-    Args:
-        model: with the config to start from.
-        x: images to try on (B C H W).
-        precision: whether to try other precisions.
-    """
-    plain = _recorded_trial(model, x, model.config)
-    if plain is None:
-        return
-    seconds, expected, seconds_of_two = plain
-    best = MAX_TIME_SHARE * seconds
-    limit = max(GIVE_UP_FACTOR * seconds_of_two, GIVE_UP_SECONDS)
-    net = folded(model.model, x) or model.model
-    precisions = [model.config.precision]
-    if precision:
-        precisions += ["tf32", "bf16"] if ComputeDevice(model.device).has_tf32 else ["bf16"]
-    for name, layout in itertools.product(precisions, LAYOUTS):
-        config = ExecutionConfig(net, name, layout)
-        result = None if config == model.config else _recorded_trial(model, x, config, limit)
-        if result is None or not result[1].isfinite().all():
-            continue
-        shift = (result[1] - expected).abs().amax()
-        same = shift <= 0.1 * (expected.amax(1) - expected.amin(1)).mean()
-        if same and result[0] < best:
-            best, model.config = result[0], config
-
-
 def fastest_batch(model: InstrumentedModel, x: Images, slots: int, max_slots: int) -> int:
     """Return the fastest batch size for a pass.
 
@@ -179,31 +136,3 @@ def timed_pass(model: InstrumentedModel, x: Images) -> tuple[float, Logits]:
     if logits.requires_grad:
         torch.autograd.grad(logits.sum(), images)
     return model.since(begun), logits.detach()
-
-
-def _recorded_trial(
-    model: InstrumentedModel, x: Images, config: ExecutionConfig, limit: float = math.inf
-) -> tuple[float, Logits, float] | None:
-    """Return the result of `trial`, measured once per run: a resumed run uses the same config."""
-    dtype = "tf32" if config.precision == "tf32" else config.dtype
-    name = f"{model.device.type} {dtype} {config.layout} {config.net is model.model}"
-    return run_once(name, lambda: trial(model, x, config, limit))
-
-
-def trial(
-    model: InstrumentedModel, x: Images, config: ExecutionConfig, limit: float = math.inf
-) -> tuple[float, Logits, float] | None:
-    """Return seconds and logits of a forward and backward pass by a config, and the seconds of two images.
-
-    None if the model raises an error, or if two images take more seconds than the limit.
-    """
-    try:
-        with quietly(), model.using(config):
-            timed_pass(model, x[:2])
-            seconds_of_two, _ = timed_pass(model, x[:2])
-            if seconds_of_two > limit:
-                return None
-            trials = [timed_pass(model, x) for _ in range(3 if model.slow_batch is None else 1)]
-        return min(seconds for seconds, _ in trials[len(trials) // 2 :]), trials[-1][1].cpu(), seconds_of_two
-    except Exception:  # whatever the model's code raises under a config that it was not made for
-        return None
