@@ -94,3 +94,38 @@ def combined_by(part: nn.Module, entry: Substitute, *, is_straight_through: bool
             del part.__dict__["forward"]
         else:
             part.__dict__["forward"] = own
+
+
+def members_and_output(model: nn.Module, x: Tensor, *layout: torch.memory_format) -> Tensor:
+    """Return the logits of an ensemble's members, then its own (B N+1 K), of one forward pass.
+
+    Args:
+        model: a classifier whose net has `stacked(x) -> (B N K)` and calls it.
+        x: images (B C H W).
+        layout: the memory layout in which the net gets them; none for the model's own.
+
+    Raises:
+        RuntimeError: if the net did not call `stacked`.
+    """
+    part: Any = model.net
+    stacks: list[Tensor] = []
+    compute, own = part.stacked, part.__dict__.get("stacked")
+
+    def stacked(images: Tensor) -> Tensor:
+        stack: Tensor = compute(images)
+        stacks.append(stack)
+        return stack
+
+    part.__dict__["stacked"] = stacked
+    try:
+        output: Tensor = model(x, *layout)
+    finally:
+        if own is None:
+            del part.__dict__["stacked"]
+        else:
+            part.__dict__["stacked"] = own
+    if sum(map(len, stacks)) < len(x):
+        raise RuntimeError("the ensemble did not call stacked().")
+    # A net of a fixed batch size gets the last batch filled up.
+    stack = torch.cat(stacks)[: len(x)]
+    return torch.cat([stack.to(output.dtype), output[:, None]], 1)

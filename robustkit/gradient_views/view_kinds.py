@@ -15,6 +15,7 @@ from robustkit.gradient_views.aggregator_substitutes import (
     Substitute,
     combined_by,
     mean_logit,
+    members_and_output,
 )
 from robustkit.gradient_views.fitted import concatenated
 from robustkit.gradient_views.heads import Heads
@@ -86,6 +87,32 @@ class TracedModel:
             )
             logits = tracer.restored(self.model(x))
             return logits
+
+
+@dataclass(frozen=True)
+class MembersView:
+    """A function of the logits of an ensemble's members, whose gradients need no surrogate.
+
+    One pass of the members serves all such views, and gives the ensemble's own logits.
+
+    Args:
+        model: a classifier whose net is the ensemble.
+        entry: function from the members' logits (B N K) to logits (B K).
+        is_straight_through: return the ensemble's own logits, with the gradient of `entry`.
+    """
+
+    model: Classifier
+    entry: Substitute
+    is_straight_through: bool = False
+
+    def __call__(self, x: Images) -> Logits:
+        """Return the logits of x."""
+        return self.combined(members_and_output(self.model, x))
+
+    def combined(self, outputs: Tensor) -> Logits:
+        """Return the logits of outputs (B N+1 K): those of the members, then the ensemble's own."""
+        logits = self.entry(outputs[:, :-1])
+        return with_gradient_of(outputs[:, -1], logits) if self.is_straight_through else logits
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,6 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robustkit.core.isolation import own_randomness
@@ -32,6 +31,7 @@ from robustkit.gradient_views.aggregator_substitutes import (
     single_member,
     substitutes,
 )
+from robustkit.gradient_views.comparison import MembersPass, are_parallel, gradients_of, members_pass
 from robustkit.gradient_views.findings import Finding
 from robustkit.gradient_views.fitted import fit
 from robustkit.gradient_views.heads import Heads
@@ -42,6 +42,7 @@ from robustkit.gradient_views.view_kinds import (
     FrozenNoise,
     HeadsView,
     MeanView,
+    MembersView,
     TracedModel,
     View,
     _Exported,
@@ -51,8 +52,6 @@ from robustkit.runs.recorded_outputs import run_once
 
 # The most images that views are compared on.
 MAX_IMAGES = 16
-# Above this cosine on every image two gradients count as the same.
-MIN_PARALLEL_COSINE = 0.999
 # Logits that differ by more, relative to the largest, are random.
 NOISE_TOLERANCE = 1e-4
 
@@ -80,14 +79,16 @@ def views(model: Classifier, x: Images, *, random: bool = False) -> Views:
         logits = run_once("model", lambda: _outputs(model, x).cpu()).to(x.device)
         random = random or run_once("draws", lambda: is_random(model, x, repeats=1))
         labels = logits.argmax(1)
-        own = run_once("slopes", lambda: _gradients(model, x, labels))
+        own = run_once("slopes", lambda: gradients_of(model, x, labels))
         kept = [] if own is None else [own]
         trace = _trace(model, x)
         elementwise = () if trace is None else tuple(trace.elementwise)
         random = random or (trace is not None and trace.has_randomness)
-        for name, view in _candidates(model, x, elementwise, random, own is None):
-            gradients = run_once(name, partial(_gradients, view, x, labels))
-            if gradients is None or any(_parallel(gradients, other) for other in kept):
+        traced = TracedModel(model, elementwise=elementwise)
+        members = None if random else members_pass(traced, x, labels)
+        for name, view in _candidates(traced, x, members, random, own is None):
+            gradients = run_once(name, partial(gradients_of, view, x, labels, members))
+            if gradients is None or any(are_parallel(gradients, other) for other in kept):
                 continue
             found[name] = view
             kept.append(gradients)
@@ -99,9 +100,10 @@ def views(model: Classifier, x: Images, *, random: bool = False) -> Views:
 
 
 def _candidates(
-    model: Classifier, x: Images, elementwise: tuple[nn.Module, ...], random: bool, hidden: bool
+    traced: TracedModel, x: Images, members: MembersPass | None, random: bool, hidden: bool
 ) -> Iterator[tuple[str, View]]:
     """Yield candidate views by name; `hidden` is whether the model has no gradient, which adds a fitted view."""
+    model = traced.model
     exported = getattr(model.net, "views", None)
     if callable(exported):
         for name, call in exported().items():
@@ -110,9 +112,12 @@ def _candidates(
         copied = copy.copy(model)
         copied.defenses = tuple(getattr(defense, "twin", defense) for defense in model.defenses)
         yield "twin", TracedModel(copied)
-    traced = TracedModel(model, elementwise=elementwise)
     part = find_ensemble(model)
-    if part is not None:
+    if members is not None:
+        for name, substitute in substitutes(members.outputs.shape[1] - 1).items():
+            yield name, MembersView(model, substitute)
+        yield "straight-through", MembersView(model, mean_logit, is_straight_through=True)
+    elif part is not None:
         for name, substitute in substitutes(_count_predictors(model, part, x)).items():
             yield name, replace(traced, part=part, entry=substitute)
         yield "straight-through", replace(traced, part=part, entry=mean_logit, is_straight_through=True)
@@ -121,7 +126,7 @@ def _candidates(
     if random:
         yield "calm", replace(traced, noise_free=True)
         yield "frozen", FrozenNoise(traced)
-    yield from _head_views(traced, x)
+    yield from _head_views(traced, x, members)
     if hidden:
         with suppress(RuntimeError):
             yield "fitted", FittedView(traced, run_once("fitted", lambda: fit(traced.sources, model, x).cpu()))
@@ -142,8 +147,11 @@ def _count_predictors(model: Classifier, part: nn.Module, x: Images) -> int:
     return counts[0] if counts else 0
 
 
-def _head_views(traced: TracedModel, x: Images) -> Iterator[tuple[str, View]]:
-    """Yield views of the logits inside the model, if there are any; several heads are combined in several ways."""
+def _head_views(traced: TracedModel, x: Images, members: MembersPass | None = None) -> Iterator[tuple[str, View]]:
+    """Yield views of the logits inside the model, if there are any; several heads are combined in several ways.
+
+    Heads that are the members of an ensemble have been combined already.
+    """
     shape = _outputs(traced, x).shape
     heads = Heads(tuple(shape))
     try:
@@ -152,6 +160,8 @@ def _head_views(traced: TracedModel, x: Images) -> Iterator[tuple[str, View]]:
     except Exception:
         return
     count = len(heads.found)
+    if members is not None and members.are(heads.found):
+        return
     if count == 1:
         yield "inner-logits", HeadsView(traced, shape[1], 1, single_member(0))
     elif count > 1:
@@ -186,41 +196,6 @@ def is_random(view: View, x: Images, repeats: int = MEAN_DRAWS) -> bool:
     first = _outputs(view, x)
     tolerance = NOISE_TOLERANCE * first.abs().max()
     return any(bool((_outputs(view, x) - first).abs().max() > tolerance) for _ in range(repeats))
-
-
-def _gradients(view: View, x: Images, labels: Tensor) -> list[Tensor] | None:
-    """Return the gradients (B P) of cross-entropy and margin; None if the view has no usable gradient.
-
-    All views get the same random numbers.
-    """
-    try:
-        with torch.enable_grad(), own_randomness("slopes"):
-            images = x.clone().requires_grad_()
-            logits = view(images)
-            if logits.shape[0] != len(x) or logits.dim() != 2 or not logits.requires_grad:
-                return None
-            own = logits.gather(1, labels[:, None])[:, 0]
-            best = logits.scatter(1, labels[:, None], -torch.inf).amax(1)
-            losses = (F.cross_entropy(logits, labels, reduction="sum"), (best - own).sum())
-            gradients = [
-                torch.autograd.grad(loss, images, retain_graph=True)[0].flatten(1).cpu() for loss in losses
-            ]
-    except Exception:
-        return None
-    if not all(one.isfinite().all() for one in gradients) or not any(one.any() for one in gradients):
-        return None
-    return gradients
-
-
-def _parallel(one: list[Tensor], other: list[Tensor]) -> bool:
-    """Return whether the gradients have the same direction on every image."""
-    for a, b in zip(one, other, strict=True):
-        zero = (a == 0).all(1) & (b == 0).all(1)
-        if not bool(
-            ((F.cosine_similarity(a.double(), b.double(), eps=1e-300) > MIN_PARALLEL_COSINE) | zero).all()
-        ):
-            return False
-    return True
 
 
 @contextmanager

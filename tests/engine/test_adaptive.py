@@ -12,9 +12,13 @@ from nets import Small
 from torch import nn
 
 from robustkit import evaluate
+from robustkit.attack_api import Rows
 from robustkit.core.criteria import Goal
 from robustkit.core.rng import RowRng
 from robustkit.core.threat import ThreatModel
+from robustkit.engine.batching.attack_queue import AttackQueue
+from robustkit.engine.batching.forward_passes import Query, run_queries
+from robustkit.engine.batching.row_batch import RowBatch
 from robustkit.engine.evaluation.verdicts import judge
 from robustkit.engine.model.instrumented_model import InstrumentedModel
 from robustkit.engine.model.random_verdicts import MAX_DRAWS, MIN_DRAWS, majority_vote
@@ -116,6 +120,35 @@ def test_an_ensembles_views_are_attacked_before_the_arms() -> None:
     assert report.robust_accuracy.value == 0
     assert first.fooled + view.fooled == len(x)
     assert arm.forwards == 0 < view.fooled
+
+
+def test_views_of_an_ensemble_share_one_pass_of_its_members() -> None:
+    """A query on a view costs one forward pass, and the logits of the search and of the ensemble come from it."""
+    net = Ensemble("crossmax")
+    passes = [0]
+    net.members[0].register_forward_hook(lambda *_: passes.__setitem__(0, passes[0] + 1))
+    x, y = labelled(net, 8)
+    model = InstrumentedModel(as_classifier(net), torch.device("cpu"))
+    model.views = discover_views(model.model, x, False).views
+    views = [view for view in model.views if view != "members" and model.shares_passes(view)]
+    assert {"mean-logit", "straight-through"} <= {*views}
+    assert model.shares_passes("members")
+    attack = make("pgd", steps=4)
+    queues = [AttackQueue(attack, view, "pgd", 0, attack.loop_options("linf"), False) for view in views]
+    rows = Rows(x, Goal(y), ThreatModel.parse(EPS), RowRng(0, "t", torch.arange(8)), Goal(y))
+    host = {name: np.zeros(8, np.int64) for name in ("age", "job", "position")}
+    batches = [RowBatch(host, {"x": x}).with_state(queue.attack.init(rows)) for queue in queues]
+    queries = [
+        Query.of(queue, batch, rows, deterministic=True) for queue, batch in zip(queues, batches, strict=True)
+    ]
+    passes[0] = model.forwards = 0
+    results = run_queries(queries, model)
+    assert passes == [1]
+    assert model.forwards == len(views) * len(x)
+    for query, answer, own in results:
+        torch.testing.assert_close(own, net(query.state["x"]).detach())
+        view = model.views[query.queue.view][0]
+        torch.testing.assert_close(answer.logits, view(query.state["x"]).detach())
 
 
 def test_auto_costs_no_more_than_rapid_on_an_unmasked_net() -> None:

@@ -27,7 +27,7 @@ from robustkit.core.shapes import Logits
 from robustkit.core.threat import ThreatModel, per_row
 from robustkit.engine.batching.attack_queue import AttackQueue
 from robustkit.engine.batching.claims import ClaimJudge
-from robustkit.engine.batching.forward_passes import Query, deployed_passes, run_queries
+from robustkit.engine.batching.forward_passes import Query, deployed_passes, on_members, run_queries
 from robustkit.engine.batching.row_batch import RowBatch
 from robustkit.engine.batching.samples import Admitted, Finished
 from robustkit.engine.evaluation.verdicts import Verdicts
@@ -270,7 +270,9 @@ class ContinuousBatch:
         spent, job = query.batch.host["spent"], query.batch.host["job"]
         part = job // queue.attempts(self.instrumented) if queue.view else 0 * job
         passes = queue.options.eot_samples * np.array(self.instrumented.passes(queue.view))[part]
-        spent[:, queue.number, 0] += passes + deployed_passes(queue.view, random=self.instrumented.random)
+        spent[:, queue.number, 0] += passes
+        if not on_members(queue, self.instrumented):
+            spent[:, queue.number, 0] += deployed_passes(queue.view, random=self.instrumented.random)
         spent[:, queue.number, 1] += np.where(query.needs_gradient.numpy(), passes * answer.loss[0].numel(), 0)
 
     def _with_answers(self, query: Query, logits: Logits) -> dict[str, Tensor]:

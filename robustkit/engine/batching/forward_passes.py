@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from robustkit.attack_api import Answer, Rows, State, query_rows
 from robustkit.attack_api.row_wise import finite, merge_answers
-from robustkit.core.shapes import Logits
+from robustkit.core.shapes import Images, Logits
 from robustkit.engine.batching.attack_queue import AttackQueue
 from robustkit.engine.batching.row_batch import RowBatch
 from robustkit.engine.model.instrumented_model import InstrumentedModel
-from robustkit.gradient_views.view_kinds import MEAN_DRAWS
+from robustkit.gradient_views.view_kinds import MEAN_DRAWS, MembersView
 
 # The view that is a random model itself, averaged over draws.
 AVERAGED = "averaged-mended"
@@ -74,9 +75,17 @@ class Query:
 
 def run_queries(queries: Sequence[Query], instrumented: InstrumentedModel) -> list[tuple[Query, Answer, Logits]]:
     """Return each query with an answer for every row, and the model's own logits."""
-    separate = [(query, *_run_separately(query, instrumented)) for query in queries if query.separate]
-    together = _run_together([query for query in queries if not query.separate], instrumented)
-    return separate + [(query, answer, answer.logits) for query, answer in together]
+    members = [query for query in queries if on_members(query.queue, instrumented)]
+    separate = [query for query in queries if query.separate and query not in members]
+    alone = [(query, *_run_separately(query, instrumented)) for query in separate]
+    together = _run_together([query for query in queries if not query.separate], instrumented, instrumented)
+    return alone + together + _run_together(members, instrumented, instrumented.members)
+
+
+def on_members(queue: AttackQueue, instrumented: InstrumentedModel) -> bool:
+    """Return whether the queries of an attack share passes of an ensemble's members."""
+    options = queue.options
+    return instrumented.shares_passes(queue.view) and options.eot_samples == 1 and not options.vector_objective
 
 
 def _run_separately(query: Query, instrumented: InstrumentedModel) -> tuple[Answer, Logits]:
@@ -111,9 +120,17 @@ def deployed_passes(view: str, *, random: bool) -> int:
     return MEAN_DRAWS if random else 1
 
 
-def _run_together(queries: list[Query], instrumented: InstrumentedModel) -> list[tuple[Query, Answer]]:
-    """Evaluate rows of several attacks: one pass for those that need a gradient, one or two for the others."""
-    parts: list[list[tuple[Tensor, Answer]]] = [[] for _ in queries]
+def _run_together(
+    queries: list[Query], instrumented: InstrumentedModel, forward: Callable[[Images], Tensor]
+) -> list[tuple[Query, Answer, Logits]]:
+    """Evaluate rows of several attacks: one pass for those that need a gradient, one or two for the others.
+
+    Args:
+        queries: of the attacks.
+        instrumented: the model.
+        forward: the model, or the logits of its members with its own.
+    """
+    parts: list[list[tuple[Tensor, Answer, Logits]]] = [[] for _ in queries]
     for with_gradient, exact in ((True, False), (False, False), (False, True)):
         members = [
             (found, query, query.rows_with(with_gradient, exact))
@@ -126,20 +143,49 @@ def _run_together(queries: list[Query], instrumented: InstrumentedModel) -> list
         cuts = [len(index) for *_, index in members]
         with torch.set_grad_enabled(with_gradient):
             x = x.detach().requires_grad_(with_gradient)
-            logits = instrumented.logits_fp32(x) if exact else instrumented(x)
+            outputs = _cut(instrumented.logits_fp32(x) if exact else forward(x), cuts)
+            logits = [
+                _combined(query, index, part, instrumented)
+                for (_, query, index), part in zip(members, outputs, strict=True)
+            ]
             values = [
-                query.objective(index, part)
-                for (_, query, index), part in zip(members, _cut(logits, cuts), strict=True)
+                query.objective(index, part) for (_, query, index), part in zip(members, logits, strict=True)
             ]
             gradient = x.new_zeros(()).expand_as(x)
             if with_gradient:
                 total = torch.cat([v.flatten() for v in values]).sum()
                 gradient = finite(torch.autograd.grad(total, x)[0])
-        shares = zip(members, values, _cut(logits.detach(), cuts), _cut(gradient, cuts), strict=True)
-        for (found, _, index), value, own, slope in shares:
-            answer = Answer(own, value.detach(), slope if value.dim() == 1 else slope[:, None])
-            found.append((index, answer))
-    return [(query, merge_answers(found)) for query, found in zip(queries, parts, strict=True)]
+        shares = zip(members, values, logits, outputs, _cut(gradient, cuts), strict=True)
+        for (found, _, index), value, seen, output, slope in shares:
+            answer = Answer(seen.detach(), value.detach(), slope if value.dim() == 1 else slope[:, None])
+            own = output[:, -1].detach() if output.dim() == 3 else answer.logits
+            found.append((index, answer, own))
+    return [(query, *_merged(found)) for query, found in zip(queries, parts, strict=True)]
+
+
+def _combined(query: Query, index: Tensor, outputs: Tensor, instrumented: InstrumentedModel) -> Logits:
+    """Return the logits that an attack sees on these rows: the model's own (B K), or its view's of (B N+1 K)."""
+    if outputs.dim() == 2:
+        return outputs
+    views = cast(Sequence[MembersView], instrumented.views[query.queue.view])
+    logits = views[0].combined(outputs)
+    if len(views) == 1:
+        return logits
+    number = torch.from_numpy(query.batch.host["job"] // query.queue.attempts(instrumented)).to(index.device)[
+        index
+    ]
+    for part, view in enumerate(views[1:], 1):
+        logits = torch.where((number == part)[:, None], view.combined(outputs), logits)
+    return logits
+
+
+def _merged(parts: list[tuple[Tensor, Answer, Logits]]) -> tuple[Answer, Logits]:
+    """Return the answers to all rows in order, and the model's own logits."""
+    if len(parts) == 1:
+        return parts[0][1:]
+    order = torch.cat([index for index, *_ in parts]).argsort()
+    own = torch.cat([logits for *_, logits in parts])[order]
+    return merge_answers([(index, answer) for index, answer, _ in parts]), own
 
 
 def _cut(rows: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:

@@ -19,7 +19,8 @@ from robustkit.core.errors import RunError
 from robustkit.core.float32 import float32_operations
 from robustkit.core.out_of_memory import NO_MEMORY
 from robustkit.core.shapes import Images, Logits
-from robustkit.gradient_views.view_kinds import MeanView
+from robustkit.gradient_views.aggregator_substitutes import members_and_output
+from robustkit.gradient_views.view_kinds import MeanView, MembersView
 from robustkit.models.classifier import Classifier
 from robustkit.runs.recorded_outputs import ACTIVE, OutputRecord
 
@@ -124,7 +125,21 @@ class InstrumentedModel:
 
     def view(self, name: str, part: int = 0) -> Callable[[Images], Tensor]:
         """Return one part of a view, counted as the model is; the model itself for the name ""."""
-        return partial(self._counted, net=self.views[name][part]) if name else self
+        if not name:
+            return self
+        net = self.views[name][part]
+        if isinstance(net, MembersView):
+            return lambda x: net.combined(self.members(x))
+        return partial(self._counted, net=net)
+
+    def members(self, x: Images) -> Tensor:
+        """Return the logits of an ensemble's members, then its own (B N+1 K), float32, by one counted pass."""
+        return self._counted(x, self._uncounted_members)
+
+    def shares_passes(self, view: str) -> bool:
+        """Return whether a view takes only the logits that `members` returns."""
+        parts = self.views.get(view, ())
+        return bool(parts) and all(isinstance(part, MembersView) for part in parts)
 
     def observe(self, read: Callable[[Callable[[Images], Logits], Images], Tensor], x: Images) -> Tensor:
         """Return what `read(net, x)` reads inside the model during a pass of x (B C H W), counted as one pass."""
@@ -144,6 +159,11 @@ class InstrumentedModel:
         with torch.autocast(self.device.type, config.dtype, enabled=config.dtype is not None):
             logits: Logits = config.net(x, config.layout)
         return logits.float()
+
+    def _uncounted_members(self, x: Images) -> Tensor:
+        config = self.config
+        with torch.autocast(self.device.type, config.dtype, enabled=config.dtype is not None):
+            return members_and_output(config.net, x, config.layout).float()
 
     def logits_fp32(self, x: Images) -> Logits:
         """Return the logits (B K) that verdicts use: the model itself in float32, without a gradient."""
