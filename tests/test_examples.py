@@ -9,7 +9,14 @@ import pytest
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 # They take more than two seconds of processor time.
-SLOW = {"adversarial_training", "compare_models", "masked_gradient", "robustness_curve", "transfer_attack"}
+SLOW = {
+    "adversarial_training",
+    "compare_models",
+    "masked_gradient",
+    "model_behind_endpoint",
+    "robustness_curve",
+    "transfer_attack",
+}
 
 
 @pytest.mark.parametrize(
@@ -26,5 +33,5 @@ def test_an_example_runs(
 
 def test_the_table_lists_every_example() -> None:
     table = (Path(__file__).parents[1] / "examples" / "README.md").read_text()
-    assert len(EXAMPLES) == 10
+    assert len(EXAMPLES) == 11
     assert [file.name for file in EXAMPLES if f"`{file.name}`" not in table] == []

@@ -1,4 +1,4 @@
-"""The contract of attacks, defenses and training methods, as functions that check any class.
+"""The contract of attacks, defenses and training methods, as functions that check any class; a model server.
 
 As `check_estimator` of scikit-learn: they raise AssertionError with what is wrong, and return None if nothing is.
 
@@ -11,5 +11,6 @@ from __future__ import annotations
 from robustkit.testing.attacks import check_attack
 from robustkit.testing.defenses import check_defense
 from robustkit.testing.methods import check_method
+from robustkit.testing.server import ModelServer
 
-__all__ = ["check_attack", "check_defense", "check_method"]
+__all__ = ["ModelServer", "check_attack", "check_defense", "check_method"]
