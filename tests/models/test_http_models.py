@@ -143,7 +143,7 @@ def test_the_secret_is_read_from_the_environment_and_not_recorded(
             robustkit.load_model(string)(data.images([0]))
         monkeypatch.setenv("MODEL_KEY", "Bearer s3cret")
         model = robustkit.load_model(string)
-        robustkit.evaluate(model, data, threat="linf:0.15", suite="square(queries=5)", out=tmp_path / "e")
+        robustkit.corrupt(model, data, corruptions=["contrast"], severities=[1], out=tmp_path / "e")
     for file in (tmp_path / "e").iterdir():
         assert b"s3cret" not in file.read_bytes()
 
@@ -164,6 +164,7 @@ def test_an_endpoint_is_sent_to_workers_without_its_connections() -> None:
     assert copy.accepted == 3
 
 
+@pytest.mark.slow
 def test_an_evaluation_by_scores_has_the_verdicts_of_the_model_itself(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -176,7 +177,7 @@ def test_an_evaluation_by_scores_has_the_verdicts_of_the_model_itself(
         "--threat",
         "linf:0.2",
         "--suite",
-        "square(steps=20)",
+        "square(queries=20)",
         "--json",
     ]
     found: list[list[bool]] = []

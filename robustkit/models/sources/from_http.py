@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-import torch
-
 from robustkit.core.errors import UsageError, did_you_mean
 from robustkit.core.numbers import exact, whole
-from robustkit.models.sources.built import Built
-from robustkit.models.sources.http_client import Endpoint, Limits, stacked
-from robustkit.models.sources.http_formats import ARRAY, PNG, KServe, Plain, ServerProtocol, TorchServe, unreadable
 from robustkit.models.sources.source import ModelSource
 
 if TYPE_CHECKING:
     from robustkit.models.options import Options
+    from robustkit.models.sources.built import Built
+    from robustkit.models.sources.http_client import Endpoint
+    from robustkit.models.sources.http_formats import ServerProtocol
     from robustkit.models.strings import ModelString
     from robustkit.models.weights.files import WeightsFile
 
@@ -27,21 +24,6 @@ SECONDS = ("rate", "timeout")
 FIELDS = ("format", "images", "num_classes", "classes", "header", *NUMBERS, *SECONDS)
 
 
-@dataclass(frozen=True)
-class RemoteNet:
-    """A callable from images (B, C, H, W) in [0, 1] to the logits that a server returns; it has no gradient."""
-
-    endpoint: Endpoint
-    protocol: ServerProtocol
-    num_classes: int | None = None
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Return logits (B, K), float32, on the device of the images."""
-        replies = self.endpoint.outputs(self.protocol, x.detach().float().cpu().numpy())
-        logits = stacked(replies, self.num_classes, self.endpoint.url)
-        return torch.from_numpy(logits).to(x.device, torch.float32)
-
-
 def build(spec: ModelString, options: Options, weights: WeightsFile | None) -> Built:
     """Return the model of an address.
 
@@ -49,6 +31,9 @@ def build(spec: ModelString, options: Options, weights: WeightsFile | None) -> B
         UsageError: the address or a field is not possible.
         RunError: the server does not reply.
     """
+    from robustkit.models.sources.built import Built
+    from robustkit.models.sources.http_client import RemoteNet
+
     given = {name: str(value) for name, value in options.keywords.items()}
     for name in given:
         if name not in FIELDS:
@@ -75,6 +60,8 @@ def build(spec: ModelString, options: Options, weights: WeightsFile | None) -> B
 def _protocol(
     form: str, given: Mapping[str, str], endpoint: Endpoint, output: str | None, classes: int | None
 ) -> ServerProtocol:
+    from robustkit.models.sources.http_formats import ARRAY, PNG, KServe, Plain, TorchServe, unreadable
+
     images = given.get("images", ARRAY if form == "kserve" else PNG)
     possible = {"json": (PNG, ARRAY), "kserve": (ARRAY,), "torchserve": (PNG,)}[form]
     if images not in possible:
@@ -95,6 +82,8 @@ def _protocol(
 
 
 def _endpoint(url: str, given: Mapping[str, str]) -> Endpoint:
+    from robustkit.models.sources.http_client import Endpoint, Limits
+
     numbers = {name: _count(given, name, least) for name, least in NUMBERS.items()}
     seconds = {name: _seconds(given, name) for name in SECONDS}
     known = {name: value for name, value in {**numbers, **seconds}.items() if value is not None}

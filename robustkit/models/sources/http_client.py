@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 
 from robustkit.core.errors import RunError, UsageError, error_summary
 from robustkit.models.sources.http_formats import Array, Message, Reply, ServerProtocol, unreadable
@@ -204,6 +205,21 @@ def _seconds(text: str | None) -> float | None:
         return None if text is None else float(text)
     except ValueError:
         return None
+
+
+@dataclass(frozen=True)
+class RemoteNet:
+    """A callable from images (B, C, H, W) in [0, 1] to the logits that a server returns; it has no gradient."""
+
+    endpoint: Endpoint
+    protocol: ServerProtocol
+    num_classes: int | None = None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Return logits (B, K), float32, on the device of the images."""
+        replies = self.endpoint.outputs(self.protocol, x.detach().float().cpu().numpy())
+        logits = stacked(replies, self.num_classes, self.endpoint.url)
+        return torch.from_numpy(logits).to(x.device, torch.float32)
 
 
 def stacked(replies: list[Reply], num_classes: int | None, url: str) -> Array:
