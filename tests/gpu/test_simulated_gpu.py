@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from simulated_gpu import DeviceMismatchError, simulated_gpu
+from simulated_gpu import simulated_gpu
 from torch import nn
 
 import robustkit
@@ -70,16 +70,3 @@ def test_train_runs(tmp_path: Path) -> None:
     with simulated_gpu():
         robustkit.train("dverge", data="digits:train", limit=40, epochs=1, out=tmp_path / "run", device="cuda")
     assert robustkit.load_model(str(tmp_path / "run")).num_classes == 10
-
-
-class Mixes(Net):
-    """A net that makes a tensor without naming a device."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x + torch.arange(x.shape[3]) / 1000)
-
-
-def test_mixed_devices_are_found() -> None:
-    net, x, y = Mixes(), *problem()[1:]
-    with simulated_gpu(), pytest.raises((DeviceMismatchError, robustkit.RobustkitError), match="cuda:0 and cpu"):
-        robustkit.evaluate(net, x, y, "linf:0.02", suite="fgsm", device="cuda")
