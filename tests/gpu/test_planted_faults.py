@@ -41,7 +41,7 @@ def copies_in_float64(x: Tensor) -> None:
     x.double()
 
 
-def line(fault: Callable[[Tensor], None]) -> str:
+def line(fault: Callable[..., object]) -> str:
     """Return the line of a fault, as the harness writes it."""
     return f"tests/gpu/test_planted_faults.py:{inspect.getsourcelines(fault)[1] + 1}"
 
