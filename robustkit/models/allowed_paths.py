@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from robustkit.core.errors import UsageError
-from robustkit.models.sources.source import find_source
+from robustkit.models.sources.source import find_source, is_own
 from robustkit.models.strings import ENSEMBLE, FILE, FOLDER, MODULE, SOURCE, ModelString
 from robustkit.registry.strings import defense_files
 
@@ -21,7 +21,8 @@ FLAG = "--trust-code"
 # Prefixes of paths that are not on a disk: another machine, another program.
 _ELSEWHERE = re.compile(r"[\\/]{2}|\w{2,}:")
 _DEVICES = (("dev",), ("proc",), ("sys",))
-# Files that a package's model source may run or unpickle; of weights after `@`, robustkit does neither.
+# Files that a package's model source may run or unpickle. robustkit does neither with weights after `@`, nor do its
+# own sources, unless they declare `runs_code`.
 _CODE_FILE = re.compile(r"\.(py|pyc|pkl|pickle|joblib|dill|pt2?|pth|ckpt|bin|tar|npy)(?!\w)", re.IGNORECASE)
 _PATH = re.compile(r"[/\\.~]|\w+:[/\\]")
 
@@ -70,7 +71,8 @@ def _code_in(string: str) -> Iterator[str]:
     for spec in _parts(string):
         if spec.kind in (FILE, MODULE) or (spec.kind == SOURCE and find_source(spec.source).runs_code):
             yield spec.arch
-        yield from filter(_CODE_FILE.search, _texts(spec))
+        if spec.kind == SOURCE and not is_own(spec.source):
+            yield from filter(_CODE_FILE.search, _texts(spec))
         yield from defense_files(spec.options.get("defense", ""))
 
 

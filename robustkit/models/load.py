@@ -15,6 +15,7 @@ from robustkit.core.preprocess import Preprocess
 from robustkit.models.classifier import Classifier, bare, with_numbers
 from robustkit.models.ensembles import from_several
 from robustkit.models.options import Options, read_mean, read_size, read_std
+from robustkit.models.prepared_net import Form
 from robustkit.models.sources import from_code, from_run
 from robustkit.models.sources.built import Built
 from robustkit.models.sources.kinds import no_such_kind
@@ -93,8 +94,9 @@ def load_model(
         output=options.output,
         binary=options.binary,
         trust_code=trust_code,
-        notes=loaded.notes if loaded else (),
+        notes=(*built.notes, *(loaded.notes if loaded else ())),
     )
+    classifier.net_call.form = Form(batch=built.batch)
     switch_mode(classifier, False)
     return classifier.to(target)
 
@@ -165,6 +167,11 @@ def _no_model(spec: ModelString) -> UsageError:
         return UsageError(
             f"the folder '{folder}' has no model.json: write a folder that 'robustkit train' wrote, or "
             "ARCH@WEIGHTS."
+        )
+    if folder.is_file():
+        return UsageError(
+            f"model {text!r} is a file: write ARCH@FILE if it holds weights, or 'torchscript:{text}' if it is "
+            "TorchScript, which is code that is then run."
         )
     return UsageError(
         f"model {text!r} is neither a folder nor KIND:NAME: write for example robustkit:digits-cnn, "

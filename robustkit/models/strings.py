@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from urllib.parse import parse_qsl, quote
 
 from robustkit.core.errors import UsageError
-from robustkit.models.sources.source import is_prefix
+from robustkit.models.sources.source import is_prefix, prefix_for_file, takes_files
 
 # What a model string names: a net of a source (`timm:NAME`), Python code, a folder of a training, an ensemble.
 SOURCE, FILE, MODULE, FOLDER, ENSEMBLE = "source", "file", "module", "folder", "ensemble"
@@ -31,8 +31,8 @@ class ModelString:
     """A model string in its parts.
 
     Attributes:
-        arch: What builds the net: `robustkit:NAME`, `timm:NAME`, `torchvision:NAME`, `PREFIX:NAME` of an installed
-            package, `module:factory`, `file.py:factory`, a folder that train wrote, or `ensemble:[...]`.
+        arch: What builds the net: `PREFIX:NAME` of a model source, a file such as `net.pt2`, `module:factory`,
+            `file.py:factory`, a folder that train wrote, or `ensemble:[...]`.
         weights: Path of the weights file, as written; None where the string names none.
         options: The query's fields, percent-decoded, in the order written.
     """
@@ -61,7 +61,7 @@ class ModelString:
         marks = list(_QUERY.finditer(text))
         head, query = (text[: marks[-1].start()], text[marks[-1].end() :]) if marks else (text, "")
         source, colon, rest = head.partition(":")
-        name, separator, weights = rest.partition("@")
+        name, separator, weights = (rest, "", "") if takes_files(source) else rest.partition("@")
         arch = source + colon + name
         if not source or (colon and not name):
             example = f"{source}:NAME" if source else "for example robustkit:digits-cnn"
@@ -127,7 +127,7 @@ class ModelString:
         if self.arch.startswith(_OPEN):
             return ENSEMBLE
         if ":" not in self.arch:
-            return FOLDER
+            return SOURCE if prefix_for_file(self.arch) else FOLDER
         if is_prefix(self.source):
             return SOURCE
         if self.source.endswith(".py"):
@@ -147,7 +147,9 @@ class ModelString:
     @property
     def _cut(self) -> tuple[str, str]:
         """Both; the path of a file may have colons of its own, and so may what is meant for a library."""
-        first, _, rest = self.arch.partition(":")
+        first, colon, rest = self.arch.partition(":")
+        if not (colon and is_prefix(first)) and (prefix := prefix_for_file(self.arch)):
+            return prefix, self.arch
         source, _, name = self.arch.rpartition(":")
         return (source, name) if source.endswith(".py") else (first, rest)
 

@@ -29,6 +29,8 @@ class Built:
         preprocess: How it wants image files read, where the source knows.
         convert: What turns the names of other libraries' checkpoints into the net's, where the source has it.
         class_names: What its classes are called, in its order, where the source knows.
+        batch: The only number of images that it takes in a pass; None if it takes any.
+        notes: What the user should know of it, a sentence each.
     """
 
     net: Callable[[torch.Tensor], object]
@@ -41,3 +43,5 @@ class Built:
     preprocess: Preprocess | None = None
     convert: Convert | None = None
     class_names: tuple[str, ...] | None = None
+    batch: int | None = None
+    notes: tuple[str, ...] = ()

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from robustkit.models.weights.files import WeightsFile
 
 # The declaration is found in the text of a file, which is imported only when its prefix is used.
-_DECLARATION = re.compile(r'^SOURCE = ModelSource\(\s*prefix="([\w-]+)"', re.MULTILINE)
+_DECLARATION = re.compile(r'^SOURCE = ModelSource\(\s*prefix="([\w-]+)",(?:\s*suffix="([\w.]+)",)?', re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,9 @@ class ModelSource:
     Attributes:
         prefix: The word before the colon, with hyphens.
         help: One line for `robustkit list models`.
+        suffix: How the files end that are models of this source, such as `.onnx`; a path that ends so is a model
+            string without the prefix, and what follows the prefix is a path, which may contain an `@`. Empty for a
+            source of names.
         build: Returns the net of a model string, with as many classes as its options and its weights file need;
             the loader puts the weights into the net. It is called with torch's generator seeded, which is restored
             afterwards, so initial weights are reproducible without code of its own. Heavy imports belong inside.
@@ -84,6 +87,7 @@ class ModelSource:
     names: Callable[[], Iterable[str]] = tuple
     runs_code: bool = False
     placeholder: str = "NAME"
+    suffix: str = ""
 
     def takes(self, name: str) -> bool:
         """Return whether its queries have this field beside those of every model."""
@@ -93,17 +97,38 @@ class ModelSource:
 @functools.cache
 def _own_modules() -> Mapping[str, str]:
     """Return the modules of robustkit's own sources by their prefixes."""
-    found = {}
+    return {prefix: module for prefix, module, _ in _declarations()}
+
+
+@functools.cache
+def _declarations() -> list[tuple[str, str, str]]:
+    """Return prefix, module and suffix of robustkit's own sources."""
+    found = []
     for file in sorted(Path(__file__).parent.glob("*.py")):
         declaration = _DECLARATION.search(file.read_text(encoding="utf-8"))
         if declaration:
-            found[declaration[1]] = f"{__package__}.{file.stem}"
+            found.append((declaration[1], f"{__package__}.{file.stem}", declaration[2] or ""))
     return found
 
 
 def is_prefix(text: str) -> bool:
     """Return whether a model source has this prefix, without importing it."""
     return text in _own_modules() or text in plugins("models")
+
+
+def is_own(prefix: str) -> bool:
+    """Return whether the source of a prefix is robustkit's own, not that of an installed package."""
+    return prefix in _own_modules()
+
+
+def takes_files(prefix: str) -> bool:
+    """Return whether a path of a file follows a prefix."""
+    return any(prefix == own and suffix for own, _, suffix in _declarations())
+
+
+def prefix_for_file(path: str) -> str | None:
+    """Return the prefix of the source whose files end as this path does; None if there is none."""
+    return next((own for own, _, suffix in _declarations() if suffix and path.lower().endswith(suffix)), None)
 
 
 def own_sources() -> Iterator[ModelSource]:
