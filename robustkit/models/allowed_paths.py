@@ -21,8 +21,8 @@ FLAG = "--trust-code"
 # Prefixes of paths that are not on a disk: another machine, another program.
 _ELSEWHERE = re.compile(r"[\\/]{2}|\w{2,}:")
 _DEVICES = (("dev",), ("proc",), ("sys",))
-# Files that a package's model source may run or unpickle. robustkit does neither with weights after `@`, nor do its
-# own sources, unless they declare `runs_code`.
+# Files that a package's model source may run or unpickle. robustkit does neither with weights after `@`, and
+# its own sources do neither unless they declare `runs_code`.
 _CODE_FILE = re.compile(r"\.(py|pyc|pkl|pickle|joblib|dill|pt2?|pth|ckpt|bin|tar|npy)(?!\w)", re.IGNORECASE)
 _PATH = re.compile(r"[/\\.~]|\w+:[/\\]")
 
