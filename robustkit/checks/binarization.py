@@ -96,9 +96,7 @@ def binarization(
         UsageError: if the model has no linear layer that gives its classes, or too many features, or no linear
         classifier separates the planted points from the others: then the test has no result.
     """
-    ends = heads(model, net, x[:1])
-    with torch.no_grad():
-        width = features(model, ends, x[:1]).shape[1]
+    ends, width = heads(model, net, x[:1])
     if width > MAX_FEATURES:
         raise UsageError(
             f"binarization: {width:,} features of an image are too many to keep those of all points around it; "
@@ -116,6 +114,9 @@ def binarization(
         for draw in range(queries):
             points = edge(x, threat, rng.at(restart=1, step=draw))
             corners = corners | (binary(points).argmax(1) == 1)
+            # Even with one more success so far, as many draws as queries would not reach half of the points.
+            if (int(corners.sum()) + 1) * queries <= MAX_CONTROL_RATE * len(x) * (draw + 1):
+                break
     return Binarization(float(found.double().mean()), float(corners.double().mean()), len(x))
 
 
@@ -202,25 +203,30 @@ def _regressed(rows: Tensor, point: Tensor, weight: Tensor, bias: Tensor) -> Ten
     return weight
 
 
-def heads(model: Model, net: nn.Module, image: Images) -> list[nn.Linear]:
-    """Return the linear layers that return the classes in a pass over an image (1 C H W); one for each member.
+def heads(model: Model, net: nn.Module, image: Images) -> tuple[list[nn.Linear], int]:
+    """Return the linear layers that return the classes in a pass over an image (1 C H W), and their features.
+
+    There is one layer for each member, and the number of features is that of all.
 
     Raises:
         UsageError: if there is none.
     """
-    ran: list[nn.Linear] = []
+    ran = dict[nn.Linear, int]()
     linear = [part for part in net.modules() if isinstance(part, nn.Linear)]
-    handles = [part.register_forward_pre_hook(lambda module, args: ran.append(module)) for part in linear]
+    handles = [
+        part.register_forward_pre_hook(lambda module, args: ran.update({module: args[0][0].numel()}))
+        for part in linear
+    ]
     try:
         with torch.no_grad(), not_recording():
             classes = model(image).shape[1]
     finally:
         for handle in handles:
             handle.remove()
-    found = list(dict.fromkeys(part for part in ran if part.out_features == classes))
+    found = [part for part in ran if part.out_features == classes]
     if not found:
         raise UsageError("binarization: the model has no linear layer whose input could be read as features.")
-    return found
+    return found, sum(ran[part] for part in found)
 
 
 def features(model: Model, ends: Sequence[nn.Module], x: Images) -> Tensor:

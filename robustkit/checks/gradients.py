@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from robustkit.attack_api import Answer, query
+from robustkit.attack_api import query
 from robustkit.checks import lints, slopes
+from robustkit.checks.nearby import MAX_SMALL_ERROR
 from robustkit.checks.outputs import probabilities
-from robustkit.checks.probe import Probe, agree
-from robustkit.checks.randomness import SEEDERS
+from robustkit.checks.probe import REPEATS, Probe
+from robustkit.checks.repeated_calls import agree, seed_generators
 from robustkit.core.criteria import Goal
 from robustkit.core.flags import Flag, passed, unmeasured
 from robustkit.core.rng import RowRng
@@ -18,15 +19,17 @@ VANISHING = 1e-7
 MAX_VANISHED_SHARE = 0.75
 # The least number of points at which a gradient is compared with finite differences.
 POINTS = 8
+# The images at which the gradient is computed twice.
+ROWS_REPEATED = 4
 # The rounding error of a net's own arithmetic, in roundings of the largest logit.
 ROUNDING = 4
 
 
 def broken(probe: Probe) -> Flag | None:
-    """Images with a pixel whose gradient is infinite or NaN, in either loss."""
-    sound = torch.stack([gradient.flatten(1).isfinite().all(1) for gradient in probe.raw_gradients.values()]).all(
-        0
-    )
+    """Images with a pixel whose gradient is infinite or NaN."""
+    sound = probe.raw_gradients.flatten(1).isfinite().all(1)
+    for gradient in probe.loss_gradients.values():
+        sound &= gradient.isfinite().all(1)
     if sound.all():
         return None
     return Flag(
@@ -42,7 +45,7 @@ def broken(probe: Probe) -> Flag | None:
 
 def zero(probe: Probe) -> Flag:
     """I1: images at which the margin's gradient is exactly zero."""
-    code, gone = "zero-gradient", _sizes(probe, "margin") == 0
+    code, gone = "zero-gradient", _sizes(probe) == 0
     if not len(gone):
         return unmeasured(
             code, "the model misclassifies all of the first images", "pass images that it classifies correctly"
@@ -60,9 +63,12 @@ def zero(probe: Probe) -> Flag:
 
 
 def vanishing(probe: Probe) -> Flag | None:
-    """Images at which cross-entropy's gradient is tiny beside the margin's."""
-    ce, margin = _sizes(probe, "ce"), _sizes(probe, "margin")
-    gone = (ce < VANISHING * margin) & (margin > 0)
+    """Images at which cross-entropy's gradient is tiny beside the margin's.
+
+    Both go backward through the same layers, so those in the logits are compared.
+    """
+    ce, margin = (gradient.abs().amax(1) for gradient in probe.loss_gradients.values())
+    gone = (ce < VANISHING * margin) & (_sizes(probe) > 0)
     if not len(gone) or gone.float().mean() <= MAX_VANISHED_SHARE:
         return None
     return Flag(
@@ -84,28 +90,30 @@ def disagrees(probe: Probe) -> Flag:
     time. Not measured for probabilities, whose slope is 0 if the model is certain, nor for models whose draws no
     seed repeats: those have other flags.
     """
-    code, rows = "wrong-gradient", probe.correct_rows[_sizes(probe, "margin") > 0]
+    code, rows = "wrong-gradient", probe.correct_rows[_sizes(probe) > 0]
     if not len(rows) or probabilities(probe):
         return unmeasured(
             code, "there is no slope to compare: zero gradients, or probabilities", "see their flags"
         )
+    what = "is the median relative error of the gradient against finite differences"
+    if len(rows) == len(probe.correct_rows) and probe.nearby.slope_error <= MAX_SMALL_ERROR:
+        return passed(code, round(probe.nearby.slope_error, 4), what)
     rows = rows.repeat(-(-POINTS // len(rows)))
     copies = torch.arange(len(rows), device=rows.device)
     rng, goal = RowRng(probe.seed, "slopes", copies), Goal(probe.labels[rows])
     x = slopes.nearby(probe.x[rows], rng.at(step=1))
-    there = _seeded(probe, x, goal)
+    there = probe.seeded_query(x, goal)
     rounding = ROUNDING * _precision(there.logits) * float(there.logits.abs().amax(1).median())
 
     def loss(images: Images) -> PerRow:
-        return _seeded(probe, images, goal, with_gradient=False).loss
+        return probe.seeded_query(images, goal, with_gradient=False).loss
 
     flat = there.gradient.flatten(1)
     kinds = ((there.gradient.sign(), flat.abs().sum(1)), (slopes.signs(x, rng.at(step=2)), flat.norm(dim=1)))
     comparisons = [slopes.compare(loss, x, there.gradient, direction, size, rounding) for direction, size in kinds]
     worst = round(max(one.error for one in comparisons), 4)
-    what = "is the median relative error of the gradient against finite differences"
     if any(one.state == "wrong" for one in comparisons):
-        one, other = (_seeded(probe, x, goal, with_gradient=False).logits for _ in range(2))
+        one, other = (probe.seeded_query(x, goal, with_gradient=False).logits for _ in range(2))
         if not agree(one, other):
             return unmeasured(
                 code, "no seed repeats the model's draws, so there is nothing to compare", "see its draws"
@@ -129,11 +137,12 @@ def disagrees(probe: Probe) -> Flag:
 
 def unlike(probe: Probe) -> Flag | None:
     """Gradients that differ at the same point though logits do not: random numbers in the backward pass."""
-    rows = probe.first_correct_rows
+    rows = probe.correct_rows[:ROWS_REPEATED]
     if not len(rows) or not probe.deterministic:
         return None
+    seed_generators(REPEATS + 1)
     again = query(probe.model, probe.x[rows], Goal(probe.labels[rows]), "margin").gradient
-    value = lints.gradient_disagreement(probe.gradients["margin"][: len(rows)], again)
+    value = lints.gradient_disagreement(probe.gradients[: len(rows)], again)
     if value <= lints.YELLOW:
         return None
     return Flag(
@@ -146,13 +155,6 @@ def unlike(probe: Probe) -> Flag | None:
     )
 
 
-def _seeded(probe: Probe, x: Images, goal: Goal, *, with_gradient: bool = True) -> Answer:
-    """Return the result of a query at x (B C H W) with all generators seeded. The caller isolates them."""
-    for seed in SEEDERS.values():
-        seed(0)
-    return query(probe.model, x, goal, "margin", with_gradient)
-
-
 def _precision(logits: Logits) -> float:
     """Return the relative rounding of the type that logits were computed in, as their digits show."""
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
@@ -161,6 +163,6 @@ def _precision(logits: Logits) -> float:
     return torch.finfo(logits.dtype).eps
 
 
-def _sizes(probe: Probe, loss: str) -> PerRow:
-    """Return the largest entry of each of the few rows' gradients."""
-    return probe.gradients[loss].flatten(1).abs().amax(1) if len(probe.correct_rows) else torch.zeros(0)
+def _sizes(probe: Probe) -> PerRow:
+    """Return the largest entry of the margin's gradient at each correct image."""
+    return probe.gradients.flatten(1).abs().amax(1) if len(probe.correct_rows) else torch.zeros(0)

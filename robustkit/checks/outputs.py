@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
-
 from robustkit.checks import lints
-from robustkit.checks.probe import NOISE, Probe
+from robustkit.checks.probe import Probe
+from robustkit.checks.repeated_calls import NOISE
 from robustkit.core.flags import Flag, passed, unmeasured
 
 ROUNDING = 1e-5
@@ -130,15 +129,14 @@ def dim_images(probe: Probe) -> Flag | None:
 
 def batch_dependent(probe: Probe) -> Flag:
     """Logits of an image that change by more than float noise when it is evaluated alone."""
-    with torch.no_grad():
-        alone, again = probe.model(probe.x[:1]), probe.model(probe.x[:1])
-    if not torch.equal(alone, again):  # random models have another diagnosis
-        return unmeasured("batch-dependent", "the model is random, which hides it", "see its draws")
+    alone, _ = probe.alone
     scale = probe.logits[:1].abs().max().clamp(min=1e-12)
     gap = float((alone - probe.logits[:1]).abs().max() / scale)
     what = "is the relative change of an image's logits when it is evaluated alone"
     if gap <= NOISE:
         return passed("batch-dependent", round(gap, 6), what)
+    if not probe.deterministic:  # random models have another diagnosis
+        return unmeasured("batch-dependent", "the model is random, which hides it", "see its draws")
     return Flag(
         "batch-dependent",
         "warning",

@@ -2,26 +2,9 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
-
-import numpy as np
-import torch
-
 from robustkit.checks.probe import Probe
+from robustkit.checks.repeated_calls import SEEDERS, UNCHANGED, change
 from robustkit.core.flags import Flag, passed, unmeasured
-from robustkit.core.shapes import Logits
-from robustkit.runs.recorded_outputs import not_recording
-
-NOISE = 1e-4
-CALLS = 5
-SEEDERS: dict[str, Callable[[int], object]] = {
-    "torch": torch.manual_seed,
-    "numpy": np.random.seed,
-    "random": random.seed,
-}
 
 
 def randomised(probe: Probe) -> Flag:
@@ -32,13 +15,15 @@ def randomised(probe: Probe) -> Flag:
     """
     if probe.attacks and all(getattr(attack, "eot_iter", 1) > 1 for attack in probe.attacks):
         return unmeasured("randomised", "the suite averages over draws in any case", "nothing to do")
-    gap = max(_gap(_normalised(probe.logits), _answer(probe, call)) for call in range(1, CALLS))
+    gap = probe.change_between_calls
     what = "is the largest change of the normalised logits between calls"
-    if gap <= NOISE:
+    if gap <= UNCHANGED:
         return passed("randomised", round(gap, 6), what)
-    first = _answer(probe)
-    still = _gap(first, _answer(probe)) > NOISE
-    sources = [name for name in SEEDERS if not still and _gap(first, _answer(probe, differently=name)) > NOISE]
+    first = probe.seeded_logits()
+    still = change(first, probe.seeded_logits()) > UNCHANGED
+    sources = [
+        name for name in SEEDERS if not still and change(first, probe.seeded_logits(differently=name)) > UNCHANGED
+    ]
     return Flag(
         "randomised",
         "warning",
@@ -52,59 +37,14 @@ def randomised(probe: Probe) -> Flag:
 
 def optimises_at_test_time(probe: Probe) -> Flag:
     """Gradient computations inside the forward pass."""
-    with _counted() as calls, torch.no_grad(), not_recording():
-        probe.model(probe.x[:2])
+    calls = probe.alone[1]
     if not calls:
         return passed("test-time-optimisation", 0, "gradient calls are made inside one forward pass")
     return Flag(
         "test-time-optimisation",
         "warning",
-        len(calls),
-        f"gradient call{'s are' if len(calls) > 1 else ' is'} made inside one forward pass: attacks do not "
+        calls,
+        f"gradient call{'s are' if calls > 1 else ' is'} made inside one forward pass: attacks do not "
         f"differentiate through them",
         "also run an adaptive attack",
     )
-
-
-def _answer(probe: Probe, seed: int = 0, differently: str | None = None) -> Logits:
-    """Return the normalised logits with all generators at this seed, one of them at the next."""
-    for name, start in SEEDERS.items():
-        start(seed + (name == differently))
-    with torch.no_grad():
-        return _normalised(probe.model(probe.x))
-
-
-def _normalised(logits: Logits) -> Logits:
-    normalised: Logits = logits / logits.norm(dim=1, keepdim=True).clamp(min=1e-10)
-    return normalised
-
-
-def _gap(one: Logits, other: Logits) -> float:
-    return float((one - other).norm(dim=1).max())
-
-
-@contextmanager
-def _counted() -> Iterator[list[str]]:
-    """Count the calls of torch's gradient functions inside."""
-    calls: list[str] = []
-    places: list[tuple[Any, str]] = [
-        (torch.autograd, "grad"),
-        (torch.autograd, "backward"),
-        (torch.Tensor, "backward"),
-    ]
-    originals = [getattr(owner, name) for owner, name in places]
-
-    def noting(original: Any, name: str) -> Any:
-        def call(*arguments: Any, **more: Any) -> Any:
-            calls.append(name)
-            return original(*arguments, **more)
-
-        return call
-
-    try:
-        for (owner, name), original in zip(places, originals, strict=True):
-            setattr(owner, name, noting(original, name))
-        yield calls
-    finally:
-        for (owner, name), original in zip(places, originals, strict=True):
-            setattr(owner, name, original)

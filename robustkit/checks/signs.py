@@ -11,6 +11,7 @@ import torch
 
 from robustkit.checks import indicators
 from robustkit.checks.binarization import binarization
+from robustkit.checks.nearby import MAX_SMALL_CHANGE
 from robustkit.checks.probe import Probe
 from robustkit.core.criteria import Goal
 from robustkit.core.errors import UsageError
@@ -20,7 +21,7 @@ from robustkit.core.rng import RowRng
 # The mean relative change of the margin above which it is flagged, and the number of draws; plain nets have a
 # quarter of it at most.
 UNSTABLE, DRAWS = 0.5, 12
-INNER = 19
+INNER = 3
 NO_ATTACK = "the run has no row-wise attack with one gradient and one start to test"
 NO_CORRECT_IMAGE = "the model misclassifies all of the first images"
 ADD_ONE = "add one: --suite 'rapid,...'"
@@ -31,12 +32,15 @@ def unstable(probe: Probe) -> Flag:
     code, rows = "unstable-loss", probe.first_correct_rows
     if not len(rows):
         return unmeasured(code, NO_CORRECT_IMAGE, "pass images that it classifies correctly")
+    value = round(probe.nearby.mean_change, 4)
+    what = "is the mean relative change of the margin if pixels change by at most 4/255"
+    if value <= MAX_SMALL_CHANGE and probe.deterministic:
+        return passed(code, value, what)
     x, points = probe.x[rows], indicators.nearby(probe.x[rows], RowRng(probe.seed, "nearby", rows), draws=DRAWS)
     with torch.no_grad():
         logits = [probe.model(images.clamp(0, 1)) for images in (*points, x)]
         margins = Goal(probe.labels[rows].repeat(len(logits))).loss(torch.cat(logits), "margin").view(-1, len(x))
     value = round(float(indicators.unstable(margins[-1], margins[:-1]).mean()), 4)
-    what = "is the mean relative change of the margin if pixels change by at most 4/255"
     if value <= UNSTABLE:
         return passed(code, value, what)
     return Flag(
@@ -51,28 +55,27 @@ def unstable(probe: Probe) -> Flag:
 def silent(probe: Probe) -> Flag:
     """I3: attacks with a success before the last point but not at it; they count, so it is never a flag."""
     code = "silent-success"
-    if why := _without_trail(probe, code):
-        return why
-    found = indicators.silent(probe.trail.fooled)
+    runs = probe.pgd_runs if probe.deterministic else None
+    if runs is None or runs.fooled is None:
+        return _without_runs(probe, code)
+    found = indicators.silent(runs.fooled)
     return passed(
         code,
         int(found.sum()),
-        f"of {len(found)} attacks of 40 steps fooled the model before but not at their last point; every "
-        "query is judged, so these count",
+        f"of {len(found)} attacks of {runs.steps} steps fooled the model before but not at their last point; "
+        "every query is judged, so these count",
     )
 
 
 def incomplete(probe: Probe) -> Flag:
     """I4: attacks that failed while their loss still rose; not measured on random models."""
     code = "incomplete-optimisation"
-    if why := _without_trail(probe, code):
-        return why
-    failed = ~probe.trail.fooled.any(1)
-    rising = int((indicators.incomplete(probe.trail.losses) & failed).sum())
-    what = (
-        f"of {int(failed.sum())} attacks that failed in 40 steps gained a twentieth of their rise in the last ten"
-    )
-    if rising < 3 or 2 * rising <= failed.sum():
+    runs = probe.pgd_runs if probe.deterministic else None
+    if runs is None or runs.fooled is None:
+        return _without_runs(probe, code)
+    rising = runs.still_rising
+    what = f"of {runs.failed} attacks that failed in {runs.steps} steps gained {runs.late}"
+    if rising < 3 or 2 * rising <= runs.failed:
         return passed(code, rising, what)
     return Flag(
         code,
@@ -128,12 +131,11 @@ def finds_planted_points(probe: Probe) -> Flag:
     )
 
 
-def _without_trail(probe: Probe, code: str) -> Flag | None:
-    """Return a flag that says why there is no trace of PGD to measure, if there is none."""
+def _without_runs(probe: Probe, code: str) -> Flag:
+    """Return a flag that says why there are no runs of PGD to measure."""
     if not len(probe.correct_rows):
         return unmeasured(code, NO_CORRECT_IMAGE, "pass images that it classifies correctly")
     if not probe.deterministic:
         return unmeasured(code, "the loss of a random model changes from draw to draw", "look at its draws")
-    if not len(probe.left):
-        return passed(code, 0, "attacks failed: every image tested was fooled within 20 steps")
-    return None
+    steps = probe.pgd_runs.steps // 2
+    return passed(code, 0, f"attacks failed: every image tested was fooled within {steps} steps")

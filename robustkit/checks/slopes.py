@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from robustkit.attack_api import Answer
 from robustkit.core.rng import RowRng
 from robustkit.core.shapes import Images, PerRow
 
@@ -85,10 +86,27 @@ def _relative(one: PerRow, other: PerRow, size: PerRow) -> float:
     return float(((one - other).abs() / torch.stack([one.abs(), other.abs(), size]).amax(0)).median())
 
 
-def nearby(x: Images, rng: RowRng) -> Images:
+def one_sided_error(there: Answer, ahead: PerRow, direction: Images, size: PerRow) -> float:
+    """Return the median relative error of the gradient by the losses one step ahead along a direction.
+
+    Args:
+        there: loss and gradient at the points (B).
+        ahead: the loss one step of STEPS[0] along the direction (B).
+        direction: (B C H W), entries of -1, 0 and 1.
+        size: a typical slope along such directions (B).
+    """
+    promised = (there.gradient * direction).flatten(1).sum(1).double()
+    slope = (ahead.double() - there.loss.double()) / STEPS[0]
+    return _relative(slope, promised, size.double().clamp(min=1e-30))
+
+
+def nearby(x: Images, rng: RowRng, jitter: float = JITTER) -> Images:
     """Return random points close to the images, far enough inside the box for every step."""
     inside = max(STEPS) + JITTER
-    return x.clamp(inside, 1 - inside) + (JITTER * (2 * rng.uniform(*x.shape[1:]) - 1)).to(x)
+    noise = (jitter * (2 * rng.uniform(*x.shape[1:]) - 1)).to(x)
+    if jitter > JITTER:
+        return (x + noise).clamp(inside, 1 - inside)
+    return x.clamp(inside, 1 - inside) + noise
 
 
 def signs(x: Images, rng: RowRng) -> Images:

@@ -6,7 +6,10 @@ from collections.abc import Container, Sequence
 from dataclasses import replace
 from fractions import Fraction
 
-from robustkit.checks.probe import Probe
+import torch
+
+from robustkit.checks.pgd_runs import MIN_GAINED
+from robustkit.checks.probe import MAX_ROWS_SEVERAL, Probe
 from robustkit.core.flags import Flag, passed, unmeasured
 from robustkit.core.threat import ThreatModel
 from robustkit.runs.report_parts import Stage
@@ -17,16 +20,23 @@ VIEW_GAIN = 0.02
 
 
 def robust_at_any_eps(probe: Probe) -> Flag:
-    """I6: images that PGD does not fool although every image is allowed, if they are more than chance."""
+    """I6: images that PGD does not fool although every image is allowed, if they are more than chance.
+
+    If PGD fools all of the first images, and no other check found a sign of a mask, the others are left out.
+    """
     code = "survives-any-eps"
     if not len(probe.correct_rows):
         return unmeasured(
             code, "the model misclassifies all of the first images", "pass images that it classifies correctly"
         )
-    left = probe.robust_under(_unlimited_threat(probe), probe.correct_rows, steps=40)
+    threat, rows = _unlimited_threat(probe), probe.correct_rows[:MAX_ROWS_SEVERAL]
+    left = probe.robust_under(threat, rows, steps=40)
+    others = probe.correct_rows[MAX_ROWS_SEVERAL:]
+    if len(others) and (len(left) or probe.suspicious):
+        left, rows = torch.cat([left, probe.robust_under(threat, others, steps=40)]), probe.correct_rows
     chance = 1 / probe.logits.shape[1]
-    what = f"of {len(probe.correct_rows)} images are robust to gradient attacks without a limit of distance"
-    if len(left) <= chance * len(probe.correct_rows):
+    what = f"of {len(rows)} images are robust to gradient attacks without a limit of distance"
+    if len(left) <= chance * len(rows):
         return passed(code, len(left), what)
     return Flag(
         code,
@@ -38,7 +48,7 @@ def robust_at_any_eps(probe: Probe) -> Flag:
 
 
 def unconverged(probe: Probe) -> Flag:
-    """Images that 40 steps of PGD fool but 20 do not; not measured on random models."""
+    """Images that only the second half of PGD's steps fools; not measured on random models."""
     code = "not-converged"
     if not len(probe.correct_rows):
         return unmeasured(
@@ -46,9 +56,10 @@ def unconverged(probe: Probe) -> Flag:
         )
     if not probe.deterministic:
         return unmeasured(code, "on a random model more steps also mean more random draws", "look at its draws")
-    gained = int(probe.trail.fooled.any(1).sum()) if len(probe.left) else 0
-    what = f"of {len(probe.correct_rows)} images are fooled by 40 steps of PGD but not by 20"
-    if gained < 3 or gained <= 0.1 * len(probe.correct_rows):
+    runs = probe.pgd_runs
+    gained = runs.gained
+    what = f"of {runs.tested} images are fooled by {runs.steps} steps of PGD but not by {runs.steps // 2}"
+    if gained < MIN_GAINED or gained <= 0.1 * runs.tested:
         return passed(code, gained, what)
     return Flag(
         code,

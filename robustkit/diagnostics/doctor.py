@@ -70,15 +70,17 @@ def examine(
         probe = Probe(
             instrumented, x, labels, threat, attacks, seed, None if instrumented.backward_error else model
         )
-        check_logits(probe.logits, samples.labels, np.arange(len(samples)))
+        with torch.no_grad():
+            logits = instrumented(x)
+        check_logits(logits, samples.labels, np.arange(len(samples)))
         with threads(instrumented.threads):
             flags = [flag for flag in diagnose(probe) if flag.raised]
         flags += noticed(0, 0, instrumented) if instrumented.backward_error else []
         flags += training_mode(was_training, training_count(model))
         flags += enlarged_images(pixel_space(model, samples))
-        predictions = probe.logits.argmax(1)
+        predictions = logits.argmax(1)
         correct = int((predictions == labels).sum())
-        flags += label_checks(predictions.tolist(), samples.labels.tolist(), probe.logits.shape[1])
+        flags += label_checks(predictions.tolist(), samples.labels.tolist(), logits.shape[1])
         flags += samples.flags
     return Diagnosis(
         model=model.string,
@@ -86,7 +88,7 @@ def examine(
         threat=str(threat),
         n=len(samples),
         correct=correct,
-        classes=probe.logits.shape[1],
+        classes=logits.shape[1],
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         flags=flags,
         cost=Cost(instrumented.forwards, instrumented.backwards, time.perf_counter() - begun),

@@ -96,7 +96,8 @@ def test_an_unmasked_net_and_a_sound_attack_raise_no_indicator() -> None:
 @pytest.mark.parametrize("threat", ["linf:0.1", "l2:0.5", "l1:4"])
 def test_planted_adversarial_points_fool_the_model(threat: str) -> None:
     rules, net, x = ThreatModel.parse(threat), Small(1), torch.rand(5, 1, 9, 7)
-    ends = heads(net, net, x[:1])
+    ends, width = heads(net, net, x[:1])
+    assert width == 32
     question = binary_problems(net, ends, x, rules, rows(5), inner=19)
     assert rules.contains(question.witness, x).all()
     assert np.allclose(rules.distance(question.witness, x), float(rules.eps), atol=1e-6)
