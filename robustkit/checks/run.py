@@ -74,10 +74,10 @@ def training_mode(was_training: bool, stuck: int) -> list[Flag]:
 def diagnose(probe: Probe) -> list[Flag]:
     """Return the flags that a model raises, and the measurements of the checks that raised none, in a fixed order.
 
-    Short checks come first, and longer ones only where they do not decide. A deterministic net whose gradients are
-    useful costs at most about 300 passes, whatever the number of images: 32 images forward and backward, 24 repeated
-    forwards, 32 passes for finite differences, 12 starts of PGD without a limit of distance, 12 first steps and 45
-    passes of short PGD runs, 81 to plant 8 points and find them, and a few more where an attack needs several steps.
+    Short checks come first, and longer ones only where they do not decide. A deterministic net whose gradients
+    are useful costs about 300 passes, whatever the number of images: 32 images forward and backward, 24 repeated
+    forwards, 32 passes for finite differences, 12 starts of PGD without a limit of distance, 12 first steps and
+    45 passes of short PGD runs, 81 to plant 8 points and find them, and more where an attack needs several steps.
     Where a short check finds a sign of a mask, the long ones cost a few thousand passes.
     """
     flags = (check(probe) for check in BEFORE_ATTACKS)
