@@ -73,14 +73,14 @@ def measured(name: str, subject: Subject, each: bool) -> Row:
             seconds[0] += time.process_time() - begun
             return found
 
-        runner._check = timed  # type: ignore[method-assign]
+        runner._check = timed  # type: ignore[method-assign, assignment]
         if each:
-            checks.BEFORE_ATTACKS = tuple(_noting(one, by_check) for one in listed)  # type: ignore[misc, assignment]
+            checks.BEFORE_ATTACKS = tuple(_noting(one, by_check) for one in listed)  # type: ignore[assignment]
         try:
             with threads(1):
                 runner.run_clean(results.scope)
         finally:
-            checks.BEFORE_ATTACKS = listed  # type: ignore[misc]
+            checks.BEFORE_ATTACKS = listed
     values = {flag.code: flag.value for flag in results.passed.values()}
     return {
         "name": name,
