@@ -114,6 +114,20 @@ _ENTRIES = (
         is_path=True,
     ),
     DataEntry(
+        "list",
+        "your image files and their labels, listed in CSV (path,label) or JSONL",
+        "PATH.csv",
+        load=f"{_SOURCES}.listed_files:load",
+        is_pictures=True,
+    ),
+    DataEntry(
+        "hf-data",
+        "a data set of the Hugging Face hub, or a local folder of Parquet files; needs the library datasets",
+        "hf-data:NAME:SPLIT",
+        load=f"{_SOURCES}.hf_datasets:load",
+        is_pictures=True,
+    ),
+    DataEntry(
         "npz",
         "your arrays: x (images), y (labels), optionally classes (names); ?layout=NCHW or NHWC",
         "PATH.npz",

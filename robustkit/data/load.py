@@ -16,6 +16,9 @@ from robustkit.data.samples import Samples
 from robustkit.data.strings import DataString
 from robustkit.registry.plugins import Plugin, plugins
 
+# The kinds of data that are files, by the ends of their names.
+FILES = {".npz": "npz", ".csv": "list", ".jsonl": "list"}
+
 
 def load_data(
     string: str, *, root: Path | None = None, download: bool = False, preprocess: Preprocess | None = None
@@ -26,9 +29,9 @@ def load_data(
     and `webdataset:SHARDS`, whose own order may be by class.
 
     Args:
-        string: `NAME[:SPLIT]`, `folder:PATH`, `webdataset:SHARDS`, or a path that ends in `.npz`; with
-            `?classes=` the names of the model's classes in its order (see `read_order`), with
-            `?corruption=fog@3` corrupted images, and for arrays with `?layout=` NCHW or NHWC.
+        string: `NAME[:SPLIT]`, `folder:PATH`, `webdataset:SHARDS`, `hf-data:NAME:SPLIT`, or a path that ends in
+            `.npz`, `.csv` or `.jsonl`; with `?classes=` the names of the model's classes in its order (see
+            `read_order`), with `?corruption=fog@3` corrupted images, and for arrays with `?layout=` NCHW or NHWC.
         root: folder of downloaded data sets; the default is $ROBUSTKIT_DATA, else ~/.cache/robustkit/data.
         download: whether a missing data set is downloaded, if torchvision can.
         preprocess: how image files are resized and cropped for the model; arrays are not changed.
@@ -47,10 +50,11 @@ def load_data(
     spec = DataString.parse(string)
     if "classes" in spec.options:
         spec = replace(spec, options=spec.options | {"classes": absolute(spec.options["classes"])})
-    is_npz = spec.head.lower().endswith(".npz") and not spec.is_path
+    file = _file_kind(spec.head) if not spec.is_path else None
+    is_npz = file == "npz"
     if "layout" in spec.options and not is_npz:
         raise UsageError(f"data {string!r} has a layout=, which only .npz arrays need; leave it out.")
-    samples = _loaded("npz" if is_npz else spec.name, DataRequest(spec, "", root, download, preprocess))
+    samples = _loaded(file or spec.name, DataRequest(spec, "", root, download, preprocess))
     if "classes" in spec.options:
         samples = relabelled(samples, read_order(spec.options["classes"]))
     if "corruption" in spec.options:
@@ -60,12 +64,17 @@ def load_data(
     return replace(samples, name=f"{samples.name}{spec.query}")
 
 
+def _file_kind(path: str) -> str | None:
+    """Return the kind of data that a file is by the end of its name; None if it is none."""
+    return FILES.get(os.path.splitext(path)[1].lower())
+
+
 def _loaded(name: str, request: DataRequest) -> Samples:
     """Return the samples of an entry of the catalog, or of an installed package."""
     spec = request.spec
     if name not in CATALOG and name in plugins("data"):
         return _installed(plugins("data")[name], spec.head)
-    if name not in CATALOG or (name == "npz" and not spec.head.lower().endswith(".npz")):
+    if name not in CATALOG or (name in FILES.values() and _file_kind(spec.head) != name):
         raise _unknown(spec.head, name)
     entry = CATALOG[name]
     if entry.splits:
@@ -91,8 +100,8 @@ def _unknown(string: str, name: str) -> UsageError:
     file, npz, split = string.partition(".npz:")
     if npz:
         return UsageError(f"{string!r} names the split {split!r}, but an .npz file has none; write {file}.npz.")
-    if name == "npz":
-        return UsageError(f"{string!r} names no file; write a path that ends in .npz, without 'npz:'.")
+    if name in FILES.values():
+        return UsageError(f"{string!r} names no file; write a path that ends in .npz, .csv or .jsonl, alone.")
     path = os.path.expanduser(string)
     if os.path.isdir(path):
         return UsageError(f"{string!r} is a folder; write folder:{string} if it holds one folder per class.")

@@ -63,7 +63,8 @@ class DataString:
     @property
     def is_pictures(self) -> bool:
         """Whether these are image files."""
-        return self.name in CATALOG and CATALOG[self.name].is_pictures
+        listed = self.head.lower().endswith((".csv", ".jsonl"))
+        return listed or (self.name in CATALOG and CATALOG[self.name].is_pictures)
 
     @property
     def query(self) -> str:

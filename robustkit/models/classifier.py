@@ -21,6 +21,7 @@ from robustkit.models.fingerprint import (
     qualified_name,
     state_sha256,
 )
+from robustkit.models.maite import MaiteNet, is_maite
 from robustkit.models.options import read_binary
 from robustkit.models.outputs import LogitsReader
 from robustkit.models.prepared_net import PreparedNet
@@ -167,12 +168,16 @@ def as_classifier(model: object, *, output: str | int | None = None, binary: str
         advice = "load_model(...) of it" if isinstance(model, str) else "a function from images to logits"
         raise UsageError(f"a model cannot be of type {type(model).__name__}: give a torch.nn.Module or {advice}.")
     model = bare(model)
-    model = with_numbers(model, f"python:{qualified_name(model)}")
+    identity = callable_identity(model)
+    name = qualified_name(model)
+    if is_maite(model):
+        model = MaiteNet(model)
+    model = with_numbers(model, f"python:{name}")
     num_classes = getattr(model, "num_classes", None)
     return Classifier(
         model,
-        string=f"python:{qualified_name(model)}",
-        identity=callable_identity(model),
+        string=f"python:{name}",
+        identity=identity,
         num_classes=num_classes if isinstance(num_classes, int) else None,
         output=None if output is None else str(output),
         binary=None if binary is None else read_binary(binary),

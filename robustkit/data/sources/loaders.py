@@ -137,11 +137,20 @@ def _pixels(image: Any, name: str, number: int) -> npt.NDArray[Any]:
     return np.asarray(image)
 
 
+def _maite_classes(data: Any) -> list[str] | None:
+    """Return the names in the metadata of a MAITE data set, if it has one for each number."""
+    metadata = getattr(data, "metadata", None)
+    labels = metadata.get("index2label") if isinstance(metadata, Mapping) else None
+    if not isinstance(labels, Mapping) or sorted(labels) != list(range(len(labels))):
+        return None
+    return [str(labels[number]) for number in range(len(labels))]
+
+
 def _classes(data: Any) -> tuple[tuple[str, ...] | None, bool]:
     """Return the names of a dataset's classes, and whether they are numbered as they sort."""
     while hasattr(data, "dataset"):
         data = data.dataset
-    names = getattr(data, "classes", None)
+    names = getattr(data, "classes", None) or _maite_classes(data)
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
         return None, False
     return tuple(names), hasattr(data, "class_to_idx") and list(names) == sorted(names)
