@@ -10,6 +10,8 @@ import torch
 import robustkit
 from robustkit.models import as_classifier
 
+NAMES = tuple(f"digit {number}" for number in range(10))
+
 
 class Model:
     """A MAITE classifier around the built-in net."""
@@ -65,4 +67,4 @@ def test_a_maite_classifier_and_data_set_are_taken_as_they_are() -> None:
 def test_the_names_of_its_classes_are_kept() -> None:
     from robustkit.data.sources.loaders import from_dataset
 
-    assert from_dataset(Data(3)).classes == tuple(f"digit {number}" for number in range(10))
+    assert from_dataset(Data(3)).classes == NAMES
