@@ -48,7 +48,7 @@ def load(request: DataRequest) -> Samples:
         UsageError: `datasets` is missing, the data set or split cannot be loaded, or it has no images with labels.
     """
     if importlib.util.find_spec("datasets") is None:
-        raise UsageError("hf-data: needs the library datasets: pip install datasets.")
+        raise UsageError("hf-data: needs the library datasets; run pip install datasets, then the command again.")
     import datasets
 
     check_interpolation(request.preprocess)
