@@ -19,6 +19,7 @@ from robustkit.attack_api.row_wise import finite
 from robustkit.attack_api.rows import Model
 from robustkit.core.criteria import Goal
 from robustkit.core.errors import UsageError, check_choices, did_you_mean
+from robustkit.core.gradients import vector_jacobian
 from robustkit.core.rng import RowRng
 from robustkit.core.shapes import Images, Logits
 from robustkit.core.threat import per_row
@@ -150,10 +151,8 @@ class Surrogates:
             parts = self._streamed(chosen, x, rng, [partial(slope, shares=share[None]) for share in shares])
         if self.combine not in SCALED:
             return sum(parts[1:], parts[0])
-        total = torch.zeros_like(x)
-        for share, part in zip(shares, parts, strict=True):
-            total = total + per_row(share, x) * mean_normalised(part)
-        return total
+        scaled = [per_row(share, x) * mean_normalised(part) for share, part in zip(shares, parts, strict=True)]
+        return sum(scaled[1:], scaled[0])
 
     def shares(self, chosen: Sequence[int], weights: Weights, x: Images, logits: Tensor | None = None) -> Tensor:
         """Return the weights of these members, (n B): those passed, unchanged, or their own, which sum to 1.
@@ -196,7 +195,7 @@ class Surrogates:
             at = x.detach().expand(len(self), *x.shape).contiguous().requires_grad_()
             logits = self.together(at)
         slopes, shares = logit_gradients(logits)
-        return list(finite(torch.autograd.grad(logits, at, slopes)[0])), shares
+        return list(finite(vector_jacobian(logits, at, slopes))), shares
 
     def _share_a_place(self, chosen: Sequence[int]) -> bool:
         """Return whether some of these members share memory on the device, so that not all graphs fit."""
@@ -278,7 +277,7 @@ def _input_gradient(answer: Logits, at: Images, slope: Tensor) -> Images:
     """Return the gradient in the images; zero where the logits do not depend on them differentiably."""
     if not answer.requires_grad:
         return torch.zeros_like(at)
-    return finite(torch.autograd.grad(answer, at, slope.to(answer.dtype))[0])
+    return finite(vector_jacobian(answer, at, slope.to(answer.dtype)))
 
 
 def _constant(slope: Tensor, logits: Tensor) -> Tensor:

@@ -129,9 +129,10 @@ class Ensemble:
                     images = len(x) if member.slow_batch is None else member.trial_batch
                     tune(member, x[:images], precision=False)
         plain = {"members": [self._config_of(member, hooked) for member in members], "together": False}
-        self._set_configs(members, plain, x)
-        if not hooked and self.storage.held and len(members) > 1 and len({net.alike for net in self.nets}) == 1:
-            plain["together"] = self.nets[0].alike is not None and self._faster_stacked(x)
+        alike = len({net.alike for net in self.nets}) == 1 and self.nets[0].alike is not None
+        if alike and not hooked and self.storage.held and len(members) > 1:
+            self._set_configs(members, plain, x)
+            plain["together"] = self._faster_stacked(x)
         self.apply_configs(json.loads(note(json.dumps(plain))), x)
 
     def apply_configs(self, configs: dict[str, Any], x: Images) -> None:
@@ -157,8 +158,11 @@ class Ensemble:
             if isinstance(member, PosteriorMembers):
                 member.layout = LAYOUTS[config["channels_last"]]
                 continue
+            layout, current = LAYOUTS[config["channels_last"]], member.config
+            converted = current.original is not None or layout == torch.contiguous_format
+            if config["folded"] and current.folded and current.layout == layout and converted:
+                continue
             net = (folded(member.model, x[:1]) if config["folded"] else None) or member.model
-            layout = LAYOUTS[config["channels_last"]]
             # Hooks of techniques are on the nets themselves, so that only a folded net, which has none, is copied.
             copied = with_converted_weights(net, None, layout, math.inf) if net is not member.model else None
             member.config = ExecutionConfig(copied or net, layout=layout, folded=net is not member.model)

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from robustkit.core.gradients import vector_jacobian
 from robustkit.core.isolation import generators, set_generators
 from robustkit.runs.unfinished_work import Record, Store, decoded, encoded
 
@@ -117,8 +118,7 @@ class OutputRecord:
             leaf, output = graph or self._repeat(net, x, before)
             graph = (leaf, output) if keep else None
             begun = time.perf_counter()
-            (found,) = torch.autograd.grad(output, leaf, gradient, retain_graph=keep, allow_unused=True)
-            result = torch.zeros_like(leaf) if found is None else found
+            result = vector_jacobian(output, leaf, gradient, retain_graph=keep)
             self.work += time.perf_counter() - begun
             self._put("backward", checksum, {"out": result})
             return result

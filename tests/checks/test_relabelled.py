@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy.optimize import linear_sum_assignment
 
-from robustkit.checks.relabelled import label_checks, relabelled
+from robustkit.checks.relabelled import _assignment, label_checks, relabelled
 
 CLASSES = 10
 TRUE = np.arange(200) % CLASSES
@@ -42,3 +43,16 @@ def test_permuted_labels_are_found(order: np.ndarray, chance: bool) -> None:
 )
 def test_a_weak_model_is_not_reported_as_permuted_labels(predicted: np.ndarray) -> None:
     assert relabelled(predicted.tolist(), TRUE.tolist()) is None
+
+
+def test_the_assignment_maximises_the_predictions_that_are_right() -> None:
+    generator = np.random.default_rng(0)
+    for _ in range(100):
+        count, right = int(generator.integers(2, 6)), generator.random()
+        rows = generator.integers(0, count, 40)
+        columns = np.where(generator.random(40) < right, rows, generator.integers(0, count, 40))
+        table = np.zeros((count, count))
+        np.add.at(table, (rows, columns), 1)
+        table[np.diag_indices(count)] += 0.5 / count
+        best = linear_sum_assignment(table, maximize=True)[1]
+        assert table[range(count), _assignment(rows, columns, count)].sum() == table[range(count), best].sum()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from robustkit.core.errors import UsageError
+from robustkit.core.gradients import vector_jacobian
 from robustkit.core.shapes import Images, Logits
 from robustkit.models.ensembles.aggregation import Aggregator, parse_aggregator, probabilities
 from robustkit.models.outputs import LogitsReader
@@ -190,5 +191,5 @@ class _Again(torch.autograd.Function):
             with torch.enable_grad(), torch.autocast(device, dtype, enabled=enabled):
                 at = x.detach().requires_grad_()
                 logits = mixture.one(number, at)
-            total += torch.autograd.grad(logits, at, gradients[0][:, number])[0]
+            total += vector_jacobian(logits, at, gradients[0][:, number])
         return total, None
