@@ -228,19 +228,24 @@ FAULTS = [
     ),
     Fault(
         "continuous batch: a refused claim is the sample's last",
-        "robustkit/engine/batching/continuous_batch.py",
-        (('part["claimed"] = torch.zeros_like(part["claimed"])', "pass"),),
+        "robustkit/engine/batching/attack_sequence.py",
+        (('part["when"].index_fill_(0, there, -1)', "pass"),),
         BATCH,
     ),
     Fault(
         "queries: answers are in another order",
-        "robustkit/attack_api/row_wise.py",
-        (("torch.cat(fields)[order]", "torch.cat(fields)"),),
+        "robustkit/engine/batching/forward_passes.py",
+        (
+            (
+                "whole = whole.index_copy(0, one.index, one.outputs)",
+                "whole = torch.cat([one.outputs for one in passes])",
+            ),
+        ),
         BATCH,
     ),
     Fault(
         "continuous batch: every job has the first one's random numbers",
-        "robustkit/engine/batching/continuous_batch.py",
+        "robustkit/engine/batching/attack_sequence.py",
         (("restart=restart, step", "restart=0, step"),),
         BATCH,
     ),

@@ -136,7 +136,7 @@ def test_views_of_an_ensemble_share_one_pass_of_its_members() -> None:
     attack = make("pgd", steps=4)
     queues = [AttackQueue(attack, view, "pgd", 0, attack.loop_options("linf"), False) for view in views]
     rows = Rows(x, Goal(y), ThreatModel.parse(EPS), RowRng(0, "t", torch.arange(8)), Goal(y))
-    host = {name: np.zeros(8, np.int64) for name in ("age", "job", "position")}
+    host = {name: np.zeros(8, np.int64) for name in ("age", "job", "position")} | {"ended": np.zeros(8, bool)}
     batches = [RowBatch(host, {"x": x}).with_state(queue.attack.init(rows)) for queue in queues]
     queries = [
         Query.of(queue, batch, rows, deterministic=True) for queue, batch in zip(queues, batches, strict=True)

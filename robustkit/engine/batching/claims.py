@@ -15,6 +15,7 @@ from robustkit.core.out_of_memory import retry_in_memory
 from robustkit.core.shapes import Images, Labels, PerRow
 from robustkit.core.threat import ThreatModel, per_row
 from robustkit.engine.batching.attack_queue import AttackQueue
+from robustkit.engine.batching.forward_passes import joined
 from robustkit.engine.batching.row_batch import RowBatch
 from robustkit.engine.evaluation.verdicts import Verdicts, judge
 from robustkit.engine.model.instrumented_model import InstrumentedModel
@@ -45,22 +46,13 @@ class ClaimJudge:
         """Return what `work` returns; it is run again after a recovery, so it changes nothing itself."""
         return retry_in_memory(work, self.recover, self.instrumented.device)
 
-    def judge_claims(self, batches: Sequence[RowBatch]) -> list[Verdicts | None]:
-        """Return the verdicts on the claims of several queues, by one pass; None for a queue without claims."""
-        nonempty = [batch for batch in batches if len(batch)]
-        if not nonempty:
-            return [None] * len(batches)
+    def judge_claims(self, batches: Sequence[RowBatch]) -> tuple[Verdicts, np.ndarray, np.ndarray]:
+        """Return the verdicts on the claims of several queues, by one pass, with `fooled` and `forwards` read."""
         names = ("x", "labels", "claim", "claim_logits")
-        x, labels, claim, known = (torch.cat([batch.device[name] for batch in nonempty]) for name in names)
+        x, labels, claim, known = (joined([batch.device[name] for batch in batches]) for name in names)
         judged = self.retry(lambda: judge(self.instrumented, x, labels, claim, self.threat, known))
-        verdicts: list[Verdicts | None] = []
-        start = 0
-        for batch in batches:
-            mask = np.zeros(len(x), bool)
-            mask[start : start + len(batch)] = True
-            verdicts.append(judged.select(mask) if len(batch) else None)
-            start += len(batch)
-        return verdicts
+        fooled, forwards = torch.stack([judged.fooled.to(judged.forwards.dtype), judged.forwards]).cpu().numpy()
+        return judged, fooled > 0, forwards
 
     def judge_best(self, batch: RowBatch) -> Verdicts:
         """Return the verdicts on the rows' best points, and charge them to their last attack."""

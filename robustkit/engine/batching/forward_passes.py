@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from robustkit.attack_api import Answer, Rows, State, query_rows
 from robustkit.attack_api.row_wise import finite, merge_answers
+from robustkit.core.devices import ComputeDevice
 from robustkit.core.shapes import Images, Logits
 from robustkit.engine.batching.attack_queue import AttackQueue
 from robustkit.engine.batching.row_batch import RowBatch
@@ -30,7 +32,6 @@ class Query:
         batch: its rows.
         rows: what stays the same for each row.
         state: the attack's state, with the query points "x".
-        separate: whether it cannot share a pass with the queries of other attacks.
         needs_gradient: which rows need a gradient (B), on the host.
         exact: which rows are evaluated in float32 (B), on the host.
     """
@@ -39,47 +40,45 @@ class Query:
     batch: RowBatch
     rows: Rows
     state: State
-    separate: bool
-    needs_gradient: Tensor
-    exact: Tensor
+    needs_gradient: np.ndarray
+    exact: np.ndarray
 
     @classmethod
     def of(cls, queue: AttackQueue, batch: RowBatch, rows: Rows, *, deterministic: bool) -> Query:
-        """Return the next query of an attack; on a `deterministic` model the last of an attempt is exact."""
-        state, separate = batch.state, queue.separate_passes
-        closing = torch.from_numpy(batch.host["age"] == queue.options.steps)
-        needs = ~closing
-        if not queue.options.needs_gradient:
-            needs = torch.zeros_like(needs)
-        elif "needs_gradient" in state:
-            needs = needs & state["needs_gradient"].cpu()
-        if separate:
-            return cls(queue, batch, rows, state, separate, needs, torch.zeros_like(needs))
-        if "last" in state:
-            closing = closing | state["last"].cpu()
-        exact = closing & ~needs if deterministic and queue.options.needs_gradient else torch.zeros_like(needs)
-        return cls(queue, batch, rows, state, separate, needs, exact)
+        """Return the next query of an attack; on a `deterministic` model the last of an attempt is exact.
 
-    def rows_with(self, gradient: bool, exact: bool) -> Tensor:
-        """Return the positions of the rows with a gradient, or of those without one, in float32 or not."""
-        mask = self.needs_gradient if gradient else ~self.needs_gradient & (self.exact == exact)
-        return mask.nonzero()[:, 0].to(self.rows.x.device)
-
-    def objective(self, index: Tensor, logits: Tensor) -> Tensor:
-        """Return the attack's objective for these rows."""
-        rows, state = self.rows, self.state
-        if len(index) < len(rows.x):
-            rows, state = rows.select(index), {name: part[index] for name, part in state.items()}
-        return self.queue.attack.objective(rows, state, logits)
+        The masks of the batch have been read.
+        """
+        closing, ended, masks = batch.host["age"] == queue.options.steps, batch.host["ended"], batch.masks
+        # A row that has ended goes on like the others until results are read; its masks are those of its end.
+        needs = ~closing & (masks.get("needs_gradient", True) | ended) & queue.options.needs_gradient
+        if queue.separate_passes or not (deterministic and queue.options.needs_gradient):
+            exact = np.zeros_like(closing)
+        else:
+            exact = (closing | (masks.get("last", False) & ~ended)) & ~needs
+        return cls(queue, batch, rows, batch.state, needs, exact)
 
 
-def run_queries(queries: Sequence[Query], instrumented: InstrumentedModel) -> list[tuple[Query, Answer, Logits]]:
-    """Return each query with an answer for every row, and the model's own logits."""
-    members = [query for query in queries if on_members(query.queue, instrumented)]
-    separate = [query for query in queries if query.separate and query not in members]
-    alone = [(query, *_run_separately(query, instrumented)) for query in separate]
-    together = _run_together([query for query in queries if not query.separate], instrumented, instrumented)
-    return alone + together + _run_together(members, instrumented, instrumented.members)
+class Result(NamedTuple):
+    """The answers to a query's rows, and the model's own logits (B K)."""
+
+    query: Query
+    answer: Answer
+    logits: Logits
+
+
+def run_queries(queries: Sequence[Query], instrumented: InstrumentedModel) -> list[Result]:
+    """Return the results of all queries, in their order."""
+    alone, together, members = list[Query](), list[Query](), list[Query]()
+    for query in queries:
+        if on_members(query.queue, instrumented):
+            members.append(query)
+        else:
+            (alone if query.queue.separate_passes else together).append(query)
+    results = [_run_separately(query, instrumented) for query in alone]
+    results += _run_together(together, instrumented, instrumented) if together else []
+    results += _run_together(members, instrumented, instrumented.members) if members else []
+    return sorted(results, key=lambda result: result.query.queue.number)
 
 
 def on_members(queue: AttackQueue, instrumented: InstrumentedModel) -> bool:
@@ -88,13 +87,13 @@ def on_members(queue: AttackQueue, instrumented: InstrumentedModel) -> bool:
     return instrumented.shares_passes(queue.view) and options.eot_samples == 1 and not options.vector_objective
 
 
-def _run_separately(query: Query, instrumented: InstrumentedModel) -> tuple[Answer, Logits]:
+def _run_separately(query: Query, instrumented: InstrumentedModel) -> Result:
     """Return the answers to one attack's rows and the model's own logits, of another pass if it is on a view."""
     queue, rows = query.queue, query.rows
-    state = {**query.state, "needs_gradient": query.needs_gradient.to(rows.x.device)}
+    state = {**query.state, "needs_gradient": query.batch.upload(query.needs_gradient)}
     if not queue.view:
         answer = query_rows(queue.attack, instrumented, rows, state, True)
-        return answer, answer.logits
+        return Result(query, answer, answer.logits)
     number = torch.as_tensor(rows.rng.restart) // queue.attempts(instrumented)
     parts = []
     for draw in torch.unique(number).tolist():
@@ -106,11 +105,12 @@ def _run_separately(query: Query, instrumented: InstrumentedModel) -> tuple[Answ
     answer = merge_answers(parts)
     count = deployed_passes(queue.view, random=instrumented.random)
     if not count:
-        return answer, answer.logits
+        return Result(query, answer, answer.logits)
     with torch.no_grad():
         deployed = torch.stack([instrumented(state["x"]) for _ in range(count)]).mean(0)
     # The members' separate logits are used for the gradient only.
-    return (answer if answer.logits.dim() == 2 else answer._replace(logits=deployed)), deployed
+    answer = answer if answer.logits.dim() == 2 else answer._replace(logits=deployed)
+    return Result(query, answer, deployed)
 
 
 def deployed_passes(view: str, *, random: bool) -> int:
@@ -121,8 +121,8 @@ def deployed_passes(view: str, *, random: bool) -> int:
 
 
 def _run_together(
-    queries: list[Query], instrumented: InstrumentedModel, forward: Callable[[Images], Tensor]
-) -> list[tuple[Query, Answer, Logits]]:
+    queries: Sequence[Query], instrumented: InstrumentedModel, forward: Callable[[Images], Tensor]
+) -> list[Result]:
     """Evaluate rows of several attacks: one pass for those that need a gradient, one or two for the others.
 
     Args:
@@ -130,63 +130,81 @@ def _run_together(
         instrumented: the model.
         forward: the model, or the logits of its members with its own.
     """
-    parts: list[list[tuple[Tensor, Answer, Logits]]] = [[] for _ in queries]
-    for with_gradient, exact in ((True, False), (False, False), (False, True)):
-        members = [
-            (found, query, query.rows_with(with_gradient, exact))
-            for found, query in zip(parts, queries, strict=True)
+    x = joined([query.state["x"] for query in queries]).detach()
+    needs = np.concatenate([query.needs_gradient for query in queries])
+    exact = np.concatenate([query.exact for query in queries])
+    sizes = [len(query.batch) for query in queries]
+    groups = ((needs, forward, True), (~needs & ~exact, forward, False), (exact, instrumented.logits_fp32, False))
+    passes = [_Pass.of(x, *group) for group in groups if group[0].any()]
+    with torch.set_grad_enabled(bool(needs.any())):
+        outputs = cut(_in_order(passes, len(x)), sizes)
+        logits = [_combined(query, part, instrumented) for query, part in zip(queries, outputs, strict=True)]
+        values = [
+            query.queue.attack.objective(query.rows, query.state, part)
+            for query, part in zip(queries, logits, strict=True)
         ]
-        members = [member for member in members if len(member[2])]
-        if not members:
-            continue
-        x = torch.cat([query.state["x"][index] for _, query, index in members])
-        cuts = [len(index) for *_, index in members]
+    gradient = x.new_zeros(()).expand_as(x)
+    if needs.any():
+        first = passes[0]
+        slope = finite(torch.autograd.grad(joined([value.flatten() for value in values]).sum(), first.x)[0])
+        gradient = slope if first.index is None else torch.zeros_like(x).index_copy(0, first.index, slope)
+    results = []
+    shares = zip(queries, outputs, logits, values, cut(gradient, sizes), strict=True)
+    for query, output, seen, value, slope in shares:
+        answer = Answer(seen.detach(), value.detach(), slope if value.dim() == 1 else slope[:, None])
+        own = output[:, -1].detach() if output.dim() == 3 else answer.logits
+        results.append(Result(query, answer, own))
+    return results
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """One pass of the model: the rows' positions (None: all), their images and the outputs."""
+
+    index: Tensor | None
+    x: Images
+    outputs: Tensor
+
+    @classmethod
+    def of(cls, x: Images, mask: np.ndarray, forward: Callable[[Images], Tensor], with_gradient: bool) -> _Pass:
+        """Run the rows of a mask (B)."""
+        index = None if mask.all() else ComputeDevice(x.device).upload(torch.from_numpy(np.flatnonzero(mask)))
+        part = x if index is None else x[index]
         with torch.set_grad_enabled(with_gradient):
-            x = x.detach().requires_grad_(with_gradient)
-            outputs = _cut(instrumented.logits_fp32(x) if exact else forward(x), cuts)
-            logits = [
-                _combined(query, index, part, instrumented)
-                for (_, query, index), part in zip(members, outputs, strict=True)
-            ]
-            values = [
-                query.objective(index, part) for (_, query, index), part in zip(members, logits, strict=True)
-            ]
-            gradient = x.new_zeros(()).expand_as(x)
-            if with_gradient:
-                total = torch.cat([v.flatten() for v in values]).sum()
-                gradient = finite(torch.autograd.grad(total, x)[0])
-        shares = zip(members, values, logits, outputs, _cut(gradient, cuts), strict=True)
-        for (found, _, index), value, seen, output, slope in shares:
-            answer = Answer(seen.detach(), value.detach(), slope if value.dim() == 1 else slope[:, None])
-            own = output[:, -1].detach() if output.dim() == 3 else answer.logits
-            found.append((index, answer, own))
-    return [(query, *_merged(found)) for query, found in zip(queries, parts, strict=True)]
+            part = part.requires_grad_(with_gradient)
+            return cls(index, part, forward(part))
 
 
-def _combined(query: Query, index: Tensor, outputs: Tensor, instrumented: InstrumentedModel) -> Logits:
-    """Return the logits that an attack sees on these rows: the model's own (B K), or its view's of (B N+1 K)."""
+def _in_order(passes: Sequence[_Pass], count: int) -> Tensor:
+    """Return the outputs for all rows (B ...); those of the first pass may have a gradient."""
+    outputs = passes[0].outputs
+    if passes[0].index is None:
+        return outputs
+    whole = outputs.new_zeros(count, *outputs.shape[1:])
+    for one in reversed(passes):
+        assert one.index is not None  # noqa: S101
+        whole = whole.index_copy(0, one.index, one.outputs)
+    return whole
+
+
+def _combined(query: Query, outputs: Tensor, instrumented: InstrumentedModel) -> Logits:
+    """Return the logits that an attack sees: the model's own (B K), or its view's of the members' (B N+1 K)."""
     if outputs.dim() == 2:
         return outputs
     views = cast(Sequence[MembersView], instrumented.views[query.queue.view])
     logits = views[0].combined(outputs)
-    if len(views) == 1:
-        return logits
-    number = torch.from_numpy(query.batch.host["job"] // query.queue.attempts(instrumented)).to(index.device)[
-        index
-    ]
+    number = query.batch.host["job"] // query.queue.attempts(instrumented)
     for part, view in enumerate(views[1:], 1):
-        logits = torch.where((number == part)[:, None], view.combined(outputs), logits)
+        chosen = query.batch.upload(number == part)[:, None]
+        logits = torch.where(chosen, view.combined(outputs), logits)
     return logits
 
 
-def _merged(parts: list[tuple[Tensor, Answer, Logits]]) -> tuple[Answer, Logits]:
-    """Return the answers to all rows in order, and the model's own logits."""
-    if len(parts) == 1:
-        return parts[0][1:]
-    order = torch.cat([index for index, *_ in parts]).argsort()
-    own = torch.cat([logits for *_, logits in parts])[order]
-    return merge_answers([(index, answer) for index, answer, _ in parts]), own
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """Return the rows of all parts; a single one is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
-def _cut(rows: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
-    return tuple(torch.split(rows, sizes))
+def cut(rows: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
+    """Return views of so many consecutive rows each."""
+    return [rows] if len(sizes) == 1 else torch.split(rows, list(sizes))

@@ -96,7 +96,7 @@ class SavedRows:
 
     def restore_into(self, batch: ContinuousBatch) -> None:
         """Add the rows to a continuous batch."""
-        batch.claims_refused = self.refused
+        batch.sequence.claims_refused = self.refused
         for row in self.active:
             batch.restore(*row)
 
@@ -108,7 +108,8 @@ def _rows_of(part: Mapping[str, Any], position: np.ndarray, worker: BlockRunner)
     worker.check_images(samples, image_hashes(images))
     device, rows = worker.instrumented.device, torch.from_numpy(which)
     labels = torch.from_numpy(worker.samples.labels[position]).to(device)
-    return RowBatch.of(part, worker.ids(position), images[rows].to(device), labels)
+    x = images[rows].to(device)
+    return RowBatch.of(part, worker.ids(position), x, labels, worker.settings.threat)
 
 
 class Clock:

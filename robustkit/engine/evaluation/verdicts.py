@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from robustkit.core import criteria
+from robustkit.core.devices import ComputeDevice
 from robustkit.core.errors import RunError
 from robustkit.core.shapes import Images, Labels, Logits, Mask, PerRow
 from robustkit.core.threat import ThreatModel
@@ -44,10 +45,11 @@ class Verdicts:
     right: PerRow
     once: Mask
 
-    def select(self, mask: np.ndarray) -> Verdicts:
-        """Return these rows."""
-        index = torch.from_numpy(mask).to(self.fooled.device)
-        return Verdicts(*(value[index] for value in vars(self).values()))
+    def select(self, index: np.ndarray) -> Verdicts:
+        """Return these rows, by position or mask."""
+        positions = np.flatnonzero(index) if index.dtype == bool else index
+        there = ComputeDevice(self.fooled.device).upload(torch.from_numpy(positions))
+        return Verdicts(*(value[there] for value in vars(self).values()))
 
     def replaced(self, index: Tensor, other: Verdicts) -> Verdicts:
         """Return these with rows of another at these positions."""
@@ -91,16 +93,18 @@ def judge(
         return _by_vote(instrumented, point, labels, chosen)
     if known is None:
         unknown, logits = torch.ones_like(moved), instrumented.logits_fp32(point)
+        some_moved = bool(moved.any())
     else:
         unknown, logits = known.isnan().any(1) | moved, known.clone()
-        if unknown.any():
+        some_unknown, some_moved = torch.stack([unknown.any(), moved.any()]).tolist()
+        if some_unknown:
             logits[unknown] = instrumented.logits_fp32(point[unknown]).to(logits)
     broken = ~logits.isfinite().all(1)
     prediction = logits.argmax(1)
     fooled = (prediction != labels) & ~broken
     doubtful = ~fooled & moved
     refused = torch.zeros_like(fooled)
-    if doubtful.any():
+    if some_moved and doubtful.any():
         refused[doubtful] = instrumented.logits_fp32(found[doubtful]).argmax(1) != labels[doubtful]
     margin = torch.where(broken, 0.0, margins(logits, labels))
     cost, right = unknown.long() + doubtful.long(), prediction == labels
