@@ -48,6 +48,13 @@ def coverage(session: nox.Session) -> None:
 
 
 @nox.session
+def sources(session: nox.Session) -> None:
+    """Load models by the libraries of the extras, which the default tests skip if they are not installed."""
+    session.install(".[test,onnx]")
+    session.run("pytest", "-n", "0", "tests/models/test_exported.py")
+
+
+@nox.session
 def faults(session: nox.Session) -> None:
     """Plant each fault of the mutation table and report the tests that find it; takes hours."""
     session.install(".[test]")

@@ -25,6 +25,7 @@ from robustkit.models.maite import MaiteNet, is_maite
 from robustkit.models.options import read_binary
 from robustkit.models.outputs import LogitsReader
 from robustkit.models.prepared_net import PreparedNet
+from robustkit.models.sources.built import GRADIENT
 from robustkit.registry import spec
 
 
@@ -43,6 +44,7 @@ class Classifier(PreparedNet):
         reader: Finds the logits in what the net returns.
         trust_code: Whether loading it again by its string may run Python code that a run folder names.
         notes: Messages to the user about how it was loaded, a sentence each.
+        access: `gradient`, or `scores` for a model that is known to have no gradient.
         layout: Memory layout of the images that the net is given.
     """
 
@@ -93,6 +95,7 @@ class Classifier(PreparedNet):
         self.in_channels = in_channels
         self.preprocess = preprocess
         self.notes = tuple(notes)
+        self.access = GRADIENT
         self.class_names = class_names
         self.trust_code = trust_code
         self._identity = {**identity, "mean": mean, "std": std, "size": size}
@@ -133,6 +136,7 @@ class Classifier(PreparedNet):
             notes=self.notes,
             class_names=self.class_names,
         )
+        copy.access = self.access
         copy.reader = replace(self.reader)
         copy.net_call, copy.layout = self.net_call, self.layout
         switch_mode(copy, self.training)

@@ -96,6 +96,7 @@ def load_model(
         trust_code=trust_code,
         notes=(*built.notes, *(loaded.notes if loaded else ())),
     )
+    classifier.access = built.access
     classifier.net_call.form = Form(batch=built.batch)
     switch_mode(classifier, False)
     return classifier.to(target)

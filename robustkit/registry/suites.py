@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from robustkit.core.errors import UsageError, did_you_mean
@@ -71,7 +71,7 @@ class SuiteEntry:
         return stage_name(self.spec)
 
 
-def parse_suite(suite: Suite, norm: str, *, minimal: bool = False) -> list[SuiteEntry]:
+def parse_suite(suite: Suite, norm: str, *, minimal: bool = False, gradients: bool = True) -> list[SuiteEntry]:
     """Return the attacks of a suite, in order.
 
     `ATTACK@VIEW` uses the gradients of a view of the model (see `robustkit.gradient_views.views`); it is skipped
@@ -85,10 +85,13 @@ def parse_suite(suite: Suite, norm: str, *, minimal: bool = False) -> list[Suite
         norm: of the threat.
         minimal: whether the threat has no eps, so that only attacks that find minimum norms are meant, and `auto`
             is a suite of them.
+        gradients: whether the model has gradients. If not, a suite means those of its attacks that need none, or
+            use the gradient of a view, on all images.
 
     Raises:
         UsageError: for an unknown name or field, a bad value, a list that is empty or too long, or an attack that
-            is not defined in this norm, or finds no minimum norm if `minimal`.
+            is not defined in this norm, or finds no minimum norm if `minimal`, or needs a gradient that the model
+            does not have.
     """
     entries: list[SuiteEntry] = []
     for part in _parts_of(suite):
@@ -102,9 +105,15 @@ def parse_suite(suite: Suite, norm: str, *, minimal: bool = False) -> list[Suite
             raise UsageError(f"suite {name!r} takes no fields and no view; list its attacks to change them.")
         else:
             name = MINIMAL_SUITE if minimal and name == DEFAULT_SUITE else name
-            entries += map(_read_entry, find("suite", name)(norm))
+            found = list(map(_read_entry, find("suite", name)(norm)))
+            entries += found if gradients else _without_gradients(name, found)
     for entry in entries:
         check_norm(entry.attack, norm)
+        if not gradients and _needs_gradient(entry):
+            raise UsageError(
+                f"{entry.name} needs gradients, and this model returns scores only; write square, or a suite, "
+                "which then means its attacks that need none."
+            )
         if minimal:
             _check_minimal(entry, norm)
     _check_arms(entries)
@@ -146,6 +155,25 @@ def _check_minimal(entry: SuiteEntry, norm: str) -> None:
             f"{entry.name}: threat '{norm}:min' takes no views and no marks; leave out what follows "
             f"{entry.attack.info.name}."
         )
+
+
+def _needs_gradient(entry: SuiteEntry) -> bool:
+    """Return whether an attack needs the model's own gradient."""
+    return entry.attack.info.access == "gradient" and not entry.view
+
+
+def _without_gradients(suite: str, entries: list[SuiteEntry]) -> list[SuiteEntry]:
+    """Return the attacks of a suite for a model without gradients, each once.
+
+    An arm is given to all images: whether it is likely to succeed is judged by gradient attacks.
+    """
+    kept = [replace(entry, arm=False) for entry in entries if not _needs_gradient(entry)]
+    if not kept:
+        raise UsageError(
+            f"all attacks of suite {suite!r} need gradients, and this model returns scores only; write --suite "
+            "square."
+        )
+    return [entry for number, entry in enumerate(kept) if entry not in kept[:number]]
 
 
 def _check_arms(entries: list[SuiteEntry]) -> None:

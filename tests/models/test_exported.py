@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import warnings
 import zipfile
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from robustkit import evaluate
 from robustkit.core.errors import UsageError
 from robustkit.models import load_model
 from robustkit.models.allowed_paths import names_code
@@ -21,7 +23,7 @@ SHAPE = (3, 7, 9)
 def net_of(channels):
     torch.manual_seed(channels)
     features = nn.Sequential(nn.Conv2d(channels, 5, 3, padding=1), nn.BatchNorm2d(5), nn.ReLU(), nn.Dropout(0.5))
-    net = nn.Sequential(features, nn.AdaptiveAvgPool2d((3, 2)), nn.Flatten(), nn.Linear(30, CLASSES))
+    net = nn.Sequential(features, nn.AvgPool2d((3, 5), (2, 4)), nn.Flatten(), nn.Linear(30, CLASSES))
     net[0][1].running_mean.normal_()
     return net.eval()
 
@@ -42,9 +44,46 @@ def export_torchscript(net, images, path):
         torch.jit.save(torch.jit.trace(net, images), str(path))
 
 
+def export_onnx(net, images, path):
+    """Write an ONNX file operation by operation, as torch's exporter of today takes 10 seconds."""
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnx2torch")
+    conv, norm = net[0][0], net[0][1]
+    tensors = {
+        "weight": conv.weight,
+        "bias": conv.bias,
+        "scale": norm.weight,
+        "shift": norm.bias,
+        "mean": norm.running_mean,
+        "var": norm.running_var,
+        "matrix": net[3].weight,
+        "offset": net[3].bias,
+        "shape": torch.tensor([0, -1]),
+    }
+    make = onnx.helper.make_node
+    nodes = [
+        make("Conv", ["images", "weight", "bias"], ["conv"], pads=[1, 1, 1, 1]),
+        make("BatchNormalization", ["conv", "scale", "shift", "mean", "var"], ["norm"]),
+        make("Relu", ["norm"], ["relu"]),
+        make("AveragePool", ["relu"], ["pool"], kernel_shape=[3, 5], strides=[2, 4]),
+        make("Reshape", ["pool", "shape"], ["flat"]),
+        make("Gemm", ["flat", "matrix", "offset"], ["logits"], transB=1),
+    ]
+    kind = onnx.TensorProto.FLOAT
+    graph = onnx.helper.make_graph(
+        nodes,
+        "net",
+        [onnx.helper.make_tensor_value_info("images", kind, ["batch", *images.shape[1:]])],
+        [onnx.helper.make_tensor_value_info("logits", kind, ["batch", CLASSES])],
+        [onnx.numpy_helper.from_array(value.detach().numpy(), name) for name, value in tensors.items()],
+    )
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 13)], ir_version=8), path)
+
+
 WRITERS = {
     "pt2": (export_pt2, "{}.pt2"),
     "pt2-fixed": (export_fixed_pt2, "{}.pt2"),
+    "onnx": (export_onnx, "{}.onnx"),
     "torchscript": (export_torchscript, "torchscript:{}.pt"),
 }
 
@@ -187,3 +226,43 @@ def test_a_graph_with_another_operation_than_arithmetic_is_refused(exported, tmp
 def test_only_torchscript_is_code(exported):
     assert names_code(exported("torchscript", 3)[1])
     assert not names_code(exported("pt2", 3)[1])
+
+
+@pytest.fixture
+def without_conversion(exported, monkeypatch):
+    """Return an ONNX model that onnx2torch refuses."""
+    string = exported("onnx", 3)[1]
+    pytest.importorskip("onnxruntime")
+
+    def refuse(graph):
+        raise NotImplementedError("no converter of Relu")
+
+    monkeypatch.setattr("onnx2torch.convert", refuse)
+    return load_model(string)
+
+
+def test_a_file_that_is_not_converted_gives_scores_only(exported, without_conversion):
+    images = torch.rand(5, *SHAPE, requires_grad=True)
+    logits = without_conversion(images)
+    torch.testing.assert_close(logits, exported("onnx", 3)[0](images).detach())
+    assert not logits.requires_grad
+    assert without_conversion.access == "scores"
+    assert "no converter of Relu), so it runs in onnxruntime" in without_conversion.notes[0]
+
+
+def test_a_model_of_scores_gets_the_attacks_of_a_suite_that_need_no_gradient(without_conversion):
+    images = torch.rand(4, *SHAPE)
+    labels = without_conversion(images).argmax(1)
+    report = evaluate(without_conversion, images, labels, "linf:0.2", suite="rapid")
+    assert [stage.attack for stage in report.stages] == ["clean", "square"]
+    assert any("onnxruntime" in note for note in report.environment["model_notes"])
+    with pytest.raises(UsageError, match="pgd needs gradients, and this model returns scores only; write square"):
+        evaluate(without_conversion, images, labels, "linf:0.2", suite="pgd(steps=3)")
+
+
+def test_a_missing_library_is_named(exported, monkeypatch, tmp_path):
+    path = tmp_path / "net.onnx"
+    path.write_text("x")
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(UsageError, match="needs onnx2torch: pip install onnx2torch onnxruntime"):
+        load_model(str(path))

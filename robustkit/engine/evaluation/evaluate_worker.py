@@ -26,6 +26,7 @@ from robustkit.engine.evaluation.worker_images import WorkerImages, content_hash
 from robustkit.engine.model.instrumented_model import InstrumentedModel
 from robustkit.engine.progress import Progress
 from robustkit.models.classifier import Classifier
+from robustkit.models.sources.built import GRADIENT
 from robustkit.registry import parse_suite
 from robustkit.runs.ledger import Chunk
 
@@ -105,7 +106,10 @@ class EvaluationWorker(BlockRunner):
         source = WorkerImages(data)
         outbox = Outbox(source)
         threat = settings.threat
-        settings = replace(settings, entries=parse_suite(settings.suite, threat.norm, minimal=threat.minimal))
+        entries = parse_suite(
+            settings.suite, threat.norm, minimal=threat.minimal, gradients=model.access == GRADIENT
+        )
+        settings = replace(settings, entries=entries)
         n = len(data.labels)
         worker = cls(
             Samples(data.name, data.labels, None, source, np.arange(n)),

@@ -22,6 +22,7 @@ from robustkit.engine.model.instrumented_model import InstrumentedModel
 from robustkit.engine.model.profiling import measure
 from robustkit.engine.model.random_verdicts import is_random
 from robustkit.models.classifier import Classifier
+from robustkit.models.sources.built import GRADIENT
 from robustkit.registry import Suite, SuiteEntry, parse_suite
 from robustkit.runs.recorded_outputs import run_once
 
@@ -147,7 +148,7 @@ def nearest_points(
     batch_size: int,
 ) -> MinimumNorm:
     """Return the nearest adversarial point of each sample; see `robustkit.minimum_norm`."""
-    entries = parse_suite(suite, threat.norm, minimal=True)
+    entries = parse_suite(suite, threat.norm, minimal=True, gradients=model.access == GRADIENT)
     instrumented = InstrumentedModel(model.expect(samples.num_classes), device)
     points, distances, names = [], [], list[str | None]()
     with evaluation_mode(model), own_randomness(seed, "minimum-norm"):

@@ -39,6 +39,7 @@ from robustkit.engine.evaluation.suite_run import run_images
 from robustkit.engine.model.instrumented_model import DTYPES, InstrumentedModel
 from robustkit.engine.progress import Progress
 from robustkit.models.classifier import Classifier
+from robustkit.models.sources.built import GRADIENT
 from robustkit.runs import run_folder
 from robustkit.runs.evaluation_record import Report
 from robustkit.runs.ledger import Ledger
@@ -138,7 +139,12 @@ class Evaluation:
     @cached_property
     def entries(self) -> list[registry.SuiteEntry]:
         """The suite's attacks, in order."""
-        return registry.parse_suite(self.suite, self.threat.norm, minimal=self.threat.minimal)
+        return registry.parse_suite(
+            self.suite,
+            self.threat.norm,
+            minimal=self.threat.minimal,
+            gradients=self.model.access == GRADIENT,
+        )
 
     @cached_property
     def spec(self) -> RunSpec:

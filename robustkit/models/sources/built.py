@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
     from robustkit.models.weights.fitting import Convert
 
+# What a model gives to attacks.
+GRADIENT, SCORES = "gradient", "scores"
+
 
 @dataclass(frozen=True)
 class Built:
@@ -30,6 +33,7 @@ class Built:
         convert: What turns the names of other libraries' checkpoints into the net's, where the source has it.
         class_names: What its classes are called, in its order, where the source knows.
         batch: The only number of images that it takes in a pass; None if it takes any.
+        access: `gradient`, or `scores` for a net that is known to have no gradient.
         notes: What the user should know of it, a sentence each.
     """
 
@@ -44,4 +48,5 @@ class Built:
     convert: Convert | None = None
     class_names: tuple[str, ...] | None = None
     batch: int | None = None
+    access: str = GRADIENT
     notes: tuple[str, ...] = ()
