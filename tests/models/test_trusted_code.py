@@ -162,7 +162,6 @@ def test_names_imported_by_a_file_are_no_factories(code: Path) -> None:
         ("tim:resnet18", "timm:resnet18"),
         ("TIMM:resnet18", "timm:resnet18"),
         ("robstkit:wrn-28-10", "robustkit:wrn-28-10"),
-        ("onnx:net.onnx", None),
         ("clip_not_here:RN50", None),
         ("robustbench:Standard2", None),
         ("https://example.org/net.pt", None),

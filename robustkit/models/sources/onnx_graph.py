@@ -115,7 +115,9 @@ def runtime_net(path: Path, reason: str) -> RuntimeNet:
     try:
         return RuntimeNet(path, dtype)
     except ImportError as error:
-        raise UsageError(f"{start}, and onnxruntime is not installed: pip install onnxruntime.") from error
+        raise UsageError(
+            f"{start}, and onnxruntime is missing: pip install onnxruntime, which reads it."
+        ) from error
     # onnxruntime has an exception for each of a dozen faults, with Exception as the only common class.
     except Exception as error:
         raise UsageError(
