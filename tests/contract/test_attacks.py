@@ -50,6 +50,7 @@ FIELDS = {
     "fmn": {"steps": 30},
     "race": {"targets": 5, "steps": 20, "restarts": 2},
     "square": {"queries": 150},
+    "rays": {"queries": 400},
     "mora": {"steps": 20, "restarts": 2},
     "mora-t": {"steps": 20, "targets": 3},
 }
@@ -69,6 +70,7 @@ SLACK = {
     ("autoattack:square", "l1"): 3,
     ("foolbox:L1PGD", "l1"): 2,
     ("square", "linf"): 6,
+    ("rays", "linf"): 6,
     ("square", "l2"): 5,
     ("square", "l1"): 2,
 }
