@@ -73,17 +73,15 @@ class SimulatedGpu(TorchDispatchMode):
     def __init__(self, frames: int = 1) -> None:
         """Start at zero."""
         super().__init__()
-        self.counts: Counter[tuple[str, str]] = Counter()
-        self.frames = frames
+        self.counts, self.frames = Counter[tuple[str, str]](), frames
         self._pinned = dict[int, Tensor]()  # by address; kept, so that no address is used again
         self._under_way = list[tuple[Tensor, Tensor]]()  # copies to the host: to and from
 
     def count(self, kind: str) -> None:
         """Count an event at the line that caused it; a sync completes the copies that are under way."""
         self.counts[kind, caller(self.frames)] += 1
-        if kind == "sync":
-            while self._under_way:
-                Tensor.copy_(*self._under_way.pop())
+        while kind == "sync" and self._under_way:
+            Tensor.copy_(*self._under_way.pop())
 
     def total(self, kind: str) -> int:
         """Return the number of events of a kind."""
@@ -184,8 +182,8 @@ def simulated_gpu(memory: int = 80 << 30, cached: int = 0, frames: int = 1) -> I
     results: dict[str, Any] = dict.fromkeys([*silent.split(), "set_rng_state_all", "set_sync_debug_mode"])
     results |= dict.fromkeys(["is_available", "is_initialized", "is_bf16_supported"], True)
     results |= dict.fromkeys(["current_device", "memory_allocated", "max_memory_allocated"], 0)
-    results |= {"device_count": 1, "mem_get_info": (memory, memory), "memory_reserved": cached}
-    results |= {"get_device_name": "simulated GPU", "get_device_capability": (9, 0)}
+    results |= {"device_count": 1, "get_device_name": "simulated GPU", "get_device_capability": (9, 0)}
+    results |= {"mem_get_info": (memory, memory), "memory_reserved": cached, "is_current_stream_capturing": False}
     results |= {"get_rng_state": torch.zeros(16, dtype=torch.uint8), "get_rng_state_all": [torch.zeros(16).byte()]}
     gpu = SimulatedGpu(frames)
     stubs: dict[str, Any] = {name: lambda *_, value=value, **__: value for name, value in results.items()}
@@ -194,6 +192,8 @@ def simulated_gpu(memory: int = 80 << 30, cached: int = 0, frames: int = 1) -> I
         stack.enter_context(mock.patch.multiple(torch.cuda, **stubs))
         stack.enter_context(mock.patch.object(torch._C, "_cuda_getDevice", return_value=0))
         stack.enter_context(mock.patch.object(Tensor, "pin_memory", lambda tensor, *_: gpu.pinned(tensor)))
+        stream = mock.Mock(**{"is_capturing.return_value": False})
+        stack.enter_context(mock.patch.object(torch.accelerator, "current_stream", return_value=stream))
         stack.callback(torch._C._set_only_lift_cpu_tensors, torch._C._only_lift_cpu_tensors())
         torch._C._set_only_lift_cpu_tensors(True)
         stack.enter_context(_Calls())
