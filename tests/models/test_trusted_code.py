@@ -164,7 +164,6 @@ def test_names_imported_by_a_file_are_no_factories(code: Path) -> None:
         ("robstkit:wrn-28-10", "robustkit:wrn-28-10"),
         ("clip_not_here:RN50", None),
         ("robustbench:Standard2", None),
-        ("https://example.org/net.pt", None),
         ("s3://bucket/net@w.pt", None),
         ("torch.hub:pytorch/vision", None),
         ("a b:c", None),
@@ -326,7 +325,8 @@ def test_kinds_are_recognised_by_their_prefix() -> None:
     assert ModelString.parse("timm:hf-hub:a/b").kind == "source"
     assert ModelString.parse("C:/a/net.py:build").kind == "file"
     assert ModelString.parse("a.b:c").kind == "module"
-    assert ModelString.parse("onnx:net.onnx").kind == "unknown"
+    assert ModelString.parse("a/net.onnx").kind == ModelString.parse("onnx:net.onnx").kind == "source"
+    assert ModelString.parse("a.b-c:net").kind == "unknown"
 
 
 def test_files_named_by_a_report_are_files_of_the_run(tmp_path: Path) -> None:
