@@ -1,19 +1,21 @@
-"""Nets of timm: `timm:NAME`."""
+"""Nets of timm: `timm:NAME`, `timm:hf-hub:OWNER/NAME` of the Hugging Face hub, `timm:local-dir:FOLDER`."""
 
 from __future__ import annotations
 
 import difflib
 import math
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from robustkit.core.errors import UsageError, did_you_mean
+from robustkit.core.errors import UsageError, did_you_mean, error_summary, expand_path
 from robustkit.core.preprocess import Preprocess
 from robustkit.models.sources.built import Built
-from robustkit.models.sources.network import quiet, reachable
+from robustkit.models.sources.network import offline_if_unreachable, quiet
 from robustkit.models.sources.source import ModelSource
+
+# How names begin that are no names of timm's own nets: a repository of the hub, a folder.
+_HUB, _FOLDER = "hf-hub:", "local-dir:"
 
 if TYPE_CHECKING:
     from robustkit.models.options import Options
@@ -34,11 +36,15 @@ def build(spec: ModelString, options: Options, weights: WeightsFile | None) -> B
         from timm.data import resolve_data_config
 
         pretrained = options.pretrained and weights is None
-        _check_name(spec, pretrained)
+        spec = _with_absolute_path(spec)
+        if not spec.name.startswith((_HUB, _FOLDER)):
+            _check_name(spec, pretrained)
         try:
-            with _offline_if_unreachable():
+            with offline_if_unreachable(local=spec.name.startswith(_FOLDER)):
                 net = _create(spec, pretrained, options.num_classes)
         except OSError as error:
+            if spec.name.startswith((_HUB, _FOLDER)):
+                raise _no_repository(spec) from error
             raise UsageError(
                 f"timm's weights for {spec.name!r} could not be downloaded: give a file as "
                 f"{spec.arch}@FILE.safetensors, or write {spec.arch}?pretrained=false for an untrained net."
@@ -47,16 +53,44 @@ def build(spec: ModelString, options: Options, weights: WeightsFile | None) -> B
             classes, _ = sizes_in(weights, net, options.weights, _convert(net))
             net = net if classes is None else _create(spec, False, classes)
         data = resolve_data_config({}, model=net)
+    is_folder = spec.name.startswith(_FOLDER)
     return Built(
         net=net,
         arch=spec.arch,
-        identity={"arch": spec.arch, "num_classes": net.num_classes},
+        # Where a folder lies is no part of what its net computes.
+        identity={
+            "arch": net.default_cfg["architecture"] if is_folder else spec.arch,
+            "num_classes": net.num_classes,
+        },
         mean=tuple(data["mean"]),
         std=tuple(data["std"]),
         num_classes=net.num_classes,
         preprocess=_preprocess(data),
         convert=_convert(net),
         class_names=_class_names(net),
+    )
+
+
+def _with_absolute_path(spec: ModelString) -> ModelString:
+    """Return the string of a folder with its absolute path; another string as it is.
+
+    Raises:
+        UsageError: There is no such folder of timm.
+    """
+    if not spec.name.startswith(_FOLDER):
+        return spec
+    folder = expand_path(spec.name.removeprefix(_FOLDER)).absolute()
+    if not (folder / "config.json").is_file():
+        raise UsageError(f"there is no config.json of timm in '{folder}' for model {str(spec)!r}: check the path.")
+    return replace(spec, arch=f"{spec.source}:{_FOLDER}{folder}")
+
+
+def _no_repository(spec: ModelString) -> UsageError:
+    """Return the error for a repository or folder that cannot be loaded."""
+    what = "could not be downloaded" if spec.name.startswith(_HUB) else "has no weights"
+    return UsageError(
+        f"timm's net {spec.name!r} {what}: check the name and the network, or write the path of its folder as "
+        f"timm:{_FOLDER}FOLDER."
     )
 
 
@@ -73,7 +107,14 @@ def _create(spec: ModelString, pretrained: bool, num_classes: int | None) -> Any
     import timm
 
     kwargs = {} if num_classes is None else {"num_classes": num_classes}
-    return timm.create_model(spec.name, pretrained=pretrained, **kwargs)
+    try:
+        return timm.create_model(spec.name, pretrained=pretrained, **kwargs)
+    except (KeyError, RuntimeError, ValueError) as error:
+        if not spec.name.startswith((_HUB, _FOLDER)):
+            raise
+        raise UsageError(
+            f"{spec.name!r} is no net of timm ({error_summary(error):.200}): check the name."
+        ) from error
 
 
 def _convert(net: Any) -> Convert | None:
@@ -104,19 +145,6 @@ def _check_name(spec: ModelString, pretrained: bool) -> None:
             f"timm has no weights for {spec.name!r}: give a file as {spec.arch}@FILE.safetensors, or write "
             f"{spec.arch}?pretrained=false for an untrained net."
         )
-
-
-@contextmanager
-def _offline_if_unreachable() -> Iterator[None]:
-    """Let the hub look into its cache at once instead of retrying for most of a minute."""
-    from huggingface_hub import constants
-
-    before = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = before or not reachable(constants.ENDPOINT)
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = before
 
 
 def _preprocess(data: dict[str, Any]) -> Preprocess:

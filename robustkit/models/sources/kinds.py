@@ -17,7 +17,7 @@ FORMS: Mapping[str, str] = {
     "RUN_FOLDER": "what robustkit train wrote; RUN_FOLDER/#2 is its third member or posterior sample",
 }
 # Prefixes of names on Hugging Face's or torch's hub.
-_HUBS = ("hf", "hf-hub", "hf_hub", "hub", "huggingface", "torch.hub", "torchhub")
+_HUBS = ("hf_hub", "hub", "huggingface", "torch.hub", "torchhub")
 
 
 def no_such_kind(spec: ModelString) -> UsageError:

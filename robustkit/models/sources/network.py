@@ -39,3 +39,20 @@ def quiet() -> Iterator[None]:
     finally:
         logging.disable(level)
         socket.setdefaulttimeout(timeout)
+
+
+@contextmanager
+def offline_if_unreachable(*, local: bool = False) -> Iterator[None]:
+    """Let the Hugging Face hub look into its cache at once instead of retrying for most of a minute.
+
+    Args:
+        local: Whether the model is a folder, so that nothing is downloaded.
+    """
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or local or not reachable(constants.ENDPOINT)
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
