@@ -42,6 +42,8 @@ class LoopOptions:
             the change by earlier attacks, and only in float32.
         score_check: whether the attack checks gradients by scores. It is not run if the model is random, because
             the score of one draw is noisy.
+        checkpoints: pairs of a number of queries and a share. As an arm the attack leaves a row after that many
+            queries if the margin has risen, but by less than this share of the clean margin.
     """
 
     steps: int
@@ -53,6 +55,7 @@ class LoopOptions:
     eot_samples: int = 1
     boundary_only: float | None = None
     score_check: bool = False
+    checkpoints: tuple[tuple[int, float], ...] = ()
 
 
 class RowWise(ABC):

@@ -183,6 +183,11 @@ class Audit:
         return cls(audited, broke, Rate(value, low, high, n), cost)
 
 
+# On how many images, of those that the attacks before the arms left, a score attack among the arms is tested.
+# If it alone fools a fifth of them or more, it fools none of those drawn with probability (1 - 1/5)**32 < 0.001.
+SCORE_TESTED = 32
+
+
 @dataclass(frozen=True)
 class Strictness:
     """The remaining doubt of a suite that chose for each image which arms to run.

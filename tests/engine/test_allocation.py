@@ -8,8 +8,20 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import hypergeom
 
-from robustkit.engine.allocation.arms import STRATA_ENDS, Evidence, Round, allowed, following, spread
+from robustkit.engine.allocation.arms import (
+    STRATA_ENDS,
+    Evidence,
+    Round,
+    allowed,
+    following,
+    spread,
+    unseen,
+)
+from robustkit.runs.report_parts import SCORE_TESTED
 
 COSTS = np.array([200.0, 600.0, 1800.0])
 
@@ -24,8 +36,9 @@ def evidence(n: int, may: int = 1, seed: int = 0) -> Evidence:
         gains=np.full((len(COSTS), n), np.nan),
         standing=np.ones(n, bool),
         keys=rng.permutation(n),
-        drawn=np.zeros(n, bool),
+        drawn=np.zeros((len(COSTS), n), bool),
         costs=COSTS,
+        tested=np.zeros(len(COSTS), np.int64),
         allowed=may,
     )
 
@@ -36,7 +49,7 @@ def with_round(known: Evidence, chosen: Round, gains: np.ndarray) -> Evidence:
     found = gains[chosen.arm, chosen.images]
     pair_counts[chosen.arm, chosen.images] = found
     now[chosen.images] = np.minimum(now[chosen.images], known.left[0, chosen.images] - np.minimum(found, 9))
-    drawn[chosen.images] |= chosen.test
+    drawn[chosen.arm, chosen.images] |= chosen.test
     return replace(known, gains=pair_counts, now=now, drawn=drawn, standing=~np.isposinf(pair_counts).any(0))
 
 
@@ -60,11 +73,34 @@ def test_an_image_of_each_stratum_meets_every_arm() -> None:
         assert sorted(known.strata[chosen.images]) == list(range(len(STRATA_ENDS)))
 
 
+@given(st.integers(1, 400), st.floats(0, 1), st.integers(0, 2**32 - 1))
+def test_a_fifth_of_the_images_is_seen_in_the_test_of_a_score_attack(n: int, share: float, seed: int) -> None:
+    known = replace(evidence(n, seed=seed), tested=np.array([0, 0, SCORE_TESTED]))
+    first = np.argsort(known.keys)[:SCORE_TESTED]
+    assert set(first) <= set(known.sample(2))
+    assert len(known.sample(2)) <= SCORE_TESTED + len(STRATA_ENDS)
+    assert len(known.sample(0)) <= len(STRATA_ENDS)
+    # None of them is among those drawn: the hypergeometric probability is at most that of the stated bound.
+    kind = int(np.ceil(share * n))
+    assert hypergeom.pmf(0, n, kind, len(first)) <= unseen(kind / n, len(first)) + 1e-12
+    if n >= SCORE_TESTED and share >= 0.2:
+        assert unseen(kind / n, len(first)) < 0.001
+
+
+def test_an_arm_that_ended_early_leaves_its_gain_unknown() -> None:
+    known = evidence(40)
+    gains = np.full((3, 40), np.nan)
+    gains[2, :10] = -np.inf
+    ended = replace(known, gains=gains)
+    assert (ended.open[2] == (np.arange(40) >= 10)).all()
+    assert (ended.beliefs[2].some == known.beliefs[2].some).all()
+
+
 @pytest.mark.parametrize("arm", [0, 1, 2])
 def test_an_arm_that_fools_a_sampled_image_runs_on_its_whole_stratum(arm: int) -> None:
     known = evidence(64)
     gains = np.zeros((3, 64))
-    index = known.sample()[2]
+    index = known.sample(arm)[2]
     gains[arm, index] = np.inf
     pairs = pair_counts(known, gains)
     for image in np.flatnonzero(known.strata == known.strata[index]):

@@ -31,8 +31,9 @@ def measured(met: int, left: int = 10, images: int = 20, ended: bool = False) ->
         gains=gains,
         standing=np.ones(left, bool),
         keys=np.arange(left),
-        drawn=np.zeros(left, bool),
+        drawn=np.zeros((3, left), bool),
         costs=MOST[:, :2].sum(1),
+        tested=np.zeros(3, np.int64),
         allowed=1,
     )
     spent = np.where(met, [[100.0, 99.0], [300.0, 297.0], [60.0, 0.0]], np.nan)

@@ -107,6 +107,40 @@ def test_a_run_killed_in_any_round_resumes_to_the_same_report(
     assert spent == [(stage.forwards, stage.backwards) for stage in uninterrupted().stages[1:]]
 
 
+SCORES = "pgd(steps=1),square(queries=210)*"
+
+
+@cache
+def searched_by_scores() -> Report:
+    return evaluated(suite=SCORES)
+
+
+def test_a_score_attack_leaves_images_at_its_checkpoints() -> None:
+    early, full = (report.stages[-1] for report in (searched_by_scores(), evaluated(suite=SCORES, strictness=0)))
+    assert 200 * 8 < early.forwards < full.forwards
+    assert early.fooled == full.fooled
+
+
+def test_a_run_killed_in_the_test_of_a_score_attack_resumes_to_the_same_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+
+    def killed(self: BlockRunner) -> None:
+        calls.append(0)
+        if len(calls) == 203:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BlockRunner, "_check_deadline", killed)
+        with pytest.raises(KeyboardInterrupt):
+            evaluated(suite=SCORES, out=tmp_path / "r")
+    again = evaluated(suite=SCORES, out=tmp_path / "r")
+    assert facts_per_image(again) == facts_per_image(searched_by_scores())
+    assert again.strictness == searched_by_scores().strictness
+    assert again.stages[-1].forwards == searched_by_scores().stages[-1].forwards
+
+
 def test_at_strictness_zero_every_robust_image_met_every_arm() -> None:
     report = evaluated(strictness=0)
     doubt = report.strictness

@@ -5,7 +5,8 @@ function of the verdicts so far, so a killed run continues with the same ones. I
 
 1. An arm that fooled an image of the test runs on the image's whole stratum.
 2. Test: of the images that the cheap attacks left robust, in strata by the share of the margin left, some are
-   drawn by the hash of the image, and every arm runs on them in full. Fooled ones are replaced by others.
+   drawn by the hash of the image, and every arm runs on them. Fooled ones are replaced by others. A score attack
+   runs on `SCORE_TESTED` images drawn from all strata together, or on all of fewer.
 3. While the upper bound on the images that arms would still fool is too high, the pairs of arm and image with the
    highest probability of success per pass come next.
 """
@@ -46,11 +47,12 @@ class Evidence:
             arm in the suite (A n), from 0 to 1.
         now: the share left after all arms that ran on it (n).
         gains: the reduction of that share by each arm (A n): infinite if it fooled the image, NaN if it did not
-            run.
+            run, minus infinity if it ended early: it did not fool the image, and its gain is not known.
         standing: which images are robust so far (n).
         keys: a number of each image, by which test images are drawn (n).
-        drawn: which images were in a round of the test (n).
+        drawn: which images were in a round of each arm's test (A n).
         costs: passes of each arm on an image (A).
+        tested: how many images each arm is tested on besides those that all are (A).
         allowed: how many images the arms may still fool, by the upper bound; 0 runs every arm on every image.
     """
 
@@ -61,6 +63,7 @@ class Evidence:
     keys: np.ndarray
     drawn: np.ndarray
     costs: np.ndarray
+    tested: np.ndarray
     allowed: int
 
     @cached_property
@@ -78,9 +81,10 @@ class Evidence:
     @cached_property
     def beliefs(self) -> list[Belief]:
         """The posterior of each arm."""
+        known = self.met & ~np.isneginf(self.gains)
         return [
             learn(gains[met], left[met], stream)
-            for stream, (gains, left, met) in enumerate(zip(self.gains, self.left, self.met, strict=True))
+            for stream, (gains, left, met) in enumerate(zip(self.gains, self.left, known, strict=True))
         ]
 
     @cached_property
@@ -112,13 +116,18 @@ class Evidence:
         rank[order] = (np.arange(len(order)) + 0.5) / max(len(order), 1)
         return np.searchsorted(STRATA_ENDS, rank)
 
-    def sample(self) -> np.ndarray:
-        """Return the indices of the test's images: of each stratum the first robust ones by their keys."""
+    def sample(self, arm: int) -> np.ndarray:
+        """Return the indices of the images of an arm's test.
+
+        Of each stratum these are the first robust ones by their keys, and then the first of all strata until there
+        are as many as the arm is tested on.
+        """
         chosen = []
         for stratum in range(len(STRATA_ENDS)):
             there = np.flatnonzero((self.strata == stratum) & self.standing)
             chosen.append(there[np.argsort(self.keys[there], kind="stable")][:TESTED_PER_STRATUM])
-        return np.concatenate(chosen)
+        first = np.argsort(self.keys, kind="stable")[: self.tested[arm]]
+        return np.unique(np.concatenate([*chosen, first[self.standing[first]]]))
 
 
 def allowed(strictness: float, n: int) -> int:
@@ -126,15 +135,24 @@ def allowed(strictness: float, n: int) -> int:
     return max(int(strictness * n), 1 if strictness else 0)
 
 
+def unseen(share: float, drawn: int) -> float:
+    """Return the probability that a draw of so many images has none of a kind that is this share of all.
+
+    It is an upper bound: the images are drawn without replacement.
+    """
+    return float((1 - share) ** drawn)
+
+
 def following(evidence: Evidence) -> Round | None:
     """Return the next round; None if the bound is low enough, or every arm has run on every robust image."""
-    sample, cheapest = evidence.sample(), np.argsort(evidence.costs, kind="stable")
+    cheapest = np.argsort(evidence.costs, kind="stable")
     for arm in cheapest:
-        hit = np.unique(evidence.strata[evidence.drawn & np.isinf(evidence.gains[arm])])
+        hit = np.unique(evidence.strata[evidence.drawn[arm] & np.isposinf(evidence.gains[arm])])
         images = np.flatnonzero(np.isin(evidence.strata, hit) & evidence.open[arm])
         if len(images):
             return Round(int(arm), images)
     for arm in cheapest:
+        sample = evidence.sample(arm)
         images = sample[evidence.open[arm, sample]]
         if len(images):
             return Round(int(arm), images, test=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,7 @@ from robustkit.core.errors import UsageError
 from robustkit.core.numbers import share, shown
 from robustkit.core.schema import Count, checked, parse
 from robustkit.engine.allocation.arms import Evidence, allowed, following
-from robustkit.engine.allocation.strictness import evidence_on, in_doubt, left_for_arms
+from robustkit.engine.allocation.strictness import Drawn, evidence_on, in_doubt, left_for_arms
 from robustkit.engine.evaluation.block_runner import BlockRunner
 from robustkit.runs.ledger import Ledger
 from robustkit.runs.report_parts import Strictness
@@ -46,15 +46,16 @@ class Rounds:
         """Run as many rounds over these positions as are needed."""
         left = left_for_arms(self.runner.results, positions)
         block = hashlib.sha256(np.sort(positions).tobytes()).hexdigest()[:16]
-        drawn: set[int] = set()
+        drawn: dict[int, set[int]] = {stage: set() for stage in self.stages}
         for number in itertools.count():
             decision = self._decision(f"round {block} {number}", left, len(positions), drawn)
             if decision is None:
                 return
-            drawn.update(decision.positions if decision.test else ())
+            if decision.test:
+                drawn[decision.stage].update(decision.positions)
             self.runner.run_row_wise(decision.stage, 1, np.array(decision.positions, np.int64))
 
-    def _decision(self, key: str, left: np.ndarray, n: int, drawn: Collection[int]) -> Decision | None:
+    def _decision(self, key: str, left: np.ndarray, n: int, drawn: Drawn) -> Decision | None:
         """Return the recorded decision of a round, or decide it; None if no more rounds are needed."""
         ledger, stages = self.ledger, self.stages
         recorded = ledger.read_note(key)
@@ -86,14 +87,14 @@ class Rounds:
         arms = self.runner.results.arms
         return [stage for stage in arms if not (random and entries[stage - 1].attack.info.access == "score")]
 
-    def _evidence(self, left: np.ndarray, n: int, drawn: Collection[int] = ()) -> Evidence:
+    def _evidence(self, left: np.ndarray, n: int, drawn: Drawn | None = None) -> Evidence:
         """Return the evidence on these positions of n."""
         settings = self.runner.settings
         classes, norm = self.runner.instrumented.num_classes or 2, settings.threat.norm
         attacks = [settings.entries[stage - 1].attack for stage in self.stages]
         passes = [2 if attack.loop_options(norm).needs_gradient else 1 for attack in attacks]
         costs = np.array([attack.budget(classes, norm) for attack in attacks]) * passes
-        return evidence_on(self.runner.results, left, self.stages, costs, allowed(self.strictness, n), drawn)
+        return evidence_on(self.runner.results, left, self.stages, costs, allowed(self.strictness, n), drawn or {})
 
 
 def read_strictness(value: str | float | None) -> float | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -22,6 +23,8 @@ class AttackQueue:
         stream: the name of its random numbers.
         number: its position among the batch's attacks, from 0.
         options: the loop's options for it.
+        checkpoints: by the number of queries after which a row may end early, the share of the clean margin that
+            it must have removed by then.
         parallel_jobs: whether a sample runs all its jobs at once, in a row for each.
         batch: the rows at the attack, if there are any.
         waiting: with parallel jobs, rows that have ended before others of their sample.
@@ -33,15 +36,45 @@ class AttackQueue:
     number: int
     options: LoopOptions
     parallel_jobs: bool
+    checkpoints: Mapping[int, float] = field(default_factory=dict)
     batch: RowBatch | None = None
     waiting: RowBatch | None = None
 
     @classmethod
-    def of(cls, entry: SuiteEntry, stream: str, number: int, norm: str, *, parallel_jobs: bool) -> AttackQueue:
+    def of(
+        cls,
+        entry: SuiteEntry,
+        stream: str,
+        number: int,
+        norm: str,
+        *,
+        parallel_jobs: bool,
+        end_early: bool = False,
+    ) -> AttackQueue:
         """Return an empty queue for an attack in this norm; boundary attacks always have parallel jobs."""
         options = entry.attack.loop_options(norm)
         parallel_jobs = parallel_jobs or options.boundary_only is not None
-        return cls(entry.attack, entry.view, stream, number, options, parallel_jobs)
+        checkpoints = dict(options.checkpoints) if end_early else {}
+        return cls(entry.attack, entry.view, stream, number, options, parallel_jobs, checkpoints)
+
+    def steps_to_read(self) -> int:
+        """Return how many steps may pass before a row is at a checkpoint or at its end, and must be read."""
+        age = self.active.host["age"]
+        ends = np.array([self.options.steps + 1, *self.checkpoints])
+        ahead = ends[:, None] - age
+        return int(ahead[ahead > 0].min())
+
+    def without_hope(self, batch: RowBatch) -> np.ndarray:
+        """Return the mask of the rows that are at a checkpoint and have removed too little of the clean margin.
+
+        Rows whose margin has not changed at all continue: their model's scores say nothing about a search.
+        """
+        required = np.array([self.checkpoints.get(age, 0.0) for age in batch.host["age"].tolist()])
+        if not required.any():
+            return np.zeros(len(batch), bool)
+        clean, nearest = batch.device["past"][:, 0].cpu().numpy(), batch.device["nearest"].cpu().numpy()
+        mask: np.ndarray = (nearest > clean) & (nearest - clean < required * -clean)
+        return mask
 
     @property
     def separate_passes(self) -> bool:

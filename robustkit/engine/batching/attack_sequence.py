@@ -155,7 +155,7 @@ class AttackSequence:
     def _end_jobs(self, queue: AttackQueue, batch: RowBatch, gone: np.ndarray) -> RowBatch | None:
         """Remove rows that are `gone`, start the next job of rows whose job ended, return those without one."""
         done = (batch.host["age"] > queue.options.steps) | batch.host["ended"]
-        over = done & ~gone
+        over = (done | queue.without_hope(batch)) & ~gone
         if not (gone | over).any():
             return None
         jobs = 0 if queue.parallel_jobs else queue.jobs(self.instrumented)

@@ -50,6 +50,7 @@ class ContinuousBatch:
         deterministic: whether the model returns the same logits for the same image each time. An attempt's last
             query is then made in float32 and is the verdict itself.
         suite_views: the views that attacks of the whole suite use.
+        end_early: whether an arm may leave a sample at a checkpoint.
     """
 
     instrumented: InstrumentedModel
@@ -64,11 +65,19 @@ class ContinuousBatch:
     parallel_jobs: bool = False
     deterministic: bool = False
     suite_views: Collection[str] = ()
+    end_early: bool = False
 
     def __post_init__(self) -> None:
         """Create an empty queue for each attack."""
         self.queues = [
-            AttackQueue.of(entry, stream, number, self.threat.norm, parallel_jobs=self.parallel_jobs)
+            AttackQueue.of(
+                entry,
+                stream,
+                number,
+                self.threat.norm,
+                parallel_jobs=self.parallel_jobs,
+                end_early=self.end_early and entry.arm,
+            )
             for number, (entry, stream) in enumerate(zip(self.entries, self.streams, strict=True))
         ]
         judge = ClaimJudge(self.instrumented, self.threat, self.recover)
@@ -110,7 +119,7 @@ class ContinuousBatch:
             self._admit_samples()
             busy = [queue for queue in self.queues if queue.batch is not None]
             if busy:
-                nearest = min(int((queue.options.steps - queue.active.host["age"]).min()) for queue in busy) + 1
+                nearest = min(queue.steps_to_read() for queue in busy)
                 drive(busy, min(self.steps_per_read, nearest), self._query, self._step)
                 claims = self.columns.columns([queue.active for queue in busy])["when"]
                 self.sequence.end_steps(busy, claims.cpu().numpy())

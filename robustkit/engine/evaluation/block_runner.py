@@ -243,6 +243,7 @@ class BlockRunner(BatchRunner):
             steps_per_read=1 if ComputeDevice(self.instrumented.device).is_cpu else GPU_STEPS_PER_READ,
             parallel_jobs=parallel_jobs or entries[0].arm,
             suite_views=[entry.view for entry in self.settings.entries],
+            end_early=self.settings.end_early,
             deterministic=not (self.instrumented.random or UNSTEADY & self.results.flags.keys()),
         )
 

@@ -192,6 +192,8 @@ class Evaluation:
             max_slots=slots if cpu or self.batch_size is not None else MAX_SLOTS_GPU,
             precision=self._precision,
             choose_precision=self.precision == "auto",
+            # A strictness of 0 gives every image every attack in full.
+            end_early=self.allowed_doubt > 0,
             deterministic=self.deterministic,
         )
 

@@ -22,6 +22,7 @@ class RunSettings:
         max_slots: the most rows that the search may choose where more are faster.
         precision: a key of DTYPES.
         choose_precision: whether the search may choose another precision.
+        end_early: whether an arm may leave an image before its last query, at its checkpoints.
         deterministic: whether only deterministic kernels are used.
     """
 
@@ -34,6 +35,7 @@ class RunSettings:
     max_slots: int
     precision: str = "fp32"
     choose_precision: bool = False
+    end_early: bool = True
     deterministic: bool = False
 
     def attacks_from(self, stage: int, count: int) -> list[SuiteEntry]:

@@ -81,7 +81,7 @@ def _simulate(seen: Observed, n: int, may: int, rng: np.random.Generator) -> Sim
     simulated = min(len(cheap), MAX_SIMULATED_IMAGES)
     more, cheap = len(cheap) / max(simulated, 1), cheap[:simulated]
     gains = np.stack([_gains(belief, simulated, rng) for belief in seen.evidence.beliefs])
-    reached, drawn = np.full(gains.shape, np.nan), np.zeros(simulated, bool)
+    reached, drawn = np.full(gains.shape, np.nan), np.zeros(gains.shape, bool)
     keys, may = rng.permutation(simulated), _fewer(may, more)
     rounds = []
     while simulated:
@@ -102,7 +102,7 @@ def _simulate(seen: Observed, n: int, may: int, rng: np.random.Generator) -> Sim
             break
         arm, images = chosen.arm, chosen.images
         reached[arm, images] = left[arm, images] - gains[arm, images]
-        drawn[images] |= chosen.test
+        drawn[arm, images] |= chosen.test
         rounds.append((arm, len(images) if chosen.test else round(more * len(images))))
     return SimulatedRounds(rounds, _spent(seen, rng))
 

@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -225,8 +226,8 @@ class CostProbe(Evaluation):
             return None
         arms = [self.entries[stage - 1] for stage in rounds.stages]
         most = np.array([max_costs([arm], runner.instrumented, self.threat.norm) for arm in arms], float)
-        # An attack that stops without progress may take as few steps as its `patience`.
-        patience = np.array([getattr(arm.attack, "patience", None) or np.inf for arm in arms])
+        # An attack that stops without progress may take as few queries as its `patience`.
+        patience = np.array([_least_queries(arm.attack, self.threat.norm) for arm in arms])
         costs = [runner.results.costs[stage] for stage in rounds.stages]
         met = evidence.met.sum(1)[:, None]
         spent = np.array([(cost.forwards, cost.backwards) for cost in costs], float) / np.maximum(met, 1)
@@ -238,6 +239,12 @@ class CostProbe(Evaluation):
             least=np.minimum(patience / most[:, 0].clip(1), 1),
             most=most,
         )
+
+
+def _least_queries(attack: Any, norm: str) -> float:
+    """Return after how many queries an attack may stop without progress; infinity if it does not."""
+    least: float = getattr(attack, "patience", None) or np.inf
+    return float(min([least, *(queries for queries, _ in attack.loop_options(norm).checkpoints)]))
 
 
 def max_costs(

@@ -16,7 +16,7 @@ from robustkit.reporting.names import data_name
 from robustkit.reporting.versions import made_in_parts
 from robustkit.runs.distances import Minimum
 from robustkit.runs.evaluation_record import Report
-from robustkit.runs.report_parts import Curve, Rate, Strictness
+from robustkit.runs.report_parts import SCORE_TESTED, Curve, Rate, Strictness
 from robustkit.runs.spec import RunSpec
 
 # Positions in a curve's radii that the terminal prints: eps/4, eps/2, eps, 1.5 eps and 2 eps.
@@ -146,13 +146,23 @@ def has_autoattack(spec: RunSpec) -> bool:
 def unresolved(bound: Strictness, spec: RunSpec) -> str:
     """Return the bound on the images that attacks not yet run on them would fool, as a sentence."""
     attacks = "AutoAttack's attacks" if has_autoattack(spec) else "the attacks marked * that were not run on them"
-    in_full = f"{bound.in_full:,} of {bound.standing:,} robust images were given every attack at full length"
+    in_full = f"{bound.in_full:,} of {bound.standing:,} robust images were given every attack"
     if bound.in_full == bound.standing:
         return f"unresolved: no image; {in_full}"
     images = f"at most {bound.images:,} image{'s' * (bound.images != 1)} ({fine(bound.bound)})"
     return (
         f"unresolved: with a probability of 95 %, {attacks} would fool {images if bound.images else 'no image'} "
-        f"more, estimated from their gains on this model; {in_full}"
+        f"more, estimated from their gains on this model; {in_full}{_tested_by_scores(spec)}"
+    )
+
+
+def _tested_by_scores(spec: RunSpec) -> str:
+    """Return what the test of a suite's arm `square` would have shown, as a clause; empty without this arm."""
+    if not any(record.get("arm") and record["name"] == "square" for record in spec.suite):
+        return ""
+    return (
+        f"; square was tested on {SCORE_TESTED} of them drawn at random, or on all: if it alone fooled a fifth or "
+        "more, one of these shows it with a probability of 99.9 %"
     )
 
 
