@@ -25,6 +25,8 @@ from robustkit.engine.allocation.evidence import DRAWS, Belief, learn, upper_bou
 STRATA_ENDS, TESTED_PER_STRATUM = (1 / 8, 1 / 4, 1 / 2, 1.0), 1
 # A round takes the images whose probability per pass is at least this share of the highest, and at least so many.
 MIN_RATE_SHARE, MIN_ROUND_IMAGES = 0.25, 8
+# Rounds of a score attack are larger: their many steps take as long for a few images as for more.
+MIN_SCORE_ROUND_IMAGES = 24
 # Images whose probabilities are computed at once; more do not fit a core's cache.
 IMAGES_AT_ONCE = 32
 
@@ -168,7 +170,8 @@ def _most_promising(evidence: Evidence) -> Round:
     order = np.argsort(-rates[arm], kind="stable")
     order = order[evidence.open[arm, order]]
     worth = int((rates[arm, order] >= MIN_RATE_SHARE * rates[arm].max()).sum())
-    return Round(arm, np.sort(order[: max(worth, MIN_ROUND_IMAGES)]))
+    least = MIN_SCORE_ROUND_IMAGES if evidence.tested[arm] else MIN_ROUND_IMAGES
+    return Round(arm, np.sort(order[: max(worth, least)]))
 
 
 def spread(left: np.ndarray, keys: np.ndarray, count: int) -> np.ndarray:

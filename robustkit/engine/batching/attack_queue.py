@@ -12,6 +12,9 @@ from robustkit.engine.batching.row_batch import RowBatch
 from robustkit.engine.model.instrumented_model import InstrumentedModel
 from robustkit.registry import SuiteEntry
 
+# At checkpoints that are multiples of this number of queries a row ends if it gained nothing since the one before.
+IDLE_QUERIES = 1000
+
 
 @dataclass
 class AttackQueue:
@@ -65,15 +68,20 @@ class AttackQueue:
         return int(ahead[ahead > 0].min())
 
     def without_hope(self, batch: RowBatch) -> np.ndarray:
-        """Return the mask of the rows that are at a checkpoint and have removed too little of the clean margin.
+        """Return the mask of the rows that may end at a checkpoint.
 
+        These have removed too little of the clean margin, or nothing since a checkpoint `IDLE_QUERIES` before.
         Rows whose margin has not changed at all continue: their model's scores say nothing about a search.
         """
-        required = np.array([self.checkpoints.get(age, 0.0) for age in batch.host["age"].tolist()])
+        ages = batch.host["age"]
+        required = np.array([self.checkpoints.get(age, 0.0) for age in ages.tolist()])
         if not required.any():
             return np.zeros(len(batch), bool)
-        clean, nearest = batch.device["past"][:, 0].cpu().numpy(), batch.device["nearest"].cpu().numpy()
-        mask: np.ndarray = (nearest > clean) & (nearest - clean < required * -clean)
+        clean, nearest = (part.cpu().numpy() for part in (batch.device["past"][:, 0], batch.device["nearest"]))
+        whole, marked = (required > 0) & (ages % IDLE_QUERIES == 0), batch.host["marked"]
+        batch.host["marked"] = np.where(whole, nearest, marked)
+        hopeless = (nearest - clean < required * -clean) | (whole & (nearest <= marked))
+        mask: np.ndarray = (required > 0) & (nearest > clean) & hopeless
         return mask
 
     @property

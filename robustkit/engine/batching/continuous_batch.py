@@ -152,6 +152,7 @@ class ContinuousBatch:
             zero = np.zeros(len(position), np.int64)
             spent = np.zeros((len(position), len(self.queues), 2), np.int64)
             host = {"position": position, "job": zero, "age": zero, "ended": zero > 0, "spent": spent}
+            host["marked"] = np.full(len(position), -np.inf)
             self.sequence.start_attack(0, RowBatch(host, tensors))
             if later and len(position) < free:
                 return

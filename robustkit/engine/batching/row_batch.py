@@ -29,7 +29,8 @@ class RowBatch:
 
     Attributes:
         host: arrays with one entry for each row: the sample's position, its job, the steps taken in it (`age`),
-            whether the job has ended early, and the passes spent on each attack.
+            whether the job has ended early, the passes spent on each attack, and the margin that was `marked` at
+            a checkpoint.
         device: tensors with one entry for each row: images, labels, best points, claims, the attack's state.
         masks: those of the state's masks that have been read from the device.
     """
@@ -127,7 +128,7 @@ class RowBatch:
         kept = {name: tensor for name, tensor in kept.items() if name not in OBSOLETE}
         device = {"anchor": kept["best"], **kept, **columns_of(x, labels, ids, threat)}
         host = {name: tensor.numpy() for name, tensor in record["host"].items()}
-        return cls({"ended": np.zeros(len(x), bool), **host}, device)
+        return cls({"ended": np.zeros(len(x), bool), "marked": np.full(len(x), -np.inf), **host}, device)
 
     @property
     def state(self) -> State:
