@@ -86,6 +86,7 @@ class AttackSequence:
         """Start a job of each row."""
         batch.host["age"] = np.zeros(len(batch), np.int64)
         batch.host["ended"] = np.zeros(len(batch), bool)
+        batch.host["marked"] = np.full(len(batch), -np.inf)
         batch = self.with_target(queue, batch.with_state({}))
         queue.join(batch.with_state(queue.attack.init(self.rows(queue, batch))))
 
