@@ -68,7 +68,7 @@ def vanishing(probe: Probe) -> Flag | None:
     Both go backward through the same layers, so those in the logits are compared.
     """
     ce, margin = (gradient.abs().amax(1) for gradient in probe.loss_gradients.values())
-    gone = (ce < VANISHING * margin) & (_sizes(probe) > 0)
+    gone = (ce < VANISHING * margin) & (_sizes(probe) > 0).to(ce.device)
     if not len(gone) or gone.float().mean() <= MAX_VANISHED_SHARE:
         return None
     return Flag(
