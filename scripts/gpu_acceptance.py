@@ -26,9 +26,11 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parent / "tools"))
 
 from gpu_acceptance_page import page
-from gpu_acceptance_sections import FULL, QUICK, SECTIONS, Row, Setup
+from gpu_acceptance_sections import SECTIONS
+from gpu_acceptance_setup import FULL, QUICK, Row, Setup
 
 from robustkit.core.devices import pick_device
 from robustkit.runs.environment import environment
@@ -98,18 +100,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"no section {', '.join(sorted(unknown))}; sections are {', '.join(SECTIONS)}")
     sizes = QUICK if given.quick else FULL
     setup = Setup(pick_device(given.device), sizes, found_nets(given.models), given.data)
+    sections = list[Row]()
     record = {
         "format": 1,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "quick": given.quick,
         "environment": environment(setup.device, "fp32", None),
-        "sections": [run_section(name, setup) for name in names],
+        "sections": sections,
     }
     given.out.mkdir(parents=True, exist_ok=True)
-    (given.out / "acceptance.json").write_text(json.dumps(record, indent=2) + "\n")
-    (given.out / "acceptance.html").write_text(page(record), encoding="utf-8")
+    for name in names:
+        sections.append(run_section(name, setup))
+        # After every section, so that a run that is ended from outside leaves those before.
+        (given.out / "acceptance.json").write_text(json.dumps(record, indent=2) + "\n")
+        (given.out / "acceptance.html").write_text(page(record), encoding="utf-8")
     print(given.out / "acceptance.html")
-    return int(any(section["error"] for section in record["sections"]))
+    return int(any(section["error"] for section in sections))
 
 
 if __name__ == "__main__":

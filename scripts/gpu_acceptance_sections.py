@@ -5,17 +5,16 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
-import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
 
 import torch
+from gpu_acceptance_setup import QUICK, Row, Setup
+from step_costs import ATTACKS, LONG, SHORT, run_batch
 from torch import Tensor
 
 from robustkit import craft, evaluate, load_data, load_model, train
@@ -23,118 +22,11 @@ from robustkit.core.float32 import float32_operations
 from robustkit.core.threat import ThreatModel
 from robustkit.engine.model.instrumented_model import InstrumentedModel
 from robustkit.engine.model.profiling import measure
-from robustkit.models import as_classifier
 from robustkit.models.classifier import Classifier
-from robustkit.models.zoo.wide_resnet import WideResNet
 from robustkit.runs.evaluation_record import Report
 
 ROOT = Path(__file__).parents[1]
-Row = dict[str, Any]
-T = TypeVar("T")
-PASS_REPEATS = 3
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """How much a section computes."""
-
-    wide: tuple[int, int]
-    wide_images: int
-    net_images: int
-    verdict_images: int
-    memory_batch: int
-    craft_images: int
-    train_images: int
-    steps: int
-    pixels: int
-    eps: str
-    arch: str
-    autoattack: str
-    rapid: str
-
-
-FULL = Sizes(
-    (28, 10), 32, 128, 64, 256, 512, 2048, 10, 32, "linf:8/255", "robustkit:cifar-resnet20", "autoattack", "rapid"
-)
-QUICK = Sizes(
-    (10, 1),
-    1,
-    2,
-    1,
-    2,
-    2,
-    8,
-    2,
-    8,
-    "linf:0.9",
-    "robustkit:wrn-10-1",
-    "autoattack:square(queries=3)",
-    "race(steps=2)",
-)
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What every section gets."""
-
-    device: torch.device
-    sizes: Sizes
-    nets: dict[str, str]
-    data: str | None
-
-    def wide(self) -> Classifier:
-        """Return a Wide ResNet with random weights, which shows what its shapes cost."""
-        torch.manual_seed(0)
-        depth, width = self.sizes.wide
-        return as_classifier(WideResNet(depth=depth, width=width).eval()).to(self.device)
-
-    def images(self, n: int) -> Tensor:
-        """Return random images (n 3 H W) on the CPU."""
-        return torch.rand(n, 3, self.sizes.pixels, self.sizes.pixels, generator=torch.Generator().manual_seed(1))
-
-    def timed(self, work: Callable[[], T]) -> tuple[T, float]:
-        """Return the result of work, and the seconds until the device has finished."""
-        self.synchronize()
-        begun = time.perf_counter()
-        result = work()
-        self.synchronize()
-        return result, time.perf_counter() - begun
-
-    def synchronize(self) -> None:
-        """Wait for the device."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-    def pass_seconds(self, model: Classifier, x: Tensor, *, weights: bool = False) -> tuple[float, float]:
-        """Return the seconds of a forward and of a backward pass for one image, in float32 on a warm device.
-
-        Args:
-            model: on the device.
-            x: images of one batch (B C H W).
-            weights: whether the backward pass computes gradients of the weights as well.
-        """
-        x = x.to(self.device)
-        wanted = [weight for weight in model.parameters() if weight.requires_grad] if weights else []
-
-        def forward() -> tuple[Tensor, Tensor]:
-            leaf = x.clone().requires_grad_()
-            return model(leaf).sum(), leaf
-
-        def both() -> None:
-            loss, leaf = forward()
-            torch.autograd.grad(loss, [leaf, *wanted], allow_unused=True)
-
-        def repeat(work: Callable[[], object]) -> None:
-            for _ in range(PASS_REPEATS):
-                work()
-
-        # Training leaves torch's own setting of TF32, everything else computes in full precision.
-        with nullcontext() if weights else float32_operations("ieee"):
-            both()
-            _, first = self.timed(partial(repeat, forward))
-            _, total = self.timed(partial(repeat, both))
-        passes = PASS_REPEATS * len(x)
-        return first / passes, max(total - first, 0.0) / passes
+TRAIN_BATCH = 128
 
 
 def gpu_tests(setup: Setup) -> Iterator[Row]:
@@ -151,13 +43,15 @@ def _robust(report: Report) -> set[int]:
     return {verdict.index for verdict in report.verdicts if verdict.robust}
 
 
-def _against_autoattack(setup: Setup, name: str, model: Classifier, x: Tensor, y: Tensor) -> Iterator[Row]:
-    """Run pyautoattack as its authors call it, and both suites, on the same images."""
+def _against_autoattack(
+    setup: Setup, name: str, model: Classifier, x: Tensor, y: Tensor, runs: Sequence[tuple[str, str]]
+) -> Iterator[Row]:
+    """Run pyautoattack in float32 as its authors call it, and suites in a precision, on the same images."""
     from pyautoattack import AutoAttack
 
-    threat = ThreatModel.parse(setup.sizes.eps)
+    threat = ThreatModel.parse(setup.sizes.threat)
     there, labels = x.to(setup.device), y.to(setup.device)
-    setup.pass_seconds(model, x)
+    setup.pass_seconds(model, x)  # what a device does at its first passes is in no run's time
 
     def by_authors() -> Tensor:
         official = AutoAttack(
@@ -174,9 +68,7 @@ def _against_autoattack(setup: Setup, name: str, model: Classifier, x: Tensor, y
             robust = set((model(adversarial).argmax(1) == labels).nonzero()[:, 0].tolist())
     common: Row = {"net": name, "images": len(x)}
     yield common | {"run": "pyautoattack", "robust": len(robust), "seconds": theirs}
-    rapid = setup.sizes.rapid
-    runs = ((setup.sizes.autoattack, "fp32"), (rapid, "auto"), (rapid, "fp32"))
-    for suite, precision in runs[1:2] if setup.sizes is QUICK else runs:
+    for suite, precision in runs:
         options: Row = {"suite": suite, "precision": precision, "device": str(setup.device)}
         report, ours = setup.timed(partial(evaluate, model, x, y, threat, **options))
         around = report.environment
@@ -199,34 +91,31 @@ def autoattack_wide(setup: Setup) -> Iterator[Row]:
     model, x = setup.wide(), setup.images(setup.sizes.wide_images)
     with torch.no_grad():
         y = model(x.to(setup.device)).argmax(1).cpu()
-    yield from _against_autoattack(setup, "wrn-{}-{}".format(*setup.sizes.wide), model, x, y)
+    runs = [(setup.sizes.rapid, "auto"), (setup.sizes.rapid, "fp32"), (setup.sizes.autoattack, "fp32")]
+    yield from _against_autoattack(setup, "wrn-{}-{}".format(*setup.sizes.wide), model, x, y, runs)
 
 
 def autoattack_nets(setup: Setup) -> Iterator[Row]:
-    """Compare on trained nets."""
+    """Compare `rapid` on trained nets, in order of their names until the time is over."""
     if not setup.nets or setup.data is None:
         yield {"net": "none: give --models FOLDER and --data FILE.npz"}
         return
     samples = load_data(setup.data).head(setup.sizes.net_images)
     x, y = samples.images(range(len(samples))), torch.from_numpy(samples.labels)
     for name, string in setup.nets.items():
-        yield from _against_autoattack(setup, name, load_model(string).to(setup.device), x, y)
+        runs = [(setup.sizes.rapid, "auto"), (setup.sizes.rapid, "fp32")]
+        yield from _against_autoattack(setup, name, load_model(string).to(setup.device), x, y, runs)
 
 
 def verdicts(setup: Setup) -> Iterator[Row]:
     """Compare the verdicts of the GPU and of the CPU in float32."""
     samples = load_data("digits:test").head(setup.sizes.verdict_images)
-    for suite in (setup.sizes.rapid,) if setup.sizes is QUICK else ("pgd(steps=10)", "rapid"):
+    for suite in setup.sizes.verdict_suites:
+        options: Row = {"threat": setup.sizes.verdict_threat, "suite": suite, "precision": "fp32"}
+        model = load_model("robustkit:digits-cnn")
         reports = [
-            evaluate(
-                load_model("robustkit:digits-cnn"),
-                samples,
-                threat=setup.sizes.eps if setup.sizes is QUICK else "linf:0.15",
-                suite=suite,
-                precision="fp32",
-                device=str(device),
-            )
-            for device in (setup.device, "cpu")
+            evaluate(model, samples, device=str(device), **options)
+            for device in (setup.device, torch.device("cpu"))
         ]
         gpu, cpu = (report.verdicts for report in reports)
         pairs = list(zip(gpu, cpu, strict=True))
@@ -257,24 +146,16 @@ def counted_syncs() -> Iterator[Counter[str]]:
 
 
 def syncs(setup: Setup) -> Iterator[Row]:
-    """Count the synchronisations of a step: the difference of two runs that have other numbers of steps."""
-    samples = load_data("digits:test").head(setup.sizes.verdict_images)
-    model = load_model("robustkit:digits-cnn").to(setup.device)
-    short, long = setup.sizes.steps, 3 * setup.sizes.steps
-    attacks = (("pgd", "steps"), ("race", "steps"), ("square", "queries"))
-    for attack, field in attacks[:1] if setup.sizes is QUICK else attacks:
-        counts = list[Counter[str]]()
-        for steps in (short, long):
+    """Count the synchronisations of a step that torch warns of; docs/speed.md has those of the simulated GPU."""
+    for attack in setup.sizes.step_attacks:
+        counts, steps = list[Counter[str]](), list[int]()
+        for number in (SHORT, LONG):
             with counted_syncs() as found:
-                suite = f"{attack}({field}={steps})"
-                # An eps at which hardly any image is fooled, so that every step takes place.
-                evaluate(
-                    model, samples, threat="linf:1e-4", suite=suite, precision="fp32", device=str(setup.device)
-                )
+                steps.append(run_batch(ATTACKS[attack], number))
             counts.append(found)
-        more = counts[1] - counts[0]
-        most = ", ".join(f"{line} {number / (long - short):.2f}" for line, number in more.most_common(4))
-        yield {"attack": attack, "syncs per step": more.total() / (long - short), "lines": most}
+        more, taken = counts[1] - counts[0], steps[1] - steps[0]
+        most = ", ".join(f"{line} {number / taken:.2f}" for line, number in more.most_common(4))
+        yield {"attack": attack, "syncs per step": more.total() / taken, "lines": most}
 
 
 def memory(setup: Setup) -> Iterator[Row]:
@@ -309,7 +190,7 @@ def craft_speed(setup: Setup) -> Iterator[Row]:
     forward, backward = setup.pass_seconds(model, x)
     for attack in ("mi-fgsm", "cwa"):
         call = f"{attack}(steps={setup.sizes.steps})"
-        record = craft([model], x, y, setup.sizes.eps, attack=call, device=str(setup.device))
+        record = craft([model], x, y, setup.sizes.threat, attack=call, device=str(setup.device))
         bare = len(x) * (record.forwards_per_image * forward + record.gradients_per_image * backward)
         speed = len(x) / record.seconds
         yield {
@@ -326,7 +207,8 @@ def train_speed(setup: Setup) -> Iterator[Row]:
     """Compare the time of training with that of its passes alone."""
     x = setup.images(setup.sizes.train_images)
     y = torch.arange(len(x)) % 10
-    forward, backward = setup.pass_seconds(load_model(setup.sizes.arch).to(setup.device), x[:128], weights=True)
+    net = load_model(setup.sizes.arch).to(setup.device).train()
+    forward, backward = setup.pass_seconds(net, x[:TRAIN_BATCH], weights=True)
     for method in ("standard", "dverge"):
         with tempfile.TemporaryDirectory() as folder:
             record = train(
@@ -335,6 +217,7 @@ def train_speed(setup: Setup) -> Iterator[Row]:
                 y,
                 arch=setup.sizes.arch,
                 epochs=1,
+                batch_size=min(TRAIN_BATCH, len(x)),
                 out=Path(folder) / "run",
                 device=str(setup.device),
                 precision="fp32",

@@ -104,7 +104,7 @@ def images(n: int) -> torch.Tensor:
 def step_costs(name: str, frames: int = 1) -> StepCosts:
     """Return the costs of a step of one of NAMES, with that many lines of robustkit's for each event."""
     if name in ATTACKS:
-        work: Callable[[int], int] = partial(_batch, ATTACKS[name])
+        work: Callable[[int], int] = partial(run_batch, ATTACKS[name])
     elif name in CRAFT:
         work = partial(_craft, CRAFT[name])
     else:
@@ -118,8 +118,8 @@ def step_costs(name: str, frames: int = 1) -> StepCosts:
     return StepCosts.between(counts[0], counts[1], steps[1] - steps[0])
 
 
-def _batch(suite: str, steps: int) -> int:
-    """Run a continuous batch and return its steps.
+def run_batch(suite: str, steps: int) -> int:
+    """Run a continuous batch with attacks of ATTACKS on the GPU, and return its steps.
 
     One attack takes `steps` with all images at once. Of several, each takes SHORT steps; the longer run has more
     images, each of which enters when the one before has left the first attack.

@@ -54,10 +54,10 @@ class GpuTensor(Tensor):
         made.held = held
         return made
 
-    device = property(lambda self: GPU)
-    is_cuda = property(lambda self: True)
+    device, is_cuda = property(lambda self: GPU), property(lambda self: True)
     is_cpu = is_meta = property(lambda self: False)
     data = property(lambda self: self.detach(), lambda self, other: setattr(self, "held", other.held))
+    __format__: Any = lambda self, spec: format(self.cpu(), spec)
     tolist: Any = lambda self: self.cpu().tolist()
     __repr__: Any = lambda self, **_: f"GpuTensor({self.held})"
 

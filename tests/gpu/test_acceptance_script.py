@@ -4,17 +4,32 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from simulated_gpu import simulated_gpu
+from simulated_gpu import SimulatedGpu, simulated_gpu
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
 import gpu_acceptance
-from gpu_acceptance_sections import SECTIONS, Setup
+from gpu_acceptance_sections import SECTIONS
+from gpu_acceptance_setup import Setup
+from step_costs import step_costs
 
 NAMES = [name for name in SECTIONS if name != "tests"]
+
+
+count = SimulatedGpu.count
+
+
+def counted_with_a_warning(self: SimulatedGpu, kind: str) -> None:
+    """Count an event, with the warning of torch's sync debug mode."""
+    count(self, kind)
+    if kind == "sync":
+        with suppress(UserWarning):
+            warnings.warn("called a synchronizing CUDA operation", stacklevel=2)
 
 
 def test_every_section_runs_and_one_that_fails_is_recorded(
@@ -25,6 +40,7 @@ def test_every_section_runs_and_one_that_fails_is_recorded(
         raise RuntimeError("<planted>")
 
     monkeypatch.setitem(SECTIONS, "tests", (failing, 5))
+    monkeypatch.setattr(SimulatedGpu, "count", counted_with_a_warning)
     words = ["--quick", "--out", str(tmp_path), "--only", ",".join(["tests", *NAMES])]
     with simulated_gpu():
         assert gpu_acceptance.main(words) == 1
@@ -34,6 +50,8 @@ def test_every_section_runs_and_one_that_fails_is_recorded(
     assert "RuntimeError: <planted>" in planted["error"]
     assert [(section["name"], section["error"]) for section in others] == [(name, None) for name in NAMES]
     assert all(section["rows"] for section in others)
+    (syncs,) = others[NAMES.index("syncs")]["rows"]
+    assert syncs["syncs per step"] == step_costs("pgd").syncs
     assert record["environment"]["device_name"] == "simulated GPU"
     page = (tmp_path / "acceptance.html").read_text(encoding="utf-8")
     assert "Failed: tests." in page
