@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 import traceback
 import warnings
@@ -13,17 +14,31 @@ from robustkit.core.errors import RobustkitError, RunError, error_summary, one_l
 
 DONE, NEGATIVE, USAGE, FAILED = 0, 1, 2, 3
 
+# What decides how threads of OpenMP wait: the standard's variable, that of GCC's runtime, and that of LLVM's.
+WAIT_POLICY_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+
 # Verbs with flags that are repeated for several models.
 REPEATED_FLAGS = ("craft", "transfer", "matrix")
 
 
 def main() -> None:
     """Run the command line and exit with the contract's code."""
+    let_idle_threads_sleep()
     # Pillow warns about large images, which are then refused with an error.
     warnings.filterwarnings("ignore", message=".*decompression bomb")
     with streams.own_process():
         code = run(sys.argv[1:])
     sys.exit(code)
+
+
+def let_idle_threads_sleep() -> None:
+    """Have the CPU threads of torch sleep while they wait for each other, unless the user has set how they wait.
+
+    By default they spin: beside other processes a pass then takes ten times the processor time (docs/speed.md). The
+    variable is read when torch is imported, and worker processes inherit it.
+    """
+    if not any(name in os.environ for name in WAIT_POLICY_VARIABLES):
+        os.environ["OMP_WAIT_POLICY"] = "passive"
 
 
 def run(arguments: list[str]) -> int:
