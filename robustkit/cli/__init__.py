@@ -34,8 +34,8 @@ def main() -> None:
 def let_idle_threads_sleep() -> None:
     """Have the CPU threads of torch sleep while they wait for each other, unless the user has set how they wait.
 
-    By default they spin: beside other processes a pass then takes ten times the processor time (docs/speed.md). The
-    variable is read when torch is imported, and worker processes inherit it.
+    By default they spin: beside other processes a pass then takes ten times the processor time (docs/speed.md).
+    The variable is read when torch is imported, and worker processes inherit it.
     """
     if not any(name in os.environ for name in WAIT_POLICY_VARIABLES):
         os.environ["OMP_WAIT_POLICY"] = "passive"

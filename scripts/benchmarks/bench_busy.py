@@ -3,8 +3,8 @@
     python scripts/benchmarks/bench_busy.py [--busy 2] [--rounds 2] ["doctor" "evaluate --limit 50"]
 
 Runs each command of robustkit in turn with libgomp's default (threads that wait spin) and with what the command
-line sets (they sleep), beside so many processes that do nothing but compute, and prints the seconds. Expected: fewer
-where threads sleep, by far where the net is large enough for two threads. Takes minutes on 2 cores.
+line sets (they sleep), beside so many processes that do nothing but compute, and prints the seconds. Expected:
+fewer where threads sleep, by far where the net is large enough for two threads. Takes minutes on 2 cores.
 """
 
 from __future__ import annotations

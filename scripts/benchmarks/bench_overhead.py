@@ -11,8 +11,9 @@ depending on the net; see scripts/results/.
 
     python scripts/benchmarks/bench_overhead.py --suite rapid --model MODEL --data FILE.npz --limit N
 
-Runs that suite of robustkit, then the same passes of the net alone (same sizes, precision and layout; a backward pass
-after each forward pass that recorded a graph), and prints the processor seconds of both and the rest as a share.
+Runs that suite of robustkit, then the same passes of the net alone (same sizes, precision and layout; a backward
+pass after each forward pass that recorded a graph), and prints the processor seconds of both, and the rest as a
+share.
 """
 
 from __future__ import annotations
