@@ -209,6 +209,8 @@ def test_adaptive_climbs_every_view_that_there_may_be(norm):
 @pytest.mark.parametrize("suite", sorted(registry.catalog("suite")))
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 def test_every_suite_can_be_made_in_the_norms_of_its_attacks(suite, norm):
+    if (suite, norm) == ("blackbox-labels", "l1"):
+        pytest.skip("no attack by labels is known in l1")
     assert names(suite, norm)
 
 
