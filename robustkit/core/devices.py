@@ -63,6 +63,12 @@ class ComputeDevice:
         cached = self._call("memory_reserved", 0, self.device) - self.allocated()
         return int(free) // memory.processes_per_device() + max(int(cached), 0)
 
+    @property
+    def is_memory_short(self) -> bool:
+        """Whether less than a quarter of an accelerator's memory is free for this process."""
+        total = self._call("mem_get_info", (0, 0), self.device)[1]
+        return not self.is_cpu and 4 * self.free_memory() < int(total)
+
     def allocated(self) -> int:
         """Return the bytes of tensors on the device; 0 on a CPU."""
         return int(self._call("memory_allocated", 0, self.device))

@@ -8,27 +8,29 @@ from typing import TypeVar
 
 import torch
 
-from robustkit.core.devices import ComputeDevice
+from robustkit.core.devices import ComputeDevice, pick_device
 
 T = TypeVar("T")
 NO_MEMORY = "out of memory even with one image at a time; use a device with more memory."
-# What allocators and kernel libraries say, in lower case. cuDNN and cuBLAS report that memory for their workspace
-# is missing in words of their own, or find no kernel.
+# What allocators and kernel libraries say, in lower case.
 _WORDS = (
     *("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "bad_alloc"),
     *("defaultcpuallocator", "out_of_memory", "out_of_device_memory", "out_of_host_memory", "out_of_resources"),
     *("cublas_status_alloc_failed", "cublas_status_not_initialized", "cudnn_status_alloc_failed"),
-    *("cudnn_status_not_supported", "cusolver_status_alloc_failed"),
+    *("cusolver_status_alloc_failed", "hiperroroutofmemory"),
     *("hipblas_status_alloc_failed", "rocblas_status_memory_error", "miopenstatusallocfailed"),
-    *("unable to find an engine", "hiperroroutofmemory"),
 )
+# cuDNN also says this where memory for the workspace of its kernels is missing.
+_AMBIGUOUS = ("cudnn_status_not_supported", "unable to find an engine")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error means that memory is short, so that smaller batches may help."""
     if isinstance(error, RuntimeError):
         text = str(error).lower()
-        return isinstance(error, torch.OutOfMemoryError) or any(words in text for words in _WORDS)
+        if isinstance(error, torch.OutOfMemoryError) or any(words in text for words in _WORDS):
+            return True
+        return any(words in text for words in _AMBIGUOUS) and ComputeDevice(pick_device("auto")).is_memory_short
     return isinstance(error, MemoryError)
 
 

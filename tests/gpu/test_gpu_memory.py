@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -89,8 +90,6 @@ def test_slots_are_no_more_than_the_images_that_wait(monkeypatch: pytest.MonkeyP
         RuntimeError("CUDA error: out of memory"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
-        RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED. This error may appear if you passed in a"),
-        RuntimeError("GET was unable to find an engine to execute this computation"),
         RuntimeError("HIP out of memory. Tried to allocate 20.00 MiB"),
         RuntimeError("XPU out of memory. Tried to allocate 20.00 MiB"),
         RuntimeError("level_zero backend failed with error: 39 (UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY)"),
@@ -103,6 +102,17 @@ def test_errors_of_every_allocator_are_recognised(error: Exception) -> None:
     assert is_out_of_memory(error)
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     assert not is_out_of_memory(ValueError(str(error)))
+
+
+@pytest.mark.parametrize(
+    "words", ["CUDNN_STATUS_NOT_SUPPORTED. This error may appear", "GET was unable to find an engine"]
+)
+def test_a_missing_kernel_is_a_lack_of_memory_where_little_is_free(words: str) -> None:
+    assert not is_out_of_memory(RuntimeError(words))
+    with simulated_gpu(memory=80 << 30):
+        assert not is_out_of_memory(RuntimeError(words))
+        with mock.patch.object(torch.cuda, "mem_get_info", return_value=(8 << 30, 80 << 30)):
+            assert is_out_of_memory(RuntimeError(words))
 
 
 def test_the_failed_try_is_free_before_the_next_one() -> None:
