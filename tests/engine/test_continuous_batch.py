@@ -398,7 +398,7 @@ def test_an_interrupted_run_resumes_to_the_same_result(tmp_path: Path, monkeypat
     whole = run(tmp_path / "whole")
     interruptions = 0
     for _ in range(200):
-        net.left = 110
+        net.left = 95
         try:
             pieces = run(tmp_path / "pieces")
             break
