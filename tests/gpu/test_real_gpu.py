@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from test_gpu_memory import Wide
 
 import robustkit
 
@@ -65,15 +66,25 @@ def test_verdicts_have_full_precision_where_torch_allows_tf32(monkeypatch: pytes
 
 
 def test_a_run_goes_on_when_memory_is_out() -> None:
-    expected = evaluated("cuda")
+    """64 images keep about 130 MiB for the backward pass; 48 MiB are left, which `mem_get_info` does not know."""
+    net = Wide()
+    x = torch.rand(64, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        y = net(x).argmax(1)
+
+    def evaluated_wide() -> Any:
+        return robustkit.evaluate(net, x, y, "linf:1e-4", suite="pgd(steps=2)", device="cuda", precision="fp32")
+
+    expected = evaluated_wide()
     _, total = torch.cuda.mem_get_info()
     torch.cuda.empty_cache()
     held = torch.cuda.memory_reserved()
-    torch.cuda.set_per_process_memory_fraction((held + (24 << 20)) / total)
+    torch.cuda.set_per_process_memory_fraction((held + (48 << 20)) / total)
     try:
-        found = evaluated("cuda", n=32, batch_size=4096)
+        found = evaluated_wide()
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
+    assert found.environment["images_at_once"] < 64 <= expected.environment["images_at_once"]
     assert_same_verdicts(found, expected)
 
 
