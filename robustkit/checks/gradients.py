@@ -7,13 +7,13 @@ import torch
 from robustkit.attack_api import query
 from robustkit.checks import lints, slopes
 from robustkit.checks.nearby import MAX_SMALL_ERROR
-from robustkit.checks.outputs import probabilities
+from robustkit.checks.outputs import decisive_logits, probabilities
 from robustkit.checks.probe import REPEATS, Probe
 from robustkit.checks.repeated_calls import agree, seed_generators
 from robustkit.core.criteria import Goal
 from robustkit.core.flags import Flag, passed, unmeasured
 from robustkit.core.rng import RowRng
-from robustkit.core.shapes import Images, Logits, PerRow
+from robustkit.core.shapes import Images, Labels, Logits, Mask, PerRow
 
 VANISHING = 1e-7
 MAX_VANISHED_SHARE = 0.75
@@ -28,7 +28,8 @@ ROUNDING = 4
 def broken(probe: Probe) -> Flag | None:
     """Images with a pixel whose gradient is infinite or NaN."""
     sound = probe.raw_gradients.flatten(1).isfinite().all(1)
-    for gradient in probe.loss_gradients.values():
+    labels = probe.labels[probe.correct_rows]
+    for gradient in _loss_gradients(probe.logits[probe.correct_rows], labels):
         sound &= gradient.isfinite().all(1)
     if sound.all():
         return None
@@ -67,9 +68,11 @@ def vanishing(probe: Probe) -> Flag | None:
 
     Both go backward through the same layers, so those in the logits are compared.
     """
-    ce, margin = (gradient.abs().amax(1) for gradient in probe.loss_gradients.values())
-    gone = (ce < VANISHING * margin) & (_sizes(probe) > 0).to(ce.device)
-    if not len(gone) or gone.float().mean() <= MAX_VANISHED_SHARE:
+    logits = decisive_logits(
+        probe, lambda logits: float(_vanished(probe, logits).float().mean()), MAX_VANISHED_SHARE
+    )
+    gone = _vanished(probe, logits)
+    if not len(gone) or gone.float().mean() <= MAX_VANISHED_SHARE or (_sizes(probe) == 0).any():
         return None
     return Flag(
         "vanishing-gradient",
@@ -153,6 +156,22 @@ def unlike(probe: Probe) -> Flag | None:
         "pass is random",
         "average gradients over draws, and compare score-based attacks",
     )
+
+
+def _vanished(probe: Probe, logits: Logits) -> Mask:
+    """Return at which of the correct images with these logits cross-entropy's gradient is tiny."""
+    labels = probe.labels[: len(logits)]
+    right = logits.argmax(1) == labels
+    ce, margin = (gradient.abs().amax(1) for gradient in _loss_gradients(logits[right], labels[right]))
+    return ce < VANISHING * margin
+
+
+def _loss_gradients(logits: Logits, labels: Labels) -> list[Logits]:
+    """Return the gradients of cross-entropy and of the margin in logits (B K)."""
+    goal = Goal(labels)
+    with torch.enable_grad():
+        logits = logits.detach().requires_grad_()
+        return [torch.autograd.grad(goal.loss(logits, loss).sum(), logits)[0] for loss in ("ce", "margin")]
 
 
 def _precision(logits: Logits) -> float:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from robustkit.checks import lints
 from robustkit.checks.probe import Probe
 from robustkit.checks.repeated_calls import NOISE
 from robustkit.core.flags import Flag, passed, unmeasured
+from robustkit.core.shapes import Logits, Mask
 
 ROUNDING = 1e-5
 MAX_SATURATED_SHARE = 0.75  # ordinary overfitted nets saturate on up to half of the images
 FLOAT16_LARGEST = 65504.0
+# A share this close to its limit is measured on more images.
+UNDECIDED = 0.2
 
 
 def probabilities(probe: Probe) -> Flag | None:
@@ -42,7 +47,7 @@ def never_positive(probe: Probe) -> Flag | None:
 
 def saturated(probe: Probe) -> Flag | None:
     """Rows where cross-entropy has no gradient because softmax is exactly 1 in float32."""
-    certain = probe.logits.float().softmax(1).amax(1) == 1
+    certain = _saturated(decisive_logits(probe, _saturated_share, MAX_SATURATED_SHARE))
     if certain.float().mean() <= MAX_SATURATED_SHARE:
         return None
     return Flag(
@@ -70,7 +75,7 @@ def too_large_for_half(probe: Probe) -> Flag | None:
 
 def dlr_flat(probe: Probe) -> Flag | None:
     """Rows whose first and third logits are almost equal."""
-    share = lints.dlr_flatness(probe.logits)
+    share = lints.dlr_flatness(decisive_logits(probe, lints.dlr_flatness, lints.YELLOW))
     if share <= lints.YELLOW:
         return None
     return Flag(
@@ -85,7 +90,7 @@ def dlr_flat(probe: Probe) -> Flag | None:
 
 def underflow(probe: Probe) -> Flag | None:
     """Rows in which several classes, not all, share one lower bound."""
-    share = lints.underflow(probe.logits)
+    share = lints.underflow(decisive_logits(probe, lints.underflow, lints.YELLOW))
     if share <= lints.YELLOW:
         return None
     return Flag(
@@ -145,3 +150,16 @@ def batch_dependent(probe: Probe) -> Flag:
         f"about one image",
         "put the model into eval mode",
     )
+
+
+def decisive_logits(probe: Probe, share: Callable[[Logits], float], limit: float) -> Logits:
+    """Return the logits of the first images, or of all if a share of the first is too close to its limit."""
+    return probe.all_logits if abs(share(probe.logits) - limit) < UNDECIDED else probe.logits
+
+
+def _saturated(logits: Logits) -> Mask:
+    return logits.float().softmax(1).amax(1) == 1
+
+
+def _saturated_share(logits: Logits) -> float:
+    return float(_saturated(logits).float().mean())

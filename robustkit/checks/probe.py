@@ -77,6 +77,15 @@ class Probe:
         return self.clean.logits
 
     @cached_property
+    def all_logits(self) -> Logits:
+        """The model's logits on all images, for shares that the first images leave undecided."""
+        seen = len(self.logits)
+        if seen == len(self.x):
+            return self.logits
+        with torch.no_grad():
+            return torch.cat([self.logits, self.model(self.x[seen:])])
+
+    @cached_property
     def correct_rows(self) -> torch.Tensor:
         """Positions of the first rows that the model classifies correctly."""
         labels = self.labels[: len(self.logits)]
@@ -91,16 +100,6 @@ class Probe:
     def gradients(self) -> Images:
         """The margin's gradient at the correct images as attacks use it: 0 in place of infinite values and NaN."""
         return finite(self.raw_gradients)
-
-    @cached_property
-    def loss_gradients(self) -> dict[str, Logits]:
-        """The gradients of the losses `ce` and `margin` in the logits of the correct images."""
-        goal = Goal(self.labels[self.correct_rows])
-        with torch.enable_grad():
-            logits = self.logits[self.correct_rows].requires_grad_()
-            return {
-                loss: torch.autograd.grad(goal.loss(logits, loss).sum(), logits)[0] for loss in ("ce", "margin")
-            }
 
     @cached_property
     def alone(self) -> tuple[Logits, int]:
