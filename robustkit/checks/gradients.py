@@ -68,11 +68,13 @@ def vanishing(probe: Probe) -> Flag | None:
 
     Both go backward through the same layers, so those in the logits are compared.
     """
-    logits = decisive_logits(
-        probe, lambda logits: float(_vanished(probe, logits).float().mean()), MAX_VANISHED_SHARE
-    )
-    gone = _vanished(probe, logits)
-    if not len(gone) or gone.float().mean() <= MAX_VANISHED_SHARE or (_sizes(probe) == 0).any():
+
+    def share(logits: Logits) -> float:
+        return float(_vanished(probe, logits).float().mean())
+
+    gone = _vanished(probe, decisive_logits(probe, share, MAX_VANISHED_SHARE))
+    zeros = (_sizes(probe) == 0).float().mean()
+    if not len(gone) or gone.float().mean() - zeros <= MAX_VANISHED_SHARE:
         return None
     return Flag(
         "vanishing-gradient",
