@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 
 from robustkit import load_data, load_model
@@ -48,9 +50,10 @@ def probe(change=lambda x: x) -> Probe:
 
 def test_the_checks_of_an_unmasked_net_take_at_most_300_passes() -> None:
     case = probe()
-    with evaluation_mode(case.net), own_randomness(0):
+    with evaluation_mode(cast("torch.nn.Module", case.net)), own_randomness(0):
         assert not [flag for flag in diagnose(case) if flag.raised]
     assert not case.suspicious
+    assert isinstance(case.model, InstrumentedModel)
     assert case.model.forwards + case.model.backwards <= 300
 
 
@@ -58,7 +61,7 @@ def test_short_runs_on_a_slow_gradient_do_not_settle_whether_more_steps_help() -
     settled = []
     for change in (lambda x: x, FewPixels.apply):
         case = probe(change)
-        with evaluation_mode(case.net), own_randomness(0):
+        with evaluation_mode(cast("torch.nn.Module", case.net)), own_randomness(0):
             rows = case.correct_rows[:12]
             clean = Answer(case.logits[rows], case.clean.loss[rows], case.gradients[:12])
             settled.append(short_runs(case.model, case.rows(case.threat, rows), clean).settled)
