@@ -50,8 +50,15 @@ def coverage(session: nox.Session) -> None:
 @nox.session
 def sources(session: nox.Session) -> None:
     """Load models by the libraries of the extras, which the default tests skip if they are not installed."""
-    session.install(".[test,onnx,hf]")
-    session.run("pytest", "-n", "0", "tests/models/test_exported.py", "tests/models/test_hugging_face.py")
+    session.install(".[test,onnx,hf,clip]")
+    session.run(
+        "pytest",
+        "-n",
+        "0",
+        "tests/models/test_exported.py",
+        "tests/models/test_hugging_face.py",
+        "tests/models/test_clip.py",
+    )
 
 
 @nox.session

@@ -75,6 +75,7 @@ def load_model(
     mean, std = options.mean or built.mean, options.std or built.std
     _check_channels(built, mean, std)
     query = spec.options if options.noise is None else {**spec.options, "noise": options.noise}
+    query = {**query, **built.fields}
     if "defense" in query:
         query = {**query, "defense": absolute_defenses(query["defense"])}
     path = str(weights.path) if weights and spec.weights else None

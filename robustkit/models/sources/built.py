@@ -33,6 +33,7 @@ class Built:
         convert: What turns the names of other libraries' checkpoints into the net's, where the source has it.
         class_names: What its classes are called, in its order, where the source knows.
         batch: The only number of images that it takes in a pass; None if it takes any.
+        fields: Fields of the query that are written in another way to be found from any folder.
         access: `gradient`, or `scores` for a net that is known to have no gradient.
         notes: What the user should know of it, a sentence each.
     """
@@ -48,5 +49,6 @@ class Built:
     convert: Convert | None = None
     class_names: tuple[str, ...] | None = None
     batch: int | None = None
+    fields: Mapping[str, str] = field(default_factory=dict)
     access: str = GRADIENT
     notes: tuple[str, ...] = ()
