@@ -121,7 +121,7 @@ def _open_clip(spec: ModelString, pretrained: bool) -> Towers:
         return open_clip_towers(open_clip, name, tag, pretrained)
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         raise UsageError(
-            f"open_clip does not load {spec.arch!r} ({error_summary(error):.200}): check the name and the network, "
+            f"open_clip does not load {spec.arch!r} ({error_summary(error):.200}): check the name and network, "
             "or write its weights as @FILE."
         ) from error
 
