@@ -50,7 +50,7 @@ def coverage(session: nox.Session) -> None:
 @nox.session
 def sources(session: nox.Session) -> None:
     """Load models by the libraries of the extras, which the default tests skip if they are not installed."""
-    session.install(".[test,onnx,hf,clip]")
+    session.install(".[test,onnx,hf,clip,robustbench]")
     session.run(
         "pytest",
         "-n",

@@ -163,7 +163,6 @@ def test_names_imported_by_a_file_are_no_factories(code: Path) -> None:
         ("TIMM:resnet18", "timm:resnet18"),
         ("robstkit:wrn-28-10", "robustkit:wrn-28-10"),
         ("clip_not_here:RN50", None),
-        ("robustbench:Standard2", None),
         ("s3://bucket/net@w.pt", None),
         ("torch.hub:pytorch/vision", None),
         ("a b:c", None),

@@ -16,7 +16,7 @@ from robustkit.reporting.charts.thumbnails import scaled, strip
 from robustkit.reporting.html import trust
 from robustkit.reporting.html.command import command, commands
 from robustkit.reporting.html.render import render
-from robustkit.reporting.image_sizes import size
+from robustkit.reporting.image_sizes import remarks, size
 from robustkit.reporting.names import stage_names
 from robustkit.reporting.quantiles import columns, sentence
 from robustkit.reporting.terminal.evaluation import interval, median, notes, percent
@@ -56,6 +56,7 @@ def _facts_and_charts(report: Report, examples: Mapping[str, np.ndarray] | None)
         "data": sentences.data_name(report),
         "images": sentences.images(report),
         "pixels": size(report),
+        "remarks": remarks(report),
         "threat": sentences.threat(report),
         "attacks": stage_names(report)[1:],
         "verdict": sentences.verdict(report),
