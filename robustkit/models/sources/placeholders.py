@@ -1,7 +1,7 @@
 """Modules that robustbench imports for parts of it that are not used here, where they are not installed.
 
-robustbench 1.1.1 imports `pkg_resources`, which current versions of setuptools lack, and `autoattack`, which is not on
-PyPI. Placeholders are in `sys.modules` only while robustbench is imported.
+robustbench 1.1.1 imports `pkg_resources`, which current versions of setuptools lack, and `autoattack`, which PyPI
+lacks. Placeholders are in `sys.modules` only while robustbench is imported.
 """
 
 from __future__ import annotations
