@@ -162,7 +162,7 @@ def _published(name: str, dataset: str, threat: str, folder: Path, beside: Path 
         )
     return (
         f"{start} publishes for {name}: {clean:.2f} % clean accuracy, "
-        f"{robust:.2f} % robust accuracy (AutoAttack or stronger) at eps {body.get('eps', 'unknown')}, on all images"
+        f"{robust:.2f} % robust accuracy (AutoAttack or stronger) at eps {body.get('eps', 'unknown')}"
     )
 
 
