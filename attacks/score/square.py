@@ -8,6 +8,7 @@ of `queries`.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -121,7 +122,14 @@ class Square(RowWise):
 def window_side(proposal: np.ndarray, p_init: float, size: tuple[int, ...], norm: str) -> np.ndarray:
     """Return the side of the window in pixels, at each row's proposal number (from 0)."""
     height, width = size
-    halvings = np.searchsorted(HALVINGS, proposal).astype(np.float32)
+    sides: np.ndarray = _sides(p_init, height, width, norm)[np.searchsorted(HALVINGS, proposal)]
+    return sides
+
+
+@functools.cache
+def _sides(p_init: float, height: int, width: int, norm: str) -> np.ndarray:
+    """Return the side of the window after each number of halvings."""
+    halvings = np.arange(len(HALVINGS) + 1, dtype=np.float32)
     side = np.sqrt(np.float32(p_init * height * width) / 2**halvings).round().astype(np.int64)
     if norm != "linf":
         side = np.maximum(side, 3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
 from abc import ABC, abstractmethod
@@ -245,7 +246,7 @@ class ThreatModel(ABC):
             return torch.full((len(x),), self.radius, dtype=torch.float64, device=x.device)
         return radius.double()
 
-    @property
+    @functools.cached_property
     def radius(self) -> float:
         """Eps rounded down to a float32 number, so that distances computed in float32 do not exceed eps either."""
         near = torch.tensor(float(self.eps), dtype=torch.float32)
