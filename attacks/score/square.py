@@ -31,7 +31,7 @@ BELOW_HALF = 0.5 - 2.0**-25
 # The share of pixels in the first windows, as in AutoAttack.
 P_INIT = 0.8
 # Pairs of a number of queries and a share of the clean margin. Of 119 searches on open nets and masked defenses
-# that succeeded after the first number, all but one had removed larger shares by then (docs/rapid.md).
+# that succeeded after the first number, by which these were chosen, all but one had removed more (docs/rapid.md).
 CHECKPOINTS = ((200, 0.25), (500, 0.5), (1000, 0.6), (1500, 0.75), (2000, 0.85), (3000, 0.95), (4000, 0.95))
 
 
