@@ -577,7 +577,7 @@ def test_torchvision_models_load():
 
 @pytest.mark.parametrize(
     ("adapter", "string"),
-    [("from_timm", "timm:test_resnet"), ("from_torchvision", "torchvision:squeezenet1_1")],
+    [("network", "timm:test_resnet"), ("from_torchvision", "torchvision:squeezenet1_1")],
 )
 def test_weights_that_cannot_be_downloaded_are_one_sentence(adapter, string, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(f"robustkit.models.sources.{adapter}.reachable", lambda url: False)
