@@ -51,7 +51,7 @@ class CWA(MICSE):
         if weights is None and self.official:
             weights = summed(oracle, x, members)
         gradient = oracle.gradient(split_rng(rows, "sam"), x, members, weights)
-        return rows.threat.retract(step_back(rows, x, gradient, self.reverse), rows.x)
+        return rows.retract(step_back(rows, x, gradient, self.reverse))
 
 
 @recipe("ssa-cwa", paper="arXiv:2303.09105")

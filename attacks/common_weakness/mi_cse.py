@@ -133,13 +133,13 @@ class MICSE:
         if self.update == "plain":
             velocity = self.momentum * state["velocity"] + answer.gradient
             moved = state["x"] + (self.step_size.number if self.step_size else 1) * velocity
-            return {"x": rows.threat.project(moved, rows.x), "velocity": velocity}
+            return {"x": rows.project(moved), "velocity": velocity}
         stride = default_stride(self.step_size, self.steps, self.official)
         if self.official:
             return MIFGSM(self.steps, stride, self.momentum).step(rows, state, answer)
         velocity = self.momentum * state["velocity"] + answer.gradient
         moved = state["x"] + stride.length(float(rows.threat.eps)) * rows.threat.ascent(velocity)
-        return {"x": rows.threat.project(moved, rows.x), "velocity": velocity}
+        return {"x": rows.project(moved), "velocity": velocity}
 
     def _adam(self, rows: Rows, state: State, gained: Images) -> State:
         """Return the state after a step of Adam (Kingma & Ba 2015, arXiv:1412.6980)."""
@@ -155,7 +155,7 @@ class MICSE:
             rate = stride.length(float(rows.threat.eps))
             if rows.threat.norm == "l2":  # a step of about 1 in each coordinate has this length
                 rate /= math.sqrt(math.prod(rows.x.shape[1:]))
-        moved = rows.threat.project(state["x"] + rate * mean / spread, rows.x)
+        moved = rows.project(state["x"] + rate * mean / spread)
         return {"x": moved, "velocity": velocity, "square": square, "taken": taken}
 
 
@@ -187,7 +187,7 @@ class _InnerLoop(OracleWrapper):
                 gradient = self.inner.gradient(split_rng(rows, "cse", queries), point, [member])
                 along = gradient if rule.raw else unit(gradient)
                 velocity = rule.inner_momentum * velocity + per_row(paces[member], x) * along
-                point = rows.threat.retract(point + length * velocity, rows.x)
+                point = rows.retract(point + length * velocity)
                 queries += 1
             self.velocities[walk] = velocity
             ends.append(point - x)

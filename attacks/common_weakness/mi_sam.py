@@ -83,7 +83,7 @@ class MISAM:
         if self.official:
             return MIFGSM(self.steps, self.stride, self.momentum).step(rows, state, answer)
         velocity = self.momentum * state["velocity"] + answer.gradient
-        return {"x": rows.threat.project(state["x"] + velocity, rows.x), "velocity": velocity}
+        return {"x": rows.project(state["x"] + velocity), "velocity": velocity}
 
 
 class _Sharpness(OracleWrapper):
@@ -112,10 +112,10 @@ class _Sharpness(OracleWrapper):
         back = step_back(rows, x, first, reverse)
         if rule.official:
             return first + self.inner.gradient(split_rng(rows, "sam", 1), back, members, weights)
-        back = threat.retract(back, rows.x)
+        back = rows.retract(back)
         second = self.inner.gradient(split_rng(rows, "sam", 1), back, members, weights)
         there = back + rule.stride.length(float(threat.eps)) * threat.ascent(second)
-        return threat.retract(there, rows.x) - x
+        return rows.retract(there) - x
 
 
 def step_back(rows: Rows, x: Images, gradient: Images, reverse: float) -> Images:

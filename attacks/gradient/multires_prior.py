@@ -71,7 +71,7 @@ class MultiResPrior(RowWise):
         else:
             length = whole.flatten(1).norm(dim=1)
         whole = whole * per_row((eps / length.clamp(min=1e-30)).clamp(max=1), whole)
-        return {"x": rows.threat.project(rows.x + whole, rows.x), "sum": whole}
+        return {"x": rows.project(rows.x + whole), "sum": whole}
 
 
 def coarse(images: Images, factor: int) -> Images:

@@ -32,4 +32,4 @@ class IFGSM(RowWise):
         """Return the projected next points."""
         size = (self.step_size or StepSize(1 / self.steps)).length(float(rows.threat.eps))
         moved = state["x"] + size * rows.threat.ascent(answer.gradient)
-        return {"x": rows.threat.project(moved, rows.x)}
+        return {"x": rows.project(moved)}

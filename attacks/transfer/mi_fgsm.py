@@ -43,4 +43,4 @@ class MIFGSM(RowWise):
         velocity = self.momentum * state["velocity"] + gradient
         size = (self.step_size or StepSize(1 / self.steps)).length(float(rows.threat.eps))
         moved = state["x"] + size * rows.threat.ascent(velocity)
-        return {"x": rows.threat.project(moved, rows.x), "velocity": velocity}
+        return {"x": rows.project(moved), "velocity": velocity}

@@ -48,5 +48,5 @@ class NIFGSM:
         """Return the projected next points, and the points ahead of them."""
         size = (self.step_size or StepSize(1 / self.steps)).length(float(rows.threat.eps))
         velocity = self.momentum * state["velocity"] + mean_normalised(answer.gradient)
-        point = rows.threat.project(state["point"] + size * rows.threat.ascent(velocity), rows.x)
+        point = rows.project(state["point"] + size * rows.threat.ascent(velocity))
         return {"x": point + size * self.momentum * velocity, "point": point, "velocity": velocity}

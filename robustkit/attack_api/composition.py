@@ -186,7 +186,8 @@ def _run(
 ) -> Images:
     """Take all steps of a rule once."""
     oracle = _chain(rule, surrogates, techniques, rng.at(step=0))
-    rows = Rows(x.detach(), goal, threat, rng.at(step=0), goal, bounds=threat.bounds(x))
+    x = x.detach()
+    rows = Rows(x, goal, threat, rng.at(step=0), goal, bounds=threat.bounds(x))
     zero = torch.zeros(len(x), dtype=x.dtype, device=x.device)
 
     def query(number: int, state: State) -> Answer:
@@ -198,7 +199,7 @@ def _run(
         return following
 
     state = drive(rule.init(rows), rule.steps, query, step)
-    return threat.project(state.get("point", state["x"]), rows.x)
+    return rows.project(state.get("point", state["x"]))
 
 
 def _chain(rule: Any, surrogates: Surrogates, techniques: Sequence[Technique], rng: RowRng) -> Oracle:

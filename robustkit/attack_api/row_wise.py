@@ -76,7 +76,7 @@ class RowWise(ABC):
         ...         return {"x": rows.x}
         ...     def step(self, rows, state, answer):
         ...         moved = state["x"] + 0.1 * answer.gradient.sign()
-        ...         return {"x": rows.threat.project(moved, rows.x)}
+        ...         return {"x": rows.project(moved)}
         >>> x, goal = torch.full((2, 1, 1, 2), 0.5), Goal(torch.tensor([0, 1]))
         >>> threat, rng = ThreatModel.parse("linf:0.25"), RowRng(0, "example", torch.arange(2))
         >>> SignSteps()(lambda x: x.flatten(1), x, goal, threat, rng=rng).shape

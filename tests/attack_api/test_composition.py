@@ -26,7 +26,7 @@ from robustkit.attack_api import (
 from robustkit.core.criteria import Goal
 from robustkit.core.errors import UsageError
 from robustkit.core.rng import RowRng
-from robustkit.core.threat import ThreatModel
+from robustkit.core.threat import Linf, ThreatModel
 from robustkit.registry import Info, catalog, find, make, parse_attack
 
 X = 0.3 + 0.4 * torch.rand(4, 2, 2, 3, generator=torch.Generator().manual_seed(0)).double()
@@ -384,3 +384,14 @@ def test_every_rule_reads_the_gradient_only():
         oracle = rule.wrap(oracle) if hasattr(rule, "wrap") else oracle
         gradient = oracle.gradient(replace(rows, rng=RNG.at(step=1)), state["x"])
         assert rule.step(rows, state, SimpleNamespace(gradient=gradient))["x"].shape == X.shape
+
+
+@pytest.mark.parametrize("attack", ["i-fgsm(steps=3)", "mi-fgsm(steps=3)+svre", "cwa(steps=2)"])
+def test_the_bounds_of_linf_are_computed_once(attack, monkeypatch):
+    threat, calls, interval = ThreatModel.parse("linf:8/255"), [], Linf._interval
+    monkeypatch.setattr(Linf, "_interval", staticmethod(lambda *given: calls.append(given) or interval(*given)))
+    nets = Surrogates((lambda x: x.flatten(1), lambda x: x.flatten(1).square()))
+    x, goal = torch.full((2, 1, 1, 3), 0.5), Goal(torch.tensor([0, 1]))
+    composed = compose(parse_attack(attack, "linf"))
+    assert threat.contains(composed(nets, x, goal, threat, rng=RowRng(0, "test", torch.arange(2))), x).all()
+    assert len(calls) == 1

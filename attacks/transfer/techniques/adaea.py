@@ -69,7 +69,7 @@ class _Adaptive(OracleWrapper):
         threat, size = rows.threat, self.technique.step_size.length(float(rows.threat.eps))
         losses = []
         for gradient in own:
-            moved = threat.project(x + size * threat.ascent(gradient), rows.x)
+            moved = rows.project(x + size * threat.ascent(gradient))
             losses.append(torch.stack([rows.aim.loss(logits, "ce") for logits in self.surrogates.logits(moved)]))
         caused = torch.stack(losses).abs() + TINY
         alone = caused.diagonal().T[None]

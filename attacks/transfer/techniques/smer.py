@@ -82,7 +82,7 @@ class _Stochastic(OracleWrapper):
             if settings.rate:
                 weight = self._reweighed(rows, point, weight)
             velocity = settings.momentum * velocity + mean_normalised(gradient)
-            point = threat.project(point + size * threat.ascent(velocity), rows.x)
+            point = rows.project(point + size * threat.ascent(velocity))
         self.weights = weight
         return velocity
 

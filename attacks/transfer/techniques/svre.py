@@ -71,5 +71,5 @@ class _Reduced(OracleWrapper):
                 own[member] = self.inner.gradient(rows, x, [member])
             gradient = self.inner.gradient(split_rng(rows, "svre", number), point, [member])
             velocity = settings.momentum * velocity + mean_normalised(gradient - own[member] + whole)
-            point = threat.project(point + size * threat.ascent(velocity), rows.x)
+            point = rows.project(point + size * threat.ascent(velocity))
         return velocity
