@@ -18,7 +18,7 @@ import argparse
 import time
 from collections.abc import Callable, Iterator
 from copy import deepcopy
-from itertools import chain, islice
+from itertools import islice
 from typing import Any
 
 import torch
@@ -40,7 +40,8 @@ def layer_features(net: CifarResNet, x: Tensor) -> Iterator[Tensor]:
     """Yield the features of layers 1 to 20 of a ResNet-20, each when it is reached."""
     out = net.bn1(net.conv1(x))
     yield out
-    for block in chain(net.layer1, net.layer2, net.layer3):
+    blocks: list[Any] = [*net.layer1, *net.layer2, *net.layer3]
+    for block in blocks:
         out = F.relu(out)
         inner = block.bn1(block.conv1(out))
         yield inner
@@ -80,7 +81,7 @@ def training_passes(nets: list[Any], images: list[Tensor], y: Tensor) -> None:
     """Add each member's gradients on the others' images."""
     for number, net in enumerate(nets):
         others = [x for other, x in enumerate(images) if other != number]
-        sum(F.cross_entropy(net(x), y) for x in others).backward()  # type: ignore[union-attr]
+        sum(F.cross_entropy(net(x), y) for x in others).backward()
 
 
 def plain_step(nets: list[Any], x: Tensor, y: Tensor, target: Tensor, layer: int, *, cut: bool, once: bool) -> Any:
@@ -116,7 +117,8 @@ def stacked_ratio(nets: list[Any], x: Tensor, rounds: int) -> float:
             point = x.detach().requires_grad_()
             torch.autograd.grad(net(point).sum(), point)
 
-    stacked(), in_turn()
+    stacked()
+    in_turn()
     pairs = [(seconds_of(stacked), seconds_of(in_turn)) for _ in range(rounds)]
     return sum(first for first, _ in pairs) / sum(second for _, second in pairs)
 
@@ -132,7 +134,9 @@ def main() -> None:
     samples = load_data(given.data).head(2 * given.batch)
     both, labels = samples.images(range(2 * given.batch)), torch.from_numpy(samples.labels).long()
     x, target, y = both[: given.batch], both[given.batch :], labels[: given.batch]
-    members, plain, fast = [], [], []
+    members: list[Member] = []
+    plain: list[Any] = []
+    fast: list[Any] = []
     for seed in range(MEMBERS):
         classifier = load_model("robustkit:cifar-resnet20?pretrained=false", seed=seed).train().requires_grad_()
         plain.append(deepcopy(net_of(classifier)))

@@ -387,9 +387,14 @@ def test_every_rule_reads_the_gradient_only():
 
 
 @pytest.mark.parametrize("attack", ["i-fgsm(steps=3)", "mi-fgsm(steps=3)+svre", "cwa(steps=2)"])
-def test_the_bounds_of_linf_are_computed_once(attack, monkeypatch):
+def test_the_bounds_of_linf_are_computed_once(attack: str, monkeypatch: pytest.MonkeyPatch) -> None:
     threat, calls, interval = ThreatModel.parse("linf:8/255"), [], Linf._interval
-    monkeypatch.setattr(Linf, "_interval", staticmethod(lambda *given: calls.append(given) or interval(*given)))
+
+    def counted(x: torch.Tensor, radii: torch.Tensor) -> Any:
+        calls.append(x)
+        return interval(x, radii)
+
+    monkeypatch.setattr(Linf, "_interval", staticmethod(counted))
     nets = Surrogates((lambda x: x.flatten(1), lambda x: x.flatten(1).square()))
     x, goal = torch.full((2, 1, 1, 3), 0.5), Goal(torch.tensor([0, 1]))
     composed = compose(parse_attack(attack, "linf"))
