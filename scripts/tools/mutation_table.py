@@ -323,7 +323,7 @@ FAULTS = [
     Fault(
         "cwa: inner steps leave the ball",
         "attacks/common_weakness/mi_cse.py",
-        (("rows.threat.retract(point + length * velocity, rows.x)", "point + length * velocity"),),
+        (("rows.retract(point + length * velocity)", "point + length * velocity"),),
         CWA,
         "w11 or w17",
     ),
