@@ -87,7 +87,16 @@ def test_version() -> None:
 def test_list_prints_every_registered_name() -> None:
     listed = json.loads(shell("list", "--json").stdout)
     assert {"fgsm", "pgd", "foolbox:NAME", "autoattack:apgd-ce"} <= {row["name"] for row in listed["attacks"]}
-    suites = {"auto", "adaptive", "ensemble", "minimum-norm", "rapid", "rapid+autoattack"}
+    suites = {
+        "auto",
+        "adaptive",
+        "ensemble",
+        "minimum-norm",
+        "blackbox-scores",
+        "blackbox-labels",
+        "rapid",
+        "rapid+autoattack",
+    }
     assert suites | {"autoattack", "autoattack-plus", "autoattack-rand"} == {
         row["name"] for row in listed["suites"]
     }
