@@ -144,7 +144,7 @@ def masked(
         total,
         "images that no attack on the model's own gradients had fooled were fooled by attacks on views of it, "
         f"most by {best}: the gradients are masked{why}",
-        "use this number; that of AutoAttack, or of any attack on the model alone, is too high",
+        "use this number; that of AutoAttack, or of any attack on the model alone, may be too high",
     )
 
 

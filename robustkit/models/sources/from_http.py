@@ -31,7 +31,7 @@ def build(spec: ModelString, options: Options, weights: WeightsFile | None) -> B
         UsageError: the address or a field is not possible.
         RunError: the server does not reply.
     """
-    from robustkit.models.sources.built import Built
+    from robustkit.models.sources.built import SCORES, Built
     from robustkit.models.sources.http_client import RemoteNet
 
     given = {name: str(value) for name, value in options.keywords.items()}
@@ -54,6 +54,7 @@ def build(spec: ModelString, options: Options, weights: WeightsFile | None) -> B
         arch=spec.arch,
         identity={"arch": spec.arch, "format": form, "images": given.get("images")},
         num_classes=classes,
+        access=SCORES,
     )
 
 
