@@ -156,10 +156,12 @@ def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
 
 
 def caller(frames: int = 1) -> str:
-    """Return file and line of the innermost frames of robustkit's own code."""
-    stack = ((frame.f_code.co_filename, line) for frame, line in traceback.walk_stack(None))
-    lines = (f"{name[len(ROOT) :]}:{line}" for name, line in stack if name.startswith(ROOT) and name != __file__)
-    return " < ".join(islice(lines, frames)) or "elsewhere:0"
+    """Return file and line of the innermost frames of robustkit's own code, none of an environment inside it."""
+    files = ((frame.f_code.co_filename, line) for frame, line in traceback.walk_stack(None))
+    own = (
+        one for one in files if one[0].startswith(ROOT) and "site-packages" not in one[0] and one[0] != __file__
+    )
+    return " < ".join(islice((f"{name[len(ROOT) :]}:{line}" for name, line in own), frames)) or "elsewhere:0"
 
 
 class _Calls(TorchFunctionMode):
