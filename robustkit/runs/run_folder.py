@@ -291,6 +291,8 @@ def sha256(path: Path) -> str:
 def _refuse_others(path: Path) -> None:
     if (path / DIVERSITY).is_file():
         raise UsageError(f"{path} compares an ensemble's members; see: robustkit report {path}")
+    if (path / CORRUPTIONS).is_file():
+        raise UsageError(f"{path} holds accuracies on corrupted images; see: robustkit report {path}")
     if (path / RECORD).is_file():
         raise UsageError(f"{path} holds a trained model, not a result; see: robustkit evaluate {path}/")
 

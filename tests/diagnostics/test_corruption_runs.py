@@ -74,6 +74,9 @@ def test_the_command_writes_table_record_and_page(tmp_path: Path, capsys: pytest
     assert "<h1>How accurate is digits-cnn on corrupted images?</h1>" in page
     assert run(["report", str(folder)]) == 0
     assert capsys.readouterr().out.splitlines()[:4] == shown.splitlines()[:4]
+    for verb in (["verify", str(folder)], ["export", str(folder), "--csv", str(tmp_path / "v.csv")]):
+        assert run(verb) == 2
+        assert "holds accuracies on corrupted images" in capsys.readouterr().err
 
 
 def test_mean_error_of_imagenet_c_is_relative_to_alexnet() -> None:
