@@ -21,6 +21,7 @@ from robustkit.data.corruptions.samples import CorruptedFiles, corrupted
 from robustkit.data.corruptions.table import CORRUPTIONS
 from robustkit.data.prefetch import read_ahead
 from robustkit.data.samples import Samples
+from robustkit.engine.evaluation.sanity import check_labels
 from robustkit.engine.model.instrumented_model import InstrumentedModel
 from robustkit.engine.model.profiling import measure
 from robustkit.engine.progress import Progress
@@ -117,7 +118,7 @@ class CorruptionRequest:
         with evaluation_mode(self.model):
             first = next(iter(sets.values())).images([0])
             measure(instrumented, first.to(self.device), BATCH)
-            self._check_labels(instrumented.num_classes or 0)
+            check_labels(self.samples, self.model.string, instrumented.num_classes or 0)
             predictions: dict[str, np.ndarray] = {}
             try:
                 with threads(instrumented.threads):
@@ -160,13 +161,6 @@ class CorruptionRequest:
             progress.advance(done, len(samples) - done + right)
         return torch.cat(found).numpy()
 
-    def _check_labels(self, classes: int) -> None:
-        if len(outside := np.flatnonzero(self.samples.labels >= classes)):
-            raise UsageError(
-                f"{self.model.string} has {classes} classes but {self.samples.name} has the label "
-                f"{self.samples.labels[outside[0]]} at position {outside[0]}; give the data it was made for."
-            )
-
     def _record(
         self, predictions: dict[str, np.ndarray], instrumented: InstrumentedModel, seconds: float
     ) -> Corruptions:
@@ -188,13 +182,13 @@ class CorruptionRequest:
             cost=Cost(instrumented.forwards, 0, seconds),
             relative_error=_relative_error(accuracy, spec, instrumented.num_classes),
             environment=environment(self.device, "fp32", instrumented.micro_batch, instrumented.threads),
-            flags=self._flags(predictions.get("clean")),
+            flags=self._flags(predictions.get("clean"), instrumented.num_classes or 2),
         )
 
-    def _flags(self, clean: np.ndarray | None) -> list[Flag]:
+    def _flags(self, clean: np.ndarray | None, classes: int) -> list[Flag]:
         flags = list(self.samples.flags)
         if clean is not None:
-            flags += label_checks(clean.tolist(), self.samples.labels.tolist(), self.model.num_classes or 2)
+            flags += label_checks(clean.tolist(), self.samples.labels.tolist(), classes)
         return flags
 
 

@@ -27,7 +27,7 @@ from robustkit.core.shapes import Images, Labels, Mask
 from robustkit.core.threat import ThreatModel
 from robustkit.data.samples import Samples
 from robustkit.diagnostics.ensemble_members import EnsembleMembers, attack, each_loss, loss, transferred
-from robustkit.engine.evaluation.sanity import check_eps
+from robustkit.engine.evaluation.sanity import check_eps, check_labels
 from robustkit.engine.progress import Progress
 from robustkit.models.classifier import Classifier
 from robustkit.models.layers.features import depth, distil
@@ -121,19 +121,12 @@ class DiversityRequest:
             ensemble = EnsembleMembers(self.model, self.device)
             most = BATCH_CPU if ComputeDevice(self.device).is_cpu else BATCH_GPU
             ensemble.measure(self._images(positions[:1]), most)
-            self._check_labels(ensemble.whole.num_classes or 0)
+            check_labels(self.samples, self.model.string, ensemble.whole.num_classes or 0)
             with threads(ensemble.whole.threads):
                 try:
                     return self._compare(ensemble, positions, ensemble.whole.micro_batch or most, progress, begun)
                 finally:
                     progress.close()
-
-    def _check_labels(self, classes: int) -> None:
-        if len(outside := np.flatnonzero(self.samples.labels >= classes)):
-            raise UsageError(
-                f"{self.model.string} has {classes} classes but {self.samples.name} has the label "
-                f"{self.samples.labels[outside[0]]} at position {outside[0]}; give the data it was made for."
-            )
 
     def _compare(
         self, ensemble: EnsembleMembers, positions: np.ndarray, most: int, progress: Progress, begun: float

@@ -93,6 +93,8 @@ def test_mean_error_of_imagenet_c_is_relative_to_alexnet() -> None:
             *(0.826572, 0.819324, 0.564592, 0.853204, 0.646056, 0.717840, 0.606500),
         ]
     )
+    (chance,) = (flag for flag in record.flags if flag.code == "chance-accuracy")
+    assert "1000 classes" in chance.meaning
     assert record.relative_error == pytest.approx(np.mean(0.5 / alexnet))
 
 

@@ -7,6 +7,7 @@ import numpy as np
 from robustkit.core.errors import RunError, UsageError
 from robustkit.core.shapes import Logits
 from robustkit.core.threat import EXAMPLE_EPS, ThreatModel
+from robustkit.data.samples import Samples
 
 
 def check_logits(logits: Logits, labels: np.ndarray, positions: np.ndarray) -> None:
@@ -32,6 +33,15 @@ def check_logits(logits: Logits, labels: np.ndarray, positions: np.ndarray) -> N
         raise UsageError(
             f"label {labels[outside[0]]} at index {positions[outside[0]]} is outside the model's "
             f"{logits.shape[1]} classes; check that data and model belong together."
+        )
+
+
+def check_labels(samples: Samples, model: str, classes: int) -> None:
+    """Raise UsageError if a label of the samples is outside a model's classes; `model` is its string."""
+    if len(outside := np.flatnonzero(samples.labels >= classes)):
+        raise UsageError(
+            f"{model} has {classes} classes but {samples.name} has the label {samples.labels[outside[0]]} at "
+            f"position {outside[0]}; give the data it was made for."
         )
 
 
