@@ -17,7 +17,8 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from robustkit.attack_api import Answer, LoopOptions, Rows, RowWise, State
+from robustkit.attack_api import Answer, Rows, State
+from robustkit.attacks.score.labels_only import LabelsOnly
 from robustkit.core.limits import Limits
 from robustkit.core.shapes import Images, PerRow
 from robustkit.core.threat import per_row
@@ -32,7 +33,7 @@ FIRST_DISTANCE, MAX_SAMPLES = 0.1, 10_000
 
 @attack("hop-skip-jump", paper="arXiv:1904.02144", norms=("l2",), access="decision")
 @dataclass(frozen=True, slots=True)
-class HopSkipJump(RowWise):
+class HopSkipJump(LabelsOnly):
     """Walk along the boundary by labels alone; the normal is estimated from more and more nearby points.
 
     `queries` is the most queries of an image; `samples` is how many nearby points the first estimate takes, which
@@ -41,19 +42,6 @@ class HopSkipJump(RowWise):
 
     queries: Annotated[int, Limits(1, 100_000_000)] = 1000
     samples: Count = 100
-
-    @property
-    def steps(self) -> int:
-        """The number of queries after the first."""
-        return self.queries - 1
-
-    def loop_options(self, norm: str) -> LoopOptions:
-        """Return the loop's options: no gradient, and most queries are outside the ball."""
-        return LoopOptions(self.steps, needs_gradient=False, queries_outside_ball=True)
-
-    def objective(self, rows: Rows, state: State, logits: Tensor) -> Tensor:
-        """Return 1 where the image is misclassified, else 0: all that the attack uses (B)."""
-        return rows.goal.reached(logits).to(torch.float32)
 
     def init(self, rows: Rows) -> State:
         """Return a random image as the first query."""

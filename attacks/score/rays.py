@@ -17,7 +17,8 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from robustkit.attack_api import Answer, LoopOptions, Rows, RowWise, State
+from robustkit.attack_api import Answer, Rows, State
+from robustkit.attacks.score.labels_only import LabelsOnly
 from robustkit.core.limits import Limits
 from robustkit.core.shapes import Images, Mask
 from robustkit.core.threat import ThreatModel, per_row
@@ -32,7 +33,7 @@ EPS_PARTS = 20
 
 @attack("rays", paper="arXiv:2006.12792", norms=("linf",), access="decision")
 @dataclass(frozen=True, slots=True)
-class RayS(RowWise):
+class RayS(LabelsOnly):
     """Search by labels alone: directions of signs, flipped block by block, with bisection of the radius.
 
     `queries` is the most queries of an image; `tolerance` is the width in pixels at which a bisection ends.
@@ -40,19 +41,6 @@ class RayS(RowWise):
 
     queries: Annotated[int, Limits(1, 100_000_000)] = 1000
     tolerance: PositiveShare = 0.001
-
-    @property
-    def steps(self) -> int:
-        """The number of queries after the first."""
-        return self.queries - 1
-
-    def loop_options(self, norm: str) -> LoopOptions:
-        """Return the loop's options: no gradient, and most queries are outside the ball."""
-        return LoopOptions(self.steps, needs_gradient=False, queries_outside_ball=True)
-
-    def objective(self, rows: Rows, state: State, logits: Tensor) -> Tensor:
-        """Return 1 where the image is misclassified, else 0: all that the attack uses (B)."""
-        return rows.goal.reached(logits).to(torch.float32)
 
     def init(self, rows: Rows) -> State:
         """Return the first query: all values raised as far as the box allows."""

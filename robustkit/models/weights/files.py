@@ -23,6 +23,7 @@ import torch
 from torch.serialization import skip_data
 
 from robustkit.core.errors import UsageError, expand_path
+from robustkit.models.first_bytes import POINTER, first_bytes, pointer_error
 from robustkit.models.weights.inert_pickle import Harmful, InertPickle, StandIn
 
 Tensors = dict[str, torch.Tensor]
@@ -31,7 +32,6 @@ INDEX = ".index.json"
 _ZIP, _PICKLE, _GZIP = b"PK\x03\x04", b"\x80", b"\x1f\x8b"
 # With this number torch.save began files that are no archives.
 _MAGIC = bytes.fromhex("6cfc9c46f9206aa85019")
-_POINTER = b"version https://git-lfs"
 _SHARD = re.compile(r"(.+)-\d+-of-\d+\.\w+")
 # How deep a checkpoint's entries are searched for tensors.
 _DEPTH = 4
@@ -87,24 +87,11 @@ def files_of_weights(file: str | Path) -> list[Path]:
 
 
 def _first_bytes(path: Path) -> bytes:
+    example = ""
     if path.is_dir():
         inside = sorted(path.glob(f"*{INDEX}")) or sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
         example = f", for example {inside[0].name}" if inside else ""
-        raise UsageError(f"weights file '{path}' is a folder: write the file in it{example}.")
-    if path.exists() and not path.is_file():
-        raise UsageError(f"weights file '{path}' is no regular file: write a file on a disk.")
-    try:
-        with path.open("rb") as stream:
-            start = stream.read(len(_POINTER))
-    except FileNotFoundError as error:
-        raise UsageError(f"there is no weights file '{path}': check the path.") from error
-    except OSError as error:
-        raise UsageError(
-            f"weights file '{path}' cannot be read ({error.strerror}): check its permissions."
-        ) from error
-    if not start:
-        raise UsageError(f"weights file '{path}' is empty: save or download it again.")
-    return start
+    return first_bytes(path, "weights file", example)
 
 
 def _is_safetensors(path: Path, start: bytes) -> bool:
@@ -129,8 +116,8 @@ def _is_torch(path: Path, start: bytes) -> bool:
 def _of_another_kind(path: Path, start: bytes) -> UsageError:
     if start.startswith(_GZIP):
         return UsageError(f"weights file '{path}' is compressed by gzip: unpack it first.")
-    if start == _POINTER:
-        return UsageError(f"weights file '{path}' is a pointer of Git LFS: fetch the file by 'git lfs pull'.")
+    if start == POINTER:
+        return pointer_error(path, "weights file")
     if start[8:9] == b"{":
         return damaged(path)
     return UsageError(
